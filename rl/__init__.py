@@ -1,0 +1,1 @@
+"""Reinforcement learning on soft policies, over trl's trainers."""

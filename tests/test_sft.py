@@ -1,0 +1,799 @@
+"""Guided soft SFT: its loss, its masks and draws, and training runs of a few steps on tiny models."""
+
+import copy
+import math
+import random
+import signal
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tiny import BOS, EOS, PAD, model_of, tokenizer_of
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import HfArgumentParser, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+import softar
+import softar.sft
+from softar.decode import SoftConfig
+from softar.evaluate import evaluate
+from softar.sft import SoftCollator, SoftSFTConfig, SoftSFTTrainer, no_interrupt, soft_loss, thought_mask
+from softar.soft import Soft, entropy
+from softar.tasks import load_task
+
+OFF = -100
+CHAT = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<bos> {{ m['content'] }} {% else %}{{ m['content'] }} <eos>"
+    "{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+ADAM = dict(optim="adamw_torch", learning_rate=1e-2)
+
+
+def calm():
+    """The tiny model with narrower weights: a step of training leaves it where losses can be compared."""
+    return model_of(initializer_range=0.1)
+
+
+def words(rng, n):
+    return "".join(f" w{rng.randrange(5, 64)}" for _ in range(n))
+
+
+def data(n=8, seed=0, traces=(), tags=False):
+    """Rows of unequal lengths. traces: numbers of traces, taken in turn; tags: the thought ends in </think>."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(n):
+        completion = words(rng, 2 + i % 4) + " </think>" * tags + words(rng, 1)
+        row = {"prompt": "<bos>" + words(rng, 1 + i % 3), "completion": completion, "answer": completion.split()[-1]}
+        if traces:
+            length = len(completion.split()) - 1
+            row["traces"] = [words(rng, length) + " " + row["answer"] for _ in range(traces[i % len(traces)])]
+        rows.append(row)
+    return Dataset.from_list(rows)
+
+
+def config_of(folder, cls=SoftSFTConfig, **settings):
+    common = dict(
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=0.1,
+        optim="sgd",  # Adam would turn rounding errors of vanishing gradients into whole steps
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        report_to="none",
+    )
+    return cls(**{**common, **settings})
+
+
+def trainer_of(
+    folder, train=None, *, model=None, tokenizer=None, eval_dataset=None, score=None, peft_config=None, **kw
+):
+    return SoftSFTTrainer(
+        calm() if model is None else model,
+        config_of(folder, **kw),
+        train_dataset=data() if train is None else train,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer or tokenizer_of(),
+        score=score,
+        peft_config=peft_config,
+    )
+
+
+def trained(folder, train=None, resume=None, **kw):
+    trainer = trainer_of(folder, train, **kw)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def logged(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def weights(trainer):
+    return {k: v.detach().clone() for k, v in trainer.model.state_dict().items()}
+
+
+def same(a, b, **kw):
+    torch.testing.assert_close(weights(a), weights(b), **{"rtol": 1e-4, "atol": 1e-5, **kw})
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """Collects what every forward of a trainer reads and what its loss is taken of."""
+    seen, inputs, plain_forward, plain_loss = [], {}, softar.sft.soft_forward, softar.sft.soft_loss
+
+    def forward(model, ids, mask, soft_mask, feed, **kw):
+        inputs.update(ids=ids, attention=mask, soft=soft_mask)
+        return plain_forward(model, ids, mask, soft_mask, feed, **kw)
+
+    def loss(logits, labels, thought, **kw):
+        seen.append(inputs | dict(labels=labels, thought=thought, **kw))
+        inputs.clear()
+        return plain_loss(logits, labels, thought, **kw)
+
+    monkeypatch.setattr(softar.sft, "soft_forward", forward)
+    monkeypatch.setattr(softar.sft, "soft_loss", loss)
+    return seen
+
+
+# -- the loss -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_soft_labels", [False, True])
+def test_loss_equals_a_loop_over_positions(with_soft_labels):
+    torch.manual_seed(0)
+    B, T, V, M = 3, 6, 11, 4
+    logits = torch.randn(B, T, V)
+    labels = torch.randint(V, (B, T))
+    labels[torch.rand(B, T) < 0.4] = OFF
+    labels[0, 0] = 3  # a text without a prompt: nothing predicts its first token
+    thought = torch.rand(B, T) < 0.5
+    soft = Soft(torch.randint(V, (B, T, M)), torch.rand(B, T, M).softmax(-1)) if with_soft_labels else None
+    loss, h = soft_loss(logits, labels, thought, thought_weight=0.3, soft_labels=soft)
+
+    expected, entropies = 0.0, []
+    for b in range(B):
+        for t in range(1, T):
+            if labels[b, t] == OFF:
+                continue
+            logp = logits[b, t - 1].double().log_softmax(-1)
+            if soft is None:
+                ce = -logp[labels[b, t]]
+            else:
+                ce = -sum(w * logp[i] for i, w in zip(soft.ids[b, t], soft.weights[b, t]))
+            expected += ce * (0.3 if thought[b, t] else 1.0)
+            if thought[b, t]:
+                entropies.append(-(logp.exp() * logp).sum())
+    assert len(entropies) > 2
+    assert loss.item() == pytest.approx(float(expected), rel=1e-5)
+    torch.testing.assert_close(h, torch.stack(entropies).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_loss_without_targets_is_a_clean_zero():
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    loss, h = soft_loss(logits, torch.full((2, 3), OFF), torch.zeros(2, 3, dtype=torch.bool))
+    (loss + h.sum()).backward()
+    assert loss == 0 and len(h) == 0 and not logits.grad.any()
+
+
+def test_loss_is_of_the_raw_logits_and_takes_low_precision():
+    logits = torch.randn(1, 4, 7, dtype=torch.bfloat16)
+    labels = torch.tensor([[OFF, 1, 2, 3]])
+    loss, _ = soft_loss(logits, labels, labels > 0)
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1].float(), labels[0, 1:], reduction="sum")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+
+
+# -- which positions are thought --------------------------------------------------------------------------------------
+
+
+def mask_of(rows, **span):
+    labels = torch.tensor([row + [OFF] * (max(map(len, rows)) - len(row)) for row in rows])
+    return [[t for t, on in enumerate(row) if on] for row in thought_mask(labels, **span).tolist()]
+
+
+@pytest.mark.parametrize(
+    ("span", "expected"),
+    [
+        (dict(), [[2, 3, 4, 5, 6, 7], [1, 2, 3], [0, 1, 2, 3]]),
+        (dict(steps=0), [[], [], []]),
+        (dict(steps=3), [[2, 3, 4], [1, 2, 3], [0, 1, 2]]),
+        (dict(steps=9), [[2, 3, 4, 5, 6, 7], [1, 2, 3], [0, 1, 2, 3]]),
+        (dict(end=[9]), [[2, 3, 4], [1, 2, 3], [0]]),  # row 1 has no end: thought throughout
+        (dict(end=[9, 6]), [[2, 3, 4], [1, 2, 3], [0, 1, 2, 3]]),
+        (dict(start=[8], end=[9]), [[3, 4], [1, 2, 3], [0]]),  # rows 1, 2: the tag stands in the prompt
+        (dict(start=[8, 7], end=[9, 6]), [[4], [1, 2, 3], [0, 1, 2, 3]]),
+    ],
+)
+def test_thought_mask(span, expected):
+    rows = [[OFF, OFF, 8, 7, 5, 9, 6, 9], [OFF, 5, 5, 5], [5, 9, 5, 7]]
+    assert mask_of(rows, **span) == expected
+
+
+def test_thought_mask_at_the_edges():
+    # A start tag in the middle: what stands before it is no thought. The last token, or half a tag, opens nothing more.
+    assert mask_of([[OFF, 5, 5, 8, 7, 5, 9, 5]], start=[8, 7], end=[9]) == [[5]]
+    assert mask_of([[OFF, 5, 8]], start=[8], end=[9]) == [[]]
+    assert mask_of([[OFF, 5, 8]], start=[8, 7], end=[9]) == [[1, 2]]
+    assert mask_of([[OFF, 9, 8, 5]], start=[8], end=[9]) == [[]]
+    # Tags of the prompt have no labels; only the first end counts.
+    assert mask_of([[OFF, 5, 9, 5, 9, 5]], end=[9]) == [[1]]
+    assert mask_of([[9, 5]], end=[9]) == [[]]
+    # Half a tag at the end of a row does not match across the padding.
+    assert mask_of([[OFF, 5, 9], [OFF, 5, 9, 6]], end=[9, 6]) == [[1, 2], [1]]
+
+
+# -- batches ------------------------------------------------------------------------------------------------------
+
+
+def test_collator_pads_on_the_right():
+    batch = SoftCollator(PAD)([
+        {"input_ids": [1, 2, 3], "labels": [OFF, 2, 3]},
+        {"input_ids": [4], "labels": [4]},
+    ])  # fmt: skip
+    assert {k: v.tolist() for k, v in batch.items()} == {
+        "input_ids": [[1, 2, 3], [4, PAD, PAD]],
+        "labels": [[OFF, 2, 3], [4, OFF, OFF]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+    }
+    assert all(v.dtype == torch.int64 for v in batch.values())
+    equal = SoftCollator(PAD)([{"input_ids": [1, 2], "labels": [1, 2]}] * 2)
+    assert equal["attention_mask"].all() and equal["input_ids"].tolist() == [[1, 2]] * 2
+    assert SoftCollator(PAD, pad_to_multiple_of=8)([{"input_ids": [1] * 9}])["labels"].shape == (1, 16)
+
+
+def test_collator_with_traces_of_unequal_number_and_length():
+    batch = SoftCollator(PAD)([
+        {"input_ids": [1, 2], "labels": [OFF, 2], "trace_ids": [[1, 5, 6, 7], [1, 8]]},
+        {"input_ids": [3, 4, 5], "labels": [OFF, 4, 5], "trace_ids": [[3, 9, 9]]},
+    ])  # fmt: skip
+    assert batch["input_ids"].tolist() == [[1, 2, PAD, PAD], [3, 4, 5, PAD]]
+    assert batch["labels"].tolist() == [[OFF, 2, OFF, OFF], [OFF, 4, 5, OFF]]
+    assert batch["trace_ids"].tolist() == [
+        [[1, 5, 6, 7], [1, 8, PAD, PAD]],
+        [[3, 9, 9, PAD], [PAD] * 4],
+    ]
+    assert batch["trace_mask"].tolist() == [[[1, 1, 1, 1], [1, 1, 0, 0]], [[1, 1, 1, 0], [0] * 4]]
+
+
+# -- against TRL --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["prompt-completion", "text", "chat"])
+def test_teacher_forcing_equals_trls_trainer_step_by_step(tmp_path, kind, accumulate):
+    train, tokenizer = data(16), tokenizer_of()
+    if kind == "text":
+        train = Dataset.from_list([{"text": row["prompt"] + row["completion"]} for row in train])
+    if kind == "chat":
+        train, tokenizer.chat_template = chat_data(16), CHAT
+    kw = dict(gradient_accumulation_steps=accumulate, max_steps=5)
+    ours = trained(tmp_path / "ours", train, tokenizer=tokenizer, alpha_schedule="constant", alpha_start=1.0, **kw)
+    plain = dict(use_cpu=True, bf16=False, gradient_checkpointing=False)
+    args = config_of(tmp_path / "trl", SFTConfig, **plain, **kw)
+    theirs = SFTTrainer(calm(), args, train_dataset=train, processing_class=tokenizer)
+    theirs.train()
+    assert logged(ours) == pytest.approx(logged(theirs), rel=1e-5)
+    assert len(set(logged(ours))) == 5
+    same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"targets": "traces"}, {"targets": "oracle"}], ids=["gold", "traces", "oracle"]
+)
+def test_the_loss_is_normalised_over_the_whole_accumulated_batch(tmp_path, settings):
+    train = data(16, traces=(3, 1))
+    fixed = dict(alpha_schedule="constant", alpha_start=0.3, **settings)
+    one = trained(tmp_path / "1", train, per_device_train_batch_size=4, **fixed)
+    two = trained(tmp_path / "2", train, per_device_train_batch_size=2, gradient_accumulation_steps=2, **fixed)
+    four = trained(tmp_path / "4", train, per_device_train_batch_size=1, gradient_accumulation_steps=4, **fixed)
+    assert logged(two) == pytest.approx(logged(one), rel=1e-4)
+    assert logged(four) == pytest.approx(logged(one), rel=1e-4)
+    same(one, two, atol=1e-4)
+
+
+# -- what is fed back ---------------------------------------------------------------------------------------------
+
+
+def test_sequential_and_parallel_train_alike(tmp_path):
+    kw = dict(alpha_schedule="linear", alpha_span=0.5, think_end="</think>")
+    runs = [trained(tmp_path / m, data(tags=True), soft_mode=m, **kw) for m in ("parallel", "sequential")]
+    assert logged(runs[0]) == pytest.approx(logged(runs[1]), rel=1e-4)
+    assert logged(runs[0], "alpha") == [1.0, 0.5, 0.0, 0.0]
+    same(*runs, atol=1e-3)
+    # Fewer refreshes, or no guidance, are something else.
+    for i, other in enumerate((dict(soft_passes=1), dict(alpha_span=0.0))):
+        run = trained(tmp_path / str(i), data(tags=True), **{**kw, **other})
+        assert logged(run) != pytest.approx(logged(runs[0]), rel=1e-3)
+
+
+def test_noise_belongs_to_the_position_and_changes_with_the_step(tmp_path):
+    kw = dict(alpha_schedule="constant", alpha_start=0.0, soft_mixer="gumbel", soft_mixer_args={"tau": 0.7})
+    kw |= dict(train=data(4), learning_rate=0.0, max_steps=3)
+    exact = trained(tmp_path / "a", soft_passes=7, **kw)  # thoughts of 4..7 tokens
+    longer = trained(tmp_path / "b", soft_passes=12, **kw)
+    assert logged(exact) == pytest.approx(logged(longer), rel=1e-5)
+    assert len({round(x, 4) for x in logged(exact)}) == 3
+    assert logged(trained(tmp_path / "c", soft_passes=7, **kw)) == logged(exact)
+    assert logged(trained(tmp_path / "d", soft_passes=7, seed=1, **kw)) != pytest.approx(logged(exact), rel=1e-3)
+
+
+def test_thoughts_are_marked_where_the_tags_say(tmp_path, spy):
+    train, tokenizer = chat_data(4), tokenizer_of()
+    tokenizer.chat_template = CHAT
+    kw = dict(alpha_schedule="constant", alpha_start=0.0, max_steps=1, think_start="<think>", think_end="</think>")
+    trained(tmp_path, train, tokenizer=tokenizer, **kw)
+    texts = {tokenizer.decode(ids[soft]) for ids, soft in zip(spy[0]["ids"], spy[0]["soft"])}
+    assert texts == {row["completion"][0]["content"].split(" </think>")[0].removeprefix("<think> ") for row in train}
+    for ids, labels in zip(spy[0]["ids"], spy[0]["labels"]):
+        target = tokenizer.decode(ids[labels != OFF])
+        assert target.startswith("<think> w") and target.endswith("<eos>")
+
+
+def test_text_without_a_prompt_is_thought_from_its_second_token_on(tmp_path, spy):
+    train = Dataset.from_list([{"text": "w7 w8 w9"}, {"text": "w5 w6"}] * 2)
+    trainer = trained(tmp_path, train, alpha_schedule="constant", alpha_start=0.0, max_steps=2)
+    for seen in spy:
+        assert torch.equal(seen["soft"], (seen["labels"] != OFF) & (torch.arange(seen["ids"].shape[1]) > 0))
+    assert all(map(math.isfinite, logged(trainer)))
+
+
+def chat_data(n):
+    rng = random.Random(0)
+    return Dataset.from_list([
+        {
+            "prompt": [{"role": "user", "content": words(rng, 1 + i % 3).strip()}],
+            "completion": [
+                {"role": "assistant", "content": f"<think>{words(rng, 2 + i % 2)} </think>{words(rng, 1)}"},
+            ],
+        }
+        for i in range(n)
+    ])  # fmt: skip
+
+
+# -- traces and oracle --------------------------------------------------------------------------------------------
+
+
+def test_traces_are_drawn_uniformly_from_each_rows_own(tmp_path, spy):
+    train, tokenizer = data(6, traces=(1, 2, 3)), tokenizer_of()
+    kw = dict(targets="traces", per_device_train_batch_size=6, learning_rate=0.0, max_steps=100)
+    trained(tmp_path, train, alpha_schedule="constant", alpha_start=1.0, **kw)
+    drawn = Counter()
+    for seen in spy:
+        for ids, labels, mask in zip(seen["ids"], seen["labels"], seen["attention"]):
+            drawn[tokenizer.decode(ids[mask.bool()])] += 1
+            target = labels != OFF
+            assert torch.equal(labels[target], ids[target]) and ids[target][-1] == EOS
+            assert tokenizer.decode(ids[mask.bool() & ~target]) in train["prompt"]
+    by_row = [[drawn.pop(row["prompt"] + t + "<eos>".rjust(6), 0) for t in row["traces"]] for row in train]
+    assert not drawn  # nothing but the traces, the gold completions included
+    for counts in by_row:
+        assert sum(counts) == 100
+        # Each count is binomial(100, 1/M): 4.5 standard deviations, odds of a false failure below 1e-4.
+        M = len(counts)
+        assert all(abs(c - 100 / M) <= 4.5 * math.sqrt(100 / M * (1 - 1 / M)) for c in counts), counts
+
+
+def test_the_draws_depend_on_the_seed_and_the_step_alone(tmp_path, spy):
+    def draws(name, **kw):
+        spy.clear()
+        fixed = dict(targets="traces", alpha_schedule="constant", alpha_start=1.0, learning_rate=0.0, data_seed=3)
+        trained(tmp_path / name, data(16, traces=(6,)), **fixed, **kw)
+        return [tuple(i for i in row.tolist() if i != PAD) for seen in spy for row in seen["ids"]]
+
+    whole = draws("a")
+    assert whole == draws("b") and len(whole) == 16
+    assert whole == draws("c", per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert whole != draws("d", seed=1)
+
+
+def test_a_trace_of_another_length_keeps_its_own_labels(tmp_path, spy):
+    row = {"prompt": "<bos> w5", "completion": " w6 w7 w8", "traces": [" w9 w9 w9 w9 w8"]}
+    trained(tmp_path, Dataset.from_list([row] * 4), targets="traces", max_steps=1)
+    assert spy[0]["labels"].tolist() == [[OFF, OFF, 9, 9, 9, 9, 8, EOS]] * 4
+    spy.clear()
+    row["traces"] = [" w9 w8"]
+    trained(tmp_path, Dataset.from_list([row] * 4), targets="traces", max_steps=1)
+    assert spy[0]["labels"].tolist() == [[OFF, OFF, 9, 8, EOS, OFF]] * 4
+    assert spy[0]["attention"].tolist() == [[1, 1, 1, 1, 1, 0]] * 4
+    spy.clear()
+    trained(tmp_path, Dataset.from_list([row] * 4), targets="traces", max_steps=1, max_length=3)
+    assert spy[0]["labels"].tolist() == [[OFF, OFF, 9]] * 4
+
+
+def test_traces_of_mnns_keep_the_gold_answer(tmp_path, spy):
+    task = load_task("mnns", size=8)
+    model, tokenizer = softar.load("mnns-tiny")
+    trained(tmp_path, task.train, model=model, tokenizer=tokenizer, targets="traces", think_steps=3, max_steps=3)
+    gold = {p.split()[1:5].__repr__(): a for p, a in zip(task.train["prompt"], task.train["answer"])}
+    for ids, labels in ((i, x) for seen in spy for i, x in zip(seen["ids"], seen["labels"])):
+        target = tokenizer.decode(ids[labels != OFF]).split()
+        assert target[-2:] == [gold[repr(tokenizer.decode(ids).split()[1:5])], "<eos>"] and len(target) == 5
+
+
+def test_oracle_equals_a_hand_computation(tmp_path):
+    train, tokenizer, model = data(4, traces=(3, 1, 2)), tokenizer_of(), calm()
+    total, count = 0.0, 0
+    table = model.get_input_embeddings().weight
+    for row in train:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        traces = torch.tensor(tokenizer([t + " <eos>" for t in row["traces"]])["input_ids"])  # [M, t]
+        n = traces.shape[1]
+        p = torch.nn.functional.one_hot(traces, 64).float().mean(0)  # [t, V]
+        inputs = torch.cat([table[prompt], (p @ table)[: n - 2], table[traces[0, n - 2 :]]])  # thought, answer, eos
+        logits = model(inputs_embeds=inputs[None]).logits[0]
+        ce = -(p * logits[len(prompt) - 1 : -1].log_softmax(-1)).sum(-1)
+        total, count = total + ce.sum().item(), count + n
+    rows = [row | {"completion": row["traces"][0]} for row in train]
+    for row in rows:
+        row["steps"] = len(row["completion"].split()) - 1
+    # Thoughts of 2..5 tokens: one run for each length, since think_steps is one number.
+    loss = 0.0
+    for i, row in enumerate(rows):
+        kw = dict(targets="oracle", think_steps=row["steps"], max_steps=1, per_device_train_batch_size=1)
+        trainer = trained(tmp_path / str(i), Dataset.from_list([row]), **kw)
+        loss += logged(trainer)[0] * (row["steps"] + 2)
+    assert loss / count == pytest.approx(total / count, rel=1e-4)
+
+
+def test_oracle_weighs_unequal_rows_in_one_batch_as_alone(tmp_path, spy):
+    train = Dataset.from_list([
+        {"prompt": "<bos> w5", "completion": " w6 w7", "traces": [" w6 w7", " w8 w7", " w6 w9 w7"]},
+        {"prompt": "<bos> w5", "completion": " w6 w6 w7", "traces": [" w8"]},
+    ])  # fmt: skip
+    trained(tmp_path, train, targets="oracle", max_steps=1, per_device_train_batch_size=2)
+    labels, soft = spy[0]["labels"], spy[0]["soft_labels"]
+    row, other = (0, 1) if labels[0, 3] == 7 else (1, 0)
+
+    def shares(b, t):
+        found = Counter()
+        for i, w in zip(soft.ids[b, t].tolist(), soft.weights[b, t].tolist()):
+            found[i] += w
+        return {i: pytest.approx(w) for i, w in found.items() if w}
+
+    assert shares(row, 2) == {6: 2 / 3, 8: 1 / 3}
+    assert shares(row, 3) == {7: 2 / 3, 9: 1 / 3}
+    assert shares(row, 4) == {EOS: 2 / 3, 7: 1 / 3}
+    assert shares(other, 2) == {8: 1.0} and shares(other, 3) == {EOS: 1.0}
+    assert shares(other, 4) == {7: 1.0}  # past every trace the gold completion is left
+
+
+# -- options ------------------------------------------------------------------------------------------------------
+
+
+def test_entropy_term_sharpens_for_positive_coefficients(tmp_path):
+    kw = dict(alpha_schedule="constant", alpha_start=0.5, max_steps=12, train=data(4), **ADAM | {"learning_rate": 3e-3})
+    runs = {c: trained(tmp_path / str(c), entropy_coef=c, **kw) for c in (-1.0, 0.0, 1.0)}
+    last = {c: logged(run, "thought_entropy")[-1] for c, run in runs.items()}
+    assert last[1.0] < last[0.0] - 0.05 < last[-1.0] - 0.1
+    # The first losses, of the same weights, differ by the coefficient times the mean entropy: all targets are thought.
+    first = {c: logged(run)[0] for c, run in runs.items()}
+    mean = logged(runs[0.0], "thought_entropy")[0]
+    assert first[1.0] - first[0.0] == pytest.approx(mean, rel=1e-4)
+    assert first[-1.0] - first[0.0] == pytest.approx(-mean, rel=1e-4)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_temperature_is_learnt_logged_and_kept_out_of_the_model(tmp_path, peft):
+    kw = dict(
+        learn_temperature=True, soft_temperature=2.0, alpha_schedule="constant", alpha_start=0.2, max_steps=6, **ADAM
+    )
+    kw |= dict(save_strategy="steps", save_steps=3, peft_config=lora() if peft else None, think_steps=2)
+    trainer = trained(tmp_path, **kw)
+    seen = logged(trainer, "soft_temperature")
+    assert seen[0] == pytest.approx(2.0) and len(set(seen)) == 6
+    temperature = trainer.model.soft_log_temperature.exp().item()
+    assert SoftConfig.load(tmp_path / "checkpoint-6").temperature == pytest.approx(temperature, rel=1e-6)
+    assert SoftConfig.load(tmp_path / "checkpoint-3").temperature == pytest.approx(seen[3], rel=1e-6)
+    file = tmp_path / "checkpoint-6" / ("adapter_model.safetensors" if peft else "model.safetensors")
+    assert not [name for name in load_file(file) if "temperature" in name]
+    loaded, _ = softar.load(str(tmp_path / "checkpoint-6")) if not peft else (None, None)
+    assert loaded is None or set(loaded.state_dict()) == set(trainer.model.state_dict()) - {"soft_log_temperature"}
+
+    resumed = trained(tmp_path / "again", resume=str(tmp_path / "checkpoint-3"), **kw)
+    assert logged(resumed) == pytest.approx(logged(trainer), rel=1e-5)
+    assert logged(resumed, "soft_temperature") == pytest.approx(seen, rel=1e-5)
+
+
+def test_freezing(tmp_path):
+    before = calm().state_dict()
+    trainer = trained(
+        tmp_path, freeze_embeddings=True, freeze_layers=1, alpha_schedule="constant", alpha_start=0.3, **ADAM
+    )
+    changed = {name for name, w in trainer.model.state_dict().items() if not torch.equal(w, before[name])}
+    frozen = {name for name in before if "embed_tokens" in name or "layers.0." in name}
+    assert len(frozen) > 5 and changed == set(before) - frozen
+    every = trained(tmp_path, **ADAM)
+    assert all(not torch.equal(w, before[name]) for name, w in every.model.state_dict().items())
+
+
+def lora(**kw):
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **kw)
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_adapters_train_and_carry_their_decoding(tmp_path, use_dora):
+    kw = dict(peft_config=lora(use_dora=use_dora), save_strategy="steps", save_steps=4, max_steps=4, **ADAM)
+    calm().save_pretrained(tmp_path / "base")
+    tokenizer_of().save_pretrained(tmp_path / "base")
+    model, tokenizer = softar.load(str(tmp_path / "base"))
+    trainer = trained(tmp_path / "run", model=model, tokenizer=tokenizer, soft_top_k=5, think_steps=2, **kw)
+    base = calm().state_dict()
+    found = {k.removeprefix("base_model.model.").replace(".base_layer", ""): v for k, v in weights(trainer).items()}
+    for name, w in base.items():
+        assert torch.equal(found[name], w), name
+    adapters = {k: v for k, v in found.items() if "lora_" in k}
+    assert any(v.any() for k, v in adapters.items() if "lora_B" in k)
+    assert any("magnitude" in k for k in adapters) == use_dora
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    assert (checkpoint / "adapter_config.json").is_file() and not (checkpoint / "model.safetensors").exists()
+    config = SoftConfig.load(checkpoint)
+    assert (config.mixer, config.top_k, config.budget) == ("soft", 5, 2)
+    loaded, tokenizer = softar.load(str(checkpoint))
+    prompt = tokenizer(["<bos> w5 w6"], return_tensors="pt")
+    outs = [softar.generate(m.eval(), **prompt, config=config).record for m in (loaded, trainer.model)]
+    torch.testing.assert_close(outs[0], outs[1], equal_nan=True)
+
+
+def test_thought_weight_follows_alpha(tmp_path, spy):
+    kw = dict(thought_loss="alpha", alpha_schedule="linear", alpha_span=1.0, think_steps=2)
+    trainer = trained(tmp_path, data(), eval_dataset=data(4), eval_strategy="steps", eval_steps=4, **kw)
+    assert [seen["thought_weight"] for seen in spy] == [1.0, 0.75, 0.5, 0.25, 1.0]  # the last is the evaluation
+    assert logged(trainer, "alpha") == [1.0, 0.75, 0.5, 0.25]
+    assert logged(trainer, "eval_alpha") == [0.0]  # evaluated as it will be decoded
+
+
+def test_gradients_reach_the_thought_through_the_answer_alone(tmp_path):
+    """With weight 0 on the thought the answer's loss still moves the logits of the thought: gradient through inputs."""
+    kw = dict(alpha_schedule="constant", alpha_start=0.0, think_steps=2, max_steps=1, train=data(4))
+    full = trained(tmp_path / "a", **kw)
+    cut = trained(tmp_path / "b", soft_grad_passes=1, **kw)
+    assert logged(full) == pytest.approx(logged(cut), rel=1e-6)
+    assert logged(full, "grad_norm") != pytest.approx(logged(cut, "grad_norm"), rel=1e-3)
+
+
+# -- evaluation and checkpoints -----------------------------------------------------------------------------------
+
+
+def score(answer, row):
+    return float(answer.split()[:1] == row["answer"].split())
+
+
+def test_evaluation_logs_both_accuracies(tmp_path):
+    kw = dict(eval_strategy="steps", eval_steps=30, max_steps=60, think_steps=2, eval_new_tokens=5)
+    kw |= ADAM | dict(alpha_schedule="constant", alpha_start=0.0, eval_decode_rows=6)
+    rows = Dataset.from_list([row | {"completion": " w9 w9 w7", "answer": "w7"} for row in data(8)])
+    trainer = trained(tmp_path, rows, eval_dataset=rows, score=score, **kw)
+    soft, discrete = logged(trainer, "eval_soft_accuracy"), logged(trainer, "eval_discrete_accuracy")
+    assert len(soft) == len(discrete) == 2 and soft[-1] == 1.0
+    for readout, found in (("soft", soft), ("discrete", discrete)):
+        config = trainer.decoding(readout)
+        own = evaluate(trainer.model, trainer.processing_class, rows.select(range(6)), score, config)
+        assert own["accuracy"] == found[-1] and own["n"] == 6
+    assert trainer.decoding("soft").mixer == "soft" and trainer.decoding("discrete").mixer == "hard"
+    metrics = trainer.evaluate(metric_key_prefix="test")
+    assert metrics["test_soft_accuracy"] == 1.0 and "test_loss" in metrics
+    assert trainer.predict(trainer.eval_dataset).predictions.shape[:1] == (8,)  # logits can be asked for
+
+
+def test_evaluating_twice_gives_the_same(tmp_path):
+    kw = dict(soft_mixer="gumbel", eval_dataset=data(6), think_steps=2, max_steps=2, eval_decode_rows=0)
+    trainer = trained(tmp_path, **kw)
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+
+
+def test_evaluation_leaves_the_training_as_it_is(tmp_path):
+    kw = dict(targets="traces", alpha_schedule="constant", alpha_start=0.0, soft_mixer="gumbel", think_steps=2)
+    plain = trained(tmp_path / "a", data(traces=(4,)), **kw)
+    watched = trained(
+        tmp_path / "b", data(traces=(4,)), eval_dataset=data(4), score=score, eval_strategy="steps", eval_steps=1, **kw
+    )
+    assert logged(plain) == logged(watched)
+    same(plain, watched, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (dict(soft_top_k=7, soft_temperature=0.5), dict(mixer="soft", top_k=7, temperature=0.5, budget=2)),
+        (dict(soft_mixer="gumbel", soft_mixer_args={"tau": 0.3}), dict(mixer="gumbel", mixer_args={"tau": 0.3})),
+        (dict(alpha_schedule="constant"), dict(mixer="hard", budget=2)),  # teacher forcing: discrete
+        (dict(soft_mixer="hard", guidance="coin"), dict(mixer="hard")),  # scheduled sampling: discrete
+        (dict(targets="oracle", alpha_schedule="constant"), dict(mixer="soft")),
+        (
+            dict(think_steps=None, think_start="<think>", think_end="</think>"),
+            dict(think_start="<think>", think_end="</think>", budget=None),
+        ),
+    ],
+)
+def test_every_checkpoint_says_how_it_is_decoded(tmp_path, settings, expected):
+    kw = {"think_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 2, **settings}
+    trainer = trained(tmp_path, data(traces=(2,), tags=True), **kw)
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in ("checkpoint-1", "checkpoint-2", "final"):
+        config = SoftConfig.load(tmp_path / folder)
+        assert {name: getattr(config, name) for name in expected} == expected
+    tokenizer = tokenizer_of()
+    model, _ = softar.load(str(tmp_path / "final"))
+    out = softar.generate(model, torch.tensor([[BOS, 7]]), config=config, tokenizer=tokenizer)
+    assert out.sequences.shape[1] > 2
+
+
+RESUMED = {
+    "trace-soft": dict(targets="traces", alpha_schedule="constant", alpha_start=0.0),
+    "gumbel": dict(soft_mixer="gumbel", alpha_span=1.0),
+    "coin": dict(soft_mixer="hard", guidance="coin", thought_loss="alpha", alpha_span=1.0),
+    "lora with dropout": dict(peft_config=lora(lora_dropout=0.3), alpha_span=1.0),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_goes_on_exactly(tmp_path, name):
+    kw = RESUMED[name] | dict(save_strategy="steps", save_steps=3, max_steps=6, warmup_steps=2, think_steps=2)
+    kw |= ADAM | dict(lr_scheduler_type="cosine", train=data(10, traces=(4,)))  # 3 batches an epoch: into the next one
+    unbroken = trained(tmp_path / "a", **kw)
+    resumed = trained(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-3"), **kw)
+    assert resumed.state.global_step == 6
+    assert logged(resumed) == logged(unbroken) and len(set(logged(unbroken))) == 6
+    assert logged(resumed, "grad_norm") == logged(unbroken, "grad_norm")
+    same(resumed, unbroken, rtol=0, atol=0)
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (dict(packing=True), "packing=True"),
+        (dict(padding_free=True), "padding_free=True"),
+        (dict(soft_mode="sequential", gradient_checkpointing=True), "gradient_checkpointing=True"),
+        (dict(soft_mode="both"), "soft_mode='both'.*parallel"),
+        (dict(soft_mixer="sofft"), "sofft.*mixture-of-inputs"),
+        (dict(soft_mixer="gumbel", soft_mixer_args={"tua": 1}), "tua"),
+        (dict(soft_mixer="gumbel", soft_mixer_args={"tau": 0}), "tau=0"),
+        (dict(soft_mixer="gumbel", soft_mixer_args="tau=1"), "tau=1"),
+        (dict(soft_mixer=softar.mixers.soft), "soft_mixer=<function"),
+        (dict(guidance="blend"), "blend.*clamp"),
+        (dict(targets="silver"), "silver.*oracle"),
+        (dict(thought_loss="beta"), "beta.*alpha"),
+        (dict(alpha_schedule="sine"), "sine.*cosine"),
+        (dict(alpha_start=1.5), r"alpha_start=1\.5"),
+        (dict(alpha_end=-0.1), r"alpha_end=-0\.1"),
+        (dict(alpha_hold=0.6, alpha_span=0.6), r"alpha_hold=0\.6"),
+        (dict(soft_top_k=0), "top_k=0"),
+        (dict(soft_top_p=1.1), r"top_p=1\.1"),
+        (dict(soft_min_p=-0.1), r"min_p=-0\.1"),
+        (dict(soft_min_p=2.0), r"min_p=2\.0"),
+        (dict(soft_temperature=-1.0), r"temperature=-1\.0"),
+        (dict(soft_passes=-1), "soft_passes=-1"),
+        (dict(soft_grad_passes=0), "soft_grad_passes=0"),
+        (dict(soft_window=0), "soft_window=0"),
+        (dict(think_steps=-2), "think_steps=-2"),
+        (dict(freeze_layers=-1), "freeze_layers=-1"),
+        (dict(eval_new_tokens=0), "eval_new_tokens=0"),
+        (dict(think_end="</think>", think_steps=3), "think_steps=3"),
+        (dict(think_start="<think>"), "think_start='<think>'"),
+        (dict(loss_type="dft"), "loss_type='dft'"),
+        (dict(label_smoothing_factor=0.1), r"label_smoothing_factor=0\.1"),
+        (dict(learn_temperature=True, soft_temperature=0.0), "soft_temperature=0"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, settings, says):
+    with pytest.raises(ValueError, match=says):
+        config_of(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (dict(soft_top_k=65), "top_k=65"),
+        (dict(targets="traces"), "'traces'"),
+        (dict(targets="oracle"), "'traces'"),
+        (dict(think_end="</thnk>"), "</thnk>"),
+        (dict(think_start="<thnk>", think_end="</think>"), "<thnk>"),
+        (dict(freeze_layers=3), "freeze_layers=3.*2 layers"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_or_the_data(tmp_path, settings, says):
+    tokenizer = tokenizer_of()
+    tokenizer.unk_token = "<pad>"  # what its vocabulary takes an unknown word for
+    with pytest.raises(ValueError, match=says):
+        trainer_of(tmp_path, tokenizer=tokenizer, **settings)
+
+
+def test_a_closed_vocabulary_without_unknown_token_names_the_tag(tmp_path):
+    core = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "w": 2}))
+    core.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    train = Dataset.from_list([{"prompt": "w", "completion": " w"}] * 2)
+    with pytest.raises(ValueError, match="</think>"):
+        trainer_of(tmp_path, train, tokenizer=tokenizer, think_end="</think>")
+
+
+def test_data_that_does_not_fit(tmp_path):
+    with pytest.raises(ValueError, match="row 1 has no traces"):
+        rows = [{"prompt": "w5", "completion": " w6", "traces": t} for t in ([" w6"], [])]
+        trainer_of(tmp_path, Dataset.from_list(rows), targets="traces")
+    with pytest.raises(ValueError, match="'prompt'"):
+        trainer_of(tmp_path, Dataset.from_list([{"text": "w5 w6", "traces": [" w6"]}]), targets="traces")
+    with pytest.raises(ValueError, match="'traces'"):
+        trainer_of(tmp_path, data(traces=(2,)), targets="oracle", eval_dataset=data())
+    with pytest.raises(ValueError, match="'prompt'"):
+        trainer_of(tmp_path, eval_dataset=Dataset.from_list([{"text": "w5 w6"}]), score=score)
+    with pytest.raises(ValueError, match="processing_class=None"):
+        SoftSFTTrainer(model_of(), config_of(tmp_path), train_dataset=data())
+    tokenizer = tokenizer_of()
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="pad token"):
+        trainer_of(tmp_path, tokenizer=tokenizer)
+
+
+def test_an_unwritable_folder_is_named_before_anything_else(tmp_path):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "runs"
+    with pytest.raises(ValueError, match=f"output_dir='{folder}'"):
+        trainer_of(folder)
+
+
+def test_mixer_arguments_may_be_json_on_the_command_line(tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--soft_mixer", "gumbel", "--soft_mixer_args", '{"tau": 0.3}']
+    (args,) = HfArgumentParser(SoftSFTConfig).parse_args_into_dataclasses(argv)
+    assert args.soft_mixer_args == {"tau": 0.3}
+
+
+# -- Ctrl-C -------------------------------------------------------------------------------------------------------
+
+
+def test_interrupts_wait_for_the_end_of_the_block():
+    before, done = signal.getsignal(signal.SIGINT), []
+    with pytest.raises(KeyboardInterrupt):
+        with no_interrupt():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            done.append(True)
+        done.append("never")
+    assert done == [True]
+    assert signal.getsignal(signal.SIGINT) is before
+    with no_interrupt():
+        pass
+    with pytest.raises(OSError), no_interrupt():  # an error of the block itself goes through
+        raise OSError
+    assert signal.getsignal(signal.SIGINT) is before
+    thread = threading.Thread(target=lambda: done.append(no_interrupt().__enter__()))  # signals are the main thread's
+    thread.start()
+    thread.join()
+    assert len(done) == 2
+
+
+def test_ctrl_c_during_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    kw = dict(save_strategy="steps", save_steps=2, max_steps=4, targets="traces", train=data(traces=(3,)))
+    unbroken = trained(tmp_path / "a", **kw)
+    plain = SoftConfig.save
+
+    def slow(self, folder):
+        signal.raise_signal(signal.SIGINT)  # in the middle: the optimizer and the state are still to come
+        plain(self, folder)
+
+    monkeypatch.setattr(SoftConfig, "save", slow)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "b", **kw)
+    monkeypatch.setattr(SoftConfig, "save", plain)
+    assert [p.name for p in Path(tmp_path / "b").glob("checkpoint-*")] == ["checkpoint-2"]
+    files = {p.name for p in (tmp_path / "a" / "checkpoint-2").iterdir()}
+    assert {p.name for p in (tmp_path / "b" / "checkpoint-2").iterdir()} == files
+    assert {"trainer_state.json", "optimizer.pt", "soft_config.json", "model.safetensors"} <= files
+    resumed = trained(tmp_path / "b", resume=str(tmp_path / "b" / "checkpoint-2"), **kw)
+    assert logged(resumed) == logged(unbroken)
+
+
+def test_entropy_of_the_log_is_that_of_the_thoughts_steps(tmp_path):
+    model, train = calm(), data(4)
+    trainer = trained(tmp_path, train, model=copy.deepcopy(model), max_steps=1, think_steps=2)
+    tokenizer, found = tokenizer_of(), []
+    for row in train:
+        ids = torch.tensor([tokenizer(row["prompt"] + row["completion"])["input_ids"]])
+        begin = len(tokenizer(row["prompt"])["input_ids"])
+        found += entropy(model(ids).logits[0, begin - 1 : begin + 1]).tolist()  # alpha = 1 at step 0: gold inputs
+    assert logged(trainer, "thought_entropy")[0] == pytest.approx(sum(found) / len(found), rel=1e-5)
