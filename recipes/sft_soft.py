@@ -24,6 +24,9 @@ accelerate launch recipes/sft_soft.py --resume_from_checkpoint true
 import copy
 import json
 import os
+import re
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -46,6 +49,7 @@ ROWS = {
 }
 GROUPS = {"demo": ["no-cot", "discrete", "trace-soft"], "all": list(ROWS)}
 CUSTOM = "custom"  # one run, exactly as the options say
+APART = "SOFTAR_TRAIN_APART"  # set for a process that trains one row and leaves table and plot to its parent
 
 
 @dataclass
@@ -62,6 +66,10 @@ class SoftScriptArguments(ScriptArguments):
         },
     )
     num_seeds: int = field(default=1, metadata={"help": "Train every row with this many seeds, from --seed on."})
+    jobs: int = field(
+        default=0,
+        metadata={"help": "Rows trained at the same time. Default 0: for tiny models one on each CPU core, else 1."},
+    )
 
 
 @dataclass
@@ -74,7 +82,7 @@ def main(script, training, model_args, mixture):
     from accelerate import PartialState
     from rich.console import Console
 
-    from softar.report import plot_accuracy, results_table, thought_table, write_results
+    from softar.report import plot_accuracy, results_table, write_results
     from softar.sft import check_writable
 
     console = Console()
@@ -93,43 +101,53 @@ def main(script, training, model_args, mixture):
         if not Path(given, "trainer_state.json").is_file():
             raise ValueError(f"resume_from_checkpoint={given!r} holds no whole checkpoint")
     model, tokenizer = open_model(model_args, task, training.seed)
-    if sum(p.numel() for p in model.parameters()) < 1e6:
+    tiny = sum(p.numel() for p in model.parameters()) < 1e6
+    if tiny:
         torch.set_num_threads(1)  # threads only get in each other's way
-    results, thought = [], None
-    for seed in range(training.seed, training.seed + script.num_seeds):
-        for name in names:
-            where = folder if names == [CUSTOM] and script.num_seeds == 1 else folder / f"{name}-seed{seed}"
+
+    todo = [(name, seed) for seed in range(training.seed, training.seed + script.num_seeds) for name in names]
+    is_child = APART in os.environ
+    places = {row: folder / f"{row[0]}-seed{row[1]}" for row in todo}
+    if todo == [(CUSTOM, training.seed)] and not is_child:
+        places = {todo[0]: folder}
+    finished = {row: saved_row(places[row], training) for row in todo}
+    left = [row for row in todo if finished[row] is None]
+    jobs = script.jobs or (os.cpu_count() if tiny and PartialState().num_processes == 1 else 1)
+    if jobs > 1 and len(left) > 1 and not is_child:
+        train_apart(left, places, jobs, console)
+        finished |= {row: json.loads((places[row] / "row.json").read_text()) for row in left}
+    results = []
+    for name, seed in todo:
+        where = places[name, seed]
+        if finished[name, seed] is not None:
+            results += finished[name, seed]
+        else:
             done = where / "row.json"
-            if resumes(training) and done.exists():
-                rows = json.loads(done.read_text())
-                if training.max_steps in (-1, rows[0]["train_steps"]):
-                    results += rows
-                    continue
             done.unlink(missing_ok=True)
             args = row_config(training, name, seed, where, task)
             model, tokenizer = open_model(model_args, task, seed)
-            rows, out = train_row(name, args, task, model, tokenizer, model_args, script.dataset_train_split)
+            rows = train_row(name, args, task, model, tokenizer, model_args)
             if rows is not None:  # the main process
                 results += rows
-                thought = thought if out is None else thought_table(out, tokenizer)
                 done.write_text(json.dumps(rows))
-                write_results(folder / "results.json", results)
+        if not is_child and results:
+            write_results(folder / "results.json", results)
     PartialState().destroy_process_group()  # not earlier: the next row's trainer joins the same one
-    if not results or "accuracy" not in results[0] or int(os.environ.get("RANK", 0)):
+    if is_child or not results or "accuracy" not in results[0] or int(os.environ.get("RANK", 0)):
         return
+    soft = [row for row in todo if row[0] in ("oracle-soft", "guided-soft", "trace-soft")]
+    if soft:
+        console.print(thought_of(places[soft[-1]], task))
     plot = plot_accuracy(results, folder / "accuracy.png", title=f"{results[0]['task']}, {results[0]['model']}")
-    if thought is not None:
-        console.print(thought)
     console.print(results_table(results, title=f"{results[0]['task']}: held-out accuracy, n = {results[0]['n']}"))
     console.print(f"results: {folder / 'results.json'}   plot: {plot}")
 
 
-def train_row(name, args, task, model, tokenizer, model_args, split):
-    """Train and evaluate one row -> (its lines of results.json, a decoded thought or None); None, None off rank 0."""
+def train_row(name, args, task, model, tokenizer, model_args):
+    """Train and evaluate one row -> its lines of results.json; None off the main process."""
     from trl import get_peft_config
 
-    from softar.decode import generate
-    from softar.evaluate import encode, evaluate
+    from softar.evaluate import evaluate
     from softar.sft import SoftSFTTrainer
     from softar.tasks import no_thought
 
@@ -160,7 +178,7 @@ def train_row(name, args, task, model, tokenizer, model_args, split):
         train_seconds=train_seconds,
         train_loss=trainer.state.log_history[-1].get("train_loss"),
     )
-    rows, out = [], None
+    rows = []
     if task.score is None:
         metrics = trainer.evaluate() if task.test is not None else {}
         rows = [common | metrics]
@@ -169,11 +187,73 @@ def train_row(name, args, task, model, tokenizer, model_args, split):
         for readout in ("soft", "discrete"):
             found = evaluate(plain, tokenizer, task.test, task.score, args.decoding(readout), seed=args.seed)
             rows.append(common | {"readout": readout} | found)
-        if args.think_steps and name not in ("no-cot", "discrete", "discrete-traces"):
-            one = encode(tokenizer, task.test["prompt"][:1]).to(plain.device)
-            out = generate(plain, **one, config=trainer.decoding(), tokenizer=tokenizer)
     trainer.accelerator.wait_for_everyone()
-    return (rows, out) if trainer.accelerator.is_main_process else (None, None)
+    return rows if trainer.accelerator.is_main_process else None
+
+
+def train_apart(rows, places, jobs, console):
+    """Train rows in processes of their own, `jobs` at a time; each writes row.json, its output goes to train.log."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    waiting, running = list(rows), {}
+    with Progress(*columns, console=console) as progress:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    row = waiting.pop(0)
+                    running[row] = (
+                        start_apart(row, places[row]),
+                        progress.add_task(f"{row[0]}, seed {row[1]}", total=None),
+                    )
+                time.sleep(0.3)
+                for row, (child, bar) in list(running.items()):
+                    code = child.poll()
+                    text = (places[row] / "train.log").read_text(errors="replace")
+                    # The trainer's own bar; "1/1" is that of a file being written.
+                    steps = [(int(n), int(of)) for n, of in re.findall(r"(\d+)/(\d+) \[", text[-2000:]) if of != "1"]
+                    if steps:
+                        progress.update(bar, completed=steps[-1][0], total=steps[-1][1])
+                    if code is not None:
+                        del running[row]
+                        if code != 0:
+                            raise ValueError(f"row {row[0]!r}, seed {row[1]}, failed:\n{text[-1000:]}")
+        finally:  # after Ctrl-C or a failure let the others save what they write
+            for child, _ in running.values():
+                child.send_signal(signal.SIGINT)
+            for child, _ in running.values():
+                child.wait()
+
+
+def start_apart(row, place):
+    (place / "row.json").unlink(missing_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, *sys.argv, "--rows", row[0], "--seed", str(row[1]), "--num_seeds", "1"]
+    with open(place / "train.log", "w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {APART: "1"})
+
+
+def saved_row(place, training):
+    """The lines of a row that an earlier run has finished, if this one goes on from it; else None."""
+    done = place / "row.json"
+    if not resumes(training) or not done.exists():
+        return None
+    rows = json.loads(done.read_text())
+    return rows if training.max_steps in (-1, rows[0]["train_steps"]) else None
+
+
+def thought_of(place, task):
+    """How a trained model thinks about the first held-out row."""
+    import softar
+    from softar.config import SoftConfig
+    from softar.evaluate import encode
+    from softar.report import thought_table
+
+    model, tokenizer = softar.load(place)
+    inputs = encode(tokenizer, task.test["prompt"][:1]).to(model.device)
+    return thought_table(
+        softar.generate(model, **inputs, config=SoftConfig.load(place), tokenizer=tokenizer), tokenizer
+    )
 
 
 def row_config(training, name, seed, where, task):
@@ -202,7 +282,7 @@ def parse_rows(text: str | None) -> list[str]:
         return [CUSTOM]
     names = [name for part in text.split(",") for name in GROUPS.get(part, [part])]
     for name in names:
-        if name not in ROWS:
+        if name not in ROWS and name != CUSTOM:
             raise ValueError(f"rows={text!r}: {name!r} is unknown; choose demo, all, or out of {', '.join(ROWS)}")
     return names
 

@@ -23,7 +23,7 @@ _HOME = {
     "load": "softar.models",
     "load_task": "softar.tasks",
     "guide": "softar.guidance",
-    "SoftSFTConfig": "softar.sft",
+    "SoftSFTConfig": "softar.sft_config",
     "SoftSFTTrainer": "softar.sft",
 }
 __all__ = [*_HOME]

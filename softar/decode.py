@@ -18,7 +18,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -60,7 +66,8 @@ class Record(NamedTuple):
     weights: Tensor  # [B, T, K] float32; slots past a step's own K have weight 0
     token: Tensor  # [B, T] int64, the discrete token that stands for the step
     kind: Tensor  # [B, T] int8, see Kind
-    logp: Tensor  # [B, T] float32, log-probability of what was drawn; NaN where nothing was or it has none
+    logp: Tensor  # [B, T] float32, log-probability under the step's filtered distribution of the token(s) drawn, or of
+    # the single token that was fed back (0 if greedy); NaN for a mixture without a draw, for FORCED and PAD
     entropy: (
         Tensor  # [B, T] float32 nats, of the unfiltered distribution at the thought's temperature (at 1 if that is 0)
     )
@@ -111,7 +118,7 @@ def generate(
         rng: torch.Generator for every draw, or one per row; a row with its own generator decodes the same alone and
             in a batch. None uses torch's global one.
         callback: called after each step with {"step", "record" (Record of [B, ...]), "sequences" ([B, P + step + 1])}.
-        tokenizer: needed only where config names think_start or think_end as text.
+        tokenizer: needed only where config names think_start or think_end as text, or for stop strings.
         streamer: a transformers streamer; gets the tokens that stand for the steps.
         logits_processor, stopping_criteria: lists of transformers', applied as in `model.generate`.
         generation_config: end-of-sequence and pad ids, penalties, cache implementation; default the model's own. Its
@@ -128,12 +135,16 @@ def generate(
     _check_inputs(input_ids, attention_mask)
     settings = copy.deepcopy(generation_config or model.generation_config)
     settings.update(**OVERRIDES, max_new_tokens=config.max_new_tokens)
+    stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
+    if settings.stop_strings is not None:  # generate keeps the tokenizer from a custom loop
+        stopping_criteria.append(StopStringCriteria(tokenizer, settings.stop_strings))
+        settings.stop_strings = None
     return model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
         generation_config=settings,
         logits_processor=LogitsProcessorList(logits_processor or []),
-        stopping_criteria=StoppingCriteriaList(stopping_criteria or []),
+        stopping_criteria=stopping_criteria,
         custom_generate=functools.partial(
             soft_decode, soft_config=config, rng=rng, callback=callback, soft_streamer=streamer
         ),
@@ -167,10 +178,10 @@ def soft_decode(
     if soft_streamer is not None:
         soft_streamer.put(input_ids.cpu())
 
-    prompt_length, forwards, positions = input_ids.shape[1], 1, input_ids.numel()
+    prompt_length, positions = input_ids.shape[1], input_ids.numel()
+    forwards = -(-prompt_length // (generation_config.prefill_chunk_size or prompt_length))
     records: list[Record] = []
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    model_kwargs.pop("inputs_embeds", None)  # a prompt given as embeddings has been read
     while True:
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
@@ -259,7 +270,6 @@ class _Chooser:
         kind = torch.where(mixes, int(Kind.SOFT), int(Kind.HARD)).masked_fill(forcing, int(Kind.FORCED))
         kind = kind.masked_fill(self.done, int(Kind.PAD)).to(torch.int8)
         logp = logp.masked_fill(forcing | self.done, torch.nan)
-        self.bad = h.isnan() & ~self.done
         self.mixes = mixes
         self.thinking = thinking & ~closing
         if self.start is not None:
@@ -268,6 +278,7 @@ class _Chooser:
         single[:, 0] = 1.0
         ids = torch.where(mixes[:, None], thought.soft.ids, token[:, None])
         weights = torch.where(mixes[:, None], thought.soft.weights, single)
+        self.bad = (h.isnan() | weights.isnan().any(-1)) & ~self.done
         return Record(ids, weights, token, kind, logp, h.masked_fill(self.done, 0.0))
 
     def look(self, stopped: Tensor, step: int) -> tuple[bool, bool]:
@@ -278,8 +289,8 @@ class _Chooser:
         any_alive, any_soft, self.any_thinking, any_bad = flags.tolist()
         if any_bad:
             raise FloatingPointError(
-                f"logits are NaN or infinite at step {step}, rows {self.bad.nonzero()[:, 0].tolist()}: "
-                "check the weights, the dtype (try float32) and the attention mask"
+                f"logits are NaN or infinite, or leave no token, at step {step}, rows "
+                f"{self.bad.nonzero()[:, 0].tolist()}: check the weights, the dtype (try float32) and the processors"
             )
         return not any_alive, any_soft
 
@@ -342,7 +353,7 @@ class _Draws:
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
     if input_ids.dim() != 2 or input_ids.is_floating_point():
         raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}, {input_ids.dtype}: need [B, P] integers")
-    if input_ids.numel() == 0:
+    if input_ids.numel() == 0:  # a prompt given as inputs_embeds alone looks the same
         raise ValueError(f"input_ids of shape {tuple(input_ids.shape)} is an empty prompt: start from a BOS token")
     if attention_mask is None:
         return

@@ -122,10 +122,14 @@ def soft_forward(
         [B, T, V] logits in the model's dtype.
 
     Raises:
-        ValueError: unknown mode, or sequential under gradient checkpointing (transformers then drops the cache).
+        ValueError: an unknown mode, a count out of its range, column 0 marked, or sequential under gradient
+            checkpointing (transformers then drops the cache).
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown: choose one of {MODES}")
+    for name, value, least in (("passes", passes, 0), ("grad_passes", grad_passes, 1), ("window", window, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
     if soft_mask[:, 0].any():
         raise ValueError("soft_mask marks column 0: the first token has no belief before it")
     if attention_mask is not None and attention_mask.all():
@@ -202,5 +206,5 @@ SCHEDULES = {
     "constant": lambda x: 0.0,
     "linear": lambda x: x,
     "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
-    "step": lambda x: float(x >= 1),
+    "step": lambda x: float(x >= 1 - 1e-9),
 }

@@ -7,6 +7,7 @@ same numbers alone as in a batch.
 Shapes: ... any leading dims, K tokens kept.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -113,13 +114,15 @@ def mk_mixer(name: str | Callable, **knobs) -> Callable[..., Mixed]:
         raise ValueError(f"mixer={name!r} is unknown: choose one of {sorted(MIXERS)} or pass a function")
     if not knobs:
         return mixer
+    if callable(name):
+        return functools.partial(mixer, **knobs)
     # One step on two made-up tokens: a misspelt or impossible knob fails here, not in the middle of a decode.
     trial = Soft(torch.tensor([0, 1]), torch.tensor([0.5, 0.5]))
     try:
         mixer(trial, rng=torch.Generator(), **knobs)
     except TypeError as error:
         raise ValueError(f"mixer={name!r} does not take {knobs}: {error}") from None
-    return lambda dist, *, rng=None: mixer(dist, rng=rng, **knobs)
+    return functools.partial(mixer, **knobs)
 
 
 def exponential(like: Tensor, rng: Rng) -> Tensor:

@@ -9,9 +9,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,200 +17,16 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .config import SoftConfig
 from .evaluate import evaluate
-from .guidance import GUIDES, MODES, guide, mk_alpha, soft_forward
+from .guidance import guide, soft_forward
 from .mixers import mk_mixer
+from .sft_config import SoftSFTConfig
+from .sft_data import SoftCollator, add_trace_ids, check_traces, frontier, thought_mask
 from .soft import Soft, check_dist, entropy, mk_proba_dist, soft_embed
-
-TARGETS = ("gold", "traces", "oracle")
-THOUGHT_LOSSES = ("constant", "alpha")
-
-
-def opt(default: Any, text: str, factory=None):
-    if factory is not None:
-        return field(default_factory=factory, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class SoftSFTConfig(SFTConfig):
-    """TRL's SFTConfig plus what makes it soft. Without an accelerator it trains on the CPU in float32 by itself."""
-
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "soft_mixer_args"]  # JSON on the command line
-
-    gradient_checkpointing: bool = opt(False, "Recompute activations to save memory. Not with soft_mode='sequential'.")
-    soft_mode: str = opt("parallel", "How the soft inputs are computed: 'parallel' refreshes, or 'sequential' steps.")
-    soft_passes: int | None = opt(None, "Parallel: refreshes of the soft inputs. Default: the longest thought (exact).")
-    soft_grad_passes: int | None = opt(None, "Parallel: how many of the last forwards carry gradient. Default: all.")
-    soft_window: int | None = opt(None, "Sequential: cut the gradient through time every so many steps.")
-    soft_mixer: str = opt("soft", "What is fed back: a name in softar.MIXERS.")
-    soft_mixer_args: dict | str | None = opt(None, "The mixer's knobs, e.g. {'tau': 0.5}.")
-    soft_temperature: float = opt(1.0, "Temperature of the mixtures.")
-    soft_top_k: int | None = opt(None, "Tokens kept in a mixture. Default: the whole vocabulary.")
-    soft_top_p: float | None = opt(None, "Nucleus of a mixture.")
-    soft_min_p: float | None = opt(None, "Least probability in a mixture, relative to its largest.")
-    learn_temperature: bool = opt(False, "Train the mixtures' temperature with the model.")
-    guidance: str = opt("mix", "How the gold token enters a mixture: 'mix', 'clamp' or 'coin' (scheduled sampling).")
-    alpha_schedule: str = opt("linear", "Share of the gold token over the training: constant, linear, cosine, step.")
-    alpha_start: float = opt(1.0, "Share of the gold token at the start; 1 is teacher forcing.")
-    alpha_end: float = opt(0.0, "Share of the gold token at the end; 0 is what decoding meets.")
-    alpha_hold: float = opt(0.0, "Fraction of the training before alpha starts to move.")
-    alpha_span: float = opt(0.6, "Fraction of the training in which alpha goes from start to end.")
-    thought_loss: str = opt("constant", "Weight of the thought's tokens in the loss: 'constant' 1, or 'alpha'.")
-    targets: str = opt(
-        "gold",
-        "Whose tokens are the labels: the 'gold' completion, one of the row's 'traces' drawn afresh at each step, or "
-        "'oracle', the distribution of the traces at each position as input and label.",
-    )
-    entropy_coef: float = opt(0.0, "Adds this times the entropy of the soft steps (nats) to the loss; > 0 sharpens.")
-    think_start: str | None = opt(None, "Text that opens the thought. Default: it starts with the completion.")
-    think_end: str | None = opt(None, "Text that closes the thought.")
-    think_steps: int | None = opt(None, "Length of the thought in tokens, where no text closes it.")
-    freeze_embeddings: bool = opt(False, "Keep the input embeddings as they are.")
-    freeze_layers: int = opt(0, "Keep the first n layers as they are.")
-    eval_decode_rows: int = opt(256, "Held-out rows decoded for the accuracies of an evaluation; 0 for none.")
-    eval_new_tokens: int = opt(64, "Longest completion in an evaluation.")
-
-    def __post_init__(self):
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-            self.bf16 = bool(self.bf16)
-        super().__post_init__()
-        if self.packing or self.padding_free:
-            raise ValueError(
-                f"packing={self.packing}, padding_free={self.padding_free}: soft SFT needs an example a row"
-            )
-        if self.loss_type != "nll" or self.label_smoothing_factor:
-            given = f"loss_type={self.loss_type!r}, label_smoothing_factor={self.label_smoothing_factor}"
-            raise ValueError(f"{given}: soft SFT has a loss of its own, leave them at 'nll' and 0")
-        if not isinstance(self.soft_mixer, str):
-            raise ValueError(f"soft_mixer={self.soft_mixer!r} must be a name: register yours in softar.MIXERS")
-        if isinstance(self.soft_mixer_args, str):
-            raise ValueError(f"soft_mixer_args={self.soft_mixer_args!r} is no JSON object")
-        for name, known in (
-            ("soft_mode", MODES),
-            ("guidance", tuple(GUIDES)),
-            ("targets", TARGETS),
-            ("thought_loss", THOUGHT_LOSSES),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {known}")
-        for name, least in (("soft_passes", 0), ("soft_grad_passes", 1), ("soft_window", 1), ("think_steps", 0),
-                            ("freeze_layers", 0), ("eval_decode_rows", 0), ("eval_new_tokens", 1)):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        if self.soft_mode == "sequential" and self.gradient_checkpointing:
-            raise ValueError("gradient_checkpointing=True drops the cache of soft_mode='sequential': use 'parallel'")
-        if self.think_end is not None and self.think_steps is not None:
-            raise ValueError(f"think_end={self.think_end!r} and think_steps={self.think_steps}: give one of them")
-        if self.think_start is not None and self.think_end is None:
-            raise ValueError(f"think_start={self.think_start!r} needs a think_end that closes the thought")
-        check_dist(None, self.soft_temperature, self.soft_top_k, self.soft_top_p, self.soft_min_p)
-        mk_mixer(self.soft_mixer, **(self.soft_mixer_args or {}))
-        self.alpha()
-        if self.learn_temperature and self.soft_temperature == 0:
-            raise ValueError(f"soft_temperature={self.soft_temperature} cannot be learnt from: start above 0")
-
-    def alpha(self) -> Callable[[float], float]:
-        """The guidance schedule, progress in [0, 1] -> alpha."""
-        return mk_alpha(
-            self.alpha_schedule,
-            start=self.alpha_start,
-            end=self.alpha_end,
-            hold=self.alpha_hold,
-            span=self.alpha_span,
-        )
-
-    @property
-    def is_soft(self) -> bool:
-        """Does the training ever show the model a mixture?"""
-        schedule = self.alpha()
-        return self.targets == "oracle" or (self.soft_mixer != "hard" and min(schedule(0.0), schedule(1.0)) < 1)
-
-    def decoding(self, readout: str = "soft", temperature: float | None = None) -> SoftConfig:
-        """How the trained model is decoded: 'soft' as it was trained, or 'discrete', greedy over the same spans."""
-        span = dict(think_start=self.think_start, think_end=self.think_end, budget=self.think_steps,
-                    max_new_tokens=self.eval_new_tokens)  # fmt: skip
-        if readout == "discrete":
-            return SoftConfig(mixer="hard", top_k=None, **span)
-        hard = self.soft_mixer == "hard"  # trained on its own single tokens; read out softly it gets its belief
-        return SoftConfig(
-            mixer="soft" if hard else self.soft_mixer,
-            mixer_args={} if hard else self.soft_mixer_args or {},
-            temperature=self.soft_temperature if temperature is None else temperature,
-            top_k=self.soft_top_k,
-            top_p=self.soft_top_p,
-            min_p=self.soft_min_p,
-            **span,
-        )
-
-
-def thought_mask(labels: Tensor, *, start: list[int] = (), end: list[int] = (), steps: int | None = None) -> Tensor:
-    """Which positions are thought, and so read mixtures: [B, T] labels (-100 off the completion) -> [B, T] bool.
-
-    With `end` the completion's tokens before its first occurrence (a row without it is thought throughout) and, where
-    the completion holds `start`, after that; with `steps` the first so many; with neither the whole completion.
-    """
-    inside = labels != -100
-    if steps is not None:
-        return inside & (inside.cumsum(1) <= steps)
-    if len(end):
-        inside = inside & (_starts(labels, end).cumsum(1) == 0)
-    if len(start):
-        opened = _starts(labels, start)
-        behind = nn.functional.pad(opened, (len(start), 0))[:, : labels.shape[1]].cumsum(1) > 0
-        inside = inside & (behind | ~opened.any(1, keepdim=True))  # a start tag in the prompt has no label
-    return inside
-
-
-def _starts(labels: Tensor, pattern: list[int]) -> Tensor:
-    """[B, T] -> [B, T] bool: does the pattern start here?"""
-    hit = torch.ones_like(labels, dtype=torch.bool)
-    for shift, token in enumerate(pattern):
-        ahead = torch.full_like(labels, -100)
-        ahead[:, : labels.shape[1] - shift] = labels[:, shift:]
-        hit = hit & (ahead == token)
-    return hit
-
-
-@dataclass
-class SoftCollator(DataCollatorForLanguageModeling):
-    """Pads on the right. Rows with `trace_ids` also give [B, M, T] of them, M the most of a row; the mask of the rows
-    that have fewer is 0 there."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        ids = [e["input_ids"] for e in examples]
-        labels = [e.get("labels", e["input_ids"]) for e in examples]
-        traces = [e["trace_ids"] for e in examples] if "trace_ids" in examples[0] else []
-        M = max(map(len, traces), default=0)
-        flat = [row[m] if m < len(row) else [] for row in traces for m in range(M)]
-        longest = max(map(len, ids + flat))
-        longest += -longest % (self.pad_to_multiple_of or 1)
-        input_ids, mask = _pad(ids, longest, self.pad_token_id)
-        batch = {"input_ids": input_ids, "labels": _pad(labels, longest, -100)[0], "attention_mask": mask}
-        if traces:
-            trace_ids, trace_mask = _pad(flat, longest, self.pad_token_id)
-            shape = (len(traces), M, longest)
-            batch |= {"trace_ids": trace_ids.view(shape), "trace_mask": trace_mask.view(shape)}
-        return batch
-
-
-def _pad(rows: list[list[int]], length: int, value: int) -> tuple[Tensor, Tensor]:
-    """Rows padded on the right and their mask, each [len(rows), length] int64."""
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    mask = np.arange(length) < lengths[:, None]
-    if mask.all():
-        out = np.array(rows, dtype=np.int64)
-    else:
-        out = np.full(mask.shape, value, dtype=np.int64)
-        out[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
-    return torch.from_numpy(out), torch.from_numpy(mask.astype(np.int64))
 
 
 class SoftSFTTrainer(SFTTrainer):
@@ -308,7 +122,7 @@ class SoftSFTTrainer(SFTTrainer):
 
         oracle = None
         if self.args.targets == "oracle":
-            oracle = _frontier(inputs["trace_ids"], inputs["trace_mask"], ids)
+            oracle = frontier(inputs["trace_ids"], inputs["trace_mask"], ids)
 
         def logits_of(ids: Tensor) -> Tensor:
             """-> [B, T, V]. Runs inside the wrapper's forward, where DDP and FSDP have the parameters at hand."""
@@ -459,42 +273,6 @@ def soft_loss(
         ce = -(weights * logp.gather(-1, ids)).sum(-1)
     ce = torch.where(is_thought, thought_weight * ce, ce)
     return ce.sum(), entropy(chosen[is_thought])
-
-
-def check_traces(dataset: Dataset, targets: str) -> None:
-    """Raise ValueError for data that `targets` "traces" or "oracle" cannot be taken from."""
-    if missing := sorted({"prompt", "traces"} - set(dataset.column_names)):
-        raise ValueError(f"targets={targets!r} needs columns {missing}; the data has {dataset.column_names}")
-    if not all(dataset["traces"]):
-        raise ValueError(f"targets={targets!r}: row {list(map(bool, dataset['traces'])).index(False)} has no traces")
-
-
-def add_trace_ids(dataset: Dataset, tokenizer, max_length: int | None = None) -> Dataset:
-    """Tokenise the column `traces`, prompt included, as TRL tokenises prompt and completion."""
-
-    def tokenise(row: dict) -> dict:
-        if isinstance(row["prompt"], str):
-            eos = tokenizer.eos_token
-            texts = [row["prompt"] + t + ("" if t.endswith(eos) else eos) for t in row["traces"]]
-            ids = tokenizer(texts)["input_ids"]
-        else:
-            chats = [row["prompt"] + trace for trace in row["traces"]]
-            ids = [tokenizer.apply_chat_template(c, return_dict=True)["input_ids"] for c in chats]
-        return {"trace_ids": [x[:max_length] for x in ids]}
-
-    return dataset.map(tokenise, desc="Tokenizing traces")
-
-
-def _frontier(trace_ids: Tensor, trace_mask: Tensor, ids: Tensor) -> Soft:
-    """At each position the empirical distribution of the traces that reach it; past all of them the gold token.
-
-    trace_ids, trace_mask: [B, M, T]; ids: [B, T] gold -> Soft [B, T, M].
-    """
-    here = trace_mask.transpose(1, 2).bool()  # [B, T, M]
-    none = ~here.any(-1, keepdim=True)
-    choices = trace_ids.transpose(1, 2).where(~none, ids[..., None])
-    here = here | none
-    return Soft(choices, here / here.sum(-1, keepdim=True))
 
 
 def check_writable(folder: str | Path) -> None:

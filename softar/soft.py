@@ -112,10 +112,9 @@ def soft_embed(soft: Soft, embedding: nn.Module, *, rescale: str | None = None) 
         raise ValueError(f"rescale={rescale!r} is unknown: choose one of {RESCALES}")
     ids, weights = soft
     table = next((m for m in embedding.modules() if isinstance(m, nn.Embedding)), None)  # PEFT wraps it
-    if table is not None and weights.shape[-1] >= table.num_embeddings:
-        # Asking a plain lookup for the whole vocabulary gives its table; anything cleverer has to be asked.
-        plain = type(embedding) is nn.Embedding
-        vectors = table.weight if plain else embedding(torch.arange(table.num_embeddings, device=ids.device))
+    is_dense = table is not None and weights.shape[-1] >= table.num_embeddings
+    if is_dense:
+        vectors = embedding(torch.arange(table.num_embeddings, device=ids.device))
         weights = dense(soft, table.num_embeddings)
         mixed = (weights @ vectors.float()).to(vectors.dtype)
     else:
@@ -124,7 +123,12 @@ def soft_embed(soft: Soft, embedding: nn.Module, *, rescale: str | None = None) 
     if rescale is None:
         return mixed
     if rescale == "l2":
-        return (mixed.float() / weights.norm(dim=-1, keepdim=True)).to(mixed.dtype)
+        if is_dense:
+            square = weights.square().sum(-1)
+        else:  # weights of one id are one entry of the vector
+            same = ids[..., :, None] == ids[..., None, :]
+            square = (weights[..., :, None] * weights[..., None, :] * same).sum((-2, -1))
+        return (mixed.float() / square.sqrt()[..., None]).to(mixed.dtype)
     lengths = vectors.float().norm(dim=-1)
     target = weights @ lengths if lengths.dim() == 1 else (weights * lengths).sum(-1)
     return (mixed.float() * (target / mixed.float().norm(dim=-1).clamp_min(1e-12))[..., None]).to(mixed.dtype)
@@ -154,7 +158,11 @@ def check_dist(
 ) -> None:
     """Raise ValueError for a knob of `mk_proba_dist` out of its range; with vocab_size None as far as can be told."""
     V = float("inf") if vocab_size is None else vocab_size
-    if not torch.is_tensor(temperature) and not 0 <= temperature < float("inf"):
+    if torch.is_tensor(temperature):
+        # Looking into a tensor on an accelerator would cost every step a synchronisation.
+        if temperature.device.type == "cpu" and not (temperature >= 0).all():
+            raise ValueError(f"temperature={temperature.tolist()} must be >= 0 and finite; 0 is the argmax")
+    elif not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature} must be >= 0 and finite; 0 is the argmax")
     for name, k in (("top_k", top_k), ("keep", keep)):
         if k is not None and not 1 <= k <= V:

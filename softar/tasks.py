@@ -2,8 +2,6 @@
 
 A task is two datasets in TRL's prompt-completion format and a scorer. `load_task("mnns")` makes the embedded one,
 `load_task("reasoning_gym:chain_sum")` wraps any dataset of reasoning-gym with its own scorer. Nothing is downloaded.
-
-Shapes: M traces (alternative thoughts) of one prompt, T positions.
 """
 
 import dataclasses
@@ -15,11 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from datasets import Dataset
-from torch import Tensor
-
-from .soft import Soft
 
 GYM = "reasoning_gym:"
 GYM_SIZE = 1000  # rows generated where the caller names no size
@@ -69,17 +63,6 @@ def no_thought(task: Task) -> Task:
         return rows.add_column("completion", [" " + answer for answer in rows["answer"]])
 
     return dataclasses.replace(task, train=strip(task.train), test=strip(task.test), think_steps=None)
-
-
-def marginals(trace_ids: Tensor) -> Soft:
-    """Oracle soft targets: at each position the empirical distribution of the traces' tokens there, the target of
-    continuous supervised fine-tuning (CoT2, arXiv:2505.23648, section 3).
-
-    trace_ids: [..., M, T] int64, M >= 1 equally likely traces -> Soft [..., T, M]; repeated ids stand side by side,
-    their weights 1 / M add up.
-    """
-    ids = trace_ids.transpose(-1, -2)  # [..., T, M]
-    return Soft(ids, torch.full(ids.shape, 1 / ids.shape[-1], device=ids.device))
 
 
 def mnns(digits: int = 4, low: int = 1, high: int = 9, *, seed: int = 0, size: int | None = None) -> Task:

@@ -1007,3 +1007,40 @@ def test_resolve_turns_text_into_ids():
 def test_configurations_are_frozen():
     with pytest.raises(AttributeError):
         SoftConfig().alpha = 0.5
+
+
+def test_processors_that_leave_no_token_are_named_at_their_step(llama):
+    ids, mask = left_padded(PROMPTS)
+
+    class Nothing(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores if input_ids.shape[1] < ids.shape[1] + 2 else torch.full_like(scores, -torch.inf)
+
+    with pytest.raises(FloatingPointError, match="step 2"):
+        softar.generate(llama, ids, mask, config=SoftConfig(max_new_tokens=N), logits_processor=[Nothing()])
+
+
+def test_stop_strings_end_a_row(endless, monkeypatch):
+    """transformers' own criterion cannot read a vocabulary of whole words, so a stand-in reads the last token."""
+
+    class EndsIn(StoppingCriteria):
+        def __init__(self, tokenizer, strings):
+            self.ids = tokenizer.convert_tokens_to_ids(strings)
+
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.isin(input_ids[:, -1], torch.tensor(self.ids))
+
+    monkeypatch.setattr("softar.decode.StopStringCriteria", EndsIn)
+    ids, mask = left_padded(PROMPTS[:1])
+    config = SoftConfig(mixer="hard", top_k=None, max_new_tokens=N)
+    free = softar.generate(endless, ids, mask, config=config).completions[0].tolist()
+    settings = copy.deepcopy(endless.generation_config)
+    settings.stop_strings = tokenizer_of().convert_ids_to_tokens(free[3:4])
+    out = softar.generate(endless, ids, mask, config=config, generation_config=settings, tokenizer=tokenizer_of())
+    assert out.completions[0].tolist() == free[: free.index(free[3]) + 1]
+
+
+def test_a_prompt_of_embeddings_alone_is_refused(llama):
+    embeds = llama.get_input_embeddings()(torch.tensor([[BOS, 9, 10]]))
+    with pytest.raises(ValueError, match="empty prompt"):
+        llama.generate(inputs_embeds=embeds, max_new_tokens=2, custom_generate=softar.soft_decode)

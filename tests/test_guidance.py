@@ -503,3 +503,10 @@ def test_bad_input_is_named_before_any_forward():
         with pytest.raises(ValueError, match=r"mode='jacobi'.*parallel.*sequential"):
             soft_forward(model, ids, mask, marked, feeder(), mode="jacobi")
     assert not calls
+
+
+@pytest.mark.parametrize("name, value", [("passes", -1), ("grad_passes", 0), ("window", 0)])
+def test_counts_out_of_range_are_named(name, value):
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        soft_forward(None, ids, None, torch.zeros_like(ids, dtype=torch.bool), None, **{name: value})

@@ -22,9 +22,11 @@ from trl import SFTConfig, SFTTrainer
 
 import softar
 import softar.sft
-from softar.decode import SoftConfig
+from softar.config import SoftConfig
 from softar.evaluate import evaluate
-from softar.sft import SoftCollator, SoftSFTConfig, SoftSFTTrainer, no_interrupt, soft_loss, thought_mask
+from softar.sft import SoftSFTTrainer, no_interrupt, soft_loss
+from softar.sft_config import SoftSFTConfig
+from softar.sft_data import SoftCollator, thought_mask
 from softar.soft import Soft, entropy
 from softar.tasks import load_task
 

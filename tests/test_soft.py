@@ -501,17 +501,8 @@ def test_gradients_through_a_wrapped_embedding_equal_the_dense_formula():
             assert ours.abs().max() > 0
 
 
-REPEATED_L2 = pytest.mark.xfail(reason="l2 takes the norm slot by slot, so a repeated id is stretched")
-
-
-@pytest.mark.parametrize(
-    "rescale, kind",
-    [
-        pytest.param(r, k, marks=REPEATED_L2 if r == "l2" and k in ("duplicates", "deep") else ())
-        for r in ("l2", "norm")
-        for k in KINDS
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rescale", ["l2", "norm"])
 def test_rescale(rescale, kind):
     """Defect 30. l2 divides by the norm of the distribution; norm gives the weighted mean length. Off by default."""
     table, soft = table_of(VOCAB, 16), random_soft(kind, VOCAB)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from softar.models import load
+from softar.sft_data import frontier
 from softar.soft import dense
-from softar.tasks import _freeze, _thaw, load_task, marginals, mnns, no_thought
+from softar.tasks import _freeze, _thaw, load_task, mnns, no_thought
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_mnns_marginals_are_the_oracle_of_the_worked_example(task, tokenizer):
     row = row_of(task, [5, 3, 2, 4])
     assert (row["prompt"], row["completion"], row["answer"]) == ("<bos> D5 D3 D2 D4 ->", " S5 S2 S4 S0", "S0")
     assert len(row["traces"]) == 8
-    soft = marginals(torch.tensor(tokenizer(row["traces"])["input_ids"]))
+    soft = frontier(torch.tensor(tokenizer(row["traces"])["input_ids"]))
     assert soft.ids.shape == soft.weights.shape == (4, 8)
     table = dense(soft, len(tokenizer))
     named = [{tokenizer.convert_ids_to_tokens(i): p[i].item() for i in p.nonzero()[:, 0].tolist()} for p in table]
@@ -149,7 +150,7 @@ def test_no_thought(task):
 
 def test_marginals_of_any_shape():
     ids = torch.randint(7, (2, 3, 5, 4))  # [..., M=5, T=4]
-    soft = marginals(ids)
+    soft = frontier(ids)
     assert soft.ids.shape == (2, 3, 4, 5) and soft.weights.dtype == torch.float32
     expected = torch.nn.functional.one_hot(ids, 7).float().mean(-3)
     torch.testing.assert_close(dense(soft, 7), expected)

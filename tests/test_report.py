@@ -1,0 +1,149 @@
+"""results.json, the tables and the plot."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+from tiny import EOS, Forced, model_of, tokenizer_of
+
+import softar
+from softar.config import SoftConfig
+from softar.report import PACKAGES, commit, device, plot_accuracy, results_table, thought_table, write_results
+
+
+def row(decoder, readout, accuracy, **changes):
+    common = dict(nfe=5.0, train_steps=300, train_seconds=12.4, seconds=0.512, seed=0)
+    return {**common, "decoder": decoder, "readout": readout, "accuracy": accuracy, **changes}
+
+
+def text_of(table):
+    console = Console(file=io.StringIO(), width=160)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def cells_of(table):
+    return [column.header for column in table.columns], list(zip(*(column.cells for column in table.columns)))
+
+
+ROWS = [row("discrete", "soft", 0.25), row("discrete", "discrete", 0.5), row("trace-soft", "soft", 0.875, nfe=6.0)]
+
+
+def test_a_table_has_one_line_per_decoder_and_the_readouts_side_by_side():
+    head, lines = cells_of(results_table([*ROWS, row("trace-soft", "discrete", 0.0)], title="mnns"))
+    assert head == ["decoder", "soft", "discrete", "forwards", "train steps", "train s", "decode s"]
+    assert lines == [
+        ("discrete", "0.250", "0.500", "5", "300", "12", "0.51"),
+        ("trace-soft", "0.875", "0.000", "6", "300", "12", "0.51"),
+    ]
+    assert "mnns" in text_of(results_table(ROWS, title="mnns"))
+
+
+def test_several_seeds_become_mean_and_standard_deviation():
+    seeds = [row("soft", "soft", a, seed=i, train_seconds=10.0 + i) for i, a in enumerate((0.5, 0.6, 0.7))]
+    _, lines = cells_of(results_table(seeds))
+    assert lines == [("soft", "0.600 ± 0.100", "5 ± 0", "300 ± 0", "11 ± 1", "0.51 ± 0.00")]
+
+
+def test_a_decoder_without_one_of_the_readouts_leaves_a_gap(tmp_path):
+    _, lines = cells_of(results_table(ROWS))
+    assert lines[1][:3] == ("trace-soft", "0.875", "")
+    assert plot_accuracy(ROWS, tmp_path / "a.png").stat().st_size > 3000
+
+
+def test_the_plot_shows_each_bar_its_height_and_the_seeds(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    bars, dots, plain_bar, plain_plot = [], [], Axes.bar, Axes.plot
+    monkeypatch.setattr(
+        Axes, "bar", lambda self, x, h, *a, **kw: bars.append((h, kw["label"])) or plain_bar(self, x, h, *a, **kw)
+    )
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, x, y, *a, **kw: dots.append(list(y)) or plain_plot(self, x, y, *a, **kw)
+    )
+    rows = [row("a", "soft", 0.2), row("a", "soft", 0.4), row("a", "discrete", 0.5), row("b", "discrete", 0.6)]
+    file = plot_accuracy(rows, tmp_path / "plot.png", title="title")
+    assert file == tmp_path / "plot.png" and file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [(pytest.approx(h), label) for h, label in bars] == [(0.3, "soft"), (0.5, "discrete"), (0.6, None)]
+    assert dots == [[0.2, 0.4]]
+
+
+def test_results_hold_where_they_come_from(tmp_path):
+    file = write_results(tmp_path / "results.json", ROWS, command="softar x --seed 1")
+    found = json.loads(file.read_text())
+    assert set(found) == {"schema", "command", "commit", "device", "versions", "rows"}
+    assert (found["schema"], found["command"], found["rows"]) == (1, "softar x --seed 1", ROWS)
+    assert (found["commit"], found["device"]) == (commit(), device())
+    assert set(found["versions"]) == {"python", *PACKAGES}
+    assert json.loads(write_results(file, []).read_text())["command"].count("pytest") >= 1  # sys.argv by default
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = write_results(tmp_path / "results.json", ROWS)
+    before = file.read_text()
+    with pytest.raises(TypeError):
+        write_results(file, [{"accuracy": object()}])
+    assert file.read_text() == before
+    monkeypatch.setattr("pathlib.Path.replace", lambda self, target: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_results(file, [])
+    assert file.read_text() == before
+
+
+@pytest.fixture(scope="module")
+def thought():
+    model, tokenizer = model_of(), tokenizer_of()
+    config = SoftConfig(top_k=8, budget=2, max_new_tokens=4, temperature=3.0)
+    out = softar.generate(model, **tokenizer(["<bos> w7", "<bos> w9"], return_tensors="pt"), config=config)
+    return out, tokenizer
+
+
+def test_a_thought_is_shown_step_by_step(thought):
+    out, tokenizer = thought
+    table = thought_table(out, tokenizer, row=1, top=3)
+    head, lines = cells_of(table)
+    assert head == ["step", "kind", "token", "entropy / nats", "fed back"]
+    assert str(table.title) == "<bos> w9" and [line[1] for line in lines[:3]] == ["soft", "soft", "hard"]
+    record = out.record
+    for t, line in enumerate(lines):
+        assert line[0] == str(t + 1) and str(line[2]) == tokenizer.decode(record.token[1, t : t + 1])
+        assert line[3] == f"{record.entropy[1, t]:.2f}"
+        weights = record.weights[1, t]
+        shown = str(line[4]).split("  ")
+        likely = int((weights > 0.005).sum())
+        assert len(shown) == min(3, likely) + (likely > 3)
+        best = weights.argmax()
+        assert shown[0] == f"{tokenizer.decode([int(record.ids[1, t, best])])} {weights[best]:.2f}"
+        if likely > 3:
+            assert shown[-1] == f"(+{likely - 3})"
+    assert str(lines[2][4]).endswith(" 1.00")  # a single token after the thought
+
+
+def test_a_thought_ends_where_its_row_ends():
+    model, tokenizer = model_of(), tokenizer_of()
+    config = SoftConfig(mixer="hard", max_new_tokens=5)
+    inputs = tokenizer(["<bos> w7", "<bos> w9"], return_tensors="pt")
+    forced = Forced(2, [[7, EOS], [7] * 5])
+    out = softar.generate(model, **inputs, config=config, logits_processor=[forced])
+    assert [thought_table(out, tokenizer, row=r).row_count for r in (0, 1)] == [2, 5]
+
+
+def test_tokens_that_look_like_markup_are_shown_as_they_are(thought):
+    out, tokenizer = thought
+    plain = tokenizer.decode
+
+    class Odd:
+        def decode(self, ids, **kw):
+            return "[/INST]" if len(ids) == 1 else "[red]" + plain(ids, **kw)
+
+    shown = text_of(thought_table(out, Odd()))
+    assert shown.count("[/INST]") >= 4 and "[red]" in shown
+
+
+def test_the_commit_is_none_outside_a_repository(monkeypatch, tmp_path):
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))
+    assert commit() is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() is None
