@@ -67,12 +67,10 @@ def decode(args) -> list[dict]:
         inputs = tokenizer([text] * batch, return_tensors="pt").to(model.device)
 
         def hf(inputs=inputs):
-            # min_new_tokens would add a processor: no EOS at all keeps the lengths equal without a cost.
-            return model.generate(**inputs, do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
+            return model.generate(**inputs, do_sample=False, max_new_tokens=new)
 
         def ours(config, inputs=inputs):
-            settings = softar_settings(model)
-            return softar.generate(model, **inputs, config=config, generation_config=settings)
+            return softar.generate(model, **inputs, config=config)
 
         configs = {
             "hard": softar.SoftConfig(mixer="hard", top_k=None, max_new_tokens=new),
@@ -81,6 +79,8 @@ def decode(args) -> list[dict]:
             "3 samples": softar.SoftConfig(mixer="k-samples", top_k=None, max_new_tokens=new),
         }
         assert torch.equal(hf(), ours(configs["hard"]).sequences), "hard decoding differs from model.generate"
+        for name, config in configs.items():  # a row that ended early would be compared at another length
+            assert ours(config).num_forwards == new, f"{name} ended early: take another prompt or fewer tokens"
         runs = {"model.generate": hf} | {name: (lambda c=c: ours(c)) for name, c in configs.items()}
         seconds = interleaved(runs, args.repeats)
         for name, took in seconds.items():
@@ -91,13 +91,6 @@ def decode(args) -> list[dict]:
     show("decoding: tokens/s, and their ratio to model.generate", rows, ("batch", "decoder", "tokens_per_s", "ratio",
                                                                          "ratio_low", "ratio_high"))  # fmt: skip
     return rows
-
-
-def softar_settings(model):
-    """The model's generation settings without an end of sequence."""
-    from transformers import GenerationConfig
-
-    return GenerationConfig(eos_token_id=None, pad_token_id=0)
 
 
 def sft(args) -> list[dict]:

@@ -226,6 +226,8 @@ class _Chooser:
         self.draws = _Draws(rng, rows)
         # A thought of single tokens is an ordinary chain of thought: no embedding is ever mixed.
         self.is_soft = not (config.alpha == 0 or config.mixer == "hard" or config.temperature == 0)
+        draws = config.mixer_args.get("sample", False) if config.mixer == "hard" else config.mixer != "soft"
+        self.is_greedy = not self.is_soft and not draws
         self.answers = self.end is not None or config.budget is not None or config.cold_stop_entropy is not None
         self.done = torch.zeros(rows, dtype=torch.bool, device=device)
         self.thinking = torch.ones_like(self.done) if self.start is None else _is_open(input_ids, self.start, self.end)
@@ -296,6 +298,8 @@ class _Chooser:
 
     def _think(self, scores: Tensor) -> Mixed:
         c = self.config
+        if self.is_greedy:  # whatever the filters are, the argmax passes them
+            return hard(mk_proba_dist(scores, temperature=0.0, banned=c.banned))
         dist = mk_proba_dist(
             scores,
             temperature=c.temperature,

@@ -34,7 +34,7 @@ class Mixed(NamedTuple):
 
 def hard(dist: Soft, *, rng: Rng = None, sample: bool = False) -> Mixed:
     """One token: the most likely, or with `sample` a draw. logp is that token's."""
-    slot = _draw(dist.weights, rng) if sample else dist.weights.argmax(-1)
+    slot = _draw(dist.weights, rng)[..., 0] if sample else dist.weights.argmax(-1)
     token = _pick(dist.ids, slot)
     return Mixed(one_token(token), token, _log(_pick(dist.weights, slot)))
 
@@ -68,7 +68,7 @@ def k_samples(dist: Soft, *, rng: Rng = None, k: int = 3, weighting: str = "unif
         raise ValueError(f"k={k} must be at least 1; 1 is ordinary sampling")
     if weighting not in ("uniform", "probability"):
         raise ValueError(f"weighting={weighting!r} is unknown: choose 'uniform' or 'probability'")
-    slots = torch.stack([_draw(dist.weights, rng) for _ in range(k)], -1)
+    slots = _draw(dist.weights, rng, k)
     ids, probs = dist.ids.gather(-1, slots), dist.weights.gather(-1, slots)
     weights = torch.full_like(probs, 1 / k) if weighting == "uniform" else probs / probs.sum(-1, keepdim=True)
     return Mixed(Soft(ids, weights), ids[..., 0], _log(probs).sum(-1))
@@ -81,7 +81,7 @@ def mixture_of_inputs(dist: Soft, *, rng: Rng = None, beta: float = 1.0) -> Mixe
     if not beta >= 0:
         raise ValueError(f"beta={beta} must be >= 0; large values approach plain sampling")
     p = dist.weights
-    slot = _draw(p, rng)
+    slot = _draw(p, rng)[..., 0]
     h = -(p * p.clamp_min(TINY).log()).sum(-1, keepdim=True) / max(math.log(p.shape[-1]), TINY)
     drawn = torch.zeros_like(p).scatter(-1, slot[..., None], 1.0)
     # Split as 1 - share and share so that an infinite beta, the sampling limit, is exact too.
@@ -139,10 +139,20 @@ def _standard_gamma(a: Tensor, rng: Rng) -> Tensor:
     return torch.stack([_standard_gamma(row, r) for row, r in zip(a, rng, strict=True)])
 
 
-def _draw(weights: Tensor, rng: Rng) -> Tensor:
-    """Sample a slot in proportion to the weights: [..., K] -> [...]. The first of K exponential clocks to ring; unlike
-    torch.multinomial it neither synchronises with the device nor minds the shape."""
-    return (weights.detach() / exponential(weights.detach(), rng)).argmax(-1)
+def _draw(weights: Tensor, rng: Rng, n: int = 1) -> Tensor:
+    """Sample n slots with replacement, in proportion to the weights: [..., K] -> [..., n]. By inverting the cumulative
+    distribution in float64: one uniform number a draw, any shape, and no synchronisation as torch.multinomial has."""
+    cumulative = weights.detach().double().cumsum(-1)
+    uniform = _uniform((*weights.shape[:-1], n), rng, weights.device) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, uniform, right=True).clamp_max(weights.shape[-1] - 1)
+
+
+def _uniform(shape: tuple[int, ...], rng: Rng, device: torch.device) -> Tensor:
+    """Float64 in [0, 1)."""
+    if rng is None or isinstance(rng, torch.Generator):
+        source = device if rng is None else rng.device
+        return torch.rand(shape, generator=rng, device=source, dtype=torch.float64).to(device)
+    return torch.stack([_uniform(shape[1:], r, device) for r in rng])
 
 
 def _pick(values: Tensor, slot: Tensor) -> Tensor:

@@ -75,13 +75,13 @@ def mk_proba_dist(
         # Equal logits come in any order; the one that argmax takes leads, so that slot 0 is the greedy token.
         ids = torch.cat([top, ids[..., 1:].where(ids[..., 1:] != top, ids[..., :1])], -1)
     scaled = _divide(x, temperature)
-    probs = (x if temperature_last else scaled).softmax(-1)
-    dropped = torch.zeros_like(probs, dtype=torch.bool)
-    if top_p is not None and top_p < 1:
-        dropped = dropped | _outside_nucleus(probs, top_p, is_sorted=ids is not None)
-    if min_p is not None and min_p > 0:
-        dropped = dropped | (probs < min_p * probs.amax(-1, keepdim=True))
-    weights = scaled.masked_fill(dropped, -torch.inf).softmax(-1)
+    if top_p is not None or min_p is not None:
+        probs = (x if temperature_last else scaled).softmax(-1)
+        if top_p is not None and top_p < 1:
+            scaled = scaled.masked_fill(_outside_nucleus(probs, top_p, is_sorted=ids is not None), -torch.inf)
+        if min_p is not None and min_p > 0:
+            scaled = scaled.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -torch.inf)
+    weights = scaled.softmax(-1)
 
     if ids is None:
         ids = torch.arange(V, device=x.device).expand(x.shape)  # a view: no [..., V] of ids is written
@@ -146,11 +146,13 @@ def entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     -inf logits count as probability 0, with a clean gradient. A row holding NaN or +inf, or nothing but -inf, gives
     NaN: the decoding loop uses that as its check.
     """
-    x = _divide(logits.float(), temperature)
-    x = x - x.amax(-1, keepdim=True)  # around 0 log z and the mean below cancel without loss, and H is never negative
-    log_z = x.logsumexp(-1)
-    probs = (x - log_z[..., None]).exp()
-    return log_z - (probs * x.masked_fill(x == -torch.inf, 0.0)).sum(-1)
+    logp = _divide(logits.float(), temperature).log_softmax(-1)
+    probs = logp.exp()
+    # Every term is >= 0, so nothing cancels; the clamp makes 0 log 0 a 0 whose gradient is 0, and lets NaN through.
+    least = torch.finfo(logp.dtype).min
+    if probs.requires_grad:
+        return -(probs * logp.clamp_min(least)).sum(-1)
+    return -probs.mul_(logp.clamp_min_(least)).sum(-1)  # in a decode, [B, V] at every step, allocating costs most
 
 
 def check_dist(

@@ -259,7 +259,8 @@ def test_any_model_and_any_dataset(tmp_path, folder_of_model):
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = dict(QUICK, task_size=None, model_name_or_path=folder_of_model, dataset_name=data, soft_mixer="gumbel",
                    soft_mixer_args='{"tau": 0.3}', soft_top_k=8, think_start="<think>", think_end="</think>",
-                   alpha_schedule="cosine", use_peft="true", lora_target_modules="q_proj", learning_rate=1e-2)  # fmt: skip
+                   alpha_schedule="cosine", use_peft="true", lora_target_modules="q_proj",
+                   learning_rate=1e-2)  # fmt: skip
     run(PYTHON, *argv(tmp_path / "out", **options))
     (row,) = results_of(tmp_path / "out")["rows"]
     assert row["decoder"] == "custom" and row["model"] == str(folder_of_model) and row["eval_loss"] > 0
