@@ -78,6 +78,7 @@ def decode(args) -> list[dict]:
             "gumbel, top-k 10": softar.SoftConfig(mixer="gumbel", top_k=10, max_new_tokens=new),
             "3 samples": softar.SoftConfig(mixer="k-samples", top_k=None, max_new_tokens=new),
         }
+        configs = {name: config for name, config in configs.items() if args.decoders is None or name in args.decoders}
         assert torch.equal(hf(), ours(configs["hard"]).sequences), "hard decoding differs from model.generate"
         for name, config in configs.items():  # a row that ended early would be compared at another length
             assert ours(config).num_forwards == new, f"{name} ended early: take another prompt or fewer tokens"
@@ -220,6 +221,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="decode: any model that softar.load takes")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--decoders", nargs="+", help="decode: only these rows, 'hard' among them")
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--length", type=int, default=128, help="sft: soft positions T")
     parser.add_argument("--model_path", help="agreement: a folder with a model trained on MNNS")

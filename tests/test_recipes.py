@@ -29,7 +29,7 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "CI": "1", "PYTHONPATH": str(ROOT), 
 PYTHON = [sys.executable, RECIPE]
 ACCELERATE = [BIN / "accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
               "--dynamo_backend", "no", RECIPE]  # fmt: skip
-TWO = [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", "0", RECIPE]
+TWO = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", RECIPE]
 QUICK = {
     "max_steps": 4,
     "task_size": 64,
@@ -259,7 +259,7 @@ def test_any_model_and_any_dataset(tmp_path, folder_of_model):
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = dict(QUICK, task_size=None, model_name_or_path=folder_of_model, dataset_name=data, soft_mixer="gumbel",
                    soft_mixer_args='{"tau": 0.3}', soft_top_k=8, think_start="<think>", think_end="</think>",
-                   alpha_schedule="cosine", use_peft="true", lora_target_modules="q_proj",
+                   alpha_schedule="cosine", use_peft="true",
                    learning_rate=1e-2)  # fmt: skip
     run(PYTHON, *argv(tmp_path / "out", **options))
     (row,) = results_of(tmp_path / "out")["rows"]
@@ -268,7 +268,7 @@ def test_any_model_and_any_dataset(tmp_path, folder_of_model):
     config = SoftConfig.load(tmp_path / "out")
     assert (config.mixer, config.mixer_args, config.think_end) == ("gumbel", {"tau": 0.3}, "</think>")
     model, tokenizer = softar.load(tmp_path / "out")
-    assert model.peft_config["default"].target_modules == {"q_proj"}
+    assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}
     out = softar.generate(
         model, **encode(tokenizer, ["<bos> w5 w9 <think>", "<bos> w6 w9"]), config=config, tokenizer=tokenizer
     )
