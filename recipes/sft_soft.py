@@ -116,7 +116,7 @@ def main(script, training, model_args, mixture):
     if jobs > 1 and len(left) > 1 and not is_child:
         train_apart(left, places, jobs, console)
         finished |= {row: json.loads((places[row] / "row.json").read_text()) for row in left}
-    results = []
+    results, opened = [], {training.seed: (model, tokenizer)}
     for name, seed in todo:
         where = places[name, seed]
         if finished[name, seed] is not None:
@@ -125,7 +125,7 @@ def main(script, training, model_args, mixture):
             done = where / "row.json"
             done.unlink(missing_ok=True)
             args = row_config(training, name, seed, where, task)
-            model, tokenizer = open_model(model_args, task, seed)
+            model, tokenizer = opened.pop(seed, None) or open_model(model_args, task, seed)
             rows = train_row(name, args, task, model, tokenizer, model_args)
             if rows is not None:  # the main process
                 results += rows
