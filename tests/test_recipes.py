@@ -293,7 +293,13 @@ def test_smollm2_on_chain_sum(tmp_path):
         pytest.skip("needs `make smollm2`")
     config = ROOT / "recipes" / "configs" / "smollm2_chain_sum.yaml"
     options = dict(
-        config=config, max_steps=2, task_size=8, per_device_train_batch_size=2, logging_steps=1, save_steps=2
+        config=config,
+        max_steps=2,
+        task_size=8,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        save_steps=2,
+        eval_new_tokens=2,
     )
     out = run(PYTHON, *(str(x) for k, v in options.items() for x in (f"--{k}", v)), "--output_dir", str(tmp_path))
     found = results_of(tmp_path)["rows"]
@@ -301,7 +307,7 @@ def test_smollm2_on_chain_sum(tmp_path):
     assert {r["task"] for r in found} == {"reasoning_gym:chain_sum"} and {r["model"] for r in found} == {"smollm2-135m"}
     assert (tmp_path / "checkpoint-2" / "adapter_config.json").exists()
     config = SoftConfig.load(tmp_path)
-    assert (config.mixer, config.top_k, config.max_new_tokens) == ("soft", 10, 8)
+    assert (config.mixer, config.top_k, config.max_new_tokens) == ("soft", 10, 2)
     assert "custom" in out and all(0 < x < 20 for x in losses_of(tmp_path, 2))
 
 
