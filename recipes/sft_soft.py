@@ -4,7 +4,7 @@
 """
 Guided soft SFT: teach a causal LM to think in its own mixtures of tokens.
 
-# The demo: a tiny model on MNNS, a table of no-CoT, discrete CoT and soft thought (5 minutes on 2 cores)
+# The demo: a tiny model on MNNS, a table of no-CoT, discrete CoT and soft thought
 accelerate launch recipes/sft_soft.py
 accelerate launch recipes/sft_soft.py --rows all --num_seeds 5
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .mixers import Rng, exponential
-from .soft import Soft, soft_embed
+from .soft import Soft, hard, soft_embed
 
 Feed = Callable[[Tensor, Tensor], Soft]  # (logits [..., V], gold [...]) -> the mixture that is read next
 
@@ -41,7 +41,7 @@ def guide(soft: Soft, target: Tensor, alpha: float, how: str = "mix", *, rng: Rn
     if alpha == 0:
         return soft
     if alpha == 1:
-        return Soft(target[..., None], torch.ones_like(target[..., None], dtype=torch.float32))
+        return hard(target)
     is_target = soft.ids == target[..., None]
     rest = soft.weights.masked_fill(is_target, 0.0)
     had = (soft.weights * is_target).sum(-1, keepdim=True)

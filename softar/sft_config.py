@@ -16,9 +16,7 @@ TARGETS = ("gold", "traces", "oracle")
 THOUGHT_LOSSES = ("constant", "alpha")
 
 
-def opt(default: Any, text: str, factory=None):
-    if factory is not None:
-        return field(default_factory=factory, metadata={"help": text})
+def opt(default: Any, text: str):
     return field(default=default, metadata={"help": text})
 
 
