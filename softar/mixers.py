@@ -20,6 +20,7 @@ from .soft import hard as one_token
 
 Rng = torch.Generator | Sequence[torch.Generator] | None
 TINY = torch.finfo(torch.float32).tiny
+LEAST, MOST = 1e-30, 1e30  # a knob beyond these is its limit in float32, and would only overflow
 
 
 class Mixed(NamedTuple):
@@ -55,7 +56,8 @@ def gumbel(dist: Soft, *, rng: Rng = None, tau: float = 0.5) -> Mixed:
     noise = -exponential(dist.weights, rng).log()
     perturbed = _log(dist.weights) + noise
     slot = perturbed.argmax(-1)
-    return Mixed(Soft(dist.ids, (perturbed / tau).softmax(-1)), _pick(dist.ids, slot), _log(_pick(dist.weights, slot)))
+    weights = (perturbed / min(max(tau, LEAST), MOST)).softmax(-1)
+    return Mixed(Soft(dist.ids, weights), _pick(dist.ids, slot), _log(_pick(dist.weights, slot)))
 
 
 def k_samples(dist: Soft, *, rng: Rng = None, k: int = 3, weighting: str = "uniform") -> Mixed:
@@ -97,7 +99,7 @@ def dirichlet(dist: Soft, *, rng: Rng = None, gamma: float = 1.0) -> Mixed:
     """
     if not gamma > 0:
         raise ValueError(f"gamma={gamma} must be > 0")
-    a = gamma * dist.weights
+    a = min(max(gamma, LEAST), MOST) * dist.weights
     log_u = -exponential(a, rng)
     log_gamma = _standard_gamma(a + 1, rng).log() + log_u / a.clamp_min(TINY)
     weights = log_gamma.masked_fill(a == 0, -torch.inf).softmax(-1)

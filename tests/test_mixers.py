@@ -199,10 +199,11 @@ def test_over_a_large_vocabulary_the_tail_is_drawn_as_often_as_it_should():
 # ------------------------------------------------------------------------------------------------- gumbel
 
 
-def test_gumbel_ends_small_tau_is_sampling_large_tau_is_uniform():
-    cold = MIXERS["gumbel"](dist_of(500), rng=seeded(4), tau=1e-6)
+@pytest.mark.parametrize(("small", "large"), [(1e-6, 1e6), (1e-40, 1e38), (1e-300, 1e300), (1e-323, math.inf)])
+def test_gumbel_ends_small_tau_is_sampling_large_tau_is_uniform(small, large):
+    cold = MIXERS["gumbel"](dist_of(500), rng=seeded(4), tau=small)
     assert torch.equal(cold.soft.weights.max(-1).values > 0.999, torch.ones(500, dtype=torch.bool))
-    hot = MIXERS["gumbel"](dist_of(500), rng=seeded(4), tau=1e6)
+    hot = MIXERS["gumbel"](dist_of(500), rng=seeded(4), tau=large)
     torch.testing.assert_close(hot.soft.weights[:, P > 0], torch.full((500, 5), 0.2), rtol=1e-3, atol=0)
     assert (hot.soft.weights[:, 2] == 0).all()
     assert torch.equal(cold.token, hot.token)  # the token does not depend on tau
@@ -342,7 +343,7 @@ def test_dirichlet_has_the_mean_and_variance_of_dirichlet(gamma):
     assert ((spread - theirs.variance).abs() < SIX_SIGMA * se).all()
 
 
-@pytest.mark.parametrize("gamma", [1e-4, 1e-10, 1e-30])
+@pytest.mark.parametrize("gamma", [1e-4, 1e-10, 1e-30, 1e-38, 1e-300])
 def test_dirichlet_of_tiny_concentration_is_sampling_without_nan(gamma):
     mixed = MIXERS["dirichlet"](dist_of(100_000), rng=seeded(17), gamma=gamma)
     assert mixed.soft.weights.isfinite().all()
@@ -351,8 +352,9 @@ def test_dirichlet_of_tiny_concentration_is_sampling_without_nan(gamma):
         assert_drawn_from(mixed.token)
 
 
-def test_dirichlet_of_large_concentration_is_the_distribution():
-    w = MIXERS["dirichlet"](dist_of(100), rng=seeded(18), gamma=1e7).soft.weights
+@pytest.mark.parametrize("gamma", [1e7, 1e38, 1e300, math.inf])
+def test_dirichlet_of_large_concentration_is_the_distribution(gamma):
+    w = MIXERS["dirichlet"](dist_of(100), rng=seeded(18), gamma=gamma).soft.weights
     torch.testing.assert_close(w, P.expand(100, -1), rtol=0, atol=2e-3)
 
 
