@@ -55,7 +55,7 @@ class Kind(IntEnum):
 
     PAD = 0  # the row had ended
     SOFT = 1  # a mixture was fed back
-    HARD = 2  # one token, chosen by the model, was fed back
+    HARD = 2  # one token, chosen by the model, was fed back or ended the row
     FORCED = 3  # one token, put there by a rule (budget, cold stop)
 
 
@@ -67,7 +67,7 @@ class Record(NamedTuple):
     token: Tensor  # [B, T] int64, the discrete token that stands for the step
     kind: Tensor  # [B, T] int8, see Kind
     logp: Tensor  # [B, T] float32, log-probability under the step's filtered distribution of the token(s) drawn, or of
-    # the single token that was fed back (0 if greedy); NaN for a mixture without a draw, for FORCED and PAD
+    # the single token that was fed back (0 if greedy); NaN where a thought's mixer draws none, for FORCED and PAD
     entropy: (
         Tensor  # [B, T] float32 nats, of the unfiltered distribution at the thought's temperature (at 1 if that is 0)
     )
@@ -174,7 +174,7 @@ def soft_decode(
     _check_inputs(input_ids, model_kwargs.get("attention_mask"))
     embedding = _check_model(model, config, model_kwargs)
     processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, SAMPLING))
-    chooser = _Chooser(config, input_ids, generation_config._pad_token_tensor, rng)
+    chooser = _Chooser(config, input_ids, generation_config._pad_token_tensor, generation_config._eos_token_tensor, rng)
     if soft_streamer is not None:
         soft_streamer.put(input_ids.cpu())
 
@@ -218,11 +218,12 @@ class _Chooser:
     Everything stays on the device; `look` is the one synchronisation of a step.
     """
 
-    def __init__(self, config: SoftConfig, input_ids: Tensor, pad: Tensor | None, rng: Rng):
+    def __init__(self, config: SoftConfig, input_ids: Tensor, pad: Tensor | None, eos: Tensor | None, rng: Rng):
         device, rows = input_ids.device, len(input_ids)
         self.config, self.mixer = config, mk_mixer(config.mixer, **config.mixer_args)
         self.start, self.end = (_as_tensor(ids, device) for ids in (config.think_start, config.think_end))
         self.pad = input_ids.new_zeros(()) if pad is None else pad.to(device)
+        self.eos = input_ids.new_zeros(0) if eos is None else eos.to(device)
         self.draws = _Draws(rng, rows)
         # A thought of single tokens is an ordinary chain of thought: no embedding is ever mixed.
         self.is_soft = not (config.alpha == 0 or config.mixer == "hard" or config.temperature == 0)
@@ -268,7 +269,8 @@ class _Chooser:
         self.thoughts = self.thoughts + thinking.long()
 
         token = torch.where(self.done, self.pad, token)
-        mixes = thinking & ~forcing & ~closing & self.is_soft
+        ends = (token[:, None] == self.eos).any(1)  # the row reads nothing after it, so nothing is mixed
+        mixes = thinking & ~forcing & ~closing & ~ends & self.is_soft
         kind = torch.where(mixes, int(Kind.SOFT), int(Kind.HARD)).masked_fill(forcing, int(Kind.FORCED))
         kind = kind.masked_fill(self.done, int(Kind.PAD)).to(torch.int8)
         logp = logp.masked_fill(forcing | self.done, torch.nan)

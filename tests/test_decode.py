@@ -510,6 +510,19 @@ def test_rows_end_at_their_eos_and_are_padded(llama):
     assert out.prompt_length == 5 and torch.equal(out.sequences[:, :5], left_padded(PROMPTS)[0])
 
 
+@pytest.mark.parametrize("mixer", ["soft", "gumbel"])
+def test_the_eos_of_a_soft_step_is_one_hard_token(llama, mixer):
+    settings = GenerationConfig(eos_token_id=[EOS, 33], pad_token_id=PAD)
+    with edited_logits(llama, script([11, 33], [12, 13, EOS], [14, 15, 16, 17])):
+        out = decode(llama, mixer=mixer, generation_config=settings, max_new_tokens=4)
+    assert [kinds(out, row) for row in range(3)] == [[SOFT, HARD, ENDED, ENDED], [SOFT, SOFT, HARD, ENDED], [SOFT] * 4]
+    for row, step, token in ((0, 1, 33), (1, 2, EOS)):
+        ids, weights = out.record.ids[row, step], out.record.weights[row, step]
+        assert weights.tolist() == [1.0] + [0.0] * (len(weights) - 1) and ids[0] == out.completions[row, step] == token
+    free = decode(model_of("llama", eos_token_id=None), max_new_tokens=4, generation_config=GenerationConfig())
+    assert kinds(free, 0) == [SOFT] * 4  # without an EOS token nothing ends
+
+
 def test_several_end_of_sequence_tokens_and_another_pad(llama):
     settings = GenerationConfig(eos_token_id=[EOS, 33], pad_token_id=7)
     rows = ([11, 33], [12, 13, EOS], [14, 15, 16, 17])
