@@ -68,8 +68,8 @@ def load(
         ValueError: naming `name`, where it is none of these or cannot be read; what transformers said is the cause.
     """
     name = os.fspath(name)
-    dtype = _dtype(dtype)
-    device = _device(device, model_kwargs)
+    dtype = to_dtype(dtype)
+    device = to_device(device, model_kwargs)
     if name in MODELS:
         model, tokenizer = MODELS[name](dtype=dtype, seed=seed, **model_kwargs)
     else:
@@ -224,14 +224,14 @@ def _adapter(folder: Path, *, dtype, seed: int, **model_kwargs):
     return PeftModel.from_pretrained(model, str(folder)), tokenizer
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+def to_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     found = dtype if dtype in DTYPES.values() else DTYPES.get(dtype)
     if found is None:
         raise ValueError(f"dtype={dtype!r} is unknown: choose one of {sorted(DTYPES)}")
     return found
 
 
-def _device(device: str | torch.device | None, model_kwargs: dict) -> torch.device | None:
+def to_device(device: str | torch.device | None, model_kwargs: dict) -> torch.device | None:
     """Where to move the model; None where `device_map` places it."""
     if "device_map" in model_kwargs:
         if device is not None:

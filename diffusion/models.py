@@ -1,0 +1,347 @@
+"""Masked-diffusion language models on stock transformers: LLaDA, Dream, BERT-like ones, from their original folders.
+
+LLaDA is Llama and Dream is Qwen2, read bidirectionally, so no remote code is needed; only names of parameters and of
+configuration fields differ. What the loop has to know of a model stands in `facts`, how to run its parts in `parts`.
+
+Shapes: B batch, T positions of the forward, L length of the canvas, D width, V vocabulary.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from softar.models import FETCH, to_device, to_dtype
+
+# Regular expressions of LLaDA's parameter names, and Llama's in their place (read backwards when saving).
+LLADA_NAMES = {
+    r"model\.transformer\.wte\.": r"model.embed_tokens.",
+    r"model\.transformer\.ln_f\.": r"model.norm.",
+    r"model\.transformer\.ff_out\.": r"lm_head.",
+    r"transformer\.blocks\.(\d+)\.attn_norm\.": r"layers.\1.input_layernorm.",
+    r"transformer\.blocks\.(\d+)\.ff_norm\.": r"layers.\1.post_attention_layernorm.",
+    r"transformer\.blocks\.(\d+)\.q_proj\.": r"layers.\1.self_attn.q_proj.",
+    r"transformer\.blocks\.(\d+)\.k_proj\.": r"layers.\1.self_attn.k_proj.",
+    r"transformer\.blocks\.(\d+)\.v_proj\.": r"layers.\1.self_attn.v_proj.",
+    r"transformer\.blocks\.(\d+)\.attn_out\.": r"layers.\1.self_attn.o_proj.",
+    r"transformer\.blocks\.(\d+)\.ff_proj\.": r"layers.\1.mlp.gate_proj.",
+    r"transformer\.blocks\.(\d+)\.up_proj\.": r"layers.\1.mlp.up_proj.",
+    r"transformer\.blocks\.(\d+)\.ff_out\.": r"layers.\1.mlp.down_proj.",
+}
+# What a configuration must say, or not mention, for the model to be Llama or Qwen2 with other names.
+LLADA_NEEDS = dict(
+    activation_type="silu",
+    alibi=False,
+    attention_layer_norm=False,
+    bias_for_layer_norm=False,
+    block_group_size=1,
+    block_type="llama",
+    include_bias=False,
+    include_qkv_bias=False,
+    input_emb_norm=False,
+    layer_norm_type="rms",
+    layer_norm_with_affine=True,
+    multi_query_attention=False,
+    rope=True,
+    scale_logits=False,
+)
+DREAM_NEEDS = dict(hidden_act="silu", use_sliding_window=False, use_mrope=False)
+LLADA_CHAT = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # end an answer as the end-of-text token does
+
+
+class LladaConfig(LlamaConfig):
+    """LLaDA's configuration (arXiv:2502.09992), written to and read from its original field names."""
+
+    model_type = "llada"
+    attribute_map = {
+        "d_model": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "n_layers": "num_hidden_layers",
+        "mlp_hidden_size": "intermediate_size",
+        "max_sequence_length": "max_position_embeddings",
+        "weight_tying": "tie_word_embeddings",
+    }
+    logits_shift = 0  # the logits at a position are about that position
+    is_causal: bool = False
+    use_cache: bool = False
+    mask_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        # The base derives head_dim before it would look at attribute_map.
+        for original, name in self.attribute_map.items():
+            if original in kwargs:
+                setattr(self, name, kwargs.pop(original))
+        super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        named = super().to_dict()
+        for original, name in self.attribute_map.items():
+            named[original] = named.pop(name)
+        named["rope_theta"] = self.rope_parameters["rope_theta"]
+        return named
+
+
+class LladaForMaskedDiffusion(LlamaForCausalLM):
+    config_class = LladaConfig
+
+
+class DreamConfig(Qwen2Config):
+    """Dream's configuration (arXiv:2508.15487)."""
+
+    model_type = "Dream"
+    logits_shift = 1  # the logits at a position are about the next one
+    is_causal: bool = False
+    use_cache: bool = False
+    mask_token_id: int | None = None
+
+    def to_dict(self) -> dict:
+        return super().to_dict() | {"rope_theta": self.rope_parameters["rope_theta"]}
+
+
+class DreamForMaskedDiffusion(Qwen2ForCausalLM):
+    config_class = DreamConfig
+
+
+class Facts(NamedTuple):
+    """What a sampler has to know of a model."""
+
+    mask_id: int
+    eos_id: int | None
+    end_ids: tuple[int, ...]  # tokens after which nothing more belongs to the answer, eos_id among them
+    shift: int  # the logits at position i are about position i + shift
+    vocab_size: int
+
+
+class Parts(NamedTuple):
+    """A model taken apart, so that the loop computes logits only where it needs them."""
+
+    embedding: nn.Module  # [B, T] ids -> [B, T, D]
+    body: Callable[..., Tensor]  # (embeds, attention_mask [B, L], position_ids [B, T], cache) -> hidden [B, T, D]
+    head: Callable[[Tensor], Tensor]  # hidden [n, D] -> logits [n, V]
+    can_cache: bool
+
+
+def load(
+    name: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    **model_kwargs,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A masked-diffusion language model and its tokenizer, in eval mode.
+
+    Args:
+        name: a local folder or a hub id: LLaDA, Dream (or DiffuCoder, Dream-Coder), or any masked language model of
+            transformers (ModernBERT, BERT, RoBERTa, ...). Weights are read as safetensors, shard by shard.
+        dtype: of the weights; "auto" is as stored.
+        device: None is this process's CUDA device where there is one, else the CPU.
+        model_kwargs: for `from_pretrained` (revision=, device_map=, attn_implementation=, ...).
+
+    Returns:
+        The model; `facts(model)` tells its mask token and the like. The tokenizer, which pads on the left, with
+        mask_token and chat_template set; None where a local folder holds none.
+
+    Raises:
+        ValueError: naming `name` and, where the model is of a kind that is not supported, the field that says so.
+    """
+    name = os.fspath(name)
+    dtype, device = to_dtype(dtype), to_device(device, model_kwargs)
+    fetch = {key: model_kwargs[key] for key in FETCH if key in model_kwargs}
+    try:
+        if Path(name).is_dir() and not Path(name, fetch.get("subfolder", ""), "config.json").is_file():
+            raise FileNotFoundError("the folder holds no config.json, so no model")
+        if not Path(name).is_dir() and (name.startswith(".") or Path(name).is_absolute()):
+            raise FileNotFoundError("there is no such folder, and a hub id has the form owner/name")
+        settings, _ = PreTrainedConfig.get_config_dict(name, **fetch)
+        kind = settings.get("model_type")
+        if kind not in FAMILIES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            raise ValueError(
+                f"its config.json says model_type={kind!r}, which is neither {' nor '.join(FAMILIES)} nor a masked "
+                f"language model of transformers"
+            )
+        if kind in FAMILIES:
+            model_class, needs, names = FAMILIES[kind]
+            check_settings(settings, needs)
+            model, info = model_class.from_pretrained(
+                name, key_mapping=names, dtype=dtype, use_safetensors=True, output_loading_info=True, **model_kwargs
+            )
+        else:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fetch)
+            model, info = AutoModelForMaskedLM.from_pretrained(
+                name, config=config, trust_remote_code=False, dtype=dtype, use_safetensors=True,
+                output_loading_info=True, **model_kwargs,
+            )  # fmt: skip
+        # A masked LM's checkpoint may carry other heads; for it only what is missing counts.
+        wrong = {k: v for k, v in info.items() if v and k in ("missing_keys", "mismatched_keys", "unexpected_keys")}
+        if kind not in FAMILIES:
+            wrong.pop("unexpected_keys", None)
+        if wrong:
+            raise ValueError(", ".join(f"{k.replace('_', ' ')} {sorted(v)[:3]}" for k, v in wrong.items()))
+        tokenizer = _tokenizer(name, kind, fetch)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        why = " ".join(str(error).split())[:400]
+        raise ValueError(
+            f"model={name!r} could not be loaded: {why} -- give a folder with a LLaDA, Dream or BERT-like checkpoint in "
+            f"safetensors, or a hub id that can be reached"
+        ) from error
+    _tell(model, tokenizer)
+    if device is not None:
+        model.to(device)
+    return model.eval(), tokenizer
+
+
+def check_settings(settings: dict, needs: dict) -> None:
+    """Raise ValueError naming a field of a configuration that makes it another architecture."""
+    for field, value in needs.items():
+        found = settings.get(field)
+        if found is not None and found != value:
+            raise ValueError(f"{field}={found!r} is not supported, only {value!r}")
+    rows = settings.get("embedding_size")
+    if rows is not None and rows != settings.get("vocab_size"):
+        raise ValueError(f"embedding_size={rows} differs from vocab_size={settings.get('vocab_size')}")
+
+
+def facts(model: nn.Module) -> Facts:
+    """Raises ValueError for a model that is no masked-diffusion model, or whose mask token is not known."""
+    config = plain(model).config
+    mask_id = config.mask_token_id if "mask_token_id" in config else None
+    if mask_id is None:
+        raise ValueError(
+            f"{type(plain(model)).__name__} names no mask token: load it with softar.diffusion.load, or set "
+            f"model.config.mask_token_id"
+        )
+    if not 0 <= mask_id < config.vocab_size:
+        raise ValueError(f"mask_token_id={mask_id} lies outside the vocabulary of {config.vocab_size}")
+    ends = plain(model).generation_config.eos_token_id if plain(model).can_generate() else config.eos_token_id
+    ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+    eos = config.eos_token_id
+    eos = eos[0] if isinstance(eos, list) else eos
+    shift = config.logits_shift if isinstance(config, (LladaConfig, DreamConfig)) else 0
+    return Facts(mask_id, eos, tuple(dict.fromkeys(ends if eos is None else (eos, *ends))), shift, config.vocab_size)
+
+
+def parts(model: nn.Module) -> Parts:
+    """How to run a model's embedding, body and head apart; PEFT's wrapper is seen through, its layers are not."""
+    inner = plain(model)
+    embedding = inner.get_input_embeddings()
+    if isinstance(inner, (LlamaForCausalLM, Qwen2ForCausalLM)):
+
+        def body(embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache=None) -> Tensor:
+            return inner.model(
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                is_causal=False,
+            ).last_hidden_state
+
+        return Parts(embedding, body, inner.lm_head, can_cache=True)
+
+    def whole(embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache=None) -> Tensor:
+        # A masked LM's head is more than one matrix, so the logits themselves stand for the hidden states.
+        # Absolute positions count from the first real token, where the model takes any.
+        positions = {} if attention_mask is None or not takes_positions else {"position_ids": position_ids}
+        return inner(inputs_embeds=embeds, attention_mask=attention_mask, **positions).logits
+
+    takes_positions = "position_ids" in inner.forward.__code__.co_varnames
+    return Parts(embedding, whole, lambda logits: logits, can_cache=False)
+
+
+def plain(model: nn.Module) -> PreTrainedModel:
+    """The model itself; PEFT's wrapper holds it."""
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+
+class WindowCache:
+    """Keys and values of a whole canvas, of which a forward renews a window: the prefix and the dual cache of Fast-dLLM
+    (arXiv:2505.22618, section 3.2) are the windows [block start, L) and [block start, block end).
+
+    A forward over the whole canvas fills it. Keys are kept as the layers give them, after the rotation: positions never
+    change, so renewing them is not needed.
+    """
+
+    def __init__(self):
+        self.window: tuple[int, int] | None = None  # None: the next forward covers the whole canvas
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """keys, values [B, heads, T, head_dim] of the window -> those of the canvas, [B, heads, L, head_dim]."""
+        if self.window is None:
+            self.layers[layer] = keys, values
+            return keys, values
+        lo, hi = self.window
+        kept_keys, kept_values = self.layers[layer]
+        kept_keys[:, :, lo:hi] = keys
+        kept_values[:, :, lo:hi] = values
+        return kept_keys, kept_values
+
+    def get_mask_sizes(self, query_length: int, layer: int) -> tuple[int, int]:
+        return (query_length if self.window is None else self.layers[0][0].shape[2]), 0
+
+    def get_query_offset(self, layer: int = 0) -> int:
+        return 0 if self.window is None else self.window[0]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.get_query_offset()
+
+
+def _tokenizer(name: str, kind: str, fetch: dict) -> PreTrainedTokenizerBase | None:
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    if Path(name).is_dir() and not any(Path(name, fetch.get("subfolder", ""), file).is_file() for file in files):
+        return None
+    if kind == "Dream":  # its tokenizer_config.json names a class of its own, which is Qwen2's
+        return Qwen2Tokenizer.from_pretrained(name, **fetch)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **fetch)
+
+
+def _tell(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Let model and tokenizer know of each other's special tokens."""
+    config = model.config
+    if tokenizer is None:
+        return
+    tokenizer.padding_side = "left"
+    if "mask_token_id" not in config or config.mask_token_id is None:
+        config.mask_token_id = tokenizer.mask_token_id
+    if tokenizer.mask_token is None and config.mask_token_id is not None:
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(config.mask_token_id)
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    known = tokenizer.get_vocab()
+    if isinstance(config, LladaConfig) and tokenizer.chat_template is None and "<|start_header_id|>" in known:
+        tokenizer.chat_template = LLADA_CHAT
+    if model.can_generate() and config.eos_token_id is not None:
+        turn_ends = [known[end] for end in TURN_ENDS if end in known]
+        model.generation_config.eos_token_id = list(dict.fromkeys([config.eos_token_id, *turn_ends]))
+
+
+FAMILIES = {
+    "llada": (LladaForMaskedDiffusion, LLADA_NEEDS, LLADA_NAMES),
+    "Dream": (DreamForMaskedDiffusion, DREAM_NEEDS, None),
+}
