@@ -25,7 +25,7 @@ from .evaluate import evaluate
 from .guidance import guide, soft_forward
 from .mixers import mk_mixer
 from .sft_config import SoftSFTConfig
-from .sft_data import SoftCollator, add_trace_ids, check_traces, frontier, thought_mask
+from .sft_data import SoftCollator, add_trace_ids, check_tag, check_traces, frontier, thought_mask
 from .soft import Soft, check_dist, entropy, mk_proba_dist, soft_embed
 
 
@@ -70,6 +70,10 @@ class SoftSFTTrainer(SFTTrainer):
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
         start, end = (_encode(processing_class, text) for text in (args.think_start, args.think_end))
         self._span = dict(start=start, end=end, steps=args.think_steps)
+        if isinstance(self.train_dataset, Dataset):  # a stream shows its rows only once
+            for name, ids in (("think_start", start), ("think_end", end)):
+                if ids:
+                    check_tag(self.train_dataset, name, getattr(args, name), ids, args.targets)
         self._rng = torch.Generator()
         self._micro = 0
 

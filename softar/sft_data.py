@@ -43,6 +43,31 @@ def _starts(labels: Tensor, pattern: list[int]) -> Tensor:
     return hit
 
 
+def check_tag(dataset: Dataset, name: str, text: str, ids: list[int], targets: str) -> None:
+    """Raise ValueError for a tag that stands nowhere in the tokenised rows: whole completions would be thought, and
+    nothing would say so. One row that holds it is enough. "think_start" may stand in a prompt too."""
+    in_prompts = name == "think_start"
+    if not any(_holds(tokens, ids) for row in dataset for tokens in _texts(row, targets, in_prompts)):
+        where = "prompt or completion" if in_prompts else "completion"
+        raise ValueError(
+            f"{name}={text!r}, tokens {ids}, stands in no {where} of the training data (cut to max_length): name a "
+            "text that does, as the tokenizer cuts it there, or give think_steps instead"
+        )
+
+
+def _texts(row: dict[str, Any], targets: str, in_prompts: bool) -> list[list[int]]:
+    """What a row can be trained on; without the prompts as labels."""
+    labels = row.get("labels", row["input_ids"])
+    if targets != "traces":
+        return [row["input_ids"] if in_prompts else labels]
+    begin = 0 if in_prompts else next((i for i, label in enumerate(labels) if label != -100), len(labels))
+    return [trace[begin:] for trace in row["trace_ids"]]
+
+
+def _holds(tokens: list[int], ids: list[int]) -> bool:
+    return any(tokens[i : i + len(ids)] == ids for i in range(len(tokens) - len(ids) + 1))
+
+
 @dataclass
 class SoftCollator(DataCollatorForLanguageModeling):
     """Pads on the right. Rows with `trace_ids` also give [B, M, T] of them, M the most of a row; the mask of the rows

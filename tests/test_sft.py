@@ -604,8 +604,8 @@ def test_evaluation_leaves_the_training_as_it_is(tmp_path):
         (dict(soft_mixer="hard", guidance="coin"), dict(mixer="hard")),  # scheduled sampling: discrete
         (dict(targets="oracle", alpha_schedule="constant"), dict(mixer="soft")),
         (
-            dict(think_steps=None, think_start="<think>", think_end="</think>"),
-            dict(think_start="<think>", think_end="</think>", budget=None),
+            dict(think_steps=None, think_start="<bos>", think_end="</think>"),
+            dict(think_start="<bos>", think_end="</think>", budget=None),
         ),
     ],
 )
@@ -703,6 +703,39 @@ def test_settings_that_do_not_fit_the_model_or_the_data(tmp_path, settings, says
     tokenizer.unk_token = "<pad>"  # what its vocabulary takes an unknown word for
     with pytest.raises(ValueError, match=says):
         trainer_of(tmp_path, tokenizer=tokenizer, **settings)
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "says"),
+    [
+        ((" w6", " w7 w8"), dict(), r"think_end='</think>', tokens \[4\], stands in no completion"),
+        ((" </think>", " w7 w8"), dict(), "think_end='</think>'"),  # a prompt's end tag closes nothing
+        ((" w6", " w7 </think> w8"), dict(max_length=3), "think_end='</think>'.*max_length"),
+        ((" w6", " w7 </think> w8"), dict(think_end="</think> w9"), r"think_end='</think> w9', tokens \[4, 9\]"),
+        ((" w6", " w7 </think> w8"), dict(think_start="<think>"), "think_start='<think>'.*no prompt or completion"),
+        ((" w6 </think>", " w7 </think> w8"), dict(targets="traces"), "think_end='</think>'"),  # not in the traces
+        ((" w6", " w7 </think> w8"), dict(), None),
+        ((" w6 <think>", " w7 </think> w8"), dict(think_start="<think>"), None),
+        ((" w6", " w9 <think> w7 </think> w8"), dict(think_start="<think>"), None),
+        ((" w6 <think>", " w9", " w7 </think> w8"), dict(think_start="<think>", targets="traces"), None),
+    ],
+)
+def test_tags_that_stand_nowhere_in_the_data_are_named(tmp_path, row, settings, says):
+    prompt, completion, *traces = row
+    one = {"prompt": f"<bos>{prompt}", "completion": completion, "traces": traces or [" w7 w8"]}
+    plain = {"prompt": "<bos> w5", "completion": " w7 w8", "traces": [" w7 w8"]}
+    train = Dataset.from_list([plain, plain, one])  # one row with the tag is enough
+    settings = {"think_end": "</think>", **settings}
+    if says is None:
+        trainer_of(tmp_path, train, **settings)
+    else:
+        with pytest.raises(ValueError, match=says):
+            trainer_of(tmp_path, train, **settings)
+
+
+def test_a_stream_is_not_searched_for_tags(tmp_path):
+    stream = data(8).to_iterable_dataset()
+    trained(tmp_path, stream, think_end="</think>", max_steps=1)
 
 
 def test_a_closed_vocabulary_without_unknown_token_names_the_tag(tmp_path):
