@@ -113,6 +113,10 @@ class SoftSFTTrainer(SFTTrainer):
         seed = np.random.SeedSequence([self.args.seed, self.state.global_step, micro, rank])
         return self._rng.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Decay would pull the temperature to 1, where its logarithm is 0."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("soft_log_temperature")]
+
     # -- loss -------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

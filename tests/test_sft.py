@@ -498,6 +498,16 @@ def test_temperature_is_learnt_logged_and_kept_out_of_the_model(tmp_path, peft):
     assert logged(resumed, "soft_temperature") == pytest.approx(seen, rel=1e-5)
 
 
+@pytest.mark.parametrize("peft", [False, True])
+def test_weight_decay_leaves_the_temperature_alone(tmp_path, peft):
+    kw = dict(learn_temperature=True, soft_temperature=2.0, weight_decay=0.5, peft_config=lora() if peft else None)
+    teacher_forced = dict(alpha_schedule="constant", alpha_start=1.0)  # nothing else moves the temperature
+    trainer = trained(tmp_path, **kw, **teacher_forced, **ADAM)
+    assert logged(trainer, "soft_temperature") == [pytest.approx(2.0, abs=1e-6)] * 4
+    decayed = trainer.get_decay_parameter_names(trainer.model)
+    assert any(name.endswith("lora_A.default.weight" if peft else "q_proj.weight") for name in decayed)
+
+
 def test_freezing(tmp_path):
     before = calm().state_dict()
     trainer = trained(
