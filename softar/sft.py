@@ -25,7 +25,7 @@ from .evaluate import evaluate
 from .guidance import guide, soft_forward
 from .mixers import mk_mixer
 from .sft_config import SoftSFTConfig
-from .sft_data import SoftCollator, add_trace_ids, check_tag, check_traces, frontier, thought_mask
+from .sft_data import SoftCollator, add_trace_ids, check_rows, check_tag, check_traces, frontier, thought_mask
 from .soft import Soft, check_dist, entropy, mk_proba_dist, soft_embed
 
 
@@ -47,8 +47,12 @@ class SoftSFTTrainer(SFTTrainer):
             raise ValueError(f"processing_class={processing_class!r}: SoftSFTTrainer needs the model's tokenizer")
         check_writable(args.output_dir)
         self._score, self._decode_rows = score, eval_dataset
-        if score is not None and eval_dataset is not None and "prompt" not in eval_dataset.column_names:
-            raise ValueError(f"score= needs a column 'prompt' in the held-out rows, not {eval_dataset.column_names}")
+        if score is not None and eval_dataset is not None:
+            check_rows(eval_dataset, "eval_dataset with score=")
+            if "prompt" not in eval_dataset.column_names:
+                raise ValueError(
+                    f"score= needs a column 'prompt' in the held-out rows, not {eval_dataset.column_names}"
+                )
         if args.targets != "gold":
             check_traces(train_dataset, args.targets)
             train_dataset = add_trace_ids(train_dataset, processing_class, max_length=args.max_length)

@@ -102,8 +102,15 @@ def _pad(rows: list[list[int]], length: int, value: int) -> tuple[Tensor, Tensor
     return torch.from_numpy(out), torch.from_numpy(mask.astype(np.int64))
 
 
+def check_rows(dataset: Dataset, needs: str) -> None:
+    """Raise ValueError for a stream or a dict of datasets, in the name of what needs rows that can be picked."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{needs} needs a single datasets.Dataset that is no stream, not {type(dataset).__name__}")
+
+
 def check_traces(dataset: Dataset, targets: str) -> None:
     """Raise ValueError for data that `targets` "traces" or "oracle" cannot be taken from."""
+    check_rows(dataset, f"targets={targets!r}")
     if missing := sorted({"prompt", "traces"} - set(dataset.column_names)):
         raise ValueError(f"targets={targets!r} needs columns {missing}; the data has {dataset.column_names}")
     if not all(dataset["traces"]):

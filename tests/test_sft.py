@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import BOS, EOS, PAD, model_of, tokenizer_of
@@ -773,6 +773,21 @@ def test_data_that_does_not_fit(tmp_path):
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="pad token"):
         trainer_of(tmp_path, tokenizer=tokenizer)
+
+
+def test_streams_and_dicts_of_datasets_where_rows_are_picked(tmp_path):
+    traces = data(traces=(2,))
+    for rows in (data().to_iterable_dataset(), {"a": data(), "b": data()}, DatasetDict(a=data())):
+        with pytest.raises(ValueError, match=f"score= needs a single datasets.Dataset.*{type(rows).__name__}"):
+            trainer_of(tmp_path, eval_dataset=rows, score=score)
+        with pytest.raises(ValueError, match=f"targets='oracle' needs a single.*{type(rows).__name__}"):
+            trainer_of(tmp_path, traces, targets="oracle", eval_dataset=rows)
+    with pytest.raises(ValueError, match=r"targets='traces' needs.*not IterableDataset"):
+        trainer_of(tmp_path, traces.to_iterable_dataset(), targets="traces")
+    # For the loss alone both do.
+    assert trainer_of(tmp_path, eval_dataset=data().to_iterable_dataset()).evaluate()["eval_loss"] > 0
+    metrics = trainer_of(tmp_path, eval_dataset={"a": data(), "b": data(seed=1)}).evaluate()
+    assert metrics["eval_a_loss"] != metrics["eval_b_loss"]
 
 
 def test_an_unwritable_folder_is_named_before_anything_else(tmp_path):
