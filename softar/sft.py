@@ -64,6 +64,9 @@ class SoftSFTTrainer(SFTTrainer):
             raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token")
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
                          processing_class=processing_class, data_collator=SoftCollator(pad), **kwargs)  # fmt: skip
+        if self.aux_loss_enabled:  # by TRL, for every mixture of experts whose configuration has a coefficient
+            given = f"router_aux_loss_coef={self.router_aux_loss_coef}"
+            raise ValueError(f"{given}: soft SFT leaves out the experts' load-balancing loss, set it to 0 to agree")
         vocab = self.model.config.get_text_config(decoder=True).vocab_size
         check_dist(vocab, args.soft_temperature, args.soft_top_k, args.soft_top_p, args.soft_min_p)
         self._freeze(args.freeze_embeddings, args.freeze_layers)

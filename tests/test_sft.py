@@ -17,7 +17,7 @@ from tiny import BOS, EOS, PAD, model_of, tokenizer_of
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import HfArgumentParser, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, HfArgumentParser, MixtralConfig, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 import softar
@@ -788,6 +788,17 @@ def test_streams_and_dicts_of_datasets_where_rows_are_picked(tmp_path):
     assert trainer_of(tmp_path, eval_dataset=data().to_iterable_dataset()).evaluate()["eval_loss"] > 0
     metrics = trainer_of(tmp_path, eval_dataset={"a": data(), "b": data(seed=1)}).evaluate()
     assert metrics["eval_a_loss"] != metrics["eval_b_loss"]
+
+
+def test_a_mixture_of_experts_trains_without_its_auxiliary_loss_only_if_told_so(tmp_path):
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = MixtralConfig(
+        vocab_size=64, num_key_value_heads=1, num_local_experts=2, router_aux_loss_coef=0.02, **sizes
+    )
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.02"):
+        trainer_of(tmp_path, model=AutoModelForCausalLM.from_config(config))
+    trainer = trained(tmp_path, model=AutoModelForCausalLM.from_config(config), router_aux_loss_coef=0.0, max_steps=2)
+    assert not trainer.model.config.output_router_logits and all(map(math.isfinite, logged(trainer)))
 
 
 def test_an_unwritable_folder_is_named_before_anything_else(tmp_path):
