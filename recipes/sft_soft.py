@@ -21,6 +21,7 @@ accelerate launch recipes/sft_soft.py \
 accelerate launch recipes/sft_soft.py --resume_from_checkpoint true
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -83,24 +84,12 @@ def main(script, training, model_args, mixture):
     from rich.console import Console
 
     from softar.report import plot_accuracy, results_table, write_results
-    from softar.sft import check_writable
 
     console = Console()
-    names = parse_rows(script.rows)
-    if script.num_seeds < 1:
-        raise ValueError(f"num_seeds={script.num_seeds} must be at least 1")
-    task = open_task(script, mixture)
     folder = Path(training.output_dir)
-    check_writable(folder)
-    for name in names:
-        check_row(name, row_config(training, name, training.seed, folder, task), task)
-    given = training.resume_from_checkpoint
-    if resumes(training) and str(given).lower() != "true":
-        if names != [CUSTOM] or script.num_seeds > 1:
-            raise ValueError(f"resume_from_checkpoint={given!r}: with several rows or seeds give true, for the newest")
-        if not Path(given, "trainer_state.json").is_file():
-            raise ValueError(f"resume_from_checkpoint={given!r} holds no whole checkpoint")
-    model, tokenizer = open_model(model_args, task, training.seed)
+    with one_line_errors():
+        names, task = check_input(script, training, mixture)
+        model, tokenizer = open_model(model_args, task, training.seed)
     tiny = sum(p.numel() for p in model.parameters()) < 1e6
     if tiny:
         torch.set_num_threads(1)  # threads only get in each other's way
@@ -154,15 +143,16 @@ def train_row(name, args, task, model, tokenizer, model_args):
     if name == "no-cot":
         task = no_thought(task)
     evaluates = args.eval_strategy != "no"
-    trainer = SoftSFTTrainer(
-        model,
-        args,
-        train_dataset=task.train,
-        eval_dataset=task.test if evaluates or task.score is None else None,
-        processing_class=tokenizer,
-        score=task.score,
-        peft_config=get_peft_config(model_args),
-    )
+    with one_line_errors():
+        trainer = SoftSFTTrainer(
+            model,
+            args,
+            train_dataset=task.train,
+            eval_dataset=task.test if evaluates or task.score is None else None,
+            processing_class=tokenizer,
+            score=task.score,
+            peft_config=get_peft_config(model_args),
+        )
     trainer.accelerator.print(f"{name}: {args.max_steps if args.max_steps > 0 else args.num_train_epochs} steps")
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint_of(args))
@@ -217,7 +207,9 @@ def train_apart(rows, places, jobs, console):
                     if code is not None:
                         del running[row]
                         if code != 0:
-                            raise ValueError(f"row {row[0]!r}, seed {row[1]}, failed:\n{text[-1000:]}")
+                            failed = f"row {row[0]!r}, seed {row[1]}, failed:\n{text[-3000:]}"
+                            print(f"sft_soft.py: error: {failed}", file=sys.stderr)
+                            sys.exit(code)
         finally:  # after Ctrl-C or a failure let the others save what they write
             for child, _ in running.values():
                 child.send_signal(signal.SIGINT)
@@ -266,6 +258,26 @@ def row_config(training, name, seed, where, task):
     if name == "no-cot":
         args.think_steps = 0
     return args
+
+
+def check_input(script, training, mixture):
+    """All that can be told to be wrong before a model is opened -> names of the rows, task."""
+    from softar.sft import check_writable
+
+    names = parse_rows(script.rows)
+    if script.num_seeds < 1:
+        raise ValueError(f"num_seeds={script.num_seeds} must be at least 1")
+    task = open_task(script, mixture)
+    check_writable(training.output_dir)
+    for name in names:
+        check_row(name, row_config(training, name, training.seed, training.output_dir, task), task)
+    given = training.resume_from_checkpoint
+    if resumes(training) and str(given).lower() != "true":
+        if names != [CUSTOM] or script.num_seeds > 1:
+            raise ValueError(f"resume_from_checkpoint={given!r}: with several rows or seeds give true, for the newest")
+        if not Path(given, "trainer_state.json").is_file():
+            raise ValueError(f"resume_from_checkpoint={given!r} holds no whole checkpoint")
+    return names, task
 
 
 def check_row(name, args, task):
@@ -359,12 +371,21 @@ def with_default_config(argv: list[str]) -> list[str]:
     return ["--config", str(HERE / "configs" / "mnns.yaml"), *argv]
 
 
-if __name__ == "__main__":
+@contextlib.contextmanager
+def one_line_errors():
+    """For what checks the input. Elsewhere a ValueError is a bug, and needs its traceback."""
     try:
-        main(*make_parser().parse_args_and_config(with_default_config(sys.argv[1:])))
+        yield
     except ValueError as error:
         print(f"sft_soft.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    try:
+        with one_line_errors():
+            given = make_parser().parse_args_and_config(with_default_config(sys.argv[1:]))
+        main(*given)
     except KeyboardInterrupt:
         print("\ninterrupted; the last checkpoint is whole: go on with --resume_from_checkpoint true", file=sys.stderr)
         sys.exit(130)

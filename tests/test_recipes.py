@@ -372,6 +372,32 @@ def test_rows_that_need_traces_say_so_before_the_first_is_trained(tmp_path, monk
     assert_fails(monkeypatch, capsys, argv(tmp_path / "out", **options), "'trace-soft' needs a column 'traces'")
 
 
+@pytest.mark.parametrize("where", ["softar.sft.soft_loss", "softar.evaluate.evaluate"])
+def test_an_error_of_the_training_keeps_its_traceback(tmp_path, monkeypatch, where):
+    def fail(*args, **kw):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(where, fail)
+    monkeypatch.setattr(sys, "argv", [RECIPE, *argv(tmp_path, rows="no-cot", max_steps=1)])
+    with pytest.raises(ValueError, match="a bug"):
+        runpy.run_path(RECIPE, run_name="__main__")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad_input", [False, True])
+def test_rows_in_processes_of_their_own_say_what_went_wrong(tmp_path, bad_input):
+    broken = tmp_path / "no-cot-seed42" / "checkpoint-2"
+    broken.mkdir(parents=True)
+    (broken / "trainer_state.json").write_text("")  # and no weights: the training itself finds out
+    options = dict(freeze_layers=3) if bad_input else dict(resume_from_checkpoint="true")
+    args = argv(tmp_path, rows="no-cot,discrete", jobs=2, **options)
+    done = subprocess.run([*PYTHON, *args], env=ENV, capture_output=True, text=True)
+    assert re.search(r"^sft_soft.py: error: row '.*', seed 42, failed:$", done.stderr, re.M), done.stderr
+    assert done.returncode == (2 if bad_input else 1) and ("Traceback" in done.stderr) != bad_input
+    says = "freeze_layers=3 but" if bad_input else f"valid checkpoint at {broken}"
+    assert says in done.stderr.strip().splitlines()[-1]
+
+
 def assert_fails(monkeypatch, capsys, args, says):
     monkeypatch.setattr(sys, "argv", [RECIPE, *args])
     monkeypatch.setattr("softar.sft.SoftSFTTrainer.train", lambda *a, **kw: pytest.fail("it trains"))
