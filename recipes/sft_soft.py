@@ -17,7 +17,7 @@ accelerate launch recipes/sft_soft.py \
     --think_start '<think>' --think_end '</think>' --soft_passes 2 --soft_top_k 10 \
     --use_peft --learning_rate 1e-4 --output_dir runs/qwen3-soft
 
-# Go on where an interrupted run stopped
+# Go on where an interrupted run stopped; without this a run starts anew and moves old checkpoints into _earlier
 accelerate launch recipes/sft_soft.py --resume_from_checkpoint true
 """
 
@@ -26,6 +26,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,9 @@ def main(script, training, model_args, mixture):
     places = {row: folder / f"{row[0]}-seed{row[1]}" for row in todo}
     if todo == [(CUSTOM, training.seed)] and not is_child:
         places = {todo[0]: folder}
+    if not resumes(training) and not is_child and PartialState().is_main_process:
+        for place in places.values():
+            set_apart(place)
     finished = {row: saved_row(places[row], training) for row in todo}
     left = [row for row in todo if finished[row] is None]
     jobs = script.jobs or (os.cpu_count() if tiny and PartialState().num_processes == 1 else 1)
@@ -223,6 +227,19 @@ def start_apart(row, place):
     command = [sys.executable, *sys.argv, "--rows", row[0], "--seed", str(row[1]), "--num_seeds", "1"]
     with open(place / "train.log", "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {APART: "1"})
+
+
+def set_apart(place):
+    """A run from the start leaves nothing of an earlier one where a later resume would take it for its own: the
+    checkpoints move into a folder `_earlier` (push_to_hub skips that name), in place of what was there."""
+    (place / "row.json").unlink(missing_ok=True)
+    if old := list(place.glob("checkpoint-*")):
+        earlier = place / "_earlier"
+        shutil.rmtree(earlier, ignore_errors=True)
+        earlier.mkdir()
+        for checkpoint in old:
+            checkpoint.rename(earlier / checkpoint.name)
+        print(f"starts anew; the checkpoints of an earlier run are now in {earlier}")
 
 
 def saved_row(place, training):

@@ -1,5 +1,6 @@
 """The recipe as its users run it: subprocesses of the real command line, a few steps each."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ from datasets import load_dataset
 from tiny import model_of, tokenizer_of
 
 import softar
+import softar.sft
 from softar.config import SoftConfig
 from softar.decode import Kind
 from softar.evaluate import encode
@@ -194,6 +196,49 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroke
         assert losses_of(folder / f"{name}-seed42", 60) == expected and len(set(expected)) > 50
     rows = [[(r["decoder"], r["readout"], r["accuracy"]) for r in results_of(f)["rows"]] for f in (folder, unbroken)]
     assert rows[0] == rows[1] and len(rows[0]) == 4
+
+
+@pytest.mark.parametrize("rows", ["no-cot,discrete", None])
+def test_a_run_from_the_start_leaves_nothing_to_resume_of_an_earlier_one(tmp_path, monkeypatch, capsys, rows):
+    places = [tmp_path] if rows is None else [tmp_path / f"{name}-seed42" for name in rows.split(",")]
+    plain, resumed = softar.sft.SoftSFTTrainer.train, []
+
+    def fake(*names):
+        for checkpoint in (place / name for place in places for name in names):
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "trainer_state.json").write_text("{}")
+            (checkpoint.parent / "row.json").write_text('[{"train_steps": 2}]')
+
+    def interrupted(trainer, resume_from_checkpoint):
+        resumed.append(resume_from_checkpoint)
+        raise KeyboardInterrupt
+
+    def start(train, code=None, **options):
+        options = dict(task="mnns", rows=rows, jobs=1, max_steps=2, eval_new_tokens=3) | options
+        monkeypatch.setattr("softar.sft.SoftSFTTrainer.train", train)
+        monkeypatch.setattr(sys, "argv", [RECIPE, *argv(tmp_path, **options)])
+        with contextlib.nullcontext() if code is None else pytest.raises(SystemExit, match=str(code)):
+            runpy.run_path(RECIPE, run_name="__main__")
+        return capsys.readouterr().out
+
+    def found():
+        return [{str(p.relative_to(place)) for p in place.glob("**/checkpoint-*")} for place in places]
+
+    fake("checkpoint-1", "checkpoint-2")
+    out = start(interrupted, 130)
+    assert all(f"earlier run are now in {place / '_earlier'}" in out for place in places)
+    assert found() == [{"_earlier/checkpoint-1", "_earlier/checkpoint-2"}] * len(places)
+    start(interrupted, 130, resume_from_checkpoint="true")
+    assert resumed == [None, None]  # not from what the earlier run had left, the finished rows neither
+    start(interrupted, 130)
+    assert found() == [{"_earlier/checkpoint-1", "_earlier/checkpoint-2"}] * len(places)  # nothing took their place
+    assert "earlier" not in start(plain)
+    assert found() == [{"checkpoint-2", "_earlier/checkpoint-1", "_earlier/checkpoint-2"}] * len(places)
+    start(plain)
+    assert found() == [{"checkpoint-2", "_earlier/checkpoint-2"}] * len(places)
+    before = [(place / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns for place in places]
+    assert "earlier" not in start(plain, resume_from_checkpoint="true")
+    assert [(p / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns for p in places] == before
 
 
 LONGER = {"task": "mnns", "rows": "no-cot,trace-soft", "max_steps": 60, "save_steps": 20, "eval_new_tokens": 6}
