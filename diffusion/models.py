@@ -6,12 +6,14 @@ configuration fields differ. What the loop has to know of a model stands in `fac
 Shapes: B batch, T positions of the forward, L length of the canvas, D width, V vocabulary.
 """
 
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
@@ -140,7 +143,9 @@ class Parts(NamedTuple):
     """A model taken apart, so that the loop computes logits only where it needs them."""
 
     embedding: nn.Module  # [B, T] ids -> [B, T, D]
-    body: Callable[..., Tensor]  # (embeds, attention_mask [B, L], position_ids [B, T], cache) -> hidden [B, T, D]
+    # (embeds, attention_mask [B, L], position_ids [B, T], cache) -> hidden [B, T, D]; each row's positions count from 0,
+    # None numbers them from the left edge
+    body: Callable[..., Tensor]
     head: Callable[[Tensor], Tensor]  # hidden [n, D] -> logits [n, V]
     can_cache: bool
 
@@ -156,7 +161,8 @@ def load(
 
     Args:
         name: a local folder or a hub id: LLaDA, Dream (or DiffuCoder, Dream-Coder), or any masked language model of
-            transformers (ModernBERT, BERT, RoBERTa, ...). Weights are read as safetensors, shard by shard.
+            transformers (ModernBERT, BERT, RoBERTa, ...); or a folder with a PEFT adapter of one, which is loaded too.
+            Weights are read as safetensors, shard by shard.
         dtype: of the weights; "auto" is as stored.
         device: None is this process's CUDA device where there is one, else the CPU.
         model_kwargs: for `from_pretrained` (revision=, device_map=, attn_implementation=, ...).
@@ -170,45 +176,17 @@ def load(
     """
     name = os.fspath(name)
     dtype, device = to_dtype(dtype), to_device(device, model_kwargs)
-    fetch = {key: model_kwargs[key] for key in FETCH if key in model_kwargs}
     try:
-        if Path(name).is_dir() and not Path(name, fetch.get("subfolder", ""), "config.json").is_file():
-            raise FileNotFoundError("the folder holds no config.json, so no model")
-        if not Path(name).is_dir() and (name.startswith(".") or Path(name).is_absolute()):
-            raise FileNotFoundError("there is no such folder, and a hub id has the form owner/name")
-        settings, _ = PreTrainedConfig.get_config_dict(name, **fetch)
-        kind = settings.get("model_type")
-        if kind not in FAMILIES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-            raise ValueError(
-                f"its config.json says model_type={kind!r}, which is neither {' nor '.join(FAMILIES)} nor a masked "
-                f"language model of transformers"
-            )
-        if kind in FAMILIES:
-            model_class, needs, names = FAMILIES[kind]
-            check_settings(settings, needs)
-            model, info = model_class.from_pretrained(
-                name, key_mapping=names, dtype=dtype, use_safetensors=True, output_loading_info=True, **model_kwargs
-            )
+        if Path(name, "adapter_config.json").is_file():
+            model, tokenizer = _adapter(Path(name), dtype=dtype, **model_kwargs)
         else:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fetch)
-            model, info = AutoModelForMaskedLM.from_pretrained(
-                name, config=config, trust_remote_code=False, dtype=dtype, use_safetensors=True,
-                output_loading_info=True, **model_kwargs,
-            )  # fmt: skip
-        # A masked LM's checkpoint may carry other heads; for it only what is missing counts.
-        wrong = {k: v for k, v in info.items() if v and k in ("missing_keys", "mismatched_keys", "unexpected_keys")}
-        if kind not in FAMILIES:
-            wrong.pop("unexpected_keys", None)
-        if wrong:
-            raise ValueError(", ".join(f"{k.replace('_', ' ')} {sorted(v)[:3]}" for k, v in wrong.items()))
-        tokenizer = _tokenizer(name, kind, fetch)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            model, tokenizer = _open(name, dtype=dtype, **model_kwargs)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         why = " ".join(str(error).split())[:400]
         raise ValueError(
-            f"model={name!r} could not be loaded: {why} -- give a folder with a LLaDA, Dream or BERT-like checkpoint in "
+            f"model={name!r} could not be loaded: {why} -- give a folder with a LLaDA, Dream or BERT-like model in "
             f"safetensors, or a hub id that can be reached"
         ) from error
-    _tell(model, tokenizer)
     if device is not None:
         model.to(device)
     return model.eval(), tokenizer
@@ -236,12 +214,9 @@ def facts(model: nn.Module) -> Facts:
         )
     if not 0 <= mask_id < config.vocab_size:
         raise ValueError(f"mask_token_id={mask_id} lies outside the vocabulary of {config.vocab_size}")
-    ends = plain(model).generation_config.eos_token_id if plain(model).can_generate() else config.eos_token_id
-    ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
-    eos = config.eos_token_id
-    eos = eos[0] if isinstance(eos, list) else eos
+    ends = _ends(plain(model))
     shift = config.logits_shift if isinstance(config, (LladaConfig, DreamConfig)) else 0
-    return Facts(mask_id, eos, tuple(dict.fromkeys(ends if eos is None else (eos, *ends))), shift, config.vocab_size)
+    return Facts(mask_id, ends[0] if ends else None, ends, shift, config.vocab_size)
 
 
 def parts(model: nn.Module) -> Parts:
@@ -264,11 +239,14 @@ def parts(model: nn.Module) -> Parts:
 
     def whole(embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache=None) -> Tensor:
         # A masked LM's head is more than one matrix, so the logits themselves stand for the hidden states.
-        # Absolute positions count from the first real token, where the model takes any.
-        positions = {} if attention_mask is None or not takes_positions else {"position_ids": position_ids}
+        positions = {} if position_ids is None or not takes_positions else {"position_ids": position_ids + first}
         return inner(inputs_embeds=embeds, attention_mask=attention_mask, **positions).logits
 
-    takes_positions = "position_ids" in inner.forward.__code__.co_varnames
+    takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
+    # RoBERTa and its kin keep the rows of the table up to the pad token's index for padding.
+    tables = [module for name, module in inner.named_modules() if name.endswith("position_embeddings")]
+    pads = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+    first = pads[0] + 1 if pads else 0
     return Parts(embedding, whole, lambda logits: logits, can_cache=False)
 
 
@@ -310,12 +288,77 @@ class WindowCache:
         return self.get_query_offset()
 
 
+def _open(name: str, *, dtype, **model_kwargs):
+    """A folder or a hub id; raises what transformers raises, and ValueError for weights that do not fit."""
+    fetch = {key: model_kwargs[key] for key in FETCH if key in model_kwargs}
+    if Path(name).is_dir() and not Path(name, fetch.get("subfolder", ""), "config.json").is_file():
+        raise FileNotFoundError("the folder holds no config.json, so no model")
+    if not Path(name).is_dir() and (name.startswith(".") or Path(name).is_absolute()):
+        raise FileNotFoundError("there is no such folder, and a hub id has the form owner/name")
+    settings, _ = PreTrainedConfig.get_config_dict(name, **fetch)
+    kind = settings.get("model_type")
+    if kind not in FAMILIES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise ValueError(
+            f"its config.json says model_type={kind!r}, which is not a masked-diffusion model: neither "
+            f"{' nor '.join(FAMILIES)} nor a masked language model of transformers"
+        )
+    if kind in FAMILIES:
+        model_class, needs, names = FAMILIES[kind]
+        check_settings(settings, needs)
+        model, info = model_class.from_pretrained(
+            name, key_mapping=names, dtype=dtype, use_safetensors=True, output_loading_info=True, **model_kwargs
+        )
+    else:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fetch)
+        if config.is_encoder_decoder:
+            raise ValueError(f"its config.json says model_type={kind!r}, which is an encoder with a decoder")
+        model, info = AutoModelForMaskedLM.from_pretrained(
+            name, config=config, trust_remote_code=False, dtype=dtype, use_safetensors=True,
+            output_loading_info=True, **model_kwargs,
+        )  # fmt: skip
+    # A masked LM's checkpoint may carry other heads; for it only what is missing counts.
+    wrong = {k: v for k, v in info.items() if v and k in ("missing_keys", "mismatched_keys", "unexpected_keys")}
+    if kind not in FAMILIES:
+        wrong.pop("unexpected_keys", None)
+    if wrong:
+        raise ValueError(", ".join(f"{k.replace('_', ' ')} {sorted(v)[:3]}" for k, v in wrong.items()))
+    tokenizer = _tokenizer(name, kind, fetch)
+    _tell(model, tokenizer)
+    return model, tokenizer
+
+
+def _adapter(folder: Path, *, dtype, **model_kwargs):
+    """The base that an adapter folder names, wrapped as a PeftModel; the folder's own tokenizer where it has one."""
+    from peft import PeftConfig, get_peft_model  # slow to import
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(f"there is no adapter_model.safetensors in {folder}")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not config.base_model_name_or_path:
+        raise ValueError("its adapter_config.json does not name a base model")
+    device = None if "device_map" in model_kwargs else "cpu"
+    model, tokenizer = load(config.base_model_name_or_path, dtype=dtype, device=device, **model_kwargs)
+    kind = model.config.model_type
+    own = _tokenizer(str(folder), kind, {})
+    if own is not None:
+        tokenizer = own
+        _tell(model, tokenizer)
+    # An adapter trained on the remote code has LLaDA's names, of which PEFT would drop unknown ones without a word.
+    wrapped = get_peft_model(model, config)
+    found = wrapped.load_adapter(str(folder), "default", key_mapping=LLADA_NAMES if kind == "llada" else None)
+    if found.unexpected_keys:
+        raise ValueError(f"the adapter's {sorted(found.unexpected_keys)[:3]} are not in the model")
+    return wrapped, tokenizer
+
+
 def _tokenizer(name: str, kind: str, fetch: dict) -> PreTrainedTokenizerBase | None:
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if Path(name).is_dir() and not any(Path(name, fetch.get("subfolder", ""), file).is_file() for file in files):
         return None
     if kind == "Dream":  # its tokenizer_config.json names a class of its own, which is Qwen2's
         return Qwen2Tokenizer.from_pretrained(name, **fetch)
+    if kind == "llada":  # AutoTokenizer would warn of a model_type that it does not know
+        return PreTrainedTokenizerFast.from_pretrained(name, **fetch)
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **fetch)
 
 
@@ -336,9 +379,18 @@ def _tell(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> 
     known = tokenizer.get_vocab()
     if isinstance(config, LladaConfig) and tokenizer.chat_template is None and "<|start_header_id|>" in known:
         tokenizer.chat_template = LLADA_CHAT
-    if model.can_generate() and config.eos_token_id is not None:
+    if model.can_generate():
         turn_ends = [known[end] for end in TURN_ENDS if end in known]
-        model.generation_config.eos_token_id = list(dict.fromkeys([config.eos_token_id, *turn_ends]))
+        model.generation_config.eos_token_id = list(dict.fromkeys([*_ends(model), *turn_ends])) or None
+
+
+def _ends(model: PreTrainedModel) -> tuple[int, ...]:
+    """The tokens that end a text, by the model's two configurations, each of which names none, one or several."""
+    named = [model.config.eos_token_id]
+    if model.can_generate():
+        named.append(model.generation_config.eos_token_id)
+    flat = [i for ids in named for i in (ids if isinstance(ids, list) else [ids])]
+    return tuple(dict.fromkeys(i for i in flat if i is not None))
 
 
 FAMILIES = {

@@ -1,0 +1,118 @@
+"""How to denoise, as data: checked when it is made."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from softar.soft import check_dist
+
+from .parity import PARITY
+from .schedules import REMASKS, SCHEDULES
+from .select import SELECTORS
+from .soften import Softener, mk_softener
+
+CACHES = (None, "prefix", "dual")
+SHARING = ("uniform", "linear", "ancestral")  # the schedules that `steps` says something to
+REMASK_KNOBS = {"eta", "t_on", "t_off", "alpha_on"}
+
+
+@dataclass(frozen=True)
+class DenoiseConfig:
+    """How to denoise. The defaults commit the surest token in each forward, greedily, hard."""
+
+    gen_length: int = 128  # masks appended to each prompt; 0 fills the masks of a template
+    block_length: int | None = None  # blocks are decoded from left to right; None is one block of all
+    steps: int | None = None  # forwards in all, shared by the blocks; None is one for each mask
+    schedule: str | Callable | None = (
+        None  # name in SCHEDULES; None is uniform, or what `threshold` or `factor` asks for
+    )
+    threshold: float | None = None  # in (0, 1], of schedule "threshold"
+    factor: float | None = None  # > 0, of schedule "factor"
+    dilation: int = 1  # of schedule "pyramid": how often each number of tokens comes
+    eps: float = 1e-3  # of schedule "linear": the time at which it ends
+    select: str | Callable = "confidence"  # name in SELECTORS: which positions are the best
+    alg_temp: float = 0.0  # > 0 draws the positions from softmax(score / alg_temp)
+    soften: str | Callable | Softener = "hard"  # name in SOFTENERS: what a masked slot shows
+    soften_args: dict[str, Any] = field(default_factory=dict)
+    cache: str | None = None  # keys and values kept within a block: "prefix" what is left of it, "dual" both sides
+    remask: str | None = None  # ReMDM: "cap", "rescale", "conf" or "loop"
+    remask_args: dict[str, Any] = field(default_factory=dict)  # eta, t_on, t_off, alpha_on
+    temperature: float = 0.0  # of the proposals; 0 is the argmax
+    top_k: int | None = None  # of the proposals
+    top_p: float | None = None
+    cfg_scale: float = 0.0  # guidance away from the model without the prompt (arXiv:2410.18514); 0 is none
+    ban_eos: bool = False  # never propose the end-of-text token
+    ends_last: bool = False  # commit end tokens when nothing else is left to commit
+    end_ids: tuple[int, ...] | None = None  # the end tokens; None is the model's own
+    early_stop: bool = False  # a row is over when a finished block holds an end token; the rest becomes end-of-text
+    parity: str | None = None  # name in PARITY: a public implementation to reproduce, defects included
+
+    def __post_init__(self):
+        for name, least in (("gen_length", 0), ("block_length", 1), ("steps", 1), ("dilation", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+        if self.gen_length and self.block_length and self.gen_length % self.block_length:
+            raise ValueError(
+                f"block_length={self.block_length} does not divide gen_length={self.gen_length}: choose a divisor"
+            )
+        blocks = self.gen_length // self.block_length if self.gen_length and self.block_length else 1
+        if self.steps is not None and self.steps % blocks and self.parity is None:
+            raise ValueError(f"steps={self.steps} cannot be shared by {blocks} blocks: choose a multiple of {blocks}")
+        for name, known in (("schedule", SCHEDULES), ("select", SELECTORS), ("parity", PARITY)):
+            value = getattr(self, name)
+            if isinstance(value, str) and value not in known:
+                raise ValueError(f"{name}={value!r} is unknown: choose one of {sorted(known)}")
+        if self.cache not in CACHES:
+            raise ValueError(f"cache={self.cache!r} is unknown: choose one of {CACHES}")
+        self._check_schedule()
+        mk_softener(self.soften, **self.soften_args)
+        check_dist(None, self.temperature, self.top_k, self.top_p)
+        for name in ("alg_temp", "cfg_scale"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be >= 0 and finite; 0 switches it off")
+        if not 0 <= self.eps < 1:
+            raise ValueError(f"eps={self.eps} must lie in [0, 1)")
+
+    def _check_schedule(self):
+        name = self.schedule_name
+        if self.threshold is not None:
+            low = 0 <= self.threshold if self.parity else 0 < self.threshold
+            if not (low and self.threshold <= 1):
+                raise ValueError(f"threshold={self.threshold} must lie in (0, 1]: a probability")
+        if self.factor is not None and not 0 < self.factor < float("inf"):
+            raise ValueError(f"factor={self.factor} must be > 0")
+        for option in ("threshold", "factor"):
+            if name == option and getattr(self, option) is None:
+                raise ValueError(
+                    f"schedule={option!r} needs {option}=, for example {'0.9' if option[0] == 't' else '1.0'}"
+                )
+            if name != option and getattr(self, option) is not None and self.parity is None:
+                raise ValueError(f"{option}={getattr(self, option)} does not go with schedule={name!r}: leave one out")
+        if name in ("threshold", "factor") and self.select not in ("confidence", "margin") and self.parity is None:
+            raise ValueError(f"schedule={name!r} compares probabilities, which select={self.select!r} does not give")
+        if name in ("threshold", "factor") and self.alg_temp:
+            raise ValueError(f"schedule={name!r} compares probabilities: alg_temp={self.alg_temp} must be 0")
+        if self.remask is None:
+            if self.remask_args:
+                raise ValueError(f"remask_args={self.remask_args} without remask: choose one of {REMASKS}")
+            return
+        if self.remask not in REMASKS:
+            raise ValueError(f"remask={self.remask!r} is unknown: choose one of {REMASKS}")
+        if name not in SHARING:
+            raise ValueError(f"remask={self.remask!r} needs a fixed number of steps: schedule={name!r} has none")
+        if self.steps is None:
+            raise ValueError(f"remask={self.remask!r} needs steps=")
+        if self.soften == "evolving":
+            raise ValueError("soften='evolving' revises decoded tokens itself: it does not go with remask")
+        if unknown := sorted(set(self.remask_args) - REMASK_KNOBS):
+            raise ValueError(f"remask does not take {unknown}: it takes {sorted(REMASK_KNOBS)}")
+        for knob, value in self.remask_args.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"remask_args {knob}={value} must lie in [0, 1]")
+
+    @property
+    def schedule_name(self) -> str | Callable:
+        if self.schedule is not None:
+            return self.schedule
+        return "threshold" if self.threshold is not None else "factor" if self.factor is not None else "uniform"

@@ -1,0 +1,382 @@
+"""THE masked-diffusion loop: a model fills the masks of a canvas, a few in each forward.
+
+A canvas is a batch of sequences that hold mask tokens: prompts with `gen_length` masks behind them, templates with
+masks anywhere, or both. Blocks are decoded from left to right; in each forward the model sees the canvas, the selector
+scores its proposals, the schedule says which of them commit, and the softener what the remaining masks show next time.
+Caches narrow the forward to a window. Logits are computed for the positions that something is asked of, and no others.
+
+Shapes: B rows, P prompt length, L columns of the canvas, V vocabulary, D width; n positions, flat, row by row.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.streamers import TextDiffusionStreamer
+
+from softar.mixers import Rng
+from softar.soft import Soft, check_dist, soft_embed
+
+from .config import DenoiseConfig
+from .models import Facts, Parts, WindowCache, facts, parts
+from .parity import DEFAULT, PARITY, Quirks, gumbel_scores
+from .schedules import SCHEDULES, Block, Rule, Step, remask
+from .select import SELECTORS, Belief, Draws, believed, filtered, perturb, propose
+from .soften import Slots, Softener, mk_softener
+
+
+@dataclass(frozen=True)
+class DenoiseOutput:
+    sequences: Tensor  # [B, L] int64
+    prompt_length: int  # columns of input_ids; with gen_length = 0 all of them
+    committed_at: Tensor  # [B, L] int64, the forward (from 0) that decided each token; -1 where it was given
+    confidence: Tensor  # [B, L] float32, the probability it had then; NaN where it was given
+    num_forwards: int  # NFE: forward passes; one over conditional and unconditional rows together counts once
+    token_forwards: int  # positions computed in them, over all rows, padding included
+    seconds: float
+    states: list[Tensor] | None  # canvases [B, L] before each forward, and the last; with history=True
+
+    @property
+    def completions(self) -> Tensor:
+        """[B, L - P] the generated part of `sequences`."""
+        return self.sequences[:, self.prompt_length :]
+
+
+@torch.no_grad()
+def denoise(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    config: DenoiseConfig | None = None,
+    rng: Rng = None,
+    callback: Callable[[dict], None] | None = None,
+    streamer=None,
+    history: bool = False,
+) -> DenoiseOutput:
+    """Fill masks.
+
+    Args:
+        model: from `softar.diffusion.load`, plain or wrapped by PEFT.
+        input_ids: [B, P] prompts, padded on the left; mask tokens in them are filled, too.
+        attention_mask: [B, P]; None means no padding.
+        config: Default: DenoiseConfig().
+        rng: torch.Generator for every draw, or one per row; a row with its own generator decodes the same alone and
+            in a batch. None uses torch's global one.
+        callback: called after each forward with {"step" (from 0), "block" (start, end), "sequences" [B, L],
+            "committed" [B, L] bool, "confidence" [B, L] (NaN where nothing was asked), "where" [B, L] bool and "soft"
+            (Soft [n, K]): which slots show a mixture next, and which, None for none}.
+        streamer: a transformers streamer, for one row: finished blocks are put; a TextDiffusionStreamer gets the
+            canvas of each forward as a draft.
+        history: keep the canvas before each forward.
+
+    Returns:
+        DenoiseOutput.
+
+    Raises:
+        ValueError: bad configuration or inputs, before the first forward.
+        FloatingPointError: NaN logits; names the forward.
+    """
+    started = time.perf_counter()
+    config = config or DenoiseConfig()
+    known, net = facts(model), parts(model)
+    quirks = DEFAULT if config.parity is None else PARITY[config.parity]
+    real = _check(model, known, net, config, input_ids, attention_mask)
+    end_ids = known.end_ids if config.end_ids is None else config.end_ids
+
+    tail = input_ids.new_full((len(input_ids), config.gen_length), known.mask_id)
+    canvas = torch.cat([input_ids, tail], 1)
+    L = canvas.shape[1]
+    masked = canvas == known.mask_id
+    given, at_start = ~masked, masked.sum(-1)
+    reader = _Reader(net, known, config, real, given)
+    softener = mk_softener(config.soften, **config.soften_args)
+    beliefs = _Beliefs(config, known, quirks, softener, end_ids, Draws(rng, len(canvas), canvas.device))
+    committed_at = torch.full_like(canvas, -1)
+    confidence = torch.full(canvas.shape, torch.nan, device=canvas.device)
+    states = [canvas] if history else None
+    if streamer is not None:
+        streamer.put(input_ids[:, : L - config.gen_length].cpu())
+
+    for start, end, steps in _blocks(config, quirks, masked):
+        columns = torch.zeros(L, dtype=torch.bool, device=canvas.device)
+        columns[start:end] = True
+        block = Block(start, end, masked[:, start:end].sum(-1), steps)
+        rule = beliefs.rule(block)
+        decoded = torch.zeros_like(masked)
+        if not softener.carries:
+            reader.forget()
+        index, bad = 0, masked.new_zeros(())
+        while True:
+            left, is_bad = torch.stack([masked[:, start:end].any(), bad]).tolist()  # the synchronisation of a step
+            if is_bad:
+                raise FloatingPointError(
+                    f"the logits of forward {reader.forwards - 1} are NaN: check the weights and the dtype, try float32"
+                )
+            if not rule.more(index, left):
+                break
+            lo, hi = reader.window(start, end, whole=index == 0, look_back=quirks.looks_back)
+            window = torch.zeros_like(columns)
+            window[lo:hi] = True
+            competes = {"block": columns, "before": window & (_index(columns) < end), "canvas": window}[quirks.competes]
+            is_open = masked & competes
+            asked = is_open | (masked & window) if beliefs.everywhere else is_open
+            if softener.decoded:
+                asked = asked | (decoded & window)
+            rows, cols = asked.nonzero(as_tuple=True)
+            belief, token, score, prob = beliefs(reader(canvas, lo, hi, rows, cols), asked, is_open)
+            bad = score.isnan().any()
+
+            proposal, certain = canvas.clone(), torch.full_like(confidence, -torch.inf)
+            proposal[rows, cols] = token
+            certain[rows, cols] = prob
+            spread = torch.full_like(confidence, -torch.inf)
+            spread[rows, cols] = score
+            commit, drop = rule(Step(index, beliefs.reorder(spread, is_open), is_open, decoded, confidence))
+            if softener.revises:
+                may = decoded & columns & ~(given & quirks.keeps_given)
+                commit = commit | (may & (certain > confidence) & (proposal != known.mask_id))
+            canvas = torch.where(commit, proposal, canvas)
+            confidence = torch.where(commit, certain, confidence)
+            committed_at = committed_at.masked_fill(commit, reader.forwards - 1)
+            if drop is not None:
+                canvas = canvas.masked_fill(drop, known.mask_id)
+            masked = canvas == known.mask_id
+            decoded = (decoded | commit) & ~masked & columns
+
+            where = soft = None
+            if softener.fn is not None and len(rows):
+                share = (masked.sum(-1) / at_start.clamp_min(1))[rows]
+                if quirks.batch_share:
+                    share = (masked.sum() / at_start.sum()).expand_as(share)
+                there = masked[rows, cols]
+                slots = Slots(belief, canvas[rows, cols], there, share, known.mask_id, net.embedding)
+                shows = there | (softener.decoded & decoded[rows, cols])
+                where, soft = reader.soften(softener.fn(slots), shows, rows, cols, lo, hi)
+            if history:
+                states.append(canvas)
+            if callback is not None:
+                certain = certain.masked_fill(~asked, torch.nan)
+                callback({"step": reader.forwards - 1, "block": (start, end), "sequences": canvas, "committed": commit,
+                          "confidence": certain, "where": where, "soft": soft})  # fmt: skip
+            if isinstance(streamer, TextDiffusionStreamer):
+                streamer.put_draft(canvas[:, L - config.gen_length :].cpu())
+            index += 1
+        if config.early_stop and end_ids:
+            ended = torch.isin(canvas[:, :end], canvas.new_tensor(end_ids)) & ~given[:, :end]
+            rest = masked & ended.any(-1, keepdim=True)
+            canvas = canvas.masked_fill(rest, end_ids[0])
+            masked = masked & ~rest
+        if streamer is not None and end > L - config.gen_length:
+            streamer.put(canvas[:, max(start, L - config.gen_length) : end].cpu())
+    if streamer is not None:
+        streamer.end()
+    seconds = time.perf_counter() - started
+    return DenoiseOutput(canvas, L - config.gen_length, committed_at, confidence,
+                         reader.forwards, reader.positions, seconds, states)  # fmt: skip
+
+
+class _Reader:
+    """Runs the model on a window of the canvas. Keeps what forwards leave: keys and values, soft slots, counts."""
+
+    def __init__(self, net: Parts, known: Facts, config: DenoiseConfig, real: Tensor, given: Tensor):
+        self.net, self.known, self.config, self.given = net, known, config, given
+        self.twice = config.cfg_scale > 0
+        self.length = real.shape[1]
+        self.positions_of = (real.cumsum(1) - 1).clamp_min(0)  # padding does not count
+        self.mask = None if bool(real.all()) else real.long()
+        if self.twice:
+            self.positions_of = self.positions_of.repeat(2, 1)
+            self.mask = None if self.mask is None else self.mask.repeat(2, 1)
+        self.cache = None if config.cache is None else WindowCache()
+        self.forwards = self.positions = 0
+        self.where: Tensor | None = None  # [B, L] bool, slots that show a mixture
+        self.mixed: Tensor | None = None  # [B, L, D] their inputs
+
+    def window(self, start: int, end: int, *, whole: bool, look_back: bool) -> tuple[int, int]:
+        """Columns of the next forward."""
+        if self.cache is None or whole:
+            return 0, self.length
+        # With shifted logits a position is predicted from the one before it.
+        lo = max(start - self.known.shift, 0) if look_back else start
+        return lo, end if self.config.cache == "dual" else self.length
+
+    def __call__(self, canvas: Tensor, lo: int, hi: int, rows: Tensor, cols: Tensor) -> Tensor:
+        """-> logits [n, V] float32 about the positions (rows, cols), which lie in [lo, hi)."""
+        embeds = self._inputs(canvas, lo, hi)
+        if self.twice:
+            without = canvas.masked_fill(self.given, self.known.mask_id)
+            embeds = torch.cat([embeds, self._inputs(without, lo, hi)])
+        if self.cache is not None:
+            self.cache.window = None if (lo, hi) == (0, self.length) else (lo, hi)
+        hidden = self.net.body(embeds, self.mask, self.positions_of[:, lo:hi], self.cache)
+        self.forwards, self.positions = self.forwards + 1, self.positions + embeds.shape[0] * embeds.shape[1]
+        source = (cols - self.known.shift).clamp_min(lo) - lo
+        chosen = hidden[rows, source]
+        if not self.twice:
+            return self.net.head(chosen).float()
+        both = self.net.head(torch.cat([chosen, hidden[rows + len(canvas), source]])).float()
+        conditional, unconditional = both.chunk(2)
+        return unconditional + (self.config.cfg_scale + 1) * (conditional - unconditional)
+
+    def _inputs(self, canvas: Tensor, lo: int, hi: int) -> Tensor:
+        embeds = self.net.embedding(canvas[:, lo:hi])
+        if self.where is None:
+            return embeds
+        return torch.where(self.where[:, lo:hi, None], self.mixed[:, lo:hi], embeds)
+
+    def soften(self, soft: Soft, shows: Tensor, rows: Tensor, cols: Tensor, lo: int, hi: int) -> tuple[Tensor, Soft]:
+        """From now on the positions (rows, cols) that `shows` names show these mixtures, others of the window don't."""
+        soft = Soft(soft.ids[shows], soft.weights[shows])
+        mixed = soft_embed(soft, self.net.embedding)
+        if self.where is None:
+            self.where = torch.zeros_like(self.given)
+            self.mixed = mixed.new_zeros(*self.given.shape, mixed.shape[-1])
+        self.where = self.where.clone()
+        self.where[:, lo:hi] = False
+        self.where[rows[shows], cols[shows]] = True
+        self.mixed[rows[shows], cols[shows]] = mixed
+        return self.where, soft
+
+    def forget(self) -> None:
+        self.where = None
+
+
+class _Beliefs:
+    """Turns logits into proposals and scores, and makes the rules that decide with them."""
+
+    def __init__(self, config: DenoiseConfig, known: Facts, quirks: Quirks, softener: Softener, end_ids, draws: Draws):
+        self.config, self.known, self.quirks, self.draws = config, known, quirks, draws
+        self.end_ids = end_ids
+        self.select = SELECTORS[config.select] if isinstance(config.select, str) else config.select
+        # A surplus of the blog's pyramid spills on masks outside the block.
+        self.everywhere = softener.everywhere or config.parity == "pyramid"
+        self.with_entropy = config.select == "entropy" or config.soften == "soft-mask"
+        self.is_filtered = config.temperature > 0 or config.top_k is not None or config.top_p is not None
+
+    def rule(self, block: Block) -> Rule:
+        if self.quirks.rule is not None:
+            make = self.quirks.rule
+        elif self.config.remask is not None:
+            make = remask
+        else:
+            name = self.config.schedule_name
+            make = SCHEDULES[name] if isinstance(name, str) else name
+        return make(block, self.config, self.draws)
+
+    def __call__(self, logits: Tensor, asked: Tensor, is_open: Tensor) -> tuple[Belief, Tensor, Tensor, Tensor]:
+        """logits [n, V] of the positions `asked`, in place -> belief, proposals, scores and probabilities [n]."""
+        config, known = self.config, self.known
+        if not self.quirks.proposes_mask:
+            logits[:, known.mask_id] = -torch.inf
+        if config.ban_eos and known.eos_id is not None:
+            logits[:, known.eos_id] = -torch.inf
+        belief = scored = Belief(logits, with_entropy=self.with_entropy)
+        dist = None
+        if self.quirks.whole_noise and config.temperature > 0:
+            uniform = self.draws.whole((*asked.shape, logits.shape[-1]))[asked]
+            token = gumbel_scores(logits, uniform, config.temperature).argmax(-1)
+        else:
+            if self.is_filtered and config.temperature > 0:
+                dist = self._filtered(logits)
+            token = propose(belief, dist, lambda: self.draws.at(asked))
+        if self.quirks.filtered_score and self.is_filtered:
+            scored = believed(self._filtered(logits) if dist is None else dist, known.vocab_size)
+        is_end = torch.isin(token, token.new_tensor(self.end_ids)) if config.ends_last and self.end_ids else None
+        if is_end is not None and self.quirks.renormalised_ends:
+            at = list(self.end_ids) if config.temperature == 0 else list(self.end_ids[1:])
+            scored = Belief(logits.index_fill(-1, torch.tensor(at, device=logits.device), -torch.inf))
+        score = self.select(scored, token, lambda: self._random(asked))
+        prob = score if self.select is SELECTORS["confidence"] else belief.prob(token[:, None])[:, 0]
+        if is_end is not None and not self.quirks.renormalised_ends:
+            score = score.masked_fill(is_end, torch.finfo(score.dtype).min)
+        return belief, token, score, prob
+
+    def _filtered(self, logits: Tensor) -> Soft:
+        c = self.config
+        return filtered(logits, c.temperature or 1.0, c.top_k, c.top_p, top_p_first=self.quirks.filtered_score)
+
+    def reorder(self, score: Tensor, is_open: Tensor) -> Tensor:
+        if self.config.alg_temp == 0:
+            return score
+        return perturb(score, is_open, self.config.alg_temp, self.draws).masked_fill(~is_open, -torch.inf)
+
+    def _random(self, asked: Tensor) -> Tensor:
+        if self.quirks.whole_noise:
+            return self.draws.whole(tuple(asked.shape), torch.float32)[asked]
+        return self.draws.at(asked)
+
+
+def _blocks(config: DenoiseConfig, quirks: Quirks, masked: Tensor) -> list[tuple[int, int, Tensor]]:
+    """(start, end, steps [B]) of each block, from left to right.
+
+    Blocks are counted from the right end, so that they lie where they would for a row alone, and those without a mask
+    in any row are left out. A row shares its steps among the blocks that it has masks in.
+    """
+    L = masked.shape[1]
+    if quirks.one_block:
+        return [(0, L, masked.new_full((len(masked),), config.steps or 1, dtype=torch.long))]
+    if config.parity is not None:
+        b = config.block_length or config.gen_length
+        n = config.gen_length // b
+        steps = masked.new_full((len(masked),), (config.steps or config.gen_length) // n, dtype=torch.long)
+        return [(L - (n - k) * b, L - (n - k - 1) * b, steps) for k in range(n)]
+    b = config.block_length or config.gen_length or L
+    edges = [max(0, L - k * b) for k in range(-(-L // b), -1, -1)]
+    counts = torch.stack([masked[:, lo:hi].sum(-1) for lo, hi in pairwise(edges)], -1)  # [B, blocks]
+    mine = (counts > 0).sum(-1).clamp_min(1)
+    if config.steps is not None and (short := (config.steps < mine).nonzero()[:, 0].tolist()):
+        raise ValueError(
+            f"steps={config.steps} cannot be shared by the {int(mine.max())} blocks of rows {short}: give at least "
+            f"{int(mine.max())}, or a larger block_length"
+        )
+    out = []
+    for k, (lo, hi) in enumerate(pairwise(edges)):
+        if counts[:, k].any():
+            steps = counts[:, k].clamp_min(1) if config.steps is None else config.steps // mine
+            out.append((lo, hi, steps))
+    return out
+
+
+def _check(model, known: Facts, net: Parts, config: DenoiseConfig, input_ids: Tensor, attention_mask) -> Tensor:
+    """Raise ValueError for inputs that don't fit; -> [B, L] bool, what is not padding."""
+    shape = tuple(input_ids.shape)
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise ValueError(f"input_ids of shape {shape}, {input_ids.dtype}: need [B, P] integers")
+    if not config.gen_length and not (input_ids == known.mask_id).any():
+        raise ValueError(
+            f"gen_length=0 and no mask in input_ids: put the mask token (id {known.mask_id}) where text is wanted"
+        )
+    L = shape[1] + config.gen_length
+    if shape[1] == 0 and known.shift:
+        raise ValueError(f"input_ids of shape {shape} is an empty prompt: start from a BOS token")
+    room = model.config.max_position_embeddings if "max_position_embeddings" in model.config else L
+    if L > room:
+        raise ValueError(
+            f"a prompt of {shape[1]} and gen_length={config.gen_length} do not fit into the model's {room} positions"
+        )
+    check_dist(known.vocab_size, config.temperature, config.top_k, config.top_p)
+    if config.cache is not None and not net.can_cache:
+        raise ValueError(f"cache={config.cache!r}: {type(model).__name__} keeps no keys and values; use cache=None")
+    k = config.soften_args.get("k", 1)
+    if k > known.vocab_size:
+        raise ValueError(f"soften_args k={k} must be at most {known.vocab_size}, the vocabulary")
+    real = torch.ones((shape[0], L), dtype=torch.bool, device=input_ids.device)
+    if attention_mask is None:
+        return real
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)} does not fit input_ids of {shape}")
+    mask = attention_mask.bool()
+    if holed := (mask[:, :-1] & ~mask[:, 1:]).any(1).nonzero()[:, 0].tolist():
+        raise ValueError(f"attention_mask has padding on the right in rows {holed}: pad on the left")
+    if (input_ids == known.mask_id).logical_and(~mask).any():
+        raise ValueError(f"padding holds the mask token (id {known.mask_id}): pad with another token")
+    real[:, : shape[1]] = mask
+    return real
+
+
+def _index(like: Tensor) -> Tensor:
+    return torch.arange(len(like), device=like.device)

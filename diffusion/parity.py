@@ -1,0 +1,219 @@
+"""The public samplers, defects included, as substitutions in the loop's places.
+
+Nothing here is needed to denoise; it is what the conformance tests run, and who wants the published numbers. Each entry
+of PARITY names the implementation and what it does otherwise than the default.
+
+Shapes: B rows, L columns of the canvas.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .schedules import Block, Factor, Quota, Rule, Step, Threshold, share_out
+from .select import Draws, best
+
+
+class Quirks(NamedTuple):
+    """What an implementation does otherwise. The defaults are the default's."""
+
+    rule: Callable[[Block, object, Draws], Rule] | None = None  # instead of the schedule's
+    competes: str = "block"  # masks that may commit: of the "block", all "before" its end, or of the whole "canvas"
+    one_block: bool = False  # the whole canvas is one block
+    proposes_mask: bool = True  # the mask token may win, and the position stays masked
+    batch_share: bool = True  # the share of masks left is that of the batch
+    looks_back: bool = False  # with shifted logits, a cached window begins one position early
+    filtered_score: bool = False  # scores are of the tempered and filtered distribution
+    whole_noise: bool = False  # noise is drawn for the whole canvas
+    renormalised_ends: bool = False  # ends_last drops the end tokens from the softmax instead of the order
+    keeps_given: bool = False  # what was not masked at the start is never revised
+
+
+DEFAULT = Quirks(
+    proposes_mask=False, batch_share=False, looks_back=True, keeps_given=True
+)  # the intended thing, and no substitution
+
+
+def gumbel_scores(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """LLaDA's exp(z) / (-log u)^T, whose argmax is a draw at temperature T, in logarithms and float64."""
+    return logits.double() - temperature * (-uniform.double().log()).log()
+
+
+class Fixed:
+    """So many forwards in each block, whatever happens; counts by step."""
+
+    def __init__(self, steps: int, count: Callable[[int], Tensor]):
+        self.steps, self.count = steps, count
+
+    def more(self, index: int, left: bool) -> bool:
+        return index < self.steps
+
+    def __call__(self, step: Step) -> tuple[Tensor, None]:
+        return best(step.score, step.open, self.count(step.index)), None
+
+
+def llada(block: Block, config, draws: Draws) -> Rule:
+    steps = int(block.steps.max())
+    return Fixed(steps, lambda i: share_out(block.count, steps, i))
+
+
+class Pyramid:
+    """The blog's: forwards from the whole gen_length, and a surplus that spills on masks of later blocks."""
+
+    def __init__(self, gen_length: int, dilation: int):
+        self.dilation = dilation
+        self.steps = min(int(dilation * math.sqrt(1 + 8 * gen_length / dilation) / 2), gen_length + 1)
+
+    def more(self, index: int, left: bool) -> bool:
+        return index < self.steps
+
+    def __call__(self, step: Step) -> tuple[Tensor, None]:
+        score = step.score.masked_fill(~step.open, -torch.inf)
+        k = min(step.index // self.dilation + 1, score.shape[1])
+        commit = torch.zeros_like(step.open)
+        for row in range(len(score)):
+            commit[row, score[row].topk(k).indices] = True
+        return commit, None
+
+
+def pyramid(block: Block, config, draws: Draws) -> Rule:
+    return Pyramid(config.gen_length, config.dilation)
+
+
+class FactorToTheLast(Factor):
+    """Takes the last rank too where it is the only one that fails."""
+
+    def accepted(self, ranked: Tensor, n: Tensor) -> Tensor:
+        rank = torch.arange(1, ranked.shape[1] + 1, device=ranked.device)
+        passes = (ranked >= 1 - self.factor / (rank + 1)) | (rank == 1)
+        accepted = torch.minimum(passes.long().cumprod(-1).sum(-1), n)
+        return torch.where(accepted == n - 1, n, accepted)
+
+
+def fast_dllm(block: Block, config, draws: Draws) -> Rule:
+    if config.factor is not None:
+        return FactorToTheLast(config.factor)
+    if config.threshold is not None:
+        return Threshold(config.threshold)
+    return Quota(lambda i, n: share_out(block.count, block.steps, min(i, int(block.steps.max()) - 1)))
+
+
+class Until:
+    """Another rule, asked for forwards by other criteria: at least `least`, at most `most` of them."""
+
+    def __init__(self, rule: Rule, least: int = 0, most: float = math.inf):
+        self.rule, self.least, self.most = rule, least, most
+
+    def more(self, index: int, left: bool) -> bool:
+        return index < self.least or (left and index < self.most)
+
+    def __call__(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        return self.rule(step)
+
+
+def fast_dllm_june(block: Block, config, draws: Draws) -> Rule:
+    return Until(fast_dllm(block, config, draws), least=2 if config.cache else 0)
+
+
+def fast_dllm_2026(block: Block, config, draws: Draws) -> Rule:
+    return Until(fast_dllm(block, config, draws), most=int(block.steps.max()) if config.cache == "dual" else math.inf)
+
+
+def due(masks: float | Tensor, index: int, steps: int, eps: float) -> int:
+    """Positions that Dream's time schedule commits at a step."""
+    t = torch.linspace(1, eps, steps + 1)
+    masks = torch.as_tensor(masks, dtype=torch.float32)
+    return int(masks * (1 - t[index + 1] / t[index])) if index < steps - 1 else int(masks)
+
+
+class Dream:
+    """One number for all rows, from their mean number of masks."""
+
+    def __init__(self, steps: int, eps: float):
+        self.steps, self.eps = steps, eps
+
+    def more(self, index: int, left: bool) -> bool:
+        return index < self.steps
+
+    def __call__(self, step: Step) -> tuple[Tensor, None]:
+        n = due(step.open.sum() / len(step.open), step.index, self.steps, self.eps)
+        return best(step.score, step.open, step.open.sum(-1).clamp_max(n)), None
+
+
+def dream(block: Block, config, draws: Draws) -> Rule:
+    return Dream(config.steps, config.eps)
+
+
+class Candidates:
+    """Fast-dLLM's Dream without a cache: each step looks at masks / steps candidates and those it refused before, and
+    takes those above the threshold. A refusal in the last step buys another one."""
+
+    def __init__(self, count: int, steps: int, threshold: float):
+        self.share, self.steps, self.threshold, self.refused = count // steps, steps, threshold, 0
+
+    def more(self, index: int, left: bool) -> bool:
+        return index < self.steps
+
+    def __call__(self, step: Step) -> tuple[Tensor, None]:
+        n = step.open.new_full(step.open.shape[:1], self.share + self.refused, dtype=torch.long)
+        looked_at = best(step.score, step.open, n)
+        commit = looked_at & ((step.score >= self.threshold) | best(step.score, step.open, n.clamp_max(1)))
+        self.refused = int(looked_at.sum() - commit.sum())
+        if step.index == self.steps - 1 and self.refused:
+            self.steps, self.share = self.steps + 1, 0
+        return commit, None
+
+
+def dream_threshold(block: Block, config, draws: Draws) -> Rule:
+    return Candidates(int(block.count.max()), config.steps, config.threshold)
+
+
+class DreamBlock:
+    """Fast-dLLM's Dream with a cache: the first forward of a block commits its first position, whatever it is."""
+
+    def __init__(self, block: Block, config):
+        self.start, self.steps, self.eps = block.start, int(block.steps.max()), config.eps
+        self.threshold = config.threshold
+
+    def more(self, index: int, left: bool) -> bool:
+        if self.threshold is not None:
+            return index < 2 or left
+        return index < max(self.steps, 2)
+
+    def __call__(self, step: Step) -> tuple[Tensor, None]:
+        if step.index == 0:
+            first = torch.zeros_like(step.open)
+            first[:, self.start] = True
+            return first, None
+        if self.threshold is not None:
+            return Threshold(self.threshold)(step)
+        n = due(step.open.sum() / len(step.open), step.index, self.steps, self.eps) if self.steps > 1 else 0
+        return best(step.score, step.open, step.open.sum(-1).clamp_max(n)), None
+
+
+def dream_block(block: Block, config, draws: Draws) -> Rule:
+    return DreamBlock(block, config)
+
+
+PARITY: dict[str, Quirks] = {
+    # ML-GSAI/LLaDA generate.py at b7e6c35
+    "llada": Quirks(rule=llada, competes="before", whole_noise=True, renormalised_ends=True),
+    # the blog's pyramidal schedule, 2025-07-11
+    "pyramid": Quirks(rule=pyramid, competes="before"),
+    # NVlabs/Fast-dLLM's LLaDA at 0d6d48d, 24cc59e and a9b81e4
+    "fast_dllm": Quirks(rule=fast_dllm, competes="before"),
+    "fast_dllm_2025_06": Quirks(rule=fast_dllm_june, competes="before"),
+    "fast_dllm_2026_05": Quirks(rule=fast_dllm_2026, competes="before"),
+    # Les1a/SoftTokenForMaskedDLM at a4bb7dc
+    "soft_token": Quirks(rule=fast_dllm, competes="before"),
+    # aim-uofa/EvoTokenDLM at f80e9ac
+    "evotoken": Quirks(rule=fast_dllm, competes="before", proposes_mask=False),
+    # Dream's generation_utils.py, and IBM's soft masking on it at 091695d
+    "dream": Quirks(rule=dream, competes="canvas", one_block=True, filtered_score=True),
+    # NVlabs/Fast-dLLM's Dream at 24cc59e, without and with a cache
+    "dream_threshold": Quirks(rule=dream_threshold, competes="canvas", one_block=True, filtered_score=True),
+    "dream_block": Quirks(rule=dream_block, filtered_score=True),
+}

@@ -1,0 +1,194 @@
+"""What is proposed for each open position, and how sure of it the model is.
+
+`Belief` holds the logits of the positions that matter and computes what is asked of them once, in tiles that stay in
+the processor's cache: at V = 126,464 a pass through memory costs as much as a transformer layer.
+
+Shapes: n positions (flat, row by row), V vocabulary, K kept; B rows, L columns of the canvas.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from softar.mixers import Rng
+from softar.soft import Soft, mk_proba_dist
+
+CHUNK = 256  # of the vocabulary, whose maxima are taken first
+TILE = 8192  # columns that stay in the processor's cache
+
+
+class Belief:
+    """The model's distributions over n positions. logits: [n, V] float32, owned by the caller, never written to."""
+
+    def __init__(self, logits: Tensor, *, with_entropy: bool = False):
+        self.logits = logits
+        self.with_entropy = with_entropy  # computed along with the normaliser then, nearly for free
+
+    @cached_property
+    def _peaks(self) -> Tensor | None:
+        """[n, V / CHUNK] maxima of the chunks of the vocabulary; None where it is small."""
+        n, V = self.logits.shape
+        if V < 16 * CHUNK or V % CHUNK or self.logits.is_cuda or n == 0:
+            return None
+        return self.logits.view(n, V // CHUNK, CHUNK).amax(-1)
+
+    @cached_property
+    def top_token(self) -> Tensor:
+        """[n] the most likely token; of equal ones the lowest id."""
+        if self._peaks is None:
+            return self.logits.argmax(-1)
+        chunk = self._peaks.argmax(-1)
+        inside = self.logits.view(len(chunk), -1, CHUNK)[torch.arange(len(chunk)), chunk]
+        return chunk * CHUNK + inside.argmax(-1)
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        """-> logits and ids [n, k] of the k most likely tokens, most likely first; `top_token` leads."""
+        if self._peaks is None or k * CHUNK > self.logits.shape[-1] // 4:
+            values, ids = self.logits.topk(k, -1)
+        else:  # the k largest lie in the k chunks of largest maximum
+            chunks = self._peaks.topk(k, -1).indices
+            n = len(chunks)
+            inside = self.logits.view(n, -1, CHUNK)[torch.arange(n)[:, None], chunks].reshape(n, k * CHUNK)
+            values, slots = inside.topk(k, -1)
+            ids = chunks.gather(-1, slots // CHUNK) * CHUNK + slots % CHUNK
+        lead = self.top_token[:, None]
+        return values, torch.cat([lead, ids[:, 1:].where(ids[:, 1:] != lead, ids[:, :1])], -1)
+
+    def prob(self, ids: Tensor) -> Tensor:
+        """[n, K] ids -> their probabilities [n, K]."""
+        return self.weigh(self.logits.gather(-1, ids))
+
+    def weigh(self, logits: Tensor) -> Tensor:
+        """[n, K] some of the logits -> their probabilities [n, K]."""
+        # Not exp(z - log Z): near 1, where the surest are told apart, the rounding of log Z would decide.
+        return (logits - self._largest).exp() / self._moments[0]
+
+    @cached_property
+    def negative_entropy(self) -> Tensor:
+        """[n] sum of p log p, nats, in [-log V, 0]."""
+        total, weighted = self._moments if self.with_entropy else _moments(self.logits, self._largest, True)
+        return (weighted / total - total.log())[:, 0]
+
+    def at_temperature(self, temperature: float) -> "Belief":
+        return self if temperature == 1 else Belief(self.logits / temperature, with_entropy=self.with_entropy)
+
+    @cached_property
+    def _largest(self) -> Tensor:
+        return self.logits.gather(-1, self.top_token[:, None])
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        return _moments(self.logits, self._largest, self.with_entropy)
+
+
+def _moments(logits: Tensor, largest: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    """[n, V], [n, 1] -> sums of exp(z - largest) and, if asked for, of that times (z - largest): [n, 1]."""
+    total, weighted = torch.zeros_like(largest), torch.zeros_like(largest)
+    for tile in logits.split(logits.shape[-1] if logits.is_cuda else TILE, -1):
+        shifted = tile - largest
+        e = shifted.exp()
+        total += e.sum(-1, keepdim=True)
+        if with_entropy:
+            weighted += (e * shifted.clamp_min_(torch.finfo(e.dtype).min)).sum(-1, keepdim=True)
+    return total, weighted
+
+
+def confidence(belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
+    """Probability of the proposal (LLaDA's low_confidence remasking, arXiv:2502.09992; maskgit_plus)."""
+    return belief.prob(token[:, None])[:, 0]
+
+
+def margin(belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
+    """Probability of the most likely token less that of the second (Dream's topk_margin)."""
+    values, _ = belief.top(2)
+    probs = belief.weigh(values)
+    return probs[:, 0] - probs[:, 1]
+
+
+def entropy(belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
+    """Negative entropy (Dream's entropy)."""
+    return belief.negative_entropy
+
+
+def random(belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
+    """Any order (LLaDA's random remasking)."""
+    return uniform().float()
+
+
+def propose(belief: Belief, dist: Soft | None, uniform: Callable[[], Tensor]) -> Tensor:
+    """[n] tokens: the most likely ones, or with a distribution (`filtered`) draws from it."""
+    if dist is None:
+        return belief.top_token
+    cumulative = dist.weights.double().cumsum(-1)
+    slot = torch.searchsorted(cumulative, uniform()[:, None] * cumulative[:, -1:], right=True)
+    return dist.ids.gather(-1, slot.clamp_max(dist.weights.shape[-1] - 1))[:, 0]
+
+
+def filtered(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, *, top_p_first: bool = False
+) -> Soft:
+    """What a proposal is drawn from: temperature, then top-k, then top-p; or, as Dream has it, top-p first."""
+    if not (top_p_first and top_p is not None):
+        return mk_proba_dist(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    nucleus = mk_proba_dist(logits, temperature=temperature, top_p=top_p)
+    return mk_proba_dist(_logits(nucleus, logits.shape[-1]), top_k=top_k)
+
+
+def believed(dist: Soft, vocab_size: int) -> Belief:
+    """The belief of a filtered distribution."""
+    return Belief(_logits(dist, vocab_size))
+
+
+def _logits(dist: Soft, vocab_size: int) -> Tensor:
+    out = dist.weights.new_full((*dist.weights.shape[:-1], vocab_size), -torch.inf)
+    return out.scatter(-1, dist.ids, dist.weights.log())
+
+
+def best(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
+    """The `count` highest-scored of the positions `among` in each row; of equal ones the leftmost.
+
+    score: [B, L] float; among: [B, L] bool; count: [B] int64 -> [B, L] bool, at most `count` a row.
+    """
+    score = score.clamp_min(torch.finfo(score.dtype).min).masked_fill(~among, -torch.inf)
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    return among & (torch.empty_like(order).scatter_(-1, order, ranks) < count[:, None])
+
+
+def perturb(score: Tensor, among: Tensor, temperature: float, draws: "Draws") -> Tensor:
+    """Scores whose order is a draw without replacement from softmax(score / temperature) (Gumbel top-k,
+    arXiv:1903.06059; Dream's alg_temp)."""
+    noise = torch.zeros_like(score)
+    noise[among] = -torch.log(-torch.log(draws.at(among).clamp_min(torch.finfo(torch.float64).tiny))).float()
+    return score / temperature + noise
+
+
+class Draws:
+    """Uniform numbers for positions of a canvas. Rows with generators of their own draw the same alone as batched."""
+
+    def __init__(self, rng: Rng, rows: int, device: torch.device):
+        if rng is not None and not isinstance(rng, torch.Generator) and len(rng) != rows:
+            raise ValueError(f"rng holds {len(rng)} generators for {rows} rows: pass one per row, or a single one")
+        self.rng, self.device = rng, device
+
+    def at(self, where: Tensor) -> Tensor:
+        """[B, L] bool -> [n] float64 in [0, 1), row by row."""
+        if self.rng is None or isinstance(self.rng, torch.Generator):
+            return self.whole((int(where.sum()),))
+        counts = where.sum(-1).tolist()
+        numbers = [torch.rand(c, generator=g, device=g.device, dtype=torch.float64) for c, g in zip(counts, self.rng)]
+        return torch.cat([n.to(self.device) for n in numbers])
+
+    def whole(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+        source = self.device if self.rng is None else self.rng.device
+        return torch.rand(shape, generator=self.rng, device=source, dtype=dtype).to(self.device)
+
+
+SELECTORS: dict[str, Callable[..., Tensor]] = {
+    "confidence": confidence,
+    "margin": margin,
+    "entropy": entropy,
+    "random": random,
+}
