@@ -85,14 +85,18 @@ class Belief:
 
 def _moments(logits: Tensor, largest: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
     """[n, V], [n, 1] -> sums of exp(z - largest) and, if asked for, of that times (z - largest): [n, 1]."""
-    total, weighted = torch.zeros_like(largest), torch.zeros_like(largest)
-    for tile in logits.split(logits.shape[-1] if logits.is_cuda else TILE, -1):
-        shifted = tile - largest
-        e = shifted.exp()
-        total += e.sum(-1, keepdim=True)
-        if with_entropy:
-            weighted += (e * shifted.clamp_min_(torch.finfo(e.dtype).min)).sum(-1, keepdim=True)
-    return total, weighted
+    n, V = logits.shape
+    width = V if logits.is_cuda else min(TILE, V)
+    total, weighted = logits.new_zeros(n), logits.new_zeros(n)
+    buffers = logits.new_empty(2, n, width)
+    for tile in logits.split(width, -1):
+        shifted, e = buffers[:, :, : tile.shape[1]]
+        torch.sub(tile, largest, out=shifted)
+        torch.exp(shifted, out=e)
+        total += e.sum(-1)
+        if with_entropy:  # the least float times 0 is 0, where -inf times 0 would not be
+            weighted += torch.linalg.vecdot(e, shifted.clamp_min_(torch.finfo(e.dtype).min))
+    return total[:, None], weighted[:, None]
 
 
 def confidence(belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
