@@ -143,8 +143,8 @@ class Parts(NamedTuple):
     """A model taken apart, so that the loop computes logits only where it needs them."""
 
     embedding: nn.Module  # [B, T] ids -> [B, T, D]
-    # (embeds, attention_mask [B, L], position_ids [B, T], cache) -> hidden [B, T, D]; each row's positions count from 0,
-    # None numbers them from the left edge
+    # (embeds, attention_mask [B, L], position_ids [B, T], cache) -> hidden [B, T, D]; positions count from 0 and,
+    # where None, from the left edge
     body: Callable[..., Tensor]
     head: Callable[[Tensor], Tensor]  # hidden [n, D] -> logits [n, V]
     can_cache: bool
