@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from softar.models import FETCH, to_device, to_dtype
+from softar.models import FETCH, MNNS_WORDS, to_device, to_dtype, word_tokenizer
 
 # Regular expressions of LLaDA's parameter names, and Llama's in their place (read backwards when saving).
 LLADA_NAMES = {
@@ -155,16 +155,18 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    seed: int = 0,
     **model_kwargs,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A masked-diffusion language model and its tokenizer, in eval mode.
 
     Args:
-        name: a local folder or a hub id: LLaDA, Dream (or DiffuCoder, Dream-Coder), or any masked language model of
-            transformers (ModernBERT, BERT, RoBERTa, ...); or a folder with a PEFT adapter of one, which is loaded too.
+        name: one of MODELS ("mnns-diffusion-tiny"), or a local folder or a hub id: LLaDA, Dream (or DiffuCoder,
+            Dream-Coder), any masked language model of transformers (ModernBERT, BERT, RoBERTa, ...), a PEFT adapter.
             Weights are read as safetensors, shard by shard.
         dtype: of the weights; "auto" is as stored.
         device: None is this process's CUDA device where there is one, else the CPU.
+        seed: of the weights of an embedded model that comes untrained.
         model_kwargs: for `from_pretrained` (revision=, device_map=, attn_implementation=, ...).
 
     Returns:
@@ -177,7 +179,9 @@ def load(
     name = os.fspath(name)
     dtype, device = to_dtype(dtype), to_device(device, model_kwargs)
     try:
-        if Path(name, "adapter_config.json").is_file():
+        if name in MODELS:
+            model, tokenizer = MODELS[name](dtype=dtype, seed=seed, **model_kwargs)
+        elif Path(name, "adapter_config.json").is_file():
             model, tokenizer = _adapter(Path(name), dtype=dtype, **model_kwargs)
         else:
             model, tokenizer = _open(name, dtype=dtype, **model_kwargs)
@@ -393,6 +397,37 @@ def _ends(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in flat if i is not None))
 
 
+def mnns_diffusion_tiny(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **config):
+    """The untrained 2-layer LLaDA of the MNNS task: `mnns-tiny` read in both directions, with a mask token."""
+    words = [*MNNS_WORDS, "<mask>"]
+    fields = dict(
+        vocab_size=len(words),
+        d_model=32,
+        mlp_hidden_size=128,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        max_sequence_length=64,
+        weight_tying=False,
+        rms_norm_eps=1e-5,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        mask_token_id=len(words) - 1,
+    )
+    known = {*LladaConfig().to_dict(), *LladaConfig.attribute_map.values()}
+    if unknown := sorted(set(config) - known):
+        raise ValueError(f"it does not take {unknown}: give fields of LladaConfig")
+    settings = LladaConfig(**(fields | config))
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU: the same on every device
+        torch.random.default_generator.manual_seed(seed)
+        model = LladaForMaskedDiffusion(settings)
+    tokenizer = word_tokenizer(words, mask_token="<mask>", model_max_length=settings.max_position_embeddings)
+    model.name_or_path = settings._name_or_path = "mnns-diffusion-tiny"
+    return model.to(torch.float32 if dtype == "auto" else dtype), tokenizer
+
+
+MODELS: dict[str, Callable] = {"mnns-diffusion-tiny": mnns_diffusion_tiny}
 FAMILIES = {
     "llada": (LladaForMaskedDiffusion, LLADA_NEEDS, LLADA_NAMES),
     "Dream": (DreamForMaskedDiffusion, DREAM_NEEDS, None),

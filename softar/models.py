@@ -121,18 +121,23 @@ def mnns_tiny(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **conf
         torch.random.default_generator.manual_seed(seed)  # torch.manual_seed would reseed CUDA as well
         model = LlamaForCausalLM(settings)
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(MNNS_WORDS)}))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # without a decoder, tokens are joined by a space
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
+    tokenizer = word_tokenizer(MNNS_WORDS, model_max_length=settings.max_position_embeddings)
+    return _named("mnns-tiny", model.to(torch.float32 if dtype == "auto" else dtype), tokenizer)
+
+
+def word_tokenizer(words: list[str], **kwargs) -> PreTrainedTokenizerFast:
+    """One word, one token, and no others: a tokenizer with <pad>, <bos> and <eos> among its words."""
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # without a decoder, tokens are joined by a space
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",
         padding_side="left",
-        model_max_length=settings.max_position_embeddings,
         clean_up_tokenization_spaces=False,
+        **kwargs,
     )
-    return _named("mnns-tiny", model.to(torch.float32 if dtype == "auto" else dtype), tokenizer)
 
 
 def smollm2_135m(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **model_kwargs):

@@ -1,0 +1,182 @@
+"""
+Watch masks turn into text: a masked-diffusion model at work in the terminal.
+
+# The embedded tiny model on its task
+python recipes/denoise.py
+
+# Any checkpoint; every field of DenoiseConfig is an option
+python recipes/denoise.py --model GSAI-ML/LLaDA-8B-Instruct --chat --prompt "Why is the sky blue?" \
+    --gen_length 128 --block_length 32 --threshold 0.9 --cache dual --soften soft-token
+
+# Infilling: the mask token, or a run of underscores, is filled
+python recipes/denoise.py --model answerdotai/ModernBERT-large --gen_length 0 --prompt "Paris is the _ of France."
+
+A token's colour is the probability it had when it was committed, red to green. A mask is a dot; a soft slot shows the
+likeliest token of its mixture, in italics, and below are the mixtures of the first few.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+import time
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from softar.diffusion import DenoiseConfig, denoise, load
+from softar.diffusion.models import facts
+
+DEMO = dict(gen_length=5, soften="soft-mask")  # what the embedded model answers in
+SLOTS = 4  # soft slots whose mixtures are listed
+
+
+def main(args, config):
+    model, tokenizer = load(args.model)
+    if tokenizer is None:
+        raise ValueError(f"model={args.model!r} holds no tokenizer, so there is no text to show")
+    known = facts(model)
+    prompt = args.prompt or "<bos> D1 D1 D1 D2 ->"
+    if args.chat:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+    prompt = re.sub(r"_+", tokenizer.mask_token, prompt)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not args.chat).to(model.device)
+    view = View(tokenizer, known.mask_id, inputs.input_ids, config, args.delay)
+    console = Console()
+    rng = torch.Generator().manual_seed(args.seed)
+    with Live(console=console, refresh_per_second=30, transient=False) as live:
+        live.update(view.frame())
+        output = denoise(
+            model,
+            inputs.input_ids,
+            inputs.get("attention_mask"),
+            config=config,
+            rng=rng,
+            callback=lambda seen: live.update(view.frame(seen)),
+        )
+    tokens = int((output.committed_at >= 0).sum())
+    console.print(
+        f"{tokens} tokens in {output.num_forwards} forwards ({output.token_forwards} positions computed), "
+        f"{view.seconds:.2f} s, {tokens / max(view.seconds, 1e-9):.1f} tokens/s"
+    )
+
+
+class View:
+    """The picture of a canvas, kept up with what the loop's callback tells."""
+
+    def __init__(self, tokenizer, mask_id: int, prompt, config: DenoiseConfig, delay: float):
+        self.tokenizer, self.mask_id, self.delay = tokenizer, mask_id, delay
+        self.canvas = torch.cat([prompt[0], prompt.new_full((config.gen_length,), mask_id)])
+        self.given = self.canvas != mask_id
+        self.sure = torch.zeros(len(self.canvas))
+        self.seconds, self.last = 0.0, time.perf_counter()
+
+    def frame(self, seen: dict | None = None) -> Group:
+        """One row of the canvas after a forward; the time spent drawing does not count."""
+        self.seconds += time.perf_counter() - self.last if seen else 0.0
+        slots, forwards = {}, 0
+        if seen is not None:
+            forwards = seen["step"] + 1
+            new = seen["committed"][0].cpu()
+            self.canvas = seen["sequences"][0].cpu()
+            self.sure = torch.where(new, seen["confidence"][0].cpu(), self.sure)
+            if seen["soft"] is not None:
+                at = seen["where"].nonzero()
+                slots = {
+                    int(col): (ids.tolist(), weights.tolist())
+                    for (row, col), ids, weights in zip(at, *seen["soft"], strict=False)
+                    if row == 0
+                }
+        left = int((self.canvas == self.mask_id).sum())
+        done = len(self.canvas) - left - int(self.given.sum())
+        status = f"forward {forwards}   committed {done}   masks {left}"
+        if self.seconds:
+            status += f"   {done / self.seconds:.1f} tokens/s"
+        picture = Group(Panel(self.text(slots), title="canvas", subtitle=status), self.mixtures(slots))
+        if seen is not None:
+            time.sleep(self.delay)
+        self.last = time.perf_counter()
+        return picture
+
+    def text(self, slots: dict) -> Text:
+        """Tokens are decoded one by one: a character split over several tokens is shown when all are there."""
+        out = Text()
+        for col, token in enumerate(self.canvas.tolist()):
+            if self.given[col]:
+                out.append(self.word(token), style="bold")
+            elif token != self.mask_id:
+                p = float(self.sure[col])
+                out.append(self.word(token), style=f"rgb({int(230 * (1 - p)) + 20},{int(190 * p) + 40},60)")
+            elif col in slots:
+                ids, weights = slots[col]
+                best = max(zip(weights, ids, strict=True), key=lambda pair: pair[0] * (pair[1] != self.mask_id))
+                out.append(self.word(best[1]), style="italic grey50")
+            else:
+                out.append(" ·", style="grey35")
+        return out
+
+    def mixtures(self, slots: dict) -> Table | Text:
+        if not slots:
+            return Text("")
+        table = Table("slot", "shows next", box=None)
+        for col, (ids, weights) in sorted(slots.items())[:SLOTS]:
+            ranked = sorted(zip(weights, ids, strict=True), reverse=True)[:5]
+            names = ["mask" if i == self.mask_id else self.word(i).strip() for _, i in ranked]
+            table.add_row(
+                str(col), "  ".join(f"{n} {w:.2f}" for n, (w, _) in zip(names, ranked, strict=True) if w > 0.005)
+            )
+        return table
+
+    def word(self, token: int) -> str:
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        text = self.tokenizer.convert_tokens_to_string([piece]) if piece is not None else ""
+        # Where the tokenizer marks word starts, that mark is the space; else every token is a word.
+        starts = piece is not None and piece[:1] in ("Ġ", "▁", "Ċ")
+        if text.startswith((" ", "\n")) or (self.splits_words and not starts):
+            return text
+        return " " + text
+
+    @property
+    def splits_words(self) -> bool:
+        return self.tokenizer.backend_tokenizer.decoder is not None
+
+
+def value(text: str):
+    """An option as JSON where it is (numbers, true, {"k": 5}), else as text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mnns-diffusion-tiny", help="what softar.diffusion.load takes")
+    parser.add_argument("--prompt", help="text; underscores are masks to fill")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds to look at each forward")
+    names = [f.name for f in dataclasses.fields(DenoiseConfig)]
+    for name in names:
+        parser.add_argument(f"--{name}", type=value, default=argparse.SUPPRESS, help="of DenoiseConfig")
+    args = parser.parse_args(argv)
+    chosen = {name: vars(args)[name] for name in names if name in args}
+    own = args.model == "mnns-diffusion-tiny" and args.prompt is None
+    return args, DenoiseConfig(**((DEMO if own else {}) | chosen))
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse())
+    except ValueError as error:
+        print(f"denoise.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

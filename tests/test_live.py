@@ -1,0 +1,97 @@
+"""recipes/denoise.py as a user runs it, and what its picture says."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from softar.diffusion import DenoiseConfig, denoise, load
+
+ROOT = Path(__file__).parent.parent
+spec = importlib.util.spec_from_file_location("denoise_recipe", ROOT / "recipes" / "denoise.py")
+recipe = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(recipe)
+
+
+def run(*args):
+    return subprocess.run([sys.executable, "recipes/denoise.py", *args], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_demo():
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "masks 0" in done.stdout and "5 tokens in 5 forwards" in done.stdout
+
+
+def test_infilling():
+    done = run("--gen_length", "0", "--prompt", "<bos> D1 D2 D3 D4 -> _ S7 _ S1 <eos>", "--soften", "slerp")
+    assert done.returncode == 0, done.stderr
+    assert "2 tokens in 2 forwards" in done.stdout and " S7 " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--block_length", "3"], "block_length=3 does not divide gen_length=5"),
+        (["--model", "no-such-folder/at/all"], "no-such-folder"),
+        (["--gen_length", "0", "--prompt", "<bos> D1"], "no mask in input_ids"),
+        (["--soften_args", '{"k": 0}'], "k=0"),
+    ],
+)
+def test_bad_input(args, message):
+    done = run(*args)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def frames(config, prompt="<bos> D1 D1 D1 D2 ->"):
+    """Every picture of a run, as text with its colours."""
+    model, tokenizer = load("mnns-diffusion-tiny")
+    inputs = tokenizer(prompt, return_tensors="pt")
+    view = recipe.View(tokenizer, model.config.mask_token_id, inputs.input_ids, config, 0.0)
+    shown = [view.frame()]
+    denoise(model, inputs.input_ids, config=config, callback=lambda seen: shown.append(view.frame(seen)))
+    out = []
+    for frame in shown:
+        console = Console(width=100, record=True, force_terminal=True, file=open("/dev/null", "w"))
+        console.print(frame)
+        out.append(console.export_text())
+    return view, out
+
+
+def test_masks_turn_into_tokens_one_by_one():
+    _, shown = frames(DenoiseConfig(gen_length=4))
+    assert [frame.count("·") for frame in shown] == [4, 3, 2, 1, 0]
+    assert "masks 4" in shown[0] and "masks 0" in shown[-1]
+
+
+def test_a_soft_slot_shows_its_belief():
+    view, shown = frames(DenoiseConfig(gen_length=4, soften="soft-token"))
+    assert [frame.count("·") for frame in shown] == [4, 0, 0, 0, 0]
+    assert "mask 0." in shown[1] and "slot" not in shown[-1]
+    assert int((view.sure > 0).sum()) == 4
+
+
+def test_colour_is_the_confidence():
+    view, _ = frames(DenoiseConfig(gen_length=4))
+    view.sure[-1], view.sure[-2] = 1.0, 0.0
+    styles = [str(span.style) for span in view.text({}).spans]
+    assert styles[-1] == "rgb(20,230,60)" and styles[-2] == "rgb(250,40,60)"
+    assert styles[:6] == ["bold"] * 6
+
+
+def test_words_of_a_subword_tokenizer():
+    class Pieces:
+        backend_tokenizer = type("B", (), {"decoder": object()})
+
+        def convert_ids_to_tokens(self, i):
+            return ["▁Hello", "ing", "Ġthe"][i]
+
+        def convert_tokens_to_string(self, pieces):
+            return pieces[0].replace("▁", "").replace("Ġ", " ")
+
+    view = recipe.View(Pieces(), 9, torch.tensor([[0]]), DenoiseConfig(gen_length=0), 0.0)
+    assert [view.word(i) for i in range(3)] == [" Hello", "ing", " the"]
