@@ -36,23 +36,23 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def timed(run) -> float:
+def timed(run, clock=time.perf_counter) -> float:
     """Seconds of one call."""
     synchronise()
-    started = time.perf_counter()
+    started = clock()
     run()
     synchronise()
-    return time.perf_counter() - started
+    return clock() - started
 
 
-def interleaved(runs: dict, repeats: int) -> dict[str, list[float]]:
+def interleaved(runs: dict, repeats: int, *, warm_up: bool = True, clock=time.perf_counter) -> dict[str, list[float]]:
     """Seconds of each run, taken in turn (forwards, then backwards) so that a drift of the machine hits all alike."""
-    for run in runs.values():
-        run()  # warm-up
+    for run in runs.values() if warm_up else ():
+        run()
     seconds = {name: [] for name in runs}
     for repeat in range(repeats):
         for name in list(runs)[:: 1 if repeat % 2 == 0 else -1]:
-            seconds[name].append(timed(runs[name]))
+            seconds[name].append(timed(runs[name], clock))
     return seconds
 
 

@@ -1,0 +1,300 @@
+"""
+Measurements of masked-diffusion decoding, on random weights: a table each, and a results.json.
+
+# Tokens per second and ms per forward of every cache and softener
+python recipes/bench_diffusion.py denoise
+
+# Beside the public samplers on the same weights, after checking that the tokens are the same
+python recipes/bench_diffusion.py denoise --against fast-dllm/llada --original llada/generate.py --soften hard
+
+# Time per inner step of the dual cache, by prompt length
+python recipes/bench_diffusion.py prompt-length
+
+# Peak memory of softening, beside the dense form
+python recipes/bench_diffusion.py memory
+
+# LLaDA's size, beside what reading the weights takes
+python recipes/bench_diffusion.py denoise --size 8b --device cuda --cache dual --new_tokens 256
+
+--against is the folder llada/ of github.com/NVlabs/Fast-dLLM at 24cc59e, as it is (it needs einops); --original is
+generate.py of github.com/ML-GSAI/LLaDA at b7e6c35. Neither is part of softar.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import re
+import statistics
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from bench import console, interleaved, largest, show, synchronise, timed
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from softar.diffusion import SOFTENERS, DenoiseConfig, denoise
+from softar.diffusion.models import LLADA_NAMES, LLADA_NEEDS, LladaConfig, LladaForMaskedDiffusion
+from softar.diffusion.select import Belief
+from softar.diffusion.soften import Slots, mk_softener
+from softar.report import device, versions, write_results
+from softar.soft import soft_embed
+
+LLADA = dict(vocab_size=126_464, mask_token_id=126_336, eos_token_id=126_081, bos_token_id=126_080)
+TINY = dict(vocab_size=512, mask_token_id=511, eos_token_id=510, bos_token_id=509)
+SIZES = {  # vocabulary, width, inner width, layers, heads
+    "tiny": TINY | dict(hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4),
+    "small": LLADA | dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8),
+    "8b": LLADA | dict(hidden_size=4096, intermediate_size=12_288, num_hidden_layers=32, num_attention_heads=32),
+}
+CACHES = {"none": None, "prefix": "prefix", "dual": "dual"}
+PUBLIC = {"none": "generate", "prefix": "generate_with_prefix_cache", "dual": "generate_with_dual_cache"}
+
+
+def build(args) -> LladaForMaskedDiffusion:
+    """Random weights, made where and in the dtype they are used."""
+    size = SIZES[args.size]
+    room = max(4096, max(args.prompts) + args.block_length, args.prompt + max(args.new_tokens))
+    config = LladaConfig(**size, num_key_value_heads=size["num_attention_heads"], max_position_embeddings=room,
+                         rope_theta=5e5, rms_norm_eps=1e-5, tie_word_embeddings=False)  # fmt: skip
+    dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    torch.manual_seed(args.seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(args.device):
+            model = LladaForMaskedDiffusion(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
+
+
+def prompt_of(args, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(args.seed)
+    vocabulary = SIZES[args.size]["vocab_size"]
+    return torch.randint(0, vocabulary - 200, (args.batch, length), generator=generator).to(args.device)
+
+
+def denoising(args) -> list[dict]:
+    """Caches x softeners, and the public samplers where given, taken in turn for each cache and number of tokens."""
+    model = build(args)
+    ids = prompt_of(args, args.prompt)
+    theirs = public(Path(args.against), model) if args.against else None
+    floor = floor_ms(model, args)
+    console.print(f"reading the weights of a forward at the bandwidth of a copy takes {floor:.3g} ms")
+    rows = []
+    for new in args.new_tokens:
+        for cache in args.cache:
+            runs = samplers(args, model, ids, new, cache, theirs)
+            outputs = {name: run() for name, run in runs.items()}  # warms up
+            for name in {"ours, parity", "LLaDA"} & outputs.keys():
+                if not torch.equal(tokens(outputs[name]), tokens(outputs["Fast-dLLM"])):
+                    raise SystemExit(f"{name}: other tokens than Fast-dLLM's at {new} new ones, cache {cache}")
+            seconds = interleaved(runs, args.repeats, warm_up=False, clock=args.clock)
+            base = next(iter(runs))
+            for name, took in seconds.items():
+                ratios = [a / b for a, b in zip(seconds[base], took, strict=True)]
+                forwards = getattr(outputs[name], "num_forwards", None)
+                median = statistics.median(took)
+                rows.append(dict(bench="denoise", size=args.size, batch=args.batch, prompt=args.prompt, new_tokens=new,
+                                 cache=cache, sampler=name, tokens_per_s=args.batch * new / median,
+                                 ms_per_forward=forwards and 1000 * median / forwards, floor_ms=floor, ratio_to=base,
+                                 ratio=statistics.median(ratios), low=min(ratios), high=max(ratios),
+                                 seconds=took))  # fmt: skip
+            done = [row for row in rows if (row["new_tokens"], row["cache"]) == (new, cache)]
+            show(f"{args.size}, prompt {args.prompt}, one token a forward; ratio to {base}", done, COLUMNS)
+    return rows
+
+
+def samplers(args, model, ids: Tensor, new: int, cache: str, theirs) -> dict:
+    """What is to be timed, by name; the ratios are to the first."""
+    how = dict(gen_length=new, block_length=args.block_length, cache=CACHES[cache])
+    configs = {f"ours, {soften}": DenoiseConfig(**how, soften=soften) for soften in args.soften}
+    runs = {}
+    if theirs is not None:
+        public_model, module = theirs
+        quota = dict(steps=new, gen_length=new, block_length=args.block_length, mask_id=model.config.mask_token_id)
+        runs["Fast-dLLM"] = lambda: getattr(module, PUBLIC[cache])(public_model, ids, **quota)
+        if args.original and cache == "none":
+            original = module_of(Path(args.original))
+            runs["LLaDA"] = lambda: original.generate(public_model, ids, **quota)
+        configs["ours, parity"] = DenoiseConfig(**how, steps=new, parity="fast_dllm")
+    return runs | {name: (lambda c=config: denoise(model, ids, config=c)) for name, config in configs.items()}
+
+
+def tokens(output) -> Tensor:
+    """Of a DenoiseOutput, of (tokens, forwards) or of tokens."""
+    return output[0] if isinstance(output, tuple) else getattr(output, "sequences", output)
+
+
+COLUMNS = ("new_tokens", "cache", "sampler", "tokens_per_s", "ms_per_forward", "ratio", "low", "high")
+
+
+def public(folder: Path, model: LladaForMaskedDiffusion):
+    """Fast-dLLM's model around the very tensors of ours, and its module of samplers."""
+    sys.path.insert(0, str(folder.resolve()))
+    module = importlib.import_module("generate")
+    configuration = importlib.import_module("model.configuration_llada")
+    ours = model.config.to_dict()
+    fields = {name: ours[name] for name in (*model.config.attribute_map, "vocab_size", "rope_theta", "rms_norm_eps")}
+    drops = dict(attention_dropout=0.0, residual_dropout=0.0, embedding_dropout=0.0)
+    special = dict(mask_token_id=ours["mask_token_id"], eos_token_id=ours["eos_token_id"])
+    rest = dict(rope_full_precision=True, embedding_size=ours["vocab_size"], pad_token_id=ours["eos_token_id"])
+    config = configuration.LLaDAConfig(**LLADA_NEEDS, **fields, **drops, **special, **rest)
+    config.use_cache = False  # transformers 5 drops it
+    theirs = module.LLaDAModelLM(config)
+    weights = {}
+    for name in theirs.state_dict():
+        own = name
+        for pattern, new in LLADA_NAMES.items():
+            own = re.sub(pattern, new, own)
+        weights[name] = model.state_dict()[own]
+    theirs.load_state_dict(weights, assign=True)
+    return theirs.to(model.device).eval(), module
+
+
+def module_of(file: Path):
+    spec = importlib.util.spec_from_file_location("original_llada", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def floor_ms(model: LladaForMaskedDiffusion, args) -> float:
+    """What reading the weights once takes; of the input embedding a forward reads only a few rows."""
+    embedding = model.get_input_embeddings().weight
+    size = sum(p.numel() * p.element_size() for p in model.parameters() if p is not embedding)
+    block = torch.zeros(min(size, 2**30), dtype=torch.uint8, device=args.device)
+    copy = torch.empty_like(block)
+    took = min(interleaved({"copy": lambda: copy.copy_(block)}, 10)["copy"])
+    return 1000 * took * size / (2 * len(block))  # a copy reads and writes
+
+
+@torch.no_grad()
+def prompt_length(args) -> list[dict]:
+    """Inner steps of one block at the end of prompts of different lengths, and attention alone over as many keys."""
+    model = build(args)
+    c = model.config
+    width = args.block_length
+    config = DenoiseConfig(gen_length=width, block_length=width, cache="dual", soften=args.soften[0])
+    ids, attention = {}, {}
+    for length in args.prompts:
+        ids[length] = prompt_of(args, length)
+        q = torch.randn(args.batch, c.num_attention_heads, width, c.head_dim, dtype=model.dtype, device=args.device)
+        k = torch.randn(args.batch, c.num_attention_heads, length + width, c.head_dim, dtype=q.dtype, device=q.device)
+        attention[length] = lambda q=q, k=k: [sdpa(q, k, k) for _ in range(c.num_hidden_layers)]
+
+    inner, alone = {length: [] for length in args.prompts}, {length: [] for length in args.prompts}
+    for repeat in range(args.repeats + 1):
+        for length in args.prompts[:: 1 if repeat % 2 else -1]:
+            stamps = []
+
+            def stamp(step, stamps=stamps):
+                synchronise()
+                stamps.append(args.clock())
+
+            denoise(model, ids[length], config=config, callback=stamp)
+            took = [timed(attention[length], args.clock) for _ in range(10)]
+            if repeat > 0:  # the first warms up
+                inner[length].append([1000 * (b - a) for a, b in pairwise(stamps)])
+                alone[length] += [1000 * t for t in took]
+    rows = []
+    for length in args.prompts:
+        medians = [statistics.median(run) for run in inner[length]]
+        step, share = statistics.median(medians), statistics.median(alone[length])
+        rows.append(dict(bench="prompt-length", size=args.size, batch=args.batch, prompt=length, block=width,
+                         ms_per_inner_step=step, low=min(medians), high=max(medians), attention_ms=share,
+                         rest_ms=step - share))  # fmt: skip
+    show(f"{args.size}, dual cache, inner steps of a block of {width}", rows,
+         ("prompt", "ms_per_inner_step", "low", "high", "attention_ms", "rest_ms"))  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def memory(args) -> list[dict]:
+    """Bytes allocated at the peak: by softening one step of a block, beside the dense [B, L, V] form; and by whole
+    denoising runs, hard and soft."""
+    size = SIZES[args.size]
+    V, D, mask_id = size["vocab_size"], size["hidden_size"], size["mask_token_id"]
+    embedding = torch.nn.Embedding(V, D).requires_grad_(False)
+    B, n, L = args.batch, args.batch * args.block_length, args.prompt + min(args.new_tokens)
+    logits = torch.randn(B, L, V)
+    block = logits[:, : args.block_length].reshape(n, V)
+    rows = []
+
+    def sparse(name):
+        belief = Belief(block, with_entropy=name == "soft-mask")
+        belief.prob(belief.top_token[:, None])  # what hard decoding asks for is there already
+
+        def run():
+            ids = torch.full((n,), mask_id)
+            slots = Slots(belief, ids, ids == mask_id, torch.ones(n), mask_id, embedding)
+            return soft_embed(mk_softener(name).fn(slots), embedding)
+
+        return run
+
+    def dense():
+        """Soft masking as a mixture over the vocabulary: (1 - lambda) one-hot + lambda top-3 probabilities."""
+        log_p = logits.log_softmax(-1)
+        strength = 0.25 * torch.sigmoid(5 * ((log_p.exp() * log_p).sum(-1, keepdim=True) + 1))
+        values, ids = logits.topk(3, -1)
+        mixture = torch.nn.functional.one_hot(torch.full((B, L), mask_id), V).to(logits.dtype) * (1 - strength)
+        return mixture.scatter_add_(-1, ids, strength * values.softmax(-1)) @ embedding.weight
+
+    def row(what, peak):
+        rows.append(dict(bench="memory", size=args.size, V=V, B=B, L=L, what=what, peak_mb=peak / 1e6))
+
+    row(f"the logits of a block, [{n}, V]", block.numel() * 4)
+    for name in args.soften:
+        if name != "hard":
+            row(f"softening a block, {name}", largest(sparse(name)))
+    row("soft masking, dense [B, L, V]", largest(dense))
+    if args.size != "8b":
+        model, ids = build(args), prompt_of(args, args.prompt)
+        for name in args.soften:
+            config = DenoiseConfig(gen_length=args.block_length, soften=name, steps=4)
+            row(f"4 forwards of denoise, {name}", largest(lambda c=config: denoise(model, ids, config=c)))
+    show("peak beyond what was there", rows, ("V", "B", "L", "what", "peak_mb"))
+    return rows
+
+
+BENCHES = {"denoise": denoising, "prompt-length": prompt_length, "memory": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", choices=BENCHES)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", help="default: float32, on CUDA bfloat16")
+    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--cpu_time", action="store_true", help="not the clock's, for a busy machine; 1 thread")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], help="prompt-length")
+    parser.add_argument("--new_tokens", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--block_length", type=int, default=32)
+    parser.add_argument("--cache", choices=CACHES, nargs="+", default=list(CACHES))
+    parser.add_argument("--soften", choices=SOFTENERS, nargs="+", default=list(SOFTENERS))
+    parser.add_argument("--against", help="denoise: folder of the public samplers (above)")
+    parser.add_argument("--original", help="denoise: with --against, LLaDA's own generate.py")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="runs/bench", help="folder of the results")
+    args = parser.parse_args()
+    args.clock = time.process_time if args.cpu_time else time.perf_counter
+    if args.original and not args.against:
+        parser.error("--original needs --against, whose model it runs")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    console.print(f"{args.bench} on {device()}, {versions()}", soft_wrap=True)
+    rows = BENCHES[args.bench](args)
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    console.print(f"written: {write_results(folder / f'{args.bench}.json', rows)}")
+
+
+if __name__ == "__main__":
+    main()

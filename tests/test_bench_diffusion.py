@@ -1,0 +1,49 @@
+"""The measurements of diffusion as they are run, at the smallest size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+TINY = ["--size", "tiny", "--prompt", "8", "--prompts", "8", "16", "--new_tokens", "8", "--block_length", "4",
+        "--repeats", "2", "--soften", "hard", "soft-mask"]  # fmt: skip
+
+
+def rows(bench, folder):
+    command = [sys.executable, ROOT / "recipes" / "bench_diffusion.py", bench, *TINY, "--output", folder]
+    done = subprocess.run(command, env=ENV, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / f"{bench}.json").read_text())["rows"]
+
+
+@pytest.mark.slow
+def test_denoise_times_every_cache_and_softener(tmp_path):
+    found = rows("denoise", tmp_path)
+    assert [(row["cache"], row["sampler"]) for row in found] == [
+        (cache, f"ours, {soften}") for cache in ("none", "prefix", "dual") for soften in ("hard", "soft-mask")
+    ]
+    for row in found:
+        assert len(row["seconds"]) == 2 and row["floor_ms"] > 0
+        assert row["low"] <= row["ratio"] <= row["high"]
+        assert row["ms_per_forward"] == pytest.approx(1000 / row["tokens_per_s"])  # one token a forward
+        assert row["ratio"] == 1 or row["sampler"] != "ours, hard"
+
+
+@pytest.mark.slow
+def test_prompt_length_times_the_inner_steps(tmp_path):
+    found = rows("prompt-length", tmp_path)
+    assert [row["prompt"] for row in found] == [8, 16]
+    for row in found:
+        assert row["low"] <= row["ms_per_inner_step"] <= row["high"]
+        assert row["rest_ms"] + row["attention_ms"] == pytest.approx(row["ms_per_inner_step"])
+
+
+@pytest.mark.slow
+def test_memory_of_softening_stands_beside_the_dense_form(tmp_path):
+    peak = {row["what"]: row["peak_mb"] for row in rows("memory", tmp_path)}
+    assert 0 < 5 * peak["softening a block, soft-mask"] < peak["soft masking, dense [B, L, V]"]
