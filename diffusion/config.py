@@ -13,7 +13,7 @@ from .soften import Softener, mk_softener
 
 CACHES = (None, "prefix", "dual")
 SHARING = ("uniform", "linear", "ancestral")  # the schedules that `steps` says something to
-REMASK_KNOBS = {"eta", "t_on", "t_off", "alpha_on"}
+REMASK_KNOBS = {"cap": {"eta"}, "rescale": {"eta"}, "conf": set(), "loop": {"eta", "t_on", "t_off", "alpha_on"}}
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class DenoiseConfig:
                 )
             if name != option and getattr(self, option) is not None and self.parity is None:
                 raise ValueError(f"{option}={getattr(self, option)} does not go with schedule={name!r}: leave one out")
+        if self.parity is None:
+            self._check_idle(name)
         if name in ("threshold", "factor") and self.select not in ("confidence", "margin") and self.parity is None:
             raise ValueError(f"schedule={name!r} compares probabilities, which select={self.select!r} does not give")
         if name in ("threshold", "factor") and self.alg_temp:
@@ -105,11 +107,28 @@ class DenoiseConfig:
             raise ValueError(f"remask={self.remask!r} needs steps=")
         if self.soften == "evolving":
             raise ValueError("soften='evolving' revises decoded tokens itself: it does not go with remask")
-        if unknown := sorted(set(self.remask_args) - REMASK_KNOBS):
-            raise ValueError(f"remask does not take {unknown}: it takes {sorted(REMASK_KNOBS)}")
+        knobs = REMASK_KNOBS[self.remask]
+        if unknown := sorted(set(self.remask_args) - knobs):
+            raise ValueError(f"remask={self.remask!r} does not take {unknown}: it takes {sorted(knobs)}")
         for knob, value in self.remask_args.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"remask_args {knob}={value} must lie in [0, 1]")
+        t_on, t_off = self.remask_args.get("t_on", 0.55), self.remask_args.get("t_off", 0.05)
+        if t_off > t_on:
+            raise ValueError(f"remask_args t_off={t_off} must be at most t_on={t_on}: time runs from 1 to 0")
+
+    def _check_idle(self, name: str | Callable) -> None:
+        if self.steps is not None and isinstance(name, str) and name not in SHARING:
+            raise ValueError(f"steps={self.steps} does not go with schedule={name!r}, which takes as many as it needs")
+        for option, idle, owner in (("dilation", 1, "pyramid"), ("eps", 1e-3, "linear")):
+            value = getattr(self, option)
+            if value != idle and isinstance(name, str) and name != owner:
+                raise ValueError(f"{option}={value} does not go with schedule={name!r}: it is of {owner!r}")
+        if name == "ancestral" and (self.alg_temp or self.select not in ("confidence", "random")):
+            raise ValueError(
+                f"schedule='ancestral' draws each position by itself: select={self.select!r}, alg_temp={self.alg_temp} "
+                f"say nothing to it"
+            )
 
     @property
     def schedule_name(self) -> str | Callable:
