@@ -131,13 +131,14 @@ def mk_softener(name: str | Callable | Softener, **knobs) -> Softener:
         return softener
     if softener.fn is None:
         raise ValueError(f"soften='hard' takes no options, not {knobs}: choose a soft one, or leave soften_args out")
-    known = softener.fn.__kwdefaults__ or {}
-    if name in SOFTENERS and (unknown := sorted(set(knobs) - set(known))):
-        raise ValueError(f"soften={name!r} does not take {unknown}: it takes {sorted(known)}")
-    for knob, value in knobs.items():
-        check = RANGES.get((name, knob)) or RANGES.get(knob)
-        if check is not None and not check[0](value):
-            raise ValueError(f"soften_args {knob}={value!r} {check[1]}")
+    if isinstance(name, str):  # what a function of the user's takes is its own affair
+        known = softener.fn.__kwdefaults__
+        if unknown := sorted(set(knobs) - set(known)):
+            raise ValueError(f"soften={name!r} does not take {unknown}: it takes {sorted(known)}")
+        for knob, value in knobs.items():
+            holds, says = RANGES[knob]
+            if not holds(value):
+                raise ValueError(f"soften_args {knob}={value!r} {says}")
     return softener._replace(fn=functools.partial(softener.fn, **knobs))
 
 
