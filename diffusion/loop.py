@@ -32,8 +32,8 @@ from .soften import Slots, Softener, mk_softener
 class DenoiseOutput:
     sequences: Tensor  # [B, L] int64
     prompt_length: int  # columns of input_ids; with gen_length = 0 all of them
-    committed_at: Tensor  # [B, L] int64, the forward (from 0) that decided each token; -1 where it was given
-    confidence: Tensor  # [B, L] float32, the probability it had then; NaN where it was given
+    committed_at: Tensor  # [B, L] int64, the forward (from 0) that decided each token; -1 where none did
+    confidence: Tensor  # [B, L] float32, the probability it had then; NaN where none decided it
     num_forwards: int  # NFE: forward passes; one over conditional and unconditional rows together counts once
     token_forwards: int  # positions computed in them, over all rows, padding included
     seconds: float
@@ -68,7 +68,7 @@ def denoise(
             in a batch. None uses torch's global one.
         callback: called after each forward with {"step" (from 0), "block" (start, end), "sequences" [B, L],
             "committed" [B, L] bool, "confidence" [B, L] (NaN where nothing was asked), "where" [B, L] bool and "soft"
-            (Soft [n, K]): which slots show a mixture next, and which, None for none}.
+            (Soft [n, K]): which slots were given a mixture for the next forward, and which, None for none}.
         streamer: a transformers streamer, for one row: finished blocks are put; a TextDiffusionStreamer gets the
             canvas of each forward as a draft.
         history: keep the canvas before each forward.
@@ -88,7 +88,7 @@ def denoise(
     end_ids = known.end_ids if config.end_ids is None else config.end_ids
 
     tail = input_ids.new_full((len(input_ids), config.gen_length), known.mask_id)
-    canvas = torch.cat([input_ids, tail], 1)
+    canvas = torch.cat([input_ids, tail], 1).long()
     L = canvas.shape[1]
     masked = canvas == known.mask_id
     given, at_start = ~masked, masked.sum(-1)
@@ -126,9 +126,11 @@ def denoise(
             asked = is_open | (masked & window) if beliefs.everywhere else is_open
             if softener.decoded:
                 asked = asked | (decoded & window)
+            busy = is_open.any(-1) | (not quirks.waits)  # a row that waits for others stays as it is
+            asked = asked & busy[:, None]
             rows, cols = asked.nonzero(as_tuple=True)
             belief, token, score, prob = beliefs(reader(canvas, lo, hi, rows, cols), asked, is_open)
-            bad = score.isnan().any()
+            bad = (score + prob).isnan().any()  # some selectors look at no logit
 
             proposal, certain = canvas.clone(), torch.full_like(confidence, -torch.inf)
             proposal[rows, cols] = token
@@ -155,7 +157,7 @@ def denoise(
                 there = masked[rows, cols]
                 slots = Slots(belief, canvas[rows, cols], there, share, known.mask_id, net.embedding)
                 shows = there | (softener.decoded & decoded[rows, cols])
-                where, soft = reader.soften(softener.fn(slots), shows, rows, cols, lo, hi)
+                where, soft = reader.soften(softener.fn(slots), shows, rows, cols, (lo, hi), busy)
             if history:
                 states.append(canvas)
             if callback is not None:
@@ -170,6 +172,8 @@ def denoise(
             rest = masked & ended.any(-1, keepdim=True)
             canvas = canvas.masked_fill(rest, end_ids[0])
             masked = masked & ~rest
+            if history:
+                states[-1] = canvas
         if streamer is not None and end > L - config.gen_length:
             streamer.put(canvas[:, max(start, L - config.gen_length) : end].cpu())
     if streamer is not None:
@@ -187,6 +191,7 @@ class _Reader:
         self.twice = config.cfg_scale > 0
         self.length = real.shape[1]
         self.positions_of = (real.cumsum(1) - 1).clamp_min(0)  # padding does not count
+        self.first = (~real).sum(1)  # [B] column of each row's first token
         self.mask = None if bool(real.all()) else real.long()
         if self.twice:
             self.positions_of = self.positions_of.repeat(2, 1)
@@ -214,7 +219,8 @@ class _Reader:
             self.cache.window = None if (lo, hi) == (0, self.length) else (lo, hi)
         hidden = self.net.body(embeds, self.mask, self.positions_of[:, lo:hi], self.cache)
         self.forwards, self.positions = self.forwards + 1, self.positions + embeds.shape[0] * embeds.shape[1]
-        source = (cols - self.known.shift).clamp_min(lo) - lo
+        # With shifted logits nothing is about the first token, whose own output stands in.
+        source = torch.maximum(cols - self.known.shift, self.first[rows]).clamp_min(lo) - lo
         chosen = hidden[rows, source]
         if not self.twice:
             return self.net.head(chosen).float()
@@ -228,18 +234,22 @@ class _Reader:
             return embeds
         return torch.where(self.where[:, lo:hi, None], self.mixed[:, lo:hi], embeds)
 
-    def soften(self, soft: Soft, shows: Tensor, rows: Tensor, cols: Tensor, lo: int, hi: int) -> tuple[Tensor, Soft]:
-        """From now on the positions (rows, cols) that `shows` names show these mixtures, others of the window don't."""
+    def soften(
+        self, soft: Soft, shows: Tensor, rows: Tensor, cols: Tensor, window: tuple[int, int], busy: Tensor
+    ) -> tuple[Tensor, Soft]:
+        """From now on the positions (rows, cols) that `shows` names show these mixtures, and others of the window
+        don't, in the rows that are busy. -> where mixtures were put [B, L], and which."""
         soft = Soft(soft.ids[shows], soft.weights[shows])
         mixed = soft_embed(soft, self.net.embedding)
         if self.where is None:
             self.where = torch.zeros_like(self.given)
             self.mixed = mixed.new_zeros(*self.given.shape, mixed.shape[-1])
-        self.where = self.where.clone()
-        self.where[:, lo:hi] = False
-        self.where[rows[shows], cols[shows]] = True
+        put, renewed = torch.zeros_like(self.where), torch.zeros_like(self.where)
+        put[rows[shows], cols[shows]] = True
+        renewed[:, slice(*window)] = busy[:, None]
+        self.where = (self.where & ~renewed) | put
         self.mixed[rows[shows], cols[shows]] = mixed
-        return self.where, soft
+        return put, soft
 
     def forget(self) -> None:
         self.where = None
@@ -289,7 +299,7 @@ class _Beliefs:
         if is_end is not None and self.quirks.renormalised_ends:
             at = list(self.end_ids) if config.temperature == 0 else list(self.end_ids[1:])
             scored = Belief(logits.index_fill(-1, torch.tensor(at, device=logits.device), -torch.inf))
-        score = self.select(scored, token, lambda: self._random(asked))
+        score = self.select(scored, token, lambda: self._random(asked)).float()
         prob = score if self.select is SELECTORS["confidence"] else belief.prob(token[:, None])[:, 0]
         if is_end is not None and not self.quirks.renormalised_ends:
             score = score.masked_fill(is_end, torch.finfo(score.dtype).min)
@@ -362,14 +372,19 @@ def _check(model, known: Facts, net: Parts, config: DenoiseConfig, input_ids: Te
     if config.cache is not None and not net.can_cache:
         raise ValueError(f"cache={config.cache!r}: {type(model).__name__} keeps no keys and values; use cache=None")
     k = config.soften_args.get("k", 1)
-    if k > known.vocab_size:
+    if isinstance(config.soften, str) and k > known.vocab_size:
         raise ValueError(f"soften_args k={k} must be at most {known.vocab_size}, the vocabulary")
+    ends = config.end_ids or ()
+    if any(not 0 <= i < known.vocab_size or i == known.mask_id for i in ends):
+        raise ValueError(f"end_ids={ends} must be ids below {known.vocab_size}, the vocabulary, and not the mask's")
     real = torch.ones((shape[0], L), dtype=torch.bool, device=input_ids.device)
     if attention_mask is None:
         return real
     if attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)} does not fit input_ids of {shape}")
     mask = attention_mask.bool()
+    if known.shift and (empty := (~mask.any(1)).nonzero()[:, 0].tolist()):
+        raise ValueError(f"attention_mask leaves rows {empty} an empty prompt: start from a BOS token")
     if holed := (mask[:, :-1] & ~mask[:, 1:]).any(1).nonzero()[:, 0].tolist():
         raise ValueError(f"attention_mask has padding on the right in rows {holed}: pad on the left")
     if (input_ids == known.mask_id).logical_and(~mask).any():

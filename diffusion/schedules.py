@@ -148,10 +148,11 @@ class Remask:
                  eta: float = 0.02, t_on: float = 0.55, t_off: float = 0.05, alpha_on: float = 0.9):  # fmt: skip
         self.block, self.draws, self.strategy, self.at_random = block, draws, strategy, at_random
         self.eta, self.t_on, self.t_off, self.alpha_on = eta, t_on, t_off, alpha_on
+        self.steps = block.steps.where(block.count > 0, 0)
 
     def more(self, index: int, left: bool) -> bool:
         # Masks may come back, so only the number of steps tells; a block whose last token is in stays full without it.
-        return index < int(self.block.steps.max()) if self.strategy else left
+        return index < int(self.steps.max()) if self.strategy else left
 
     def alpha(self, index: int) -> Tensor:
         """[B] share decoded when step `index` begins."""
@@ -170,7 +171,8 @@ class Remask:
         drop = None
         if self.strategy is not None:
             drop = torch.zeros_like(step.open)
-            drop[step.decoded] = self.draws.at(step.decoded) < sigma[step.decoded]
+            may = step.decoded & (step.index < self.steps)[:, None]  # a row past its steps draws nothing
+            drop[may] = self.draws.at(may) < sigma[may]
         if self.at_random:
             mean = sigma.sum(-1) / step.decoded.sum(-1).clamp_min(1)
             chance = ((then - now + mean * now) / (1 - now).clamp_min(1e-9)).masked_fill(then >= 1, 1.0)
@@ -197,7 +199,7 @@ class Remask:
 
 
 def remask(block: Block, config, draws: Draws) -> Rule:
-    at_random = config.select == "random"
+    at_random = config.select == "random" or config.schedule_name == "ancestral"
     return Remask(block, config, draws, strategy=config.remask, at_random=at_random, **config.remask_args)
 
 

@@ -1,0 +1,1072 @@
+"""The masked-diffusion loop: what holds for every combination of its parts, what equals what, draws, record, errors."""
+
+import functools
+import io
+import itertools
+import math
+import random
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from test_soft import Largest
+from tiny import counted, left_padded, tokenizer_of, with_lora
+from transformers import BertConfig, BertForMaskedLM, TextStreamer
+from transformers.generation.streamers import BaseStreamer, TextDiffusionStreamer
+
+from softar.diffusion import DenoiseConfig, DenoiseOutput, denoise, load
+from softar.diffusion.models import DreamConfig, DreamForMaskedDiffusion, LladaConfig, LladaForMaskedDiffusion
+from softar.diffusion.schedules import REMASKS, SCHEDULES, Block, Quota, Step, remask
+from softar.diffusion.select import SELECTORS, Draws
+from softar.diffusion.soften import SOFTENERS, Softener, evolving
+from softar.soft import Soft
+
+VOCAB, EOS, MASK = 48, 45, 46
+FAMILIES = ("llada", "dream")
+CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
+PROMPTS = ([5, 11, 12, 13, 14], [5, 21], [5, 31, 32])
+HOLED = ([5, MASK, 12, MASK, MASK, 15, MASK], [MASK, 22, MASK, MASK], [5, 31, MASK, 33, 34, MASK])
+
+
+@functools.cache
+def denoiser(family="llada", dtype=torch.float32, **changes):
+    """A tiny random masked-diffusion model in eval mode; the same weights for the same arguments."""
+    sizes = dict(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        mask_token_id=MASK,
+        eos_token_id=EOS,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+        initializer_range=0.4,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if family == "llada":
+            model = LladaForMaskedDiffusion(LladaConfig(**sizes | changes))
+        else:
+            model = DreamForMaskedDiffusion(DreamConfig(**sizes | changes))
+    return model.to(dtype).eval()
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def run(model, rows=PROMPTS, **knobs) -> DenoiseOutput:
+    """denoise() on left-padded rows; settings of DenoiseConfig and of denoise side by side."""
+    own = {k: knobs.pop(k) for k in [*knobs] if k in DenoiseConfig.__dataclass_fields__}
+    return denoise(model, *left_padded(rows), config=DenoiseConfig(**{"gen_length": 8, **own}), **knobs)
+
+
+# --------------------------------------------------------------------------------- every combination of the parts
+
+COMBINATIONS = 130
+
+
+def combination(seed):
+    """-> family, rows, knobs: any of the loop's parts together, most of which go together."""
+    r = random.Random(seed)
+    schedule = r.choice([*SCHEDULES])
+    gen_length = r.choice([0, 4, 8, 8])
+    knobs = dict(
+        gen_length=gen_length,
+        schedule=schedule,
+        block_length=r.choice([None, 1, 2, 4, 4]) if gen_length else r.choice([None, 2, 3]),
+        steps=r.choice([None, 4, 8, 16])
+        if schedule in ("uniform", "linear", "ancestral") or r.random() < 0.1
+        else None,
+        select=r.choice([*SELECTORS]),
+        cache=r.choice([None, "prefix", "dual"]),
+        soften=r.choice([*SOFTENERS]),
+        dilation=r.choice([1, 2]) if schedule == "pyramid" else 1,
+        eps=r.choice([1e-3, 0.1]) if schedule == "linear" else 1e-3,
+        temperature=r.choice([0.0, 0.0, 0.7, 1.5]),
+        top_k=r.choice([None, None, 5]),
+        top_p=r.choice([None, None, 0.8]),
+        alg_temp=r.choice([0.0, 0.0, 0.5]),
+        cfg_scale=r.choice([0.0, 0.0, 1.5]),
+        ban_eos=r.random() < 0.2,
+        ends_last=r.random() < 0.2,
+        early_stop=r.random() < 0.3,
+        end_ids=r.choice([None, None, tuple(range(8))]),  # many ends, so that rows do end
+    )
+    if schedule == "threshold":
+        knobs["threshold"] = r.choice([0.2, 0.9])
+    if schedule == "factor":
+        knobs["factor"] = r.choice([0.8, 2.0])
+    if schedule in ("threshold", "factor") and r.random() < 0.9:
+        knobs |= dict(select=r.choice(["confidence", "margin"]), alg_temp=0.0)
+    if schedule == "ancestral":
+        knobs |= dict(select=r.choice(["confidence", "random"]), alg_temp=0.0)
+    if knobs["soften"] == "soft-mask":
+        knobs["soften_args"] = r.choice([{}, dict(scheduling="linear"), dict(algorithm="temperature", temperature=0.5)])
+    if schedule in ("uniform", "linear", "ancestral") and knobs["steps"] and r.random() < 0.6:
+        knobs["remask"] = r.choice(REMASKS)
+        knobs["remask_args"] = {} if knobs["remask"] == "conf" else r.choice([{}, {"eta": 0.5}])
+    rows = [[r.randrange(1, EOS) for _ in range(r.randint(1, 7))] for _ in range(3)]
+    if gen_length == 0 or r.random() < 0.4:
+        rows = [[MASK if r.random() < 0.5 else token for token in row] for row in rows]
+    return r.choice(FAMILIES), rows, knobs
+
+
+def shares(masks, block_length, steps):
+    """What one row may use: {block end, from the right: (masks, steps)}, by arithmetic of its own."""
+    counts = {}
+    for from_right in masks:
+        end = from_right // block_length * block_length
+        counts[end] = counts.get(end, 0) + 1
+    return {end: (n, n if steps is None else steps // len(counts)) for end, n in counts.items()}
+
+
+@pytest.mark.parametrize("seed", range(COMBINATIONS))
+def test_any_combination(seed):
+    family, rows, knobs = combination(seed)
+    model = denoiser(family, torch.float64)
+    ids, mask = left_padded(rows)
+    before = ids.clone(), mask.clone()
+    calls = []
+    try:
+        with counted(model.model) as forwards:
+            out = run(model, rows, **knobs, rng=[seeded(s) for s in range(3)], callback=calls.append, history=True)
+    except ValueError as refusal:
+        assert "=" in str(refusal) and not forwards, refusal
+        return
+
+    # What was given stays, no mask is left, the caller's tensors are untouched.
+    canvas = torch.cat([ids, torch.full((3, knobs["gen_length"]), MASK)], 1)
+    given, L = canvas != MASK, canvas.shape[1]
+    assert torch.equal(ids, before[0]) and torch.equal(mask, before[1])
+    assert out.sequences.dtype == torch.int64 and (out.sequences != MASK).all()
+    assert torch.equal(out.sequences[given], canvas[given])
+    assert torch.equal(out.completions, out.sequences[:, ids.shape[1] :])
+    if knobs["ban_eos"] and not knobs["early_stop"]:
+        assert (out.sequences[~given] != EOS).all()
+
+    # The record is what the callback saw.
+    decided_at, certain = torch.full_like(canvas, -1), torch.full(canvas.shape, torch.nan)
+    for n, call in enumerate(calls):
+        assert call["step"] == n
+        decided_at[call["committed"]] = n
+        certain[call["committed"]] = call["confidence"][call["committed"]]
+    assert torch.equal(out.committed_at, decided_at)
+    assert torch.equal(out.confidence.nan_to_num(-1), certain.nan_to_num(-1))
+    decided = decided_at >= 0
+    assert not (decided & given).any() and (decided | given | knobs["early_stop"]).all()
+    assert ((out.confidence[decided] > 0) & (out.confidence[decided] <= 1.001)).all()
+    if knobs["early_stop"]:
+        ends = knobs["end_ids"] or (EOS,)
+        rest = ~decided & ~given
+        assert (out.sequences[rest] == ends[0]).all()
+        ended = (torch.isin(out.sequences, torch.tensor(ends)) & decided).any(1)
+        assert (~rest.any(1) | ended).all()
+    assert len(out.states) == len(calls) + 1
+    assert torch.equal(out.states[0], canvas) and torch.equal(out.states[-1], out.sequences)
+
+    # Forwards, and the positions computed in them.
+    B, twice, shift = 3, 2 if knobs["cfg_scale"] else 1, family == "dream"
+    assert out.num_forwards == len(calls) == len(forwards)
+    widths = [t for _, t in forwards]
+    assert all(b == B * twice for b, _ in forwards)
+    assert out.token_forwards == sum(widths) * B * twice
+    by_block = [[*group] for _, group in itertools.groupby(zip(calls, widths), key=lambda pair: pair[0]["block"])]
+    b = knobs["block_length"] or knobs["gen_length"] or L
+    mine = [shares([L - 1 - i for i in range(L) if canvas[r, i] == MASK], b, knobs["steps"]) for r in range(B)]
+    for group in by_block:
+        (start, end), n = group[0][0]["block"], len(group)
+        lo, hi = max(start - shift, 0), end if knobs["cache"] == "dual" else L
+        assert [t for _, t in group] == [L] + [hi - lo if knobs["cache"] else L] * (n - 1)
+        share = [row[L - end] for row in mine if L - end in row]
+        most = max(count for count, _ in share)
+        if "remask" in knobs:
+            expected = max(steps for _, steps in share), max(steps for _, steps in share)
+        elif knobs["schedule"] == "uniform":
+            expected = (max(min(pair) for pair in share),) * 2
+        elif knobs["schedule"] == "pyramid":
+            exact = next(k for k in range(99) if sum(i // knobs["dilation"] + 1 for i in range(k)) >= most)
+            expected = exact, exact
+        elif knobs["schedule"] in ("threshold", "factor"):
+            expected = 1, most
+        else:
+            expected = 1, max(steps for _, steps in share)
+        assert knobs["early_stop"] or expected[0] <= n
+        assert n <= expected[1]
+    if not knobs["early_stop"]:
+        assert {L - group[0][0]["block"][1] for group in by_block} == {end for row in mine for end in row}
+
+    # The same generators give the same output in any order, and each row decodes alone as it does here.
+    again = run(model, rows[::-1], **knobs, rng=[seeded(s) for s in (2, 1, 0)])
+    assert torch.equal(again.sequences.flip(0), out.sequences) and again.num_forwards == out.num_forwards
+    for r, row in enumerate(rows):
+        if not knobs["gen_length"] and MASK not in row:
+            continue  # alone it is refused
+        alone = run(model, [row], **knobs, rng=[seeded(r)])
+        T = alone.sequences.shape[1]
+        assert torch.equal(alone.sequences[0], out.sequences[r, L - T :]), r
+        torch.testing.assert_close(alone.confidence[0], out.confidence[r, L - T :], rtol=0, atol=1e-4, equal_nan=True)
+
+
+def test_most_combinations_run():
+    """Guards the sample: what it draws is for the most part not refused, and holds every part."""
+    taken = []
+    for seed in range(COMBINATIONS):
+        family, _, knobs = combination(seed)
+        try:
+            DenoiseConfig(**knobs)
+        except ValueError:
+            continue
+        taken.append({"remask": None} | knobs | {"family": family})
+    assert len(taken) > 0.7 * COMBINATIONS
+    for name, known in dict(schedule=SCHEDULES, select=SELECTORS, soften=SOFTENERS, remask=(None, *REMASKS),
+                            cache=(None, "prefix", "dual"), family=FAMILIES).items():  # fmt: skip
+        assert {knobs[name] for knobs in taken} == {*known}, name
+
+
+# ------------------------------------------------------------------------------------------- what equals what
+
+
+def same(a, b, **tolerance):
+    """Tokens and the step of each bit for bit; confidences too, or within the tolerance."""
+    assert torch.equal(a.sequences, b.sequences) and torch.equal(a.committed_at, b.committed_at)
+    torch.testing.assert_close(a.confidence, b.confidence, equal_nan=True, **{"rtol": 0, "atol": 0, **tolerance})
+
+
+def logits_of(model, x):
+    """[B, L] -> [B, L, V] about each position, by the model's own forward."""
+    z = model(input_ids=x).logits.float()
+    if isinstance(model, DreamForMaskedDiffusion):
+        z = torch.cat([z[:, :1], z[:, :-1]], 1)
+    z[..., model.config.mask_token_id] = -torch.inf
+    return z
+
+
+@torch.no_grad()
+def by_hand(model, row, gen_length, block_length, quota):
+    """LLaDA's greedy sampler, written out for one row."""
+    mask_id = model.config.mask_token_id
+    x = torch.tensor([row + [mask_id] * gen_length])
+    for end in range(len(row) + block_length, x.shape[1] + 1, block_length):
+        while left := int((x[0, :end] == mask_id).sum()):
+            p, token = logits_of(model, x).softmax(-1).max(-1)
+            p[x != mask_id] = -1
+            first = p[0, :end].topk(min(quota, left)).indices
+            x[0, first] = token[0, first]
+    return x[0]
+
+
+@pytest.mark.parametrize("name", ["llada_mha", "llada_gqa", "dream_gqa", "dream_tied"])
+def test_the_default_is_the_plain_sampler(name):
+    model, _ = load(CHECKPOINTS / name, dtype="float32", device="cpu")
+    for block_length, quota in ((None, 1), (4, 1), (4, 2)):
+        b = block_length or 8
+        out = run(model, block_length=block_length, steps=8 // quota)
+        for r, row in enumerate(PROMPTS):
+            expected = by_hand(model, row, 8, b, quota)
+            assert torch.equal(out.sequences[r, 5 - len(row) :], expected)
+    assert out.completions.unique().numel() > 4  # guards against a test on repeated tokens
+
+
+IS_HARD = {
+    "soft-mask of scale 0": dict(soften="soft-mask", soften_args=dict(scale=0.0)),
+    "soft-mask of scale 0 over the vocabulary": dict(soften="soft-mask", soften_args=dict(scale=0.0, k=VOCAB)),
+    "soft-mask when no mask counts": dict(soften="soft-mask", soften_args=dict(centre=1e4)),
+    "slerp of strength 0": dict(soften="slerp", soften_args=dict(strength=0.0)),
+    "guidance 0": dict(cfg_scale=0.0),
+    "filters without a temperature": dict(top_k=3, top_p=0.5),
+    "steps for each mask": dict(steps=8),
+    "a slow pyramid": dict(schedule="pyramid", dilation=99),
+    "threshold 1": dict(threshold=1.0),
+    "a small factor": dict(factor=1e-9),
+    "remasking nothing": dict(remask="cap", remask_args=dict(eta=0.0), steps=8),
+    "functions for names": dict(schedule=SCHEDULES["uniform"], select=SELECTORS["confidence"], soften=Softener(None)),
+    "a cache renewed at every token": dict(cache="dual", block_length=1),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", IS_HARD)
+def test_is_hard_decoding(name, family):
+    knobs, model = IS_HARD[name], denoiser(family)
+    base = {"block_length": knobs["block_length"]} if "block_length" in knobs else {"block_length": 4}
+    hard = run(model, **base)
+    same(run(model, **base | knobs), hard)
+    assert hard.num_forwards == 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", [n for n in SOFTENERS if n != "hard"])
+def test_softening_matters(name, family):
+    assert not torch.equal(run(denoiser(family), soften=name).confidence, run(denoiser(family)).confidence)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_softening_at_its_ends(family):
+    model = denoiser(family)
+    hard = run(model)
+    nearly = Softener(functools.partial(evolving, alpha=1 - 1e-9), everywhere=True)
+    same(run(model, soften=nearly), hard, atol=1e-4)
+    same(run(model, soften="soft-token", soften_args=dict(bias=1e9)), hard, atol=1e-4)
+    same(run(model, soften="slerp", soften_args=dict(strength=1e-6)), hard, atol=1e-4)
+    # All of the vocabulary by its most likely tokens, and as it is.
+    whole = run(model, soften="soft-mask", soften_args=dict(k=VOCAB, scale=0.9, centre=-4.0))
+    same(
+        run(model, soften="soft-mask", soften_args=dict(algorithm="temperature", scale=0.9, centre=-4.0)),
+        whole,
+        atol=1e-4,
+    )
+    assert (whole.confidence - hard.confidence).abs().nan_to_num().max() > 1e-3
+
+
+@pytest.mark.parametrize("schedule", ["uniform", "linear", "threshold", "factor", "pyramid", "ancestral"])
+def test_one_seed_one_output(schedule):
+    knobs = dict(schedule=schedule, temperature=1.0, threshold=0.5, factor=1.0)
+    knobs = {k: v for k, v in knobs.items() if k not in ("threshold", "factor") or k == schedule}
+    model = denoiser()
+    state = torch.random.get_rng_state()
+    a, b, c = (run(model, **knobs, rng=seeded(s)) for s in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state), "a given rng leaves the global one alone"
+    same(a, b)
+    assert not torch.equal(a.sequences, c.sequences)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        drawn.append(run(model, **knobs).sequences)
+    assert torch.equal(*drawn)
+    rng = seeded(1)
+    assert not torch.equal(run(model, **knobs, rng=rng).sequences, run(model, **knobs, rng=rng).sequences)
+
+
+# Caches
+
+CACHES = ("prefix", "dual")
+WITHIN_BLOCK = ("hard", "soft-token", "soft-mask", "slerp")  # these change nothing outside their block
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_is_exact_where_nothing_is_stale(family, cache):
+    """Keys and values of one layer depend on the token alone, so renewing a block's is renewing all."""
+    model = denoiser(family, torch.float64, num_hidden_layers=1)
+    for rows, soften in itertools.product((PROMPTS, HOLED), WITHIN_BLOCK):
+        knobs = dict(soften=soften, block_length=4, cfg_scale=0.5 if soften == "hard" else 0.0)
+        same(run(model, rows, **knobs, cache=cache), run(model, rows, **knobs), atol=1e-6)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_renewed_at_each_forward_is_none(family, cache):
+    model = denoiser(family)
+    for knobs in (dict(block_length=2, steps=4), dict(block_length=4, threshold=1e-9), dict(block_length=1)):
+        a, b = run(model, **knobs, cache=cache), run(model, **knobs)
+        same(a, b)
+        assert a.num_forwards == b.num_forwards and a.token_forwards == b.token_forwards
+    # So is one whose block is the whole canvas.
+    holed = dict(rows=HOLED, gen_length=0)
+    same(run(model, **holed, cache=cache), run(model, **holed), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_starts_from_the_same_forward_and_then_is_stale(family):
+    first, outs = {}, {}
+    for cache in (None, *CACHES):
+        calls = []
+        outs[cache] = run(denoiser(family), block_length=4, cache=cache, callback=calls.append)
+        first[cache] = calls[0]["confidence"]
+    for cache in CACHES:
+        assert torch.equal(first[cache].nan_to_num(), first[None].nan_to_num())
+        assert not torch.equal(outs[cache].confidence, outs[None].confidence)
+        assert outs[cache].num_forwards == outs[None].num_forwards
+
+
+def test_dream_reads_one_position_to_the_left_of_a_cached_block():
+    """Without it nothing would be about the block's first position."""
+    knobs = dict(block_length=4, cache="dual", steps=4)
+    with counted(denoiser("dream").model) as calls:
+        out = run(denoiser("dream"), **knobs)
+    assert [t for _, t in calls] == [13, 5, 13, 5]
+    assert out.token_forwards == 3 * (13 + 5 + 13 + 5) and out.num_forwards == 4
+    with counted(denoiser("llada").model) as calls:
+        run(denoiser("llada"), **knobs)
+    assert [t for _, t in calls] == [13, 4, 13, 4]
+
+
+def test_the_shift_of_dream_gives_a_rows_first_position_its_own_output():
+    model = denoiser("dream")
+    rows = ([MASK, MASK, 11, 12, MASK], [MASK, MASK, 13])
+    for some in (rows, rows[:1], rows[1:]):
+        calls = []
+        run(model, some, gen_length=0, threshold=1e-9, callback=calls.append)
+        for r, row in enumerate(some):
+            at = calls[0]["sequences"].shape[1] - len(row)
+            own = model(input_ids=torch.tensor([row])).logits.float()
+            own[..., MASK] = -torch.inf
+            assert calls[0]["sequences"][r, at : at + 2].tolist() == [own[0, 0].argmax()] * 2
+            expected = own[0, 0].softmax(-1).max().expand(2)
+            torch.testing.assert_close(calls[0]["confidence"][r, at : at + 2], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_guidance_leads_away_from_the_model_without_the_prompt(family):
+    model, calls = denoiser(family), []
+    out = run(model, PROMPTS[:1], cfg_scale=1.5, steps=1, callback=calls.append)
+    x = torch.tensor([[*PROMPTS[0]] + [MASK] * 8])
+    with_prompt, without = logits_of(model, x), logits_of(model, torch.full_like(x, MASK))
+    z = torch.nan_to_num(without + 2.5 * (with_prompt - without), nan=-torch.inf)
+    assert torch.equal(out.completions, z.argmax(-1)[:, 5:])
+    torch.testing.assert_close(out.confidence[:, 5:], z.softmax(-1).amax(-1)[:, 5:], rtol=1e-4, atol=1e-5)
+    assert (out.num_forwards, out.token_forwards) == (1, 2 * 13)
+    assert (without - with_prompt).abs().nan_to_num().max() > 0.1
+
+
+# ------------------------------------------------------------------------------------------------- forwards
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("block_length", [None, 4, 2])
+def test_numbers_of_forwards(family, block_length):
+    model, blocks = denoiser(family), 8 // (block_length or 8)
+    forwards = lambda rows=PROMPTS, **knobs: run(model, rows, block_length=block_length, **knobs).num_forwards  # noqa: E731
+    assert forwards() == 8
+    assert forwards(steps=blocks) == blocks
+    assert forwards(steps=16) == 8  # a forward that has nothing left to commit is not made
+    assert forwards(threshold=1e-9) == blocks
+    assert forwards(threshold=1.0) == 8
+    assert blocks <= forwards(threshold=0.4) <= 8
+    assert forwards(factor=1e9) == blocks
+    n = 8 // blocks
+    assert forwards(schedule="pyramid") == blocks * math.ceil((math.sqrt(1 + 8 * n) - 1) / 2)
+    assert forwards(steps=8, remask="cap") == 8
+    # The longest row of each block counts, wherever its holes are.
+    edges = range(0, 15, block_length or 8)
+    canvas = torch.nn.functional.pad(left_padded(HOLED)[0], (0, 8), value=MASK).flip(1) == MASK
+    assert forwards(HOLED) == sum(int(canvas[:, k : k + edges.step].sum(1).max()) for k in edges)
+
+
+def test_templates_share_steps_among_the_blocks_that_they_have_masks_in():
+    row = [5, MASK, MASK, 6, 7, 8, 9, 10, MASK, MASK, MASK, MASK]  # blocks of 4: two masks, none, four
+    calls = []
+    out = run(denoiser(), [row], gen_length=0, block_length=4, steps=4, callback=calls.append)
+    assert [call["block"] for call in calls] == [(0, 4)] * 2 + [(8, 12)] * 2
+    assert [int(call["committed"].sum()) for call in calls] == [1, 1, 2, 2]
+    assert out.prompt_length == 12 and out.completions.shape == (1, 0)
+    with pytest.raises(ValueError, match=r"steps=1 cannot be shared by the 2 blocks of rows \[0\]"):
+        run(denoiser(), [row], gen_length=0, block_length=4, steps=1)
+
+
+def test_a_row_is_over_after_the_block_with_an_end():
+    ends = (32, 41)
+    out = run(denoiser(), PROMPTS[::2], gen_length=16, block_length=4, early_stop=True, end_ids=ends, history=True)
+    full = run(denoiser(), PROMPTS[::2], gen_length=16, block_length=4)
+    for r, row in enumerate(full.completions.tolist()):
+        first = next(i for i, token in enumerate(row) if token in ends)
+        over = (first // 4 + 1) * 4
+        assert out.completions[r].tolist() == row[:over] + [32] * (16 - over)
+        assert (out.committed_at[r, 5 + over :] == -1).all() and out.confidence[r, 5 + over :].isnan().all()
+    assert torch.equal(out.states[-1], out.sequences) and out.num_forwards == 12 < full.num_forwards
+
+
+def test_ends_come_last():
+    ends, seen, calls = tuple(range(30)), [], []
+
+    def spy(belief, token, uniform):
+        seen.append(token.tolist())
+        return SELECTORS["confidence"](belief, token, uniform)
+
+    knobs = dict(ends_last=True, end_ids=ends, gen_length=12)
+    run(denoiser(), PROMPTS[:1], select=spy, callback=calls.append, **knobs)
+    went = [int(call["sequences"][call["committed"]]) for call in calls]
+    for token, proposed in zip(went, seen):
+        assert token not in ends or all(other in ends for other in proposed)
+    waited = [token not in ends and any(t in ends for t in proposed) for token, proposed in zip(went, seen)]
+    assert sum(waited) > 2 and sum(token in ends for token in went) > 2
+    # An end is none of the sure ones either: it commits alone, when nothing else is left.
+    out = run(denoiser(), PROMPTS[:1], threshold=1e-9, **knobs)
+    assert ((out.committed_at == 0).sum() > 1) and not torch.isin(
+        out.sequences[out.committed_at == 0], torch.tensor(ends)
+    ).any()
+
+
+def test_the_end_of_text_can_be_banned():
+    favourite = int(run(denoiser()).completions.flatten().mode().values)
+    model = denoiser(eos_token_id=favourite)
+    assert (run(model).completions == favourite).any()
+    for knobs in ({}, dict(temperature=2.0)):
+        assert (run(model, ban_eos=True, rng=seeded(), **knobs).completions != favourite).all()
+
+
+# ------------------------------------------------------------------------------------------------------ draws
+
+ODDS = 1e-6  # that a right sampler would fail, had it drawn other numbers
+
+
+def chi_square(counts, probs):
+    """Chance of counts at least this far from n draws with these probabilities; rare outcomes taken together."""
+    counts, probs = counts.double(), probs.double()
+    assert counts[probs == 0].sum() == 0
+    expected = counts.sum() * probs
+    rare = expected < 8
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected).square() / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        dict(temperature=1.0),
+        dict(temperature=0.6),
+        dict(temperature=2.5),
+        dict(temperature=1.0, top_k=4),
+        dict(temperature=1.5, top_p=0.7),
+        dict(temperature=2.0, top_k=6, top_p=0.8),
+    ],
+    ids=str,
+)
+def test_proposals_are_draws_at_the_temperature(family, knobs):
+    model, row = denoiser(family), [5, 11, MASK, 12]
+    out = run(model, [row] * 4000, gen_length=0, rng=seeded(), **knobs)
+    z = logits_of(model, torch.tensor([row]))[0, 2] / knobs["temperature"]
+    if "top_k" in knobs:
+        z[z < z.topk(knobs["top_k"]).values[-1]] = -torch.inf
+    if "top_p" in knobs:
+        p, order = z.softmax(-1).sort(descending=True)
+        z[order[p.cumsum(0) - p >= knobs["top_p"]]] = -torch.inf
+    assert chi_square(out.sequences[:, 2].bincount(minlength=VOCAB), z.softmax(-1)) > ODDS
+    # The recorded probability is the model's own, unfiltered.
+    own = logits_of(model, torch.tensor([row]))[0, 2].softmax(-1)
+    torch.testing.assert_close(out.confidence[:, 2], own[out.sequences[:, 2]])
+
+
+def first_pairs(out, n):
+    """How often each pair of n positions was what the first forward committed: [n, n], above the diagonal."""
+    at = (out.committed_at == 0).nonzero()[:, 1].view(-1, 2)
+    return (at[:, 0] * n + at[:, 1]).bincount(minlength=n * n).view(n, n)
+
+
+@pytest.mark.parametrize("alg_temp", [0.02, 0.1, 5.0])
+def test_positions_are_drawn_without_replacement(alg_temp):
+    model, row = denoiser(), [MASK] * 4 + [11]
+    calls = []
+    out = run(model, [row] * 6000, gen_length=0, steps=2, alg_temp=alg_temp, rng=seeded(), callback=calls.append)
+    p = (calls[0]["confidence"][0, :4] / alg_temp).softmax(-1)
+    ordered = p[:, None] * p[None, :] / (1 - p[:, None])  # first i, then j of the rest
+    assert chi_square(first_pairs(out, 5)[:4, :4].flatten(), (ordered + ordered.T).triu(1).flatten()) > ODDS
+    sure = run(model, [row], gen_length=0, steps=2)
+    nearly = run(model, [row] * 50, gen_length=0, steps=2, alg_temp=1e-5, rng=seeded())
+    assert torch.equal(nearly.sequences, sure.sequences.expand(50, -1))
+
+
+def test_the_random_order_is_uniform():
+    out = run(denoiser(), [[MASK] * 4 + [11]] * 6000, gen_length=0, steps=2, select="random", rng=seeded())
+    assert chi_square(first_pairs(out, 5)[:4, :4].flatten(), torch.ones(4, 4).triu(1).flatten() / 6) > ODDS
+
+
+def test_ancestral_positions_commit_by_themselves():
+    """Of 5 masks in 4 equal steps, each with probability 1/4 in the first, and 1/3 of the rest in the second."""
+    out = run(denoiser(), [[MASK] * 5 + [11]] * 6000, gen_length=0, steps=4, schedule="ancestral", rng=seeded())
+    steps = out.committed_at[:, :5]
+    assert chi_square(steps.flatten().bincount(minlength=4), torch.full((4,), 0.25)) > ODDS
+    binomial = torch.tensor([math.comb(5, k) * 0.25**k * 0.75 ** (5 - k) for k in range(6)])
+    assert chi_square((steps == 0).sum(1).bincount(minlength=6), binomial) > ODDS
+
+
+# ReMDM
+
+ETA = 0.1
+
+
+@pytest.mark.parametrize("at_random", [False, True])
+@pytest.mark.parametrize("strategy", REMASKS)
+def test_remasking_has_the_probabilities_of_the_paper(strategy, at_random):
+    B, n, S, index = 20_000, 10, 10, 7
+    block = Block(2, 2 + n, torch.full((B,), n), torch.full((B,), S))
+    args = {} if strategy == "conf" else {"eta": ETA}
+    how = dict(schedule="ancestral" if at_random else "uniform", remask=strategy, remask_args=args)
+    rule = remask(block, DenoiseConfig(gen_length=n, steps=S, **how), Draws(seeded(), B, torch.device("cpu")))
+    now, then = (0.9, 0.9) if strategy == "loop" else (0.7, 0.8)  # decoded shares before the step and after it
+    k = round(n * now)
+    decoded, is_open = torch.zeros(B, n + 2, dtype=torch.bool), torch.zeros(B, n + 2, dtype=torch.bool)
+    decoded[:, 2 : 2 + k], is_open[:, 2 + k :] = True, True
+    confidence = torch.linspace(0.1, 0.9, n + 2).expand(B, -1)
+    score = torch.rand(B, n + 2, generator=seeded(1)).masked_fill(~is_open, -torch.inf)
+    commit, drop = rule(Step(index, score, is_open, decoded, confidence))
+
+    most = min(1.0, (1 - then) / now)
+    sigma = {
+        "cap": torch.full((k,), min(ETA, most)),
+        "rescale": torch.full((k,), ETA * most),
+        "conf": (-confidence[0, 2 : 2 + k]).softmax(-1) * most,
+        "loop": torch.full((k,), min(ETA, most)),
+    }[strategy]
+    spread = (sigma * (1 - sigma) / B).sqrt()
+    assert ((drop[:, 2 : 2 + k].double().mean(0) - sigma).abs() < 5.5 * spread).all()  # 9 tests of odds 4e-8
+    assert not drop[:, :2].any() and not drop[:, 2 + k :].any()
+    assert not (commit & ~is_open).any()
+    left = (is_open & ~commit | drop).sum(1)
+    if at_random:
+        chance = (then - (1 - sigma.mean()) * now) / (1 - now)
+        rate = commit.sum() / is_open.sum()
+        assert abs(rate - chance) < 5.5 * (chance * (1 - chance) / is_open.sum()).sqrt()
+    else:
+        # So many commit that the clock is kept, as far as there are masks.
+        assert torch.equal(left, drop.sum(1).clamp_min(round(n * (1 - then))))
+
+
+def test_the_loop_of_remdm_rises_stays_and_ends():
+    block = Block(0, 10, torch.tensor([10]), torch.tensor([20]))
+    config = DenoiseConfig(steps=20, remask="loop")
+    rule = remask(block, config, Draws(seeded(), 1, torch.device("cpu")))
+    alpha = [float(rule.alpha(i)) for i in range(21)]
+    assert alpha[0] == 0 and alpha[20] == 1 and alpha == sorted(alpha)
+    assert alpha[9:20] == pytest.approx([0.9] * 11) and alpha[8] < 0.9
+    decoded = torch.ones(1, 10, dtype=torch.bool)
+    none = torch.zeros(1, 10, dtype=torch.bool)
+    for index in range(20):
+        step = Step(index, torch.full((1, 10), -torch.inf), none, decoded, torch.full((1, 10), 0.5))
+        sigma = rule.sigma(step, rule.alpha(index), rule.alpha(index + 1))
+        t = 1 - index / 20
+        assert (float(sigma.max()) > 0) == (0.05 < round(t, 6) <= 0.55), index
+
+
+@pytest.mark.parametrize("select", ["confidence", "random"])
+@pytest.mark.parametrize("strategy", REMASKS)
+def test_remasking_fills_all_in_the_end(strategy, select):
+    knobs = dict(remask=strategy, select=select, remask_args={} if strategy == "conf" else {"eta": 0.4})
+    out = run(denoiser(), gen_length=16, block_length=8, steps=24, history=True, rng=seeded(), **knobs)
+    dropped = [int(((a != MASK) & (b == MASK)).sum()) for a, b in itertools.pairwise(out.states)]
+    assert sum(dropped) > 3 and dropped[11] == dropped[23] == 0 and out.num_forwards == 24
+    assert (out.states[12][:, 5:13] != MASK).all() and (out.sequences != MASK).all()
+    # A token that was masked again is recorded by when it came last.
+    for n, (a, b) in enumerate(itertools.pairwise(out.states)):
+        came = (a == MASK) & (b != MASK)
+        assert (out.committed_at[came] >= n).all()
+
+
+# -------------------------------------------------------------------------------------------------- the record
+
+
+@contextmanager
+def read(model):
+    """Collects what the model's body reads in each forward."""
+    inputs = []
+    hook = model.model.register_forward_pre_hook(lambda m, a, kw: inputs.append(kw["inputs_embeds"]), with_kwargs=True)
+    try:
+        yield inputs
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("cache", [None, *CACHES])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("soften", SOFTENERS)
+def test_the_callback_tells_what_the_next_forward_reads(soften, family, cache):
+    model, calls = denoiser(family), []
+    with read(model) as reads:
+        out = run(model, HOLED, block_length=4, soften=soften, cache=cache, callback=calls.append, history=True)
+    L, shift = out.sequences.shape[1], family == "dream"
+    assert torch.equal(reads[0], model.model.embed_tokens(out.states[0]))
+    for n, call in enumerate(calls):
+        assert {*call} == {"step", "block", "sequences", "committed", "confidence", "where", "soft"}
+        assert torch.equal(call["sequences"], out.states[n + 1])
+        if soften == "hard":
+            assert call["where"] is None and call["soft"] is None
+            continue
+        where, soft = call["where"], call["soft"]
+        assert soft.ids.shape == soft.weights.shape and len(soft.ids) == where.sum()
+        masked = call["sequences"] == MASK
+        start, end = call["block"]
+        if soften == "evolving":
+            assert not (where & ~masked)[:, :start].any() and not (where & ~masked)[:, end:].any()
+        else:
+            assert not (where & ~masked).any() and not where[:, :start].any() and not where[:, end:].any()
+        if soften != "slerp":
+            torch.testing.assert_close(soft.weights.sum(-1), torch.ones(len(soft.ids)))
+        goes_on = n + 1 < len(calls) and (calls[n + 1]["block"] == (start, end) or SOFTENERS[soften].carries)
+        if goes_on:
+            whole = cache is None or calls[n + 1]["block"] != (start, end)
+            lo, hi = (0, L) if whole else (max(start - shift, 0), end if cache == "dual" else L)
+            vectors = model.model.embed_tokens(soft.ids)
+            mixed = (soft.weights[..., None] * vectors).sum(-2)
+            expected = model.model.embed_tokens(call["sequences"])
+            expected[where] = mixed
+            at = where[:, lo:hi] if soften == "evolving" else torch.ones_like(where[:, lo:hi])
+            torch.testing.assert_close(reads[n + 1][at], expected[:, lo:hi][at], rtol=1e-4, atol=1e-5)
+    assert soften == "hard" or sum(int(call["where"].sum()) for call in calls) > 20
+
+
+def test_forwards_in_a_softened_block_start_hard_unless_the_state_carries():
+    for soften, carries in (("soft-mask", False), ("evolving", True)):
+        model = denoiser()
+        with read(model) as reads:
+            out = run(model, block_length=4, soften=soften, history=True)
+        assert torch.equal(reads[4], model.model.embed_tokens(out.states[4])) != carries
+
+
+def test_a_row_that_is_done_with_its_block_waits_as_it_is():
+    """Its soft slots and its generator stay where they are while the others go on."""
+    rows = [[5, MASK, 6, 7, 8, MASK], [MASK] * 4 + [9, MASK]]
+    model = denoiser(dtype=torch.float64)
+    for knobs in (dict(soften="evolving", temperature=1.0), dict(remask="cap", remask_args={"eta": 0.5}, steps=12)):
+        knobs |= dict(gen_length=8, block_length=4)
+        calls = []
+        both = run(model, rows, rng=[seeded(0), seeded(1)], callback=calls.append, **knobs)
+        alone = run(model, rows[:1], rng=[seeded(0)], **knobs)
+        assert torch.equal(both.sequences[:1], alone.sequences)
+        if "soften" in knobs:
+            waited = [call for call in calls if call["block"] == calls[0]["block"]][1:]
+            assert waited and all(call["confidence"][0].isnan().all() for call in waited)
+
+
+class Recorder(BaseStreamer):
+    def __init__(self):
+        self.values, self.ended = [], 0
+
+    def put(self, value):
+        assert not self.ended and value.device.type == "cpu"
+        self.values.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+def test_streamers_get_the_prompt_and_the_blocks_in_order():
+    knobs = dict(gen_length=12, block_length=4)
+    for more in ({}, dict(early_stop=True, end_ids=tuple(range(24)))):
+        streamer = Recorder()
+        out = run(denoiser(), PROMPTS[:1], streamer=streamer, **knobs, **more)
+        answer = out.completions[0].tolist()
+        assert streamer.values == [[PROMPTS[0]], [answer[:4]], [answer[4:8]], [answer[8:]]] and streamer.ended == 1
+    tokenizer, printed = tokenizer_of(VOCAB), io.StringIO()
+    with redirect_stdout(printed):
+        out = run(denoiser(), PROMPTS[:1], streamer=TextStreamer(tokenizer), **knobs)
+    assert printed.getvalue() == tokenizer.decode(out.sequences[0]) + "\n"
+    with redirect_stdout(io.StringIO()), pytest.raises(ValueError, match="batch size 1"):
+        run(denoiser(), streamer=TextStreamer(tokenizer))
+
+
+def test_diffusion_streamers_get_drafts():
+    class Drafts(TextDiffusionStreamer):
+        def put_draft(self, value, **kwargs):
+            drafts.append(value)
+            super().put_draft(value, **kwargs)
+
+    drafts, tokenizer, printed = [], tokenizer_of(VOCAB), io.StringIO()
+    with redirect_stdout(printed):
+        streamer = Drafts(tokenizer, skip_prompt=True)
+        out = run(denoiser(), PROMPTS[:1], block_length=4, streamer=streamer, history=True)
+    assert len(drafts) == out.num_forwards == 8
+    for draft, state in zip(drafts, out.states[1:]):
+        assert torch.equal(draft, state[:, 5:])
+    assert tokenizer.decode(out.completions[0, :4]) in printed.getvalue()
+
+
+def test_history_and_seconds():
+    assert run(denoiser()).states is None
+    out = run(denoiser(), history=True)
+    assert [int((state == MASK).sum()) for state in out.states] == [3 * n for n in range(8, -1, -1)]
+    assert 0 < out.seconds < 60
+
+
+# ------------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize("cache", [None, "dual"])
+@pytest.mark.parametrize("soften", ["hard", "soft-token", "soft-mask", "evolving", "slerp"])
+def test_nothing_as_large_as_the_canvas_times_the_vocabulary_is_written(soften, cache):
+    V, B, G, b = 20_000, 2, 32, 4
+    model, asked = denoiser(vocab_size=V), []
+    hook = model.lm_head.register_forward_pre_hook(lambda module, args: asked.append(tuple(args[0].shape)))
+    calls = []
+    try:
+        with Largest() as largest:
+            run(model, PROMPTS[:B], gen_length=G, block_length=b, steps=16, soften=soften, cache=cache,
+                temperature=0.5, rng=seeded(), callback=calls.append)  # fmt: skip
+    finally:
+        hook.remove()
+    opened = [int((~call["confidence"].isnan()).sum()) for call in calls]
+    assert asked == [(n, 16) for n in opened]  # logits are of positions that something is asked of
+    everywhere = SOFTENERS[soften].everywhere
+    assert max(opened) == B * (G if everywhere else b) and len(asked) == 16
+    L = G + 5
+    assert max(opened) * V <= largest.numel < min(B * L * V, 2 * max(opened) * V)
+
+
+def test_that_measurement_would_notice():
+    with Largest() as largest:
+        denoiser(vocab_size=20_000)(input_ids=torch.full((2, 37), MASK))
+    assert largest.numel >= 2 * 37 * 20_000
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+BAD_CONFIGS = [
+    (dict(gen_length=-1), "gen_length=-1"),
+    (dict(gen_length=2.5), "gen_length=2.5"),
+    (dict(block_length=0), "block_length=0"),
+    (dict(block_length=3), "block_length=3 does not divide gen_length=8"),
+    (dict(block_length=16), "block_length=16 does not divide gen_length=8"),
+    (dict(steps=0), "steps=0"),
+    (dict(steps=5, block_length=4), "steps=5 cannot be shared by 2 blocks: choose a multiple of 2"),
+    (dict(steps=1, block_length=4), "steps=1 cannot be shared by 2 blocks"),
+    (dict(dilation=0), "dilation=0"),
+    (dict(eps=1.0), "eps=1.0"),
+    (dict(eps=-0.1), "eps=-0.1"),
+    (dict(schedule="cosine"), r"schedule='cosine' is unknown: choose one of \['ancestral', 'factor'"),
+    (dict(select="best"), r"select='best' is unknown: choose one of \['confidence', 'entropy'"),
+    (dict(soften="blur"), r"soften='blur' is unknown: choose one of \['evolving', 'hard'"),
+    (dict(parity="mine"), r"parity='mine' is unknown: choose one of \[.*'llada'"),
+    (dict(cache="triple"), r"cache='triple' is unknown: choose one of .*'prefix', 'dual'"),
+    (dict(remask="all", steps=8), r"remask='all' is unknown: choose one of .*'cap'"),
+    (dict(threshold=0.0), "threshold=0.0 must lie in"),
+    (dict(threshold=1.1), "threshold=1.1 must lie in"),
+    (dict(threshold=math.nan), "threshold=nan must lie in"),
+    (dict(factor=0.0), "factor=0.0"),
+    (dict(factor=math.inf), "factor=inf"),
+    (dict(schedule="threshold"), "schedule='threshold' needs threshold="),
+    (dict(schedule="factor"), "schedule='factor' needs factor="),
+    (dict(schedule="uniform", threshold=0.9), "threshold=0.9 does not go with schedule='uniform'"),
+    (dict(schedule="threshold", threshold=0.9, factor=1.0), "factor=1.0 does not go with schedule='threshold'"),
+    (dict(threshold=0.9, select="entropy"), "schedule='threshold' compares probabilities.*select='entropy'"),
+    (dict(factor=1.0, alg_temp=0.5), "schedule='factor' compares probabilities: alg_temp=0.5"),
+    (dict(alg_temp=-1.0), "alg_temp=-1.0"),
+    (dict(alg_temp=math.nan), "alg_temp=nan"),
+    (dict(cfg_scale=-0.5), "cfg_scale=-0.5"),
+    (dict(cfg_scale=math.inf), "cfg_scale=inf"),
+    (dict(temperature=-1.0), "temperature=-1.0"),
+    (dict(top_k=0), "top_k=0"),
+    (dict(top_p=1.5), "top_p=1.5"),
+    (dict(soften_args={"k": 3}), "soften='hard' takes no options.*'k': 3"),
+    (dict(soften="soft-token", soften_args={"alpha": 0.5}), r"soften='soft-token' does not take \['alpha'\]: it takes"),
+    (dict(soften="soft-mask", soften_args={"k": 0}), "soften_args k=0"),
+    (dict(soften="soft-mask", soften_args={"k": 2.0}), "soften_args k=2.0"),
+    (dict(soften="soft-mask", soften_args={"scale": 1.5}), "soften_args scale=1.5"),
+    (dict(soften="soft-mask", soften_args={"centre": math.nan}), "soften_args centre=nan"),
+    (dict(soften="soft-mask", soften_args={"steepness": -1}), "soften_args steepness=-1"),
+    (dict(soften="soft-mask", soften_args={"temperature": 0}), "soften_args temperature=0"),
+    (dict(soften="soft-mask", soften_args={"algorithm": "max"}), "soften_args algorithm='max' is unknown"),
+    (dict(soften="soft-mask", soften_args={"scheduling": "up"}), "soften_args scheduling='up' is unknown"),
+    (dict(soften="soft-token", soften_args={"bias": -0.1}), "soften_args bias=-0.1"),
+    (dict(soften="soft-token", soften_args={"renormalise": 1}), "soften_args renormalise=1"),
+    (dict(soften="evolving", soften_args={"alpha": 1.0}), "soften_args alpha=1.0"),
+    (dict(soften="slerp", soften_args={"strength": 2}), "soften_args strength=2"),
+    (dict(remask="cap"), "remask='cap' needs steps="),
+    (dict(remask="cap", threshold=0.9), "remask='cap' needs a fixed number of steps: schedule='threshold'"),
+    (dict(remask="cap", schedule="pyramid"), "remask='cap' needs a fixed number.*schedule='pyramid'"),
+    (dict(remask="cap", steps=8, soften="evolving"), "soften='evolving' revises"),
+    (dict(remask="cap", steps=8, remask_args={"sigma": 1}), r"remask='cap' does not take \['sigma'\]: it takes"),
+    (dict(remask="cap", steps=8, remask_args={"eta": 1.5}), "remask_args eta=1.5"),
+    (dict(remask="conf", steps=8, remask_args={"eta": 0.1}), r"remask='conf' does not take \['eta'\]"),
+    (dict(remask="loop", steps=8, remask_args={"t_on": 0.1, "t_off": 0.2}), "t_off=0.2 must be at most t_on=0.1"),
+    (dict(steps=4, threshold=0.9), "steps=4 does not go with schedule='threshold'"),
+    (dict(steps=4, schedule="pyramid"), "steps=4 does not go with schedule='pyramid'"),
+    (dict(dilation=2), "dilation=2 does not go with schedule='uniform'"),
+    (dict(eps=0.1), "eps=0.1 does not go with schedule='uniform'"),
+    (dict(schedule="ancestral", alg_temp=0.1), "schedule='ancestral' draws.*alg_temp=0.1"),
+    (dict(schedule="ancestral", select="margin"), "schedule='ancestral' draws.*select='margin'"),
+    (dict(remask_args={"eta": 0.1}), "remask_args={'eta': 0.1} without remask"),
+]
+
+
+@pytest.mark.parametrize(("knobs", "told"), BAD_CONFIGS, ids=[str(knobs) for knobs, _ in BAD_CONFIGS])
+def test_bad_configurations_are_errors_that_name_the_value(knobs, told):
+    with pytest.raises(ValueError, match=told):
+        DenoiseConfig(**{"gen_length": 8, **knobs})
+
+
+def test_a_misspelt_field_is_an_error():
+    with pytest.raises(TypeError, match="treshold"):
+        DenoiseConfig(treshold=0.9)
+
+
+IDS = torch.tensor([[5, 11, 12]])
+BAD_INPUTS = {
+    "a vector": (dict(input_ids=IDS[0]), r"input_ids of shape \(3,\)"),
+    "floats": (dict(input_ids=IDS.float()), "input_ids of shape .*float32"),
+    "no room": (dict(gen_length=62), "a prompt of 3 and gen_length=62 do not fit into the model's 64 positions"),
+    "no mask": (dict(gen_length=0), "gen_length=0 and no mask in input_ids.*id 46"),
+    "a wide filter": (dict(top_k=VOCAB + 1, temperature=1.0), "top_k=49"),
+    "a wide mixture": (dict(soften="soft-mask", soften_args=dict(k=VOCAB + 1)), "k=49 must be at most 48"),
+    "another mask's shape": (dict(attention_mask=IDS[:, :2]), r"attention_mask of shape \(1, 2\)"),
+    "padding on the right": (dict(attention_mask=torch.tensor([[1, 1, 0]])), r"padding on the right in rows \[0\]"),
+    "padding within": (dict(attention_mask=torch.tensor([[1, 0, 1]])), r"padding on the right in rows \[0\]"),
+    "masks as padding": (
+        dict(input_ids=torch.tensor([[MASK, 11, 12]]), attention_mask=torch.tensor([[0, 1, 1]])),
+        "padding holds the mask token .id 46",
+    ),
+    "generators": (dict(rng=[seeded(), seeded()]), "rng holds 2 generators for 1 rows"),
+    "nothing for Dream": (dict(family="dream", input_ids=IDS[:, :0]), r"shape \(1, 0\) is an empty prompt"),
+    "padding alone for Dream": (
+        dict(family="dream", input_ids=IDS.repeat(2, 1), attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])),
+        r"attention_mask leaves rows \[1\] an empty prompt",
+    ),
+    "an end that is none": (dict(end_ids=(VOCAB,)), r"end_ids=\(48,\) must be ids below 48"),
+    "the mask as an end": (dict(end_ids=(MASK,)), r"end_ids=\(46,\).*mask"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_inputs_are_errors_that_name_the_value(name):
+    knobs, told = BAD_INPUTS[name]
+    knobs = {"gen_length": 8, "input_ids": IDS, **knobs}
+    model = denoiser(knobs.pop("family", "llada"))
+    inputs = {k: knobs.pop(k) for k in [*knobs] if k in ("input_ids", "attention_mask", "rng")}
+    with counted(model.model) as calls, pytest.raises(ValueError, match=told):
+        denoise(model, **inputs, config=DenoiseConfig(**knobs))
+    assert not calls  # before the first forward
+
+
+@pytest.mark.parametrize("mask_id", [None, -1, VOCAB])
+def test_a_mask_token_that_is_none(mask_id):
+    with pytest.raises(ValueError, match="names no mask token" if mask_id is None else f"mask_token_id={mask_id}"):
+        run(denoiser(mask_token_id=mask_id))
+
+
+@pytest.mark.parametrize("select", SELECTORS)
+@pytest.mark.parametrize("knobs", [{}, dict(temperature=1.0), dict(soften="soft-mask"), dict(cache="dual")], ids=str)
+def test_nan_logits_name_their_forward(knobs, select):
+    model = denoiser()
+    calls = []
+
+    def spoil(module, args, output):
+        calls.append(None)
+        return output * torch.nan if len(calls) == 4 else output
+
+    hook = model.lm_head.register_forward_hook(spoil)
+    try:
+        with pytest.raises(FloatingPointError, match=r"logits of forward 3 are NaN.*float32"):
+            run(model, select=select, rng=seeded(), **knobs)
+    finally:
+        hook.remove()
+
+
+def test_more_shapes_of_input():
+    model = denoiser()
+    a = run(model, PROMPTS[:1])
+    for ids in (torch.tensor(PROMPTS[:1], dtype=torch.int32), torch.tensor(PROMPTS[:1])):
+        for mask in (None, torch.ones_like(ids), torch.ones(ids.shape, dtype=torch.bool), torch.ones(ids.shape)):
+            same(denoise(model, ids, mask, config=DenoiseConfig(gen_length=8)), a)
+    # Without a prompt, as a row of padding, and a model that has more to say.
+    empty = denoise(model, IDS[:, :0], config=DenoiseConfig(gen_length=8))
+    padded = denoise(model, IDS, torch.zeros_like(IDS), config=DenoiseConfig(gen_length=8))
+    assert torch.equal(empty.sequences, padded.completions) and empty.prompt_length == 0
+    with torch.enable_grad():
+        assert not run(model).confidence.requires_grad
+    assert denoise(denoiser(max_position_embeddings=131), IDS).completions.shape == (1, 128)
+
+
+# ------------------------------------------------------------------------------------------ functions of the user
+
+
+def test_a_schedule_of_ones_own():
+    def leftmost(block, config, draws):
+        class Rule:
+            def more(self, index, left):
+                return left
+
+            def __call__(self, step):
+                return step.open & (step.open.cumsum(-1) <= 2), None  # the two leftmost
+
+        blocks.append((block.start, block.end, block.count.tolist()))
+        return Rule()
+
+    blocks = []
+    out = run(denoiser(), schedule=leftmost, block_length=4)
+    assert blocks == [(5, 9, [4] * 3), (9, 13, [4] * 3)]
+    assert out.committed_at[:, 5:].tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]] * 3
+    doubled = lambda block, config, draws: Quota(lambda i, n: torch.full_like(n, 2))  # noqa: E731
+    same(run(denoiser(), schedule=doubled), run(denoiser(), steps=4))
+
+
+def test_a_selector_of_ones_own():
+    def surest(belief, token, uniform):
+        assert belief.logits.shape == (len(token), VOCAB) and (belief.logits[:, MASK] == -torch.inf).all()
+        return belief.logits.softmax(-1).amax(-1)
+
+    for precision in (torch.float32, torch.float64, torch.bfloat16):
+        out = run(denoiser(), select=lambda *args, p=precision: surest(*args).to(p))
+        if precision != torch.bfloat16:
+            assert torch.equal(out.sequences, run(denoiser()).sequences)
+    uniform = run(denoiser(), select=lambda belief, token, uniform: uniform(), rng=seeded(3))
+    same(uniform, run(denoiser(), select="random", rng=seeded(3)))
+
+
+def test_a_softener_of_ones_own():
+    def top(slots, *, k=1, scale=0.5):
+        assert (slots.masked == (slots.ids == MASK)).all() and slots.mask_id == MASK
+        ids = slots.belief.top(k)[1]
+        weights = torch.full(ids.shape, scale / k)
+        return Soft(torch.cat([ids, slots.ids[:, None]], -1), torch.cat([weights, 1 - weights.sum(-1, True)], -1))
+
+    class Object:
+        def __call__(self, slots, **knobs):
+            return top(slots, **knobs)
+
+    model = denoiser()
+    a = run(model, soften=top)
+    for same_thing in (Object(), functools.partial(top), Softener(top), lambda slots, **knobs: top(slots, **knobs)):
+        same(run(model, soften=same_thing), a)
+        same(run(model, soften=same_thing, soften_args={"scale": 0.5, "k": 1}), a)
+    assert not torch.equal(run(model, soften=top, soften_args={"k": 3}).confidence, a.confidence)
+    # Its knobs are its own: ours of the same name have ranges that say nothing here.
+    run(model, soften=top, soften_args={"scale": 1.5})
+    same(run(model, soften=lambda slots: Soft(slots.ids[:, None], torch.ones(len(slots.ids), 1))), run(model))
+    same(run(model, soften=SOFTENERS["soft-mask"].fn), run(model, soften="soft-mask"), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- other models
+
+
+def test_a_model_wrapped_by_peft():
+    wrapped = with_lora(denoiser.__wrapped__("llada"))
+    for knobs in (dict(), dict(soften="soft-mask"), dict(cache="dual", block_length=4)):
+        adapted = run(wrapped, **knobs)
+        with wrapped.disable_adapter():
+            same(run(wrapped, **knobs), run(denoiser(), **knobs))
+        assert not torch.equal(adapted.sequences, run(denoiser(), **knobs).sequences)
+    assert torch.equal(
+        run(wrapped.merge_and_unload()).sequences, run(with_lora(denoiser.__wrapped__("llada"))).sequences
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16(family):
+    model = denoiser(family, torch.bfloat16)
+    for soften, cache in itertools.product(SOFTENERS, (None, *CACHES)):
+        out = run(model, HOLED, soften=soften, cache=cache, block_length=4, cfg_scale=0.5)
+        assert (out.sequences != MASK).all() and out.confidence.dtype == torch.float32
+    same(run(model, soften="soft-mask", soften_args=dict(scale=0.0)), run(model))
+
+
+def bert(**changes):
+    sizes = dict(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertForMaskedLM(
+            BertConfig(**sizes, max_position_embeddings=64, initializer_range=0.4, eos_token_id=EOS, **changes)
+        )
+    model.config.mask_token_id = MASK
+    return model.double().eval()
+
+
+def test_a_masked_language_model():
+    model = bert()
+    for soften in SOFTENERS:
+        knobs = dict(soften=soften, block_length=4, temperature=0.5)
+        out = run(model, HOLED, **knobs, rng=[seeded(s) for s in range(3)])
+        assert (out.sequences != MASK).all()
+        for r, row in enumerate(HOLED):
+            alone = run(model, [row], **knobs, rng=[seeded(r)]).sequences[0]
+            assert torch.equal(alone, out.sequences[r, -len(alone) :])
+    same(run(model, soften="soft-mask", soften_args=dict(scale=0.0)), run(model), atol=1e-6)
+    for cache in CACHES:
+        with pytest.raises(ValueError, match=f"cache='{cache}': BertForMaskedLM keeps no keys and values"):
+            run(model, cache=cache)
