@@ -10,6 +10,9 @@ python recipes/bench_diffusion.py denoise --against fast-dllm/llada --original l
 # Time per inner step of the dual cache, by prompt length
 python recipes/bench_diffusion.py prompt-length
 
+# What softening adds to a forward
+python recipes/bench_diffusion.py overhead --repeats 10
+
 # Peak memory of softening, beside the dense form
 python recipes/bench_diffusion.py memory
 
@@ -172,6 +175,45 @@ def floor_ms(model: LladaForMaskedDiffusion, args) -> float:
     return 1000 * took * size / (2 * len(block))  # a copy reads and writes
 
 
+def overhead(args) -> list[dict]:
+    """Softeners beside hard decoding, forward by forward: the sum over a run's forwards of the least time that each
+    took in the repeats. What disturbs a machine only ever adds, and here the disturbance is larger than the difference.
+    """
+    model, new = build(args), args.new_tokens[0]
+    ids = prompt_of(args, args.prompt)
+    rows = []
+    for cache in args.cache:
+        least = {}
+        for repeat in range(args.repeats + 1):
+            for soften in args.soften[:: 1 if repeat % 2 else -1]:
+                config = DenoiseConfig(
+                    gen_length=new, block_length=args.block_length, cache=CACHES[cache], soften=soften
+                )
+                took = torch.tensor(step_times(model, ids, config, args.clock))
+                if repeat > 0:  # the first warms up
+                    least[soften] = torch.minimum(took, least.get(soften, took))
+        base = args.soften[0]
+        for soften in args.soften:
+            rows.append(dict(bench="overhead", size=args.size, batch=args.batch, prompt=args.prompt, new_tokens=new,
+                             cache=cache, soften=soften, ms_per_forward=1000 * least[soften].mean().item(),
+                             ratio=(least[soften].mean() / least[base].mean()).item()))  # fmt: skip
+    show(f"{args.size}, {new} new tokens, least of {args.repeats}; ratio to {args.soften[0]}", rows,
+         ("cache", "soften", "ms_per_forward", "ratio"))  # fmt: skip
+    return rows
+
+
+def step_times(model, ids: Tensor, config: DenoiseConfig, clock) -> list[float]:
+    """Seconds of each forward with what belongs to it, but the first."""
+    stamps = []
+
+    def stamp(step):
+        synchronise()
+        stamps.append(clock())
+
+    denoise(model, ids, config=config, callback=stamp)
+    return [b - a for a, b in pairwise(stamps)]
+
+
 @torch.no_grad()
 def prompt_length(args) -> list[dict]:
     """Inner steps of one block at the end of prompts of different lengths, and attention alone over as many keys."""
@@ -189,16 +231,10 @@ def prompt_length(args) -> list[dict]:
     inner, alone = {length: [] for length in args.prompts}, {length: [] for length in args.prompts}
     for repeat in range(args.repeats + 1):
         for length in args.prompts[:: 1 if repeat % 2 else -1]:
-            stamps = []
-
-            def stamp(step, stamps=stamps):
-                synchronise()
-                stamps.append(args.clock())
-
-            denoise(model, ids[length], config=config, callback=stamp)
+            steps = step_times(model, ids[length], config, args.clock)
             took = [timed(attention[length], args.clock) for _ in range(10)]
             if repeat > 0:  # the first warms up
-                inner[length].append([1000 * (b - a) for a, b in pairwise(stamps)])
+                inner[length].append([1000 * t for t in steps])
                 alone[length] += [1000 * t for t in took]
     rows = []
     for length in args.prompts:
@@ -260,7 +296,7 @@ def memory(args) -> list[dict]:
     return rows
 
 
-BENCHES = {"denoise": denoising, "prompt-length": prompt_length, "memory": memory}
+BENCHES = {"denoise": denoising, "overhead": overhead, "prompt-length": prompt_length, "memory": memory}
 
 
 def main() -> None:

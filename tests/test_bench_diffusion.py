@@ -35,6 +35,13 @@ def test_denoise_times_every_cache_and_softener(tmp_path):
 
 
 @pytest.mark.slow
+def test_overhead_is_that_of_the_softeners_over_hard(tmp_path):
+    found = rows("overhead", tmp_path)
+    assert [(row["cache"], row["soften"]) for row in found][:2] == [("none", "hard"), ("none", "soft-mask")]
+    assert [row["ratio"] == 1 for row in found] == [True, False] * 3
+
+
+@pytest.mark.slow
 def test_prompt_length_times_the_inner_steps(tmp_path):
     found = rows("prompt-length", tmp_path)
     assert [row["prompt"] for row in found] == [8, 16]
