@@ -8,10 +8,10 @@ Caches narrow the forward to a window. Logits are computed for the positions tha
 Shapes: B rows, P prompt length, L columns of the canvas, V vocabulary, D width; n positions, flat, row by row.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -87,100 +87,149 @@ def denoise(
     real = _check(model, known, net, config, input_ids, attention_mask)
     end_ids = known.end_ids if config.end_ids is None else config.end_ids
 
-    tail = input_ids.new_full((len(input_ids), config.gen_length), known.mask_id)
-    canvas = torch.cat([input_ids, tail], 1).long()
-    L = canvas.shape[1]
-    masked = canvas == known.mask_id
-    given, at_start = ~masked, masked.sum(-1)
-    reader = _Reader(net, known, config, real, given)
+    canvas = _Canvas(input_ids, config.gen_length, known.mask_id)
+    reader = _Reader(net, known, config, real, canvas.given)
     softener = mk_softener(config.soften, **config.soften_args)
-    beliefs = _Beliefs(config, known, quirks, softener, end_ids, Draws(rng, len(canvas), canvas.device))
-    committed_at = torch.full_like(canvas, -1)
-    confidence = torch.full(canvas.shape, torch.nan, device=canvas.device)
-    states = [canvas] if history else None
+    beliefs = _Beliefs(config, known, quirks, softener, end_ids, Draws(rng, len(input_ids), input_ids.device))
+    states = [canvas.ids] if history else None
+    tail = canvas.ids.shape[1] - config.gen_length  # what is left of it is not streamed as generated
     if streamer is not None:
-        streamer.put(input_ids[:, : L - config.gen_length].cpu())
+        streamer.put(input_ids.cpu())
 
-    for start, end, steps in _blocks(config, quirks, masked):
-        columns = torch.zeros(L, dtype=torch.bool, device=canvas.device)
-        columns[start:end] = True
-        block = Block(start, end, masked[:, start:end].sum(-1), steps)
+    for start, end, steps in _blocks(config, quirks, canvas.masked):
+        block = canvas.begin(start, end, steps)
         rule = beliefs.rule(block)
-        decoded = torch.zeros_like(masked)
         if not softener.carries:
             reader.forget()
-        index, bad = 0, masked.new_zeros(())
-        while True:
-            left, is_bad = torch.stack([masked[:, start:end].any(), bad]).tolist()  # the synchronisation of a step
-            if is_bad:
-                raise FloatingPointError(
-                    f"the logits of forward {reader.forwards - 1} are NaN: check the weights and the dtype, try float32"
-                )
-            if not rule.more(index, left):
+        for index in itertools.count():
+            if not rule.more(index, canvas.look(reader.forwards)):
                 break
-            lo, hi = reader.window(start, end, whole=index == 0, look_back=quirks.looks_back)
-            window = torch.zeros_like(columns)
-            window[lo:hi] = True
-            competes = {"block": columns, "before": window & (_index(columns) < end), "canvas": window}[quirks.competes]
-            is_open = masked & competes
-            asked = is_open | (masked & window) if beliefs.everywhere else is_open
-            if softener.decoded:
-                asked = asked | (decoded & window)
-            busy = is_open.any(-1) | (not quirks.waits)  # a row that waits for others stays as it is
-            asked = asked & busy[:, None]
-            rows, cols = asked.nonzero(as_tuple=True)
-            belief, token, score, prob = beliefs(reader(canvas, lo, hi, rows, cols), asked, is_open)
-            bad = (score + prob).isnan().any()  # some selectors look at no logit
-
-            proposal, certain = canvas.clone(), torch.full_like(confidence, -torch.inf)
-            proposal[rows, cols] = token
-            certain[rows, cols] = prob
-            spread = torch.full_like(confidence, -torch.inf)
-            spread[rows, cols] = score
-            commit, drop = rule(Step(index, beliefs.reorder(spread, is_open), is_open, decoded, confidence))
-            if softener.revises:
-                may = decoded & columns & ~(given & quirks.keeps_given)
-                commit = commit | (may & (certain > confidence) & (proposal != known.mask_id))
-            canvas = torch.where(commit, proposal, canvas)
-            confidence = torch.where(commit, certain, confidence)
-            committed_at = committed_at.masked_fill(commit, reader.forwards - 1)
-            if drop is not None:
-                canvas = canvas.masked_fill(drop, known.mask_id)
-            masked = canvas == known.mask_id
-            decoded = (decoded | commit) & ~masked & columns
-
-            where = soft = None
-            if softener.fn is not None and len(rows):
-                share = (masked.sum(-1) / at_start.clamp_min(1))[rows]
-                if quirks.batch_share:
-                    share = (masked.sum() / at_start.sum()).expand_as(share)
-                there = masked[rows, cols]
-                slots = Slots(belief, canvas[rows, cols], there, share, known.mask_id, net.embedding)
-                shows = there | (softener.decoded & decoded[rows, cols])
-                where, soft = reader.soften(softener.fn(slots), shows, rows, cols, (lo, hi), busy)
+            seen = _step(canvas, reader, beliefs, softener, quirks, block, rule, index)
             if history:
-                states.append(canvas)
+                states.append(canvas.ids)
             if callback is not None:
-                certain = certain.masked_fill(~asked, torch.nan)
-                callback({"step": reader.forwards - 1, "block": (start, end), "sequences": canvas, "committed": commit,
-                          "confidence": certain, "where": where, "soft": soft})  # fmt: skip
+                callback(seen)
             if isinstance(streamer, TextDiffusionStreamer):
-                streamer.put_draft(canvas[:, L - config.gen_length :].cpu())
-            index += 1
+                streamer.put_draft(canvas.ids[:, tail:].cpu())
         if config.early_stop and end_ids:
-            ended = torch.isin(canvas[:, :end], canvas.new_tensor(end_ids)) & ~given[:, :end]
-            rest = masked & ended.any(-1, keepdim=True)
-            canvas = canvas.masked_fill(rest, end_ids[0])
-            masked = masked & ~rest
+            canvas.stop(end_ids)
             if history:
-                states[-1] = canvas
-        if streamer is not None and end > L - config.gen_length:
-            streamer.put(canvas[:, max(start, L - config.gen_length) : end].cpu())
+                states[-1] = canvas.ids
+        if streamer is not None and end > tail:
+            streamer.put(canvas.ids[:, max(start, tail) : end].cpu())
     if streamer is not None:
         streamer.end()
     seconds = time.perf_counter() - started
-    return DenoiseOutput(canvas, L - config.gen_length, committed_at, confidence,
+    return DenoiseOutput(canvas.ids, tail, canvas.committed_at, canvas.confidence,
                          reader.forwards, reader.positions, seconds, states)  # fmt: skip
+
+
+def _step(
+    canvas: "_Canvas",
+    reader: "_Reader",
+    beliefs: "_Beliefs",
+    softener: Softener,
+    quirks: Quirks,
+    block: Block,
+    rule: Rule,
+    index: int,
+) -> dict:
+    """One forward and what follows from it -> what the callback is told."""
+    lo, hi = reader.window(block.start, block.end, whole=index == 0, look_back=quirks.looks_back)
+    reach = {"block": (block.start, block.end), "before": (lo, block.end), "canvas": (lo, hi)}[quirks.competes]
+    is_open = canvas.masked & canvas.columns(*reach)
+    asked = is_open
+    if beliefs.everywhere:
+        asked = asked | (canvas.masked & canvas.columns(lo, hi))
+    if softener.decoded:
+        asked = asked | (canvas.decoded & canvas.columns(lo, hi))
+    busy = is_open.any(-1) | (not quirks.waits)  # a row that waits for others stays as it is
+    asked = asked & busy[:, None]
+    rows, cols = asked.nonzero(as_tuple=True)
+    belief, token, score, prob = beliefs(reader(canvas.ids, lo, hi, rows, cols), asked, is_open)
+
+    proposal = canvas.ids.index_put((rows, cols), token)
+    certain = canvas.spread(prob, rows, cols)
+    order = beliefs.reorder(canvas.spread(score, rows, cols), is_open)
+    commit, drop = rule(Step(index, order, is_open, canvas.decoded, canvas.confidence))
+    if softener.revises:
+        may = canvas.decoded & ~(canvas.given & quirks.keeps_given)
+        commit = commit | (may & (certain > canvas.confidence) & (proposal != canvas.mask_id))
+    canvas.commit(commit, drop, proposal, certain, reader.forwards - 1)
+    canvas.bad = (score + prob).isnan().any()  # some selectors look at no logit
+
+    where = soft = None
+    if softener.fn is not None and len(rows):
+        masked = canvas.masked[rows, cols]
+        share = canvas.share_left(of_batch=quirks.batch_share)[rows]
+        slots = Slots(belief, canvas.ids[rows, cols], masked, share, canvas.mask_id, reader.net.embedding)
+        shows = masked | (softener.decoded & canvas.decoded[rows, cols])
+        where, soft = reader.soften(softener.fn(slots), shows, rows, cols, (lo, hi), busy)
+    return {"step": reader.forwards - 1, "block": (block.start, block.end), "sequences": canvas.ids,
+            "committed": commit, "confidence": certain.masked_fill(~asked, torch.nan),
+            "where": where, "soft": soft}  # fmt: skip
+
+
+class _Canvas:
+    """The sequences, and what is known of each of their positions."""
+
+    def __init__(self, input_ids: Tensor, gen_length: int, mask_id: int):
+        tail = input_ids.new_full((len(input_ids), gen_length), mask_id)
+        self.mask_id = mask_id
+        self.ids = torch.cat([input_ids, tail], 1).long()  # [B, L]; never written to, so that it can be handed out
+        self.masked = self.ids == mask_id
+        self.given = ~self.masked
+        self.at_start = self.masked.sum(-1)
+        self.committed_at = torch.full_like(self.ids, -1)
+        self.confidence = torch.full(self.ids.shape, torch.nan, device=self.ids.device)
+        self.decoded = torch.zeros_like(self.masked)  # in the current block
+        self.bad = self.masked.new_zeros(())  # the last forward gave NaN
+
+    def begin(self, start: int, end: int, steps: Tensor) -> Block:
+        self.block = start, end
+        self.decoded = torch.zeros_like(self.masked)
+        return Block(start, end, self.masked[:, start:end].sum(-1), steps)
+
+    def look(self, forwards: int) -> bool:
+        """Has the block masks? The synchronisation of a step."""
+        left, bad = torch.stack([self.masked[:, slice(*self.block)].any(), self.bad]).tolist()
+        if bad:
+            raise FloatingPointError(
+                f"the logits of forward {forwards - 1} are NaN: check the weights and the dtype, try float32"
+            )
+        return left
+
+    def columns(self, lo: int, hi: int) -> Tensor:
+        """[L] bool, true in [lo, hi)."""
+        index = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (index >= lo) & (index < hi)
+
+    def spread(self, values: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """[n] -> [B, L], -inf elsewhere."""
+        return torch.full_like(self.confidence, -torch.inf).index_put((rows, cols), values)
+
+    def commit(self, commit: Tensor, drop: Tensor | None, proposal: Tensor, certain: Tensor, forward: int) -> None:
+        self.ids = torch.where(commit, proposal, self.ids)
+        self.confidence = torch.where(commit, certain, self.confidence)
+        self.committed_at = self.committed_at.masked_fill(commit, forward)
+        if drop is not None:
+            self.ids = self.ids.masked_fill(drop, self.mask_id)
+        self.masked = self.ids == self.mask_id
+        self.decoded = (self.decoded | commit) & ~self.masked & self.columns(*self.block)
+
+    def share_left(self, *, of_batch: bool) -> Tensor:
+        """[B] masks left, as a share of those at the start."""
+        if of_batch:
+            return (self.masked.sum() / self.at_start.sum()).expand(len(self.ids))
+        return self.masked.sum(-1) / self.at_start.clamp_min(1)
+
+    def stop(self, end_ids: tuple[int, ...]) -> None:
+        """Fill the rows that hold an end token of their own, up to the current block, with the first of those."""
+        here = self.ids[:, : self.block[1]]
+        ended = torch.isin(here, here.new_tensor(end_ids)) & ~self.given[:, : self.block[1]]
+        rest = self.masked & ended.any(-1, keepdim=True)
+        self.ids = self.ids.masked_fill(rest, end_ids[0])
+        self.masked = self.masked & ~rest
 
 
 class _Reader:
@@ -336,7 +385,7 @@ def _blocks(config: DenoiseConfig, quirks: Quirks, masked: Tensor) -> list[tuple
         return [(L - (n - k) * b, L - (n - k - 1) * b, steps) for k in range(n)]
     b = config.block_length or config.gen_length or L
     edges = [max(0, L - k * b) for k in range(-(-L // b), -1, -1)]
-    counts = torch.stack([masked[:, lo:hi].sum(-1) for lo, hi in pairwise(edges)], -1)  # [B, blocks]
+    counts = torch.stack([masked[:, lo:hi].sum(-1) for lo, hi in itertools.pairwise(edges)], -1)  # [B, blocks]
     mine = (counts > 0).sum(-1).clamp_min(1)
     if config.steps is not None and (short := (config.steps < mine).nonzero()[:, 0].tolist()):
         raise ValueError(
@@ -344,7 +393,7 @@ def _blocks(config: DenoiseConfig, quirks: Quirks, masked: Tensor) -> list[tuple
             f"{int(mine.max())}, or a larger block_length"
         )
     out = []
-    for k, (lo, hi) in enumerate(pairwise(edges)):
+    for k, (lo, hi) in enumerate(itertools.pairwise(edges)):
         if counts[:, k].any():
             steps = counts[:, k].clamp_min(1) if config.steps is None else config.steps // mine
             out.append((lo, hi, steps))
@@ -391,7 +440,3 @@ def _check(model, known: Facts, net: Parts, config: DenoiseConfig, input_ids: Te
         raise ValueError(f"padding holds the mask token (id {known.mask_id}): pad with another token")
     real[:, : shape[1]] = mask
     return real
-
-
-def _index(like: Tensor) -> Tensor:
-    return torch.arange(len(like), device=like.device)

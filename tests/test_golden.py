@@ -48,7 +48,7 @@ def read_cases():
                 yield pytest.param(folder, file.stem, case, id=f"{folder.name}-{case['id']}")
 
 
-@pytest.mark.parametrize(("folder", "family", "case"), read_cases())
+@pytest.mark.parametrize(("folder", "family", "case"), list(read_cases()))
 def test_case(folder, family, case):
     assert family in CHECKS, f"no check for the family {family!r}"
     CHECKS[family](folder, family, case)
