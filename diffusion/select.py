@@ -71,9 +71,6 @@ class Belief:
         total, weighted = self._moments if self.with_entropy else _moments(self.logits, self._largest, True)
         return (weighted / total - total.log())[:, 0]
 
-    def at_temperature(self, temperature: float) -> "Belief":
-        return self if temperature == 1 else Belief(self.logits / temperature, with_entropy=self.with_entropy)
-
     @cached_property
     def _largest(self) -> Tensor:
         return self.logits.gather(-1, self.top_token[:, None])

@@ -73,18 +73,19 @@ def soft_mask(
     "linear" by the share of masks left, "stepwise" by 1 while more than half are left, then by 0.
     """
     _check_k(slots, k)
-    belief = slots.belief if algorithm == "top-k" else slots.belief.at_temperature(temperature)
     left = {"none": torch.ones_like, "linear": lambda s: s, "stepwise": lambda s: (s > 0.5).to(s.dtype)}[scheduling]
-    strength = scale * left(slots.share) * torch.sigmoid(steepness * (belief.negative_entropy - centre))
+    if algorithm == "top-k":
+        values, ids = slots.belief.top(k)
+        probs, negative_entropy = values.softmax(-1), slots.belief.negative_entropy
+    else:
+        logp = (slots.belief.logits / temperature).log_softmax(-1).clamp_min(torch.finfo(torch.float32).min)
+        probs = logp.exp()
+        ids, negative_entropy = torch.arange(probs.shape[-1], device=probs.device), (probs * logp).sum(-1)
+    strength = scale * left(slots.share) * torch.sigmoid(steepness * (negative_entropy - centre))
     strength = strength.where(slots.masked, torch.zeros_like(strength))[:, None]
     if algorithm == "top-k":
-        values, ids = belief.top(k)
-        probs = values.softmax(-1)
-    else:
-        probs = belief.weigh(belief.logits)
-        ids = torch.arange(probs.shape[-1], device=probs.device).expand_as(probs)
-        return Soft(ids, (strength * probs).scatter_add(-1, slots.ids[:, None], 1 - strength))
-    return Soft(torch.cat([ids, slots.ids[:, None]], -1), torch.cat([strength * probs, 1 - strength], -1))
+        return Soft(torch.cat([ids, slots.ids[:, None]], -1), torch.cat([strength * probs, 1 - strength], -1))
+    return Soft(ids.expand_as(probs), (strength * probs).scatter_add(-1, slots.ids[:, None], 1 - strength))
 
 
 def evolving(slots: Slots, *, k: int = 3, alpha: float = 0.7) -> Soft:

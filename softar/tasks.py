@@ -17,6 +17,7 @@ from datasets import Dataset
 
 GYM = "reasoning_gym:"
 GYM_SIZE = 1000  # rows generated where the caller names no size
+LATIN_SIZE, LATIN_TEST = 40_000, 1000
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,56 @@ def _score_mnns(answer: str, row: dict) -> float:
     return float(bool(sums) and sums[-1] == row["answer"])
 
 
+def latin(n: int = 5, givens: int = 5, *, seed: int = 0, size: int | None = None) -> Task:
+    """Complete an n x n Latin square: every symbol once in each row and each column. Any valid completion counts.
+
+    Squares are the cyclic one with rows, columns and symbols shuffled. The prompt is `<bos>`, the completion the whole
+    square, row by row, ` 3 1 2 5 4 ...`; held-out rows also have a `template`, the text with all but `givens` cells
+    masked. For models that fill masks; every cell is one token.
+
+    Args:
+        n: 2 to 9.   givens: cells of a template that are shown.
+        seed: selects the squares; no training square is a held-out one.   size: training rows, default 40000.
+    """
+    if not 2 <= n <= 9 or not 0 <= givens < n * n:
+        raise ValueError(f"n={n}, givens={givens}: needs 2 <= n <= 9 and 0 <= givens < n * n")
+    rng = random.Random(seed)
+    held_out = [_latin_square(n, rng) for _ in range(LATIN_TEST)]
+    known = set(map(tuple, held_out))
+    squares = (_latin_square(n, rng) for _ in range(LATIN_SIZE if size is None else size))
+
+    def say(cells) -> str:
+        return "".join(f" {c}" for c in cells)
+
+    def template(cells) -> str:
+        shown = set(rng.sample(range(n * n), givens))
+        return "<bos>" + say(c if i in shown else "<mask>" for i, c in enumerate(cells))
+
+    train = [
+        {"prompt": "<bos>", "completion": say(s), "answer": say(s).strip()} for s in squares if tuple(s) not in known
+    ]
+    test = [
+        {"prompt": "<bos>", "completion": say(s), "answer": say(s).strip(), "template": template(s)} for s in held_out
+    ]
+    return Task("latin", Dataset.from_list(train), Dataset.from_list(test), _score_latin, think_steps=None, model=None)
+
+
+def _latin_square(n: int, rng: random.Random) -> list[int]:
+    rows, cols, symbols = (rng.sample(range(n), n) for _ in range(3))
+    return [symbols[(r + c) % n] + 1 for r in rows for c in cols]
+
+
+def _score_latin(text: str, row: dict) -> float:
+    """1 where the text is a Latin square that agrees with the template."""
+    cells, template = text.split(), row["template"].removeprefix("<bos>").split()
+    n = round(len(template) ** 0.5)
+    if len(cells) != len(template) or any(t not in ("<mask>", c) for c, t in zip(cells, template, strict=True)):
+        return 0.0
+    lines = [cells[r * n : (r + 1) * n] for r in range(n)] + [cells[c::n] for c in range(n)]
+    symbols = {str(s) for s in range(1, n + 1)}
+    return float(all(set(line) == symbols for line in lines))
+
+
 def _gym(name: str, *, seed: int, size: int | None) -> Task:
     """A reasoning-gym dataset: prompt = question and a newline, completion = answer, `entry` = the whole item as JSON.
 
@@ -205,4 +256,5 @@ def _thaw(x):
 
 TASKS: dict[str, Callable[..., Task]] = {
     "mnns": mnns,
+    "latin": latin,
 }

@@ -1,0 +1,123 @@
+"""The learnt part of soft-masking: how much of its belief a masked slot shows, as four numbers (arXiv:2510.17206).
+
+Saved beside a checkpoint or an adapter as transparency_config.json, with the published field names.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from softar.soft import Soft
+
+from .soften import SCALE_SCHEDULES, Slots, soft_mask
+
+HEAD_FILE = "transparency_config.json"
+ALGORITHMS = {"top-k": "mixinputs_with_topk", "temperature": "mixinputs_with_temp"}
+FIELDS = {
+    "scale": "transparency_scale",
+    "centre": "transparency_centre",
+    "steepness": "transparency_steepness",
+    "k": "mixinputs_k",
+    "temperature": "mixture_temp",
+    "scheduling": "transparency_scheduling",
+}
+
+
+class SoftMaskHead(nn.Module):
+    """lambda = scale sigmoid(steepness (-H - centre)) with learnt scale in (0, 1), centre < 0, steepness > 0 and, for
+    algorithm "temperature", temperature > 0. With scale near 0 training starts as that of the hard model."""
+
+    def __init__(
+        self,
+        *,
+        k: int = 3,
+        scale: float = 1e-6,
+        centre: float = -0.75,
+        steepness: float = 20 / 3,
+        temperature: float = 1.0,
+        algorithm: str = "top-k",
+    ):
+        super().__init__()
+        if not 0 < scale < 1 or not centre < 0 or not steepness > 0 or not temperature > 0:
+            raise ValueError(
+                f"scale={scale}, centre={centre}, steepness={steepness}, temperature={temperature}: start inside "
+                f"(0, 1), below 0, above 0 and above 0"
+            )
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm={algorithm!r} is unknown: choose one of {sorted(ALGORITHMS)}")
+        if k < 1:
+            raise ValueError(f"k={k} must be at least 1")
+        self.k, self.algorithm = k, algorithm
+        raw = dict(scale=math.log(scale / (1 - scale)), centre=_unsoftplus(-centre),
+                   steepness=_unsoftplus(steepness), temperature=_unsoftplus(temperature))  # fmt: skip
+        self.raw = nn.ParameterDict({name: nn.Parameter(torch.tensor(value)) for name, value in raw.items()})
+        self.raw["temperature"].requires_grad_(algorithm == "temperature")
+
+    def values(self) -> dict[str, Tensor]:
+        """The four numbers, each in its range, with gradients."""
+        softplus = nn.functional.softplus
+        return {
+            "scale": self.raw["scale"].sigmoid(),
+            "centre": -softplus(self.raw["centre"]) - 1e-6,
+            "steepness": softplus(self.raw["steepness"]) + 1e-6,
+            "temperature": softplus(self.raw["temperature"]) + 1e-6,
+        }
+
+    def forward(self, slots: Slots) -> Soft:
+        return soft_mask(slots, k=self.k, algorithm=self.algorithm, **self.values())
+
+    def settings(self) -> dict:
+        """What `soften_args` of soft-mask decoding takes."""
+        numbers = {name: value.item() for name, value in self.values().items()}
+        return numbers | {"k": self.k, "algorithm": self.algorithm}
+
+
+def save_head(settings: dict, folder: str | Path) -> None:
+    """Write transparency_config.json: settings as `SoftMaskHead.settings` gives them."""
+    named = {"transparency_alg": ALGORITHMS[settings["algorithm"]]}
+    named |= {field: settings[name] for name, field in FIELDS.items() if name in settings}
+    named.setdefault("transparency_scheduling", "none")
+    file = Path(folder) / HEAD_FILE
+    draft = file.with_suffix(".partial")
+    draft.write_text(json.dumps(named, indent=1) + "\n")
+    draft.replace(file)
+
+
+def load_head(folder: str | Path) -> dict | None:
+    """The `soften_args` that a folder's transparency_config.json holds; None where there is no such file, or it says
+    that the model is a hard one. Raises ValueError naming what is missing, unknown or out of range."""
+    file = Path(folder) / HEAD_FILE
+    if not file.is_file():
+        return None
+    try:
+        named = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    known = {"transparency_alg", *FIELDS.values()}
+    if not isinstance(named, dict) or (unknown := sorted(set(named) - known)):
+        raise ValueError(
+            f"{file} holds {unknown if isinstance(named, dict) else type(named).__name__}: known are {sorted(known)}"
+        )
+    needed = {"transparency_alg", "transparency_scale", "transparency_centre", "transparency_steepness"}
+    if missing := sorted(needed - set(named)):
+        raise ValueError(f"{file} lacks {missing}")
+    if named["transparency_alg"] == "none":
+        return None
+    algorithms = {public: name for name, public in ALGORITHMS.items()}
+    if named["transparency_alg"] not in algorithms:
+        raise ValueError(f"{file}: transparency_alg={named['transparency_alg']!r} is none of {sorted(algorithms)}")
+    settings = {name: named[field] for name, field in FIELDS.items() if field in named}
+    settings["algorithm"] = algorithms[named["transparency_alg"]]
+    for name in ("scale", "centre", "steepness", "temperature"):
+        if name in settings and not isinstance(settings[name], (int, float)):
+            raise ValueError(f"{file}: {FIELDS[name]}={settings[name]!r} must be a number")
+    if settings.get("scheduling", "none") not in SCALE_SCHEDULES:
+        raise ValueError(f"{file}: transparency_scheduling={settings['scheduling']!r} is none of {SCALE_SCHEDULES}")
+    return settings
+
+
+def _unsoftplus(x: float) -> float:
+    return x + math.log(-math.expm1(-x))

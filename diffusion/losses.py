@@ -1,0 +1,115 @@
+"""What masked-diffusion training minimises: the noise, the loss, and the likelihood that it bounds.
+
+Shapes: B rows, T positions, V vocabulary; n masked positions, flat, row by row.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .models import facts, parts
+
+NORMALISATIONS = ("answer", "tokens", "masks")
+
+
+def mask_at_rate(maskable: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
+    """Each token is masked with its row's probability (LLaDA, arXiv:2502.09992, section 2.1).
+
+    maskable: [B, T] bool, never the prompt; rate: [B]; uniform: [B, T] in [0, 1) -> [B, T] bool. A row that would stay
+    whole gets one mask, where its number is lowest, so that none is without a target.
+    """
+    uniform = uniform.masked_fill(~maskable, 2.0)
+    masked = uniform < rate[:, None]
+    lowest = torch.zeros_like(masked).scatter_(1, uniform.argmin(1, keepdim=True), True) & maskable
+    return masked | (lowest & ~masked.any(1, keepdim=True))
+
+
+def mask_share(maskable: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
+    """A share of each row's tokens, rounded down but at least one, without replacement: how BERT-like models are
+    fine-tuned at variable rates. Shapes as in `mask_at_rate`."""
+    count = (maskable.sum(1) * rate).long().clamp_min(1)
+    rank = uniform.masked_fill(~maskable, 2.0).argsort(1).argsort(1)
+    return (rank < count[:, None]) & maskable
+
+
+def masked_ce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in float32, nats: logits [n, V] at the masked positions, targets [n] -> [n]."""
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def weighted_sum(ce: Tensor, rows: Tensor, rate: Tensor, lengths: Tensor, normalise: str) -> tuple[Tensor, Tensor]:
+    """The loss as a sum and what it is divided by, so that batches can be added up.
+
+    Args:
+        ce: [n]; rows: [n] the row of each; rate: [B] probability of a mask; lengths: [B] maskable tokens.
+        normalise: "answer" weighs a token by 1 / rate and a row by 1 / length, and takes the mean of the rows (LLaDA's
+            SFT, arXiv:2502.09992, eq. 5); "tokens" weighs by 1 / rate and takes the mean of the maskable tokens (its
+            pre-training, eq. 3); "masks" is the plain mean over masked tokens (BERT).
+
+    Returns:
+        sum [] and divisor [], float32. Their expected ratio for the first two bounds -log p(answer | prompt) per token.
+    """
+    if normalise == "masks":
+        return ce.sum(), torch.tensor(float(len(ce)), device=ce.device)
+    weights = 1 / rate
+    if normalise == "answer":
+        return (ce * (weights / lengths)[rows]).sum(), torch.tensor(float(len(rate)), device=ce.device)
+    return (ce * weights[rows]).sum(), lengths.sum().float()
+
+
+@torch.no_grad()
+def log_likelihood(
+    model: nn.Module,
+    input_ids: Tensor,
+    answer: Tensor,
+    *,
+    samples: int = 128,
+    batch_size: int = 32,
+    rng: torch.Generator | None = None,
+) -> float:
+    """A lower bound of log p(answer | rest), nats, by Monte Carlo (arXiv:2502.09992, appendix B.4; LLaDA's
+    get_log_likelihood).
+
+    Exactly k of the A answer tokens are masked, k stratified over 1..A within each batch of samples; with
+    samples a multiple of A times a batch the estimate is exact for A = 1.
+
+    Args:
+        input_ids: [T]; answer: [T] bool, the tokens whose likelihood is asked for.
+    """
+    if input_ids.dim() != 1 or answer.shape != input_ids.shape or not answer.any():
+        raise ValueError(
+            f"answer of shape {tuple(answer.shape)} must mark tokens of input_ids, {tuple(input_ids.shape)}"
+        )
+    if samples < 1 or batch_size < 1:
+        raise ValueError(f"samples={samples} and batch_size={batch_size} must be at least 1")
+    known, net = facts(model), parts(model)
+    A, total, done = int(answer.sum()), 0.0, 0
+    while done < samples:
+        n = min(batch_size, samples - done)
+        first = int(torch.randint(1, A + 1, (), generator=rng))
+        k = ((first + torch.arange(n) * A / n).round().long() - 1) % A + 1
+        order = torch.rand(n, A, generator=rng).argsort(1).argsort(1)
+        masked = torch.zeros(n, len(input_ids), dtype=torch.bool)
+        masked[:, answer.cpu()] = order < k[:, None]
+        masked = masked.to(input_ids.device)
+        ids = input_ids.expand(n, -1)
+        rows, logits = forward_masked(net, known, net.embedding(ids.masked_fill(masked, known.mask_id)), None, masked)
+        ce = masked_ce(logits, ids[masked])
+        total -= float((ce * (A / k.to(ce.device))[rows]).sum())
+        done += n
+    return total / samples
+
+
+def forward_masked(net, known, embeds: Tensor, attention_mask: Tensor | None, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits about the positions `asked` and no others: [B, T, D], [B, T] bool -> their rows [n], logits [n, V]."""
+    rows, cols = asked.nonzero(as_tuple=True)
+    positions = None if attention_mask is None else (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+    hidden = net.body(embeds, attention_mask, positions)
+    return rows, net.head(hidden[rows, (cols - known.shift).clamp_min(0)])
+
+
+def uniform_rows(seed: int, step: int, rows: list[int], columns: int) -> Tensor:
+    """Uniform numbers [len(rows), columns] float32 that depend on the seed, the step, the row's place in the global
+    batch and the column alone: padding, the number of processes and gradient accumulation change nothing."""
+    draws = [np.random.default_rng([seed, step, row]).random(columns, dtype=np.float32) for row in rows]
+    return torch.from_numpy(np.stack(draws))

@@ -1,0 +1,366 @@
+"""Masked-diffusion training: noise and losses against brute force, the head, the trainer."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from softar.diffusion import DenoiseConfig
+from softar.diffusion.evaluate import evaluate
+from softar.diffusion.head import HEAD_FILE, SoftMaskHead, load_head, save_head
+from softar.diffusion.losses import (
+    forward_masked,
+    log_likelihood,
+    mask_at_rate,
+    mask_share,
+    masked_ce,
+    uniform_rows,
+    weighted_sum,
+)
+from softar.diffusion.models import LladaConfig, LladaForMaskedDiffusion, facts, load, parts
+from softar.diffusion.select import Belief
+from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
+from softar.diffusion.soften import Slots, soft_mask
+from softar.tasks import load_task
+
+
+def uniform(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -- noise ----------------------------------------------------------------------------------------------------------
+
+
+def test_masks_at_a_rate():
+    maskable = torch.ones(2000, 20, dtype=torch.bool)
+    maskable[:, :5] = False
+    masked = mask_at_rate(maskable, torch.linspace(0.1, 0.9, 2000), uniform(2000, 20))
+    assert not masked[:, :5].any() and masked.any(1).all()
+    # 30,000 draws of mean rate .5: five standard errors are .0145
+    assert abs(masked[:, 5:].float().mean() - 0.5) < 0.0145
+    assert masked[:200].float().mean() < masked[-200:].float().mean() - 0.4
+
+
+def test_no_row_stays_whole():
+    masked = mask_at_rate(torch.tensor([[False, True, True]]), torch.tensor([0.0]), torch.tensor([[0.1, 0.7, 0.4]]))
+    assert masked.tolist() == [[False, False, True]]
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 1), (0.26, 2), (0.5, 4), (1.0, 8)])
+def test_masks_a_share(share, count):
+    maskable = torch.ones(50, 11, dtype=torch.bool)
+    maskable[:, :3] = False
+    masked = mask_share(maskable, torch.full((50,), share), uniform(50, 11))
+    assert (masked.sum(1) == count).all() and not masked[:, :3].any()
+
+
+def test_numbers_of_a_row_depend_on_nothing_else():
+    numbers = uniform_rows(7, 3, [0, 1, 2, 3], 12)
+    assert torch.equal(uniform_rows(7, 3, [2], 12)[0], numbers[2])
+    assert torch.equal(uniform_rows(7, 3, [2], 5)[0], numbers[2, :5])  # padding more or less
+    for other in (uniform_rows(8, 3, [2], 12), uniform_rows(7, 4, [2], 12), uniform_rows(7, 3, [1], 12)):
+        assert not torch.equal(other[0], numbers[2])
+    assert 0 <= numbers.min() and numbers.max() < 1
+
+
+# -- losses ---------------------------------------------------------------------------------------------------------
+
+
+def tiny(vocab=4, seed=0, **changes):
+    """A random model of a tiny vocabulary, whose last token is the mask."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fields = dict(vocab_size=vocab + 1, d_model=16, mlp_hidden_size=16, n_layers=1, n_heads=2, n_kv_heads=2,
+                      max_sequence_length=32, mask_token_id=vocab, initializer_range=0.5)  # fmt: skip
+        return LladaForMaskedDiffusion(LladaConfig(**(fields | changes))).eval()
+
+
+def ce_of(model, ids, masked):
+    net, known = parts(model), facts(model)
+    embeds = net.embedding(ids.masked_fill(masked, known.mask_id))
+    rows, logits = forward_masked(net, known, embeds, None, masked)
+    return rows, masked_ce(logits, ids[masked])
+
+
+@torch.no_grad()
+def brute_force_bound(model, ids, answer):
+    """E_t of the 1/t-weighted loss, by its sum over all subsets: every k of A is as likely, and weighs A / k."""
+    places = answer.nonzero()[:, 0].tolist()
+    A, total = len(places), 0.0
+    for k in range(1, A + 1):
+        sums = []
+        for chosen in itertools.combinations(places, k):
+            masked = torch.zeros(1, len(ids), dtype=torch.bool)
+            masked[0, list(chosen)] = True
+            sums.append(float(ce_of(model, ids[None], masked)[1].sum()))
+        total += A / k * sum(sums) / len(sums) / A
+    return -total
+
+
+def test_likelihood_is_the_brute_force_sum():
+    model, ids = tiny(), torch.tensor([0, 1, 3, 2, 1, 0])
+    answer = torch.tensor([False, False, True, True, True, True])
+    exact = brute_force_bound(model, ids, answer)
+    rng = torch.Generator().manual_seed(0)
+    runs = [log_likelihood(model, ids, answer, samples=64, batch_size=16, rng=rng) for _ in range(24)]
+    mean, error = sum(runs) / 24, torch.tensor(runs).std().item() / math.sqrt(24)
+    assert abs(mean - exact) < 5 * error and error < 0.02 * abs(exact)
+
+
+def test_likelihood_of_one_token_is_exact():
+    model, ids = tiny(), torch.tensor([0, 1, 3, 2])
+    answer = torch.tensor([False, False, True, False])
+    masked = answer[None]
+    exact = -float(ce_of(model, ids[None], masked)[1])
+    assert log_likelihood(model, ids, answer, samples=1) == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("normalise", ["answer", "tokens"])
+def test_expected_loss_is_the_bound_per_token(normalise):
+    """Masking at rate t with weights 1 / t has the likelihood bound as its mean, divided by the tokens."""
+    model, ids = tiny(), torch.tensor([[0, 1, 3, 2, 1, 0]])
+    maskable = torch.tensor([[False, False, True, True, True, True]])
+    n = 6000
+    numbers = uniform(n, 7, seed=3)
+    # No row is made to hold a mask here: that would add a little to the mean.
+    rate = (torch.arange(n) + numbers[:, 0]) / n
+    masked = (numbers[:, 1:] < rate[:, None]) & maskable
+    with torch.no_grad():
+        rows, ce = ce_of(model, ids.expand(n, -1), masked)
+        total, divisor = weighted_sum(ce, rows, rate, maskable.expand(n, -1).sum(1), normalise)
+        each = torch.zeros(n).index_add(0, rows, ce / rate[rows]) / 4
+    exact = -brute_force_bound(model, ids[0], maskable[0]) / 4
+    assert float(total / divisor) == pytest.approx(float(each.mean()), rel=1e-4)
+    assert abs(float(total / divisor) - exact) < 5 * float(each.std()) / math.sqrt(n)
+
+
+def test_plain_mean_of_masked_tokens():
+    ce = torch.tensor([1.0, 2.0, 6.0])
+    total, divisor = weighted_sum(ce, torch.tensor([0, 0, 1]), torch.tensor([0.1, 0.9]), torch.tensor([2, 2]), "masks")
+    assert float(total / divisor) == 3.0
+
+
+def test_shifted_logits():
+    """With Dream's shift position i is predicted at i - 1."""
+    model, _ = load("tests/golden/checkpoints/dream_gqa")
+    ids = torch.tensor([[5, 9, 300, 7, 300]])
+    masked = ids == 300
+    net = parts(model)
+    with torch.no_grad():
+        _, got = forward_masked(net, facts(model), net.embedding(ids), None, masked)
+        whole = model(input_ids=ids, is_causal=False, use_cache=False).logits
+    torch.testing.assert_close(got, whole[0, [1, 3]])
+
+
+# -- the head -------------------------------------------------------------------------------------------------------
+
+
+def slots_of(logits, mask_id):
+    n = len(logits)
+    ids = torch.full((n,), mask_id)
+    return Slots(Belief(logits, with_entropy=True), ids, torch.ones(n, dtype=torch.bool), torch.ones(n), mask_id, None)
+
+
+@pytest.mark.parametrize("algorithm", ["top-k", "temperature"])
+def test_head_starts_where_told_and_learns(algorithm):
+    head = SoftMaskHead(k=2, scale=0.3, centre=-1.2, steepness=4.0, temperature=1.5, algorithm=algorithm)
+    settings = head.settings()
+    want = dict(scale=0.3, centre=-1.2, steepness=4.0, temperature=1.5)
+    assert {k: settings[k] for k in want} == pytest.approx(want, abs=1e-5)
+    slots = slots_of(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)) * 2, 7)
+    soft = head(slots)
+    plain = soft_mask(slots, **settings)
+    torch.testing.assert_close(soft.weights, plain.weights, atol=1e-5, rtol=0)
+    torch.testing.assert_close(soft.weights.sum(-1), torch.ones(5))
+    (soft.weights[:, 0] ** 2).sum().backward()
+    learnt = {name for name, p in head.raw.items() if p.grad is not None and p.grad != 0}
+    assert learnt == {"scale", "centre", "steepness"} | ({"temperature"} if algorithm == "temperature" else set())
+
+
+def test_head_near_zero_is_the_hard_model():
+    soft = SoftMaskHead()(slots_of(torch.randn(3, 8), 7))
+    assert soft.ids[:, -1].tolist() == [7, 7, 7] and (soft.weights[:, -1] > 1 - 1e-5).all()
+
+
+def test_head_file_round_trip(tmp_path):
+    settings = SoftMaskHead(scale=0.4, k=5).settings()
+    save_head(settings, tmp_path)
+    named = json.loads((tmp_path / HEAD_FILE).read_text())
+    assert named["transparency_alg"] == "mixinputs_with_topk" and named["mixinputs_k"] == 5
+    assert load_head(tmp_path) == settings | {"scheduling": "none"}
+    DenoiseConfig(soften="soft-mask", soften_args=load_head(tmp_path))
+    assert load_head(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transparency_scale": None}, "transparency_scale=None must be a number"),
+        ({"transparency_alg": "mixed"}, "transparency_alg='mixed'"),
+        ({"transparency_slope": 1}, "transparency_slope"),
+        ({"transparency_scheduling": "cosine"}, "transparency_scheduling='cosine'"),
+    ],
+)
+def test_bad_head_file(tmp_path, change, message):
+    save_head(SoftMaskHead().settings(), tmp_path)
+    named = json.loads((tmp_path / HEAD_FILE).read_text())
+    (tmp_path / HEAD_FILE).write_text(json.dumps(named | change))
+    with pytest.raises(ValueError, match=message):
+        load_head(tmp_path)
+
+
+def test_head_file_with_a_field_missing(tmp_path):
+    (tmp_path / HEAD_FILE).write_text('{"transparency_alg": "mixinputs_with_topk", "transparency_scale": 0.1}')
+    with pytest.raises(ValueError, match=r"lacks \['transparency_centre', 'transparency_steepness'\]"):
+        load_head(tmp_path)
+
+
+# -- the trainer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def task():
+    return load_task("mnns", size=256)
+
+
+def trainer_of(folder, task, **changes):
+    options = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=32,
+        max_steps=6,
+        learning_rate=3e-3,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        eval_decode_rows=0,
+        seed=3,
+    )
+    model, tokenizer = load("mnns-diffusion-tiny")
+    args = DiffusionSFTConfig(**(options | changes))
+    return DiffusionSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer), tokenizer
+
+
+def losses_of(trainer):
+    return [h["loss"] for h in trainer.state.log_history if "loss" in h]
+
+
+SOFT = dict(softmasking_prob=0.8, head_scale=0.3, head_centre=-1.0, head_steepness=3.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        SOFT,
+        dict(SOFT, head_algorithm="temperature"),
+        dict(noise="share", normalise="masks"),
+        dict(train_padding=True),
+    ],
+)
+def test_training_learns(tmp_path, task, options):
+    trainer, _ = trainer_of(tmp_path, task, max_steps=30, learning_rate=1e-2, **options)
+    trainer.train()
+    losses = losses_of(trainer)
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    if options.get("softmasking_prob"):
+        assert trainer.head.settings()["scale"] != pytest.approx(0.3, abs=1e-4)
+
+
+def test_prompts_are_never_masked_and_masks_never_proposed(tmp_path, task):
+    trainer, tokenizer = trainer_of(tmp_path, task)
+    seen = []
+    embedding = trainer.model.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    trainer.train()
+    hook.remove()
+    arrow = tokenizer.convert_tokens_to_ids("->")
+    for ids in (s for s in seen if s.dim() == 2):
+        place = (ids == arrow).int().argmax(1, keepdim=True)
+        masked = ids == tokenizer.mask_token_id
+        assert masked.any(1).all() and not (masked & (torch.arange(ids.shape[1]) <= place)).any()
+
+
+def test_resume_is_exact(tmp_path, task):
+    whole, _ = trainer_of(tmp_path / "whole", task, **SOFT)
+    whole.train()
+    half, _ = trainer_of(tmp_path / "half", task, save_strategy="steps", save_steps=3, **SOFT)
+    half.train()
+    again, _ = trainer_of(tmp_path / "half", task, **SOFT)
+    again.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-3"))
+    assert losses_of(again) == losses_of(whole)
+    assert again.head.settings() == whole.head.settings()
+
+
+def test_a_checkpoint_is_a_plain_model_with_a_head_file(tmp_path, task):
+    trainer, tokenizer = trainer_of(tmp_path, task, **SOFT)
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    model, _ = load(tmp_path)
+    assert load_head(tmp_path) == trainer.head.settings() | {"scheduling": "none"}
+    rows = task.test.select(range(20))
+    found = [
+        evaluate(m, tokenizer, rows, task.score, trainer.decoding(steps=2), gen_length=4)
+        for m in (model, trainer.model)
+    ]
+    assert found[0]["accuracy"] == found[1]["accuracy"] and found[0]["nfe"] == 2 and found[0]["n"] == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(noise="gaussian"), "noise='gaussian'"),
+        (dict(time_low=0.5, time_high=0.2), "time_low=0.5, time_high=0.2"),
+        (dict(softmasking_prob=1.5), "softmasking_prob=1.5"),
+        (dict(softmasking_prob=0.5, head_scale=1.0), "scale=1.0"),
+        (dict(packing=True), "packing=True"),
+        (dict(normalise="rows"), "normalise='rows'"),
+        (dict(softmasking_prob=0.5, head_k=0), "k=0"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionSFTConfig(output_dir=str(tmp_path), **options)
+
+
+def test_a_causal_model_is_refused(tmp_path, task):
+    import softar
+
+    model, tokenizer = softar.load("mnns-tiny")
+    args = DiffusionSFTConfig(output_dir=str(tmp_path), report_to="none")
+    with pytest.raises(ValueError, match="names no mask token"):
+        DiffusionSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer)
+
+
+# -- the Latin squares ----------------------------------------------------------------------------------------------
+
+
+def test_latin_squares_and_their_score():
+    task = load_task("latin", size=50)
+    assert set(task.train.column_names) >= {"prompt", "completion"} and len(task.test) == 1000
+    seen = set(task.train["completion"])
+    for row in task.test.select(range(50)):
+        assert task.score(row["completion"], row) == 1.0 and row["completion"] not in seen
+        assert row["template"].split().count("<mask>") == 20
+        cells = row["completion"].split()
+        for i in (0, 7, 24):
+            wrong = list(cells)
+            wrong[i] = str(int(cells[i]) % 5 + 1)
+            assert task.score(" ".join(wrong), row) == 0.0
+        assert task.score(" ".join(cells[:-1]), row) == 0.0
+        # a valid square that is not what the template shows
+        swapped = [{"1": "2", "2": "1"}.get(c, c) for c in cells]
+        shown = [t for t in row["template"].removeprefix("<bos>").split() if t != "<mask>"]
+        assert task.score(" ".join(swapped), row) == float(not {"1", "2"} & set(shown))
+
+
+def test_rows_with_templates_are_filled():
+    model, tokenizer = load("mnns-diffusion-tiny")
+    rows = Dataset.from_list([{"template": "<bos> D1 D2 D3 D4 -> S1 <mask> <mask> S2", "prompt": ""}] * 3)
+    texts = []
+    found = evaluate(model, tokenizer, rows, lambda text, row: texts.append(text) or 1.0, DenoiseConfig())
+    assert found["accuracy"] == 1.0 and found["nfe"] == 2
+    assert all(t.startswith("D1 D2 D3 D4 -> S1") and t.endswith("S2") and "mask" not in t for t in texts)
