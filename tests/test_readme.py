@@ -11,11 +11,21 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.slow
-def test_the_python_example_runs(tmp_path):
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def run_block(number):
+    block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
     done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def test_the_diffusion_example_runs():
+    lines = run_block(1).stdout.strip().splitlines()
+    assert re.fullmatch(r"\['.*', '.*'\] \d+", lines[-1]) and "<mask>" not in lines[-1]
+
+
+@pytest.mark.slow
+def test_the_python_example_runs():
+    done = run_block(0)
     text, *mixtures = done.stdout.strip().splitlines()[-4:]
     assert "sky" in done.stdout and text
     for line in mixtures:
@@ -30,7 +40,7 @@ def test_every_figure_stands_in_the_results():
 
 
 def test_the_files_it_names_exist():
-    for name in re.findall(r"recipes/[\w./]+\.(?:py|yaml)|`softar/\w+\.py`", README):
+    for name in re.findall(r"recipes/[\w./]+\.(?:py|yaml)|`(?:softar|diffusion)/\w+\.py`", README):
         assert (ROOT / name.strip("`")).is_file(), name
     for target in re.findall(r"`?make (\w+)", README):
         if target not in ("and",):
