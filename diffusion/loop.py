@@ -330,9 +330,9 @@ class _Beliefs:
         """logits [n, V] of the positions `asked`, in place -> belief, proposals, scores and probabilities [n]."""
         config, known = self.config, self.known
         if not self.quirks.proposes_mask:
-            logits[:, known.mask_id] = -torch.inf
+            logits[:, known.mask_id] = torch.finfo(logits.dtype).min
         if config.ban_eos and known.eos_id is not None:
-            logits[:, known.eos_id] = -torch.inf
+            logits[:, known.eos_id] = torch.finfo(logits.dtype).min
         belief = scored = Belief(logits, with_entropy=self.with_entropy)
         dist = None
         if self.quirks.whole_noise and config.temperature > 0:
