@@ -35,12 +35,12 @@ demo: setup ## train to think in soft tokens, print the table, write runs/demo (
 test: setup smollm2 ## format, lint and every test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 check: setup ## format, lint and the quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 bench: setup smollm2 ## tokens per second, softar beside transformers
 	$(BIN)/python recipes/bench.py $(ARGS)

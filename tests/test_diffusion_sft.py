@@ -114,7 +114,7 @@ def test_likelihood_of_one_token_is_exact():
     model, ids = tiny(), torch.tensor([0, 1, 3, 2])
     answer = torch.tensor([False, False, True, False])
     masked = answer[None]
-    exact = -float(ce_of(model, ids[None], masked)[1])
+    exact = -ce_of(model, ids[None], masked)[1].item()
     assert log_likelihood(model, ids, answer, samples=1) == pytest.approx(exact, rel=1e-5)
 
 
