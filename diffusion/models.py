@@ -8,6 +8,7 @@ Shapes: B batch, T positions of the forward, L length of the canvas, D width, V 
 
 import inspect
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from softar.models import FETCH, MNNS_WORDS, to_device, to_dtype, word_tokenizer
@@ -110,6 +113,12 @@ class LladaConfig(LlamaConfig):
 
 class LladaForMaskedDiffusion(LlamaForCausalLM):
     config_class = LladaConfig
+
+
+# Also for a model made from a configuration: it is saved under the original names.
+register_checkpoint_conversion_mapping(
+    "LladaForMaskedDiffusion", [WeightRenaming(theirs, ours) for theirs, ours in LLADA_NAMES.items()], overwrite=True
+)
 
 
 class DreamConfig(Qwen2Config):
@@ -254,6 +263,13 @@ def parts(model: nn.Module) -> Parts:
     return Parts(embedding, whole, lambda logits: logits, can_cache=False)
 
 
+def llama_name(name: str) -> str:
+    """LLaDA's name of a parameter -> Llama's."""
+    for theirs, ours in LLADA_NAMES.items():
+        name = re.sub(theirs, ours, name)
+    return name
+
+
 def plain(model: nn.Module) -> PreTrainedModel:
     """The model itself; PEFT's wrapper holds it."""
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
@@ -307,10 +323,10 @@ def _open(name: str, *, dtype, **model_kwargs):
             f"{' nor '.join(FAMILIES)} nor a masked language model of transformers"
         )
     if kind in FAMILIES:
-        model_class, needs, names = FAMILIES[kind]
+        model_class, needs = FAMILIES[kind]
         check_settings(settings, needs)
         model, info = model_class.from_pretrained(
-            name, key_mapping=names, dtype=dtype, use_safetensors=True, output_loading_info=True, **model_kwargs
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **model_kwargs
         )
     else:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fetch)
@@ -429,6 +445,6 @@ def mnns_diffusion_tiny(*, dtype: torch.dtype | str = torch.float32, seed: int =
 
 MODELS: dict[str, Callable] = {"mnns-diffusion-tiny": mnns_diffusion_tiny}
 FAMILIES = {
-    "llada": (LladaForMaskedDiffusion, LLADA_NEEDS, LLADA_NAMES),
-    "Dream": (DreamForMaskedDiffusion, DREAM_NEEDS, None),
+    "llada": (LladaForMaskedDiffusion, LLADA_NEEDS),
+    "Dream": (DreamForMaskedDiffusion, DREAM_NEEDS),
 }

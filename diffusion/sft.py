@@ -35,7 +35,7 @@ from .losses import (
     uniform_rows,
     weighted_sum,
 )
-from .models import facts, parts, plain
+from .models import LladaForMaskedDiffusion, facts, llama_name, parts, plain
 from .select import Belief
 from .soften import Slots
 
@@ -264,7 +264,20 @@ class DiffusionSFTTrainer(SFTTrainer):
             save_file(self.head.state_dict(), folder / RAW_HEAD)  # what resuming goes on from, to the bit
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        inner = plain(self.model)
+        if inner is self.model and isinstance(inner, LladaForMaskedDiffusion):
+            # The trainer would take the original names for unknown ones, and go on with the weights it has.
+            saved = {}
+            for file in sorted(Path(resume_from_checkpoint).glob("model*.safetensors")):
+                saved |= {llama_name(name): value for name, value in load_file(file).items()}
+            found = inner.load_state_dict(saved, strict=False)
+            elsewhere = ("soft_mask_head.", *(["lm_head."] if inner.config.tie_word_embeddings else []))
+            missing = [name for name in found.missing_keys if not name.startswith(elsewhere)]
+            if found.unexpected_keys or missing:
+                raise ValueError(f"resume_from_checkpoint={str(resume_from_checkpoint)!r} does not fit the model: "
+                                 f"missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}")  # fmt: skip
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.head is not None:
             file = Path(resume_from_checkpoint, RAW_HEAD)
             if not file.is_file():

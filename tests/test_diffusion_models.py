@@ -756,3 +756,14 @@ def test_bad_knobs_are_named(tmp_path):
             load(tmp_path, **knobs)
     with pytest.raises(TypeError, match="misspelt"):
         load(tmp_path, misspelt=1)
+
+
+def test_a_model_made_here_is_saved_under_the_original_names(tmp_path):
+    model, tokenizer = load("mnns-diffusion-tiny")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(name.startswith("model.transformer.") for name in saved) and len(saved) == 2 * 9 + 3
+    again, _ = load(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
