@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from datasets import Dataset
 
-from softar.evaluate import encode
+from softar.evaluate import encode, tally
 
 from .config import DenoiseConfig
-from .loop import denoise
+from .loop import DenoiseOutput, denoise
 
 
 def evaluate(
@@ -33,35 +33,18 @@ def evaluate(
     Returns:
         As `softar.evaluate.evaluate`: accuracy, n, nfe, token_forwards, seconds, tokens_per_s.
     """
-    if len(rows) == 0:
-        raise ValueError("no rows to evaluate")
-    training = model.training
-    model.eval()
     fills = "template" in rows.column_names
     if fills:
         gen_length = 0
-    elif gen_length is None:
+    elif gen_length is None and len(rows):
         gen_length = len(tokenizer(rows[0]["completion"], add_special_tokens=False)["input_ids"]) + 1
-    config = dataclasses.replace(config, gen_length=gen_length)
+    config = config if gen_length is None else dataclasses.replace(config, gen_length=gen_length)
     rng = torch.Generator().manual_seed(seed)
-    points, forwards, positions, tokens, seconds = [], 0, 0, 0, 0.0
-    for begin in range(0, len(rows), batch_size):
-        batch = [rows[i] for i in range(begin, min(begin + batch_size, len(rows)))]
+
+    def answer(batch: list[dict]) -> tuple[list[str], DenoiseOutput, int]:
         inputs = encode(tokenizer, [row["template" if fills else "prompt"] for row in batch]).to(model.device)
         out = denoise(model, inputs["input_ids"], inputs["attention_mask"], config=config, rng=rng)
         texts = tokenizer.batch_decode(out.sequences if fills else out.completions, skip_special_tokens=True)
-        points += [score(text, row) for text, row in zip(texts, batch, strict=True)]
-        forwards += out.num_forwards * len(batch)
-        positions += out.token_forwards
-        tokens += int((out.committed_at >= 0).sum())
-        seconds += out.seconds
-    model.train(training)
-    n = len(rows)
-    return {
-        "accuracy": sum(points) / n,
-        "n": n,
-        "nfe": forwards / n,
-        "token_forwards": positions / n,
-        "seconds": seconds,
-        "tokens_per_s": tokens / seconds,
-    }
+        return texts, out, int((out.committed_at >= 0).sum())
+
+    return tally(model, rows, score, answer, batch_size)

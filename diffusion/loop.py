@@ -153,8 +153,7 @@ def _step(
     order = beliefs.reorder(canvas.spread(score, rows, cols), is_open)
     commit, drop = rule(Step(index, order, is_open, canvas.decoded, canvas.confidence))
     if softener.revises:
-        may = canvas.decoded & ~(canvas.given & quirks.keeps_given)
-        commit = commit | (may & (certain > canvas.confidence) & (proposal != canvas.mask_id))
+        commit = commit | (canvas.decoded & (certain > canvas.confidence) & (proposal != canvas.mask_id))
     canvas.commit(commit, drop, proposal, certain, reader.forwards - 1)
     canvas.bad = (score + prob).isnan().any()  # some selectors look at no logit
 

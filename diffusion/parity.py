@@ -29,12 +29,11 @@ class Quirks(NamedTuple):
     filtered_score: bool = False  # scores are of the tempered and filtered distribution
     whole_noise: bool = False  # noise is drawn for the whole canvas
     renormalised_ends: bool = False  # ends_last drops the end tokens from the softmax instead of the order
-    keeps_given: bool = False  # what was not masked at the start is never revised
     waits: bool = False  # a row with nothing to commit stays as it is while others go on
 
 
 DEFAULT = Quirks(
-    proposes_mask=False, batch_share=False, looks_back=True, keeps_given=True, waits=True
+    proposes_mask=False, batch_share=False, looks_back=True, waits=True
 )  # the intended thing, and no substitution
 
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
 from softar.sft import check_writable, no_interrupt
-from softar.sft_config import opt
+from softar.sft_config import PlainSFTConfig, opt
 from softar.sft_data import SoftCollator
 from softar.soft import soft_embed
 
@@ -44,7 +44,7 @@ NOISES = {"rate": mask_at_rate, "share": mask_share}
 
 
 @dataclass
-class DiffusionSFTConfig(SFTConfig):
+class DiffusionSFTConfig(PlainSFTConfig):
     """TRL's SFTConfig plus the noise and the head. Without an accelerator it trains on the CPU in float32 by itself."""
 
     gradient_checkpointing: bool = opt(False, "Recompute activations to save memory.")
@@ -66,17 +66,7 @@ class DiffusionSFTConfig(SFTConfig):
     eval_steps_decoded: int = opt(8, "Forwards in which an evaluation decodes a row.")
 
     def __post_init__(self):
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-            self.bf16 = bool(self.bf16)
         super().__post_init__()
-        if self.packing or self.padding_free:
-            raise ValueError(
-                f"packing={self.packing}, padding_free={self.padding_free}: give diffusion an example a row"
-            )
-        if self.loss_type != "nll" or self.label_smoothing_factor:
-            given = f"loss_type={self.loss_type!r}, label_smoothing_factor={self.label_smoothing_factor}"
-            raise ValueError(f"{given}: masked diffusion has a loss of its own, leave them at 'nll' and 0")
         for name, known in (("noise", tuple(NOISES)), ("normalise", NORMALISATIONS),
                             ("head_algorithm", tuple(ALGORITHMS))):  # fmt: skip
             if getattr(self, name) not in known:
@@ -189,7 +179,6 @@ class DiffusionSFTTrainer(SFTTrainer):
             logits = logits.float()
             logits[:, self._known.mask_id] = torch.finfo(logits.dtype).min
             belief = Belief(logits, with_entropy=True)
-            belief.negative_entropy, belief.top(self.head.k)
         n = len(rows)
         ids = torch.full((n,), self._known.mask_id, device=logits.device)
         slots = Slots(belief, ids, torch.ones_like(ids, dtype=torch.bool), torch.ones(n, device=logits.device),

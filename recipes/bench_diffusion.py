@@ -26,7 +26,6 @@ generate.py of github.com/ML-GSAI/LLaDA at b7e6c35. Neither is part of softar.
 import argparse
 import importlib
 import importlib.util
-import re
 import statistics
 import sys
 import time
@@ -39,7 +38,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from softar.diffusion import SOFTENERS, DenoiseConfig, denoise
-from softar.diffusion.models import LLADA_NAMES, LLADA_NEEDS, LladaConfig, LladaForMaskedDiffusion
+from softar.diffusion.models import LLADA_NEEDS, LladaConfig, LladaForMaskedDiffusion, llama_name
 from softar.diffusion.select import Belief
 from softar.diffusion.soften import Slots, mk_softener
 from softar.report import device, versions, write_results
@@ -150,10 +149,7 @@ def public(folder: Path, model: LladaForMaskedDiffusion):
     theirs = module.LLaDAModelLM(config)
     weights = {}
     for name in theirs.state_dict():
-        own = name
-        for pattern, new in LLADA_NAMES.items():
-            own = re.sub(pattern, new, own)
-        weights[name] = model.state_dict()[own]
+        weights[name] = model.state_dict()[llama_name(name)]
     theirs.load_state_dict(weights, assign=True)
     return theirs.to(model.device).eval(), module
 

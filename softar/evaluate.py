@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 
 from .config import SoftConfig
-from .decode import generate
+from .decode import SoftOutput, generate
 
 
 def evaluate(
@@ -25,23 +25,37 @@ def evaluate(
         accuracy: mean score in [0, 1]; n: rows; nfe: forward passes per answer; token_forwards: positions computed
         per answer; seconds: decoding alone; tokens_per_s: generated tokens, padding not counted.
     """
-    if len(rows) == 0:
-        raise ValueError("no rows to evaluate")
-    training = model.training
-    model.eval()
     rng = torch.Generator().manual_seed(seed)
-    points, forwards, positions, tokens, seconds = [], 0, 0, 0, 0.0
-    for begin in range(0, len(rows), batch_size):
-        batch = [rows[i] for i in range(begin, min(begin + batch_size, len(rows)))]
+
+    def answer(batch: list[dict]) -> tuple[list[str], SoftOutput, int]:
         inputs = encode(tokenizer, [row["prompt"] for row in batch]).to(model.device)
         out = generate(
             model, inputs["input_ids"], inputs["attention_mask"], config=config, rng=rng, tokenizer=tokenizer
         )
-        answers = [tokenizer.decode(ids, skip_special_tokens=True) for ids in out.answers]
-        points += [score(answer, row) for answer, row in zip(answers, batch, strict=True)]
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in out.answers]
+        return texts, out, int((out.record.kind != 0).sum())
+
+    return tally(model, rows, score, answer, batch_size)
+
+
+def tally(model, rows: Dataset, score: Callable[[str, dict], float], answer: Callable, batch_size: int) -> dict:
+    """The accuracy and cost of `answer`, batch by batch, with the model in eval mode meanwhile.
+
+    answer: rows of a batch -> their texts, the decoder's output (num_forwards, token_forwards, seconds), and the number
+    of tokens it generated.
+    """
+    if len(rows) == 0:
+        raise ValueError("no rows to evaluate")
+    training = model.training
+    model.eval()
+    points, forwards, positions, tokens, seconds = [], 0, 0, 0, 0.0
+    for begin in range(0, len(rows), batch_size):
+        batch = [rows[i] for i in range(begin, min(begin + batch_size, len(rows)))]
+        texts, out, made = answer(batch)
+        points += [score(text, row) for text, row in zip(texts, batch, strict=True)]
         forwards += out.num_forwards * len(batch)
         positions += out.token_forwards
-        tokens += int((out.record.kind != 0).sum())
+        tokens += made
         seconds += out.seconds
     model.train(training)
     n = len(rows)

@@ -21,7 +21,24 @@ def opt(default: Any, text: str):
 
 
 @dataclass
-class SoftSFTConfig(SFTConfig):
+class PlainSFTConfig(SFTConfig):
+    """TRL's SFTConfig for a loss of our own on an example a row: CPU where there is nothing else, no packing."""
+
+    def __post_init__(self):
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+            self.bf16 = bool(self.bf16)
+        super().__post_init__()
+        if self.packing or self.padding_free:
+            given = f"packing={self.packing}, padding_free={self.padding_free}"
+            raise ValueError(f"{given}: {type(self).__name__} needs an example a row")
+        if self.loss_type != "nll" or self.label_smoothing_factor:
+            given = f"loss_type={self.loss_type!r}, label_smoothing_factor={self.label_smoothing_factor}"
+            raise ValueError(f"{given}: {type(self).__name__} has a loss of its own, leave them at 'nll' and 0")
+
+
+@dataclass
+class SoftSFTConfig(PlainSFTConfig):
     """TRL's SFTConfig plus what makes it soft. Without an accelerator it trains on the CPU in float32 by itself."""
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "soft_mixer_args"]  # JSON on the command line
@@ -60,17 +77,7 @@ class SoftSFTConfig(SFTConfig):
     eval_new_tokens: int = opt(64, "Longest completion in an evaluation.")
 
     def __post_init__(self):
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-            self.bf16 = bool(self.bf16)
         super().__post_init__()
-        if self.packing or self.padding_free:
-            raise ValueError(
-                f"packing={self.packing}, padding_free={self.padding_free}: soft SFT needs an example a row"
-            )
-        if self.loss_type != "nll" or self.label_smoothing_factor:
-            given = f"loss_type={self.loss_type!r}, label_smoothing_factor={self.label_smoothing_factor}"
-            raise ValueError(f"{given}: soft SFT has a loss of its own, leave them at 'nll' and 0")
         if not isinstance(self.soft_mixer, str):
             raise ValueError(f"soft_mixer={self.soft_mixer!r} must be a name: register yours in softar.MIXERS")
         if isinstance(self.soft_mixer_args, str):
