@@ -1,7 +1,7 @@
 """How to denoise, as data: checked when it is made."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from softar.soft import check_dist
@@ -32,8 +32,9 @@ class DenoiseConfig:
     eps: float = 1e-3  # of schedule "linear": the time at which it ends
     select: str | Callable = "confidence"  # name in SELECTORS: which positions are the best
     alg_temp: float = 0.0  # > 0 draws the positions from softmax(score / alg_temp)
-    soften: str | Callable | Softener = "hard"  # name in SOFTENERS: what a masked slot shows
-    soften_args: dict[str, Any] = field(default_factory=dict)
+    # name in SOFTENERS: what a masked slot shows; None is as the model was trained: its soft masks, or hard
+    soften: str | Callable | Softener | None = None
+    soften_args: dict[str, Any] = field(default_factory=dict)  # for "soft-mask", instead of what the model learnt
     cache: str | None = None  # keys and values kept within a block: "prefix" what is left of it, "dual" both sides
     remask: str | None = None  # ReMDM: "cap", "rescale", "conf" or "loop"
     remask_args: dict[str, Any] = field(default_factory=dict)  # eta, t_on, t_off, alpha_on
@@ -66,7 +67,7 @@ class DenoiseConfig:
         if self.cache not in CACHES:
             raise ValueError(f"cache={self.cache!r} is unknown: choose one of {CACHES}")
         self._check_schedule()
-        mk_softener(self.soften, **self.soften_args)
+        mk_softener("hard" if self.soften is None else self.soften, **self.soften_args)
         check_dist(None, self.temperature, self.top_k, self.top_p)
         for name in ("alg_temp", "cfg_scale"):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -129,6 +130,16 @@ class DenoiseConfig:
                 f"schedule='ancestral' draws each position by itself: select={self.select!r}, alg_temp={self.alg_temp} "
                 f"say nothing to it"
             )
+
+    def as_trained(self, learnt: dict[str, Any] | None) -> "DenoiseConfig":
+        """With `soften` decided: `learnt` are the soft-mask settings of the model, which `soften_args` overrule."""
+        if self.soften is None:
+            # The public samplers know nothing of a head.
+            soft = learnt is not None and self.parity is None
+            return replace(self, soften="soft-mask" if soft else "hard", soften_args=learnt if soft else {})
+        if self.soften == "soft-mask" and learnt is not None and self.parity is None:
+            return replace(self, soften_args=learnt | self.soften_args)
+        return self
 
     @property
     def schedule_name(self) -> str | Callable:

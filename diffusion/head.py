@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from softar.soft import Soft
 
-from .soften import SCALE_SCHEDULES, Slots, soft_mask
+from .soften import SCALE_SCHEDULES, Slots, mk_softener, soft_mask
 
 HEAD_FILE = "transparency_config.json"
 ALGORITHMS = {"top-k": "mixinputs_with_topk", "temperature": "mixinputs_with_temp"}
@@ -116,6 +116,10 @@ def load_head(folder: str | Path) -> dict | None:
             raise ValueError(f"{file}: {FIELDS[name]}={settings[name]!r} must be a number")
     if settings.get("scheduling", "none") not in SCALE_SCHEDULES:
         raise ValueError(f"{file}: transparency_scheduling={settings['scheduling']!r} is none of {SCALE_SCHEDULES}")
+    try:
+        mk_softener("soft-mask", **settings)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     return settings
 
 

@@ -81,8 +81,8 @@ def denoise(
         FloatingPointError: NaN logits; names the forward.
     """
     started = time.perf_counter()
-    config = config or DenoiseConfig()
     known, net = facts(model), parts(model)
+    config = (config or DenoiseConfig()).as_trained(known.soft_mask)
     quirks = DEFAULT if config.parity is None else PARITY[config.parity]
     real = _check(model, known, net, config, input_ids, attention_mask)
     end_ids = known.end_ids if config.end_ids is None else config.end_ids

@@ -34,8 +34,11 @@ from transformers import (
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import cached_file
 
 from softar.models import FETCH, MNNS_WORDS, to_device, to_dtype, word_tokenizer
+
+from .head import HEAD_FILE, load_head
 
 # Regular expressions of LLaDA's parameter names, and Llama's in their place (read backwards when saving).
 LLADA_NAMES = {
@@ -91,12 +94,14 @@ class LladaConfig(LlamaConfig):
         "max_sequence_length": "max_position_embeddings",
         "weight_tying": "tie_word_embeddings",
     }
-    logits_shift = 0  # the logits at a position are about that position
+    logits_shift: int = 0  # the logits at a position are about that position; 1: about the next (softar's convert)
     is_causal: bool = False
     use_cache: bool = False
     mask_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        if self.logits_shift not in (0, 1):
+            raise ValueError(f"logits_shift={self.logits_shift!r} must be 0, as in LLaDA, or 1, as in Dream")
         # The base derives head_dim before it would look at attribute_map.
         for original, name in self.attribute_map.items():
             if original in kwargs:
@@ -146,6 +151,9 @@ class Facts(NamedTuple):
     end_ids: tuple[int, ...]  # tokens after which nothing more belongs to the answer, eos_id among them
     shift: int  # the logits at position i are about position i + shift
     vocab_size: int
+    soft_mask: (
+        dict | None
+    )  # what it learnt to show in a masked slot: `soften_args` of "soft-mask"; None is a hard model
 
 
 class Parts(NamedTuple):
@@ -179,8 +187,9 @@ def load(
         model_kwargs: for `from_pretrained` (revision=, device_map=, attn_implementation=, ...).
 
     Returns:
-        The model; `facts(model)` tells its mask token and the like. The tokenizer, which pads on the left, with
-        mask_token and chat_template set; None where a local folder holds none.
+        The model; `facts(model)` tells its mask token and the like, and the soft-mask head that its
+        transparency_config.json holds, with which `denoise` decodes it by itself. The tokenizer, which pads on the
+        left, with mask_token and chat_template set; None where a local folder holds none.
 
     Raises:
         ValueError: naming `name` and, where the model is of a kind that is not supported, the field that says so.
@@ -194,6 +203,8 @@ def load(
             model, tokenizer = _adapter(Path(name), dtype=dtype, **model_kwargs)
         else:
             model, tokenizer = _open(name, dtype=dtype, **model_kwargs)
+        if name not in MODELS:
+            learn_head(model, _head_file(name, model_kwargs))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         why = " ".join(str(error).split())[:400]
         raise ValueError(
@@ -229,7 +240,8 @@ def facts(model: nn.Module) -> Facts:
         raise ValueError(f"mask_token_id={mask_id} lies outside the vocabulary of {config.vocab_size}")
     ends = _ends(plain(model))
     shift = config.logits_shift if isinstance(config, (LladaConfig, DreamConfig)) else 0
-    return Facts(mask_id, ends[0] if ends else None, ends, shift, config.vocab_size)
+    soft_mask = config.soft_mask if "soft_mask" in config else None
+    return Facts(mask_id, ends[0] if ends else None, ends, shift, config.vocab_size, soft_mask)
 
 
 def parts(model: nn.Module) -> Parts:
@@ -368,7 +380,29 @@ def _adapter(folder: Path, *, dtype, **model_kwargs):
     found = wrapped.load_adapter(str(folder), "default", key_mapping=LLADA_NAMES if kind == "llada" else None)
     if found.unexpected_keys:
         raise ValueError(f"the adapter's {sorted(found.unexpected_keys)[:3]} are not in the model")
+    if missing := [key for key in found.missing_keys if "lora_" in key]:
+        raise ValueError(f"the adapter lacks {sorted(missing)[:3]} of the model: it was trained on another base")
     return wrapped, tokenizer
+
+
+def learn_head(model: nn.Module, settings: dict | None) -> None:
+    """Let a model know the soft-mask head that it was trained with (`load_head`); None leaves what it knows."""
+    if settings is None:
+        return
+    config = plain(model).config
+    k = settings.get("k", 1)
+    if settings["algorithm"] == "top-k" and k > config.vocab_size:
+        raise ValueError(f"{HEAD_FILE} is of another model: mixinputs_k={k}, the vocabulary has {config.vocab_size}")
+    config.soft_mask = settings
+
+
+def _head_file(name: str, model_kwargs: dict) -> dict | None:
+    if Path(name).is_dir():
+        return load_head(Path(name, model_kwargs.get("subfolder", "")))
+    fetch = {key: model_kwargs[key] for key in FETCH if key in model_kwargs}
+    file = cached_file(name, HEAD_FILE, _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False, **fetch)  # fmt: skip
+    return None if file is None else load_head(Path(file).parent)
 
 
 def _tokenizer(name: str, kind: str, fetch: dict) -> PreTrainedTokenizerBase | None:

@@ -35,7 +35,7 @@ from .losses import (
     uniform_rows,
     weighted_sum,
 )
-from .models import LladaForMaskedDiffusion, facts, llama_name, parts, plain
+from .models import LladaForMaskedDiffusion, facts, learn_head, llama_name, parts, plain
 from .select import Belief
 from .soften import Slots
 
@@ -124,6 +124,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         )
         self._known = known
         self.head = None
+        plain(self.model).config.soft_mask = None  # what an earlier training taught it; told anew when it is saved
         if args.softmasking_prob:
             self.head = args.head().to(self.model.device)
             plain(self.model).add_module(
@@ -239,11 +240,13 @@ class DiffusionSFTTrainer(SFTTrainer):
     def decoding(self, **changes) -> DenoiseConfig:
         """How the model is decoded as it was trained: hard, or with the head's soft masks."""
         if self.head is None:
-            return DenoiseConfig(**changes)
+            return DenoiseConfig(**({"soften": "hard"} | changes))
         return DenoiseConfig(**({"soften": "soft-mask", "soften_args": self.head.settings()} | changes))
 
     def _save(self, output_dir: str | None = None, state_dict=None):
-        if self.head is not None:  # belongs to the decoding, not to the model
+        if self.head is not None:
+            learn_head(self.model, self.head.settings())
+            # The raw numbers belong to the decoding, not to the model.
             state_dict = self.accelerator.get_state_dict(self.model) if state_dict is None else state_dict
             state_dict = {k: v for k, v in state_dict.items() if "soft_mask_head." not in k}
         super()._save(output_dir, state_dict)

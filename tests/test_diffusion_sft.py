@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
-from softar.diffusion import DenoiseConfig
+from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion.evaluate import evaluate
 from softar.diffusion.head import HEAD_FILE, SoftMaskHead, load_head, save_head
 from softar.diffusion.losses import (
@@ -307,6 +308,78 @@ def test_a_checkpoint_is_a_plain_model_with_a_head_file(tmp_path, task):
         for m in (model, trainer.model)
     ]
     assert found[0]["accuracy"] == found[1]["accuracy"] and found[0]["nfe"] == 2 and found[0]["n"] == 20
+
+
+def test_load_and_denoise_pick_the_head_up(tmp_path, task):
+    trainer, tokenizer = trainer_of(tmp_path, task, max_steps=20, learning_rate=1e-2, **SOFT)
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    model, _ = load(tmp_path)
+    assert facts(model).soft_mask == load_head(tmp_path)
+    ids = tokenizer(task.test["prompt"][:64], return_tensors="pt")["input_ids"]
+
+    def decoded(**options):
+        shown = []
+        note = lambda seen: shown.append(seen["soft"])  # noqa: E731
+        out = denoise(model, ids, config=DenoiseConfig(gen_length=4, steps=4, **options), callback=note)
+        return out.completions, out.confidence[:, ids.shape[1] :], shown[0]
+
+    told = decoded(soften="soft-mask", soften_args=load_head(tmp_path))
+    for by_itself in (decoded(), decoded(soften="soft-mask")):
+        assert torch.equal(by_itself[0], told[0]) and torch.equal(by_itself[1], told[1])
+        assert torch.equal(by_itself[2].weights, told[2].weights)
+    assert decoded(soften="hard")[2] is None
+    assert not torch.equal(decoded(soften_args={"scale": 0.01}, soften="soft-mask")[2].weights, told[2].weights)
+    # what a model learnt goes with it, file or no file, until it is trained hard
+    model.save_pretrained(tmp_path / "copy")
+    assert facts(load(tmp_path / "copy")[0]).soft_mask == load_head(tmp_path)
+    args = DiffusionSFTConfig(output_dir=str(tmp_path / "hard"), report_to="none")
+    DiffusionSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer)
+    assert facts(model).soft_mask is None and decoded()[2] is None
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_brings_its_head(tmp_path, task, use_dora):
+    base, tokenizer = load("mnns-diffusion-tiny", seed=5)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model, tokenizer = load(tmp_path / "base")
+    options = dict(max_steps=8, learning_rate=1e-2, per_device_train_batch_size=32, save_strategy="no", **SOFT)
+    args = DiffusionSFTConfig(output_dir=str(tmp_path / "adapter"), report_to="none", disable_tqdm=True, **options)
+    lora = LoraConfig(r=4, use_dora=use_dora, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    trainer = DiffusionSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer, peft_config=lora)
+    trainer.train()
+    trainer.save_model()
+    names = {p.name for p in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", HEAD_FILE} <= names
+    again, _ = load(tmp_path / "adapter")
+    assert facts(again).soft_mask == trainer.head.settings() | {"scheduling": "none"}
+    ids = tokenizer(task.test["prompt"][:32], return_tensors="pt")["input_ids"]
+    config = DenoiseConfig(gen_length=4, steps=4)
+    one, two = (denoise(m, ids, config=config) for m in (again, trainer.model.eval()))
+    assert torch.equal(one.sequences, two.sequences) and torch.allclose(
+        one.confidence, two.confidence, atol=1e-5, equal_nan=True
+    )
+    # and on another base, of more layers, it is refused
+    other, _ = load("mnns-diffusion-tiny", n_layers=3)
+    other.save_pretrained(tmp_path / "other")
+    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps(named | {"base_model_name_or_path": str(tmp_path / "other")})
+    )
+    with pytest.raises(ValueError, match="another base"):
+        load(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(("field", "value"), [("mixinputs_k", 5000), ("transparency_scale", 3.0)])
+def test_a_head_file_that_does_not_fit_the_model(tmp_path, field, value):
+    model, _ = load("mnns-diffusion-tiny")
+    model.save_pretrained(tmp_path)
+    save_head(SoftMaskHead().settings(), tmp_path)
+    named = json.loads((tmp_path / HEAD_FILE).read_text())
+    (tmp_path / HEAD_FILE).write_text(json.dumps(named | {field: value}))
+    with pytest.raises(ValueError, match=f"{field}=|{field.split('_')[1]}={value}"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
