@@ -172,7 +172,7 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     **model_kwargs,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A masked-diffusion language model and its tokenizer, in eval mode.
@@ -183,7 +183,7 @@ def load(
             Weights are read as safetensors, shard by shard.
         dtype: of the weights; "auto" is as stored.
         device: None is this process's CUDA device where there is one, else the CPU.
-        seed: of the weights of an embedded model that comes untrained.
+        seed: None gives an embedded model as the package brings it, trained; a number draws untrained weights.
         model_kwargs: for `from_pretrained` (revision=, device_map=, attn_implementation=, ...).
 
     Returns:
@@ -203,7 +203,7 @@ def load(
             model, tokenizer = _adapter(Path(name), dtype=dtype, **model_kwargs)
         else:
             model, tokenizer = _open(name, dtype=dtype, **model_kwargs)
-        if name not in MODELS:
+        if name not in MODELS:  # an embedded one, trained, came through here by its folder
             learn_head(model, _head_file(name, model_kwargs))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         why = " ".join(str(error).split())[:400]
@@ -447,16 +447,29 @@ def _ends(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in flat if i is not None))
 
 
-def mnns_diffusion_tiny(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **config):
-    """The untrained 2-layer LLaDA of the MNNS task: `mnns-tiny` read in both directions, with a mask token."""
-    words = [*MNNS_WORDS, "<mask>"]
-    fields = dict(
+def mnns_diffusion_tiny(**options):
+    """The 2-layer LLaDA of the MNNS task: `mnns-tiny` read in both directions, with a mask token."""
+    size = dict(d_model=32, mlp_hidden_size=128, n_layers=2, n_heads=2, n_kv_heads=2)
+    return _embedded("mnns-diffusion-tiny", [*MNNS_WORDS, "<mask>"], size, **options)
+
+
+def latin_diffusion_tiny(**options):
+    """The 3-layer LLaDA of the Latin squares. Its rotation is fast, so that a column and the next can be told apart,
+    and its weights start large, as a net this small wants them."""
+    size = dict(d_model=64, mlp_hidden_size=192, n_layers=3, n_heads=4, n_kv_heads=4, rope_theta=20.0,
+                initializer_range=0.1)  # fmt: skip
+    return _embedded("latin-diffusion-tiny", LATIN_WORDS, size, **options)
+
+
+def _embedded(name: str, words: list[str], size: dict, *, dtype, seed: int | None, **config):
+    """Untrained with a seed; without one the checkpoint that lies beside this file."""
+    folder = CHECKPOINTS / name
+    if seed is None and not config and folder.is_dir():
+        model, tokenizer = load(folder, dtype=dtype, device="cpu")
+        model.name_or_path = model.config._name_or_path = name
+        return model, tokenizer
+    fields = size | dict(
         vocab_size=len(words),
-        d_model=32,
-        mlp_hidden_size=128,
-        n_layers=2,
-        n_heads=2,
-        n_kv_heads=2,
         max_sequence_length=64,
         weight_tying=False,
         rms_norm_eps=1e-5,
@@ -470,14 +483,19 @@ def mnns_diffusion_tiny(*, dtype: torch.dtype | str = torch.float32, seed: int =
         raise ValueError(f"it does not take {unknown}: give fields of LladaConfig")
     settings = LladaConfig(**(fields | config))
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU: the same on every device
-        torch.random.default_generator.manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed or 0)
         model = LladaForMaskedDiffusion(settings)
     tokenizer = word_tokenizer(words, mask_token="<mask>", model_max_length=settings.max_position_embeddings)
-    model.name_or_path = settings._name_or_path = "mnns-diffusion-tiny"
+    model.name_or_path = settings._name_or_path = name
     return model.to(torch.float32 if dtype == "auto" else dtype), tokenizer
 
 
-MODELS: dict[str, Callable] = {"mnns-diffusion-tiny": mnns_diffusion_tiny}
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+LATIN_WORDS = ["<pad>", "<bos>", "<eos>", *"123456789", "<mask>"]
+MODELS: dict[str, Callable] = {
+    "mnns-diffusion-tiny": mnns_diffusion_tiny,
+    "latin-diffusion-tiny": latin_diffusion_tiny,
+}
 FAMILIES = {
     "llada": (LladaForMaskedDiffusion, LLADA_NEEDS),
     "Dream": (DreamForMaskedDiffusion, DREAM_NEEDS),

@@ -21,14 +21,7 @@ accelerate launch recipes/sft_soft.py \
 accelerate launch recipes/sft_soft.py --resume_from_checkpoint true
 """
 
-import contextlib
 import copy
-import json
-import os
-import re
-import shutil
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -36,9 +29,21 @@ from pathlib import Path
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+from softar.runs import (
+    CUSTOM,
+    check_resume,
+    checkpoint_of,
+    interruptible,
+    jobs_of,
+    one_line_errors,
+    open_task,
+    parse_rows,
+    train_rows,
+    with_default_config,
+)
 from softar.sft import SoftSFTConfig
 
-HERE = Path(__file__).parent
+HERE, PROGRAM = Path(__file__).parent, Path(__file__).name
 # Fields that make a row of the table what it is; everything else (data, steps, size) is common to all.
 ROWS = {
     "no-cot": dict(alpha_schedule="constant", alpha_start=1.0),
@@ -50,8 +55,6 @@ ROWS = {
     "oracle-soft": dict(targets="oracle"),
 }
 GROUPS = {"demo": ["no-cot", "discrete", "trace-soft"], "all": list(ROWS)}
-CUSTOM = "custom"  # one run, exactly as the options say
-APART = "SOFTAR_TRAIN_APART"  # set for a process that trains one row and leaves table and plot to its parent
 
 
 @dataclass
@@ -81,54 +84,38 @@ class RecipeConfig(SoftSFTConfig):
 
 def main(script, training, model_args, mixture):
     import torch
-    from accelerate import PartialState
     from rich.console import Console
 
-    from softar.report import plot_accuracy, results_table, write_results
+    from softar.report import plot_accuracy, results_table
 
-    console = Console()
-    folder = Path(training.output_dir)
-    with one_line_errors():
+    console, folder = Console(), Path(training.output_dir)
+    with one_line_errors(PROGRAM):
         names, task = check_input(script, training, mixture)
-        model, tokenizer = open_model(model_args, task, training.seed)
-    tiny = sum(p.numel() for p in model.parameters()) < 1e6
-    if tiny:
+        opened = {training.seed: open_model(model_args, task, training.seed)}
+    is_tiny = sum(p.numel() for p in opened[training.seed][0].parameters()) < 1e6
+    if is_tiny:
         torch.set_num_threads(1)  # threads only get in each other's way
 
-    todo = [(name, seed) for seed in range(training.seed, training.seed + script.num_seeds) for name in names]
-    is_child = APART in os.environ
-    places = {row: folder / f"{row[0]}-seed{row[1]}" for row in todo}
-    if todo == [(CUSTOM, training.seed)] and not is_child:
-        places = {todo[0]: folder}
-    if not resumes(training) and not is_child and PartialState().is_main_process:
-        for place in places.values():
-            set_apart(place)
-    finished = {row: saved_row(places[row], training) for row in todo}
-    left = [row for row in todo if finished[row] is None]
-    jobs = script.jobs or (os.cpu_count() if tiny and PartialState().num_processes == 1 else 1)
-    if jobs > 1 and len(left) > 1 and not is_child:
-        train_apart(left, places, jobs, console)
-        finished |= {row: json.loads((places[row] / "row.json").read_text()) for row in left}
-    results, opened = [], {training.seed: (model, tokenizer)}
-    for name, seed in todo:
-        where = places[name, seed]
-        if finished[name, seed] is not None:
-            results += finished[name, seed]
-        else:
-            done = where / "row.json"
-            done.unlink(missing_ok=True)
-            args = row_config(training, name, seed, where, task)
-            model, tokenizer = opened.pop(seed, None) or open_model(model_args, task, seed)
-            rows = train_row(name, args, task, model, tokenizer, model_args)
-            if rows is not None:  # the main process
-                results += rows
-                done.write_text(json.dumps(rows))
-        if not is_child and results:
-            write_results(folder / "results.json", results)
-    PartialState().destroy_process_group()  # not earlier: the next row's trainer joins the same one
-    if is_child or not results or "accuracy" not in results[0] or int(os.environ.get("RANK", 0)):
+    def configure(name, seed, place):
+        return row_config(training, name, seed, place, task)
+
+    def train(name, args):
+        model, tokenizer = opened.pop(args.seed, None) or open_model(model_args, task, args.seed)
+        return train_row(name, args, task, model, tokenizer, model_args)
+
+    results, places = train_rows(
+        names,
+        training,
+        num_seeds=script.num_seeds,
+        jobs=jobs_of(script.jobs, is_tiny),
+        configure=configure,
+        train=train,
+        console=console,
+        program=PROGRAM,
+    )
+    if not results or "accuracy" not in results[0]:
         return
-    soft = [row for row in todo if row[0] in ("oracle-soft", "guided-soft", "trace-soft")]
+    soft = [row for row in places if row[0] in ("oracle-soft", "guided-soft", "trace-soft")]
     if soft:
         console.print(thought_of(places[soft[-1]], task))
     plot = plot_accuracy(results, folder / "accuracy.png", title=f"{results[0]['task']}, {results[0]['model']}")
@@ -147,7 +134,7 @@ def train_row(name, args, task, model, tokenizer, model_args):
     if name == "no-cot":
         task = no_thought(task)
     evaluates = args.eval_strategy != "no"
-    with one_line_errors():
+    with one_line_errors(PROGRAM):
         trainer = SoftSFTTrainer(
             model,
             args,
@@ -185,72 +172,6 @@ def train_row(name, args, task, model, tokenizer, model_args):
     return rows if trainer.accelerator.is_main_process else None
 
 
-def train_apart(rows, places, jobs, console):
-    """Train rows in processes of their own, `jobs` at a time; each writes row.json, its output goes to train.log."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
-    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    waiting, running = list(rows), {}
-    with Progress(*columns, console=console) as progress:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    row = waiting.pop(0)
-                    running[row] = (
-                        start_apart(row, places[row]),
-                        progress.add_task(f"{row[0]}, seed {row[1]}", total=None),
-                    )
-                time.sleep(0.3)
-                for row, (child, bar) in list(running.items()):
-                    code = child.poll()
-                    text = (places[row] / "train.log").read_text(errors="replace")
-                    # The trainer's own bar; "1/1" is that of a file being written.
-                    steps = [(int(n), int(of)) for n, of in re.findall(r"(\d+)/(\d+) \[", text[-2000:]) if of != "1"]
-                    if steps:
-                        progress.update(bar, completed=steps[-1][0], total=steps[-1][1])
-                    if code is not None:
-                        del running[row]
-                        if code != 0:
-                            failed = f"row {row[0]!r}, seed {row[1]}, failed:\n{text[-3000:]}"
-                            print(f"sft_soft.py: error: {failed}", file=sys.stderr)
-                            sys.exit(code)
-        finally:  # after Ctrl-C or a failure let the others save what they write
-            for child, _ in running.values():
-                child.send_signal(signal.SIGINT)
-            for child, _ in running.values():
-                child.wait()
-
-
-def start_apart(row, place):
-    (place / "row.json").unlink(missing_ok=True)
-    place.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *sys.argv, "--rows", row[0], "--seed", str(row[1]), "--num_seeds", "1"]
-    with open(place / "train.log", "w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {APART: "1"})
-
-
-def set_apart(place):
-    """A run from the start leaves nothing of an earlier one where a later resume would take it for its own: the
-    checkpoints move into a folder `_earlier` (push_to_hub skips that name), in place of what was there."""
-    (place / "row.json").unlink(missing_ok=True)
-    if old := list(place.glob("checkpoint-*")):
-        earlier = place / "_earlier"
-        shutil.rmtree(earlier, ignore_errors=True)
-        earlier.mkdir()
-        for checkpoint in old:
-            checkpoint.rename(earlier / checkpoint.name)
-        print(f"starts anew; the checkpoints of an earlier run are now in {earlier}")
-
-
-def saved_row(place, training):
-    """The lines of a row that an earlier run has finished, if this one goes on from it; else None."""
-    done = place / "row.json"
-    if not resumes(training) or not done.exists():
-        return None
-    rows = json.loads(done.read_text())
-    return rows if training.max_steps in (-1, rows[0]["train_steps"]) else None
-
-
 def thought_of(place, task):
     """How a trained model thinks about the first held-out row."""
     import softar
@@ -281,19 +202,14 @@ def check_input(script, training, mixture):
     """All that can be told to be wrong before a model is opened -> names of the rows, task."""
     from softar.sft import check_writable
 
-    names = parse_rows(script.rows)
+    names = parse_rows(script.rows, ROWS, GROUPS)
     if script.num_seeds < 1:
         raise ValueError(f"num_seeds={script.num_seeds} must be at least 1")
     task = open_task(script, mixture)
     check_writable(training.output_dir)
     for name in names:
         check_row(name, row_config(training, name, training.seed, training.output_dir, task), task)
-    given = training.resume_from_checkpoint
-    if resumes(training) and str(given).lower() != "true":
-        if names != [CUSTOM] or script.num_seeds > 1:
-            raise ValueError(f"resume_from_checkpoint={given!r}: with several rows or seeds give true, for the newest")
-        if not Path(given, "trainer_state.json").is_file():
-            raise ValueError(f"resume_from_checkpoint={given!r} holds no whole checkpoint")
+    check_resume(training, is_single=names == [CUSTOM] and script.num_seeds == 1)
     return names, task
 
 
@@ -304,42 +220,6 @@ def check_row(name, args, task):
     mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
     if args.targets != "gold" and "traces" not in task.train.column_names:
         raise ValueError(f"row {name!r} needs a column 'traces'; {task.name!r} has {task.train.column_names}")
-
-
-def parse_rows(text: str | None) -> list[str]:
-    if text is None:
-        return [CUSTOM]
-    names = [name for part in text.split(",") for name in GROUPS.get(part, [part])]
-    for name in names:
-        if name not in ROWS and name != CUSTOM:
-            raise ValueError(f"rows={text!r}: {name!r} is unknown; choose demo, all, or out of {', '.join(ROWS)}")
-    return names
-
-
-def open_task(script, mixture):
-    """A task by name, or a dataset in TRL's formats as a task without a scorer."""
-    from datasets import load_dataset
-    from trl import get_dataset
-
-    from softar.tasks import Task, load_task
-
-    given = [bool(script.task), bool(script.dataset_name), bool(mixture.datasets)]
-    if sum(given) != 1:
-        raise ValueError("give exactly one of --task, --dataset_name and (in a YAML file) datasets")
-    try:
-        if script.task:
-            return load_task(script.task, size=script.task_size)
-        name = script.dataset_name or ",".join(d.path for d in mixture.datasets)
-        if script.dataset_name:
-            data = load_dataset(script.dataset_name, name=script.dataset_config)
-        else:
-            data = get_dataset(mixture)
-    except (OSError, ImportError) as error:
-        raise ValueError(f"the data cannot be loaded: {error}") from error
-    if script.dataset_train_split not in data:
-        raise ValueError(f"dataset_train_split={script.dataset_train_split!r} is not among {sorted(data)}")
-    test = data[script.dataset_test_split] if script.dataset_test_split in data else None
-    return Task(name, data[script.dataset_train_split], test, score=None, think_steps=None, model=None)
 
 
 def open_model(model_args, task, seed):
@@ -356,53 +236,13 @@ def open_model(model_args, task, seed):
     return softar.load(name, dtype=model_args.dtype, seed=seed, **options)
 
 
-def resumes(training) -> bool:
-    return str(training.resume_from_checkpoint or "false").lower() != "false"
-
-
-def checkpoint_of(args) -> str | None:
-    """What to go on from: "true" is the newest whole checkpoint of the output folder, a path that checkpoint."""
-    if not resumes(args):
-        return None
-    given = str(args.resume_from_checkpoint)
-    return last_checkpoint(args.output_dir) if given.lower() == "true" else given
-
-
-def last_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint that was written to its end (trainer_state.json comes last)."""
-    whole = [p.parent for p in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda p: int(p.name.split("-")[1]))) if whole else None
-
-
 def make_parser():
     return TrlParser((SoftScriptArguments, RecipeConfig, ModelConfig, DatasetMixtureConfig))
 
 
-def with_default_config(argv: list[str]) -> list[str]:
-    """No task, data, model or configuration named: the demo's."""
-    named = ("--config", "--task", "--dataset_name", "--model_name_or_path")
-    if "--config" in argv[:-1] and not Path(file := argv[argv.index("--config") + 1]).is_file():
-        raise ValueError(f"config={file!r}: there is no such file")
-    if any(arg.split("=")[0] in named for arg in argv):
-        return argv
-    return ["--config", str(HERE / "configs" / "mnns.yaml"), *argv]
-
-
-@contextlib.contextmanager
-def one_line_errors():
-    """For what checks the input. Elsewhere a ValueError is a bug, and needs its traceback."""
-    try:
-        yield
-    except ValueError as error:
-        print(f"sft_soft.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    try:
-        with one_line_errors():
-            given = make_parser().parse_args_and_config(with_default_config(sys.argv[1:]))
+    with interruptible():
+        with one_line_errors(PROGRAM):
+            argv = with_default_config(sys.argv[1:], HERE / "configs" / "mnns.yaml")
+            given = make_parser().parse_args_and_config(argv)
         main(*given)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the last checkpoint is whole: go on with --resume_from_checkpoint true", file=sys.stderr)
-        sys.exit(130)

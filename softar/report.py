@@ -119,6 +119,89 @@ def plot_accuracy(rows: list[dict], file: str | Path, title: str = "") -> Path:
     return Path(file)
 
 
+def nfe_table(rows: list[dict], title: str | None = None) -> Table:
+    """Accuracy: one line per training and decoder (and schedule, if there are several), one column per budget of
+    forward passes; over several seeds mean and standard deviation."""
+    keys = ["training", "decoder"]
+    if len({row["schedule"] for row in rows}) > 1:
+        keys.append("schedule")
+    budgets = sorted({row["budget"] for row in rows})
+    table = Table(title=title)
+    for key in keys:
+        table.add_column(key, no_wrap=True)
+    for budget in budgets:
+        table.add_column(f"{budget:g}", justify="right", no_wrap=True)
+    for line in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        mine = [row for row in rows if tuple(row[key] for key in keys) == line]
+        table.add_row(*line, *(_spread([row["accuracy"] for row in mine if row["budget"] == b], 3) for b in budgets))
+    return table
+
+
+def plot_nfe(rows: list[dict], file: str | Path, title: str = "") -> Path:
+    """Accuracy over measured forward passes, a line per training and decoder with one standard deviation over the
+    seeds; a panel per schedule."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    schedules = list(dict.fromkeys(row["schedule"] for row in rows))
+    trainings = list(dict.fromkeys(row["training"] for row in rows))
+    decoders = list(dict.fromkeys(row["decoder"] for row in rows))
+    figure, panels = plt.subplots(
+        1,
+        len(schedules),
+        figsize=(2 + 3.6 * len(schedules), 3.6),
+        layout="constrained",
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    lines = {}  # by label: a panel need not hold all of them
+    for axes, schedule in zip(panels[0], schedules, strict=True):
+        shown = [row for row in rows if row["schedule"] == schedule]
+        for training, decoder in dict.fromkeys((row["training"], row["decoder"]) for row in shown):
+            mine = [row for row in shown if (row["training"], row["decoder"]) == (training, decoder)]
+            label = f"{training}, {decoder}"
+            look = dict(color=f"C{trainings.index(training)}", **_NFE_LOOKS[decoders.index(decoder) % len(_NFE_LOOKS)])
+            lines[label] = axes.errorbar(
+                *_nfe_points(mine), label=label, capsize=2, markersize=4, linewidth=1.2, **look
+            )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel="forward passes (mean NFE)", ylim=(0, 1.08), title=schedule if len(schedules) > 1 else title)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("held-out accuracy")
+    if len(schedules) > 1:
+        figure.suptitle(title)
+    figure.legend(lines.values(), lines, title="training, decoder", frameon=False, loc="outside right upper")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return Path(file)
+
+
+_NFE_LOOKS = [
+    dict(fmt="o", linestyle="-"),
+    dict(fmt="s", linestyle="--"),
+    dict(fmt="^", linestyle=":"),
+    dict(fmt="D", linestyle="-."),
+]
+
+
+def _nfe_points(rows: list[dict]) -> tuple[list[float], list[float], list[float]]:
+    """Per budget the mean NFE, the mean accuracy and its standard deviation over the seeds, by increasing NFE."""
+    points = []
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        mine = [row for row in rows if row["budget"] == budget]
+        values = [row["accuracy"] for row in mine]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        points.append((statistics.mean(row["nfe"] for row in mine), statistics.mean(values), spread))
+    x, y, error = zip(*sorted(points), strict=True)
+    return list(x), list(y), list(error)
+
+
 def thought_table(out: SoftOutput, tokenizer, row: int = 0, top: int = 5) -> Table:
     """The belief of one row, step by step: the likeliest tokens of each mixture, its entropy, what stands for it."""
     # Text, since rich would read tokens such as [/INST] as its own markup

@@ -10,7 +10,17 @@ from tiny import EOS, Forced, model_of, tokenizer_of
 
 import softar
 from softar.config import SoftConfig
-from softar.report import PACKAGES, commit, device, plot_accuracy, results_table, thought_table, write_results
+from softar.report import (
+    PACKAGES,
+    commit,
+    device,
+    nfe_table,
+    plot_accuracy,
+    plot_nfe,
+    results_table,
+    thought_table,
+    write_results,
+)
 
 
 def row(decoder, readout, accuracy, **changes):
@@ -68,6 +78,57 @@ def test_the_plot_shows_each_bar_its_height_and_the_seeds(tmp_path, monkeypatch)
     assert file == tmp_path / "plot.png" and file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert [(pytest.approx(h), label) for h, label in bars] == [(0.3, "soft"), (0.5, "discrete"), (0.6, None)]
     assert dots == [[0.2, 0.4]]
+
+
+def nfe_row(training, decoder, budget, accuracy, **changes):
+    common = dict(schedule="confidence", seed=0, nfe=float(budget), n=64)
+    return {**common, "training": training, "decoder": decoder, "budget": budget, "accuracy": accuracy, **changes}
+
+
+NFE_ROWS = [
+    nfe_row("duo", "soft-mask", 8, 0.5),
+    nfe_row("duo", "soft-mask", 4, 0.2),
+    nfe_row("duo", "soft-mask", 4, 0.4, seed=1, nfe=5.0),
+    nfe_row("hard", "hard", 8, 0.25),
+]
+
+
+def test_budgets_stand_side_by_side():
+    head, lines = cells_of(nfe_table(NFE_ROWS, title="sudoku"))
+    assert head == ["training", "decoder", "4", "8"]
+    assert lines == [("duo", "soft-mask", "0.300 ± 0.141", "0.500"), ("hard", "hard", "", "0.250")]
+    assert "sudoku" in text_of(nfe_table(NFE_ROWS, title="sudoku"))
+
+
+def test_schedules_are_told_apart_where_there_are_several():
+    head, lines = cells_of(nfe_table([*NFE_ROWS, nfe_row("hard", "hard", 0.9, 0.75, schedule="threshold")]))
+    assert head == ["training", "decoder", "schedule", "0.9", "4", "8"]
+    assert lines[1:] == [
+        ("hard", "hard", "confidence", "", "", "0.250"),
+        ("hard", "hard", "threshold", "0.750", "", ""),
+    ]
+
+
+def test_accuracy_is_drawn_over_the_measured_forwards(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plain = [], Axes.errorbar
+
+    def errorbar(self, x, y, error, **kw):
+        drawn.append((kw["label"], x, y, error, self))
+        return plain(self, x, y, error, **kw)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    rows = [*NFE_ROWS, nfe_row("hard", "hard", 0.9, 0.75, schedule="threshold", nfe=6.5)]
+    file = plot_nfe(rows, tmp_path / "nfe.png", title="title")
+    assert file == tmp_path / "nfe.png" and file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    labels, x, y, errors, panels = zip(*drawn)
+    assert labels == ("duo, soft-mask", "hard, hard", "hard, hard")
+    assert x == ([4.5, 8.0], [8.0], [6.5])
+    assert y == ([pytest.approx(0.3), 0.5], [0.25], [0.75])
+    assert errors == ([pytest.approx(0.1414, abs=1e-4), 0.0], [0.0], [0.0])
+    assert panels[0] is panels[1] and panels[1] is not panels[2]
+    assert [axes.get_title() for axes in panels] == ["confidence", "confidence", "threshold"]
 
 
 def test_results_hold_where_they_come_from(tmp_path):

@@ -1,0 +1,250 @@
+# /// script
+# dependencies = ["softar"]
+# ///
+"""
+Masked-diffusion SFT, hard or with soft masks: LLaDA, Dream, BERT-like models, and the embedded tiny ones.
+
+# The demo: a tiny model on Latin squares, training x decoding at several numbers of forwards
+accelerate launch recipes/sft_diffusion.py
+accelerate launch recipes/sft_diffusion.py --task mnns
+accelerate launch recipes/sft_diffusion.py --rows all --num_seeds 5 --schedules uniform,pyramid,threshold
+
+# Dream-7B or LLaDA-8B with DoRA and a soft-mask head, as published
+accelerate launch recipes/sft_diffusion.py --config recipes/configs/dream7b_softmask_dora.yaml
+
+# Go on where an interrupted run stopped; without this a run starts anew and moves old checkpoints into _earlier
+accelerate launch recipes/sft_diffusion.py --resume_from_checkpoint true
+"""
+
+import copy
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+from softar.diffusion.sft import DiffusionSFTConfig
+from softar.runs import (
+    CUSTOM,
+    check_resume,
+    checkpoint_of,
+    interruptible,
+    jobs_of,
+    one_line_errors,
+    open_task,
+    parse_rows,
+    train_rows,
+    with_default_config,
+)
+
+PROGRAM = "sft_diffusion.py"
+HERE = Path(__file__).parent
+TWICE = 0.8  # share of the steps that read a row twice (arXiv:2510.17206 finds 80 % best)
+# Fields that make a row of the table what it is; everything else (data, steps, size) is common to all.
+ROWS = {
+    "hard": dict(softmasking_prob=0.0),
+    "hard-long": dict(softmasking_prob=0.0),  # as many forwards as soft-mask: 1 + TWICE times the steps
+    "soft-mask": dict(softmasking_prob=TWICE),
+}
+GROUPS = {"demo": ["hard", "soft-mask"], "all": list(ROWS)}
+CONFIGS = {"latin": HERE / "configs" / "latin.yaml", "mnns": HERE / "configs" / "mnns_diffusion.yaml"}
+MODELS = {"latin": "latin-diffusion-tiny", "mnns": "mnns-diffusion-tiny"}
+SCHEDULES = {  # name -> how a budget of it is said to DenoiseConfig
+    "uniform": lambda budget: dict(steps=budget),
+    "pyramid": lambda budget: dict(schedule="pyramid", dilation=budget),
+    "threshold": lambda budget: dict(threshold=budget),
+}
+BUDGETS = {"uniform": (4, 8, 12), "pyramid": (1, 2, 4), "threshold": (0.5, 0.7, 0.9, 0.98)}
+
+
+@dataclass
+class DiffusionScriptArguments(ScriptArguments):
+    task: str | None = field(
+        default=None, metadata={"help": "A task by name: latin, mnns, or reasoning_gym:NAME. Instead of a dataset."}
+    )
+    task_size: int | None = field(default=None, metadata={"help": "Training rows of the task. Default: all."})
+    rows: str | None = field(
+        default=None,
+        metadata={
+            "help": f"What to train: demo, all, or names with commas out of {', '.join(ROWS)}; each sets its own "
+            "softmasking_prob. Default: one run as the options say."
+        },
+    )
+    num_seeds: int = field(default=1, metadata={"help": "Train every row with this many seeds, from --seed on."})
+    jobs: int = field(
+        default=0,
+        metadata={"help": "Rows trained at the same time. Default 0: for tiny models one on each CPU core, else 1."},
+    )
+    schedules: str = field(
+        default="uniform", metadata={"help": f"Schedules to decode with, with commas out of {', '.join(SCHEDULES)}."}
+    )
+
+
+@dataclass
+class RecipeConfig(DiffusionSFTConfig):
+    output_dir: str | None = field(default="runs/sft_diffusion", metadata={"help": "Checkpoints, results.json, plot."})
+
+
+def main(script, training, model_args, mixture):
+    from rich.console import Console
+
+    from softar.report import nfe_table, plot_nfe
+
+    console = Console()
+    with one_line_errors(PROGRAM):
+        names, schedules, task = check_input(script, training, mixture)
+        is_tiny = model_args.model_name_or_path is None or model_args.model_name_or_path in MODELS.values()
+        if is_tiny:
+            import torch
+
+            torch.set_num_threads(1)  # threads only get in each other's way
+
+    results, _ = train_rows(
+        names,
+        training,
+        num_seeds=script.num_seeds,
+        jobs=jobs_of(script.jobs, is_tiny),
+        configure=lambda name, seed, place: row_config(training, name, seed, place),
+        train=lambda name, args: train_row(name, args, task, schedules, model_args),
+        console=console,
+        program=PROGRAM,
+    )
+    if not results or "accuracy" not in results[0]:
+        return
+    folder = Path(training.output_dir)
+    title = f"{task.name}: held-out accuracy by forwards, n = {results[0]['n']}"
+    console.print(nfe_table(results, title=title))
+    plot = plot_nfe(results, folder / "accuracy.png", title=f"{task.name}, {results[0]['model']}")
+    console.print(f"results: {folder / 'results.json'}   plot: {plot}")
+
+
+def train_row(name, args, task, schedules, model_args):
+    """Train and evaluate one row -> its lines of results.json; None off the main process."""
+    from trl import get_peft_config
+
+    from softar.diffusion.sft import DiffusionSFTTrainer
+
+    with one_line_errors(PROGRAM):
+        model, tokenizer = open_model(model_args, task, args.seed)
+        trainer = DiffusionSFTTrainer(
+            model,
+            args,
+            train_dataset=task.train,
+            eval_dataset=task.test if args.eval_strategy != "no" or task.score is None else None,
+            processing_class=tokenizer,
+            score=task.score,
+            peft_config=get_peft_config(model_args),
+        )
+    trainer.accelerator.print(f"{name}: {args.max_steps if args.max_steps > 0 else args.num_train_epochs} steps")
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint_of(args))
+    train_seconds = time.perf_counter() - started
+    trainer.save_model(args.output_dir)
+    common = dict(
+        task=task.name,
+        model=model_args.model_name_or_path or MODELS.get(task.name),
+        training=name,
+        stage=None,
+        seed=args.seed,
+        train_steps=trainer.state.global_step,
+        train_seconds=train_seconds,
+        train_loss=trainer.state.log_history[-1].get("train_loss"),
+    )
+    rows = []
+    if task.score is None:
+        rows = [common | (trainer.evaluate() if task.test is not None else {})]
+    elif trainer.accelerator.is_main_process:
+        rows = [common | line for line in decode_all(trainer, task, schedules, args.seed)]
+    trainer.accelerator.wait_for_everyone()
+    return rows if trainer.accelerator.is_main_process else None
+
+
+def decode_all(trainer, task, schedules, seed):
+    """The held-out rows under every decoding: hard, and softly as the model was trained, or else without training."""
+    from softar.diffusion.config import DenoiseConfig
+    from softar.diffusion.evaluate import evaluate
+
+    plain, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    learnt = {} if trainer.head is None else trainer.head.settings()
+    decoders = {"hard": {}, "soft-token" if trainer.head is None else "soft-mask": learnt}
+    slots = slots_of(task, tokenizer)
+    for schedule in schedules:
+        budgets = BUDGETS[schedule]
+        if schedule == "uniform":
+            budgets = [b for b in budgets if b < slots] + [slots]
+        for decoder, settings in decoders.items():
+            for budget in budgets:
+                config = DenoiseConfig(soften=decoder, soften_args=settings, **SCHEDULES[schedule](budget))
+                found = evaluate(plain, tokenizer, task.test, task.score, config, seed=seed)
+                yield dict(decoder=decoder, schedule=schedule, budget=budget) | found
+
+
+def slots_of(task, tokenizer) -> int:
+    """Masks of the first held-out row."""
+    row = task.test[0]
+    if "template" in row:
+        return row["template"].split().count(tokenizer.mask_token)
+    return len(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]) + 1
+
+
+def row_config(training, name, seed, place):
+    args = copy.deepcopy(training)
+    args.output_dir, args.seed = str(place), seed
+    for key, value in ROWS.get(name, {}).items():
+        setattr(args, key, value)
+    if name == "hard-long":
+        if args.max_steps > 0:
+            args.max_steps = round((1 + TWICE) * args.max_steps)
+        else:
+            args.num_train_epochs *= 1 + TWICE
+    return args
+
+
+def check_input(script, training, mixture):
+    """All that can be told to be wrong before a model is opened -> names of the rows, schedules, task."""
+    from softar.sft import check_writable
+
+    names = parse_rows(script.rows, ROWS, GROUPS)
+    if script.num_seeds < 1:
+        raise ValueError(f"num_seeds={script.num_seeds} must be at least 1")
+    schedules = script.schedules.split(",")
+    if unknown := [s for s in schedules if s not in SCHEDULES]:
+        raise ValueError(f"schedules={script.schedules!r}: {unknown[0]!r} is unknown; choose out of {list(SCHEDULES)}")
+    task = open_task(script, mixture)
+    check_writable(training.output_dir)
+    for name in names:
+        row_config(training, name, training.seed, training.output_dir).__post_init__()
+    check_resume(training, is_single=names == [CUSTOM] and script.num_seeds == 1)
+    return names, schedules, task
+
+
+def open_model(model_args, task, seed):
+    from softar.diffusion import load
+
+    name = model_args.model_name_or_path or MODELS.get(task.name)
+    if name is None:
+        raise ValueError(f"task {task.name!r} has no model of its own: give --model_name_or_path")
+    options = {"seed": seed} if name in MODELS.values() else {}
+    if model_args.attn_implementation:
+        options["attn_implementation"] = model_args.attn_implementation
+    if model_args.model_revision not in (None, "main"):
+        options["revision"] = model_args.model_revision
+    return load(name, dtype=model_args.dtype, **options)
+
+
+def with_demo_config(argv: list[str]) -> list[str]:
+    """The demo's configuration where nothing is named, or an embedded task and nothing else."""
+    task = argv[argv.index("--task") + 1] if "--task" in argv[:-1] else None
+    others = ("--config", "--dataset_name", "--model_name_or_path")
+    if task in CONFIGS and not any(arg.split("=")[0] in others for arg in argv):
+        return ["--config", str(CONFIGS[task]), *argv]
+    return with_default_config(argv, CONFIGS["latin"])
+
+
+if __name__ == "__main__":
+    with interruptible():
+        with one_line_errors(PROGRAM):
+            parser = TrlParser((DiffusionScriptArguments, RecipeConfig, ModelConfig, DatasetMixtureConfig))
+            given = parser.parse_args_and_config(with_demo_config(sys.argv[1:]))
+        main(*given)

@@ -1,0 +1,199 @@
+"""What the training recipes share, without any training."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from softar import runs
+from softar.runs import (
+    APART,
+    CUSTOM,
+    check_resume,
+    checkpoint_of,
+    interruptible,
+    last_checkpoint,
+    one_line_errors,
+    parse_rows,
+    resumes,
+    saved_row,
+    set_apart,
+    train_rows,
+    with_default_config,
+)
+
+ROWS = {"a": {}, "b": {}, "c": {}}
+GROUPS = {"demo": ["a", "c"], "all": list(ROWS)}
+
+
+def training_of(**changes):
+    common = dict(resume_from_checkpoint=None, max_steps=4, seed=42, output_dir="runs/x")
+    return SimpleNamespace(**common | changes)
+
+
+def checkpoint_at(folder, step, is_whole=True):
+    (place := folder / f"checkpoint-{step}").mkdir(parents=True)
+    if is_whole:
+        (place / "trainer_state.json").write_text("{}")
+    return place
+
+
+def test_the_module_is_light():
+    code = "import sys, softar.runs; print({'torch', 'transformers', 'trl', 'numpy', 'rich'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [(None, [CUSTOM]), (CUSTOM, [CUSTOM]), ("b", ["b"]), ("demo", ["a", "c"]), ("b,demo,a", ["b", "a", "c"])],
+)
+def test_rows_are_names_and_groups_each_once(text, names):
+    assert parse_rows(text, ROWS, GROUPS) == names
+
+
+@pytest.mark.parametrize(("text", "bad"), [("", ""), ("demo,", ""), ("a,dem", "dem"), ("A", "A")])
+def test_an_unknown_row_is_named_with_what_there_is(text, bad):
+    with pytest.raises(ValueError, match=f"^rows='{text}': '{bad}' is unknown; choose demo, all, or out of a, b, c$"):
+        parse_rows(text, ROWS, GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("given", "does"), [(None, False), ("false", False), (False, False), ("true", True), ("x", True)]
+)
+def test_what_resumes(given, does):
+    assert resumes(training_of(resume_from_checkpoint=given)) is does
+
+
+def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    checkpoint_at(tmp_path, 9)
+    newest = checkpoint_at(tmp_path, 10)
+    checkpoint_at(tmp_path, 11, is_whole=False)
+    assert last_checkpoint(tmp_path) == str(newest)
+    for given, found in ((None, None), ("true", str(newest)), ("some/place", "some/place")):
+        assert checkpoint_of(training_of(resume_from_checkpoint=given, output_dir=tmp_path)) == found
+
+
+def test_earlier_checkpoints_are_set_apart_in_place_of_still_earlier_ones(tmp_path, capsys):
+    set_apart(tmp_path)
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+    (tmp_path / "row.json").write_text("[]")
+    (tmp_path / "model.safetensors").write_text("")
+    for step in (2, 4):
+        checkpoint_at(tmp_path, step)
+        set_apart(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["_earlier", "model.safetensors"]
+    assert [p.name for p in (tmp_path / "_earlier").iterdir()] == ["checkpoint-4"]
+    assert capsys.readouterr().out.count(f"now in {tmp_path / '_earlier'}") == 2
+
+
+def test_a_finished_row_counts_if_the_run_goes_on_from_it(tmp_path):
+    go_on = training_of(resume_from_checkpoint="true")
+    assert saved_row(tmp_path, go_on) is None
+    lines = [{"train_steps": 4}, {"train_steps": 4}]
+    (tmp_path / "row.json").write_text(json.dumps(lines))
+    assert saved_row(tmp_path, go_on) == lines
+    assert saved_row(tmp_path, training_of(resume_from_checkpoint="true", max_steps=-1)) == lines
+    assert saved_row(tmp_path, training_of(resume_from_checkpoint="true", max_steps=8)) is None
+    assert saved_row(tmp_path, training_of()) is None
+
+
+def test_a_checkpoint_to_go_on_from_is_whole_and_of_a_single_run(tmp_path):
+    whole, broken = checkpoint_at(tmp_path, 2), checkpoint_at(tmp_path, 4, is_whole=False)
+    for given in (None, "false", "true"):
+        check_resume(training_of(resume_from_checkpoint=given), is_single=False)
+    check_resume(training_of(resume_from_checkpoint=str(whole)), is_single=True)
+    with pytest.raises(ValueError, match=r"checkpoint-2'.*several rows or seeds give true"):
+        check_resume(training_of(resume_from_checkpoint=str(whole)), is_single=False)
+    with pytest.raises(ValueError, match="checkpoint-4' holds no whole checkpoint"):
+        check_resume(training_of(resume_from_checkpoint=str(broken)), is_single=True)
+
+
+def test_the_demos_configuration_stands_in_where_nothing_is_named(tmp_path):
+    assert with_default_config(["--seed", "1"], "demo.yaml") == ["--config", "demo.yaml", "--seed", "1"]
+    (mine := tmp_path / "mine.yaml").write_text("")
+    for argv in (["--task", "mnns"], ["--model_name_or_path=x"], ["--config", str(mine)]):
+        assert with_default_config(argv, "demo.yaml") == argv
+    with pytest.raises(ValueError, match=r"config='no\.yaml': there is no such file"):
+        with_default_config(["--config", "no.yaml"], "demo.yaml")
+
+
+def test_an_input_error_is_one_line_and_code_2(capsys):
+    with pytest.raises(SystemExit) as end, one_line_errors("some.py"):
+        raise ValueError("x=1 must be 2")
+    assert end.value.code == 2 and capsys.readouterr().err == "some.py: error: x=1 must be 2\n"
+    with pytest.raises(TypeError), one_line_errors("some.py"):
+        raise TypeError("a bug")
+
+
+def test_an_interruption_says_how_to_go_on(capsys):
+    with pytest.raises(SystemExit) as end, interruptible():
+        raise KeyboardInterrupt
+    assert end.value.code == 130 and "--resume_from_checkpoint true" in capsys.readouterr().err
+
+
+class Trained:
+    """Stands for a recipe: counts what is trained; a row `long` takes more steps than the others."""
+
+    def __init__(self, folder, **changes):
+        self.training, self.done = training_of(output_dir=str(folder), **changes), []
+
+    def configure(self, name, seed, place):
+        steps = 2 * self.training.max_steps if name == "long" else self.training.max_steps
+        return training_of(**vars(self.training) | dict(seed=seed, output_dir=str(place), max_steps=steps))
+
+    def train(self, name, args):
+        self.done.append((name, args.seed))
+        runs.Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        return [dict(row=name, seed=args.seed, train_steps=args.max_steps)]
+
+    def run(self, names, num_seeds=1, jobs=1):
+        return train_rows(names, self.training, num_seeds=num_seeds, jobs=jobs, configure=self.configure,
+                          train=self.train, console=None, program="some.py")  # fmt: skip
+
+
+def test_rows_and_seeds_are_trained_in_folders_of_their_own_and_once(tmp_path):
+    first = Trained(tmp_path)
+    results, places = first.run(["a", "long"], num_seeds=2)
+    rows = [("a", 42), ("long", 42), ("a", 43), ("long", 43)]
+    assert first.done == rows and [(line["row"], line["seed"]) for line in results] == rows
+    assert places == {(name, seed): tmp_path / f"{name}-seed{seed}" for name, seed in rows}
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == results
+    (places["a", 43] / "row.json").unlink()
+    later = Trained(tmp_path, resume_from_checkpoint="true")
+    assert later.run(["a", "long"], num_seeds=2)[0] == results and later.done == [("a", 43)]
+    anew = Trained(tmp_path)
+    assert anew.run(["a"])[0] == results[:1] and anew.done == [("a", 42)]
+
+
+def test_a_single_custom_run_lies_in_the_output_folder_itself(tmp_path):
+    assert Trained(tmp_path).run([CUSTOM])[1] == {(CUSTOM, 42): tmp_path}
+
+
+def test_a_child_trains_its_row_and_leaves_the_report_to_its_parent(tmp_path, monkeypatch):
+    monkeypatch.setenv(APART, "1")
+    checkpoint_at(tmp_path / "a-seed42", 2)
+    child = Trained(tmp_path)
+    results, places = child.run(["a"], jobs=2)
+    assert results == [] and child.done == [("a", 42)]
+    assert (places["a", 42] / "row.json").exists() and (places["a", 42] / "checkpoint-2").exists()
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_several_jobs_train_what_is_left_apart(tmp_path, monkeypatch):
+    started = []
+
+    def apart(rows, places, jobs, console, program):
+        started.append((rows, jobs, program))
+        for name, seed in rows:
+            places[name, seed].mkdir(parents=True)
+            (places[name, seed] / "row.json").write_text(json.dumps([dict(row=name, seed=seed, train_steps=4)]))
+
+    monkeypatch.setattr(runs, "train_apart", apart)
+    parent = Trained(tmp_path)
+    results, _ = parent.run(["a", "b"], jobs=2)
+    assert started == [([("a", 42), ("b", 42)], 2, "some.py")] and parent.done == []
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == results
+    assert [line["row"] for line in results] == ["a", "b"]
