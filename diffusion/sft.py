@@ -155,10 +155,11 @@ class DiffusionSFTTrainer(SFTTrainer):
         masked = NOISES[args.noise](maskable, rate, noise)
         noisy = ids.masked_fill(masked, self._known.mask_id)
 
-        def forward(noisy: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        # PEFT hands its argument on by the name that a model has for it, with others beside.
+        def forward(input_ids: Tensor, **_) -> tuple[Tensor, Tensor, Tensor | float]:
             """Inside the wrapper's forward, where DDP and FSDP have the parameters at hand."""
             net = parts(unwrapped)
-            embeds = net.embedding(noisy)
+            embeds = net.embedding(input_ids)
             if twice:
                 embeds = embeds.masked_scatter(masked[..., None], self._mix(net, embeds, mask, masked).to(embeds.dtype))
             rows, logits = forward_masked(net, self._known, embeds, mask, masked)
@@ -169,6 +170,8 @@ class DiffusionSFTTrainer(SFTTrainer):
         rows, logits, nothing = _ForwardRedirection()(model, unwrapped, forward, noisy)
         ce = masked_ce(logits, ids[masked])
         total, divisor = weighted_sum(ce, rows, rate, maskable.sum(1), args.normalise)
+        if training and self.accelerator.num_processes > 1:  # DDP takes the mean of the processes' losses
+            divisor = self.accelerator.reduce(divisor, "mean")
         loss = total / divisor + nothing
         self._note(training, masked.float().mean() if training else None)
         return (loss, CausalLMOutput(logits=logits)) if return_outputs else loss

@@ -12,11 +12,16 @@ accelerate launch recipes/sft_diffusion.py --rows all --num_seeds 5 --schedules 
 # Dream-7B or LLaDA-8B with DoRA and a soft-mask head, as published
 accelerate launch recipes/sft_diffusion.py --config recipes/configs/dream7b_softmask_dora.yaml
 
+# Any causal Llama or Qwen2, made a diffusion LM first, as Dream was
+accelerate launch recipes/sft_diffusion.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --from_causal true \
+    --dataset_name your/chats --output_dir runs/qwen-diffusion
+
 # Go on where an interrupted run stopped; without this a run starts anew and moves old checkpoints into _earlier
 accelerate launch recipes/sft_diffusion.py --resume_from_checkpoint true
 """
 
 import copy
+import dataclasses
 import sys
 import time
 from dataclasses import dataclass, field
@@ -76,6 +81,9 @@ class DiffusionScriptArguments(ScriptArguments):
         default=0,
         metadata={"help": "Rows trained at the same time. Default 0: for tiny models one on each CPU core, else 1."},
     )
+    from_causal: bool = field(
+        default=False, metadata={"help": "The model is a causal LM (Llama, Qwen2): make a diffusion LM of it first."}
+    )
     schedules: str = field(
         default="uniform", metadata={"help": f"Schedules to decode with, with commas out of {', '.join(SCHEDULES)}."}
     )
@@ -106,7 +114,7 @@ def main(script, training, model_args, mixture):
         num_seeds=script.num_seeds,
         jobs=jobs_of(script.jobs, is_tiny),
         configure=lambda name, seed, place: row_config(training, name, seed, place),
-        train=lambda name, args: train_row(name, args, task, schedules, model_args),
+        train=lambda name, args: train_row(name, args, task, schedules, model_args, script.from_causal),
         console=console,
         program=PROGRAM,
     )
@@ -119,14 +127,14 @@ def main(script, training, model_args, mixture):
     console.print(f"results: {folder / 'results.json'}   plot: {plot}")
 
 
-def train_row(name, args, task, schedules, model_args):
+def train_row(name, args, task, schedules, model_args, from_causal):
     """Train and evaluate one row -> its lines of results.json; None off the main process."""
     from trl import get_peft_config
 
     from softar.diffusion.sft import DiffusionSFTTrainer
 
     with one_line_errors(PROGRAM):
-        model, tokenizer = open_model(model_args, task, args.seed)
+        model, tokenizer = open_model(model_args, task, args.seed, from_causal)
         trainer = DiffusionSFTTrainer(
             model,
             args,
@@ -212,6 +220,7 @@ def check_input(script, training, mixture):
     if unknown := [s for s in schedules if s not in SCHEDULES]:
         raise ValueError(f"schedules={script.schedules!r}: {unknown[0]!r} is unknown; choose out of {list(SCHEDULES)}")
     task = open_task(script, mixture)
+    task = dataclasses.replace(task, train=last_answers(task.train), test=last_answers(task.test))
     check_writable(training.output_dir)
     for name in names:
         row_config(training, name, training.seed, training.output_dir).__post_init__()
@@ -219,8 +228,19 @@ def check_input(script, training, mixture):
     return names, schedules, task
 
 
-def open_model(model_args, task, seed):
+def last_answers(rows):
+    """A conversation's last message is what is learnt, as published; otherwise the user's turns would be, too."""
+    if rows is None or "messages" not in rows.column_names:
+        return rows
+    return rows.map(
+        lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}, remove_columns="messages"
+    )
+
+
+def open_model(model_args, task, seed, from_causal):
+    import softar
     from softar.diffusion import load
+    from softar.diffusion.convert import convert
 
     name = model_args.model_name_or_path or MODELS.get(task.name)
     if name is None:
@@ -230,6 +250,8 @@ def open_model(model_args, task, seed):
         options["attn_implementation"] = model_args.attn_implementation
     if model_args.model_revision not in (None, "main"):
         options["revision"] = model_args.model_revision
+    if from_causal:
+        return convert(*softar.load(name, dtype=model_args.dtype, seed=seed, **options))
     return load(name, dtype=model_args.dtype, **options)
 
 

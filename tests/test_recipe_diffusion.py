@@ -1,0 +1,145 @@
+"""recipes/sft_diffusion.py as its users run it: subprocesses of the real command line, a few steps each."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from softar.diffusion import load
+from softar.diffusion.head import HEAD_FILE, load_head
+from softar.diffusion.models import facts
+
+ROOT = Path(__file__).parent.parent
+RECIPE = str(ROOT / "recipes" / "sft_diffusion.py")
+BIN = Path(sys.executable).parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "CI": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+PYTHON = [sys.executable, RECIPE]
+ACCELERATE = [BIN / "accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+              "--dynamo_backend", "no", RECIPE]  # fmt: skip
+TWO = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", RECIPE]
+QUICK = {"max_steps": 5, "task_size": 200, "logging_steps": 1, "save_steps": 2,  "warmup_steps": 1,
+         "per_device_train_batch_size": 32}  # fmt: skip
+
+
+def run(command, folder, *flags, code=0, **options):
+    options = {**QUICK, **options, "output_dir": folder}
+    named = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
+    done = subprocess.run([*map(str, command), *flags, *named], env=ENV, cwd="/", capture_output=True, text=True)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def losses_of(folder):
+    newest = max(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_table_results_and_plot(tmp_path):
+    out = run(ACCELERATE, tmp_path).stdout
+    head, *lines = [
+        [cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in out.splitlines() if line[:1] in "│┃"
+    ]
+    assert head == ["training", "decoder", "4", "8", "12", "20"]
+    assert [tuple(line[:2]) for line in lines] == [
+        ("hard", "hard"), ("hard", "soft-token"), ("soft-mask", "hard"), ("soft-mask", "soft-mask")
+    ]  # fmt: skip
+    found = results_of(tmp_path)
+    assert found["schema"] == 1 and "--max_steps 5" in found["command"]
+    assert {(r["training"], r["decoder"], r["budget"]) for r in found["rows"]} == {
+        (t, d, b) for t, d in map(lambda line: line[:2], lines) for b in (4, 8, 12, 20)
+    }
+    for row in found["rows"]:
+        assert row["nfe"] == row["budget"] and row["n"] == 1000 and row["train_steps"] == 5
+        assert row["task"] == "latin" and row["schedule"] == "uniform" and row["seed"] == 42
+    assert (tmp_path / "accuracy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    # each row's folder is a model that decodes as it was trained
+    soft, _ = load(tmp_path / "soft-mask-seed42")
+    assert facts(soft).soft_mask == load_head(tmp_path / "soft-mask-seed42")
+    hard, _ = load(tmp_path / "hard-seed42")
+    assert facts(hard).soft_mask is None and not (tmp_path / "hard-seed42" / HEAD_FILE).exists()
+
+
+@pytest.mark.slow
+def test_mnns_schedules_and_the_row_of_equal_compute(tmp_path):
+    run(PYTHON, tmp_path, "--task", "mnns", rows="hard-long", schedules="pyramid,threshold")
+    rows = results_of(tmp_path)["rows"]
+    assert {r["train_steps"] for r in rows} == {9} and {r["model"] for r in rows} == {"mnns-diffusion-tiny"}
+    assert {r["schedule"] for r in rows} == {"pyramid", "threshold"} and all(1 <= r["nfe"] <= 5 for r in rows)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_exactly(tmp_path):
+    options = dict(rows="soft-mask", task="latin", max_steps=6, save_total_limit=9)
+    whole, half = (tmp_path / name / "soft-mask-seed42" for name in ("whole", "half"))
+    run(PYTHON, whole.parent, **options)
+    run(PYTHON, half.parent, **options)
+    for gone in ("checkpoint-4", "checkpoint-6"):  # as if it had been killed after the first checkpoint
+        shutil.rmtree(half / gone)
+    (half / "row.json").unlink()
+    run(PYTHON, half.parent, resume_from_checkpoint="true", **options)
+    assert losses_of(half) == losses_of(whole) and len(losses_of(half)) == 6
+    for name in ("model.safetensors", HEAD_FILE):
+        assert (half / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalise", ["masks", "answer"])
+def test_two_processes_train_as_one(tmp_path, normalise):
+    options = dict(task="latin", rows="soft-mask", normalise=normalise, max_steps=4)
+    run(PYTHON, tmp_path / "one", **options)
+    run(TWO, tmp_path / "two", **options | {"per_device_train_batch_size": 16})
+    assert losses_of(tmp_path / "two/soft-mask-seed42") == pytest.approx(
+        losses_of(tmp_path / "one/soft-mask-seed42"), abs=2e-4
+    )
+    heads = [load_head(tmp_path / name / "soft-mask-seed42") for name in ("one", "two")]
+    assert heads[0]["scale"] == pytest.approx(heads[1]["scale"], abs=1e-4) != 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(rows="soft"), "rows='soft': 'soft' is unknown"),
+        (dict(schedules="uniform,cosine"), "'cosine' is unknown"),
+        (dict(task="latins"), "task='latins' is unknown"),
+        (dict(time_low=0.9, time_high=0.1), "time_low=0.9, time_high=0.1"),
+        (dict(rows="soft-mask", head_scale=1.5), "scale=1.5"),
+        (dict(task="reasoning_gym:chain_sum"), "has no model of its own"),
+        (dict(model_name_or_path="mnns-tiny", task="mnns"), "could not be loaded"),
+    ],
+)
+def test_bad_input_ends_with_one_line(tmp_path, options, says):
+    if "reasoning_gym" in options.get("task", ""):
+        pytest.importorskip("reasoning_gym")
+    done = run(PYTHON, tmp_path, code=2, **options)
+    assert says in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_causal_model_becomes_a_diffusion_model(tmp_path):
+    run(PYTHON, tmp_path, task="mnns", model_name_or_path="mnns-tiny", from_causal="true", softmasking_prob=0.8)
+    model, tokenizer = load(tmp_path)
+    assert facts(model).shift == 1 and facts(model).soft_mask is not None
+    assert tokenizer.mask_token_id == facts(model).mask_id
+
+
+def test_of_a_conversation_the_last_message_is_learnt():
+    talk = [
+        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ]
+    rows = runpy.run_path(RECIPE)["last_answers"](Dataset.from_list([{"messages": talk}] * 2))
+    assert rows.column_names == ["prompt", "completion"]
+    assert rows[0] == {"prompt": talk[:3], "completion": talk[3:]}
