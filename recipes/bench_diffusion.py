@@ -1,5 +1,5 @@
 """
-Measurements of masked-diffusion decoding, on random weights: a table each, and a results.json.
+Measurements of masked-diffusion decoding and training, most on random weights: a table each, and a results.json.
 
 # Tokens per second and ms per forward of every cache and softener
 python recipes/bench_diffusion.py denoise
@@ -15,6 +15,12 @@ python recipes/bench_diffusion.py overhead --repeats 10
 
 # Peak memory of softening, beside the dense form
 python recipes/bench_diffusion.py memory
+
+# What reading each row twice adds to a training step, on the Latin squares' net
+python recipes/bench_diffusion.py training --repeats 7 --cpu_time --threads 1
+
+# Soft masks without training: every softener and its knobs on a trained model and its task
+python recipes/bench_diffusion.py softeners --model runs/sft_diffusion/hard-seed42 --task latin
 
 # LLaDA's size, beside what reading the weights takes
 python recipes/bench_diffusion.py denoise --size 8b --device cuda --cache dual --new_tokens 256
@@ -292,7 +298,87 @@ def memory(args) -> list[dict]:
     return rows
 
 
-BENCHES = {"denoise": denoising, "overhead": overhead, "prompt-length": prompt_length, "memory": memory}
+def training(args) -> list[dict]:
+    """A step of DiffusionSFTTrainer, hard and two-pass."""
+    from tempfile import TemporaryDirectory
+
+    from softar.diffusion import load
+    from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
+    from softar.tasks import load_task
+
+    data, steps = load_task("latin", size=512).train, 20
+    with TemporaryDirectory() as folder:
+
+        def trainer_of(twice):
+            model, tokenizer = load("latin-diffusion-tiny", seed=0)
+            options = dict(per_device_train_batch_size=128, max_steps=steps, save_strategy="no", disable_tqdm=True)
+            options |= dict(report_to="none", logging_steps=1000, softmasking_prob=twice, head_scale=0.5)
+            config = DiffusionSFTConfig(output_dir=folder, **options)
+            return DiffusionSFTTrainer(model, config, train_dataset=data, processing_class=tokenizer)
+
+        def seconds(twice):
+            trainer = trainer_of(twice)
+            start = args.clock()
+            trainer.train()
+            return (args.clock() - start) / steps
+
+        ways = {"hard": 0.0, "two passes in .8 of the steps": 0.8, "two passes always": 1.0}
+        seconds(0.0)  # warm-up
+        taken = {way: [] for way in ways}
+        for _ in range(args.repeats):
+            for way, twice in ways.items():
+                taken[way].append(seconds(twice))
+    rows = []
+    for way in ways:
+        ratios = [t / h for t, h in zip(taken[way], taken["hard"])]
+        found = dict(ms=1000 * statistics.median(taken[way]), ratio=statistics.median(ratios))
+        rows.append(dict(bench="training", way=way) | found | dict(lowest=min(ratios), highest=max(ratios)))
+    show("a training step, 128 rows of 26 tokens", rows, ("way", "ms", "ratio", "lowest", "highest"))
+    return rows
+
+
+def softeners(args) -> list[dict]:
+    """Accuracy of a trained model under soft masks that it may not have been trained for."""
+    from softar.diffusion import load
+    from softar.diffusion.evaluate import evaluate
+    from softar.tasks import load_task
+
+    model, tokenizer = load(args.model)
+    task = load_task(args.task)
+    flat = dict(centre=-100.0, steepness=1.0, k=5)  # lambda = scale, whatever the entropy
+    ways = [("hard", {})]
+    ways += [("soft-token", dict(bias=bias)) for bias in (0.5, 5.0, 50.0)]
+    ways += [("soft-mask", flat | dict(scale=scale)) for scale in (0.3, 0.1, 0.03, 0.01)]
+    ways += [
+        ("soft-mask", flat | dict(scale=0.3, k=1)),
+        ("soft-mask", dict(scale=0.3, centre=-0.3, steepness=20.0, k=5)),
+    ]
+    ways += [("slerp", dict(strength=strength)) for strength in (0.3, 0.1, 0.03)]
+    rows = []
+    for name, knobs in ways:
+        found = dict(bench="softeners", model=args.model, task=args.task, soften=name, knobs=str(knobs))
+        for steps in (8, 12):
+            config = DenoiseConfig(steps=steps, soften=name, soften_args=knobs)
+            found[f"nfe {steps}"] = evaluate(model, tokenizer, task.test, task.score, config)["accuracy"]
+        rows.append(found)
+    table = model.get_input_embeddings().weight.detach()
+    mask = table[tokenizer.mask_token_id]
+    tokens = table[tokenizer.convert_tokens_to_ids(["1", "2", "3", "4", "5"])] if args.task == "latin" else table
+    found = dict(mask=mask.norm(), token=tokens.norm(dim=-1).mean(), mean_of_tokens=tokens.mean(0).norm())
+    rows.append(dict(bench="softeners", soften="norms", knobs=str({k: round(float(v), 2) for k, v in found.items()})))
+    show("accuracy", rows[:-1], ("soften", "knobs", "nfe 8", "nfe 12"))
+    console.print("norms of embeddings:", rows[-1]["knobs"])
+    return rows
+
+
+BENCHES = {
+    "training": training,
+    "softeners": softeners,
+    "denoise": denoising,
+    "overhead": overhead,
+    "prompt-length": prompt_length,
+    "memory": memory,
+}
 
 
 def main() -> None:
@@ -303,6 +389,8 @@ def main() -> None:
     parser.add_argument("--dtype", help="default: float32, on CUDA bfloat16")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--cpu_time", action="store_true", help="not the clock's, for a busy machine; 1 thread")
+    parser.add_argument("--model", default="latin-diffusion-tiny", help="softeners: what softar.diffusion.load takes")
+    parser.add_argument("--task", default="latin", help="softeners: whose held-out rows it answers")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--prompts", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], help="prompt-length")

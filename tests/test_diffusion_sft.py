@@ -240,7 +240,7 @@ def trainer_of(folder, task, **changes):
         eval_decode_rows=0,
         seed=3,
     )
-    model, tokenizer = load("mnns-diffusion-tiny")
+    model, tokenizer = load("mnns-diffusion-tiny", seed=0)
     args = DiffusionSFTConfig(**(options | changes))
     return DiffusionSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer), tokenizer
 
@@ -373,7 +373,7 @@ def test_an_adapter_brings_its_head(tmp_path, task, use_dora):
 
 @pytest.mark.parametrize(("field", "value"), [("mixinputs_k", 5000), ("transparency_scale", 3.0)])
 def test_a_head_file_that_does_not_fit_the_model(tmp_path, field, value):
-    model, _ = load("mnns-diffusion-tiny")
+    model, _ = load("mnns-diffusion-tiny", seed=0)
     model.save_pretrained(tmp_path)
     save_head(SoftMaskHead().settings(), tmp_path)
     named = json.loads((tmp_path / HEAD_FILE).read_text())

@@ -63,7 +63,7 @@ def frames(config, prompt="<bos> D1 D1 D1 D2 ->"):
 
 
 def test_masks_turn_into_tokens_one_by_one():
-    _, shown = frames(DenoiseConfig(gen_length=4))
+    _, shown = frames(DenoiseConfig(gen_length=4, soften="hard"))
     assert [frame.count("·") for frame in shown] == [4, 3, 2, 1, 0]
     assert "masks 4" in shown[0] and "masks 0" in shown[-1]
 
