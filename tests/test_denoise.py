@@ -20,7 +20,7 @@ from softar.diffusion.models import DreamConfig, DreamForMaskedDiffusion, LladaC
 from softar.diffusion.schedules import REMASKS, SCHEDULES, Block, Quota, Step, remask
 from softar.diffusion.select import SELECTORS, Belief, Draws
 from softar.diffusion.soften import SOFTENERS, Softener, evolving
-from softar.soft import Soft
+from softar.soft import Soft, dense
 
 VOCAB, EOS, MASK = 48, 45, 46
 FAMILIES = ("llada", "dream")
@@ -313,13 +313,18 @@ def test_softening_at_its_ends(family):
     same(run(model, soften=nearly), hard, atol=1e-4)
     same(run(model, soften="soft-token", soften_args=dict(bias=1e9)), hard, atol=1e-4)
     same(run(model, soften="slerp", soften_args=dict(strength=1e-6)), hard, atol=1e-4)
-    # All of the vocabulary by its most likely tokens, and as it is.
-    whole = run(model, soften="soft-mask", soften_args=dict(k=VOCAB, scale=0.9, centre=-4.0))
-    same(
-        run(model, soften="soft-mask", soften_args=dict(algorithm="temperature", scale=0.9, centre=-4.0)),
-        whole,
-        atol=1e-4,
-    )
+    # All of the vocabulary by its most likely tokens, and as it is. The two ways differ by float32's rounding, which
+    # this random net triples at each step: so tightly after the first step, and less so at the end.
+    shown = {}
+
+    def softly(**knobs):
+        note = shown.setdefault(knobs.get("algorithm"), [])
+        return run(model, soften="soft-mask", soften_args=dict(scale=0.9, centre=-4.0, **knobs),
+                   callback=lambda seen: note.append(dense(seen["soft"], model.config.vocab_size)))  # fmt: skip
+
+    whole = softly(k=VOCAB)
+    same(softly(algorithm="temperature"), whole, atol=5e-4)
+    torch.testing.assert_close(shown["temperature"][0], shown[None][0], atol=1e-6, rtol=0)
     assert (whole.confidence - hard.confidence).abs().nan_to_num().max() > 1e-3
 
 
