@@ -151,9 +151,7 @@ class Facts(NamedTuple):
     end_ids: tuple[int, ...]  # tokens after which nothing more belongs to the answer, eos_id among them
     shift: int  # the logits at position i are about position i + shift
     vocab_size: int
-    soft_mask: (
-        dict | None
-    )  # what it learnt to show in a masked slot: `soften_args` of "soft-mask"; None is a hard model
+    soft_mask: dict | None  # `soften_args` of "soft-mask" as the model learnt them; None is a hard model
 
 
 class Parts(NamedTuple):
