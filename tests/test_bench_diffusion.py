@@ -54,3 +54,9 @@ def test_prompt_length_times_the_inner_steps(tmp_path):
 def test_memory_of_softening_stands_beside_the_dense_form(tmp_path):
     peak = {row["what"]: row["peak_mb"] for row in rows("memory", tmp_path)}
     assert 0 < 5 * peak["softening a block, soft-mask"] < peak["soft masking, dense [B, L, V]"]
+
+
+@pytest.mark.slow
+def test_the_first_of_two_passes_keeps_no_graph(tmp_path):
+    held = {row["way"]: row["held_mb"] for row in rows("training", tmp_path)}
+    assert 0 < held["hard"] < held["two passes always"] < 1.2 * held["hard"]  # a graph of its own would make it 2
