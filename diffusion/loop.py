@@ -26,13 +26,16 @@ from .parity import DEFAULT, PARITY, Quirks, gumbel_scores
 from .schedules import SCHEDULES, Block, Rule, Step, remask
 from .select import SELECTORS, Belief, Draws, believed, filtered, perturb, propose
 from .soften import Slots, Softener, mk_softener
+from .uniform import Redraw, check_uniform, one_block, random_tokens
 
 
 @dataclass(frozen=True)
 class DenoiseOutput:
     sequences: Tensor  # [B, L] int64
     prompt_length: int  # columns of input_ids; with gen_length = 0 all of them
-    committed_at: Tensor  # [B, L] int64, the forward (from 0) that decided each token; -1 where none did
+    # [B, L] int64, the forward (from 0) that decided each token; -1 where none did. Of a uniform-state model the last
+    # one that changed it, 0 where the token it began with was kept
+    committed_at: Tensor
     confidence: Tensor  # [B, L] float32, the probability it had then; NaN where none decided it
     num_forwards: int  # NFE: forward passes; one over conditional and unconditional rows together counts once
     token_forwards: int  # positions computed in them, over all rows, padding included
@@ -60,7 +63,9 @@ def denoise(
     """Fill masks.
 
     Args:
-        model: from `softar.diffusion.load`, plain or wrapped by PEFT.
+        model: from `softar.diffusion.load`, plain or wrapped by PEFT. A uniform-state model (Duo, arXiv:2506.10892)
+            begins with random tokens in place of the masks and redraws them all in each of `steps` forwards, the last
+            time greedily; `temperature` is that of its belief about the clean token, 1 the process itself.
         input_ids: [B, P] prompts, padded on the left; mask tokens in them are filled, too.
         attention_mask: [B, P]; None means no padding.
         config: Default: DenoiseConfig().
@@ -84,19 +89,27 @@ def denoise(
     known, net = facts(model), parts(model)
     config = (config or DenoiseConfig()).as_trained(known.soft_mask)
     quirks = DEFAULT if config.parity is None else PARITY[config.parity]
+    if known.uniform is not None:
+        check_uniform(config)
     real = _check(model, known, net, config, input_ids, attention_mask)
     end_ids = known.end_ids if config.end_ids is None else config.end_ids
 
     canvas = _Canvas(input_ids, config.gen_length, known.mask_id)
     reader = _Reader(net, known, config, real, canvas.given)
     softener = mk_softener(config.soften, **config.soften_args)
-    beliefs = _Beliefs(config, known, quirks, softener, end_ids, Draws(rng, len(input_ids), input_ids.device))
-    states = [canvas.ids] if history else None
+    draws = Draws(rng, len(input_ids), input_ids.device)
+    beliefs = _Beliefs(config, known, quirks, softener, end_ids, draws)
+    if known.uniform is None:
+        step, blocks = _step, _blocks(config, quirks, canvas.masked)
+    else:
+        step, blocks = _redraw, one_block(config, canvas.masked)
+        canvas.ids = random_tokens(canvas.ids, canvas.masked, known.uniform, known.vocab_size, draws)
     tail = canvas.ids.shape[1] - config.gen_length  # what is left of it is not streamed as generated
     if streamer is not None:
         streamer.put(input_ids.cpu())
 
-    for start, end, steps in _blocks(config, quirks, canvas.masked):
+    states = [canvas.ids] if history else None
+    for start, end, steps in blocks:
         block = canvas.begin(start, end, steps)
         rule = beliefs.rule(block)
         if not softener.carries:
@@ -104,7 +117,7 @@ def denoise(
         for index in itertools.count():
             if not rule.more(index, canvas.look(reader.forwards)):
                 break
-            seen = _step(canvas, reader, beliefs, softener, quirks, block, rule, index)
+            seen = step(canvas, reader, beliefs, softener, quirks, block, rule, index)
             if history:
                 states.append(canvas.ids)
             if callback is not None:
@@ -169,6 +182,23 @@ def _step(
             "where": where, "soft": soft}  # fmt: skip
 
 
+def _redraw(canvas: "_Canvas", reader: "_Reader", beliefs: "_Beliefs", softener: Softener, quirks: Quirks,
+            block: Block, rule: Redraw, index: int) -> dict:  # fmt: skip
+    """The same for a uniform-state model: every slot is drawn anew, in the rows that have a step left."""
+    asked = canvas.masked & rule.busy(index)[:, None]
+    rows, cols = asked.nonzero(as_tuple=True)
+    logits = reader(canvas.ids, 0, canvas.ids.shape[1], rows, cols)
+    token, prob = rule(index, logits, canvas.ids[rows, cols], rows, beliefs.draws.at(asked))
+    proposal = canvas.ids.index_put((rows, cols), token)
+    certain = canvas.spread(prob, rows, cols)
+    changed = asked if index == 0 else asked & (proposal != canvas.ids)
+    canvas.put(changed, proposal, certain, reader.forwards - 1)
+    canvas.bad = prob.isnan().any()
+    return {"step": reader.forwards - 1, "block": (block.start, block.end), "sequences": canvas.ids,
+            "committed": changed, "confidence": certain.masked_fill(~asked, torch.nan),
+            "where": None, "soft": None}  # fmt: skip
+
+
 class _Canvas:
     """The sequences, and what is known of each of their positions."""
 
@@ -176,7 +206,7 @@ class _Canvas:
         tail = input_ids.new_full((len(input_ids), gen_length), mask_id)
         self.mask_id = mask_id
         self.ids = torch.cat([input_ids, tail], 1).long()  # [B, L]; never written to, so that it can be handed out
-        self.masked = self.ids == mask_id
+        self.masked = self.ids == mask_id  # of a uniform-state model: what was a mask at the start
         self.given = ~self.masked
         self.at_start = self.masked.sum(-1)
         self.committed_at = torch.full_like(self.ids, -1)
@@ -207,10 +237,13 @@ class _Canvas:
         """[n] -> [B, L], -inf elsewhere."""
         return torch.full_like(self.confidence, -torch.inf).index_put((rows, cols), values)
 
+    def put(self, where: Tensor, tokens: Tensor, certain: Tensor, forward: int) -> None:
+        self.ids = torch.where(where, tokens, self.ids)
+        self.confidence = torch.where(where, certain, self.confidence)
+        self.committed_at = self.committed_at.masked_fill(where, forward)
+
     def commit(self, commit: Tensor, drop: Tensor | None, proposal: Tensor, certain: Tensor, forward: int) -> None:
-        self.ids = torch.where(commit, proposal, self.ids)
-        self.confidence = torch.where(commit, certain, self.confidence)
-        self.committed_at = self.committed_at.masked_fill(commit, forward)
+        self.put(commit, proposal, certain, forward)
         if drop is not None:
             self.ids = self.ids.masked_fill(drop, self.mask_id)
         self.masked = self.ids == self.mask_id
@@ -315,7 +348,9 @@ class _Beliefs:
         self.with_entropy = config.select == "entropy" or config.soften == "soft-mask"
         self.is_filtered = config.temperature > 0 or config.top_k is not None or config.top_p is not None
 
-    def rule(self, block: Block) -> Rule:
+    def rule(self, block: Block) -> Rule | Redraw:
+        if self.known.uniform is not None:
+            return Redraw(block, self.config, self.known.uniform, self.known.vocab_size)
         if self.quirks.rule is not None:
             make = self.quirks.rule
         elif self.config.remask is not None:

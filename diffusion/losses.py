@@ -83,6 +83,8 @@ def log_likelihood(
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples={samples} and batch_size={batch_size} must be at least 1")
     known, net = facts(model), parts(model)
+    if known.uniform is not None:
+        raise ValueError("the model's diffusion_process is uniform: a bound by masks says nothing about it")
     A, total, done = int(answer.sum()), 0.0, 0
     while done < samples:
         n = min(batch_size, samples - done)
@@ -108,8 +110,22 @@ def forward_masked(net, known, embeds: Tensor, attention_mask: Tensor | None, as
     return rows, net.head(hidden[rows, (cols - known.shift).clamp_min(0)])
 
 
-def uniform_rows(seed: int, step: int, rows: list[int], columns: int) -> Tensor:
+def uniform_rows(seed: int, step: int, rows: list[int], columns: int, *, stream: int = 0) -> Tensor:
     """Uniform numbers [len(rows), columns] float32 that depend on the seed, the step, the row's place in the global
-    batch and the column alone: padding, the number of processes and gradient accumulation change nothing."""
-    draws = [np.random.default_rng([seed, step, row]).random(columns, dtype=np.float32) for row in rows]
+    batch and the column alone: padding, the number of processes and gradient accumulation change nothing. Another
+    `stream` gives others."""
+    draws = [_numbers(seed, step, row, stream).random(columns, dtype=np.float32) for row in rows]
     return torch.from_numpy(np.stack(draws))
+
+
+def normal_rows(seed: int, step: int, rows: list[int], asked: Tensor, width: int, *, stream: int) -> Tensor:
+    """Standard normal numbers [n, width] float32 for the positions `asked` [len(rows), T] bool, n of them, that depend
+    on the same as those of `uniform_rows`."""
+    asked = asked.cpu()
+    draws = [_numbers(seed, step, row, stream).standard_normal((len(here), width), dtype=np.float32)
+             for row, here in zip(rows, asked, strict=True)]  # fmt: skip
+    return torch.from_numpy(np.stack(draws))[asked]
+
+
+def _numbers(seed: int, step: int, row: int, stream: int) -> np.random.Generator:
+    return np.random.default_rng([seed, step, row, stream] if stream else [seed, step, row])

@@ -39,6 +39,7 @@ from transformers.utils import cached_file
 from softar.models import FETCH, MNNS_WORDS, to_device, to_dtype, word_tokenizer
 
 from .head import HEAD_FILE, load_head
+from .process import PROCESS_FILE, UniformProcess, load_process, read_process
 
 # Regular expressions of LLaDA's parameter names, and Llama's in their place (read backwards when saving).
 LLADA_NAMES = {
@@ -152,6 +153,7 @@ class Facts(NamedTuple):
     shift: int  # the logits at position i are about position i + shift
     vocab_size: int
     soft_mask: dict | None  # `soften_args` of "soft-mask" as the model learnt them; None is a hard model
+    uniform: UniformProcess | None  # None is a model of masks
 
 
 class Parts(NamedTuple):
@@ -239,7 +241,9 @@ def facts(model: nn.Module) -> Facts:
     ends = _ends(plain(model))
     shift = config.logits_shift if isinstance(config, (LladaConfig, DreamConfig)) else 0
     soft_mask = config.soft_mask if "soft_mask" in config else None
-    return Facts(mask_id, ends[0] if ends else None, ends, shift, config.vocab_size, soft_mask)
+    named = config.diffusion_process if "diffusion_process" in config else None
+    uniform = read_process(named, mask_id, config.vocab_size)
+    return Facts(mask_id, ends[0] if ends else None, ends, shift, config.vocab_size, soft_mask, uniform)
 
 
 def parts(model: nn.Module) -> Parts:
@@ -380,6 +384,12 @@ def _adapter(folder: Path, *, dtype, **model_kwargs):
         raise ValueError(f"the adapter's {sorted(found.unexpected_keys)[:3]} are not in the model")
     if missing := [key for key in found.missing_keys if "lora_" in key]:
         raise ValueError(f"the adapter lacks {sorted(missing)[:3]} of the model: it was trained on another base")
+    if (named := load_process(folder)) is not None:  # without the file the process is that of the base
+        model.config.diffusion_process = named
+        try:
+            facts(model)
+        except ValueError as error:
+            raise ValueError(f"{PROCESS_FILE}: {error}") from None
     return wrapped, tokenizer
 
 

@@ -1,7 +1,8 @@
-"""Masked-diffusion SFT on TRL's trainer: LLaDA's, Dream's and BERT's objectives, hard or with soft masks.
+"""Diffusion SFT on TRL's trainer: LLaDA's, Dream's and BERT's objectives, hard or with soft masks, and Duo's.
 
 Soft-mask training (arXiv:2510.17206, section 4.2) reads a noisy row twice: once without gradient, for the model's
-belief about each mask, and once more with the masks showing that belief.
+belief about each mask, and once more with the masks showing that belief. The uniform objective (arXiv:2506.10892)
+replaces tokens by random ones instead, and every token of the answer is predicted: the right ones do not show.
 
 Shapes: B rows, T positions, V vocabulary, D width; n masked positions, flat, row by row.
 """
@@ -24,6 +25,7 @@ from softar.sft_data import SoftCollator
 from softar.soft import soft_embed
 
 from .config import DenoiseConfig
+from .duo import GaussianToDiscrete, tau_at
 from .evaluate import evaluate
 from .head import ALGORITHMS, SoftMaskHead, save_head
 from .losses import (
@@ -32,15 +34,20 @@ from .losses import (
     mask_at_rate,
     mask_share,
     masked_ce,
+    normal_rows,
     uniform_rows,
     weighted_sum,
 )
 from .models import LladaForMaskedDiffusion, facts, learn_head, llama_name, parts, plain
+from .process import PROCESS_FILE, UniformProcess, save_process
 from .select import Belief
 from .soften import Slots
+from .uniform import UNIFORM_LOSSES, Noisy, alphabet, draw_hard, draw_soft, uniform_loss
 
 RAW_HEAD = "soft_mask_head.safetensors"
 NOISES = {"rate": mask_at_rate, "share": mask_share}
+OBJECTIVES = ("masked", "uniform")
+REPLACEMENT, GAUSSIAN = 1, 2  # streams of random numbers
 
 
 @dataclass
@@ -48,10 +55,17 @@ class DiffusionSFTConfig(PlainSFTConfig):
     """TRL's SFTConfig plus the noise and the head. Without an accelerator it trains on the CPU in float32 by itself."""
 
     gradient_checkpointing: bool = opt(False, "Recompute activations to save memory.")
+    objective: str = opt("masked", "Noise to undo: 'masked' tokens, or 'uniform'ly random ones (Duo).")
+    uniform_loss: str = opt("nelbo", "Uniform: 'nelbo', a bound on the likelihood (Duo), or 'symmetric_kl'.")
+    curriculum: float = opt(0.0, "Uniform: share of the training, from its start, on Gaussian soft tokens.")
+    tau_start: float = opt(1e-1, "Curriculum: temperature of the soft tokens at the start.")
+    tau_end: float = opt(1e-2, "Curriculum: temperature at its end; then the tokens are hard.")
+    gamma_min: float = opt(-3.5, "Curriculum: log noise-to-signal ratio at t = 0; Duo's, for 30,000 tokens.")
+    gamma_max: float = opt(-1.75, "Curriculum: the same at t = 1; the smaller the vocabulary the larger, see duo.py.")
     noise: str = opt("rate", "'rate': each token masked with probability t (LLaDA). 'share': t of the tokens (BERT).")
     time_low: float = opt(0.0, "Least t.")
     time_high: float = opt(1.0, "Largest t.")
-    noise_eps: float = opt(1e-3, "The rate is (1 - eps) t + eps.")
+    noise_eps: float = opt(1e-3, "The rate is (1 - eps) t + eps; of 'uniform' it is (1 - eps) t.")
     normalise: str = opt("answer", "Weights of the loss: 'answer' (LLaDA's SFT), 'tokens' (pre-training), 'masks'.")
     train_padding: bool = opt(False, "Pad with end-of-text and train it as part of the answer, as LLaDA does.")
     softmasking_prob: float = opt(0.0, "Share of the steps that read the row twice; 0 is hard training.")
@@ -68,7 +82,8 @@ class DiffusionSFTConfig(PlainSFTConfig):
     def __post_init__(self):
         super().__post_init__()
         for name, known in (("noise", tuple(NOISES)), ("normalise", NORMALISATIONS),
-                            ("head_algorithm", tuple(ALGORITHMS))):  # fmt: skip
+                            ("head_algorithm", tuple(ALGORITHMS)), ("objective", OBJECTIVES),
+                            ("uniform_loss", UNIFORM_LOSSES)):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {known}")
         if not 0 <= self.time_low <= self.time_high <= 1:
@@ -82,8 +97,36 @@ class DiffusionSFTConfig(PlainSFTConfig):
         for name, least in (("eval_decode_rows", 0), ("eval_steps_decoded", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        self._check_uniform()
         if self.softmasking_prob:
             self.head()
+
+    def _check_uniform(self):
+        if not 0 <= self.curriculum <= 1:
+            raise ValueError(f"curriculum={self.curriculum} must lie in [0, 1]: a share of the training")
+        if self.objective == "masked":
+            idle = (("uniform_loss", "nelbo"), ("curriculum", 0.0))
+            remedy = "set objective='uniform', or leave it at"
+        else:
+            idle = (("softmasking_prob", 0.0), ("noise", "rate"))
+            remedy = "there are no masks to show or count, set it to"
+            if self.normalise == "masks":
+                raise ValueError(
+                    "normalise='masks' does not go with objective='uniform': set it to 'tokens' or 'answer'"
+                )
+        for name, value in idle:
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}={getattr(self, name)!r} does not go with objective={self.objective!r}: "
+                                 f"{remedy} {value!r}")  # fmt: skip
+        if self.curriculum:
+            if self.uniform_loss != "nelbo":
+                raise ValueError(f"curriculum={self.curriculum} needs uniform_loss='nelbo', not {self.uniform_loss!r}")
+            tau_at(0.0, self.tau_start, self.tau_end, self.curriculum)
+            self.gaussian(2)
+
+    def gaussian(self, vocab_size: int) -> GaussianToDiscrete:
+        """The schedule of the curriculum."""
+        return GaussianToDiscrete(vocab_size, self.gamma_min, self.gamma_max)
 
     def head(self) -> SoftMaskHead:
         return SoftMaskHead(k=self.head_k, scale=self.head_scale, centre=self.head_centre,
@@ -92,11 +135,12 @@ class DiffusionSFTConfig(PlainSFTConfig):
 
 
 class DiffusionSFTTrainer(SFTTrainer):
-    """TRL's SFTTrainer with a masked-diffusion loss in `compute_loss`.
+    """TRL's SFTTrainer with a diffusion loss in `compute_loss`.
 
     Takes the datasets that TRL takes, prompt-completion or language modelling; prompts are never masked. The model
     comes from `softar.diffusion.load`. With `softmasking_prob` a SoftMaskHead is trained along; each checkpoint holds
-    its values in transparency_config.json, from where `load` and `denoise` take them. With `score(answer, row)` every
+    its values in transparency_config.json, from where `load` and `denoise` take them. With objective="uniform" the
+    checkpoint says so in its config.json, an adapter in diffusion_process.json. With `score(answer, row)` every
     evaluation also decodes held-out rows.
     """
 
@@ -130,7 +174,20 @@ class DiffusionSFTTrainer(SFTTrainer):
             plain(self.model).add_module(
                 "soft_mask_head", self.head
             )  # so that DDP, the optimiser and checkpoints see it
+        self._was_uniform = known.uniform is not None
+        self.process = self._process() if args.objective == "uniform" else None
+        plain(self.model).config.diffusion_process = None if self.process is None else self.process.settings()
         self._micro = 0
+
+    def _process(self) -> UniformProcess:
+        """Without the mask, padding, and rows of the embedding that belong to no token."""
+        known, tokenizer = self._known, self.processing_class
+        left_out = {known.mask_id, *range(len(tokenizer), known.vocab_size)}
+        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in known.end_ids:
+            left_out.add(tokenizer.pad_token_id)
+        if known.vocab_size - len(left_out) < 2:
+            raise ValueError(f"objective='uniform' needs 2 tokens or more beside {sorted(left_out)}, mask and padding")
+        return UniformProcess(self.args.noise_eps, tuple(sorted(left_out)))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._micro = 0
@@ -151,8 +208,19 @@ class DiffusionSFTTrainer(SFTTrainer):
             raise ValueError(
                 f"row {int((~maskable.any(1)).nonzero()[0])} of the batch has no token to mask: no completion"
             )
+        compute = self._masked_loss if self.process is None else self._uniform_loss
+        each, rows, rate, changed, logits, nothing = compute(model, unwrapped, ids, mask, maskable)
+        total, divisor = weighted_sum(each, rows, rate, maskable.sum(1), args.normalise)
+        if training and self.accelerator.num_processes > 1:  # DDP takes the mean of the processes' losses
+            divisor = self.accelerator.reduce(divisor, "mean")
+        loss = total / divisor + nothing
+        self._note(training, changed.float().mean() if training else None)
+        return (loss, CausalLMOutput(logits=logits)) if return_outputs else loss
+
+    def _masked_loss(self, model, unwrapped, ids: Tensor, mask: Tensor | None, maskable: Tensor) -> tuple:
+        """-> losses [n] and their rows [n], rate [B], the masks [B, T], logits [n, V], 0."""
         rate, noise, twice = self._draw(maskable)
-        masked = NOISES[args.noise](maskable, rate, noise)
+        masked = NOISES[self.args.noise](maskable, rate, noise)
         noisy = ids.masked_fill(masked, self._known.mask_id)
 
         # PEFT hands its argument on by the name that a model has for it, with others beside.
@@ -168,13 +236,46 @@ class DiffusionSFTTrainer(SFTTrainer):
             return rows, logits, nothing
 
         rows, logits, nothing = _ForwardRedirection()(model, unwrapped, forward, noisy)
-        ce = masked_ce(logits, ids[masked])
-        total, divisor = weighted_sum(ce, rows, rate, maskable.sum(1), args.normalise)
-        if training and self.accelerator.num_processes > 1:  # DDP takes the mean of the processes' losses
-            divisor = self.accelerator.reduce(divisor, "mean")
-        loss = total / divisor + nothing
-        self._note(training, masked.float().mean() if training else None)
-        return (loss, CausalLMOutput(logits=logits)) if return_outputs else loss
+        return masked_ce(logits, ids[masked]), rows, rate, masked, logits, nothing
+
+    def _uniform_loss(self, model, unwrapped, ids: Tensor, mask: Tensor | None, maskable: Tensor) -> tuple:
+        """As `_masked_loss`, about every maskable position, each of weight 1."""
+        letters = alphabet(self.process, self._known.vocab_size, ids.device)
+        if bool((wrong := letters.place[ids].lt(0) & maskable).any()):
+            raise ValueError(
+                f"a completion holds token {int(ids[wrong][0])}, which objective='uniform' leaves out (the mask, or "
+                f"padding): take it out of the data, or pad with another token"
+            )
+        noisy = self._corrupt(ids, maskable, letters)
+
+        def forward(input_ids: Tensor, **_) -> tuple[Tensor, Tensor]:
+            net = parts(unwrapped)
+            embeds = net.embedding(input_ids)
+            if noisy.soft is not None:
+                shown = soft_embed(noisy.soft, net.embedding).to(embeds.dtype)
+                embeds = embeds.masked_scatter(maskable[..., None], shown)
+            return forward_masked(net, self._known, embeds, mask, maskable)
+
+        rows, logits = _ForwardRedirection()(model, unwrapped, forward, noisy.ids)
+        each = uniform_loss(self.args.uniform_loss, logits, ids[maskable], noisy.ids[maskable], noisy.alpha[rows],
+                            noisy.dalpha[rows], letters)  # fmt: skip
+        return each, rows, torch.ones_like(noisy.alpha), noisy.ids != ids, logits, 0.0
+
+    def _corrupt(self, ids: Tensor, maskable: Tensor, letters) -> Noisy:
+        """An evaluation is always about hard tokens: its losses can be compared over the training."""
+        args = self.args
+        step, places = self._place(len(ids))
+        numbers = uniform_rows(args.seed, step, places, ids.shape[1] + 1).to(ids.device)
+        t = args.time_low + (args.time_high - args.time_low) * numbers[:, 0]
+        tau = 0.0
+        if self.model.training and args.curriculum:
+            tau = tau_at(min(1.0, step / self.state.max_steps), args.tau_start, args.tau_end, args.curriculum)
+        if tau:
+            U = len(letters.ids)
+            noise = normal_rows(args.seed, step, places, maskable, U, stream=GAUSSIAN).to(ids.device)
+            return draw_soft(ids, maskable, t, noise, tau, args.gaussian(U), letters)
+        tokens = uniform_rows(args.seed, step, places, ids.shape[1], stream=REPLACEMENT).to(ids.device)
+        return draw_hard(ids, maskable, t, numbers[:, 1:], tokens, letters, self.process.eps)
 
     def _mix(self, net, embeds: Tensor, mask: Tensor | None, masked: Tensor) -> Tensor:
         """[n, D] what the masked slots show: the belief of a pass without gradient, mixed by the head with one."""
@@ -193,25 +294,28 @@ class DiffusionSFTTrainer(SFTTrainer):
         """Rates [B], uniform numbers [B, T], and whether this step reads twice. They depend on the seed, the step and
         the row's place in the global batch: a resumed run or another number of processes draws the same."""
         args, micro = self.args, self._micro
-        self._micro += 1
-        B, T = maskable.shape
-        training = self.model.training
-        rows = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        first = (micro * world + rank) * rows
-        step = self.state.global_step if training else 2**31  # an evaluation always sees the same noise
-        numbers = uniform_rows(args.seed, step, list(range(first, first + B)), T + 1).to(maskable.device)
+        step, places = self._place(len(maskable))
+        numbers = uniform_rows(args.seed, step, places, maskable.shape[1] + 1).to(maskable.device)
         time = args.time_low + (args.time_high - args.time_low) * numbers[:, 0]
         twice = self.head is not None
-        if training and twice:
+        if self.model.training and twice:
             twice = float(uniform_rows(args.seed, step, [2**31 - 1 - micro], 1)) < args.softmasking_prob
         return (1 - args.noise_eps) * time + args.noise_eps, numbers[:, 1:], twice
+
+    def _place(self, B: int) -> tuple[int, list[int]]:
+        """The step, and where the rows of the next micro-batch lie in its global batch."""
+        training, micro = self.model.training, self._micro
+        self._micro += 1
+        rows = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * rows
+        # An evaluation always sees the same noise.
+        return (self.state.global_step if training else 2**31), list(range(first, first + B))
 
     def _note(self, training: bool, share: Tensor | None) -> None:
         if not training or (self.state.global_step + 1) % max(1, int(self.state.logging_steps)):
             return  # a step that is not logged need not wait for the device
         metrics = self._metrics["train"]
-        metrics["masked"].append(share.item())
+        metrics["masked" if self.process is None else "replaced"].append(share.item())
         if self.head is not None:
             for name, value in self.head.values().items():
                 metrics[f"head_{name}"].append(value.item())
@@ -257,6 +361,11 @@ class DiffusionSFTTrainer(SFTTrainer):
             folder = Path(output_dir or self.args.output_dir)
             save_head(self.head.settings(), folder)
             save_file(self.head.state_dict(), folder / RAW_HEAD)  # what resuming goes on from, to the bit
+        if plain(self.model) is not self.model and self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / PROCESS_FILE).unlink(missing_ok=True)
+            if self.process is not None or self._was_uniform:  # or the adapter would take over its base's
+                save_process(self.process, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         inner = plain(self.model)

@@ -48,9 +48,13 @@ HERE = Path(__file__).parent
 TWICE = 0.8  # share of the steps that read a row twice (arXiv:2510.17206 finds 80 % best)
 # Fields that make a row of the table what it is; everything else (data, steps, size) is common to all.
 ROWS = {
-    "hard": dict(softmasking_prob=0.0),
-    "hard-long": dict(softmasking_prob=0.0),  # as many forwards as soft-mask: 1 + TWICE times the steps
-    "soft-mask": dict(softmasking_prob=TWICE),
+    "hard": dict(objective="masked", softmasking_prob=0.0),
+    "hard-long": dict(
+        objective="masked", softmasking_prob=0.0
+    ),  # as many forwards as soft-mask: 1 + TWICE times the steps
+    "soft-mask": dict(objective="masked", softmasking_prob=TWICE),
+    # Every token of the answer is predicted, none is a mask: the mean is over all of them.
+    "duo": dict(objective="uniform", softmasking_prob=0.0, normalise="tokens"),
 }
 GROUPS = {"demo": ["hard", "soft-mask"], "all": list(ROWS)}
 CONFIGS = {"latin": HERE / "configs" / "latin.yaml", "mnns": HERE / "configs" / "mnns_diffusion.yaml"}
@@ -73,7 +77,7 @@ class DiffusionScriptArguments(ScriptArguments):
         default=None,
         metadata={
             "help": f"What to train: demo, all, or names with commas out of {', '.join(ROWS)}; each sets its own "
-            "softmasking_prob. Default: one run as the options say."
+            "objective and softmasking_prob. Default: one run as the options say."
         },
     )
     num_seeds: int = field(default=1, metadata={"help": "Train every row with this many seeds, from --seed on."})
@@ -169,7 +173,8 @@ def train_row(name, args, task, schedules, model_args, from_causal):
 
 
 def decode_all(trainer, task, schedules, seed):
-    """The held-out rows under every decoding: hard, and softly as the model was trained, or else without training."""
+    """The held-out rows under every decoding: hard, and softly as the model was trained, or else without training.
+    A uniform-state model shows no masks, and steps more than its slots are of use to it."""
     from softar.diffusion.config import DenoiseConfig
     from softar.diffusion.evaluate import evaluate
 
@@ -177,9 +182,13 @@ def decode_all(trainer, task, schedules, seed):
     learnt = {} if trainer.head is None else trainer.head.settings()
     decoders = {"hard": {}, "soft-token" if trainer.head is None else "soft-mask": learnt}
     slots = slots_of(task, tokenizer)
+    if trainer.process is not None:
+        decoders, schedules = {"hard": {}}, ["uniform"]
     for schedule in schedules:
         budgets = BUDGETS[schedule]
-        if schedule == "uniform":
+        if trainer.process is not None:
+            budgets = sorted({*budgets, slots})
+        elif schedule == "uniform":
             budgets = [b for b in budgets if b < slots] + [slots]
         for decoder, settings in decoders.items():
             for budget in budgets:
@@ -223,7 +232,12 @@ def check_input(script, training, mixture):
     task = dataclasses.replace(task, train=last_answers(task.train), test=last_answers(task.test))
     check_writable(training.output_dir)
     for name in names:
-        row_config(training, name, training.seed, training.output_dir).__post_init__()
+        args = row_config(training, name, training.seed, training.output_dir)
+        args.__post_init__()
+        if args.objective == "uniform" and "uniform" not in schedules:
+            raise ValueError(
+                f"schedules={script.schedules!r}: a model of objective='uniform' decodes with 'uniform' only"
+            )
     check_resume(training, is_single=names == [CUSTOM] and script.num_seeds == 1)
     return names, schedules, task
 
