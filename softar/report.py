@@ -80,10 +80,54 @@ def results_table(rows: list[dict], title: str | None = None) -> Table:
     return table
 
 
-def _spread(values: list[float], digits: int) -> str:
+def gain_table(rows: list[dict], title: str | None = None) -> Table:
+    """RL: one line per policy, its accuracy before and after and the difference; over several seeds mean and standard
+    deviation, that of the difference seed by seed."""
+    table = Table(title=title)
+    table.add_column("policy", no_wrap=True)
+    for column in ("before", "after", "gain", "forwards", "steps", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for decoder in dict.fromkeys(row["decoder"] for row in rows):
+        mine = {stage: [row for row in rows if (row["decoder"], row["stage"]) == (decoder, stage)]
+                for stage in ("before", "after")}  # fmt: skip
+        values = {stage: {row["seed"]: row["accuracy"] for row in lines} for stage, lines in mine.items()}
+        gains = [after - values["before"][seed] for seed, after in values["after"].items()]
+        cells = [_spread(list(values["before"].values()), 3), _spread(list(values["after"].values()), 3)]
+        cells.append(_spread(gains, 3, sign="+"))
+        cells += [_spread([row[key] for row in mine["after"]], 0)
+                  for key in ("nfe", "train_steps", "train_seconds")]  # fmt: skip
+        table.add_row(decoder, *cells)
+    return table
+
+
+def plot_rewards(rows: list[dict], file: str | Path, title: str = "") -> Path:
+    """The reward of the rollouts over the training steps: a thin line per seed, the mean thick, a colour per policy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
+    for i, decoder in enumerate(dict.fromkeys(row["decoder"] for row in rows)):
+        curves = [dict(row["rewards"]) for row in rows if row["decoder"] == decoder and "rewards" in row]
+        if len(curves) > 1:
+            for curve in curves:
+                axes.plot(list(curve), list(curve.values()), color=f"C{i}", linewidth=0.6, alpha=0.5)
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))  # logged by every seed
+        mean = [statistics.mean(curve[step] for curve in curves) for step in steps]
+        axes.plot(steps, mean, color=f"C{i}", linewidth=1.8, label=decoder)
+    axes.set(xlabel="training step", ylabel="mean reward of the rollouts", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="policy", frameon=False)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return Path(file)
+
+
+def _spread(values: list[float], digits: int, sign: str = "") -> str:
     if not values:
         return ""
-    text = f"{statistics.mean(values):.{digits}f}"
+    text = f"{statistics.mean(values):{sign}.{digits}f}"
     return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
 
 

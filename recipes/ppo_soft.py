@@ -1,0 +1,46 @@
+# /// script
+# dependencies = ["softar[rewards]"]
+# ///
+"""
+PPO on a soft policy: it thinks in means of k sampled tokens, writes a discrete answer and learns from its reward.
+
+# The demo: MNNS from a briefly trained policy; before and after, soft (3 draws) against discrete (1) at equal forwards
+accelerate launch recipes/ppo_soft.py
+accelerate launch recipes/ppo_soft.py --rows soft,hard --num_seeds 3
+
+# An instruct model of 1.5B on one GPU, with LoRA; SmolLM2-135M on a CPU for a few steps
+accelerate launch recipes/ppo_soft.py --config recipes/configs/ppo_instruct_1b.yaml
+accelerate launch recipes/grpo_soft.py --config recipes/configs/grpo_smollm2_cpu.yaml
+
+# Any causal LM on any dataset with a column 'prompt', rewarded by one of TRL's functions or one of yours
+accelerate launch recipes/ppo_soft.py \
+    --model_name_or_path deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --dataset_name trl-lib/DeepMath-103K \
+    --reward_funcs accuracy_reward --think_end '</think>' --think_steps 1024 --max_completion_length 1536 \
+    --use_peft --learning_rate 1e-5 --output_dir runs/ppo-deepmath
+
+# Go on where an interrupted run stopped; without this a run starts anew and moves old checkpoints into _earlier
+accelerate launch recipes/ppo_soft.py --resume_from_checkpoint true
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from softar.rl.config import SoftPPOConfig
+from softar.rl.recipe import run
+
+HERE, PROGRAM = Path(__file__).parent, Path(__file__).name
+
+
+@dataclass
+class RecipeConfig(SoftPPOConfig):
+    output_dir: str | None = field(default="runs/ppo_soft", metadata={"help": "Checkpoints, results.json, plot."})
+
+
+def make_trainer(*given, **options):
+    from softar.rl.ppo import SoftPPOTrainer  # slow to import: not before the input has been checked
+
+    return SoftPPOTrainer(*given, **options)
+
+
+if __name__ == "__main__":
+    run(PROGRAM, RecipeConfig, make_trainer, HERE / "configs" / "mnns_ppo.yaml")
