@@ -25,8 +25,8 @@ from softar.tasks import load_task
 
 CONFIGS = ROOT / "recipes" / "configs"
 ALGORITHMS = ("grpo", "ppo")
-QUICK = dict(sft_steps=60, max_steps=2, task_size=64, per_device_train_batch_size=16, num_generations=4, logging_steps=1,
-             save_steps=1, eval_draws=2, eval_rows=40, disable_tqdm="true")  # fmt: skip
+QUICK = dict(sft_steps=60, max_steps=2, task_size=64, per_device_train_batch_size=16, num_generations=4,
+             logging_steps=1, save_steps=1, eval_draws=2, eval_rows=40, disable_tqdm="true")  # fmt: skip
 LINE = {
     "task": str, "model": str, "algorithm": str, "decoder": str, "draws": int, "stage": str, "seed": int, "n": int,
     "accuracy": float, "nfe": float, "token_forwards": float, "tokens_per_s": float, "seconds": float,
