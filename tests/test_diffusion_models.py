@@ -385,13 +385,13 @@ def dream_tokenizer(folder):
 @pytest.mark.parametrize(("kind", "shift"), [("llada", 0), ("Dream", 1)])
 def test_facts_without_a_tokenizer(kind, shift, tmp_path):
     model, _ = load(write(tmp_path, stock(kind), kind))
-    assert facts(model) == (MASK, EOS, (EOS,), shift, VOCAB, None)
+    assert facts(model) == (MASK, EOS, (EOS,), shift, VOCAB, None, None)
 
 
 def test_llada_with_its_tokenizer(tmp_path):
     llada_tokenizer().save_pretrained(write(tmp_path, stock()))
     model, tokenizer = load(tmp_path)
-    assert facts(model) == (MASK, EOS, (EOS, EOT), 0, VOCAB, None)
+    assert facts(model) == (MASK, EOS, (EOS, EOT), 0, VOCAB, None, None)
     assert (tokenizer.mask_token, tokenizer.mask_token_id) == ("<|mdm_mask|>", MASK)
     assert (tokenizer.padding_side, tokenizer.pad_token_id) == ("left", EOS)
     chat = [{"role": "user", "content": " Hi\n"}]
@@ -420,7 +420,7 @@ def test_dream_with_its_tokenizer(tmp_path):
     """Its class is remote code; Qwen2's reads the same files."""
     dream_tokenizer(write(tmp_path, stock("Dream"), "Dream"))
     model, tokenizer = load(tmp_path)
-    assert facts(model) == (MASK, EOS, (EOS, EOT), 1, VOCAB, None)
+    assert facts(model) == (MASK, EOS, (EOS, EOT), 1, VOCAB, None, None)
     assert (tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.padding_side) == (MASK, EOS, "left")
     assert tokenizer("ab c<|mask|><|im_end|>")["input_ids"] == [27, 26, 2, MASK, EOT]
     assert tokenizer.decode([27, 26, 2]) == "ab c"
@@ -504,7 +504,7 @@ def test_masked_language_models_load_through_the_same_door(arch, tmp_path):
     model, tokenizer = load(tmp_path)
     assert type(model) is type(reference) and not model.training
     eos = {"bert": 3, "roberta": 2, "modernbert": 3}[arch]
-    assert facts(model) == (4, eos, (eos,), 0, 40, None)
+    assert facts(model) == (4, eos, (eos,), 0, 40, None, None)
     assert tokenizer.padding_side == "left" and tokenizer.mask_token_id == 4
     batch = tokenizer(["w5 w6 w7 w8 w9 w10", f"w11 {tokenizer.mask_token} w13"], padding=True, return_tensors="pt")
     x, mask = batch["input_ids"], batch["attention_mask"]
@@ -574,7 +574,7 @@ def test_adapter_folder_loads_base_and_adapter(kind, own_tokenizer, tmp_path):
     again, tokenizer = load(adapter)
     assert type(again).__name__ == "PeftModelForCausalLM" and not again.training
     assert torch.equal(by_parts(again, ids()), by_parts(wrapped, ids()))
-    assert facts(again) == facts(wrapped) == (MASK, EOS, (EOS, EOT), KINDS.index(kind), VOCAB, None)
+    assert facts(again) == facts(wrapped) == (MASK, EOS, (EOS, EOT), KINDS.index(kind), VOCAB, None, None)
     assert (tokenizer.mask_token_id, tokenizer.padding_side) == (MASK, "left")
     assert (tokenizer.chat_template == "mine") == own_tokenizer
     assert load(adapter, dtype="bfloat16")[0].dtype == torch.bfloat16

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_rl_trainers import logged, trainer, words
@@ -46,6 +47,8 @@ def main(folder):
         found = train(folder, name, int(os.environ["WORLD_SIZE"]))
         if os.environ["RANK"] == "0":
             save_file({key: value.contiguous() for key, value in found.items()}, folder / f"{name}.safetensors")
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()  # a process that leaves while gloo's threads run may abort
 
 
 @pytest.fixture(scope="module")
