@@ -1,5 +1,6 @@
 """Uniform-state diffusion in the trainer and in the loop: loss, noise, checkpoints, redraws, repair."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,14 +14,15 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from softar.diffusion import DenoiseConfig, denoise
-from softar.diffusion.duo import log_linear, posterior
+from softar.diffusion.duo import GaussianToDiscrete, log_linear, posterior
 from softar.diffusion.losses import forward_masked, log_likelihood, normal_rows, uniform_rows
 from softar.diffusion.models import LladaConfig, LladaForMaskedDiffusion, facts, load, parts
 from softar.diffusion.process import PROCESS_FILE, UniformProcess
 from softar.diffusion.schedules import Block
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
-from softar.diffusion.uniform import Redraw, alphabet, uniform_loss
+from softar.diffusion.uniform import Redraw, alphabet, draw_soft, uniform_loss
 from softar.models import word_tokenizer
+from softar.tasks import load_task
 
 # The mask stands in the middle, so that a number of the process is no token id.
 WORDS = ["<pad>", "<bos>", "a", "b", "<mask>", "c", "d", "e", "f", "<eos>"]
@@ -202,6 +204,41 @@ def test_the_curriculum_goes_from_soft_to_hard(tmp_path, runs):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+def test_soft_tokens_keep_what_their_alpha_says():
+    """Off the Gaussian, a token is its own with chance alpha + (1 - alpha) / U of the alpha that the loss is told."""
+    letters = alphabet(UniformProcess(1e-3, (PAD, MASK)), len(WORDS), torch.device("cpu"))
+    schedule, t = GaussianToDiscrete(len(letters.ids), -3.0, 6.0), torch.tensor([0.2, 0.6])
+    ids = torch.tensor(LETTERS * 500).expand(2, -1)
+    maskable = torch.ones_like(ids, dtype=torch.bool)
+    noise = torch.randn(ids.numel(), 8, generator=seeded())
+    noisy = draw_soft(ids, maskable, t, noise, 0.1, schedule, letters)
+    want = noisy.alpha + (1 - noisy.alpha) / 8
+    error = (want * (1 - want) / ids.shape[1]).sqrt()
+    assert (((noisy.ids == ids).float().mean(1) - want).abs() < 5 * error).all()
+    torch.testing.assert_close((noisy.alpha, noisy.dalpha), schedule(t))
+    assert noisy.alpha[0] > noisy.alpha[1] + 0.3
+
+
+def test_what_a_token_becomes_says_nothing_of_its_neighbours(tmp_path, runs):
+    """Whether to replace and by what are independent draws, of the neighbouring positions, too."""
+    trainer = trainer_of(*tiny(tmp_path), runs, tmp_path)
+    ids = torch.full((16, 1500), LETTERS[0])
+    letters = alphabet(trainer.process, len(WORDS), ids.device)
+    z = trainer._corrupt(ids, torch.ones_like(ids, dtype=torch.bool), letters).ids
+    place, left = letters.place[z][:, 1:].float(), (z != ids)[:, :-1]
+    replaced = z[:, 1:] != LETTERS[0]
+    one, other = place[replaced & left], place[replaced & ~left]
+    error = math.sqrt(one.var() / len(one) + other.var() / len(other))
+    assert min(len(one), len(other)) > 2000 and abs(one.mean() - other.mean()) < 5 * error
+
+
+def test_rows_of_the_embedding_without_a_token_are_left_out(tmp_path, runs):
+    model, tokenizer = tiny(tmp_path)
+    model.resize_token_embeddings(len(WORDS) + 2)
+    trainer = trainer_of(model, tokenizer, runs, tmp_path)
+    assert trainer.process.left_out == (PAD, MASK, 10, 11) and facts(model).uniform == trainer.process
+
+
 @pytest.mark.parametrize("options", [{}, CURRICULUM, dict(uniform_loss="symmetric_kl")])
 def test_resume_is_exact(tmp_path, runs, options):
     def made(name, **changes):
@@ -345,6 +382,17 @@ def test_a_row_of_the_recipe_needs_its_schedule(tmp_path):
         recipe["check_input"](script, training, trl.DatasetMixtureConfig())
 
 
+def test_the_recipe_decodes_a_uniform_model_hard_and_in_more_steps_than_slots(tmp_path):
+    recipe = runpy.run_path(str(Path(__file__).parent.parent / "recipes" / "sft_diffusion.py"))
+    task = load_task("mnns", size=32)
+    task = dataclasses.replace(task, test=task.test.select(range(8)))
+    trainer = trainer_of(*load("mnns-diffusion-tiny", seed=0), task.train, tmp_path, max_steps=1)
+    rows = list(recipe["decode_all"](trainer, task, ["uniform", "pyramid"], 0))
+    assert [(r["decoder"], r["schedule"], r["budget"], r["nfe"]) for r in rows] == [
+        ("hard", "uniform", steps, steps) for steps in (4, 5, 8, 12)
+    ]
+
+
 # -- the loop ---------------------------------------------------------------------------------------------------------
 
 M = MASK
@@ -398,10 +446,11 @@ def logits_of(model, ids, slots):
         return forward_masked(net, facts(model), net.embedding(ids), None, slots)[1]
 
 
-def test_the_last_step_is_greedy_and_the_others_draw_from_the_posterior(tmp_path):
+@pytest.mark.parametrize("options", [dict(temperature=1.0), dict(temperature=0.0), dict(temperature=0.7, top_k=1)])
+def test_the_last_step_is_greedy_and_the_others_draw_from_the_posterior(tmp_path, options):
     model = untrained(tmp_path)
     ids = CANVAS[2:].repeat(400, 1)
-    config = DenoiseConfig(gen_length=0, steps=2, temperature=1.0)
+    config = DenoiseConfig(gen_length=0, steps=2, **options)
     out = denoise(model, ids, config=config, rng=seeded(), history=True)
     slots, inside = ids == M, torch.tensor([1, 2, 3, 5, 6, 7, 8, 9])
     start, middle, end = out.states
@@ -410,7 +459,13 @@ def test_the_last_step_is_greedy_and_the_others_draw_from_the_posterior(tmp_path
     # the mean of the posteriors is the share of each token: 2400 draws, five standard errors
     place = alphabet(facts(model).uniform, len(WORDS), torch.device("cpu")).place
     alphas = [log_linear(torch.tensor(t, dtype=torch.float64), 1e-3)[0] for t in (0.5, 1.0)]
-    want = posterior(logits_of(model, start, slots)[:, inside].double().softmax(-1), place[start[slots]], *alphas)
+    logits = logits_of(model, start, slots)[:, inside].double()
+    if options["temperature"] == 0:
+        probs = torch.nn.functional.one_hot(logits.argmax(-1), 8).double()
+    else:
+        least = logits.topk(options.get("top_k", 8)).values[:, -1:]
+        probs = (logits.masked_fill(logits < least, -torch.inf) / options["temperature"]).softmax(-1)
+    want = posterior(probs, place[start[slots]], *alphas)
     found = (middle[slots][:, None] == inside).double()
     error = (want * (1 - want)).sum(0).sqrt() / len(want)
     assert ((found.mean(0) - want.mean(0)).abs() < 5 * error).all()
