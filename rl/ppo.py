@@ -83,8 +83,7 @@ class SoftPPOTrainer(SoftGRPOTrainer):
             logits = self._logits(model, batch)
         finally:
             hook.remove()
-        steps = logits.shape[1]
-        hidden = seen[0][:, -steps - 1 : -1] if seen[0].shape[1] > steps else seen[0]
+        hidden = seen[0][:, -logits.shape[1] :]  # a model that makes all logits has the replay's last ones here too
         return logits, model.v_head(hidden.float())[..., 0]
 
     def _compute_loss(self, model, inputs):
