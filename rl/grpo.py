@@ -322,11 +322,12 @@ class SoftGRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         with no_interrupt():
-            super()._save_checkpoint(model, trial)
+            # First: trainer_state.json, which comes last in what follows, is what says that a checkpoint is whole
             every = self.args.steps_per_generation * self.num_iterations
             rest = self._buffered_inputs if self._step % every else []  # rollouts that later steps still read
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
             save_rollouts(folder / ROLLOUTS.format(rank=self.accelerator.process_index), self._step, rest)
+            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_resume(resume_from_checkpoint, self.args)

@@ -81,11 +81,11 @@ def results_table(rows: list[dict], title: str | None = None) -> Table:
 
 
 def gain_table(rows: list[dict], title: str | None = None) -> Table:
-    """RL: one line per policy, its accuracy before and after and the difference; over several seeds mean and standard
-    deviation, that of the difference seed by seed."""
+    """RL: one line per policy, its accuracy before and after and the difference, which is taken seed by seed; over
+    several seeds mean and standard deviation."""
     table = Table(title=title)
     table.add_column("policy", no_wrap=True)
-    for column in ("before", "after", "gain", "forwards", "steps", "seconds"):
+    for column in ("before", "after", "gain", "forwards"):
         table.add_column(column, justify="right", no_wrap=True)
     for decoder in dict.fromkeys(row["decoder"] for row in rows):
         mine = {stage: [row for row in rows if (row["decoder"], row["stage"]) == (decoder, stage)]
@@ -93,9 +93,7 @@ def gain_table(rows: list[dict], title: str | None = None) -> Table:
         values = {stage: {row["seed"]: row["accuracy"] for row in lines} for stage, lines in mine.items()}
         gains = [after - values["before"][seed] for seed, after in values["after"].items()]
         cells = [_spread(list(values["before"].values()), 3), _spread(list(values["after"].values()), 3)]
-        cells.append(_spread(gains, 3, sign="+"))
-        cells += [_spread([row[key] for row in mine["after"]], 0)
-                  for key in ("nfe", "train_steps", "train_seconds")]  # fmt: skip
+        cells += [_spread(gains, 3, sign="+"), _spread([row["nfe"] for row in mine["after"]], 0)]
         table.add_row(decoder, *cells)
     return table
 

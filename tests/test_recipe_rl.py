@@ -126,7 +126,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, 
     process = subprocess.Popen([sys.executable, recipe(algorithm), *argv(cut, **options)], env=ENV, cwd="/",
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     deadline = time.monotonic() + 120
-    while not (place / "checkpoint-3/trainer_state.json").exists() and time.monotonic() < deadline:
+    last = place / "checkpoint-3" / "trainer_state.json"  # says that a checkpoint is whole
+    while not (last.exists() and last.read_text().endswith("}\n")) and time.monotonic() < deadline:
         assert process.poll() in (None, 0)
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -146,6 +147,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, 
         (r["stage"], r["accuracy"], r.get("rewards")) for r in rows_of(whole)
     ]
     capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):  # not as another policy
+        run_here(
+            monkeypatch, algorithm, *argv(cut, **options | dict(soft_k=2, max_steps=9, resume_from_checkpoint="true"))
+        )
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"{algorithm}_soft.py: error: ") and "another policy" in error
 
 
 # -- other models, tasks, rewards -----------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from softar.report import (
     PACKAGES,
     commit,
     device,
+    gain_table,
     nfe_table,
     plot_accuracy,
     plot_nfe,
+    plot_rewards,
     results_table,
     thought_table,
     write_results,
@@ -129,6 +131,49 @@ def test_accuracy_is_drawn_over_the_measured_forwards(tmp_path, monkeypatch):
     assert errors == ([pytest.approx(0.1414, abs=1e-4), 0.0], [0.0], [0.0])
     assert panels[0] is panels[1] and panels[1] is not panels[2]
     assert [axes.get_title() for axes in panels] == ["confidence", "confidence", "threshold"]
+
+
+def rl_rows(decoder, seed, before, after, **changes):
+    lines = [row(decoder, None, a, stage=s, seed=seed, **changes) for s, a in (("before", before), ("after", after))]
+    lines[1]["rewards"] = [[10, before], [20 + seed, 0.5], [30, after]]
+    return lines
+
+
+def test_a_gain_is_that_of_each_seed():
+    """Its spread is not that of the two columns: here every seed gains the same."""
+    rows = [*rl_rows("k-samples", 0, 0.4, 0.6), *rl_rows("k-samples", 1, 0.6, 0.8), *rl_rows("discrete", 0, 0.5, 0.25)]
+    head, lines = cells_of(gain_table(rows, title="mnns"))
+    assert head == ["policy", "before", "after", "gain", "forwards"]
+    assert lines == [
+        ("k-samples", "0.500 ± 0.141", "0.700 ± 0.141", "+0.200 ± 0.000", "5 ± 0"),
+        ("discrete", "0.500", "0.250", "-0.250", "5"),
+    ]
+    console = Console(file=io.StringIO(), width=80)  # of a plain terminal
+    console.print(gain_table(rows))
+    assert "+0.200 ± 0.000" in console.file.getvalue() and "…" not in console.file.getvalue()
+
+
+def test_reward_curves_show_each_seed_and_the_mean_of_the_steps_that_all_have(tmp_path, monkeypatch):
+    import matplotlib.axes
+
+    drawn = []
+    plain = matplotlib.axes.Axes.plot
+
+    def plot(axes, x, y, **look):
+        drawn.append((list(x), list(y), look.get("label"), look["color"]))
+        return plain(axes, x, y, **look)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", plot)
+    rows = [*rl_rows("k-samples", 0, 0.4, 0.6), *rl_rows("k-samples", 1, 0.6, 0.8), *rl_rows("discrete", 0, 0.5, 0.25)]
+    file = plot_rewards(rows, tmp_path / "rewards.png", title="mnns")
+    assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [(x, label, color) for x, _, label, color in drawn] == [
+        ([10, 20, 30], None, "C0"),
+        ([10, 21, 30], None, "C0"),
+        ([10, 30], "k-samples", "C0"),
+        ([10, 20, 30], "discrete", "C1"),
+    ]
+    assert drawn[2][1] == pytest.approx([0.5, 0.7]) and drawn[3][1] == [0.5, 0.5, 0.25]
 
 
 def test_results_hold_where_they_come_from(tmp_path):
