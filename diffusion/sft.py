@@ -177,6 +177,8 @@ class DiffusionSFTTrainer(SFTTrainer):
         self._was_uniform = known.uniform is not None
         self.process = self._process() if args.objective == "uniform" else None
         plain(self.model).config.diffusion_process = None if self.process is None else self.process.settings()
+        if self.process is not None:
+            self._letters = alphabet(self.process, known.vocab_size, self.accelerator.device)
         self._micro = 0
 
     def _process(self) -> UniformProcess:
@@ -240,7 +242,7 @@ class DiffusionSFTTrainer(SFTTrainer):
 
     def _uniform_loss(self, model, unwrapped, ids: Tensor, mask: Tensor | None, maskable: Tensor) -> tuple:
         """As `_masked_loss`, about every maskable position, each of weight 1."""
-        letters = alphabet(self.process, self._known.vocab_size, ids.device)
+        letters = self._letters
         if bool((wrong := letters.place[ids].lt(0) & maskable).any()):
             raise ValueError(
                 f"a completion holds token {int(ids[wrong][0])}, which objective='uniform' leaves out (the mask, or "

@@ -34,7 +34,7 @@ def payload(record: Record, width: int) -> dict[str, Tensor]:
     """The tensors of a rollout, padded to `width` steps: what the replay reads and what the loss counts.
 
     soft_ids [B, C, K], soft_weights [B, C, K], soft_alive [B, C] bool (not padding), soft_action [B, C] bool (chosen by
-    the policy: no padding, nothing forced), soft_thought [B, C] bool (a mixture was read back).
+    the policy: no padding, nothing forced).
     """
     kind = record.kind
     action = torch.isin(kind, torch.tensor(ACTIONS, dtype=kind.dtype, device=kind.device))
@@ -44,7 +44,6 @@ def payload(record: Record, width: int) -> dict[str, Tensor]:
         "soft_weights": pad(record.weights, (0, 0, 0, more)),
         "soft_alive": pad(kind != Kind.PAD, (0, more)),
         "soft_action": pad(action, (0, more)),
-        "soft_thought": pad(kind == Kind.SOFT, (0, more)),
     }
 
 
