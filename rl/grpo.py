@@ -54,6 +54,7 @@ class SoftGRPOTrainer(GRPOTrainer):
     """
 
     _tag_names = ["trl", "grpo", "softar"]
+    _scores_each_row = False  # or may the reward functions leave a completion without a score?
 
     def __init__(self, model, reward_funcs=None, args: SoftGRPOConfig | None = None, train_dataset=None,
                  eval_dataset=None, processing_class=None, *, peft_config=None, **kwargs):  # fmt: skip
@@ -184,7 +185,7 @@ class SoftGRPOTrainer(GRPOTrainer):
         else:
             completions = texts
         rewards = super()._calculate_rewards(inputs, prompts, completions, ids)
-        check_scored(rewards, self.reward_func_names, self.reward_funcs)
+        check_scored(rewards, self.reward_func_names, self.reward_funcs, each_row=self._scores_each_row)
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
         self._rewards = total.masked_fill(rewards.isnan().all(1), torch.nan)  # [rows of all processes]
         return rewards

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .config import SoftPPOConfig
 from .grpo import SoftGRPOTrainer
 from .losses import gae, value_loss
-from .rollout import check_scored
 
 VALUE_HEAD = "v_head.safetensors"
 
@@ -29,6 +28,7 @@ class SoftPPOTrainer(SoftGRPOTrainer):
     """
 
     _tag_names = ["trl", "ppo", "softar"]
+    _scores_each_row = True
 
     def __init__(self, model, reward_funcs=None, args: SoftPPOConfig | None = None, *rest, **kwargs):
         if not isinstance(args, SoftPPOConfig):
@@ -42,11 +42,6 @@ class SoftPPOTrainer(SoftGRPOTrainer):
         self.model.register_module("v_head", head)
 
     # -- rollout ----------------------------------------------------------------------------------------------------
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        check_scored(rewards, self.reward_func_names, self.reward_funcs, each_row=True)
-        return rewards
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)

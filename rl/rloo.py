@@ -2,7 +2,6 @@
 
 from .grpo import SoftGRPOTrainer
 from .losses import leave_one_out
-from .rollout import check_scored
 
 
 class SoftRLOOTrainer(SoftGRPOTrainer):
@@ -12,11 +11,7 @@ class SoftRLOOTrainer(SoftGRPOTrainer):
     """
 
     _tag_names = ["trl", "rloo", "softar"]
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        check_scored(rewards, self.reward_func_names, self.reward_funcs, each_row=True)
-        return rewards
+    _scores_each_row = True
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
