@@ -36,6 +36,7 @@ from softar.runs import (
     checkpoint_of,
     interruptible,
     jobs_of,
+    named_model,
     one_line_errors,
     open_task,
     parse_rows,
@@ -49,9 +50,8 @@ TWICE = 0.8  # share of the steps that read a row twice (arXiv:2510.17206 finds 
 # Fields that make a row of the table what it is; everything else (data, steps, size) is common to all.
 ROWS = {
     "hard": dict(objective="masked", softmasking_prob=0.0),
-    "hard-long": dict(
-        objective="masked", softmasking_prob=0.0
-    ),  # as many forwards as soft-mask: 1 + TWICE times the steps
+    # As many forwards as soft-mask: 1 + TWICE times the steps
+    "hard-long": dict(objective="masked", softmasking_prob=0.0),
     "soft-mask": dict(objective="masked", softmasking_prob=TWICE),
     # Every token of the answer is predicted, none is a mask: the mean is over all of them.
     "duo": dict(objective="uniform", softmasking_prob=0.0, normalise="tokens"),
@@ -256,14 +256,9 @@ def open_model(model_args, task, seed, from_causal):
     from softar.diffusion import load
     from softar.diffusion.convert import convert
 
-    name = model_args.model_name_or_path or MODELS.get(task.name)
-    if name is None:
-        raise ValueError(f"task {task.name!r} has no model of its own: give --model_name_or_path")
-    options = {"seed": seed} if name in MODELS.values() else {}
-    if model_args.attn_implementation:
-        options["attn_implementation"] = model_args.attn_implementation
-    if model_args.model_revision not in (None, "main"):
-        options["revision"] = model_args.model_revision
+    name, options = named_model(model_args, task, MODELS.get(task.name))
+    if name in MODELS.values():
+        options["seed"] = seed
     if from_causal:
         return convert(*softar.load(name, dtype=model_args.dtype, seed=seed, **options))
     return load(name, dtype=model_args.dtype, **options)

@@ -35,6 +35,7 @@ from softar.runs import (
     checkpoint_of,
     interruptible,
     jobs_of,
+    named_model,
     one_line_errors,
     open_task,
     parse_rows,
@@ -225,14 +226,7 @@ def check_row(name, args, task):
 def open_model(model_args, task, seed):
     import softar
 
-    name = model_args.model_name_or_path or task.model
-    if name is None:
-        raise ValueError(f"task {task.name!r} has no model of its own: give --model_name_or_path")
-    options = {}
-    if model_args.attn_implementation:
-        options["attn_implementation"] = model_args.attn_implementation
-    if model_args.model_revision not in (None, "main"):
-        options["revision"] = model_args.model_revision
+    name, options = named_model(model_args, task, task.model)
     return softar.load(name, dtype=model_args.dtype, seed=seed, **options)
 
 

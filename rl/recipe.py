@@ -22,6 +22,7 @@ from softar.runs import (
     checkpoint_of,
     interruptible,
     jobs_of,
+    named_model,
     one_line_errors,
     open_task,
     parse_rows,
@@ -210,13 +211,8 @@ def open_model(start: Path | None, model_args, task, seed: int):
     """The policy to start from, or the model named."""
     import softar
 
-    options = {}
-    if model_args.attn_implementation:
-        options["attn_implementation"] = model_args.attn_implementation
-    if model_args.model_revision not in (None, "main"):
-        options["revision"] = model_args.model_revision
-    name = start or model_args.model_name_or_path or task.model
-    return softar.load(name, dtype=model_args.dtype, seed=seed, **options)
+    name, options = named_model(model_args, task, task.model)
+    return softar.load(start or name, dtype=model_args.dtype, seed=seed, **options)
 
 
 def sft_policy(args, task, script) -> Path:
@@ -291,8 +287,7 @@ def check_input(script, training, model_args, mixture):
         raise ValueError("load_in_4bit and load_in_8bit are not there for soft policies: use LoRA on bfloat16 weights")
     task = as_chats(open_task(script, mixture), script.system_prompt)
     check_columns(script.reward_funcs, task)
-    if task.model is None and model_args.model_name_or_path is None:
-        raise ValueError(f"task {task.name!r} has no model of its own: give --model_name_or_path")
+    named_model(model_args, task, task.model)
     for name in names:
         row_config(training, name, training.seed, training.output_dir, task).decoding()
     check_writable(training.output_dir)

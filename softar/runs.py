@@ -213,6 +213,19 @@ def open_task(script, mixture):
     return Task(name, data[script.dataset_train_split], test, score=None, think_steps=None, model=None)
 
 
+def named_model(model_args, task, default: str | None) -> tuple[str, dict]:
+    """The model to open, `default` where none is named, and what its loading takes from TRL's ModelConfig."""
+    name = model_args.model_name_or_path or default
+    if name is None:
+        raise ValueError(f"task {task.name!r} has no model of its own: give --model_name_or_path")
+    options = {}
+    if model_args.attn_implementation:
+        options["attn_implementation"] = model_args.attn_implementation
+    if model_args.model_revision not in (None, "main"):
+        options["revision"] = model_args.model_revision
+    return name, options
+
+
 def with_default_config(argv: list[str], config: str | Path) -> list[str]:
     """No task, data, model or configuration named: the demo's."""
     named = ("--config", "--task", "--dataset_name", "--model_name_or_path")

@@ -15,6 +15,7 @@ from softar.runs import (
     checkpoint_of,
     interruptible,
     last_checkpoint,
+    named_model,
     one_line_errors,
     parse_rows,
     resumes,
@@ -197,3 +198,14 @@ def test_several_jobs_train_what_is_left_apart(tmp_path, monkeypatch):
     assert started == [([("a", 42), ("b", 42)], 2, "some.py")] and parent.done == []
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == results
     assert [line["row"] for line in results] == ["a", "b"]
+
+
+def test_a_model_by_name_brings_what_its_loading_takes():
+    task = SimpleNamespace(name="sums")
+    given = SimpleNamespace(model_name_or_path=None, attn_implementation=None, model_revision="main")
+    assert named_model(given, task, "tiny") == ("tiny", {})
+    with pytest.raises(ValueError, match=r"'sums' has no model of its own: give --model_name_or_path"):
+        named_model(given, task, None)
+    vars(given).update(model_name_or_path="owner/name", attn_implementation="eager", model_revision="v2")
+    expected = {"attn_implementation": "eager", "revision": "v2"}
+    assert named_model(given, task, "tiny") == ("owner/name", expected)
