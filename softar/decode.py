@@ -325,7 +325,8 @@ class _Chooser:
             top_p=c.answer_top_p,
             min_p=c.answer_min_p,
         )
-        return hard(dist, rng=self.draws.rng(1), sample=c.answer_temperature > 0)
+        samples = c.answer_temperature > 0
+        return hard(dist, rng=self.draws.rng(1) if samples else None, sample=samples)
 
     def _is_over(self) -> Tensor:
         over = torch.zeros_like(self.done)

@@ -154,7 +154,8 @@ def _uniform(shape: tuple[int, ...], rng: Rng, device: torch.device) -> Tensor:
     if rng is None or isinstance(rng, torch.Generator):
         source = device if rng is None else rng.device
         return torch.rand(shape, generator=rng, device=source, dtype=torch.float64).to(device)
-    return torch.stack([_uniform(shape[1:], r, device) for r in rng])
+    rows = [torch.rand(shape[1:], generator=r, device=r.device, dtype=torch.float64) for r in rng]
+    return torch.stack(rows).to(device)  # moved together: one copy to an accelerator, not one a row
 
 
 def _pick(values: Tensor, slot: Tensor) -> Tensor:

@@ -55,8 +55,9 @@ def load(
     The tokenizer pads on the left; where it has no pad token the end-of-sequence token stands in.
 
     Args:
-        name: one of MODELS ("mnns-tiny", "smollm2-135m"; they go before folders of the same name), a local folder
-            (a model, or a PEFT adapter: its base is loaded by the name recorded in it), a .gguf file, or a hub id.
+        name: one of MODELS ("mnns-tiny", "mnns-soft-tiny", "smollm2-135m", ...; they go before folders of the same
+            name), a local folder (a model, or a PEFT adapter: its base is loaded by the name recorded in it), a .gguf
+            file, or a hub id.
         dtype: of the weights: "float32", "bfloat16", "float16", "float64", or "auto" (as stored; float32 where the
             weights are made or de-quantised here).
         device: None is this process's CUDA device where there is one, else the CPU.
@@ -123,6 +124,17 @@ def mnns_tiny(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **conf
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     tokenizer = word_tokenizer(MNNS_WORDS, model_max_length=settings.max_position_embeddings)
     return _named("mnns-tiny", model.to(torch.float32 if dtype == "auto" else dtype), tokenizer)
+
+
+def folder_of(name: str | os.PathLike) -> Path | None:
+    """Where the files of a model lie: a folder as it is, one that the package brings by its name; None elsewhere."""
+    folder = CHECKPOINTS / os.fspath(name) if name in MODELS else Path(name)
+    return folder if folder.is_dir() else None
+
+
+def _shipped(name: str, *, dtype: torch.dtype | str = torch.float32, seed: int = 0, **model_kwargs):
+    """A model that the package brings, trained: its training.json names the command, the seed and the log."""
+    return _named(name, *_pretrained(str(CHECKPOINTS / name), dtype=dtype, **model_kwargs))
 
 
 def word_tokenizer(words: list[str], **kwargs) -> PreTrainedTokenizerFast:
@@ -253,7 +265,10 @@ def to_device(device: str | torch.device | None, model_kwargs: dict) -> torch.de
         raise ValueError(f"device={device!r} is unknown: give 'cpu', 'cuda', 'cuda:1', 'mps', ...") from error
 
 
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
 MODELS: dict[str, Callable] = {
-    "mnns-tiny": mnns_tiny,
+    "mnns-tiny": mnns_tiny,  # untrained
+    "mnns-discrete-tiny": functools.partial(_shipped, "mnns-discrete-tiny"),
+    "mnns-soft-tiny": functools.partial(_shipped, "mnns-soft-tiny"),
     "smollm2-135m": smollm2_135m,
 }
