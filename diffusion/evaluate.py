@@ -6,10 +6,11 @@ from collections.abc import Callable
 import torch
 from datasets import Dataset
 
-from softar.evaluate import encode, tally
+from softar.evaluate import encode, evaluating, tally
 
 from .config import DenoiseConfig
 from .loop import DenoiseOutput, denoise
+from .losses import log_likelihood
 
 
 def evaluate(
@@ -48,3 +49,33 @@ def evaluate(
         return texts, out, int((out.committed_at >= 0).sum())
 
     return tally(model, rows, score, answer, batch_size)
+
+
+def nll_bound(model, tokenizer, rows: Dataset, *, samples: int = 128, seed: int = 0) -> float:
+    """An upper bound of -log p(completion | prompt), mean nats per token over `rows`, by Monte Carlo (losses.py).
+
+    Args:
+        rows: columns `prompt` and `completion`, text; the end token that training puts behind a completion counts.
+        samples: draws of masks for each row.
+
+    Raises:
+        ValueError: for rows without these columns or with chat messages, and for a uniform-state model.
+    """
+    if not has_texts(rows):
+        raise ValueError(f"a likelihood needs columns prompt and completion of text; the rows have {rows.column_names}")
+    rng, total, tokens = torch.Generator().manual_seed(seed), 0.0, 0
+    with evaluating(model), torch.no_grad():
+        for row in rows:
+            given = tokenizer(row["prompt"])["input_ids"]
+            answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            ids = torch.tensor(given + answer, device=model.device)
+            asked = torch.arange(len(ids), device=model.device) >= len(given)
+            total -= log_likelihood(model, ids, asked, samples=samples, rng=rng)
+            tokens += len(answer)
+    return total / tokens
+
+
+def has_texts(rows: Dataset) -> bool:
+    """Are there rows of a prompt and a completion, both text?"""
+    known = {"prompt", "completion"} <= set(rows.column_names) and len(rows)
+    return bool(known) and all(isinstance(rows[0][name], str) for name in ("prompt", "completion"))

@@ -91,6 +91,13 @@ class DiffusionScriptArguments(ScriptArguments):
     schedules: str = field(
         default="uniform", metadata={"help": f"Schedules to decode with, with commas out of {', '.join(SCHEDULES)}."}
     )
+    likelihood_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Also bound the negative log-likelihood of the held-out completions, by so many draws of masks for "
+            "each: the column nll_bound, nats per token. Default 0: not computed."
+        },
+    )
 
 
 @dataclass
@@ -118,7 +125,7 @@ def main(script, training, model_args, mixture):
         num_seeds=script.num_seeds,
         jobs=jobs_of(script.jobs, is_tiny),
         configure=lambda name, seed, place: row_config(training, name, seed, place),
-        train=lambda name, args: train_row(name, args, task, schedules, model_args, script.from_causal),
+        train=lambda name, args: train_row(name, args, task, schedules, model_args, script),
         console=console,
         program=PROGRAM,
     )
@@ -131,14 +138,14 @@ def main(script, training, model_args, mixture):
     console.print(f"results: {folder / 'results.json'}   plot: {plot}")
 
 
-def train_row(name, args, task, schedules, model_args, from_causal):
+def train_row(name, args, task, schedules, model_args, script):
     """Train and evaluate one row -> its lines of results.json; None off the main process."""
     from trl import get_peft_config
 
     from softar.diffusion.sft import DiffusionSFTTrainer
 
     with one_line_errors(PROGRAM):
-        model, tokenizer = open_model(model_args, task, args.seed, from_causal)
+        model, tokenizer = open_model(model_args, task, args.seed, script.from_causal)
         trainer = DiffusionSFTTrainer(
             model,
             args,
@@ -163,6 +170,12 @@ def train_row(name, args, task, schedules, model_args, from_causal):
         train_seconds=train_seconds,
         train_loss=trainer.state.log_history[-1].get("train_loss"),
     )
+    if script.likelihood_samples and trainer.process is None and trainer.accelerator.is_main_process:
+        from softar.diffusion.evaluate import nll_bound
+
+        plain = trainer.accelerator.unwrap_model(trainer.model)
+        bound = nll_bound(plain, trainer.processing_class, task.test, samples=script.likelihood_samples, seed=args.seed)
+        common["nll_bound"] = bound
     rows = []
     if task.score is None:
         rows = [common | (trainer.evaluate() if task.test is not None else {})]
@@ -220,16 +233,23 @@ def row_config(training, name, seed, place):
 
 def check_input(script, training, mixture):
     """All that can be told to be wrong before a model is opened -> names of the rows, schedules, task."""
+    from softar.diffusion.evaluate import has_texts
     from softar.sft import check_writable
 
     names = parse_rows(script.rows, ROWS, GROUPS)
     if script.num_seeds < 1:
         raise ValueError(f"num_seeds={script.num_seeds} must be at least 1")
+    if script.likelihood_samples < 0:
+        raise ValueError(f"likelihood_samples={script.likelihood_samples} must be at least 0, which computes none")
     schedules = script.schedules.split(",")
     if unknown := [s for s in schedules if s not in SCHEDULES]:
         raise ValueError(f"schedules={script.schedules!r}: {unknown[0]!r} is unknown; choose out of {list(SCHEDULES)}")
     task = open_task(script, mixture)
     task = dataclasses.replace(task, train=last_answers(task.train), test=last_answers(task.test))
+    if script.likelihood_samples and not (task.test is not None and has_texts(task.test)):
+        raise ValueError(
+            f"likelihood_samples needs held-out rows with prompt and completion as text; {task.name} has none"
+        )
     check_writable(training.output_dir)
     for name in names:
         args = row_config(training, name, training.seed, training.output_dir)

@@ -1,9 +1,12 @@
 """Decode held-out rows and score the answers: the accuracy of a model under one way of decoding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from datasets import Dataset
+from torch import nn
+from transformers import BatchEncoding
 
 from .config import SoftConfig
 from .decode import SoftOutput, generate
@@ -46,18 +49,16 @@ def tally(model, rows: Dataset, score: Callable[[str, dict], float], answer: Cal
     """
     if len(rows) == 0:
         raise ValueError("no rows to evaluate")
-    training = model.training
-    model.eval()
     points, forwards, positions, tokens, seconds = [], 0, 0, 0, 0.0
-    for begin in range(0, len(rows), batch_size):
-        batch = [rows[i] for i in range(begin, min(begin + batch_size, len(rows)))]
-        texts, out, made = answer(batch)
-        points += [score(text, row) for text, row in zip(texts, batch, strict=True)]
-        forwards += out.num_forwards * len(batch)
-        positions += out.token_forwards
-        tokens += made
-        seconds += out.seconds
-    model.train(training)
+    with evaluating(model):
+        for begin in range(0, len(rows), batch_size):
+            batch = [rows[i] for i in range(begin, min(begin + batch_size, len(rows)))]
+            texts, out, made = answer(batch)
+            points += [score(text, row) for text, row in zip(texts, batch, strict=True)]
+            forwards += out.num_forwards * len(batch)
+            positions += out.token_forwards
+            tokens += made
+            seconds += out.seconds
     n = len(rows)
     return {
         "accuracy": sum(points) / n,
@@ -75,3 +76,45 @@ def encode(tokenizer, prompts: list):
         prompts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
         return tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     return tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+
+
+def read_prompts(tokenizer, prompts: list) -> BatchEncoding:
+    """Prompts, all text or all chat messages -> input_ids and attention_mask [B, P], padded on the left.
+
+    Raises:
+        ValueError: for a single prompt in place of a list, a mixture of both kinds, and what the tokenizer cannot read.
+    """
+    if isinstance(prompts, str) or len({isinstance(prompt, str) for prompt in prompts}) > 1:
+        raise ValueError(f"prompts={prompts!r:.80} must be a list, of texts or of chats: one kind")
+    try:
+        return encode(tokenizer, list(prompts))
+    except Exception as error:  # tokenizers raises Exception itself, for a word outside a closed vocabulary
+        raise ValueError(f"the tokenizer cannot read the prompts: {' '.join(str(error).split())[:200]}") from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode meanwhile."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+def resolve(config: SoftConfig, tokenizer) -> SoftConfig:
+    """With think_start and think_end as ids. Raises ValueError for texts that the tokenizer does not know."""
+    for name in ("think_start", "think_end"):
+        text = getattr(config, name)
+        if not isinstance(text, str):
+            continue
+        try:
+            ids = tokenizer.encode(text, add_special_tokens=False)
+        except Exception:  # as in read_prompts
+            ids = [None]
+        if None in ids or tokenizer.unk_token_id in ids:
+            raise ValueError(f"{name}={text!r} is not in the tokenizer's vocabulary, so that no model would write it")
+    return config.resolve(tokenizer)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from softar.diffusion import DenoiseConfig, denoise
-from softar.diffusion.evaluate import evaluate
+from softar.diffusion.evaluate import evaluate, nll_bound
 from softar.diffusion.head import HEAD_FILE, SoftMaskHead, load_head, save_head
 from softar.diffusion.losses import (
     forward_masked,
@@ -117,6 +117,20 @@ def test_likelihood_of_one_token_is_exact():
     masked = answer[None]
     exact = -ce_of(model, ids[None], masked)[1].item()
     assert log_likelihood(model, ids, answer, samples=1) == pytest.approx(exact, rel=1e-5)
+
+
+def test_the_bound_of_a_dataset_is_the_mean_per_token():
+    model, tokenizer = load("mnns-diffusion-tiny")
+    rows = load_task("mnns").test.select(range(3))
+    found = nll_bound(model, tokenizer, rows, samples=400)
+    exact, tokens = 0.0, 0
+    for row in rows:
+        ids = torch.tensor(tokenizer(row["prompt"] + row["completion"] + " <eos>")["input_ids"])
+        answer = torch.arange(len(ids)) >= 6
+        exact, tokens = exact - brute_force_bound(model, ids, answer), tokens + int(answer.sum())
+    assert tokens == 15 and found == pytest.approx(exact / tokens, rel=0.1)
+    with pytest.raises(ValueError, match="prompt and completion of text"):
+        nll_bound(model, tokenizer, Dataset.from_list([{"text": "D1"}]))
 
 
 @pytest.mark.parametrize("normalise", ["answer", "tokens"])
