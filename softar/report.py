@@ -12,7 +12,8 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from .decode import Kind, SoftOutput
+from .decode import SoftOutput
+from .trace import thought
 
 PACKAGES = ("softar", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -246,21 +247,14 @@ def _nfe_points(rows: list[dict]) -> tuple[list[float], list[float], list[float]
 
 def thought_table(out: SoftOutput, tokenizer, row: int = 0, top: int = 5) -> Table:
     """The belief of one row, step by step: the likeliest tokens of each mixture, its entropy, what stands for it."""
-    # Text, since rich would read tokens such as [/INST] as its own markup
-    table = Table(title=Text(tokenizer.decode(out.sequences[row, : out.prompt_length], skip_special_tokens=False)))
+    trace = thought(out, tokenizer, row, top=200)  # all that are drawn: no more than 200 weigh over 0.005
+    table = Table(title=Text(trace.prompt))  # Text, since rich would read tokens such as [/INST] as its own markup
     for name in ("step", "kind", "token", "entropy / nats", "fed back"):
         table.add_column(name, no_wrap=name != "fed back")
-    record = out.record
-    for t in range(record.kind.shape[1]):
-        kind = Kind(int(record.kind[row, t]))
-        if kind is Kind.PAD:
-            break
-        weights, order = record.weights[row, t].sort(descending=True)
-        ids = record.ids[row, t][order]
-        pairs = [(tokenizer.decode([i]), w) for i, w in zip(ids.tolist(), weights.tolist(), strict=True) if w > 0.005]
-        mixture = "  ".join(f"{text} {w:.2f}" for text, w in pairs[:top])
+    for number, step in enumerate(trace.steps, 1):
+        pairs = [(text, weight) for text, weight in step.mixture if weight > 0.005]
+        mixture = "  ".join(f"{text} {weight:.2f}" for text, weight in pairs[:top])
         if len(pairs) > top:
             mixture += f"  (+{len(pairs) - top})"
-        token = tokenizer.decode(record.token[row, t : t + 1])
-        table.add_row(str(t + 1), kind.name.lower(), Text(token), f"{record.entropy[row, t]:.2f}", Text(mixture))
+        table.add_row(str(number), step.kind, Text(step.token), f"{step.entropy:.2f}", Text(mixture))
     return table
