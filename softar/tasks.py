@@ -31,6 +31,7 @@ class Task:
     score: Callable[[str, dict], float]  # (text generated after the thought, row) -> [0, 1]; special tokens stripped
     think_steps: int | None  # the thought is the first n tokens of the completion; None: there is no thought
     model: str | None  # the embedded model made for it, for softar.load, or None
+    extract: Callable[[str], str] = str.strip  # what of a generated text the scorer looks at
 
 
 def load_task(name: str, *, seed: int = 0, size: int | None = None) -> Task:
@@ -99,6 +100,7 @@ def mnns(digits: int = 4, low: int = 1, high: int = 9, *, seed: int = 0, size: i
         score=_score_mnns,
         think_steps=digits - 1,
         model="mnns-tiny" if fits else None,
+        extract=_last_sum,
     )
 
 
@@ -124,8 +126,12 @@ def _mnns_row(sequence: tuple[int, ...]) -> dict:
 
 def _score_mnns(answer: str, row: dict) -> float:
     """1 if the last sum named before the end of the sequence is the gold one."""
-    sums = [word for word in answer.split("<eos>")[0].split() if re.fullmatch(r"S-?\d+", word)]
-    return float(bool(sums) and sums[-1] == row["answer"])
+    return float(_last_sum(answer) == row["answer"])
+
+
+def _last_sum(text: str) -> str:
+    sums = [word for word in text.split("<eos>")[0].split() if re.fullmatch(r"S-?\d+", word)]
+    return sums[-1] if sums else ""
 
 
 def latin(n: int = 5, givens: int = 5, *, seed: int = 0, size: int | None = None) -> Task:
