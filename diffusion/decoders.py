@@ -1,0 +1,114 @@
+"""Masked-diffusion decoders for `softar.compare`: every softener, by name; schedules and the rest are options.
+
+Costs are shared as in `softar.decoders`.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+
+from softar.comparison import Decoded, Decoder
+from softar.evaluate import evaluating, read_prompts
+from softar.families import check_model, check_options, columns_of, format_options, open_model
+
+from .config import DenoiseConfig
+from .loop import DenoiseOutput, denoise
+from .models import facts, load
+from .soften import SOFTENERS
+from .trace import Tracer
+from .uniform import check_uniform
+
+
+class DiffusionDecoder:
+    """Answers by `softar.diffusion.denoise`. With gen_length 0 prompts are templates: their masks are filled, and the
+    text is the whole; else the text is what stands behind the prompt, up to an end token. `tokens` are those that were
+    decided, an end token included and what stands behind it left out.
+
+    Args:
+        model, tokenizer: from softar.diffusion.load.
+        name: for tables; that of the softener where None.
+        seed: of what it draws. It keeps its generator, so that a second call draws other numbers.
+        trace: also give each answer's softar.trace.Canvas.
+        columns: decoder, model, setting, ... for a table's rows, beside those known from model and config.
+    """
+
+    def __init__(self, model, tokenizer, config: DenoiseConfig, *, name=None, seed=0, trace=False, columns=None):
+        try:
+            self.known = facts(model)
+        except ValueError:
+            check_model(model, "diffusion", name or "hard")
+            raise
+        decided = config.as_trained(self.known.soft_mask)
+        if self.known.uniform is not None:
+            check_uniform(decided)
+        self.model, self.tokenizer, self.config, self.trace = model, tokenizer, config, trace
+        self.ends = self.known.end_ids if config.end_ids is None else config.end_ids
+        decoder = decided.soften if isinstance(decided.soften, str) else "softener"
+        training = "duo" if self.known.uniform else "soft-mask" if self.known.soft_mask else "hard"
+        self.columns = columns_of(decoder, model, "diffusion") | {"training": training} | (columns or {})
+        self.name = name or decoder
+        self.rng = torch.Generator().manual_seed(seed)
+
+    def decode(self, prompts: list) -> list[Decoded]:
+        if not prompts:
+            return []
+        started = time.perf_counter()
+        inputs = read_prompts(self.tokenizer, prompts).to(self.model.device)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        fills = self.config.gen_length == 0
+        if fills and (bare := (~(ids == self.known.mask_id).any(1)).nonzero()[:, 0].tolist()):
+            raise ValueError(
+                f"prompt {bare[0]} holds no {self.tokenizer.mask_token} and no masks follow it (gen_length=0): give "
+                f"max_new_tokens >= 1, or templates"
+            )
+        tracer = None
+        if self.trace:
+            tracer = Tracer(self.tokenizer, self.known, ids, mask, gen_length=self.config.gen_length)
+        with evaluating(self.model):
+            out = denoise(self.model, ids, mask, config=self.config, rng=self.rng, callback=tracer)
+        texts, tokens = zip(*(self._read(out, row) for row in range(len(prompts))), strict=True)
+        seconds = (time.perf_counter() - started) / len(prompts)
+        cost = float(out.num_forwards), out.token_forwards / len(prompts), seconds
+        traces = [tracer and tracer.canvas(row, out, title=self.name) for row in range(len(prompts))]
+        return [Decoded(*row, *cost, None, trace) for *row, trace in zip(texts, tokens, traces, strict=True)]
+
+    def _read(self, out: DenoiseOutput, row: int) -> tuple[str, tuple[int, ...]]:
+        """Text and tokens of a row."""
+        ids, decided = out.sequences[row].tolist(), (out.committed_at[row] >= 0).tolist()
+        begin, stop = 0, len(ids)
+        if self.config.gen_length:  # behind an end token nothing belongs to the answer, whatever was decided there
+            begin = out.prompt_length
+            stop = next((i for i in range(begin, stop) if ids[i] in self.ends), stop)
+        text = self.tokenizer.decode(ids[begin:stop], skip_special_tokens=True)
+        return text, tuple(i for i, known in zip(ids[: stop + 1], decided) if known)
+
+
+@functools.cache
+def _open(model: str, dtype: str, device: str | None):
+    return load(model, dtype=dtype, device=device)
+
+
+def denoise_config(decoder: str, options: dict) -> DenoiseConfig:
+    """The softener of that name and the options: fields of DenoiseConfig, and the softener's knobs where no field has
+    their name. Raises ValueError for options that are unknown or do not fit."""
+    fn = SOFTENERS[decoder].fn
+    fields = DenoiseConfig.__dataclass_fields__
+    knobs = [knob for knob in (fn.__kwdefaults__ if fn else ()) if knob not in fields]
+    changes = check_options(DenoiseConfig, decoder, options, also=knobs, fixed=("soften",))
+    args = changes.pop("soften_args", {}) | {knob: changes.pop(knob) for knob in knobs if knob in changes}
+    return DenoiseConfig(**changes, soften=decoder, soften_args=args)
+
+
+def _make(decoder, model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, **options):
+    """A DiffusionDecoder; options: fields of DenoiseConfig and knobs of the softener. gen_length is max_new_tokens."""
+    config = denoise_config(decoder, {"gen_length": max_new_tokens} | options)
+    net, tokenizer = open_model(model, "diffusion", decoder, lambda: _open(model, dtype, device))
+    setting = format_options(options, " ")
+    columns = {"decoder": decoder, "model": model, "setting": setting}
+    name = " ".join(filter(None, [decoder, setting]))
+    return DiffusionDecoder(net, tokenizer, config, name=name, seed=seed, trace=trace, columns=columns)
+
+
+DECODERS: dict[str, Callable[..., Decoder]] = {name: functools.partial(_make, name) for name in SOFTENERS}
