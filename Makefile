@@ -29,10 +29,11 @@ help: ## this list
 
 setup: $(VENV)/.stamp-setup ## the package, editable, and all that its tests need, in .venv
 
-demo: setup ## train to think in soft tokens, print the table, write runs/demo (ARGS="--rows all" for all of it)
+demo: setup ## train to think in soft tokens, compare with all else, write tables, plots and a page to runs/demo
 	$(LAUNCH) recipes/sft_soft.py --output_dir runs/demo $(ARGS)
+	$(BIN)/python recipes/demo.py --trained runs/demo --output_dir runs/demo
 
-test: setup smollm2 ## format, lint and every test
+test: setup smollm2 vllm ## format, lint and every test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
@@ -57,7 +58,7 @@ $(VENV)/.stamp-setup: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 10) and sys.exit("softar needs CPython 3.10 or newer, this is %d.%d: make PYTHON=..." % v[:2])'
 	@echo "Setting up $(VENV): a few minutes, once."
 	@$(PYTHON) -m venv $(VENV)
-	@if $(BIN)/python -c '$(CAN_COMPILE)'; then $(INSTALL) -e '.[dev,rewards]'; else $(INSTALL) -e '.[dev]' && \
+	@if $(BIN)/python -c '$(CAN_COMPILE)'; then $(INSTALL) -e '.[dev,eval,rewards]'; else $(INSTALL) -e '.[dev,eval]' && \
 		echo "No C compiler or no Python headers here: left out reasoning-gym, the tests of its tasks will be skipped." && \
 		echo "Once there are: touch pyproject.toml && make setup"; fi
 	@touch $@

@@ -1,0 +1,129 @@
+"""What the decoders on vLLM share: how tokens are chosen, what a row costs, which of its completions counts."""
+
+import random
+from collections import Counter
+from dataclasses import dataclass, fields
+
+from .comparison import Decoded
+from .trace import Step, Trace
+
+MODES = ("greedy", "sampled", "self-consistency", "beam")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How vLLM chooses tokens."""
+
+    mode: str = "greedy"
+    max_new_tokens: int = 64
+    temperature: float = 1.0  # of sampled and self-consistency
+    top_p: float | None = None
+    top_k: int | None = None
+    votes: int = 8  # samples of self-consistency; the commonest text wins, among equals the first seen
+    num_beams: int = 4
+    logprobs: int | None = None  # likeliest tokens whose log-probability is kept, beside that of the token itself
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r} is unknown: choose one of {MODES}")
+        for name, least in (("max_new_tokens", 1), ("votes", 1), ("num_beams", 1), ("top_k", 1), ("logprobs", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if self.draws and not 0 < self.temperature <= 2:
+            raise ValueError(f"temperature={self.temperature} must lie in (0, 2] for vLLM; mode='greedy' is the argmax")
+
+    @property
+    def draws(self) -> bool:
+        return self.mode in ("sampled", "self-consistency")
+
+    @property
+    def count(self) -> int:
+        """Sequences per prompt."""
+        return {"self-consistency": self.votes, "beam": self.num_beams}.get(self.mode, 1)
+
+    @property
+    def choice(self) -> dict[str, float]:
+        """vLLM's own names and neutral values; greedy and the steps of a beam know no filters."""
+        if not self.draws:
+            return {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
+        return {"temperature": self.temperature, "top_p": self.top_p or 1.0, "top_k": self.top_k or 0}
+
+    @property
+    def setting(self) -> str:
+        """What tells it from others of its mode."""
+        names = {"sampled": ["temperature"], "self-consistency": ["votes", "temperature"], "beam": ["num_beams"]}
+        shown = [*names.get(self.mode, []), *(n for n in ("top_p", "top_k") if self.draws and getattr(self, n))]
+        return " ".join(f"{name}={getattr(self, name)}" for name in shown)
+
+    def cost(self, prompt: int, lengths: list[int]) -> tuple[int, int]:
+        """num_forwards and token_forwards of a row: its prompt's length, and those of its completions."""
+        if self.mode == "beam":  # one row at first, then one per beam, each with the prompt and all tokens so far
+            later = range(1, self.max_new_tokens)
+            return self.count * self.max_new_tokens, prompt + self.count * sum(prompt + t for t in later)
+        return sum(lengths), sum(prompt + n - 1 for n in lengths)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sequence that vLLM gave for a prompt."""
+
+    text: str
+    tokens: tuple[int, ...]
+    # Per token: id -> log-probability, raw (before temperature and filters); None where not asked for
+    logprobs: tuple[dict[int, float], ...] | None
+
+
+class CompletionDecoder:
+    """What both have in common: prompts to ids, completions to the row that counts."""
+
+    def __init__(self, model: str, sampling: Sampling, name: str | None, seed: int, trace: bool):
+        self.model, self.sampling, self.trace = model, sampling, trace
+        self.rng = random.Random(seed)
+        self.tokenizer = None
+        self.completions: list[list[Completion]] = []  # of the last decode: every vote or beam, with its logprobs
+        decoder = f"vllm-{sampling.mode}"
+        self.columns = {"decoder": decoder, "model": model, "setting": sampling.setting, "family": "vllm"}
+        self.name = name or " ".join(filter(None, [decoder, sampling.setting]))
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def seeds(self, n: int) -> list[int]:
+        """One per prompt, so that what a prompt draws does not depend on its batch; vote i adds i to it."""
+        return [self.rng.randrange(2**31) for _ in range(n)]
+
+    def row(self, prompt, length: int, found: list[Completion], seconds: float) -> Decoded:
+        best = Counter(c.text.strip() for c in found).most_common(1)[0][0]
+        voting = self.sampling.mode == "self-consistency"
+        chosen = next(c for c in found if c.text.strip() == best) if voting else found[0]
+        forwards, positions = self.sampling.cost(length, [len(c.tokens) for c in found])
+        trace = self._trace(prompt, chosen) if self.trace else None
+        return Decoded(chosen.text, chosen.tokens, float(forwards), float(positions), seconds, None, trace)
+
+    def _trace(self, prompt, chosen: Completion) -> Trace:
+        text = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+        words = [self.tokenizer.decode([token]) if self.tokenizer else str(token) for token in chosen.tokens]
+        return Trace(text, [Step("hard", word, None, [(word, 1.0)]) for word in words], title=self.name)
+
+
+def token_ids(tokenizer, prompt) -> list[int]:
+    """Token ids of a prompt, text or chat messages, as softar.evaluate.encode makes them."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def split_options(options: dict, others: tuple[str, ...]) -> tuple[dict, dict]:
+    """The fields of Sampling, and the others. Raises ValueError for what is neither."""
+    known = [field.name for field in fields(Sampling)]
+    if unknown := sorted(set(options) - {*known, *others}):
+        raise ValueError(f"unknown options {unknown} of a vLLM decoder; known: {sorted({*known, *others})}")
+    return {k: v for k, v in options.items() if k in known}, {k: v for k, v in options.items() if k in others}
