@@ -1,0 +1,133 @@
+# /// script
+# dependencies = ["softar"]
+# ///
+"""
+A grid of tasks x decoders x settings x seeds, soft beside baseline; several processes share its runs.
+
+# The demo: the shipped diffusion models on Latin squares and MNNS, four confidence thresholds, soft masks and hard
+accelerate launch recipes/sweep.py
+
+# Autoregressive: trained to think softly beside trained on discrete thoughts, over temperatures and seeds
+accelerate launch recipes/sweep.py --config recipes/configs/sweep_mnns.yaml
+
+# Any models and options, on two processes (GPUs, or CPUs); every option of `vary` is one of all decoders named
+torchrun --standalone --nproc_per_node 2 recipes/sweep.py --tasks reasoning_gym:chain_sum --max_new_tokens 64 \
+    --soft Qwen/Qwen2.5-0.5B-Instruct=gumbel:budget=32 --baseline Qwen/Qwen2.5-0.5B-Instruct=sampled \
+    --vary temperature=0.3,0.6,1.0 --seeds 0 1 2 --limit 100 --output_dir runs/sweep-qwen
+
+Interrupted, the same command goes on: a run that is whole is not run again. Each leaves runs/NAME/results.json in the
+output folder, all of them summary.json, summary.csv and sweep.png. Another grid needs another folder.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import TrlParser
+
+from softar.runs import one_line_errors
+
+PROGRAM = "sweep.py"
+DEMO = dict(tasks=["latin", "mnns"], soft=["soft-mask"], baseline=["hard"], vary=["threshold=0.5,0.7,0.9,0.98"])
+
+
+@dataclass
+class SweepArguments:
+    tasks: list[str] = field(default_factory=list, metadata={"help": "Tasks by name: latin, mnns, reasoning_gym:NAME."})
+    soft: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Decoders, [MODEL=]NAME[:key=value,key=value]; `softar compare --help` lists the names."},
+    )
+    baseline: list[str] = field(
+        default_factory=list, metadata={"help": "Decoders that they are held against, in the same form."}
+    )
+    vary: list[str] = field(
+        default_factory=list,
+        metadata={"help": "key=value,value: every combination goes to every decoder. In YAML key: [value, value]."},
+    )
+    models: list[str] = field(
+        default_factory=list,
+        metadata={"help": "TASK=MODEL for decoders that name none. Latin squares and MNNS have diffusion models."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of what the decoders draw."})
+    limit: int | None = field(default=None, metadata={"help": "Held-out rows of each task. Default: all."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens generated. Default: as the embedded task's answers are long."}
+    )
+    batch_size: int = field(default=256, metadata={"help": "Rows decoded together."})
+    repeats: int = field(default=1, metadata={"help": "Passes over the rows in each run, for the spread of the times."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16, float16, auto."})
+    device: str | None = field(default=None, metadata={"help": "Default: each process's GPU where there is one."})
+    output_dir: str = field(default="runs/sweep", metadata={"help": "Runs, summary and plot; one grid's."})
+
+
+def main(args):
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from softar.sweep import plot_sweep, read_grid, sweep
+
+    with one_line_errors(PROGRAM):
+        values = {k: v for k, v in dataclasses.asdict(args).items() if k != "output_dir"}
+        values["vary"] = {k: [json_or_text(v) for v in vs] for k, vs in mapping("vary", args.vary).items()}
+        values["models"] = {k: ",".join(vs) for k, vs in mapping("models", args.models).items()}
+        rows = sweep(read_grid(values), args.output_dir)
+    if rows:
+        folder = Path(args.output_dir)
+        Console().print(table(rows))
+        print(f"results: {folder / 'summary.json'}   table: {folder / 'summary.csv'}   plot: {plot_sweep(folder)}")
+    PartialState().destroy_process_group()
+
+
+def mapping(name: str, given: list[str] | dict) -> dict[str, list]:
+    """["key=a,b"], or what YAML says, {"key": ["a", "b"]} -> the latter."""
+    if isinstance(given, dict):
+        return {k: v if isinstance(v, list) else [v] for k, v in given.items()}
+    if wrong := [item for item in given if not item.partition("=")[2]]:
+        raise ValueError(f"{name}={wrong[0]!r} must be key=value")
+    return {key: values.split(",") for key, _, values in (item.partition("=") for item in given)}
+
+
+def json_or_text(value):
+    """true, null, 0.5 as JSON has them, else the text itself; what is no text stays."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value
+
+
+def table(rows):
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from softar.sweep import aggregate
+
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("task", "role", "decoder", "setting", "accuracy", "forwards", "s/answer"):
+        is_long = name == "decoder"
+        shown.add_column(name, no_wrap=not is_long, overflow="fold" if is_long else "ellipsis")
+    for p in aggregate(rows):
+        accuracy = f"{p['accuracy']:.3f}" + (f" ± {p['accuracy_sd']:.3f}" if p["n_seeds"] > 1 else "")
+        costs = f"{p['nfe']:.1f}", f"{p['seconds_per_row']:.4f}"
+        shown.add_row(p["task"], p["role"], p["spec"], p["varied"], accuracy, *costs)
+    return shown
+
+
+def with_demo(argv: list[str]) -> list[str]:
+    """The demo's grid where none is named."""
+    if "--config" in argv[:-1] and not Path(file := argv[argv.index("--config") + 1]).is_file():
+        raise ValueError(f"config={file!r}: there is no such file")
+    if any(arg.split("=")[0] in ("--config", "--tasks", "--soft", "--baseline", "--vary") for arg in argv):
+        return argv
+    return [*(part for name, values in DEMO.items() for part in (f"--{name}", *values)), *argv]
+
+
+if __name__ == "__main__":
+    try:
+        with one_line_errors(PROGRAM):
+            (given,) = TrlParser(SweepArguments).parse_args_and_config(with_demo(sys.argv[1:]))
+        main(given)
+    except KeyboardInterrupt:  # sweep has said how to go on
+        sys.exit(130)

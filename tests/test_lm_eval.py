@@ -1,0 +1,369 @@
+"""lm-eval's models: soft generation, discrete likelihoods, the diffusion bound; on local task files."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+import softar
+from softar import diffusion
+from softar.diffusion.lm_eval import SoftarDiffusionLM
+from softar.diffusion.losses import log_likelihood
+from softar.lm_eval import BadArgument, SoftarLM, main
+from tests.test_models import write_gguf
+from tests.tiny import model_of, tokenizer_of
+
+PROMPTS = [" ".join(["<bos>", f"w{20 + i}", f"w{6 + i}", f"w{40 - i}"][: 2 + i % 3]) for i in range(12)]
+CHAT = "{% for m in messages %}<think> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}</think>{% endif %}"
+MNNS = ["<bos> D5 D3 D2 D4 ->", "<bos> D1 D1 D1 D2 ->", "<bos> D9 D2 D4 D4 ->"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random Llama with a chat template; it seldom ends a text by itself, with w63."""
+    place = tmp_path_factory.mktemp("model")
+    model = model_of()
+    torch.nn.init.zeros_(model.lm_head.weight.data[63])
+    model.generation_config.eos_token_id = 63
+    model.save_pretrained(place)
+    tokenizer = tokenizer_of()
+    tokenizer.chat_template, tokenizer.eos_token = CHAT, "w63"
+    tokenizer.save_pretrained(place)
+    return str(place)
+
+
+@pytest.fixture(scope="module")
+def hf(folder):
+    return HFLM(folder, device="cpu", batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Two tasks as files, one generated and one of multiple choice, on twelve rows."""
+    place = tmp_path_factory.mktemp("tasks")
+    rows = [dict(question=p, gold=f"w{i}", options=["w7", "w8 w9", "w11"], label=i % 3) for i, p in enumerate(PROMPTS)]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = f"""
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {place / "rows.jsonl"}}}, cache_dir: {place / "cache"}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+"""
+    (place / "generated.yaml").write_text(f"""task: generated{common}output_type: generate_until
+doc_to_target: "{{{{gold}}}}"
+generation_kwargs: {{until: [w49], max_gen_toks: 8}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+""")
+    (place / "chosen.yaml").write_text(f"""task: chosen{common}output_type: multiple_choice
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: label
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+""")
+    return place
+
+
+@pytest.fixture(scope="module")
+def manager(tasks):
+    return TaskManager(include_path=str(tasks), include_defaults=False)
+
+
+def asked(prompts, **settings):
+    return [Instance("generate_until", {}, (p, {"max_gen_toks": 8} | settings), i) for i, p in enumerate(prompts)]
+
+
+def likely(pairs):
+    return [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+
+
+def responses(results, task):
+    return [sample["resps"] for sample in sorted(results["samples"][task], key=lambda s: s["doc_id"])]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_hard_is_hflm_greedy_and_likelihoods_are_the_discrete_models(folder, hf, manager, chat):
+    """Also with mixer=gumbel a likelihood is that of the model itself."""
+    common = dict(tasks=["generated", "chosen"], task_manager=manager, apply_chat_template=chat, log_samples=True,
+                  limit=9, bootstrap_iters=0)  # fmt: skip
+    theirs = simple_evaluate(hf, **common)
+    ours = simple_evaluate("softar", model_args=f"pretrained={folder},mixer=hard", device="cpu", batch_size=3, **common)
+    soft = simple_evaluate("softar", model_args=f"model={folder},mixer=gumbel", batch_size=4, **common)
+    assert len(responses(ours, "generated")) == 9
+    assert len({str(r) for r in responses(ours, "generated")}) > 5
+    assert responses(ours, "generated") == responses(theirs, "generated")
+    assert responses(soft, "generated") != responses(theirs, "generated")
+    for found in (ours, soft):
+        for mine, other in zip(responses(found, "chosen"), responses(theirs, "chosen"), strict=True):
+            assert [r[0][1] for r in mine] == [r[0][1] for r in other]
+            assert [r[0][0] for r in mine] == pytest.approx([r[0][0] for r in other], abs=1e-4)
+        assert found["results"]["chosen"] == pytest.approx(theirs["results"]["chosen"])
+
+
+def test_stop_strings_end_each_row_and_are_cut_off(folder, hf):
+    whole = hf.generate_until(asked(PROMPTS), disable_tqdm=True)
+    stop = whole[0].split()[3]
+    assert sum(stop in text for text in whole) >= 1
+    ours = SoftarLM(folder, mixer="hard", batch_size=12)
+    theirs = hf.generate_until(asked(PROMPTS, until=[stop, "w999"]), disable_tqdm=True)
+    assert ours.generate_until(asked(PROMPTS, until=[stop, "w999"]), disable_tqdm=True) == theirs
+    assert theirs[0] == whole[0].split(stop)[0]
+    # The row that has met the string is not decoded on
+    steps = []
+    ours.model.register_forward_hook(lambda *_: steps.append(None))
+    ours.generate_until(asked(PROMPTS[:1], until=[stop]), disable_tqdm=True)
+    assert len(steps) == 4
+
+
+def test_a_task_sees_the_answer_and_its_stop_strings_do_not_cut_the_thought(folder):
+    lm = SoftarLM(folder, budget=4, batch_size=12)
+    model, tokenizer = lm.model, lm.tokenizer
+    config = softar.SoftConfig(budget=4, max_new_tokens=8)
+    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    out = softar.generate(model, **inputs, config=config)
+    answers = [tokenizer.decode(ids) for ids in out.answers]
+    assert lm.generate_until(asked(PROMPTS), disable_tqdm=True) == answers
+    thoughts = [tokenizer.decode(ids[2:3]) for ids in out.completions]
+    apart = [i for i in range(12) if thoughts[i] not in answers[i] and len(answers[i].split()) == 4]
+    assert len(apart) > 3
+    for i in apart:
+        assert lm.generate_until(asked(PROMPTS[i : i + 1], until=[thoughts[i]]), disable_tqdm=True) == [answers[i]]
+        stop = answers[i].split()[1]
+        cut = answers[i].split(stop)[0]
+        assert lm.generate_until(asked(PROMPTS[i : i + 1], until=[stop]), disable_tqdm=True) == [cut]
+
+
+def test_stop_strings_wait_for_the_end_of_the_thought(folder):
+    lm = SoftarLM(folder, budget=3, think_end="</think>", mixer="hard", batch_size=12)
+    answers = lm.generate_until(asked(PROMPTS), disable_tqdm=True)
+    inputs = lm.tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    thoughts = softar.generate(lm.model, **inputs, config=dataclasses.replace(lm.soft, max_new_tokens=8)).completions
+    apart = [i for i in range(12) if lm.tokenizer.decode(thoughts[i, :1]) not in answers[i].split() and answers[i]]
+    assert len(apart) > 3
+    for i in apart:  # a string of the thought does not end the row
+        stop = lm.tokenizer.decode(thoughts[i, :1])
+        assert lm.generate_until(asked(PROMPTS[i : i + 1], until=[stop]), disable_tqdm=True) == [answers[i]]
+    steps = []
+    lm.model.register_forward_hook(lambda *_: steps.append(None))
+    tried = [(prompt, answer) for prompt, answer in zip(PROMPTS, answers) if len(set(answer.split())) == 4]
+    assert len(tried) > 3
+    for prompt, answer in tried:
+        stop = answer.split()[2]
+        steps.clear()
+        found = lm.generate_until(asked([prompt], until=[stop]), disable_tqdm=True)
+        assert found == [answer.split(stop)[0]]
+        assert len(steps) == 3 + 1 + 3  # the thought, its end, the answer up to the string
+
+
+def test_draws_depend_on_seed_and_request_alone(folder):
+    def texts(seed=None, batch_size=12, order=1, asks=1, **options):
+        lm = SoftarLM(folder, mixer="gumbel", seed=seed, batch_size=batch_size, **options)
+        for _ in range(asks):
+            found = lm.generate_until(asked(PROMPTS[::order]), disable_tqdm=True)[::order]
+        return found
+
+    torch.manual_seed(7)  # what lm-eval does with --seed
+    first = texts()
+    assert texts(batch_size=5) == texts(order=-1) == texts(seed=7) == first
+    assert texts(asks=2) != first
+    assert texts(seed=8) != first
+    torch.manual_seed(8)
+    assert texts() == texts(seed=8)
+
+
+def test_sampling_of_a_task_is_of_the_discrete_text(folder):
+    hot = dict(do_sample=True, temperature=3.0)
+    hard = SoftarLM(folder, mixer="hard", batch_size=12, seed=0)
+    greedy = hard.generate_until(asked(PROMPTS), disable_tqdm=True)
+    assert hard.generate_until(asked(PROMPTS, **hot), disable_tqdm=True) != greedy
+    assert hard.generate_until(asked(PROMPTS, **hot, top_k=1), disable_tqdm=True) == greedy
+    assert hard.generate_until(asked(PROMPTS, do_sample=False, temperature=0.0), disable_tqdm=True) == greedy
+    settings, _ = SoftarLM(folder, budget=2)._settings({**hot, "top_p": 0.5}, 8)
+    assert (settings.answer_temperature, settings.answer_top_p, settings.temperature) == (3.0, 0.5, 1.0)
+    settings, _ = SoftarLM(folder, budget=2, answer_temperature=0.7)._settings(hot, 8)
+    assert settings.answer_temperature == 0.7
+    with pytest.raises(BadArgument, match="whole text is the thought"):
+        SoftarLM(folder).generate_until(asked(PROMPTS, **hot), disable_tqdm=True)
+    with pytest.raises(BadArgument, match="'penalty'"):
+        hard.generate_until(asked(PROMPTS, penalty=2), disable_tqdm=True)
+    assert hard.generate_until(asked(PROMPTS, repetition_penalty=9.0), disable_tqdm=True) != greedy
+
+
+def test_names_and_the_config_beside_a_model(folder, tmp_path):
+    write_gguf(tmp_path / "m.gguf")
+    assert SoftarLM(str(tmp_path / "m.gguf")).model.config.hidden_size == 32
+    lm = SoftarLM(model="mnns-tiny", dtype="float64", max_new_tokens=3)
+    assert lm.model.dtype == torch.float64 and lm.max_gen_toks == 3
+    plain = SoftarLM(folder)
+    assert plain.soft == softar.SoftConfig(max_new_tokens=256)
+    own = tmp_path / "own"
+    plain.model.save_pretrained(own)
+    plain.tokenizer.save_pretrained(own)
+    saved = softar.SoftConfig(mixer="gumbel", mixer_args={"tau": 0.1}, think_end="</think>", max_new_tokens=9)
+    saved.save(own)
+    assert SoftarLM(str(own)).soft == dataclasses.replace(saved, think_end=(4,))
+    changed = SoftarLM(str(own), mixer="hard", top_k=None, banned=[1, 2]).soft
+    assert (changed.mixer, changed.mixer_args, changed.top_k, changed.banned) == ("hard", {}, None, (1, 2))
+    assert changed.max_new_tokens == 9
+
+
+@pytest.mark.parametrize(
+    "model, arguments, message",
+    [
+        (
+            "softar",
+            "pretrained=mnns-tiny,tempera=1",
+            "model_args ['tempera'] are unknown to --model softar; known: add_",
+        ),
+        ("softar", "mixer=hard", "pretrained=None, model=None: give one of them"),
+        ("softar", "pretrained=a,model=b", "pretrained='a', model='b': give one of them"),
+        ("softar", "pretrained=mnns-tinny", "did you mean 'mnns-tiny'?"),
+        ("softar", "pretrained=mnns-tiny,mixer=soggy", "mixer='soggy' is unknown"),
+        ("softar", "pretrained=mnns-tiny,temperature=-1", "temperature=-1"),
+        ("softar", "pretrained=mnns-tiny,temperature=hot", "temperature='hot' must be a number"),
+        (
+            "softar-diffusion",
+            "model=mnns-diffusion-tiny,mixer=soft",
+            "['mixer'] are unknown to --model softar-diffusion",
+        ),
+        ("softar-diffusion", "model=mnns-diffusion-tiny,samples=0", "samples=0, samples_batch=32 must be at least 1"),
+        ("softar-diffusion", "model=mnns-diffusion-tiny,threshold=2", "threshold=2 must lie in (0, 1]"),
+        ("softar-diffusion", "model=mnns-diffusion-tiny,batch_size=auto", "batch_size='auto'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(model, arguments, message, capsys, monkeypatch):
+    """lm-eval's own command is left out: it reads its thousands of task files before it opens a model."""
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: get_model(model).create_from_arg_string(arguments))
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("softar-eval: error: ") and message in line
+
+
+def test_command(tasks, tmp_path):
+    """As its users call it, with one of each model; the names come from the import."""
+    command = [sys.executable, "-c", "from softar.lm_eval import main; main()", "--include_path", str(tasks),
+               "--tasks", "chosen,generated", "--limit", "3", "--output_path", str(tmp_path), "--batch_size", "2",
+               "--model", "softar", "--model_args", "pretrained=mnns-tiny,mixer=gumbel", "--seed", "5"]  # fmt: skip
+    rows = [dict(question=p, gold="S0", options=["S0", "S1 S2", "S3"], label=0) for p in MNNS]
+    text = (tasks / "rows.jsonl").read_text()
+    try:  # words that the embedded models know
+        (tasks / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    finally:
+        (tasks / "rows.jsonl").write_text(text)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "exact_match" in done.stdout and "|chosen" in done.stdout
+    (file,) = tmp_path.glob("**/results_*.json")
+    results = json.loads(file.read_text())
+    assert set(results["results"]) == {"chosen", "generated"} and results["config"]["model"] == "softar"
+    assert results["n-samples"]["chosen"]["effective"] == 3
+    assert get_model("softar") is SoftarLM and get_model("softar-diffusion") is SoftarDiffusionLM
+
+
+# Diffusion
+
+
+def test_diffusion_generates_as_denoise_does():
+    lm = SoftarDiffusionLM("mnns-diffusion-tiny", soften="soft-token", block_length=4, batch_size=2)
+    model, tokenizer = diffusion.load("mnns-diffusion-tiny")
+    inputs = tokenizer(MNNS, return_tensors="pt", padding=True)
+    config = diffusion.DenoiseConfig(gen_length=8, block_length=4, soften="soft-token")
+    tokens = diffusion.denoise(model, **inputs, config=config).completions
+    ends = [(row == tokenizer.eos_token_id).int().argmax() for row in tokens]
+    texts = [tokenizer.decode(row[:end]) for row, end in zip(tokens, ends)]
+    assert all(ends) and all(len(text.split()) == 4 for text in texts)
+    assert lm.generate_until(asked(MNNS), disable_tqdm=True) == texts
+    # 5 tokens are two blocks of 4, cut again; a gen_length of the model's goes before the task's
+    five = lm.generate_until(asked(MNNS, max_gen_toks=3), disable_tqdm=True)
+    assert [len(text.split()) for text in five] == [3, 3, 3]
+    longer = SoftarDiffusionLM("mnns-diffusion-tiny", gen_length=8, block_length=4, soften="soft-token")
+    assert longer.generate_until(asked(MNNS, max_gen_toks=2), disable_tqdm=True) == texts
+    stop = texts[0].split()[2]
+    assert lm.generate_until(asked(MNNS[:1], until=[stop]), disable_tqdm=True) == [texts[0].split(stop)[0]]
+    # So does each end that the model knows of, though no task names it: a turn's, say
+    lm.model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(stop)]
+    cut = texts[0].split(stop)[0].strip()
+    assert [t.strip() for t in lm.generate_until(asked(MNNS[:1]), disable_tqdm=True)] == [cut]
+
+
+def test_diffusion_draws_depend_on_seed_and_request_alone():
+    def texts(batch_size=3, **options):
+        lm = SoftarDiffusionLM("mnns-diffusion-tiny", temperature=2.0, batch_size=batch_size, **options)
+        return lm.generate_until(asked(MNNS, do_sample=True), disable_tqdm=True)
+
+    assert texts(seed=1) == texts(seed=1, batch_size=1)
+    assert texts(seed=1) != texts(seed=2)
+    with pytest.raises(BadArgument, match="denoised greedily"):
+        SoftarDiffusionLM("mnns-diffusion-tiny").generate_until(asked(MNNS, do_sample=True), disable_tqdm=True)
+    with pytest.raises(BadArgument, match="repetition_penalty"):
+        SoftarDiffusionLM("mnns-diffusion-tiny").generate_until(asked(MNNS, repetition_penalty=2), disable_tqdm=True)
+    with pytest.raises(BadArgument, match="do not fit into the model's 64 positions"):
+        lm = SoftarDiffusionLM("mnns-diffusion-tiny", gen_length=60)
+        lm.generate_until(asked(MNNS, max_gen_toks=4), disable_tqdm=True)
+
+
+def test_diffusion_likelihood_is_the_bound():
+    lm = SoftarDiffusionLM("mnns-diffusion-tiny", samples=3, seed=0)
+    model, tokenizer = lm.model, lm.tokenizer
+    prompt = tokenizer(MNNS[0])["input_ids"]
+    # Of one token the estimate is exact: the model's probability at a mask behind the prompt
+    ((bound, _),) = lm.loglikelihood(likely([(MNNS[0], " S3")]), disable_tqdm=True)
+    ids = torch.tensor([[*prompt, tokenizer.mask_token_id]])
+    token = tokenizer.convert_tokens_to_ids("S3")
+    assert bound == pytest.approx(model(ids).logits[0, -1].log_softmax(-1)[token].item(), abs=1e-4)
+    # Of more: the Monte-Carlo estimate, the closer the more samples
+    pair = (MNNS[0], " S5 S2 S4")
+    answer = torch.tensor([False] * len(prompt) + [True] * 3)
+    whole = torch.tensor(tokenizer(pair[0] + pair[1])["input_ids"])
+    truth = log_likelihood(model, whole, answer, samples=3000, batch_size=300, rng=torch.Generator().manual_seed(1))
+    many = SoftarDiffusionLM("mnns-diffusion-tiny", samples=3000, samples_batch=300, seed=0)
+    few = [lm.loglikelihood(likely([pair]), disable_tqdm=True)[0][0] for _ in range(8)]
+    close = many.loglikelihood(likely([pair]), disable_tqdm=True)[0][0]
+    assert len(set(few)) > 1 and max(abs(x - truth) for x in few) > 2 * abs(close - truth)
+    assert close == pytest.approx(truth, abs=0.1)
+
+
+def test_diffusion_says_whether_a_continuation_is_greedy():
+    model, tokenizer = diffusion.load("mnns-diffusion-tiny")
+    inputs = tokenizer(MNNS[:1], return_tensors="pt")
+    out = diffusion.denoise(model, **inputs, config=diffusion.DenoiseConfig(gen_length=3, soften="hard"))
+    greedy = " " + tokenizer.decode(out.completions[0])
+    pairs = [(MNNS[0], greedy), (MNNS[0], " S1 S1 S1")]
+    lm = SoftarDiffusionLM("mnns-diffusion-tiny", samples=2)
+    assert [is_greedy for _, is_greedy in lm.loglikelihood(likely(pairs), disable_tqdm=True)] == [True, False]
+    lm = SoftarDiffusionLM("mnns-diffusion-tiny", samples=2, check_greedy=False)
+    assert [is_greedy for _, is_greedy in lm.loglikelihood(likely(pairs), disable_tqdm=True)] == [False, False]
+
+
+def test_diffusion_chooses(tmp_path):
+    """A trained model finds the right answer of MNNS among four twice as often as by chance, through a task file."""
+    test = [row for row in softar.load_task("mnns").test if row["answer"] in ("S0", "S1", "S2", "S3")][:32]
+    rows = [
+        dict(question=row["prompt"] + row["completion"].rsplit(" ", 1)[0],
+             options=["S0 <eos>", "S1 <eos>", "S2 <eos>", "S3 <eos>"],
+             label=int(row["answer"][1:]))
+        for row in test
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mnns.yaml").write_text(f"""task: mnns_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "rows.jsonl"}}}, cache_dir: {tmp_path / "cache"}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: label
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+""")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = simple_evaluate("softar-diffusion", model_args="model=mnns-diffusion-tiny,samples=16,check_greedy=False",
+                            tasks=["mnns_choice"], task_manager=manager, bootstrap_iters=0)  # fmt: skip
+    assert found["results"]["mnns_choice"]["acc,none"] >= 0.5

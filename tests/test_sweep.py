@@ -1,0 +1,330 @@
+"""A grid of runs: shared, restarted, refused, summed up and drawn."""
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from trl import TrlParser
+
+from softar import sweep as module
+from softar.sweep import Grid, aggregate, plot_sweep, read_grid, sweep
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes" / "sweep.py"
+SMALL = dict(tasks=["latin", "mnns"], soft=["soft-mask"], baseline=["hard:temperature=0.5"],
+             vary={"threshold": [0.5, 0.9]}, seeds=[0, 1], limit=8)  # fmt: skip
+TIMES = ("seconds", "seconds_per_row", "seconds_sd", "tokens_per_s")
+
+
+def timeless(rows):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A sweep that nothing interrupted: folder, rows, what it said."""
+    folder = tmp_path_factory.mktemp("whole") / "sweep"
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))
+    rows = sweep(read_grid(SMALL), folder, console=console)
+    return folder, rows, console.export_text()
+
+
+def results(folder):
+    return sorted(folder.glob("runs/*/results.json"))
+
+
+def test_runs_are_the_product_of_the_grid():
+    runs = read_grid(SMALL).runs()
+    assert len(runs) == 2 * 2 * 2 * 2 and len({run.name for run in runs}) == 16
+    assert [run.seed for run in runs[:2]] == [0, 1] and runs[0].role == "soft"
+    assert runs[0].spec == "soft-mask:threshold=0.5"
+    assert runs[4].spec == "hard:temperature=0.5,threshold=0.5"
+    assert runs[0].name == "latin-soft-soft-mask-threshold=0.5-seed0"
+    assert {run.task for run in runs[:8]} == {"latin"}
+    twice = Grid(tasks=["mnns"], soft=["a/b=soft-mask", "a/b=soft-mask"], seeds=[3, 3])
+    assert len(twice.runs()) == 1 and "/" not in twice.runs()[0].name
+    varied = Grid(tasks=["latin"], soft=["hard"], vary={"select": ["margin", "entropy"], "steps": [4, 8]}).runs()
+    assert varied[1].spec == "hard:select=margin,steps=8"
+
+
+def test_summary(whole):
+    folder, rows, said = whole
+    names = [run.name for run in read_grid(SMALL).runs()]
+    assert [row["run"] for row in rows] == names
+    assert {file.parent.name for file in results(folder)} == set(names)
+    for row in rows:
+        (own,) = json.loads((folder / "runs" / row["run"] / "results.json").read_text())["rows"]
+        assert own == row
+        assert row["n"] == 8 and 0 <= row["accuracy"] <= 1
+        assert row["nfe"] >= 1 and row["tokens_per_s"] > 0 and row["threshold"] in (0.5, 0.9)
+        assert row["model"] == f"{row['task']}-diffusion-tiny"
+        assert (row["role"], row["decoder"]) in (("soft", "soft-mask"), ("baseline", "hard"))
+        assert row["run"] in said
+    # A higher threshold takes more forwards
+    nfe = {(r["task"], r["role"], r["threshold"], r["seed"]): r["nfe"] for r in rows}
+    assert all(nfe[t, role, 0.9, s] > nfe[t, role, 0.5, s] for t, role, _, s in nfe)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["rows"] == rows and summary["schema"] == 1 and summary["versions"]["torch"]
+    with open(folder / "summary.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(line["accuracy"]) for line in table] == [row["accuracy"] for row in rows]
+    assert {"nfe", "tokens_per_s", "threshold", "role", "seed"} <= set(table[0])
+    # Seeds are those of what is drawn: the baseline here draws, soft masks do not
+    accuracy = {(r["task"], r["role"], r["threshold"], r["seed"]): (r["accuracy"], r["nfe"]) for r in rows}
+    pairs = [(value, accuracy[t, role, h, 1], role) for (t, role, h, s), value in accuracy.items() if s == 0]
+    assert all(a == b for a, b, role in pairs if role == "soft")
+    assert any(a != b for a, b, role in pairs if role == "baseline")
+
+
+def test_goes_on_where_it_stopped(whole, tmp_path, monkeypatch):
+    """Finished runs are not run again, a half-written one is, and Ctrl-C says how to go on."""
+    _, rows, _ = whole
+    grid, done = read_grid(SMALL), []
+
+    def counted(grid, run, console):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(run.name)
+        return measure(grid, run)
+
+    measure = module.measure
+    monkeypatch.setattr(module, "measure", counted)
+    console = Console(record=True, width=300, file=open(os.devnull, "w"))
+    with pytest.raises(KeyboardInterrupt):
+        sweep(grid, tmp_path, console=console)
+    assert f"3 of 16 runs are whole in {tmp_path}: the same command goes on" in console.export_text()
+    assert not (tmp_path / "summary.json").exists() and len(results(tmp_path)) == 3
+    kept = [file.stat().st_mtime_ns for file in results(tmp_path)]
+    broken = tmp_path / "runs" / done[1] / "results.json"
+    broken.write_text(broken.read_text()[:-50])
+    first, done = done[:], [None] * 4  # never 3
+    again = sweep(grid, tmp_path)
+    assert timeless(again) == timeless(rows)
+    assert done[4:] == [first[1], *(run.name for run in grid.runs() if run.name not in first)]
+    assert [file.stat().st_mtime_ns for file in results(tmp_path) if file.parent.name in first].count(kept[0]) == 1
+    done = [None] * 4
+    assert sweep(grid, tmp_path) == again and done == [None] * 4
+
+
+def test_ctrl_c_inside_a_decoder_is_no_failure(tmp_path, monkeypatch):
+    class Interrupted:
+        name, columns = "interrupted", {}
+
+        def decode(self, prompts):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_decoder", lambda grid, run: Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        sweep(read_grid(SMALL), tmp_path)
+    assert not results(tmp_path)
+
+
+def test_length_is_that_of_the_tasks_completions():
+    """A diffusion model fills a template and adds nothing to it."""
+    lengths = {run.task: module._length(grid, run) for grid in [read_grid(SMALL)] for run in grid.runs()}
+    assert lengths == {"latin": 0, "mnns": 5}
+    grid = read_grid(SMALL | dict(max_new_tokens=7))
+    assert {run.task: module._length(grid, run) for run in grid.runs()} == {"latin": 0, "mnns": 7}
+
+
+def test_a_run_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    grid = read_grid(SMALL | dict(tasks=["mnns"], seeds=[0]))
+    measure = module.measure
+
+    def some(grid, run, console):
+        if run.role == "baseline" and run.setting[0][1] == 0.5:
+            raise RuntimeError("out of\nmemory [1]")
+        return measure(grid, run)
+
+    monkeypatch.setattr(module, "measure", some)
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))
+    with pytest.raises(ValueError, match=r"1 of 4 runs failed, \['mnns-baseline.*the same command tries them again"):
+        sweep(grid, tmp_path, console=console)
+    assert "failed: out of memory [1]" in console.export_text()
+    assert len(json.loads((tmp_path / "summary.json").read_text())["rows"]) == 3
+    monkeypatch.setattr(module, "measure", measure)
+    assert len(sweep(grid, tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(seeds=[0, 2]), r"seeds=\[0, 1\] and not \[0, 2\]: take another folder, or delete"),
+        (dict(vary={"threshold": [0.5]}), r"vary=\{'threshold': \[0.5, 0.9\]\} and not \{'threshold': \[0.5\]\}"),
+        (dict(tasks=["latin"], limit=9), r"tasks=\['latin', 'mnns'\] and not \['latin'\]"),  # the first difference
+        (dict(limit=None), "limit=8 and not None"),
+    ],
+)
+def test_another_grid_is_refused(whole, change, message):
+    folder, rows, _ = whole
+    with pytest.raises(ValueError, match=message) as caught:
+        sweep(read_grid(SMALL | change), folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert json.loads((folder / "summary.json").read_text())["rows"] == rows
+
+
+def test_a_folder_without_a_readable_grid_is_refused(whole, tmp_path):
+    file = tmp_path / "runs" / "other" / "results.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="of an unknown grid"):
+        sweep(read_grid(SMALL), tmp_path)
+    (tmp_path / "grid.json").write_text("{")
+    with pytest.raises(ValueError, match=r"grid\.json cannot be read"):
+        sweep(read_grid(SMALL), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(thresholds=[1]), r"does not have \['thresholds'\]; known: \['baseline'"),
+        (dict(tasks=[]), "tasks: the grid needs at least one value"),
+        (dict(tasks="latin"), "tasks='latin' must be a list"),
+        (dict(seeds=[]), "seeds: the grid needs at least one value"),
+        (dict(soft=[], baseline=[]), "soft and baseline are empty"),
+        (dict(vary={"threshold": []}), "vary threshold|threshold: the grid needs at least one value"),
+        (dict(vary={"threshold": 0.5}), "vary threshold=0.5 must be a list"),
+        (dict(vary=["threshold"]), "give mappings"),
+        (dict(limit=0), "limit=0 must be a whole number, at least 1"),
+        (dict(batch_size=0), "batch_size=0 must be"),
+        (dict(models={"sudoku": "x"}), r"models names \['sudoku'\]"),
+        (dict(tasks=["sudoku"]), "task='sudoku' is unknown"),
+        (dict(tasks=["reasoning_gym:chain_sum"]), "needs max_new_tokens"),
+        (dict(soft=["soft-musk"]), "'soft-musk' is unknown"),
+        (dict(soft=["gumbel"], tasks=["mnns"]), "decoder 'gumbel' on task 'mnns' has no model: say MODEL=gumbel"),
+        (dict(soft=["hard:threshold=0.7"]), r"'hard:threshold=0.7' sets \['threshold'\], which the grid varies"),
+        (dict(soft=["a-b=hard", "a/b=hard"]), "would share the folder"),
+        (dict(vary={"treshold": [0.5]}), "takes no 'treshold'"),
+        (dict(vary={"threshold": [2]}), r"threshold=2 must lie in \(0, 1\]"),
+    ],
+)
+def test_bad_grids(change, message, tmp_path):
+    """Nothing is decoded."""
+    with pytest.raises(ValueError, match=message):
+        sweep(read_grid(SMALL | change), tmp_path)
+    assert not results(tmp_path)
+
+
+def test_autoregressive_decoders_and_models_by_task(tmp_path):
+    grid = Grid(tasks=["mnns"], soft=["gumbel:budget=3"], baseline=["mnns-tiny=discrete"], models={"mnns": "mnns-tiny"},
+                limit=6)  # fmt: skip
+    soft, hard = sweep(grid, tmp_path)
+    assert (soft["model"], soft["decoder"], hard["decoder"]) == ("mnns-tiny", "gumbel", "discrete")
+    assert soft["nfe"] <= 5  # as many tokens as a completion has, and one
+
+
+# Aggregation
+
+
+def rows_of(role, spec, setting, *values):
+    return [
+        dict(task="t", role=role, spec=spec, model="m", varied=setting, seed=seed,
+             run=f"t-{role}-{spec}-{setting}-seed{seed}", accuracy=a, nfe=n, seconds_per_row=n / 10,
+             tokens_per_s=100 * n)
+        for seed, (a, n) in enumerate(values)
+    ]  # fmt: skip
+
+
+def test_aggregate():
+    rows = rows_of("soft", "s", "k=1", (0.2, 4), (0.4, 6)) + rows_of("baseline", "s", "k=1", (0.9, 1))
+    first, second = aggregate(rows[::-1])[::-1]
+    assert (first["role"], first["n_seeds"], second["n_seeds"]) == ("soft", 2, 1)
+    assert first["accuracy"] == pytest.approx(0.3) and first["accuracy_sd"] == pytest.approx(0.2 / 2**0.5)
+    assert (first["nfe"], first["seconds_per_row"], first["tokens_per_s"]) == (5, 0.5, 500)
+    assert second["accuracy_sd"] == 0
+
+
+def test_plot(whole, tmp_path, monkeypatch):
+    """Each decoder is one line over its settings, in both panels of each task."""
+    from matplotlib.axes import Axes
+
+    folder, rows, _ = whole
+    drawn = []
+    errorbar = Axes.errorbar
+    monkeypatch.setattr(Axes, "errorbar", lambda axes, x, y, *a, **kw: (drawn.append((axes.get_xscale(), x, y, kw)),
+                                                                        errorbar(axes, x, y, *a, **kw))[1])  # fmt: skip
+    file = plot_sweep(folder)
+    assert file == folder / "sweep.png" and file.read_bytes().startswith(b"\x89PNG")
+    assert len(drawn) == 2 * 2 * 2 and all(len(x) == 2 for _, x, _, _ in drawn)
+    assert all(list(x) == sorted(x) for _, x, _, _ in drawn if min(x) >= 1)  # forwards
+    points = {(p["task"], p["role"], p["nfe"]): p["accuracy"] for p in aggregate(rows)}
+    assert {(x[0], y[0]) for _, x, y, _ in drawn} >= {(nfe, a) for (_, _, nfe), a in points.items() if nfe < 3}
+    styles = {kw["label"]: kw["linestyle"] for *_, kw in drawn}
+    assert styles == {"soft-mask (soft)": "-", "hard:temperature=0.5 (baseline)": "--"}
+    # While it is not finished: the runs that are
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / rows[0]["run"]).symlink_to(folder / "runs" / rows[0]["run"])
+    assert plot_sweep(tmp_path).stat().st_size > 1000
+    with pytest.raises(ValueError, match="holds no sweep"):
+        plot_sweep(tmp_path / "nothing")
+
+
+# The recipe
+
+
+def recipe():
+    spec = importlib.util.spec_from_file_location("sweep_recipe", RECIPE)
+    loaded = sys.modules["sweep_recipe"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_recipe_reads_command_line_and_yaml(tmp_path):
+    sweep_recipe = recipe()
+    assert sweep_recipe.with_demo(["--limit", "3"])[-2:] == ["--limit", "3"]
+    assert sweep_recipe.with_demo([])[:3] == ["--tasks", "latin", "mnns"]
+    assert sweep_recipe.with_demo(["--soft", "hard"]) == ["--soft", "hard"]
+    with pytest.raises(ValueError, match="there is no such file"):
+        sweep_recipe.with_demo(["--config", "nowhere.yaml"])
+    (args,) = TrlParser(sweep_recipe.SweepArguments).parse_args_and_config(
+        ["--config", str(ROOT / "recipes" / "configs" / "sweep_mnns.yaml"), "--seeds", "7"]
+    )
+    assert sweep_recipe.mapping("vary", args.vary) == {"temperature": [0.3, 0.6, 1.0]} and args.seeds == [7]
+    assert sweep_recipe.mapping("vary", ["a=1,x", "b=c"]) == {"a": ["1", "x"], "b": ["c"]}
+    with pytest.raises(ValueError, match="vary='a' must be key=value"):
+        sweep_recipe.mapping("vary", ["a"])
+    assert [sweep_recipe.json_or_text(v) for v in ("0.5", "null", "soft", 3)] == [0.5, None, "soft", 3]
+
+
+def test_two_processes_interrupted_and_resumed(whole, tmp_path, capsys):
+    """Interrupted in the middle, the sweep ends with the rows of the uninterrupted one; another grid is refused."""
+    folder = tmp_path / "sweep"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(RECIPE),
+               "--tasks", "latin", "mnns", "--soft", "soft-mask", "--baseline", "hard:temperature=0.5",
+               "--vary", "threshold=0.5,0.9", "--seeds", "0", "1", "--limit", "8", "--batch_size", "64",
+               "--output_dir", str(folder)]  # fmt: skip
+    log = open(tmp_path / "log", "w")
+    child = subprocess.Popen(command, stdout=log, stderr=log)
+    deadline = time.monotonic() + 120
+    while len(results(folder)) < 2 and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.send_signal(signal.SIGINT)  # the launcher hands it on
+    child.wait(timeout=60)
+    assert f"of 16 runs are whole in {folder}: the same command goes on" in (tmp_path / "log").read_text()
+    early = {file.parent.name: file.stat().st_mtime_ns for file in results(folder)}
+    assert 2 <= len(early) < 16, (tmp_path / "log").read_text()[-2000:]
+    assert not (folder / "summary.json").exists()
+    victim, *others = early
+    broken = folder / "runs" / victim / "results.json"
+    broken.write_text(broken.read_text()[:100])  # as if it had been killed while it wrote
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((folder / "summary.json").read_text())["rows"]
+    assert timeless(rows) == timeless(whole[1])
+    assert all((folder / "runs" / n / "results.json").stat().st_mtime_ns == early[n] for n in others)
+    assert done.stderr.count("] latin-") + done.stderr.count("] mnns-") == 16 - len(others)  # each run by one process
+    assert done.stdout.count("threshold=0.9") == 4 and (folder / "sweep.png").is_file()
+    (args,) = TrlParser(recipe().SweepArguments).parse_args_and_config([*command[7:], "--repeats", "2"])
+    with pytest.raises(SystemExit) as stopped:
+        sys.modules["sweep_recipe"].main(args)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (f"sweep.py: error: {folder} is of another grid, with repeats=1 and not 2: take "
+                                       "another folder, or delete this one\n")  # fmt: skip
