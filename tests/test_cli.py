@@ -1,0 +1,645 @@
+"""The `softar` command, as it is typed: examples, JSON, exit codes, one-line errors, pipes."""
+
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import typer
+
+from softar import cli, cli_format, cli_work
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUP = typer.main.get_command(cli.app)
+PROMPT = "<bos> D4 D8 D1 D3 ->"
+HOLES = "<bos> D4 D8 _ D3 -> _ _ _ S0"
+SOFT = ["-m", "mnns-soft-tiny"]
+
+
+class Pipe(io.StringIO):
+    """Text that comes through a pipe."""
+
+
+@pytest.fixture
+def softar(capsys, monkeypatch):
+    """Runs the command in this process -> exit code, stdout, stderr."""
+
+    def run(*argv, stdin=""):
+        monkeypatch.setattr(sys, "stdin", Pipe(stdin))
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(word) for word in argv])
+        printed = capsys.readouterr()
+        return left.value.code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """What `main` sets for its process does not outlive a test; no colours, no width but the tests' own."""
+    for name, value in cli.QUIET.items():
+        monkeypatch.setenv(name, value)
+    for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("typer.rich_utils.FORCE_TERMINAL", None)  # typer has read them
+
+
+def process(*argv, **kwargs):
+    kwargs.setdefault("capture_output", True)
+    command = [sys.executable, "-m", "softar.cli", *argv]
+    return subprocess.run(command, cwd=ROOT, text=True, timeout=120, **kwargs)
+
+
+def examples():
+    """(command, its words) of each example in a help text."""
+    for name, command in [("", GROUP), *GROUP.commands.items()]:
+        for line in (command.help or "").splitlines():
+            if found := re.match(r"  .*\bsoftar (\w.*)", line):
+                yield pytest.param(name, shlex.split(found[1]), id=found[0])
+
+
+# -- help and examples ------------------------------------------------------------------------------------------------
+
+
+def test_the_commands():
+    assert [*GROUP.commands] == ["generate", "fill", "compare", "trace", "serve", "sweep", "models", "tasks"]
+    assert {e.values[0] for e in examples()} == {"", *GROUP.commands}  # each has some
+
+
+@pytest.mark.parametrize("name, words", [*examples()])
+def test_examples_parse(name, words):
+    command = GROUP.commands[words[0]]
+    context = command.make_context(words[0], words[1:])
+    assert name in ("", words[0])
+    for spec in [s for key in ("decoder", "soft", "baseline") for s in listed(context.params.get(key))]:
+        assert cli_work.family(spec)
+    assert context.params.get("model") in (None, *cli_work.MODELS, "answerdotai/ModernBERT-base")
+    assert context.params.get("config") is None or (ROOT / context.params["config"]).is_file()
+
+
+def listed(value):
+    return [value] if isinstance(value, str) else value or []
+
+
+@pytest.mark.parametrize("name", ["", *GROUP.commands])
+def test_help(softar, name):
+    code, out, err = softar(*filter(None, [name]), "--help")
+    assert (code, err) == (0, "") and "Examples:" in out and "\x1b" not in out
+    assert softar(*filter(None, [name]), "-h")[1] == out
+
+
+def test_without_a_command_it_helps(softar):
+    code, out, err = softar()
+    assert (code, err) == (0, "") and out.strip() == softar("--help")[1].strip()
+
+
+def test_compare_lists_all_decoders():
+    from softar.families import FAMILIES, decoders_of
+
+    said = GROUP.commands["compare"].help
+    for name in [name for family in FAMILIES for name in decoders_of(family)]:
+        assert re.search(rf"[\s:]{name}[,.\s]", said), name
+
+
+def test_version(softar):
+    from softar import __version__
+
+    assert softar("--version") == (0, f"softar {__version__}\n", "")
+
+
+def test_no_torch_for_help():
+    code = (
+        "import sys; sys.argv = ['softar', {!r}]; from softar.cli import main\n"
+        "try: main()\n"
+        "finally: print({{'torch', 'transformers', 'numpy', 'matplotlib', 'datasets'}} & {{*sys.modules}},\n"
+        "               file=sys.stderr)"
+    )
+    for word in ("--help", "models", "tasks"):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(word)], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (0, "set()\n")
+
+
+# -- models and tasks -------------------------------------------------------------------------------------------------
+
+
+def test_models_are_all_there_are(softar):
+    from softar.diffusion.models import MODELS as fillers
+    from softar.models import MODELS
+
+    found = {m["name"]: m["kind"] for m in json.loads(softar("models", "--json")[1])}
+    assert found == {**dict.fromkeys(MODELS, "autoregressive"), **dict.fromkeys(fillers, "diffusion")}
+    lines = softar("models")[1].splitlines()
+    assert [line.split("\t")[0] for line in lines] == [*found] and all(line.count("\t") == 2 for line in lines)
+
+
+def test_models_say_what_is_not_installed(softar, monkeypatch):
+    monkeypatch.setattr(cli_format, "is_installed", lambda package: False)
+    found = {m["name"]: m["installed"] for m in json.loads(softar("models", "--json")[1])}
+    assert [name for name, installed in found.items() if not installed] == ["smollm2-135m"]
+    assert softar("models")[1].count("not installed") == 1
+    assert softar("tasks")[1].count("not installed") == 1
+    assert [t["installed"] for t in json.loads(softar("tasks", "--json")[1])] == [True, True, False]
+
+
+def test_tasks_are_all_there_are(softar):
+    from softar.tasks import GYM, TASKS, load_task
+
+    found = json.loads(softar("tasks", "--json")[1])
+    assert [task["name"] for task in found] == [*TASKS, f"{GYM}NAME"]
+    for task in found[:-1]:
+        assert f"{len(load_task(task['name']).test)} held-out rows" in task["description"]
+
+
+def test_default_models_and_decoders(monkeypatch):
+    monkeypatch.setattr(cli_work.importlib.util, "find_spec", lambda name: None)
+    assert cli_work.default_model(None) == "mnns-soft-tiny"
+    assert cli_work.default_model("soft-token") == "mnns-diffusion-tiny"
+    common = dict(seed=0, dtype="float32", device=None)
+    specs = {name: cli_work.default_spec(name, common) for name in cli_work.MODELS if name != "smollm2-135m"}
+    assert specs == {
+        "mnns-soft-tiny": "soft",
+        "mnns-discrete-tiny": "discrete",
+        "mnns-tiny": cli_work.UNTRAINED,
+        "mnns-diffusion-tiny": "soft-mask",
+        "latin-diffusion-tiny": "soft-mask",
+    }
+
+
+# -- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_generate(softar):
+    cli_work.quiet()
+    from softar.families import make_decoder
+
+    (found,) = make_decoder("soft", model="mnns-soft-tiny", max_new_tokens=6).decode([PROMPT])
+    code, out, err = softar("generate", PROMPT, *SOFT)
+    assert (code, out) == (0, f"{found.text.strip()}\n") and err.startswith("mnns-soft-tiny, soft: 5 tokens in 5 ")
+    for words in (["generate"], ["generate", "-"]):
+        assert softar(*words, *SOFT, stdin=PROMPT + "\n")[1] == out
+    code, out, err = softar("generate", PROMPT, *SOFT, "--json")
+    answer = json.loads(out)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert (answer["text"], tuple(answer["tokens"])) == (found.text, found.tokens)
+    assert (answer["decoder"], answer["num_forwards"]) == ("soft", found.num_forwards)
+    assert answer["entropy"] == pytest.approx(found.entropy)
+    assert answer["completion"].endswith(f"{found.text} <eos>") and len(answer["completion"].split()) == 5
+
+
+def test_generate_options_reach_the_decoder(softar, monkeypatch):
+    made = []
+    plain = cli_work.answer
+    monkeypatch.setattr(cli_work, "answer", lambda decoder, *rest: made.append(decoder) or plain(decoder, *rest))
+    words = "--temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.01 --alpha 0.25 --answer-temperature 0.7"
+    words += " --max-new-tokens 4 --budget 2 --seed 7 --think-end ->"
+    assert softar("generate", PROMPT, *SOFT, "-d", "gumbel:tau=0.5", *words.split())[0] == 0
+    c = made[0].config
+    assert (c.temperature, c.top_k, c.top_p, c.min_p, c.alpha, c.budget) == (0.5, 3, 0.9, 0.01, 0.25, 2)
+    assert (c.mixer, c.mixer_args, c.answer_temperature, c.max_new_tokens) == ("gumbel", {"tau": 0.5}, 0.7, 4)
+    assert made[0].tokenizer.decode(c.think_end) == "->" and made[0].rng.initial_seed() == 7
+    assert softar("generate", PROMPT, *SOFT, "-d", 'soft:think_end="->",top_k=null')[0] == 0
+    assert made[1].config.top_k is None and made[1].tokenizer.decode(made[1].config.think_end) == "->"
+
+
+@pytest.mark.parametrize("spec", ["beam:num_beams=2", "self-consistency:votes=3", "mnns-diffusion-tiny=hard"])
+def test_generate_by_other_decoders(softar, spec):
+    code, out, _ = softar("generate", PROMPT, "-d", spec, "-m", "mnns-discrete-tiny", "--json")
+    answer = json.loads(out)
+    assert code == 0 and answer["text"].split()[-1].startswith("S") and "S" in answer["completion"]
+    assert answer["decoder"] == cli_work.family(spec) or answer["decoder"] in spec
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_generate_streams_on_a_terminal(monkeypatch, capsys):
+    """Token by token, the thought in other letters than the answer; and the same tokens as without."""
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    made = cli_work.open_decoder(None, "mnns-soft-tiny", {}, max_new_tokens=None, seed=0, dtype="float32", device=None)
+    seen = []
+    plain = cli_format.Printer.__call__
+    monkeypatch.setattr(
+        cli_format.Printer, "__call__", lambda self, step: (plain(self, step), seen.append(screen.getvalue()))[0]
+    )
+    cli_work.answer(made, PROMPT, PROMPT, False)
+    monkeypatch.undo()
+    (found,) = made.decode([PROMPT])
+    assert len(seen) == len(found.tokens) and all(a != b for a, b in itertools.pairwise(seen[:4]))
+    lines = screen.getvalue()
+    words = made.tokenizer.decode(list(found.tokens), skip_special_tokens=True).split()
+    assert re.sub(r"\x1b\[[\d;]*m", "", lines).split() == words
+    styled = re.findall(r"\x1b\[2;3m *([^\x1b]+)\x1b\[0m", lines)
+    assert [word.strip() for word in styled] == words[:3] and words[3] == found.text.strip()
+
+
+def test_stream_counts_as_decode_does(monkeypatch):
+    made = cli_work.open_decoder("gumbel", "mnns-soft-tiny", {}, max_new_tokens=6, seed=3, dtype="float32", device=None)
+    twin = cli_work.open_decoder("gumbel", "mnns-soft-tiny", {}, max_new_tokens=6, seed=3, dtype="float32", device=None)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    streamed = cli_work.stream(made, PROMPT)
+    monkeypatch.undo()
+    (plain,) = twin.decode([PROMPT])
+    assert (streamed.text, streamed.tokens) == (plain.text, plain.tokens)
+    assert (streamed.num_forwards, streamed.token_forwards) == (plain.num_forwards, plain.token_forwards)
+    assert streamed.entropy == pytest.approx(plain.entropy)
+
+
+def test_a_character_of_several_tokens_is_printed_whole(monkeypatch):
+    class Bytes:
+        def decode(self, ids, skip_special_tokens):
+            return bytes(ids).decode(errors="replace")
+
+    import torch
+
+    from softar import SoftConfig
+    from softar.decode import Record
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    printer = cli_format.Printer(Bytes(), SoftConfig())
+    shown = []
+    for byte in "aé!".encode():
+        printer({"record": Record(None, None, torch.tensor([byte]), torch.tensor([1]), None, None)})
+        shown.append(screen.getvalue())
+    monkeypatch.undo()
+    assert shown == ["a", "a", "aé", "aé!"]
+
+
+class Chatty:
+    chat_template = "{{ messages }}"
+
+    def __call__(self, text):
+        return {"input_ids": [1]}
+
+
+class Plain(Chatty):
+    chat_template = None
+
+
+def test_chat_where_the_tokenizer_has_a_template():
+    user, system = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be brief."}
+    assert cli_work.as_prompt(Chatty(), "Hi", None) == [user] == cli_work.as_prompt(Chatty(), "Hi", True)
+    assert cli_work.as_prompt(Chatty(), "Hi", None, "Be brief.") == [system, user]
+    assert cli_work.as_prompt(Plain(), "Hi", None) == "Hi" == cli_work.as_prompt(Chatty(), "Hi", False)
+
+
+# -- fill -------------------------------------------------------------------------------------------------------------
+
+
+def test_fill(softar):
+    code, out, _ = softar("fill", HOLES)
+    words, given = out.split(), HOLES.removeprefix("<bos> ").split()
+    assert code == 0 and len(words) == len(given)
+    assert all(g in (w, "_") for w, g in zip(words, given)) and "<mask>" not in out
+    for text in (HOLES.replace("_", "<mask>"), HOLES.replace("_", "___")):
+        assert softar("fill", text)[1] == out
+    assert softar("fill", stdin=HOLES)[1] == out
+
+
+def test_fill_behind_the_text(softar):
+    answer = json.loads(softar("fill", PROMPT, "--gen-length", 5, "--steps", 2, "--json")[1])
+    assert (answer["decoder"], answer["setting"], answer["num_forwards"]) == ("soft-mask", "steps=2", 2)
+    assert len(answer["tokens"]) == 5
+    answer = json.loads(softar("fill", PROMPT, "--gen-length", 4, "--block-length", 2, "--temperature", 0.3,
+                               "-d", "hard:threshold=0.01", "--json")[1])  # fmt: skip
+    assert (answer["decoder"], answer["num_forwards"]) == ("hard", 2)
+
+
+# -- compare ----------------------------------------------------------------------------------------------------------
+
+FEW = ["--limit", "12", "-m", "mnns-soft-tiny", "-d", "soft", "-d", "discrete"]
+
+
+def test_compare(softar, tmp_path):
+    code, out, err = softar("compare", *FEW, "--output", tmp_path, "--plot", "--json")
+    found = json.loads(out)
+    assert (code, out.count("\n"), found["baseline"], found["failures"]) == (0, 1, "soft", [])
+    assert [(row["decoder"], row["n"], row["task"]) for row in found["rows"]] == [
+        ("soft", 12, "mnns"),
+        ("discrete", 12, "mnns"),
+    ]
+    assert all(row["nfe"] <= 5 for row in found["rows"])
+    assert {"results.json", "results.csv", "rows.jsonl", "plot.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert str(tmp_path) in err
+    code, out, _ = softar("compare", *FEW, "--baseline", "discrete", "--repeats", 2, "--batch-size", 5)
+    assert code == 0 and "gain over discrete" in out and "\x1b" not in out and "soft" in out
+
+
+def test_compare_on_a_narrow_terminal(softar, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    code, out, _ = softar("compare", *FEW)
+    assert code == 0 and max(map(len, out.splitlines())) <= 60 and "soft\n  accuracy" in out and "gain" in out
+
+
+def test_compare_matches_budgets(softar):
+    words = ["compare", "--task", "latin", "--limit", "6", "-m", "latin-diffusion-tiny", "--nfe", "5", "--json"]
+    specs = ["-d", "hard:steps=2", "-d", "hard:steps=4", "-d", "hard:steps=8", "-d", "soft-mask:steps=8"]
+    found = json.loads(softar(*words, *specs)[1])
+    assert [row["nfe"] for row in found["rows"]] == [4]
+    assert found["left_out"] == ["latin-diffusion-tiny=soft-mask"]
+    words[words.index("--nfe")] = "--token-forwards"
+    assert json.loads(softar(*words, *specs)[1])["rows"] == []
+
+
+def test_compare_says_what_failed(softar):
+    """A decoder that cannot read the rows: the other goes on, and the exit code is 1."""
+    code, out, err = softar("compare", "--task", "latin", "--limit", "4", "-d", "mnns-soft-tiny=soft", "-d",
+                            "latin-diffusion-tiny=hard:steps=2", "--json")  # fmt: skip
+    found = json.loads(out)
+    assert code == 1 and [row["decoder"] for row in found["rows"]] == ["hard"]
+    assert found["failures"][0]["decoder"].startswith("mnns-soft-tiny=soft") and "cannot read" in err
+
+
+def test_ctrl_c_keeps_what_a_comparison_has_done(softar, monkeypatch, tmp_path):
+    from softar.decoders import SoftDecoder
+
+    calls, plain = [], SoftDecoder.decode
+
+    def decode(self, prompts):
+        calls.append(self.name)
+        if len(calls) > 3:  # two for the warm-up, then the first decoder's only batch
+            raise KeyboardInterrupt
+        return plain(self, prompts)
+
+    monkeypatch.setattr(SoftDecoder, "decode", decode)
+    code, out, _ = softar("compare", *FEW, "--json", "--output", tmp_path)
+    found = json.loads(out)
+    assert (code, found["interrupted"], [row["name"] for row in found["rows"]]) == (130, True, ["soft"])
+    assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["n"] == 12
+
+
+@pytest.mark.parametrize("task", ["mnns", "latin"])
+def test_the_default_comparison(softar, task):
+    code, out, _ = softar("compare", "--task", task, "--limit", 3, "--json")
+    found = json.loads(out)["rows"]
+    assert code == 0 and len(found) == len(cli_work.COMPARED[task])
+    families = {row["family"] for row in found}
+    assert families == ({"autoregressive", "diffusion"} if task == "mnns" else {"diffusion"})
+
+
+def test_decoders_of_a_comparison_by_its_model():
+    assert cli_work.compared("mnns", "mnns-diffusion-tiny") == ["hard", "soft-mask"]
+    assert cli_work.compared("mnns", "mnns-tiny")[:2] == ["discrete", "soft"]
+    assert cli_work.compared("reasoning_gym:chain_sum", None)[:2] == ["discrete", "soft"]
+
+
+def test_chats_of_a_comparison():
+    from datasets import Dataset
+
+    class Decoder:
+        columns = {"model": "some"}
+
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+    rows, chatty, plain = Dataset.from_dict({"prompt": ["Hi"]}), Decoder(Chatty()), Decoder(Plain())
+    chat = [[{"role": "user", "content": "Hi"}]]
+    assert [*cli_work.with_chat(rows, [chatty], None)["prompt"]] == chat
+    assert [*cli_work.with_chat(rows, [chatty], False)["prompt"]] == ["Hi"]
+    assert [*cli_work.with_chat(rows, [chatty, plain], None)["prompt"]] == ["Hi"]
+    with pytest.raises(ValueError, match="model='some' has no chat template"):
+        cli_work.with_chat(rows, [chatty, plain], True)
+
+
+def test_length_of_an_answer():
+    from softar.tasks import load_task
+
+    rows = {name: load_task(name, size=10).test for name in ("mnns", "latin")}
+    assert cli_work.answer_length(rows["mnns"], "soft", None) == 5
+    assert cli_work.answer_length(rows["mnns"], "hard", 7) == 7
+    assert cli_work.answer_length(rows["latin"], "hard", 7) == 0
+
+
+# -- trace ------------------------------------------------------------------------------------------------------------
+
+
+def test_trace(softar, tmp_path):
+    from softar.trace import from_json
+
+    words = ["trace", PROMPT, "-d", "mnns-soft-tiny=soft", "-d", "mnns-diffusion-tiny=soft-mask"]
+    code, out, err = softar(*words, "--json")
+    assert (code, err) == (0, "")
+    assert [from_json(line).family for line in out.splitlines()] == ["autoregressive", "diffusion"]
+    code, out, err = softar(*words, "--html", tmp_path / "page.html")
+    assert (code, out) == (0, "") and "page.html" in err
+    assert "D4 D8 D1 D3" in (tmp_path / "page.html").read_text()
+    code, out, _ = softar("trace", PROMPT, *SOFT)
+    assert code == 0 and "nats" in out and "S12" in out and "\x1b" not in out
+    code, out, _ = softar("trace", HOLES, "-m", "mnns-diffusion-tiny", "--max-new-tokens", 0)
+    assert code == 0 and "forward" in out and "D4 D8" in out
+
+
+# -- sweep ------------------------------------------------------------------------------------------------------------
+
+
+def test_sweep(softar, tmp_path):
+    words = ["sweep", "-t", "latin", "--soft", "soft-mask", "--baseline", "hard", "--vary", "threshold=0.5,0.9",
+             "--limit", "4", "--seed", "1", "-o", tmp_path]  # fmt: skip
+    code, out, err = softar(*words, "--json")
+    found = json.loads(out)
+    assert code == 0 and len(found["points"]) == 4 and Path(found["plot"]).is_file() and "[1/4]" in err
+    Path(found["plot"]).unlink()
+    code, out, err = softar("sweep", "--plot", tmp_path)
+    assert code == 0 and out.count("(baseline)") == 2 and Path(found["plot"]).is_file() and "[1/4]" not in err
+    (tmp_path / "grid.yaml").write_text("tasks: [latin]\nsoft: [soft-mask]\nlimit: 4\noutput_dir: elsewhere\n")
+    code, _, err = softar("sweep", "--config", tmp_path / "grid.yaml", "-o", tmp_path, "--limit", "5")
+    assert code == 2 and "is of another grid" in err  # 5 rows, by the option
+
+
+# -- serve ------------------------------------------------------------------------------------------------------------
+
+
+class Served:
+    """Stands for a running vllm serve; tests/test_vllm.py has a real one."""
+
+    url, model, seconds, log = "http://127.0.0.1:9", "mnns-tiny", 1.0, Path("log")
+
+    def __init__(self, end):
+        self.end, self.process, self.stopped = end, self, False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.stopped = True
+
+    def wait(self):
+        if isinstance(self.end, BaseException):
+            raise self.end
+        return self.end
+
+
+def test_serve(softar, monkeypatch):
+    import_module("softar.vllm")
+    asked = []
+    server = Served(KeyboardInterrupt())
+    monkeypatch.setattr("softar.vllm.serve", lambda *a, **k: asked.append((a, k)) or server)
+    code, out, err = softar("serve", "mnns-tiny", "--port", 9, "--json", "--", "--max-num-seqs", "16")
+    assert code == 130 and json.loads(out)["url"] == server.url and server.stopped and "Ctrl-C" in err
+    (model,), options = asked[0]
+    assert (model, options["port"], options["extra"]) == ("mnns-tiny", 9, ["--max-num-seqs", "16"])
+    out = softar("serve", "mnns-tiny")[1]
+    url, curl, again = out.splitlines()
+    body = json.loads(shlex.split(curl)[-1])
+    assert url == server.url and f"{url}/v1/completions" in curl and body["model"] == "mnns-tiny"
+    words = shlex.split(again)
+    assert words[:2] == ["softar", "generate"] and cli_work.family(words[-1]) == "vllm"
+    server.end = 3
+    code, _, err = softar("serve", "mnns-tiny")
+    assert code == 2 and "ended with code 3" in err
+
+    def refuse(*args, **kwargs):
+        raise import_module("softar.vllm").ServerError("vllm serve ended with code 1; its last words:\nno\nmemory")
+
+    monkeypatch.setattr("softar.vllm.serve", refuse)
+    code, out, err = softar("serve", "mnns-tiny")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[1:] == [
+        "no",
+        "memory",
+        "softar: error: vllm serve ended with code 1; its last words are above",
+    ]
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+BAD = [
+    (["nothing"], "No such command 'nothing'"),
+    (["generate", "--nope"], "(softar generate --help)"),
+    (["generate", PROMPT, "--temperature", "hot"], "Invalid value for '--temperature'"),
+    (["serve"], "Missing argument 'model'"),
+    (["generate", "hello world", *SOFT], "the model's tokenizer cannot read 'hello world'"),
+    (["generate", "", *SOFT], "the text is empty"),
+    (["generate", *SOFT], "the text is empty"),  # an empty pipe
+    (["generate", PROMPT, "-m", "mnns-sfot-tiny"], "did you mean 'mnns-soft-tiny'?"),
+    (["generate", PROMPT, "-m", "./nowhere"], "there is no such folder"),
+    (["generate", PROMPT, *SOFT, "-d", "sof"], "did you mean 'soft'?"),
+    (["generate", PROMPT, *SOFT, "-d", "soft:top_j=3"], "takes no 'top_j'"),
+    (["generate", PROMPT, *SOFT, "-d", "soft:alpha=2"], "alpha=2 must lie in [0, 1]"),
+    (["generate", PROMPT, *SOFT, "-d", "soft:alpha=0.5", "--alpha", "0.7"], "--alpha is in --decoder"),
+    (["generate", PROMPT, *SOFT, "-d", "beam", "--top-k", "3"], "takes no 'top_k'"),
+    (["generate", PROMPT, *SOFT, "-d", "hard"], "needs a masked-diffusion model"),
+    (["generate", PROMPT, *SOFT, "--chat"], "has no chat template"),
+    (["generate", PROMPT, *SOFT, "--system", "Be brief."], "--system"),
+    (["generate", PROMPT, *SOFT, "--dtype", "float7"], "dtype='float7' is unknown"),
+    (["generate", PROMPT, *SOFT, "--device", "abacus"], "device='abacus' is unknown"),
+    (["generate", PROMPT, *SOFT, "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
+    (["fill", PROMPT], "there is nothing to fill"),
+    (["fill", HOLES, "-m", "mnns-soft-tiny"], "`softar generate` is for it"),
+    (["fill", HOLES, "-d", "mnns-soft-tiny=soft"], "`softar generate` is for it"),
+    (["fill", HOLES, "--threshold", "7"], "threshold=7.0 must lie in (0, 1]"),
+    (["compare", "--task", "sudoku"], "task='sudoku' is unknown"),
+    (["compare", "--limit", "0"], "--limit 0 must be at least 1"),
+    (["compare", *FEW, "-d", "soft"], "--decoder soft is given twice"),
+    (["compare", *FEW, "--baseline", "soft:alpha=1"], "baseline='soft:alpha=1'"),
+    (["compare", *FEW, "--repeats", "0"], "repeats=0"),
+    (["compare", *FEW, "--nfe", "0"], "must be > 0"),
+    (["trace", PROMPT, *SOFT, "--html", "nowhere/page.html"], "nowhere"),
+    (["sweep"], "the grid lacks"),
+    (["sweep", "--plot", "nowhere"], "holds no sweep"),
+    (["sweep", "--plot", "nowhere", "-t", "mnns"], "--plot FOLDER goes by itself"),
+    (["sweep", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    (["sweep", "-t", "latin", "--soft", "hard", "--vary", "threshold"], "--vary 'threshold' must be key=value,value"),
+]
+
+
+@pytest.mark.parametrize("words, says", BAD, ids=[" ".join(words) or "nothing" for words, _ in BAD])
+def test_errors_are_one_line(softar, words, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = softar(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith("softar: error: ") and err.count("\n") == 1 and says in err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_error_that_nobody_expects_keeps_its_traceback(monkeypatch):
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli_work, "open_decoder", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["generate", PROMPT])
+
+
+def test_errors_of_several_lines_become_one(softar, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("one\n  two\n\nthree")
+
+    monkeypatch.setattr(cli_work, "open_decoder", broken)
+    assert softar("generate", PROMPT) == (2, "", "softar: error: one two three\n")
+
+
+def test_ctrl_c(softar, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_work, "open_decoder", interrupted)
+    assert softar("generate", PROMPT) == (130, "", "")
+    monkeypatch.setattr(cli, "app", interrupted)  # outside of typer, too
+    assert softar("generate", PROMPT) == (130, "", "")
+
+
+# -- pipes ------------------------------------------------------------------------------------------------------------
+
+
+def test_only_json_on_stdout_whatever_libraries_print(softar, monkeypatch):
+    plain = cli_work.open_decoder
+
+    def chatty(*args, **kwargs):
+        print("loading...")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(cli_work, "open_decoder", chatty)
+    code, out, err = softar("generate", PROMPT, *SOFT, "--json")
+    assert code == 0 and json.loads(out)["text"] and err == "loading...\n"
+
+
+def test_only_results_holds_children_too():
+    code = (
+        "import os, subprocess; from softar.cli_format import only_results\n"
+        "print('before')\n"
+        "with only_results(): print('python'); os.system('echo child'); subprocess.run(['echo', 'another'])\n"
+        "print('after')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "before\nafter\n" and sorted(done.stderr.split()) == ["another", "child", "python"]
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_leaves_is_no_error(buffered):
+    """As `softar models | head -0`: nobody reads what is written, at once or at the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | (
+        {} if buffered else {"PYTHONUNBUFFERED": "1"}
+    )
+    done = process("models", stdout=writer, stderr=subprocess.PIPE, capture_output=False, env=env)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_whole_process():
+    """From the words to the exit code, with another program's eyes: nothing but JSON, no warnings."""
+    done = process("generate", *SOFT, "--json", input=PROMPT + "\n")
+    assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout)["model"] == "mnns-soft-tiny"
+
+
+def test_json_has_no_nan():
+    assert cli_format._plain({"a": [float("nan"), 1.5, Path("x"), None, True], 2: (float("inf"),)}) == {
+        "a": [None, 1.5, "x", None, True],
+        "2": [None],
+    }
