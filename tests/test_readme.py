@@ -23,6 +23,11 @@ def test_the_diffusion_example_runs():
     assert re.fullmatch(r"\['.*', '.*'\] \d+", lines[-1]) and "<mask>" not in lines[-1]
 
 
+def test_the_comparison_runs():
+    done = run_block(2)
+    assert "mnns-soft-tiny=soft" in done.stdout and "self-consistency" not in done.stdout.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_the_python_example_runs():
     done = run_block(0)

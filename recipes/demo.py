@@ -1,0 +1,118 @@
+# /// script
+# dependencies = ["softar"]
+# ///
+"""
+The whole picture on a laptop: discrete and soft thought, votes, beams, vLLM, and masked diffusion beside them.
+
+# `make demo` trains three tiny models first (recipes/sft_soft.py) and compares those
+python recipes/demo.py --trained runs/demo --output_dir runs/demo
+# Without --trained: the models that the package brings
+python recipes/demo.py --output_dir runs/quick --limit 300
+
+Leaves under --output_dir the folders mnns/ and latin/ (results.json, results.csv, rows.jsonl, plot.png) and page.html,
+in which every step of a few decodes can be looked at.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from softar.runs import one_line_errors
+
+PROGRAM = "demo.py"
+LENGTH = 6  # tokens of an MNNS answer: three partial sums, the answer, the end, and one to spare
+STEPS = (4, 8, 12, 20)  # forwards for the 20 open cells of a Latin square
+VOTES, BEAMS, DRAWS = 8, 4, 3
+# On the page, for the first row of each task
+SHOWN = ("trace-soft", "discrete", "trace-soft, gumbel", "diffusion soft masks, 5", "soft masks, 8", "hard, 8")
+
+
+def thoughts(trained: Path | None, seed: int) -> dict[str, str]:
+    """Label -> decoder of the MNNS table. The first is what the others are held against."""
+    models = {"discrete": "mnns-discrete-tiny", "trace-soft": "mnns-soft-tiny"}
+    if trained is not None:
+        models = {row: trained / f"{row}-seed{seed}" for row in ("no-cot", *models)}
+        if missing := [str(folder) for folder in models.values() if not (folder / "config.json").is_file()]:
+            raise ValueError(
+                f"trained={str(trained)!r}: there is no {missing[0]}; recipes/sft_soft.py --rows demo makes it"
+            )
+    discrete, soft = models["discrete"], models["trace-soft"]
+    found = {"discrete": f"{discrete}=discrete"}
+    if trained is not None:
+        found["no-cot"] = f"{models['no-cot']}=discrete"
+    if importlib.util.find_spec("vllm") is not None:
+        found["discrete, vLLM"] = f"{discrete}=vllm-greedy"
+    return found | {
+        f"beam search, {BEAMS}": f"{discrete}=beam:num_beams={BEAMS}",
+        f"self-consistency, {VOTES}": f"{discrete}=self-consistency:votes={VOTES}",
+        "trace-soft": f"{soft}=soft",
+        "trace-soft, gumbel": f"{soft}=gumbel",
+        f"trace-soft, {DRAWS} samples": f"{soft}=k-samples:k={DRAWS}",
+        "trace-soft, read discretely": f"{soft}=discrete",
+    } | masked("diffusion ", "mnns-diffusion-tiny", (1, 2, 5))  # fmt: skip
+
+
+def masked(prefix: str, model: str, steps: tuple[int, ...]) -> dict[str, str]:
+    """The same for a diffusion model, by number of forwards."""
+    names = {"hard": "hard", "soft masks": "soft-mask"}
+    return {f"{prefix}{name}, {n}": f"{model}={decoder}:steps={n}" for name, decoder in names.items() for n in steps}
+
+
+def run(args, console: Console) -> None:
+    import torch
+
+    from softar.comparison import compare
+    from softar.families import make_decoder
+    from softar.page import write_page
+    from softar.tasks import load_task
+
+    torch.set_num_threads(1)  # threads only get in each other's way on nets this small
+    folder = Path(args.output_dir)
+    with one_line_errors(PROGRAM):
+        if args.limit is not None and args.limit < 1:
+            raise ValueError(f"limit={args.limit} must be at least 1 row")
+        specs = thoughts(args.trained and Path(args.trained), args.seed)
+    tables = (("mnns", specs, LENGTH), ("latin", masked("", "latin-diffusion-tiny", STEPS), 0))
+    traces = []
+    for name, decoders, length in tables:
+        task = load_task(name)
+        rows = task.test.select(range(min(args.limit or len(task.test), len(task.test))))
+
+        def made(spec: str, length=length, **options):
+            return make_decoder(spec, max_new_tokens=length, seed=args.seed, **options)
+
+        found = compare({label: made(spec) for label, spec in decoders.items()}, rows, task.score, batch_size=500,
+                        task=name, extract=task.extract, console=console)  # fmt: skip
+        found.save(folder / name)
+        plot = found.plot(folder / name / "plot.png", title=name)
+        console.print(found.table())
+        console.print(f"results: {folder / name}   plot: {plot}", soft_wrap=True)
+        if found.interrupted:
+            raise KeyboardInterrupt
+        for label in (label for label in SHOWN if label in decoders):
+            (answer,) = made(decoders[label], trace=True).decode([rows[0]["template" if length == 0 else "prompt"]])
+            traces.append(dataclasses.replace(answer.trace, title=f"{name}: {label}"))
+    page = write_page(folder / "page.html", traces, title="softar: what the demo's models believed")
+    console.print(f"every step of a few decodes: {page}", soft_wrap=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trained", help="folder of recipes/sft_soft.py --rows demo; default: the package's models")
+    parser.add_argument("--output_dir", default="runs/demo")
+    parser.add_argument("--seed", type=int, default=42, help="of the trained rows, and of what is drawn")
+    parser.add_argument("--limit", type=int, default=None, help="held-out rows of each task; default all")
+    try:
+        # A pipe has no width of its own
+        run(parser.parse_args(), Console(width=None if sys.stdout.isatty() else 100))
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: interrupted; what was decoded is written", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
