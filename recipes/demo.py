@@ -64,21 +64,24 @@ def masked(prefix: str, model: str, steps: tuple[int, ...]) -> dict[str, str]:
 
 def run(args, console: Console) -> None:
     import torch
+    from transformers.utils import logging
 
     from softar.comparison import compare
     from softar.families import make_decoder
     from softar.page import write_page
     from softar.tasks import load_task
 
+    logging.disable_progress_bar()
     torch.set_num_threads(1)  # threads only get in each other's way on nets this small
     folder = Path(args.output_dir)
     with one_line_errors(PROGRAM):
         if args.limit is not None and args.limit < 1:
             raise ValueError(f"limit={args.limit} must be at least 1 row")
         specs = thoughts(args.trained and Path(args.trained), args.seed)
-    tables = (("mnns", specs, LENGTH), ("latin", masked("", "latin-diffusion-tiny", STEPS), 0))
+    squares = masked("", "latin-diffusion-tiny", STEPS)
+    tables = (("mnns", specs, "discrete", LENGTH), ("latin", squares, "hard, 12", 0))
     traces = []
-    for name, decoders, length in tables:
+    for name, decoders, baseline, length in tables:
         task = load_task(name)
         rows = task.test.select(range(min(args.limit or len(task.test), len(task.test))))
 
@@ -86,7 +89,7 @@ def run(args, console: Console) -> None:
             return make_decoder(spec, max_new_tokens=length, seed=args.seed, **options)
 
         found = compare({label: made(spec) for label, spec in decoders.items()}, rows, task.score, batch_size=500,
-                        task=name, extract=task.extract, console=console)  # fmt: skip
+                        baseline=baseline, task=name, extract=task.extract, console=console)  # fmt: skip
         found.save(folder / name)
         plot = found.plot(folder / name / "plot.png", title=name)
         console.print(found.table())
