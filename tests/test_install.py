@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, distribution, version
+import sysconfig
+from importlib.metadata import distribution, distributions
 from itertools import chain
 from pathlib import Path
 
@@ -32,10 +33,9 @@ PROBES = {
 
 
 def installed(name):
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    """Its version in this environment, None where it is not; setuptools, once imported, adds what it brings along."""
+    found = distributions(name=name, path=[sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    return next((distribution.version for distribution in found), None)
 
 
 def requirements(lines, extras=(), python=None):
