@@ -215,8 +215,11 @@ def soft_decode(
 class _Chooser:
     """Chooses each row's next token and mixture, and keeps what that depends on: who thinks, who is done, counters.
 
-    Everything stays on the device; `look` is the one synchronisation of a step.
+    Everything stays on the device; `look` is the one synchronisation of a step. Rows can leave (`select`) and enter
+    (`join`), for engines whose batches change.
     """
+
+    ROWS = ("done", "thinking", "closed", "thoughts", "cold", "forced", "steps", "answer_start")  # the state, each [B]
 
     def __init__(self, config: SoftConfig, input_ids: Tensor, pad: Tensor | None, eos: Tensor | None, rng: Rng):
         device, rows = input_ids.device, len(input_ids)
@@ -236,17 +239,23 @@ class _Chooser:
         self.thoughts = torch.zeros(rows, dtype=torch.long, device=device)  # steps thought so far
         self.cold = torch.zeros_like(self.thoughts)  # consecutive ones of low entropy
         self.forced = torch.zeros_like(self.thoughts)  # tokens of think_end put in so far
+        self.steps = torch.zeros_like(self.thoughts)
         self.answer_start = torch.zeros_like(self.thoughts)
         self.any_thinking = bool(self.thinking.any())
 
     def __call__(self, logits: Tensor, processors: LogitsProcessorList, input_ids: Tensor) -> Record:
         """logits [B, V] raw and float32, input_ids [B, t] so far -> one step's Record."""
-        config = self.config
-        h = entropy(logits, config.temperature or 1.0)
+        h = entropy(logits, self.config.temperature or 1.0)
         scores = processors(input_ids, logits)
         self.draws.step += 1
         answer = self._answer(scores) if self.answers or not self.any_thinking else None
         thought = self._think(scores) if self.any_thinking else answer
+        return self.decide(h, thought, answer, input_ids)
+
+    def decide(self, h: Tensor, thought: Mixed, answer: Mixed | None, input_ids: Tensor) -> Record:
+        """h [B] entropy, what each row would do thinking and answering, input_ids [B, t] so far, of which the last
+        tokens count -> one step's Record."""
+        config, self.steps = self.config, self.steps + 1
         thinking = self.thinking & ~self.done
 
         forcing = closing = torch.zeros_like(thinking)
@@ -265,7 +274,7 @@ class _Chooser:
                 whole = torch.where(forcing, self.forced == len(self.end), _ends_with(input_ids, token, self.end))
                 closing = thinking & whole
                 self.closed = self.closed | closing
-            self.answer_start = torch.where(thinking, self.draws.step + 1, self.answer_start)
+            self.answer_start = torch.where(thinking, self.steps, self.answer_start)
         self.thoughts = self.thoughts + thinking.long()
 
         token = torch.where(self.done, self.pad, token)
@@ -297,6 +306,21 @@ class _Chooser:
                 f"{self.bad.nonzero()[:, 0].tolist()}: check the weights, the dtype (try float32) and the processors"
             )
         return not any_alive, any_soft
+
+    def select(self, rows: Sequence[int]) -> "_Chooser":
+        """A chooser of these rows, in this order, that goes on from where they are."""
+        index = torch.tensor(rows).to(self.done.device, non_blocking=True)
+        return self._with([getattr(self, name)[index] for name in self.ROWS], self.draws.select(rows))
+
+    def join(self, other: "_Chooser") -> "_Chooser":
+        """One chooser of the rows of both, which have the same configuration."""
+        pairs = ([getattr(self, name), getattr(other, name)] for name in self.ROWS)
+        return self._with([torch.cat(pair) for pair in pairs], self.draws.join(other.draws))
+
+    def _with(self, state: list[Tensor], draws: "_Draws") -> "_Chooser":
+        out = copy.copy(self)
+        out.__dict__.update(zip(self.ROWS, state, strict=True), draws=draws)
+        return out
 
     def _think(self, scores: Tensor) -> Mixed:
         c = self.config
@@ -355,6 +379,19 @@ class _Draws:
         for generator, seed in zip(self.own, self.seeds, strict=True):
             generator.manual_seed(seed + 2 * self.step + purpose)
         return self.own
+
+    def select(self, rows: Sequence[int]) -> "_Draws":
+        out = copy.copy(self)
+        if self.own is not None:
+            out.seeds, out.own = ([values[i] for i in rows] for values in (self.seeds, self.own))
+        return out
+
+    def join(self, other: "_Draws") -> "_Draws":
+        out = copy.copy(self)
+        if self.own is not None:  # a row's number of steps is its own: what the counters differ by goes into the seed
+            out.seeds = self.seeds + [seed + 2 * (other.step - self.step) for seed in other.seeds]
+            out.own = self.own + other.own
+        return out
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:

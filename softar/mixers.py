@@ -131,13 +131,15 @@ def exponential(like: Tensor, rng: Rng) -> Tensor:
     """Standard exponential noise of like's shape, never 0. A CPU generator draws the same numbers for every device."""
     if rng is None or isinstance(rng, torch.Generator):
         noise = torch.empty(like.shape, dtype=like.dtype, device=like.device if rng is None else rng.device)
-        return noise.exponential_(generator=rng).clamp_min(TINY).to(like.device)
+        return noise.exponential_(generator=rng).clamp_min(TINY).to(like.device, non_blocking=True)
     return torch.stack([exponential(row, r) for row, r in zip(like, rng, strict=True)])
 
 
 def _standard_gamma(a: Tensor, rng: Rng) -> Tensor:
     if rng is None or isinstance(rng, torch.Generator):
-        return torch._standard_gamma(a if rng is None else a.to(rng.device), generator=rng).to(a.device)
+        return torch._standard_gamma(a if rng is None else a.to(rng.device), generator=rng).to(
+            a.device, non_blocking=True
+        )
     return torch.stack([_standard_gamma(row, r) for row, r in zip(a, rng, strict=True)])
 
 
@@ -153,9 +155,9 @@ def _uniform(shape: tuple[int, ...], rng: Rng, device: torch.device) -> Tensor:
     """Float64 in [0, 1)."""
     if rng is None or isinstance(rng, torch.Generator):
         source = device if rng is None else rng.device
-        return torch.rand(shape, generator=rng, device=source, dtype=torch.float64).to(device)
+        return torch.rand(shape, generator=rng, device=source, dtype=torch.float64).to(device, non_blocking=True)
     rows = [torch.rand(shape[1:], generator=r, device=r.device, dtype=torch.float64) for r in rng]
-    return torch.stack(rows).to(device)  # moved together: one copy to an accelerator, not one a row
+    return torch.stack(rows).to(device, non_blocking=True)  # moved together: one copy to an accelerator, not one a row
 
 
 def _pick(values: Tensor, slot: Tensor) -> Tensor:
