@@ -46,6 +46,7 @@ def thoughts(trained: Path | None, seed: int) -> dict[str, str]:
         found["no-cot"] = f"{models['no-cot']}=discrete"
     if importlib.util.find_spec("vllm") is not None:
         found["discrete, vLLM"] = f"{discrete}=vllm-greedy"
+        found["trace-soft, vLLM"] = f"{soft}=vllm-soft"
     return found | {
         f"beam search, {BEAMS}": f"{discrete}=beam:num_beams={BEAMS}",
         f"self-consistency, {VOTES}": f"{discrete}=self-consistency:votes={VOTES}",

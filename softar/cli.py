@@ -105,9 +105,10 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Tokens, prompt and answer together.")] = None,
     wait: Annotated[float, typer.Option(help="Seconds within which it has to answer.")] = 300,
     log: Annotated[Path | None, typer.Option(help="File for the server's output.")] = None,
+    soft: Annotated[bool, typer.Option("--soft", help="Requests may think softly: vllm_xargs.soft.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Serve a model with vLLM: discrete decoding, OpenAI-compatible. Ctrl-C ends it.
+    """Serve a model with vLLM, OpenAI-compatible, with --soft for soft requests beside discrete ones. Ctrl-C ends it.
 
     Takes what softar can open: embedded models, GGUF files and adapters are exported first.
 
@@ -115,6 +116,7 @@ def serve(
     Examples:
       softar serve mnns-discrete-tiny
       softar serve smollm2-135m --port 8000 --max-model-len 2048
+      softar serve mnns-soft-tiny --soft
       softar serve mnns-discrete-tiny -- --max-num-seqs 16
     """
     work.quiet()
@@ -129,7 +131,7 @@ def serve(
                 about = {"url": server.url, "model": server.model, "seconds": server.seconds, "log": server.log}
                 fmt.print_json(about)
             else:
-                print(fmt.how_to_ask(server))
+                print(fmt.how_to_ask(server, soft))
             sys.stdout.flush()
             fmt.say("Ctrl-C ends it")
             code = server.process.wait()

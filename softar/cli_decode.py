@@ -187,7 +187,8 @@ def compare(
 
     Autoregressive decoders: discrete, sampled, soft, gumbel, k-samples, mixture-of-inputs, dirichlet, beam,
     self-consistency. Diffusion: hard, soft-token, soft-mask, evolving, slerp. vLLM: vllm-greedy, vllm-sampled,
-    vllm-self-consistency, vllm-beam. Options behind the colon are fields of SoftConfig, DenoiseConfig, or vLLM's.
+    vllm-self-consistency, vllm-beam, vllm-soft. Options behind the colon are fields of SoftConfig, DenoiseConfig, or
+    vLLM's.
 
     \b
     Examples:

@@ -198,10 +198,13 @@ def sweep_table(points: list[dict]):
     return table
 
 
-def how_to_ask(server) -> str:
+def how_to_ask(server, soft: bool = False) -> str:
     """Where a server listens, and commands that ask it."""
     prompt = "<bos> D4 D8 D1 D3 ->" if server.model.startswith("mnns") else "Once upon a time"
-    body = json.dumps({"model": server.model, "prompt": prompt, "max_tokens": 16})
+    body = json.dumps(
+        {"model": server.model, "prompt": prompt, "max_tokens": 16}
+        | ({"temperature": 0, "vllm_xargs": {"soft": json.dumps({"top_k": 10, "budget": 3})}} if soft else {})
+    )
     curl = f"curl {server.url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
-    spec = shlex.quote(f"{server.model}=vllm-greedy:url={server.url}")
+    spec = shlex.quote(f"{server.model}=vllm-{'soft' if soft else 'greedy'}:url={server.url}")
     return f"{server.url}\n{curl}\nsoftar generate {shlex.quote(prompt)} -d {spec}"

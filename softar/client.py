@@ -1,6 +1,7 @@
 """Discrete baselines over HTTP: a decoder that asks a running `vllm serve`."""
 
 import contextlib
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -132,8 +133,10 @@ class ServerDecoder(CompletionDecoder):
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
         }
-        if s.draws:
+        if s.draws or s.soft is not None:
             body["seed"] = seed
+        if s.soft is not None:
+            body["vllm_xargs"] = {"soft": json.dumps(s.soft)}
         if s.mode == "beam":
             body |= {"use_beam_search": True, "include_stop_str_in_output": True}
         return body

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from .comparison import Decoded
 from .trace import Step, Trace
 
-MODES = ("greedy", "sampled", "self-consistency", "beam")
+MODES = ("greedy", "sampled", "self-consistency", "beam", "soft")
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,14 @@ class Sampling:
     top_k: int | None = None
     votes: int = 8  # samples of self-consistency; the commonest text wins, among equals the first seen
     num_beams: int = 4
+    soft: dict | None = None  # of mode soft: what softar.vllm_soft takes; the answer is greedy
     logprobs: int | None = None  # likeliest tokens whose log-probability is kept, beside that of the token itself
 
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r} is unknown: choose one of {MODES}")
+        if (self.mode == "soft") != (self.soft is not None):
+            raise ValueError(f"mode={self.mode!r}, soft={self.soft!r}: mode 'soft' needs soft=, and no other takes it")
         for name, least in (("max_new_tokens", 1), ("votes", 1), ("num_beams", 1), ("top_k", 1), ("logprobs", 0)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -74,6 +74,7 @@ def serve(
     max_model_len: int | None = None,
     wait: float = 300,
     log: str | os.PathLike | None = None,
+    soft: bool = False,
     extra: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Start `vllm serve`, wait until it answers, and end it with all its processes when the block is left.
@@ -84,6 +85,7 @@ def serve(
         dtype: of the weights. max_model_len: tokens, prompt and answer together; None is what the model was made for.
         wait: seconds within which it has to answer.
         log: where its output goes; None is a temporary file, gone at the end.
+        soft: let requests think softly (softar.vllm_soft); the server then takes embeddings.
         extra: further arguments of `vllm serve`, e.g. ["--max-num-seqs", "16"].
 
     Raises:
@@ -100,11 +102,11 @@ def serve(
         began = time.perf_counter()
         with open(log, "w") as out:
             process = subprocess.Popen(
-                [*_command(folder, name, host, port, dtype, max_model_len), *extra],
+                [*_command(folder, name, host, port, dtype, max_model_len, soft), *extra],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env={**settings(folder), **os.environ},
+                env={**settings(folder, soft), **os.environ},
                 start_new_session=True,
             )
         stack.callback(_end, process)
@@ -113,12 +115,15 @@ def serve(
         yield Server(url, name, process, Path(log), time.perf_counter() - began)
 
 
-def _command(folder: str, name: str, host: str, port: int, dtype: str, max_model_len: int | None) -> list[str]:
+def _command(
+    folder: str, name: str, host: str, port: int, dtype: str, max_model_len: int | None, soft: bool
+) -> list[str]:
     program = [sys.executable, "-c", VLLM, "serve", folder, "--served-model-name", name]
     options = {"--host": host, "--port": port, "--dtype": dtype, "--max-logprobs": -1}
     options |= {"--max-model-len": max_model_len} if max_model_len else {}
     # With the cache of prefixes a prompt seen twice would be faster the second time than others
     flags = ["--disable-log-stats", "--no-enable-prefix-caching", *(["--enforce-eager"] if on_cpu() else [])]
+    flags += ["--enable-prompt-embeds"] if soft else []
     return [*program, *(str(part) for pair in options.items() for part in pair), *flags]
 
 
@@ -126,9 +131,11 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def settings(folder: str) -> dict[str, str]:
+def settings(folder: str, soft: bool = False) -> dict[str, str]:
     """Environment variables for vLLM's processes; those that the user has set go before them."""
     found = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if soft:  # the runner that softar.vllm_soft knows
+        found["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if Path(folder).is_dir():  # nothing is to be fetched, so nothing is to be asked for
         found["HF_HUB_OFFLINE"] = "1"
     if on_cpu():

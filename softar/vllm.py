@@ -1,4 +1,5 @@
-"""Discrete baselines on vLLM: greedy, sampled, self-consistency and beam search, in this process or over HTTP.
+"""Decoding on vLLM, in this process or over HTTP: greedy, sampled, self-consistency and beam search, the discrete
+baselines; and softly inside its engine, by the plug-in of softar.vllm_soft.
 
 `VLLMDecoder` runs an engine here, `ServerDecoder` asks a running `vllm serve` (`softar.server.serve`, `softar serve`).
 Both are decoders for `softar.compare`, and draw the same for the same seed.
@@ -24,13 +25,16 @@ from transformers import AutoTokenizer
 from .client import ServerDecoder
 from .comparison import Decoded
 from .completions import MODES, Completion, CompletionDecoder, Sampling, split_options, token_ids
+from .families import format_options
 from .models import folder_of, load
 from .server import Server, ServerError, exported, on_cpu, require_vllm, serve, settings
 
 __all__ = ["DECODERS", "Completion", "Sampling", "Server", "ServerDecoder", "ServerError", "VLLMDecoder", "serve"]
 
 # Options of an engine, by vLLM's own names
-ENGINE = ("max_model_len", "max_num_seqs", "gpu_memory_utilization", "enable_prefix_caching", "tensor_parallel_size")
+ENGINE = ("max_model_len", "max_num_seqs", "gpu_memory_utilization", "enable_prefix_caching", "tensor_parallel_size",
+          "enable_prompt_embeds")  # fmt: skip
+CLIENT = ("timeout", "connect", "retries", "concurrency", "api_key")  # of ServerDecoder
 
 
 class VLLMDecoder(CompletionDecoder):
@@ -95,7 +99,8 @@ class VLLMDecoder(CompletionDecoder):
             SamplingParams(
                 n=s.count,
                 **s.choice,
-                seed=seed if s.draws else None,
+                seed=seed if s.draws or s.soft is not None else None,
+                extra_args=None if s.soft is None else {"soft": s.soft},
                 max_tokens=s.max_new_tokens,
                 logprobs=s.logprobs,
                 detokenize=False,
@@ -129,7 +134,7 @@ class _Engine:
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(exported(model, dtype))
             quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
-            with _environment(settings(folder) | quiet):
+            with _environment(settings(folder, dict(options).get("enable_prompt_embeds", False)) | quiet):
                 from vllm import LLM
 
                 plain = dict(enable_prefix_caching=False, max_logprobs=-1, enforce_eager=on_cpu(), seed=0)
@@ -201,6 +206,27 @@ def _factory(mode: str) -> Callable[..., VLLMDecoder | ServerDecoder]:
     return make
 
 
+def _make_soft(model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, url=None, **options):
+    """Soft decoding inside the engine; options: fields of SoftConfig and knobs of its mixer (the answer is greedy), and
+    the engine's or the client's. A trace knows the tokens, not the mixtures."""
+    from .decoders import own_config, soft_config
+    from .vllm_soft import FIELDS, LIMIT
+
+    others = {name: options.pop(name) for name in (*ENGINE, *CLIENT) if name in options}
+    own = own_config(model).mixer
+    mixer = options.pop("mixer", "soft" if own == "hard" else own)
+    config = soft_config(model, mixer, options)
+    soft = {name: getattr(config, name) for name in FIELDS if name != "record"}
+    if config.top_k is None and len(tokenizer := _tokenizer(model)) <= LIMIT:  # all of a small vocabulary
+        soft["top_k"] = len(tokenizer)
+    others |= {"soft": soft} if url is not None else {"soft": soft, "enable_prompt_embeds": True}
+    found = _factory("soft")(model, max_new_tokens=max_new_tokens, seed=seed, trace=trace, dtype=dtype, device=device,
+                             url=url, **others)  # fmt: skip
+    setting = format_options(({} if mixer == "soft" else {"mixer": mixer}) | options, " ")
+    found.columns["setting"], found.name = setting, " ".join(filter(None, ["vllm-soft", setting]))
+    return found
+
+
 def _tokenizer(model: str):
     """Without the weights where the model is a folder."""
     folder = folder_of(model)
@@ -209,4 +235,4 @@ def _tokenizer(model: str):
     return load(model, device="cpu")[1]
 
 
-DECODERS = {f"vllm-{mode}": _factory(mode) for mode in MODES}
+DECODERS = {f"vllm-{mode}": _factory(mode) for mode in MODES if mode != "soft"} | {"vllm-soft": _make_soft}

@@ -85,7 +85,7 @@ def test_examples_parse(name, words):
 
 
 def listed(value):
-    return [value] if isinstance(value, str) else value or []
+    return [value] if isinstance(value, str) else value if isinstance(value, list) else []
 
 
 @pytest.mark.parametrize("name", ["", *GROUP.commands])

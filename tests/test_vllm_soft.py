@@ -1,0 +1,602 @@
+"""Soft decoding inside vLLM, beside softar.generate: engines in a script of their own, a real server on loopback.
+
+This file is also that script: `python tests/test_vllm_soft.py FOLDER` writes what vLLM made of the cases to
+FOLDER/out.json. There the engine runs in the script's process, so that its insides can be looked at; the server has
+the usual processes.
+"""
+
+import json
+import logging
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import tiny
+import torch
+from tiny import BOS, END, EOS, THINK, VOCAB
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
+
+import softar
+import softar.server
+from softar.decode import Kind
+from softar.evaluate import encode
+from softar.vllm_rows import CHUNK, Rows
+from softar.vllm_soft import check_engine, record_of, register
+
+ARCHS = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma": GemmaConfig}
+ENGINE = dict(dtype="float32", enforce_eager=True, enable_prompt_embeds=True, seed=0, max_model_len=128, max_num_seqs=8)
+# Chunks of prompts, a cache of prefixes, and blocks for three or so of eight requests
+TIGHT = dict(max_num_batched_tokens=32, block_size=32, num_gpu_blocks_override=10, enable_prefix_caching=True)
+SOFT = [  # fields, does it draw
+    (dict(think_end=END, budget=6), False),
+    (dict(), False),
+    (dict(think_start="<think>", think_end="</think>", budget=9), False),
+    (dict(cold_stop_entropy=2.7, cold_stop_steps=2, think_end=[END], budget=30), False),
+    (dict(alpha=0.7, budget=5), False),
+    (dict(rescale="l2", top_k=30, min_p=0.05, keep=5), False),
+    (dict(temperature=0.6, top_p=0.9, banned=[7, 8], think_end="w5 w6 w7", budget=11), False),
+    (dict(mixer="gumbel", temperature=0.8, top_k=20, top_p=0.95, budget=12, think_end=END), True),
+    (dict(mixer="k-samples", mixer_args={"k": 4, "weighting": "probability"}, budget=10, think_end=END), True),
+    (dict(mixer="k-samples", alpha=0.5, top_k=None), True),
+    (dict(mixer="mixture-of-inputs", mixer_args={"beta": 0.5}, top_k=8, budget=8), True),
+    (dict(mixer="dirichlet", mixer_args={"gamma": 3.0}, think_end=[5, 6], budget=7), True),
+    (dict(mixer="hard", mixer_args={"sample": True}, top_k=4, budget=8), True),
+    (dict(temperature=0.0, budget=4, think_end=END), False),
+]
+BAD = [  # soft, other settings, what the one line says
+    ({"foo": 1}, {}, "unknown fields ['foo']; known are mixer, mixer_args"),
+    ("{", {}, "'{' is not JSON"),
+    ("[" * 100_000, {}, "is not JSON"),
+    ([1], {}, "[1] must be an object"),
+    (7, {}, "7 must be an object"),
+    ({"mixer": "nope"}, {}, "mixer='nope' is unknown"),
+    ({"mixer": 3}, {}, "mixer=3 must be text"),
+    ({"mixer_args": {"tau": 1}}, {}, "does not take"),
+    ({"mixer": "gumbel", "mixer_args": {"tau": "x"}}, {}, "does not take"),
+    ({"mixer": "gumbel", "mixer_args": {"tau": 0}}, {}, "tau=0 must be > 0"),
+    ({"mixer": "k-samples", "mixer_args": {"k": 10**9}}, {}, "k=1000000000 must be at most 256"),
+    ('{"mixer": "mixture-of-inputs", "mixer_args": {"beta": 1%s}}' % ("0" * 400), {}, "soft: "),
+    ({"mixer": "k-samples", "mixer_args": {"k": 2.5}}, {}, "soft: "),
+    ({"mixer": "k-samples", "mixer_args": {"k": [3]}}, {}, "soft: "),
+    ({"top_k": "ten"}, {}, "top_k='ten' must be a whole number or null"),
+    ({"top_k": True}, {}, "top_k=True must be a whole number"),
+    ({"top_k": 500}, {}, "top_k=500 must lie in 1..64"),
+    ({"top_k": VOCAB, "record": True}, {}, "set top_k or keep to at most 63"),
+    ({"top_k": None, "mixer": "gumbel"}, {}, "set top_k or keep to at most 256"),
+    ('{"temperature": 1%s}' % ("0" * 400), {}, "temperature=1000"),
+    ({"temperature": float("nan")}, {}, "temperature=nan must be >= 0"),
+    ({"temperature": -1}, {}, "temperature=-1 must be >= 0"),
+    ({"budget": 2**40}, {}, "must be less than"),
+    ({"alpha": 2}, {}, "alpha=2 must lie in [0, 1]"),
+    ({"banned": [VOCAB]}, {}, "banned=(64,) must be ids below 64"),
+    ({"banned": ["a"]}, {}, "banned=['a'] must be a list of token ids"),
+    ({"think_end": VOCAB}, {}, "think_end=(64,) must be token ids below 64"),
+    ({"think_end": "w9 " * 65}, {}, "think_end has 65 tokens, more than 64"),
+    ({"think_start": 3}, {}, "needs a think_end"),
+    ({"rescale": "up"}, {}, "rescale='up' is unknown"),
+    ({"record": 1}, {}, "record=1 must be true or false"),
+    ({"max_new_tokens": 3}, {}, "unknown fields ['max_new_tokens']"),
+    ({}, {"extra_args": {"softar": {}}}, "softar is no argument of a request"),
+    ({}, {"logprobs": 2}, "not together with logprobs (of a thought ask for the record"),
+    ({}, {"prompt_logprobs": 1}, "not together with prompt_logprobs"),
+    ({}, {"repetition_penalty": 1.1}, "not together with penalties"),
+    ({}, {"logit_bias": {5: 1.0}}, "not together with logit_bias"),
+    ({}, {"bad_words": ["w5"]}, "not together with bad_words"),
+    ({}, {"min_tokens": 2}, "not together with min_tokens"),
+    ({}, {"allowed_token_ids": [5]}, "not together with allowed_token_ids"),
+]
+DRAWN = dict(mixer="gumbel", budget=8, think_end=END)
+
+
+def model_of(arch):
+    """A tiny random model with heads that vLLM has kernels for. Weights as wide as those of tiny.py would make soft
+    decoding chaotic: within 20 steps float32 and float64 would part."""
+    sizes = {**tiny.SIZES, "head_dim": 32, "tie_word_embeddings": False, "initializer_range": 0.2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = ARCHS[arch](vocab_size=VOCAB, **sizes)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def cases(number):
+    """Requests of random lengths and parameters: (prompt, index in SOFT or None, seed, max_tokens, record)."""
+    draw = random.Random(5)
+    words = [THINK, END, *range(5, VOCAB)]
+    found = []
+    for i in range(number):
+        prompt = [BOS, *draw.choices(words, k=draw.choice([1, 2, 5, 9, 17, 40, 63]))]
+        soft = draw.choice([*range(len(SOFT)), None, None])
+        found.append((prompt, soft, 100 + i, draw.choice([1, 2, 5, 11, 18, 30, 45]), draw.random() < 0.4))
+    return found
+
+
+def ask(prompt, soft, seed, max_tokens, record, **more):
+    from vllm import SamplingParams
+
+    fields, draws = (None, False) if soft is None else SOFT[soft]
+    args = None if soft is None else {"soft": {**fields, "record": record}}
+    seed = seed if draws else None
+    settings = {**dict(temperature=0, max_tokens=max_tokens, seed=seed, extra_args=args), **more}
+    return {"prompt_token_ids": prompt}, SamplingParams(**settings)
+
+
+# --- the script ---
+
+
+def main(place):
+    out = {"version": another_version()}
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    started = time.perf_counter()
+    for arch in ARCHS:
+        llm = LLM(str(place / arch), **ENGINE, **(TIGHT if arch == "llama" else {}))
+        out[arch] = answers(llm, cases(200 if arch == "llama" else 40))
+        if arch == "llama":
+            out["discrete"] = answers(llm, [case for case in cases(200) if case[1] is None])
+            out |= inside(llm)
+            out["bad"] = [[refused(llm, soft, more), after(llm)] for soft, more, _ in BAD]
+            out["cached"] = cached(llm)
+            beside = ask([BOS, 9], None, 0, 9, False, logprob_token_ids=[5])
+            outs = llm.generate(*map(list, zip(ask([BOS, 11, 12, 13], 0, 0, 9, True), beside)), use_tqdm=False)
+            out["narrow"] = [record_of(outs[0].outputs[0]), [sorted(step) for step in outs[1].outputs[0].logprobs]]
+            out["structured"] = refused(llm, {}, {"structured_outputs": StructuredOutputsParams(choice=["w5"])})
+            params = SamplingParams(temperature=1.0, seed=3, n=3, max_tokens=20, extra_args={"soft": DRAWN})
+            (answer,) = llm.generate([{"prompt_token_ids": [BOS, 9]}], params, use_tqdm=False)
+            out["n"] = [list(o.token_ids) for o in answer.outputs]
+            for key, more in dict(stop={"stop": ["w59 w9"]}, stop_ids={"stop_token_ids": [42]}).items():
+                (answer,) = llm.generate(*zip(ask([BOS, 11, 12, 13], 1, 0, 40, False, **more)), use_tqdm=False)
+                out[key] = [list(answer.outputs[0].token_ids), answer.outputs[0].stop_reason]
+            fresh = SamplingParams(temperature=0, max_tokens=20, extra_args={"soft": DRAWN})
+            twice = llm.generate([{"prompt_token_ids": [BOS, 9]}] * 2, fresh, use_tqdm=False)
+            out["unseeded"] = [list(answer.outputs[0].token_ids) for answer in twice]
+            answers(llm, [([BOS, 9], None, 0, 1, False)])  # those that ended leave with the next step
+            out["rows"] = len(runner(llm).softar.rows) + len(runner(llm).softar.groups)
+        del llm
+    out["seconds"] = time.perf_counter() - started
+    (place / "out.json").write_text(json.dumps(out))
+
+
+def another_version():
+    """What the plug-in says in a vLLM that it does not know, and whether it leaves that alone."""
+    import vllm
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    said, logger = [], logging.getLogger("vllm.softar")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    before, vllm.__version__ = vllm.__version__, "0.33.1"
+    try:
+        register()
+    finally:
+        vllm.__version__ = before
+        logger.removeHandler(handler)
+    return said, "softar" in vars(InputProcessor.process_inputs)
+
+
+def runner(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def answers(llm, wanted):
+    outs = llm.generate(*map(list, zip(*(ask(*case) for case in wanted))), use_tqdm=False)
+    found = []
+    for out, (_, soft, _, _, record) in zip(outs, wanted):
+        read = record_of(out.outputs[0]) if soft is not None and record else None
+        found.append([list(out.outputs[0].token_ids), read])
+    return found
+
+
+def inside(llm):
+    """Requests step by step: thrown out of the cache, all of them at once, and one that is aborted."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted, whole = [], Scheduler._preempt_request
+    Scheduler._preempt_request = lambda self, request, *args, **kw: (
+        preempted.append(request.num_output_tokens),
+        whole(self, request, *args, **kw),
+    )
+    engine = llm.llm_engine
+    wanted = [case for case in cases(200) if case[1] is not None and case[3] > 20][:8]
+    for i, case in enumerate(wanted):
+        engine.add_request(str(i), *ask(*case))
+    found, steps = {}, 0
+    while engine.has_unfinished_requests():
+        for out in engine.step():
+            if out.finished:
+                found[out.request_id] = list(out.outputs[0].token_ids)
+        steps += 1
+        if steps in (12, 25):
+            assert engine.reset_prefix_cache(reset_running_requests=True)
+        if steps == 14:
+            engine.abort_request(["3"])
+    Scheduler._preempt_request = whole
+    return {"steps": found, "preempted": preempted, "wanted": wanted}
+
+
+LONG = [BOS, *range(5, 40)]
+
+
+def cached(llm):
+    """A soft request, then discrete ones whose prompt is all that it said, twice; what was found in the cache."""
+    read = []
+    for soft, prompt in ((1, LONG), (5, LONG), (None, LONG)):
+        ((tokens, _),) = answers(llm, [(prompt, soft, 0, 60, False)])
+        for _ in range(2):
+            case = ({"prompt_token_ids": LONG + tokens[:50]}, ask([], None, 0, 9, False)[1])
+            (out,) = llm.generate(*map(list, zip(case)), use_tqdm=False)
+            read.append([tokens[:50], list(out.outputs[0].token_ids), out.num_cached_tokens])
+    return read
+
+
+def refused(llm, soft, more):
+    from vllm import SamplingParams
+
+    params = SamplingParams(**{**dict(temperature=0, max_tokens=4, extra_args={"soft": soft}), **more})
+    try:
+        llm.generate([{"prompt_token_ids": [BOS, 9]}], params, use_tqdm=False)
+    except ValueError as error:
+        return str(error)
+
+
+def after(llm):
+    """Does the engine still work?"""
+    return llm.llm_engine.engine_core.engine_core is not None and not llm.llm_engine.has_unfinished_requests()
+
+
+# --- the tests ---
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("soft")
+    for arch in ARCHS:
+        model_of(arch).save_pretrained(place / arch)
+        tiny.tokenizer_of().save_pretrained(place / arch)
+    return place
+
+
+@pytest.fixture(scope="module")
+def script(place):
+    settings = dict(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_CI_ENV="1",
+        VLLM_NO_USAGE_STATS="1",
+        HF_HUB_OFFLINE="1",
+        TORCHDYNAMO_DISABLE="1",
+        OMP_NUM_THREADS="1",
+    )
+    with subprocess.Popen(
+        [sys.executable, __file__, str(place)],
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def made(script, place):
+    said, _ = script.communicate(timeout=300)
+    assert script.returncode == 0, said.decode()[-4000:]
+    return json.loads((place / "out.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {arch: model_of(arch) for arch in ARCHS}
+
+
+def expected(model, wanted):
+    """Per case the tokens of softar.generate and, of soft ones, its record [steps of (ids, weights, kind, h)]."""
+    found = [None] * len(wanted)
+    for soft in {case[1] for case in wanted}:
+        rows = [i for i, case in enumerate(wanted) if case[1] == soft]
+        fields = {"mixer": "hard"} if soft is None else SOFT[soft][0]
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        config = softar.SoftConfig(**fields, max_new_tokens=max(wanted[i][3] for i in rows))
+        ids, mask = tiny.left_padded([wanted[i][0] for i in rows])
+        rng = [torch.Generator().manual_seed(wanted[i][2]) for i in rows]
+        out = softar.generate(model, ids, mask, config=config, rng=rng, tokenizer=tiny.tokenizer_of())
+        for row, i in enumerate(rows):
+            kept = (out.record.kind[row] != Kind.PAD)[: wanted[i][3]]
+            tokens = out.completions[row][: wanted[i][3]][kept].tolist()
+            found[i] = tokens, type(out.record)(*(x[row, : len(tokens)] for x in out.record))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_requests_of_all_kinds_in_one_engine_equal_the_loop(made, models, arch):
+    wanted = cases(200 if arch == "llama" else 40)
+    wrong = []
+    for case, (tokens, read), (own, record) in zip(wanted, made[arch], expected(models[arch], wanted), strict=True):
+        if tokens != own:
+            wrong.append((case, tokens, own))
+        elif read is not None:
+            same(read, record)
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_a_record_beside_others_log_probabilities(made, models):
+    read, others = made["narrow"]
+    ((tokens, record),) = expected(models["llama"], [([BOS, 11, 12, 13], 0, 0, 9, True)])
+    assert [step[0] for step in read] == tokens and len(others) == 9
+    same(read, record)
+    assert all(5 in step and len(step) <= 2 for step in others)
+
+
+def same(read, record):
+    """A record from vLLM and one from the loop."""
+    for step, (token, ids, weights, kind, logp, entropy) in enumerate(read):
+        assert token == record.token[step] and kind == record.kind[step]
+        assert entropy == pytest.approx(float(record.entropy[step]), abs=1e-3)
+        assert logp == pytest.approx(float(record.logp[step]), abs=1e-3, nan_ok=True) or kind == Kind.HARD
+        got = torch.zeros(VOCAB).index_add(0, torch.tensor(ids), torch.tensor(weights))
+        own = torch.zeros(VOCAB).index_add(0, record.ids[step], record.weights[step])
+        torch.testing.assert_close(got, own, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_discrete_requests_do_not_notice_soft_ones(made):
+    beside = [row for row, case in zip(made["llama"], cases(200)) if case[1] is None]
+    assert made["discrete"] == beside and len(beside) > 10
+
+
+@pytest.mark.slow
+def test_thrown_out_of_the_cache_a_request_reads_its_mixtures_again(made, models):
+    wanted = [tuple(case) for case in made["wanted"]]
+    assert sum(n > 0 for n in made["preempted"]) > 8
+    own = {str(i): tokens for i, (tokens, _) in enumerate(expected(models["llama"], wanted)) if i != 3}
+    assert made["steps"] == own
+
+
+@pytest.mark.slow
+def test_soft_positions_are_never_taken_for_hard_ones(made, models):
+    for said, tokens, _ in made["cached"]:
+        ((own, _),) = expected(models["llama"], [(LONG + said, None, 0, 9, False)])
+        assert tokens == own
+    # Of 36 + 50 positions two blocks of 32 are whole. Only what discrete requests computed is found
+    assert [count for *_, count in made["cached"]] == [0, 64, 32, 64, 64, 64]
+    assert len({tuple(said) for said, *_ in made["cached"]}) == 3
+
+
+@pytest.mark.slow
+def test_what_ends_a_request(made, models):
+    ((tokens, _),) = expected(models["llama"], [([BOS, 11, 12, 13], 1, 0, 40, False)])
+    assert made["stop_ids"] == [tokens[: tokens.index(42) + 1], 42]
+    assert tokens[12:14] == [59, 9] and made["stop"] == [tokens[:14], "w59 w9"]
+    assert made["rows"] == 0
+
+
+@pytest.mark.slow
+def test_each_of_n_outputs_has_its_own_draws(made, models):
+    config = softar.SoftConfig(**DRAWN, max_new_tokens=8)
+    for i, tokens in enumerate(made["n"]):
+        rng = [torch.Generator().manual_seed(3 + i)]
+        own = softar.generate(models["llama"], torch.tensor([[BOS, 9]]), config=config, rng=rng)
+        assert tokens[:8] == own.completions[0].tolist()[: len(tokens)]
+    assert made["unseeded"][0] != made["unseeded"][1]
+
+
+@pytest.mark.slow
+def test_bad_requests_say_so_in_one_line(made):
+    assert len(made["bad"]) == len(BAD)
+    for (soft, more, says), (said, works) in zip(BAD, made["bad"]):
+        assert said is not None and says in said, (str(soft)[:80], more, said)
+        assert "\n" not in said and len(said) < 400 and works
+
+    assert "not together with structured output" in made["structured"]
+
+
+@pytest.mark.slow
+def test_an_unknown_version_of_vllm_is_left_alone(made):
+    (said,), patched = made["version"]
+    assert "0.33.1 is not among the versions it knows: 0.32.*" in said and not patched
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(use_v2_model_runner=True), "VLLM_USE_V2_MODEL_RUNNER=0"),
+        (dict(speculative_config=1), "not in an engine with speculative decoding"),
+        (dict(kv_transfer_config=1), "KV cache"),
+        (dict(parallel_config=SimpleNamespace(pipeline_parallel_size=2)), "pipeline parallelism"),
+        (dict(model_config=SimpleNamespace(enable_prompt_embeds=False)), "--enable-prompt-embeds"),
+    ],
+)
+def test_engines_that_cannot_are_named(change, says):
+    fits = dict(
+        use_v2_model_runner=False,
+        speculative_config=None,
+        kv_transfer_config=None,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        model_config=SimpleNamespace(enable_prompt_embeds=True, is_encoder_decoder=False),
+    )
+    check_engine(SimpleNamespace(**fits))
+    with pytest.raises(ValueError, match=says):
+        check_engine(SimpleNamespace(**{**fits, **change}))
+
+
+@pytest.fixture(scope="module")
+def server(place, script):
+    with softar.server.serve(place / "llama", max_model_len=128, soft=True) as running:
+        yield running
+
+
+def post(server, path="completions", **body):
+    body = {"model": server.model, "temperature": 0, "max_tokens": 12, "return_token_ids": True, **body}
+    if "soft" in body:
+        body["vllm_xargs"] = {"soft": json.dumps(body.pop("soft"))}
+    return httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60, trust_env=False)
+
+
+@pytest.mark.slow
+def test_the_server_thinks_softly_too(server, models):
+    prompt = [BOS, 11, 12, 13]
+    soft = SOFT[0][0]
+    ((tokens, record), (discrete, _)) = expected(
+        models["llama"], [(prompt, 0, 0, 12, True), (prompt, None, 0, 12, False)]
+    )
+    assert post(server, prompt=prompt).json()["choices"][0]["token_ids"] == discrete
+    assert post(server, prompt=prompt, soft=soft).json()["choices"][0]["token_ids"] == tokens
+    asked = dict(soft={**soft, "record": True}, logprobs=10, return_tokens_as_token_ids=True)
+    choice = post(server, prompt=prompt, **asked).json()["choices"][0]
+    assert choice["token_ids"] == tokens
+    for step, read in enumerate(choice["logprobs"]["top_logprobs"]):
+        got, own = torch.zeros(2, VOCAB)
+        for name, logp in read.items():
+            got[int(name.removeprefix("token_id:"))] = math.exp(logp)
+        own.index_add_(0, record.ids[step], record.weights[step])
+        torch.testing.assert_close(got, own, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_decoder_for_comparisons_is_the_loops(server, place):
+    prompts = [
+        " ".join(map(tiny.tokenizer_of().convert_ids_to_tokens, ids)) for ids in ([BOS, 11, 12], [BOS, 20, 21, 22])
+    ]
+    for options in ("top_k=10,budget=4", "mixer=gumbel,tau=0.4,top_k=6,budget=5"):
+        theirs = softar.make_decoder(
+            f"{place / 'llama'}=vllm-soft:url={server.url},{options}", max_new_tokens=12, seed=3
+        )
+        found = theirs.decode(prompts)
+        config = dict(max_new_tokens=12, top_k=10, budget=4)
+        if "gumbel" in options:
+            config |= dict(mixer="gumbel", mixer_args={"tau": 0.4}, top_k=6, budget=5)
+        inputs = encode(tiny.tokenizer_of(), prompts)
+        draws = random.Random(3)
+        rng = [torch.Generator().manual_seed(draws.randrange(2**31)) for _ in prompts]
+        out = softar.generate(model_of("llama"), **inputs, config=softar.SoftConfig(**config), rng=rng)
+        for row, answer in enumerate(found):
+            kept = out.completions[row][out.record.kind[row] != softar.Kind.PAD]
+            assert list(answer.tokens) == kept.tolist(), options
+            assert answer.num_forwards == len(kept) and theirs.columns["decoder"] == "vllm-soft"
+    with pytest.raises(ValueError, match="tempratur"):
+        softar.make_decoder(f"{place / 'llama'}=vllm-soft:url={server.url},tempratur=1", max_new_tokens=12)
+
+
+@pytest.mark.slow
+def test_the_server_refuses_and_lives_on(server):
+    prompt = [BOS, 11, 12, 13]
+    before = post(server, prompt=prompt, soft={}).json()["choices"][0]["token_ids"]
+    asked = [
+        dict(soft={"foo": 1}),
+        dict(soft={"top_k": 5000}),
+        dict(vllm_xargs={"soft": "{"}),
+        dict(vllm_xargs={"soft": 3}),
+        dict(soft={}, logprobs=3),
+        dict(soft={}, min_tokens=3),
+        dict(soft={}, response_format={"type": "json_object"}),
+    ]
+    for body in asked:
+        answer = post(server, prompt=prompt, **body)
+        assert answer.status_code == 400, body
+        said = answer.json()["error"]["message"]
+        assert "soft" in said and "\n" not in said, said
+    body = {"model": server.model, "prompt": prompt, "max_tokens": 100, "stream": True, "ignore_eos": True}
+    body["vllm_xargs"] = {"soft": "{}"}
+    for _ in range(3):  # clients that go away while it thinks
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60, trust_env=False) as stream:
+            assert next(stream.iter_lines()).startswith("data: ")
+    assert post(server, prompt=prompt, soft={}).json()["choices"][0]["token_ids"] == before
+
+
+# --- the rows by themselves ---
+
+
+class Engine:
+    """A recurrent toy in vLLM's place, which schedules as it likes: some requests, some of their positions."""
+
+    def __init__(self, seed, unruly):
+        torch.manual_seed(0)
+        self.table, self.inner, self.out = torch.randn(VOCAB, 8), torch.randn(8, 8) * 0.3, torch.randn(VOCAB, 8)
+        self.rows = Rows(lambda ids: self.table[ids], torch.device("cpu"), 0)
+        self.draw, self.unruly, self.state, self.tokens, self.done = random.Random(seed), unruly, {}, {}, {}
+
+    def add(self, name, prompt, fields, seed):
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        config = softar.SoftConfig(**fields).resolve(tiny.tokenizer_of())
+        self.rows.add(name, config, prompt, seed, (EOS,), False)
+        self.tokens[name], self.done[name], self.state[name] = list(prompt), 0, torch.zeros(8)
+
+    def forget(self, name):
+        """As when it is thrown out of the cache."""
+        self.done[name], self.state[name] = 0, torch.zeros(8)
+
+    def step(self):
+        names, draw = list(self.tokens), self.draw
+        if self.unruly:
+            names = draw.sample(names, draw.randint(1, len(names)))
+            for name in names:
+                prompt = len(self.rows.rows[name].prompt)
+                if draw.random() < 0.05:
+                    self.forget(name)
+                if draw.random() < 0.05 and len(self.tokens[name]) - prompt > 3:  # sampled for nothing
+                    del self.tokens[name][-draw.randint(1, 2) :]
+                    self.forget(name)
+        left = [len(self.tokens[name]) - self.done[name] for name in names]
+        counts = [draw.randint(1, n) if self.unruly and draw.random() < 0.5 else n for n in left]
+        computed = [self.done[name] for name in names]
+        ids = [self.tokens[name][c : c + n] for name, c, n in zip(names, computed, counts)]
+        embeds = self.table[torch.tensor([i for part in ids for i in part])].clone()
+        self.rows.feed(embeds, names, computed, counts)
+        for name, part, count in zip(names, embeds.split(counts), counts):
+            for x in part:
+                self.state[name] = torch.tanh(self.inner @ self.state[name] + x)
+            self.done[name] += count
+        logits = torch.stack([self.out @ self.state[name] for name in names])
+        ends = [self.done[name] for name in names]
+        skipped = [self.done[name] < len(self.tokens[name]) for name in names]
+        turns = self.rows.think(logits, names, ends, skipped)
+        sampled = logits.argmax(-1, keepdim=True).int()
+        self.rows.choose(turns, sampled)
+        for name, skip, token in zip(names, skipped, sampled[:, 0].tolist()):
+            if not skip:
+                self.tokens[name].append(token)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_however_they_are_scheduled_rows_do_the_same(seed):
+    draw = random.Random(seed)
+    wanted = [
+        (f"r{i}", [BOS, *draw.choices(range(3, VOCAB), k=draw.randint(1, 7))], *draw.choice(SOFT), i) for i in range(9)
+    ]
+    lengths = {name: draw.choice([5, 20, 60]) for name, *_ in wanted}
+    lengths["r0"] = 2 * CHUNK + 30
+    together = Engine(seed, unruly=True)
+    waiting, found = list(wanted), {}
+    while len(found) < len(wanted):
+        if waiting and draw.random() < 0.3:
+            name, prompt, fields, draws, own = waiting.pop()
+            together.add(name, prompt, fields, own if draws else None)
+        if together.tokens:
+            together.step()
+        for name in list(together.tokens):
+            new = together.tokens[name][len(together.rows.rows[name].prompt) :]
+            if len(new) >= lengths[name]:
+                found[name] = new
+                together.rows.drop([name])
+                del together.tokens[name]
+    assert not together.rows.rows and not together.rows.groups
+    for name, prompt, fields, draws, own in wanted:
+        alone = Engine(0, unruly=False)
+        alone.add(name, prompt, fields, own if draws else None)
+        while len(alone.tokens[name]) < len(prompt) + lengths[name]:
+            alone.step()
+        assert found[name] == alone.tokens[name][len(prompt) :], (name, fields)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
