@@ -1,6 +1,6 @@
 """Masked-diffusion decoders for `softar.compare`: every softener, by name; schedules and the rest are options.
 
-Costs are shared as in `softar.decoders`.
+Costs are as in `softar.decoders`.
 """
 
 import functools
@@ -70,9 +70,16 @@ class DiffusionDecoder:
             out = denoise(self.model, ids, mask, config=self.config, rng=self.rng, callback=tracer)
         texts, tokens = zip(*(self._read(out, row) for row in range(len(prompts))), strict=True)
         seconds = (time.perf_counter() - started) / len(prompts)
-        cost = float(out.num_forwards), out.token_forwards / len(prompts), seconds
+        cost = out.token_forwards / len(prompts), seconds
         traces = [tracer and tracer.canvas(row, out, title=self.name) for row in range(len(prompts))]
-        return [Decoded(*row, *cost, None, trace) for *row, trace in zip(texts, tokens, traces, strict=True)]
+        forwards = [self._forwards(out, row) for row in range(len(prompts))]
+        return [Decoded(*row, *cost, None, trace) for *row, trace in zip(texts, tokens, forwards, traces, strict=True)]
+
+    def _forwards(self, out: DenoiseOutput, row: int) -> float:
+        """Of a row: those up to its last decision; a uniform-state model redraws in all of them."""
+        if self.known.uniform is not None:
+            return float(out.num_forwards)
+        return float(out.committed_at[row].max() + 1)
 
     def _read(self, out: DenoiseOutput, row: int) -> tuple[str, tuple[int, ...]]:
         """Text and tokens of a row."""

@@ -172,7 +172,7 @@ def sweep(
 
     given = dict(tasks=task, soft=soft, baseline=baseline, vary=vary and work.vary(vary), seeds=seed, limit=limit,
                  max_new_tokens=max_new_tokens)  # fmt: skip
-    given = {k: v for k, v in given.items() if v}
+    given = {k: v for k, v in given.items() if v is not None and v != []}
     with fmt.only_results():
         work.quiet()
         if plot is None:

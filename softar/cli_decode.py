@@ -1,6 +1,5 @@
 """The commands of `softar` that decode: generate, fill, trace, compare."""
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -110,7 +109,7 @@ def fill(
         made = work.open_decoder(decoder, model, options, max_new_tokens=gen_length, seed=seed, dtype=dtype,
                                  device=device)  # fmt: skip
         tokenizer = work.tokenizer_of(made)
-        holes = re.sub(r"_+", tokenizer.mask_token, text)
+        holes = work.with_masks(text, tokenizer.mask_token)
         if tokenizer.mask_token not in holes and made.config.gen_length == 0:
             raise ValueError("there is nothing to fill: put underscores into the text, or give --gen-length")
         given = work.as_prompt(tokenizer, holes, chat, system)
@@ -149,7 +148,7 @@ def trace(
             tokenizer = work.tokenizer_of(made)
             holes = text
             if made.columns["family"] == "diffusion":
-                holes = re.sub(r"_+", tokenizer.mask_token, text)
+                holes = work.with_masks(text, tokenizer.mask_token)
             traces.append(made.decode([work.as_prompt(tokenizer, holes, chat, system)])[0].trace)
     from .page import write_page
     from .trace import to_json, view
@@ -201,9 +200,17 @@ def compare(
     from .comparison import compare as run
     from .tasks import load_task
 
+    budgets = [(by, budget) for by, budget in (("nfe", nfe), ("token_forwards", token_forwards)) if budget is not None]
+    if len(budgets) > 1:
+        raise ValueError(f"--nfe {nfe:g} and --token-forwards {token_forwards:g}: match one budget at a time")
+    if budgets and not budgets[0][1] > 0:
+        raise ValueError(f"--{budgets[0][0].replace('_', '-')} {budgets[0][1]:g} must be > 0")
+    folder = output or (Path("runs", f"compare-{task.replace(':', '-')}") if plot else None)
     with fmt.only_results():
         work.quiet()
         found = load_task(task)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         rows = work.first(found.test, limit)
         specs = work.distinct(decoder or work.compared(task, model))
         made = [work.open_decoder(spec, model, {}, max_new_tokens=work.answer_length(rows, spec, max_new_tokens),
@@ -211,12 +218,11 @@ def compare(
         rows = work.with_chat(rows, made, chat)
         comparison = run(made, rows, found.score, baseline=baseline or made[0].name, repeats=repeats,
                          batch_size=batch_size, seed=seed, task=found.name, extract=found.extract)  # fmt: skip
-        for by, budget in (("nfe", nfe), ("token_forwards", token_forwards)):
-            comparison = comparison if budget is None else comparison.matched(by, budget)
-        folder = output or (Path("runs", f"compare-{found.name.replace(':', '-')}") if plot else None)
         if folder is not None:
             comparison.save(folder)
             fmt.say(f"saved in {folder}")
-            if plot:
+            if plot and comparison.rows:
                 comparison.plot(folder / "plot.png")
+        for by, budget in budgets:
+            comparison = comparison.matched(by, budget)
     raise typer.Exit(fmt.report(comparison, as_json))

@@ -5,6 +5,7 @@ Torch is imported by what needs a model, and by nothing else.
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,11 @@ def open_decoder(spec: str | None, model: str | None, options: dict, *, max_new_
         if family(spec) == "vllm":
             made.start()  # until then it has no tokenizer
     return made
+
+
+def with_masks(text: str, mask: str) -> str:
+    """Runs of underscores as masks, each one token; a mask token that holds underscores stays whole."""
+    return mask.join(re.sub(r"_+", lambda _: mask, part) for part in text.split(mask))
 
 
 def check_fills(spec: str | None, model: str) -> None:

@@ -20,7 +20,7 @@ class ServerDecoder(CompletionDecoder):
         url: e.g. "http://127.0.0.1:8000". model: the name it has to serve; None takes the first that it names.
         tokenizer: turns prompts into ids and ids into text here, as other decoders do; needed for chat messages. None
             sends text as it is, and takes the server's.
-        timeout: seconds a prompt may take. connect: seconds until the server must accept a connection.
+        timeout: seconds without a sign from the server. connect: seconds until the server must accept a connection.
         retries: of connections that fail or break; an answer that is late or an error is not asked for again.
         concurrency: prompts at a time. api_key: sent as a bearer token.
         sampling: fields of Sampling, by name.
@@ -44,6 +44,12 @@ class ServerDecoder(CompletionDecoder):
         name: str | None = None,
         **sampling,
     ):
+        for label, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{label}={value!r} must be a whole number, at least {least}")
+        for label, value in (("timeout", timeout), ("connect", connect)):
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"{label}={value!r} must be a number of seconds, more than 0")
         self.url, self.wanted, self.timeout, self.retries = url.rstrip("/").removesuffix("/v1"), model, timeout, retries
         self.concurrency = concurrency
         super().__init__(model or self.url, Sampling(**split_options(sampling, ())[0]), name, seed, trace)

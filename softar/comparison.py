@@ -39,6 +39,14 @@ class Decoded:
     trace: Trace | Canvas | None = None  # only where the decoder was made to keep it
 
 
+class Unfinished(ValueError):
+    """A decoder that failed in the middle: `done` holds what it finished, {index of the prompt: Decoded}."""
+
+    def __init__(self, message: str, done: dict[int, Decoded] | None = None):
+        super().__init__(message)
+        self.done = done or {}
+
+
 class Decoder(Protocol):
     def decode(self, prompts: list) -> list[Decoded]:
         """Prompts, text or chat messages, to as many answers in their order."""
@@ -231,9 +239,21 @@ def compare(
             return _decode(named[name], prompts[begin:end])
         except Exception as error:  # whatever it is, the others go on
             fail(None, name, error)
+            if isinstance(error, Unfinished) and passes[name]:
+                for i, decoded in sorted(error.done.items()):
+                    take(passes[name][-1], name, begin + i, decoded)
             return None
         finally:
             decoding += time.perf_counter() - before
+
+    def take(taken: Pass, name: str, i: int, decoded: Decoded) -> None:
+        taken.answers[i] = decoded
+        try:
+            taken.scores[i] = _score(score, decoded.text, items[i])
+            taken.read[i] = extract(decoded.text)
+        except Exception as error:
+            fail(i, name, error)
+        taken.done[i] = True
 
     def take_turn(name: str) -> bool:
         """One pass; False where the decoder failed."""
@@ -243,14 +263,9 @@ def compare(
             batch = answer(name, begin, begin + batch_size)
             if batch is None:
                 return False
-            taken.answers[begin : begin + len(batch)] = batch
-            taken.read[begin : begin + len(batch)] = [extract(decoded.text) for decoded in batch]
+            taken.answers[begin : begin + len(batch)] = batch  # at once: Ctrl-C may come while they are scored
             for i, decoded in enumerate(batch, begin):
-                try:
-                    taken.scores[i] = _score(score, decoded.text, items[i])
-                except Exception as error:
-                    fail(i, name, error)
-                taken.done[i] = True
+                take(taken, name, i, decoded)
             progress.update(bar, description=name, advance=len(batch))
         return True
 

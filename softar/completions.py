@@ -29,6 +29,9 @@ class Sampling:
             raise ValueError(f"mode={self.mode!r} is unknown: choose one of {MODES}")
         if (self.mode == "soft") != (self.soft is not None):
             raise ValueError(f"mode={self.mode!r}, soft={self.soft!r}: mode 'soft' needs soft=, and no other takes it")
+        for name in ("temperature", "top_p", "top_k", "votes", "num_beams", "max_new_tokens", "logprobs"):
+            if isinstance(value := getattr(self, name), (str, bool, list, dict)):
+                raise ValueError(f"{name}={value!r} must be a number")
         for name, least in (("max_new_tokens", 1), ("votes", 1), ("num_beams", 1), ("top_k", 1), ("logprobs", 0)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -1,7 +1,7 @@
 """Autoregressive decoders for `softar.compare`: hard, sampled, soft with every mixer, beam search, self-consistency.
 
-A row's costs are its share of its batch's: num_forwards the forwards of the batch, which it took part in or waited for;
-positions and seconds divided equally. The seconds run from text to text, tokenisation included.
+A row's forwards are its own, up to its last token; positions and seconds are its equal share of its batch's, padding
+and waiting included. The seconds run from text to text, tokenisation included.
 """
 
 import functools
@@ -74,9 +74,11 @@ class SoftDecoder:
         tokens = [tuple(ids[keep].tolist()) for ids, keep in zip(out.completions, real, strict=True)]
         entropy = (out.record.entropy.masked_fill(~real, 0.0).sum(1) / real.sum(1)).tolist()
         seconds = (time.perf_counter() - started) / len(prompts)
-        cost = float(out.num_forwards), out.token_forwards / len(prompts), seconds
+        cost = out.token_forwards / len(prompts), seconds
+        prefill = out.num_forwards - real.shape[1]  # forwards before the first token, but one
         traces = self._traces(out, inputs) if self.trace else [None] * len(prompts)
-        return [Decoded(*row, *cost, h, t) for *row, h, t in zip(texts, tokens, entropy, traces, strict=True)]
+        return [Decoded(text, row, float(prefill + len(row)), *cost, h, t)
+                for text, row, h, t in zip(texts, tokens, entropy, traces, strict=True)]  # fmt: skip
 
     def _traces(self, out: SoftOutput, inputs: BatchEncoding) -> list[Trace]:
         given = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]

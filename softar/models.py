@@ -260,9 +260,12 @@ def to_device(device: str | torch.device | None, model_kwargs: dict) -> torch.de
         # Under a launcher each process has a GPU of its own, which nobody has made current yet
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r} is unknown: give 'cpu', 'cuda', 'cuda:1', 'mps', ...") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r}: there is no CUDA device that torch can use here; give 'cpu'")
+    return found
 
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"

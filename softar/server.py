@@ -21,6 +21,7 @@ import httpx
 import torch
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
+from .comparison import Unfinished
 from .models import MODELS, folder_of, load
 
 # vLLM's attention on CPU has kernels for heads of these widths alone; asked for another, its engine dies at the first
@@ -41,7 +42,7 @@ main()
 """
 
 
-class ServerError(ValueError):
+class ServerError(Unfinished):
     """A server that does not start, does not answer, or answers with an error.
 
     prompt: index of the prompt it happened at, None where it was none. done: {index: Decoded} of the prompts that were
@@ -49,8 +50,8 @@ class ServerError(ValueError):
     """
 
     def __init__(self, message: str, prompt: int | None = None, done: dict | None = None):
-        super().__init__(message)
-        self.prompt, self.done = prompt, done or {}
+        super().__init__(message, done)
+        self.prompt = prompt
 
 
 @dataclass(frozen=True)

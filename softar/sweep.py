@@ -187,7 +187,7 @@ def _claim(grid: Grid, folder: Path) -> None:
     """Keep the grid in its folder, or raise ValueError where another one is: its results would be mixed up."""
     file, mine = folder / GRID_FILE, json.loads(json.dumps(dataclasses.asdict(grid)))
     has_runs = any(folder.glob("runs/*/results.json"))  # before the file: another process may write both meanwhile
-    if not file.exists():
+    if not has_runs or not file.exists():  # a grid of which nothing was finished, with a typo say, makes way
         if has_runs:
             raise ValueError(f"{folder} holds runs without a {GRID_FILE}, of an unknown grid: take another folder")
         folder.mkdir(parents=True, exist_ok=True)

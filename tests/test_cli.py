@@ -643,3 +643,8 @@ def test_json_has_no_nan():
         "a": [None, 1.5, "x", None, True],
         "2": [None],
     }
+
+
+def test_masks_are_whole():
+    assert cli_work.with_masks("a ___ b _", "<mask>") == "a <mask> b <mask>"
+    assert cli_work.with_masks("a <|mdm_mask|> b _", "<|mdm_mask|>") == "a <|mdm_mask|> b <|mdm_mask|>"

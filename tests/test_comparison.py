@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from softar.comparison import Comparison, Decoded, Failure, compare
+from softar.comparison import Comparison, Decoded, Failure, Unfinished, compare
 from softar.frontier import _legend, _side_by_side, comparison_table, frontier, plot_frontier
 from softar.summary import bootstrap_means, interval
 
@@ -702,3 +702,25 @@ def test_side_by_side():
     rows = [point("a", 4, 0.1), point("b", 4.01, 0.2), point("c", 4, 0.3), point("d", 8, 0.4)]
     at = [_side_by_side(rows, "nfe")[id(row)] for row in rows]
     assert at[3] == 8 and len(set(at)) == 4 and all(abs(x / 4 - 1) < 0.03 for x in at[:3])
+
+
+def test_what_a_decoder_finished_before_it_failed_counts():
+    class Dies(Fake):
+        def decode(self, prompts):
+            found = super().decode(prompts)
+            raise Unfinished("the server went away", {0: found[0], 2: found[2]})
+
+    found = compare({"a": Fake("a"), "b": Dies("b")}, questions(4), score, warmup=0, console=QUIET["console"])
+    rows = {row["name"]: row for row in found.rows}
+    assert (rows["b"]["n"], rows["b"]["complete"], rows["a"]["n"]) == (2, False, 4)
+    assert [f.decoder for f in found.failures] == ["b"] and "went away" in found.failures[0].message
+
+
+def test_an_answer_that_cannot_be_read_out_of_one_text_leaves_the_rest():
+    def extract(text):
+        if text == "a1":
+            raise IndexError("no answer in it")
+        return text
+
+    found = compare([Fake("a"), Fake("b")], questions(4), score, extract=extract, **QUIET)
+    assert [row["n"] for row in found.rows] == [4, 4] and {f.row for f in found.failures} == {1}

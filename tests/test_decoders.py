@@ -209,7 +209,8 @@ def test_discrete_is_greedy(arch):
     found = decoder.decode(PROMPTS)
     assert [d.tokens for d in found] == expected
     assert [d.text for d in found] == [tokenizer.decode(t, skip_special_tokens=True) for t in expected]
-    assert {d.num_forwards for d in found} == {len(calls)}
+    assert [d.num_forwards for d in found] == [len(d.tokens) for d in found]
+    assert max(d.num_forwards for d in found) == len(calls)  # the row that the batch waited for
     assert sum(d.token_forwards for d in found) == pytest.approx(sum(rows * columns for rows, columns in calls))
 
 
@@ -301,7 +302,7 @@ def test_soft_decoders_are_generate(mixer, tiny):
         assert decoded.tokens == tuple(out.completions[row][real].tolist())
         assert decoded.text == tokenizer.decode(ids, skip_special_tokens=True)
         assert decoded.entropy == pytest.approx(float(out.record.entropy[row][real].mean()), abs=1e-5)
-        assert decoded.num_forwards == out.num_forwards
+        assert decoded.num_forwards == int(real.sum()) <= out.num_forwards
         assert decoded.token_forwards == pytest.approx(out.token_forwards / 3)
 
 
@@ -459,7 +460,7 @@ def test_diffusion_decoders_are_denoise(soften, filler):
         assert decoded.text == tokenizer.decode(ids[width:end], skip_special_tokens=True)
         inside = [ids[width - 2]] if row == 3 else []  # the mask in the prompt
         assert decoded.tokens == tuple(inside + ids[width : end + 1])
-        assert decoded.num_forwards == out.num_forwards and decoded.entropy is None
+        assert decoded.num_forwards == out.committed_at[row].max() + 1 <= out.num_forwards and decoded.entropy is None
     assert sum(d.token_forwards for d in found) == pytest.approx(out.token_forwards)
 
 
