@@ -3,7 +3,8 @@
 import contextlib
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -94,22 +95,28 @@ class ServerDecoder(CompletionDecoder):
         began = time.perf_counter()
         bodies = [self._body(i, p, seed) for i, (p, seed) in enumerate(zip(prompts, self.seeds(len(prompts))))]
         failed: list[Exception] = []
+        found: dict[int, tuple[int, list[Completion]]] = {}
+        waiting = deque(range(len(bodies)))
 
-        def complete(i: int) -> tuple[int, list[Completion]] | None:
-            if failed:  # nothing more is asked of a server that has failed; what it is at may still come
-                return None
-            try:
-                return self._complete(i, len(bodies), bodies[i])
-            except Exception as error:
-                failed.append(error)
-                return None
+        def ask() -> None:
+            while waiting and not failed:  # nothing more is asked of a server that has failed
+                with contextlib.suppress(IndexError):  # another thread took the last one
+                    i = waiting.popleft()
+                    try:
+                        found[i] = self._complete(i, len(bodies), bodies[i])
+                    except Exception as error:
+                        failed.append(error)
 
-        pool = ThreadPoolExecutor(self.concurrency)
+        # Daemons: after Ctrl-C nothing waits for answers that may take minutes
+        threads = [Thread(target=ask, daemon=True) for _ in range(min(self.concurrency, len(bodies)))]
         try:
-            made = list(pool.map(complete, range(len(bodies))))
-        finally:  # after Ctrl-C do not wait for answers
-            pool.shutdown(wait=False, cancel_futures=True)
-        found = {i: answer for i, answer in enumerate(made) if answer}
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            waiting.clear()
+        found = dict(sorted(found.items()))
         share = (time.perf_counter() - began) / max(len(found), 1)
         done = {i: self.row(prompts[i], length, given, share) for i, (length, given) in found.items()}
         self.completions = [given for _, given in found.values()]

@@ -586,3 +586,38 @@ def test_bad_sampling():
         Sampling("gredy")
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         Sampling(max_new_tokens=0)
+
+
+def test_ctrl_c_does_not_wait_for_a_slow_server():
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = json.dumps({"data": [{"id": "m"}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self):
+            asked.set()
+            over.wait(60)
+
+        def log_message(self, *args):
+            pass
+
+    asked, over = threading.Event(), threading.Event()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from softar.client import ServerDecoder\n"
+        f"ServerDecoder('http://127.0.0.1:{server.server_port}', 'm', max_new_tokens=4).decode(['a', 'b', 'c'])\n"
+    )
+    try:
+        with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as program:
+            assert asked.wait(60)
+            program.send_signal(signal.SIGINT)
+            _, said = program.communicate(timeout=20)
+        assert program.returncode != 0 and "KeyboardInterrupt" in said
+    finally:
+        over.set()
+        server.shutdown()
