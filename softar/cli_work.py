@@ -200,20 +200,11 @@ def answer(decoder, text: str, prompt: str | list[dict], as_json: bool) -> None:
 
 
 def stream(decoder, prompt) -> "Decoded":
-    """As `SoftDecoder.decode`, with the tokens printed as they come."""
-    from .comparison import Decoded
-    from .decode import generate
-    from .evaluate import evaluating, read_prompts
-
-    inputs = read_prompts(decoder.tokenizer, [prompt]).to(decoder.model.device)
+    """The answer of a SoftDecoder, its tokens printed as they come."""
     printer = fmt.Printer(decoder.tokenizer, decoder.config)
-    with evaluating(decoder.model):
-        out = generate(decoder.model, **inputs, config=decoder.config, rng=decoder.rng, tokenizer=decoder.tokenizer,
-                       callback=printer)  # fmt: skip
+    (answer,) = decoder.decode([prompt], callback=printer)
     printer.end()
-    text = decoder.tokenizer.decode(out.answers[0], skip_special_tokens=True)
-    entropy = float(out.record.entropy[0].mean())
-    return Decoded(text, tuple(printer.ids), out.num_forwards, out.token_forwards, out.seconds, entropy)
+    return answer
 
 
 def compared(task: str, model: str | None) -> list[str]:

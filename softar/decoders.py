@@ -55,7 +55,8 @@ class SoftDecoder:
             return True
         return c.temperature > 0 and (c.mixer_args.get("sample", False) if c.mixer == "hard" else c.mixer != "soft")
 
-    def decode(self, prompts: list) -> list[Decoded]:
+    def decode(self, prompts: list, callback: Callable[[dict], None] | None = None) -> list[Decoded]:
+        """callback: that of `softar.generate`, told of each step."""
         if not prompts:
             return []
         started = time.perf_counter()
@@ -67,6 +68,7 @@ class SoftDecoder:
                 inputs["attention_mask"],
                 config=self.config,
                 rng=self.rng,
+                callback=callback,
                 tokenizer=self.tokenizer,
             )
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.answers]
