@@ -107,7 +107,7 @@ def serve(
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env={**settings(folder, soft), **os.environ},
+                env={**settings(folder), **os.environ},
                 start_new_session=True,
             )
         stack.callback(_end, process)
@@ -132,11 +132,9 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def settings(folder: str, soft: bool = False) -> dict[str, str]:
+def settings(folder: str) -> dict[str, str]:
     """Environment variables for vLLM's processes; those that the user has set go before them."""
     found = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if soft:  # the runner that softar.vllm_soft knows
-        found["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if Path(folder).is_dir():  # nothing is to be fetched, so nothing is to be asked for
         found["HF_HUB_OFFLINE"] = "1"
     if on_cpu():

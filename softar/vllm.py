@@ -134,7 +134,7 @@ class _Engine:
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(exported(model, dtype))
             quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
-            with _environment(settings(folder, dict(options).get("enable_prompt_embeds", False)) | quiet):
+            with _environment(settings(folder) | quiet):
                 from vllm import LLM
 
                 plain = dict(enable_prefix_caching=False, max_logprobs=-1, enforce_eager=on_cpu(), seed=0)

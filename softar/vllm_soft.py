@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import secrets
+from collections.abc import Callable
 from typing import NamedTuple
 
 VERSIONS = ("0.32",)  # of vLLM, tested
@@ -61,15 +62,15 @@ def register() -> None:
     patch(WorkerWrapperBase, "init_device", init_device)
 
 
-def patch(owner: type, name: str, around) -> None:
-    """Replace a method by around(method, self, ...), once."""
+def patch(owner, name: str, around: Callable) -> None:
+    """Replace a method, or a module's function, by around(method, ...), once."""
     method = getattr(owner, name)
     if "softar" in vars(method):
         return
 
     @functools.wraps(method)
-    def patched(self, *args, **kwargs):
-        return around(method, self, *args, **kwargs)
+    def patched(*args, **kwargs):
+        return around(method, *args, **kwargs)
 
     patched.softar = True
     setattr(owner, name, patched)
@@ -98,7 +99,7 @@ def process_inputs(method, self, request_id, prompt, params, *args, lora_request
         own = request.sampling_params
         own.extra_args = {**own.extra_args, OWN: soft}
         if soft["record"]:  # travels as log-probabilities; the columns are those of log_columns
-            own.flat_logprobs = own.logprobs is None
+            own.flat_logprobs = True
             own.logprobs = 1 + kept(mk_config(soft["config"]))
     return request
 
@@ -142,7 +143,7 @@ def checked(asked, params, vllm_config, tokenizer) -> dict:
         if isinstance(value, int) and abs(value) >= MOST:
             raise ValueError(f"soft: {name}={shown(value)} must be less than {MOST}")
     record = asked.get("record", False)
-    check_params(params, record)
+    check_params(params)
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if k != "record"}
     count = fields.get("mixer_args", {}).get("k", 1)
     if isinstance(count, NUMBER) and count > LIMIT:
@@ -170,13 +171,13 @@ def checked(asked, params, vllm_config, tokenizer) -> dict:
 
 def check_engine(vllm_config) -> None:
     parallel = vllm_config.parallel_config
-    if vllm_config.use_v2_model_runner:
-        raise ValueError("soft: this engine runs vLLM's second model runner; start it with VLLM_USE_V2_MODEL_RUNNER=0")
     if not vllm_config.model_config.enable_prompt_embeds:
         raise ValueError(f"soft: this engine takes no embeddings; {ENABLE}")
     for is_on, what in (
         (vllm_config.speculative_config is not None, "speculative decoding"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
+        (parallel.prefill_context_parallel_size > 1, "prefills split among devices"),
+        (parallel.enable_batch_sharded_sampling, "batch-sharded sampling"),
         (vllm_config.kv_transfer_config is not None, "a KV cache that comes from elsewhere"),
         (vllm_config.model_config.is_encoder_decoder, "an encoder-decoder model"),
     ):
@@ -184,12 +185,12 @@ def check_engine(vllm_config) -> None:
             raise ValueError(f"soft: not in an engine with {what}")
 
 
-def check_params(params, record: bool) -> None:
+def check_params(params) -> None:
     """Refuse what would not act on a thought as its user expects."""
     penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty - 1)
     for is_set, what in (
         (params.structured_outputs is not None, "structured output"),
-        (params.logprobs is not None and not record, 'logprobs (of a thought ask for the record: "record": true)'),
+        (params.logprobs is not None, 'logprobs (of a thought ask for the record: "record": true)'),
         (params.logprob_token_ids is not None, "logprob_token_ids"),
         (params.prompt_logprobs is not None, "prompt_logprobs"),
         (params.prompt_logprob_token_ids is not None, "prompt_logprob_token_ids"),
@@ -251,8 +252,13 @@ def soft_of(params) -> dict | None:
 
 
 def init_device(method, self):
-    method(self)
-    if not self.vllm_config.use_v2_model_runner:
+    method(self)  # before the runners are imported: on CPU it makes the second one fit for that
+    if self.vllm_config.use_v2_model_runner:
+        from vllm.v1.worker.gpu import model_runner
+
+        patch(model_runner, "init_model_state", init_model_state)
+        patch(model_runner.GPUModelRunner, "finish_requests", finish_requests)
+    else:
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
         GPUModelRunner.softar = None  # its Rows, from the first soft request on
@@ -261,20 +267,54 @@ def init_device(method, self):
         patch(GPUModelRunner, "_sample", sample)
 
 
+def admit(rows, new, owner):
+    """Take up a request if it is soft: a new one, or one that had been thrown out of the cache.
+
+    Args: rows: Rows or None. owner: has the model, its device and its configuration. Returns rows, by then not None.
+    """
+    soft = soft_of(new.sampling_params)
+    if soft is None:
+        return rows
+    if rows is None:
+        from .vllm_rows import Rows
+
+        rows = Rows(lambda ids: owner.model.embed_input_ids(ids), owner.device, owner.model_config.seed)
+    if new.req_id not in rows.rows:
+        params = new.sampling_params
+        eos = {params.eos_token_id, *(params.stop_token_ids or ())} - {None}
+        config = mk_config(soft["config"])
+        rows.add(new.req_id, config, new.prompt_token_ids, params.seed, sorted(eos), soft["record"])
+    return rows
+
+
+# ... with vLLM's second runner
+
+
+def init_model_state(method, vllm_config, model, *args, **kwargs):
+    if vllm_config.model_config.enable_prompt_embeds:
+        from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+
+        from .vllm_state import soft_state
+
+        base = resolve_model_state_cls(vllm_config, model)
+        model.get_model_state_cls = lambda: soft_state(base)
+    return method(vllm_config, model, *args, **kwargs)
+
+
+def finish_requests(method, self, scheduler_output):
+    if forget := getattr(self.model_state, "forget", None):
+        forget(scheduler_output.finished_req_ids)
+    return method(self, scheduler_output)
+
+
+# ... with its first
+
+
 def update_states(method, self, scheduler_output):
     if self.softar is not None:
         self.softar.drop(scheduler_output.finished_req_ids)
     for new in scheduler_output.scheduled_new_reqs:
-        soft = soft_of(new.sampling_params)
-        if soft is not None:
-            if self.softar is None:
-                from .vllm_rows import Rows
-
-                self.softar = Rows(lambda ids: self.model.embed_input_ids(ids), self.device, self.model_config.seed)
-            params = new.sampling_params
-            eos = {params.eos_token_id, *(params.stop_token_ids or ())} - {None}
-            config = mk_config(soft["config"])
-            self.softar.add(new.req_id, config, new.prompt_token_ids, params.seed, sorted(eos), soft["record"])
+        self.softar = admit(self.softar, new, self)
     return method(self, scheduler_output)
 
 
@@ -322,7 +362,7 @@ def record_of(output) -> list[Read]:
 
     flat = output.logprobs
     if not isinstance(flat, FlatLogprobs):
-        raise ValueError('no record: ask for it with extra_args={"soft": {"record": True}}, and not for logprobs too')
+        raise ValueError('no record: ask for it with extra_args={"soft": {"record": True}}')
     steps = []
     for start, end in zip(flat.start_indices, flat.end_indices):
         mixture = dict(zip(flat.token_ids[start + 2 : end], map(math.exp, flat.logprobs[start + 2 : end])))

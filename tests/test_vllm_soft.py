@@ -92,6 +92,7 @@ BAD = [  # soft, other settings, what the one line says
     ({}, {"min_tokens": 2}, "not together with min_tokens"),
     ({}, {"allowed_token_ids": [5]}, "not together with allowed_token_ids"),
 ]
+PARALLEL = dict(pipeline_parallel_size=1, prefill_context_parallel_size=1, enable_batch_sharded_sampling=False)
 DRAWN = dict(mixer="gumbel", budget=8, think_end=END)
 
 
@@ -409,19 +410,19 @@ def test_an_unknown_version_of_vllm_is_left_alone(made):
 @pytest.mark.parametrize(
     "change, says",
     [
-        (dict(use_v2_model_runner=True), "VLLM_USE_V2_MODEL_RUNNER=0"),
         (dict(speculative_config=1), "not in an engine with speculative decoding"),
         (dict(kv_transfer_config=1), "KV cache"),
-        (dict(parallel_config=SimpleNamespace(pipeline_parallel_size=2)), "pipeline parallelism"),
+        (dict(parallel_config=SimpleNamespace(**{**PARALLEL, "pipeline_parallel_size": 2})), "pipeline parallelism"),
+        (dict(parallel_config=SimpleNamespace(**{**PARALLEL, "prefill_context_parallel_size": 2})), "prefills split"),
+        (dict(parallel_config=SimpleNamespace(**{**PARALLEL, "enable_batch_sharded_sampling": True})), "batch-sharded"),
         (dict(model_config=SimpleNamespace(enable_prompt_embeds=False)), "--enable-prompt-embeds"),
     ],
 )
 def test_engines_that_cannot_are_named(change, says):
     fits = dict(
-        use_v2_model_runner=False,
         speculative_config=None,
         kv_transfer_config=None,
-        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        parallel_config=SimpleNamespace(**PARALLEL),
         model_config=SimpleNamespace(enable_prompt_embeds=True, is_encoder_decoder=False),
     )
     check_engine(SimpleNamespace(**fits))

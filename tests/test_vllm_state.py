@@ -1,0 +1,179 @@
+"""Soft decoding in vLLM's second model runner, beside softar.generate.
+
+vLLM has this runner on CPU too, where its Triton kernels want a compiler that is in no package. Triton's interpreter
+runs the same kernels, slowly. This file is also the script with the engine: `python tests/test_vllm_state.py FOLDER`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from test_vllm_soft import (
+    ARCHS,
+    BAD,
+    DRAWN,
+    ENGINE,
+    LONG,
+    TIGHT,
+    after,
+    answers,
+    ask,
+    cached,
+    cases,
+    expected,
+    inside,
+    model_of,
+    refused,
+    runner,
+    same,
+)
+from tiny import BOS
+
+import softar
+
+NUMBER = {"llama": 60, "qwen3": 12, "gemma": 12}
+
+
+def main(place):
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))  # what vLLM asks of the compiler
+    from vllm import LLM, SamplingParams
+
+    out = {}
+    for arch in ARCHS:
+        llm = LLM(str(place / arch), **ENGINE, **(TIGHT if arch == "llama" else {}))
+        state = runner(llm).model_state
+        if arch == "llama":
+            out["kind"] = [type(state).__name__, type(state).__base__.__name__, type(runner(llm).sampler).__name__]
+            before = answers(llm, [case for case in cases(NUMBER[arch]) if case[1] is None])
+            out["idle"] = state.softar is None
+            out["places"] = watched(state)
+        out[arch] = answers(llm, cases(NUMBER[arch]))
+        if arch == "llama":
+            out["discrete"] = before
+            out |= inside(llm)
+            out["cached"] = cached(llm)
+            few = [BAD[0], BAD[33]]
+            out["bad"] = [[refused(llm, soft, more), after(llm), says] for soft, more, says in few]
+            beside = ask([BOS, 9], None, 0, 9, False, logprobs=2)
+            outs = llm.generate(*map(list, zip(ask([BOS, 11, 12, 13], 0, 0, 9, True), beside)), use_tqdm=False)
+            out["logprobs"] = [len(step) for step in outs[1].outputs[0].logprobs]
+            params = SamplingParams(temperature=1.0, seed=3, n=3, max_tokens=8, extra_args={"soft": DRAWN})
+            (answer,) = llm.generate([{"prompt_token_ids": [BOS, 9]}], params, use_tqdm=False)
+            out["n"] = [list(o.token_ids) for o in answer.outputs]
+            answers(llm, [([BOS, 9], None, 0, 1, False)])  # those that ended leave with the next step
+            out["rows"] = len(state.softar.rows) + len(state.softar.groups)
+        del llm, state
+    out["places"] = sorted(out["places"])
+    (place / "out.json").write_text(json.dumps(out))
+
+
+def watched(state):
+    """Where the model reads its inputs, from now on, and where it would in a CUDA graph."""
+    found, whole = set(), state.prepare_inputs_embeds
+
+    def prepare(*args):
+        embeds = whole(*args)
+        found.add((embeds.data_ptr(), state.dummy_inputs_embeds(1).data_ptr()))
+        return embeds
+
+    state.prepare_inputs_embeds = prepare
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("second")
+    for arch in ARCHS:
+        model_of(arch).save_pretrained(place / arch)
+        tiny.tokenizer_of().save_pretrained(place / arch)
+    return place
+
+
+@pytest.fixture(scope="module")
+def made(place):
+    settings = dict(
+        TRITON_INTERPRET="1",
+        VLLM_USE_V2_MODEL_RUNNER="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_CI_ENV="1",
+        VLLM_NO_USAGE_STATS="1",
+        HF_HUB_OFFLINE="1",
+        TORCHDYNAMO_DISABLE="1",
+        OMP_NUM_THREADS="1",
+    )
+    ended = subprocess.run(
+        [sys.executable, __file__, str(place)], env={**os.environ, **settings}, capture_output=True, timeout=300
+    )
+    assert ended.returncode == 0, (ended.stdout + ended.stderr).decode()[-4000:]
+    return json.loads((place / "out.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {arch: model_of(arch) for arch in ARCHS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_requests_of_all_kinds_equal_the_loop(made, models, arch):
+    wanted = cases(NUMBER[arch])
+    for case, (tokens, read), (own, record) in zip(wanted, made[arch], expected(models[arch], wanted), strict=True):
+        assert tokens == own, case
+        if read is not None:
+            same(read, record)
+
+
+@pytest.mark.slow
+def test_it_is_the_second_runner_by_its_hook(made):
+    assert made["kind"] == ["SoftModelState", "DefaultModelState", "SoftSampler"] and made["idle"]
+    ((read, captured),) = made["places"]  # one address, step after step
+    assert read == captured
+
+
+@pytest.mark.slow
+def test_discrete_requests_do_not_notice_soft_ones(made):
+    wanted = cases(NUMBER["llama"])
+    beside = [row for row, case in zip(made["llama"], wanted) if case[1] is None]
+    assert made["discrete"] == beside and len(beside) > 5
+    assert min(made["logprobs"]) >= 2
+
+
+@pytest.mark.slow
+def test_thrown_out_of_the_cache_a_request_reads_its_mixtures_again(made, models):
+    wanted = [tuple(case) for case in made["wanted"]]
+    assert sum(n > 0 for n in made["preempted"]) > 8
+    own = {str(i): tokens for i, (tokens, _) in enumerate(expected(models["llama"], wanted)) if i != 3}
+    assert made["steps"] == own
+    assert made["rows"] == 0
+
+
+@pytest.mark.slow
+def test_soft_positions_are_never_taken_for_hard_ones(made, models):
+    for said, tokens, _ in made["cached"]:
+        ((own, _),) = expected(models["llama"], [(LONG + said, None, 0, 9, False)])
+        assert tokens == own
+    assert [count for *_, count in made["cached"]] == [0, 64, 32, 64, 64, 64]
+
+
+@pytest.mark.slow
+def test_draws_and_refusals_are_those_of_the_first_runner(made, models):
+    config = softar.SoftConfig(**DRAWN, max_new_tokens=8)
+    for i, tokens in enumerate(made["n"]):
+        rng = [torch.Generator().manual_seed(3 + i)]
+        own = softar.generate(models["llama"], torch.tensor([[BOS, 9]]), config=config, rng=rng)
+        assert tokens == own.completions[0].tolist()[: len(tokens)]
+    for said, works, says in made["bad"]:
+        assert says in said and works
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
