@@ -30,7 +30,7 @@ class DiffusionDecoder:
         model, tokenizer: from softar.diffusion.load.
         name: for tables; that of the softener where None.
         seed: of what it draws. It keeps its generator, so that a second call draws other numbers.
-        trace: also give each answer's softar.trace.Canvas.
+        trace: also give each answer's softar.trace.Canvas; making it does not count as decoding time.
         columns: decoder, model, setting, ... for a table's rows, beside those known from model and config.
     """
 

@@ -545,6 +545,26 @@ def test_traces(spec):
         assert kinds[:3] == ["soft" if "=soft" in spec else "hard"] * 3
 
 
+def test_a_canvas_is_made_outside_the_clock(monkeypatch):
+    """Turning what was seen into text takes longer here than to decode, and is no part of the seconds."""
+    from softar.trace import Words
+
+    slept, mixtures = [], Words.mixtures
+
+    def slow(self, *rest):
+        slept.append(0.05)
+        time.sleep(slept[-1])
+        return mixtures(self, *rest)
+
+    monkeypatch.setattr(Words, "mixtures", slow)
+    decoder = make_decoder("mnns-diffusion-tiny=soft-mask", max_new_tokens=5, trace=True)
+    began = time.perf_counter()
+    (found,) = decoder.decode(["<bos> D4 D8 D1 D3 ->"])
+    whole = time.perf_counter() - began
+    assert len(slept) >= 4 and any(forward.soft for forward in found.trace.forwards)
+    assert found.seconds < whole - sum(slept)
+
+
 def test_a_trace_begins_with_the_prompt_alone(tiny):
     for decoder in (SoftDecoder(*tiny, SoftConfig(), trace=True), BeamDecoder(*tiny, 2, N, trace=True)):
         assert [d.trace.prompt for d in decoder.decode(PROMPTS)] == PROMPTS

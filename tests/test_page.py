@@ -3,10 +3,12 @@
 import html
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion import load as load_diffusion
 from softar.diffusion.models import facts
 from softar.diffusion.trace import Tracer
-from softar.page import page, write_page
+from softar.page import DIGITS, pack, page, write_page
 from softar.trace import Canvas, Forward, Step, Trace, bar, from_json, thought, to_json, view, visible
 
 NASTY = [
@@ -184,6 +186,23 @@ def test_a_canvas_is_what_denoise_gave(mnns, name):
         assert any(p is None for f in tracer.canvas(0, out).forwards for _, p in f.committed.values())
 
 
+def test_of_a_wide_mixture_only_the_heaviest_are_kept_meanwhile(mnns, monkeypatch):
+    model, tokenizer = mnns
+    ids = tokenizer("<bos> D1 D1 D1 D2 ->", return_tensors="pt").input_ids
+    config = DenoiseConfig(gen_length=4, soften="soft-mask", soften_args={"algorithm": "temperature"})
+
+    def traced():
+        tracer = Tracer(tokenizer, facts(model), ids, gen_length=4, top=5)
+        out = denoise(model, ids, config=config, callback=tracer)
+        return tracer.canvas(0, out), {seen["soft"].ids.shape[-1] for seen in tracer.seen if seen["soft"].ids.numel()}
+
+    whole, widths = traced()
+    assert min(widths) > 16
+    monkeypatch.setattr("softar.diffusion.trace.MANY", 16)
+    assert traced() == (whole, {5})
+    assert all(len(mixture) == 5 for forward in whole.forwards for mixture in forward.soft.values())
+
+
 # JSON and the page
 
 texts = st.one_of(st.sampled_from(NASTY), st.text(st.characters(codec=None), max_size=8))
@@ -219,12 +238,46 @@ def test_a_trace_comes_back_from_json(trace):
     assert from_json(text) == trace and text.isascii() and "\n" not in text
 
 
+PLACE = {digit: i for i, digit in enumerate(DIGITS)}
+
+
+def number(digits):
+    value = 0
+    for digit in digits:
+        value = 90 * value + PLACE[digit]
+    return value
+
+
+def unpacked(item):
+    """What the page's script makes of a packed canvas."""
+    words, wide, last = item.pop("words"), item.pop("wide"), {}
+    for forward in item["forwards"]:
+        for column, packed in forward["soft"].items():
+            if packed != 0:
+                pairs = [packed[at : at + wide + 2] for at in range(0, len(packed), wide + 2)]
+                last[column] = [(words[number(pair[:wide])], number(pair[wide:]) / 1000 or 0.0004) for pair in pairs]
+            forward["soft"][column] = last[column]
+    return item
+
+
+def rounded(trace):
+    """A canvas as a page holds it: weights in thousandths, and what would be 0 of them as a little."""
+    if isinstance(trace, Trace):
+        return trace
+    forwards = [
+        replace(f, soft={c: [(t, round(1000 * w) / 1000 or 0.0004) for t, w in m] for c, m in f.soft.items()})
+        for f in trace.forwards
+    ]
+    return replace(trace, forwards=forwards)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(traces, min_size=1, max_size=3), texts)
-def test_a_page_holds_its_traces_exactly(given_traces, title):
+def test_a_page_holds_its_traces(given_traces, title):
     text = page(given_traces, title)
     data = embedded(text)
-    assert [from_json(json.dumps(item)) for item in json.loads(data)] == given_traces
+    items = [unpacked(item) if item["family"] == "diffusion" else item for item in json.loads(data)]
+    assert [from_json(json.dumps(item)) for item in items] == list(map(rounded, given_traces))
     assert "<" not in data and data.isascii()
     assert text.encode("utf-8") and text.count("<script") == page([Trace("", [])]).count("<script")
     assert text.count("<title") == 1 and text.count("</title>") == 1
@@ -264,6 +317,47 @@ def long_trace():
 def test_256_steps_of_10_candidates_are_small(tmp_path):
     file = write_page(tmp_path / "page.html", [long_trace()])
     assert file.stat().st_size < 1_000_000 and os.listdir(tmp_path) == ["page.html"]
+
+
+def wide_canvas(words):
+    """256 forwards that fill 256 masks one by one; each mask left has a mixture of 10 tokens of so many, never twice
+    the same: 32640 mixtures."""
+    rng = random.Random(0)
+    known = [f" {rng.randrange(10**9):x}" for _ in range(words)]
+    forwards = []
+    for f in range(256):
+        weights = {column: sorted((rng.random() for _ in range(10)), reverse=True) for column in range(f + 1, 256)}
+        soft = {
+            c: [(t, w / sum(ws)) for t, w in zip(["<mask>", *rng.sample(known, 9)], ws)] for c, ws in weights.items()
+        }
+        forwards.append(Forward({f: (known[f], rng.random())}, soft, []))
+    return Canvas([None] * 256, forwards, "wide")
+
+
+@pytest.mark.parametrize("words, most", [(3000, 1.75e6), (20000, 2.25e6)])
+def test_256_forwards_of_256_soft_slots_are_small(tmp_path, words, most):
+    canvas = wide_canvas(words)
+    file = write_page(tmp_path / "page.html", [canvas])
+    assert file.stat().st_size < most
+    (item,) = json.loads(embedded(file.read_text()))
+    found = unpacked(item)["forwards"]
+    assert [{int(c): m for c, m in f["soft"].items()} for f in found] == [f.soft for f in rounded(canvas).forwards]
+
+
+def test_a_mixture_that_stays_is_written_once():
+    slot = [("a", 0.75), ("<mask>", 0.25)]
+    almost = [("a", 0.7501), ("<mask>", 0.2499)]
+    other = [("<mask>", 8.5), ("a", 0.0001)]
+    forwards = [
+        Forward({}, {1: slot}),
+        Forward({}, {1: almost, 2: slot}),
+        Forward({}, {}),
+        Forward({}, {1: slot, 2: other}),
+    ]
+    item = json.loads(pack(Canvas([None] * 3, forwards)))
+    assert [forward["soft"] for forward in item["forwards"]] == [
+        {"1": "##+B#$%k"}, {"1": 0, "2": "##+B#$%k"}, {}, {"1": 0, "2": "#$~~####"}]  # fmt: skip
+    assert unpacked(item)["forwards"][3]["soft"] == {"1": slot, "2": [("<mask>", 8.099), ("a", 0.0004)]}
 
 
 def test_traces_and_pages_need_no_torch():
@@ -345,7 +439,39 @@ document.body.dataset.tab = document.activeElement.id;
 CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome", "chrome"])), None)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH to open the page in")
+def opened(file, profile):
+    """The document as a browser leaves it, after the keys."""
+    file.write_text(file.read_text(encoding="utf-8").replace("</body>", KEYS + "</body>"), encoding="utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+               "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               f"--user-data-dir={profile}", "--enable-logging=stderr", "--dump-dom", file.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return done.stdout
+
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH to open the page in")
+
+
+@needs_browser
+def test_a_browser_shows_a_wide_canvas(tmp_path):
+    """Mixtures come out of their packing: with more words than two digits count, and as in an earlier forward."""
+    canvas = wide_canvas(20000)
+    still = canvas.forwards[0].soft[255]
+    for forward in canvas.forwards[1:255]:
+        forward.soft[255] = still
+    dom = opened(write_page(tmp_path / "page.html", [canvas]), tmp_path / "profile")
+    assert dom.count('role="row"') == 258
+    cell = dom.partition("data-cell=")[2][:60]  # from the first mask after forward 1: up, up, left, down
+    assert "position 0, forward 1, decided" in cell
+    assert 'data-told="forward 0 of 256, 0 new, 256 left"' in dom
+    slots = re.findall(r'aria-label="position 255, forward (\d+), soft slot ([^"]*)"', dom)
+    assert len(slots) >= 19 and {text for _, text in slots} == {"␣" + still[1][0][1:]}
+    assert "0.0004" not in dom
+
+
+@needs_browser
 def test_a_browser_shows_every_step(tmp_path):
     steps = [Step("soft", text, 1.0, [("other", 0.6), (text, 0.4)]) for text in NASTY]
     likeliest = Step("soft", "first", None, [("first", 0.6), ("second", 0.4)])
@@ -354,15 +480,7 @@ def test_a_browser_shows_every_step(tmp_path):
     doms = []
     for number, shown in enumerate([[chain, canvas], [canvas, chain]]):
         file = write_page(tmp_path / f"{number}.html", shown, "a page")
-        file.write_text(file.read_text(encoding="utf-8").replace("</body>", KEYS + "</body>"), encoding="utf-8")
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                   "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                   f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom",
-                   file.as_uri()]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "CONSOLE" not in done.stderr, done.stderr
-        doms.append(done.stdout)
+        doms.append(opened(file, tmp_path / "profile"))
     for dom in doms:
         assert "<title>a page</title>" in dom  # a script in a token would have changed it
         assert dom.count('role="tab"') == 2 and dom.count('role="tabpanel"') == 2
