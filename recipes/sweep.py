@@ -67,7 +67,7 @@ def main(args):
     from accelerate import PartialState
     from rich.console import Console
 
-    from softar.sweep import plot_sweep, read_grid, sweep
+    from softar.sweep import aggregate, plot_sweep, read_grid, sweep, sweep_table
 
     with one_line_errors(PROGRAM):
         values = {k: v for k, v in dataclasses.asdict(args).items() if k != "output_dir"}
@@ -76,7 +76,7 @@ def main(args):
         rows = sweep(read_grid(values), args.output_dir)
     if rows:
         folder = Path(args.output_dir)
-        Console().print(table(rows))
+        Console().print(sweep_table(aggregate(rows)))
         print(f"results: {folder / 'summary.json'}   table: {folder / 'summary.csv'}   plot: {plot_sweep(folder)}")
     PartialState().destroy_process_group()
 
@@ -96,23 +96,6 @@ def json_or_text(value):
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:
         return value
-
-
-def table(rows):
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    from softar.sweep import aggregate
-
-    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("task", "role", "decoder", "setting", "accuracy", "forwards", "s/answer"):
-        is_long = name == "decoder"
-        shown.add_column(name, no_wrap=not is_long, overflow="fold" if is_long else "ellipsis")
-    for p in aggregate(rows):
-        accuracy = f"{p['accuracy']:.3f}" + (f" ± {p['accuracy_sd']:.3f}" if p["n_seeds"] > 1 else "")
-        costs = f"{p['nfe']:.1f}", f"{p['seconds_per_row']:.4f}"
-        shown.add_row(p["task"], p["role"], p["spec"], p["varied"], accuracy, *costs)
-    return shown
 
 
 def with_demo(argv: list[str]) -> list[str]:

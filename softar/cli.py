@@ -188,7 +188,7 @@ def sweep(
     if as_json:
         fmt.print_json({"plot": file, "points": points})
     else:
-        fmt.console().print(fmt.sweep_table(points))
+        fmt.console().print(sweeps.sweep_table(points))
         fmt.say(f"plot: {file}")
 
 

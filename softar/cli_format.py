@@ -163,11 +163,12 @@ def report(comparison: "Comparison", as_json: bool) -> int:
                     "overhead": c.overhead})  # fmt: skip
     else:
         print_table(c)
-    for failure in c.failures[:FAILURES]:
-        where = "" if failure.row is None else f", row {failure.row}"
-        say(f"failed: {failure.decoder}{where}: {failure.message}")
-    if len(c.failures) > FAILURES:
-        say(f"failed: {len(c.failures) - FAILURES} more; --output FOLDER lists all")
+    firsts = {failure.decoder: failure for failure in reversed(c.failures)}.values()  # `compare` has told of these
+    others = [failure for failure in c.failures if failure not in firsts]
+    for failure in others[:FAILURES]:
+        say(f"failed: {failure}")
+    if len(others) > FAILURES:
+        say(f"failed: {len(others) - FAILURES} more; --output FOLDER lists all")
     return 130 if c.interrupted else 1 if c.failures else 0
 
 
@@ -177,25 +178,20 @@ def print_table(c: "Comparison") -> None:
     if screen.width >= TABLE_WIDTH:
         screen.print(c.table())
         return
-    for row in c.rows:
-        gain = (
-            "" if row["gain"] is None else f", gain {row['gain']:+.3f} ({row['gain_low']:+.3f}…{row['gain_high']:+.3f})"
-        )
-        screen.print(row["name"] + ("" if row["complete"] else " (cut short)"), style="bold", markup=False)
-        screen.print(f"  accuracy {row['accuracy']:.3f} ({row['accuracy_low']:.3f}…{row['accuracy_high']:.3f}){gain}")
-        screen.print(f"  {row['nfe']:.3g} forwards, {row['seconds_per_row'] * 1000:.3g} ms an answer")
-
-
-def sweep_table(points: list[dict]):
-    """A line for each decoder and setting of a sweep."""
-    from rich.table import Table
-
-    table = Table("task", "decoder", "setting", "accuracy", "forwards", "s / answer", "tokens / s")
-    for p in points:
-        accuracy = f"{p['accuracy']:.3f}" + (f" ± {p['accuracy_sd']:.3f}" if p["n_seeds"] > 1 else "")
-        costs = f"{p['nfe']:.1f}", f"{p['seconds_per_row']:.4f}", f"{p['tokens_per_s']:.0f}"
-        table.add_row(p["task"], f"{p['spec']} ({p['role']})", p["varied"], accuracy, *costs)
-    return table
+    rows = c.shown()
+    several = len({row["model"] for row in rows}) > 1
+    if rows:
+        screen.print(rows[0]["task"], style="italic", markup=False)
+    for row in rows:
+        model = f"{row['model']}, " if several and row["model"] else ""
+        screen.print(model + row["name"] + ("" if row["complete"] else " (cut short)"), style="bold", markup=False)
+        found = [f"{key} {row[key]:{sign}.3f} ({row[f'{key}_low']:{sign}.3f}…{row[f'{key}_high']:{sign}.3f})"
+                 for key, sign in (("accuracy", ""), ("gain", "+")) if row[key] is not None]  # fmt: skip
+        screen.print(f"  {', '.join(found) or 'no score'}")
+        cost = f"{row['nfe']:.3g} forwards, {row['seconds_per_row'] * 1000:.3g} ms an answer"
+        screen.print(f"  {row['n']} rows, {cost}")
+    if notes := c.notes():
+        screen.print("; ".join(notes), style="italic", markup=False)
 
 
 def how_to_ask(server, soft: bool = False) -> str:

@@ -66,6 +66,9 @@ class Failure(NamedTuple):
     decoder: str
     message: str
 
+    def __str__(self) -> str:
+        return f"{self.decoder}{'' if self.row is None else f', row {self.row}'}: {self.message}"
+
 
 @dataclass
 class Comparison:
@@ -119,11 +122,29 @@ class Comparison:
 
     def table(self):
         """rich.table.Table, one line per decoder, 95 % intervals below accuracy and gain."""
-        notes = [f"gain over {self.baseline}"] if self.baseline and len(self.rows) > 1 else []
+        return comparison_table(self.shown(), notes="; ".join(self.notes()))
+
+    def shown(self) -> list[dict]:
+        """`rows` for a table: names without their model, which a table has beside them, or with the task where all
+        rows share it. Names stay as they are where that would make two of them alike."""
+        rows = [row | {"name": row["name"].removeprefix(f"{row['model']}=")} for row in self.rows]
+        if len({(row["name"], row["model"]) for row in rows}) < len(rows):
+            rows = [dict(row) for row in self.rows]
+        models = {row["model"] for row in rows}
+        if len(models) == 1 and None not in models:
+            rows = [row | {"task": ", ".join(filter(None, [row["task"], *models]))} for row in rows]
+        return rows
+
+    def notes(self) -> list[str]:
+        """What else one must know of `rows`; failures are named where they happen, and in `failures`."""
+        short = {row["name"]: seen["name"] for row, seen in zip(self.rows, self.shown())}
+        several = len({row["model"] for row in self.rows}) > 1
+        base = self.baseline if several else short.get(self.baseline)
+        notes = [f"gain over {base}"] if base and len(self.rows) > 1 else []
         notes += ["interrupted: what was done is shown"] if self.interrupted else []
         notes += [f"without a row: {', '.join(self.left_out)}"] if self.left_out else []
-        notes += [f"{len(self.failures)} failures, the first: {_say(self.failures[0])}"] if self.failures else []
-        return comparison_table(self.rows, notes="; ".join(notes))
+        n = len(self.failures)
+        return notes + [f"{n} failure{'s' * (n > 1)}"] * (n > 0)
 
     def to_pandas(self):
         """pandas.DataFrame of `rows`."""
@@ -167,7 +188,7 @@ class Comparison:
 
 def compare(
     decoders: dict[str, Decoder] | list[NamedDecoder],
-    rows: "Dataset",
+    rows: "Dataset | list[dict]",
     score: Callable[[str, dict], float],
     *,
     column: str | None = None,
@@ -190,7 +211,7 @@ def compare(
         column: of `rows`, what is decoded; None: `template` if there is one, else `prompt`.
         baseline: label of the decoder that gains are over; None: the first.
         repeats: passes over the rows; in each all decoders take their turn.
-        warmup: rows decoded beforehand, outside the clock.
+        warmup: rows that each decoder decodes before its first pass, outside the clock.
         bootstrap: resamples of the rows, the same ones for all decoders.   seed: of the resampling.
         console: rich's, for the progress bar (only on a terminal) and the first failure of each decoder; None: stderr.
 
@@ -204,21 +225,21 @@ def compare(
     """
     entered = time.perf_counter()
     named = _named(decoders)
-    n = len(rows)
+    items = _items(rows)
+    n = len(items)
     if n == 0:
         raise ValueError("the dataset is empty: there is nothing to compare on")
     for label, value, least in (("batch_size", batch_size, 1), ("repeats", repeats, 1), ("warmup", warmup, 0),
                                 ("bootstrap", bootstrap, 1)):  # fmt: skip
         if value < least:
             raise ValueError(f"{label}={value} must be at least {least}")
-    column = column or ("template" if "template" in rows.column_names else "prompt")
-    if column not in rows.column_names:
-        raise ValueError(f"column={column!r} is missing: the rows have {rows.column_names}")
+    column = column or ("template" if "template" in items[0] else "prompt")
+    if bare := [i for i, item in enumerate(items) if column not in item]:
+        raise ValueError(f"column={column!r} is missing: row {bare[0]} has {list(items[bare[0]])}")
     baseline = next(iter(named)) if baseline is None else baseline
     if baseline not in named:
         raise ValueError(f"baseline={baseline!r} is unknown: choose one of {list(named)}")
     console = Console(stderr=True) if console is None else console
-    items = rows.to_list()  # once: a Dataset takes 0.1 ms for a row
     prompts = [item[column] for item in items]
     passes: dict[str, list[Pass]] = {name: [] for name in named}
     failures: dict[Failure, None] = {}  # a set in order: a row that fails in every repeat is listed once
@@ -229,7 +250,7 @@ def compare(
         failure = Failure(row, name, " ".join(f"{type(error).__name__}: {error}".split()))
         if name not in told:
             told.add(name)
-            console.print(f"failed: {_say(failure)}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"failed: {failure}", markup=False, highlight=False, soft_wrap=True)
         failures[failure] = None
 
     def answer(name: str, begin: int, end: int) -> list[Decoded] | None:
@@ -255,6 +276,17 @@ def compare(
             fail(i, name, error)
         taken.done[i] = True
 
+    def warm_up(name: str) -> bool:
+        """False where the decoder failed."""
+        nonlocal warming
+        progress.update(bar, description=f"{name}, warm-up")
+        before = decoding
+        try:
+            return all(answer(name, begin, min(begin + batch_size, warmup)) is not None
+                       for begin in range(0, min(warmup, n), batch_size))  # fmt: skip
+        finally:
+            warming += decoding - before
+
     def take_turn(name: str) -> bool:
         """One pass; False where the decoder failed."""
         taken = Pass([None] * n, np.full(n, np.nan), np.zeros(n, dtype=bool), [None] * n)
@@ -272,21 +304,17 @@ def compare(
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("warm-up", total=repeats * len(named) * n)
-            ends = [min(begin + batch_size, warmup, n) for begin in range(0, min(warmup, n), batch_size)]
-            begins = [0, *ends]
-            alive = [name for name in named if all(answer(name, *at) is not None for at in zip(begins, ends))]
-            warming = decoding
-            for _ in range(repeats):
+            bar = progress.add_task("", total=repeats * len(named) * n)
+            alive = [name for name in named if warm_up(name) and take_turn(name)]
+            for _ in range(1, repeats):
                 alive = [name for name in alive if take_turn(name)]
     except KeyboardInterrupt:
         interrupted = True
     passes = {name: kept for name, taken in passes.items() if (kept := [p for p in taken if any(p.answers)])}
     used = {name: taken for name, taken in passes.items() if any(p.done.any() for p in taken)}
     if used and not interrupted and not any(np.isfinite(p.scores).any() for taken in used.values() for p in taken):
-        raise ValueError(
-            f"the scorer failed on every row, first: {_say(next(f for f in failures if f.row is not None))}"
-        )
+        first = next(failure for failure in failures if failure.row is not None)
+        raise ValueError(f"the scorer failed on every row, first: {first}")
     labels = {
         name: dict(task=task, model=None, decoder=name, setting="", family=None, stage=None, seed=seed)
         | (decoder.columns if isinstance(decoder, NamedDecoder) else {})
@@ -305,6 +333,18 @@ def compare(
         bootstrap=bootstrap,
         seed=seed,
     )
+
+
+def _items(rows: "Dataset | list[dict]") -> list[dict]:
+    if isinstance(rows, (list, tuple)):
+        if wrong := [i for i, row in enumerate(rows) if not isinstance(row, dict)]:
+            raise ValueError(f"rows[{wrong[0]}]={rows[wrong[0]]!r} must be a dict, column -> value")
+        return list(rows)
+    from datasets import Dataset
+
+    if not isinstance(rows, Dataset):
+        raise ValueError(f"rows is a {type(rows).__name__}: give a datasets.Dataset or a list of dicts")
+    return rows.to_list()  # at once: row by row it takes 0.1 ms for each
 
 
 def _named(decoders: dict[str, Decoder] | list[NamedDecoder]) -> dict[str, Decoder]:
@@ -337,10 +377,6 @@ def _score(score: Callable[[str, dict], float], text: str, row: dict) -> float:
     if isinstance(value, (str, bytes)) or not math.isfinite(value):
         raise ValueError(f"the score {value!r} is no finite number")
     return float(value)
-
-
-def _say(failure: Failure) -> str:
-    return f"{failure.decoder}{'' if failure.row is None else f', row {failure.row}'}: {failure.message}"
 
 
 def _write(file: Path, write: Callable) -> None:

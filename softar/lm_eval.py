@@ -31,6 +31,7 @@ from .models import load
 try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import simple_parse_args_string
 except ImportError as error:
     raise ImportError(f"evaluation needs lm-eval: pip install softar[eval] ({error})") from error
 
@@ -39,6 +40,7 @@ HARNESS = ("add_bos_token", "batch_size", "chat_template_args", "enable_thinking
            "max_length", "prefix_token_id", "softmax_dtype", "think_end_token", "truncation")  # fmt: skip
 LOADING = ("attn_implementation", "device", "device_map", "dtype", "gguf_file", "revision", "subfolder")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+NO_TASKS = ("Tasks not found", "No tasks specified")  # how lm-eval's errors about --tasks begin
 
 LABELS = {"autoregressive": "softar", "diffusion": "softar-diffusion"}  # family -> what lm-eval calls its model
 
@@ -54,10 +56,8 @@ class LoadedLM(HFLM):
         """family: of softar.families, that the model must be of. opener: (name, **loading) -> model, tokenizer.
         seed: of every draw; None is what lm-eval's --seed set."""
         shared = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        if str(loading.get("device")).startswith("cuda") and (
-            shared or "device_map" in loading or not torch.cuda.is_available()
-        ):
-            del loading["device"]  # lm-eval's own default is cuda:0, for every process, with or without a GPU
+        if shared and str(loading.get("device")).startswith("cuda"):
+            del loading["device"]  # each process takes its own
         try:
             loading = {"dtype": "auto"} | loading
             model, tokenizer = open_model(name, family, LABELS[family], lambda: opener(name, **loading))
@@ -74,6 +74,19 @@ class LoadedLM(HFLM):
         self.seed, self.seen = seed, Counter()
         if shared:
             self._share()
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None):
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None):
+        """What --model_args say goes before lm-eval's own options; of these --device is cuda:0 by default, with or
+        without a GPU, so that it counts only where it fits."""
+        own = {k: v for k, v in (additional_config or {}).items() if v is not None and k not in arg_dict}
+        if str(own.get("device")).startswith("cuda") and ("device_map" in arg_dict or not torch.cuda.is_available()):
+            del own["device"]
+        return cls(**arg_dict, **own)
 
     def _share(self) -> None:
         """Under accelerate launch or torchrun each process takes its part of the requests."""
@@ -238,8 +251,13 @@ def main():
 
     try:
         cli_evaluate()
-    except BadArgument as error:
-        print(f"softar-eval: error: {error}", file=sys.stderr)
+    except ValueError as error:
+        said = str(error)
+        if said.startswith(NO_TASKS):
+            said = f"{said.rstrip('.')}; `softar-eval ls tasks` lists all there are"
+        elif not isinstance(error, BadArgument):
+            raise
+        print(f"softar-eval: error: {said}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nsoftar-eval: interrupted; with --use_cache FILE the next call keeps what is done", file=sys.stderr)

@@ -234,7 +234,7 @@ def measure(grid: Grid, run: Run, console=None) -> dict:
     if found.interrupted:
         raise KeyboardInterrupt
     if not found.rows or not found.rows[0]["complete"]:
-        raise ValueError(f"it was not decoded: {found.failures[:1]}")
+        raise ValueError("its decoder failed, as said above")  # by compare
     own = dict(
         run=run.name, role=run.role, spec=run.decoder, varied=format_options(dict(run.setting), " "), seed=run.seed
     )
@@ -276,11 +276,24 @@ def _place(folder: Path, run: Run) -> Path:
 
 def _finished(folder: Path, run: Run) -> list[dict] | None:
     """The rows of a run that is whole, else None."""
-    file = _place(folder, run) / "results.json"
     try:
-        return json.loads(file.read_text())["rows"]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        return _read(_place(folder, run) / "results.json")
+    except (FileNotFoundError, ValueError):
         return None
+
+
+def _read(file: Path) -> list[dict]:
+    """The rows of a run or a summary. Raises ValueError for what no sweep wrote, or not to its end."""
+    try:
+        rows = json.loads(file.read_text())["rows"]
+        if not aggregate(rows):
+            raise ValueError("no rows")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is no results file of a sweep ({error!r}): delete it and run the sweep again, or name the folder "
+            "of another sweep"
+        ) from None
+    return rows
 
 
 def write_summary(rows: list[dict], folder: str | Path) -> None:
@@ -318,8 +331,8 @@ def read_sweep(folder: str | Path) -> list[dict]:
     """The rows of a sweep's summary, or while it is not finished those of the runs that are."""
     folder = Path(folder)
     if (folder / SUMMARY_FILE).is_file():
-        return json.loads((folder / SUMMARY_FILE).read_text())["rows"]
-    rows = [row for file in sorted(folder.glob("runs/*/results.json")) for row in json.loads(file.read_text())["rows"]]
+        return _read(folder / SUMMARY_FILE)
+    rows = [row for file in sorted(folder.glob("runs/*/results.json")) for row in _read(file)]
     if not rows:
         raise ValueError(f"{folder} holds no sweep: neither {SUMMARY_FILE} nor runs/*/results.json")
     return rows
@@ -371,6 +384,23 @@ def plot_sweep(folder: str | Path, file: str | Path | None = None) -> Path:
     figure.savefig(file, dpi=150)
     plt.close(figure)
     return file
+
+
+def sweep_table(points: list[dict]):
+    """rich.table.Table, a line for each point of `aggregate`; decoder and setting fold where they must."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("task", "role", "decoder", "setting", "accuracy", "NFE", "s/row", "tokens/s"):
+        is_long = name in ("decoder", "setting")
+        table.add_column(name, no_wrap=not is_long, overflow="fold" if is_long else "ellipsis")
+    for p in points:
+        accuracy = f"{p['accuracy']:.3f}" + (f" ± {p['accuracy_sd']:.3f}" if p["n_seeds"] > 1 else "")
+        costs = f"{p['nfe']:.1f}", f"{p['seconds_per_row']:.4f}", f"{p['tokens_per_s']:.0f}"
+        table.add_row(p["task"], p["role"], Text(p["spec"]), Text(p["varied"]), accuracy, *costs)
+    return table
 
 
 def _line(point: dict) -> tuple[str, str]:

@@ -343,6 +343,7 @@ def test_compare_on_a_narrow_terminal(softar, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     code, out, _ = softar("compare", *FEW)
     assert code == 0 and max(map(len, out.splitlines())) <= 60 and "soft\n  accuracy" in out and "gain" in out
+    assert out.count("mnns-soft-tiny") == 1 and out.splitlines()[-1] == "gain over soft"
 
 
 def test_compare_matches_budgets(softar):
@@ -364,6 +365,40 @@ def test_compare_says_what_failed(softar):
     assert found["failures"][0]["decoder"].startswith("mnns-soft-tiny=soft") and "cannot read" in err
 
 
+@pytest.mark.parametrize("width", ["60", "120"])
+def test_compare_says_each_failure_once(softar, monkeypatch, width):
+    """The first of a decoder when it happens, the others behind the table, which has their number."""
+    from softar import tasks
+
+    def picky(text, row):
+        if len(asked) < 4:
+            asked.append(row)
+            raise RuntimeError(f"no score for <{len(asked)}>")
+        return plain(text, row)
+
+    asked, plain = [], tasks._score_mnns
+    monkeypatch.setattr(tasks, "_score_mnns", picky)
+    monkeypatch.setenv("COLUMNS", width)
+    code, out, err = softar("compare", *FEW)
+    assert code == 1 and "4 failures" in out
+    assert [(out + err).count(f"<{i}>") for i in (1, 2, 3, 4)] == [1, 1, 1, 1]
+
+
+def test_the_default_comparison_names_each_model_beside_its_decoders(softar, monkeypatch):
+    """Short names in a terminal of 120 columns and of 80, no two rows alike."""
+    words = ["compare", "--limit", 2]
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = softar(*words)[1].splitlines()
+    names = [line[:26].strip() for line in lines]
+    assert "self-consistency votes=8" in names and names.count("mnns-soft-tiny") == 4
+    assert not any("tiny=" in line for line in lines if "gain over" not in line)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = softar(*words)[1].splitlines()
+    assert "mnns-soft-tiny, discrete" in lines and "mnns-discrete-tiny, discrete" in lines and lines[0] == "mnns"
+    heads = [line for line in lines if line.startswith("mnns-")]
+    assert len(heads) == len(set(heads)) == 9 and max(map(len, lines)) <= 80
+
+
 def test_ctrl_c_keeps_what_a_comparison_has_done(softar, monkeypatch, tmp_path):
     from softar.decoders import SoftDecoder
 
@@ -371,7 +406,7 @@ def test_ctrl_c_keeps_what_a_comparison_has_done(softar, monkeypatch, tmp_path):
 
     def decode(self, prompts):
         calls.append(self.name)
-        if len(calls) > 3:  # two for the warm-up, then the first decoder's only batch
+        if len(calls) > 2:  # the first decoder's warm-up and only batch; the second has not even warmed up
             raise KeyboardInterrupt
         return plain(self, prompts)
 
@@ -454,7 +489,12 @@ def test_sweep(softar, tmp_path):
     assert code == 0 and len(found["points"]) == 4 and Path(found["plot"]).is_file() and "[1/4]" in err
     Path(found["plot"]).unlink()
     code, out, err = softar("sweep", "--plot", tmp_path)
-    assert code == 0 and out.count("(baseline)") == 2 and Path(found["plot"]).is_file() and "[1/4]" not in err
+    assert (
+        code == 0
+        and len(re.findall(r"^ *latin +baseline +hard", out, re.MULTILINE)) == 2
+        and Path(found["plot"]).is_file()
+        and "[1/4]" not in err
+    )
     (tmp_path / "grid.yaml").write_text("tasks: [latin]\nsoft: [soft-mask]\nlimit: 4\noutput_dir: elsewhere\n")
     code, _, err = softar("sweep", "--config", tmp_path / "grid.yaml", "-o", tmp_path, "--limit", "5")
     assert code == 2 and "is of another grid" in err  # 5 rows, by the option
@@ -551,6 +591,7 @@ BAD = [
     (["trace", PROMPT, *SOFT, "--html", "nowhere/page.html"], "nowhere"),
     (["sweep"], "the grid lacks"),
     (["sweep", "--plot", "nowhere"], "holds no sweep"),
+    (["sweep", "--plot", "foreign"], "foreign/summary.json is no results file of a sweep (KeyError('run')): delete"),
     (["sweep", "--plot", "nowhere", "-t", "mnns"], "--plot FOLDER goes by itself"),
     (["sweep", "--config", "nowhere.yaml"], "nowhere.yaml"),
     (["sweep", "-t", "latin", "--soft", "hard", "--vary", "threshold"], "--vary 'threshold' must be key=value,value"),
@@ -560,10 +601,12 @@ BAD = [
 @pytest.mark.parametrize("words, says", BAD, ids=[" ".join(words) or "nothing" for words, _ in BAD])
 def test_errors_are_one_line(softar, words, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("foreign").mkdir()
+    Path("foreign/summary.json").write_text('{"rows": [{"task": "mnns", "role": "soft", "accuracy": 1}]}')
     code, out, err = softar(*words)
     assert (code, out) == (2, "")
     assert err.startswith("softar: error: ") and err.count("\n") == 1 and says in err
-    assert not [*tmp_path.iterdir()]
+    assert [path.name for path in tmp_path.rglob("*")] == ["foreign", "summary.json"]
 
 
 def test_an_error_that_nobody_expects_keeps_its_traceback(monkeypatch):

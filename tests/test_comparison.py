@@ -130,7 +130,7 @@ def test_turns_batches_and_warm_up():
     found = compare([a, b], questions(5), score, batch_size=2, repeats=2, warmup=3, **QUIET)
     whole = [["q0", "q1"], ["q2", "q3"], ["q4"]]
     assert a.calls == b.calls == [["q0", "q1"], ["q2"], *whole, *whole]
-    assert order == [*"aabb", *"aaabbb" * 2]
+    assert order == [*"aa", *"aaa", *"bb", *"bbb", *"aaabbb"]  # each warms up right before its own first pass
     assert found.rows[0]["seconds"] == pytest.approx(0.005)
     cold = Fake()
     compare([cold], questions(3), score, warmup=0, **QUIET)
@@ -143,6 +143,16 @@ def test_column():
         fake = Fake()
         compare([fake], data, score, column=column, warmup=0, **QUIET)
         assert fake.calls == [prompts]
+
+
+def test_rows_as_a_list_of_dicts():
+    data = questions(4)
+    from_list, from_dataset = (compare([Fake("a", lambda i, _: i < 3)], rows, score, **QUIET)
+                               for rows in (data.to_list(), data))  # fmt: skip
+    assert from_list.rows == from_dataset.rows and from_list.rows[0]["accuracy"] == 0.75
+    templates = Fake()
+    compare([templates], [{"template": "q1", "answer": "a1"}], score, warmup=0, **QUIET)
+    assert templates.calls == [["q1"]]
 
 
 def test_a_scorer_that_writes_into_its_row():
@@ -341,7 +351,7 @@ def test_decoder_fails_midway(call, left):
 
 def test_all_decoders_fail():
     found = compare([Fake("a", act=fail_at(1, OSError("gone")))], questions(4), score, **QUIET)
-    assert found.rows == [] and found.left_out == ["a"] and "gone" in shown(found)
+    assert found.rows == [] and found.left_out == ["a"] and "1 failure" in shown(found)
     with pytest.raises(ValueError, match="nothing to plot"):
         found.plot("never.png")
 
@@ -388,6 +398,13 @@ def test_interrupted_while_scoring(tmp_path):
     assert [line["score"] for line in lines] == [1, 1, None, None] and lines[3]["text"] == "a3"
 
 
+def test_interrupted_in_the_warm_up_of_a_later_decoder():
+    """What those before it did is kept: none warms up before its turn."""
+    found = compare([Fake("a"), Fake("b", act=fail_at(1, KeyboardInterrupt()))], questions(4), score, **QUIET)
+    assert found.interrupted and found.left_out == ["b"]
+    assert [(row["name"], row["n"], row["complete"]) for row in found.rows] == [("a", 4, True)]
+
+
 def test_interrupted_in_the_warm_up():
     found = compare([Fake("a", act=fail_at(1, KeyboardInterrupt()))], questions(4), score, **QUIET)
     assert found.interrupted and found.rows == [] and found.left_out == ["a"]
@@ -420,7 +437,11 @@ def test_interrupted_before_the_first_score():
         (dict(decoders=[Fake("x"), object()]), r"decoders\[1\] has no name"),
         (dict(rows=questions(0)), "the dataset is empty"),
         (dict(baseline="nobody"), r"baseline='nobody' is unknown: choose one of \['a'\]"),
-        (dict(column="text"), r"column='text' is missing: the rows have \['prompt', 'answer'\]"),
+        (dict(column="text"), r"column='text' is missing: row 0 has \['prompt', 'answer'\]"),
+        (dict(rows=[{"prompt": "q0"}, {"text": "q1"}]), r"column='prompt' is missing: row 1 has \['text'\]"),
+        (dict(rows=[]), "the dataset is empty"),
+        (dict(rows=["q0"]), r"rows\[0\]='q0' must be a dict, column -> value"),
+        (dict(rows="q0"), "rows is a str: give a datasets.Dataset or a list of dicts"),
         (dict(rows=Dataset.from_dict({"question": ["q1"]})), "column='prompt' is missing"),
         (dict(repeats=0), "repeats=0 must be at least 1"),
         (dict(batch_size=0), "batch_size=0 must be at least 1"),
@@ -615,6 +636,32 @@ def test_table():
     assert text.count("[red]a[/red]") == 2  # its line and the note below
     assert f"{row['gain_low']:+.3f}…{row['gain_high']:+.3f}" in text
     assert comparison_table([]).row_count == 0
+
+
+def of_model(name, model, **more):
+    decoder = name.rpartition("=")[2].split()[0]
+    return Fake(name, columns=dict(decoder=decoder, model=model, setting=""), **more)
+
+
+def test_a_table_says_the_model_once():
+    """Beside each name where there are several models, in the title where all rows share one; the rows keep theirs."""
+    names = ["m-tiny=hard steps=4", "m-tiny=soft", "n-tiny=soft", "free"]
+    made = [of_model(name, "n-tiny" if name.startswith("n") else "m-tiny") for name in names]
+    several = compare(made, questions(4), score, task="toy", **QUIET)
+    assert [row["name"] for row in several.rows] == names
+    text = shown(several)
+    assert [line.split("  ")[0].strip() for line in text.splitlines()[5:-2]] == [
+        "hard steps=4", "m-tiny", "soft", "m-tiny", "soft", "n-tiny", "free", "m-tiny"]  # fmt: skip
+    assert text.splitlines()[0].strip() == "toy, 4 rows" and "gain over m-tiny=hard steps=4" in text
+    text = shown(compare(made[:2], questions(4), score, task="toy", **QUIET))
+    assert text.splitlines()[0].strip() == "toy, m-tiny, 4 rows" and text.count("m-tiny") == 1
+    assert "gain over hard steps=4" in text
+
+
+def test_names_that_would_become_alike_stay_as_they_are():
+    found = compare([of_model("m=soft", "m"), of_model("soft", "m")], questions(2), score, **QUIET)
+    assert [row["name"] for row in found.shown()] == ["m=soft", "soft"]
+    assert all("m=soft" in text for text in (shown(found), "; ".join(found.notes())))
 
 
 def test_table_of_several_models_fits_84_columns():

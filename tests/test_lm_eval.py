@@ -247,6 +247,67 @@ def test_wrong_arguments_are_one_line(model, arguments, message, capsys, monkeyp
     assert line.startswith("softar-eval: error: ") and message in line
 
 
+def test_model_args_go_before_the_commands_own_options(folder):
+    """lm-eval hands over its --device, cuda:0 where none is given, and its --batch_size beside them."""
+    told = {"device": "cuda:0", "batch_size": 3, "max_batch_size": None}
+    for create, arguments in (
+        (SoftarLM.create_from_arg_obj, dict(pretrained=folder, device="cpu", batch_size=2)),
+        (SoftarLM.create_from_arg_string, f"pretrained={folder},device=cpu,batch_size=2"),
+    ):
+        lm = create(arguments, told)
+        assert lm.device.type == "cpu" and lm.batch_size == 2
+    lm = SoftarLM.create_from_arg_obj(dict(pretrained=folder), told)
+    assert lm.device.type == ("cuda" if torch.cuda.is_available() else "cpu") and lm.batch_size == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+@pytest.mark.parametrize("model", ["softar", "softar-diffusion"])
+def test_a_device_that_is_not_there_is_one_line(model, capsys, monkeypatch):
+    name = {"softar": "mnns-tiny", "softar-diffusion": "mnns-diffusion-tiny"}[model]
+    told = {"device": "cuda:0", "batch_size": 1}
+    monkeypatch.setattr(
+        "lm_eval.__main__.cli_evaluate",
+        lambda: get_model(model).create_from_arg_obj(dict(pretrained=name, device="cuda"), told),
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith("softar-eval: error: device='cuda': there is no CUDA device")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--tasks", "gsm9k,chosen"], "Tasks not found: gsm9k; `softar-eval ls tasks` lists all there are"),
+        ([], "No tasks specified, or no tasks found. Please verify the task names; `softar-eval ls"),
+        (["--tasks", "empty"], "No tasks specified, or no tasks found. Please verify the task names; `softar-eval ls"),
+    ],
+)
+def test_an_unknown_task_is_one_line(words, message, tasks, tmp_path, capsys, monkeypatch):
+    """As lm-eval's command says it; of its own thousands of task files none is read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    plain = TaskManager.__init__
+    monkeypatch.setattr(
+        TaskManager, "__init__", lambda self, **given: plain(self, **given | {"include_defaults": False})
+    )
+    command = ["softar-eval", "--model", "softar", "--model_args", "pretrained=mnns-tiny", "--include_path", str(tasks)]
+    monkeypatch.setattr(sys, "argv", [*command, *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("softar-eval: ")]
+    assert stopped.value.code == 2 and len(said) == 1 and said[0].startswith(f"softar-eval: error: {message}")
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def broken():
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main()
+
+
 def test_command(tasks, tmp_path):
     """As its users call it, with one of each model; the names come from the import."""
     command = [sys.executable, "-c", "from softar.lm_eval import main; main()", "--include_path", str(tasks),

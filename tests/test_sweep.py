@@ -15,7 +15,7 @@ from rich.console import Console
 from trl import TrlParser
 
 from softar import sweep as module
-from softar.sweep import Grid, aggregate, plot_sweep, read_grid, sweep
+from softar.sweep import Grid, aggregate, plot_sweep, read_grid, read_sweep, sweep, sweep_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "sweep.py"
@@ -154,6 +154,21 @@ def test_a_run_that_fails_leaves_the_others(tmp_path, monkeypatch):
     assert len(sweep(grid, tmp_path)) == 4
 
 
+def test_what_a_decoder_failed_of_is_said_once(tmp_path, monkeypatch):
+    class Broken:
+        name, columns = "broken", {}
+
+        def decode(self, prompts):
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(module, "_decoder", lambda grid, run: Broken())
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))
+    with pytest.raises(ValueError, match="1 of 1 runs failed"):
+        sweep(Grid(tasks=["mnns"], soft=["soft-mask"], limit=4), tmp_path, console=console)
+    said = console.export_text()
+    assert said.count("out of memory") == 1 and "failed: its decoder failed, as said above" in said
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -265,6 +280,41 @@ def test_plot(whole, tmp_path, monkeypatch):
     assert plot_sweep(tmp_path).stat().st_size > 1000
     with pytest.raises(ValueError, match="holds no sweep"):
         plot_sweep(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("{}", "KeyError('rows')"),
+        ('{"rows": []}', "no rows"),
+        ('{"rows": "text"}', "TypeError"),
+        ('{"rows": [{"task": "mnns", "name": "soft", "accuracy": 0.5}]}', "KeyError('role')"),  # a comparison's
+        (json.dumps({"rows": [rows_of("soft", "s", "", (0.5, 4))[0] | dict(accuracy="high")]}), "TypeError"),
+    ],
+)
+@pytest.mark.parametrize("place", ["summary.json", "runs/some/results.json"])
+def test_a_file_that_no_sweep_wrote(tmp_path, place, text, why):
+    file = tmp_path / place
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    for read in (read_sweep, plot_sweep):
+        with pytest.raises(ValueError, match=r"is no results file of a sweep \(.*\): delete it and run") as caught:
+            read(tmp_path)
+        said = str(caught.value)
+        assert said.startswith(str(file)) and why in said and "\n" not in said
+
+
+def test_a_table_of_a_sweep():
+    rows = rows_of("soft", "m=s[k]", "k=1", (0.2, 4), (0.4, 6)) + rows_of("baseline", "s" * 90, "k=1", (0.9, 1))
+    console = Console(record=True, width=80, file=open(os.devnull, "w"))
+    console.print(sweep_table(aggregate(rows)))
+    text = console.export_text()
+    assert "m=s[k]" in text and "0.300 ± 0.141" in text and max(map(len, text.splitlines())) <= 80
+    for head in ("task", "role", "decoder", "setting", "accuracy", "NFE", "s/row", "tokens/s"):
+        assert head in text
+    assert text.count("s") >= 90 and "0.900" in text and "…" not in text
 
 
 # The recipe
