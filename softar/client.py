@@ -1,4 +1,4 @@
-"""Discrete baselines over HTTP: a decoder that asks a running `vllm serve`."""
+"""Decoding over HTTP: a decoder that asks a running `vllm serve`, for the discrete baselines or softly."""
 
 import contextlib
 import json
@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 
 from .comparison import Decoded
-from .completions import Completion, CompletionDecoder, Sampling, split_options, token_ids
+from .completions import Completion, CompletionDecoder, Sampling, has_answer, split_options, token_ids
 from .server import ServerError
+from .vllm_http import FIELD, to_record
 
 
 class ServerDecoder(CompletionDecoder):
@@ -55,6 +56,8 @@ class ServerDecoder(CompletionDecoder):
         self.concurrency = concurrency
         super().__init__(model or self.url, Sampling(**split_options(sampling, ())[0]), name, seed, trace)
         self.tokenizer = tokenizer
+        if tokenizer is None and self.sampling.soft is not None and has_answer(self.sampling.soft):
+            raise ValueError("soft: the answer behind a thought is cut out of the tokens: give tokenizer=")
         try:
             address = httpx.URL(self.url)
         except httpx.InvalidURL as error:
@@ -95,7 +98,7 @@ class ServerDecoder(CompletionDecoder):
         began = time.perf_counter()
         bodies = [self._body(i, p, seed) for i, (p, seed) in enumerate(zip(prompts, self.seeds(len(prompts))))]
         failed: list[Exception] = []
-        found: dict[int, tuple[int, list[Completion]]] = {}
+        found: dict[int, tuple[list[int], list[Completion]]] = {}
         waiting = deque(range(len(bodies)))
 
         def ask() -> None:
@@ -118,8 +121,8 @@ class ServerDecoder(CompletionDecoder):
             waiting.clear()
         found = dict(sorted(found.items()))
         share = (time.perf_counter() - began) / max(len(found), 1)
-        done = {i: self.row(prompts[i], length, given, share) for i, (length, given) in found.items()}
-        self.completions = [given for _, given in found.values()]
+        ids, self.completions = [list(column) for column in zip(*found.values())] or ([], [])
+        done = dict(zip(found, self.rows([prompts[i] for i in found], ids, self.completions, share)))
         if failed and isinstance(failed[0], ServerError):
             kept = f"{failed[0]}; {len(done)} of {len(prompts)} prompts were finished"
             raise ServerError(kept, failed[0].prompt, done) from failed[0]
@@ -149,18 +152,18 @@ class ServerDecoder(CompletionDecoder):
         if s.draws or s.soft is not None:
             body["seed"] = seed
         if s.soft is not None:
-            body["vllm_xargs"] = {"soft": json.dumps(s.soft)}
+            body["vllm_xargs"] = {"soft": json.dumps(self.soft)}
         if s.mode == "beam":
             body |= {"use_beam_search": True, "include_stop_str_in_output": True}
         return body
 
-    def _complete(self, i: int, n: int, body: dict) -> tuple[int, list[Completion]]:
-        """The prompt's length in tokens, and its completions."""
+    def _complete(self, i: int, n: int, body: dict) -> tuple[list[int], list[Completion]]:
+        """The prompt's token ids, and its completions."""
         what = f"url={self.url!r}, prompt {i} of {n}"
         try:
             choices = self._ask("POST", "/v1/completions", what, self.retries, body)["choices"]
             found = [self._completion(choice) for choice in sorted(choices, key=lambda c: c["index"])]
-            return len(choices[0]["prompt_token_ids"]), found
+            return list(choices[0]["prompt_token_ids"]), found
         except ServerError as error:
             raise ServerError(str(error), i) from error
         except (KeyError, TypeError, IndexError, ValueError) as error:
@@ -172,7 +175,14 @@ class ServerDecoder(CompletionDecoder):
             {int(token.removeprefix("token_id:")): p for token, p in step.items()} for step in logprobs["top_logprobs"]
         )
         text = self.tokenizer.decode(tokens, skip_special_tokens=True) if self.tokenizer else choice["text"]
-        return Completion(text, tokens, kept)
+        record = None
+        if self.sampling.soft is not None and self.soft["record"]:
+            if FIELD not in choice:
+                raise ServerError(
+                    f"url={self.url!r}: no record in the answer: that server has no softar, or another one"
+                )
+            record = to_record(choice[FIELD])
+        return Completion(text, tokens, kept, record)
 
     def _ask(self, method: str, path: str, what: str, retries: int, body: dict | None = None) -> Any:
         """The answer as JSON. Raises ServerError that begins with `what`."""

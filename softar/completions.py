@@ -4,10 +4,24 @@ import random
 from collections import Counter
 from dataclasses import dataclass, fields
 
-from .comparison import Decoded
-from .trace import Step, Trace
+import torch
 
-MODES = ("greedy", "sampled", "self-consistency", "beam", "soft")
+from .comparison import Decoded
+from .config import SoftConfig
+from .decode import Record, SoftOutput, _Chooser
+from .mixers import Mixed
+from .soft import Soft
+from .trace import Step, Trace, thought
+from .vllm_soft import mk_config
+
+# What a mode reads of Sampling, beside its length
+MODES = {
+    "greedy": ("logprobs",),
+    "sampled": ("logprobs", "temperature", "top_p", "top_k"),
+    "self-consistency": ("logprobs", "temperature", "top_p", "top_k", "votes"),
+    "beam": ("logprobs", "num_beams"),
+    "soft": ("soft",),
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +40,7 @@ class Sampling:
 
     def __post_init__(self):
         if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r} is unknown: choose one of {MODES}")
+            raise ValueError(f"mode={self.mode!r} is unknown: choose one of {(*MODES,)}")
         if (self.mode == "soft") != (self.soft is not None):
             raise ValueError(f"mode={self.mode!r}, soft={self.soft!r}: mode 'soft' needs soft=, and no other takes it")
         for name in ("temperature", "top_p", "top_k", "votes", "num_beams", "max_new_tokens", "logprobs"):
@@ -80,6 +94,7 @@ class Completion:
     tokens: tuple[int, ...]
     # Per token: id -> log-probability, raw (before temperature and filters); None where not asked for
     logprobs: tuple[dict[int, float], ...] | None
+    record: Record | None = None  # [1, T, ...] of mode soft, where a trace is asked for
 
 
 class CompletionDecoder:
@@ -105,18 +120,78 @@ class CompletionDecoder:
         """One per prompt, so that what a prompt draws does not depend on its batch; vote i adds i to it."""
         return [self.rng.randrange(2**31) for _ in range(n)]
 
-    def row(self, prompt, length: int, found: list[Completion], seconds: float) -> Decoded:
+    @property
+    def soft(self) -> dict:
+        """What is asked of the plug-in. The record is slower than the answer alone."""
+        return self.sampling.soft | {"record": self.trace or ends_unseen(self.sampling.soft)}
+
+    def rows(self, prompts: list, ids: list[list[int]], found: list[list[Completion]], seconds: float) -> list[Decoded]:
+        """What counts of each prompt, of its token ids and its completions. seconds: of one row."""
+        starts = [0] * len(prompts)
+        if self.sampling.soft is not None and has_answer(self.sampling.soft):
+            config = mk_config({k: v for k, v in self.sampling.soft.items() if k != "record"})
+            starts = answer_starts(config.resolve(self.tokenizer), ids, [own[0] for own in found])
+        return [self._row(*row, seconds) for row in zip(prompts, ids, found, starts, strict=True)]
+
+    def _row(self, prompt, ids: list[int], found: list[Completion], start: int, seconds: float) -> Decoded:
         best = Counter(c.text.strip() for c in found).most_common(1)[0][0]
         voting = self.sampling.mode == "self-consistency"
         chosen = next(c for c in found if c.text.strip() == best) if voting else found[0]
-        forwards, positions = self.sampling.cost(length, [len(c.tokens) for c in found])
-        trace = self._trace(prompt, chosen) if self.trace else None
-        return Decoded(chosen.text, chosen.tokens, float(forwards), float(positions), seconds, None, trace)
+        text = self.tokenizer.decode(chosen.tokens[start:], skip_special_tokens=True) if start else chosen.text
+        forwards, positions = self.sampling.cost(len(ids), [len(c.tokens) for c in found])
+        entropy = None if chosen.record is None else float(chosen.record.entropy.mean())
+        trace = self._trace(prompt, ids, chosen, start) if self.trace else None
+        return Decoded(text, chosen.tokens, float(forwards), float(positions), seconds, entropy, trace)
 
-    def _trace(self, prompt, chosen: Completion) -> Trace:
+    def _trace(self, prompt, ids: list[int], chosen: Completion, start: int) -> Trace:
+        tokenizer = self.tokenizer or _Numbers()
+        if chosen.record is not None:
+            sequence = torch.tensor([[*ids, *chosen.tokens]])
+            costs = dict(num_forwards=0, token_forwards=0, seconds=0.0)
+            out = SoftOutput(sequence, chosen.record, len(ids), torch.tensor([start]), **costs)
+            return thought(out, tokenizer, title=self.name)
         text = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-        words = [self.tokenizer.decode([token]) if self.tokenizer else str(token) for token in chosen.tokens]
+        words = [tokenizer.decode([token]) for token in chosen.tokens]
         return Trace(text, [Step("hard", word, None, [(word, 1.0)]) for word in words], title=self.name)
+
+
+class _Numbers:
+    """In a tokenizer's place where there is none."""
+
+    def decode(self, ids, **_) -> str:
+        return " ".join(str(int(i)) for i in ids)
+
+
+def has_answer(soft: dict) -> bool:
+    """Does something end the thought, so that an answer follows?"""
+    return any(soft.get(name) is not None for name in ("think_end", "budget", "cold_stop_entropy"))
+
+
+def ends_unseen(soft: dict) -> bool:
+    """Can the answer begin where neither a token nor a count of steps tells?"""
+    return soft.get("cold_stop_entropy") is not None and soft.get("think_end") is None
+
+
+def answer_starts(config: SoftConfig, prompts: list[list[int]], found: list[Completion]) -> list[int]:
+    """Steps of each completion before its answer begins, by the loop's own rules; 0 where it has no separate thought.
+
+    config: resolved. A cold stop without think_end needs the records.
+    """
+    wide, steps = max(map(len, prompts), default=0), max((len(c.tokens) for c in found), default=0)
+    ids = torch.full((len(found), wide + steps), -1)  # no token, so that no rule takes padding for one
+    entropy = torch.full((len(found), steps), torch.inf)
+    for row, (prompt, c) in enumerate(zip(prompts, found, strict=True)):
+        ids[row, wide - len(prompt) : wide + len(c.tokens)] = torch.tensor([*prompt, *c.tokens])
+        if c.record is not None:
+            entropy[row, : len(c.tokens)] = c.record.entropy[0]
+    lengths = torch.tensor([len(c.tokens) for c in found])
+    chooser = _Chooser(config, ids[:, :wide], None, None, None)
+    for step in range(steps):
+        chooser.done = lengths <= step
+        token = ids[:, wide + step]
+        said = Mixed(Soft(token[:, None], torch.ones_like(token[:, None])), token, torch.zeros(len(token)))
+        chooser.decide(entropy[:, step], said, said, ids[:, : wide + step])
+    return chooser.answer_start.tolist()
 
 
 def token_ids(tokenizer, prompt) -> list[int]:
@@ -128,8 +203,15 @@ def token_ids(tokenizer, prompt) -> list[int]:
 
 
 def split_options(options: dict, others: tuple[str, ...]) -> tuple[dict, dict]:
-    """The fields of Sampling, and the others. Raises ValueError for what is neither."""
+    """The fields of Sampling, and the others. Raises ValueError for what is neither, or has no use in the mode."""
     known = [field.name for field in fields(Sampling)]
     if unknown := sorted(set(options) - {*known, *others}):
         raise ValueError(f"unknown options {unknown} of a vLLM decoder; known: {sorted({*known, *others})}")
-    return {k: v for k, v in options.items() if k in known}, {k: v for k, v in options.items() if k in others}
+    sampling = {k: v for k, v in options.items() if k in known}
+    mode = sampling.get("mode", Sampling.mode)
+    if mode in MODES:  # Sampling says what is wrong with another
+        used = ("mode", "max_new_tokens", *MODES[mode], "soft")  # Sampling looks after soft
+        if idle := [f"{k}={v!r}" for k, v in sampling.items() if k not in used and v is not None]:
+            takes = ", ".join(("max_new_tokens", *MODES[mode]))
+            raise ValueError(f"{', '.join(idle)}: mode {mode!r} has no use for that; it takes {takes}")
+    return sampling, {k: v for k, v in options.items() if k in others}

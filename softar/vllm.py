@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,10 +25,12 @@ from transformers import AutoTokenizer
 
 from .client import ServerDecoder
 from .comparison import Decoded
-from .completions import MODES, Completion, CompletionDecoder, Sampling, split_options, token_ids
+from .completions import MODES, Completion, CompletionDecoder, Sampling, ends_unseen, split_options, token_ids
 from .families import format_options
 from .models import folder_of, load
 from .server import Server, ServerError, exported, on_cpu, require_vllm, serve, settings
+from .vllm_http import as_json, to_record
+from .vllm_soft import FIELDS, LIMIT, record_of
 
 __all__ = ["DECODERS", "Completion", "Sampling", "Server", "ServerDecoder", "ServerError", "VLLMDecoder", "serve"]
 
@@ -45,7 +48,7 @@ class VLLMDecoder(CompletionDecoder):
     Args:
         model: as for softar.load. sampling: fields of Sampling, by name.
         seed: of the draws; a second decode draws other numbers.
-        trace: each row gets a softar.trace.Trace of its tokens.
+        trace: each row gets a softar.trace.Trace: of mode soft what was fed back, of the others the tokens.
         engine: options of vllm.LLM, out of ENGINE.
     """
 
@@ -89,7 +92,7 @@ class VLLMDecoder(CompletionDecoder):
                 self._engine = None
             raise
         share = (time.perf_counter() - began) / max(len(ids), 1)
-        return [self.row(p, len(row), c, share) for p, row, c in zip(prompts, ids, self.completions, strict=True)]
+        return self.rows(prompts, ids, self.completions, share)
 
     def _samples(self, llm, ids) -> list[list[Completion]]:
         from vllm import SamplingParams
@@ -100,7 +103,7 @@ class VLLMDecoder(CompletionDecoder):
                 n=s.count,
                 **s.choice,
                 seed=seed if s.draws or s.soft is not None else None,
-                extra_args=None if s.soft is None else {"soft": s.soft},
+                extra_args=None if s.soft is None else {"soft": self.soft},
                 max_tokens=s.max_new_tokens,
                 logprobs=s.logprobs,
                 detokenize=False,
@@ -108,6 +111,8 @@ class VLLMDecoder(CompletionDecoder):
             for seed in self.seeds(len(ids))
         ]
         outs = llm.generate([{"prompt_token_ids": row} for row in ids], params, use_tqdm=False)
+        if s.soft is not None and self.soft["record"]:
+            return [[self._recorded(out.outputs[0])] for out in outs]
         return [[self._completion(o.token_ids, o.logprobs) for o in out.outputs] for out in outs]
 
     def _beams(self, llm, ids) -> list[list[Completion]]:
@@ -122,6 +127,9 @@ class VLLMDecoder(CompletionDecoder):
     def _completion(self, tokens, logprobs) -> Completion:
         kept = logprobs and tuple({i: p.logprob for i, p in step.items()} for step in logprobs)
         return Completion(self.tokenizer.decode(tokens, skip_special_tokens=True), tuple(tokens), kept)
+
+    def _recorded(self, output) -> Completion:
+        return replace(self._completion(output.token_ids, None), record=to_record(as_json(record_of(output))))
 
 
 class _Engine:
@@ -208,17 +216,19 @@ def _factory(mode: str) -> Callable[..., VLLMDecoder | ServerDecoder]:
 
 def _make_soft(model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, url=None, **options):
     """Soft decoding inside the engine; options: fields of SoftConfig and knobs of its mixer (the answer is greedy), and
-    the engine's or the client's. A trace knows the tokens, not the mixtures."""
+    the engine's or the client's."""
     from .decoders import own_config, soft_config
-    from .vllm_soft import FIELDS, LIMIT
 
     others = {name: options.pop(name) for name in (*ENGINE, *CLIENT) if name in options}
     own = own_config(model).mixer
     mixer = options.pop("mixer", "soft" if own == "hard" else own)
     config = soft_config(model, mixer, options)
+    if idle := [f"{k}={v!r}" for k, v in options.items() if k.startswith("answer_") and v not in (0, None)]:
+        raise ValueError(f"{', '.join(idle)}: answers of vllm-soft are greedy; take decoder {mixer!r} for others")
     soft = {name: getattr(config, name) for name in FIELDS if name != "record"}
     if config.top_k is None and len(tokenizer := _tokenizer(model)) <= LIMIT:  # all of a small vocabulary
-        soft["top_k"] = len(tokenizer)
+        records = trace or ends_unseen(soft)  # which have room for all but one
+        soft["top_k"] = len(tokenizer) - (1 + (config.alpha < 1) if records else 0)
     others |= {"soft": soft} if url is not None else {"soft": soft, "enable_prompt_embeds": True}
     found = _factory("soft")(model, max_new_tokens=max_new_tokens, seed=seed, trace=trace, dtype=dtype, device=device,
                              url=url, **others)  # fmt: skip

@@ -4,7 +4,8 @@ vLLM calls `register` in each of its processes (entry point `vllm.general_plugin
 `SamplingParams(extra_args={"soft": {...}})`, over HTTP `"vllm_xargs": {"soft": "{...}"}` with the object as JSON text,
 thinks as `softar.generate` does with a SoftConfig of these fields, beside requests that do not. SamplingParams decides
 on what is softar's answer: its temperature, top_k, ... and max_tokens. The engine has to take embeddings
-(`--enable-prompt-embeds`). With `"record": true` the output tells what was read: `record_of`.
+(`--enable-prompt-embeds`). With `"record": true` the output tells what was read: `record_of`, over HTTP
+the field "soft" of each choice (softar.vllm_http).
 """
 
 import contextlib
@@ -57,6 +58,9 @@ def register() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+    from .vllm_http import init_processor
+
+    patch(InputProcessor, "__init__", init_processor)
     patch(InputProcessor, "process_inputs", process_inputs)
     patch(EngineCore, "preprocess_add_request", preprocess_add_request)
     patch(WorkerWrapperBase, "init_device", init_device)

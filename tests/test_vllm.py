@@ -377,6 +377,28 @@ def test_server_that_dies_in_the_middle():
         assert len(asked) == 4, "a broken connection is tried again, once"
 
 
+SOFT = dict(
+    mode="soft", soft={"top_k": 2, "cold_stop_entropy": 0.5, "cold_stop_steps": 1}, tokenizer=tiny.tokenizer_of()
+)
+
+
+def test_record_of_a_server():
+    read = dict(token=[5, 6], kind=["soft", "hard"], entropy=[0.9, 0.2], logp=[None, None], ids=[[5, 6], [6]],
+                weights=[[0.75, 0.25], [1]])  # fmt: skip
+    choice = GOOD["choices"][0] | {"token_ids": [5, 6]}
+    given = {"choices": [choice | {"soft": read}]}
+    for trace in (True, False):  # a cold stop without think_end shows in the record alone
+        with fake(lambda n: (200, given)) as (url, asked):
+            (row,) = ServerDecoder(url, max_new_tokens=2, trace=trace, **SOFT).decode(["w9"])
+        assert json.loads(asked[0]["vllm_xargs"]["soft"])["record"] is True
+        assert row.text == "w6" and row.entropy == pytest.approx(0.55) and row.tokens == (5, 6)
+    assert row.trace is None
+    with fake(lambda n: (200, {"choices": [choice]})) as (url, _):
+        refused(url, "no record in the answer: that server has no softar", **SOFT)
+    with pytest.raises(ValueError, match="cut out of the tokens: give tokenizer="):
+        ServerDecoder(url, **SOFT | {"tokenizer": None})
+
+
 def test_broken_connection_is_tried_again():
     with fake(lambda n: None if n in (0, 2) else (200, GOOD)) as (url, asked):
         rows = ServerDecoder(url, max_new_tokens=1, concurrency=1).decode(["a", "b", "c"])
@@ -569,14 +591,34 @@ def test_registry(server, folder):
         (dict(url="http://x", max_model_len=3), r"unknown options \['max_model_len'\]"),
         (dict(mode="beam"), "mode='beam' is not an option"),
         (dict(device="mps"), "device='mps': vLLM here runs on"),
-        (dict(votes=0), "votes=0 must be at least 1"),
+        (dict(votes=8), "votes=8: mode 'greedy' has no use for that; it takes max_new_tokens, logprobs$"),
         (dict(logprobs=-1), "logprobs=-1 must be at least 0"),
-        (dict(top_p=0), r"top_p=0 must lie in \(0, 1\]"),
+        (dict(name="sampled", top_p=0), r"top_p=0 must lie in \(0, 1\]"),
+        (dict(name="sampled", votes=3, num_beams=2), "votes=3, num_beams=2: mode 'sampled' has no use for that"),
+        (dict(name="self-consistency", votes=0), "votes=0 must be at least 1"),
+        (
+            dict(name="beam", temperature=0.5),
+            "temperature=0.5: mode 'beam' has no use for .* max_new_tokens, logprobs, num",
+        ),
+        (dict(name="beam", url="http://x", top_k=5), "top_k=5: mode 'beam' has no use for that"),
+        (dict(name="soft", url="http://x", logprobs=2), "'vllm-soft'|decoder 'soft' takes no 'logprobs'"),
+        (
+            dict(name="soft", answer_top_k=2, answer_temperature=0.5),
+            "answer_top_k=2, .*: answers of vllm-soft are greedy",
+        ),
     ],
 )
 def test_bad_options(options, said, folder):
-    with pytest.raises(ValueError, match=said):
-        DECODERS["vllm-greedy"](folder, max_new_tokens=2, **options)
+    name, options = options.get("name", "greedy"), {k: v for k, v in options.items() if k != "name"}
+    with pytest.raises(ValueError, match=said) as caught:
+        DECODERS[f"vllm-{name}"](folder, max_new_tokens=2, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_that_are_not_set():
+    sampled = ServerDecoder("http://x", mode="sampled", top_p=None, num_beams=None)
+    assert sampled.sampling == Sampling("sampled", num_beams=None)
+    assert DECODERS["vllm-soft"]("mnns-soft-tiny", max_new_tokens=2, url="http://x", answer_temperature=0).soft["top_k"]
 
 
 def test_bad_sampling():

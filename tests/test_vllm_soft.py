@@ -5,6 +5,7 @@ FOLDER/out.json. There the engine runs in the script's process, so that its insi
 the usual processes.
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -25,8 +26,14 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Co
 
 import softar
 import softar.server
+from softar.client import ServerDecoder
+from softar.completions import Completion, answer_starts
 from softar.decode import Kind
+from softar.decoders import DECODERS as LOOP
 from softar.evaluate import encode
+from softar.trace import from_json
+from softar.vllm import DECODERS
+from softar.vllm_http import teach, to_record
 from softar.vllm_rows import CHUNK, Rows
 from softar.vllm_soft import check_engine, record_of, register
 
@@ -132,7 +139,7 @@ def ask(prompt, soft, seed, max_tokens, record, **more):
 
 
 def main(place):
-    out = {"version": another_version()}
+    out = {"version": another_version(), "http": over_http()}
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -145,6 +152,7 @@ def main(place):
             out |= inside(llm)
             out["bad"] = [[refused(llm, soft, more), after(llm)] for soft, more, _ in BAD]
             out["cached"] = cached(llm)
+            out["traced"] = traced(llm, place)
             beside = ask([BOS, 9], None, 0, 9, False, logprob_token_ids=[5])
             outs = llm.generate(*map(list, zip(ask([BOS, 11, 12, 13], 0, 0, 9, True), beside)), use_tqdm=False)
             out["narrow"] = [record_of(outs[0].outputs[0]), [sorted(step) for step in outs[1].outputs[0].logprobs]]
@@ -251,6 +259,174 @@ def refused(llm, soft, more):
 def after(llm):
     """Does the engine still work?"""
     return llm.llm_engine.engine_core.engine_core is not None and not llm.llm_engine.has_unfinished_requests()
+
+
+STEPS = [  # token, log-probability, kind, entropy, mixture
+    (7, math.nan, Kind.SOFT, 1.5, {7: 0.6, 8: 0.3, 9: 0.1}),
+    (4, math.nan, Kind.FORCED, 0.5, {4: 1.0}),
+    (9, -0.25, Kind.HARD, 0.25, {9: 1.0}),
+]
+FIELD = {
+    "token": [7, 4, 9],
+    "kind": ["soft", "forced", "hard"],
+    "entropy": [1.5, 0.5, 0.25],
+    "logp": [None, None, -0.25],
+    "ids": [[7, 8, 9], [4], [9]],
+    "weights": [[0.6, 0.3, 0.1], [1.0], [1.0]],
+}
+RECORD = {"soft": json.dumps({"record": True})}
+
+
+def over_http():
+    """What the server makes of answers, with the plug-in and without; no engine is needed for that."""
+    import asyncio
+
+    from vllm.entrypoints.openai.chat_completion import serving as chats
+    from vllm.entrypoints.openai.completion import serving as completions
+    from vllm.logprobs import FlatLogprobs
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    kinds = {"text": completions.OpenAIServingCompletion, "chat": chats.OpenAIServingChat}
+    completions.time = chats.time = SimpleNamespace(time=lambda: 0)
+
+    def flat(steps):
+        found = FlatLogprobs()
+        for token, logp, kind, entropy, mixture in steps:
+            logs = [logp, entropy, *map(math.log, mixture.values())]
+            found.append_fast([token, token, *mixture], logs, [int(kind)] * len(logs), [""] * len(logs))
+        return found
+
+    def output(steps, record, index=0, finished=True):
+        kept, end = flat(steps) if record else None, "length" if finished else None
+        text, tokens = "".join(f" w{step[0]}" for step in steps), [step[0] for step in steps]
+        part = CompletionOutput(index, text, tokens, None, kept, finish_reason=end)
+        return RequestOutput("r", "w1", [1], None, [part], finished)
+
+    def lagging(record):
+        """Two parts that were joined because nobody had fetched the first."""
+        queue = RequestOutputCollector(RequestOutputKind.DELTA, "r")
+        for steps in (STEPS[:1], STEPS[1:]):
+            queue.put(output(steps, record))
+        return queue.get_nowait()
+
+    ended = []  # what an engine's stream said last: the request is over for it too
+
+    async def stream(items):
+        try:
+            for item in items:
+                yield item
+        finally:
+            ended.append(item)
+
+    async def first(answer):
+        """A client that goes away after the first chunk."""
+        await anext(answer)
+        await answer.aclose()
+        await asyncio.sleep(0.1)
+        return list(ended)
+
+    def request(kind, **more):
+        if kind == "text":
+            return completions.CompletionRequest(model="m", prompt=[1], max_tokens=3, **more)
+        return chats.ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "w1"}], **more)
+
+    def ask(kind, streams, parts, read=None, **more):
+        self = object.__new__(kinds[kind])
+        flags = ("auto_tools", "log_outputs", "force_include_usage", "prompt_tokens_details", "per_request_metrics")
+        no = (*(f"enable_{name}" for name in flags), "return_tokens_as_token_ids", "_include_reasoning_tokens_details")
+        none = dict.fromkeys(("parser_cls", "system_fingerprint", "request_logger"))
+        self.__dict__ |= dict.fromkeys(no, False) | none | {"response_role": "assistant"} | more.pop("own", {})
+        asked, meta = request(kind, **more), SimpleNamespace(final_usage_info=None)
+        if kind == "text" and streams:
+            answer = self.completion_stream_generator(
+                asked, [None], stream((0, part) for part in parts), "r", 0, "m", 1, None, meta
+            )
+        elif kind == "text":
+            answer = self.request_output_to_completion_response(parts, asked, "r", 0, "m", None, meta)
+        elif streams:
+            answer = self.chat_completion_stream_generator(asked, stream(parts), "r", "m", [], "tokenizer", meta)
+        else:
+            answer = self.chat_completion_full_generator(asked, stream(parts), "r", "m", [], "tokenizer", meta)
+
+        async def whole(answer):
+            if streams:
+                return [chunk async for chunk in answer]
+            return (answer if kind == "text" else await answer).model_dump_json()
+
+        ended.clear()
+        return asyncio.run((read or whole)(answer))
+
+    parts = [output([step], True, finished=step is STEPS[-1]) for step in STEPS]
+    plain = [output([step], False, finished=step is STEPS[-1]) for step in STEPS]
+
+    def unasked():
+        """What does not ask for a record, in both forms, whole and as a stream."""
+        found = []
+        for kind in kinds:
+            for more in ({}, {"vllm_xargs": {"soft": "{}"}}, {"vllm_xargs": {"session_id": "a"}}):
+                for streams in (False, True):
+                    given = plain if streams else [output(STEPS, False)]
+                    found.append(ask(kind, streams, given, n=1, **more))
+        return found
+
+    names = ("request_output_to_completion_response", "chat_completion_full_generator")
+    before, said = unasked(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("vllm.softar").addHandler(handler)
+    lost = chats.OpenAIServingChat.chat_completion_full_generator
+    del chats.OpenAIServingChat.chat_completion_full_generator
+    teach()  # in a vLLM that has other names
+    chats.OpenAIServingChat.chat_completion_full_generator = lost
+    left = ["softar" in vars(getattr(cls, name)) for cls, name in zip(kinds.values(), names)]
+    teach()
+    teach()
+    logging.getLogger("vllm.softar").removeHandler(handler)
+    asks = dict(vllm_xargs=RECORD)
+    late = SimpleNamespace(
+        parse_delta=lambda delta_token_ids, **_: chats.DeltaMessage() if 9 in delta_token_ids else None
+    )
+    own = dict(parser_cls=object, _make_parser=lambda *_: late)
+
+    def refused(kind, **more):
+        try:
+            ask(kind, kind == "chat", [output(STEPS, True)], **asks, **more)
+        except ValueError as error:
+            return str(error)
+
+    return {
+        "said": said,
+        "left": left,
+        "unasked": [before, unasked()],
+        "whole": [json.loads(ask(kind, False, [output(STEPS, True)], **asks)) for kind in kinds],
+        "streams": [ask(kind, True, parts, **asks) for kind in kinds],
+        "lagging": [ask(kind, True, [lagging(True)], **asks) for kind in kinds],
+        "withheld": ask("chat", True, parts, own=own, **asks),  # the parser is not ready for the first two
+        "left early": [len(ask(kind, True, parts, read=first, **asks)) for kind in kinds],
+        "refused": [refused("text", use_beam_search=True), refused("chat", include_reasoning=False)],
+    }
+
+
+TRACED = [  # options of vllm-soft, and of the decoder `soft`
+    {"budget": 4},
+    {"think_end": END, "budget": 6, "alpha": 0.7},
+    {"top_k": 5, "min_p": 0.1, "temperature": 0.8},
+    {"cold_stop_entropy": 2.7, "cold_stop_steps": 1},
+    {"think_start": "<think>", "think_end": "</think>"},
+]
+TO_TRACE = ["<bos> w11 w12", "<bos> w20 w21 w22 <think> w9"]
+
+
+def traced(llm, place):
+    """Rows of vllm-soft in an engine that runs already."""
+    found = []
+    for options in TRACED:
+        decoder = DECODERS["vllm-soft"](str(place / "llama"), max_new_tokens=12, trace=True, **options)
+        decoder._engine = SimpleNamespace(llm=llm, tokenizer=tiny.tokenizer_of(), max_model_len=128)
+        found.append([dataclasses.asdict(row) for row in [*decoder.decode(TO_TRACE), *decoder.decode([])]])
+    return found
 
 
 # --- the tests ---
@@ -430,37 +606,191 @@ def test_engines_that_cannot_are_named(change, says):
         check_engine(SimpleNamespace(**{**fits, **change}))
 
 
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
 @pytest.fixture(scope="module")
 def server(place, script):
-    with softar.server.serve(place / "llama", max_model_len=128, soft=True) as running:
+    with softar.server.serve(
+        place / "llama", max_model_len=128, soft=True, extra=["--chat-template", TEMPLATE]
+    ) as running:
         yield running
 
 
-def post(server, path="completions", **body):
+def body_of(server, **body):
     body = {"model": server.model, "temperature": 0, "max_tokens": 12, "return_token_ids": True, **body}
     if "soft" in body:
         body["vllm_xargs"] = {"soft": json.dumps(body.pop("soft"))}
-    return httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60, trust_env=False)
+    return body
+
+
+def post(server, path="completions", **body):
+    return httpx.post(f"{server.url}/v1/{path}", json=body_of(server, **body), timeout=60, trust_env=False)
+
+
+def chunks(server, path="completions", **body):
+    """The choices of a stream, one per chunk."""
+    said = post(server, path, stream=True, **body).text
+    bodies = [json.loads(line[6:]) for line in said.splitlines() if line.startswith("data: {")]
+    return [choice for body in bodies for choice in body["choices"]]
+
+
+def joined(choices, index=0):
+    """The record of a stream, and its tokens."""
+    own = [c for c in choices if c["index"] == index]
+    assert all(("soft" in c) == ("token_ids" in c) for c in own)
+    parts = [c["soft"] for c in own if "soft" in c]
+    assert all(p["token"] == c["token_ids"] for p, c in zip(parts, (c for c in own if "soft" in c)))
+    return {name: [x for part in parts for x in part[name]] for name in parts[0]}
+
+
+def reads(soft):
+    """A choice's field, as `same` takes it."""
+    record = to_record(soft)
+    assert record.ids.shape[:2] == (1, len(soft["token"]))
+    return zip(*(column[0].tolist() for column in (record.token, record.ids, record.weights)),
+               *(column[0].tolist() for column in (record.kind, record.logp, record.entropy)))  # fmt: skip
 
 
 @pytest.mark.slow
 def test_the_server_thinks_softly_too(server, models):
     prompt = [BOS, 11, 12, 13]
-    soft = SOFT[0][0]
-    ((tokens, record), (discrete, _)) = expected(
-        models["llama"], [(prompt, 0, 0, 12, True), (prompt, None, 0, 12, False)]
-    )
-    assert post(server, prompt=prompt).json()["choices"][0]["token_ids"] == discrete
-    assert post(server, prompt=prompt, soft=soft).json()["choices"][0]["token_ids"] == tokens
-    asked = dict(soft={**soft, "record": True}, logprobs=10, return_tokens_as_token_ids=True)
-    choice = post(server, prompt=prompt, **asked).json()["choices"][0]
+    wanted = [(prompt, soft, 7, 12, True) for soft in [None, *range(len(SOFT))]]
+    for (_, soft, *_), (tokens, record) in zip(wanted, expected(models["llama"], wanted)):
+        fields, draws = ({}, False) if soft is None else SOFT[soft]
+        asked = {"prompt": prompt, "seed": 7 if draws else None}
+        if soft is None:
+            choice = post(server, **asked).json()["choices"][0]
+            assert choice["token_ids"] == tokens and "soft" not in choice
+            continue
+        (choice,) = post(server, **asked, soft={**fields, "record": True}).json()["choices"]
+        assert choice["token_ids"] == choice["soft"]["token"] == tokens and choice["logprobs"] is None
+        same(reads(choice["soft"]), record)
+    (choice,) = post(server, **asked, soft=fields).json()["choices"]
+    assert choice["token_ids"] == tokens and "soft" not in choice
+
+
+@pytest.mark.slow
+def test_chat_and_streams_bring_the_record_too(server, models):
+    soft, chat = {**SOFT[0][0], "record": True}, [{"role": "user", "content": "<bos> w11 w12 w13"}]
+    ((tokens, record),) = expected(models["llama"], [([BOS, 11, 12, 13], 0, 0, 12, True)])
+    (choice,) = post(server, "chat/completions", messages=chat, soft=soft).json()["choices"]
     assert choice["token_ids"] == tokens
-    for step, read in enumerate(choice["logprobs"]["top_logprobs"]):
-        got, own = torch.zeros(2, VOCAB)
-        for name, logp in read.items():
-            got[int(name.removeprefix("token_id:"))] = math.exp(logp)
-        own.index_add_(0, record.ids[step], record.weights[step])
-        torch.testing.assert_close(got, own, atol=1e-4, rtol=1e-3)
+    same(reads(choice["soft"]), record)
+    for path, prompt in (("completions", {"prompt": [BOS, 11, 12, 13]}), ("chat/completions", {"messages": chat})):
+        found = chunks(server, path, **prompt, soft=soft)
+        assert len(found) >= 12 and joined(found) == choice["soft"]
+        hidden = chunks(server, path, **prompt, soft=soft, return_token_ids=False)
+        assert {
+            name: [x for c in hidden for x in c.get("soft", {}).get(name, [])] for name in choice["soft"]
+        } == choice["soft"]
+        assert not any("soft" in c for c in chunks(server, path, **prompt, soft=SOFT[0][0]))
+    # Several prompts, several draws of each
+    asked = dict(prompt=[[BOS, 11], [BOS, 21, 22]], n=2, temperature=1, seed=3, soft={**DRAWN, "record": True})
+    whole = post(server, **asked).json()["choices"]
+    found = chunks(server, **asked)
+    assert [c["index"] for c in whole] == [0, 1, 2, 3] and len({tuple(c["token_ids"]) for c in whole}) == 4
+    for choice in whole:
+        assert choice["soft"]["token"] == choice["token_ids"] and joined(found, choice["index"]) == choice["soft"]
+
+
+@pytest.mark.slow
+def test_the_client_of_the_readme(server):
+    from openai import DefaultHttpxClient, OpenAI
+
+    with OpenAI(base_url=f"{server.url}/v1", api_key="-", http_client=DefaultHttpxClient(trust_env=False)) as client:
+        soft = {"top_k": 10, "budget": 3, "record": True}
+        answer = client.completions.create(
+            model=server.model,
+            prompt="<bos> w11 w12",
+            max_tokens=6,
+            temperature=0,
+            extra_body={"vllm_xargs": {"soft": json.dumps(soft)}},
+        )
+    read = answer.choices[0].soft
+    assert read["kind"] == ["soft"] * 3 + ["hard"] * 3 and [len(w) for w in read["weights"]] == [10] * 3 + [1] * 3
+    assert all(sum(weights) == pytest.approx(1, abs=1e-5) for weights in read["weights"])
+    assert to_record(read).weights.shape == (1, 6, 10)
+
+
+@pytest.mark.slow
+def test_answers_that_ask_for_no_record_stay_as_they_are(made):
+    before, after = made["http"]["unasked"]
+    assert before == after and len(before) == 12
+    assert "w9" in str(before[-1]) and "soft" not in str(before)
+
+
+@pytest.mark.slow
+def test_records_of_every_form_of_answer(made):
+    found = made["http"]
+    assert [answer["choices"][0]["soft"] for answer in found["whole"]] == [FIELD, FIELD]
+    steps = [{name: [values[i]] for name, values in FIELD.items()} for i in range(3)]
+    for kind, wanted, said in (("streams", steps, 2), ("lagging", [FIELD], 2), ("withheld", [FIELD], 1)):
+        streams = [found[kind]] if kind == "withheld" else found[kind]
+        assert len(streams) == said
+        for chunks in streams:
+            choices = [json.loads(chunk[6:])["choices"][0] for chunk in chunks if chunk.startswith("data: {")]
+            assert [c["soft"] for c in choices if "soft" in c] == wanted, kind
+            assert choices[-1]["finish_reason"] == "length" and chunks[-1] == "data: [DONE]\n\n"
+            assert all("soft" not in c for c in choices if c.get("delta", {}).get("role"))
+    assert found["left early"] == [1, 1], "the engine hears of it"
+    for said, about in zip(found["refused"], ("use_beam_search", "include_reasoning=false")):
+        assert about in said and "\n" not in said
+
+
+@pytest.mark.slow
+def test_a_server_of_other_names_starts_and_says_so(made):
+    (said,), left = made["http"]["said"], made["http"]["left"]
+    assert said.startswith("softar: no records over HTTP") and "chat_completion_full_generator" in said
+    assert left == [False, False], "all or nothing"
+
+
+def test_where_an_answer_begins(models):
+    wanted = [case for case in cases(200) if case[1] is not None]
+    tokenizer, starts = tiny.tokenizer_of(), set()
+    for soft, (fields, _) in enumerate(SOFT):
+        config = softar.SoftConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        rows = [case for case in wanted if case[1] == soft]
+        ids, mask = tiny.left_padded([case[0] for case in rows])
+        config = dataclasses.replace(config, max_new_tokens=40).resolve(tokenizer)
+        out = softar.generate(models["llama"], ids, mask, config=config, rng=torch.Generator().manual_seed(0))
+        kept = [out.record.kind[row] != Kind.PAD for row in range(len(rows))]
+        found = [Completion("", tuple(t[k].tolist()), None) for t, k in zip(out.completions, kept)]
+        if config.cold_stop_entropy is not None:
+            assert config.think_end is not None  # or records would be needed
+        if config.think_end is not None or config.budget is not None:
+            assert answer_starts(config, [case[0] for case in rows], found) == out.answer_start.tolist(), fields
+            starts |= {*out.answer_start.tolist()}
+    assert len(starts) > 8
+
+
+@pytest.mark.slow
+def test_traces_are_those_of_the_loop(made, server, place):
+    name = str(place / "llama")
+    for options, offline in zip(TRACED, made["traced"], strict=True):
+        loop = LOOP["soft"](name, max_new_tokens=12, trace=True, **options)
+        online = DECODERS["vllm-soft"](name, max_new_tokens=12, trace=True, url=server.url, **options)
+        here = [row | {"trace": from_json(json.dumps(row["trace"]))} for row in offline]
+        online = [dataclasses.asdict(row) | {"trace": row.trace} for row in online.decode(TO_TRACE)]
+        assert len(here) == len(online) == 2
+        for row, *theirs in zip(loop.decode(TO_TRACE), here, online):
+            for other in theirs:
+                assert other["text"] == row.text and list(other["tokens"]) == list(row.tokens)
+                assert other["entropy"] == pytest.approx(row.entropy, abs=1e-3)
+                alike(other["trace"], row.trace)
+    numbers = ServerDecoder(server.url, max_new_tokens=5, mode="soft", soft={"top_k": 3}, trace=True)
+    (row,) = numbers.decode(["<bos> w11 w12"])
+    assert row.trace.prompt == "1 11 12" and [step.token for step in row.trace.steps] == list(map(str, row.tokens))
+    assert {step.kind for step in row.trace.steps} == {"soft"} and len(row.trace.steps[0].mixture) == 3
+
+
+def alike(trace, own):
+    assert (trace.prompt, trace.answer_start, len(trace.steps)) == (own.prompt, own.answer_start, len(own.steps))
+    for step, ours in zip(trace.steps, own.steps):
+        assert (step.kind, step.token, step.others) == (ours.kind, ours.token, ours.others)
+        assert step.entropy == pytest.approx(ours.entropy, abs=1e-3)
+        assert step.rest == pytest.approx(ours.rest, abs=1e-3)
+        assert dict(step.mixture) == pytest.approx(dict(ours.mixture), abs=1e-3)
 
 
 @pytest.mark.slow
@@ -498,6 +828,9 @@ def test_the_server_refuses_and_lives_on(server):
         dict(vllm_xargs={"soft": "{"}),
         dict(vllm_xargs={"soft": 3}),
         dict(soft={}, logprobs=3),
+        dict(soft={"record": True}, logprobs=3),
+        dict(soft={"record": True}, use_beam_search=True),
+        dict(soft={}, use_beam_search=True),
         dict(soft={}, min_tokens=3),
         dict(soft={}, response_format={"type": "json_object"}),
     ]
@@ -507,8 +840,8 @@ def test_the_server_refuses_and_lives_on(server):
         said = answer.json()["error"]["message"]
         assert "soft" in said and "\n" not in said, said
     body = {"model": server.model, "prompt": prompt, "max_tokens": 100, "stream": True, "ignore_eos": True}
-    body["vllm_xargs"] = {"soft": "{}"}
-    for _ in range(3):  # clients that go away while it thinks
+    for record in ("{}", '{"record": true}', '{"record": true}'):  # clients that go away while it thinks
+        body["vllm_xargs"] = {"soft": record}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60, trust_env=False) as stream:
             assert next(stream.iter_lines()).startswith("data: ")
     assert post(server, prompt=prompt, soft={}).json()["choices"][0]["token_ids"] == before
