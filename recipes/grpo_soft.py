@@ -12,6 +12,9 @@ accelerate launch recipes/grpo_soft.py --rows soft,hard --num_seeds 3
 accelerate launch recipes/grpo_soft.py --config recipes/configs/grpo_instruct_1b.yaml
 accelerate launch recipes/grpo_soft.py --config recipes/configs/grpo_smollm2_cpu.yaml
 
+# Rollouts by vLLM's engine in the place of the model's own loop (make vllm), in the same process, on the newest weights
+accelerate launch recipes/grpo_soft.py --rollout vllm
+
 # Any causal LM on any dataset with a column 'prompt', rewarded by one of TRL's functions or one of yours
 accelerate launch recipes/grpo_soft.py \
     --model_name_or_path deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --dataset_name trl-lib/DeepMath-103K \

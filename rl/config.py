@@ -7,11 +7,15 @@ import torch
 from trl import GRPOConfig
 
 from softar.config import CONFIG_FILE, SoftConfig
+from softar.server import require_vllm
 from softar.sft_config import opt
+from softar.vllm_soft import LIMIT
 
 from .discretise import WAYS
 from .losses import LOSS_TYPES, RATIOS
 
+BACKENDS = ("loop", "vllm")
+COLDEST = 0.01  # vLLM samples at no lower temperature
 MIXERS = ("k-samples", "hard")  # of actions.ACTIONS, those whose action a decode records in full
 
 # What would let the rollout draw from another distribution than the replay scores: (option, neutral values, why).
@@ -22,7 +26,7 @@ NEUTRAL = (
     ("min_p", (None, 0.0), SUPPORT),
     ("repetition_penalty", (1.0,), SUPPORT),
     ("generation_kwargs", (None, {}), "the rollout is softar's own and takes no other settings"),
-    ("use_vllm", (False,), "soft rollouts through vLLM are not there yet"),
+    ("use_vllm", (False,), "TRL's engine reads back tokens only, no mixtures; rollout='vllm' decodes softly on vLLM"),
     ("use_transformers_continuous_batching", (False,), "its engine reads back tokens only, no mixtures"),
     ("use_liger_kernel", (False,), "its loss and kernels take token ids, no mixtures"),
     ("cast_lm_head_to_fp32", (False,), "the reference would keep its own head"),
@@ -32,6 +36,13 @@ NEUTRAL = (
     ("delta", (None,), "only the two-sided clip of epsilon and epsilon_high is there"),
     ("use_adaptive_entropy", (False,), "give a constant entropy_coef"),
     ("sync_ref_model", (False,), "the reference is the model that training started from"),
+)
+# The same for rollout="vllm".
+VLLM_NEUTRAL = (
+    ("vllm_mode", ("colocate",), "the engine runs in the trainer's process"),
+    ("vllm_tensor_parallel_size", (1,), "each process has an engine of its own"),
+    ("vllm_enable_sleep_mode", (False,), "the engine stays awake"),
+    ("vllm_structured_outputs_regex", (None,), SUPPORT),
 )
 
 
@@ -56,6 +67,13 @@ class SoftGRPOConfig(GRPOConfig):
     soft_ratio: str = opt("per_draw", "'per_draw' clips the ratio of each draw, 'joint' that of all draws of a step.")
     embedding_grad: bool = opt(True, "Do the input embeddings get gradient through the replayed mixtures?")
     reward_sees: str = opt("answer", "'answer', the whole 'stream' of first draws, or the 'argmax' of each mixture.")
+    rollout: str = opt(
+        "loop",
+        "What decodes the rollouts: 'loop', softar.generate on the model itself, or 'vllm', an engine of vLLM 0.32 in "
+        "each process, which gets the policy's weights before each rollout (`make vllm`, or pip install softar[vllm]). "
+        "Same seeds, same thoughts up to rounding; the answers are other draws. The log-probabilities are the model's "
+        "own replay either way. See vllm_gpu_memory_utilization, vllm_max_model_length and vllm_model_impl.",
+    )
 
     def __post_init__(self):
         if not torch.accelerator.is_available():
@@ -67,13 +85,13 @@ class SoftGRPOConfig(GRPOConfig):
                 f"groups, and GRPO and RLOO compare within them"
             )
         super().__post_init__()
-        for name, neutral, why in NEUTRAL:
+        for name, neutral, why in NEUTRAL + (VLLM_NEUTRAL if self.rollout == "vllm" else ()):
             value = getattr(self, name)
             if value not in neutral:
                 raise ValueError(f"{name}={value!r} is not supported by {type(self).__name__}: {why}. Leave it at "
                                  f"{neutral[0]!r}")  # fmt: skip
         for name, known in (("soft_mixer", MIXERS), ("soft_ratio", RATIOS), ("loss_type", tuple(LOSS_TYPES)),
-                            ("reward_sees", tuple(WAYS))):  # fmt: skip
+                            ("reward_sees", tuple(WAYS)), ("rollout", BACKENDS)):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown here: choose one of {known}")
         if self.max_completion_length is None:
@@ -87,7 +105,22 @@ class SoftGRPOConfig(GRPOConfig):
                 f"think_steps={self.think_steps} must lie in 0..{self.max_completion_length - 1}, below "
                 f"max_completion_length={self.max_completion_length}, so that an answer fits"
             )
+        if self.rollout == "vllm":
+            self._check_vllm()
         self.decoding()
+
+    def _check_vllm(self) -> None:
+        try:
+            require_vllm()
+        except ImportError as error:
+            raise ValueError(f"rollout='vllm': {error}; or give rollout='loop'") from None
+        if self.temperature < COLDEST:
+            raise ValueError(f"temperature={self.temperature} must be at least {COLDEST} with rollout='vllm', which "
+                             f"samples answers no colder; or give rollout='loop'")  # fmt: skip
+        if self.soft_mixer == "k-samples" and self.soft_k > LIMIT:
+            raise ValueError(
+                f"soft_k={self.soft_k} must be at most {LIMIT} with rollout='vllm'; or give rollout='loop'"
+            )
 
     def decoding(self) -> SoftConfig:
         """The policy as a configuration: how rollouts are decoded, and what soft_config.json records."""

@@ -1,7 +1,7 @@
 """GRPO on a soft policy: a think step's action is its K draws, so its log-probability is exact (ar.md 2, option B).
 
-A rollout is decoded by `softar.generate` and replayed in one parallel forward, from the mixtures that it recorded: they
-are transitions of the environment, without gradient. With one draw a step the loss is TRL's.
+A rollout is decoded by `softar.generate`, or on vLLM, and replayed in one parallel forward, from the mixtures that it
+recorded: they are transitions of the environment, without gradient. With one draw a step the loss is TRL's.
 
 Shapes: B rows, P prompt length, C completion steps, K draws, J ratios of a step, V vocabulary.
 """
@@ -19,7 +19,7 @@ from trl.data_utils import is_conversational
 from trl.models.utils import _ForwardRedirection, unwrap_model_for_generation
 from trl.trainer.utils import create_model_from_path, pad, use_adapter
 
-from softar.decode import Kind, generate
+from softar.decode import Kind, SoftOutput, generate
 from softar.sft import check_writable, no_interrupt
 from softar.soft import entropy
 
@@ -50,7 +50,8 @@ class SoftGRPOTrainer(GRPOTrainer):
     Takes the models, reward functions and datasets that TRL takes, text only. A reward function gets `completions` and
     `completion_ids` after `args.reward_sees`, not the raw stream. Dropout stays off, in rollout and replay: both must
     be the same policy. With beta > 0 the reference is the model as it was given (a frozen copy), or under PEFT the
-    model without its new adapter. Each checkpoint holds soft_config.json, the policy as a way to decode.
+    model without its new adapter. Each checkpoint holds soft_config.json, the policy as a way to decode. With
+    args.rollout="vllm" an engine of vLLM runs in this process from here on; `close` ends it.
     """
 
     _tag_names = ["trl", "grpo", "softar"]
@@ -103,6 +104,23 @@ class SoftGRPOTrainer(GRPOTrainer):
         self.reward_funcs = [f if isinstance(f, nn.Module) else checked(label, f) for label, f in pairs]
         self._action = ACTIONS[args.soft_mixer]
         self._eval_rollouts = 0
+        self._engine, self._engine_is_current = None, False
+        if args.rollout == "vllm":
+            from .vllm_rollout import VLLMRollout
+
+            self._engine = VLLMRollout(
+                self.model,
+                self.accelerator,
+                self._tokenizer,
+                self._decoding,
+                self.eos_token_ids,
+                gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+                max_model_length=args.vllm_max_model_length,
+                max_num_seqs=max(
+                    args.per_device_train_batch_size * args.steps_per_generation, args.per_device_eval_batch_size
+                ),
+                model_impl=args.vllm_model_impl,
+            )
 
     # -- rollout ----------------------------------------------------------------------------------------------------
 
@@ -118,6 +136,12 @@ class SoftGRPOTrainer(GRPOTrainer):
         self._eval_rollouts += not training
         first = self.accelerator.process_index * len(ids)
         rng = generators(self.args.seed, not training, step, first, len(ids))
+        self._out = self._loop(ids, mask, rng) if self._engine is None else self._ask_engine(prompt_ids, rng)
+        rows = zip(self._out.completions.tolist(), (self._out.record.kind != Kind.PAD).sum(1).tolist(), strict=True)
+        return [row[:n] for row, n in rows], None
+
+    def _loop(self, ids: Tensor, mask: Tensor, rng: list[torch.Generator]) -> SoftOutput:
+        training = self.model.training
         settings = GenerationConfig(
             pad_token_id=self._tokenizer.pad_token_id,
             eos_token_id=self.eos_token_ids,
@@ -138,12 +162,19 @@ class SoftGRPOTrainer(GRPOTrainer):
             kept, base.generation_config = base.generation_config, settings
             unwrapped.eval()
             try:
-                self._out = generate(unwrapped, ids, mask, config=self._decoding, rng=rng, generation_config=settings)
+                return generate(unwrapped, ids, mask, config=self._decoding, rng=rng, generation_config=settings)
             finally:
                 unwrapped.train(training)
                 base.generation_config = kept
-        rows = zip(self._out.completions.tolist(), (self._out.record.kind != Kind.PAD).sum(1).tolist(), strict=True)
-        return [row[:n] for row, n in rows], None
+
+    def _ask_engine(self, prompts: list[list[int]], rng: list[torch.Generator]) -> SoftOutput:
+        """The same on vLLM. Every training rollout follows an update, so the engine gets the weights anew; those of an
+        evaluation share them."""
+        if self.model.training or not self._engine_is_current:
+            self._engine.model = self.model
+            self._engine.sync_weights()
+        self._engine_is_current = not self.model.training
+        return self._engine.decode(prompts, [g.initial_seed() for g in rng])
 
     def _generate_and_score_completions(self, inputs):
         self._old_values = None
@@ -314,6 +345,15 @@ class SoftGRPOTrainer(GRPOTrainer):
     def evaluate(self, *args, **kwargs):
         self._eval_rollouts = 0  # every evaluation draws the same numbers
         return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._engine_is_current = False  # whatever happened to the weights since
+        return super().evaluation_loop(*args, **kwargs)
+
+    def close(self) -> None:
+        """End vLLM's engine, if there is one, and let go of its memory: no rollouts after this."""
+        if self._engine is not None:
+            self._engine.close()
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -146,6 +146,7 @@ def train_row(program, make_trainer, args, task, script, model_args):
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     trainer.save_model(args.output_dir)
+    trainer.close()
     after = measure()
     trainer.accelerator.wait_for_everyone()
     common = dict(

@@ -1,0 +1,288 @@
+"""Rollouts on vLLM: an engine in the trainer's process, TRL's `VLLMGeneration`, that thinks by softar's plug-in.
+
+The engine is started with the trainer: later, optimiser and activations would be in the memory that it wants, and what
+it cannot serve would show only after the first steps' work. It starts with made-up weights: those of the policy go in
+before each rollout that they may have changed for.
+
+Shapes: B rows, P prompt length, C completion steps, K draws of a step.
+"""
+
+import contextlib
+import copy
+import logging
+import os
+import random
+import tempfile
+import time
+from collections import Counter
+
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import LlamaForCausalLM
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import ensure_master_addr_port, pad
+
+from softar.decode import Kind, SoftOutput, _Chooser, _stack
+from softar.mixers import Mixed
+from softar.server import _check_heads, _narrow, on_cpu, settings, widened
+from softar.soft import Soft
+from softar.vllm import _environment
+from softar.vllm_soft import FIELDS, VERSIONS, Read, record_of, register
+
+SPACE = "VLLM_CPU_KVCACHE_SPACE"
+VALUE_HEAD = "v_head."  # PPO's, on the policy's module
+
+
+class VLLMRollout(VLLMGeneration):
+    """A colocated engine that decodes softly.
+
+    Args:
+        model, accelerator, processing_class, options: as for VLLMGeneration, whose `sync_weights` and generation of a
+            batch are replaced; how it finds the weights under PEFT, DeepSpeed and FSDP is its own.
+        decoding: the policy, with its texts resolved to ids. eos: ids that end a row.
+
+    Raises:
+        ValueError: a version of vLLM that the plug-in does not know, a quantised model, or heads of a width that vLLM
+            has no kernel for.
+    """
+
+    def __init__(self, model, accelerator, processing_class, decoding, eos: list[int], **options):
+        self.decoding, self.eos, self.pad = decoding, eos, processing_class.pad_token_id
+        super().__init__(model, accelerator, processing_class, max_completion_length=decoding.max_new_tokens,
+                         temperature=decoding.answer_temperature, **options)  # fmt: skip
+
+    def _init_vllm(self):
+        import vllm
+
+        version = vllm.__version__
+        if not any(version == v or version.startswith(f"{v}.") for v in VERSIONS):
+            raise ValueError(f"rollout='vllm': vLLM {version} is not among the versions that softar thinks in, "
+                             f"{VERSIONS}: install one, or give rollout='loop'")  # fmt: skip
+        base = plain(self.model)
+        if getattr(base, "is_quantized", False):
+            raise ValueError("rollout='vllm': the model is quantised; load it in bfloat16, or give rollout='loop'")
+        _check_heads(base.name_or_path, base.config) if not _narrow(base.config) else None
+        self.stand_in = None  # of a Llama with heads that have to be widened
+        if _narrow(base.config):
+            self.stand_in = LlamaForCausalLM._from_config(copy.deepcopy(base.config), dtype=base.dtype)
+        register()  # vLLM does it too, unless VLLM_PLUGINS says otherwise
+        with tempfile.TemporaryDirectory(prefix="softar-rollout-") as folder, aside():
+            served = base if self.stand_in is None else widened(self.stand_in)
+            config = copy.deepcopy(served.config)
+            config.architectures, config.dtype = [type(served).__name__], base.dtype
+            if hasattr(config, "quantization_config"):  # of the GGUF that the weights were read from
+                del config.quantization_config
+            config.save_pretrained(folder)
+            needed = settings(folder)
+            if SPACE in needed:  # GiB of a CPU's memory
+                needed[SPACE] = str(max(1, int(needed[SPACE]) // self.accelerator.num_processes))
+            joins = torch.distributed.is_initialized()
+            with _environment(needed), joining(self.accelerator):
+                self.llm = vllm.LLM(
+                    folder,
+                    skip_tokenizer_init=True,
+                    load_format="dummy",
+                    dtype=str(base.dtype).removeprefix("torch."),
+                    enable_prompt_embeds=True,
+                    enable_prefix_caching=False,
+                    enforce_eager=on_cpu(),
+                    distributed_executor_backend="external_launcher",
+                    gpu_memory_utilization=self.gpu_memory_utilization,
+                    max_model_len=self.max_model_length,
+                    max_num_seqs=self.max_num_seqs,
+                    # vLLM 0.32 cannot take back a seeded draw on a CPU, and does where a prompt is not through
+                    enable_chunked_prefill=False if on_cpu() else None,
+                    model_impl=self.model_impl,
+                    max_logprobs=-1,
+                    disable_log_stats=True,
+                    seed=0,
+                )
+        engine = self.llm.llm_engine
+        self.limit, self.end = engine.model_config.max_model_len, engine.engine_core.shutdown
+        if joins:  # that would also end the group of the trainer's processes, which is not the engine's
+            engine.engine_core._finalizer.detach()
+            self.end = engine.model_executor.shutdown
+        self.accelerator.wait_for_everyone()
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sync_weights(self):
+        """Copy the policy's weights into the engine. vLLM's own reload, as it repacks what its kernels want otherwise:
+        on CPU a weight that is only copied is never read.
+
+        Raises:
+            ValueError: the engine's model has a parameter that the policy does not.
+        """
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
+        model = runner.get_model()
+        names = {name for name, _ in model.named_parameters()}
+        with set_current_vllm_config(runner.vllm_config), eager():
+            initialize_layerwise_reload(model)
+            loaded = model.load_weights(self._iter_named_params())
+            finalize_layerwise_reload(model, runner.model_config)
+            if on_cpu():
+                repack_tied(model)
+        if missing := sorted(names - loaded):
+            raise ValueError(f"rollout='vllm': the policy has no weights for vLLM's {missing[:3]} ({len(missing)} in "
+                             f"all); give rollout='loop'")  # fmt: skip
+        self.llm.reset_prefix_cache()
+
+    def _iter_named_params(self):
+        """TRL's names and weights, less the value head; adapters leave their base as it was, to the bit."""
+        kept = {}
+        if is_peft_model(self.model) and not (self._dist.is_fsdp or self._dist.is_zero3):
+            # To merge and to unmerge again rounds: each rollout would move the frozen weights a little
+            kept = {name: p.to("cpu", copy=True) for name, p in self.model.named_parameters() if ".base_layer." in name}
+        # vLLM loads a layer when it has all its parts: what TRL gathers or merges for the moment has to be copied
+        lent = is_peft_model(self.model) or self._dist.is_fsdp or self._dist.is_zero3
+        theirs = ((name, p.detach()) for name, p in super()._iter_named_params() if not name.startswith(VALUE_HEAD))
+        own = ((name, p.clone() if lent else p) for name, p in theirs)
+        if self.stand_in is not None:
+            self.stand_in.load_state_dict(dict(own), strict=False)  # a tied head is there once
+            own = ((name, p.detach()) for name, p in widened(self.stand_in).named_parameters())
+        yield from own
+        for name, p in self.model.named_parameters() if kept else ():
+            if name in kept:
+                p.copy_(kept[name])
+
+    # -- rollouts ---------------------------------------------------------------------------------------------------
+
+    def decode(self, prompts: list[list[int]], seeds: list[int]) -> SoftOutput:
+        """What softar.generate makes of these prompts with a generator of each seed; the answers' tokens are vLLM's own
+        draws of those seeds. All on the accelerator's device.
+
+        Raises:
+            ValueError: a prompt is too long. FloatingPointError: NaN or infinite logits.
+        """
+        from vllm import SamplingParams
+
+        began, most = time.perf_counter(), self.decoding.max_new_tokens
+        longest = max(map(len, prompts))
+        if longest + most > self.limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens and max_completion_length={most} are more than the {self.limit} of the "
+                f"engine: shorten them, or give vllm_max_model_length={longest + most} if the model can"
+            )
+        soft = {name: getattr(self.decoding, name) for name in FIELDS if name != "record"} | {"record": True}
+        params = [
+            SamplingParams(
+                temperature=self.decoding.answer_temperature,
+                seed=seed,
+                max_tokens=most,
+                stop_token_ids=self.eos,
+                ignore_eos=True,  # stop_token_ids are all that there are
+                detokenize=False,
+                extra_args={"soft": soft},
+            )
+            for seed in seeds
+        ]
+        here = self.accelerator.device
+        # vLLM draws for each row, and then anew for those that have seeds
+        with eager(), torch.random.fork_rng([here.index] if here.type == "cuda" else []):
+            outs = self.llm.generate([{"prompt_token_ids": row} for row in prompts], params, use_tqdm=False)
+        out = output_of(prompts, [record_of(o.outputs[0]) for o in outs], self.decoding, self.eos, self.pad)
+        record = type(out.record)(*(x.to(here) for x in out.record))
+        return SoftOutput(out.sequences.to(here), record, out.prompt_length, out.answer_start.to(here),
+                          out.num_forwards, out.token_forwards, time.perf_counter() - began)  # fmt: skip
+
+    def close(self) -> None:
+        """End the engine and let go of its memory."""
+        if self.llm is not None:
+            self.end()
+            self.llm = self.end = None
+
+
+def output_of(prompts: list[list[int]], read: list[list[Read]], decoding, eos: list[int], pad_id: int) -> SoftOutput:
+    """The steps that each row read, as what softar.generate returns of a decode. Its own chooser goes through them
+    again, so that padding, kinds and the answer's start are by the same rules."""
+    mask = [torch.ones(len(row), dtype=torch.long) for row in prompts]
+    ids = pad([torch.tensor(row) for row in prompts], padding_value=pad_id, padding_side="left")
+    mask = pad(mask, padding_value=0, padding_side="left")
+    chooser = _Chooser(decoding, ids, torch.tensor(pad_id), torch.tensor(eos, dtype=torch.long), None)
+    draws = decoding.mixer_args.get("k", 1)
+    nothing = Read(pad_id, (pad_id,), (1.0,), int(Kind.PAD), float("nan"), 0.0)
+    steps, records, sequences = max(map(len, read)), [], ids
+    for t in range(steps):
+        now = [row[t] if t < len(row) else nothing for row in read]
+        token = torch.tensor([step.token for step in now])
+        logp, h = (torch.tensor([getattr(step, name) for step in now]) for name in ("logp", "entropy"))
+        slots = torch.tensor([drawn(step, draws) for step in now])
+        thought = Mixed(Soft(slots, torch.full(slots.shape, 1 / draws)), token, logp)
+        record = chooser.decide(h, thought, Mixed(None, token, logp), sequences)
+        if (record.kind != torch.tensor([step.kind for step in now])).any() or (record.token != token).any():
+            raise RuntimeError(f"rollout='vllm': at step {t} vLLM followed other rules than softar.generate; report it")
+        records.append(record)
+        sequences = torch.cat([sequences, record.token[:, None]], 1)
+        chooser.look(torch.isin(record.token, chooser.eos), step=t)
+    positions = ids.numel() + len(ids) * (steps - 1)
+    return SoftOutput(sequences, _stack(records), ids.shape[1], chooser.answer_start, steps, positions, 0.0)
+
+
+def drawn(step: Read, count: int) -> list[int]:
+    """The draws of a step, one a slot, the one that stands for it first; the token alone where nothing was mixed."""
+    if step.kind != Kind.SOFT:
+        return [step.token] * count
+    found = [i for i, w in zip(step.ids, step.weights, strict=True) for _ in range(round(w * count))]
+    found.sort(key=lambda i: i != step.token)
+    if len(found) != count:
+        raise RuntimeError(f"rollout='vllm': weights {step.weights} are not those of {count} draws; report it")
+    return found
+
+
+def repack_tied(model: nn.Module) -> None:
+    """vLLM 0.32 reloads a tied embedding, but not what its head made of it for a CPU's kernels."""
+    layers = [layer for layer in model.modules() if layer._parameters.get("weight") is not None]
+    uses = Counter(id(layer.weight) for layer in layers)
+    for layer in layers:
+        if uses[id(layer.weight)] > 1 and hasattr(layer, "quant_method"):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+@contextlib.contextmanager
+def joining(accelerator):
+    """Tell vLLM, in torchrun's words, the group of processes that it joins, or makes where there is but one. Only while
+    it starts: the next trainer of the program would take itself for one of torchrun's."""
+    before = {key: os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    places = accelerator.process_index, accelerator.local_process_index, accelerator.num_processes
+    os.environ.update(zip(before, map(str, places)))
+    ensure_master_addr_port()
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
+
+
+@contextlib.contextmanager
+def aside():
+    """Start an engine here without a trace in the process: vLLM seeds all generators, forbids to change the number of
+    threads, and tells all that it does."""
+    log, threads = logging.getLogger("vllm"), torch.set_num_threads
+    level, states = log.level, (random.getstate(), np.random.get_state())  # noqa: NPY002
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        log.setLevel(logging.ERROR)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads = threads
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        log.setLevel(level)
+
+
+def eager():
+    """On a CPU vLLM would compile small functions at the first prompts, which takes longer than they ever do."""
+    return torch._dynamo.config.patch(disable=True) if on_cpu() else contextlib.nullcontext()
