@@ -123,7 +123,9 @@ def _command(
     options = {"--host": host, "--port": port, "--dtype": dtype, "--max-logprobs": -1}
     options |= {"--max-model-len": max_model_len} if max_model_len else {}
     # With the cache of prefixes a prompt seen twice would be faster the second time than others
-    flags = ["--disable-log-stats", "--no-enable-prefix-caching", *(["--enforce-eager"] if on_cpu() else [])]
+    flags = ["--disable-log-stats", "--no-enable-prefix-caching"]
+    # vLLM 0.32 on CPU: a request with a seed whose prompt is cut into pieces ends the engine, whoever it serves
+    flags += ["--enforce-eager", "--no-enable-chunked-prefill"] if on_cpu() else []
     flags += ["--enable-prompt-embeds"] if soft else []
     return [*program, *(str(part) for pair in options.items() for part in pair), *flags]
 

@@ -145,7 +145,8 @@ class _Engine:
             with _environment(settings(folder) | quiet):
                 from vllm import LLM
 
-                plain = dict(enable_prefix_caching=False, max_logprobs=-1, enforce_eager=on_cpu(), seed=0)
+                plain = dict(enable_prefix_caching=False, max_logprobs=-1, seed=0)
+                plain |= dict(enforce_eager=True, enable_chunked_prefill=False) if on_cpu() else {}  # see server.py
                 self.llm = LLM(folder, dtype=dtype, disable_log_stats=True, **{**plain, **dict(options)})
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             self.max_model_len = self.llm.llm_engine.model_config.max_model_len

@@ -57,6 +57,8 @@ def main(folder, out, prompts, chat, all, new):
         greedy.decode([prompts[0], "w5 " * 251])
     except ValueError as error:
         out["long"] = str(error)
+    crowd = decoders["sampled"].decode(["w5 " * 200] * 80)  # more at once than the engine computes in a step
+    out["crowd"] = [len(row.tokens) for row in crowd]
     traced = DECODERS["vllm-greedy"](folder, max_new_tokens=new, trace=True)
     out["trace"] = [step.token for step in traced.decode(prompts[:1])[0].trace.steps]
     tree = psutil.Process().children(recursive=True)
@@ -236,6 +238,10 @@ def test_draws(offline, server, model):
         assert [list(row.tokens) for row in ask(server, mode, seed=4).decode(PROMPTS)] != first
     alone = ask(server, "sampled").decode(PROMPTS[:1])
     assert list(alone[0].tokens) == offline["sampled"][0][0]["tokens"], "a row is the same in any batch"
+
+
+def test_prompts_that_do_not_fit_into_a_step(offline):
+    assert len(offline["crowd"]) == 80 and min(offline["crowd"]) > 0
 
 
 def test_votes(server):
