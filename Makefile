@@ -36,7 +36,7 @@ demo: setup ## train to think in soft tokens, compare with all else, write table
 test: setup smollm2 vllm ## format, lint and every test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: setup ## format, lint and the quick tests
 	$(BIN)/ruff format --check .

@@ -64,6 +64,7 @@ class SoftScriptArguments(ScriptArguments):
         default=None, metadata={"help": "A task by name: mnns, or reasoning_gym:NAME. Instead of a dataset."}
     )
     task_size: int | None = field(default=None, metadata={"help": "Training rows of the task. Default: all."})
+    eval_rows: int | None = field(default=None, metadata={"help": "Held-out rows of the table. Default: all."})
     rows: str | None = field(
         default=None,
         metadata={

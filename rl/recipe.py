@@ -135,9 +135,8 @@ def train_row(program, make_trainer, args, task, script, model_args):
         """On the main process; nothing where there are no held-out rows."""
         if task.test is None or not trainer.accelerator.is_main_process:
             return {}
-        rows = task.test.select(range(min(script.eval_rows or len(task.test), len(task.test))))
         plain = trainer.accelerator.unwrap_model(trainer.model)
-        return evaluate(plain, tokenizer, rows, score, args, script.eval_draws)
+        return evaluate(plain, tokenizer, task.test, score, args, script.eval_draws)
 
     name, before = decoder_of(args), measure()
     trainer.accelerator.print(f"{name}: {before.get('accuracy', float('nan')):.3f} before")
@@ -278,7 +277,7 @@ def check_input(script, training, model_args, mixture):
     from softar.sft import check_writable
 
     names = parse_rows(script.rows, ROWS, GROUPS)
-    for name, least in (("num_seeds", 1), ("sft_steps", 0), ("eval_rows", 1), ("eval_draws", 1)):
+    for name, least in (("num_seeds", 1), ("sft_steps", 0), ("eval_draws", 1)):
         value = getattr(script, name)
         if value is not None and value < least:
             raise ValueError(f"{name}={value} must be at least {least}")

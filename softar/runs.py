@@ -5,6 +5,7 @@ A row is a (name, seed). The recipe that trains rows in processes of their own s
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -188,7 +189,16 @@ def parse_rows(text: str | None, rows: dict, groups: dict[str, list[str]]) -> li
 
 
 def open_task(script, mixture):
-    """A task by name, or a dataset in TRL's formats as a task without a scorer."""
+    """A task by name, or a dataset in TRL's formats as a task without a scorer; of its held-out rows `eval_rows`."""
+    if script.eval_rows is not None and script.eval_rows < 1:
+        raise ValueError(f"eval_rows={script.eval_rows} must be at least 1")
+    task = _open_task(script, mixture)
+    if script.eval_rows is None or task.test is None:
+        return task
+    return dataclasses.replace(task, test=task.test.select(range(min(script.eval_rows, len(task.test)))))
+
+
+def _open_task(script, mixture):
     from datasets import load_dataset
     from trl import get_dataset
 

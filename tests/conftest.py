@@ -11,7 +11,28 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on models this small more threads only wait for each other
 
 
+# Begun first, the longest ahead, so that no worker is left alone with one at the end (--no-loadscope-reorder keeps it).
+LONGEST = (
+    "recipe_diffusion",
+    "vllm",
+    "recipes",
+    "recipe_rl",
+    "vllm_soft",
+    "diffusion_sft",
+    "sweep",
+    "embedded_diffusion",
+    "bench_diffusion",
+    "lm_eval",
+    "rl_vllm",
+    "vllm_state",
+    "bench_vllm",
+    "vllm_parallel",
+)
+
+
 def pytest_collection_modifyitems(items):
+    place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch

@@ -1,6 +1,7 @@
 """recipes/denoise.py as a user runs it, and what its picture says."""
 
 import importlib.util
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +43,12 @@ def test_infilling():
         (["--soften_args", '{"k": 0}'], "k=0"),
     ],
 )
-def test_bad_input(args, message):
-    done = run(*args)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+def test_bad_input(args, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["denoise.py", *args])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(recipe.__file__, run_name="__main__")
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def frames(config, prompt="<bos> D1 D1 D1 D2 ->"):

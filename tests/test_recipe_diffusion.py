@@ -24,14 +24,18 @@ PYTHON = [sys.executable, RECIPE]
 ACCELERATE = [BIN / "accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
               "--dynamo_backend", "no", RECIPE]  # fmt: skip
 TWO = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", RECIPE]
-QUICK = {"max_steps": 5, "task_size": 200, "logging_steps": 1, "save_steps": 2,  "warmup_steps": 1,
+QUICK = {"max_steps": 5, "task_size": 200, "eval_rows": 50, "logging_steps": 1, "save_steps": 2, "warmup_steps": 1,
          "per_device_train_batch_size": 32}  # fmt: skip
 
 
-def run(command, folder, *flags, code=0, **options):
+def arguments(folder, **options):
     options = {**QUICK, **options, "output_dir": folder}
-    named = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
-    done = subprocess.run([*map(str, command), *flags, *named], env=ENV, cwd="/", capture_output=True, text=True)
+    return [str(x) for name, value in options.items() for x in (f"--{name}", value)]
+
+
+def run(command, folder, *flags, code=0, **options):
+    command = [*map(str, command), *flags, *arguments(folder, **options)]
+    done = subprocess.run(command, env=ENV, cwd="/", capture_output=True, text=True)
     assert done.returncode == code, done.stderr[-3000:]
     return done
 
@@ -62,7 +66,7 @@ def test_the_demo_ends_with_table_results_and_plot(tmp_path):
         (t, d, b) for t, d in map(lambda line: line[:2], lines) for b in (4, 8, 12, 20)
     }
     for row in found["rows"]:
-        assert row["nfe"] == row["budget"] and row["n"] == 1000 and row["train_steps"] == 5
+        assert row["nfe"] == row["budget"] and row["n"] == 50 and row["train_steps"] == 5
         assert row["task"] == "latin" and row["schedule"] == "uniform" and row["seed"] == 42
     assert (tmp_path / "accuracy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     # each row's folder is a model that decodes as it was trained
@@ -124,6 +128,7 @@ def test_two_processes_train_a_uniform_model_as_one(tmp_path):
     ("options", "says"),
     [
         (dict(likelihood_samples=-1), "likelihood_samples=-1"),
+        (dict(eval_rows=0), "eval_rows=0 must be at least 1"),
         (dict(rows="soft"), "rows='soft': 'soft' is unknown"),
         (dict(schedules="uniform,cosine"), "'cosine' is unknown"),
         (dict(task="latins"), "task='latins' is unknown"),
@@ -133,11 +138,22 @@ def test_two_processes_train_a_uniform_model_as_one(tmp_path):
         (dict(model_name_or_path="mnns-tiny", task="mnns"), "could not be loaded"),
     ],
 )
-def test_bad_input_ends_with_one_line(tmp_path, options, says):
+def test_bad_input_ends_with_one_line(tmp_path, options, says, monkeypatch, capsys):
+    """In this process: to start another for each takes longer than all else."""
     if "reasoning_gym" in options.get("task", ""):
         pytest.importorskip("reasoning_gym")
-    done = run(PYTHON, tmp_path, code=2, **options)
-    assert says in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", [RECIPE, *arguments(tmp_path, **options)])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(RECIPE, run_name="__main__")
+    assert left.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert says in said[-1] and said[-1].startswith("sft_diffusion.py: error: ")
+
+
+@pytest.mark.slow
+def test_bad_input_of_a_process_of_its_own(tmp_path):
+    done = run(PYTHON, tmp_path, code=2, rows="soft")
+    assert "rows='soft': 'soft' is unknown" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

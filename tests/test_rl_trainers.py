@@ -571,6 +571,7 @@ SIGNATURES = {
     "token_type_ids mm_token_type_ids image_position_ids",
     "_calculate_rewards": "inputs prompts completions completion_ids_list",
     "_compute_loss": "model inputs",
+    "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
     "_save": "output_dir state_dict",
     "_save_checkpoint": "model trial",
     "_load_from_checkpoint": "resume_from_checkpoint model",
