@@ -19,6 +19,7 @@ from collections import Counter
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import LlamaForCausalLM
 from trl.generation.vllm_generation import VLLMGeneration
@@ -31,7 +32,7 @@ from softar.soft import Soft
 from softar.vllm import _environment
 from softar.vllm_soft import FIELDS, VERSIONS, Read, record_of, register
 
-SPACE = "VLLM_CPU_KVCACHE_SPACE"
+SPACE, WHERE = "VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING"
 VALUE_HEAD = "v_head."  # PPO's, on the policy's module
 
 
@@ -61,6 +62,9 @@ class VLLMRollout(VLLMGeneration):
             raise ValueError(f"rollout='vllm': vLLM {version} is not among the versions that softar thinks in, "
                              f"{VERSIONS}: install one, or give rollout='loop'")  # fmt: skip
         base = plain(self.model)
+        # Under autocast the policy computes in this, whatever its weights are kept in
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = mixed.get(self.accelerator.mixed_precision, base.dtype)
         if getattr(base, "is_quantized", False):
             raise ValueError("rollout='vllm': the model is quantised; load it in bfloat16, or give rollout='loop'")
         _check_heads(base.name_or_path, base.config) if not _narrow(base.config) else None
@@ -71,7 +75,7 @@ class VLLMRollout(VLLMGeneration):
         with tempfile.TemporaryDirectory(prefix="softar-rollout-") as folder, aside():
             served = base if self.stand_in is None else widened(self.stand_in)
             config = copy.deepcopy(served.config)
-            config.architectures, config.dtype = [type(served).__name__], base.dtype
+            config.architectures, config.dtype = [type(served).__name__], dtype
             if hasattr(config, "quantization_config"):  # of the GGUF that the weights were read from
                 del config.quantization_config
             config.save_pretrained(folder)
@@ -84,7 +88,7 @@ class VLLMRollout(VLLMGeneration):
                     folder,
                     skip_tokenizer_init=True,
                     load_format="dummy",
-                    dtype=str(base.dtype).removeprefix("torch."),
+                    dtype=str(dtype).removeprefix("torch."),
                     enable_prompt_embeds=True,
                     enable_prefix_caching=False,
                     enforce_eager=on_cpu(),
@@ -119,15 +123,16 @@ class VLLMRollout(VLLMGeneration):
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-        runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
-        model = runner.get_model()
-        names = {name for name, _ in model.named_parameters()}
-        with set_current_vllm_config(runner.vllm_config), eager():
-            initialize_layerwise_reload(model)
-            loaded = model.load_weights(self._iter_named_params())
-            finalize_layerwise_reload(model, runner.model_config)
-            if on_cpu():
-                repack_tied(model)
+        with self._whole(), contextlib.closing(self._iter_named_params()) as weights, eager():
+            runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
+            model = runner.get_model()
+            names = {name for name, _ in model.named_parameters()}
+            with set_current_vllm_config(runner.vllm_config):
+                initialize_layerwise_reload(model)
+                loaded = model.load_weights(weights)
+                finalize_layerwise_reload(model, runner.model_config)
+                if on_cpu():
+                    repack_tied(model)
         if missing := sorted(names - loaded):
             raise ValueError(f"rollout='vllm': the policy has no weights for vLLM's {missing[:3]} ({len(missing)} in "
                              f"all); give rollout='loop'")  # fmt: skip
@@ -143,13 +148,33 @@ class VLLMRollout(VLLMGeneration):
         lent = is_peft_model(self.model) or self._dist.is_fsdp or self._dist.is_zero3
         theirs = ((name, p.detach()) for name, p in super()._iter_named_params() if not name.startswith(VALUE_HEAD))
         own = ((name, p.clone() if lent else p) for name, p in theirs)
-        if self.stand_in is not None:
-            self.stand_in.load_state_dict(dict(own), strict=False)  # a tied head is there once
-            own = ((name, p.detach()) for name, p in widened(self.stand_in).named_parameters())
-        yield from own
-        for name, p in self.model.named_parameters() if kept else ():
-            if name in kept:
-                p.copy_(kept[name])
+        try:
+            yield from own if self.stand_in is None else self._widened(dict(own))
+        finally:  # an interruption leaves adapters merged
+            if kept and any(layer.merged for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)):
+                self.model.unmerge_adapter()
+            for name, p in self.model.named_parameters() if kept else ():
+                if name in kept:
+                    p.copy_(kept[name])
+
+    def _widened(self, weights: dict[str, torch.Tensor]):
+        found = self.stand_in.load_state_dict(weights, strict=False)
+        missing = [name for name in found.missing_keys if name != "lm_head.weight"]  # a tied one is there once
+        if wrong := found.unexpected_keys or missing:
+            raise ValueError(f"rollout='vllm': the policy's weights {wrong[:3]} are not those of a plain Llama; give "
+                             f"rollout='loop'")  # fmt: skip
+        return ((name, p.detach()) for name, p in widened(self.stand_in).named_parameters())
+
+    @contextlib.contextmanager
+    def _whole(self):
+        """What is interrupted leaves the engine with half of the weights, or with requests that go on: it ends."""
+        if self.llm is None:
+            raise RuntimeError("rollout='vllm': the engine was ended, or interrupted at work; make another trainer")
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     # -- rollouts ---------------------------------------------------------------------------------------------------
 
@@ -184,7 +209,8 @@ class VLLMRollout(VLLMGeneration):
         ]
         here = self.accelerator.device
         # vLLM draws for each row, and then anew for those that have seeds
-        with eager(), torch.random.fork_rng([here.index] if here.type == "cuda" else []):
+        devices = [torch.cuda.current_device()] if here.type == "cuda" else []
+        with self._whole(), eager(), torch.random.fork_rng(devices):
             outs = self.llm.generate([{"prompt_token_ids": row} for row in prompts], params, use_tqdm=False)
         out = output_of(prompts, [record_of(o.outputs[0]) for o in outs], self.decoding, self.eos, self.pad)
         record = type(out.record)(*(x.to(here) for x in out.record))
@@ -268,8 +294,9 @@ def joining(accelerator):
 @contextlib.contextmanager
 def aside():
     """Start an engine here without a trace in the process: vLLM seeds all generators, forbids to change the number of
-    threads, and tells all that it does."""
-    log, threads = logging.getLogger("vllm"), torch.set_num_threads
+    threads, sets how float32 is multiplied and where later engines run, and tells all that it does."""
+    log, threads, precision = logging.getLogger("vllm"), torch.set_num_threads, torch.get_float32_matmul_precision()
+    where = os.environ.get(WHERE)
     level, states = log.level, (random.getstate(), np.random.get_state())  # noqa: NPY002
     if "VLLM_LOGGING_LEVEL" not in os.environ:
         log.setLevel(logging.ERROR)
@@ -278,6 +305,10 @@ def aside():
             yield
     finally:
         torch.set_num_threads = threads
+        torch.set_float32_matmul_precision(precision)
+        os.environ.pop(WHERE, None)
+        if where is not None:
+            os.environ[WHERE] = where
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         log.setLevel(level)

@@ -168,8 +168,10 @@ def has_answer(soft: dict) -> bool:
 
 
 def ends_unseen(soft: dict) -> bool:
-    """Can the answer begin where neither a token nor a count of steps tells?"""
-    return soft.get("cold_stop_entropy") is not None and soft.get("think_end") is None
+    """Can the answer begin where neither a token nor a count of steps tells? With a budget too, as a cold stop just
+    before it begins to put think_end in, which the count would begin anew."""
+    is_counted = soft.get("budget") is not None
+    return soft.get("cold_stop_entropy") is not None and (soft.get("think_end") is None or is_counted)
 
 
 def answer_starts(config: SoftConfig, prompts: list[list[int]], found: list[Completion]) -> list[int]:

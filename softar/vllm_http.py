@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .decode import Record
 
 FIELD = "soft"  # of a choice
-DIGITS = 7  # of a float32
+DIGITS = 9  # that tell a float32 from all others
 
 
 def as_json(steps: Iterable[Read]) -> dict[str, list]:

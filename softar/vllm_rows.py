@@ -278,7 +278,10 @@ class Rows:
             index = self._index(rows, len(record.ids))
             soft = Soft(record.ids, record.weights)
             soft = soft if index is None else Soft(soft.ids[index], soft.weights[index])
-            mixed = soft_embed(soft, self.embedding, rescale=config.rescale).to(embeds.dtype)
+            n = max(PIECE // soft.ids.shape[1], 1)  # rows at a time: what they need is no part of vLLM's own count
+            pieces = (Soft(soft.ids[i : i + n], soft.weights[i : i + n]) for i in range(0, len(rows), n))
+            made = [soft_embed(piece, self.embedding, rescale=config.rescale).to(embeds.dtype) for piece in pieces]
+            mixed = made[0] if len(made) == 1 else torch.cat(made)
             if places == tuple(range(places[0], places[0] + len(places))):
                 embeds[places[0] : places[0] + len(places)] = mixed
             else:

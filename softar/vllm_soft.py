@@ -184,6 +184,9 @@ def check_engine(vllm_config) -> None:
         (parallel.enable_batch_sharded_sampling, "batch-sharded sampling"),
         (vllm_config.kv_transfer_config is not None, "a KV cache that comes from elsewhere"),
         (vllm_config.model_config.is_encoder_decoder, "an encoder-decoder model"),
+        (bool(vllm_config.model_config.logits_processors), "logits processors, which a thought would not pass"),
+        (vllm_config.model_config.return_sampling_mask, "sampling masks"),
+        (getattr(vllm_config, "watermark_config", None) is not None, "watermarks"),
     ):
         if is_on:
             raise ValueError(f"soft: not in an engine with {what}")

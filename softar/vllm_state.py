@@ -33,7 +33,8 @@ def soft_state(base: type) -> type:
 
         def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
             custom = super().custom_sampler(sampler)
-            if custom is None and self.vllm_config.speculative_config is None:
+            config = self.vllm_config  # what refuses a sampler that is not its own; soft requests are refused there
+            if custom is None and config.speculative_config is None and config.watermark_config is None:
                 return SoftSampler(sampler, self), None
             return custom
 

@@ -77,11 +77,17 @@ def main(folder):
         out[name] = dict(found(made), pairs=list(pairs), before=before)
         if name == "lora":
             out["merged"] = [m.merged for m in made.model.modules() if hasattr(m, "merged")]
+            out["interrupted"] = interrupted(made)
         if name == "grpo":
             out["long"] = refused(made._engine.decode, [[tiny.BOS] * 250], [0])
             out["stale"] = stale(made, pairs)
             out["answers"] = answers(made)
-            out["left"] = [torch.set_num_threads is threads, torch.is_grad_enabled(), "RANK" in os.environ]
+            out["left"] = [
+                torch.set_num_threads is threads,
+                torch.is_grad_enabled(),
+                "RANK" in os.environ,
+                os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING"),
+            ]
         if name == "hard":  # more than vLLM computes at once, so that it may cut prompts
             out["many"] = made._engine.decode([[tiny.BOS] * 240] * 24, range(24)).completions
         made.close()
@@ -98,6 +104,28 @@ def stale(made, pairs):
     made._engine.sync_weights = sync
     made._generate_single_turn([[tiny.BOS, 11, 12]] * 4, None, None, 4)
     return pairs[-2:]
+
+
+def interrupted(made):
+    """Ctrl-C on the way of the weights: are they the same after it, and what does another rollout say?"""
+    engine, before = made._engine, weights(made.model)
+    model = engine.llm.llm_engine.model_executor.driver_worker.model_runner.get_model()
+
+    def load(pairs):
+        next(pairs)
+        raise KeyboardInterrupt
+
+    model.load_weights = load
+    try:
+        engine.sync_weights()
+    except KeyboardInterrupt:
+        pass
+    after = weights(made.model)
+    merged = [m.merged for m in made.model.modules() if hasattr(m, "merged")]
+    try:
+        engine.sync_weights()
+    except RuntimeError as error:
+        return [torch.equal(before[name], after[name]) for name in before], merged, str(error)
 
 
 def answers(made):
@@ -227,6 +255,13 @@ def test_an_adapter_stays_apart_and_its_base_as_it_was(made):
 
 
 @pytest.mark.slow
+def test_an_interruption_ends_the_engine_and_leaves_the_policy_as_it_was(made):
+    equal, merged, said = made["interrupted"]
+    assert all(equal) and len(equal) > 20 and not any(merged)
+    assert "the engine was ended, or interrupted at work" in said
+
+
+@pytest.mark.slow
 def test_old_log_probabilities_are_the_models_own(made):
     """Where a rollout is used twice its first ratios are 1, but for the rounding of a replay in pieces; the second's
     are not."""
@@ -269,7 +304,7 @@ def test_more_prompts_than_fit_a_step(made):
 
 @pytest.mark.slow
 def test_what_the_engine_leaves_in_the_process(made):
-    assert made["left"] == [True, True, False]
+    assert made["left"] == [True, True, False, None]
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Co
 import softar
 import softar.server
 from softar.client import ServerDecoder
-from softar.completions import Completion, answer_starts
-from softar.decode import Kind
+from softar.completions import Completion, answer_starts, ends_unseen
+from softar.decode import Kind, Record
 from softar.decoders import DECODERS as LOOP
 from softar.evaluate import encode
 from softar.trace import from_json
@@ -100,6 +100,7 @@ BAD = [  # soft, other settings, what the one line says
     ({}, {"allowed_token_ids": [5]}, "not together with allowed_token_ids"),
 ]
 PARALLEL = dict(pipeline_parallel_size=1, prefill_context_parallel_size=1, enable_batch_sharded_sampling=False)
+MODEL = dict(enable_prompt_embeds=True, is_encoder_decoder=False, logits_processors=None, return_sampling_mask=False)
 DRAWN = dict(mixer="gumbel", budget=8, think_end=END)
 
 
@@ -591,7 +592,10 @@ def test_an_unknown_version_of_vllm_is_left_alone(made):
         (dict(parallel_config=SimpleNamespace(**{**PARALLEL, "pipeline_parallel_size": 2})), "pipeline parallelism"),
         (dict(parallel_config=SimpleNamespace(**{**PARALLEL, "prefill_context_parallel_size": 2})), "prefills split"),
         (dict(parallel_config=SimpleNamespace(**{**PARALLEL, "enable_batch_sharded_sampling": True})), "batch-sharded"),
-        (dict(model_config=SimpleNamespace(enable_prompt_embeds=False)), "--enable-prompt-embeds"),
+        (dict(model_config=SimpleNamespace(**{**MODEL, "enable_prompt_embeds": False})), "--enable-prompt-embeds"),
+        (dict(model_config=SimpleNamespace(**{**MODEL, "logits_processors": ["a.B"]})), "logits processors"),
+        (dict(model_config=SimpleNamespace(**{**MODEL, "return_sampling_mask": True})), "sampling masks"),
+        (dict(watermark_config=1), "watermarks"),
     ],
 )
 def test_engines_that_cannot_are_named(change, says):
@@ -599,7 +603,7 @@ def test_engines_that_cannot_are_named(change, says):
         speculative_config=None,
         kv_transfer_config=None,
         parallel_config=SimpleNamespace(**PARALLEL),
-        model_config=SimpleNamespace(enable_prompt_embeds=True, is_encoder_decoder=False),
+        model_config=SimpleNamespace(**MODEL),
     )
     check_engine(SimpleNamespace(**fits))
     with pytest.raises(ValueError, match=says):
@@ -762,6 +766,17 @@ def test_where_an_answer_begins(models):
             assert answer_starts(config, [case[0] for case in rows], found) == out.answer_start.tolist(), fields
             starts |= {*out.answer_start.tolist()}
     assert len(starts) > 8
+
+
+def test_where_an_answer_begins_when_a_cold_stop_comes_just_before_the_budget():
+    soft = dict(think_end=(7, 8), budget=3, cold_stop_entropy=0.5, cold_stop_steps=1)
+    assert ends_unseen(soft) and not ends_unseen({**soft, "budget": None})
+    entropy = torch.tensor([[2.0, 2.0, 0.1, 2.0, 2.0, 2.0]])  # so 7 is put in, and would be at the next step too
+    tokens = torch.tensor([[3, 3, 7, 8, 6, 9]])
+    nothing = torch.zeros(1, 6)
+    record = Record(tokens[..., None], torch.ones(1, 6, 1), tokens, nothing.to(torch.int8), nothing, entropy)
+    found = Completion("", tuple(tokens[0].tolist()), None, record)
+    assert answer_starts(softar.SoftConfig(**soft), [[BOS, 9]], [found]) == [4]
 
 
 @pytest.mark.slow
