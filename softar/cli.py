@@ -126,7 +126,7 @@ def serve(
     fmt.say(f"starting vllm serve for {model}; it takes half a minute or so")
     try:
         with start(model, port=port, host=host, dtype=dtype, max_model_len=max_model_len, wait=wait, log=log,
-                   extra=more or []) as server:  # fmt: skip
+                   soft=soft, extra=more or []) as server:  # fmt: skip
             if as_json:
                 about = {"url": server.url, "model": server.model, "seconds": server.seconds, "log": server.log}
                 fmt.print_json(about)

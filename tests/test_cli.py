@@ -538,6 +538,8 @@ def test_serve(softar, monkeypatch):
     assert url == server.url and f"{url}/v1/completions" in curl and body["model"] == "mnns-tiny"
     words = shlex.split(again)
     assert words[:2] == ["softar", "generate"] and cli_work.family(words[-1]) == "vllm"
+    out = softar("serve", "mnns-tiny", "--soft")[1]
+    assert [how["soft"] for _, how in asked] == [False, False, True] and "vllm_xargs" in out
     server.end = 3
     code, _, err = softar("serve", "mnns-tiny")
     assert code == 2 and "ended with code 3" in err
