@@ -132,7 +132,10 @@ def exponential(like: Tensor, rng: Rng) -> Tensor:
     if rng is None or isinstance(rng, torch.Generator):
         noise = torch.empty(like.shape, dtype=like.dtype, device=like.device if rng is None else rng.device)
         return noise.exponential_(generator=rng).clamp_min(TINY).to(like.device, non_blocking=True)
-    return torch.stack([exponential(row, r) for row, r in zip(like, rng, strict=True)])
+    pairs = zip(like, rng, strict=True)
+    rows = [torch.empty(row.shape, dtype=row.dtype, device=r.device).exponential_(generator=r) for row, r in pairs]
+    # Moved together: one copy to an accelerator, not one a row
+    return torch.stack(rows).clamp_min(TINY).to(like.device, non_blocking=True)
 
 
 def _standard_gamma(a: Tensor, rng: Rng) -> Tensor:
@@ -140,7 +143,9 @@ def _standard_gamma(a: Tensor, rng: Rng) -> Tensor:
         return torch._standard_gamma(a if rng is None else a.to(rng.device), generator=rng).to(
             a.device, non_blocking=True
         )
-    return torch.stack([_standard_gamma(row, r) for row, r in zip(a, rng, strict=True)])
+    home = a.to(rng[0].device)  # from an accelerator: the one place where a mixer waits for it, once a step
+    rows = [torch._standard_gamma(row, generator=r) for row, r in zip(home, rng, strict=True)]
+    return torch.stack(rows).to(a.device, non_blocking=True)
 
 
 def _draw(weights: Tensor, rng: Rng, n: int = 1) -> Tensor:
@@ -157,7 +162,7 @@ def _uniform(shape: tuple[int, ...], rng: Rng, device: torch.device) -> Tensor:
         source = device if rng is None else rng.device
         return torch.rand(shape, generator=rng, device=source, dtype=torch.float64).to(device, non_blocking=True)
     rows = [torch.rand(shape[1:], generator=r, device=r.device, dtype=torch.float64) for r in rng]
-    return torch.stack(rows).to(device, non_blocking=True)  # moved together: one copy to an accelerator, not one a row
+    return torch.stack(rows).to(device, non_blocking=True)
 
 
 def _pick(values: Tensor, slot: Tensor) -> Tensor:
