@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from test_vllm_soft import ENGINE, answers, cases, expected, model_of, same
+from test_vllm_soft import ENGINE, SETTINGS, answers, cases, expected, model_of, same
 
 WANTED = 24
 RANKS = 2
@@ -32,15 +32,7 @@ def test_split_over_two_processes_requests_of_all_kinds_equal_the_loop(tmp_path)
     model = model_of("llama")
     model.save_pretrained(tmp_path)
     tiny.tokenizer_of().save_pretrained(tmp_path)
-    settings = dict(
-        VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_CPU_CI_ENV="1",
-        VLLM_CPU_OMP_THREADS_BIND="nobind",
-        VLLM_NO_USAGE_STATS="1",
-        HF_HUB_OFFLINE="1",
-        TORCHDYNAMO_DISABLE="1",
-        OMP_NUM_THREADS="1",
-    )
+    settings = SETTINGS | dict(VLLM_CPU_OMP_THREADS_BIND="nobind")
     command = [sys.executable, __file__, str(tmp_path)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     with subprocess.Popen(command, env={**os.environ, **settings}, **pipes) as process:

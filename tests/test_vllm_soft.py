@@ -99,6 +99,15 @@ BAD = [  # soft, other settings, what the one line says
     ({}, {"min_tokens": 2}, "not together with min_tokens"),
     ({}, {"allowed_token_ids": [5]}, "not together with allowed_token_ids"),
 ]
+SETTINGS = dict(  # of an engine in a script
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_CI_ENV="1",
+    VLLM_NO_USAGE_STATS="1",
+    HF_HUB_OFFLINE="1",
+    TORCHDYNAMO_DISABLE="1",
+    OMP_NUM_THREADS="1",
+)
+HERE = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0")  # in the script's own process
 PARALLEL = dict(pipeline_parallel_size=1, prefill_context_parallel_size=1, enable_batch_sharded_sampling=False)
 MODEL = dict(enable_prompt_embeds=True, is_encoder_decoder=False, logits_processors=None, return_sampling_mask=False)
 DRAWN = dict(mixer="gumbel", budget=8, think_end=END)
@@ -112,6 +121,12 @@ def model_of(arch):
         torch.manual_seed(0)
         config = ARCHS[arch](vocab_size=VOCAB, **sizes)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def save_models(place):
+    for arch in ARCHS:
+        model_of(arch).save_pretrained(place / arch)
+        tiny.tokenizer_of().save_pretrained(place / arch)
 
 
 def cases(number):
@@ -436,26 +451,15 @@ def traced(llm, place):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("soft")
-    for arch in ARCHS:
-        model_of(arch).save_pretrained(place / arch)
-        tiny.tokenizer_of().save_pretrained(place / arch)
+    save_models(place)
     return place
 
 
 @pytest.fixture(scope="module")
 def script(place):
-    settings = dict(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_CPU_CI_ENV="1",
-        VLLM_NO_USAGE_STATS="1",
-        HF_HUB_OFFLINE="1",
-        TORCHDYNAMO_DISABLE="1",
-        OMP_NUM_THREADS="1",
-    )
     with subprocess.Popen(
         [sys.executable, __file__, str(place)],
-        env={**os.environ, **settings},
+        env={**os.environ, **SETTINGS, **HERE},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ) as process:

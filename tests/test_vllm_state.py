@@ -12,14 +12,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 from test_vllm_soft import (
     ARCHS,
     BAD,
     DRAWN,
     ENGINE,
+    HERE,
     LONG,
+    SETTINGS,
     TIGHT,
     after,
     answers,
@@ -32,6 +33,7 @@ from test_vllm_soft import (
     refused,
     runner,
     same,
+    save_models,
 )
 from tiny import BOS
 
@@ -91,25 +93,13 @@ def watched(state):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("second")
-    for arch in ARCHS:
-        model_of(arch).save_pretrained(place / arch)
-        tiny.tokenizer_of().save_pretrained(place / arch)
+    save_models(place)
     return place
 
 
 @pytest.fixture(scope="module")
 def made(place):
-    settings = dict(
-        TRITON_INTERPRET="1",
-        VLLM_USE_V2_MODEL_RUNNER="1",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_CPU_CI_ENV="1",
-        VLLM_NO_USAGE_STATS="1",
-        HF_HUB_OFFLINE="1",
-        TORCHDYNAMO_DISABLE="1",
-        OMP_NUM_THREADS="1",
-    )
+    settings = SETTINGS | HERE | dict(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
     ended = subprocess.run(
         [sys.executable, __file__, str(place)], env={**os.environ, **settings}, capture_output=True, timeout=300
     )
