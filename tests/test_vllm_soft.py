@@ -951,5 +951,18 @@ def test_however_they_are_scheduled_rows_do_the_same(seed):
         assert found[name] == alone.tokens[name][len(prompt) :], (name, fields)
 
 
+def test_mixtures_gathered_a_few_rows_at_a_time_are_the_same(monkeypatch):
+    made = []
+    for piece in (4096, 20):  # of three mixtures of ten tokens: all, two and one
+        monkeypatch.setattr("softar.vllm_rows.PIECE", piece)
+        engine = Engine(0, unruly=False)
+        for i in range(3):
+            engine.add(f"r{i}", [BOS, 9 + i], dict(top_k=10), None)
+        for _ in range(12):
+            engine.step()
+        made.append(engine.tokens)
+    assert made[0] == made[1] and len({tuple(t[2:]) for t in made[0].values()}) == 3
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
