@@ -1,6 +1,6 @@
 """Masked-diffusion decoders for `softar.compare`: every softener, by name; schedules and the rest are options.
 
-Costs are as in `softar.decoders`.
+Costs are as in `softar.decoders.soft`.
 """
 
 import functools
@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from softar.comparison import Decoded, Decoder
+from softar.decoders.registry import check_model, check_options, columns_of, format_options, open_model
+from softar.evals.compare import Decoded, Decoder
 from softar.evaluate import evaluating, read_prompts
-from softar.families import check_model, check_options, columns_of, format_options, open_model
 
 from .config import DenoiseConfig
 from .loop import DenoiseOutput, denoise
@@ -30,7 +30,7 @@ class DiffusionDecoder:
         model, tokenizer: from softar.diffusion.load.
         name: for tables; that of the softener where None.
         seed: of what it draws. It keeps its generator, so that a second call draws other numbers.
-        trace: also give each answer's softar.trace.Canvas; making it does not count as decoding time.
+        trace: also give each answer's softar.show.trace.Canvas; making it does not count as decoding time.
         columns: decoder, model, setting, ... for a table's rows, beside those known from model and config.
     """
 

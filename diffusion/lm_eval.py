@@ -10,8 +10,8 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 from tqdm import tqdm
 
-from softar.families import check_options
-from softar.lm_eval import SAMPLING, BadArgument, LoadedLM, model_name, split_args
+from softar.decoders.registry import check_options
+from softar.evals.lm_eval import SAMPLING, BadArgument, LoadedLM, model_name, split_args
 
 from .config import DenoiseConfig
 from .loop import denoise

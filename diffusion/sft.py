@@ -19,9 +19,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
-from softar.sft import check_writable, no_interrupt
-from softar.sft_config import PlainSFTConfig, opt
-from softar.sft_data import SoftCollator
+from softar.sft.config import PlainSFTConfig, opt
+from softar.sft.data import SoftCollator
+from softar.sft.trainer import check_writable, no_interrupt
 from softar.soft import soft_embed
 
 from .config import DenoiseConfig

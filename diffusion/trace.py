@@ -6,8 +6,8 @@ Shapes: B rows, P prompt length, L columns of the canvas, K tokens of a mixture.
 
 from torch import Tensor
 
+from softar.show.trace import MANY, TOP, Canvas, Forward, Words
 from softar.soft import Soft
-from softar.trace import MANY, TOP, Canvas, Forward, Words
 
 from .loop import DenoiseOutput
 from .models import Facts

@@ -14,15 +14,7 @@ from torch import Tensor
 from softar.soft import Soft, mk_proba_dist
 
 from .config import DenoiseConfig
-from .duo import (
-    GaussianToDiscrete,
-    ancestral_step,
-    corrupt,
-    gaussian_corrupt,
-    log_linear,
-    nelbo,
-    symmetric_kl,
-)
+from .duo import GaussianToDiscrete, ancestral_step, corrupt, gaussian_corrupt, log_linear, nelbo, symmetric_kl
 from .process import UniformProcess
 from .schedules import Block
 from .select import Draws

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import softar
-from softar.guidance import guide, soft_forward
-from softar.report import device, versions, write_results
+from softar.sft.forward import guide, soft_forward
+from softar.show.figures import device, versions, write_results
 from softar.soft import Soft, dense, mk_proba_dist, soft_embed
 
 console = Console()
@@ -137,7 +137,7 @@ def sft(args) -> list[dict]:
 def agreement(args) -> list[dict]:
     """Parallel against sequential by number of passes, on held-out rows of MNNS."""
     from softar.evaluate import encode
-    from softar.sft import thought_mask
+    from softar.sft.trainer import thought_mask
 
     model, tokenizer = softar.load(args.model_path, device="cpu")
     task = softar.load_task("mnns")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from softar.runs import one_line_errors
+from softar.recipe import one_line_errors
 
 PROGRAM = "demo.py"
 LENGTH = 6  # tokens of an MNNS answer: three partial sums, the answer, the end, and one to spare
@@ -67,9 +67,9 @@ def run(args, console: Console) -> None:
     import torch
     from transformers.utils import logging
 
-    from softar.comparison import compare
-    from softar.families import make_decoder
-    from softar.page import write_page
+    from softar.decoders.registry import make_decoder
+    from softar.evals.compare import compare
+    from softar.show.page import write_page
     from softar.tasks import load_task
 
     logging.disable_progress_bar()

@@ -30,7 +30,7 @@ from pathlib import Path
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from softar.diffusion.sft import DiffusionSFTConfig
-from softar.runs import (
+from softar.recipe import (
     CUSTOM,
     check_resume,
     checkpoint_of,
@@ -109,7 +109,7 @@ class RecipeConfig(DiffusionSFTConfig):
 def main(script, training, model_args, mixture):
     from rich.console import Console
 
-    from softar.report import nfe_table, plot_nfe
+    from softar.show.figures import nfe_table, plot_nfe
 
     console = Console()
     with one_line_errors(PROGRAM):
@@ -235,7 +235,7 @@ def row_config(training, name, seed, place):
 def check_input(script, training, mixture):
     """All that can be told to be wrong before a model is opened -> names of the rows, schedules, task."""
     from softar.diffusion.evaluate import has_texts
-    from softar.sft import check_writable
+    from softar.sft.trainer import check_writable
 
     names = parse_rows(script.rows, ROWS, GROUPS)
     if script.num_seeds < 1:

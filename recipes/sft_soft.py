@@ -29,7 +29,7 @@ from pathlib import Path
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-from softar.runs import (
+from softar.recipe import (
     CUSTOM,
     check_resume,
     checkpoint_of,
@@ -42,7 +42,7 @@ from softar.runs import (
     train_rows,
     with_default_config,
 )
-from softar.sft import SoftSFTConfig
+from softar.sft.trainer import SoftSFTConfig
 
 HERE, PROGRAM = Path(__file__).parent, Path(__file__).name
 # Fields that make a row of the table what it is; everything else (data, steps, size) is common to all.
@@ -88,7 +88,7 @@ def main(script, training, model_args, mixture):
     import torch
     from rich.console import Console
 
-    from softar.report import plot_accuracy, results_table
+    from softar.show.figures import plot_accuracy, results_table
 
     console, folder = Console(), Path(training.output_dir)
     with one_line_errors(PROGRAM):
@@ -130,7 +130,7 @@ def train_row(name, args, task, model, tokenizer, model_args):
     from trl import get_peft_config
 
     from softar.evaluate import evaluate
-    from softar.sft import SoftSFTTrainer
+    from softar.sft.trainer import SoftSFTTrainer
     from softar.tasks import no_thought
 
     if name == "no-cot":
@@ -179,7 +179,7 @@ def thought_of(place, task):
     import softar
     from softar.config import SoftConfig
     from softar.evaluate import encode
-    from softar.report import thought_table
+    from softar.show.figures import thought_table
 
     model, tokenizer = softar.load(place)
     inputs = encode(tokenizer, task.test["prompt"][:1]).to(model.device)
@@ -202,7 +202,7 @@ def row_config(training, name, seed, where, task):
 
 def check_input(script, training, mixture):
     """All that can be told to be wrong before a model is opened -> names of the rows, task."""
-    from softar.sft import check_writable
+    from softar.sft.trainer import check_writable
 
     names = parse_rows(script.rows, ROWS, GROUPS)
     if script.num_seeds < 1:

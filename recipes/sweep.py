@@ -27,7 +27,7 @@ from pathlib import Path
 
 from trl import TrlParser
 
-from softar.runs import one_line_errors
+from softar.recipe import one_line_errors
 
 PROGRAM = "sweep.py"
 DEMO = dict(tasks=["latin", "mnns"], soft=["soft-mask"], baseline=["hard"], vary=["threshold=0.5,0.7,0.9,0.98"])
@@ -67,7 +67,7 @@ def main(args):
     from accelerate import PartialState
     from rich.console import Console
 
-    from softar.sweep import aggregate, plot_sweep, read_grid, sweep, sweep_table
+    from softar.evals.sweep import aggregate, plot_sweep, read_grid, sweep, sweep_table
 
     with one_line_errors(PROGRAM):
         values = {k: v for k, v in dataclasses.asdict(args).items() if k != "output_dir"}

@@ -20,7 +20,7 @@ from trl.models.utils import _ForwardRedirection, unwrap_model_for_generation
 from trl.trainer.utils import create_model_from_path, pad, use_adapter
 
 from softar.decode import Kind, SoftOutput, generate
-from softar.sft import check_writable, no_interrupt
+from softar.sft.trainer import check_writable, no_interrupt
 from softar.soft import entropy
 
 from .actions import ACTIONS, replay

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-from softar.runs import (
+from softar.recipe import (
     CUSTOM,
     check_resume,
     checkpoint_of,
@@ -30,7 +30,7 @@ from softar.runs import (
     train_rows,
     with_default_config,
 )
-from softar.sft_config import opt
+from softar.sft.config import opt
 
 from .config import check_resume as check_same_policy
 from .rewards import REWARDS, as_chats, check_columns, rewards_of, score_of
@@ -80,7 +80,7 @@ def run(program: str, config: type, make_trainer: Callable, default_config: Path
 def main(program, make_trainer, names, task, script, training, model_args):
     from rich.console import Console
 
-    from softar.report import gain_table, plot_rewards
+    from softar.show.figures import gain_table, plot_rewards
 
     console, folder = Console(), Path(training.output_dir)
     is_tiny = (model_args.model_name_or_path or task.model) == task.model
@@ -234,7 +234,7 @@ def make_start(start: Path, made_with: dict, args, task) -> None:
     from accelerate import PartialState
 
     import softar
-    from softar.sft import SoftSFTConfig, SoftSFTTrainer
+    from softar.sft.trainer import SoftSFTConfig, SoftSFTTrainer
 
     draft = start.with_suffix(".partial")
     settings = SoftSFTConfig(
@@ -274,7 +274,7 @@ def row_config(training, name, seed, place, task):
 
 def check_input(script, training, model_args, mixture):
     """All that can be told to be wrong before a model is opened -> names of the rows, task."""
-    from softar.sft import check_writable
+    from softar.sft.trainer import check_writable
 
     names = parse_rows(script.rows, ROWS, GROUPS)
     for name, least in (("num_seeds", 1), ("sft_steps", 0), ("eval_draws", 1)):

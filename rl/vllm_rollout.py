@@ -27,10 +27,10 @@ from trl.trainer.utils import ensure_master_addr_port, pad
 
 from softar.decode import Kind, SoftOutput, _Chooser, _stack
 from softar.mixers import Mixed
-from softar.server import _check_heads, _narrow, on_cpu, settings, widened
 from softar.soft import Soft
-from softar.vllm import _environment
-from softar.vllm_soft import FIELDS, VERSIONS, Read, record_of, register
+from softar.vllm.engine import _environment
+from softar.vllm.plugin import FIELDS, VERSIONS, Read, record_of, register
+from softar.vllm.server import _check_heads, _narrow, on_cpu, settings, widened
 
 SPACE, WHERE = "VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING"
 VALUE_HEAD = "v_head."  # PPO's, on the policy's module

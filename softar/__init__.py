@@ -22,13 +22,13 @@ _HOME = {
     "soft_decode": "softar.decode",
     "load": "softar.models",
     "load_task": "softar.tasks",
-    "compare": "softar.comparison",
-    "Comparison": "softar.comparison",
-    "Decoded": "softar.comparison",
-    "make_decoder": "softar.families",
-    "guide": "softar.guidance",
-    "SoftSFTConfig": "softar.sft_config",
-    "SoftSFTTrainer": "softar.sft",
+    "compare": "softar.evals.compare",
+    "Comparison": "softar.evals.compare",
+    "Decoded": "softar.evals.compare",
+    "make_decoder": "softar.decoders.registry",
+    "guide": "softar.sft.forward",
+    "SoftSFTConfig": "softar.sft.config",
+    "SoftSFTTrainer": "softar.sft.trainer",
 }
 __all__ = [*_HOME]
 

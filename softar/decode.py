@@ -37,8 +37,8 @@ from transformers.generation.logits_process import (
 )
 
 from .config import SoftConfig
-from .guidance import guide
 from .mixers import Mixed, Rng, hard, mk_mixer
+from .sft.forward import guide
 from .soft import Soft, check_dist, entropy, mk_proba_dist, soft_embed
 
 # What generate's own settings must not decide: `SoftConfig` does. Sampling is switched on, with neutral values: what is

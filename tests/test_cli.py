@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from softar import cli, cli_format, cli_work
+from softar.cli.app import app as cli
+from softar.cli.app import inputs as cli_work
+from softar.cli.app import output as cli_format
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = typer.main.get_command(cli.app)
@@ -53,7 +55,7 @@ def environment(monkeypatch):
 
 def process(*argv, **kwargs):
     kwargs.setdefault("capture_output", True)
-    command = [sys.executable, "-m", "softar.cli", *argv]
+    command = [sys.executable, "-m", "softar.cli.app", *argv]
     return subprocess.run(command, cwd=ROOT, text=True, timeout=120, **kwargs)
 
 
@@ -101,7 +103,7 @@ def test_without_a_command_it_helps(softar):
 
 
 def test_compare_lists_all_decoders():
-    from softar.families import FAMILIES, decoders_of
+    from softar.decoders.registry import FAMILIES, decoders_of
 
     said = GROUP.commands["compare"].help
     for name in [name for family in FAMILIES for name in decoders_of(family)]:
@@ -116,7 +118,7 @@ def test_version(softar):
 
 def test_no_torch_for_help():
     code = (
-        "import sys; sys.argv = ['softar', {!r}]; from softar.cli import main\n"
+        "import sys; sys.argv = ['softar', {!r}]; from softar.cli.app import main\n"
         "try: main()\n"
         "finally: print({{'torch', 'transformers', 'numpy', 'matplotlib', 'datasets'}} & {{*sys.modules}},\n"
         "               file=sys.stderr)"
@@ -179,7 +181,7 @@ def test_default_models_and_decoders(monkeypatch):
 
 def test_generate(softar):
     cli_work.quiet()
-    from softar.families import make_decoder
+    from softar.decoders.registry import make_decoder
 
     (found,) = make_decoder("soft", model="mnns-soft-tiny", max_new_tokens=6).decode([PROMPT])
     code, out, err = softar("generate", PROMPT, *SOFT)
@@ -400,7 +402,7 @@ def test_the_default_comparison_names_each_model_beside_its_decoders(softar, mon
 
 
 def test_ctrl_c_keeps_what_a_comparison_has_done(softar, monkeypatch, tmp_path):
-    from softar.decoders import SoftDecoder
+    from softar.decoders.soft import SoftDecoder
 
     calls, plain = [], SoftDecoder.decode
 
@@ -463,7 +465,7 @@ def test_length_of_an_answer():
 
 
 def test_trace(softar, tmp_path):
-    from softar.trace import from_json
+    from softar.show.trace import from_json
 
     words = ["trace", PROMPT, "-d", "mnns-soft-tiny=soft", "-d", "mnns-diffusion-tiny=soft-mask"]
     code, out, err = softar(*words, "--json")
@@ -655,7 +657,7 @@ def test_only_json_on_stdout_whatever_libraries_print(softar, monkeypatch):
 
 def test_only_results_holds_children_too():
     code = (
-        "import os, subprocess; from softar.cli_format import only_results\n"
+        "import os, subprocess; from softar.cli.output import only_results\n"
         "print('before')\n"
         "with only_results(): print('python'); os.system('echo child'); subprocess.run(['echo', 'another'])\n"
         "print('after')"

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from softar.comparison import Comparison, Decoded, Failure, Unfinished, compare
-from softar.frontier import _legend, _side_by_side, comparison_table, frontier, plot_frontier
-from softar.summary import bootstrap_means, interval
+from softar.evals.bootstrap import bootstrap_means, interval
+from softar.evals.chart import _legend, _side_by_side, comparison_table, frontier, plot_frontier
+from softar.evals.compare import Comparison, Decoded, Failure, Unfinished, compare
 
 QUIET = dict(bootstrap=200, console=Console(file=StringIO()))
 

@@ -15,15 +15,15 @@ from transformers import BertConfig, BertForMaskedLM
 
 import softar
 from softar import Kind, SoftConfig
-from softar.beam import BeamDecoder
-from softar.comparison import Decoded
-from softar.decoders import DECODERS, SelfConsistency, SoftDecoder, elect, last_match, soft_config
+from softar.decoders.beam import BeamDecoder
+from softar.decoders.registry import FAMILIES, decoders_of, family_of, find, format_options, make_decoder, parse_spec
+from softar.decoders.soft import DECODERS, SelfConsistency, SoftDecoder, elect, last_match, soft_config
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion import load as load_diffusion
 from softar.diffusion.decoders import DECODERS as DIFFUSION
 from softar.diffusion.decoders import DiffusionDecoder, denoise_config
+from softar.evals.compare import Decoded
 from softar.evaluate import encode, evaluate
-from softar.families import FAMILIES, decoders_of, family_of, find, format_options, make_decoder, parse_spec
 from softar.models import folder_of
 from softar.tasks import load_task
 
@@ -547,7 +547,7 @@ def test_traces(spec):
 
 def test_a_canvas_is_made_outside_the_clock(monkeypatch):
     """Turning what was seen into text takes longer here than to decode, and is no part of the seconds."""
-    from softar.trace import Words
+    from softar.show.trace import Words
 
     slept, mixtures = [], Words.mixtures
 

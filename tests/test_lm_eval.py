@@ -17,7 +17,7 @@ import softar
 from softar import diffusion
 from softar.diffusion.lm_eval import SoftarDiffusionLM
 from softar.diffusion.losses import log_likelihood
-from softar.lm_eval import BadArgument, SoftarLM, main
+from softar.evals.lm_eval import BadArgument, SoftarLM, main
 from tests.test_models import write_gguf
 from tests.tiny import model_of, tokenizer_of
 
@@ -310,7 +310,7 @@ def test_other_errors_keep_their_traceback(monkeypatch):
 
 def test_command(tasks, tmp_path):
     """As its users call it, with one of each model; the names come from the import."""
-    command = [sys.executable, "-c", "from softar.lm_eval import main; main()", "--include_path", str(tasks),
+    command = [sys.executable, "-c", "from softar.evals.lm_eval import main; main()", "--include_path", str(tasks),
                "--tasks", "chosen,generated", "--limit", "3", "--output_path", str(tmp_path), "--batch_size", "2",
                "--model", "softar", "--model_args", "pretrained=mnns-tiny,mixer=gumbel", "--seed", "5"]  # fmt: skip
     rows = [dict(question=p, gold="S0", options=["S0", "S1 S2", "S3"], label=0) for p in MNNS]

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tiny import EOS, PROMPTS, Forced, left_padded, model_of, tokenizer_of
 
-import softar.trace
+import softar.show.trace
 from softar import Kind, SoftConfig
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion import load as load_diffusion
 from softar.diffusion.models import facts
 from softar.diffusion.trace import Tracer
-from softar.page import DIGITS, pack, page, write_page
-from softar.trace import Canvas, Forward, Step, Trace, bar, from_json, thought, to_json, view, visible
+from softar.show.page import DIGITS, pack, page, write_page
+from softar.show.trace import Canvas, Forward, Step, Trace, bar, from_json, thought, to_json, view, visible
 
 NASTY = [
     "</script><script>document.title='broken'</script>",
@@ -107,7 +107,7 @@ def test_fewer_candidates_leave_more_to_the_rest():
 def test_a_wide_mixture_is_cut_before_it_is_listed(monkeypatch):
     out, tokenizer = decoded(top_k=None)
     whole = thought(out, tokenizer).steps[0]
-    monkeypatch.setattr(softar.trace, "MANY", 16)
+    monkeypatch.setattr(softar.show.trace, "MANY", 16)
     cut = thought(out, tokenizer).steps[0]
     assert cut.mixture == whole.mixture and cut.others == whole.others == 54
     assert cut.rest == pytest.approx(whole.rest) and cut.rest + sum(w for _, w in cut.mixture) == pytest.approx(1)
@@ -361,7 +361,7 @@ def test_a_mixture_that_stays_is_written_once():
 
 
 def test_traces_and_pages_need_no_torch():
-    code = "import sys, softar.page, softar.trace; print('torch' in sys.modules)"
+    code = "import sys, softar.show.page, softar.show.trace; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 

@@ -309,7 +309,7 @@ def test_data_that_cannot_be_used(tmp_path, monkeypatch, capsys):
 
 
 def assert_fails(monkeypatch, capsys, algorithm, args, says):
-    for trainer in ("softar.sft.SoftSFTTrainer.train", "softar.rl.grpo.SoftGRPOTrainer.train"):
+    for trainer in ("softar.sft.trainer.SoftSFTTrainer.train", "softar.rl.grpo.SoftGRPOTrainer.train"):
         monkeypatch.setattr(trainer, lambda *a, **kw: pytest.fail("it trains"))
     with pytest.raises(SystemExit) as end:
         run_here(monkeypatch, algorithm, *args)

@@ -18,7 +18,7 @@ from datasets import load_dataset
 from tiny import model_of, tokenizer_of
 
 import softar
-import softar.sft
+import softar.sft.trainer
 from softar.config import SoftConfig
 from softar.decode import Kind
 from softar.evaluate import encode
@@ -202,7 +202,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroke
 @pytest.mark.parametrize("rows", ["no-cot,discrete", None])
 def test_a_run_from_the_start_leaves_nothing_to_resume_of_an_earlier_one(tmp_path, monkeypatch, capsys, rows):
     places = [tmp_path] if rows is None else [tmp_path / f"{name}-seed42" for name in rows.split(",")]
-    plain, resumed = softar.sft.SoftSFTTrainer.train, []
+    plain, resumed = softar.sft.trainer.SoftSFTTrainer.train, []
 
     def fake(*names):
         for checkpoint in (place / name for place in places for name in names):
@@ -216,7 +216,7 @@ def test_a_run_from_the_start_leaves_nothing_to_resume_of_an_earlier_one(tmp_pat
 
     def start(train, code=None, **options):
         options = dict(task="mnns", rows=rows, jobs=1, max_steps=2, eval_new_tokens=3) | options
-        monkeypatch.setattr("softar.sft.SoftSFTTrainer.train", train)
+        monkeypatch.setattr("softar.sft.trainer.SoftSFTTrainer.train", train)
         monkeypatch.setattr(sys, "argv", [RECIPE, *argv(tmp_path, **options)])
         with contextlib.nullcontext() if code is None else pytest.raises(SystemExit, match=str(code)):
             runpy.run_path(RECIPE, run_name="__main__")
@@ -417,7 +417,7 @@ def test_rows_that_need_traces_say_so_before_the_first_is_trained(tmp_path, monk
     assert_fails(monkeypatch, capsys, argv(tmp_path / "out", **options), "'trace-soft' needs a column 'traces'")
 
 
-@pytest.mark.parametrize("where", ["softar.sft.soft_loss", "softar.evaluate.evaluate"])
+@pytest.mark.parametrize("where", ["softar.sft.trainer.soft_loss", "softar.evaluate.evaluate"])
 def test_an_error_of_the_training_keeps_its_traceback(tmp_path, monkeypatch, where):
     def fail(*args, **kw):
         raise ValueError("a bug")
@@ -445,7 +445,7 @@ def test_rows_in_processes_of_their_own_say_what_went_wrong(tmp_path, bad_input)
 
 def assert_fails(monkeypatch, capsys, args, says):
     monkeypatch.setattr(sys, "argv", [RECIPE, *args])
-    monkeypatch.setattr("softar.sft.SoftSFTTrainer.train", lambda *a, **kw: pytest.fail("it trains"))
+    monkeypatch.setattr("softar.sft.trainer.SoftSFTTrainer.train", lambda *a, **kw: pytest.fail("it trains"))
     with pytest.raises(SystemExit) as end:
         runpy.run_path(RECIPE, run_name="__main__")
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -10,7 +10,7 @@ from tiny import EOS, Forced, model_of, tokenizer_of
 
 import softar
 from softar.config import SoftConfig
-from softar.report import (
+from softar.show.figures import (
     PACKAGES,
     commit,
     device,

@@ -22,7 +22,7 @@ from softar.config import SoftConfig
 from softar.decode import Kind
 from softar.rl.vllm_rollout import VLLMRollout, drawn, output_of
 from softar.soft import Soft, dense
-from softar.vllm_soft import Read
+from softar.vllm.plugin import Read
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent

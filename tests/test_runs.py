@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from softar import runs
-from softar.runs import (
+from softar import recipe as runs
+from softar.recipe import (
     APART,
     CUSTOM,
     check_resume,
@@ -42,7 +42,7 @@ def checkpoint_at(folder, step, is_whole=True):
 
 
 def test_the_module_is_light():
-    code = "import sys, softar.runs; print({'torch', 'transformers', 'trl', 'numpy', 'rich'} & {*sys.modules})"
+    code = "import sys, softar.recipe; print({'torch', 'transformers', 'trl', 'numpy', 'rich'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, MixtralConfig, 
 from trl import SFTConfig, SFTTrainer
 
 import softar
-import softar.sft
+import softar.sft.trainer
 from softar.config import SoftConfig
 from softar.evaluate import evaluate
-from softar.sft import SoftSFTTrainer, no_interrupt, soft_loss
-from softar.sft_config import SoftSFTConfig
-from softar.sft_data import SoftCollator, thought_mask
+from softar.sft.config import SoftSFTConfig
+from softar.sft.data import SoftCollator, thought_mask
+from softar.sft.trainer import SoftSFTTrainer, no_interrupt, soft_loss
 from softar.soft import Soft, entropy
 from softar.tasks import load_task
 
@@ -122,7 +122,7 @@ def same(a, b, **kw):
 @pytest.fixture
 def spy(monkeypatch):
     """Collects what every forward of a trainer reads and what its loss is taken of."""
-    seen, inputs, plain_forward, plain_loss = [], {}, softar.sft.soft_forward, softar.sft.soft_loss
+    seen, inputs, plain_forward, plain_loss = [], {}, softar.sft.trainer.soft_forward, softar.sft.trainer.soft_loss
 
     def forward(model, ids, mask, soft_mask, feed, **kw):
         inputs.update(ids=ids, attention=mask, soft=soft_mask)
@@ -133,8 +133,8 @@ def spy(monkeypatch):
         inputs.clear()
         return plain_loss(logits, labels, thought, **kw)
 
-    monkeypatch.setattr(softar.sft, "soft_forward", forward)
-    monkeypatch.setattr(softar.sft, "soft_loss", loss)
+    monkeypatch.setattr(softar.sft.trainer, "soft_forward", forward)
+    monkeypatch.setattr(softar.sft.trainer, "soft_loss", loss)
     return seen
 
 

@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 from trl import TrlParser
 
-from softar import sweep as module
-from softar.sweep import Grid, aggregate, plot_sweep, read_grid, read_sweep, sweep, sweep_table
+from softar.evals import sweep as module
+from softar.evals.sweep import Grid, aggregate, plot_sweep, read_grid, read_sweep, sweep, sweep_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "sweep.py"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from softar.models import load
-from softar.sft_data import frontier
+from softar.sft.data import frontier
 from softar.soft import dense
 from softar.tasks import _freeze, _thaw, load_task, mnns, no_thought
 

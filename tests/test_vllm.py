@@ -19,10 +19,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import softar.server
+import softar.vllm.server
 from softar.models import load
-from softar.server import ServerError, exported, serve, widened
-from softar.vllm import DECODERS, MODES, Sampling, ServerDecoder, VLLMDecoder
+from softar.vllm.engine import DECODERS, MODES, Sampling, ServerDecoder, VLLMDecoder
+from softar.vllm.server import ServerError, exported, serve, widened
 
 pytestmark = pytest.mark.slow
 NEW = 6
@@ -468,7 +468,9 @@ def test_server_that_dies_at_its_start_shows_its_log(folder, tmp_path):
 def test_server_that_takes_too_long(folder, monkeypatch):
     started = []
     popen = subprocess.Popen
-    monkeypatch.setattr(softar.server.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[0])
+    monkeypatch.setattr(
+        softar.vllm.server.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[0]
+    )
     with pytest.raises(ServerError, match=r"did not answer within wait=0\.5 s; its last words:"):
         with serve(folder, wait=0.5):
             raise AssertionError
@@ -487,7 +489,7 @@ def test_port_in_use(folder):
 
 
 def test_signals_end_the_server_too(folder, tmp_path):
-    code = "import sys; from softar.server import serve\nwith serve(sys.argv[1], log=sys.argv[2]): pass"
+    code = "import sys; from softar.vllm.server import serve\nwith serve(sys.argv[1], log=sys.argv[2]): pass"
     logs = {sign: tmp_path / sign.name for sign in (signal.SIGINT, signal.SIGTERM)}
     programs = {
         sign: subprocess.Popen([sys.executable, "-c", code, folder, str(log)], stderr=subprocess.DEVNULL)
@@ -549,7 +551,7 @@ def test_exported_adapter(folder, tmp_path):
 
 def test_heads_without_a_kernel(tmp_path, monkeypatch):
     tiny.model_of("qwen3").save_pretrained(tmp_path)
-    monkeypatch.setattr(softar.server, "on_cpu", lambda: True)
+    monkeypatch.setattr(softar.vllm.server, "on_cpu", lambda: True)
     with pytest.raises(ValueError, match="attention heads 8 wide: vLLM on CPU serves"), exported(str(tmp_path)):
         raise AssertionError
 
@@ -567,7 +569,7 @@ def test_program_without_a_guard(tmp_path):
 
 
 def test_without_vllm(folder, monkeypatch):
-    monkeypatch.setattr(softar.server.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(softar.vllm.server.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'^vLLM is not installed: `pip install "softar\[vllm\]"`, or `make vllm`'):
         VLLMDecoder(folder).decode(PROMPTS)
     with pytest.raises(ImportError, match="vLLM is not installed"), serve(folder):
@@ -657,7 +659,7 @@ def test_ctrl_c_does_not_wait_for_a_slow_server():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from softar.client import ServerDecoder\n"
+        "from softar.vllm.client import ServerDecoder\n"
         f"ServerDecoder('http://127.0.0.1:{server.server_port}', 'm', max_new_tokens=4).decode(['a', 'b', 'c'])\n"
     )
     try:

@@ -25,17 +25,17 @@ from tiny import BOS, END, EOS, THINK, VOCAB
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
 
 import softar
-import softar.server
-from softar.client import ServerDecoder
-from softar.completions import Completion, answer_starts, ends_unseen
+import softar.vllm.server
 from softar.decode import Kind, Record
-from softar.decoders import DECODERS as LOOP
+from softar.decoders.soft import DECODERS as LOOP
 from softar.evaluate import encode
-from softar.trace import from_json
-from softar.vllm import DECODERS
-from softar.vllm_http import teach, to_record
-from softar.vllm_rows import CHUNK, Rows
-from softar.vllm_soft import check_engine, record_of, register
+from softar.show.trace import from_json
+from softar.vllm.client import ServerDecoder
+from softar.vllm.completions import Completion, answer_starts, ends_unseen
+from softar.vllm.engine import DECODERS
+from softar.vllm.http import teach, to_record
+from softar.vllm.plugin import check_engine, record_of, register
+from softar.vllm.rows import CHUNK, Rows
 
 ARCHS = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma": GemmaConfig}
 ENGINE = dict(dtype="float32", enforce_eager=True, enable_prompt_embeds=True, seed=0, max_model_len=128, max_num_seqs=8)
@@ -619,7 +619,7 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 @pytest.fixture(scope="module")
 def server(place, script):
-    with softar.server.serve(
+    with softar.vllm.server.serve(
         place / "llama", max_model_len=128, soft=True, extra=["--chat-template", TEMPLATE]
     ) as running:
         yield running
@@ -954,7 +954,7 @@ def test_however_they_are_scheduled_rows_do_the_same(seed):
 def test_mixtures_gathered_a_few_rows_at_a_time_are_the_same(monkeypatch):
     made = []
     for piece in (4096, 20):  # of three mixtures of ten tokens: all, two and one
-        monkeypatch.setattr("softar.vllm_rows.PIECE", piece)
+        monkeypatch.setattr("softar.vllm.rows.PIECE", piece)
         engine = Engine(0, unruly=False)
         for i in range(3):
             engine.add(f"r{i}", [BOS, 9 + i], dict(top_k=10), None)

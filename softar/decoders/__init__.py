@@ -1,0 +1,1 @@
+"""Decoders by name, `make_decoder`, and what they answer."""

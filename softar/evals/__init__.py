@@ -1,0 +1,1 @@
+"""Measuring: decoders on the same rows with intervals, grids of runs, lm-evaluation-harness."""

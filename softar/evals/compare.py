@@ -1,0 +1,387 @@
+"""Decoders side by side: accuracy, cost and how sure one can be of the difference.
+
+Knows no model family: a decoder is anything that turns prompts into `Decoded`.
+"""
+
+import csv
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..show.trace import Canvas, Trace
+from .bootstrap import Pass, number, summarise
+from .chart import comparison_table, plot_frontier
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+COSTS = ("nfe", "token_forwards")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One answer and what it cost."""
+
+    text: str  # what the scorer reads: the answer, special tokens stripped; of a template the whole sequence
+    tokens: tuple[int, ...]  # ids of the completion that is returned, padding left out
+    num_forwards: float  # NFE: forwards this row took part in; n votes or n beams count n times
+    token_forwards: float  # positions computed for this row: its share of the batch's, padding included
+    seconds: float  # this row's share of the batch's decoding time; the sum over rows is wall time
+    entropy: float | None = None  # mean nats over the row's steps; None where not known
+    trace: Trace | Canvas | None = None  # only where the decoder was made to keep it
+
+
+class Unfinished(ValueError):
+    """A decoder that failed in the middle: `done` holds what it finished, {index of the prompt: Decoded}."""
+
+    def __init__(self, message: str, done: dict[int, Decoded] | None = None):
+        super().__init__(message)
+        self.done = done or {}
+
+
+class Decoder(Protocol):
+    def decode(self, prompts: list) -> list[Decoded]:
+        """Prompts, text or chat messages, to as many answers in their order."""
+        ...
+
+
+@runtime_checkable
+class NamedDecoder(Decoder, Protocol):
+    """One that says what it is, as all of softar's do."""
+
+    name: str  # label, unique in a comparison: "soft-mask steps=8"
+    columns: dict  # goes into its row: decoder (registry name), model, setting ("steps=8"), family, maybe training
+
+
+class Failure(NamedTuple):
+    row: int | None  # index of the row whose score is missing; None: the decoder itself failed
+    decoder: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.decoder}{'' if self.row is None else f', row {self.row}'}: {self.message}"
+
+
+@dataclass
+class Comparison:
+    """What `compare` found. `rows` are those of results.json, one for each decoder that answered anything:
+
+    task, model, decoder, setting, family, name, stage (None), seed, and what else its decoder's `columns` hold;
+    n: rows that have a score. repeats: whole passes, or 1 that was cut short. complete: there is a whole pass.
+    accuracy: mean score, a row's being its mean over the repeats; accuracy_low, accuracy_high: 95 % percentile
+    bootstrap over rows; accuracy_sd: over repeats, None for one.
+    gain, gain_low, gain_high: accuracy less the baseline's on the rows that both have, paired; None for the baseline.
+    agreement: share of rows with the baseline's answer, as `extract` reads it out of the text.
+    nfe, token_forwards, seconds_per_row: per answer. seconds: decoding of one pass, mean over repeats; seconds_sd: over
+    repeats. tokens_per_s: returned tokens. entropy: mean nats per step. None where not known.
+    """
+
+    rows: list[dict]
+    baseline: str | None  # its name; None where it is not among the rows
+    failures: list[Failure] = field(default_factory=list)
+    interrupted: bool = False
+    overhead: float = 0.0  # share of the time after the warm-up that was not spent in decoders
+    left_out: list[str] = field(default_factory=list)  # without a row: failed, not reached, or over the budget
+    passes: dict[str, list[Pass]] = field(default_factory=dict, repr=False)  # by name: texts, scores and traces
+    bootstrap: int = 1000
+    seed: int = 0
+
+    def matched(self, by: str = "nfe", budget: float = math.inf) -> "Comparison":
+        """The decoders at equal cost: of each decoder and model the setting that uses most of the budget and does not
+        exceed it, the first of several; accuracy plays no part. Gains are over the setting picked of the baseline's
+        decoder, or None where it has none inside. What was cut short is not picked.
+
+        by: "nfe" or "token_forwards".   budget: per answer.
+        """
+        if by not in COSTS:
+            raise ValueError(f"by={by!r} must be one of {COSTS}")
+        if not budget > 0:
+            raise ValueError(f"budget={budget} must be > 0 {by} per answer")
+        settings: dict[tuple, list[dict]] = {}
+        for row in self.rows:
+            settings.setdefault((row["model"], row["decoder"]), []).append(row)
+        picks = {}
+        for group, rows in settings.items():
+            inside = [row for row in rows if row["complete"] and row[by] <= budget]
+            picks[group] = max(inside, key=lambda row: row[by]) if inside else None
+        kept = [row for row in self.rows if any(row is pick for pick in picks.values())]
+        own = next(((row["model"], row["decoder"]) for row in self.rows if row["name"] == self.baseline), None)
+        baseline = picks[own]["name"] if picks.get(own) else None
+        left_out = self.left_out + ["=".join(filter(None, group)) for group, pick in picks.items() if pick is None]
+        passes = {row["name"]: self.passes[row["name"]] for row in kept}
+        rows = summarise(passes, {row["name"]: row for row in kept}, baseline, self.bootstrap, self.seed)
+        return replace(self, rows=rows, baseline=baseline, left_out=left_out, passes=passes)
+
+    def table(self):
+        """rich.table.Table, one line per decoder, 95 % intervals below accuracy and gain."""
+        return comparison_table(self.shown(), notes="; ".join(self.notes()))
+
+    def shown(self) -> list[dict]:
+        """`rows` for a table: names without their model, which a table has beside them, or with the task where all
+        rows share it. Names stay as they are where that would make two of them alike."""
+        rows = [row | {"name": row["name"].removeprefix(f"{row['model']}=")} for row in self.rows]
+        if len({(row["name"], row["model"]) for row in rows}) < len(rows):
+            rows = [dict(row) for row in self.rows]
+        models = {row["model"] for row in rows}
+        if len(models) == 1 and None not in models:
+            rows = [row | {"task": ", ".join(filter(None, [row["task"], *models]))} for row in rows]
+        return rows
+
+    def notes(self) -> list[str]:
+        """What else one must know of `rows`; failures are named where they happen, and in `failures`."""
+        short = {row["name"]: seen["name"] for row, seen in zip(self.rows, self.shown())}
+        several = len({row["model"] for row in self.rows}) > 1
+        base = self.baseline if several else short.get(self.baseline)
+        notes = [f"gain over {base}"] if base and len(self.rows) > 1 else []
+        notes += ["interrupted: what was done is shown"] if self.interrupted else []
+        notes += [f"without a row: {', '.join(self.left_out)}"] if self.left_out else []
+        n = len(self.failures)
+        return notes + [f"{n} failure{'s' * (n > 1)}"] * (n > 0)
+
+    def to_pandas(self):
+        """pandas.DataFrame of `rows`."""
+        import pandas
+
+        return pandas.DataFrame(self.rows)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write results.json and results.csv (`rows`), rows.jsonl (a line for each answer: row, decoder, repeat, text,
+        score, num_forwards, seconds), and failures.jsonl if there are any; each file whole or not at all -> folder."""
+        from ..show.figures import write_results
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        answers = ((name, r, p) for name, passes in self.passes.items() for r, p in enumerate(passes))
+        lines = (
+            dict(row=i, decoder=name, repeat=repeat, text=answer.text, score=number(taken.scores[i]),
+                 num_forwards=float(answer.num_forwards), seconds=float(answer.seconds))
+            for name, repeat, taken in answers for i, answer in enumerate(taken.answers) if answer is not None
+        )  # fmt: skip
+        _write(folder / "rows.jsonl", lambda out: out.writelines(json.dumps(line) + "\n" for line in lines))
+        if self.failures:
+            failures = [json.dumps(failure._asdict()) + "\n" for failure in self.failures]
+            _write(folder / "failures.jsonl", lambda out: out.writelines(failures))
+        else:  # of an earlier comparison
+            (folder / "failures.jsonl").unlink(missing_ok=True)
+
+        def table(out):
+            writer = csv.DictWriter(out, list(dict.fromkeys(key for row in self.rows for key in row)))
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+        _write(folder / "results.csv", table)
+        write_results(folder / "results.json", self.rows)
+        return folder
+
+    def plot(self, file: str | Path, title: str = "") -> Path:
+        """Accuracy against NFE and against seconds per answer (softar.evals.chart.plot_frontier)."""
+        return plot_frontier(self.rows, file, title)
+
+
+def compare(
+    decoders: dict[str, Decoder] | list[NamedDecoder],
+    rows: "Dataset | list[dict]",
+    score: Callable[[str, dict], float],
+    *,
+    column: str | None = None,
+    baseline: str | None = None,
+    batch_size: int = 64,
+    repeats: int = 1,
+    warmup: int = 8,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    console: Console | None = None,
+    task: str = "",
+    extract: Callable[[str], str] = str.strip,
+) -> Comparison:
+    """Decode the same rows with every decoder and say which is better, at what cost, and how sure that is.
+
+    Args:
+        decoders: by label, or a list of those that have their own.
+        score: (text, row) -> a number, 1 for right and 0 for wrong.
+        extract: what of a text is the answer, for the agreement of two decoders; a Task has its own.
+        column: of `rows`, what is decoded; None: `template` if there is one, else `prompt`.
+        baseline: label of the decoder that gains are over; None: the first.
+        repeats: passes over the rows; in each all decoders take their turn.
+        warmup: rows that each decoder decodes before its first pass, outside the clock.
+        bootstrap: resamples of the rows, the same ones for all decoders.   seed: of the resampling.
+        console: rich's, for the progress bar (only on a terminal) and the first failure of each decoder; None: stderr.
+
+    A scorer that fails on a row, or gives no finite number, leaves that row out of the accuracy; a decoder that fails
+    is left with what it has, and the others go on. Both are in `failures`. Ctrl-C ends the decoding and what is done
+    is kept. A decoder with a whole pass counts by its whole passes, one without by the rows that it did (then
+    `complete` is False).
+
+    Raises:
+        ValueError: before anything is decoded, for arguments that do not fit; at the end, if no row could be scored.
+    """
+    entered = time.perf_counter()
+    named = _named(decoders)
+    items = _items(rows)
+    n = len(items)
+    if n == 0:
+        raise ValueError("the dataset is empty: there is nothing to compare on")
+    for label, value, least in (("batch_size", batch_size, 1), ("repeats", repeats, 1), ("warmup", warmup, 0),
+                                ("bootstrap", bootstrap, 1)):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{label}={value} must be at least {least}")
+    column = column or ("template" if "template" in items[0] else "prompt")
+    if bare := [i for i, item in enumerate(items) if column not in item]:
+        raise ValueError(f"column={column!r} is missing: row {bare[0]} has {list(items[bare[0]])}")
+    baseline = next(iter(named)) if baseline is None else baseline
+    if baseline not in named:
+        raise ValueError(f"baseline={baseline!r} is unknown: choose one of {list(named)}")
+    console = Console(stderr=True) if console is None else console
+    prompts = [item[column] for item in items]
+    passes: dict[str, list[Pass]] = {name: [] for name in named}
+    failures: dict[Failure, None] = {}  # a set in order: a row that fails in every repeat is listed once
+    told: set[str] = set()
+    decoding, warming, interrupted = 0.0, 0.0, False  # seconds in decoders, and of those in the warm-up
+
+    def fail(row: int | None, name: str, error: Exception) -> None:
+        failure = Failure(row, name, " ".join(f"{type(error).__name__}: {error}".split()))
+        if name not in told:
+            told.add(name)
+            console.print(f"failed: {failure}", markup=False, highlight=False, soft_wrap=True)
+        failures[failure] = None
+
+    def answer(name: str, begin: int, end: int) -> list[Decoded] | None:
+        nonlocal decoding
+        before = time.perf_counter()
+        try:
+            return _decode(named[name], prompts[begin:end])
+        except Exception as error:  # whatever it is, the others go on
+            fail(None, name, error)
+            if isinstance(error, Unfinished) and passes[name]:
+                for i, decoded in sorted(error.done.items()):
+                    take(passes[name][-1], name, begin + i, decoded)
+            return None
+        finally:
+            decoding += time.perf_counter() - before
+
+    def take(taken: Pass, name: str, i: int, decoded: Decoded) -> None:
+        taken.answers[i] = decoded
+        try:
+            taken.scores[i] = _score(score, decoded.text, items[i])
+            taken.read[i] = extract(decoded.text)
+        except Exception as error:
+            fail(i, name, error)
+        taken.done[i] = True
+
+    def warm_up(name: str) -> bool:
+        """False where the decoder failed."""
+        nonlocal warming
+        progress.update(bar, description=f"{name}, warm-up")
+        before = decoding
+        try:
+            return all(answer(name, begin, min(begin + batch_size, warmup)) is not None
+                       for begin in range(0, min(warmup, n), batch_size))  # fmt: skip
+        finally:
+            warming += decoding - before
+
+    def take_turn(name: str) -> bool:
+        """One pass; False where the decoder failed."""
+        taken = Pass([None] * n, np.full(n, np.nan), np.zeros(n, dtype=bool), [None] * n)
+        passes[name].append(taken)
+        for begin in range(0, n, batch_size):
+            batch = answer(name, begin, begin + batch_size)
+            if batch is None:
+                return False
+            taken.answers[begin : begin + len(batch)] = batch  # at once: Ctrl-C may come while they are scored
+            for i, decoded in enumerate(batch, begin):
+                take(taken, name, i, decoded)
+            progress.update(bar, description=name, advance=len(batch))
+        return True
+
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    try:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("", total=repeats * len(named) * n)
+            alive = [name for name in named if warm_up(name) and take_turn(name)]
+            for _ in range(1, repeats):
+                alive = [name for name in alive if take_turn(name)]
+    except KeyboardInterrupt:
+        interrupted = True
+    passes = {name: kept for name, taken in passes.items() if (kept := [p for p in taken if any(p.answers)])}
+    used = {name: taken for name, taken in passes.items() if any(p.done.any() for p in taken)}
+    if used and not interrupted and not any(np.isfinite(p.scores).any() for taken in used.values() for p in taken):
+        first = next(failure for failure in failures if failure.row is not None)
+        raise ValueError(f"the scorer failed on every row, first: {first}")
+    labels = {
+        name: dict(task=task, model=None, decoder=name, setting="", family=None, stage=None, seed=seed)
+        | (decoder.columns if isinstance(decoder, NamedDecoder) else {})
+        for name, decoder in named.items()
+    }
+    found = summarise(used, labels, baseline if baseline in used else None, bootstrap, seed)
+    whole = time.perf_counter() - entered
+    return Comparison(
+        rows=found,
+        baseline=baseline if baseline in used else None,
+        failures=list(failures),
+        interrupted=interrupted,
+        overhead=(whole - decoding) / (whole - warming),
+        left_out=[name for name in named if name not in used],
+        passes=passes,
+        bootstrap=bootstrap,
+        seed=seed,
+    )
+
+
+def _items(rows: "Dataset | list[dict]") -> list[dict]:
+    if isinstance(rows, (list, tuple)):
+        if wrong := [i for i, row in enumerate(rows) if not isinstance(row, dict)]:
+            raise ValueError(f"rows[{wrong[0]}]={rows[wrong[0]]!r} must be a dict, column -> value")
+        return list(rows)
+    from datasets import Dataset
+
+    if not isinstance(rows, Dataset):
+        raise ValueError(f"rows is a {type(rows).__name__}: give a datasets.Dataset or a list of dicts")
+    return rows.to_list()  # at once: row by row it takes 0.1 ms for each
+
+
+def _named(decoders: dict[str, Decoder] | list[NamedDecoder]) -> dict[str, Decoder]:
+    if not decoders:
+        raise ValueError("decoders is empty: give at least one")
+    if isinstance(decoders, dict):
+        return dict(decoders)
+    named: dict[str, Decoder] = {}
+    for i, decoder in enumerate(decoders):
+        if not isinstance(decoder, NamedDecoder):
+            raise ValueError(f"decoders[{i}] has no name and columns: give a dict of label -> decoder")
+        if decoder.name in named:
+            raise ValueError(f"two decoders are called {decoder.name!r}: give a dict of label -> decoder")
+        named[decoder.name] = decoder
+    return named
+
+
+def _decode(decoder: Decoder, prompts: list) -> list[Decoded]:
+    found = decoder.decode(prompts)
+    if len(found) != len(prompts):
+        raise ValueError(f"{len(found)} results for {len(prompts)} prompts")
+    for result in found:
+        if not isinstance(result, Decoded):
+            raise ValueError(f"a result is a {type(result).__name__}, not a Decoded")
+    return found
+
+
+def _score(score: Callable[[str, dict], float], text: str, row: dict) -> float:
+    value = score(text, dict(row))  # its own: what a scorer writes into it stays away from the next decoder's
+    if isinstance(value, (str, bytes)) or not math.isfinite(value):
+        raise ValueError(f"the score {value!r} is no finite number")
+    return float(value)
+
+
+def _write(file: Path, write: Callable) -> None:
+    """Whole or not at all."""
+    draft = file.with_name(file.name + ".partial")
+    with open(draft, "w", newline="", encoding="utf-8") as out:
+        write(out)
+    draft.replace(file)

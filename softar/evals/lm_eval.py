@@ -1,0 +1,264 @@
+"""lm-evaluation-harness with soft decoding: the model `softar`, and the command `softar-eval`.
+
+    softar-eval --model softar --model_args pretrained=Qwen/Qwen3-0.6B,mixer=gumbel,think_end='</think>',budget=256 \\
+        --tasks gsm8k --batch_size 16
+    softar-eval --model softar-diffusion --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,block_length=32 --tasks gsm8k
+
+The command is lm-eval's own with these two models in it; importing this module is what puts `softar` there. Every
+field of SoftConfig is a model_arg. Generation is soft, and what a task sees is the answer after the thought;
+log-likelihoods are those of the discrete model.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import logging
+import os
+import sys
+from collections import Counter
+from importlib import import_module
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
+
+from ..config import SoftConfig
+from ..decode import generate
+from ..decoders.registry import check_options, open_model
+from ..decoders.soft import own_config
+from ..models import load
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import simple_parse_args_string
+except ImportError as error:
+    raise ImportError(f"evaluation needs lm-eval: pip install softar[eval] ({error})") from error
+
+# What of HFLM's own arguments has a meaning for a model that is already open, and what goes to `load`.
+HARNESS = ("add_bos_token", "batch_size", "chat_template_args", "enable_thinking", "logits_cache", "max_batch_size",
+           "max_length", "prefix_token_id", "softmax_dtype", "think_end_token", "truncation")  # fmt: skip
+LOADING = ("attn_implementation", "device", "device_map", "dtype", "gguf_file", "revision", "subfolder")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+NO_TASKS = ("Tasks not found", "No tasks specified")  # how lm-eval's errors about --tasks begin
+
+LABELS = {"autoregressive": "softar", "diffusion": "softar-diffusion"}  # family -> what lm-eval calls its model
+
+
+class BadArgument(ValueError):
+    """What the user gave is wrong: `softar-eval` prints the one line and no traceback."""
+
+
+class LoadedLM(HFLM):
+    """HFLM around a model that softar opens, by any name it knows; every model_arg is checked."""
+
+    def __init__(self, name: str, family: str, opener, harness: dict, loading: dict, seed: int | None):
+        """family: of softar.decoders, that the model must be of. opener: (name, **loading) -> model, tokenizer.
+        seed: of every draw; None is what lm-eval's --seed set."""
+        shared = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if shared and str(loading.get("device")).startswith("cuda"):
+            del loading["device"]  # each process takes its own
+        try:
+            loading = {"dtype": "auto"} | loading
+            model, tokenizer = open_model(name, family, LABELS[family], lambda: opener(name, **loading))
+        except ValueError as error:
+            raise BadArgument(error) from error
+        # It warns that a model which is already open is not moved, split or shared by it.
+        logger = logging.getLogger("lm_eval.models.huggingface")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            super().__init__(model, tokenizer=tokenizer, backend="causal", **harness)
+        finally:
+            logger.setLevel(level)
+        self.seed, self.seen = seed, Counter()
+        if shared:
+            self._share()
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None):
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None):
+        """What --model_args say goes before lm-eval's own options; of these --device is cuda:0 by default, with or
+        without a GPU, so that it counts only where it fits."""
+        own = {k: v for k, v in (additional_config or {}).items() if v is not None and k not in arg_dict}
+        if str(own.get("device")).startswith("cuda") and ("device_map" in arg_dict or not torch.cuda.is_available()):
+            del own["device"]
+        return cls(**arg_dict, **own)
+
+    def _share(self) -> None:
+        """Under accelerate launch or torchrun each process takes its part of the requests."""
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+
+    def generator(self, *key) -> torch.Generator:
+        """A generator for one request, known by `key`: neither the batch size, nor the order, nor the number of
+        processes changes what it draws. The second time that a request is asked it draws other numbers."""
+        request = hashlib.sha256(repr(key).encode()).digest()
+        self.seen[request] += 1
+        seed = torch.initial_seed() if self.seed is None else self.seed
+        digest = hashlib.sha256(repr((seed, self.seen[request])).encode() + request).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def generators(self, context: Tensor, mask: Tensor) -> list[torch.Generator]:
+        """One for each row of a left-padded batch, context and mask [B, P]."""
+        return [self.generator(*row[keep.bool()].tolist()) for row, keep in zip(context, mask)]
+
+    def padded(self, context: Tensor, answers: list[list[int]]) -> Tensor:
+        """The form in which HFLM takes generated text: [B, P + T], padded on the right."""
+        width = max(map(len, answers))
+        rows = [answer + [self.tokenizer.pad_token_id] * (width - len(answer)) for answer in answers]
+        return torch.cat([context, torch.tensor(rows, dtype=context.dtype, device=context.device)], 1)
+
+
+@register_model("softar")
+class SoftarLM(LoadedLM):
+    """An autoregressive model that thinks softly; as `--model_args`:
+
+    pretrained or model: what softar.load takes (a name of softar.MODELS, a folder, an adapter, a GGUF file, a hub id).
+    seed: of every draw; by default what --seed sets. Every field of SoftConfig; a soft_config.json beside the model
+    says what the rest is. max_new_tokens counts only for tasks that set no max_gen_toks, which covers thought and
+    answer. Arguments of HFLM in HARNESS, and those of `load` in LOADING.
+
+    A task that samples (do_sample, temperature, top_p, ...) samples the discrete answer that way.
+    """
+
+    def __init__(self, pretrained=None, *, model=None, seed=None, **options):
+        name = model_name(pretrained, model)
+        harness, loading, given = split_args("softar", SoftConfig, options)
+        super().__init__(name, "autoregressive", load, harness, loading, seed)
+        try:
+            base = own_config(name)
+            if base == SoftConfig():  # where neither model nor task says how long, lm-eval's own default
+                base = SoftConfig(max_new_tokens=256)
+            given = check_options(SoftConfig, "softar", given)
+            if "mixer" in given:
+                given = {"mixer_args": {}} | given
+            self.soft = dataclasses.replace(base, **given).resolve(self.tokenizer)
+        except ValueError as error:
+            raise BadArgument(error) from error
+        self.given = given
+
+    @property
+    def max_gen_toks(self) -> int:
+        return self.soft.max_new_tokens
+
+    def _model_generate(self, context, max_length, stop, attention_mask=None, **asked) -> Tensor:
+        """context [B, P], padded on the left -> [B, P + T]: the context and the answer."""
+        config, settings = self._settings(asked, max_length - context.shape[1])
+        criterion = StopStrings(self.tokenizer, stop, context.shape[1], config)
+        out = generate(
+            self.model,
+            context,
+            attention_mask,
+            config=config,
+            rng=self.generators(context, attention_mask),
+            tokenizer=self.tokenizer,
+            stopping_criteria=[criterion],
+            generation_config=settings,
+        )
+        return self.padded(context, [answer.tolist() for answer in out.answers])
+
+    def _settings(self, asked: dict, max_new_tokens: int):
+        """A task's generation arguments -> SoftConfig, GenerationConfig. The user's model_args go before the task's."""
+        asked = dict(asked)
+        config = dataclasses.replace(self.soft, max_new_tokens=max_new_tokens)
+        samples, how = asked.pop("do_sample", False), {k: asked.pop(k, None) for k in SAMPLING}
+        if samples:
+            how |= {"temperature": how["temperature"] or 1.0, "top_k": how["top_k"] or None}
+            config = dataclasses.replace(config, **self._sampling(config, how))
+        settings = copy.deepcopy(self.model.generation_config)
+        if unknown := settings.update(**asked):
+            raise BadArgument(f"gen_kwargs {sorted(unknown)} are unknown: give fields of GenerationConfig")
+        return config, settings
+
+    def _sampling(self, config: SoftConfig, how: dict) -> dict:
+        if has_answer(config):
+            return {f"answer_{k}": v for k, v in how.items() if f"answer_{k}" not in self.given}
+        if config.mixer == "hard":
+            return {"mixer_args": {"sample": True}} | {k: v for k, v in how.items() if k not in self.given}
+        raise BadArgument(
+            f"gen_kwargs temperature={how['temperature']} samples a discrete answer, and with mixer={config.mixer!r} "
+            "the whole text is the thought: give model_args budget= or think_end=, or --gen_kwargs do_sample=False"
+        )
+
+
+class StopStrings(StoppingCriteria):
+    """Ends each row by itself as soon as its answer holds one of the strings; a thought is not searched."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: list[str], prompt_length: int, config: SoftConfig):
+        """config: resolved. Where its thought may end at any step (cold stop without think_end), rows run on to the
+        budget or to the end: HFLM cuts the text at the string anyway."""
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+        self.stop = [text for text in stop if text]
+        # Tokens that are looked at: no token but the added ones is shorter than a byte
+        self.window = max((len(text.encode()) for text in self.stop), default=0) + 2
+        self.end = None if config.think_end is None else torch.atleast_1d(torch.tensor(config.think_end)).tolist()
+        self.first = 0 if not has_answer(config) else config.budget  # step at which an answer without think_end begins
+        self.starts: dict[int, int] = {}  # row -> step at which its answer begins
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+        """[B, P + t] -> [B] bool."""
+        made = input_ids[:, self.prompt_length :].tolist()
+        found = [any(text in tail for text in self.stop) for tail in map(self._tail, range(len(made)), made)]
+        return torch.tensor(found, device=input_ids.device)
+
+    def _tail(self, row: int, tokens: list[int]) -> str:
+        """The last few tokens of the answer as text."""
+        if self.end is not None:
+            if tokens[-len(self.end) :] == self.end:
+                self.starts.setdefault(row, len(tokens))
+            start = self.starts.get(row)
+        else:
+            start = self.first
+        if start is None or start >= len(tokens):
+            return ""
+        return self.tokenizer.decode(tokens[max(start, len(tokens) - self.window) :])
+
+
+def has_answer(config: SoftConfig) -> bool:
+    """Whether a discrete answer follows the thought."""
+    return config.think_end is not None or config.budget is not None or config.cold_stop_entropy is not None
+
+
+def model_name(pretrained: str | None, model: str | None) -> str:
+    if (pretrained is None) == (model is None):
+        raise BadArgument(f"model_args pretrained={pretrained!r}, model={model!r}: give one of them, the model")
+    return str(pretrained if model is None else model)
+
+
+def split_args(label: str, config, options: dict, own: tuple[str, ...] = ()) -> tuple[dict, dict, dict]:
+    """model_args -> those of HFLM, of `load`, and fields of the dataclass `config`; `own` are taken with the last."""
+    fields = {f.name for f in dataclasses.fields(config)} | {*own}
+    known = {*HARNESS, *LOADING, *fields, "pretrained", "model", "seed"}
+    if unknown := sorted(set(options) - known):
+        raise BadArgument(f"model_args {unknown} are unknown to --model {label}; known: {', '.join(sorted(known))}")
+    parts = [{k: v for k, v in options.items() if k in names} for names in (HARNESS, LOADING, fields)]
+    for name in ("max_batch_size", "max_length"):
+        if parts[0].get(name, 0) is None:
+            del parts[0][name]
+    return tuple(parts)
+
+
+def main():
+    """lm-eval's command with softar's models. A wrong argument is one line and exit status 2."""
+    import_module("softar.diffusion.lm_eval")  # by name: softar imports nothing of softar.diffusion
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        said = str(error)
+        if said.startswith(NO_TASKS):
+            said = f"{said.rstrip('.')}; `softar-eval ls tasks` lists all there are"
+        elif not isinstance(error, BadArgument):
+            raise
+        print(f"softar-eval: error: {said}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nsoftar-eval: interrupted; with --use_cache FILE the next call keeps what is done", file=sys.stderr)
+        sys.exit(130)

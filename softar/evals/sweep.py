@@ -1,0 +1,418 @@
+"""A grid of tasks x decoders x settings x seeds, shared by several processes, gone on with after an interruption.
+
+The grid is data. Each of its runs writes `runs/NAME/results.json` when it is whole; what is there is not run again.
+At the end `summary.json` (as results.json, all rows) and `summary.csv`; `plot_sweep` draws accuracy against cost.
+"""
+
+import csv
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import re
+import statistics
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ..decoders.registry import find, format_options, make_decoder, parse_spec
+from ..tasks import GYM, TASKS, load_task
+from .chart import log_ticks
+
+GRID_FILE, SUMMARY_FILE, PLOT_FILE = "grid.json", "summary.json", "sweep.png"
+ROLES = ("soft", "baseline")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is run: every decoder with every combination of `vary`, on every task, with every seed."""
+
+    tasks: tuple[str, ...]  # names for softar.load_task
+    soft: tuple[
+        str, ...
+    ]  # decoders as softar.decoders.registry.parse_spec reads them: "[MODEL=]NAME[:key=value,key=value]"
+    baseline: tuple[str, ...] = ()  # decoders that these are held against
+    vary: dict[str, tuple] = field(default_factory=dict)  # option -> values, for the decoders of both roles
+    models: dict[str, str] = field(default_factory=dict)  # task -> model of the decoders that name none
+    seeds: tuple[int, ...] = (0,)  # of what a decoder draws; the held-out rows are always the same
+    limit: int | None = None  # held-out rows of each task, the first ones; None is all
+    # None: a token for each word of the first held-out completion and one for the end, as the embedded models want
+    max_new_tokens: int | None = None
+    batch_size: int = 64
+    repeats: int = 1  # passes over the rows in each run
+    dtype: str = "float32"
+    device: str | None = None
+
+    def __post_init__(self):
+        for name in ("tasks", "soft", "baseline", "seeds"):
+            object.__setattr__(self, name, _tuple(name, getattr(self, name)))
+        if not isinstance(self.vary, dict) or not isinstance(self.models, dict):
+            raise ValueError(f"vary={self.vary!r}, models={self.models!r}: give mappings, option -> list of values")
+        object.__setattr__(self, "vary", {k: _tuple(f"vary {k}", v) for k, v in self.vary.items()})
+        for name, values in [("tasks", self.tasks), ("seeds", self.seeds), *self.vary.items()]:
+            if not values:
+                raise ValueError(f"{name}: the grid needs at least one value")
+        if not self.soft + self.baseline:
+            raise ValueError("soft and baseline are empty: the grid needs at least one decoder")
+        for name, least in (("limit", 1), ("max_new_tokens", 0), ("batch_size", 1), ("repeats", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+        if unknown := sorted(set(self.models) - set(self.tasks)):
+            raise ValueError(f"models names {unknown}, which are not among the tasks {list(self.tasks)}")
+
+    def runs(self) -> list["Run"]:
+        """In the order in which processes take them; what the grid holds twice is one run."""
+        settings = [tuple(zip(self.vary, values)) for values in itertools.product(*self.vary.values())]
+        decoders = [(role, decoder) for role in ROLES for decoder in getattr(self, role)]
+        names = {}
+        for task, (role, decoder), setting, seed in itertools.product(self.tasks, decoders, settings, self.seeds):
+            run = Run(task, role, decoder, setting, seed)
+            other = names.setdefault(run.name, run)
+            if other != run:
+                raise ValueError(f"{other.spec!r} and {run.spec!r} would share the folder {run.name!r}: leave one out")
+        return list(names.values())
+
+
+@dataclass(frozen=True)
+class Run:
+    task: str
+    role: str
+    decoder: str  # as the grid names it
+    setting: tuple[tuple[str, Any], ...]  # what is varied: (option, value)
+    seed: int
+
+    @property
+    def spec(self) -> str:
+        """The decoder with its setting, for softar.decoders.registry.make_decoder."""
+        if not self.setting:
+            return self.decoder
+        joint = "," if parse_spec(self.decoder)[2] else ":"
+        return self.decoder + joint + format_options(dict(self.setting))
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return re.sub(r"[^\w.=+-]+", "-", f"{self.task}-{self.role}-{self.spec}-seed{self.seed}")
+
+
+def read_grid(values: dict) -> Grid:
+    """A Grid of what a YAML or JSON file holds; ValueError names what is no field of it, or missing."""
+    known = {f.name for f in dataclasses.fields(Grid)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"the grid does not have {unknown}; known: {sorted(known)}")
+    if missing := [name for name in ("tasks", "soft") if name not in values]:
+        raise ValueError(f"the grid lacks {missing}: give for example tasks: [latin], soft: [soft-mask]")
+    return Grid(**values)
+
+
+def sweep(grid: Grid, folder: str | Path, *, console=None) -> list[dict]:
+    """Run what is not finished -> all rows, in the order of the grid; off the main process, [].
+
+    Args:
+        folder: of one grid. What an earlier call finished there is kept; a run that was cut short is done again.
+        console: rich's, for progress; None is one on stderr.
+
+    Raises:
+        ValueError: before anything is decoded, for a folder of another grid, an unknown task, or a decoder that does
+            not exist or does not take its options; at the end if runs failed (they are named, and are tried again by
+            the next call; all others are done).
+        KeyboardInterrupt: after saying how to go on.
+    """
+    import torch
+    from accelerate import PartialState
+    from rich.console import Console
+
+    console = Console(stderr=True) if console is None else console
+    folder, runs = Path(folder), grid.runs()
+    _check(grid, runs)
+    _claim(grid, folder)
+    # Only the end is waited for, however long the others take
+    on_cpu = grid.device == "cpu" or not torch.accelerator.is_available()  # unasked, processes on CPUs stay strangers
+    state = PartialState(cpu=on_cpu, timeout=timedelta(weeks=52))
+    if state.num_processes > 1:  # bars of several processes would overwrite each other
+        console = Console(file=console.file, force_terminal=False)
+    mine = [run for run in runs[state.process_index :: state.num_processes] if _finished(folder, run) is None]
+    try:
+        for run in mine:  # a wrong option is found before anything is decoded; models stay open, so no time is lost
+            _decoder(grid, run)
+        for run in mine:
+            _perform(grid, run, folder, console, f"[{runs.index(run) + 1}/{len(runs)}]")
+        state.wait_for_everyone()
+    except KeyboardInterrupt:
+        done = sum(_finished(folder, run) is not None for run in runs)
+        said = f"interrupted; {done} of {len(runs)} runs are whole in {folder}: the same command goes on"
+        if state.is_main_process:
+            console.print(said, markup=False, soft_wrap=True)
+        raise
+    rows = []
+    if state.is_main_process:
+        found = [_finished(folder, run) for run in runs]
+        rows = [row for mine in found for row in mine or []]
+        if rows:
+            write_summary(rows, folder)
+        if failed := [run.name for run, mine in zip(runs, found) if mine is None]:
+            raise ValueError(
+                f"{len(failed)} of {len(runs)} runs failed, {failed[:3]}; the same command tries them again"
+            )
+    return rows
+
+
+def _check(grid: Grid, runs: list[Run]) -> None:
+    """Raise ValueError for what is wrong with a grid and can be told before a model is opened."""
+    for task in grid.tasks:
+        if task not in TASKS and not task.startswith(GYM):
+            raise ValueError(f"task={task!r} is unknown: choose one of {sorted(TASKS)} or '{GYM}NAME'")
+        if task.startswith(GYM) and grid.max_new_tokens is None:
+            raise ValueError(f"task={task!r} needs max_new_tokens: how long its answers are is not known")
+    for run in runs:
+        if twice := sorted(set(parse_spec(run.decoder)[2]) & set(grid.vary)):
+            raise ValueError(
+                f"decoder {run.decoder!r} sets {twice}, which the grid varies: leave it out of one of them"
+            )
+        _model_of(grid, run)
+
+
+def _model_of(grid: Grid, run: Run) -> str:
+    """The model of a run: the decoder's own, the grid's for the task, or the embedded one of a diffusion decoder."""
+    model, name, _ = parse_spec(run.spec)
+    default = DIFFUSION_MODELS.get(run.task) if find(name)[0] == "diffusion" else None
+    found = model or grid.models.get(run.task) or default
+    if found is None:
+        raise ValueError(f"decoder {run.decoder!r} on task {run.task!r} has no model: say MODEL={run.decoder}")
+    return found
+
+
+def _claim(grid: Grid, folder: Path) -> None:
+    """Keep the grid in its folder, or raise ValueError where another one is: its results would be mixed up."""
+    file, mine = folder / GRID_FILE, json.loads(json.dumps(dataclasses.asdict(grid)))
+    has_runs = any(folder.glob("runs/*/results.json"))  # before the file: another process may write both meanwhile
+    if not has_runs or not file.exists():  # a grid of which nothing was finished, with a typo say, makes way
+        if has_runs:
+            raise ValueError(f"{folder} holds runs without a {GRID_FILE}, of an unknown grid: take another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(mine, indent=1) + "\n")
+        draft.replace(file)
+        return
+    try:
+        theirs = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} cannot be read ({error}): take another folder, or delete this one") from None
+    for name in dict.fromkeys([*mine, *theirs]):
+        if mine.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{folder} is of another grid, with {name}={theirs.get(name)!r} and not {mine.get(name)!r}: "
+                "take another folder, or delete this one"
+            )
+
+
+def _perform(grid: Grid, run: Run, folder: Path, console, count: str) -> None:
+    """Decode and write results.json. A run that fails says so and leaves no file; the others go on."""
+    from ..show.figures import write_results
+
+    try:
+        row = measure(grid, run, console)
+    except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
+        console.print(f"{count} {run.name}: failed: {' '.join(str(error).split())}", markup=False, soft_wrap=True)
+        return
+    place = _place(folder, run)
+    place.mkdir(parents=True, exist_ok=True)
+    write_results(place / "results.json", [row])
+    said = f"accuracy {row['accuracy']:.3f}, {row['nfe']:.1f} forwards, {row['seconds']:.2f} s"
+    console.print(f"{count} {run.name}: {said}", markup=False, soft_wrap=True)
+
+
+def measure(grid: Grid, run: Run, console=None) -> dict:
+    """Decode one run -> its row of results.json, with columns for the run, its role, and each option that varies."""
+    from .compare import compare
+
+    task, rows = _held_out(grid, run)
+    decoder = _decoder(grid, run)
+    found = compare([decoder], rows, task.score, batch_size=grid.batch_size, repeats=grid.repeats, seed=run.seed,
+                    task=task.name, extract=task.extract, console=console)  # fmt: skip
+    if found.interrupted:
+        raise KeyboardInterrupt
+    if not found.rows or not found.rows[0]["complete"]:
+        raise ValueError("its decoder failed, as said above")  # by compare
+    own = dict(
+        run=run.name, role=run.role, spec=run.decoder, varied=format_options(dict(run.setting), " "), seed=run.seed
+    )
+    return found.rows[0] | own | dict(run.setting)
+
+
+def _decoder(grid: Grid, run: Run):
+    return make_decoder(
+        run.spec,
+        model=_model_of(grid, run),
+        max_new_tokens=_length(grid, run),
+        seed=run.seed,
+        dtype=grid.dtype,
+        device=grid.device,
+    )
+
+
+@functools.cache
+def _task(name: str):
+    return load_task(name)  # the embedded ones take seconds to make
+
+
+def _held_out(grid: Grid, run: Run):
+    task = _task(run.task)
+    return task, task.test if grid.limit is None else task.test.select(range(min(grid.limit, len(task.test))))
+
+
+def _length(grid: Grid, run: Run) -> int:
+    """How many tokens to generate: none where a diffusion model fills a template."""
+    _, rows = _held_out(grid, run)
+    if "template" in rows.column_names and find(parse_spec(run.spec)[1])[0] == "diffusion":
+        return 0
+    return len(rows[0]["completion"].split()) + 1 if grid.max_new_tokens is None else grid.max_new_tokens
+
+
+def _place(folder: Path, run: Run) -> Path:
+    return folder / "runs" / run.name
+
+
+def _finished(folder: Path, run: Run) -> list[dict] | None:
+    """The rows of a run that is whole, else None."""
+    try:
+        return _read(_place(folder, run) / "results.json")
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _read(file: Path) -> list[dict]:
+    """The rows of a run or a summary. Raises ValueError for what no sweep wrote, or not to its end."""
+    try:
+        rows = json.loads(file.read_text())["rows"]
+        if not aggregate(rows):
+            raise ValueError("no rows")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is no results file of a sweep ({error!r}): delete it and run the sweep again, or name the folder "
+            "of another sweep"
+        ) from None
+    return rows
+
+
+def write_summary(rows: list[dict], folder: str | Path) -> None:
+    """summary.json and summary.csv."""
+    from ..show.figures import write_results
+
+    write_results(Path(folder, SUMMARY_FILE), rows)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    draft = Path(folder, f"summary.csv.{os.getpid()}")
+    with open(draft, "w", newline="") as out:
+        writer = csv.DictWriter(out, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    draft.replace(Path(folder, "summary.csv"))
+
+
+def aggregate(rows: list[dict]) -> list[dict]:
+    """One point for each task, decoder and setting, over its seeds: task, role, spec, model, varied (text), n_seeds,
+    accuracy, accuracy_sd (0 for one seed), nfe, seconds_per_row, tokens_per_s. In the order of the rows."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["role"], row["run"].rsplit("-seed", 1)[0]), []).append(row)
+    return [_point(mine) for mine in groups.values()]
+
+
+def _point(mine: list[dict]) -> dict:
+    means = {name: statistics.mean(row[name] for row in mine)
+             for name in ("accuracy", "nfe", "seconds_per_row", "tokens_per_s")}  # fmt: skip
+    spread = statistics.stdev(row["accuracy"] for row in mine) if len(mine) > 1 else 0.0
+    common = {name: mine[0][name] for name in ("task", "role", "spec", "model", "varied")}
+    return common | means | dict(accuracy_sd=spread, n_seeds=len(mine))
+
+
+def read_sweep(folder: str | Path) -> list[dict]:
+    """The rows of a sweep's summary, or while it is not finished those of the runs that are."""
+    folder = Path(folder)
+    if (folder / SUMMARY_FILE).is_file():
+        return _read(folder / SUMMARY_FILE)
+    rows = [row for file in sorted(folder.glob("runs/*/results.json")) for row in _read(file)]
+    if not rows:
+        raise ValueError(f"{folder} holds no sweep: neither {SUMMARY_FILE} nor runs/*/results.json")
+    return rows
+
+
+def plot_sweep(folder: str | Path, file: str | Path | None = None) -> Path:
+    """Accuracy against forwards and against seconds, a row of panels for each task -> the file, FOLDER/sweep.png.
+
+    A line joins the settings of a decoder by increasing forwards: means over the seeds, bars of one standard deviation.
+    Soft decoders are drawn in full, baselines dashed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = aggregate(read_sweep(folder))
+    tasks, lines = (list(dict.fromkeys(map(key, points))) for key in (lambda p: p["task"], _line))
+    varied = {p["varied"].partition("=")[0] for p in points}
+    only = varied.pop() if len(varied) == 1 and all(p["varied"].count("=") == 1 for p in points) else ""
+    costs = {"nfe": "forward passes per answer", "seconds_per_row": "seconds per answer"}
+    figure, axes = plt.subplots(len(tasks), 2, figsize=(9, 3.2 * len(tasks) + 0.6), squeeze=False, layout="constrained")
+    for (task, (cost, label)), axis in zip(itertools.product(tasks, costs.items()), axes.flat):
+        for i, line in enumerate(lines):
+            mine = sorted((p for p in points if (p["task"], _line(p)) == (task, line)), key=lambda p: p["nfe"])
+            if not mine:
+                continue
+            is_soft = line[0] == "soft"
+            axis.errorbar([p[cost] for p in mine], [p["accuracy"] for p in mine], [p["accuracy_sd"] for p in mine],
+                          color=f"C{i}", marker="o" if is_soft else "s", markersize=4, capsize=2,
+                          linestyle="-" if is_soft else "--", label=f"{line[1]} ({line[0]})")  # fmt: skip
+            for p in mine if cost == "nfe" else []:
+                value = p["varied"].partition("=")[2] if only else p["varied"]
+                axis.annotate(value, (p[cost], p["accuracy"]), xytext=(4, -9 if is_soft else 4),
+                              textcoords="offset points", fontsize=6, color=f"C{i}")  # fmt: skip
+        axis.set(
+            xscale="log",
+            xlabel=label,
+            ylabel="held-out accuracy" if cost == "nfe" else "",
+            title=task,
+            ylim=(-0.05, 1.08),
+        )
+        log_ticks(axis, [p[cost] for p in points if p["task"] == task])
+        axis.spines[["top", "right"]].set_visible(False)
+    handles = {text: h for axis in axes.flat for h, text in zip(*axis.get_legend_handles_labels())}
+    note = f"labels: {only}" if only else None
+    figure.legend(handles.values(), handles, title=note, frameon=False, loc="outside lower center", ncols=3)
+    file = Path(folder, PLOT_FILE) if file is None else Path(file)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return file
+
+
+def sweep_table(points: list[dict]):
+    """rich.table.Table, a line for each point of `aggregate`; decoder and setting fold where they must."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("task", "role", "decoder", "setting", "accuracy", "NFE", "s/row", "tokens/s"):
+        is_long = name in ("decoder", "setting")
+        table.add_column(name, no_wrap=not is_long, overflow="fold" if is_long else "ellipsis")
+    for p in points:
+        accuracy = f"{p['accuracy']:.3f}" + (f" ± {p['accuracy_sd']:.3f}" if p["n_seeds"] > 1 else "")
+        costs = f"{p['nfe']:.1f}", f"{p['seconds_per_row']:.4f}", f"{p['tokens_per_s']:.0f}"
+        table.add_row(p["task"], p["role"], Text(p["spec"]), Text(p["varied"]), accuracy, *costs)
+    return table
+
+
+def _line(point: dict) -> tuple[str, str]:
+    return point["role"], point["spec"]
+
+
+def _tuple(name: str, values) -> tuple:
+    if isinstance(values, str) or not isinstance(values, (list, tuple)):
+        raise ValueError(f"{name}={values!r} must be a list")
+    return tuple(values)
+
+
+DIFFUSION_MODELS = {"latin": "latin-diffusion-tiny", "mnns": "mnns-diffusion-tiny"}

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning with soft inputs: the forward pass, its data, settings and trainer."""

@@ -1,0 +1,210 @@
+"""Guidance: how much of the gold token a soft input holds, and soft teacher forcing, the forward pass that uses it.
+
+alpha = 1 is teacher forcing: the model reads the gold tokens. alpha = 0 is what it will meet at inference: its own
+mixtures. Training anneals alpha from 1 down.
+
+Shapes: B batch, T positions, V vocabulary, K tokens kept, D embedding width.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ..mixers import Rng, exponential
+from ..soft import Soft, hard, soft_embed
+
+Feed = Callable[[Tensor, Tensor], Soft]  # (logits [..., V], gold [...]) -> the mixture that is read next
+
+
+def guide(soft: Soft, target: Tensor, alpha: float, how: str = "mix", *, rng: Rng = None) -> Soft:
+    """Blend the target token into a mixture.
+
+    "mix": alpha 1_y + (1 - alpha) p. "clamp": the target has at least alpha; if p_y >= alpha nothing changes, else
+    q_y = alpha and the rest is scaled by (1 - alpha) / (1 - p_y). "coin": the target itself with probability alpha,
+    else the mixture (scheduled sampling, arXiv:1506.03099).
+
+    Args:
+        soft: [..., K], rows summing to 1.
+        target: [...] int64; need not be among soft.ids.
+        alpha: in [0, 1]. 0 returns `soft` untouched and 1 the target alone (K = 1), so that neither can leak a NaN.
+
+    Returns:
+        [..., K + 1], the target in the last slot; what it had before is moved there.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha} must lie in [0, 1]: 1 is the target token alone, 0 the mixture alone")
+    if how not in GUIDES:
+        raise ValueError(f"guidance={how!r} is unknown: choose one of {sorted(GUIDES)}")
+    if alpha == 0:
+        return soft
+    if alpha == 1:
+        return hard(target)
+    is_target = soft.ids == target[..., None]
+    rest = soft.weights.masked_fill(is_target, 0.0)
+    had = (soft.weights * is_target).sum(-1, keepdim=True)
+    keep, share = GUIDES[how](had, alpha, rng)
+    return Soft(torch.cat([soft.ids, target[..., None]], -1), torch.cat([keep * rest, share], -1))
+
+
+def _mix(had: Tensor, alpha: float, rng: Rng):
+    return 1 - alpha, alpha + (1 - alpha) * had
+
+
+def _clamp(had: Tensor, alpha: float, rng: Rng):
+    low = had < alpha
+    scale = torch.where(low, (1 - alpha) / (1 - had).clamp_min(1 - alpha), 1.0)
+    return scale, torch.where(low, torch.full_like(had, alpha), had)
+
+
+def _coin(had: Tensor, alpha: float, rng: Rng):
+    gold = exponential(had.detach(), rng) > -math.log(alpha)  # P(Exp(1) > -log a) = a
+    return (~gold).float(), torch.where(gold, torch.ones_like(had), had)
+
+
+def mk_alpha(
+    schedule: str = "linear", *, start: float = 1.0, end: float = 0.0, hold: float = 0.0, span: float = 0.6
+) -> Callable[[float], float]:
+    """A schedule progress -> alpha: `start` while progress < hold, then down to `end` over the next `span`, then `end`.
+
+    Args:
+        schedule: "constant" (start throughout), "linear", "cosine", or "step" (start, then end after hold + span).
+        start, end: alpha in [0, 1]; 1 is teacher forcing.
+        hold, span: fractions of the training in [0, 1], hold + span <= 1.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"alpha_schedule={schedule!r} is unknown: choose one of {sorted(SCHEDULES)}")
+    for name, value in (("alpha_start", start), ("alpha_end", end), ("alpha_hold", hold), ("alpha_span", span)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} must lie in [0, 1]")
+    if hold + span > 1:
+        raise ValueError(f"alpha_hold={hold} + alpha_span={span} must be at most 1, the whole training")
+    shape = SCHEDULES[schedule]
+
+    def alpha(progress: float) -> float:
+        x = 0.0 if progress < hold else 1.0 if span == 0 else min(1.0, (progress - hold) / span)
+        return start + (end - start) * shape(x)
+
+    return alpha
+
+
+def soft_forward(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    soft_mask: Tensor,
+    feed: Feed,
+    *,
+    mode: str = "parallel",
+    passes: int | None = None,
+    grad_passes: int | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Soft teacher forcing: logits of a forward pass in which marked positions read the model's own mixtures.
+
+    Position t with soft_mask[t] reads feed(logits[t - 1], input_ids[t]) instead of its token. "sequential" computes
+    this exactly, one cached step per marked column, with gradient through time. "parallel" starts from the gold tokens
+    and refreshes all marked positions at once, `passes` times (Jacobi iteration; parallel scheduled sampling,
+    arXiv:1906.04331): after r refreshes the first r marked positions of a row are exact, so passes = span length
+    equals sequential.
+
+    Args:
+        input_ids: [B, T], gold tokens. attention_mask: [B, T] or None. soft_mask: [B, T] bool, False in column 0.
+        feed: logits [..., V] and gold ids [...] to the mixture read next; differentiable where gradients shall flow.
+        passes: refreshes, each one forward, before the last forward. None: the longest span of the batch.
+        grad_passes: how many of the passes + 1 forwards, counted from the last, carry gradient. None: all. 1 treats
+            the soft inputs as constants. Earlier ones run without a graph.
+        window: sequential only: cut the gradient through time every `window` marked columns (truncated BPTT).
+
+    Returns:
+        [B, T, V] logits in the model's dtype.
+
+    Raises:
+        ValueError: an unknown mode, a count out of its range, column 0 marked, or sequential under gradient
+            checkpointing (transformers then drops the cache).
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is unknown: choose one of {MODES}")
+    for name, value, least in (("passes", passes, 0), ("grad_passes", grad_passes, 1), ("window", window, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    if soft_mask[:, 0].any():
+        raise ValueError("soft_mask marks column 0: the first token has no belief before it")
+    if attention_mask is not None and attention_mask.all():
+        attention_mask = None  # lets attention take its fast path
+    if mode == "sequential":
+        return _sequential(model, input_ids, attention_mask, soft_mask, feed, window)
+    return _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_passes)
+
+
+def _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_passes):
+    embedding = model.get_input_embeddings()
+    gold = inputs = embedding(input_ids)
+    if passes is None:
+        passes = int(soft_mask.sum(1).max())
+    rows, cols = soft_mask.nonzero(as_tuple=True)
+    positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp_min(0)
+    if len(rows) == 0:
+        passes = 0
+    first_with_grad = 0 if grad_passes is None else passes + 1 - grad_passes
+    for r in range(passes + 1):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and r >= first_with_grad):
+            logits = model(
+                inputs_embeds=inputs, attention_mask=attention_mask, position_ids=positions, use_cache=False
+            ).logits
+            if r < passes:
+                # Only the marked positions pay for the softmax, the mixing and the lookup.
+                soft = feed(logits[rows, cols - 1], input_ids[rows, cols])
+                mixed = soft_embed(soft, embedding).to(gold.dtype)
+        if r < passes:
+            inputs = gold.index_put((rows, cols), mixed)  # with a graph in any case: gold keeps its gradient
+    return logits
+
+
+def _sequential(model, input_ids, attention_mask, soft_mask, feed, window):
+    if model.is_gradient_checkpointing and model.training:
+        raise ValueError(
+            "sequential soft teacher forcing needs gradient_checkpointing=False: checkpointed layers drop the "
+            "KV cache. Switch it off or use mode='parallel'"
+        )
+    embedding = model.get_input_embeddings()
+    gold = embedding(input_ids)
+    positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp_min(0)
+    cache = DynamicCache(config=model.config)
+    columns = soft_mask.any(0).nonzero()[:, 0].tolist()
+
+    def advance(inputs: Tensor) -> Tensor:  # [B, t, D] -> [B, t, V]
+        begin = cache.get_seq_length()
+        end = begin + inputs.shape[1]
+        return model(
+            inputs_embeds=inputs,
+            attention_mask=None if attention_mask is None else attention_mask[:, :end],
+            position_ids=None if positions is None else positions[:, begin:end],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+
+    ends = [*columns, input_ids.shape[1]]
+    logits = [advance(gold[:, : ends[0]])]
+    for step, (t, end) in enumerate(zip(columns, ends[1:], strict=True), 1):
+        last = logits[-1][:, -1]
+        if window is not None and step > 1 and (step - 1) % window == 0:
+            last = last.detach()
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        mixed = soft_embed(feed(last, input_ids[:, t]), embedding).to(gold.dtype)
+        first = torch.where(soft_mask[:, t, None], mixed, gold[:, t])
+        logits.append(advance(torch.cat([first[:, None], gold[:, t + 1 : end]], 1)))
+    return torch.cat(logits, 1)
+
+
+GUIDES = {"mix": _mix, "clamp": _clamp, "coin": _coin}
+MODES = ("parallel", "sequential")
+SCHEDULES = {
+    "constant": lambda x: 0.0,
+    "linear": lambda x: x,
+    "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
+    "step": lambda x: float(x >= 1 - 1e-9),
+}

@@ -1,0 +1,260 @@
+"""What a run leaves behind: results.json, a table, a plot, and a look at one thought."""
+
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from ..decode import SoftOutput
+from .trace import thought
+
+PACKAGES = ("softar", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+def write_results(file: str | Path, rows: list[dict], *, command: str | None = None) -> Path:
+    """Write the rows with what they were made with: command, commit, device, versions. Whole or not at all."""
+    file = Path(file)
+    content = {
+        "schema": 1,
+        "command": " ".join(sys.argv) if command is None else command,
+        "commit": commit(),
+        "device": device(),
+        "versions": versions(),
+        "rows": rows,
+    }
+    draft = file.with_suffix(".partial")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.replace(file)
+    return file
+
+
+def commit() -> str | None:
+    """The commit of the working tree that this file lies in, with "+" where it has changes; None outside one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if dirty else "")
+
+
+def device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def results_table(rows: list[dict], title: str | None = None) -> Table:
+    """One line per decoder, the read-outs side by side; over several seeds mean and standard deviation."""
+    readouts = list(dict.fromkeys(row["readout"] for row in rows))
+    table = Table(title=title)
+    table.add_column("decoder", no_wrap=True)
+    for readout in readouts:
+        table.add_column(readout, justify="right")
+    for column in ("forwards", "train steps", "train s", "decode s"):
+        table.add_column(column, justify="right")
+    for decoder in dict.fromkeys(row["decoder"] for row in rows):
+        mine = [row for row in rows if row["decoder"] == decoder]
+        cells = [_spread([row["accuracy"] for row in mine if row["readout"] == r], 3) for r in readouts]
+        own = [row for row in mine if row["readout"] == mine[0]["readout"]]
+        cells += [_spread([row[key] for row in own], digits) for key, digits in
+                  (("nfe", 0), ("train_steps", 0), ("train_seconds", 0), ("seconds", 2))]  # fmt: skip
+        table.add_row(decoder, *cells)
+    return table
+
+
+def gain_table(rows: list[dict], title: str | None = None) -> Table:
+    """RL: one line per policy, its accuracy before and after and the difference, which is taken seed by seed; over
+    several seeds mean and standard deviation."""
+    table = Table(title=title)
+    table.add_column("policy", no_wrap=True)
+    for column in ("before", "after", "gain", "forwards"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for decoder in dict.fromkeys(row["decoder"] for row in rows):
+        mine = {stage: [row for row in rows if (row["decoder"], row["stage"]) == (decoder, stage)]
+                for stage in ("before", "after")}  # fmt: skip
+        values = {stage: {row["seed"]: row["accuracy"] for row in lines} for stage, lines in mine.items()}
+        gains = [after - values["before"][seed] for seed, after in values["after"].items()]
+        cells = [_spread(list(values["before"].values()), 3), _spread(list(values["after"].values()), 3)]
+        cells += [_spread(gains, 3, sign="+"), _spread([row["nfe"] for row in mine["after"]], 0)]
+        table.add_row(decoder, *cells)
+    return table
+
+
+def plot_rewards(rows: list[dict], file: str | Path, title: str = "") -> Path:
+    """The reward of the rollouts over the training steps: a thin line per seed, the mean thick, a colour per policy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
+    for i, decoder in enumerate(dict.fromkeys(row["decoder"] for row in rows)):
+        curves = [dict(row["rewards"]) for row in rows if row["decoder"] == decoder and "rewards" in row]
+        if len(curves) > 1:
+            for curve in curves:
+                axes.plot(list(curve), list(curve.values()), color=f"C{i}", linewidth=0.6, alpha=0.5)
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))  # logged by every seed
+        mean = [statistics.mean(curve[step] for curve in curves) for step in steps]
+        axes.plot(steps, mean, color=f"C{i}", linewidth=1.8, label=decoder)
+    axes.set(xlabel="training step", ylabel="mean reward of the rollouts", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="policy", frameon=False)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return Path(file)
+
+
+def _spread(values: list[float], digits: int, sign: str = "") -> str:
+    if not values:
+        return ""
+    text = f"{statistics.mean(values):{sign}.{digits}f}"
+    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def plot_accuracy(rows: list[dict], file: str | Path, title: str = "") -> Path:
+    """Bars of accuracy per decoder and read-out, with one dot per seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    decoders = list(dict.fromkeys(row["decoder"] for row in rows))
+    readouts = list(dict.fromkeys(row["readout"] for row in rows))
+    width = 0.8 / len(readouts)
+    figure, axes = plt.subplots(figsize=(1.6 + 1.4 * len(decoders), 3.6), layout="constrained")
+    for i, readout in enumerate(readouts):
+        label = readout
+        for x, decoder in enumerate(decoders):
+            values = [row["accuracy"] for row in rows if (row["decoder"], row["readout"]) == (decoder, readout)]
+            if not values:
+                continue
+            at = x + (i - (len(readouts) - 1) / 2) * width
+            axes.bar(at, statistics.mean(values), width * 0.92, color=f"C{i}", label=label)
+            label = None  # one entry of the legend
+            axes.text(at, statistics.mean(values) + 0.01, f"{statistics.mean(values):.2f}", ha="center", fontsize=8)
+            if len(values) > 1:
+                axes.plot([at] * len(values), values, "k.", markersize=3)
+    axes.set_xticks(range(len(decoders)), decoders)
+    axes.set(ylabel="held-out accuracy", ylim=(0, 1.08), title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="read-out", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return Path(file)
+
+
+def nfe_table(rows: list[dict], title: str | None = None) -> Table:
+    """Accuracy: one line per training and decoder (and schedule, if there are several), one column per budget of
+    forward passes; over several seeds mean and standard deviation."""
+    keys = ["training", "decoder"]
+    if len({row["schedule"] for row in rows}) > 1:
+        keys.append("schedule")
+    budgets = sorted({row["budget"] for row in rows})
+    table = Table(title=title)
+    for key in keys:
+        table.add_column(key, no_wrap=True)
+    for budget in budgets:
+        table.add_column(f"{budget:g}", justify="right", no_wrap=True)
+    for line in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        mine = [row for row in rows if tuple(row[key] for key in keys) == line]
+        table.add_row(*line, *(_spread([row["accuracy"] for row in mine if row["budget"] == b], 3) for b in budgets))
+    return table
+
+
+def plot_nfe(rows: list[dict], file: str | Path, title: str = "") -> Path:
+    """Accuracy over measured forward passes, a line per training and decoder with one standard deviation over the
+    seeds; a panel per schedule."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    schedules = list(dict.fromkeys(row["schedule"] for row in rows))
+    trainings = list(dict.fromkeys(row["training"] for row in rows))
+    decoders = list(dict.fromkeys(row["decoder"] for row in rows))
+    figure, panels = plt.subplots(
+        1,
+        len(schedules),
+        figsize=(2 + 3.6 * len(schedules), 3.6),
+        layout="constrained",
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    lines = {}  # by label: a panel need not hold all of them
+    for axes, schedule in zip(panels[0], schedules, strict=True):
+        shown = [row for row in rows if row["schedule"] == schedule]
+        for training, decoder in dict.fromkeys((row["training"], row["decoder"]) for row in shown):
+            mine = [row for row in shown if (row["training"], row["decoder"]) == (training, decoder)]
+            label = f"{training}, {decoder}"
+            look = dict(color=f"C{trainings.index(training)}", **_NFE_LOOKS[decoders.index(decoder) % len(_NFE_LOOKS)])
+            lines[label] = axes.errorbar(
+                *_nfe_points(mine), label=label, capsize=2, markersize=4, linewidth=1.2, **look
+            )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel="forward passes (mean NFE)", ylim=(0, 1.08), title=schedule if len(schedules) > 1 else title)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("held-out accuracy")
+    if len(schedules) > 1:
+        figure.suptitle(title)
+    figure.legend(lines.values(), lines, title="training, decoder", frameon=False, loc="outside right upper")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return Path(file)
+
+
+_NFE_LOOKS = [
+    dict(fmt="o", linestyle="-"),
+    dict(fmt="s", linestyle="--"),
+    dict(fmt="^", linestyle=":"),
+    dict(fmt="D", linestyle="-."),
+]
+
+
+def _nfe_points(rows: list[dict]) -> tuple[list[float], list[float], list[float]]:
+    """Per budget the mean NFE, the mean accuracy and its standard deviation over the seeds, by increasing NFE."""
+    points = []
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        mine = [row for row in rows if row["budget"] == budget]
+        values = [row["accuracy"] for row in mine]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        points.append((statistics.mean(row["nfe"] for row in mine), statistics.mean(values), spread))
+    x, y, error = zip(*sorted(points), strict=True)
+    return list(x), list(y), list(error)
+
+
+def thought_table(out: SoftOutput, tokenizer, row: int = 0, top: int = 5) -> Table:
+    """The belief of one row, step by step: the likeliest tokens of each mixture, its entropy, what stands for it."""
+    trace = thought(out, tokenizer, row, top=200)  # all that are drawn: no more than 200 weigh over 0.005
+    table = Table(title=Text(trace.prompt))  # Text, since rich would read tokens such as [/INST] as its own markup
+    for name in ("step", "kind", "token", "entropy / nats", "fed back"):
+        table.add_column(name, no_wrap=name != "fed back")
+    for number, step in enumerate(trace.steps, 1):
+        pairs = [(text, weight) for text, weight in step.mixture if weight > 0.005]
+        mixture = "  ".join(f"{text} {weight:.2f}" for text, weight in pairs[:top])
+        if len(pairs) > top:
+            mixture += f"  (+{len(pairs) - top})"
+        table.add_row(str(number), step.kind, Text(step.token), f"{step.entropy:.2f}", Text(mixture))
+    return table

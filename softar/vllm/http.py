@@ -1,0 +1,194 @@
+"""The record of a soft request over HTTP, in the answers of vLLM's /v1/completions and /v1/chat/completions.
+
+A request whose `"vllm_xargs": {"soft": "{...}"}` says `"record": true` finds in each of its choices the field "soft",
+lists with an entry per token, named as in softar's Record:
+
+    {"token": [9, ...], "kind": ["soft", ...], "entropy": [1.2, ...], "logp": [null, ...],
+     "ids": [[9, 4, 7], ...], "weights": [[0.5, 0.3, 0.2], ...]}
+
+In a stream each chunk brings the lists of its own tokens; put together they are those of the whole. `to_record` makes
+tensors of them. Nothing here imports vLLM's server before one runs.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from .plugin import Read, patch, record_of, refusing
+
+if TYPE_CHECKING:
+    from ..decode import Record
+
+FIELD = "soft"  # of a choice
+DIGITS = 9  # that tell a float32 from all others
+
+
+def as_json(steps: Iterable[Read]) -> dict[str, list]:
+    """What `record_of` gives, as a choice's field: plain lists, null for what is not a number."""
+    from ..decode import Kind
+
+    steps = list(steps)
+    return {
+        "token": [step.token for step in steps],
+        "kind": [Kind(step.kind).name.lower() for step in steps],
+        "entropy": [_short(step.entropy) for step in steps],
+        "logp": [_short(step.logp) for step in steps],
+        "ids": [list(step.ids) for step in steps],
+        "weights": [[_short(w) for w in step.weights] for step in steps],
+    }
+
+
+def to_record(soft: dict[str, list]) -> "Record":
+    """A choice's field "soft" -> Record of one row, [1, T, ...] and [1, T, K], K the widest mixture."""
+    import torch
+
+    from ..decode import Kind, Record
+
+    width = max(map(len, soft["ids"]), default=1)
+    rows = list(zip(soft["token"], soft["ids"], soft["weights"], strict=True))
+    ids = [[*ids, *[token] * (width - len(ids))] for token, ids, _ in rows]
+    weights = [[*weights, *[0.0] * (width - len(weights))] for *_, weights in rows]
+    logp, entropy = ([math.nan if x is None else x for x in soft[name]] for name in ("logp", "entropy"))
+    return Record(
+        ids=torch.tensor(ids, dtype=torch.int64).view(1, -1, width),
+        weights=torch.tensor(weights, dtype=torch.float32).view(1, -1, width),
+        token=torch.tensor([soft["token"]], dtype=torch.int64),
+        kind=torch.tensor([[Kind[name.upper()] for name in soft["kind"]]], dtype=torch.int8),
+        logp=torch.tensor([logp], dtype=torch.float32),
+        entropy=torch.tensor([entropy], dtype=torch.float32),
+    )
+
+
+def _short(x: float) -> float | None:
+    return float(f"{x:.{DIGITS}g}") if math.isfinite(x) else None
+
+
+# --- the server ---
+
+
+def init_processor(method, self, *args, **kwargs):
+    """Of vLLM's InputProcessor, which only a process that takes requests makes: there the server is taught."""
+    method(self, *args, **kwargs)
+    teach()
+
+
+def teach() -> None:
+    """Patch all that is needed or, where this vLLM lacks some of it, nothing."""
+    from vllm.logger import init_logger
+
+    try:
+        from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+        from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+        from vllm.logprobs import FlatLogprobs
+
+        patches = (
+            (OpenAIServingCompletion, "request_output_to_completion_response", completion),
+            (OpenAIServingCompletion, "completion_stream_generator", completion_stream),
+            (OpenAIServingChat, "chat_completion_full_generator", chat),
+            (OpenAIServingChat, "chat_completion_stream_generator", chat_stream),
+            (FlatLogprobs, "extend", extend),
+        )
+        for owner, name, _ in patches:
+            getattr(owner, name)
+    except (ImportError, AttributeError) as error:
+        init_logger("vllm.softar").warning("softar: no records over HTTP, this vLLM differs (%s)", error)
+        return
+    for owner, name, around in patches:
+        patch(owner, name, around)
+
+
+def completion(method, self, results, request, *args, **kwargs):
+    wanted = asks(request)
+    response = method(self, results, request, *args, **kwargs)
+    if wanted:
+        _fill(response, results)
+    return response
+
+
+def completion_stream(method, self, request, inputs, results, *args, **kwargs):
+    if not asks(request):
+        return method(self, request, inputs, results, *args, **kwargs)
+    waiting = {}
+    seen = _seen(results, lambda item: _wait(waiting, item[1], item[0] * (request.n or 1)))
+    return _filled(method(self, request, inputs, seen, *args, **kwargs), waiting)
+
+
+async def chat(method, self, request, results, *args, **kwargs):
+    if not asks(request):
+        return await method(self, request, results, *args, **kwargs)
+    whole = []
+    response = await method(self, request, _seen(results, whole.append), *args, **kwargs)
+    _fill(response, whole[-1:])
+    return response
+
+
+def chat_stream(method, self, request, results, *args, **kwargs):
+    if not asks(request):
+        return method(self, request, results, *args, **kwargs)
+    waiting = {}
+    seen = _seen(results, lambda item: _wait(waiting, item, 0))
+    return _filled(method(self, request, seen, *args, **kwargs), waiting)
+
+
+def extend(method, self, more) -> None:
+    """A stream that lags behind joins its parts. vLLM goes by dicts of tokens, and a record's step has one twice."""
+    if not isinstance(more, type(self)):
+        return method(self, more)
+    shift = len(self.logprobs)
+    self.start_indices.extend([i + shift for i in more.start_indices])
+    self.end_indices.extend([i + shift for i in more.end_indices])
+    for name in ("token_ids", "logprobs", "ranks", "decoded_tokens"):
+        getattr(self, name).extend(getattr(more, name))
+
+
+def asks(request) -> bool:
+    """For a record? What is wrong in "soft" itself the engine refuses."""
+    given = request.vllm_xargs or {}
+    if "soft" not in given:
+        return False
+    with refusing():
+        if request.use_beam_search:
+            raise ValueError("soft: not together with use_beam_search")
+        try:
+            record = json.loads(given["soft"])["record"] is True
+        except (TypeError, KeyError, ValueError, RecursionError):
+            return False
+        if record and "include_reasoning" in type(request).model_fields and not request.include_reasoning:
+            raise ValueError('soft: "record" not together with include_reasoning=false, which hides what it shows')
+    return record
+
+
+def _fill(response, results) -> None:
+    """Each choice of a whole answer gets its field; an error's answer has none."""
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    if not isinstance(response, ErrorResponse):
+        outputs = [output for result in results for output in result.outputs]
+        for choice, output in zip(response.choices, outputs, strict=True):
+            setattr(choice, FIELD, as_json(record_of(output)))
+
+
+def _wait(waiting: dict[int, list], result, first: int) -> None:
+    """Keep what came for choices, by their index, until a chunk goes there."""
+    for output in result.outputs:
+        waiting.setdefault(first + output.index, []).extend(record_of(output))
+
+
+async def _seen(items: AsyncIterator, look: Callable[[Any], None]) -> AsyncIterator:
+    async with contextlib.aclosing(items):
+        async for item in items:
+            look(item)
+            yield item
+
+
+async def _filled(chunks: AsyncIterator[str], waiting: dict[int, list]) -> AsyncIterator[str]:
+    """The chunks of a stream; those that bring tokens, unlike a chat's first, name token_ids, if only as null."""
+    async with contextlib.aclosing(chunks):
+        async for chunk in chunks:
+            body = json.loads(chunk.removeprefix("data: ")) if chunk.startswith("data: {") else {}
+            found = [choice for choice in body.get("choices", ()) if "token_ids" in choice]
+            for choice in found:
+                choice[FIELD] = as_json(waiting.pop(choice["index"], ()))
+            yield f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n" if found else chunk

