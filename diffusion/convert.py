@@ -5,7 +5,8 @@ import copy
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
-from .models import DREAM_NEEDS, DreamForMaskedDiffusion, LladaForMaskedDiffusion, _tell, check_settings
+from .architectures import DREAM_NEEDS, DreamForMaskedDiffusion, LladaForMaskedDiffusion, check_settings
+from .models import introduce
 
 # What to make of a class, and what its configuration must say: the published layouts have no name for anything else.
 LLAMA_NEEDS = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
@@ -72,7 +73,7 @@ def convert(
         _set_to_mean(new, mask_id, known)
     new.config.mask_token_id = mask_id
     new.name_or_path = new.config._name_or_path = model.name_or_path
-    _tell(new, tokenizer)
+    introduce(new, tokenizer)
     return new.eval(), tokenizer
 
 

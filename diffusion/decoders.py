@@ -9,13 +9,15 @@ from collections.abc import Callable
 
 import torch
 
-from softar.decoders.registry import check_model, check_options, columns_of, format_options, open_model
-from softar.evals.compare import Decoded, Decoder
+from softar.decoders.answer import Decoded, Decoder
+from softar.decoders.kinds import check_model, columns_of, open_model
+from softar.decoders.options import check_options, format_options
 from softar.evaluate import evaluating, read_prompts
 
 from .config import DenoiseConfig
 from .loop import DenoiseOutput, denoise
-from .models import facts, load
+from .models import load
+from .net import facts
 from .soften import SOFTENERS
 from .trace import Tracer
 from .uniform import check_uniform

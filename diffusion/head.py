@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from softar.soft import Soft
 
+from .net import plain
 from .soften import SCALE_SCHEDULES, Slots, mk_softener, soft_mask
 
 HEAD_FILE = "transparency_config.json"
@@ -125,3 +126,14 @@ def load_head(folder: str | Path) -> dict | None:
 
 def _unsoftplus(x: float) -> float:
     return x + math.log(-math.expm1(-x))
+
+
+def learn_head(model: nn.Module, settings: dict | None) -> None:
+    """Let a model know the soft-mask head that it was trained with (`load_head`); None leaves what it knows."""
+    if settings is None:
+        return
+    config = plain(model).config
+    k = settings.get("k", 1)
+    if settings["algorithm"] == "top-k" and k > config.vocab_size:
+        raise ValueError(f"{HEAD_FILE} is of another model: mixinputs_k={k}, the vocabulary has {config.vocab_size}")
+    config.soft_mask = settings

@@ -10,13 +10,14 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 from tqdm import tqdm
 
-from softar.decoders.registry import check_options
+from softar.decoders.options import check_options
 from softar.evals.lm_eval import SAMPLING, BadArgument, LoadedLM, model_name, split_args
 
 from .config import DenoiseConfig
 from .loop import denoise
 from .losses import log_likelihood
-from .models import facts, load
+from .models import load
+from .net import facts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers.generation.streamers import TextDiffusionStreamer
 
 from softar.mixers import Rng
-from softar.soft import Soft, check_dist, soft_embed
+from softar.soft import Soft, check_dist
 
 from .config import DenoiseConfig
-from .models import Facts, Parts, WindowCache, facts, parts
+from .net import Facts, Parts, facts, parts
 from .parity import DEFAULT, PARITY, Quirks, gumbel_scores
+from .reader import Reader
 from .schedules import SCHEDULES, Block, Rule, Step, remask
 from .select import SELECTORS, Belief, Draws, believed, filtered, perturb, propose
 from .soften import Slots, Softener, mk_softener
@@ -95,7 +96,7 @@ def denoise(
     end_ids = known.end_ids if config.end_ids is None else config.end_ids
 
     canvas = _Canvas(input_ids, config.gen_length, known.mask_id)
-    reader = _Reader(net, known, config, real, canvas.given)
+    reader = Reader(net, known, config, real, canvas.given)
     softener = mk_softener(config.soften, **config.soften_args)
     draws = Draws(rng, len(input_ids), input_ids.device)
     beliefs = _Beliefs(config, known, quirks, softener, end_ids, draws)
@@ -139,7 +140,7 @@ def denoise(
 
 def _step(
     canvas: "_Canvas",
-    reader: "_Reader",
+    reader: "Reader",
     beliefs: "_Beliefs",
     softener: Softener,
     quirks: Quirks,
@@ -182,7 +183,7 @@ def _step(
             "where": where, "soft": soft}  # fmt: skip
 
 
-def _redraw(canvas: "_Canvas", reader: "_Reader", beliefs: "_Beliefs", softener: Softener, quirks: Quirks,
+def _redraw(canvas: "_Canvas", reader: "Reader", beliefs: "_Beliefs", softener: Softener, quirks: Quirks,
             block: Block, rule: Redraw, index: int) -> dict:  # fmt: skip
     """The same for a uniform-state model: every slot is drawn anew, in the rows that have a step left."""
     asked = canvas.masked & rule.busy(index)[:, None]
@@ -262,78 +263,6 @@ class _Canvas:
         rest = self.masked & ended.any(-1, keepdim=True)
         self.ids = self.ids.masked_fill(rest, end_ids[0])
         self.masked = self.masked & ~rest
-
-
-class _Reader:
-    """Runs the model on a window of the canvas. Keeps what forwards leave: keys and values, soft slots, counts."""
-
-    def __init__(self, net: Parts, known: Facts, config: DenoiseConfig, real: Tensor, given: Tensor):
-        self.net, self.known, self.config, self.given = net, known, config, given
-        self.twice = config.cfg_scale > 0
-        self.length = real.shape[1]
-        self.positions_of = (real.cumsum(1) - 1).clamp_min(0)  # padding does not count
-        self.first = (~real).sum(1)  # [B] column of each row's first token
-        self.mask = None if bool(real.all()) else real.long()
-        if self.twice:
-            self.positions_of = self.positions_of.repeat(2, 1)
-            self.mask = None if self.mask is None else self.mask.repeat(2, 1)
-        self.cache = None if config.cache is None else WindowCache()
-        self.forwards = self.positions = 0
-        self.where: Tensor | None = None  # [B, L] bool, slots that show a mixture
-        self.mixed: Tensor | None = None  # [B, L, D] their inputs
-
-    def window(self, start: int, end: int, *, whole: bool, look_back: bool) -> tuple[int, int]:
-        """Columns of the next forward."""
-        if self.cache is None or whole:
-            return 0, self.length
-        # With shifted logits a position is predicted from the one before it.
-        lo = max(start - self.known.shift, 0) if look_back else start
-        return lo, end if self.config.cache == "dual" else self.length
-
-    def __call__(self, canvas: Tensor, lo: int, hi: int, rows: Tensor, cols: Tensor) -> Tensor:
-        """-> logits [n, V] float32 about the positions (rows, cols), which lie in [lo, hi)."""
-        embeds = self._inputs(canvas, lo, hi)
-        if self.twice:
-            without = canvas.masked_fill(self.given, self.known.mask_id)
-            embeds = torch.cat([embeds, self._inputs(without, lo, hi)])
-        if self.cache is not None:
-            self.cache.window = None if (lo, hi) == (0, self.length) else (lo, hi)
-        hidden = self.net.body(embeds, self.mask, self.positions_of[:, lo:hi], self.cache)
-        self.forwards, self.positions = self.forwards + 1, self.positions + embeds.shape[0] * embeds.shape[1]
-        # With shifted logits nothing is about the first token, whose own output stands in.
-        source = torch.maximum(cols - self.known.shift, self.first[rows]).clamp_min(lo) - lo
-        chosen = hidden[rows, source]
-        if not self.twice:
-            return self.net.head(chosen).float()
-        both = self.net.head(torch.cat([chosen, hidden[rows + len(canvas), source]])).float()
-        conditional, unconditional = both.chunk(2)
-        return unconditional + (self.config.cfg_scale + 1) * (conditional - unconditional)
-
-    def _inputs(self, canvas: Tensor, lo: int, hi: int) -> Tensor:
-        embeds = self.net.embedding(canvas[:, lo:hi])
-        if self.where is None:
-            return embeds
-        return torch.where(self.where[:, lo:hi, None], self.mixed[:, lo:hi], embeds)
-
-    def soften(
-        self, soft: Soft, shows: Tensor, rows: Tensor, cols: Tensor, window: tuple[int, int], busy: Tensor
-    ) -> tuple[Tensor, Soft]:
-        """From now on the positions (rows, cols) that `shows` names show these mixtures, and others of the window
-        don't, in the rows that are busy. -> where mixtures were put [B, L], and which."""
-        soft = Soft(soft.ids[shows], soft.weights[shows])
-        mixed = soft_embed(soft, self.net.embedding)
-        if self.where is None:
-            self.where = torch.zeros_like(self.given)
-            self.mixed = mixed.new_zeros(*self.given.shape, mixed.shape[-1])
-        put, renewed = torch.zeros_like(self.where), torch.zeros_like(self.where)
-        put[rows[shows], cols[shows]] = True
-        renewed[:, slice(*window)] = busy[:, None]
-        self.where = (self.where & ~renewed) | put
-        self.mixed[rows[shows], cols[shows]] = mixed
-        return put, soft
-
-    def forget(self) -> None:
-        self.where = None
 
 
 class _Beliefs:

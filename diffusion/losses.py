@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .models import facts, parts
+from .net import facts, parts
 
 NORMALISATIONS = ("answer", "tokens", "masks")
 

@@ -6,29 +6,21 @@ configuration fields differ. What the loop has to know of a model stands in `fac
 Shapes: B batch, T positions of the forward, L length of the canvas, D width, V vocabulary.
 """
 
-import inspect
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -38,42 +30,19 @@ from transformers.utils import cached_file
 
 from softar.models import FETCH, MNNS_WORDS, to_device, to_dtype, word_tokenizer
 
-from .head import HEAD_FILE, load_head
-from .process import PROCESS_FILE, UniformProcess, load_process, read_process
-
-# Regular expressions of LLaDA's parameter names, and Llama's in their place (read backwards when saving).
-LLADA_NAMES = {
-    r"model\.transformer\.wte\.": r"model.embed_tokens.",
-    r"model\.transformer\.ln_f\.": r"model.norm.",
-    r"model\.transformer\.ff_out\.": r"lm_head.",
-    r"transformer\.blocks\.(\d+)\.attn_norm\.": r"layers.\1.input_layernorm.",
-    r"transformer\.blocks\.(\d+)\.ff_norm\.": r"layers.\1.post_attention_layernorm.",
-    r"transformer\.blocks\.(\d+)\.q_proj\.": r"layers.\1.self_attn.q_proj.",
-    r"transformer\.blocks\.(\d+)\.k_proj\.": r"layers.\1.self_attn.k_proj.",
-    r"transformer\.blocks\.(\d+)\.v_proj\.": r"layers.\1.self_attn.v_proj.",
-    r"transformer\.blocks\.(\d+)\.attn_out\.": r"layers.\1.self_attn.o_proj.",
-    r"transformer\.blocks\.(\d+)\.ff_proj\.": r"layers.\1.mlp.gate_proj.",
-    r"transformer\.blocks\.(\d+)\.up_proj\.": r"layers.\1.mlp.up_proj.",
-    r"transformer\.blocks\.(\d+)\.ff_out\.": r"layers.\1.mlp.down_proj.",
-}
-# What a configuration must say, or not mention, for the model to be Llama or Qwen2 with other names.
-LLADA_NEEDS = dict(
-    activation_type="silu",
-    alibi=False,
-    attention_layer_norm=False,
-    bias_for_layer_norm=False,
-    block_group_size=1,
-    block_type="llama",
-    include_bias=False,
-    include_qkv_bias=False,
-    input_emb_norm=False,
-    layer_norm_type="rms",
-    layer_norm_with_affine=True,
-    multi_query_attention=False,
-    rope=True,
-    scale_logits=False,
+from .architectures import (
+    DREAM_NEEDS,
+    LLADA_NAMES,
+    LLADA_NEEDS,
+    DreamForMaskedDiffusion,
+    LladaConfig,
+    LladaForMaskedDiffusion,
+    check_settings,
 )
-DREAM_NEEDS = dict(hidden_act="silu", use_sliding_window=False, use_mrope=False)
+from .head import HEAD_FILE, learn_head, load_head
+from .net import end_tokens, facts
+from .process import PROCESS_FILE, load_process
+
 LLADA_CHAT = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
     "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
@@ -82,89 +51,10 @@ LLADA_CHAT = (
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # end an answer as the end-of-text token does
 
 
-class LladaConfig(LlamaConfig):
-    """LLaDA's configuration (arXiv:2502.09992), written to and read from its original field names."""
-
-    model_type = "llada"
-    attribute_map = {
-        "d_model": "hidden_size",
-        "n_heads": "num_attention_heads",
-        "n_kv_heads": "num_key_value_heads",
-        "n_layers": "num_hidden_layers",
-        "mlp_hidden_size": "intermediate_size",
-        "max_sequence_length": "max_position_embeddings",
-        "weight_tying": "tie_word_embeddings",
-    }
-    logits_shift: int = 0  # the logits at a position are about that position; 1: about the next (softar's convert)
-    is_causal: bool = False
-    use_cache: bool = False
-    mask_token_id: int | None = None
-
-    def __post_init__(self, **kwargs):
-        if self.logits_shift not in (0, 1):
-            raise ValueError(f"logits_shift={self.logits_shift!r} must be 0, as in LLaDA, or 1, as in Dream")
-        # The base derives head_dim before it would look at attribute_map.
-        for original, name in self.attribute_map.items():
-            if original in kwargs:
-                setattr(self, name, kwargs.pop(original))
-        super().__post_init__(**kwargs)
-
-    def to_dict(self) -> dict:
-        named = super().to_dict()
-        for original, name in self.attribute_map.items():
-            named[original] = named.pop(name)
-        named["rope_theta"] = self.rope_parameters["rope_theta"]
-        return named
-
-
-class LladaForMaskedDiffusion(LlamaForCausalLM):
-    config_class = LladaConfig
-
-
 # Also for a model made from a configuration: it is saved under the original names.
 register_checkpoint_conversion_mapping(
     "LladaForMaskedDiffusion", [WeightRenaming(theirs, ours) for theirs, ours in LLADA_NAMES.items()], overwrite=True
 )
-
-
-class DreamConfig(Qwen2Config):
-    """Dream's configuration (arXiv:2508.15487)."""
-
-    model_type = "Dream"
-    logits_shift = 1  # the logits at a position are about the next one
-    is_causal: bool = False
-    use_cache: bool = False
-    mask_token_id: int | None = None
-
-    def to_dict(self) -> dict:
-        return super().to_dict() | {"rope_theta": self.rope_parameters["rope_theta"]}
-
-
-class DreamForMaskedDiffusion(Qwen2ForCausalLM):
-    config_class = DreamConfig
-
-
-class Facts(NamedTuple):
-    """What a sampler has to know of a model."""
-
-    mask_id: int
-    eos_id: int | None
-    end_ids: tuple[int, ...]  # tokens after which nothing more belongs to the answer, eos_id among them
-    shift: int  # the logits at position i are about position i + shift
-    vocab_size: int
-    soft_mask: dict | None  # `soften_args` of "soft-mask" as the model learnt them; None is a hard model
-    uniform: UniformProcess | None  # None is a model of masks
-
-
-class Parts(NamedTuple):
-    """A model taken apart, so that the loop computes logits only where it needs them."""
-
-    embedding: nn.Module  # [B, T] ids -> [B, T, D]
-    # (embeds, attention_mask [B, L], position_ids [B, T], cache) -> hidden [B, T, D]; positions count from 0 and,
-    # where None, from the left edge
-    body: Callable[..., Tensor]
-    head: Callable[[Tensor], Tensor]  # hidden [n, D] -> logits [n, V]
-    can_cache: bool
 
 
 def load(
@@ -216,112 +106,6 @@ def load(
     return model.eval(), tokenizer
 
 
-def check_settings(settings: dict, needs: dict) -> None:
-    """Raise ValueError naming a field of a configuration that makes it another architecture."""
-    for field, value in needs.items():
-        found = settings.get(field)
-        if found is not None and found != value:
-            raise ValueError(f"{field}={found!r} is not supported, only {value!r}")
-    rows = settings.get("embedding_size")
-    if rows is not None and rows != settings.get("vocab_size"):
-        raise ValueError(f"embedding_size={rows} differs from vocab_size={settings.get('vocab_size')}")
-
-
-def facts(model: nn.Module) -> Facts:
-    """Raises ValueError for a model that is no masked-diffusion model, or whose mask token is not known."""
-    config = plain(model).config
-    mask_id = config.mask_token_id if "mask_token_id" in config else None
-    if mask_id is None:
-        raise ValueError(
-            f"{type(plain(model)).__name__} names no mask token: load it with softar.diffusion.load, or set "
-            f"model.config.mask_token_id"
-        )
-    if not 0 <= mask_id < config.vocab_size:
-        raise ValueError(f"mask_token_id={mask_id} lies outside the vocabulary of {config.vocab_size}")
-    ends = _ends(plain(model))
-    shift = config.logits_shift if isinstance(config, (LladaConfig, DreamConfig)) else 0
-    soft_mask = config.soft_mask if "soft_mask" in config else None
-    named = config.diffusion_process if "diffusion_process" in config else None
-    uniform = read_process(named, mask_id, config.vocab_size)
-    return Facts(mask_id, ends[0] if ends else None, ends, shift, config.vocab_size, soft_mask, uniform)
-
-
-def parts(model: nn.Module) -> Parts:
-    """How to run a model's embedding, body and head apart; PEFT's wrapper is seen through, its layers are not."""
-    inner = plain(model)
-    embedding = inner.get_input_embeddings()
-    if isinstance(inner, (LlamaForCausalLM, Qwen2ForCausalLM)):
-
-        def body(embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache=None) -> Tensor:
-            return inner.model(
-                inputs_embeds=embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                is_causal=False,
-            ).last_hidden_state
-
-        return Parts(embedding, body, inner.lm_head, can_cache=True)
-
-    def whole(embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache=None) -> Tensor:
-        # A masked LM's head is more than one matrix, so the logits themselves stand for the hidden states.
-        positions = {} if position_ids is None or not takes_positions else {"position_ids": position_ids + first}
-        return inner(inputs_embeds=embeds, attention_mask=attention_mask, **positions).logits
-
-    takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
-    # RoBERTa and its kin keep the rows of the table up to the pad token's index for padding.
-    tables = [module for name, module in inner.named_modules() if name.endswith("position_embeddings")]
-    pads = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
-    first = pads[0] + 1 if pads else 0
-    return Parts(embedding, whole, lambda logits: logits, can_cache=False)
-
-
-def llama_name(name: str) -> str:
-    """LLaDA's name of a parameter -> Llama's."""
-    for theirs, ours in LLADA_NAMES.items():
-        name = re.sub(theirs, ours, name)
-    return name
-
-
-def plain(model: nn.Module) -> PreTrainedModel:
-    """The model itself; PEFT's wrapper holds it."""
-    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
-
-
-class WindowCache:
-    """Keys and values of a whole canvas, of which a forward renews a window: the prefix and the dual cache of Fast-dLLM
-    (arXiv:2505.22618, section 3.2) are the windows [block start, L) and [block start, block end).
-
-    A forward over the whole canvas fills it. Keys are kept as the layers give them, after the rotation: positions never
-    change, so renewing them is not needed.
-    """
-
-    def __init__(self):
-        self.window: tuple[int, int] | None = None  # None: the next forward covers the whole canvas
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """keys, values [B, heads, T, head_dim] of the window -> those of the canvas, [B, heads, L, head_dim]."""
-        if self.window is None:
-            self.layers[layer] = keys, values
-            return keys, values
-        lo, hi = self.window
-        kept_keys, kept_values = self.layers[layer]
-        kept_keys[:, :, lo:hi] = keys
-        kept_values[:, :, lo:hi] = values
-        return kept_keys, kept_values
-
-    def get_mask_sizes(self, query_length: int, layer: int) -> tuple[int, int]:
-        return (query_length if self.window is None else self.layers[0][0].shape[2]), 0
-
-    def get_query_offset(self, layer: int = 0) -> int:
-        return 0 if self.window is None else self.window[0]
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        return self.get_query_offset()
-
-
 def _open(name: str, *, dtype, **model_kwargs):
     """A folder or a hub id; raises what transformers raises, and ValueError for weights that do not fit."""
     fetch = {key: model_kwargs[key] for key in FETCH if key in model_kwargs}
@@ -357,7 +141,7 @@ def _open(name: str, *, dtype, **model_kwargs):
     if wrong:
         raise ValueError(", ".join(f"{k.replace('_', ' ')} {sorted(v)[:3]}" for k, v in wrong.items()))
     tokenizer = _tokenizer(name, kind, fetch)
-    _tell(model, tokenizer)
+    introduce(model, tokenizer)
     return model, tokenizer
 
 
@@ -376,7 +160,7 @@ def _adapter(folder: Path, *, dtype, **model_kwargs):
     own = _tokenizer(str(folder), kind, {})
     if own is not None:
         tokenizer = own
-        _tell(model, tokenizer)
+        introduce(model, tokenizer)
     # An adapter trained on the remote code has LLaDA's names, of which PEFT would drop unknown ones without a word.
     wrapped = get_peft_model(model, config)
     found = wrapped.load_adapter(str(folder), "default", key_mapping=LLADA_NAMES if kind == "llada" else None)
@@ -391,17 +175,6 @@ def _adapter(folder: Path, *, dtype, **model_kwargs):
         except ValueError as error:
             raise ValueError(f"{PROCESS_FILE}: {error}") from None
     return wrapped, tokenizer
-
-
-def learn_head(model: nn.Module, settings: dict | None) -> None:
-    """Let a model know the soft-mask head that it was trained with (`load_head`); None leaves what it knows."""
-    if settings is None:
-        return
-    config = plain(model).config
-    k = settings.get("k", 1)
-    if settings["algorithm"] == "top-k" and k > config.vocab_size:
-        raise ValueError(f"{HEAD_FILE} is of another model: mixinputs_k={k}, the vocabulary has {config.vocab_size}")
-    config.soft_mask = settings
 
 
 def _head_file(name: str, model_kwargs: dict) -> dict | None:
@@ -424,7 +197,7 @@ def _tokenizer(name: str, kind: str, fetch: dict) -> PreTrainedTokenizerBase | N
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **fetch)
 
 
-def _tell(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def introduce(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Let model and tokenizer know of each other's special tokens."""
     config = model.config
     if tokenizer is None:
@@ -443,16 +216,7 @@ def _tell(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> 
         tokenizer.chat_template = LLADA_CHAT
     if model.can_generate():
         turn_ends = [known[end] for end in TURN_ENDS if end in known]
-        model.generation_config.eos_token_id = list(dict.fromkeys([*_ends(model), *turn_ends])) or None
-
-
-def _ends(model: PreTrainedModel) -> tuple[int, ...]:
-    """The tokens that end a text, by the model's two configurations, each of which names none, one or several."""
-    named = [model.config.eos_token_id]
-    if model.can_generate():
-        named.append(model.generation_config.eos_token_id)
-    flat = [i for ids in named for i in (ids if isinstance(ids, list) else [ids])]
-    return tuple(dict.fromkeys(i for i in flat if i is not None))
+        model.generation_config.eos_token_id = list(dict.fromkeys([*end_tokens(model), *turn_ends])) or None
 
 
 def mnns_diffusion_tiny(**options):

@@ -19,15 +19,15 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
-from softar.sft.config import PlainSFTConfig, opt
 from softar.sft.data import SoftCollator
-from softar.sft.trainer import check_writable, no_interrupt
 from softar.soft import soft_embed
+from softar.training import PlainSFTConfig, check_writable, no_interrupt, opt
 
+from .architectures import LladaForMaskedDiffusion, llama_name
 from .config import DenoiseConfig
 from .duo import GaussianToDiscrete, tau_at
 from .evaluate import evaluate
-from .head import ALGORITHMS, SoftMaskHead, save_head
+from .head import ALGORITHMS, SoftMaskHead, learn_head, save_head
 from .losses import (
     NORMALISATIONS,
     forward_masked,
@@ -38,7 +38,7 @@ from .losses import (
     uniform_rows,
     weighted_sum,
 )
-from .models import LladaForMaskedDiffusion, facts, learn_head, llama_name, parts, plain
+from .net import facts, parts, plain
 from .process import PROCESS_FILE, UniformProcess, save_process
 from .select import Belief
 from .soften import Slots

@@ -10,7 +10,7 @@ from softar.show.trace import MANY, TOP, Canvas, Forward, Words
 from softar.soft import Soft
 
 from .loop import DenoiseOutput
-from .models import Facts
+from .net import Facts
 
 
 class Tracer:

@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 import softar
-from softar.sft.forward import guide, soft_forward
-from softar.show.figures import device, versions, write_results
+from softar.mixers import guide
+from softar.results import device, versions, write_results
+from softar.sft.forward import soft_forward
 from softar.soft import Soft, dense, mk_proba_dist, soft_embed
 
 console = Console()

@@ -44,10 +44,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from softar.diffusion import SOFTENERS, DenoiseConfig, denoise
-from softar.diffusion.models import LLADA_NEEDS, LladaConfig, LladaForMaskedDiffusion, llama_name
+from softar.diffusion.architectures import LLADA_NEEDS, LladaConfig, LladaForMaskedDiffusion, llama_name
 from softar.diffusion.select import Belief
 from softar.diffusion.soften import Slots, mk_softener
-from softar.show.figures import device, versions, write_results
+from softar.results import device, versions, write_results
 from softar.soft import soft_embed
 
 LLADA = dict(vocab_size=126_464, mask_token_id=126_336, eos_token_id=126_081, bos_token_id=126_080)

@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from softar.models import word_tokenizer
+from softar.results import device, versions, write_results
 from softar.rl import SoftGRPOConfig, SoftGRPOTrainer
-from softar.show.figures import device, versions, write_results
 
 WORDS = 512  # of the model; <eos> lies beyond them, so that every completion runs to its full length
 SHAPE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)

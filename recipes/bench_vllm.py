@@ -30,8 +30,9 @@ from pathlib import Path
 import psutil
 from bench import console, show, timed
 
-from softar.show.figures import device, versions, write_results
-from softar.vllm.server import exported, on_cpu, require_vllm, settings
+from softar.results import device, versions, write_results
+from softar.vllm.export import exported
+from softar.vllm.machine import on_cpu, require_vllm, settings
 
 MODES = ("none", "plugin", "soft", "mixed", "record")
 OVER = {"plugin": "none", "soft": "plugin", "mixed": "plugin", "record": "plugin"}  # what a mode is compared with
@@ -51,7 +52,7 @@ def serve(plugin: bool, model: str, top_k: int, tokens: int, prompt_tokens: int,
     try:
         from vllm import LLM, SamplingParams, __version__
 
-        from softar.vllm.plugin import record_of
+        from softar.vllm.record import record_of
 
         llm = LLM(model, enable_prompt_embeds=plugin, enable_prefix_caching=False, max_logprobs=-1, seed=0,
                   disable_log_stats=True, **options)  # fmt: skip

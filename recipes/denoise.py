@@ -30,7 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from softar.diffusion import DenoiseConfig, denoise, load
-from softar.diffusion.models import facts
+from softar.diffusion.net import facts
 
 DEMO = dict(gen_length=5, soften="soft-mask")  # what the embedded model answers in
 SLOTS = 4  # soft slots whose mixtures are listed

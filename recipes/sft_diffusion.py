@@ -235,7 +235,7 @@ def row_config(training, name, seed, place):
 def check_input(script, training, mixture):
     """All that can be told to be wrong before a model is opened -> names of the rows, schedules, task."""
     from softar.diffusion.evaluate import has_texts
-    from softar.sft.trainer import check_writable
+    from softar.training import check_writable
 
     names = parse_rows(script.rows, ROWS, GROUPS)
     if script.num_seeds < 1:

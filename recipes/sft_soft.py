@@ -202,7 +202,7 @@ def row_config(training, name, seed, where, task):
 
 def check_input(script, training, mixture):
     """All that can be told to be wrong before a model is opened -> names of the rows, task."""
-    from softar.sft.trainer import check_writable
+    from softar.training import check_writable
 
     names = parse_rows(script.rows, ROWS, GROUPS)
     if script.num_seeds < 1:

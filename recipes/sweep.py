@@ -67,7 +67,8 @@ def main(args):
     from accelerate import PartialState
     from rich.console import Console
 
-    from softar.evals.sweep import aggregate, plot_sweep, read_grid, sweep, sweep_table
+    from softar.evals.sweep import read_grid, sweep
+    from softar.evals.sweep_summary import aggregate, plot_sweep, sweep_table
 
     with one_line_errors(PROGRAM):
         values = {k: v for k, v in dataclasses.asdict(args).items() if k != "output_dir"}

@@ -7,9 +7,9 @@ import torch
 from trl import GRPOConfig
 
 from softar.config import CONFIG_FILE, SoftConfig
-from softar.sft.config import opt
-from softar.vllm.plugin import LIMIT
-from softar.vllm.server import require_vllm
+from softar.training import opt
+from softar.vllm.machine import require_vllm
+from softar.vllm.request import LIMIT
 
 from .discretise import WAYS
 from .losses import LOSS_TYPES, RATIOS

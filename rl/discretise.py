@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softar.decode import Kind, Record
+from softar.thought import Kind, Record
 
 
 def discretise(record: Record, answer_start: Tensor, how: str = "answer") -> list[list[int]]:

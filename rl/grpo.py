@@ -19,25 +19,17 @@ from trl.data_utils import is_conversational
 from trl.models.utils import _ForwardRedirection, unwrap_model_for_generation
 from trl.trainer.utils import create_model_from_path, pad, use_adapter
 
-from softar.decode import Kind, SoftOutput, generate
-from softar.sft.trainer import check_writable, no_interrupt
+from softar.decode import SoftOutput, generate
 from softar.soft import entropy
+from softar.thought import Kind
+from softar.training import check_writable, no_interrupt
 
 from .actions import ACTIONS, replay
 from .config import SoftGRPOConfig, check_origin, check_resume
 from .discretise import discretise
 from .losses import aggregate, surrogate
-from .rollout import (
-    check_scored,
-    checked,
-    generators,
-    load_rollouts,
-    mixture,
-    payload,
-    save_rollouts,
-    statistics,
-    still,
-)
+from .rewards import check_scored, checked
+from .rollout import generators, load_rollouts, mixture, payload, save_rollouts, statistics, still
 
 logger = logging.getLogger(__name__)
 ROLLOUTS = "rollouts-{rank}.safetensors"

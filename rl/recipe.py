@@ -30,7 +30,7 @@ from softar.recipe import (
     train_rows,
     with_default_config,
 )
-from softar.sft.config import opt
+from softar.training import opt
 
 from .config import check_resume as check_same_policy
 from .rewards import REWARDS, as_chats, check_columns, rewards_of, score_of
@@ -177,8 +177,9 @@ def evaluate(model, tokenizer, rows, score, args, draws: int) -> dict:
     """
     import torch
 
-    from softar.decode import Kind, generate
+    from softar.decode import generate
     from softar.evaluate import encode, tally
+    from softar.thought import Kind
 
     from .discretise import discretise
 
@@ -274,7 +275,7 @@ def row_config(training, name, seed, place, task):
 
 def check_input(script, training, model_args, mixture):
     """All that can be told to be wrong before a model is opened -> names of the rows, task."""
-    from softar.sft.trainer import check_writable
+    from softar.training import check_writable
 
     names = parse_rows(script.rows, ROWS, GROUPS)
     for name, least in (("num_seeds", 1), ("sft_steps", 0), ("eval_draws", 1)):

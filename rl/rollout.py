@@ -3,10 +3,6 @@
 Shapes: B rows, P prompt length, C completion steps, K draws of a step.
 """
 
-import functools
-import inspect
-import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from softar.decode import Kind, Record, SoftOutput
+from softar.decode import SoftOutput
 from softar.soft import Soft
+from softar.thought import Kind, Record
 
 from .discretise import heaviest
 
@@ -104,78 +101,3 @@ def still(model: nn.Module) -> None:
     for module in model.modules():
         module.training = isinstance(module, GradientCheckpointingLayer)
     model.training = True
-
-
-def checked(name: str, reward: Callable) -> Callable:
-    """The reward function, whose mistakes are errors that name it: it raised, or did not return a number (or None, for
-    a completion that it cannot score) for each completion."""
-    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
-
-        @functools.wraps(reward, updated=())
-        async def wrapped(**columns):
-            try:
-                found = await reward(**columns)
-            except Exception as error:
-                raise _raised(name, error) from error
-            return _numbers(name, found, columns)
-    else:
-
-        @functools.wraps(reward, updated=())
-        def wrapped(**columns):
-            try:
-                found = reward(**columns)
-            except Exception as error:
-                raise _raised(name, error) from error
-            return _numbers(name, found, columns)
-
-    return wrapped
-
-
-def _raised(name: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"the reward function {name!r} raised {type(error).__name__}: {error}. Correct it, or have it return None for "
-        f"a completion that it cannot score"
-    )
-
-
-def _numbers(name: str, found, columns: dict) -> list[float | None]:
-    completions = columns["completions"]
-    try:
-        values = [None if value is None else float(value) for value in found]
-    except (TypeError, ValueError) as error:
-        given = str(found)[:100]
-        raise ValueError(f"the reward function {name!r} returned {given}: it has to be a list of numbers") from error
-    if len(values) != len(completions):
-        raise ValueError(
-            f"the reward function {name!r} returned {len(values)} rewards for {len(completions)} completions: it has "
-            f"to return one each, in their order"
-        )
-    for value, completion in zip(values, completions, strict=True):
-        if value is not None and not math.isfinite(value):
-            raise ValueError(
-                f"the reward function {name!r} returned {value} for the completion {str(completion)[:100]!r}: return a "
-                f"finite number, or None for a completion that it cannot score"
-            )
-    return values
-
-
-def check_scored(rewards: Tensor, names: list[str], functions: list, *, each_row: bool = False) -> None:
-    """Raise ValueError where a reward model gave NaN, or no function scored anything (`each_row`: scored a row).
-
-    rewards: [rows of all processes, functions], NaN for None.
-    """
-    for column, name, function in zip(rewards.T, names, functions, strict=True):
-        if isinstance(function, nn.Module) and not column.isfinite().all():
-            rows = (~column.isfinite()).nonzero()[:, 0].tolist()
-            raise ValueError(f"the reward model {name!r} returned NaN or infinity for rows {rows}: check its weights")
-    unscored = rewards.isnan().all(1)
-    if unscored.all():
-        raise ValueError(
-            f"the reward functions {names} returned None for all {len(rewards)} completions: at least one has to score "
-            f"some of them, or there is nothing to learn"
-        )
-    if each_row and unscored.any():
-        raise ValueError(
-            f"the reward functions {names} returned None for rows {unscored.nonzero()[:, 0].tolist()}: this trainer "
-            f"needs a reward for each completion, return a number (0, say) for the others"
-        )

@@ -25,12 +25,17 @@ from transformers import LlamaForCausalLM
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import ensure_master_addr_port, pad
 
-from softar.decode import Kind, SoftOutput, _Chooser, _stack
+from softar.decode import SoftOutput
 from softar.mixers import Mixed
+from softar.models import plain
 from softar.soft import Soft
-from softar.vllm.engine import _environment
-from softar.vllm.plugin import FIELDS, VERSIONS, Read, record_of, register
-from softar.vllm.server import _check_heads, _narrow, on_cpu, settings, widened
+from softar.thought import Chooser, Kind, stack
+from softar.vllm.export import check_heads, is_narrow, widened
+from softar.vllm.hooks import VERSIONS
+from softar.vllm.machine import environment, on_cpu, settings
+from softar.vllm.plugin import register
+from softar.vllm.record import Read, record_of
+from softar.vllm.request import FIELDS
 
 SPACE, WHERE = "VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING"
 VALUE_HEAD = "v_head."  # PPO's, on the policy's module
@@ -67,9 +72,9 @@ class VLLMRollout(VLLMGeneration):
         dtype = mixed.get(self.accelerator.mixed_precision, base.dtype)
         if getattr(base, "is_quantized", False):
             raise ValueError("rollout='vllm': the model is quantised; load it in bfloat16, or give rollout='loop'")
-        _check_heads(base.name_or_path, base.config) if not _narrow(base.config) else None
+        check_heads(base.name_or_path, base.config) if not is_narrow(base.config) else None
         self.stand_in = None  # of a Llama with heads that have to be widened
-        if _narrow(base.config):
+        if is_narrow(base.config):
             self.stand_in = LlamaForCausalLM._from_config(copy.deepcopy(base.config), dtype=base.dtype)
         register()  # vLLM does it too, unless VLLM_PLUGINS says otherwise
         with tempfile.TemporaryDirectory(prefix="softar-rollout-") as folder, aside():
@@ -83,7 +88,7 @@ class VLLMRollout(VLLMGeneration):
             if SPACE in needed:  # GiB of a CPU's memory
                 needed[SPACE] = str(max(1, int(needed[SPACE]) // self.accelerator.num_processes))
             joins = torch.distributed.is_initialized()
-            with _environment(needed), joining(self.accelerator):
+            with environment(needed), joining(self.accelerator):
                 self.llm = vllm.LLM(
                     folder,
                     skip_tokenizer_init=True,
@@ -230,7 +235,7 @@ def output_of(prompts: list[list[int]], read: list[list[Read]], decoding, eos: l
     mask = [torch.ones(len(row), dtype=torch.long) for row in prompts]
     ids = pad([torch.tensor(row) for row in prompts], padding_value=pad_id, padding_side="left")
     mask = pad(mask, padding_value=0, padding_side="left")
-    chooser = _Chooser(decoding, ids, torch.tensor(pad_id), torch.tensor(eos, dtype=torch.long), None)
+    chooser = Chooser(decoding, ids, torch.tensor(pad_id), torch.tensor(eos, dtype=torch.long), None)
     draws = decoding.mixer_args.get("k", 1)
     nothing = Read(pad_id, (pad_id,), (1.0,), int(Kind.PAD), float("nan"), 0.0)
     steps, records, sequences = max(map(len, read)), [], ids
@@ -247,7 +252,7 @@ def output_of(prompts: list[list[int]], read: list[list[Read]], decoding, eos: l
         sequences = torch.cat([sequences, record.token[:, None]], 1)
         chooser.look(torch.isin(record.token, chooser.eos), step=t)
     positions = ids.numel() + len(ids) * (steps - 1)
-    return SoftOutput(sequences, _stack(records), ids.shape[1], chooser.answer_start, steps, positions, 0.0)
+    return SoftOutput(sequences, stack(records), ids.shape[1], chooser.answer_start, steps, positions, 0.0)
 
 
 def drawn(step: Read, count: int) -> list[int]:
@@ -268,10 +273,6 @@ def repack_tied(model: nn.Module) -> None:
     for layer in layers:
         if uses[id(layer.weight)] > 1 and hasattr(layer, "quant_method"):
             layer.quant_method.process_weights_after_loading(layer)
-
-
-def plain(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if is_peft_model(model) else model
 
 
 @contextlib.contextmanager

@@ -268,6 +268,11 @@ def to_device(device: str | torch.device | None, model_kwargs: dict) -> torch.de
     return found
 
 
+def plain(model) -> PreTrainedModel:
+    """The model itself; PEFT's wrapper holds it."""
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 MODELS: dict[str, Callable] = {
     "mnns-tiny": mnns_tiny,  # untrained

@@ -41,7 +41,7 @@ def train_rows(
     """
     from accelerate import PartialState
 
-    from .show.figures import write_results
+    from .results import write_results
 
     folder = Path(training.output_dir)
     is_child, is_main = APART in os.environ, PartialState().is_main_process

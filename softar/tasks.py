@@ -218,7 +218,7 @@ def _gym(name: str, *, seed: int, size: int | None) -> Task:
 
     def score(answer: str, row: dict) -> float:
         """The dataset's own score; what stands in <answer> tags counts, without tags the whole text."""
-        entry = _thaw(json.loads(row["entry"]))
+        entry = thaw(json.loads(row["entry"]))
         tagged = extract_answer(answer)
         try:
             return float(items.score_answer(answer.strip() if tagged is None else tagged, entry))
@@ -230,33 +230,33 @@ def _gym(name: str, *, seed: int, size: int | None) -> Task:
 
 def _gym_row(item: dict) -> dict:
     answer = "" if item["answer"] is None else str(item["answer"])
-    entry = json.dumps(_freeze(item))
+    entry = json.dumps(freeze(item))
     return {"prompt": item["question"] + "\n", "completion": answer, "answer": answer, "entry": entry}
 
 
-def _freeze(x):
+def freeze(x):
     """Tuples and keys that are no strings, tagged: JSON has neither, and scorers (arc_agi, rearc, ...) need them."""
     if isinstance(x, tuple):
-        return {"__tuple__": [_freeze(v) for v in x]}
+        return {"__tuple__": [freeze(v) for v in x]}
     if isinstance(x, list):
-        return [_freeze(v) for v in x]
+        return [freeze(v) for v in x]
     if isinstance(x, dict):
         if all(isinstance(k, str) for k in x):
-            return {k: _freeze(v) for k, v in x.items()}
-        return {"__dict__": [[_freeze(k), _freeze(v)] for k, v in x.items()]}
+            return {k: freeze(v) for k, v in x.items()}
+        return {"__dict__": [[freeze(k), freeze(v)] for k, v in x.items()]}
     return x
 
 
-def _thaw(x):
-    """Undo `_freeze`."""
+def thaw(x):
+    """Undo `freeze`."""
     if isinstance(x, list):
-        return [_thaw(v) for v in x]
+        return [thaw(v) for v in x]
     if isinstance(x, dict):
         if "__tuple__" in x:
-            return tuple(_thaw(v) for v in x["__tuple__"])
+            return tuple(thaw(v) for v in x["__tuple__"])
         if "__dict__" in x:
-            return {_thaw(k): _thaw(v) for k, v in x["__dict__"]}
-        return {k: _thaw(v) for k, v in x.items()}
+            return {thaw(k): thaw(v) for k, v in x["__dict__"]}
+        return {k: thaw(v) for k, v in x.items()}
     return x
 
 

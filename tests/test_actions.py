@@ -9,7 +9,6 @@ from tiny import VOCAB, model_of
 from torch.autograd import gradcheck
 
 import softar
-from softar.decode import Kind
 from softar.mixers import gumbel, k_samples
 from softar.rl.actions import (
     ACTIONS,
@@ -24,6 +23,7 @@ from softar.rl.actions import (
     token_logp,
 )
 from softar.soft import Soft, entropy, hard, mk_proba_dist
+from softar.thought import Kind
 
 
 def logits_of(*shape, seed=0, scale=1.5):

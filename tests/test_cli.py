@@ -268,7 +268,7 @@ def test_a_character_of_several_tokens_is_printed_whole(monkeypatch):
     import torch
 
     from softar import SoftConfig
-    from softar.decode import Record
+    from softar.thought import Record
 
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)

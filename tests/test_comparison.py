@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from softar.decoders.answer import Decoded, Unfinished
 from softar.evals.bootstrap import bootstrap_means, interval
-from softar.evals.chart import _legend, _side_by_side, comparison_table, frontier, plot_frontier
-from softar.evals.compare import Comparison, Decoded, Failure, Unfinished, compare
+from softar.evals.chart import comparison_table, frontier, legend_label, plot_frontier, side_by_side
+from softar.evals.compare import Comparison, Failure, compare
 
 QUIET = dict(bootstrap=200, console=Console(file=StringIO()))
 
@@ -736,7 +737,7 @@ def test_plot(tmp_path, monkeypatch):
 def test_legend():
     def label(*settings, **more):
         rows = [point("d", i + 1, 0.5, setting=setting, **more) for i, setting in enumerate(settings)]
-        return _legend(("soft", "m", None), rows)
+        return legend_label(("soft", "m", None), rows)
 
     assert label("") == "soft, m" and label("steps=8") == "soft, m: steps=8"
     assert label("votes=2 temperature=1", "votes=4 temperature=1") == "soft, m: votes=2, 4, temperature=1"
@@ -747,7 +748,7 @@ def test_legend():
 
 def test_side_by_side():
     rows = [point("a", 4, 0.1), point("b", 4.01, 0.2), point("c", 4, 0.3), point("d", 8, 0.4)]
-    at = [_side_by_side(rows, "nfe")[id(row)] for row in rows]
+    at = [side_by_side(rows, "nfe")[id(row)] for row in rows]
     assert at[3] == 8 and len(set(at)) == 4 and all(abs(x / 4 - 1) < 0.03 for x in at[:3])
 
 

@@ -20,8 +20,10 @@ from transformers import (
 
 import softar
 from softar.diffusion import DenoiseConfig, denoise
+from softar.diffusion.architectures import DreamForMaskedDiffusion, LladaForMaskedDiffusion
 from softar.diffusion.convert import convert
-from softar.diffusion.models import DreamForMaskedDiffusion, LladaForMaskedDiffusion, facts, load
+from softar.diffusion.models import load
+from softar.diffusion.net import facts
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.models import word_tokenizer
 

@@ -15,14 +15,16 @@ from transformers import BertConfig, BertForMaskedLM
 
 import softar
 from softar import Kind, SoftConfig
+from softar.decoders.answer import Decoded
 from softar.decoders.beam import BeamDecoder
-from softar.decoders.registry import FAMILIES, decoders_of, family_of, find, format_options, make_decoder, parse_spec
+from softar.decoders.kinds import family_of
+from softar.decoders.options import format_options
+from softar.decoders.registry import FAMILIES, decoders_of, find, make_decoder, parse_spec
 from softar.decoders.soft import DECODERS, SelfConsistency, SoftDecoder, elect, last_match, soft_config
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion import load as load_diffusion
 from softar.diffusion.decoders import DECODERS as DIFFUSION
 from softar.diffusion.decoders import DiffusionDecoder, denoise_config
-from softar.evals.compare import Decoded
 from softar.evaluate import encode, evaluate
 from softar.models import folder_of
 from softar.tasks import load_task
@@ -623,9 +625,10 @@ def decoder_tokenizer(decoder):
     ("mnns-tiny=soft:seed=x", "decoder 'soft': seed='x' must be a whole number"),
     ("mnns-tiny=soft:dtype=int", "dtype='int' is unknown"),
     ("mnns-diffusion-tiny=soft", "model='mnns-diffusion-tiny' is a masked-diffusion model, and decoder 'soft' needs "
-                                 "an autoregressive model: give another model, or one of the decoders ['hard', "),
+                                 "an autoregressive model: give another model, or one of its decoders (softar "
+                                 "compare --help lists them)"),
     ("mnns-tiny=hard", "model='mnns-tiny' is an autoregressive model, and decoder 'hard' needs a masked-diffusion "
-                       "model: give another model, or one of the decoders ['discrete', "),
+                       "model: give another model, or one of its decoders (softar compare --help"),
     ("mnns-diffusion-tiny=beam", "is a masked-diffusion model, and decoder 'beam' needs an autoregressive model"),
     ("mnns-diffusion-tiny=hard:k=3", "decoder 'hard' takes no 'k'"),
     ("mnns-diffusion-tiny=soft-token:k=0", "soften_args k=0 must be a whole number, at least 1"),

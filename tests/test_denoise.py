@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, TextStreamer
 from transformers.generation.streamers import BaseStreamer, TextDiffusionStreamer
 
 from softar.diffusion import DenoiseConfig, DenoiseOutput, denoise, load
-from softar.diffusion.models import DreamConfig, DreamForMaskedDiffusion, LladaConfig, LladaForMaskedDiffusion
+from softar.diffusion.architectures import DreamConfig, DreamForMaskedDiffusion, LladaConfig, LladaForMaskedDiffusion
 from softar.diffusion.schedules import REMASKS, SCHEDULES, Block, Quota, Step, remask
 from softar.diffusion.select import SELECTORS, Belief, Draws
 from softar.diffusion.soften import SOFTENERS, Softener, evolving

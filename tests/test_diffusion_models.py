@@ -26,7 +26,9 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from softar.diffusion.models import WindowCache, facts, load, parts
+from softar.diffusion.models import load
+from softar.diffusion.net import facts, parts
+from softar.diffusion.reader import WindowCache
 
 VOCAB, LENGTH = 64, 12
 BOS, EOS, MASK, HEAD, HEAD_END, EOT = 58, 59, 60, 61, 62, 63

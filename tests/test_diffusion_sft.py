@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from softar.diffusion import DenoiseConfig, denoise
+from softar.diffusion.architectures import LladaConfig, LladaForMaskedDiffusion
 from softar.diffusion.evaluate import evaluate, nll_bound
 from softar.diffusion.head import HEAD_FILE, SoftMaskHead, load_head, save_head
 from softar.diffusion.losses import (
@@ -21,7 +22,8 @@ from softar.diffusion.losses import (
     uniform_rows,
     weighted_sum,
 )
-from softar.diffusion.models import LladaConfig, LladaForMaskedDiffusion, facts, load, parts
+from softar.diffusion.models import load
+from softar.diffusion.net import facts, parts
 from softar.diffusion.select import Belief
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.diffusion.soften import Slots, soft_mask

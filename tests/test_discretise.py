@@ -5,8 +5,8 @@ import torch
 from tiny import BOS, EOS, PAD, model_of, tokenizer_of
 
 import softar
-from softar.decode import Kind, Record
 from softar.rl.discretise import discretise, heaviest, retokenise
+from softar.thought import Kind, Record
 
 
 @pytest.fixture

@@ -14,9 +14,11 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from softar.diffusion import DenoiseConfig, denoise
+from softar.diffusion.architectures import LladaConfig, LladaForMaskedDiffusion
 from softar.diffusion.duo import GaussianToDiscrete, log_linear, posterior
 from softar.diffusion.losses import forward_masked, log_likelihood, normal_rows, uniform_rows
-from softar.diffusion.models import LladaConfig, LladaForMaskedDiffusion, facts, load, parts
+from softar.diffusion.models import load
+from softar.diffusion.net import facts, parts
 from softar.diffusion.process import PROCESS_FILE, UniformProcess
 from softar.diffusion.schedules import Block
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer

@@ -7,7 +7,8 @@ from shipped import check_first_steps, made_by, open_recipe
 from softar.diffusion import DenoiseConfig, load
 from softar.diffusion.evaluate import evaluate
 from softar.diffusion.head import load_head
-from softar.diffusion.models import CHECKPOINTS, facts
+from softar.diffusion.models import CHECKPOINTS
+from softar.diffusion.net import facts
 from softar.tasks import load_task
 
 NAMES = sorted(p.name for p in CHECKPOINTS.iterdir())

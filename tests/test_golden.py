@@ -18,8 +18,10 @@ import torch
 from safetensors import safe_open
 
 from softar.diffusion import DenoiseConfig, denoise
-from softar.diffusion.models import WindowCache, facts, load, parts
+from softar.diffusion.models import load
+from softar.diffusion.net import facts, parts
 from softar.diffusion.parity import PARITY, due, gumbel_scores
+from softar.diffusion.reader import WindowCache
 from softar.diffusion.schedules import Block, Step, share_out
 from softar.diffusion.select import SELECTORS, Belief, Draws, believed, best, filtered, propose
 from softar.diffusion.soften import Slots, evolving, soft_mask, soft_token

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tiny import BOS, PAD, VOCAB, counted, model_of, with_lora
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from softar.sft.forward import GUIDES, SCHEDULES, guide, mk_alpha, soft_forward
+from softar.mixers import GUIDES, guide
+from softar.sft.forward import SCHEDULES, mk_alpha, soft_forward
 from softar.soft import Soft, dense, mk_proba_dist, soft_embed
 
 light = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -1,6 +1,7 @@
 """What is installed is what is in the tree, and imports point one way."""
 
 import ast
+import functools
 import os
 import re
 import shutil
@@ -138,8 +139,106 @@ def test_imports_point_one_way(folder):
             assert not against, f"{path.relative_to(ROOT)} imports {against}"
 
 
-def test_soft_imports_nothing_of_softar():
-    assert not [name for name in imports(ROOT / "softar/soft.py", "softar") if inside(name, ["softar"])]
+# softar/ from the ground up: a module or room may import, inside a function too, only what stands on a lower floor.
+FLOORS = [
+    ("soft", "models", "tasks", "results", "training"),
+    ("mixers",),
+    ("config",),
+    ("thought",),
+    ("decode",),
+    ("evaluate", "show"),
+    ("sft", "decoders"),
+    ("evals", "vllm"),
+    ("cli",),
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+BESIDE = {"recipe": {"tasks", "results"}}  # what the recipes share stands on no floor
+
+
+def modules():
+    """Every module of the project's packages: name -> (file, package that its relative imports count from)."""
+    for folder, package in PACKAGES.items():
+        for path in files(folder):
+            if path.suffix == ".py":
+                parts = [*package.split("."), *path.relative_to(ROOT / folder).with_suffix("").parts]
+                is_package = parts[-1] == "__init__"
+                name = ".".join(parts[:-1] if is_package else parts)
+                yield name, path, name if is_package else name.rpartition(".")[0]
+
+
+@functools.cache
+def arrows():
+    """module -> the modules of softar that it imports anywhere, under TYPE_CHECKING too."""
+    names = {name for name, *_ in modules()}
+
+    def module_of(name):
+        while name not in names:
+            name = name.rpartition(".")[0]
+        return name
+
+    return {
+        name: {module_of(target) for target in imports(path, package) if inside(target, ["softar"])} - {name}
+        for name, path, package in modules()
+    }
+
+
+def test_every_room_stands_on_a_floor():
+    rooms = {name.split(".")[1] for name in arrows() if name.startswith("softar.")} - {"diffusion", "rl"}
+    assert rooms == {*FLOOR, *BESIDE}
+
+
+def test_imports_go_down():
+    wrong = []
+    for name, targets in arrows().items():
+        room = name.split(".")[1] if "." in name else None
+        if room in (None, "diffusion", "rl"):
+            continue
+        for target in targets - {"softar"}:
+            other = target.split(".")[1]
+            allowed = other in BESIDE[room] if room in BESIDE else other == room or FLOOR.get(other, 99) < FLOOR[room]
+            if not allowed:
+                wrong.append(f"{name} imports {target}")
+    assert not wrong
+
+
+def test_no_import_circle():
+    left = {name: {*targets} for name, targets in arrows().items()}
+    left.pop("softar")  # a folder of names, each loaded when it is first used; nothing of it is needed to load a module
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"each of these needs another of them: {left}"
+
+
+def test_no_module_takes_anothers_private_name():
+    wrong = []
+    for folder in [*PACKAGES, "recipes", "tests"]:
+        for path in files(folder):
+            if path.suffix != ".py":
+                continue
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("softar")):
+                    names = [a.name for a in node.names if a.name.startswith("_") and not a.name.startswith("__")]
+                    wrong += [f"{path.relative_to(ROOT)}: from {node.module} import {name}" for name in names]
+    assert not wrong
+
+
+def test_softar_names_diffusion_in_three_strings():
+    """By name, as imports point the other way: the families, the models of the other kind, lm-eval's second model."""
+    homes = {
+        "softar/decoders/registry.py": "softar.diffusion.decoders",
+        "softar/decoders/kinds.py": "softar.diffusion.models",
+        "softar/evals/lm_eval.py": "softar.diffusion.lm_eval",
+    }
+    named = {}
+    for path in files("softar"):
+        if path.suffix == ".py":
+            strings = [n.value for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                       if isinstance(n, ast.Constant) and isinstance(n.value, str)]  # fmt: skip
+            modules_named = [s for s in strings if re.fullmatch(r"softar\.(diffusion|rl)(\.\w+)*", s)]
+            if modules_named:
+                named[path.relative_to(ROOT).as_posix()] = modules_named
+    assert named == {file: [name] for file, name in homes.items()}
 
 
 def test_import_is_light(tmp_path):
@@ -154,7 +253,9 @@ def test_public_names():
     for name in softar.__all__:
         assert not isinstance(getattr(softar, name), types.ModuleType), name
     assert {*softar.__all__} <= {*dir(softar)}
-    assert not {*softar.__all__} & {path.stem for path in files("softar")}
+    for package in (softar, import_module("softar.vllm"), import_module("softar.diffusion"), import_module("softar.rl")):
+        inside = {path.stem for path in Path(package.__file__).parent.iterdir()}
+        assert not {*package.__all__} & inside, package.__name__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = softar.nothing
 

@@ -21,10 +21,11 @@ import softar.show.trace
 from softar import Kind, SoftConfig
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion import load as load_diffusion
-from softar.diffusion.models import facts
+from softar.diffusion.net import facts
 from softar.diffusion.trace import Tracer
 from softar.show.page import DIGITS, pack, page, write_page
-from softar.show.trace import Canvas, Forward, Step, Trace, bar, from_json, thought, to_json, view, visible
+from softar.show.terminal import bar, view, visible
+from softar.show.trace import Canvas, Forward, Step, Trace, from_json, thought, to_json
 
 NASTY = [
     "</script><script>document.title='broken'</script>",

@@ -16,7 +16,8 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion.head import HEAD_FILE, load_head
-from softar.diffusion.models import facts, load
+from softar.diffusion.models import load
+from softar.diffusion.net import facts
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from softar.diffusion import load
 from softar.diffusion.head import HEAD_FILE, load_head
-from softar.diffusion.models import facts
+from softar.diffusion.net import facts
 
 ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / "recipes" / "sft_diffusion.py")

@@ -20,9 +20,9 @@ from tiny import model_of, tokenizer_of
 import softar
 import softar.sft.trainer
 from softar.config import SoftConfig
-from softar.decode import Kind
 from softar.evaluate import encode
 from softar.tasks import load_task
+from softar.thought import Kind
 
 ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / "recipes" / "sft_soft.py")

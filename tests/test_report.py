@@ -10,10 +10,8 @@ from tiny import EOS, Forced, model_of, tokenizer_of
 
 import softar
 from softar.config import SoftConfig
+from softar.results import PACKAGES, commit, device, write_results
 from softar.show.figures import (
-    PACKAGES,
-    commit,
-    device,
     gain_table,
     nfe_table,
     plot_accuracy,
@@ -21,7 +19,6 @@ from softar.show.figures import (
     plot_rewards,
     results_table,
     thought_table,
-    write_results,
 )
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tiny import END, EOS, model_of, tokenizer_of, with_lora
 from torch import nn
 
-from softar.decode import Kind
 from softar.rl import SoftGRPOConfig, SoftGRPOTrainer, SoftPPOConfig, SoftPPOTrainer, SoftRLOOTrainer
+from softar.thought import Kind
 
 ROWS = Dataset.from_list([{"prompt": f"<bos> w{i} w{i + 1}" if i % 3 else f"<bos> w{i}"} for i in range(6, 30)])
 QUICK = dict(per_device_train_batch_size=4, num_generations=4, max_completion_length=8, max_steps=2,

@@ -19,10 +19,10 @@ from test_rl_trainers import ROWS, config, logged, lora, trainer, weights
 from test_vllm_soft import model_of
 
 from softar.config import SoftConfig
-from softar.decode import Kind
 from softar.rl.vllm_rollout import VLLMRollout, drawn, output_of
 from softar.soft import Soft, dense
-from softar.vllm.plugin import Read
+from softar.thought import Kind
+from softar.vllm.record import Read
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent

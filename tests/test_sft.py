@@ -26,9 +26,10 @@ from softar.config import SoftConfig
 from softar.evaluate import evaluate
 from softar.sft.config import SoftSFTConfig
 from softar.sft.data import SoftCollator, thought_mask
-from softar.sft.trainer import SoftSFTTrainer, no_interrupt, soft_loss
+from softar.sft.trainer import SoftSFTTrainer, soft_loss
 from softar.soft import Soft, entropy
 from softar.tasks import load_task
+from softar.training import no_interrupt
 
 OFF = -100
 CHAT = (

@@ -15,7 +15,8 @@ from rich.console import Console
 from trl import TrlParser
 
 from softar.evals import sweep as module
-from softar.evals.sweep import Grid, aggregate, plot_sweep, read_grid, read_sweep, sweep, sweep_table
+from softar.evals.sweep import Grid, read_grid, sweep
+from softar.evals.sweep_summary import aggregate, plot_sweep, read_sweep, sweep_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "sweep.py"

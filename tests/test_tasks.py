@@ -13,7 +13,7 @@ import torch
 from softar.models import load
 from softar.sft.data import frontier
 from softar.soft import dense
-from softar.tasks import _freeze, _thaw, load_task, mnns, no_thought
+from softar.tasks import freeze, load_task, mnns, no_thought, thaw
 
 
 @pytest.fixture(scope="module")
@@ -207,10 +207,10 @@ def test_gym_is_seeded():
 
 def test_gym_entries_survive_json():
     item = {"a": (1, [2, ("x",)]), "b": {0: 1, (1, 2): {"c": None}}, "d": 1.5, "e": {}}
-    assert _thaw(json.loads(json.dumps(_freeze(item)))) == item
+    assert thaw(json.loads(json.dumps(freeze(item)))) == item
     made = load_task("reasoning_gym:graph_color", size=5)  # accepts many answers and names none
     row = made.test[0]
-    colouring = _thaw(json.loads(row["entry"]))["metadata"]["possible_answer"]
+    colouring = thaw(json.loads(row["entry"]))["metadata"]["possible_answer"]
     assert row["answer"] == ""
     assert made.score(json.dumps(colouring), row) == 1.0
     assert made.score("{}", row) < 1

@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM
 
 import softar.vllm.server
 from softar.models import load
-from softar.vllm.engine import DECODERS, MODES, Sampling, ServerDecoder, VLLMDecoder
-from softar.vllm.server import ServerError, exported, serve, widened
+from softar.vllm.decoders import DECODERS
+from softar.vllm.engine import MODES, Sampling, ServerDecoder, VLLMDecoder
+from softar.vllm.export import exported, widened
+from softar.vllm.server import ServerError, serve
 
 pytestmark = pytest.mark.slow
 NEW = 6

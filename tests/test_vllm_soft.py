@@ -26,15 +26,17 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Co
 
 import softar
 import softar.vllm.server
-from softar.decode import Kind, Record
 from softar.decoders.soft import DECODERS as LOOP
 from softar.evaluate import encode
 from softar.show.trace import from_json
+from softar.thought import Kind, Record
 from softar.vllm.client import ServerDecoder
 from softar.vllm.completions import Completion, answer_starts, ends_unseen
-from softar.vllm.engine import DECODERS
-from softar.vllm.http import teach, to_record
-from softar.vllm.plugin import check_engine, record_of, register
+from softar.vllm.decoders import DECODERS
+from softar.vllm.http import teach
+from softar.vllm.plugin import register
+from softar.vllm.record import record_of, to_record
+from softar.vllm.request import check_engine
 from softar.vllm.rows import CHUNK, Rows
 
 ARCHS = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma": GemmaConfig}

@@ -169,6 +169,7 @@ def sweep(
       softar sweep --plot runs/sweep
     """
     from ..evals import sweep as sweeps
+    from ..evals import sweep_summary as summary
 
     given = dict(tasks=task, soft=soft, baseline=baseline, vary=vary and work.vary(vary), seeds=seed, limit=limit,
                  max_new_tokens=max_new_tokens)  # fmt: skip
@@ -180,15 +181,15 @@ def sweep(
         elif given or config:
             raise ValueError("--plot FOLDER goes by itself: it plots what a sweep left there")
         else:
-            rows = sweeps.read_sweep(plot)
-        file = sweeps.plot_sweep(plot or output) if rows else None
+            rows = summary.read_sweep(plot)
+        file = summary.plot_sweep(plot or output) if rows else None
     if not rows:  # another process of several has them
         return
-    points = sweeps.aggregate(rows)
+    points = summary.aggregate(rows)
     if as_json:
         fmt.print_json({"plot": file, "points": points})
     else:
-        fmt.console().print(sweeps.sweep_table(points))
+        fmt.console().print(summary.sweep_table(points))
         fmt.say(f"plot: {file}")
 
 

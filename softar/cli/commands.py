@@ -151,7 +151,8 @@ def trace(
                 holes = work.with_masks(text, tokenizer.mask_token)
             traces.append(made.decode([work.as_prompt(tokenizer, holes, chat, system)])[0].trace)
     from ..show.page import write_page
-    from ..show.trace import to_json, view
+    from ..show.terminal import view
+    from ..show.trace import to_json
 
     if html is not None:
         fmt.say(f"wrote {write_page(html, traces, text)}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import output as fmt
 
 if TYPE_CHECKING:
-    from ..evals.compare import Decoded
+    from ..decoders.answer import Decoded
 
 # Of a model without a soft_config.json: mixtures that are narrow and noisy, which a model can read without training
 UNTRAINED = "gumbel:temperature=0.6,top_k=10,top_p=0.95"
@@ -90,7 +90,7 @@ def with_masks(text: str, mask: str) -> str:
 def check_fills(spec: str | None, model: str) -> None:
     """Raises ValueError for a decoder, or a model, that does not fill masks."""
     quiet()
-    from ..decoders.registry import family_of
+    from ..decoders.kinds import family_of
 
     if spec is not None and family(spec) != "diffusion":
         raise ValueError(f"--decoder {spec} fills no holes: `softar generate` is for it")
@@ -115,7 +115,8 @@ def default_model(spec: str | None) -> str:
 def default_spec(model: str, common: dict) -> str:
     """The decoder that the model was trained for."""
     from ..config import CONFIG_FILE
-    from ..decoders.registry import family_of, make_decoder
+    from ..decoders.kinds import family_of
+    from ..decoders.registry import make_decoder
     from ..decoders.soft import own_config
     from ..models import folder_of
 
@@ -143,7 +144,8 @@ def default_length(model: str, family: str) -> int:
 
 def with_options(spec: str, options: dict[str, Any]) -> str:
     """The spec with those of the options that are not None."""
-    from ..decoders.registry import format_options, parse_spec
+    from ..decoders.options import format_options
+    from ..decoders.registry import parse_spec
 
     chosen = {k: v for k, v in options.items() if v is not None}
     own = parse_spec(spec)[2]
@@ -211,7 +213,7 @@ def compared(task: str, model: str | None) -> list[str]:
     """The decoders of a comparison that names none."""
     if model is None and task in COMPARED:
         return COMPARED[task]
-    from ..decoders.registry import family_of
+    from ..decoders.kinds import family_of
 
     return ["hard", "soft-mask"] if model and family_of(model) == "diffusion" else ["discrete", "soft", UNTRAINED]
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..evals.compare import Comparison, Decoded
+    from ..decoders.answer import Decoded
+    from ..evals.compare import Comparison
 
 FAILURES = 5  # that are named on stderr
 TABLE_WIDTH = 84  # below, the columns of a comparison are cut
@@ -138,7 +139,7 @@ class Printer:
         self.ids, self.shown = [], ""
 
     def __call__(self, seen: dict) -> None:
-        from ..decode import Kind
+        from ..thought import Kind
 
         self.ids.append(int(seen["record"].token[0]))
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)

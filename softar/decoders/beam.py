@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..config import SoftConfig
-from ..evals.compare import Decoded
 from ..evaluate import evaluating, read_prompts, resolve
+from ..models import plain
 from ..show.trace import Step, Trace, Words
-from .registry import check_model, columns_of, plain
+from .answer import Decoded
+from .kinds import check_model, columns_of
 
 # Sampling is off, with neutral values: what is None generate fills from the model's configuration, and it warns of what
 # beam search does not use.

@@ -17,14 +17,16 @@ import torch
 from transformers import BatchEncoding
 
 from ..config import CONFIG_FILE, SoftConfig
-from ..decode import Kind, SoftOutput, generate
-from ..evals.compare import Decoded, Decoder
+from ..decode import SoftOutput, generate
 from ..evaluate import evaluating, read_prompts, resolve
 from ..mixers import MIXERS
 from ..models import folder_of, load
 from ..show.trace import Trace, thought
+from ..thought import Kind
+from .answer import Decoded, Decoder
 from .beam import BeamDecoder
-from .registry import check_model, check_options, columns_of, format_options, open_model
+from .kinds import check_model, columns_of, open_model
+from .options import check_options, format_options
 
 
 class SoftDecoder:

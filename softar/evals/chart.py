@@ -88,9 +88,9 @@ def plot_frontier(rows: list[dict], file: str | Path, title: str = "") -> Path:
         raise ValueError("there is nothing to plot: no decoder has an accuracy and a cost above 0")
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.6 + 0.2 * math.ceil(len(series) / 2)), sharey=True,
                                   layout="constrained")  # fmt: skip
-    labels = {group: _legend(group, sorted(mine, key=lambda row: row["nfe"])) for group, mine in series.items()}
+    labels = {group: legend_label(group, sorted(mine, key=lambda row: row["nfe"])) for group, mine in series.items()}
     handles, rings = {}, None
-    places = {cost: _side_by_side([row for row in rows if _drawable(row, cost)], cost) for cost in PANELS}
+    places = {cost: side_by_side([row for row in rows if _drawable(row, cost)], cost) for cost in PANELS}
     for axes, (cost, label) in zip(panels, PANELS.items()):
         axes.set(xscale="log", xlabel=label)
         axes.spines[["top", "right"]].set_visible(False)
@@ -137,7 +137,7 @@ def _draw(axes, rows: list[dict], at: dict[int, float], color: str, marker: str)
     return line
 
 
-def _side_by_side(rows: list[dict], cost: str) -> dict[int, float]:
+def side_by_side(rows: list[dict], cost: str) -> dict[int, float]:
     """Where each row (by id) is drawn: at its cost, or a little beside it if another costs the same, within 1 %."""
     rows, at = sorted(rows, key=lambda row: row[cost]), {}
     span = math.log(rows[-1][cost] / rows[0][cost]) if rows else 0.0
@@ -161,7 +161,7 @@ def log_ticks(axes, values: list[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _legend(group: tuple, rows: list[dict]) -> str:
+def legend_label(group: tuple, rows: list[dict]) -> str:
     """Decoder and what tells it from others, its settings from cheap to dear, what they share last:
     "sampled: votes=2, 4, 8, temperature=1.0"."""
     name = ", ".join(str(part) for part in group if part is not None)

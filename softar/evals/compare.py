@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..show.trace import Canvas, Trace
+from ..decoders.answer import Decoded, Decoder, NamedDecoder, Unfinished
 from .bootstrap import Pass, number, summarise
 from .chart import comparison_table, plot_frontier
 
@@ -24,41 +24,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 COSTS = ("nfe", "token_forwards")
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """One answer and what it cost."""
-
-    text: str  # what the scorer reads: the answer, special tokens stripped; of a template the whole sequence
-    tokens: tuple[int, ...]  # ids of the completion that is returned, padding left out
-    num_forwards: float  # NFE: forwards this row took part in; n votes or n beams count n times
-    token_forwards: float  # positions computed for this row: its share of the batch's, padding included
-    seconds: float  # this row's share of the batch's decoding time; the sum over rows is wall time
-    entropy: float | None = None  # mean nats over the row's steps; None where not known
-    trace: Trace | Canvas | None = None  # only where the decoder was made to keep it
-
-
-class Unfinished(ValueError):
-    """A decoder that failed in the middle: `done` holds what it finished, {index of the prompt: Decoded}."""
-
-    def __init__(self, message: str, done: dict[int, Decoded] | None = None):
-        super().__init__(message)
-        self.done = done or {}
-
-
-class Decoder(Protocol):
-    def decode(self, prompts: list) -> list[Decoded]:
-        """Prompts, text or chat messages, to as many answers in their order."""
-        ...
-
-
-@runtime_checkable
-class NamedDecoder(Decoder, Protocol):
-    """One that says what it is, as all of softar's do."""
-
-    name: str  # label, unique in a comparison: "soft-mask steps=8"
-    columns: dict  # goes into its row: decoder (registry name), model, setting ("steps=8"), family, maybe training
 
 
 class Failure(NamedTuple):
@@ -155,7 +120,7 @@ class Comparison:
     def save(self, folder: str | Path) -> Path:
         """Write results.json and results.csv (`rows`), rows.jsonl (a line for each answer: row, decoder, repeat, text,
         score, num_forwards, seconds), and failures.jsonl if there are any; each file whole or not at all -> folder."""
-        from ..show.figures import write_results
+        from ..results import write_results
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

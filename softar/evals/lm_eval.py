@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from ..config import SoftConfig
 from ..decode import generate
-from ..decoders.registry import check_options, open_model
+from ..decoders.kinds import open_model
+from ..decoders.options import check_options
 from ..decoders.soft import own_config
 from ..models import load
 

@@ -1,40 +1,18 @@
 """The options of soft SFT, on top of TRL's: each with its help, checked before anything is loaded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from trl import SFTConfig
 
 from ..config import SoftConfig
-from ..mixers import mk_mixer
+from ..mixers import GUIDES, mk_mixer
 from ..soft import check_dist
-from .forward import GUIDES, MODES, mk_alpha
+from ..training import PlainSFTConfig, opt
+from .forward import MODES, mk_alpha
 
 TARGETS = ("gold", "traces", "oracle")
 THOUGHT_LOSSES = ("constant", "alpha")
-
-
-def opt(default: Any, text: str):
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class PlainSFTConfig(SFTConfig):
-    """TRL's SFTConfig for a loss of our own on an example a row: CPU where there is nothing else, no packing."""
-
-    def __post_init__(self):
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-            self.bf16 = bool(self.bf16)
-        super().__post_init__()
-        if self.packing or self.padding_free:
-            given = f"packing={self.packing}, padding_free={self.padding_free}"
-            raise ValueError(f"{given}: {type(self).__name__} needs an example a row")
-        if self.loss_type != "nll" or self.label_smoothing_factor:
-            given = f"loss_type={self.loss_type!r}, label_smoothing_factor={self.label_smoothing_factor}"
-            raise ValueError(f"{given}: {type(self).__name__} has a loss of its own, leave them at 'nll' and 0")
 
 
 @dataclass

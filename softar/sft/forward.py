@@ -13,55 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..mixers import Rng, exponential
-from ..soft import Soft, hard, soft_embed
+from ..soft import Soft, soft_embed
 
 Feed = Callable[[Tensor, Tensor], Soft]  # (logits [..., V], gold [...]) -> the mixture that is read next
-
-
-def guide(soft: Soft, target: Tensor, alpha: float, how: str = "mix", *, rng: Rng = None) -> Soft:
-    """Blend the target token into a mixture.
-
-    "mix": alpha 1_y + (1 - alpha) p. "clamp": the target has at least alpha; if p_y >= alpha nothing changes, else
-    q_y = alpha and the rest is scaled by (1 - alpha) / (1 - p_y). "coin": the target itself with probability alpha,
-    else the mixture (scheduled sampling, arXiv:1506.03099).
-
-    Args:
-        soft: [..., K], rows summing to 1.
-        target: [...] int64; need not be among soft.ids.
-        alpha: in [0, 1]. 0 returns `soft` untouched and 1 the target alone (K = 1), so that neither can leak a NaN.
-
-    Returns:
-        [..., K + 1], the target in the last slot; what it had before is moved there.
-    """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha} must lie in [0, 1]: 1 is the target token alone, 0 the mixture alone")
-    if how not in GUIDES:
-        raise ValueError(f"guidance={how!r} is unknown: choose one of {sorted(GUIDES)}")
-    if alpha == 0:
-        return soft
-    if alpha == 1:
-        return hard(target)
-    is_target = soft.ids == target[..., None]
-    rest = soft.weights.masked_fill(is_target, 0.0)
-    had = (soft.weights * is_target).sum(-1, keepdim=True)
-    keep, share = GUIDES[how](had, alpha, rng)
-    return Soft(torch.cat([soft.ids, target[..., None]], -1), torch.cat([keep * rest, share], -1))
-
-
-def _mix(had: Tensor, alpha: float, rng: Rng):
-    return 1 - alpha, alpha + (1 - alpha) * had
-
-
-def _clamp(had: Tensor, alpha: float, rng: Rng):
-    low = had < alpha
-    scale = torch.where(low, (1 - alpha) / (1 - had).clamp_min(1 - alpha), 1.0)
-    return scale, torch.where(low, torch.full_like(had, alpha), had)
-
-
-def _coin(had: Tensor, alpha: float, rng: Rng):
-    gold = exponential(had.detach(), rng) > -math.log(alpha)  # P(Exp(1) > -log a) = a
-    return (~gold).float(), torch.where(gold, torch.ones_like(had), had)
 
 
 def mk_alpha(
@@ -200,7 +154,6 @@ def _sequential(model, input_ids, attention_mask, soft_mask, feed, window):
     return torch.cat(logits, 1)
 
 
-GUIDES = {"mix": _mix, "clamp": _clamp, "coin": _coin}
 MODES = ("parallel", "sequential")
 SCHEDULES = {
     "constant": lambda x: 0.0,

@@ -3,13 +3,8 @@
 Shapes: B batch, T positions, M traces per row, V vocabulary, K tokens kept, N target tokens of a batch.
 """
 
-import contextlib
 import math
-import signal
-import tempfile
-import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,11 +17,12 @@ from trl.models.utils import _ForwardRedirection
 
 from ..config import SoftConfig
 from ..evaluate import evaluate
-from ..mixers import mk_mixer
+from ..mixers import guide, mk_mixer
 from ..soft import Soft, check_dist, entropy, mk_proba_dist, soft_embed
+from ..training import check_writable, no_interrupt
 from .config import SoftSFTConfig
 from .data import SoftCollator, add_trace_ids, check_rows, check_tag, check_traces, frontier, thought_mask
-from .forward import guide, soft_forward
+from .forward import soft_forward
 
 
 class SoftSFTTrainer(SFTTrainer):
@@ -288,32 +284,6 @@ def soft_loss(
         ce = -(weights * logp.gather(-1, ids)).sum(-1)
     ce = torch.where(is_thought, thought_weight * ce, ce)
     return ce.sum(), entropy(chosen[is_thought])
-
-
-def check_writable(folder: str | Path) -> None:
-    """Raise ValueError before any work where checkpoints could not be written."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"output_dir={str(folder)!r} cannot be written ({error}): choose another folder") from error
-
-
-@contextlib.contextmanager
-def no_interrupt():
-    """Hold Ctrl-C back until the block is through, so that it cannot cut a checkpoint in half."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held = []
-    before = signal.signal(signal.SIGINT, lambda *args: held.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if held:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _encode(tokenizer, text: str | None) -> list[int]:

@@ -8,7 +8,8 @@ _HOME = {
     "Server": "softar.vllm.server",
     "ServerError": "softar.vllm.server",
     "serve": "softar.vllm.server",
-    "record_of": "softar.vllm.plugin",
+    "record_of": "softar.vllm.record",
+    "to_record": "softar.vllm.record",
 }
 __all__ = [*_HOME]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 
-from ..evals.compare import Decoded
+from ..decoders.answer import Decoded
 from .completions import Completion, CompletionDecoder, Sampling, has_answer, split_options, token_ids
-from .http import FIELD, to_record
+from .record import FIELD, to_record
 from .server import ServerError
 
 

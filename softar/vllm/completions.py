@@ -7,12 +7,13 @@ from dataclasses import dataclass, fields
 import torch
 
 from ..config import SoftConfig
-from ..decode import Record, SoftOutput, _Chooser
-from ..evals.compare import Decoded
+from ..decode import SoftOutput
+from ..decoders.answer import Decoded
 from ..mixers import Mixed
 from ..show.trace import Step, Trace, thought
 from ..soft import Soft
-from .plugin import mk_config
+from ..thought import Chooser, Record
+from .request import mk_config
 
 # What a mode reads of Sampling, beside its length
 MODES = {
@@ -187,7 +188,7 @@ def answer_starts(config: SoftConfig, prompts: list[list[int]], found: list[Comp
         if c.record is not None:
             entropy[row, : len(c.tokens)] = c.record.entropy[0]
     lengths = torch.tensor([len(c.tokens) for c in found])
-    chooser = _Chooser(config, ids[:, :wide], None, None, None)
+    chooser = Chooser(config, ids[:, :wide], None, None, None)
     for step in range(steps):
         chooser.done = lengths <= step
         token = ids[:, wide + step]

@@ -1,6 +1,6 @@
 """The soft requests of a vLLM batch: who thinks, what each reads next, what it has read. Nothing here imports vLLM.
 
-A request chooses as a row of `softar.generate` does, by the same `_Chooser`: one for all requests of a configuration
+A request chooses as a row of `softar.generate` does, by the same `Chooser`: one for all requests of a configuration
 that step together, which they enter and leave as vLLM schedules them. Everything stays on the device and nothing waits
 for it. What a request has read is kept, so that it can be computed again when vLLM has thrown it out of its cache.
 
@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SoftConfig
-from ..decode import Record, _Chooser
 from ..mixers import TINY, Mixed, Rng
 from ..soft import Soft, entropy, soft_embed
+from ..thought import Chooser, Record
 
 CHUNK = 64  # steps of a request that stay on the device; older ones wait on the host
 PIECE = 4096  # token embeddings gathered at once when a request is computed anew
 
 
-class Chooser(_Chooser):
+class Chooser(Chooser):
     """Of requests instead of a batch with one prompt length: of what was said before it keeps the last few tokens."""
 
-    ROWS = (*_Chooser.ROWS, "recent")
+    ROWS = (*Chooser.ROWS, "recent")
 
     def __init__(self, config: SoftConfig, prompt: Sequence[int], eos: Sequence[int], rng: Rng):
         ids = torch.tensor([prompt])

@@ -5,7 +5,8 @@ Nothing here imports vLLM. The mixtures go into the state's own buffer of input 
 
 from typing import Any
 
-from .plugin import admit
+from .hooks import patch
+from .request import mk_config, soft_of
 from .rows import Rows
 
 
@@ -63,3 +64,84 @@ class SoftSampler:
             if turn.rows[0].wants_record:
                 out.logprobs_tensors = rows.write(turn, out.logprobs_tensors)
         return out
+
+
+def init_device(method, self):
+    method(self)  # before the runners are imported: on CPU it makes the second one fit for that
+    if self.vllm_config.use_v2_model_runner:
+        from vllm.v1.worker.gpu import model_runner
+
+        patch(model_runner, "init_model_state", init_model_state)
+        patch(model_runner.GPUModelRunner, "finish_requests", finish_requests)
+    else:
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        GPUModelRunner.softar = None  # its Rows, from the first soft request on
+        patch(GPUModelRunner, "_update_states", update_states)
+        patch(GPUModelRunner, "_preprocess", preprocess)
+        patch(GPUModelRunner, "_sample", sample)
+
+
+def admit(rows, new, owner):
+    """Take up a request if it is soft: a new one, or one that had been thrown out of the cache.
+
+    Args: rows: Rows or None. owner: has the model, its device and its configuration. Returns rows, by then not None.
+    """
+    soft = soft_of(new.sampling_params)
+    if soft is None:
+        return rows
+    if rows is None:
+        rows = Rows(lambda ids: owner.model.embed_input_ids(ids), owner.device, owner.model_config.seed)
+    if new.req_id not in rows.rows:
+        params = new.sampling_params
+        eos = {params.eos_token_id, *(params.stop_token_ids or ())} - {None}
+        config = mk_config(soft["config"])
+        rows.add(new.req_id, config, new.prompt_token_ids, params.seed, sorted(eos), soft["record"])
+    return rows
+
+
+def init_model_state(method, vllm_config, model, *args, **kwargs):
+    if vllm_config.model_config.enable_prompt_embeds:
+        from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+
+        base = resolve_model_state_cls(vllm_config, model)
+        model.get_model_state_cls = lambda: soft_state(base)
+    return method(vllm_config, model, *args, **kwargs)
+
+
+def finish_requests(method, self, scheduler_output):
+    if forget := getattr(self.model_state, "forget", None):
+        forget(scheduler_output.finished_req_ids)
+    return method(self, scheduler_output)
+
+
+def update_states(method, self, scheduler_output):
+    if self.softar is not None:
+        self.softar.drop(scheduler_output.finished_req_ids)
+    for new in scheduler_output.scheduled_new_reqs:
+        self.softar = admit(self.softar, new, self)
+    return method(self, scheduler_output)
+
+
+def preprocess(method, self, scheduler_output, *args, **kwargs):
+    found = method(self, scheduler_output, *args, **kwargs)
+    if self.softar is not None and self.softar.rows:
+        batch = self.input_batch
+        counts = [scheduler_output.num_scheduled_tokens[name] for name in batch.req_ids]
+        self.softar.feed(found[1], batch.req_ids, batch.num_computed_tokens_cpu[: len(counts)].tolist(), counts)
+    return found
+
+
+def sample(method, self, logits, *args, **kwargs):
+    if self.softar is None or not self.softar.rows or logits is None:
+        return method(self, logits, *args, **kwargs)
+    names = self.input_batch.req_ids
+    ends = self.optimistic_seq_lens_cpu[: len(names)].tolist()
+    skipped = self.discard_request_mask.np[: len(names)].tolist()
+    turns = self.softar.think(logits, names, ends, skipped)
+    out = method(self, logits, *args, **kwargs)
+    self.softar.choose(turns, out.sampled_token_ids)
+    for turn in turns:
+        if turn.rows[0].wants_record:
+            out.logprobs_tensors = self.softar.write(turn, out.logprobs_tensors)
+    return out

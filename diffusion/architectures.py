@@ -1,0 +1,117 @@
+"""LLaDA and Dream as models of transformers: configurations, classes, and the names of their weights."""
+
+import re
+
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+# Regular expressions of LLaDA's parameter names, and Llama's in their place (read backwards when saving).
+LLADA_NAMES = {
+    r"model\.transformer\.wte\.": r"model.embed_tokens.",
+    r"model\.transformer\.ln_f\.": r"model.norm.",
+    r"model\.transformer\.ff_out\.": r"lm_head.",
+    r"transformer\.blocks\.(\d+)\.attn_norm\.": r"layers.\1.input_layernorm.",
+    r"transformer\.blocks\.(\d+)\.ff_norm\.": r"layers.\1.post_attention_layernorm.",
+    r"transformer\.blocks\.(\d+)\.q_proj\.": r"layers.\1.self_attn.q_proj.",
+    r"transformer\.blocks\.(\d+)\.k_proj\.": r"layers.\1.self_attn.k_proj.",
+    r"transformer\.blocks\.(\d+)\.v_proj\.": r"layers.\1.self_attn.v_proj.",
+    r"transformer\.blocks\.(\d+)\.attn_out\.": r"layers.\1.self_attn.o_proj.",
+    r"transformer\.blocks\.(\d+)\.ff_proj\.": r"layers.\1.mlp.gate_proj.",
+    r"transformer\.blocks\.(\d+)\.up_proj\.": r"layers.\1.mlp.up_proj.",
+    r"transformer\.blocks\.(\d+)\.ff_out\.": r"layers.\1.mlp.down_proj.",
+}
+
+
+# What a configuration must say, or not mention, for the model to be Llama or Qwen2 with other names.
+LLADA_NEEDS = dict(
+    activation_type="silu",
+    alibi=False,
+    attention_layer_norm=False,
+    bias_for_layer_norm=False,
+    block_group_size=1,
+    block_type="llama",
+    include_bias=False,
+    include_qkv_bias=False,
+    input_emb_norm=False,
+    layer_norm_type="rms",
+    layer_norm_with_affine=True,
+    multi_query_attention=False,
+    rope=True,
+    scale_logits=False,
+)
+
+
+DREAM_NEEDS = dict(hidden_act="silu", use_sliding_window=False, use_mrope=False)
+
+
+class LladaConfig(LlamaConfig):
+    """LLaDA's configuration (arXiv:2502.09992), written to and read from its original field names."""
+
+    model_type = "llada"
+    attribute_map = {
+        "d_model": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "n_layers": "num_hidden_layers",
+        "mlp_hidden_size": "intermediate_size",
+        "max_sequence_length": "max_position_embeddings",
+        "weight_tying": "tie_word_embeddings",
+    }
+    logits_shift: int = 0  # the logits at a position are about that position; 1: about the next (softar's convert)
+    is_causal: bool = False
+    use_cache: bool = False
+    mask_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.logits_shift not in (0, 1):
+            raise ValueError(f"logits_shift={self.logits_shift!r} must be 0, as in LLaDA, or 1, as in Dream")
+        # The base derives head_dim before it would look at attribute_map.
+        for original, name in self.attribute_map.items():
+            if original in kwargs:
+                setattr(self, name, kwargs.pop(original))
+        super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        named = super().to_dict()
+        for original, name in self.attribute_map.items():
+            named[original] = named.pop(name)
+        named["rope_theta"] = self.rope_parameters["rope_theta"]
+        return named
+
+
+class LladaForMaskedDiffusion(LlamaForCausalLM):
+    config_class = LladaConfig
+
+
+class DreamConfig(Qwen2Config):
+    """Dream's configuration (arXiv:2508.15487)."""
+
+    model_type = "Dream"
+    logits_shift = 1  # the logits at a position are about the next one
+    is_causal: bool = False
+    use_cache: bool = False
+    mask_token_id: int | None = None
+
+    def to_dict(self) -> dict:
+        return super().to_dict() | {"rope_theta": self.rope_parameters["rope_theta"]}
+
+
+class DreamForMaskedDiffusion(Qwen2ForCausalLM):
+    config_class = DreamConfig
+
+
+def check_settings(settings: dict, needs: dict) -> None:
+    """Raise ValueError naming a field of a configuration that makes it another architecture."""
+    for field, value in needs.items():
+        found = settings.get(field)
+        if found is not None and found != value:
+            raise ValueError(f"{field}={found!r} is not supported, only {value!r}")
+    rows = settings.get("embedding_size")
+    if rows is not None and rows != settings.get("vocab_size"):
+        raise ValueError(f"embedding_size={rows} differs from vocab_size={settings.get('vocab_size')}")
+
+
+def llama_name(name: str) -> str:
+    """LLaDA's name of a parameter -> Llama's."""
+    for theirs, ours in LLADA_NAMES.items():
+        name = re.sub(theirs, ours, name)
+    return name

@@ -1,0 +1,114 @@
+"""Forward passes over a window of the canvas: the cache, and the mixtures that stand in place of masks."""
+
+import torch
+from torch import Tensor
+
+from softar.soft import Soft, soft_embed
+
+from .config import DenoiseConfig
+from .net import Facts, Parts
+
+
+class WindowCache:
+    """Keys and values of a whole canvas, of which a forward renews a window: the prefix and the dual cache of Fast-dLLM
+    (arXiv:2505.22618, section 3.2) are the windows [block start, L) and [block start, block end).
+
+    A forward over the whole canvas fills it. Keys are kept as the layers give them, after the rotation: positions never
+    change, so renewing them is not needed.
+    """
+
+    def __init__(self):
+        self.window: tuple[int, int] | None = None  # None: the next forward covers the whole canvas
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """keys, values [B, heads, T, head_dim] of the window -> those of the canvas, [B, heads, L, head_dim]."""
+        if self.window is None:
+            self.layers[layer] = keys, values
+            return keys, values
+        lo, hi = self.window
+        kept_keys, kept_values = self.layers[layer]
+        kept_keys[:, :, lo:hi] = keys
+        kept_values[:, :, lo:hi] = values
+        return kept_keys, kept_values
+
+    def get_mask_sizes(self, query_length: int, layer: int) -> tuple[int, int]:
+        return (query_length if self.window is None else self.layers[0][0].shape[2]), 0
+
+    def get_query_offset(self, layer: int = 0) -> int:
+        return 0 if self.window is None else self.window[0]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.get_query_offset()
+
+
+class Reader:
+    """Runs the model on a window of the canvas. Keeps what forwards leave: keys and values, soft slots, counts."""
+
+    def __init__(self, net: Parts, known: Facts, config: DenoiseConfig, real: Tensor, given: Tensor):
+        self.net, self.known, self.config, self.given = net, known, config, given
+        self.twice = config.cfg_scale > 0
+        self.length = real.shape[1]
+        self.positions_of = (real.cumsum(1) - 1).clamp_min(0)  # padding does not count
+        self.first = (~real).sum(1)  # [B] column of each row's first token
+        self.mask = None if bool(real.all()) else real.long()
+        if self.twice:
+            self.positions_of = self.positions_of.repeat(2, 1)
+            self.mask = None if self.mask is None else self.mask.repeat(2, 1)
+        self.cache = None if config.cache is None else WindowCache()
+        self.forwards = self.positions = 0
+        self.where: Tensor | None = None  # [B, L] bool, slots that show a mixture
+        self.mixed: Tensor | None = None  # [B, L, D] their inputs
+
+    def window(self, start: int, end: int, *, whole: bool, look_back: bool) -> tuple[int, int]:
+        """Columns of the next forward."""
+        if self.cache is None or whole:
+            return 0, self.length
+        # With shifted logits a position is predicted from the one before it.
+        lo = max(start - self.known.shift, 0) if look_back else start
+        return lo, end if self.config.cache == "dual" else self.length
+
+    def __call__(self, canvas: Tensor, lo: int, hi: int, rows: Tensor, cols: Tensor) -> Tensor:
+        """-> logits [n, V] float32 about the positions (rows, cols), which lie in [lo, hi)."""
+        embeds = self._inputs(canvas, lo, hi)
+        if self.twice:
+            without = canvas.masked_fill(self.given, self.known.mask_id)
+            embeds = torch.cat([embeds, self._inputs(without, lo, hi)])
+        if self.cache is not None:
+            self.cache.window = None if (lo, hi) == (0, self.length) else (lo, hi)
+        hidden = self.net.body(embeds, self.mask, self.positions_of[:, lo:hi], self.cache)
+        self.forwards, self.positions = self.forwards + 1, self.positions + embeds.shape[0] * embeds.shape[1]
+        # With shifted logits nothing is about the first token, whose own output stands in.
+        source = torch.maximum(cols - self.known.shift, self.first[rows]).clamp_min(lo) - lo
+        chosen = hidden[rows, source]
+        if not self.twice:
+            return self.net.head(chosen).float()
+        both = self.net.head(torch.cat([chosen, hidden[rows + len(canvas), source]])).float()
+        conditional, unconditional = both.chunk(2)
+        return unconditional + (self.config.cfg_scale + 1) * (conditional - unconditional)
+
+    def _inputs(self, canvas: Tensor, lo: int, hi: int) -> Tensor:
+        embeds = self.net.embedding(canvas[:, lo:hi])
+        if self.where is None:
+            return embeds
+        return torch.where(self.where[:, lo:hi, None], self.mixed[:, lo:hi], embeds)
+
+    def soften(
+        self, soft: Soft, shows: Tensor, rows: Tensor, cols: Tensor, window: tuple[int, int], busy: Tensor
+    ) -> tuple[Tensor, Soft]:
+        """From now on the positions (rows, cols) that `shows` names show these mixtures, and others of the window
+        don't, in the rows that are busy. -> where mixtures were put [B, L], and which."""
+        soft = Soft(soft.ids[shows], soft.weights[shows])
+        mixed = soft_embed(soft, self.net.embedding)
+        if self.where is None:
+            self.where = torch.zeros_like(self.given)
+            self.mixed = mixed.new_zeros(*self.given.shape, mixed.shape[-1])
+        put, renewed = torch.zeros_like(self.where), torch.zeros_like(self.where)
+        put[rows[shows], cols[shows]] = True
+        renewed[:, slice(*window)] = busy[:, None]
+        self.where = (self.where & ~renewed) | put
+        self.mixed[rows[shows], cols[shows]] = mixed
+        return put, soft
+
+    def forget(self) -> None:
+        self.where = None

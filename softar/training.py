@@ -1,0 +1,59 @@
+"""What all trainers share: options with their help texts, checks before training."""
+
+import contextlib
+import signal
+import tempfile
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise ValueError before any work where checkpoints could not be written."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir={str(folder)!r} cannot be written ({error}): choose another folder") from error
+
+
+@contextlib.contextmanager
+def no_interrupt():
+    """Hold Ctrl-C back until the block is through, so that it cannot cut a checkpoint in half."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held = []
+    before = signal.signal(signal.SIGINT, lambda *args: held.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
+
+
+def opt(default: Any, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class PlainSFTConfig(SFTConfig):
+    """TRL's SFTConfig for a loss of our own on an example a row: CPU where there is nothing else, no packing."""
+
+    def __post_init__(self):
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+            self.bf16 = bool(self.bf16)
+        super().__post_init__()
+        if self.packing or self.padding_free:
+            given = f"packing={self.packing}, padding_free={self.padding_free}"
+            raise ValueError(f"{given}: {type(self).__name__} needs an example a row")
+        if self.loss_type != "nll" or self.label_smoothing_factor:
+            given = f"loss_type={self.loss_type!r}, label_smoothing_factor={self.label_smoothing_factor}"
+            raise ValueError(f"{given}: {type(self).__name__} has a loss of its own, leave them at 'nll' and 0")

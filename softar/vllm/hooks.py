@@ -1,0 +1,35 @@
+"""How the plug-in gets into vLLM: the versions it knows, methods replaced, errors that reach the client."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+VERSIONS = ("0.32",)  # of vLLM, tested
+
+
+def patch(owner, name: str, around: Callable) -> None:
+    """Replace a method, or a module's function, by around(method, ...), once."""
+    method = getattr(owner, name)
+    if "softar" in vars(method):
+        return
+
+    @functools.wraps(method)
+    def patched(*args, **kwargs):
+        return around(method, *args, **kwargs)
+
+    patched.softar = True
+    setattr(owner, name, patched)
+
+
+@contextlib.contextmanager
+def refusing():
+    """A ValueError, for those who call vLLM from Python, is vLLM's error of the client too: the server answers 400."""
+    from vllm.exceptions import VLLMValidationError
+
+    class SoftError(VLLMValidationError, ValueError):
+        pass
+
+    try:
+        yield
+    except ValueError as error:
+        raise SoftError(str(error)) from None

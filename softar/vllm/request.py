@@ -1,0 +1,165 @@
+"""A soft request: what it may ask, the checks, and the configuration it becomes."""
+
+import json
+import math
+
+LIMIT = 256  # tokens in a mixture
+
+
+LONGEST = 64  # tokens of think_start and think_end
+
+
+MOST = 2**31  # steps
+
+
+OWN = "softar"  # what a request's "soft" becomes on its way to the workers
+
+
+ENABLE = "start it with --enable-prompt-embeds (softar serve --soft; LLM(enable_prompt_embeds=True))"
+
+
+# The fields of SoftConfig that a request may set, and their types; the rest is SamplingParams'.
+NUMBER, COUNT, IDS = (int, float), (int, type(None)), (list, tuple)
+
+
+FIELDS = {
+    "mixer": (str,),
+    "mixer_args": (dict,),
+    "alpha": NUMBER,
+    "temperature": NUMBER,
+    "top_k": COUNT,
+    "top_p": (*NUMBER, type(None)),
+    "min_p": (*NUMBER, type(None)),
+    "keep": COUNT,
+    "banned": IDS,
+    "rescale": (str, type(None)),
+    "think_start": (int, str, *IDS, type(None)),
+    "think_end": (int, str, *IDS, type(None)),
+    "budget": COUNT,
+    "cold_stop_entropy": (*NUMBER, type(None)),
+    "cold_stop_steps": (int,),
+    "record": (bool,),
+}
+
+
+def checked(asked, params, vllm_config, tokenizer) -> dict:
+    """The request's own words -> {"config": fields of SoftConfig, "record": bool}; ValueError of one line."""
+    from ..config import SoftConfig
+    from ..soft import check_dist
+
+    check_engine(vllm_config)
+    if isinstance(asked, str):  # as HTTP has it
+        try:
+            asked = json.loads(asked)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"soft: {shown(asked)} is not JSON ({error})") from None
+    if not isinstance(asked, dict):
+        raise ValueError(f"soft: {shown(asked)} must be an object of fields, e.g. {{}} or {{'mixer': 'gumbel'}}")
+    if unknown := [name for name in asked if name not in FIELDS]:
+        raise ValueError(f"soft: unknown fields {shown(unknown)}; known are {', '.join(FIELDS)}")
+    for name, value in asked.items():
+        kinds = FIELDS[name]
+        fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+        if isinstance(value, IDS):
+            fits = fits and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+        if not fits:
+            raise ValueError(f"soft: {name}={shown(value)} must be {' or '.join(words(kinds))}")
+        if isinstance(value, int) and abs(value) >= MOST:
+            raise ValueError(f"soft: {name}={shown(value)} must be less than {MOST}")
+    record = asked.get("record", False)
+    check_params(params)
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if k != "record"}
+    count = fields.get("mixer_args", {}).get("k", 1)
+    if isinstance(count, NUMBER) and count > LIMIT:
+        raise ValueError(f"soft: k={shown(count)} must be at most {LIMIT}")
+    try:
+        config = SoftConfig(**fields)
+        vocab = vllm_config.model_config.get_vocab_size()
+        check_dist(vocab, config.temperature, config.top_k, config.top_p, config.min_p, config.keep, config.banned)
+        config = config.resolve(tokenizer)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"soft: {str(error).splitlines()[0]}") from None
+    limit = min(LIMIT, vocab - 1) if record else LIMIT
+    if not kept(config) <= limit:
+        raise ValueError(f"soft: a mixture of {kept(config)} tokens is too wide: set top_k or keep to at most {limit}")
+    for name in ("think_start", "think_end"):
+        ids = getattr(config, name)
+        ids = () if ids is None else (ids,) if isinstance(ids, int) else ids
+        if len(ids) > LONGEST:
+            raise ValueError(f"soft: {name} has {len(ids)} tokens, more than {LONGEST}")
+        if any(not 0 <= i < vocab for i in ids):
+            raise ValueError(f"soft: {name}={shown(ids)} must be token ids below {vocab}, the model's vocabulary")
+    given = {name: getattr(config, name) for name in FIELDS if name != "record"}
+    return {"config": given, "record": record}
+
+
+def check_engine(vllm_config) -> None:
+    parallel = vllm_config.parallel_config
+    if not vllm_config.model_config.enable_prompt_embeds:
+        raise ValueError(f"soft: this engine takes no embeddings; {ENABLE}")
+    for is_on, what in (
+        (vllm_config.speculative_config is not None, "speculative decoding"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
+        (parallel.prefill_context_parallel_size > 1, "prefills split among devices"),
+        (parallel.enable_batch_sharded_sampling, "batch-sharded sampling"),
+        (vllm_config.kv_transfer_config is not None, "a KV cache that comes from elsewhere"),
+        (vllm_config.model_config.is_encoder_decoder, "an encoder-decoder model"),
+        (bool(vllm_config.model_config.logits_processors), "logits processors, which a thought would not pass"),
+        (vllm_config.model_config.return_sampling_mask, "sampling masks"),
+        (getattr(vllm_config, "watermark_config", None) is not None, "watermarks"),
+    ):
+        if is_on:
+            raise ValueError(f"soft: not in an engine with {what}")
+
+
+def check_params(params) -> None:
+    """Refuse what would not act on a thought as its user expects."""
+    penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty - 1)
+    for is_set, what in (
+        (params.structured_outputs is not None, "structured output"),
+        (params.logprobs is not None, 'logprobs (of a thought ask for the record: "record": true)'),
+        (params.logprob_token_ids is not None, "logprob_token_ids"),
+        (params.prompt_logprobs is not None, "prompt_logprobs"),
+        (params.prompt_logprob_token_ids is not None, "prompt_logprob_token_ids"),
+        (any(penalties), "penalties (the model's generation_config may set them: repetition_penalty=1 unsets)"),
+        (params.logit_bias, "logit_bias"),
+        (params.allowed_token_ids, "allowed_token_ids"),
+        (params.bad_words, "bad_words"),
+        (params.min_tokens > 0, "min_tokens"),
+        (params.thinking_token_budget is not None, "thinking_token_budget (soft has its own: budget)"),
+        (params.trace_decode_token_ids, "trace_decode_token_ids"),
+    ):
+        if is_set:
+            raise ValueError(f"soft: not together with {what}")
+
+
+def kept(config) -> float:
+    """Tokens in a mixture, K."""
+    if config.mixer == "k-samples":
+        width = config.mixer_args.get("k", 3)
+    elif config.mixer == "hard" or config.temperature == 0:
+        width = 1
+    else:
+        width = min(k for k in (config.top_k, config.keep, math.inf) if k is not None)
+    return width + (config.alpha < 1)
+
+
+def mk_config(fields: dict):
+    from ..config import SoftConfig
+
+    return SoftConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def words(kinds: tuple[type, ...]) -> list[str]:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
+    names |= {list: "a list of token ids", tuple: "a list of token ids", type(None): "null"}
+    return list(dict.fromkeys(names[k] for k in kinds if not (k is int and float in kinds)))
+
+
+def shown(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def soft_of(params) -> dict | None:
+    return params.extra_args.get(OWN) if params is not None and params.extra_args else None
