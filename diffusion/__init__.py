@@ -5,7 +5,8 @@ A name is loaded when it is first used.
 
 from importlib import import_module
 
-# A public name must not be the name of a submodule: importing the submodule would put the module in its place.
+# A public name must not be the name of a submodule: importing the submodule would put the module in
+# its place.
 _HOME = {
     "load": "softar.diffusion.models",
     "DenoiseConfig": "softar.diffusion.config",

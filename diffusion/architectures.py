@@ -1,10 +1,12 @@
-"""LLaDA and Dream as models of transformers: configurations, classes, and the names of their weights."""
+"""LLaDA and Dream as models of transformers: configurations, classes, and the names of their
+weights."""
 
 import re
 
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-# Regular expressions of LLaDA's parameter names, and Llama's in their place (read backwards when saving).
+# Regular expressions of LLaDA's parameter names, and Llama's in their place (read backwards when
+# saving).
 LLADA_NAMES = {
     r"model\.transformer\.wte\.": r"model.embed_tokens.",
     r"model\.transformer\.ln_f\.": r"model.norm.",
@@ -21,7 +23,8 @@ LLADA_NAMES = {
 }
 
 
-# What a configuration must say, or not mention, for the model to be Llama or Qwen2 with other names.
+# What a configuration must say, or not mention, for the model to be Llama or Qwen2 with other
+# names.
 LLADA_NEEDS = dict(
     activation_type="silu",
     alibi=False,
@@ -44,7 +47,8 @@ DREAM_NEEDS = dict(hidden_act="silu", use_sliding_window=False, use_mrope=False)
 
 
 class LladaConfig(LlamaConfig):
-    """LLaDA's configuration (arXiv:2502.09992), written to and read from its original field names."""
+    """LLaDA's configuration (arXiv:2502.09992), written to and read from its original field
+    names."""
 
     model_type = "llada"
     attribute_map = {
@@ -56,14 +60,17 @@ class LladaConfig(LlamaConfig):
         "max_sequence_length": "max_position_embeddings",
         "weight_tying": "tie_word_embeddings",
     }
-    logits_shift: int = 0  # the logits at a position are about that position; 1: about the next (softar's convert)
+    # the logits at a position are about that position; 1: about the next (softar's convert)
+    logits_shift: int = 0
     is_causal: bool = False
     use_cache: bool = False
     mask_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         if self.logits_shift not in (0, 1):
-            raise ValueError(f"logits_shift={self.logits_shift!r} must be 0, as in LLaDA, or 1, as in Dream")
+            raise ValueError(
+                f"logits_shift={self.logits_shift!r} must be 0, as in LLaDA, or 1, as in Dream"
+            )
         # The base derives head_dim before it would look at attribute_map.
         for original, name in self.attribute_map.items():
             if original in kwargs:
@@ -107,7 +114,9 @@ def check_settings(settings: dict, needs: dict) -> None:
             raise ValueError(f"{field}={found!r} is not supported, only {value!r}")
     rows = settings.get("embedding_size")
     if rows is not None and rows != settings.get("vocab_size"):
-        raise ValueError(f"embedding_size={rows} differs from vocab_size={settings.get('vocab_size')}")
+        raise ValueError(
+            f"embedding_size={rows} differs from vocab_size={settings.get('vocab_size')}"
+        )
 
 
 def llama_name(name: str) -> str:

@@ -3,35 +3,57 @@
 import copy
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2ForCausalLM
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2ForCausalLM,
+)
 
-from .architectures import DREAM_NEEDS, DreamForMaskedDiffusion, LladaForMaskedDiffusion, check_settings
+from .architectures import (
+    DREAM_NEEDS,
+    DreamForMaskedDiffusion,
+    LladaForMaskedDiffusion,
+    check_settings,
+)
 from .models import introduce
 
-# What to make of a class, and what its configuration must say: the published layouts have no name for anything else.
+# What to make of a class, and what its configuration must say: the published layouts have no name
+# for anything else.
 LLAMA_NEEDS = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
 KINDS = {
     LlamaForCausalLM: (LladaForMaskedDiffusion, LLAMA_NEEDS, {"logits_shift": 1}),
     Qwen2ForCausalLM: (DreamForMaskedDiffusion, DREAM_NEEDS, {}),
 }
 # Fields that are the new model's own.
-OWN = ("model_type", "architectures", "transformers_version", "is_causal", "use_cache", "mask_token_id")
+OWN = (
+    "model_type",
+    "architectures",
+    "transformers_version",
+    "is_causal",
+    "use_cache",
+    "mask_token_id",
+)
 
 
 def convert(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, mask_token: str = "<|mask|>"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A masked-diffusion model that starts from a causal one's weights and reads in both directions (Dream,
-    arXiv:2508.15487, section 3). The shift stays: the logits at a position are about the next token, which is what the
+    """A masked-diffusion model that starts from a causal one's weights and reads in both directions
+    (Dream,
+    arXiv:2508.15487, section 3). The shift stays: the logits at a position are about the next
+        token, which is what the
     weights know. It has to be trained before it is of use (`softar.diffusion.sft`).
 
-    The weights are taken over, not copied, and the tokenizer is changed in place: what was given is used up.
+    The weights are taken over, not copied, and the tokenizer is changed in place: what was given is
+    used up.
 
     Args:
-        model: a LlamaForCausalLM, which becomes a LladaForMaskedDiffusion with logits_shift 1, or a Qwen2ForCausalLM,
-            which becomes a DreamForMaskedDiffusion.
-        mask_token: added where the tokenizer has neither a mask token nor this token. It takes the first row of the
-            embedding behind the tokenizer's own; only where there is none does the embedding grow, by one row.
+        model: a LlamaForCausalLM, which becomes a LladaForMaskedDiffusion with logits_shift 1, or a
+            Qwen2ForCausalLM, which becomes a DreamForMaskedDiffusion.
+        mask_token: added where the tokenizer has neither a mask token nor this token. It takes the
+            first row of the embedding behind the tokenizer's own; only where there is none does the
+            embedding grow, by one row.
 
     Returns:
         What `softar.diffusion.load` returns for a saved one: the model in eval mode, the tokenizer.
@@ -45,15 +67,21 @@ def convert(
             f"{', '.join(kind.__name__ for kind in KINDS)}, an adapter merged into it"
         )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"tokenizer={tokenizer!r}: give the model's tokenizer, which gets the mask token")
+        raise ValueError(
+            f"tokenizer={tokenizer!r}: give the model's tokenizer, which gets the mask token"
+        )
     new_class, needs, changes = KINDS[type(model)]
     settings = model.config.to_dict()
     check_settings(settings, needs)
     if getattr(model, "quantization_method", None) is not None:
-        raise ValueError("model is quantised, and its weights cannot be taken over: load it de-quantised")
+        raise ValueError(
+            "model is quantised, and its weights cannot be taken over: load it de-quantised"
+        )
     known, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
     if known > rows:
-        raise ValueError(f"the tokenizer's {known} tokens do not fit the embedding's {rows} rows: is it this model's?")
+        raise ValueError(
+            f"the tokenizer's {known} tokens do not fit the embedding's {rows} rows: is it this model's?"
+        )
 
     fields = {name: value for name, value in settings.items() if name not in OWN}
     config = new_class.config_class(**fields, **changes)
@@ -68,7 +96,8 @@ def convert(
             f"mask_token={tokenizer.mask_token!r} has id {mask_id}, far beyond the embedding's {rows} rows"
         )
     if mask_id == rows:
-        new.resize_token_embeddings(rows + 1, mean_resizing=False)  # which would draw the row at random
+        # which would draw the row at random
+        new.resize_token_embeddings(rows + 1, mean_resizing=False)
     if is_new or mask_id == rows:
         _set_to_mean(new, mask_id, known)
     new.config.mask_token_id = mask_id
@@ -101,9 +130,11 @@ def _name_mask(tokenizer: PreTrainedTokenizerBase, mask_token: str) -> bool:
 def _set_to_mean(model: PreTrainedModel, row: int, known: int) -> None:
     """Row `row` of the embedding and of the head becomes the mean of the first `known` rows, [D].
 
-    A spare row was never trained, and the first norm would blow up whatever is in it. The mean is an embedding of about
-    the size and direction that the layers have met, and as an input it says nothing in particular: it is the uniform
-    mixture of all tokens, where soft masks begin. In the head it gives the mask an average logit.
+    A spare row was never trained, and the first norm would blow up whatever is in it. The mean is
+    an embedding of about the size and direction that the layers have met, and as an input it says
+    nothing in particular: it is the uniform mixture of all tokens, where soft masks begin. In the
+    head it gives the mask an average logit.
     """
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-        part.weight[row] = part.weight[:known].mean(0, dtype=torch.float32).to(part.weight.dtype)  # row >= known
+        # row >= known
+        part.weight[row] = part.weight[:known].mean(0, dtype=torch.float32).to(part.weight.dtype)

@@ -1,4 +1,5 @@
-"""Masked-diffusion decoders for `softar.compare`: every softener, by name; schedules and the rest are options.
+"""Masked-diffusion decoders for `softar.compare`: every softener, by name; schedules and the rest
+are options.
 
 Costs are as in `softar.decoders.soft`.
 """
@@ -24,19 +25,32 @@ from .uniform import check_uniform
 
 
 class DiffusionDecoder:
-    """Answers by `softar.diffusion.denoise`. With gen_length 0 prompts are templates: their masks are filled, and the
-    text is the whole; else the text is what stands behind the prompt, up to an end token. `tokens` are those that were
-    decided, an end token included and what stands behind it left out.
+    """Answers by `softar.diffusion.denoise`. With gen_length 0 prompts are templates: their masks
+    are filled, and the text is the whole; else the text is what stands behind the prompt, up to an
+    end token. `tokens` are those that were decided, an end token included and what stands behind it
+    left out.
 
     Args:
         model, tokenizer: from softar.diffusion.load.
         name: for tables; that of the softener where None.
         seed: of what it draws. It keeps its generator, so that a second call draws other numbers.
-        trace: also give each answer's softar.show.trace.Canvas; making it does not count as decoding time.
-        columns: decoder, model, setting, ... for a table's rows, beside those known from model and config.
+        trace: also give each answer's softar.show.trace.Canvas; making it does not count as
+            decoding time.
+        columns: decoder, model, setting, ... for a table's rows, beside those known from model and
+            config.
     """
 
-    def __init__(self, model, tokenizer, config: DenoiseConfig, *, name=None, seed=0, trace=False, columns=None):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        config: DenoiseConfig,
+        *,
+        name=None,
+        seed=0,
+        trace=False,
+        columns=None,
+    ):
         try:
             self.known = facts(model)
         except ValueError:
@@ -49,7 +63,9 @@ class DiffusionDecoder:
         self.ends = self.known.end_ids if config.end_ids is None else config.end_ids
         decoder = decided.soften if isinstance(decided.soften, str) else "softener"
         training = "duo" if self.known.uniform else "soft-mask" if self.known.soft_mask else "hard"
-        self.columns = columns_of(decoder, model, "diffusion") | {"training": training} | (columns or {})
+        self.columns = (
+            columns_of(decoder, model, "diffusion") | {"training": training} | (columns or {})
+        )
         self.name = name or decoder
         self.rng = torch.Generator().manual_seed(seed)
 
@@ -67,15 +83,22 @@ class DiffusionDecoder:
             )
         tracer = None
         if self.trace:
-            tracer = Tracer(self.tokenizer, self.known, ids, mask, gen_length=self.config.gen_length)
+            tracer = Tracer(
+                self.tokenizer, self.known, ids, mask, gen_length=self.config.gen_length
+            )
         with evaluating(self.model):
             out = denoise(self.model, ids, mask, config=self.config, rng=self.rng, callback=tracer)
         texts, tokens = zip(*(self._read(out, row) for row in range(len(prompts))), strict=True)
         seconds = (time.perf_counter() - started) / len(prompts)
         cost = out.token_forwards / len(prompts), seconds
-        traces = [tracer and tracer.canvas(row, out, title=self.name) for row in range(len(prompts))]
+        traces = [
+            tracer and tracer.canvas(row, out, title=self.name) for row in range(len(prompts))
+        ]
         forwards = [self._forwards(out, row) for row in range(len(prompts))]
-        return [Decoded(*row, *cost, None, trace) for *row, trace in zip(texts, tokens, forwards, traces, strict=True)]
+        return [
+            Decoded(*row, *cost, None, trace)
+            for *row, trace in zip(texts, tokens, forwards, traces, strict=True)
+        ]
 
     def _forwards(self, out: DenoiseOutput, row: int) -> float:
         """Of a row: those up to its last decision; a uniform-state model redraws in all of them."""
@@ -87,7 +110,8 @@ class DiffusionDecoder:
         """Text and tokens of a row."""
         ids, decided = out.sequences[row].tolist(), (out.committed_at[row] >= 0).tolist()
         begin, stop = 0, len(ids)
-        if self.config.gen_length:  # behind an end token nothing belongs to the answer, whatever was decided there
+        # behind an end token nothing belongs to the answer, whatever was decided there
+        if self.config.gen_length:
             begin = out.prompt_length
             stop = next((i for i in range(begin, stop) if ids[i] in self.ends), stop)
         text = self.tokenizer.decode(ids[begin:stop], skip_special_tokens=True)
@@ -100,24 +124,33 @@ def _open(model: str, dtype: str, device: str | None):
 
 
 def denoise_config(decoder: str, options: dict) -> DenoiseConfig:
-    """The softener of that name and the options: fields of DenoiseConfig, and the softener's knobs where no field has
-    their name. Raises ValueError for options that are unknown or do not fit."""
+    """The softener of that name and the options: fields of DenoiseConfig, and the softener's knobs
+    where no field has their name. Raises ValueError for options that are unknown or do not fit."""
     fn = SOFTENERS[decoder].fn
     fields = DenoiseConfig.__dataclass_fields__
     knobs = [knob for knob in (fn.__kwdefaults__ if fn else ()) if knob not in fields]
     changes = check_options(DenoiseConfig, decoder, options, also=knobs, fixed=("soften",))
-    args = changes.pop("soften_args", {}) | {knob: changes.pop(knob) for knob in knobs if knob in changes}
+    args = changes.pop("soften_args", {}) | {
+        knob: changes.pop(knob) for knob in knobs if knob in changes
+    }
     return DenoiseConfig(**changes, soften=decoder, soften_args=args)
 
 
-def _make(decoder, model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, **options):
-    """A DiffusionDecoder; options: fields of DenoiseConfig and knobs of the softener. gen_length is max_new_tokens."""
+def _make(
+    decoder, model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, **options
+):
+    """A DiffusionDecoder; options: fields of DenoiseConfig and knobs of the softener. gen_length is
+    max_new_tokens."""
     config = denoise_config(decoder, {"gen_length": max_new_tokens} | options)
     net, tokenizer = open_model(model, "diffusion", decoder, lambda: _open(model, dtype, device))
     setting = format_options(options, " ")
     columns = {"decoder": decoder, "model": model, "setting": setting}
     name = " ".join(filter(None, [decoder, setting]))
-    return DiffusionDecoder(net, tokenizer, config, name=name, seed=seed, trace=trace, columns=columns)
+    return DiffusionDecoder(
+        net, tokenizer, config, name=name, seed=seed, trace=trace, columns=columns
+    )
 
 
-DECODERS: dict[str, Callable[..., Decoder]] = {name: functools.partial(_make, name) for name in SOFTENERS}
+DECODERS: dict[str, Callable[..., Decoder]] = {
+    name: functools.partial(_make, name) for name in SOFTENERS
+}

@@ -1,4 +1,5 @@
-"""Denoise held-out rows and score the answers: the accuracy of a model under one way of decoding."""
+"""Denoise held-out rows and score the answers: the accuracy of a model under one way of
+decoding."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,8 +28,9 @@ def evaluate(
     """Accuracy and cost of answering `rows`.
 
     Args:
-        rows: column `template`, a text whose masks are to be filled and whose whole is the answer; or `prompt`, text or
-            chat messages, which `gen_length` masks follow (None: as many as the completion of the first row has).
+        rows: column `template`, a text whose masks are to be filled and whose whole is the answer;
+            or `prompt`, text or chat messages, which `gen_length` masks follow (None: as many as
+            the completion of the first row has).
         config: its gen_length does not count.
 
     Returns:
@@ -38,36 +40,49 @@ def evaluate(
     if fills:
         gen_length = 0
     elif gen_length is None and len(rows):
-        gen_length = len(tokenizer(rows[0]["completion"], add_special_tokens=False)["input_ids"]) + 1
+        gen_length = (
+            len(tokenizer(rows[0]["completion"], add_special_tokens=False)["input_ids"]) + 1
+        )
     config = config if gen_length is None else dataclasses.replace(config, gen_length=gen_length)
     rng = torch.Generator().manual_seed(seed)
 
     def answer(batch: list[dict]) -> tuple[list[str], DenoiseOutput, int]:
-        inputs = encode(tokenizer, [row["template" if fills else "prompt"] for row in batch]).to(model.device)
+        inputs = encode(tokenizer, [row["template" if fills else "prompt"] for row in batch]).to(
+            model.device
+        )
         out = denoise(model, inputs["input_ids"], inputs["attention_mask"], config=config, rng=rng)
-        texts = tokenizer.batch_decode(out.sequences if fills else out.completions, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(
+            out.sequences if fills else out.completions, skip_special_tokens=True
+        )
         return texts, out, int((out.committed_at >= 0).sum())
 
     return tally(model, rows, score, answer, batch_size)
 
 
 def nll_bound(model, tokenizer, rows: Dataset, *, samples: int = 128, seed: int = 0) -> float:
-    """An upper bound of -log p(completion | prompt), mean nats per token over `rows`, by Monte Carlo (losses.py).
+    """An upper bound of -log p(completion | prompt), mean nats per token over `rows`, by Monte
+    Carlo (losses.py).
 
     Args:
-        rows: columns `prompt` and `completion`, text; the end token that training puts behind a completion counts.
+        rows: columns `prompt` and `completion`, text; the end token that training puts behind a
+            completion counts.
         samples: draws of masks for each row.
 
     Raises:
-        ValueError: for rows without these columns or with chat messages, and for a uniform-state model.
+        ValueError: for rows without these columns or with chat messages, and for a uniform-state
+            model.
     """
     if not has_texts(rows):
-        raise ValueError(f"a likelihood needs columns prompt and completion of text; the rows have {rows.column_names}")
+        raise ValueError(
+            f"a likelihood needs columns prompt and completion of text; the rows have {rows.column_names}"
+        )
     rng, total, tokens = torch.Generator().manual_seed(seed), 0.0, 0
     with evaluating(model), torch.no_grad():
         for row in rows:
             given = tokenizer(row["prompt"])["input_ids"]
-            answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [
+                tokenizer.eos_token_id
+            ]
             ids = torch.tensor(given + answer, device=model.device)
             asked = torch.arange(len(ids), device=model.device) >= len(given)
             total -= log_likelihood(model, ids, asked, samples=samples, rng=rng)

@@ -1,4 +1,5 @@
-"""The learnt part of soft-masking: how much of its belief a masked slot shows, as four numbers (arXiv:2510.17206).
+"""The learnt part of soft-masking: how much of its belief a masked slot shows, as four numbers
+(arXiv:2510.17206).
 
 Saved beside a checkpoint or an adapter as transparency_config.json, with the published field names.
 """
@@ -28,8 +29,9 @@ FIELDS = {
 
 
 class SoftMaskHead(nn.Module):
-    """lambda = scale sigmoid(steepness (-H - centre)) with learnt scale in (0, 1), centre < 0, steepness > 0 and, for
-    algorithm "temperature", temperature > 0. With scale near 0 training starts as that of the hard model."""
+    """lambda = scale sigmoid(steepness (-H - centre)) with learnt scale in (0, 1), centre < 0,
+    steepness > 0 and, for algorithm "temperature", temperature > 0. With scale near 0 training
+    starts as that of the hard model."""
 
     def __init__(
         self,
@@ -48,13 +50,21 @@ class SoftMaskHead(nn.Module):
                 f"(0, 1), below 0, above 0 and above 0"
             )
         if algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm={algorithm!r} is unknown: choose one of {sorted(ALGORITHMS)}")
+            raise ValueError(
+                f"algorithm={algorithm!r} is unknown: choose one of {sorted(ALGORITHMS)}"
+            )
         if k < 1:
             raise ValueError(f"k={k} must be at least 1")
         self.k, self.algorithm = k, algorithm
-        raw = dict(scale=math.log(scale / (1 - scale)), centre=_unsoftplus(-centre),
-                   steepness=_unsoftplus(steepness), temperature=_unsoftplus(temperature))  # fmt: skip
-        self.raw = nn.ParameterDict({name: nn.Parameter(torch.tensor(value)) for name, value in raw.items()})
+        raw = dict(
+            scale=math.log(scale / (1 - scale)),
+            centre=_unsoftplus(-centre),
+            steepness=_unsoftplus(steepness),
+            temperature=_unsoftplus(temperature),
+        )
+        self.raw = nn.ParameterDict(
+            {name: nn.Parameter(torch.tensor(value)) for name, value in raw.items()}
+        )
         self.raw["temperature"].requires_grad_(algorithm == "temperature")
 
     def values(self) -> dict[str, Tensor]:
@@ -88,8 +98,9 @@ def save_head(settings: dict, folder: str | Path) -> None:
 
 
 def load_head(folder: str | Path) -> dict | None:
-    """The `soften_args` that a folder's transparency_config.json holds; None where there is no such file, or it says
-    that the model is a hard one. Raises ValueError naming what is missing, unknown or out of range."""
+    """The `soften_args` that a folder's transparency_config.json holds; None where there is no such
+    file, or it says that the model is a hard one. Raises ValueError naming what is missing, unknown
+    or out of range."""
     file = Path(folder) / HEAD_FILE
     if not file.is_file():
         return None
@@ -102,21 +113,30 @@ def load_head(folder: str | Path) -> dict | None:
         raise ValueError(
             f"{file} holds {unknown if isinstance(named, dict) else type(named).__name__}: known are {sorted(known)}"
         )
-    needed = {"transparency_alg", "transparency_scale", "transparency_centre", "transparency_steepness"}
+    needed = {
+        "transparency_alg",
+        "transparency_scale",
+        "transparency_centre",
+        "transparency_steepness",
+    }
     if missing := sorted(needed - set(named)):
         raise ValueError(f"{file} lacks {missing}")
     if named["transparency_alg"] == "none":
         return None
     algorithms = {public: name for name, public in ALGORITHMS.items()}
     if named["transparency_alg"] not in algorithms:
-        raise ValueError(f"{file}: transparency_alg={named['transparency_alg']!r} is none of {sorted(algorithms)}")
+        raise ValueError(
+            f"{file}: transparency_alg={named['transparency_alg']!r} is none of {sorted(algorithms)}"
+        )
     settings = {name: named[field] for name, field in FIELDS.items() if field in named}
     settings["algorithm"] = algorithms[named["transparency_alg"]]
     for name in ("scale", "centre", "steepness", "temperature"):
         if name in settings and not isinstance(settings[name], (int, float)):
             raise ValueError(f"{file}: {FIELDS[name]}={settings[name]!r} must be a number")
     if settings.get("scheduling", "none") not in SCALE_SCHEDULES:
-        raise ValueError(f"{file}: transparency_scheduling={settings['scheduling']!r} is none of {SCALE_SCHEDULES}")
+        raise ValueError(
+            f"{file}: transparency_scheduling={settings['scheduling']!r} is none of {SCALE_SCHEDULES}"
+        )
     try:
         mk_softener("soft-mask", **settings)
     except ValueError as error:
@@ -129,11 +149,14 @@ def _unsoftplus(x: float) -> float:
 
 
 def learn_head(model: nn.Module, settings: dict | None) -> None:
-    """Let a model know the soft-mask head that it was trained with (`load_head`); None leaves what it knows."""
+    """Let a model know the soft-mask head that it was trained with (`load_head`); None leaves what
+    it knows."""
     if settings is None:
         return
     config = plain(model).config
     k = settings.get("k", 1)
     if settings["algorithm"] == "top-k" and k > config.vocab_size:
-        raise ValueError(f"{HEAD_FILE} is of another model: mixinputs_k={k}, the vocabulary has {config.vocab_size}")
+        raise ValueError(
+            f"{HEAD_FILE} is of another model: mixinputs_k={k}, the vocabulary has {config.vocab_size}"
+        )
     config.soft_mask = settings

@@ -1,6 +1,8 @@
-"""lm-evaluation-harness with masked diffusion: the model `softar-diffusion`. Importing this module registers it.
+"""lm-evaluation-harness with masked diffusion: the model `softar-diffusion`. Importing this module
+registers it.
 
-Generation is `denoise`; log-likelihoods are the Monte-Carlo bound of `softar.diffusion.losses.log_likelihood`.
+Generation is `denoise`; log-likelihoods are the Monte-Carlo bound of
+`softar.diffusion.losses.log_likelihood`.
 """
 
 import dataclasses
@@ -26,13 +28,15 @@ class Bound:
 
     samples: int = 128  # Monte-Carlo samples
     samples_batch: int = 32  # of them in a forward
-    # Whether to find out if greedy decoding (the surest token in each forward, as LLaDA's) gives the continuation;
-    # False saves its forwards, one a token, where no metric asks
+    # Whether to find out if greedy decoding (the surest token in each forward, as LLaDA's) gives
+    # the continuation; False saves its forwards, one a token, where no metric asks
     check_greedy: bool = True
 
     def __post_init__(self):
         if min(self.samples, self.samples_batch) < 1:
-            raise ValueError(f"samples={self.samples}, samples_batch={self.samples_batch} must be at least 1")
+            raise ValueError(
+                f"samples={self.samples}, samples_batch={self.samples_batch} must be at least 1"
+            )
 
 
 OWN = tuple(field.name for field in dataclasses.fields(Bound))
@@ -42,44 +46,59 @@ OWN = tuple(field.name for field in dataclasses.fields(Bound))
 class SoftarDiffusionLM(LoadedLM):
     """A masked-diffusion model; as `--model_args`:
 
-    pretrained or model: what softar.diffusion.load takes. seed: of every draw; by default what --seed sets.
-    Every field of DenoiseConfig. Without gen_length a task's max_gen_toks is how many tokens are generated, rounded up
-    to whole blocks and cut again; with it, it is gen_length.
-    Every field of Bound. Arguments of HFLM and of `load` as for `softar`; there is no batch_size=auto.
+    pretrained or model: what softar.diffusion.load takes. seed: of every draw; by default what
+    --seed sets. Every field of DenoiseConfig. Without gen_length a task's max_gen_toks is how many
+    tokens are generated, rounded up to whole blocks and cut again; with it, it is gen_length. Every
+    field of Bound. Arguments of HFLM and of `load` as for `softar`; there is no batch_size=auto.
     """
 
     def __init__(self, pretrained=None, *, model=None, seed=None, batch_size=1, **options):
         name = model_name(pretrained, model)
         harness, loading, given = split_args("softar-diffusion", DenoiseConfig, options, OWN)
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise BadArgument(f"batch_size={batch_size!r}: softar-diffusion finds none by itself; give a number")
+            raise BadArgument(
+                f"batch_size={batch_size!r}: softar-diffusion finds none by itself; give a number"
+            )
         own = {k: given.pop(k) for k in OWN if k in given}
         try:
-            self.how = DenoiseConfig(**({"gen_length": 0} | check_options(DenoiseConfig, "softar-diffusion", given)))
+            self.how = DenoiseConfig(
+                **({"gen_length": 0} | check_options(DenoiseConfig, "softar-diffusion", given))
+            )
             self.bound = Bound(**check_options(Bound, "softar-diffusion", own))
         except ValueError as error:
             raise BadArgument(error) from error
-        super().__init__(name, "diffusion", load, harness | {"batch_size": int(batch_size)}, loading, seed)
+        super().__init__(
+            name, "diffusion", load, harness | {"batch_size": int(batch_size)}, loading, seed
+        )
 
     @property
     def max_gen_toks(self) -> int:
         return self.how.gen_length or 256
 
     def _model_generate(self, context, max_length, stop, attention_mask=None, **asked) -> Tensor:
-        """context [B, P], padded on the left -> [B, P + T]: the context and what was generated, up to its end."""
+        """context [B, P], padded on the left -> [B, P + T]: the context and what was generated, up
+        to its end."""
         self._check_asked(asked)
         room = max_length - context.shape[1]
-        length = self.how.gen_length or -(-room // (self.how.block_length or 1)) * (self.how.block_length or 1)
+        length = self.how.gen_length or -(-room // (self.how.block_length or 1)) * (
+            self.how.block_length or 1
+        )
         try:
             config = dataclasses.replace(self.how, gen_length=length)
             out = denoise(
-                self.model, context, attention_mask, config=config, rng=self.generators(context, attention_mask)
+                self.model,
+                context,
+                attention_mask,
+                config=config,
+                rng=self.generators(context, attention_mask),
             )
         except ValueError as error:
             raise BadArgument(error) from error
         keep = length if self.how.gen_length else room
         # HFLM decodes without special tokens, so that it would not see these in the text
-        special = self.tokenizer.convert_tokens_to_ids([s for s in stop if s in self.tokenizer.all_special_tokens])
+        special = self.tokenizer.convert_tokens_to_ids(
+            [s for s in stop if s in self.tokenizer.all_special_tokens]
+        )
         ends = {*facts(self.model).end_ids, *special}
         return self.padded(context, [up_to(row[:keep], ends) for row in out.completions.tolist()])
 
@@ -91,15 +110,22 @@ class SoftarDiffusionLM(LoadedLM):
                 f"--gen_kwargs do_sample=False (asked: {asked})"
             )
         if unknown := sorted(set(asked) - {*SAMPLING, "do_sample"}):
-            raise BadArgument(f"gen_kwargs {unknown} say nothing to softar-diffusion: give model_args")
+            raise BadArgument(
+                f"gen_kwargs {unknown} say nothing to softar-diffusion: give model_args"
+            )
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None) -> list[tuple[float, bool]]:
-        """(texts, context tokens, continuation tokens) -> (bound of its log-probability in nats, is it greedy)."""
+    def _loglikelihood_tokens(
+        self, requests, disable_tqdm=False, override_bs=None
+    ) -> list[tuple[float, bool]]:
+        """(texts, context tokens, continuation tokens) -> (bound of its log-probability in nats, is
+        it greedy)."""
         out = []
         for texts, context, continuation in tqdm(
             requests, disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests"
         ):
-            ids = torch.tensor((context + continuation)[-self.max_length :], device=self.model.device)
+            ids = torch.tensor(
+                (context + continuation)[-self.max_length :], device=self.model.device
+            )
             answer = torch.zeros_like(ids, dtype=torch.bool)
             answer[-len(continuation) :] = True
             try:

@@ -1,11 +1,13 @@
 """THE masked-diffusion loop: a model fills the masks of a canvas, a few in each forward.
 
-A canvas is a batch of sequences that hold mask tokens: prompts with `gen_length` masks behind them, templates with
-masks anywhere, or both. Blocks are decoded from left to right; in each forward the model sees the canvas, the selector
-scores its proposals, the schedule says which of them commit, and the softener what the remaining masks show next time.
-Caches narrow the forward to a window. Logits are computed for the positions that something is asked of, and no others.
+A canvas is a batch of sequences that hold mask tokens: prompts with `gen_length` masks behind them,
+templates with masks anywhere, or both. Blocks are decoded from left to right; in each forward the
+model sees the canvas, the selector scores its proposals, the schedule says which of them commit,
+and the softener what the remaining masks show next time. Caches narrow the forward to a window.
+Logits are computed for the positions that something is asked of, and no others.
 
-Shapes: B rows, P prompt length, L columns of the canvas, V vocabulary, D width; n positions, flat, row by row.
+Shapes: B rows, P prompt length, L columns of the canvas, V vocabulary, D width; n positions, flat,
+    row by row.
 """
 
 import itertools
@@ -34,14 +36,16 @@ from .uniform import Redraw, check_uniform, one_block, random_tokens
 class DenoiseOutput:
     sequences: Tensor  # [B, L] int64
     prompt_length: int  # columns of input_ids; with gen_length = 0 all of them
-    # [B, L] int64, the forward (from 0) that decided each token; -1 where none did. Of a uniform-state model the last
-    # one that changed it, 0 where the token it began with was kept
+    # [B, L] int64, the forward (from 0) that decided each token; -1 where none did. Of a
+    # uniform-state model the last one that changed it, 0 where the token it began with was kept
     committed_at: Tensor
     confidence: Tensor  # [B, L] float32, the probability it had then; NaN where none decided it
-    num_forwards: int  # NFE: forward passes; one over conditional and unconditional rows together counts once
+    # NFE: forward passes; one over conditional and unconditional rows together counts once
+    num_forwards: int
     token_forwards: int  # positions computed in them, over all rows, padding included
     seconds: float
-    states: list[Tensor] | None  # canvases [B, L] before each forward, and the last; with history=True
+    # canvases [B, L] before each forward, and the last; with history=True
+    states: list[Tensor] | None
 
     @property
     def completions(self) -> Tensor:
@@ -64,19 +68,21 @@ def denoise(
     """Fill masks.
 
     Args:
-        model: from `softar.diffusion.load`, plain or wrapped by PEFT. A uniform-state model (Duo, arXiv:2506.10892)
-            begins with random tokens in place of the masks and redraws them all in each of `steps` forwards, the last
-            time greedily; `temperature` is that of its belief about the clean token, 1 the process itself.
+        model: from `softar.diffusion.load`, plain or wrapped by PEFT. A uniform-state model (Duo,
+            arXiv:2506.10892) begins with random tokens in place of the masks and redraws them all
+            in each of `steps` forwards, the last time greedily; `temperature` is that of its belief
+            about the clean token, 1 the process itself.
         input_ids: [B, P] prompts, padded on the left; mask tokens in them are filled, too.
         attention_mask: [B, P]; None means no padding.
         config: Default: DenoiseConfig().
-        rng: torch.Generator for every draw, or one per row; a row with its own generator decodes the same alone and
-            in a batch. None uses torch's global one.
-        callback: called after each forward with {"step" (from 0), "block" (start, end), "sequences" [B, L],
-            "committed" [B, L] bool, "confidence" [B, L] (NaN where nothing was asked), "where" [B, L] bool and "soft"
-            (Soft [n, K]): which slots were given a mixture for the next forward, and which, None for none}.
-        streamer: a transformers streamer, for one row: finished blocks are put; a TextDiffusionStreamer gets the
-            canvas of each forward as a draft.
+        rng: torch.Generator for every draw, or one per row; a row with its own generator decodes
+            the same alone and in a batch. None uses torch's global one.
+        callback: called after each forward with {"step" (from 0), "block" (start, end), "sequences"
+            [B, L], "committed" [B, L] bool, "confidence" [B, L] (NaN where nothing was asked),
+            "where" [B, L] bool and "soft" (Soft [n, K]): which slots were given a mixture for the
+            next forward, and which, None for none}.
+        streamer: a transformers streamer, for one row: finished blocks are put; a
+            TextDiffusionStreamer gets the canvas of each forward as a draft.
         history: keep the canvas before each forward.
 
     Returns:
@@ -104,8 +110,11 @@ def denoise(
         step, blocks = _step, _blocks(config, quirks, canvas.masked)
     else:
         step, blocks = _redraw, one_block(config, canvas.masked)
-        canvas.ids = random_tokens(canvas.ids, canvas.masked, known.uniform, known.vocab_size, draws)
-    tail = canvas.ids.shape[1] - config.gen_length  # what is left of it is not streamed as generated
+        canvas.ids = random_tokens(
+            canvas.ids, canvas.masked, known.uniform, known.vocab_size, draws
+        )
+    # what is left of it is not streamed as generated
+    tail = canvas.ids.shape[1] - config.gen_length
     if streamer is not None:
         streamer.put(input_ids.cpu())
 
@@ -134,8 +143,16 @@ def denoise(
     if streamer is not None:
         streamer.end()
     seconds = time.perf_counter() - started
-    return DenoiseOutput(canvas.ids, tail, canvas.committed_at, canvas.confidence,
-                         reader.forwards, reader.positions, seconds, states)  # fmt: skip
+    return DenoiseOutput(
+        canvas.ids,
+        tail,
+        canvas.committed_at,
+        canvas.confidence,
+        reader.forwards,
+        reader.positions,
+        seconds,
+        states,
+    )
 
 
 def _step(
@@ -150,7 +167,9 @@ def _step(
 ) -> dict:
     """One forward and what follows from it -> what the callback is told."""
     lo, hi = reader.window(block.start, block.end, whole=index == 0, look_back=quirks.looks_back)
-    reach = {"block": (block.start, block.end), "before": (lo, block.end), "canvas": (lo, hi)}[quirks.competes]
+    reach = {"block": (block.start, block.end), "before": (lo, block.end), "canvas": (lo, hi)}[
+        quirks.competes
+    ]
     is_open = canvas.masked & canvas.columns(*reach)
     asked = is_open
     if beliefs.everywhere:
@@ -167,7 +186,9 @@ def _step(
     order = beliefs.reorder(canvas.spread(score, rows, cols), is_open)
     commit, drop = rule(Step(index, order, is_open, canvas.decoded, canvas.confidence))
     if softener.revises:
-        commit = commit | (canvas.decoded & (certain > canvas.confidence) & (proposal != canvas.mask_id))
+        commit = commit | (
+            canvas.decoded & (certain > canvas.confidence) & (proposal != canvas.mask_id)
+        )
     canvas.commit(commit, drop, proposal, certain, reader.forwards - 1)
     canvas.bad = (score + prob).isnan().any()  # some selectors look at no logit
 
@@ -175,17 +196,34 @@ def _step(
     if softener.fn is not None and len(rows):
         masked = canvas.masked[rows, cols]
         share = canvas.share_left(of_batch=quirks.batch_share)[rows]
-        slots = Slots(belief, canvas.ids[rows, cols], masked, share, canvas.mask_id, reader.net.embedding)
+        slots = Slots(
+            belief, canvas.ids[rows, cols], masked, share, canvas.mask_id, reader.net.embedding
+        )
         shows = masked | (softener.decoded & canvas.decoded[rows, cols])
         where, soft = reader.soften(softener.fn(slots), shows, rows, cols, (lo, hi), busy)
-    return {"step": reader.forwards - 1, "block": (block.start, block.end), "sequences": canvas.ids,
-            "committed": commit, "confidence": certain.masked_fill(~asked, torch.nan),
-            "where": where, "soft": soft}  # fmt: skip
+    return {
+        "step": reader.forwards - 1,
+        "block": (block.start, block.end),
+        "sequences": canvas.ids,
+        "committed": commit,
+        "confidence": certain.masked_fill(~asked, torch.nan),
+        "where": where,
+        "soft": soft,
+    }
 
 
-def _redraw(canvas: "_Canvas", reader: "Reader", beliefs: "_Beliefs", softener: Softener, quirks: Quirks,
-            block: Block, rule: Redraw, index: int) -> dict:  # fmt: skip
-    """The same for a uniform-state model: every slot is drawn anew, in the rows that have a step left."""
+def _redraw(
+    canvas: "_Canvas",
+    reader: "Reader",
+    beliefs: "_Beliefs",
+    softener: Softener,
+    quirks: Quirks,
+    block: Block,
+    rule: Redraw,
+    index: int,
+) -> dict:
+    """The same for a uniform-state model: every slot is drawn anew, in the rows that have a step
+    left."""
     asked = canvas.masked & rule.busy(index)[:, None]
     rows, cols = asked.nonzero(as_tuple=True)
     logits = reader(canvas.ids, 0, canvas.ids.shape[1], rows, cols)
@@ -195,9 +233,15 @@ def _redraw(canvas: "_Canvas", reader: "Reader", beliefs: "_Beliefs", softener: 
     changed = asked if index == 0 else asked & (proposal != canvas.ids)
     canvas.put(changed, proposal, certain, reader.forwards - 1)
     canvas.bad = prob.isnan().any()
-    return {"step": reader.forwards - 1, "block": (block.start, block.end), "sequences": canvas.ids,
-            "committed": changed, "confidence": certain.masked_fill(~asked, torch.nan),
-            "where": None, "soft": None}  # fmt: skip
+    return {
+        "step": reader.forwards - 1,
+        "block": (block.start, block.end),
+        "sequences": canvas.ids,
+        "committed": changed,
+        "confidence": certain.masked_fill(~asked, torch.nan),
+        "where": None,
+        "soft": None,
+    }
 
 
 class _Canvas:
@@ -206,7 +250,8 @@ class _Canvas:
     def __init__(self, input_ids: Tensor, gen_length: int, mask_id: int):
         tail = input_ids.new_full((len(input_ids), gen_length), mask_id)
         self.mask_id = mask_id
-        self.ids = torch.cat([input_ids, tail], 1).long()  # [B, L]; never written to, so that it can be handed out
+        # [B, L]; never written to, so that it can be handed out
+        self.ids = torch.cat([input_ids, tail], 1).long()
         self.masked = self.ids == mask_id  # of a uniform-state model: what was a mask at the start
         self.given = ~self.masked
         self.at_start = self.masked.sum(-1)
@@ -243,7 +288,9 @@ class _Canvas:
         self.confidence = torch.where(where, certain, self.confidence)
         self.committed_at = self.committed_at.masked_fill(where, forward)
 
-    def commit(self, commit: Tensor, drop: Tensor | None, proposal: Tensor, certain: Tensor, forward: int) -> None:
+    def commit(
+        self, commit: Tensor, drop: Tensor | None, proposal: Tensor, certain: Tensor, forward: int
+    ) -> None:
         self.put(commit, proposal, certain, forward)
         if drop is not None:
             self.ids = self.ids.masked_fill(drop, self.mask_id)
@@ -257,7 +304,8 @@ class _Canvas:
         return self.masked.sum(-1) / self.at_start.clamp_min(1)
 
     def stop(self, end_ids: tuple[int, ...]) -> None:
-        """Fill the rows that hold an end token of their own, up to the current block, with the first of those."""
+        """Fill the rows that hold an end token of their own, up to the current block, with the
+        first of those."""
         here = self.ids[:, : self.block[1]]
         ended = torch.isin(here, here.new_tensor(end_ids)) & ~self.given[:, : self.block[1]]
         rest = self.masked & ended.any(-1, keepdim=True)
@@ -268,14 +316,24 @@ class _Canvas:
 class _Beliefs:
     """Turns logits into proposals and scores, and makes the rules that decide with them."""
 
-    def __init__(self, config: DenoiseConfig, known: Facts, quirks: Quirks, softener: Softener, end_ids, draws: Draws):
+    def __init__(
+        self,
+        config: DenoiseConfig,
+        known: Facts,
+        quirks: Quirks,
+        softener: Softener,
+        end_ids,
+        draws: Draws,
+    ):
         self.config, self.known, self.quirks, self.draws = config, known, quirks, draws
         self.end_ids = end_ids
         self.select = SELECTORS[config.select] if isinstance(config.select, str) else config.select
         # A surplus of the blog's pyramid spills on masks outside the block.
         self.everywhere = softener.everywhere or config.parity == "pyramid"
         self.with_entropy = config.select == "entropy" or config.soften == "soft-mask"
-        self.is_filtered = config.temperature > 0 or config.top_k is not None or config.top_p is not None
+        self.is_filtered = (
+            config.temperature > 0 or config.top_k is not None or config.top_p is not None
+        )
 
     def rule(self, block: Block) -> Rule | Redraw:
         if self.known.uniform is not None:
@@ -289,8 +347,11 @@ class _Beliefs:
             make = SCHEDULES[name] if isinstance(name, str) else name
         return make(block, self.config, self.draws)
 
-    def __call__(self, logits: Tensor, asked: Tensor, is_open: Tensor) -> tuple[Belief, Tensor, Tensor, Tensor]:
-        """logits [n, V] of the positions `asked`, in place -> belief, proposals, scores and probabilities [n]."""
+    def __call__(
+        self, logits: Tensor, asked: Tensor, is_open: Tensor
+    ) -> tuple[Belief, Tensor, Tensor, Tensor]:
+        """logits [n, V] of the positions `asked`, in place -> belief, proposals, scores and
+        probabilities [n]."""
         config, known = self.config, self.known
         if not self.quirks.proposes_mask:
             logits[:, known.mask_id] = torch.finfo(logits.dtype).min
@@ -307,24 +368,36 @@ class _Beliefs:
             token = propose(belief, dist, lambda: self.draws.at(asked))
         if self.quirks.filtered_score and self.is_filtered:
             scored = believed(self._filtered(logits) if dist is None else dist, known.vocab_size)
-        is_end = torch.isin(token, token.new_tensor(self.end_ids)) if config.ends_last and self.end_ids else None
+        is_end = (
+            torch.isin(token, token.new_tensor(self.end_ids))
+            if config.ends_last and self.end_ids
+            else None
+        )
         if is_end is not None and self.quirks.renormalised_ends:
             at = list(self.end_ids) if config.temperature == 0 else list(self.end_ids[1:])
-            scored = Belief(logits.index_fill(-1, torch.tensor(at, device=logits.device), -torch.inf))
+            scored = Belief(
+                logits.index_fill(-1, torch.tensor(at, device=logits.device), -torch.inf)
+            )
         score = self.select(scored, token, lambda: self._random(asked)).float()
-        prob = score if self.select is SELECTORS["confidence"] else belief.prob(token[:, None])[:, 0]
+        prob = (
+            score if self.select is SELECTORS["confidence"] else belief.prob(token[:, None])[:, 0]
+        )
         if is_end is not None and not self.quirks.renormalised_ends:
             score = score.masked_fill(is_end, torch.finfo(score.dtype).min)
         return belief, token, score, prob
 
     def _filtered(self, logits: Tensor) -> Soft:
         c = self.config
-        return filtered(logits, c.temperature or 1.0, c.top_k, c.top_p, top_p_first=self.quirks.filtered_score)
+        return filtered(
+            logits, c.temperature or 1.0, c.top_k, c.top_p, top_p_first=self.quirks.filtered_score
+        )
 
     def reorder(self, score: Tensor, is_open: Tensor) -> Tensor:
         if self.config.alg_temp == 0:
             return score
-        return perturb(score, is_open, self.config.alg_temp, self.draws).masked_fill(~is_open, -torch.inf)
+        return perturb(score, is_open, self.config.alg_temp, self.draws).masked_fill(
+            ~is_open, -torch.inf
+        )
 
     def _random(self, asked: Tensor) -> Tensor:
         if self.quirks.whole_noise:
@@ -335,8 +408,9 @@ class _Beliefs:
 def _blocks(config: DenoiseConfig, quirks: Quirks, masked: Tensor) -> list[tuple[int, int, Tensor]]:
     """(start, end, steps [B]) of each block, from left to right.
 
-    Blocks are counted from the right end, so that they lie where they would for a row alone, and those without a mask
-    in any row are left out. A row shares its steps among the blocks that it has masks in.
+    Blocks are counted from the right end, so that they lie where they would for a row alone, and
+    those without a mask in any row are left out. A row shares its steps among the blocks that it
+    has masks in.
     """
     L = masked.shape[1]
     if quirks.one_block:
@@ -344,11 +418,14 @@ def _blocks(config: DenoiseConfig, quirks: Quirks, masked: Tensor) -> list[tuple
     if config.parity is not None:
         b = config.block_length or config.gen_length
         n = config.gen_length // b
-        steps = masked.new_full((len(masked),), (config.steps or config.gen_length) // n, dtype=torch.long)
+        steps = masked.new_full(
+            (len(masked),), (config.steps or config.gen_length) // n, dtype=torch.long
+        )
         return [(L - (n - k) * b, L - (n - k - 1) * b, steps) for k in range(n)]
     b = config.block_length or config.gen_length or L
     edges = [max(0, L - k * b) for k in range(-(-L // b), -1, -1)]
-    counts = torch.stack([masked[:, lo:hi].sum(-1) for lo, hi in itertools.pairwise(edges)], -1)  # [B, blocks]
+    # [B, blocks]
+    counts = torch.stack([masked[:, lo:hi].sum(-1) for lo, hi in itertools.pairwise(edges)], -1)
     mine = (counts > 0).sum(-1).clamp_min(1)
     if config.steps is not None and (short := (config.steps < mine).nonzero()[:, 0].tolist()):
         raise ValueError(
@@ -363,7 +440,9 @@ def _blocks(config: DenoiseConfig, quirks: Quirks, masked: Tensor) -> list[tuple
     return out
 
 
-def _check(model, known: Facts, net: Parts, config: DenoiseConfig, input_ids: Tensor, attention_mask) -> Tensor:
+def _check(
+    model, known: Facts, net: Parts, config: DenoiseConfig, input_ids: Tensor, attention_mask
+) -> Tensor:
     """Raise ValueError for inputs that don't fit; -> [B, L] bool, what is not padding."""
     shape = tuple(input_ids.shape)
     if input_ids.dim() != 2 or input_ids.is_floating_point():
@@ -382,24 +461,36 @@ def _check(model, known: Facts, net: Parts, config: DenoiseConfig, input_ids: Te
         )
     check_dist(known.vocab_size, config.temperature, config.top_k, config.top_p)
     if config.cache is not None and not net.can_cache:
-        raise ValueError(f"cache={config.cache!r}: {type(model).__name__} keeps no keys and values; use cache=None")
+        raise ValueError(
+            f"cache={config.cache!r}: {type(model).__name__} keeps no keys and values; use cache=None"
+        )
     k = config.soften_args.get("k", 1)
     if isinstance(config.soften, str) and k > known.vocab_size:
         raise ValueError(f"soften_args k={k} must be at most {known.vocab_size}, the vocabulary")
     ends = config.end_ids or ()
     if any(not 0 <= i < known.vocab_size or i == known.mask_id for i in ends):
-        raise ValueError(f"end_ids={ends} must be ids below {known.vocab_size}, the vocabulary, and not the mask's")
+        raise ValueError(
+            f"end_ids={ends} must be ids below {known.vocab_size}, the vocabulary, and not the mask's"
+        )
     real = torch.ones((shape[0], L), dtype=torch.bool, device=input_ids.device)
     if attention_mask is None:
         return real
     if attention_mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)} does not fit input_ids of {shape}")
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit input_ids of {shape}"
+        )
     mask = attention_mask.bool()
     if known.shift and (empty := (~mask.any(1)).nonzero()[:, 0].tolist()):
-        raise ValueError(f"attention_mask leaves rows {empty} an empty prompt: start from a BOS token")
+        raise ValueError(
+            f"attention_mask leaves rows {empty} an empty prompt: start from a BOS token"
+        )
     if holed := (mask[:, :-1] & ~mask[:, 1:]).any(1).nonzero()[:, 0].tolist():
-        raise ValueError(f"attention_mask has padding on the right in rows {holed}: pad on the left")
+        raise ValueError(
+            f"attention_mask has padding on the right in rows {holed}: pad on the left"
+        )
     if (input_ids == known.mask_id).logical_and(~mask).any():
-        raise ValueError(f"padding holds the mask token (id {known.mask_id}): pad with another token")
+        raise ValueError(
+            f"padding holds the mask token (id {known.mask_id}): pad with another token"
+        )
     real[:, : shape[1]] = mask
     return real

@@ -15,7 +15,8 @@ NORMALISATIONS = ("answer", "tokens", "masks")
 def mask_at_rate(maskable: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
     """Each token is masked with its row's probability (LLaDA, arXiv:2502.09992, section 2.1).
 
-    maskable: [B, T] bool, never the prompt; rate: [B]; uniform: [B, T] in [0, 1) -> [B, T] bool. A row that would stay
+    maskable: [B, T] bool, never the prompt; rate: [B]; uniform: [B, T] in [0, 1) -> [B, T] bool. A
+        row that would stay
     whole gets one mask, where its number is lowest, so that none is without a target.
     """
     uniform = uniform.masked_fill(~maskable, 2.0)
@@ -25,8 +26,8 @@ def mask_at_rate(maskable: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
 
 
 def mask_share(maskable: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
-    """A share of each row's tokens, rounded down but at least one, without replacement: how BERT-like models are
-    fine-tuned at variable rates. Shapes as in `mask_at_rate`."""
+    """A share of each row's tokens, rounded down but at least one, without replacement: how
+    BERT-like models are fine-tuned at variable rates. Shapes as in `mask_at_rate`."""
     count = (maskable.sum(1) * rate).long().clamp_min(1)
     rank = uniform.masked_fill(~maskable, 2.0).argsort(1).argsort(1)
     return (rank < count[:, None]) & maskable
@@ -37,23 +38,31 @@ def masked_ce(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def weighted_sum(ce: Tensor, rows: Tensor, rate: Tensor, lengths: Tensor, normalise: str) -> tuple[Tensor, Tensor]:
+def weighted_sum(
+    ce: Tensor, rows: Tensor, rate: Tensor, lengths: Tensor, normalise: str
+) -> tuple[Tensor, Tensor]:
     """The loss as a sum and what it is divided by, so that batches can be added up.
 
     Args:
-        ce: [n]; rows: [n] the row of each; rate: [B] probability of a mask; lengths: [B] maskable tokens.
-        normalise: "answer" weighs a token by 1 / rate and a row by 1 / length, and takes the mean of the rows (LLaDA's
-            SFT, arXiv:2502.09992, eq. 5); "tokens" weighs by 1 / rate and takes the mean of the maskable tokens (its
+        ce: [n]; rows: [n] the row of each; rate: [B] probability of a mask; lengths: [B] maskable
+            tokens.
+        normalise: "answer" weighs a token by 1 / rate and a row by 1 / length, and takes the mean
+            of the rows (LLaDA's
+            SFT, arXiv:2502.09992, eq. 5); "tokens" weighs by 1 / rate and takes the mean of the
+                maskable tokens (its
             pre-training, eq. 3); "masks" is the plain mean over masked tokens (BERT).
 
     Returns:
-        sum [] and divisor [], float32. Their expected ratio for the first two bounds -log p(answer | prompt) per token.
+        sum [] and divisor [], float32. Their expected ratio for the first two bounds -log p(answer
+        | prompt) per token.
     """
     if normalise == "masks":
         return ce.sum(), torch.tensor(float(len(ce)), device=ce.device)
     weights = 1 / rate
     if normalise == "answer":
-        return (ce * (weights / lengths)[rows]).sum(), torch.tensor(float(len(rate)), device=ce.device)
+        return (ce * (weights / lengths)[rows]).sum(), torch.tensor(
+            float(len(rate)), device=ce.device
+        )
     return (ce * weights[rows]).sum(), lengths.sum().float()
 
 
@@ -67,11 +76,11 @@ def log_likelihood(
     batch_size: int = 32,
     rng: torch.Generator | None = None,
 ) -> float:
-    """A lower bound of log p(answer | rest), nats, by Monte Carlo (arXiv:2502.09992, appendix B.4; LLaDA's
-    get_log_likelihood).
+    """A lower bound of log p(answer | rest), nats, by Monte Carlo (arXiv:2502.09992, appendix B.4;
+    LLaDA's get_log_likelihood).
 
-    Exactly k of the A answer tokens are masked, k stratified over 1..A within each batch of samples; with
-    samples a multiple of A times a batch the estimate is exact for A = 1.
+    Exactly k of the A answer tokens are masked, k stratified over 1..A within each batch of
+    samples; with samples a multiple of A times a batch the estimate is exact for A = 1.
 
     Args:
         input_ids: [T]; answer: [T] bool, the tokens whose likelihood is asked for.
@@ -84,7 +93,9 @@ def log_likelihood(
         raise ValueError(f"samples={samples} and batch_size={batch_size} must be at least 1")
     known, net = facts(model), parts(model)
     if known.uniform is not None:
-        raise ValueError("the model's diffusion_process is uniform: a bound by masks says nothing about it")
+        raise ValueError(
+            "the model's diffusion_process is uniform: a bound by masks says nothing about it"
+        )
     A, total, done = int(answer.sum()), 0.0, 0
     while done < samples:
         n = min(batch_size, samples - done)
@@ -95,35 +106,46 @@ def log_likelihood(
         masked[:, answer.cpu()] = order < k[:, None]
         masked = masked.to(input_ids.device)
         ids = input_ids.expand(n, -1)
-        rows, logits = forward_masked(net, known, net.embedding(ids.masked_fill(masked, known.mask_id)), None, masked)
+        rows, logits = forward_masked(
+            net, known, net.embedding(ids.masked_fill(masked, known.mask_id)), None, masked
+        )
         ce = masked_ce(logits, ids[masked])
         total -= float((ce * (A / k.to(ce.device))[rows]).sum())
         done += n
     return total / samples
 
 
-def forward_masked(net, known, embeds: Tensor, attention_mask: Tensor | None, asked: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits about the positions `asked` and no others: [B, T, D], [B, T] bool -> their rows [n], logits [n, V]."""
+def forward_masked(
+    net, known, embeds: Tensor, attention_mask: Tensor | None, asked: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits about the positions `asked` and no others: [B, T, D], [B, T] bool -> their rows [n],
+    logits [n, V]."""
     rows, cols = asked.nonzero(as_tuple=True)
-    positions = None if attention_mask is None else (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+    positions = (
+        None if attention_mask is None else (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+    )
     hidden = net.body(embeds, attention_mask, positions)
     return rows, net.head(hidden[rows, (cols - known.shift).clamp_min(0)])
 
 
 def uniform_rows(seed: int, step: int, rows: list[int], columns: int, *, stream: int = 0) -> Tensor:
-    """Uniform numbers [len(rows), columns] float32 that depend on the seed, the step, the row's place in the global
-    batch and the column alone: padding, the number of processes and gradient accumulation change nothing. Another
-    `stream` gives others."""
+    """Uniform numbers [len(rows), columns] float32 that depend on the seed, the step, the row's
+    place in the global batch and the column alone: padding, the number of processes and gradient
+    accumulation change nothing. Another `stream` gives others."""
     draws = [_numbers(seed, step, row, stream).random(columns, dtype=np.float32) for row in rows]
     return torch.from_numpy(np.stack(draws))
 
 
-def normal_rows(seed: int, step: int, rows: list[int], asked: Tensor, width: int, *, stream: int) -> Tensor:
-    """Standard normal numbers [n, width] float32 for the positions `asked` [len(rows), T] bool, n of them, that depend
-    on the same as those of `uniform_rows`."""
+def normal_rows(
+    seed: int, step: int, rows: list[int], asked: Tensor, width: int, *, stream: int
+) -> Tensor:
+    """Standard normal numbers [n, width] float32 for the positions `asked` [len(rows), T] bool, n
+    of them, that depend on the same as those of `uniform_rows`."""
     asked = asked.cpu()
-    draws = [_numbers(seed, step, row, stream).standard_normal((len(here), width), dtype=np.float32)
-             for row, here in zip(rows, asked, strict=True)]  # fmt: skip
+    draws = [
+        _numbers(seed, step, row, stream).standard_normal((len(here), width), dtype=np.float32)
+        for row, here in zip(rows, asked, strict=True)
+    ]
     return torch.from_numpy(np.stack(draws))[asked]
 
 

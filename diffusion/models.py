@@ -1,7 +1,9 @@
-"""Masked-diffusion language models on stock transformers: LLaDA, Dream, BERT-like ones, from their original folders.
+"""Masked-diffusion language models on stock transformers: LLaDA, Dream, BERT-like ones, from their
+original folders.
 
-LLaDA is Llama and Dream is Qwen2, read bidirectionally, so no remote code is needed; only names of parameters and of
-configuration fields differ. What the loop has to know of a model stands in `facts`, how to run its parts in `parts`.
+LLaDA is Llama and Dream is Qwen2, read bidirectionally, so no remote code is needed; only names of
+parameters and of configuration fields differ. What the loop has to know of a model stands in
+`facts`, how to run its parts in `parts`.
 
 Shapes: B batch, T positions of the forward, L length of the canvas, D width, V vocabulary.
 """
@@ -53,7 +55,9 @@ TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # end an answer as the end-of-text tok
 
 # Also for a model made from a configuration: it is saved under the original names.
 register_checkpoint_conversion_mapping(
-    "LladaForMaskedDiffusion", [WeightRenaming(theirs, ours) for theirs, ours in LLADA_NAMES.items()], overwrite=True
+    "LladaForMaskedDiffusion",
+    [WeightRenaming(theirs, ours) for theirs, ours in LLADA_NAMES.items()],
+    overwrite=True,
 )
 
 
@@ -68,21 +72,24 @@ def load(
     """A masked-diffusion language model and its tokenizer, in eval mode.
 
     Args:
-        name: one of MODELS ("mnns-diffusion-tiny"), or a local folder or a hub id: LLaDA, Dream (or DiffuCoder,
-            Dream-Coder), any masked language model of transformers (ModernBERT, BERT, RoBERTa, ...), a PEFT adapter.
-            Weights are read as safetensors, shard by shard.
+        name: one of MODELS ("mnns-diffusion-tiny"), or a local folder or a hub id: LLaDA, Dream (or
+            DiffuCoder, Dream-Coder), any masked language model of transformers (ModernBERT, BERT,
+            RoBERTa, ...), a PEFT adapter. Weights are read as safetensors, shard by shard.
         dtype: of the weights; "auto" is as stored.
         device: None is this process's CUDA device where there is one, else the CPU.
-        seed: None gives an embedded model as the package brings it, trained; a number draws untrained weights.
+        seed: None gives an embedded model as the package brings it, trained; a number draws
+            untrained weights.
         model_kwargs: for `from_pretrained` (revision=, device_map=, attn_implementation=, ...).
 
     Returns:
         The model; `facts(model)` tells its mask token and the like, and the soft-mask head that its
-        transparency_config.json holds, with which `denoise` decodes it by itself. The tokenizer, which pads on the
-        left, with mask_token and chat_template set; None where a local folder holds none.
+        transparency_config.json holds, with which `denoise` decodes it by itself. The tokenizer,
+        which pads on the left, with mask_token and chat_template set; None where a local folder
+        holds none.
 
     Raises:
-        ValueError: naming `name` and, where the model is of a kind that is not supported, the field that says so.
+        ValueError: naming `name` and, where the model is of a kind that is not supported, the field
+            that says so.
     """
     name = os.fspath(name)
     dtype, device = to_dtype(dtype), to_device(device, model_kwargs)
@@ -95,7 +102,15 @@ def load(
             model, tokenizer = _open(name, dtype=dtype, **model_kwargs)
         if name not in MODELS:  # an embedded one, trained, came through here by its folder
             learn_head(model, _head_file(name, model_kwargs))
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
         why = " ".join(str(error).split())[:400]
         raise ValueError(
             f"model={name!r} could not be loaded: {why} -- give a folder with a LLaDA, Dream or BERT-like model in "
@@ -107,7 +122,8 @@ def load(
 
 
 def _open(name: str, *, dtype, **model_kwargs):
-    """A folder or a hub id; raises what transformers raises, and ValueError for weights that do not fit."""
+    """A folder or a hub id; raises what transformers raises, and ValueError for weights that do not
+    fit."""
     fetch = {key: model_kwargs[key] for key in FETCH if key in model_kwargs}
     if Path(name).is_dir() and not Path(name, fetch.get("subfolder", ""), "config.json").is_file():
         raise FileNotFoundError("the folder holds no config.json, so no model")
@@ -129,24 +145,38 @@ def _open(name: str, *, dtype, **model_kwargs):
     else:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fetch)
         if config.is_encoder_decoder:
-            raise ValueError(f"its config.json says model_type={kind!r}, which is an encoder with a decoder")
+            raise ValueError(
+                f"its config.json says model_type={kind!r}, which is an encoder with a decoder"
+            )
         model, info = AutoModelForMaskedLM.from_pretrained(
-            name, config=config, trust_remote_code=False, dtype=dtype, use_safetensors=True,
-            output_loading_info=True, **model_kwargs,
-        )  # fmt: skip
+            name,
+            config=config,
+            trust_remote_code=False,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **model_kwargs,
+        )
     # A masked LM's checkpoint may carry other heads; for it only what is missing counts.
-    wrong = {k: v for k, v in info.items() if v and k in ("missing_keys", "mismatched_keys", "unexpected_keys")}
+    wrong = {
+        k: v
+        for k, v in info.items()
+        if v and k in ("missing_keys", "mismatched_keys", "unexpected_keys")
+    }
     if kind not in FAMILIES:
         wrong.pop("unexpected_keys", None)
     if wrong:
-        raise ValueError(", ".join(f"{k.replace('_', ' ')} {sorted(v)[:3]}" for k, v in wrong.items()))
+        raise ValueError(
+            ", ".join(f"{k.replace('_', ' ')} {sorted(v)[:3]}" for k, v in wrong.items())
+        )
     tokenizer = _tokenizer(name, kind, fetch)
     introduce(model, tokenizer)
     return model, tokenizer
 
 
 def _adapter(folder: Path, *, dtype, **model_kwargs):
-    """The base that an adapter folder names, wrapped as a PeftModel; the folder's own tokenizer where it has one."""
+    """The base that an adapter folder names, wrapped as a PeftModel; the folder's own tokenizer
+    where it has one."""
     from peft import PeftConfig, get_peft_model  # slow to import
 
     if not (folder / "adapter_model.safetensors").is_file():
@@ -155,20 +185,28 @@ def _adapter(folder: Path, *, dtype, **model_kwargs):
     if not config.base_model_name_or_path:
         raise ValueError("its adapter_config.json does not name a base model")
     device = None if "device_map" in model_kwargs else "cpu"
-    model, tokenizer = load(config.base_model_name_or_path, dtype=dtype, device=device, **model_kwargs)
+    model, tokenizer = load(
+        config.base_model_name_or_path, dtype=dtype, device=device, **model_kwargs
+    )
     kind = model.config.model_type
     own = _tokenizer(str(folder), kind, {})
     if own is not None:
         tokenizer = own
         introduce(model, tokenizer)
-    # An adapter trained on the remote code has LLaDA's names, of which PEFT would drop unknown ones without a word.
+    # An adapter trained on the remote code has LLaDA's names, of which PEFT would drop unknown ones
+    # without a word.
     wrapped = get_peft_model(model, config)
-    found = wrapped.load_adapter(str(folder), "default", key_mapping=LLADA_NAMES if kind == "llada" else None)
+    found = wrapped.load_adapter(
+        str(folder), "default", key_mapping=LLADA_NAMES if kind == "llada" else None
+    )
     if found.unexpected_keys:
         raise ValueError(f"the adapter's {sorted(found.unexpected_keys)[:3]} are not in the model")
     if missing := [key for key in found.missing_keys if "lora_" in key]:
-        raise ValueError(f"the adapter lacks {sorted(missing)[:3]} of the model: it was trained on another base")
-    if (named := load_process(folder)) is not None:  # without the file the process is that of the base
+        raise ValueError(
+            f"the adapter lacks {sorted(missing)[:3]} of the model: it was trained on another base"
+        )
+    # without the file the process is that of the base
+    if (named := load_process(folder)) is not None:
         model.config.diffusion_process = named
         try:
             facts(model)
@@ -181,14 +219,21 @@ def _head_file(name: str, model_kwargs: dict) -> dict | None:
     if Path(name).is_dir():
         return load_head(Path(name, model_kwargs.get("subfolder", "")))
     fetch = {key: model_kwargs[key] for key in FETCH if key in model_kwargs}
-    file = cached_file(name, HEAD_FILE, _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False, **fetch)  # fmt: skip
+    file = cached_file(
+        name,
+        HEAD_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **fetch,
+    )
     return None if file is None else load_head(Path(file).parent)
 
 
 def _tokenizer(name: str, kind: str, fetch: dict) -> PreTrainedTokenizerBase | None:
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
-    if Path(name).is_dir() and not any(Path(name, fetch.get("subfolder", ""), file).is_file() for file in files):
+    if Path(name).is_dir() and not any(
+        Path(name, fetch.get("subfolder", ""), file).is_file() for file in files
+    ):
         return None
     if kind == "Dream":  # its tokenizer_config.json names a class of its own, which is Qwen2's
         return Qwen2Tokenizer.from_pretrained(name, **fetch)
@@ -208,28 +253,44 @@ def introduce(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
     if tokenizer.mask_token is None and config.mask_token_id is not None:
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(config.mask_token_id)
     if config.eos_token_id is None:
-        config.eos_token_id = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+        config.eos_token_id = (
+            tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     known = tokenizer.get_vocab()
-    if isinstance(config, LladaConfig) and tokenizer.chat_template is None and "<|start_header_id|>" in known:
+    if (
+        isinstance(config, LladaConfig)
+        and tokenizer.chat_template is None
+        and "<|start_header_id|>" in known
+    ):
         tokenizer.chat_template = LLADA_CHAT
     if model.can_generate():
         turn_ends = [known[end] for end in TURN_ENDS if end in known]
-        model.generation_config.eos_token_id = list(dict.fromkeys([*end_tokens(model), *turn_ends])) or None
+        model.generation_config.eos_token_id = (
+            list(dict.fromkeys([*end_tokens(model), *turn_ends])) or None
+        )
 
 
 def mnns_diffusion_tiny(**options):
-    """The 2-layer LLaDA of the MNNS task: `mnns-tiny` read in both directions, with a mask token."""
+    """The 2-layer LLaDA of the MNNS task: `mnns-tiny` read in both directions, with a mask
+    token."""
     size = dict(d_model=32, mlp_hidden_size=128, n_layers=2, n_heads=2, n_kv_heads=2)
     return _embedded("mnns-diffusion-tiny", [*MNNS_WORDS, "<mask>"], size, **options)
 
 
 def latin_diffusion_tiny(**options):
-    """The 3-layer LLaDA of the Latin squares. Its rotation is fast, so that a column and the next can be told apart,
-    and its weights start large, as a net this small wants them."""
-    size = dict(d_model=64, mlp_hidden_size=192, n_layers=3, n_heads=4, n_kv_heads=4, rope_theta=20.0,
-                initializer_range=0.1)  # fmt: skip
+    """The 3-layer LLaDA of the Latin squares. Its rotation is fast, so that a column and the next
+    can be told apart, and its weights start large, as a net this small wants them."""
+    size = dict(
+        d_model=64,
+        mlp_hidden_size=192,
+        n_layers=3,
+        n_heads=4,
+        n_kv_heads=4,
+        rope_theta=20.0,
+        initializer_range=0.1,
+    )
     return _embedded("latin-diffusion-tiny", LATIN_WORDS, size, **options)
 
 
@@ -254,10 +315,13 @@ def _embedded(name: str, words: list[str], size: dict, *, dtype, seed: int | Non
     if unknown := sorted(set(config) - known):
         raise ValueError(f"it does not take {unknown}: give fields of LladaConfig")
     settings = LladaConfig(**(fields | config))
-    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU: the same on every device
+    # weights are drawn on the CPU: the same on every device
+    with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed or 0)
         model = LladaForMaskedDiffusion(settings)
-    tokenizer = word_tokenizer(words, mask_token="<mask>", model_max_length=settings.max_position_embeddings)
+    tokenizer = word_tokenizer(
+        words, mask_token="<mask>", model_max_length=settings.max_position_embeddings
+    )
     model.name_or_path = settings._name_or_path = name
     return model.to(torch.float32 if dtype == "auto" else dtype), tokenizer
 

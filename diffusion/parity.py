@@ -1,7 +1,7 @@
 """The public samplers, defects included, as substitutions in the loop's places.
 
-Nothing here is needed to denoise; it is what the conformance tests run, and who wants the published numbers. Each entry
-of PARITY names the implementation and what it does otherwise than the default.
+Nothing here is needed to denoise; it is what the conformance tests run, and who wants the published
+numbers. Each entry of PARITY names the implementation and what it does otherwise than the default.
 
 Shapes: B rows, L columns of the canvas.
 """
@@ -21,14 +21,16 @@ class Quirks(NamedTuple):
     """What an implementation does otherwise. The defaults are the default's."""
 
     rule: Callable[[Block, object, Draws], Rule] | None = None  # instead of the schedule's
-    competes: str = "block"  # masks that may commit: of the "block", all "before" its end, or of the whole "canvas"
+    # masks that may commit: of the "block", all "before" its end, or of the whole "canvas"
+    competes: str = "block"
     one_block: bool = False  # the whole canvas is one block
     proposes_mask: bool = True  # the mask token may win, and the position stays masked
     batch_share: bool = True  # the share of masks left is that of the batch
     looks_back: bool = False  # with shifted logits, a cached window begins one position early
     filtered_score: bool = False  # scores are of the tempered and filtered distribution
     whole_noise: bool = False  # noise is drawn for the whole canvas
-    renormalised_ends: bool = False  # ends_last drops the end tokens from the softmax instead of the order
+    # ends_last drops the end tokens from the softmax instead of the order
+    renormalised_ends: bool = False
     waits: bool = False  # a row with nothing to commit stays as it is while others go on
 
 
@@ -38,7 +40,8 @@ DEFAULT = Quirks(
 
 
 def gumbel_scores(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """LLaDA's exp(z) / (-log u)^T, whose argmax is a draw at temperature T, in logarithms and float64."""
+    """LLaDA's exp(z) / (-log u)^T, whose argmax is a draw at temperature T, in logarithms and
+    float64."""
     return logits.double() - temperature * (-uniform.double().log()).log()
 
 
@@ -61,11 +64,14 @@ def llada(block: Block, config, draws: Draws) -> Rule:
 
 
 class Pyramid:
-    """The blog's: forwards from the whole gen_length, and a surplus that spills on masks of later blocks."""
+    """The blog's: forwards from the whole gen_length, and a surplus that spills on masks of later
+    blocks."""
 
     def __init__(self, gen_length: int, dilation: int):
         self.dilation = dilation
-        self.steps = min(int(dilation * math.sqrt(1 + 8 * gen_length / dilation) / 2), gen_length + 1)
+        self.steps = min(
+            int(dilation * math.sqrt(1 + 8 * gen_length / dilation) / 2), gen_length + 1
+        )
 
     def more(self, index: int, left: bool) -> bool:
         return index < self.steps
@@ -98,11 +104,14 @@ def fast_dllm(block: Block, config, draws: Draws) -> Rule:
         return FactorToTheLast(config.factor)
     if config.threshold is not None:
         return Threshold(config.threshold)
-    return Quota(lambda i, n: share_out(block.count, block.steps, min(i, int(block.steps.max()) - 1)))
+    return Quota(
+        lambda i, n: share_out(block.count, block.steps, min(i, int(block.steps.max()) - 1))
+    )
 
 
 class Until:
-    """Another rule, asked for forwards by other criteria: at least `least`, at most `most` of them."""
+    """Another rule, asked for forwards by other criteria: at least `least`, at most `most` of
+    them."""
 
     def __init__(self, rule: Rule, least: int = 0, most: float = math.inf):
         self.rule, self.least, self.most = rule, least, most
@@ -119,7 +128,10 @@ def fast_dllm_june(block: Block, config, draws: Draws) -> Rule:
 
 
 def fast_dllm_2026(block: Block, config, draws: Draws) -> Rule:
-    return Until(fast_dllm(block, config, draws), most=int(block.steps.max()) if config.cache == "dual" else math.inf)
+    return Until(
+        fast_dllm(block, config, draws),
+        most=int(block.steps.max()) if config.cache == "dual" else math.inf,
+    )
 
 
 def due(masks: float | Tensor, index: int, steps: int, eps: float) -> int:
@@ -148,8 +160,9 @@ def dream(block: Block, config, draws: Draws) -> Rule:
 
 
 class Candidates:
-    """Fast-dLLM's Dream without a cache: each step looks at masks / steps candidates and those it refused before, and
-    takes those above the threshold. A refusal in the last step buys another one."""
+    """Fast-dLLM's Dream without a cache: each step looks at masks / steps candidates and those it
+    refused before, and takes those above the threshold. A refusal in the last step buys another
+    one."""
 
     def __init__(self, count: int, steps: int, threshold: float):
         self.share, self.steps, self.threshold, self.refused = count // steps, steps, threshold, 0
@@ -160,7 +173,9 @@ class Candidates:
     def __call__(self, step: Step) -> tuple[Tensor, None]:
         n = step.open.new_full(step.open.shape[:1], self.share + self.refused, dtype=torch.long)
         looked_at = best(step.score, step.open, n)
-        commit = looked_at & ((step.score >= self.threshold) | best(step.score, step.open, n.clamp_max(1)))
+        commit = looked_at & (
+            (step.score >= self.threshold) | best(step.score, step.open, n.clamp_max(1))
+        )
         self.refused = int(looked_at.sum() - commit.sum())
         if step.index == self.steps - 1 and self.refused:
             self.steps, self.share = self.steps + 1, 0
@@ -172,7 +187,8 @@ def dream_threshold(block: Block, config, draws: Draws) -> Rule:
 
 
 class DreamBlock:
-    """Fast-dLLM's Dream with a cache: the first forward of a block commits its first position, whatever it is."""
+    """Fast-dLLM's Dream with a cache: the first forward of a block commits its first position,
+    whatever it is."""
 
     def __init__(self, block: Block, config):
         self.start, self.steps, self.eps = block.start, int(block.steps.max()), config.eps
@@ -190,7 +206,11 @@ class DreamBlock:
             return first, None
         if self.threshold is not None:
             return Threshold(self.threshold)(step)
-        n = due(step.open.sum() / len(step.open), step.index, self.steps, self.eps) if self.steps > 1 else 0
+        n = (
+            due(step.open.sum() / len(step.open), step.index, self.steps, self.eps)
+            if self.steps > 1
+            else 0
+        )
         return best(step.score, step.open, step.open.sum(-1).clamp_max(n)), None
 
 
@@ -214,6 +234,8 @@ PARITY: dict[str, Quirks] = {
     # Dream's generation_utils.py, and IBM's soft masking on it at 091695d
     "dream": Quirks(rule=dream, competes="canvas", one_block=True, filtered_score=True),
     # NVlabs/Fast-dLLM's Dream at 24cc59e, without and with a cache
-    "dream_threshold": Quirks(rule=dream_threshold, competes="canvas", one_block=True, filtered_score=True),
+    "dream_threshold": Quirks(
+        rule=dream_threshold, competes="canvas", one_block=True, filtered_score=True
+    ),
     "dream_block": Quirks(rule=dream_block, filtered_score=True),
 }

@@ -1,7 +1,8 @@
-"""Which noise a model was trained to undo: masks, or tokens drawn uniformly. The checkpoint says it.
+"""Which noise a model was trained to undo: masks, or tokens drawn uniformly. The checkpoint says
+it.
 
-A model's config.json holds `diffusion_process`; an adapter, which has no configuration of its own, brings the same in
-a file. Without either it is a model of masks.
+A model's config.json holds `diffusion_process`; an adapter, which has no configuration of its own,
+brings the same in a file. Without either it is a model of masks.
 """
 
 import json
@@ -24,19 +25,28 @@ class UniformProcess(NamedTuple):
 
 
 def read_process(named: dict | None, mask_id: int, vocab_size: int) -> UniformProcess | None:
-    """None is a model of masks. Raises ValueError naming what is unknown, missing or out of range."""
+    """None is a model of masks. Raises ValueError naming what is unknown, missing or out of
+    range."""
     if named is None or named == {"kind": "masked"}:
         return None
     said = f"diffusion_process={named!r}"
     if not isinstance(named, dict) or named.get("kind") != "uniform" or set(named) != FIELDS:
-        raise ValueError(f"{said} is unknown: it is {{'kind': 'masked'}}, or of kind 'uniform' with {sorted(FIELDS)}")
+        raise ValueError(
+            f"{said} is unknown: it is {{'kind': 'masked'}}, or of kind 'uniform' with {sorted(FIELDS)}"
+        )
     eps, left_out = named["eps"], named["left_out"]
     if not isinstance(eps, (int, float)) or not 0 <= eps < 1:
         raise ValueError(f"{said}: eps must be in [0, 1)")
-    if not isinstance(left_out, list) or not all(isinstance(i, int) and 0 <= i < vocab_size for i in left_out):
-        raise ValueError(f"{said}: left_out must be a list of ids below {vocab_size}, the vocabulary")
+    if not isinstance(left_out, list) or not all(
+        isinstance(i, int) and 0 <= i < vocab_size for i in left_out
+    ):
+        raise ValueError(
+            f"{said}: left_out must be a list of ids below {vocab_size}, the vocabulary"
+        )
     if mask_id not in left_out or vocab_size - len(set(left_out)) < 2:
-        raise ValueError(f"{said}: left_out must hold the mask token (id {mask_id}) and leave 2 tokens or more")
+        raise ValueError(
+            f"{said}: left_out must hold the mask token (id {mask_id}) and leave 2 tokens or more"
+        )
     return UniformProcess(float(eps), tuple(sorted(set(left_out))))
 
 
@@ -44,12 +54,15 @@ def save_process(process: UniformProcess | None, folder: str | Path) -> None:
     """Write diffusion_process.json."""
     file = Path(folder) / PROCESS_FILE
     draft = file.with_suffix(".partial")
-    draft.write_text(json.dumps({"kind": "masked"} if process is None else process.settings()) + "\n")
+    draft.write_text(
+        json.dumps({"kind": "masked"} if process is None else process.settings()) + "\n"
+    )
     draft.replace(file)
 
 
 def load_process(folder: str | Path) -> dict | None:
-    """What a folder's diffusion_process.json holds, for `read_process`; None where there is no such file."""
+    """What a folder's diffusion_process.json holds, for `read_process`; None where there is no such
+    file."""
     file = Path(folder) / PROCESS_FILE
     if not file.is_file():
         return None

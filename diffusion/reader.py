@@ -1,4 +1,5 @@
-"""Forward passes over a window of the canvas: the cache, and the mixtures that stand in place of masks."""
+"""Forward passes over a window of the canvas: the cache, and the mixtures that stand in place of
+masks."""
 
 import torch
 from torch import Tensor
@@ -10,19 +11,23 @@ from .net import Facts, Parts
 
 
 class WindowCache:
-    """Keys and values of a whole canvas, of which a forward renews a window: the prefix and the dual cache of Fast-dLLM
-    (arXiv:2505.22618, section 3.2) are the windows [block start, L) and [block start, block end).
+    """Keys and values of a whole canvas, of which a forward renews a window: the prefix and the
+    dual cache of Fast-dLLM (arXiv:2505.22618, section 3.2) are the windows [block start, L) and
+    [block start, block end).
 
-    A forward over the whole canvas fills it. Keys are kept as the layers give them, after the rotation: positions never
-    change, so renewing them is not needed.
+    A forward over the whole canvas fills it. Keys are kept as the layers give them, after the
+    rotation: positions never change, so renewing them is not needed.
     """
 
     def __init__(self):
         self.window: tuple[int, int] | None = None  # None: the next forward covers the whole canvas
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """keys, values [B, heads, T, head_dim] of the window -> those of the canvas, [B, heads, L, head_dim]."""
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """keys, values [B, heads, T, head_dim] of the window -> those of the canvas, [B, heads, L,
+        head_dim]."""
         if self.window is None:
             self.layers[layer] = keys, values
             return keys, values
@@ -43,9 +48,12 @@ class WindowCache:
 
 
 class Reader:
-    """Runs the model on a window of the canvas. Keeps what forwards leave: keys and values, soft slots, counts."""
+    """Runs the model on a window of the canvas. Keeps what forwards leave: keys and values, soft
+    slots, counts."""
 
-    def __init__(self, net: Parts, known: Facts, config: DenoiseConfig, real: Tensor, given: Tensor):
+    def __init__(
+        self, net: Parts, known: Facts, config: DenoiseConfig, real: Tensor, given: Tensor
+    ):
         self.net, self.known, self.config, self.given = net, known, config, given
         self.twice = config.cfg_scale > 0
         self.length = real.shape[1]
@@ -77,7 +85,10 @@ class Reader:
         if self.cache is not None:
             self.cache.window = None if (lo, hi) == (0, self.length) else (lo, hi)
         hidden = self.net.body(embeds, self.mask, self.positions_of[:, lo:hi], self.cache)
-        self.forwards, self.positions = self.forwards + 1, self.positions + embeds.shape[0] * embeds.shape[1]
+        self.forwards, self.positions = (
+            self.forwards + 1,
+            self.positions + embeds.shape[0] * embeds.shape[1],
+        )
         # With shifted logits nothing is about the first token, whose own output stands in.
         source = torch.maximum(cols - self.known.shift, self.first[rows]).clamp_min(lo) - lo
         chosen = hidden[rows, source]
@@ -94,10 +105,17 @@ class Reader:
         return torch.where(self.where[:, lo:hi, None], self.mixed[:, lo:hi], embeds)
 
     def soften(
-        self, soft: Soft, shows: Tensor, rows: Tensor, cols: Tensor, window: tuple[int, int], busy: Tensor
+        self,
+        soft: Soft,
+        shows: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        window: tuple[int, int],
+        busy: Tensor,
     ) -> tuple[Tensor, Soft]:
-        """From now on the positions (rows, cols) that `shows` names show these mixtures, and others of the window
-        don't, in the rows that are busy. -> where mixtures were put [B, L], and which."""
+        """From now on the positions (rows, cols) that `shows` names show these mixtures, and others
+        of the window don't, in the rows that are busy. -> where mixtures were put [B, L], and
+        which."""
         soft = Soft(soft.ids[shows], soft.weights[shows])
         mixed = soft_embed(soft, self.net.embedding)
         if self.where is None:

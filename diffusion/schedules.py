@@ -1,7 +1,8 @@
 """How many of a block's open positions commit in each forward, and which.
 
-A schedule is a function `fn(block, config, draws) -> Rule`, called when a block begins. The rule is then asked, forward
-by forward, whether another one is wanted and which positions commit. "Best" is by the selector's score.
+A schedule is a function `fn(block, config, draws) -> Rule`, called when a block begins. The rule is
+then asked, forward by forward, whether another one is wanted and which positions commit. "Best" is
+by the selector's score.
 
 Shapes: B rows, L columns of the canvas, S steps.
 """
@@ -56,8 +57,9 @@ class Quota:
 
 
 def share_out(count: Tensor, steps: Tensor | int, index: int) -> Tensor:
-    """Masks to commit at step `index` when `count` are shared evenly over `steps`, the first steps taking the rest
-    (LLaDA's get_num_transfer_tokens): [B], [B] -> [B]. Nothing after the last step."""
+    """Masks to commit at step `index` when `count` are shared evenly over `steps`, the first steps
+    taking the rest (LLaDA's get_num_transfer_tokens): [B], [B] -> [B]. Nothing after the last
+    step."""
     steps = torch.as_tensor(steps, device=count.device)
     return torch.where(index < steps, count // steps + (index < count % steps), 0)
 
@@ -65,27 +67,33 @@ def share_out(count: Tensor, steps: Tensor | int, index: int) -> Tensor:
 def uniform(block: Block, config, draws: Draws) -> Rule:
     """The same number every step (LLaDA, arXiv:2502.09992)."""
     # A forward after the last step is there to commit what is left.
-    return Quota(lambda i, n: torch.where(i < block.steps - 1, share_out(block.count, block.steps, i), n))
+    return Quota(
+        lambda i, n: torch.where(i < block.steps - 1, share_out(block.count, block.steps, i), n)
+    )
 
 
 def linear(block: Block, config, draws: Draws) -> Rule:
-    """Time from 1 to `eps` in equal steps t -> s: of n masks, floor(n (1 - s / t)); in the last step all
-    (Dream, arXiv:2508.15487)."""
+    """Time from 1 to `eps` in equal steps t -> s: of n masks, floor(n (1 - s / t)); in the last
+    step all (Dream, arXiv:2508.15487)."""
 
     def count(i: int, n: Tensor) -> Tensor:
-        due = (n * (1 - _time(i + 1, block.steps, config.eps) / _time(i, block.steps, config.eps))).long()
+        due = (
+            n * (1 - _time(i + 1, block.steps, config.eps) / _time(i, block.steps, config.eps))
+        ).long()
         return torch.where(i < block.steps - 1, due, n)
 
     return Quota(count)
 
 
 def pyramid(block: Block, config, draws: Draws) -> Rule:
-    """1, 2, 3, ... positions, each number `dilation` times, until the block is full: sqrt(2 dilation n) forwards."""
+    """1, 2, 3, ... positions, each number `dilation` times, until the block is full: sqrt(2
+    dilation n) forwards."""
     return Quota(lambda i, n: torch.full_like(n, i // config.dilation + 1))
 
 
 class Threshold:
-    """Commit what is at least this sure, and the best in any case (Fast-dLLM, arXiv:2505.22618, section 3.3)."""
+    """Commit what is at least this sure, and the best in any case (Fast-dLLM, arXiv:2505.22618,
+    section 3.3)."""
 
     def __init__(self, threshold: float):
         self.threshold = threshold
@@ -103,8 +111,8 @@ def threshold(block: Block, config, draws: Draws) -> Rule:
 
 
 class Factor:
-    """Commit the n surest as long as (n + 1)(1 - c_n) < factor, c_n the n-th confidence, and the best in any case
-    (Fast-dLLM, arXiv:2505.22618, section 3.3)."""
+    """Commit the n surest as long as (n + 1)(1 - c_n) < factor, c_n the n-th confidence, and the
+    best in any case (Fast-dLLM, arXiv:2505.22618, section 3.3)."""
 
     def __init__(self, factor: float):
         self.factor = factor
@@ -116,8 +124,11 @@ class Factor:
         return best(step.score, step.open, self.accepted(*self.ranked(step))), None
 
     def ranked(self, step: Step) -> tuple[Tensor, Tensor]:
-        """-> confidences of the open positions, largest first [B, L] (then -inf), and their number [B]."""
-        return step.score.masked_fill(~step.open, -torch.inf).sort(dim=-1, descending=True).values, step.open.sum(-1)
+        """-> confidences of the open positions, largest first [B, L] (then -inf), and their number
+        [B]."""
+        return step.score.masked_fill(~step.open, -torch.inf).sort(
+            dim=-1, descending=True
+        ).values, step.open.sum(-1)
 
     def accepted(self, ranked: Tensor, n: Tensor) -> Tensor:
         rank = torch.arange(1, ranked.shape[1] + 1, device=ranked.device)
@@ -130,28 +141,45 @@ def factor(block: Block, config, draws: Draws) -> Rule:
 
 
 def ancestral(block: Block, config, draws: Draws) -> Rule:
-    """Each open position commits by itself with probability 1 - s / t, in the last step all (absorbing-state
+    """Each open position commits by itself with probability 1 - s / t, in the last step all
+    (absorbing-state
     diffusion, arXiv:2406.07524; Dream's origin)."""
     return Remask(block, config, draws, strategy=None, at_random=True)
 
 
 class Remask:
-    """ReMDM (arXiv:2503.00307): decoded tokens are masked again with probability sigma, and so many more commit.
+    """ReMDM (arXiv:2503.00307): decoded tokens are masked again with probability sigma, and so many
+    more commit.
 
-    alpha is the share decoded, t -> s one step of S equal ones; sigma_max = min(1, (1 - alpha_s) / alpha_t). strategy
-    "cap": min(eta, sigma_max). "rescale": eta sigma_max. "conf": sigma_max, shared out by softmax(-confidence) over the
-    decoded. "loop": decode up to alpha_on, then, while t_on >= t >= t_off, remask with "cap" at a constant alpha_on,
-    then decode the rest. Positions come from the selector; at_random draws each by itself, as the original does.
+    alpha is the share decoded, t -> s one step of S equal ones; sigma_max = min(1, (1 - alpha_s) /
+    alpha_t). strategy
+    "cap": min(eta, sigma_max). "rescale": eta sigma_max. "conf": sigma_max, shared out by
+        softmax(-confidence) over the
+    decoded. "loop": decode up to alpha_on, then, while t_on >= t >= t_off, remask with "cap" at a
+    constant alpha_on, then decode the rest. Positions come from the selector; at_random draws each
+    by itself, as the original does.
     """
 
-    def __init__(self, block: Block, config, draws: Draws, *, strategy: str | None, at_random: bool = False,
-                 eta: float = 0.02, t_on: float = 0.55, t_off: float = 0.05, alpha_on: float = 0.9):  # fmt: skip
+    def __init__(
+        self,
+        block: Block,
+        config,
+        draws: Draws,
+        *,
+        strategy: str | None,
+        at_random: bool = False,
+        eta: float = 0.02,
+        t_on: float = 0.55,
+        t_off: float = 0.05,
+        alpha_on: float = 0.9,
+    ):
         self.block, self.draws, self.strategy, self.at_random = block, draws, strategy, at_random
         self.eta, self.t_on, self.t_off, self.alpha_on = eta, t_on, t_off, alpha_on
         self.steps = block.steps.where(block.count > 0, 0)
 
     def more(self, index: int, left: bool) -> bool:
-        # Masks may come back, so only the number of steps tells; a block whose last token is in stays full without it.
+        # Masks may come back, so only the number of steps tells; a block whose last token is in
+        # stays full without it.
         return index < int(self.steps.max()) if self.strategy else left
 
     def alpha(self, index: int) -> Tensor:
@@ -161,23 +189,34 @@ class Remask:
             return 1 - t
         rise = self.alpha_on * (1 - t) / (1 - self.t_on)
         rest = self.alpha_on + (1 - self.alpha_on) * (self.t_off - t) / self.t_off
-        return torch.where(t > self.t_on, rise, torch.where(t >= self.t_off, torch.full_like(t, self.alpha_on), rest))
+        return torch.where(
+            t > self.t_on,
+            rise,
+            torch.where(t >= self.t_off, torch.full_like(t, self.alpha_on), rest),
+        )
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor | None]:
         now, then = self.alpha(step.index), self.alpha(step.index + 1)
         n = step.open.sum(-1)
-        sigma = torch.zeros_like(step.score) if self.strategy is None else self.sigma(step, now, then)
+        sigma = (
+            torch.zeros_like(step.score) if self.strategy is None else self.sigma(step, now, then)
+        )
         sigma = sigma.masked_fill(~step.decoded | (then >= 1)[:, None], 0.0)
         drop = None
         if self.strategy is not None:
             drop = torch.zeros_like(step.open)
-            may = step.decoded & (step.index < self.steps)[:, None]  # a row past its steps draws nothing
+            # a row past its steps draws nothing
+            may = step.decoded & (step.index < self.steps)[:, None]
             drop[may] = self.draws.at(may) < sigma[may]
         if self.at_random:
             mean = sigma.sum(-1) / step.decoded.sum(-1).clamp_min(1)
-            chance = ((then - now + mean * now) / (1 - now).clamp_min(1e-9)).masked_fill(then >= 1, 1.0)
+            chance = ((then - now + mean * now) / (1 - now).clamp_min(1e-9)).masked_fill(
+                then >= 1, 1.0
+            )
             commit = torch.zeros_like(step.open)
-            commit[step.open] = self.draws.at(step.open) < chance[:, None].expand_as(step.score)[step.open]
+            commit[step.open] = (
+                self.draws.at(step.open) < chance[:, None].expand_as(step.score)[step.open]
+            )
             return commit, drop
         goal = torch.round(self.block.count * (1 - then)).long()  # masks that are to be left
         back = 0 if drop is None else drop.sum(-1)
@@ -200,7 +239,9 @@ class Remask:
 
 def remask(block: Block, config, draws: Draws) -> Rule:
     at_random = config.select == "random" or config.schedule_name == "ancestral"
-    return Remask(block, config, draws, strategy=config.remask, at_random=at_random, **config.remask_args)
+    return Remask(
+        block, config, draws, strategy=config.remask, at_random=at_random, **config.remask_args
+    )
 
 
 def _time(index: int, steps: Tensor, eps: float) -> Tensor:

@@ -1,7 +1,8 @@
 """What is proposed for each open position, and how sure of it the model is.
 
-`Belief` holds the logits of the positions that matter and computes what is asked of them once, in tiles that stay in
-the processor's cache: at V = 126,464 a pass through memory costs as much as a transformer layer.
+`Belief` holds the logits of the positions that matter and computes what is asked of them once, in
+tiles that stay in the processor's cache: at V = 126,464 a pass through memory costs as much as a
+transformer layer.
 
 Shapes: n positions (flat, row by row), V vocabulary, K kept; B rows, L columns of the canvas.
 """
@@ -20,7 +21,8 @@ TILE = 16384  # columns that stay in the processor's cache
 
 
 class Belief:
-    """The model's distributions over n positions. logits: [n, V] float32, owned by the caller, never written to."""
+    """The model's distributions over n positions. logits: [n, V] float32, owned by the caller,
+    never written to."""
 
     def __init__(self, logits: Tensor, *, with_entropy: bool = False):
         self.logits = logits
@@ -44,13 +46,16 @@ class Belief:
         return chunk * CHUNK + inside.argmax(-1)
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
-        """-> logits and ids [n, k] of the k most likely tokens, most likely first; `top_token` leads."""
+        """-> logits and ids [n, k] of the k most likely tokens, most likely first; `top_token`
+        leads."""
         if self._peaks is None or k * CHUNK > self.logits.shape[-1] // 4:
             values, ids = self.logits.topk(k, -1)
         else:  # the k largest lie in the k chunks of largest maximum
             chunks = self._peaks.topk(k, -1).indices
             n = len(chunks)
-            inside = self.logits.view(n, -1, CHUNK)[torch.arange(n)[:, None], chunks].reshape(n, k * CHUNK)
+            inside = self.logits.view(n, -1, CHUNK)[torch.arange(n)[:, None], chunks].reshape(
+                n, k * CHUNK
+            )
             values, slots = inside.topk(k, -1)
             ids = chunks.gather(-1, slots // CHUNK) * CHUNK + slots % CHUNK
         lead = self.top_token[:, None]
@@ -62,13 +67,16 @@ class Belief:
 
     def weigh(self, logits: Tensor) -> Tensor:
         """[n, K] some of the logits -> their probabilities [n, K]."""
-        # Not exp(z - log Z): near 1, where the surest are told apart, the rounding of log Z would decide.
+        # Not exp(z - log Z): near 1, where the surest are told apart, the rounding of log Z would
+        # decide.
         return (logits - self._largest).exp() / self._moments[0]
 
     @cached_property
     def negative_entropy(self) -> Tensor:
         """[n] sum of p log p, nats, in [-log V, 0]."""
-        total, weighted = self._moments if self.with_entropy else _moments(self.logits, self._largest, True)
+        total, weighted = (
+            self._moments if self.with_entropy else _moments(self.logits, self._largest, True)
+        )
         return (weighted / total - total.log())[:, 0]
 
     @cached_property
@@ -81,7 +89,8 @@ class Belief:
 
 
 def _moments(logits: Tensor, largest: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
-    """[n, V], [n, 1] -> sums of exp(z - largest) and, if asked for, of that times (z - largest): [n, 1]."""
+    """[n, V], [n, 1] -> sums of exp(z - largest) and, if asked for, of that times (z - largest):
+    [n, 1]."""
     n, V = logits.shape
     width = V if logits.is_cuda else min(TILE, V)
     total, weighted = logits.new_zeros(n), logits.new_zeros(n)
@@ -95,12 +104,15 @@ def _moments(logits: Tensor, largest: Tensor, with_entropy: bool) -> tuple[Tenso
             weighted += shifted.mul_(e).sum(-1)
     if with_entropy and bool(weighted.isnan().any()) and bool((logits == -torch.inf).any()):
         # The clamp is a pass that the usual case, without -inf, is spared.
-        return total[:, None], _moments(logits.clamp_min(torch.finfo(logits.dtype).min), largest, True)[1]
+        return total[:, None], _moments(
+            logits.clamp_min(torch.finfo(logits.dtype).min), largest, True
+        )[1]
     return total[:, None], weighted[:, None]
 
 
 def confidence(belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
-    """Probability of the proposal (LLaDA's low_confidence remasking, arXiv:2502.09992; maskgit_plus)."""
+    """Probability of the proposal (LLaDA's low_confidence remasking, arXiv:2502.09992;
+    maskgit_plus)."""
     return belief.prob(token[:, None])[:, 0]
 
 
@@ -131,9 +143,15 @@ def propose(belief: Belief, dist: Soft | None, uniform: Callable[[], Tensor]) ->
 
 
 def filtered(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, *, top_p_first: bool = False
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    *,
+    top_p_first: bool = False,
 ) -> Soft:
-    """What a proposal is drawn from: temperature, then top-k, then top-p; or, as Dream has it, top-p first."""
+    """What a proposal is drawn from: temperature, then top-k, then top-p; or, as Dream has it,
+    top-p first."""
     if not (top_p_first and top_p is not None):
         return mk_proba_dist(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     nucleus = mk_proba_dist(logits, temperature=temperature, top_p=top_p)
@@ -162,19 +180,25 @@ def best(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
 
 
 def perturb(score: Tensor, among: Tensor, temperature: float, draws: "Draws") -> Tensor:
-    """Scores whose order is a draw without replacement from softmax(score / temperature) (Gumbel top-k,
+    """Scores whose order is a draw without replacement from softmax(score / temperature) (Gumbel
+    top-k,
     arXiv:1903.06059; Dream's alg_temp)."""
     noise = torch.zeros_like(score)
-    noise[among] = -torch.log(-torch.log(draws.at(among).clamp_min(torch.finfo(torch.float64).tiny))).float()
+    noise[among] = -torch.log(
+        -torch.log(draws.at(among).clamp_min(torch.finfo(torch.float64).tiny))
+    ).float()
     return score / temperature + noise
 
 
 class Draws:
-    """Uniform numbers for positions of a canvas. Rows with generators of their own draw the same alone as batched."""
+    """Uniform numbers for positions of a canvas. Rows with generators of their own draw the same
+    alone as batched."""
 
     def __init__(self, rng: Rng, rows: int, device: torch.device):
         if rng is not None and not isinstance(rng, torch.Generator) and len(rng) != rows:
-            raise ValueError(f"rng holds {len(rng)} generators for {rows} rows: pass one per row, or a single one")
+            raise ValueError(
+                f"rng holds {len(rng)} generators for {rows} rows: pass one per row, or a single one"
+            )
         self.rng, self.device = rng, device
 
     def at(self, where: Tensor) -> Tensor:
@@ -182,7 +206,10 @@ class Draws:
         if self.rng is None or isinstance(self.rng, torch.Generator):
             return self.whole((int(where.sum()),))
         counts = where.sum(-1).tolist()
-        numbers = [torch.rand(c, generator=g, device=g.device, dtype=torch.float64) for c, g in zip(counts, self.rng)]
+        numbers = [
+            torch.rand(c, generator=g, device=g.device, dtype=torch.float64)
+            for c, g in zip(counts, self.rng)
+        ]
         return torch.cat([n.to(self.device) for n in numbers])
 
     def whole(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:

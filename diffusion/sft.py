@@ -1,8 +1,10 @@
-"""Diffusion SFT on TRL's trainer: LLaDA's, Dream's and BERT's objectives, hard or with soft masks, and Duo's.
+"""Diffusion SFT on TRL's trainer: LLaDA's, Dream's and BERT's objectives, hard or with soft masks,
+and Duo's.
 
-Soft-mask training (arXiv:2510.17206, section 4.2) reads a noisy row twice: once without gradient, for the model's
-belief about each mask, and once more with the masks showing that belief. The uniform objective (arXiv:2506.10892)
-replaces tokens by random ones instead, and every token of the answer is predicted: the right ones do not show.
+Soft-mask training (arXiv:2510.17206, section 4.2) reads a noisy row twice: once without gradient,
+for the model's belief about each mask, and once more with the masks showing that belief. The
+uniform objective (arXiv:2506.10892) replaces tokens by random ones instead, and every token of the
+answer is predicted: the right ones do not show.
 
 Shapes: B rows, T positions, V vocabulary, D width; n masked positions, flat, row by row.
 """
@@ -52,42 +54,76 @@ REPLACEMENT, GAUSSIAN = 1, 2  # streams of random numbers
 
 @dataclass
 class DiffusionSFTConfig(PlainSFTConfig):
-    """TRL's SFTConfig plus the noise and the head. Without an accelerator it trains on the CPU in float32 by itself."""
+    """TRL's SFTConfig plus the noise and the head. Without an accelerator it trains on the CPU in
+    float32 by itself."""
 
     gradient_checkpointing: bool = opt(False, "Recompute activations to save memory.")
-    objective: str = opt("masked", "Noise to undo: 'masked' tokens, or 'uniform'ly random ones (Duo).")
-    uniform_loss: str = opt("nelbo", "Uniform: 'nelbo', a bound on the likelihood (Duo), or 'symmetric_kl'.")
-    curriculum: float = opt(0.0, "Uniform: share of the training, from its start, on Gaussian soft tokens.")
+    objective: str = opt(
+        "masked", "Noise to undo: 'masked' tokens, or 'uniform'ly random ones (Duo)."
+    )
+    uniform_loss: str = opt(
+        "nelbo", "Uniform: 'nelbo', a bound on the likelihood (Duo), or 'symmetric_kl'."
+    )
+    curriculum: float = opt(
+        0.0, "Uniform: share of the training, from its start, on Gaussian soft tokens."
+    )
     tau_start: float = opt(1e-1, "Curriculum: temperature of the soft tokens at the start.")
     tau_end: float = opt(1e-2, "Curriculum: temperature at its end; then the tokens are hard.")
-    gamma_min: float = opt(-3.5, "Curriculum: log noise-to-signal ratio at t = 0; Duo's, for 30,000 tokens.")
-    gamma_max: float = opt(-1.75, "Curriculum: the same at t = 1; the smaller the vocabulary the larger, see duo.py.")
-    noise: str = opt("rate", "'rate': each token masked with probability t (LLaDA). 'share': t of the tokens (BERT).")
+    gamma_min: float = opt(
+        -3.5, "Curriculum: log noise-to-signal ratio at t = 0; Duo's, for 30,000 tokens."
+    )
+    gamma_max: float = opt(
+        -1.75, "Curriculum: the same at t = 1; the smaller the vocabulary the larger, see duo.py."
+    )
+    noise: str = opt(
+        "rate",
+        "'rate': each token masked with probability t (LLaDA). 'share': t of the tokens (BERT).",
+    )
     time_low: float = opt(0.0, "Least t.")
     time_high: float = opt(1.0, "Largest t.")
     noise_eps: float = opt(1e-3, "The rate is (1 - eps) t + eps; of 'uniform' it is (1 - eps) t.")
-    normalise: str = opt("answer", "Weights of the loss: 'answer' (LLaDA's SFT), 'tokens' (pre-training), 'masks'.")
-    train_padding: bool = opt(False, "Pad with end-of-text and train it as part of the answer, as LLaDA does.")
-    softmasking_prob: float = opt(0.0, "Share of the steps that read the row twice; 0 is hard training.")
+    normalise: str = opt(
+        "answer", "Weights of the loss: 'answer' (LLaDA's SFT), 'tokens' (pre-training), 'masks'."
+    )
+    train_padding: bool = opt(
+        False, "Pad with end-of-text and train it as part of the answer, as LLaDA does."
+    )
+    softmasking_prob: float = opt(
+        0.0, "Share of the steps that read the row twice; 0 is hard training."
+    )
     head_k: int = opt(3, "Soft masks: tokens in a mixture.")
-    head_algorithm: str = opt("top-k", "Soft masks: 'top-k', or 'temperature' over the whole vocabulary.")
+    head_algorithm: str = opt(
+        "top-k", "Soft masks: 'top-k', or 'temperature' over the whole vocabulary."
+    )
     head_scale: float = opt(1e-6, "Soft masks: scale at the start, in (0, 1).")
     head_centre: float = opt(-0.75, "Soft masks: centre at the start, nats below 0.")
     head_steepness: float = opt(20 / 3, "Soft masks: steepness at the start.")
     head_temperature: float = opt(1.0, "Soft masks: temperature at the start, of 'temperature'.")
-    head_learning_rate: float = opt(1e-2, "Soft masks: learning rate of the head, without weight decay.")
-    eval_decode_rows: int = opt(256, "Held-out rows decoded for the accuracy of an evaluation; 0 for none.")
+    head_learning_rate: float = opt(
+        1e-2, "Soft masks: learning rate of the head, without weight decay."
+    )
+    eval_decode_rows: int = opt(
+        256, "Held-out rows decoded for the accuracy of an evaluation; 0 for none."
+    )
     eval_steps_decoded: int = opt(8, "Forwards in which an evaluation decodes a row.")
 
     def __post_init__(self):
         super().__post_init__()
-        for name, known in (("noise", tuple(NOISES)), ("normalise", NORMALISATIONS),
-                            ("head_algorithm", tuple(ALGORITHMS)), ("objective", OBJECTIVES),
-                            ("uniform_loss", UNIFORM_LOSSES)):  # fmt: skip
+        for name, known in (
+            ("noise", tuple(NOISES)),
+            ("normalise", NORMALISATIONS),
+            ("head_algorithm", tuple(ALGORITHMS)),
+            ("objective", OBJECTIVES),
+            ("uniform_loss", UNIFORM_LOSSES),
+        ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {known}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown: choose one of {known}"
+                )
         if not 0 <= self.time_low <= self.time_high <= 1:
-            raise ValueError(f"time_low={self.time_low}, time_high={self.time_high}: need 0 <= low <= high <= 1")
+            raise ValueError(
+                f"time_low={self.time_low}, time_high={self.time_high}: need 0 <= low <= high <= 1"
+            )
         if not 0 < self.noise_eps < 1:
             raise ValueError(f"noise_eps={self.noise_eps} must lie in (0, 1)")
         if not 0 <= self.softmasking_prob <= 1:
@@ -103,7 +139,9 @@ class DiffusionSFTConfig(PlainSFTConfig):
 
     def _check_uniform(self):
         if not 0 <= self.curriculum <= 1:
-            raise ValueError(f"curriculum={self.curriculum} must lie in [0, 1]: a share of the training")
+            raise ValueError(
+                f"curriculum={self.curriculum} must lie in [0, 1]: a share of the training"
+            )
         if self.objective == "masked":
             idle = (("uniform_loss", "nelbo"), ("curriculum", 0.0))
             remedy = "set objective='uniform', or leave it at"
@@ -116,11 +154,15 @@ class DiffusionSFTConfig(PlainSFTConfig):
                 )
         for name, value in idle:
             if getattr(self, name) != value:
-                raise ValueError(f"{name}={getattr(self, name)!r} does not go with objective={self.objective!r}: "
-                                 f"{remedy} {value!r}")  # fmt: skip
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not go with objective={self.objective!r}: "
+                    f"{remedy} {value!r}"
+                )
         if self.curriculum:
             if self.uniform_loss != "nelbo":
-                raise ValueError(f"curriculum={self.curriculum} needs uniform_loss='nelbo', not {self.uniform_loss!r}")
+                raise ValueError(
+                    f"curriculum={self.curriculum} needs uniform_loss='nelbo', not {self.uniform_loss!r}"
+                )
             tau_at(0.0, self.tau_start, self.tau_end, self.curriculum)
             self.gaussian(2)
 
@@ -129,34 +171,53 @@ class DiffusionSFTConfig(PlainSFTConfig):
         return GaussianToDiscrete(vocab_size, self.gamma_min, self.gamma_max)
 
     def head(self) -> SoftMaskHead:
-        return SoftMaskHead(k=self.head_k, scale=self.head_scale, centre=self.head_centre,
-                            steepness=self.head_steepness, temperature=self.head_temperature,
-                            algorithm=self.head_algorithm)  # fmt: skip
+        return SoftMaskHead(
+            k=self.head_k,
+            scale=self.head_scale,
+            centre=self.head_centre,
+            steepness=self.head_steepness,
+            temperature=self.head_temperature,
+            algorithm=self.head_algorithm,
+        )
 
 
 class DiffusionSFTTrainer(SFTTrainer):
     """TRL's SFTTrainer with a diffusion loss in `compute_loss`.
 
-    Takes the datasets that TRL takes, prompt-completion or language modelling; prompts are never masked. The model
-    comes from `softar.diffusion.load`. With `softmasking_prob` a SoftMaskHead is trained along; each checkpoint holds
-    its values in transparency_config.json, from where `load` and `denoise` take them. With objective="uniform" the
-    checkpoint says so in its config.json, an adapter in diffusion_process.json. With `score(answer, row)` every
-    evaluation also decodes held-out rows.
+    Takes the datasets that TRL takes, prompt-completion or language modelling; prompts are never
+    masked. The model comes from `softar.diffusion.load`. With `softmasking_prob` a SoftMaskHead is
+    trained along; each checkpoint holds its values in transparency_config.json, from where `load`
+    and `denoise` take them. With objective="uniform" the checkpoint says so in its config.json, an
+    adapter in diffusion_process.json. With `score(answer, row)` every evaluation also decodes
+    held-out rows.
     """
 
     _tag_names = ["trl", "sft", "softar", "masked-diffusion"]
     loss_is_scaled_for_ga = False  # each row weighs the same, whatever its length
 
-    def __init__(self, model, args: DiffusionSFTConfig, *, train_dataset, eval_dataset=None, processing_class=None,
-                 score: Callable[[str, dict], float] | None = None, **kwargs):  # fmt: skip
+    def __init__(
+        self,
+        model,
+        args: DiffusionSFTConfig,
+        *,
+        train_dataset,
+        eval_dataset=None,
+        processing_class=None,
+        score: Callable[[str, dict], float] | None = None,
+        **kwargs,
+    ):
         if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise ValueError(f"processing_class={processing_class!r}: DiffusionSFTTrainer needs the model's tokenizer")
+            raise ValueError(
+                f"processing_class={processing_class!r}: DiffusionSFTTrainer needs the model's tokenizer"
+            )
         check_writable(args.output_dir)
         known = facts(model)
         self._score, self._decode_rows = score, eval_dataset
         self._fill = known.eos_id if args.train_padding else processing_class.pad_token_id
         if self._fill is None:
-            raise ValueError(f"train_padding={args.train_padding}: the model has no such token to pad with")
+            raise ValueError(
+                f"train_padding={args.train_padding}: the model has no such token to pad with"
+            )
         super().__init__(
             model,
             args,
@@ -168,7 +229,8 @@ class DiffusionSFTTrainer(SFTTrainer):
         )
         self._known = known
         self.head = None
-        plain(self.model).config.soft_mask = None  # what an earlier training taught it; told anew when it is saved
+        # what an earlier training taught it; told anew when it is saved
+        plain(self.model).config.soft_mask = None
         if args.softmasking_prob:
             self.head = args.head().to(self.model.device)
             plain(self.model).add_module(
@@ -176,7 +238,9 @@ class DiffusionSFTTrainer(SFTTrainer):
             )  # so that DDP, the optimiser and checkpoints see it
         self._was_uniform = known.uniform is not None
         self.process = self._process() if args.objective == "uniform" else None
-        plain(self.model).config.diffusion_process = None if self.process is None else self.process.settings()
+        plain(self.model).config.diffusion_process = (
+            None if self.process is None else self.process.settings()
+        )
         if self.process is not None:
             self._letters = alphabet(self.process, known.vocab_size, self.accelerator.device)
         self._micro = 0
@@ -188,14 +252,17 @@ class DiffusionSFTTrainer(SFTTrainer):
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in known.end_ids:
             left_out.add(tokenizer.pad_token_id)
         if known.vocab_size - len(left_out) < 2:
-            raise ValueError(f"objective='uniform' needs 2 tokens or more beside {sorted(left_out)}, mask and padding")
+            raise ValueError(
+                f"objective='uniform' needs 2 tokens or more beside {sorted(left_out)}, mask and padding"
+            )
         return UniformProcess(self.args.noise_eps, tuple(sorted(left_out)))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._micro = 0
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    # -- loss -------------------------------------------------------------------------------------------------------
+    # -- loss
+    # -------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, training = self.args, self.model.training
@@ -213,13 +280,16 @@ class DiffusionSFTTrainer(SFTTrainer):
         compute = self._masked_loss if self.process is None else self._uniform_loss
         each, rows, rate, changed, logits, nothing = compute(model, unwrapped, ids, mask, maskable)
         total, divisor = weighted_sum(each, rows, rate, maskable.sum(1), args.normalise)
-        if training and self.accelerator.num_processes > 1:  # DDP takes the mean of the processes' losses
+        # DDP takes the mean of the processes' losses
+        if training and self.accelerator.num_processes > 1:
             divisor = self.accelerator.reduce(divisor, "mean")
         loss = total / divisor + nothing
         self._note(training, changed.float().mean() if training else None)
         return (loss, CausalLMOutput(logits=logits)) if return_outputs else loss
 
-    def _masked_loss(self, model, unwrapped, ids: Tensor, mask: Tensor | None, maskable: Tensor) -> tuple:
+    def _masked_loss(
+        self, model, unwrapped, ids: Tensor, mask: Tensor | None, maskable: Tensor
+    ) -> tuple:
         """-> losses [n] and their rows [n], rate [B], the masks [B, T], logits [n, V], 0."""
         rate, noise, twice = self._draw(maskable)
         masked = NOISES[self.args.noise](maskable, rate, noise)
@@ -231,7 +301,9 @@ class DiffusionSFTTrainer(SFTTrainer):
             net = parts(unwrapped)
             embeds = net.embedding(input_ids)
             if twice:
-                embeds = embeds.masked_scatter(masked[..., None], self._mix(net, embeds, mask, masked).to(embeds.dtype))
+                embeds = embeds.masked_scatter(
+                    masked[..., None], self._mix(net, embeds, mask, masked).to(embeds.dtype)
+                )
             rows, logits = forward_masked(net, self._known, embeds, mask, masked)
             # DDP wants each parameter in what the forward returns, the head's in a hard step too.
             nothing = 0.0 if self.head is None else sum(0.0 * p for p in self.head.parameters())
@@ -240,7 +312,9 @@ class DiffusionSFTTrainer(SFTTrainer):
         rows, logits, nothing = _ForwardRedirection()(model, unwrapped, forward, noisy)
         return masked_ce(logits, ids[masked]), rows, rate, masked, logits, nothing
 
-    def _uniform_loss(self, model, unwrapped, ids: Tensor, mask: Tensor | None, maskable: Tensor) -> tuple:
+    def _uniform_loss(
+        self, model, unwrapped, ids: Tensor, mask: Tensor | None, maskable: Tensor
+    ) -> tuple:
         """As `_masked_loss`, about every maskable position, each of weight 1."""
         letters = self._letters
         if bool((wrong := letters.place[ids].lt(0) & maskable).any()):
@@ -259,28 +333,43 @@ class DiffusionSFTTrainer(SFTTrainer):
             return forward_masked(net, self._known, embeds, mask, maskable)
 
         rows, logits = _ForwardRedirection()(model, unwrapped, forward, noisy.ids)
-        each = uniform_loss(self.args.uniform_loss, logits, ids[maskable], noisy.ids[maskable], noisy.alpha[rows],
-                            noisy.dalpha[rows], letters)  # fmt: skip
+        each = uniform_loss(
+            self.args.uniform_loss,
+            logits,
+            ids[maskable],
+            noisy.ids[maskable],
+            noisy.alpha[rows],
+            noisy.dalpha[rows],
+            letters,
+        )
         return each, rows, torch.ones_like(noisy.alpha), noisy.ids != ids, logits, 0.0
 
     def _corrupt(self, ids: Tensor, maskable: Tensor, letters) -> Noisy:
-        """An evaluation is always about hard tokens: its losses can be compared over the training."""
+        """An evaluation is always about hard tokens: its losses can be compared over the
+        training."""
         args = self.args
         step, places = self._place(len(ids))
         numbers = uniform_rows(args.seed, step, places, ids.shape[1] + 1).to(ids.device)
         t = args.time_low + (args.time_high - args.time_low) * numbers[:, 0]
         tau = 0.0
         if self.model.training and args.curriculum:
-            tau = tau_at(min(1.0, step / self.state.max_steps), args.tau_start, args.tau_end, args.curriculum)
+            tau = tau_at(
+                min(1.0, step / self.state.max_steps), args.tau_start, args.tau_end, args.curriculum
+            )
         if tau:
             U = len(letters.ids)
-            noise = normal_rows(args.seed, step, places, maskable, U, stream=GAUSSIAN).to(ids.device)
+            noise = normal_rows(args.seed, step, places, maskable, U, stream=GAUSSIAN).to(
+                ids.device
+            )
             return draw_soft(ids, maskable, t, noise, tau, args.gaussian(U), letters)
-        tokens = uniform_rows(args.seed, step, places, ids.shape[1], stream=REPLACEMENT).to(ids.device)
+        tokens = uniform_rows(args.seed, step, places, ids.shape[1], stream=REPLACEMENT).to(
+            ids.device
+        )
         return draw_hard(ids, maskable, t, numbers[:, 1:], tokens, letters, self.process.eps)
 
     def _mix(self, net, embeds: Tensor, mask: Tensor | None, masked: Tensor) -> Tensor:
-        """[n, D] what the masked slots show: the belief of a pass without gradient, mixed by the head with one."""
+        """[n, D] what the masked slots show: the belief of a pass without gradient, mixed by the
+        head with one."""
         with torch.no_grad():
             rows, logits = forward_masked(net, self._known, embeds, mask, masked)
             logits = logits.float()
@@ -288,27 +377,40 @@ class DiffusionSFTTrainer(SFTTrainer):
             belief = Belief(logits, with_entropy=True)
         n = len(rows)
         ids = torch.full((n,), self._known.mask_id, device=logits.device)
-        slots = Slots(belief, ids, torch.ones_like(ids, dtype=torch.bool), torch.ones(n, device=logits.device),
-                      self._known.mask_id, net.embedding)  # fmt: skip
+        slots = Slots(
+            belief,
+            ids,
+            torch.ones_like(ids, dtype=torch.bool),
+            torch.ones(n, device=logits.device),
+            self._known.mask_id,
+            net.embedding,
+        )
         return soft_embed(self.head(slots), net.embedding)
 
     def _draw(self, maskable: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """Rates [B], uniform numbers [B, T], and whether this step reads twice. They depend on the seed, the step and
-        the row's place in the global batch: a resumed run or another number of processes draws the same."""
+        """Rates [B], uniform numbers [B, T], and whether this step reads twice. They depend on the
+        seed, the step and the row's place in the global batch: a resumed run or another number of
+        processes draws the same."""
         args, micro = self.args, self._micro
         step, places = self._place(len(maskable))
         numbers = uniform_rows(args.seed, step, places, maskable.shape[1] + 1).to(maskable.device)
         time = args.time_low + (args.time_high - args.time_low) * numbers[:, 0]
         twice = self.head is not None
         if self.model.training and twice:
-            twice = float(uniform_rows(args.seed, step, [2**31 - 1 - micro], 1)) < args.softmasking_prob
+            twice = (
+                float(uniform_rows(args.seed, step, [2**31 - 1 - micro], 1)) < args.softmasking_prob
+            )
         return (1 - args.noise_eps) * time + args.noise_eps, numbers[:, 1:], twice
 
     def _place(self, B: int) -> tuple[int, list[int]]:
         """The step, and where the rows of the next micro-batch lie in its global batch."""
         training, micro = self.model.training, self._micro
         self._micro += 1
-        rows = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        rows = (
+            self.args.per_device_train_batch_size
+            if training
+            else self.args.per_device_eval_batch_size
+        )
         first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * rows
         # An evaluation always sees the same noise.
         return (self.state.global_step if training else 2**31), list(range(first, first + B))
@@ -322,7 +424,8 @@ class DiffusionSFTTrainer(SFTTrainer):
             for name, value in self.head.values().items():
                 metrics[f"head_{name}"].append(value.item())
 
-    # -- optimiser, evaluation, checkpoints ---------------------------------------------------------------------------
+    # -- optimiser, evaluation, checkpoints
+    # ---------------------------------------------------------------------------
 
     def create_optimizer(self, *args, **kwargs):
         made = super().create_optimizer(*args, **kwargs)
@@ -331,7 +434,9 @@ class DiffusionSFTTrainer(SFTTrainer):
             for group in self.optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in own]
             learnt = [p for p in self.head.parameters() if p.requires_grad]
-            self.optimizer.add_param_group({"params": learnt, "lr": self.args.head_learning_rate, "weight_decay": 0.0})
+            self.optimizer.add_param_group(
+                {"params": learnt, "lr": self.args.head_learning_rate, "weight_decay": 0.0}
+            )
         return made
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -340,8 +445,14 @@ class DiffusionSFTTrainer(SFTTrainer):
         n = self.args.eval_decode_rows
         if self._score is not None and self._decode_rows is not None and n:
             rows = self._decode_rows.select(range(min(len(self._decode_rows), n)))
-            found = evaluate(self.accelerator.unwrap_model(self.model), self.processing_class, rows, self._score,
-                             self.decoding(steps=self.args.eval_steps_decoded), seed=self.args.seed)  # fmt: skip
+            found = evaluate(
+                self.accelerator.unwrap_model(self.model),
+                self.processing_class,
+                rows,
+                self._score,
+                self.decoding(steps=self.args.eval_steps_decoded),
+                seed=self.args.seed,
+            )
             metrics[f"{metric_key_prefix}_accuracy"] = found["accuracy"]
             self.log({f"{metric_key_prefix}_accuracy": found["accuracy"]})
         return metrics
@@ -350,44 +461,58 @@ class DiffusionSFTTrainer(SFTTrainer):
         """How the model is decoded as it was trained: hard, or with the head's soft masks."""
         if self.head is None:
             return DenoiseConfig(**({"soften": "hard"} | changes))
-        return DenoiseConfig(**({"soften": "soft-mask", "soften_args": self.head.settings()} | changes))
+        return DenoiseConfig(
+            **({"soften": "soft-mask", "soften_args": self.head.settings()} | changes)
+        )
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         if self.head is not None:
             learn_head(self.model, self.head.settings())
             # The raw numbers belong to the decoding, not to the model.
-            state_dict = self.accelerator.get_state_dict(self.model) if state_dict is None else state_dict
+            state_dict = (
+                self.accelerator.get_state_dict(self.model) if state_dict is None else state_dict
+            )
             state_dict = {k: v for k, v in state_dict.items() if "soft_mask_head." not in k}
         super()._save(output_dir, state_dict)
         if self.head is not None:
             folder = Path(output_dir or self.args.output_dir)
             save_head(self.head.settings(), folder)
-            save_file(self.head.state_dict(), folder / RAW_HEAD)  # what resuming goes on from, to the bit
+            # what resuming goes on from, to the bit
+            save_file(self.head.state_dict(), folder / RAW_HEAD)
         if plain(self.model) is not self.model and self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             (folder / PROCESS_FILE).unlink(missing_ok=True)
-            if self.process is not None or self._was_uniform:  # or the adapter would take over its base's
+            # or the adapter would take over its base's
+            if self.process is not None or self._was_uniform:
                 save_process(self.process, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         inner = plain(self.model)
         if inner is self.model and isinstance(inner, LladaForMaskedDiffusion):
-            # The trainer would take the original names for unknown ones, and go on with the weights it has.
+            # The trainer would take the original names for unknown ones, and go on with the weights
+            # it has.
             saved = {}
             for file in sorted(Path(resume_from_checkpoint).glob("model*.safetensors")):
                 saved |= {llama_name(name): value for name, value in load_file(file).items()}
             found = inner.load_state_dict(saved, strict=False)
-            elsewhere = ("soft_mask_head.", *(["lm_head."] if inner.config.tie_word_embeddings else []))
+            elsewhere = (
+                "soft_mask_head.",
+                *(["lm_head."] if inner.config.tie_word_embeddings else []),
+            )
             missing = [name for name in found.missing_keys if not name.startswith(elsewhere)]
             if found.unexpected_keys or missing:
-                raise ValueError(f"resume_from_checkpoint={str(resume_from_checkpoint)!r} does not fit the model: "
-                                 f"missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}")  # fmt: skip
+                raise ValueError(
+                    f"resume_from_checkpoint={str(resume_from_checkpoint)!r} does not fit the model: "
+                    f"missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}"
+                )
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.head is not None:
             file = Path(resume_from_checkpoint, RAW_HEAD)
             if not file.is_file():
-                raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r} holds no {RAW_HEAD}: it was hard")
+                raise ValueError(
+                    f"resume_from_checkpoint={resume_from_checkpoint!r} holds no {RAW_HEAD}: it was hard"
+                )
             self.head.load_state_dict(load_file(file))
 
     def _save_checkpoint(self, model, trial):

@@ -1,7 +1,9 @@
-"""What a masked slot shows in the next forward: the bare mask, or a mixture that carries the model's belief.
+"""What a masked slot shows in the next forward: the bare mask, or a mixture that carries the
+model's belief.
 
-A softener is `fn(slots, **knobs) -> Soft`, ids and weights [n, K] of n positions. It is sparse: at most k + 1 tokens a
-position, never a [B, L, V] mixture. How far a method reaches stands in SOFTENERS beside its function.
+A softener is `fn(slots, **knobs) -> Soft`, ids and weights [n, K] of n positions. It is sparse: at
+most k + 1 tokens a position, never a [B, L, V] mixture. How far a method reaches stands in
+SOFTENERS beside its function.
 
 Shapes: n positions (flat, row by row), V vocabulary, K tokens of a mixture, D width.
 """
@@ -43,8 +45,9 @@ class Softener(NamedTuple):
 
 
 def soft_token(slots: Slots, *, k: int = 5, bias: float = 0.5, renormalise: bool = True) -> Soft:
-    """The k most likely tokens at their probabilities, and the mask at 1 - p_max + bias; divided by their sum
-    (github.com/Les1a/SoftTokenForMaskedDLM). The mask keeps at least bias / (k-mass + bias) of the weight."""
+    """The k most likely tokens at their probabilities, and the mask at 1 - p_max + bias; divided by
+    their sum (github.com/Les1a/SoftTokenForMaskedDLM). The mask keeps at least bias / (k-mass +
+    bias) of the weight."""
     _check_k(slots, k)
     values, ids = slots.belief.top(k)
     probs = slots.belief.weigh(values)
@@ -66,42 +69,65 @@ def soft_mask(
     temperature: float = 1.0,
     scheduling: str = "none",
 ) -> Soft:
-    """(1 - lambda) mask + lambda belief, lambda = scale sigmoid(steepness (-H - centre)) (arXiv:2510.17206, eq. 5).
+    """(1 - lambda) mask + lambda belief, lambda = scale sigmoid(steepness (-H - centre))
+    (arXiv:2510.17206, eq. 5).
 
-    algorithm "top-k": the belief is the k most likely tokens, renormalised, H in nats that of the whole distribution.
-    "temperature": both at this temperature, over the whole vocabulary (K = V). scheduling multiplies the scale:
+    algorithm "top-k": the belief is the k most likely tokens, renormalised, H in nats that of the
+    whole distribution.
+    "temperature": both at this temperature, over the whole vocabulary (K = V). scheduling
+        multiplies the scale:
     "linear" by the share of masks left, "stepwise" by 1 while more than half are left, then by 0.
     """
     _check_k(slots, k)
-    left = {"none": torch.ones_like, "linear": lambda s: s, "stepwise": lambda s: (s > 0.5).to(s.dtype)}[scheduling]
+    left = {
+        "none": torch.ones_like,
+        "linear": lambda s: s,
+        "stepwise": lambda s: (s > 0.5).to(s.dtype),
+    }[scheduling]
     if algorithm == "top-k":
         values, ids = slots.belief.top(k)
         probs, negative_entropy = values.softmax(-1), slots.belief.negative_entropy
     else:
-        logp = (slots.belief.logits / temperature).log_softmax(-1).clamp_min(torch.finfo(torch.float32).min)
+        logp = (
+            (slots.belief.logits / temperature)
+            .log_softmax(-1)
+            .clamp_min(torch.finfo(torch.float32).min)
+        )
         probs = logp.exp()
-        ids, negative_entropy = torch.arange(probs.shape[-1], device=probs.device), (probs * logp).sum(-1)
+        ids, negative_entropy = (
+            torch.arange(probs.shape[-1], device=probs.device),
+            (probs * logp).sum(-1),
+        )
     strength = scale * left(slots.share) * torch.sigmoid(steepness * (negative_entropy - centre))
     strength = strength.where(slots.masked, torch.zeros_like(strength))[:, None]
     if algorithm == "top-k":
-        return Soft(torch.cat([ids, slots.ids[:, None]], -1), torch.cat([strength * probs, 1 - strength], -1))
-    return Soft(ids.expand_as(probs), (strength * probs).scatter_add(-1, slots.ids[:, None], 1 - strength))
+        return Soft(
+            torch.cat([ids, slots.ids[:, None]], -1),
+            torch.cat([strength * probs, 1 - strength], -1),
+        )
+    return Soft(
+        ids.expand_as(probs), (strength * probs).scatter_add(-1, slots.ids[:, None], 1 - strength)
+    )
 
 
 def evolving(slots: Slots, *, k: int = 3, alpha: float = 0.7) -> Soft:
-    """A masked slot shows the mask with weight alpha and the k most likely tokens with the rest; a slot decoded in
-    this block those tokens alone, until the block is done (EvoToken, arXiv:2601.07351, section 3)."""
+    """A masked slot shows the mask with weight alpha and the k most likely tokens with the rest; a
+    slot decoded in this block those tokens alone, until the block is done (EvoToken,
+    arXiv:2601.07351, section 3)."""
     _check_k(slots, k)
     values, ids = slots.belief.top(k)
     probs = slots.belief.weigh(values)
-    own = torch.where(slots.masked, alpha / (1 - alpha) * probs.sum(-1), torch.zeros_like(probs[:, 0]))
+    own = torch.where(
+        slots.masked, alpha / (1 - alpha) * probs.sum(-1), torch.zeros_like(probs[:, 0])
+    )
     weights = torch.cat([probs, own[:, None]], -1)
     return Soft(torch.cat([ids, slots.ids[:, None]], -1), weights / weights.sum(-1, keepdim=True))
 
 
 def slerp(slots: Slots, *, k: int = 3, strength: float = 0.3) -> Soft:
-    """The mask's embedding turned by `strength` of the angle towards the mean of the k most likely tokens, at its own
-    length (arXiv:2609.37391). As weights of the k + 1 embeddings; they do not sum to 1."""
+    """The mask's embedding turned by `strength` of the angle towards the mean of the k most likely
+    tokens, at its own length (arXiv:2609.37391). As weights of the k + 1 embeddings; they do not
+    sum to 1."""
     _check_k(slots, k)
     values, ids = slots.belief.top(k)
     probs = values.softmax(-1)
@@ -119,7 +145,8 @@ def slerp(slots: Slots, *, k: int = 3, strength: float = 0.3) -> Soft:
 
 
 def mk_softener(name: str | Callable | Softener, **knobs) -> Softener:
-    """The softener of that name, or a function as one that softens the masks of the block; with its knobs bound."""
+    """The softener of that name, or a function as one that softens the masks of the block; with its
+    knobs bound."""
     if isinstance(name, Softener):
         softener = name
     elif callable(name):
@@ -127,11 +154,15 @@ def mk_softener(name: str | Callable | Softener, **knobs) -> Softener:
     elif name in SOFTENERS:
         softener = SOFTENERS[name]
     else:
-        raise ValueError(f"soften={name!r} is unknown: choose one of {sorted(SOFTENERS)} or pass a function")
+        raise ValueError(
+            f"soften={name!r} is unknown: choose one of {sorted(SOFTENERS)} or pass a function"
+        )
     if not knobs:
         return softener
     if softener.fn is None:
-        raise ValueError(f"soften='hard' takes no options, not {knobs}: choose a soft one, or leave soften_args out")
+        raise ValueError(
+            f"soften='hard' takes no options, not {knobs}: choose a soft one, or leave soften_args out"
+        )
     if isinstance(name, str):  # what a function of the user's takes is its own affair
         known = softener.fn.__kwdefaults__
         if unknown := sorted(set(knobs) - set(known)):
@@ -154,17 +185,26 @@ def _finite(x) -> bool:
 
 
 RANGES = {
-    "k": (lambda k: isinstance(k, int) and k >= 1, "must be a whole number, at least 1 and at most the vocabulary"),
+    "k": (
+        lambda k: isinstance(k, int) and k >= 1,
+        "must be a whole number, at least 1 and at most the vocabulary",
+    ),
     "bias": (lambda x: _finite(x) and x >= 0, "must be >= 0"),
     "renormalise": (lambda x: isinstance(x, bool), "must be True or False"),
     "scale": (lambda x: _finite(x) and 0 <= x <= 1, "must lie in [0, 1]; 0 is the bare mask"),
     "centre": (_finite, "must be a number, in nats of negative entropy"),
     "steepness": (lambda x: _finite(x) and x >= 0, "must be >= 0"),
     "temperature": (lambda x: _finite(x) and x > 0, "must be > 0"),
-    "algorithm": (lambda x: x in ("top-k", "temperature"), "is unknown: choose 'top-k' or 'temperature'"),
+    "algorithm": (
+        lambda x: x in ("top-k", "temperature"),
+        "is unknown: choose 'top-k' or 'temperature'",
+    ),
     "scheduling": (lambda x: x in SCALE_SCHEDULES, f"is unknown: choose one of {SCALE_SCHEDULES}"),
     "alpha": (lambda x: _finite(x) and 0 <= x < 1, "must lie in [0, 1): the mask's share"),
-    "strength": (lambda x: _finite(x) and 0 <= x <= 1, "must lie in [0, 1]: 0 is the mask, 1 the tokens' mean"),
+    "strength": (
+        lambda x: _finite(x) and 0 <= x <= 1,
+        "must lie in [0, 1]: 0 is the mask, 1 the tokens' mean",
+    ),
 }
 SOFTENERS: dict[str, Softener] = {
     "hard": Softener(None),

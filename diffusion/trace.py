@@ -1,5 +1,6 @@
-"""Watches `denoise` and keeps what each forward did: pass a `Tracer` as its callback, then ask for `canvas(row)`.
-During the decode tensors are kept and nothing else is done, so that its time is hardly the tracer's.
+"""Watches `denoise` and keeps what each forward did: pass a `Tracer` as its callback, then ask for
+`canvas(row)`. During the decode tensors are kept and nothing else is done, so that its time is
+hardly the tracer's.
 
 Shapes: B rows, P prompt length, L columns of the canvas, K tokens of a mixture.
 """
@@ -26,36 +27,46 @@ class Tracer:
         gen_length: int,
         top: int = TOP,
     ):
-        """known: `facts(model)`. input_ids, attention_mask [B, P] and gen_length: as `denoise` gets them."""
+        """known: `facts(model)`. input_ids, attention_mask [B, P] and gen_length: as `denoise` gets
+        them."""
         self.words, self.mask_id, self.top = Words(tokenizer), known.mask_id, top
         tail = [known.mask_id] * gen_length
         self.start = [row + tail for row in input_ids.tolist()]  # B lists of L ids
         # The column where each row begins: padding is on the left
-        self.first = [0] * len(input_ids) if attention_mask is None else (attention_mask == 0).sum(-1).tolist()
+        self.first = (
+            [0] * len(input_ids)
+            if attention_mask is None
+            else (attention_mask == 0).sum(-1).tolist()
+        )
         self.seen: list[dict] = []
 
     def __call__(self, seen: dict) -> None:
-        """Take note of one forward: what `denoise` tells its callback, which it does not write to again."""
+        """Take note of one forward: what `denoise` tells its callback, which it does not write to
+        again."""
         soft = seen["soft"]
-        if soft is not None and soft.ids.shape[-1] > MANY:  # whole distributions, without repeats: too much to keep
+        # whole distributions, without repeats: too much to keep
+        if soft is not None and soft.ids.shape[-1] > MANY:
             weights, order = soft.weights.topk(self.top)
             soft = Soft(soft.ids.gather(-1, order), weights)
         kept = {key: seen[key] for key in ("sequences", "committed", "confidence", "where")}
         self.seen.append(kept | {"soft": soft})
 
     def canvas(self, row: int = 0, output: DenoiseOutput | None = None, title: str = "") -> Canvas:
-        """What was seen of one row, padding left out. With `denoise`'s output also what was filled in behind an end
-        token after the last forward."""
+        """What was seen of one row, padding left out. With `denoise`'s output also what was filled
+        in behind an end token after the last forward."""
         first, now, forwards = self.first[row], self.start[row], []
 
         def fill(tokens: list[int]) -> None:
-            """What no forward decided was filled in by a rule, when the last forward had been told of."""
+            """What no forward decided was filled in by a rule, when the last forward had been told
+            of."""
             for column, (token, before) in enumerate(zip(tokens, now, strict=True)):
                 if token not in (before, self.mask_id):
                     forwards[-1].committed[column - first] = (self.words[token], None)
 
         for seen in self.seen:
-            tokens, committed, sure = (seen[key][row].tolist() for key in ("sequences", "committed", "confidence"))
+            tokens, committed, sure = (
+                seen[key][row].tolist() for key in ("sequences", "committed", "confidence")
+            )
             fill([old if new else token for token, old, new in zip(tokens, now, committed)])
             decided, dropped = {}, []
             for column, token in enumerate(tokens):
@@ -67,7 +78,10 @@ class Tracer:
             now = tokens
         if output is not None:
             fill(output.sequences[row].tolist())
-        cells = [None if token == self.mask_id else self.words[token] for token in self.start[row][first:]]
+        cells = [
+            None if token == self.mask_id else self.words[token]
+            for token in self.start[row][first:]
+        ]
         return Canvas(cells, forwards, title, self.words[self.mask_id])
 
     def _soft(self, seen: dict, row: int) -> dict:
@@ -77,5 +91,7 @@ class Tracer:
         rows, columns = seen["where"].nonzero(as_tuple=True)
         ids, weights = (part[rows == row] for part in seen["soft"])
         mixtures = self.words.mixtures(ids, weights, self.top)
-        return {column - self.first[row]: mixture
-                for column, (mixture, _, _) in zip(columns[rows == row].tolist(), mixtures, strict=True)}  # fmt: skip
+        return {
+            column - self.first[row]: mixture
+            for column, (mixture, _, _) in zip(columns[rows == row].tolist(), mixtures, strict=True)
+        }

@@ -1,7 +1,9 @@
-"""Uniform-state models in the trainer and in the loop: the tokens that their process runs over, the noise and the loss
-of a training step, the redraw of a decoding step. The mathematics is in `duo` (arXiv:2506.10892).
+"""Uniform-state models in the trainer and in the loop: the tokens that their process runs over, the
+noise and the loss of a training step, the redraw of a decoding step. The mathematics is in `duo`
+(arXiv:2506.10892).
 
-Shapes: B rows, T positions, L columns of the canvas, V the model's vocabulary, U <= V tokens of the process; n
+Shapes: B rows, T positions, L columns of the canvas, V the model's vocabulary, U <= V tokens of the
+    process; n
 positions, flat, row by row.
 """
 
@@ -14,15 +16,30 @@ from torch import Tensor
 from softar.soft import Soft, mk_proba_dist
 
 from .config import DenoiseConfig
-from .duo import GaussianToDiscrete, ancestral_step, corrupt, gaussian_corrupt, log_linear, nelbo, symmetric_kl
+from .duo import (
+    GaussianToDiscrete,
+    ancestral_step,
+    corrupt,
+    gaussian_corrupt,
+    log_linear,
+    nelbo,
+    symmetric_kl,
+)
 from .process import UniformProcess
 from .schedules import Block
 from .select import Draws
 
 UNIFORM_LOSSES = ("nelbo", "symmetric_kl")
 # What a decoding may say to a uniform-state model, beside the defaults; None allows every value.
-SAYS = {"gen_length": None, "steps": None, "temperature": None, "top_k": None, "top_p": None,
-        "schedule": ("uniform",), "soften": ("hard",)}  # fmt: skip
+SAYS = {
+    "gen_length": None,
+    "steps": None,
+    "temperature": None,
+    "top_k": None,
+    "top_p": None,
+    "schedule": ("uniform",),
+    "soften": ("hard",),
+}
 
 
 class Alphabet(NamedTuple):
@@ -39,7 +56,8 @@ def alphabet(process: UniformProcess, vocab_size: int, device: torch.device) -> 
     return Alphabet(inside.nonzero()[:, 0].to(device), place.to(device))
 
 
-# -- training -------------------------------------------------------------------------------------------------------
+# -- training
+# -------------------------------------------------------------------------------------------------------
 
 
 class Noisy(NamedTuple):
@@ -52,40 +70,69 @@ class Noisy(NamedTuple):
 
 
 def draw_hard(
-    ids: Tensor, maskable: Tensor, t: Tensor, uniform: Tensor, replacement: Tensor, letters: Alphabet, eps: float
+    ids: Tensor,
+    maskable: Tensor,
+    t: Tensor,
+    uniform: Tensor,
+    replacement: Tensor,
+    letters: Alphabet,
+    eps: float,
 ) -> Noisy:
-    """Tokens replaced at rate 1 - alpha of `log_linear` at t [B]; `uniform` and `replacement` as `corrupt` has them."""
+    """Tokens replaced at rate 1 - alpha of `log_linear` at t [B]; `uniform` and `replacement` as
+    `corrupt` has them."""
     alpha, dalpha = log_linear(t, eps)
     z = corrupt(letters.place[ids], alpha, maskable, uniform, replacement, len(letters.ids))
     return Noisy(torch.where(maskable, letters.ids[z.clamp_min(0)], ids), alpha, dalpha, None)
 
 
 def draw_soft(
-    ids: Tensor, maskable: Tensor, t: Tensor, noise: Tensor, tau: float, schedule: GaussianToDiscrete, letters: Alphabet
+    ids: Tensor,
+    maskable: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    tau: float,
+    schedule: GaussianToDiscrete,
+    letters: Alphabet,
 ) -> Noisy:
-    """Soft tokens at temperature tau, and the hard ones that they stand for, off the same Gaussian noise [n, U]."""
+    """Soft tokens at temperature tau, and the hard ones that they stand for, off the same Gaussian
+    noise [n, U]."""
     rows = maskable.nonzero()[:, 0]
     z, soft = gaussian_corrupt(letters.place[ids[maskable]], schedule.gamma(t)[rows], noise, tau)
     # In the order of the model's vocabulary, so that the mixture is one product with the table.
-    weights = soft.weights.new_zeros(len(rows), len(letters.place)).scatter_(1, letters.ids[soft.ids], soft.weights)
+    weights = soft.weights.new_zeros(len(rows), len(letters.place)).scatter_(
+        1, letters.ids[soft.ids], soft.weights
+    )
     everything = torch.arange(len(letters.place), device=ids.device).expand_as(weights)
     alpha, dalpha = schedule(t)
-    return Noisy(ids.masked_scatter(maskable, letters.ids[z]), alpha, dalpha, Soft(everything, weights))
+    return Noisy(
+        ids.masked_scatter(maskable, letters.ids[z]), alpha, dalpha, Soft(everything, weights)
+    )
 
 
-def uniform_loss(kind: str, logits: Tensor, x: Tensor, z: Tensor, alpha: Tensor, dalpha: Tensor, letters: Alphabet):
-    """Nats [n]: logits [n, V] at the maskable positions, x and z [n] token ids, alpha and dalpha [n]."""
+def uniform_loss(
+    kind: str,
+    logits: Tensor,
+    x: Tensor,
+    z: Tensor,
+    alpha: Tensor,
+    dalpha: Tensor,
+    letters: Alphabet,
+):
+    """Nats [n]: logits [n, V] at the maskable positions, x and z [n] token ids, alpha and dalpha
+    [n]."""
     log_probs = logits.index_select(-1, letters.ids).float().log_softmax(-1)
     if kind == "symmetric_kl":
         return symmetric_kl(log_probs, letters.place[x])
     return nelbo(log_probs, letters.place[x], letters.place[z], alpha, dalpha)
 
 
-# -- decoding -------------------------------------------------------------------------------------------------------
+# -- decoding
+# -------------------------------------------------------------------------------------------------------
 
 
 def check_uniform(config: DenoiseConfig) -> None:
-    """Raise ValueError for options that mean nothing where every slot is redrawn in each of a fixed number of steps."""
+    """Raise ValueError for options that mean nothing where every slot is redrawn in each of a fixed
+    number of steps."""
     idle = DenoiseConfig()
     for name in (field.name for field in fields(config)):
         value, default = getattr(config, name), getattr(idle, name)
@@ -99,17 +146,22 @@ def check_uniform(config: DenoiseConfig) -> None:
         )
 
 
-def random_tokens(ids: Tensor, slots: Tensor, process: UniformProcess, vocab_size: int, draws: Draws) -> Tensor:
-    """[B, L], [B, L] bool -> [B, L] with uniformly random tokens in the slots: the process at t = 1."""
+def random_tokens(
+    ids: Tensor, slots: Tensor, process: UniformProcess, vocab_size: int, draws: Draws
+) -> Tensor:
+    """[B, L], [B, L] bool -> [B, L] with uniformly random tokens in the slots: the process at t =
+    1."""
     letters = alphabet(process, vocab_size, ids.device).ids
     return ids.masked_scatter(slots, letters[(draws.at(slots) * len(letters)).long()])
 
 
 class Redraw:
-    """The rule of a uniform-state model, and its draws. Each row has times of its own: t = 1 - i / steps before its
-    step i, and its last step is greedy."""
+    """The rule of a uniform-state model, and its draws. Each row has times of its own: t = 1 - i /
+    steps before its step i, and its last step is greedy."""
 
-    def __init__(self, block: Block, config: DenoiseConfig, process: UniformProcess, vocab_size: int):
+    def __init__(
+        self, block: Block, config: DenoiseConfig, process: UniformProcess, vocab_size: int
+    ):
         self.config, self.process, self.steps = config, process, block.steps
         self.letters = alphabet(process, vocab_size, block.steps.device)
         self.last = int(block.steps.max())
@@ -121,9 +173,11 @@ class Redraw:
         """[B] bool, the rows that have a step left."""
         return index < self.steps
 
-    def __call__(self, index: int, logits: Tensor, z: Tensor, rows: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """logits [n, V] float32, z [n] the slots' token ids, rows [n], uniform [n] in [0, 1) -> [n] the next token
-        ids, and [n] their probabilities."""
+    def __call__(
+        self, index: int, logits: Tensor, z: Tensor, rows: Tensor, uniform: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """logits [n, V] float32, z [n] the slots' token ids, rows [n], uniform [n] in [0, 1) -> [n]
+        the next token ids, and [n] their probabilities."""
         c, letters = self.config, self.letters
         logits, z = logits.index_select(-1, letters.ids), letters.place[z]
         dist = mk_proba_dist(logits, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p)
@@ -141,4 +195,6 @@ class Redraw:
 def one_block(config: DenoiseConfig, slots: Tensor) -> list[tuple[int, int, Tensor]]:
     """(start, end, steps [B]) of the whole canvas; slots: [B, L] bool."""
     count = slots.sum(-1).clamp_min(1)
-    return [(0, slots.shape[1], count if config.steps is None else torch.full_like(count, config.steps))]
+    return [
+        (0, slots.shape[1], count if config.steps is None else torch.full_like(count, config.steps))
+    ]

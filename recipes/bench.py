@@ -46,8 +46,11 @@ def timed(run, clock=time.perf_counter) -> float:
     return clock() - started
 
 
-def interleaved(runs: dict, repeats: int, *, warm_up: bool = True, clock=time.perf_counter) -> dict[str, list[float]]:
-    """Seconds of each run, taken in turn (forwards, then backwards) so that a drift of the machine hits all alike."""
+def interleaved(
+    runs: dict, repeats: int, *, warm_up: bool = True, clock=time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each run, taken in turn (forwards, then backwards) so that a drift of the machine
+    hits all alike."""
     for run in runs.values() if warm_up else ():
         run()
     seconds = {name: [] for name in runs}
@@ -58,7 +61,8 @@ def interleaved(runs: dict, repeats: int, *, warm_up: bool = True, clock=time.pe
 
 
 def decode(args) -> list[dict]:
-    """Decoding overhead: tokens/s of softar.generate over those of model.generate(do_sample=False)."""
+    """Decoding overhead: tokens/s of softar.generate over those of
+    model.generate(do_sample=False)."""
     model, tokenizer = softar.load(args.model, dtype=args.dtype)
     chat = [{"role": "user", "content": "Tell me a long story about a fox and a crane."}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -79,19 +83,42 @@ def decode(args) -> list[dict]:
             "gumbel, top-k 10": softar.SoftConfig(mixer="gumbel", top_k=10, max_new_tokens=new),
             "3 samples": softar.SoftConfig(mixer="k-samples", top_k=None, max_new_tokens=new),
         }
-        configs = {name: config for name, config in configs.items() if args.decoders is None or name in args.decoders}
-        assert torch.equal(hf(), ours(configs["hard"]).sequences), "hard decoding differs from model.generate"
-        for name, config in configs.items():  # a row that ended early would be compared at another length
-            assert ours(config).num_forwards == new, f"{name} ended early: take another prompt or fewer tokens"
+        configs = {
+            name: config
+            for name, config in configs.items()
+            if args.decoders is None or name in args.decoders
+        }
+        assert torch.equal(hf(), ours(configs["hard"]).sequences), (
+            "hard decoding differs from model.generate"
+        )
+        # a row that ended early would be compared at another length
+        for name, config in configs.items():
+            assert ours(config).num_forwards == new, (
+                f"{name} ended early: take another prompt or fewer tokens"
+            )
         runs = {"model.generate": hf} | {name: (lambda c=c: ours(c)) for name, c in configs.items()}
         seconds = interleaved(runs, args.repeats)
         for name, took in seconds.items():
             ratios = [a / b for a, b in zip(seconds["model.generate"], took, strict=True)]
-            rows.append(dict(bench="decode", model=args.model, batch=batch, new_tokens=new, decoder=name,
-                             tokens_per_s=batch * new / statistics.median(took), ratio=statistics.median(ratios),
-                             ratio_low=min(ratios), ratio_high=max(ratios), repeats=args.repeats))  # fmt: skip
-    show("decoding: tokens/s, and their ratio to model.generate", rows, ("batch", "decoder", "tokens_per_s", "ratio",
-                                                                         "ratio_low", "ratio_high"))  # fmt: skip
+            rows.append(
+                dict(
+                    bench="decode",
+                    model=args.model,
+                    batch=batch,
+                    new_tokens=new,
+                    decoder=name,
+                    tokens_per_s=batch * new / statistics.median(took),
+                    ratio=statistics.median(ratios),
+                    ratio_low=min(ratios),
+                    ratio_high=max(ratios),
+                    repeats=args.repeats,
+                )
+            )
+    show(
+        "decoding: tokens/s, and their ratio to model.generate",
+        rows,
+        ("batch", "decoder", "tokens_per_s", "ratio", "ratio_low", "ratio_high"),
+    )
     return rows
 
 
@@ -101,7 +128,9 @@ def sft(args) -> list[dict]:
 
     torch.manual_seed(0)
     shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=4, max_position_embeddings=1024, **shape))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=512, num_key_value_heads=4, max_position_embeddings=1024, **shape)
+    )
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     prompt, T, batch = 8, args.length, 8
     ids = torch.randint(0, 512, (batch, prompt + T), device=model.device)
@@ -115,22 +144,39 @@ def sft(args) -> list[dict]:
         def run():
             model.zero_grad()
             logits = soft_forward(model, ids, None, soft_mask, feed, **how)
-            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+            torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+            ).backward()
 
         return run
 
     runs = {"sequential": step(mode="sequential")}
     for passes, grad_passes in ((0, None), (1, None), (2, None), (2, 1), (4, None)):
-        label = f"parallel, {passes} passes" + ("" if grad_passes is None else ", gradient in the last forward only")
+        label = f"parallel, {passes} passes" + (
+            "" if grad_passes is None else ", gradient in the last forward only"
+        )
         runs[label] = step(passes=passes, grad_passes=grad_passes)
     seconds = interleaved(runs, args.repeats)
     rows = []
     for name, took in seconds.items():
         ratios = [a / b for a, b in zip(seconds["sequential"], took, strict=True)]
-        rows.append(dict(bench="sft", length=T, batch=batch, mode=name, seconds=statistics.median(took),
-                         times_faster=statistics.median(ratios), low=min(ratios), high=max(ratios)))  # fmt: skip
-    show(f"soft SFT step, T = {T}, batch {batch}, d = 128, 4 layers", rows, ("mode", "seconds", "times_faster", "low",
-                                                                             "high"))  # fmt: skip
+        rows.append(
+            dict(
+                bench="sft",
+                length=T,
+                batch=batch,
+                mode=name,
+                seconds=statistics.median(took),
+                times_faster=statistics.median(ratios),
+                low=min(ratios),
+                high=max(ratios),
+            )
+        )
+    show(
+        f"soft SFT step, T = {T}, batch {batch}, d = 128, 4 layers",
+        rows,
+        ("mode", "seconds", "times_faster", "low", "high"),
+    )
     return rows
 
 
@@ -142,33 +188,53 @@ def agreement(args) -> list[dict]:
 
     model, tokenizer = softar.load(args.model_path, device="cpu")
     task = softar.load_task("mnns")
-    texts = [p + c + tokenizer.eos_token for p, c in zip(task.test["prompt"], task.test["completion"], strict=True)]
+    texts = [
+        p + c + tokenizer.eos_token
+        for p, c in zip(task.test["prompt"], task.test["completion"], strict=True)
+    ]
     ids = encode(tokenizer, texts)["input_ids"]
     labels = ids.clone()
     labels[:, : len(tokenizer(task.test["prompt"][0])["input_ids"])] = -100
     soft_mask = thought_mask(labels, steps=task.think_steps)
 
     def logits(alpha, **how):
-        return soft_forward(model, ids, None, soft_mask, lambda x, g: guide(mk_proba_dist(x), g, alpha), **how)
+        return soft_forward(
+            model, ids, None, soft_mask, lambda x, g: guide(mk_proba_dist(x), g, alpha), **how
+        )
 
     rows = []
-    answer = soft_mask.shape[1] - 3  # the position that predicts the answer (the last two are answer and EOS)
+    # the position that predicts the answer (the last two are answer and EOS)
+    answer = soft_mask.shape[1] - 3
     for alpha in (0.0, 0.3, 0.7):
         exact = logits(alpha, mode="sequential").log_softmax(-1)
         for passes in range(5):
             ours = logits(alpha, passes=passes).log_softmax(-1)
-            kl = (exact.exp() * (exact - ours)).sum(-1)[:, :-1][soft_mask[:, 1:] | (labels[:, 1:] != -100)]
+            kl = (exact.exp() * (exact - ours)).sum(-1)[:, :-1][
+                soft_mask[:, 1:] | (labels[:, 1:] != -100)
+            ]
             same = (ours[:, answer].argmax(-1) == exact[:, answer].argmax(-1)).float().mean()
             far = (ours - exact).abs().max()
-            rows.append(dict(bench="agreement", alpha=alpha, passes=passes, mean_kl_nats=kl.mean().item(),
-                             max_logp_difference=far.item(), same_answer=same.item()))  # fmt: skip
-    show(f"parallel against sequential, {args.model_path}", rows, ("alpha", "passes", "mean_kl_nats",
-                                                                   "max_logp_difference", "same_answer"))  # fmt: skip
+            rows.append(
+                dict(
+                    bench="agreement",
+                    alpha=alpha,
+                    passes=passes,
+                    mean_kl_nats=kl.mean().item(),
+                    max_logp_difference=far.item(),
+                    same_answer=same.item(),
+                )
+            )
+    show(
+        f"parallel against sequential, {args.model_path}",
+        rows,
+        ("alpha", "passes", "mean_kl_nats", "max_logp_difference", "same_answer"),
+    )
     return rows
 
 
 def memory(args) -> list[dict]:
-    """Bytes that one soft step allocates at its peak, beside the dense product that softar never forms."""
+    """Bytes that one soft step allocates at its peak, beside the dense product that softar never
+    forms."""
     rows = []
     for V, D, B, K in ((50_000, 512, 1, 10), (50_000, 512, 8, 10), (150_000, 1024, 8, 10)):
         logits, embedding = torch.randn(B, V), torch.nn.Embedding(V, D)
@@ -180,10 +246,21 @@ def memory(args) -> list[dict]:
             dist = mk_proba_dist(logits)
             return (dense(Soft(*dist), V)[..., None] * embedding.weight).sum(-2)
 
-        peaks = {"softar, top-k 10": largest(sparse), "dense [B, V, D]": None if B * V * D > 3e8 else largest(full)}
+        peaks = {
+            "softar, top-k 10": largest(sparse),
+            "dense [B, V, D]": None if B * V * D > 3e8 else largest(full),
+        }
         for name, peak in peaks.items():
             rows.append(
-                dict(bench="memory", V=V, D=D, B=B, K=K, way=name, peak_mb=None if peak is None else peak / 1e6)
+                dict(
+                    bench="memory",
+                    V=V,
+                    D=D,
+                    B=B,
+                    K=K,
+                    way=name,
+                    peak_mb=None if peak is None else peak / 1e6,
+                )
             )
     show("peak of one soft step", rows, ("V", "D", "B", "K", "way", "peak_mb"))
     return rows
@@ -193,7 +270,10 @@ def largest(run) -> int:
     """Peak bytes allocated beyond what was there before, from the profiler's allocation events."""
     from torch.profiler import ProfilerActivity, profile
 
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        torch.no_grad(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
         run()
     now = peak = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
@@ -209,7 +289,9 @@ def show(title: str, rows: list[dict], columns: tuple[str, ...]) -> None:
         table.add_column(column.replace("_", " "), justify="right")
     for row in rows:
         cells = [row[c] for c in columns]
-        table.add_row(*[f"{c:.4g}" if isinstance(c, float) else str("-" if c is None else c) for c in cells])
+        table.add_row(
+            *[f"{c:.4g}" if isinstance(c, float) else str("-" if c is None else c) for c in cells]
+        )
     console.print(table)
 
 
@@ -217,9 +299,13 @@ BENCHES = {"decode": decode, "sft": sft, "agreement": agreement, "memory": memor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bench", choices=BENCHES, nargs="?", default="decode")
-    parser.add_argument("--model", default="smollm2-135m", help="decode: any model that softar.load takes")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="decode: any model that softar.load takes"
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--decoders", nargs="+", help="decode: only these rows, 'hard' among them")

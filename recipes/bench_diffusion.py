@@ -44,7 +44,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from softar.diffusion import SOFTENERS, DenoiseConfig, denoise
-from softar.diffusion.architectures import LLADA_NEEDS, LladaConfig, LladaForMaskedDiffusion, llama_name
+from softar.diffusion.architectures import (
+    LLADA_NEEDS,
+    LladaConfig,
+    LladaForMaskedDiffusion,
+    llama_name,
+)
 from softar.diffusion.select import Belief
 from softar.diffusion.soften import Slots, mk_softener
 from softar.results import device, versions, write_results
@@ -53,20 +58,35 @@ from softar.soft import soft_embed
 LLADA = dict(vocab_size=126_464, mask_token_id=126_336, eos_token_id=126_081, bos_token_id=126_080)
 TINY = dict(vocab_size=512, mask_token_id=511, eos_token_id=510, bos_token_id=509)
 SIZES = {  # vocabulary, width, inner width, layers, heads
-    "tiny": TINY | dict(hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4),
-    "small": LLADA | dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8),
-    "8b": LLADA | dict(hidden_size=4096, intermediate_size=12_288, num_hidden_layers=32, num_attention_heads=32),
+    "tiny": TINY
+    | dict(hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4),
+    "small": LLADA
+    | dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8),
+    "8b": LLADA
+    | dict(
+        hidden_size=4096, intermediate_size=12_288, num_hidden_layers=32, num_attention_heads=32
+    ),
 }
 CACHES = {"none": None, "prefix": "prefix", "dual": "dual"}
-PUBLIC = {"none": "generate", "prefix": "generate_with_prefix_cache", "dual": "generate_with_dual_cache"}
+PUBLIC = {
+    "none": "generate",
+    "prefix": "generate_with_prefix_cache",
+    "dual": "generate_with_dual_cache",
+}
 
 
 def build(args) -> LladaForMaskedDiffusion:
     """Random weights, made where and in the dtype they are used."""
     size = SIZES[args.size]
     room = max(4096, max(args.prompts) + args.block_length, args.prompt + max(args.new_tokens))
-    config = LladaConfig(**size, num_key_value_heads=size["num_attention_heads"], max_position_embeddings=room,
-                         rope_theta=5e5, rms_norm_eps=1e-5, tie_word_embeddings=False)  # fmt: skip
+    config = LladaConfig(
+        **size,
+        num_key_value_heads=size["num_attention_heads"],
+        max_position_embeddings=room,
+        rope_theta=5e5,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )
     dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     torch.manual_seed(args.seed)
     before = torch.get_default_dtype()
@@ -82,16 +102,21 @@ def build(args) -> LladaForMaskedDiffusion:
 def prompt_of(args, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(args.seed)
     vocabulary = SIZES[args.size]["vocab_size"]
-    return torch.randint(0, vocabulary - 200, (args.batch, length), generator=generator).to(args.device)
+    return torch.randint(0, vocabulary - 200, (args.batch, length), generator=generator).to(
+        args.device
+    )
 
 
 def denoising(args) -> list[dict]:
-    """Caches x softeners, and the public samplers where given, taken in turn for each cache and number of tokens."""
+    """Caches x softeners, and the public samplers where given, taken in turn for each cache and
+    number of tokens."""
     model = build(args)
     ids = prompt_of(args, args.prompt)
     theirs = public(Path(args.against), model) if args.against else None
     floor = floor_ms(model, args)
-    console.print(f"reading the weights of a forward at the bandwidth of a copy takes {floor:.3g} ms")
+    console.print(
+        f"reading the weights of a forward at the bandwidth of a copy takes {floor:.3g} ms"
+    )
     rows = []
     for new in args.new_tokens:
         for cache in args.cache:
@@ -99,20 +124,40 @@ def denoising(args) -> list[dict]:
             outputs = {name: run() for name, run in runs.items()}  # warms up
             for name in {"ours, parity", "LLaDA"} & outputs.keys():
                 if not torch.equal(tokens(outputs[name]), tokens(outputs["Fast-dLLM"])):
-                    raise SystemExit(f"{name}: other tokens than Fast-dLLM's at {new} new ones, cache {cache}")
+                    raise SystemExit(
+                        f"{name}: other tokens than Fast-dLLM's at {new} new ones, cache {cache}"
+                    )
             seconds = interleaved(runs, args.repeats, warm_up=False, clock=args.clock)
             base = next(iter(runs))
             for name, took in seconds.items():
                 ratios = [a / b for a, b in zip(seconds[base], took, strict=True)]
                 forwards = getattr(outputs[name], "num_forwards", None)
                 median = statistics.median(took)
-                rows.append(dict(bench="denoise", size=args.size, batch=args.batch, prompt=args.prompt, new_tokens=new,
-                                 cache=cache, sampler=name, tokens_per_s=args.batch * new / median,
-                                 ms_per_forward=forwards and 1000 * median / forwards, floor_ms=floor, ratio_to=base,
-                                 ratio=statistics.median(ratios), low=min(ratios), high=max(ratios),
-                                 seconds=took))  # fmt: skip
+                rows.append(
+                    dict(
+                        bench="denoise",
+                        size=args.size,
+                        batch=args.batch,
+                        prompt=args.prompt,
+                        new_tokens=new,
+                        cache=cache,
+                        sampler=name,
+                        tokens_per_s=args.batch * new / median,
+                        ms_per_forward=forwards and 1000 * median / forwards,
+                        floor_ms=floor,
+                        ratio_to=base,
+                        ratio=statistics.median(ratios),
+                        low=min(ratios),
+                        high=max(ratios),
+                        seconds=took,
+                    )
+                )
             done = [row for row in rows if (row["new_tokens"], row["cache"]) == (new, cache)]
-            show(f"{args.size}, prompt {args.prompt}, one token a forward; ratio to {base}", done, COLUMNS)
+            show(
+                f"{args.size}, prompt {args.prompt}, one token a forward; ratio to {base}",
+                done,
+                COLUMNS,
+            )
     return rows
 
 
@@ -123,13 +168,20 @@ def samplers(args, model, ids: Tensor, new: int, cache: str, theirs) -> dict:
     runs = {}
     if theirs is not None:
         public_model, module = theirs
-        quota = dict(steps=new, gen_length=new, block_length=args.block_length, mask_id=model.config.mask_token_id)
+        quota = dict(
+            steps=new,
+            gen_length=new,
+            block_length=args.block_length,
+            mask_id=model.config.mask_token_id,
+        )
         runs["Fast-dLLM"] = lambda: getattr(module, PUBLIC[cache])(public_model, ids, **quota)
         if args.original and cache == "none":
             original = module_of(Path(args.original))
             runs["LLaDA"] = lambda: original.generate(public_model, ids, **quota)
         configs["ours, parity"] = DenoiseConfig(**how, steps=new, parity="fast_dllm")
-    return runs | {name: (lambda c=config: denoise(model, ids, config=c)) for name, config in configs.items()}
+    return runs | {
+        name: (lambda c=config: denoise(model, ids, config=c)) for name, config in configs.items()
+    }
 
 
 def tokens(output) -> Tensor:
@@ -137,7 +189,16 @@ def tokens(output) -> Tensor:
     return output[0] if isinstance(output, tuple) else getattr(output, "sequences", output)
 
 
-COLUMNS = ("new_tokens", "cache", "sampler", "tokens_per_s", "ms_per_forward", "ratio", "low", "high")
+COLUMNS = (
+    "new_tokens",
+    "cache",
+    "sampler",
+    "tokens_per_s",
+    "ms_per_forward",
+    "ratio",
+    "low",
+    "high",
+)
 
 
 def public(folder: Path, model: LladaForMaskedDiffusion):
@@ -146,10 +207,17 @@ def public(folder: Path, model: LladaForMaskedDiffusion):
     module = importlib.import_module("generate")
     configuration = importlib.import_module("model.configuration_llada")
     ours = model.config.to_dict()
-    fields = {name: ours[name] for name in (*model.config.attribute_map, "vocab_size", "rope_theta", "rms_norm_eps")}
+    fields = {
+        name: ours[name]
+        for name in (*model.config.attribute_map, "vocab_size", "rope_theta", "rms_norm_eps")
+    }
     drops = dict(attention_dropout=0.0, residual_dropout=0.0, embedding_dropout=0.0)
     special = dict(mask_token_id=ours["mask_token_id"], eos_token_id=ours["eos_token_id"])
-    rest = dict(rope_full_precision=True, embedding_size=ours["vocab_size"], pad_token_id=ours["eos_token_id"])
+    rest = dict(
+        rope_full_precision=True,
+        embedding_size=ours["vocab_size"],
+        pad_token_id=ours["eos_token_id"],
+    )
     config = configuration.LLaDAConfig(**LLADA_NEEDS, **fields, **drops, **special, **rest)
     config.use_cache = False  # transformers 5 drops it
     theirs = module.LLaDAModelLM(config)
@@ -168,7 +236,8 @@ def module_of(file: Path):
 
 
 def floor_ms(model: LladaForMaskedDiffusion, args) -> float:
-    """What reading the weights once takes; of the input embedding a forward reads only a few rows."""
+    """What reading the weights once takes; of the input embedding a forward reads only a few
+    rows."""
     embedding = model.get_input_embeddings().weight
     size = sum(p.numel() * p.element_size() for p in model.parameters() if p is not embedding)
     block = torch.zeros(min(size, 2**30), dtype=torch.uint8, device=args.device)
@@ -178,8 +247,9 @@ def floor_ms(model: LladaForMaskedDiffusion, args) -> float:
 
 
 def overhead(args) -> list[dict]:
-    """Softeners beside hard decoding, forward by forward: the sum over a run's forwards of the least time that each
-    took in the repeats. What disturbs a machine only ever adds, and here the disturbance is larger than the difference.
+    """Softeners beside hard decoding, forward by forward: the sum over a run's forwards of the
+    least time that each took in the repeats. What disturbs a machine only ever adds, and here the
+    disturbance is larger than the difference.
     """
     model, new = build(args), args.new_tokens[0]
     ids = prompt_of(args, args.prompt)
@@ -189,18 +259,34 @@ def overhead(args) -> list[dict]:
         for repeat in range(args.repeats + 1):
             for soften in args.soften[:: 1 if repeat % 2 else -1]:
                 config = DenoiseConfig(
-                    gen_length=new, block_length=args.block_length, cache=CACHES[cache], soften=soften
+                    gen_length=new,
+                    block_length=args.block_length,
+                    cache=CACHES[cache],
+                    soften=soften,
                 )
                 took = torch.tensor(step_times(model, ids, config, args.clock))
                 if repeat > 0:  # the first warms up
                     least[soften] = torch.minimum(took, least.get(soften, took))
         base = args.soften[0]
         for soften in args.soften:
-            rows.append(dict(bench="overhead", size=args.size, batch=args.batch, prompt=args.prompt, new_tokens=new,
-                             cache=cache, soften=soften, ms_per_forward=1000 * least[soften].mean().item(),
-                             ratio=(least[soften].mean() / least[base].mean()).item()))  # fmt: skip
-    show(f"{args.size}, {new} new tokens, least of {args.repeats}; ratio to {args.soften[0]}", rows,
-         ("cache", "soften", "ms_per_forward", "ratio"))  # fmt: skip
+            rows.append(
+                dict(
+                    bench="overhead",
+                    size=args.size,
+                    batch=args.batch,
+                    prompt=args.prompt,
+                    new_tokens=new,
+                    cache=cache,
+                    soften=soften,
+                    ms_per_forward=1000 * least[soften].mean().item(),
+                    ratio=(least[soften].mean() / least[base].mean()).item(),
+                )
+            )
+    show(
+        f"{args.size}, {new} new tokens, least of {args.repeats}; ratio to {args.soften[0]}",
+        rows,
+        ("cache", "soften", "ms_per_forward", "ratio"),
+    )
     return rows
 
 
@@ -218,16 +304,33 @@ def step_times(model, ids: Tensor, config: DenoiseConfig, clock) -> list[float]:
 
 @torch.no_grad()
 def prompt_length(args) -> list[dict]:
-    """Inner steps of one block at the end of prompts of different lengths, and attention alone over as many keys."""
+    """Inner steps of one block at the end of prompts of different lengths, and attention alone over
+    as many keys."""
     model = build(args)
     c = model.config
     width = args.block_length
-    config = DenoiseConfig(gen_length=width, block_length=width, cache="dual", soften=args.soften[0])
+    config = DenoiseConfig(
+        gen_length=width, block_length=width, cache="dual", soften=args.soften[0]
+    )
     ids, attention = {}, {}
     for length in args.prompts:
         ids[length] = prompt_of(args, length)
-        q = torch.randn(args.batch, c.num_attention_heads, width, c.head_dim, dtype=model.dtype, device=args.device)
-        k = torch.randn(args.batch, c.num_attention_heads, length + width, c.head_dim, dtype=q.dtype, device=q.device)
+        q = torch.randn(
+            args.batch,
+            c.num_attention_heads,
+            width,
+            c.head_dim,
+            dtype=model.dtype,
+            device=args.device,
+        )
+        k = torch.randn(
+            args.batch,
+            c.num_attention_heads,
+            length + width,
+            c.head_dim,
+            dtype=q.dtype,
+            device=q.device,
+        )
         attention[length] = lambda q=q, k=k: [sdpa(q, k, k) for _ in range(c.num_hidden_layers)]
 
     inner, alone = {length: [] for length in args.prompts}, {length: [] for length in args.prompts}
@@ -242,18 +345,32 @@ def prompt_length(args) -> list[dict]:
     for length in args.prompts:
         medians = [statistics.median(run) for run in inner[length]]
         step, share = statistics.median(medians), statistics.median(alone[length])
-        rows.append(dict(bench="prompt-length", size=args.size, batch=args.batch, prompt=length, block=width,
-                         ms_per_inner_step=step, low=min(medians), high=max(medians), attention_ms=share,
-                         rest_ms=step - share))  # fmt: skip
-    show(f"{args.size}, dual cache, inner steps of a block of {width}", rows,
-         ("prompt", "ms_per_inner_step", "low", "high", "attention_ms", "rest_ms"))  # fmt: skip
+        rows.append(
+            dict(
+                bench="prompt-length",
+                size=args.size,
+                batch=args.batch,
+                prompt=length,
+                block=width,
+                ms_per_inner_step=step,
+                low=min(medians),
+                high=max(medians),
+                attention_ms=share,
+                rest_ms=step - share,
+            )
+        )
+    show(
+        f"{args.size}, dual cache, inner steps of a block of {width}",
+        rows,
+        ("prompt", "ms_per_inner_step", "low", "high", "attention_ms", "rest_ms"),
+    )
     return rows
 
 
 @torch.no_grad()
 def memory(args) -> list[dict]:
-    """Bytes allocated at the peak: by softening one step of a block, beside the dense [B, L, V] form; and by whole
-    denoising runs, hard and soft."""
+    """Bytes allocated at the peak: by softening one step of a block, beside the dense [B, L, V]
+    form; and by whole denoising runs, hard and soft."""
     size = SIZES[args.size]
     V, D, mask_id = size["vocab_size"], size["hidden_size"], size["mask_token_id"]
     embedding = torch.nn.Embedding(V, D).requires_grad_(False)
@@ -274,15 +391,20 @@ def memory(args) -> list[dict]:
         return run
 
     def dense():
-        """Soft masking as a mixture over the vocabulary: (1 - lambda) one-hot + lambda top-3 probabilities."""
+        """Soft masking as a mixture over the vocabulary: (1 - lambda) one-hot + lambda top-3
+        probabilities."""
         log_p = logits.log_softmax(-1)
         strength = 0.25 * torch.sigmoid(5 * ((log_p.exp() * log_p).sum(-1, keepdim=True) + 1))
         values, ids = logits.topk(3, -1)
-        mixture = torch.nn.functional.one_hot(torch.full((B, L), mask_id), V).to(logits.dtype) * (1 - strength)
+        mixture = torch.nn.functional.one_hot(torch.full((B, L), mask_id), V).to(logits.dtype) * (
+            1 - strength
+        )
         return mixture.scatter_add_(-1, ids, strength * values.softmax(-1)) @ embedding.weight
 
     def row(what, peak):
-        rows.append(dict(bench="memory", size=args.size, V=V, B=B, L=L, what=what, peak_mb=peak / 1e6))
+        rows.append(
+            dict(bench="memory", size=args.size, V=V, B=B, L=L, what=what, peak_mb=peak / 1e6)
+        )
 
     row(f"the logits of a block, [{n}, V]", block.numel() * 4)
     for name in args.soften:
@@ -293,13 +415,17 @@ def memory(args) -> list[dict]:
         model, ids = build(args), prompt_of(args, args.prompt)
         for name in args.soften:
             config = DenoiseConfig(gen_length=args.block_length, soften=name, steps=4)
-            row(f"4 forwards of denoise, {name}", largest(lambda c=config: denoise(model, ids, config=c)))
+            row(
+                f"4 forwards of denoise, {name}",
+                largest(lambda c=config: denoise(model, ids, config=c)),
+            )
     show("peak beyond what was there", rows, ("V", "B", "L", "what", "peak_mb"))
     return rows
 
 
 def training(args) -> list[dict]:
-    """A step of DiffusionSFTTrainer, hard and two-pass: time, and memory at its peak and held for the backward pass."""
+    """A step of DiffusionSFTTrainer, hard and two-pass: time, and memory at its peak and held for
+    the backward pass."""
     from tempfile import TemporaryDirectory
 
     from softar.diffusion import load
@@ -311,10 +437,19 @@ def training(args) -> list[dict]:
 
         def trainer_of(twice):
             model, tokenizer = load("latin-diffusion-tiny", seed=0)
-            options = dict(per_device_train_batch_size=128, max_steps=steps, save_strategy="no", disable_tqdm=True)
-            options |= dict(report_to="none", logging_steps=1000, softmasking_prob=twice, head_scale=0.5)
+            options = dict(
+                per_device_train_batch_size=128,
+                max_steps=steps,
+                save_strategy="no",
+                disable_tqdm=True,
+            )
+            options |= dict(
+                report_to="none", logging_steps=1000, softmasking_prob=twice, head_scale=0.5
+            )
             config = DiffusionSFTConfig(output_dir=folder, **options)
-            return DiffusionSFTTrainer(model, config, train_dataset=data, processing_class=tokenizer)
+            return DiffusionSFTTrainer(
+                model, config, train_dataset=data, processing_class=tokenizer
+            )
 
         def seconds(twice):
             trainer = trainer_of(twice)
@@ -340,7 +475,8 @@ def training(args) -> list[dict]:
             parameters = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 trainer._micro = 0
-                loss = trainer.compute_loss(trainer.model, batch)  # alive, so that no storage is used again
+                # alive, so that no storage is used again
+                loss = trainer.compute_loss(trainer.model, batch)
             held = sum(size for pointer, size in kept.items() if pointer not in parameters)
             del loss
             return dict(held_mb=held / 1e6, peak_mb=largest(step) / 1e6)
@@ -356,7 +492,9 @@ def training(args) -> list[dict]:
     for way in ways:
         ratios = [t / h for t, h in zip(taken[way], taken["hard"])]
         found = dict(ms=1000 * statistics.median(taken[way]), ratio=statistics.median(ratios))
-        found |= dict(lowest=min(ratios), highest=max(ratios)) | memory.get(way, dict(held_mb=None, peak_mb=None))
+        found |= dict(lowest=min(ratios), highest=max(ratios)) | memory.get(
+            way, dict(held_mb=None, peak_mb=None)
+        )
         rows.append(dict(bench="training", way=way) | found)
     columns = ("way", "ms", "ratio", "lowest", "highest", "held_mb", "peak_mb")
     show("a training step, 128 rows of 26 tokens", rows, columns)
@@ -382,16 +520,32 @@ def softeners(args) -> list[dict]:
     ways += [("slerp", dict(strength=strength)) for strength in (0.3, 0.1, 0.03)]
     rows = []
     for name, knobs in ways:
-        found = dict(bench="softeners", model=args.model, task=args.task, soften=name, knobs=str(knobs))
+        found = dict(
+            bench="softeners", model=args.model, task=args.task, soften=name, knobs=str(knobs)
+        )
         for steps in (8, 12):
             config = DenoiseConfig(steps=steps, soften=name, soften_args=knobs)
-            found[f"nfe {steps}"] = evaluate(model, tokenizer, task.test, task.score, config)["accuracy"]
+            found[f"nfe {steps}"] = evaluate(model, tokenizer, task.test, task.score, config)[
+                "accuracy"
+            ]
         rows.append(found)
     table = model.get_input_embeddings().weight.detach()
     mask = table[tokenizer.mask_token_id]
-    tokens = table[tokenizer.convert_tokens_to_ids(["1", "2", "3", "4", "5"])] if args.task == "latin" else table
-    found = dict(mask=mask.norm(), token=tokens.norm(dim=-1).mean(), mean_of_tokens=tokens.mean(0).norm())
-    rows.append(dict(bench="softeners", soften="norms", knobs=str({k: round(float(v), 2) for k, v in found.items()})))
+    tokens = (
+        table[tokenizer.convert_tokens_to_ids(["1", "2", "3", "4", "5"])]
+        if args.task == "latin"
+        else table
+    )
+    found = dict(
+        mask=mask.norm(), token=tokens.norm(dim=-1).mean(), mean_of_tokens=tokens.mean(0).norm()
+    )
+    rows.append(
+        dict(
+            bench="softeners",
+            soften="norms",
+            knobs=str({k: round(float(v), 2) for k, v in found.items()}),
+        )
+    )
     show("accuracy", rows[:-1], ("soften", "knobs", "nfe 8", "nfe 12"))
     console.print("norms of embeddings:", rows[-1]["knobs"])
     return rows
@@ -408,18 +562,28 @@ BENCHES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bench", choices=BENCHES)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="default: float32, on CUDA bfloat16")
     parser.add_argument("--threads", type=int, help="of torch")
-    parser.add_argument("--cpu_time", action="store_true", help="not the clock's, for a busy machine; 1 thread")
-    parser.add_argument("--model", default="latin-diffusion-tiny", help="softeners: what softar.diffusion.load takes")
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="not the clock's, for a busy machine; 1 thread"
+    )
+    parser.add_argument(
+        "--model",
+        default="latin-diffusion-tiny",
+        help="softeners: what softar.diffusion.load takes",
+    )
     parser.add_argument("--task", default="latin", help="softeners: whose held-out rows it answers")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], help="prompt-length")
+    parser.add_argument(
+        "--prompts", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], help="prompt-length"
+    )
     parser.add_argument("--new_tokens", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--block_length", type=int, default=32)
     parser.add_argument("--cache", choices=CACHES, nargs="+", default=list(CACHES))

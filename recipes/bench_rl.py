@@ -24,20 +24,36 @@ from softar.models import word_tokenizer
 from softar.results import device, versions, write_results
 from softar.rl import SoftGRPOConfig, SoftGRPOTrainer
 
-WORDS = 512  # of the model; <eos> lies beyond them, so that every completion runs to its full length
-SHAPE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)
+# of the model; <eos> lies beyond them, so that every completion runs to its full length
+WORDS = 512
+SHAPE = dict(
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+)
 
 
 def trainers(args, folder: str) -> dict:
     """TRL's GRPO and ours with one draw and with three, on equal models."""
     tokenizer = word_tokenizer([*(f"w{i}" for i in range(WORDS - 1)), "<pad>", "<bos>", "<eos>"])
-    rows = Dataset.from_list([{"prompt": " ".join(f"w{(i * j) % 500}" for j in range(8))} for i in range(64)])
-    options = dict(per_device_train_batch_size=args.batch, num_generations=args.batch, report_to="none",
-                   max_completion_length=args.length, gradient_checkpointing=False)  # fmt: skip
+    rows = Dataset.from_list(
+        [{"prompt": " ".join(f"w{(i * j) % 500}" for j in range(8))} for i in range(64)]
+    )
+    options = dict(
+        per_device_train_batch_size=args.batch,
+        num_generations=args.batch,
+        report_to="none",
+        max_completion_length=args.length,
+        gradient_checkpointing=False,
+    )
 
     def model():
         torch.manual_seed(0)
-        found = LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, max_position_embeddings=4096, **SHAPE))
+        found = LlamaForCausalLM(
+            LlamaConfig(vocab_size=WORDS, max_position_embeddings=4096, **SHAPE)
+        )
         found.generation_config.eos_token_id = found.config.eos_token_id = None
         return found
 
@@ -45,7 +61,11 @@ def trainers(args, folder: str) -> dict:
         return [float(len(set(text.split()))) for text in completions]
 
     cpu = {} if torch.accelerator.is_available() else dict(use_cpu=True, bf16=False)
-    made = {"trl": GRPOTrainer(model(), reward, GRPOConfig(folder, **options, **cpu), rows, processing_class=tokenizer)}
+    made = {
+        "trl": GRPOTrainer(
+            model(), reward, GRPOConfig(folder, **options, **cpu), rows, processing_class=tokenizer
+        )
+    }
     for name, k in (("k = 1", 1), ("k = 3", 3)):
         config = SoftGRPOConfig(folder, soft_k=k, **options)
         made[name] = SoftGRPOTrainer(model(), reward, config, rows, processing_class=tokenizer)
@@ -60,9 +80,13 @@ def cost(args) -> list[dict]:
         made = trainers(args, folder)
         rows = [made["trl"].train_dataset[0]] * args.batch
         prompts = made["trl"]._tokenizer([row["prompt"] for row in rows])["input_ids"]
-        batches = {name: trainer._generate_and_score_completions(rows) for name, trainer in made.items()}
+        batches = {
+            name: trainer._generate_and_score_completions(rows) for name, trainer in made.items()
+        }
         for batch in batches.values():
-            assert batch["completion_mask"].all(), "a completion ended early: they would be compared at other lengths"
+            assert batch["completion_mask"].all(), (
+                "a completion ended early: they would be compared at other lengths"
+            )
 
         def rollout(name):
             return lambda: made[name]._generate_single_turn(prompts, None, {}, args.batch)
@@ -80,26 +104,46 @@ def cost(args) -> list[dict]:
             seconds = interleaved({name: of(name) for name in made}, args.repeats, clock=clock)
             for name, took in seconds.items():
                 ratios = [b / a for a, b in zip(seconds["trl"], took, strict=True)]
-                found.append(dict(bench="rl", what=what, policy=name, batch=args.batch, length=args.length,
-                                  seconds=statistics.median(took), ratio=statistics.median(ratios),
-                                  ratio_low=min(ratios), ratio_high=max(ratios), repeats=args.repeats))  # fmt: skip
-    show("GRPO: seconds, and their ratio to TRL's", found,
-         ("what", "policy", "seconds", "ratio", "ratio_low", "ratio_high"))  # fmt: skip
+                found.append(
+                    dict(
+                        bench="rl",
+                        what=what,
+                        policy=name,
+                        batch=args.batch,
+                        length=args.length,
+                        seconds=statistics.median(took),
+                        ratio=statistics.median(ratios),
+                        ratio_low=min(ratios),
+                        ratio_high=max(ratios),
+                        repeats=args.repeats,
+                    )
+                )
+    show(
+        "GRPO: seconds, and their ratio to TRL's",
+        found,
+        ("what", "policy", "seconds", "ratio", "ratio_low", "ratio_high"),
+    )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=16, help="completions, all of one prompt")
     parser.add_argument("--length", type=int, default=64, help="steps of a completion")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--cpu_time", action="store_true", help="processor time in place of wall time")
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="processor time in place of wall time"
+    )
     parser.add_argument("--output", default="runs/bench", help="folder of rl.json")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    console.print(f"rl on {device()}, {torch.get_num_threads()} threads, {versions()}", soft_wrap=True)
+    console.print(
+        f"rl on {device()}, {torch.get_num_threads()} threads, {versions()}", soft_wrap=True
+    )
     rows = cost(args)
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,8 @@ from softar.vllm.export import exported
 from softar.vllm.machine import on_cpu, require_vllm, settings
 
 MODES = ("none", "plugin", "soft", "mixed", "record")
-OVER = {"plugin": "none", "soft": "plugin", "mixed": "plugin", "record": "plugin"}  # what a mode is compared with
+# what a mode is compared with
+OVER = {"plugin": "none", "soft": "plugin", "mixed": "plugin", "record": "plugin"}
 
 
 # --- an engine, in a process of its own ---
@@ -54,21 +55,40 @@ def serve(plugin: bool, model: str, top_k: int, tokens: int, prompt_tokens: int,
 
         from softar.vllm.record import record_of
 
-        llm = LLM(model, enable_prompt_embeds=plugin, enable_prefix_caching=False, max_logprobs=-1, seed=0,
-                  disable_log_stats=True, **options)  # fmt: skip
+        llm = LLM(
+            model,
+            enable_prompt_embeds=plugin,
+            enable_prefix_caching=False,
+            max_logprobs=-1,
+            seed=0,
+            disable_log_stats=True,
+            **options,
+        )
         vocab = llm.llm_engine.model_config.get_vocab_size()
 
         def params(soft):
             extra = None if soft is None else {"soft": {"top_k": top_k, **soft}}
-            return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args=extra)
+            return SamplingParams(
+                temperature=0,
+                max_tokens=tokens,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=extra,
+            )
 
         def ask(wanted):
             draw = random.Random(0)
-            prompts = [{"prompt_token_ids": draw.choices(range(vocab), k=prompt_tokens)} for _ in wanted]
-            return [out.outputs[0] for out in llm.generate(prompts, [params(soft) for soft in wanted], use_tqdm=False)]
+            prompts = [
+                {"prompt_token_ids": draw.choices(range(vocab), k=prompt_tokens)} for _ in wanted
+            ]
+            return [
+                out.outputs[0]
+                for out in llm.generate(prompts, [params(soft) for soft in wanted], use_tqdm=False)
+            ]
 
         (first,) = ask([{"record": True}])
-        thinks = first.logprobs is not None and {step.kind for step in record_of(first)} == {1}  # softar.Kind.SOFT
+        # softar.Kind.SOFT
+        thinks = first.logprobs is not None and {step.kind for step in record_of(first)} == {1}
         runner = 2 if llm.llm_engine.vllm_config.use_v2_model_runner else 1
         say(thinks=thinks, vllm=__version__, runner=runner)
         for line in sys.stdin:
@@ -109,8 +129,16 @@ class Engine:
 def started(args, folder: str, plugin: bool):
     """An engine that answers, gone with all its processes after the block."""
     log = Path(args.output, f"vllm-{'plugin' if plugin else 'none'}.log")
-    given = dict(plugin=plugin, model=folder, top_k=args.top_k, tokens=args.tokens, prompt_tokens=args.prompt_tokens,
-                 dtype=args.dtype, max_num_seqs=max(args.concurrency), enforce_eager=args.eager)  # fmt: skip
+    given = dict(
+        plugin=plugin,
+        model=folder,
+        top_k=args.top_k,
+        tokens=args.tokens,
+        prompt_tokens=args.prompt_tokens,
+        dtype=args.dtype,
+        max_num_seqs=max(args.concurrency),
+        enforce_eager=args.eager,
+    )
     if not on_cpu():
         given["gpu_memory_utilization"] = args.gpu_memory_utilization
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
@@ -131,7 +159,8 @@ def started(args, folder: str, plugin: bool):
 
 
 def end(process: subprocess.Popen) -> None:
-    """End its whole group: kindly, so that shared memory is given back, then by force, after a second Ctrl-C too."""
+    """End its whole group: kindly, so that shared memory is given back, then by force, after a
+    second Ctrl-C too."""
     with contextlib.suppress(ProcessLookupError):
         try:
             os.killpg(process.pid, signal.SIGTERM)
@@ -153,40 +182,72 @@ def throughput(args) -> list[dict]:
         folder = stack.enter_context(exported(args.model, args.dtype))
         # One after the other: each looks how much memory is free
         engines = {
-            on: stack.enter_context(started(args, folder, on)) for on in sorted({m != "none" for m in args.modes})
+            on: stack.enter_context(started(args, folder, on))
+            for on in sorted({m != "none" for m in args.modes})
         }
         about = next(iter(engines.values())).about
-        console.print(f"vLLM {about['vllm']}, model runner {about['runner']}, load {os.getloadavg()[0]:.2f}")
+        console.print(
+            f"vLLM {about['vllm']}, model runner {about['runner']}, load {os.getloadavg()[0]:.2f}"
+        )
         for n in args.concurrency:
 
             def run(mode, n=n):
                 soft = {"soft": {}, "record": {"record": True}}
                 wanted = [{} if mode == "mixed" and i % 2 else soft.get(mode) for i in range(n)]
                 made = engines[mode != "none"].ask(wanted)["tokens"]
-                assert made == n * args.tokens, f"{mode}: {made} tokens in place of {n * args.tokens}"
+                assert made == n * args.tokens, (
+                    f"{mode}: {made} tokens in place of {n * args.tokens}"
+                )
 
             seconds = {mode: [] for mode in args.modes}
             for repeat in range(-1, args.repeats):  # the first does not count
                 for mode in list(seconds)[:: 1 if repeat % 2 == 0 else -1]:
                     time.sleep(args.pause)
-                    clock = engines[mode != "none"].processor_time if args.cpu_time else time.perf_counter
+                    clock = (
+                        engines[mode != "none"].processor_time
+                        if args.cpu_time
+                        else time.perf_counter
+                    )
                     took = timed(lambda mode=mode: run(mode), clock)
                     if repeat >= 0:
                         seconds[mode].append(took)
             for mode, took in seconds.items():
                 speeds = [n * args.tokens / s for s in took]
-                row = dict(bench="vllm", model=args.model, dtype=args.dtype, eager=args.eager, tokens=args.tokens,
-                           prompt_tokens=args.prompt_tokens, top_k=args.top_k, concurrent=n, mode=mode,
-                           clock="processor" if args.cpu_time else "wall",
-                           tokens_per_s=statistics.median(speeds), runs=speeds, over=OVER.get(mode), ratio=None,
-                           ratio_low=None, ratio_high=None, vllm=about["vllm"], runner=about["runner"])  # fmt: skip
+                row = dict(
+                    bench="vllm",
+                    model=args.model,
+                    dtype=args.dtype,
+                    eager=args.eager,
+                    tokens=args.tokens,
+                    prompt_tokens=args.prompt_tokens,
+                    top_k=args.top_k,
+                    concurrent=n,
+                    mode=mode,
+                    clock="processor" if args.cpu_time else "wall",
+                    tokens_per_s=statistics.median(speeds),
+                    runs=speeds,
+                    over=OVER.get(mode),
+                    ratio=None,
+                    ratio_low=None,
+                    ratio_high=None,
+                    vllm=about["vllm"],
+                    runner=about["runner"],
+                )
                 if row["over"] in seconds:
                     ratios = [a / b for a, b in zip(seconds[row["over"]], took, strict=True)]
-                    row |= dict(ratio=statistics.median(ratios), ratio_low=min(ratios), ratio_high=max(ratios))
+                    row |= dict(
+                        ratio=statistics.median(ratios),
+                        ratio_low=min(ratios),
+                        ratio_high=max(ratios),
+                    )
                 rows.append(row)
     unit = "tokens per second of the workers" if args.cpu_time else "tokens/s"
     title = f"{unit}, {args.tokens} tokens a request, k = {args.top_k}, {args.repeats} paired runs"
-    show(title, rows, ("concurrent", "mode", "tokens_per_s", "over", "ratio", "ratio_low", "ratio_high"))
+    show(
+        title,
+        rows,
+        ("concurrent", "mode", "tokens_per_s", "over", "ratio", "ratio_low", "ratio_high"),
+    )
     return rows
 
 
@@ -197,25 +258,42 @@ def positive(text: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m", help="as for softar.load")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--concurrency", type=positive, nargs="+", default=[16, 64], help="requests at a time")
+    parser.add_argument(
+        "--concurrency", type=positive, nargs="+", default=[16, 64], help="requests at a time"
+    )
     parser.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES))
     parser.add_argument("--tokens", type=positive, default=64, help="of each answer")
-    parser.add_argument("--prompt_tokens", type=positive, default=32, help="of each prompt, drawn at random")
+    parser.add_argument(
+        "--prompt_tokens", type=positive, default=32, help="of each prompt, drawn at random"
+    )
     parser.add_argument("--top_k", type=positive, default=10, help="tokens in a mixture")
-    parser.add_argument("--enforce_eager", action="store_true", help="no CUDA graphs; on CPU always")
-    parser.add_argument("--gpu_memory_utilization", type=float, default=0.4, help="of each of the two engines")
+    parser.add_argument(
+        "--enforce_eager", action="store_true", help="no CUDA graphs; on CPU always"
+    )
+    parser.add_argument(
+        "--gpu_memory_utilization", type=float, default=0.4, help="of each of the two engines"
+    )
     parser.add_argument("--repeats", type=positive, default=3)
     # For a second after its last step an engine's workers spin, beside whoever is next
     parser.add_argument(
-        "--pause", type=float, default=1.5, help="seconds before each run, for the other engine to rest"
+        "--pause",
+        type=float,
+        default=1.5,
+        help="seconds before each run, for the other engine to rest",
     )
     parser.add_argument(
-        "--cpu_time", action="store_true", help="the workers', not the clock's, for a busy machine; CPU only"
+        "--cpu_time",
+        action="store_true",
+        help="the workers', not the clock's, for a busy machine; CPU only",
     )
-    parser.add_argument("--output", default="runs/bench", help="folder of vllm.json and the engines' logs")
+    parser.add_argument(
+        "--output", default="runs/bench", help="folder of vllm.json and the engines' logs"
+    )
     args = parser.parse_args()
     require_vllm()
     if args.cpu_time and not on_cpu():

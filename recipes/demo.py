@@ -28,7 +28,14 @@ LENGTH = 6  # tokens of an MNNS answer: three partial sums, the answer, the end,
 STEPS = (4, 8, 12, 20)  # forwards for the 20 open cells of a Latin square
 VOTES, BEAMS, DRAWS = 8, 4, 3
 # On the page, for the first row of each task
-SHOWN = ("trace-soft", "discrete", "trace-soft, gumbel", "diffusion soft masks, 5", "soft masks, 8", "hard, 8")
+SHOWN = (
+    "trace-soft",
+    "discrete",
+    "trace-soft, gumbel",
+    "diffusion soft masks, 5",
+    "soft masks, 8",
+    "hard, 8",
+)
 
 
 def thoughts(trained: Path | None, seed: int) -> dict[str, str]:
@@ -36,7 +43,9 @@ def thoughts(trained: Path | None, seed: int) -> dict[str, str]:
     models = {"discrete": "mnns-discrete-tiny", "trace-soft": "mnns-soft-tiny"}
     if trained is not None:
         models = {row: trained / f"{row}-seed{seed}" for row in ("no-cot", *models)}
-        if missing := [str(folder) for folder in models.values() if not (folder / "config.json").is_file()]:
+        if missing := [
+            str(folder) for folder in models.values() if not (folder / "config.json").is_file()
+        ]:
             raise ValueError(
                 f"trained={str(trained)!r}: there is no {missing[0]}; recipes/sft_soft.py --rows demo makes it"
             )
@@ -47,20 +56,28 @@ def thoughts(trained: Path | None, seed: int) -> dict[str, str]:
     if importlib.util.find_spec("vllm") is not None:
         found["discrete, vLLM"] = f"{discrete}=vllm-greedy"
         found["trace-soft, vLLM"] = f"{soft}=vllm-soft"
-    return found | {
-        f"beam search, {BEAMS}": f"{discrete}=beam:num_beams={BEAMS}",
-        f"self-consistency, {VOTES}": f"{discrete}=self-consistency:votes={VOTES}",
-        "trace-soft": f"{soft}=soft",
-        "trace-soft, gumbel": f"{soft}=gumbel",
-        f"trace-soft, {DRAWS} samples": f"{soft}=k-samples:k={DRAWS}",
-        "trace-soft, read discretely": f"{soft}=discrete",
-    } | masked("diffusion ", "mnns-diffusion-tiny", (1, 2, 5))  # fmt: skip
+    return (
+        found
+        | {
+            f"beam search, {BEAMS}": f"{discrete}=beam:num_beams={BEAMS}",
+            f"self-consistency, {VOTES}": f"{discrete}=self-consistency:votes={VOTES}",
+            "trace-soft": f"{soft}=soft",
+            "trace-soft, gumbel": f"{soft}=gumbel",
+            f"trace-soft, {DRAWS} samples": f"{soft}=k-samples:k={DRAWS}",
+            "trace-soft, read discretely": f"{soft}=discrete",
+        }
+        | masked("diffusion ", "mnns-diffusion-tiny", (1, 2, 5))
+    )
 
 
 def masked(prefix: str, model: str, steps: tuple[int, ...]) -> dict[str, str]:
     """The same for a diffusion model, by number of forwards."""
     names = {"hard": "hard", "soft masks": "soft-mask"}
-    return {f"{prefix}{name}, {n}": f"{model}={decoder}:steps={n}" for name, decoder in names.items() for n in steps}
+    return {
+        f"{prefix}{name}, {n}": f"{model}={decoder}:steps={n}"
+        for name, decoder in names.items()
+        for n in steps
+    }
 
 
 def run(args, console: Console) -> None:
@@ -89,8 +106,16 @@ def run(args, console: Console) -> None:
         def made(spec: str, length=length, **options):
             return make_decoder(spec, max_new_tokens=length, seed=args.seed, **options)
 
-        found = compare({label: made(spec) for label, spec in decoders.items()}, rows, task.score, batch_size=500,
-                        baseline=baseline, task=name, extract=task.extract, console=console)  # fmt: skip
+        found = compare(
+            {label: made(spec) for label, spec in decoders.items()},
+            rows,
+            task.score,
+            batch_size=500,
+            baseline=baseline,
+            task=name,
+            extract=task.extract,
+            console=console,
+        )
         found.save(folder / name)
         plot = found.plot(folder / name / "plot.png", title=name)
         console.print(found.table())
@@ -98,18 +123,28 @@ def run(args, console: Console) -> None:
         if found.interrupted:
             raise KeyboardInterrupt
         for label in (label for label in SHOWN if label in decoders):
-            (answer,) = made(decoders[label], trace=True).decode([rows[0]["template" if length == 0 else "prompt"]])
+            (answer,) = made(decoders[label], trace=True).decode(
+                [rows[0]["template" if length == 0 else "prompt"]]
+            )
             traces.append(dataclasses.replace(answer.trace, title=f"{name}: {label}"))
     page = write_page(folder / "page.html", traces, title="softar: what the demo's models believed")
     console.print(f"every step of a few decodes: {page}", soft_wrap=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trained", help="folder of recipes/sft_soft.py --rows demo; default: the package's models")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--trained", help="folder of recipes/sft_soft.py --rows demo; default: the package's models"
+    )
     parser.add_argument("--output_dir", default="runs/demo")
-    parser.add_argument("--seed", type=int, default=42, help="of the trained rows, and of what is drawn")
-    parser.add_argument("--limit", type=int, default=None, help="held-out rows of each task; default all")
+    parser.add_argument(
+        "--seed", type=int, default=42, help="of the trained rows, and of what is drawn"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=None, help="held-out rows of each task; default all"
+    )
     try:
         # A pipe has no width of its own
         run(parser.parse_args(), Console(width=None if sys.stdout.isatty() else 100))

@@ -47,7 +47,9 @@ def main(args, config):
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
     prompt = re.sub(r"_+", tokenizer.mask_token, prompt)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not args.chat).to(model.device)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not args.chat).to(
+        model.device
+    )
     view = View(tokenizer, known.mask_id, inputs.input_ids, config, args.delay)
     console = Console()
     rng = torch.Generator().manual_seed(args.seed)
@@ -99,24 +101,32 @@ class View:
         status = f"forward {forwards}   committed {done}   masks {left}"
         if self.seconds:
             status += f"   {done / self.seconds:.1f} tokens/s"
-        picture = Group(Panel(self.text(slots), title="canvas", subtitle=status), self.mixtures(slots))
+        picture = Group(
+            Panel(self.text(slots), title="canvas", subtitle=status), self.mixtures(slots)
+        )
         if seen is not None:
             time.sleep(self.delay)
         self.last = time.perf_counter()
         return picture
 
     def text(self, slots: dict) -> Text:
-        """Tokens are decoded one by one: a character split over several tokens is shown when all are there."""
+        """Tokens are decoded one by one: a character split over several tokens is shown when all
+        are there."""
         out = Text()
         for col, token in enumerate(self.canvas.tolist()):
             if self.given[col]:
                 out.append(self.word(token), style="bold")
             elif token != self.mask_id:
                 p = float(self.sure[col])
-                out.append(self.word(token), style=f"rgb({int(230 * (1 - p)) + 20},{int(190 * p) + 40},60)")
+                out.append(
+                    self.word(token), style=f"rgb({int(230 * (1 - p)) + 20},{int(190 * p) + 40},60)"
+                )
             elif col in slots:
                 ids, weights = slots[col]
-                best = max(zip(weights, ids, strict=True), key=lambda pair: pair[0] * (pair[1] != self.mask_id))
+                best = max(
+                    zip(weights, ids, strict=True),
+                    key=lambda pair: pair[0] * (pair[1] != self.mask_id),
+                )
                 out.append(self.word(best[1]), style="italic grey50")
             else:
                 out.append(" ·", style="grey35")
@@ -130,7 +140,10 @@ class View:
             ranked = sorted(zip(weights, ids, strict=True), reverse=True)[:5]
             names = ["mask" if i == self.mask_id else self.word(i).strip() for _, i in ranked]
             table.add_row(
-                str(col), "  ".join(f"{n} {w:.2f}" for n, (w, _) in zip(names, ranked, strict=True) if w > 0.005)
+                str(col),
+                "  ".join(
+                    f"{n} {w:.2f}" for n, (w, _) in zip(names, ranked, strict=True) if w > 0.005
+                ),
             )
         return table
 
@@ -157,15 +170,23 @@ def value(text: str):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="mnns-diffusion-tiny", help="what softar.diffusion.load takes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="mnns-diffusion-tiny", help="what softar.diffusion.load takes"
+    )
     parser.add_argument("--prompt", help="text; underscores are masks to fill")
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    parser.add_argument(
+        "--chat", action="store_true", help="put the prompt into the model's chat template"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--delay", type=float, default=0.0, help="seconds to look at each forward")
     names = [f.name for f in dataclasses.fields(DenoiseConfig)]
     for name in names:
-        parser.add_argument(f"--{name}", type=value, default=argparse.SUPPRESS, help="of DenoiseConfig")
+        parser.add_argument(
+            f"--{name}", type=value, default=argparse.SUPPRESS, help="of DenoiseConfig"
+        )
     args = parser.parse_args(argv)
     chosen = {name: vars(args)[name] for name in names if name in args}
     own = args.model == "mnns-diffusion-tiny" and args.prompt is None

@@ -36,11 +36,14 @@ HERE, PROGRAM = Path(__file__).parent, Path(__file__).name
 
 @dataclass
 class RecipeConfig(SoftGRPOConfig):
-    output_dir: str | None = field(default="runs/grpo_soft", metadata={"help": "Checkpoints, results.json, plot."})
+    output_dir: str | None = field(
+        default="runs/grpo_soft", metadata={"help": "Checkpoints, results.json, plot."}
+    )
 
 
 def make_trainer(*given, **options):
-    from softar.rl.grpo import SoftGRPOTrainer  # slow to import: not before the input has been checked
+    # slow to import: not before the input has been checked
+    from softar.rl.grpo import SoftGRPOTrainer
 
     return SoftGRPOTrainer(*given, **options)
 

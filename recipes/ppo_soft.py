@@ -36,11 +36,14 @@ HERE, PROGRAM = Path(__file__).parent, Path(__file__).name
 
 @dataclass
 class RecipeConfig(SoftPPOConfig):
-    output_dir: str | None = field(default="runs/ppo_soft", metadata={"help": "Checkpoints, results.json, plot."})
+    output_dir: str | None = field(
+        default="runs/ppo_soft", metadata={"help": "Checkpoints, results.json, plot."}
+    )
 
 
 def make_trainer(*given, **options):
-    from softar.rl.ppo import SoftPPOTrainer  # slow to import: not before the input has been checked
+    # slow to import: not before the input has been checked
+    from softar.rl.ppo import SoftPPOTrainer
 
     return SoftPPOTrainer(*given, **options)
 

@@ -47,7 +47,8 @@ from softar.recipe import (
 PROGRAM = "sft_diffusion.py"
 HERE = Path(__file__).parent
 TWICE = 0.8  # share of the steps that read a row twice (arXiv:2510.17206 finds 80 % best)
-# Fields that make a row of the table what it is; everything else (data, steps, size) is common to all.
+# Fields that make a row of the table what it is; everything else (data, steps, size) is common to
+# all.
 ROWS = {
     "hard": dict(objective="masked", softmasking_prob=0.0),
     # As many forwards as soft-mask: 1 + TWICE times the steps
@@ -57,7 +58,10 @@ ROWS = {
     "duo": dict(objective="uniform", softmasking_prob=0.0, normalise="tokens"),
 }
 GROUPS = {"demo": ["hard", "soft-mask"], "all": list(ROWS)}
-CONFIGS = {"latin": HERE / "configs" / "latin.yaml", "mnns": HERE / "configs" / "mnns_diffusion.yaml"}
+CONFIGS = {
+    "latin": HERE / "configs" / "latin.yaml",
+    "mnns": HERE / "configs" / "mnns_diffusion.yaml",
+}
 MODELS = {"latin": "latin-diffusion-tiny", "mnns": "mnns-diffusion-tiny"}
 SCHEDULES = {  # name -> how a budget of it is said to DenoiseConfig
     "uniform": lambda budget: dict(steps=budget),
@@ -70,10 +74,17 @@ BUDGETS = {"uniform": (4, 8, 12), "pyramid": (1, 2, 4), "threshold": (0.5, 0.7, 
 @dataclass
 class DiffusionScriptArguments(ScriptArguments):
     task: str | None = field(
-        default=None, metadata={"help": "A task by name: latin, mnns, or reasoning_gym:NAME. Instead of a dataset."}
+        default=None,
+        metadata={
+            "help": "A task by name: latin, mnns, or reasoning_gym:NAME. Instead of a dataset."
+        },
     )
-    task_size: int | None = field(default=None, metadata={"help": "Training rows of the task. Default: all."})
-    eval_rows: int | None = field(default=None, metadata={"help": "Held-out rows of the table. Default: all."})
+    task_size: int | None = field(
+        default=None, metadata={"help": "Training rows of the task. Default: all."}
+    )
+    eval_rows: int | None = field(
+        default=None, metadata={"help": "Held-out rows of the table. Default: all."}
+    )
     rows: str | None = field(
         default=None,
         metadata={
@@ -81,16 +92,24 @@ class DiffusionScriptArguments(ScriptArguments):
             "objective and softmasking_prob. Default: one run as the options say."
         },
     )
-    num_seeds: int = field(default=1, metadata={"help": "Train every row with this many seeds, from --seed on."})
+    num_seeds: int = field(
+        default=1, metadata={"help": "Train every row with this many seeds, from --seed on."}
+    )
     jobs: int = field(
         default=0,
-        metadata={"help": "Rows trained at the same time. Default 0: for tiny models one on each CPU core, else 1."},
+        metadata={
+            "help": "Rows trained at the same time. Default 0: for tiny models one on each CPU core, else 1."
+        },
     )
     from_causal: bool = field(
-        default=False, metadata={"help": "The model is a causal LM (Llama, Qwen2): make a diffusion LM of it first."}
+        default=False,
+        metadata={
+            "help": "The model is a causal LM (Llama, Qwen2): make a diffusion LM of it first."
+        },
     )
     schedules: str = field(
-        default="uniform", metadata={"help": f"Schedules to decode with, with commas out of {', '.join(SCHEDULES)}."}
+        default="uniform",
+        metadata={"help": f"Schedules to decode with, with commas out of {', '.join(SCHEDULES)}."},
     )
     likelihood_samples: int = field(
         default=0,
@@ -103,7 +122,9 @@ class DiffusionScriptArguments(ScriptArguments):
 
 @dataclass
 class RecipeConfig(DiffusionSFTConfig):
-    output_dir: str | None = field(default="runs/sft_diffusion", metadata={"help": "Checkpoints, results.json, plot."})
+    output_dir: str | None = field(
+        default="runs/sft_diffusion", metadata={"help": "Checkpoints, results.json, plot."}
+    )
 
 
 def main(script, training, model_args, mixture):
@@ -114,7 +135,10 @@ def main(script, training, model_args, mixture):
     console = Console()
     with one_line_errors(PROGRAM):
         names, schedules, task = check_input(script, training, mixture)
-        is_tiny = model_args.model_name_or_path is None or model_args.model_name_or_path in MODELS.values()
+        is_tiny = (
+            model_args.model_name_or_path is None
+            or model_args.model_name_or_path in MODELS.values()
+        )
         if is_tiny:
             import torch
 
@@ -156,7 +180,9 @@ def train_row(name, args, task, schedules, model_args, script):
             score=task.score,
             peft_config=get_peft_config(model_args),
         )
-    trainer.accelerator.print(f"{name}: {args.max_steps if args.max_steps > 0 else args.num_train_epochs} steps")
+    trainer.accelerator.print(
+        f"{name}: {args.max_steps if args.max_steps > 0 else args.num_train_epochs} steps"
+    )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint_of(args))
     train_seconds = time.perf_counter() - started
@@ -171,11 +197,21 @@ def train_row(name, args, task, schedules, model_args, script):
         train_seconds=train_seconds,
         train_loss=trainer.state.log_history[-1].get("train_loss"),
     )
-    if script.likelihood_samples and trainer.process is None and trainer.accelerator.is_main_process:
+    if (
+        script.likelihood_samples
+        and trainer.process is None
+        and trainer.accelerator.is_main_process
+    ):
         from softar.diffusion.evaluate import nll_bound
 
         plain = trainer.accelerator.unwrap_model(trainer.model)
-        bound = nll_bound(plain, trainer.processing_class, task.test, samples=script.likelihood_samples, seed=args.seed)
+        bound = nll_bound(
+            plain,
+            trainer.processing_class,
+            task.test,
+            samples=script.likelihood_samples,
+            seed=args.seed,
+        )
         common["nll_bound"] = bound
     rows = []
     if task.score is None:
@@ -187,8 +223,9 @@ def train_row(name, args, task, schedules, model_args, script):
 
 
 def decode_all(trainer, task, schedules, seed):
-    """The held-out rows under every decoding: hard, and softly as the model was trained, or else without training.
-    A uniform-state model shows no masks, and steps more than its slots are of use to it."""
+    """The held-out rows under every decoding: hard, and softly as the model was trained, or else
+    without training. A uniform-state model shows no masks, and steps more than its slots are of use
+    to it."""
     from softar.diffusion.config import DenoiseConfig
     from softar.diffusion.evaluate import evaluate
 
@@ -206,7 +243,9 @@ def decode_all(trainer, task, schedules, seed):
             budgets = [b for b in budgets if b < slots] + [slots]
         for decoder, settings in decoders.items():
             for budget in budgets:
-                config = DenoiseConfig(soften=decoder, soften_args=settings, **SCHEDULES[schedule](budget))
+                config = DenoiseConfig(
+                    soften=decoder, soften_args=settings, **SCHEDULES[schedule](budget)
+                )
                 found = evaluate(plain, tokenizer, task.test, task.score, config, seed=seed)
                 yield dict(decoder=decoder, schedule=schedule, budget=budget) | found
 
@@ -233,7 +272,8 @@ def row_config(training, name, seed, place):
 
 
 def check_input(script, training, mixture):
-    """All that can be told to be wrong before a model is opened -> names of the rows, schedules, task."""
+    """All that can be told to be wrong before a model is opened -> names of the rows, schedules,
+    task."""
     from softar.diffusion.evaluate import has_texts
     from softar.training import check_writable
 
@@ -241,10 +281,14 @@ def check_input(script, training, mixture):
     if script.num_seeds < 1:
         raise ValueError(f"num_seeds={script.num_seeds} must be at least 1")
     if script.likelihood_samples < 0:
-        raise ValueError(f"likelihood_samples={script.likelihood_samples} must be at least 0, which computes none")
+        raise ValueError(
+            f"likelihood_samples={script.likelihood_samples} must be at least 0, which computes none"
+        )
     schedules = script.schedules.split(",")
     if unknown := [s for s in schedules if s not in SCHEDULES]:
-        raise ValueError(f"schedules={script.schedules!r}: {unknown[0]!r} is unknown; choose out of {list(SCHEDULES)}")
+        raise ValueError(
+            f"schedules={script.schedules!r}: {unknown[0]!r} is unknown; choose out of {list(SCHEDULES)}"
+        )
     task = open_task(script, mixture)
     task = dataclasses.replace(task, train=last_answers(task.train), test=last_answers(task.test))
     if script.likelihood_samples and not (task.test is not None and has_texts(task.test)):
@@ -264,11 +308,13 @@ def check_input(script, training, mixture):
 
 
 def last_answers(rows):
-    """A conversation's last message is what is learnt, as published; otherwise the user's turns would be, too."""
+    """A conversation's last message is what is learnt, as published; otherwise the user's turns
+    would be, too."""
     if rows is None or "messages" not in rows.column_names:
         return rows
     return rows.map(
-        lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}, remove_columns="messages"
+        lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]},
+        remove_columns="messages",
     )
 
 
@@ -297,6 +343,8 @@ def with_demo_config(argv: list[str]) -> list[str]:
 if __name__ == "__main__":
     with interruptible():
         with one_line_errors(PROGRAM):
-            parser = TrlParser((DiffusionScriptArguments, RecipeConfig, ModelConfig, DatasetMixtureConfig))
+            parser = TrlParser(
+                (DiffusionScriptArguments, RecipeConfig, ModelConfig, DatasetMixtureConfig)
+            )
             given = parser.parse_args_and_config(with_demo_config(sys.argv[1:]))
         main(*given)

@@ -45,7 +45,8 @@ from softar.recipe import (
 from softar.sft.trainer import SoftSFTConfig
 
 HERE, PROGRAM = Path(__file__).parent, Path(__file__).name
-# Fields that make a row of the table what it is; everything else (data, steps, size) is common to all.
+# Fields that make a row of the table what it is; everything else (data, steps, size) is common to
+# all.
 ROWS = {
     "no-cot": dict(alpha_schedule="constant", alpha_start=1.0),
     "discrete": dict(alpha_schedule="constant", alpha_start=1.0),
@@ -61,10 +62,15 @@ GROUPS = {"demo": ["no-cot", "discrete", "trace-soft"], "all": list(ROWS)}
 @dataclass
 class SoftScriptArguments(ScriptArguments):
     task: str | None = field(
-        default=None, metadata={"help": "A task by name: mnns, or reasoning_gym:NAME. Instead of a dataset."}
+        default=None,
+        metadata={"help": "A task by name: mnns, or reasoning_gym:NAME. Instead of a dataset."},
     )
-    task_size: int | None = field(default=None, metadata={"help": "Training rows of the task. Default: all."})
-    eval_rows: int | None = field(default=None, metadata={"help": "Held-out rows of the table. Default: all."})
+    task_size: int | None = field(
+        default=None, metadata={"help": "Training rows of the task. Default: all."}
+    )
+    eval_rows: int | None = field(
+        default=None, metadata={"help": "Held-out rows of the table. Default: all."}
+    )
     rows: str | None = field(
         default=None,
         metadata={
@@ -72,16 +78,22 @@ class SoftScriptArguments(ScriptArguments):
             "schedule, targets and loss weights. Default: one run as the options say."
         },
     )
-    num_seeds: int = field(default=1, metadata={"help": "Train every row with this many seeds, from --seed on."})
+    num_seeds: int = field(
+        default=1, metadata={"help": "Train every row with this many seeds, from --seed on."}
+    )
     jobs: int = field(
         default=0,
-        metadata={"help": "Rows trained at the same time. Default 0: for tiny models one on each CPU core, else 1."},
+        metadata={
+            "help": "Rows trained at the same time. Default 0: for tiny models one on each CPU core, else 1."
+        },
     )
 
 
 @dataclass
 class RecipeConfig(SoftSFTConfig):
-    output_dir: str | None = field(default="runs/sft_soft", metadata={"help": "Checkpoints, results.json, plot."})
+    output_dir: str | None = field(
+        default="runs/sft_soft", metadata={"help": "Checkpoints, results.json, plot."}
+    )
 
 
 def main(script, training, model_args, mixture):
@@ -120,8 +132,14 @@ def main(script, training, model_args, mixture):
     soft = [row for row in places if row[0] in ("oracle-soft", "guided-soft", "trace-soft")]
     if soft:
         console.print(thought_of(places[soft[-1]], task))
-    plot = plot_accuracy(results, folder / "accuracy.png", title=f"{results[0]['task']}, {results[0]['model']}")
-    console.print(results_table(results, title=f"{results[0]['task']}: held-out accuracy, n = {results[0]['n']}"))
+    plot = plot_accuracy(
+        results, folder / "accuracy.png", title=f"{results[0]['task']}, {results[0]['model']}"
+    )
+    console.print(
+        results_table(
+            results, title=f"{results[0]['task']}: held-out accuracy, n = {results[0]['n']}"
+        )
+    )
     console.print(f"results: {folder / 'results.json'}   plot: {plot}")
 
 
@@ -146,7 +164,9 @@ def train_row(name, args, task, model, tokenizer, model_args):
             score=task.score,
             peft_config=get_peft_config(model_args),
         )
-    trainer.accelerator.print(f"{name}: {args.max_steps if args.max_steps > 0 else args.num_train_epochs} steps")
+    trainer.accelerator.print(
+        f"{name}: {args.max_steps if args.max_steps > 0 else args.num_train_epochs} steps"
+    )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint_of(args))
     train_seconds = time.perf_counter() - started
@@ -168,7 +188,9 @@ def train_row(name, args, task, model, tokenizer, model_args):
     elif trainer.accelerator.is_main_process:
         plain = trainer.accelerator.unwrap_model(trainer.model)
         for readout in ("soft", "discrete"):
-            found = evaluate(plain, tokenizer, task.test, task.score, args.decoding(readout), seed=args.seed)
+            found = evaluate(
+                plain, tokenizer, task.test, task.score, args.decoding(readout), seed=args.seed
+            )
             rows.append(common | {"readout": readout} | found)
     trainer.accelerator.wait_for_everyone()
     return rows if trainer.accelerator.is_main_process else None
@@ -184,7 +206,8 @@ def thought_of(place, task):
     model, tokenizer = softar.load(place)
     inputs = encode(tokenizer, task.test["prompt"][:1]).to(model.device)
     return thought_table(
-        softar.generate(model, **inputs, config=SoftConfig.load(place), tokenizer=tokenizer), tokenizer
+        softar.generate(model, **inputs, config=SoftConfig.load(place), tokenizer=tokenizer),
+        tokenizer,
     )
 
 
@@ -221,7 +244,9 @@ def check_row(name, args, task):
 
     mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
     if args.targets != "gold" and "traces" not in task.train.column_names:
-        raise ValueError(f"row {name!r} needs a column 'traces'; {task.name!r} has {task.train.column_names}")
+        raise ValueError(
+            f"row {name!r} needs a column 'traces'; {task.name!r} has {task.train.column_names}"
+        )
 
 
 def open_model(model_args, task, seed):

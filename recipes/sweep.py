@@ -30,37 +30,65 @@ from trl import TrlParser
 from softar.recipe import one_line_errors
 
 PROGRAM = "sweep.py"
-DEMO = dict(tasks=["latin", "mnns"], soft=["soft-mask"], baseline=["hard"], vary=["threshold=0.5,0.7,0.9,0.98"])
+DEMO = dict(
+    tasks=["latin", "mnns"],
+    soft=["soft-mask"],
+    baseline=["hard"],
+    vary=["threshold=0.5,0.7,0.9,0.98"],
+)
 
 
 @dataclass
 class SweepArguments:
-    tasks: list[str] = field(default_factory=list, metadata={"help": "Tasks by name: latin, mnns, reasoning_gym:NAME."})
+    tasks: list[str] = field(
+        default_factory=list, metadata={"help": "Tasks by name: latin, mnns, reasoning_gym:NAME."}
+    )
     soft: list[str] = field(
         default_factory=list,
-        metadata={"help": "Decoders, [MODEL=]NAME[:key=value,key=value]; `softar compare --help` lists the names."},
+        metadata={
+            "help": "Decoders, [MODEL=]NAME[:key=value,key=value]; `softar compare --help` lists the names."
+        },
     )
     baseline: list[str] = field(
-        default_factory=list, metadata={"help": "Decoders that they are held against, in the same form."}
+        default_factory=list,
+        metadata={"help": "Decoders that they are held against, in the same form."},
     )
     vary: list[str] = field(
         default_factory=list,
-        metadata={"help": "key=value,value: every combination goes to every decoder. In YAML key: [value, value]."},
+        metadata={
+            "help": "key=value,value: every combination goes to every decoder. In YAML key: [value, value]."
+        },
     )
     models: list[str] = field(
         default_factory=list,
-        metadata={"help": "TASK=MODEL for decoders that name none. Latin squares and MNNS have diffusion models."},
+        metadata={
+            "help": "TASK=MODEL for decoders that name none. Latin squares and MNNS have diffusion models."
+        },
     )
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of what the decoders draw."})
-    limit: int | None = field(default=None, metadata={"help": "Held-out rows of each task. Default: all."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Of what the decoders draw."}
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "Held-out rows of each task. Default: all."}
+    )
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens generated. Default: as the embedded task's answers are long."}
+        default=None,
+        metadata={"help": "Tokens generated. Default: as the embedded task's answers are long."},
     )
     batch_size: int = field(default=256, metadata={"help": "Rows decoded together."})
-    repeats: int = field(default=1, metadata={"help": "Passes over the rows in each run, for the spread of the times."})
-    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16, float16, auto."})
-    device: str | None = field(default=None, metadata={"help": "Default: each process's GPU where there is one."})
-    output_dir: str = field(default="runs/sweep", metadata={"help": "Runs, summary and plot; one grid's."})
+    repeats: int = field(
+        default=1,
+        metadata={"help": "Passes over the rows in each run, for the spread of the times."},
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "Of the weights: float32, bfloat16, float16, auto."}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "Default: each process's GPU where there is one."}
+    )
+    output_dir: str = field(
+        default="runs/sweep", metadata={"help": "Runs, summary and plot; one grid's."}
+    )
 
 
 def main(args):
@@ -72,13 +100,17 @@ def main(args):
 
     with one_line_errors(PROGRAM):
         values = {k: v for k, v in dataclasses.asdict(args).items() if k != "output_dir"}
-        values["vary"] = {k: [json_or_text(v) for v in vs] for k, vs in mapping("vary", args.vary).items()}
+        values["vary"] = {
+            k: [json_or_text(v) for v in vs] for k, vs in mapping("vary", args.vary).items()
+        }
         values["models"] = {k: ",".join(vs) for k, vs in mapping("models", args.models).items()}
         rows = sweep(read_grid(values), args.output_dir)
     if rows:
         folder = Path(args.output_dir)
         Console().print(sweep_table(aggregate(rows)))
-        print(f"results: {folder / 'summary.json'}   table: {folder / 'summary.csv'}   plot: {plot_sweep(folder)}")
+        print(
+            f"results: {folder / 'summary.json'}   table: {folder / 'summary.csv'}   plot: {plot_sweep(folder)}"
+        )
     PartialState().destroy_process_group()
 
 
@@ -103,7 +135,10 @@ def with_demo(argv: list[str]) -> list[str]:
     """The demo's grid where none is named."""
     if "--config" in argv[:-1] and not Path(file := argv[argv.index("--config") + 1]).is_file():
         raise ValueError(f"config={file!r}: there is no such file")
-    if any(arg.split("=")[0] in ("--config", "--tasks", "--soft", "--baseline", "--vary") for arg in argv):
+    if any(
+        arg.split("=")[0] in ("--config", "--tasks", "--soft", "--baseline", "--vary")
+        for arg in argv
+    ):
         return argv
     return [*(part for name, values in DEMO.items() for part in (f"--{name}", *values)), *argv]
 

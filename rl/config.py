@@ -1,4 +1,5 @@
-"""The options of RL on a soft policy, on top of TRL's: each with its help, checked before anything is loaded."""
+"""The options of RL on a soft policy, on top of TRL's: each with its help, checked before anything
+is loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +19,36 @@ BACKENDS = ("loop", "vllm")
 COLDEST = 0.01  # vLLM samples at no lower temperature
 MIXERS = ("k-samples", "hard")  # of actions.ACTIONS, those whose action a decode records in full
 
-# What would let the rollout draw from another distribution than the replay scores: (option, neutral values, why).
-SUPPORT = "the replayed log-probabilities are of the whole vocabulary, so the gradient would be wrong"
+# What would let the rollout draw from another distribution than the replay scores: (option, neutral
+# values, why).
+SUPPORT = (
+    "the replayed log-probabilities are of the whole vocabulary, so the gradient would be wrong"
+)
 NEUTRAL = (
     ("top_p", (1.0,), SUPPORT),
     ("top_k", (0, None), SUPPORT),
     ("min_p", (None, 0.0), SUPPORT),
     ("repetition_penalty", (1.0,), SUPPORT),
     ("generation_kwargs", (None, {}), "the rollout is softar's own and takes no other settings"),
-    ("use_vllm", (False,), "TRL's engine reads back tokens only, no mixtures; rollout='vllm' decodes softly on vLLM"),
-    ("use_transformers_continuous_batching", (False,), "its engine reads back tokens only, no mixtures"),
+    (
+        "use_vllm",
+        (False,),
+        "TRL's engine reads back tokens only, no mixtures; rollout='vllm' decodes softly on vLLM",
+    ),
+    (
+        "use_transformers_continuous_batching",
+        (False,),
+        "its engine reads back tokens only, no mixtures",
+    ),
     ("use_liger_kernel", (False,), "its loss and kernels take token ids, no mixtures"),
     ("cast_lm_head_to_fp32", (False,), "the reference would keep its own head"),
     ("importance_sampling_level", ("token",), "soft_ratio says how a soft step is weighted"),
     ("top_entropy_quantile", (1.0,), "entropies of soft and discrete steps do not rank together"),
-    ("off_policy_mask_threshold", (None,), "it reads one log-probability a token, a soft step has several"),
+    (
+        "off_policy_mask_threshold",
+        (None,),
+        "it reads one log-probability a token, a soft step has several",
+    ),
     ("delta", (None,), "only the two-sided clip of epsilon and epsilon_high is there"),
     ("use_adaptive_entropy", (False,), "give a constant entropy_coef"),
     ("sync_ref_model", (False,), "the reference is the model that training started from"),
@@ -48,25 +64,40 @@ VLLM_NEUTRAL = (
 
 @dataclass
 class SoftGRPOConfig(GRPOConfig):
-    """TRL's GRPOConfig plus the soft policy. Without an accelerator it trains on the CPU in float32 by itself.
+    """TRL's GRPOConfig plus the soft policy. Without an accelerator it trains on the CPU in float32
+    by itself.
 
-    `temperature` is one for thought, answer, replay and reference; top_p, top_k and min_p have to stay neutral.
-    `use_bias_correction_kl` has no effect: the KL is exact at each step and needs no estimator.
+    `temperature` is one for thought, answer, replay and reference; top_p, top_k and min_p have to
+    stay neutral. `use_bias_correction_kl` has no effect: the KL is exact at each step and needs no
+    estimator.
 
-    The thought ends at `think_end` or after `think_steps`, when think_end is put in, outside the loss. A row that never
-    closes its thought has no answer: with reward_sees="answer" its reward sees an empty text. Without think_end and
-    think_steps the whole completion is soft, and is the answer.
+    The thought ends at `think_end` or after `think_steps`, when think_end is put in, outside the
+    loss. A row that never closes its thought has no answer: with reward_sees="answer" its reward
+    sees an empty text. Without think_end and think_steps the whole completion is soft, and is the
+    answer.
     """
 
     gradient_checkpointing: bool = opt(False, "Recompute activations to save memory.")
-    soft_mixer: str = opt("k-samples", "What a think step reads back: 'k-samples', or 'hard' (its one drawn token).")
+    soft_mixer: str = opt(
+        "k-samples", "What a think step reads back: 'k-samples', or 'hard' (its one drawn token)."
+    )
     soft_k: int = opt(3, "Draws of a think step of 'k-samples'; 1 is ordinary sampling.")
-    think_start: str | None = opt(None, "Text that opens the thought. Default: the completion starts inside it.")
+    think_start: str | None = opt(
+        None, "Text that opens the thought. Default: the completion starts inside it."
+    )
     think_end: str | None = opt(None, "Text that closes the thought.")
-    think_steps: int | None = opt(None, "Think steps at most; then think_end is put in, or the answer just starts.")
-    soft_ratio: str = opt("per_draw", "'per_draw' clips the ratio of each draw, 'joint' that of all draws of a step.")
-    embedding_grad: bool = opt(True, "Do the input embeddings get gradient through the replayed mixtures?")
-    reward_sees: str = opt("answer", "'answer', the whole 'stream' of first draws, or the 'argmax' of each mixture.")
+    think_steps: int | None = opt(
+        None, "Think steps at most; then think_end is put in, or the answer just starts."
+    )
+    soft_ratio: str = opt(
+        "per_draw", "'per_draw' clips the ratio of each draw, 'joint' that of all draws of a step."
+    )
+    embedding_grad: bool = opt(
+        True, "Do the input embeddings get gradient through the replayed mixtures?"
+    )
+    reward_sees: str = opt(
+        "answer", "'answer', the whole 'stream' of first draws, or the 'argmax' of each mixture."
+    )
     rollout: str = opt(
         "loop",
         "What decodes the rollouts: 'loop', softar.generate on the model itself, or 'vllm', an engine of vLLM 0.32 in "
@@ -88,16 +119,27 @@ class SoftGRPOConfig(GRPOConfig):
         for name, neutral, why in NEUTRAL + (VLLM_NEUTRAL if self.rollout == "vllm" else ()):
             value = getattr(self, name)
             if value not in neutral:
-                raise ValueError(f"{name}={value!r} is not supported by {type(self).__name__}: {why}. Leave it at "
-                                 f"{neutral[0]!r}")  # fmt: skip
-        for name, known in (("soft_mixer", MIXERS), ("soft_ratio", RATIOS), ("loss_type", tuple(LOSS_TYPES)),
-                            ("reward_sees", tuple(WAYS)), ("rollout", BACKENDS)):  # fmt: skip
+                raise ValueError(
+                    f"{name}={value!r} is not supported by {type(self).__name__}: {why}. Leave it at "
+                    f"{neutral[0]!r}"
+                )
+        for name, known in (
+            ("soft_mixer", MIXERS),
+            ("soft_ratio", RATIOS),
+            ("loss_type", tuple(LOSS_TYPES)),
+            ("reward_sees", tuple(WAYS)),
+            ("rollout", BACKENDS),
+        ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown here: choose one of {known}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown here: choose one of {known}"
+                )
         if self.max_completion_length is None:
             raise ValueError("max_completion_length=None: give the longest completion in steps")
         if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be > 0 and finite: the policy has to be sampled")
+            raise ValueError(
+                f"temperature={self.temperature} must be > 0 and finite: the policy has to be sampled"
+            )
         if self.beta < 0:
             raise ValueError(f"beta={self.beta} must be >= 0; 0 is for no reference")
         if self.think_steps is not None and not 0 <= self.think_steps < self.max_completion_length:
@@ -115,15 +157,18 @@ class SoftGRPOConfig(GRPOConfig):
         except ImportError as error:
             raise ValueError(f"rollout='vllm': {error}; or give rollout='loop'") from None
         if self.temperature < COLDEST:
-            raise ValueError(f"temperature={self.temperature} must be at least {COLDEST} with rollout='vllm', which "
-                             f"samples answers no colder; or give rollout='loop'")  # fmt: skip
+            raise ValueError(
+                f"temperature={self.temperature} must be at least {COLDEST} with rollout='vllm', which "
+                f"samples answers no colder; or give rollout='loop'"
+            )
         if self.soft_mixer == "k-samples" and self.soft_k > LIMIT:
             raise ValueError(
                 f"soft_k={self.soft_k} must be at most {LIMIT} with rollout='vllm'; or give rollout='loop'"
             )
 
     def decoding(self) -> SoftConfig:
-        """The policy as a configuration: how rollouts are decoded, and what soft_config.json records."""
+        """The policy as a configuration: how rollouts are decoded, and what soft_config.json
+        records."""
         hard = self.soft_mixer == "hard"
         return SoftConfig(
             mixer=self.soft_mixer,
@@ -149,37 +194,51 @@ ALIASES = (
 
 @dataclass
 class SoftPPOConfig(SoftGRPOConfig):
-    """SoftGRPOConfig with a value function, under PPO's familiar names or TRL's: give one of the two.
+    """SoftGRPOConfig with a value function, under PPO's familiar names or TRL's: give one of the
+    two.
 
     The KL to the reference is exact and part of the loss, not of the reward.
     """
 
-    loss_type: str = opt("bnpo", "Normalisation of the policy loss; PPO's is the mean over steps, 'bnpo'.")
+    loss_type: str = opt(
+        "bnpo", "Normalisation of the policy loss; PPO's is the mean over steps, 'bnpo'."
+    )
     num_iterations: int | None = opt(None, "See num_ppo_epochs.")
     epsilon: float | None = opt(None, "See cliprange.")
     beta: float | None = opt(None, "See kl_coef.")
     num_ppo_epochs: int | None = opt(None, "Passes over a rollout; = num_iterations. Default 4.")
-    num_mini_batches: int | None = opt(None, "Pieces a rollout is cut into; = steps_per_generation.")
+    num_mini_batches: int | None = opt(
+        None, "Pieces a rollout is cut into; = steps_per_generation."
+    )
     cliprange: float | None = opt(None, "Clip of the ratio; = epsilon. Default 0.2.")
     kl_coef: float | None = opt(None, "Weight of the KL to the reference; = beta. Default 0.05.")
     gamma: float = opt(1.0, "Discount per step.")
     lam: float = opt(0.95, "Lambda of generalised advantage estimation (arXiv:1506.02438).")
     vf_coef: float = opt(0.1, "Weight of the value loss.")
     cliprange_value: float = opt(0.2, "Clip of the value's move away from the rollout's.")
-    value_learning_rate: float | None = opt(None, "Learning rate of the value head. Default: learning_rate.")
+    value_learning_rate: float | None = opt(
+        None, "Learning rate of the value head. Default: learning_rate."
+    )
     whiten_advantages: bool = opt(True, "Shift and scale the advantages to mean 0, variance 1.")
 
     def __post_init__(self):
         for familiar, name, default in ALIASES:
             ours, theirs = getattr(self, familiar), getattr(self, name)
             if ours is not None and theirs is not None and ours != theirs:
-                raise ValueError(f"{familiar}={ours} and {name}={theirs} are two names of one thing: give one of them")
+                raise ValueError(
+                    f"{familiar}={ours} and {name}={theirs} are two names of one thing: give one of them"
+                )
             value = next((v for v in (ours, theirs, default) if v is not None), None)
             setattr(self, familiar, value)
             setattr(self, name, value)
         super().__post_init__()
         self.num_mini_batches = self.steps_per_generation
-        for name, most in (("gamma", 1.0), ("lam", 1.0), ("vf_coef", float("inf")), ("cliprange_value", float("inf"))):
+        for name, most in (
+            ("gamma", 1.0),
+            ("lam", 1.0),
+            ("vf_coef", float("inf")),
+            ("cliprange_value", float("inf")),
+        ):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, {most}]")
         if self.value_learning_rate is not None and not self.value_learning_rate >= 0:
@@ -187,7 +246,8 @@ class SoftPPOConfig(SoftGRPOConfig):
 
 
 def check_origin(model, args: SoftGRPOConfig) -> None:
-    """Raise ValueError where the model's folder says that its policy draws another number of tokens."""
+    """Raise ValueError where the model's folder says that its policy draws another number of
+    tokens."""
     name = model if isinstance(model, str) else model.name_or_path
     if not name or not Path(name, CONFIG_FILE).is_file():
         return
@@ -200,9 +260,12 @@ def check_origin(model, args: SoftGRPOConfig) -> None:
 
 
 def check_resume(folder: str, args: SoftGRPOConfig) -> None:
-    """Raise ValueError where the checkpoint was trained as another policy: its optimiser would go on elsewhere."""
+    """Raise ValueError where the checkpoint was trained as another policy: its optimiser would go
+    on elsewhere."""
     if not Path(folder, CONFIG_FILE).is_file():
-        raise ValueError(f"resume_from_checkpoint={folder!r} holds no {CONFIG_FILE}: it is of another trainer")
+        raise ValueError(
+            f"resume_from_checkpoint={folder!r} holds no {CONFIG_FILE}: it is of another trainer"
+        )
     theirs, ours = vars(SoftConfig.load(folder)), vars(args.decoding())
     if other := [f"{k}={ours[k]!r}, not {theirs[k]!r}" for k in ours if ours[k] != theirs[k]]:
         raise ValueError(

@@ -1,8 +1,8 @@
 """From a soft rollout to the discrete tokens and the text that a reward may see.
 
-Everything here is a function of what was recorded, and so of actions whose log-probability is in the score. A fresh
-draw from the mixtures, for the reward's eyes only, would be one more action: without its log-probability in the score
-the gradient is biased, so there is none.
+Everything here is a function of what was recorded, and so of actions whose log-probability is in
+the score. A fresh draw from the mixtures, for the reward's eyes only, would be one more action:
+without its log-probability in the score the gradient is biased, so there is none.
 
 Shapes: B rows, T steps, K slots.
 """
@@ -20,8 +20,9 @@ def discretise(record: Record, answer_start: Tensor, how: str = "answer") -> lis
 
     Args:
         record: of a whole decode, [B, T, ...]. answer_start: [B], steps before the answer.
-        how: a name in WAYS. "answer": what comes after the thought; nothing where it never ended. "stream": the
-            recorded tokens, of a think step its first draw, with end-of-thought tokens that a rule put in. "argmax":
+        how: a name in WAYS. "answer": what comes after the thought; nothing where it never ended.
+            "stream": the recorded tokens, of a think step its first draw, with end-of-thought
+            tokens that a rule put in. "argmax":
             the same with the heaviest token of each mixture.
 
     Returns:
@@ -47,14 +48,17 @@ def check_way(how: str) -> None:
 
 
 def heaviest(record: Record) -> Tensor:
-    """[B, T] the token of the largest weight of each mixture, repeated ids added up; the first of equals."""
+    """[B, T] the token of the largest weight of each mixture, repeated ids added up; the first of
+    equals."""
     ids, weights = record.ids, record.weights
     same = ids[..., :, None] == ids[..., None, :]
     slot = (weights[..., None, :] * same).sum(-1).argmax(-1, keepdim=True)
     return ids.gather(-1, slot)[..., 0]
 
 
-def retokenise(rows: list[list[int]], tokenizer, reward_tokenizer) -> tuple[list[str], dict[str, Tensor]]:
+def retokenise(
+    rows: list[list[int]], tokenizer, reward_tokenizer
+) -> tuple[list[str], dict[str, Tensor]]:
     """For a reward model of another vocabulary: the texts of the rows, and that model's inputs.
 
     Special tokens of the policy stay out of the text; the other tokenizer adds its own.
@@ -88,4 +92,8 @@ def _all(record: Record, answer_start: Tensor) -> Tensor:
     return record.kind != Kind.PAD
 
 
-WAYS: dict[str, Callable[[Record, Tensor], Tensor]] = {"answer": _answer, "stream": _all, "argmax": _all}
+WAYS: dict[str, Callable[[Record, Tensor], Tensor]] = {
+    "answer": _answer,
+    "stream": _all,
+    "argmax": _all,
+}

@@ -1,7 +1,10 @@
-"""GRPO on a soft policy: a think step's action is its K draws, so its log-probability is exact (ar.md 2, option B).
+"""GRPO on a soft policy: a think step's action is its K draws, so its log-probability is exact
+(ar.md 2, option B).
 
-A rollout is decoded by `softar.generate`, or on vLLM, and replayed in one parallel forward, from the mixtures that it
-recorded: they are transitions of the environment, without gradient. With one draw a step the loss is TRL's.
+A rollout is decoded by `softar.generate`, or on vLLM, and replayed in one parallel forward, from
+the mixtures that it
+recorded: they are transitions of the environment, without gradient. With one draw a step the loss
+    is TRL's.
 
 Shapes: B rows, P prompt length, C completion steps, K draws, J ratios of a step, V vocabulary.
 """
@@ -39,34 +42,50 @@ QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
 class SoftGRPOTrainer(GRPOTrainer):
     """TRL's GRPOTrainer with soft rollouts and their replay.
 
-    Takes the models, reward functions and datasets that TRL takes, text only. A reward function gets `completions` and
-    `completion_ids` after `args.reward_sees`, not the raw stream. Dropout stays off, in rollout and replay: both must
-    be the same policy. With beta > 0 the reference is the model as it was given (a frozen copy), or under PEFT the
-    model without its new adapter. Each checkpoint holds soft_config.json, the policy as a way to decode. With
-    args.rollout="vllm" an engine of vLLM runs in this process from here on; `close` ends it.
+    Takes the models, reward functions and datasets that TRL takes, text only. A reward function
+    gets `completions` and `completion_ids` after `args.reward_sees`, not the raw stream. Dropout
+    stays off, in rollout and replay: both must be the same policy. With beta > 0 the reference is
+    the model as it was given (a frozen copy), or under PEFT the model without its new adapter. Each
+    checkpoint holds soft_config.json, the policy as a way to decode. With args.rollout="vllm" an
+    engine of vLLM runs in this process from here on; `close` ends it.
     """
 
     _tag_names = ["trl", "grpo", "softar"]
     _scores_each_row = False  # or may the reward functions leave a completion without a score?
 
-    def __init__(self, model, reward_funcs=None, args: SoftGRPOConfig | None = None, train_dataset=None,
-                 eval_dataset=None, processing_class=None, *, peft_config=None, **kwargs):  # fmt: skip
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args: SoftGRPOConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *,
+        peft_config=None,
+        **kwargs,
+    ):
         name = type(self).__name__
         if not isinstance(args, SoftGRPOConfig):
             raise ValueError(f"args={args!r}: {name} needs a SoftGRPOConfig")
         if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise ValueError(f"processing_class={processing_class!r}: {name} needs the model's tokenizer")
+            raise ValueError(
+                f"processing_class={processing_class!r}: {name} needs the model's tokenizer"
+            )
         for key in ("tools", "rollout_func", "environment_factory"):
             if kwargs.get(key) is not None:
-                raise ValueError(f"{key}={kwargs[key]!r}: {name} rolls out a single soft turn, leave it out")
+                raise ValueError(
+                    f"{key}={kwargs[key]!r}: {name} rolls out a single soft turn, leave it out"
+                )
         if not reward_funcs:
             raise ValueError(f"reward_funcs={reward_funcs!r}: give at least one")
         check_writable(args.output_dir)
         self._decoding = args.decoding().resolve(processing_class)
         check_origin(model, args)
 
-        # TRL would load the reference again by the policy's name: an embedded model has none on the hub, and one in
-        # memory need not be what the name says. The copy is made before TRL patches the policy's forward.
+        # TRL would load the reference again by the policy's name: an embedded model has none on the
+        # hub, and one in memory need not be what the name says. The copy is made before TRL patches
+        # the policy's forward.
         adapted = peft_config is not None or (isinstance(model, nn.Module) and is_peft_model(model))
         reference, args = None, copy.copy(args)
         beta, args.beta = args.beta, args.beta if adapted else 0.0
@@ -75,25 +94,46 @@ class SoftGRPOTrainer(GRPOTrainer):
                 reference = create_model_from_path(model, **(args.model_init_kwargs or {}))
             else:
                 reference = copy.deepcopy(model)
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
-                         peft_config=peft_config, **kwargs)  # fmt: skip
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
         args.beta = beta
-        self.beta = 0.0  # TRL would replay the reference on token ids, `_compute_loss` does it on the mixtures
+        # TRL would replay the reference on token ids, `_compute_loss` does it on the mixtures
+        self.beta = 0.0
         if reference is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(f"beta={beta}: under FSDP or DeepSpeed a reference needs PEFT, give a peft_config")
+                raise ValueError(
+                    f"beta={beta}: under FSDP or DeepSpeed a reference needs PEFT, give a peft_config"
+                )
             reference.requires_grad_(False)
             self.ref_model = self.accelerator.prepare_model(reference.eval(), evaluation_mode=True)
         if self.aux_loss_enabled:
             given = f"router_aux_loss_coef={self.router_aux_loss_coef}"
-            raise ValueError(f"{given}: {name} leaves out the experts' load-balancing loss, set it to 0 to agree")
+            raise ValueError(
+                f"{given}: {name} leaves out the experts' load-balancing loss, set it to 0 to agree"
+            )
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             given = self.model.active_peft_config.peft_type.value
-            raise ValueError(f"peft_type={given}: {name} replays mixtures, virtual tokens are not tried; use LoRA")
-        if rates := sorted({m.p for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p}):
-            logger.warning("dropout %s stays off: the replay must score the policy that was rolled out", rates)
+            raise ValueError(
+                f"peft_type={given}: {name} replays mixtures, virtual tokens are not tried; use LoRA"
+            )
+        if rates := sorted(
+            {m.p for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p}
+        ):
+            logger.warning(
+                "dropout %s stays off: the replay must score the policy that was rolled out", rates
+            )
         pairs = zip(self.reward_func_names, self.reward_funcs, strict=True)
-        self.reward_funcs = [f if isinstance(f, nn.Module) else checked(label, f) for label, f in pairs]
+        self.reward_funcs = [
+            f if isinstance(f, nn.Module) else checked(label, f) for label, f in pairs
+        ]
         self._action = ACTIONS[args.soft_mixer]
         self._eval_rollouts = 0
         self._engine, self._engine_is_current = None, False
@@ -109,17 +149,24 @@ class SoftGRPOTrainer(GRPOTrainer):
                 gpu_memory_utilization=args.vllm_gpu_memory_utilization,
                 max_model_length=args.vllm_max_model_length,
                 max_num_seqs=max(
-                    args.per_device_train_batch_size * args.steps_per_generation, args.per_device_eval_batch_size
+                    args.per_device_train_batch_size * args.steps_per_generation,
+                    args.per_device_eval_batch_size,
                 ),
                 model_impl=args.vllm_model_impl,
             )
 
-    # -- rollout ----------------------------------------------------------------------------------------------------
+    # -- rollout
+    # ----------------------------------------------------------------------------------------------------
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        """Decode softly. -> the recorded tokens of each row, which give TRL its lengths; the rest is in `_out`."""
+    def _generate_single_turn(
+        self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
+    ):
+        """Decode softly. -> the recorded tokens of each row, which give TRL its lengths; the rest
+        is in `_out`."""
         if images is not None or multimodal_fields:
-            raise ValueError(f"{type(self).__name__} reads text only: leave out the columns image and images")
+            raise ValueError(
+                f"{type(self).__name__} reads text only: leave out the columns image and images"
+            )
         device, training = self.accelerator.device, self.model.training
         ids = [torch.tensor(row, device=device) for row in prompt_ids]
         mask = pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side="left")
@@ -128,8 +175,16 @@ class SoftGRPOTrainer(GRPOTrainer):
         self._eval_rollouts += not training
         first = self.accelerator.process_index * len(ids)
         rng = generators(self.args.seed, not training, step, first, len(ids))
-        self._out = self._loop(ids, mask, rng) if self._engine is None else self._ask_engine(prompt_ids, rng)
-        rows = zip(self._out.completions.tolist(), (self._out.record.kind != Kind.PAD).sum(1).tolist(), strict=True)
+        self._out = (
+            self._loop(ids, mask, rng)
+            if self._engine is None
+            else self._ask_engine(prompt_ids, rng)
+        )
+        rows = zip(
+            self._out.completions.tolist(),
+            (self._out.record.kind != Kind.PAD).sum(1).tolist(),
+            strict=True,
+        )
         return [row[:n] for row, n in rows], None
 
     def _loop(self, ids: Tensor, mask: Tensor, rng: list[torch.Generator]) -> SoftOutput:
@@ -149,19 +204,22 @@ class SoftGRPOTrainer(GRPOTrainer):
             torch.no_grad(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            # The model's own settings would fill what these leave open: a repetition penalty, suppressed tokens
+            # The model's own settings would fill what these leave open: a repetition penalty,
+            # suppressed tokens
             base = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
             kept, base.generation_config = base.generation_config, settings
             unwrapped.eval()
             try:
-                return generate(unwrapped, ids, mask, config=self._decoding, rng=rng, generation_config=settings)
+                return generate(
+                    unwrapped, ids, mask, config=self._decoding, rng=rng, generation_config=settings
+                )
             finally:
                 unwrapped.train(training)
                 base.generation_config = kept
 
     def _ask_engine(self, prompts: list[list[int]], rng: list[torch.Generator]) -> SoftOutput:
-        """The same on vLLM. Every training rollout follows an update, so the engine gets the weights anew; those of an
-        evaluation share them."""
+        """The same on vLLM. Every training rollout follows an update, so the engine gets the
+        weights anew; those of an evaluation share them."""
         if self.model.training or not self._engine_is_current:
             self._engine.model = self.model
             self._engine.sync_weights()
@@ -178,21 +236,39 @@ class SoftGRPOTrainer(GRPOTrainer):
         self._note_rollout()
         return batch
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None,
-                                           compute_entropy=False, compute_aux_loss=False, **vision):  # fmt: skip
-        """The rollout's log-probabilities [B, C, J] by replay, asked for where they will be needed."""
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **vision,
+    ):
+        """The rollout's log-probabilities [B, C, J] by replay, asked for where they will be
+        needed."""
         batch = payload(self._out.record, logits_to_keep)
         length = input_ids.shape[1] - logits_to_keep
-        batch["prompt_ids"], batch["prompt_mask"] = input_ids[:, :length], attention_mask[:, :length]
+        batch["prompt_ids"], batch["prompt_mask"] = (
+            input_ids[:, :length],
+            attention_mask[:, :length],
+        )
         logps, self._old_values = self._replay_rows(model, batch, batch_size or len(input_ids))
         return logps, None, None
 
     @torch.no_grad()
-    def _replay_rows(self, model, batch: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities [B, C, J] and, with a value head, values [B, C], `size` rows at a time."""
+    def _replay_rows(
+        self, model, batch: dict[str, Tensor], size: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities [B, C, J] and, with a value head, values [B, C], `size` rows at a
+        time."""
         logps, values = [], []
         for start in range(0, len(batch["prompt_ids"]), size):
-            piece = {key: value[start : start + size] for key, value in batch.items() if value.dim()}
+            piece = {
+                key: value[start : start + size] for key, value in batch.items() if value.dim()
+            }
             logits, value = self._replay(model, piece)
             logps.append(self._action.logp(logits, mixture(piece)))
             values.append(value)
@@ -208,9 +284,12 @@ class SoftGRPOTrainer(GRPOTrainer):
         else:
             completions = texts
         rewards = super()._calculate_rewards(inputs, prompts, completions, ids)
-        check_scored(rewards, self.reward_func_names, self.reward_funcs, each_row=self._scores_each_row)
+        check_scored(
+            rewards, self.reward_func_names, self.reward_funcs, each_row=self._scores_each_row
+        )
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
-        self._rewards = total.masked_fill(rewards.isnan().all(1), torch.nan)  # [rows of all processes]
+        # [rows of all processes]
+        self._rewards = total.masked_fill(rewards.isnan().all(1), torch.nan)
         return rewards
 
     def _local(self, rows: Tensor) -> Tensor:
@@ -227,18 +306,26 @@ class SoftGRPOTrainer(GRPOTrainer):
 
     def _note_rollout(self) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
-        found = statistics(self._out, self._decoding.think_end is not None or self._decoding.budget is not None)
-        sums = torch.stack([torch.stack([part.float() for part in pair]) for pair in found.values()])
+        found = statistics(
+            self._out, self._decoding.think_end is not None or self._decoding.budget is not None
+        )
+        sums = torch.stack(
+            [torch.stack([part.float() for part in pair]) for pair in found.values()]
+        )
         for name, (total, count) in zip(found, self.accelerator.reduce(sums).tolist(), strict=True):
             if count:
                 metrics[f"soft/{name}"].append(total / count)
         for name, at in QUANTILES.items():
             metrics[f"reward/{name}"].append(self._rewards.nanquantile(at).item())
 
-    # -- replay and loss --------------------------------------------------------------------------------------------
+    # -- replay and loss
+    # --------------------------------------------------------------------------------------------
 
-    def _replay(self, model, batch: dict[str, Tensor], *, policy: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, C, V] float32 over the temperature, and the values [B, C] of a policy that has them.
+    def _replay(
+        self, model, batch: dict[str, Tensor], *, policy: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, C, V] float32 over the temperature, and the values [B, C] of a policy that has
+        them.
 
         Runs inside the wrapper's forward, where DDP and FSDP have the parameters at hand.
         """
@@ -248,7 +335,11 @@ class SoftGRPOTrainer(GRPOTrainer):
 
         def forward(prompt_ids: Tensor) -> tuple[Tensor, Tensor | None]:
             with self.accelerator.autocast():
-                return self._forward(unwrapped, batch) if policy else (self._logits(unwrapped, batch), None)
+                return (
+                    self._forward(unwrapped, batch)
+                    if policy
+                    else (self._logits(unwrapped, batch), None)
+                )
 
         logits, values = _ForwardRedirection()(model, unwrapped, forward, batch["prompt_ids"])
         return logits.float() / self.temperature, values
@@ -257,12 +348,19 @@ class SoftGRPOTrainer(GRPOTrainer):
         return self._logits(model, batch), None
 
     def _logits(self, model, batch: dict[str, Tensor]) -> Tensor:
-        return replay(model, batch["prompt_ids"], batch["prompt_mask"], mixture(batch), batch["soft_alive"],
-                      embedding_grad=self.args.embedding_grad)  # fmt: skip
+        return replay(
+            model,
+            batch["prompt_ids"],
+            batch["prompt_mask"],
+            mixture(batch),
+            batch["soft_alive"],
+            embedding_grad=self.args.embedding_grad,
+        )
 
     @torch.no_grad()
     def _reference(self, model, batch: dict[str, Tensor]) -> Tensor:
-        """The reference's logits [B, C, V] on the same recorded inputs, over the same temperature."""
+        """The reference's logits [B, C, V] on the same recorded inputs, over the same
+        temperature."""
         if self.ref_model is not None:
             return self._replay(self.ref_model, batch, policy=False)[0]
         adapted = self.accelerator.unwrap_model(model)
@@ -274,16 +372,26 @@ class SoftGRPOTrainer(GRPOTrainer):
         logits, _ = self._replay(model, inputs)
         return self._policy_loss(logits, reference, inputs)
 
-    def _policy_loss(self, logits: Tensor, reference: Tensor | None, inputs: dict[str, Tensor]) -> Tensor:
-        """The clipped surrogate, plus beta times the exact KL, minus entropy_coef times the entropy."""
+    def _policy_loss(
+        self, logits: Tensor, reference: Tensor | None, inputs: dict[str, Tensor]
+    ) -> Tensor:
+        """The clipped surrogate, plus beta times the exact KL, minus entropy_coef times the
+        entropy."""
         args, mask, soft = self.args, inputs["loss_mask"], mixture(inputs)
         metrics = self._metrics["train" if self.model.training else "eval"]
         new = self._action.logp(logits, soft)  # [B, C, J]
         old = inputs.get("old_per_token_logps", new.detach())
         advantages = inputs["advantages"]
         drawn = soft.weights[..., : new.shape[-1]] > 0
-        per_step = surrogate(new, old, advantages, self.epsilon_low, self.epsilon_high, ratio=args.soft_ratio,
-                             draws=drawn)  # fmt: skip
+        per_step = surrogate(
+            new,
+            old,
+            advantages,
+            self.epsilon_low,
+            self.epsilon_high,
+            ratio=args.soft_ratio,
+            draws=drawn,
+        )
         if reference is not None:
             kl = self._action.kl(logits, reference, soft)
             per_step = per_step + args.beta * kl
@@ -292,13 +400,20 @@ class SoftGRPOTrainer(GRPOTrainer):
         with torch.set_grad_enabled(bool(args.entropy_coef) and torch.is_grad_enabled()):
             h = entropy(logits)
         if args.entropy_coef:
-            loss = loss - args.entropy_coef * (h * mask).sum() / mask.sum().clamp(min=1) / self._accumulation
+            loss = (
+                loss
+                - args.entropy_coef
+                * (h * mask).sum()
+                / mask.sum().clamp(min=1)
+                / self._accumulation
+            )
         metrics["entropy"].append(self._mean(h.detach(), mask))
         self._note_ratios(new.detach(), old, advantages, mask, drawn, metrics)
         return loss
 
     def _normalised(self, per_step: Tensor, mask: Tensor, items: Tensor) -> Tensor:
-        """As TRL normalises this loss_type. `items`: steps in the loss of the whole rollout, over all processes."""
+        """As TRL normalises this loss_type. `items`: steps in the loss of the whole rollout, over
+        all processes."""
         return aggregate(
             per_step,
             mask,
@@ -321,7 +436,8 @@ class SoftGRPOTrainer(GRPOTrainer):
         return total / max(count, 1)
 
     def _note_ratios(self, new, old, advantages, mask, drawn, metrics) -> None:
-        """Share of draws that the clip holds, and how far a ratio is from 1: on the first pass it is not."""
+        """Share of draws that the clip holds, and how far a ratio is from 1: on the first pass it
+        is not."""
         if self.args.soft_ratio == "joint":
             new, old, drawn = new.sum(-1, keepdim=True), old.sum(-1, keepdim=True), drawn[..., :1]
         ratio = (new - old).exp()
@@ -347,7 +463,8 @@ class SoftGRPOTrainer(GRPOTrainer):
         if self._engine is not None:
             self._engine.close()
 
-    # -- checkpoints ------------------------------------------------------------------------------------------------
+    # -- checkpoints
+    # ------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -355,11 +472,15 @@ class SoftGRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         with no_interrupt():
-            # First: trainer_state.json, which comes last in what follows, is what says that a checkpoint is whole
+            # First: trainer_state.json, which comes last in what follows, is what says that a
+            # checkpoint is whole
             every = self.args.steps_per_generation * self.num_iterations
-            rest = self._buffered_inputs if self._step % every else []  # rollouts that later steps still read
+            # rollouts that later steps still read
+            rest = self._buffered_inputs if self._step % every else []
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            save_rollouts(folder / ROLLOUTS.format(rank=self.accelerator.process_index), self._step, rest)
+            save_rollouts(
+                folder / ROLLOUTS.format(rank=self.accelerator.process_index), self._step, rest
+            )
             super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -22,18 +22,20 @@ def surrogate(
     draws: Tensor | None = None,
     delta: float | None = None,
 ) -> Tensor:
-    """PPO's clipped objective per step (arXiv:1707.06347, eq. 7), with the sign of a loss to minimise, [B, C].
+    """PPO's clipped objective per step (arXiv:1707.06347, eq. 7), with the sign of a loss to
+    minimise, [B, C].
 
-    "per_draw" clips the ratio of each component and adds the terms up (Multiplex Thinking, arXiv:2601.08808), "joint"
-    clips the ratio of the whole action, exp of the summed difference. Both have the same gradient at ratio 1, and are
-    PPO's for J = 1. Only the joint ratio is the action's importance weight; its spread grows with J.
+    "per_draw" clips the ratio of each component and adds the terms up (Multiplex Thinking,
+    arXiv:2601.08808), "joint" clips the ratio of the whole action, exp of the summed difference.
+    Both have the same gradient at ratio 1, and are PPO's for J = 1. Only the joint ratio is the
+    action's importance weight; its spread grows with J.
 
     Args:
         new, old: [B, C, J] log-probabilities; gradient flows through `new` alone.
         advantages: [B], one per row, or [B, C].
         eps_low, eps_high: the ratio is clipped to 1 - eps_low .. 1 + eps_high.
-        draws: [B, C, J] bool, the components that exist (`soft.weights > 0`). None: all. One that does not would add
-            the constant -advantage to a per-draw sum.
+        draws: [B, C, J] bool, the components that exist (`soft.weights > 0`). None: all. One that
+            does not would add the constant -advantage to a per-draw sum.
         delta: bound of the unclipped ratio (two-sided clipping, TRL's `delta`); None is PPO's.
     """
     if ratio not in RATIOS:
@@ -74,25 +76,37 @@ def aggregate(
     num_processes: int = 1,
     steps_per_generation: int = 1,
 ) -> Tensor:
-    """One number from per-step losses, normalised as TRL 1.16's GRPOTrainer does for that loss_type.
+    """One number from per-step losses, normalised as TRL 1.16's GRPOTrainer does for that
+    loss_type.
 
     Args:
-        per_step: [B, C]. mask: [B, C], nonzero for the steps that count; what stands elsewhere, even NaN, does not.
-        loss_type: "grpo", mean of the rows' means; "bnpo", mean over the steps of the batch; "dr_grpo", sum over
-            B x max_length (arXiv:2503.20783); "dapo", sum over the steps of the accumulated batch (arXiv:2503.14476).
-        accumulation: micro-batches of this optimiser step (`current_gradient_accumulation_steps`); 1 in evaluation.
+        per_step: [B, C]. mask: [B, C], nonzero for the steps that count; what stands elsewhere,
+            even NaN, does not.
+        loss_type: "grpo", mean of the rows' means; "bnpo", mean over the steps of the batch;
+            "dr_grpo", sum over B x max_length (arXiv:2503.20783); "dapo", sum over the steps of the
+            accumulated batch (arXiv:2503.14476).
+        accumulation: micro-batches of this optimiser step (`current_gradient_accumulation_steps`);
+            1 in evaluation.
         max_length: of a completion, in steps; for "dr_grpo".
         num_items: counting steps in the generation batch over all processes; for "dapo".
         num_processes, steps_per_generation: for "dapo"; steps_per_generation is 1 in evaluation.
     """
     if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type={loss_type!r} is not supported: choose one of {sorted(LOSS_TYPES)}")
+        raise ValueError(
+            f"loss_type={loss_type!r} is not supported: choose one of {sorted(LOSS_TYPES)}"
+        )
     if per_step.dim() != 2 or per_step.shape != mask.shape:
-        raise ValueError(f"per_step {tuple(per_step.shape)} and mask {tuple(mask.shape)} must both be [B, C]")
+        raise ValueError(
+            f"per_step {tuple(per_step.shape)} and mask {tuple(mask.shape)} must both be [B, C]"
+        )
     if loss_type == "dr_grpo" and max_length is None:
-        raise ValueError("max_length=None: 'dr_grpo' divides by it, give the configuration's max_completion_length")
+        raise ValueError(
+            "max_length=None: 'dr_grpo' divides by it, give the configuration's max_completion_length"
+        )
     if loss_type == "dapo" and num_items is None:
-        raise ValueError("num_items=None: 'dapo' divides by it, give the counting steps of the generation batch")
+        raise ValueError(
+            "num_items=None: 'dapo' divides by it, give the counting steps of the generation batch"
+        )
     counts = mask != 0
     kept = per_step.masked_fill(~counts, 0.0)
     if loss_type == "dapo":
@@ -101,13 +115,18 @@ def aggregate(
     return LOSS_TYPES[loss_type](kept, counts, max_length) / accumulation
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv:1506.02438, eq. 16): -> advantages and returns, both [B, C].
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv:1506.02438, eq. 16): -> advantages and returns, both
+    [B, C].
 
-    A step outside the mask (forced by a rule, padding) is no action: the environment passes through it. It takes no
-    time, so neither gamma nor lam counts it and its value is never read; a reward on it goes to the last real step
-    before (with none before it is dropped), so rewards have to be 0 on padding. After the last real step the value is
-    0: a completion that ran out of budget counts as ended. Advantages and returns are 0 outside the mask; returns are
+    A step outside the mask (forced by a rule, padding) is no action: the environment passes through
+    it. It takes no time, so neither gamma nor lam counts it and its value is never read; a reward
+    on it goes to the last real step before (with none before it is dropped), so rewards have to be
+    0 on padding. After the last real step the value is
+    0: a completion that ran out of budget counts as ended. Advantages and returns are 0 outside the
+        mask; returns are
     advantages + values elsewhere, the target of `value_loss`. No gradient flows.
 
     Args:
@@ -151,9 +170,12 @@ def leave_one_out(rewards: Tensor, group: int) -> Tensor:
     return (grouped - (grouped.sum(1, keepdim=True) - grouped) / (group - 1)).view(-1)
 
 
-def value_loss(new: Tensor, old: Tensor, returns: Tensor, mask: Tensor, cliprange: float | None = 0.2) -> Tensor:
-    """Half the mean squared error over the masked steps, the worse of the value and the value clipped to within
-    `cliprange` of the old one (PPO's code; arXiv:2005.12729, section 3); None does not clip. All [B, C] -> scalar."""
+def value_loss(
+    new: Tensor, old: Tensor, returns: Tensor, mask: Tensor, cliprange: float | None = 0.2
+) -> Tensor:
+    """Half the mean squared error over the masked steps, the worse of the value and the value
+    clipped to within `cliprange` of the old one (PPO's code; arXiv:2005.12729, section 3); None
+    does not clip. All [B, C] -> scalar."""
     if not new.shape == old.shape == returns.shape == mask.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (new, old, returns, mask))
         raise ValueError(f"new, old, returns and mask must all be [B, C], not {shapes}")
@@ -169,14 +191,17 @@ def value_loss(new: Tensor, old: Tensor, returns: Tensor, mask: Tensor, cliprang
 
 
 def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """Scale to variance 1 and, with `shift_mean`, to mean 0 over the masked entries (elsewhere 0); same shape.
+    """Scale to variance 1 and, with `shift_mean`, to mean 0 over the masked entries (elsewhere 0);
+    same shape.
 
-    The variance is the unbiased one and has 1e-8 added, as in TRL's PPO. Statistics are of the tensor given: gather
-    first to have them over processes. Fewer than two entries, or equal ones, have no scale: they become 0 (or with
-    shift_mean=False their mean).
+    The variance is the unbiased one and has 1e-8 added, as in TRL's PPO. Statistics are of the
+    tensor given: gather first to have them over processes. Fewer than two entries, or equal ones,
+    have no scale: they become 0 (or with shift_mean=False their mean).
     """
     if values.shape != mask.shape:
-        raise ValueError(f"values {tuple(values.shape)} and mask {tuple(mask.shape)} must have the same shape")
+        raise ValueError(
+            f"values {tuple(values.shape)} and mask {tuple(mask.shape)} must have the same shape"
+        )
     counts = mask != 0
     mean = _mean(values, counts)
     centred = (values - mean).masked_fill(~counts, 0.0)

@@ -1,7 +1,8 @@
-"""PPO on a soft policy: GRPO's rollouts and replay, with a value head in the place of the group's mean.
+"""PPO on a soft policy: GRPO's rollouts and replay, with a value head in the place of the group's
+mean.
 
-TRL removed its PPOTrainer in 1.13: this is PPO on TRL's online-RL base. The value head reads the hidden states of the
-replay, so that policy and value see the same soft inputs.
+TRL removed its PPOTrainer in 1.13: this is PPO on TRL's online-RL base. The value head reads the
+hidden states of the replay, so that policy and value see the same soft inputs.
 
 Shapes: B rows, P prompt length, C completion steps, J ratios of a step, V vocabulary, D width.
 """
@@ -20,17 +21,21 @@ VALUE_HEAD = "v_head.safetensors"
 
 
 class SoftPPOTrainer(SoftGRPOTrainer):
-    """SoftGRPOTrainer with a value head, generalised advantages (arXiv:1506.02438) and the clipped value loss.
+    """SoftGRPOTrainer with a value head, generalised advantages (arXiv:1506.02438) and the clipped
+    value loss.
 
-    The head is a linear map of the last hidden state, zero at the start and trained in full, under LoRA too. A
-    checkpoint holds it in v_head.safetensors: the model beside it stays a plain language model. The reward comes with a
-    row's last step; forced steps have a value but no part in the policy's loss. Every completion needs a reward.
+    The head is a linear map of the last hidden state, zero at the start and trained in full, under
+    LoRA too. A checkpoint holds it in v_head.safetensors: the model beside it stays a plain
+    language model. The reward comes with a row's last step; forced steps have a value but no part
+    in the policy's loss. Every completion needs a reward.
     """
 
     _tag_names = ["trl", "ppo", "softar"]
     _scores_each_row = True
 
-    def __init__(self, model, reward_funcs=None, args: SoftPPOConfig | None = None, *rest, **kwargs):
+    def __init__(
+        self, model, reward_funcs=None, args: SoftPPOConfig | None = None, *rest, **kwargs
+    ):
         if not isinstance(args, SoftPPOConfig):
             raise ValueError(f"args={args!r}: {type(self).__name__} needs a SoftPPOConfig")
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
@@ -41,18 +46,26 @@ class SoftPPOTrainer(SoftGRPOTrainer):
         nn.init.zeros_(head.bias)
         self.model.register_module("v_head", head)
 
-    # -- rollout ----------------------------------------------------------------------------------------------------
+    # -- rollout
+    # ----------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
         args, alive = self.args, batch["soft_alive"].float()
         values = self._old_values
-        if values is None:  # TRL asks for log-probabilities only where an update comes before their use
-            size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        # TRL asks for log-probabilities only where an update comes before their use
+        if values is None:
+            size = (
+                args.per_device_train_batch_size
+                if self.model.training
+                else args.per_device_eval_batch_size
+            )
             _, values = self._replay_rows(self.model, batch, size)
         rewards = torch.zeros_like(values)
         last = alive.sum(1).long() - 1
-        rewards[torch.arange(len(rewards), device=last.device), last] = self._local(self._rewards).float()
+        rewards[torch.arange(len(rewards), device=last.device), last] = self._local(
+            self._rewards
+        ).float()
         advantages, returns = gae(rewards, values, alive, args.gamma, args.lam)
         if args.whiten_advantages:
             advantages = self._whiten(advantages, batch["loss_mask"])
@@ -62,35 +75,47 @@ class SoftPPOTrainer(SoftGRPOTrainer):
         return batch
 
     def _whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Mean 0 and variance 1 over the steps in the loss, of all processes. [B, C], [B, C] -> [B, C]."""
+        """Mean 0 and variance 1 over the steps in the loss, of all processes. [B, C], [B, C] -> [B,
+        C]."""
         count, total = self.accelerator.reduce(torch.stack([mask.sum(), (advantages * mask).sum()]))
         centred = advantages - total / count.clamp(min=1)
         variance = self.accelerator.reduce((centred.square() * mask).sum()) / count.clamp(min=1)
         return centred * torch.rsqrt(variance + 1e-8) * mask
 
-    # -- replay and loss --------------------------------------------------------------------------------------------
+    # -- replay and loss
+    # --------------------------------------------------------------------------------------------
 
     def _forward(self, model, batch):
         seen = []
-        # What enters the output layer: the hidden states of just the positions whose logits are made
-        hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        # What enters the output layer: the hidden states of just the positions whose logits are
+        # made
+        hook = model.get_output_embeddings().register_forward_pre_hook(
+            lambda module, inputs: seen.append(inputs[0])
+        )
         try:
             logits = self._logits(model, batch)
         finally:
             hook.remove()
-        hidden = seen[0][:, -logits.shape[1] :]  # a model that makes all logits has the replay's last ones here too
+        # a model that makes all logits has the replay's last ones here too
+        hidden = seen[0][:, -logits.shape[1] :]
         return logits, model.v_head(hidden.float())[..., 0]
 
     def _compute_loss(self, model, inputs):
         reference = self._reference(model, inputs) if self.args.beta else None
         logits, values = self._replay(model, inputs)
         alive = inputs["soft_alive"].float()
-        lost = value_loss(values, inputs["old_values"], inputs["returns"], alive, self.args.cliprange_value)
-        lost = lost * alive.sum() / self.accelerator.reduce(alive.sum(), "mean")  # a mean over all processes' steps
+        lost = value_loss(
+            values, inputs["old_values"], inputs["returns"], alive, self.args.cliprange_value
+        )
+        # a mean over all processes' steps
+        lost = lost * alive.sum() / self.accelerator.reduce(alive.sum(), "mean")
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["value_loss"].append(self.accelerator.reduce(lost.detach(), "mean").item())
         metrics["value"].append(self._mean(values.detach(), alive))
-        return self._policy_loss(logits, reference, inputs) + self.args.vf_coef * lost / self._accumulation
+        return (
+            self._policy_loss(logits, reference, inputs)
+            + self.args.vf_coef * lost / self._accumulation
+        )
 
     def create_optimizer(self, *args, **kwargs):
         made = super().create_optimizer(*args, **kwargs)
@@ -103,17 +128,28 @@ class SoftPPOTrainer(SoftGRPOTrainer):
             self.optimizer.add_param_group({"params": head, "lr": rate, "weight_decay": 0.0})
         return made
 
-    # -- checkpoints ------------------------------------------------------------------------------------------------
+    # -- checkpoints
+    # ------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict=None):
-        state_dict = self.accelerator.get_state_dict(self.model) if state_dict is None else state_dict
-        head = {k.removeprefix("v_head."): v.contiguous() for k, v in state_dict.items() if k.startswith("v_head.")}
-        super()._save(output_dir, {k: v for k, v in state_dict.items() if not k.startswith("v_head.")})
+        state_dict = (
+            self.accelerator.get_state_dict(self.model) if state_dict is None else state_dict
+        )
+        head = {
+            k.removeprefix("v_head."): v.contiguous()
+            for k, v in state_dict.items()
+            if k.startswith("v_head.")
+        }
+        super()._save(
+            output_dir, {k: v for k, v in state_dict.items() if not k.startswith("v_head.")}
+        )
         save_file(head, Path(output_dir or self.args.output_dir, VALUE_HEAD))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         path = Path(resume_from_checkpoint, VALUE_HEAD)
         if not path.is_file():
-            raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r} holds no {VALUE_HEAD}: it was not PPO")
+            raise ValueError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r} holds no {VALUE_HEAD}: it was not PPO"
+            )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.model.v_head.load_state_dict(load_file(path))

@@ -1,7 +1,9 @@
-"""What the recipes grpo_soft.py and ppo_soft.py share: the policy to start from, its reward, RL, before and after.
+"""What the recipes grpo_soft.py and ppo_soft.py share: the policy to start from, its reward, RL,
+before and after.
 
-A row of the table is a policy: `soft` reads the mean of its draws in the thought, `hard` is the same with one draw.
-Both make as many forwards an answer, see as many completions and take as many steps.
+A row of the table is a policy: `soft` reads the mean of its draws in the thought, `hard` is the
+same with one draw. Both make as many forwards an answer, see as many completions and take as many
+steps.
 """
 
 import copy
@@ -38,36 +40,55 @@ from .rewards import REWARDS, as_chats, check_columns, rewards_of, score_of
 # Fields that make a row of the table what it is; soft_k stays as given for `soft`.
 ROWS = {"soft": dict(soft_mixer="k-samples"), "hard": dict(soft_mixer="hard")}
 GROUPS = {"demo": ["soft", "hard"], "all": ["soft", "hard"]}
-# How the policy to start from is trained on sampled traces where the task brings its own, untrained model.
-SFT = dict(targets="traces", alpha_schedule="constant", soft_mode="sequential", learning_rate=3e-3, weight_decay=0.01,
-           lr_scheduler_type="cosine", warmup_steps=0.05, save_strategy="no", report_to="none")  # fmt: skip
+# How the policy to start from is trained on sampled traces where the task brings its own, untrained
+# model.
+SFT = dict(
+    targets="traces",
+    alpha_schedule="constant",
+    soft_mode="sequential",
+    learning_rate=3e-3,
+    weight_decay=0.01,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.05,
+    save_strategy="no",
+    report_to="none",
+)
 SFT_BATCH = 128  # over all processes
 
 
 @dataclass
 class RLScriptArguments(ScriptArguments):
-    task: str | None = opt(None, "A task by name: mnns, or reasoning_gym:NAME. Instead of a dataset.")
+    task: str | None = opt(
+        None, "A task by name: mnns, or reasoning_gym:NAME. Instead of a dataset."
+    )
     task_size: int | None = opt(None, "Training rows of the task. Default: all.")
     reward_funcs: list[str] | None = opt(
         None,
         f"Rewards of a dataset: {', '.join(REWARDS)}, or the dotted path of a function of yours. The table shows the "
         "first. Default: the task's own score.",
     )
-    system_prompt: str | None = opt(None, "Put before the prompts, which become chats; for instruct models.")
+    system_prompt: str | None = opt(
+        None, "Put before the prompts, which become chats; for instruct models."
+    )
     rows: str | None = opt(
         None,
         "What to train: demo (= all), or names with commas out of soft (soft_k draws a think step) and hard (one draw: "
         "ordinary sampling). Default: one run as the options say.",
     )
     num_seeds: int = opt(1, "Train every row with this many seeds, from --seed on.")
-    jobs: int = opt(0, "Rows trained at the same time. Default 0: for tiny models one on each CPU core, else 1.")
-    sft_steps: int = opt(1200, "Steps of SFT on sampled traces before RL, where the task brings its own model.")
+    jobs: int = opt(
+        0, "Rows trained at the same time. Default 0: for tiny models one on each CPU core, else 1."
+    )
+    sft_steps: int = opt(
+        1200, "Steps of SFT on sampled traces before RL, where the task brings its own model."
+    )
     eval_rows: int | None = opt(None, "Held-out rows of the table. Default: all.")
     eval_draws: int = opt(1, "Thoughts drawn for each held-out row; the accuracy is their mean.")
 
 
 def run(program: str, config: type, make_trainer: Callable, default_config: Path) -> None:
-    """The command line of a recipe: `config` is its dataclass of training options, for the trainer it makes."""
+    """The command line of a recipe: `config` is its dataclass of training options, for the trainer
+    it makes."""
     with interruptible():
         with one_line_errors(program):
             argv = with_default_config(sys.argv[1:], default_config)
@@ -100,11 +121,17 @@ def main(program, make_trainer, names, task, script, training, model_args):
     )
     if not results:
         return
-    plot = plot_rewards(results, folder / "rewards.png", title=f"{task.name}, {results[0]['algorithm']}")
+    plot = plot_rewards(
+        results, folder / "rewards.png", title=f"{task.name}, {results[0]['algorithm']}"
+    )
     if "accuracy" in results[0]:
         done = f"{results[0]['algorithm']}, {results[0]['train_steps']} steps"
-        console.print(gain_table(results, title=f"{task.name}, {done}: accuracy, n = {results[0]['n']}"))
-        console.print("thoughts drawn as in training, with the same fixed seeds before and after; answers greedy")
+        console.print(
+            gain_table(results, title=f"{task.name}, {done}: accuracy, n = {results[0]['n']}")
+        )
+        console.print(
+            "thoughts drawn as in training, with the same fixed seeds before and after; answers greedy"
+        )
     console.print(f"results: {folder / 'results.json'}   plot: {plot}")
 
 
@@ -160,20 +187,28 @@ def train_row(program, make_trainer, args, task, script, model_args):
         train_steps=trainer.state.global_step,
         train_seconds=seconds,
     )
-    curve = [[entry["step"], entry["reward"]] for entry in trainer.state.log_history if "reward" in entry]
-    lines = [common | {"stage": "before"} | before, common | {"stage": "after"} | after | {"rewards": curve}]
+    curve = [
+        [entry["step"], entry["reward"]] for entry in trainer.state.log_history if "reward" in entry
+    ]
+    lines = [
+        common | {"stage": "before"} | before,
+        common | {"stage": "after"} | after | {"rewards": curve},
+    ]
     return lines if trainer.accelerator.is_main_process else None
 
 
 def decoder_of(args) -> str:
-    """The registry's name of the policy: with one draw a think step it is an ordinary, sampled chain of thought."""
+    """The registry's name of the policy: with one draw a think step it is an ordinary, sampled
+    chain of thought."""
     return "discrete" if args.soft_mixer == "hard" or args.soft_k == 1 else args.soft_mixer
 
 
 def evaluate(model, tokenizer, rows, score, args, draws: int) -> dict:
-    """Accuracy and cost of the policy as it acts, but with greedy answers: what the reward would see is scored.
+    """Accuracy and cost of the policy as it acts, but with greedy answers: what the reward would
+    see is scored.
 
-    The thoughts are drawn from generators seeded 0, 1, ..., draws - 1, whatever the training's seed is.
+    The thoughts are drawn from generators seeded 0, 1, ..., draws - 1, whatever the training's seed
+    is.
     """
     import torch
 
@@ -201,7 +236,8 @@ def evaluate(model, tokenizer, rows, score, args, draws: int) -> dict:
     return mean | {"n": len(rows), "eval_draws": draws}
 
 
-# -- the policy to start from ---------------------------------------------------------------------------------------
+# -- the policy to start from
+# ---------------------------------------------------------------------------------------
 
 
 def is_own_model(task, script, model_args) -> bool:
@@ -217,9 +253,15 @@ def open_model(start: Path | None, model_args, task, seed: int):
 
 
 def sft_policy(args, task, script) -> Path:
-    """The task's own model after a brief SFT as the policy it is going to be; a resumed run finds it again."""
+    """The task's own model after a brief SFT as the policy it is going to be; a resumed run finds
+    it again."""
     start = Path(args.output_dir, "start")
-    made_with = dict(sft_steps=script.sft_steps, seed=args.seed, task_size=script.task_size, decoder=decoder_of(args))
+    made_with = dict(
+        sft_steps=script.sft_steps,
+        seed=args.seed,
+        task_size=script.task_size,
+        decoder=decoder_of(args),
+    )
     note = start / "made_with.json"
     if not (resumes(args) and note.is_file() and json.loads(note.read_text()) == made_with):
         make_start(start, made_with, args, task)
@@ -227,10 +269,12 @@ def sft_policy(args, task, script) -> Path:
 
 
 def make_start(start: Path, made_with: dict, args, task) -> None:
-    """Supervised training on sampled traces: teacher-forced for a discrete policy, self-fed for a soft one.
+    """Supervised training on sampled traces: teacher-forced for a discrete policy, self-fed for a
+    soft one.
 
-    Self-fed with whole mixtures, of which the draws are a sample: fed with three draws of its own the tiny model learnt
-    the training prompts by heart (seed 42, 1000 steps of 256: held-out .37, training .84).
+    Self-fed with whole mixtures, of which the draws are a sample: fed with three draws of its own
+    the tiny model learnt the training prompts by heart (seed 42, 1000 steps of 256: held-out .37,
+    training .84).
     """
     from accelerate import PartialState
 
@@ -260,7 +304,8 @@ def make_start(start: Path, made_with: dict, args, task) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-# -- input ----------------------------------------------------------------------------------------------------------
+# -- input
+# ----------------------------------------------------------------------------------------------------------
 
 
 def row_config(training, name, seed, place, task):
@@ -283,9 +328,13 @@ def check_input(script, training, model_args, mixture):
         if value is not None and value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
     if "soft" in names and training.soft_k < 2:
-        raise ValueError(f"soft_k={training.soft_k}: the row 'soft' needs at least 2 draws; 1 is the row 'hard'")
+        raise ValueError(
+            f"soft_k={training.soft_k}: the row 'soft' needs at least 2 draws; 1 is the row 'hard'"
+        )
     if model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError("load_in_4bit and load_in_8bit are not there for soft policies: use LoRA on bfloat16 weights")
+        raise ValueError(
+            "load_in_4bit and load_in_8bit are not there for soft policies: use LoRA on bfloat16 weights"
+        )
     task = as_chats(open_task(script, mixture), script.system_prompt)
     check_columns(script.reward_funcs, task)
     named_model(model_args, task, task.model)

@@ -1,4 +1,5 @@
-"""What scores a completion: a task's own scorer, one of TRL's rewards, or a function of the user's, by name."""
+"""What scores a completion: a task's own scorer, one of TRL's rewards, or a function of the user's,
+by name."""
 
 import dataclasses
 import functools
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 from softar.tasks import Task
 
 REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")  # of trl.rewards
-BY_TRAINER = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+BY_TRAINER = {
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+}
 
 
 def rewards_of(names: list[str] | None, task: Task) -> list[Callable]:
@@ -40,7 +48,9 @@ def named_reward(name: str) -> Callable:
         from trl.import_utils import is_math_verify_available
 
         if "accuracy" in name and not is_math_verify_available():
-            raise ValueError(f"reward_funcs={name!r} needs math-verify: pip install softar[rewards]")
+            raise ValueError(
+                f"reward_funcs={name!r} needs math-verify: pip install softar[rewards]"
+            )
         return getattr(importlib.import_module("trl.rewards"), name)
     module, _, function = name.rpartition(".")
     try:
@@ -50,17 +60,24 @@ def named_reward(name: str) -> Callable:
             sys.path.append(os.getcwd())
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward_funcs={name!r}: {error}; give one of {REWARDS} or package.module.function") from error
+        raise ValueError(
+            f"reward_funcs={name!r}: {error}; give one of {REWARDS} or package.module.function"
+        ) from error
 
 
 def score_of(reward: Callable, task: Task) -> Callable[[str, dict], float]:
-    """A scorer of single answers: the task's, or this reward (None, for what it cannot judge, counts 0)."""
+    """A scorer of single answers: the task's, or this reward (None, for what it cannot judge,
+    counts 0)."""
     if task.score is not None:
         return task.score
 
     def score(text: str, row: dict) -> float:
-        completion = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-        columns = {name: [value] for name, value in row.items() if name not in ("prompt", "completion")}
+        completion = (
+            text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+        )
+        columns = {
+            name: [value] for name, value in row.items() if name not in ("prompt", "completion")
+        }
         return float(reward(prompts=[row["prompt"]], completions=[completion], **columns)[0] or 0.0)
 
     return score
@@ -72,14 +89,24 @@ def check_columns(names: list[str] | None, task: Task) -> None:
     if "prompt" not in columns:
         raise ValueError(f"RL needs a column 'prompt'; {task.name!r} has {columns}")
     if task.score is None and not names:
-        raise ValueError(f"{task.name!r} has no score of its own: give --reward_funcs, e.g. {REWARDS[0]}")
+        raise ValueError(
+            f"{task.name!r} has no score of its own: give --reward_funcs, e.g. {REWARDS[0]}"
+        )
     for name in names or []:
         wanted = inspect.signature(named_reward(name)).parameters.values()
-        needs = [p.name for p in wanted if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        needs = [
+            p.name
+            for p in wanted
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
         if missing := [column for column in needs if column not in {*columns, *BY_TRAINER}]:
-            raise ValueError(f"reward_funcs={name!r} needs the columns {missing}; {task.name!r} has {columns}")
+            raise ValueError(
+                f"reward_funcs={name!r} needs the columns {missing}; {task.name!r} has {columns}"
+            )
         if name in REWARDS and isinstance(task.train[0]["prompt"], str):
-            raise ValueError(f"reward_funcs={name!r} reads chats, the prompts are text: give a --system_prompt")
+            raise ValueError(
+                f"reward_funcs={name!r} reads chats, the prompts are text: give a --system_prompt"
+            )
 
 
 def as_chats(task: Task, system_prompt: str | None) -> Task:
@@ -92,13 +119,17 @@ def as_chats(task: Task, system_prompt: str | None) -> Task:
         user = [{"role": "user", "content": prompt.strip()}] if isinstance(prompt, str) else prompt
         return {"prompt": [{"role": "system", "content": system_prompt}, *user]}
 
-    parts = {name: rows.map(chat) for name, rows in (("train", task.train), ("test", task.test)) if rows is not None}
+    parts = {
+        name: rows.map(chat)
+        for name, rows in (("train", task.train), ("test", task.test))
+        if rows is not None
+    }
     return dataclasses.replace(task, **parts)
 
 
 def checked(name: str, reward: Callable) -> Callable:
-    """The reward function, whose mistakes are errors that name it: it raised, or did not return a number (or None, for
-    a completion that it cannot score) for each completion."""
+    """The reward function, whose mistakes are errors that name it: it raised, or did not return a
+    number (or None, for a completion that it cannot score) for each completion."""
     if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
 
         @functools.wraps(reward, updated=())
@@ -134,7 +165,9 @@ def _numbers(name: str, found, columns: dict) -> list[float | None]:
         values = [None if value is None else float(value) for value in found]
     except (TypeError, ValueError) as error:
         given = str(found)[:100]
-        raise ValueError(f"the reward function {name!r} returned {given}: it has to be a list of numbers") from error
+        raise ValueError(
+            f"the reward function {name!r} returned {given}: it has to be a list of numbers"
+        ) from error
     if len(values) != len(completions):
         raise ValueError(
             f"the reward function {name!r} returned {len(values)} rewards for {len(completions)} completions: it has "
@@ -149,15 +182,20 @@ def _numbers(name: str, found, columns: dict) -> list[float | None]:
     return values
 
 
-def check_scored(rewards: Tensor, names: list[str], functions: list, *, each_row: bool = False) -> None:
-    """Raise ValueError where a reward model gave NaN, or no function scored anything (`each_row`: scored a row).
+def check_scored(
+    rewards: Tensor, names: list[str], functions: list, *, each_row: bool = False
+) -> None:
+    """Raise ValueError where a reward model gave NaN, or no function scored anything (`each_row`:
+    scored a row).
 
     rewards: [rows of all processes, functions], NaN for None.
     """
     for column, name, function in zip(rewards.T, names, functions, strict=True):
         if isinstance(function, nn.Module) and not column.isfinite().all():
             rows = (~column.isfinite()).nonzero()[:, 0].tolist()
-            raise ValueError(f"the reward model {name!r} returned NaN or infinity for rows {rows}: check its weights")
+            raise ValueError(
+                f"the reward model {name!r} returned NaN or infinity for rows {rows}: check its weights"
+            )
     unscored = rewards.isnan().all(1)
     if unscored.all():
         raise ValueError(

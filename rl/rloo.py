@@ -1,4 +1,5 @@
-"""RLOO on a soft policy: each completion is compared with the mean of the others to its prompt (arXiv:2402.14740)."""
+"""RLOO on a soft policy: each completion is compared with the mean of the others to its prompt
+(arXiv:2402.14740)."""
 
 from .grpo import SoftGRPOTrainer
 from .losses import leave_one_out
@@ -7,7 +8,8 @@ from .losses import leave_one_out
 class SoftRLOOTrainer(SoftGRPOTrainer):
     """SoftGRPOTrainer with leave-one-out advantages, neither scaled nor normalised.
 
-    `scale_rewards` has no part in it. Every completion needs a reward, a number from at least one function.
+    `scale_rewards` has no part in it. Every completion needs a reward, a number from at least one
+    function.
     """
 
     _tag_names = ["trl", "rloo", "softar"]

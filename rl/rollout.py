@@ -1,4 +1,5 @@
-"""From a soft decode to tensors that train: what a rollout keeps, its random numbers, its file, its rewards' checks.
+"""From a soft decode to tensors that train: what a rollout keeps, its random numbers, its file, its
+rewards' checks.
 
 Shapes: B rows, P prompt length, C completion steps, K draws of a step.
 """
@@ -21,17 +22,25 @@ from .discretise import heaviest
 ACTIONS = (int(Kind.SOFT), int(Kind.HARD))  # what the policy chose itself
 
 
-def generators(seed: int, is_eval: bool, step: int, first_row: int, rows: int) -> list[torch.Generator]:
-    """A CPU generator per row of the global batch, whoever decodes it: number of processes and resuming do not show."""
-    seeds = (np.random.SeedSequence([seed, int(is_eval), step, first_row + row]) for row in range(rows))
-    return [torch.Generator().manual_seed(int(s.generate_state(1, np.uint64)[0] >> 1)) for s in seeds]
+def generators(
+    seed: int, is_eval: bool, step: int, first_row: int, rows: int
+) -> list[torch.Generator]:
+    """A CPU generator per row of the global batch, whoever decodes it: number of processes and
+    resuming do not show."""
+    seeds = (
+        np.random.SeedSequence([seed, int(is_eval), step, first_row + row]) for row in range(rows)
+    )
+    return [
+        torch.Generator().manual_seed(int(s.generate_state(1, np.uint64)[0] >> 1)) for s in seeds
+    ]
 
 
 def payload(record: Record, width: int) -> dict[str, Tensor]:
-    """The tensors of a rollout, padded to `width` steps: what the replay reads and what the loss counts.
+    """The tensors of a rollout, padded to `width` steps: what the replay reads and what the loss
+    counts.
 
-    soft_ids [B, C, K], soft_weights [B, C, K], soft_alive [B, C] bool (not padding), soft_action [B, C] bool (chosen by
-    the policy: no padding, nothing forced).
+    soft_ids [B, C, K], soft_weights [B, C, K], soft_alive [B, C] bool (not padding), soft_action
+    [B, C] bool (chosen by the policy: no padding, nothing forced).
     """
     kind = record.kind
     action = torch.isin(kind, torch.tensor(ACTIONS, dtype=kind.dtype, device=kind.device))
@@ -52,9 +61,12 @@ def mixture(batch: dict[str, Tensor]) -> Soft:
 def statistics(out: SoftOutput, has_answer: bool) -> dict[str, tuple[Tensor, Tensor]]:
     """Sum and count of each metric of a rollout, for a mean over all processes.
 
-    thought_entropy, answer_entropy: nats a step, at the policy's temperature. thought_length: steps, with the closing
-    token. draws_agree: share of mixtures whose draws are all one token, where soft and discrete thinking read the same.
-    stream_is_argmax: share of rows whose recorded tokens are the heaviest of their mixtures. unclosed: share of rows
+    thought_entropy, answer_entropy: nats a step, at the policy's temperature. thought_length:
+        steps, with the closing
+    token. draws_agree: share of mixtures whose draws are all one token, where soft and discrete
+    thinking read the same.
+    stream_is_argmax: share of rows whose recorded tokens are the heaviest of their mixtures.
+        unclosed: share of rows
     whose thought never ended, so that they have no answer.
     """
     record = out.record
@@ -80,7 +92,11 @@ def statistics(out: SoftOutput, has_answer: bool) -> dict[str, tuple[Tensor, Ten
 
 def save_rollouts(path: Path, micro: int, batches: list[dict[str, Tensor]]) -> None:
     """Keep the micro-step, and the rollouts that further steps will read, beside a checkpoint."""
-    flat = {f"{i}.{key}": value.clone().contiguous() for i, batch in enumerate(batches) for key, value in batch.items()}
+    flat = {
+        f"{i}.{key}": value.clone().contiguous()
+        for i, batch in enumerate(batches)
+        for key, value in batch.items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(flat | {"micro": torch.tensor(micro)}, path)
 
@@ -96,8 +112,9 @@ def load_rollouts(path: Path, device: torch.device) -> tuple[int, list[dict[str,
 
 
 def still(model: nn.Module) -> None:
-    """Switch dropout off for one training step: the flags of the trainer and of gradient checkpointing stay. It cannot
-    be undone after the loss, as checkpointed layers run again in the backward pass; Trainer calls `train` each step."""
+    """Switch dropout off for one training step: the flags of the trainer and of gradient
+    checkpointing stay. It cannot be undone after the loss, as checkpointed layers run again in the
+    backward pass; Trainer calls `train` each step."""
     for module in model.modules():
         module.training = isinstance(module, GradientCheckpointingLayer)
     model.training = True

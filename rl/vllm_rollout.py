@@ -1,8 +1,9 @@
-"""Rollouts on vLLM: an engine in the trainer's process, TRL's `VLLMGeneration`, that thinks by softar's plug-in.
+"""Rollouts on vLLM: an engine in the trainer's process, TRL's `VLLMGeneration`, that thinks by
+softar's plug-in.
 
-The engine is started with the trainer: later, optimiser and activations would be in the memory that it wants, and what
-it cannot serve would show only after the first steps' work. It starts with made-up weights: those of the policy go in
-before each rollout that they may have changed for.
+The engine is started with the trainer: later, optimiser and activations would be in the memory that
+it wants, and what it cannot serve would show only after the first steps' work. It starts with
+made-up weights: those of the policy go in before each rollout that they may have changed for.
 
 Shapes: B rows, P prompt length, C completion steps, K draws of a step.
 """
@@ -45,43 +46,57 @@ class VLLMRollout(VLLMGeneration):
     """A colocated engine that decodes softly.
 
     Args:
-        model, accelerator, processing_class, options: as for VLLMGeneration, whose `sync_weights` and generation of a
-            batch are replaced; how it finds the weights under PEFT, DeepSpeed and FSDP is its own.
+        model, accelerator, processing_class, options: as for VLLMGeneration, whose `sync_weights`
+            and generation of a batch are replaced; how it finds the weights under PEFT, DeepSpeed
+            and FSDP is its own.
         decoding: the policy, with its texts resolved to ids. eos: ids that end a row.
 
     Raises:
-        ValueError: a version of vLLM that the plug-in does not know, a quantised model, or heads of a width that vLLM
-            has no kernel for.
+        ValueError: a version of vLLM that the plug-in does not know, a quantised model, or heads of
+            a width that vLLM has no kernel for.
     """
 
     def __init__(self, model, accelerator, processing_class, decoding, eos: list[int], **options):
         self.decoding, self.eos, self.pad = decoding, eos, processing_class.pad_token_id
-        super().__init__(model, accelerator, processing_class, max_completion_length=decoding.max_new_tokens,
-                         temperature=decoding.answer_temperature, **options)  # fmt: skip
+        super().__init__(
+            model,
+            accelerator,
+            processing_class,
+            max_completion_length=decoding.max_new_tokens,
+            temperature=decoding.answer_temperature,
+            **options,
+        )
 
     def _init_vllm(self):
         import vllm
 
         version = vllm.__version__
         if not any(version == v or version.startswith(f"{v}.") for v in VERSIONS):
-            raise ValueError(f"rollout='vllm': vLLM {version} is not among the versions that softar thinks in, "
-                             f"{VERSIONS}: install one, or give rollout='loop'")  # fmt: skip
+            raise ValueError(
+                f"rollout='vllm': vLLM {version} is not among the versions that softar thinks in, "
+                f"{VERSIONS}: install one, or give rollout='loop'"
+            )
         base = plain(self.model)
         # Under autocast the policy computes in this, whatever its weights are kept in
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = mixed.get(self.accelerator.mixed_precision, base.dtype)
         if getattr(base, "is_quantized", False):
-            raise ValueError("rollout='vllm': the model is quantised; load it in bfloat16, or give rollout='loop'")
+            raise ValueError(
+                "rollout='vllm': the model is quantised; load it in bfloat16, or give rollout='loop'"
+            )
         check_heads(base.name_or_path, base.config) if not is_narrow(base.config) else None
         self.stand_in = None  # of a Llama with heads that have to be widened
         if is_narrow(base.config):
-            self.stand_in = LlamaForCausalLM._from_config(copy.deepcopy(base.config), dtype=base.dtype)
+            self.stand_in = LlamaForCausalLM._from_config(
+                copy.deepcopy(base.config), dtype=base.dtype
+            )
         register()  # vLLM does it too, unless VLLM_PLUGINS says otherwise
         with tempfile.TemporaryDirectory(prefix="softar-rollout-") as folder, aside():
             served = base if self.stand_in is None else widened(self.stand_in)
             config = copy.deepcopy(served.config)
             config.architectures, config.dtype = [type(served).__name__], dtype
-            if hasattr(config, "quantization_config"):  # of the GGUF that the weights were read from
+            # of the GGUF that the weights were read from
+            if hasattr(config, "quantization_config"):
                 del config.quantization_config
             config.save_pretrained(folder)
             needed = settings(folder)
@@ -101,7 +116,8 @@ class VLLMRollout(VLLMGeneration):
                     gpu_memory_utilization=self.gpu_memory_utilization,
                     max_model_len=self.max_model_length,
                     max_num_seqs=self.max_num_seqs,
-                    # vLLM 0.32 cannot take back a seeded draw on a CPU, and does where a prompt is not through
+                    # vLLM 0.32 cannot take back a seeded draw on a CPU, and does where a prompt is
+                    # not through
                     enable_chunked_prefill=False if on_cpu() else None,
                     model_impl=self.model_impl,
                     max_logprobs=-1,
@@ -110,23 +126,28 @@ class VLLMRollout(VLLMGeneration):
                 )
         engine = self.llm.llm_engine
         self.limit, self.end = engine.model_config.max_model_len, engine.engine_core.shutdown
-        if joins:  # that would also end the group of the trainer's processes, which is not the engine's
+        # that would also end the group of the trainer's processes, which is not the engine's
+        if joins:
             engine.engine_core._finalizer.detach()
             self.end = engine.model_executor.shutdown
         self.accelerator.wait_for_everyone()
 
-    # -- weights ----------------------------------------------------------------------------------------------------
+    # -- weights
+    # ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sync_weights(self):
-        """Copy the policy's weights into the engine. vLLM's own reload, as it repacks what its kernels want otherwise:
-        on CPU a weight that is only copied is never read.
+        """Copy the policy's weights into the engine. vLLM's own reload, as it repacks what its
+        kernels want otherwise: on CPU a weight that is only copied is never read.
 
         Raises:
             ValueError: the engine's model has a parameter that the policy does not.
         """
         from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload import (
+            finalize_layerwise_reload,
+            initialize_layerwise_reload,
+        )
 
         with self._whole(), contextlib.closing(self._iter_named_params()) as weights, eager():
             runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
@@ -139,24 +160,39 @@ class VLLMRollout(VLLMGeneration):
                 if on_cpu():
                     repack_tied(model)
         if missing := sorted(names - loaded):
-            raise ValueError(f"rollout='vllm': the policy has no weights for vLLM's {missing[:3]} ({len(missing)} in "
-                             f"all); give rollout='loop'")  # fmt: skip
+            raise ValueError(
+                f"rollout='vllm': the policy has no weights for vLLM's {missing[:3]} ({len(missing)} in "
+                f"all); give rollout='loop'"
+            )
         self.llm.reset_prefix_cache()
 
     def _iter_named_params(self):
-        """TRL's names and weights, less the value head; adapters leave their base as it was, to the bit."""
+        """TRL's names and weights, less the value head; adapters leave their base as it was, to the
+        bit."""
         kept = {}
         if is_peft_model(self.model) and not (self._dist.is_fsdp or self._dist.is_zero3):
-            # To merge and to unmerge again rounds: each rollout would move the frozen weights a little
-            kept = {name: p.to("cpu", copy=True) for name, p in self.model.named_parameters() if ".base_layer." in name}
-        # vLLM loads a layer when it has all its parts: what TRL gathers or merges for the moment has to be copied
+            # To merge and to unmerge again rounds: each rollout would move the frozen weights a
+            # little
+            kept = {
+                name: p.to("cpu", copy=True)
+                for name, p in self.model.named_parameters()
+                if ".base_layer." in name
+            }
+        # vLLM loads a layer when it has all its parts: what TRL gathers or merges for the moment
+        # has to be copied
         lent = is_peft_model(self.model) or self._dist.is_fsdp or self._dist.is_zero3
-        theirs = ((name, p.detach()) for name, p in super()._iter_named_params() if not name.startswith(VALUE_HEAD))
+        theirs = (
+            (name, p.detach())
+            for name, p in super()._iter_named_params()
+            if not name.startswith(VALUE_HEAD)
+        )
         own = ((name, p.clone() if lent else p) for name, p in theirs)
         try:
             yield from own if self.stand_in is None else self._widened(dict(own))
         finally:  # an interruption leaves adapters merged
-            if kept and any(layer.merged for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)):
+            if kept and any(
+                layer.merged for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)
+            ):
                 self.model.unmerge_adapter()
             for name, p in self.model.named_parameters() if kept else ():
                 if name in kept:
@@ -164,28 +200,35 @@ class VLLMRollout(VLLMGeneration):
 
     def _widened(self, weights: dict[str, torch.Tensor]):
         found = self.stand_in.load_state_dict(weights, strict=False)
-        missing = [name for name in found.missing_keys if name != "lm_head.weight"]  # a tied one is there once
+        # a tied one is there once
+        missing = [name for name in found.missing_keys if name != "lm_head.weight"]
         if wrong := found.unexpected_keys or missing:
-            raise ValueError(f"rollout='vllm': the policy's weights {wrong[:3]} are not those of a plain Llama; give "
-                             f"rollout='loop'")  # fmt: skip
+            raise ValueError(
+                f"rollout='vllm': the policy's weights {wrong[:3]} are not those of a plain Llama; give "
+                f"rollout='loop'"
+            )
         return ((name, p.detach()) for name, p in widened(self.stand_in).named_parameters())
 
     @contextlib.contextmanager
     def _whole(self):
-        """What is interrupted leaves the engine with half of the weights, or with requests that go on: it ends."""
+        """What is interrupted leaves the engine with half of the weights, or with requests that go
+        on: it ends."""
         if self.llm is None:
-            raise RuntimeError("rollout='vllm': the engine was ended, or interrupted at work; make another trainer")
+            raise RuntimeError(
+                "rollout='vllm': the engine was ended, or interrupted at work; make another trainer"
+            )
         try:
             yield
         except BaseException:
             self.close()
             raise
 
-    # -- rollouts ---------------------------------------------------------------------------------------------------
+    # -- rollouts
+    # ---------------------------------------------------------------------------------------------------
 
     def decode(self, prompts: list[list[int]], seeds: list[int]) -> SoftOutput:
-        """What softar.generate makes of these prompts with a generator of each seed; the answers' tokens are vLLM's own
-        draws of those seeds. All on the accelerator's device.
+        """What softar.generate makes of these prompts with a generator of each seed; the answers'
+        tokens are vLLM's own draws of those seeds. All on the accelerator's device.
 
         Raises:
             ValueError: a prompt is too long. FloatingPointError: NaN or infinite logits.
@@ -199,7 +242,9 @@ class VLLMRollout(VLLMGeneration):
                 f"a prompt of {longest} tokens and max_completion_length={most} are more than the {self.limit} of the "
                 f"engine: shorten them, or give vllm_max_model_length={longest + most} if the model can"
             )
-        soft = {name: getattr(self.decoding, name) for name in FIELDS if name != "record"} | {"record": True}
+        soft = {name: getattr(self.decoding, name) for name in FIELDS if name != "record"} | {
+            "record": True
+        }
         params = [
             SamplingParams(
                 temperature=self.decoding.answer_temperature,
@@ -216,11 +261,22 @@ class VLLMRollout(VLLMGeneration):
         # vLLM draws for each row, and then anew for those that have seeds
         devices = [torch.cuda.current_device()] if here.type == "cuda" else []
         with self._whole(), eager(), torch.random.fork_rng(devices):
-            outs = self.llm.generate([{"prompt_token_ids": row} for row in prompts], params, use_tqdm=False)
-        out = output_of(prompts, [record_of(o.outputs[0]) for o in outs], self.decoding, self.eos, self.pad)
+            outs = self.llm.generate(
+                [{"prompt_token_ids": row} for row in prompts], params, use_tqdm=False
+            )
+        out = output_of(
+            prompts, [record_of(o.outputs[0]) for o in outs], self.decoding, self.eos, self.pad
+        )
         record = type(out.record)(*(x.to(here) for x in out.record))
-        return SoftOutput(out.sequences.to(here), record, out.prompt_length, out.answer_start.to(here),
-                          out.num_forwards, out.token_forwards, time.perf_counter() - began)  # fmt: skip
+        return SoftOutput(
+            out.sequences.to(here),
+            record,
+            out.prompt_length,
+            out.answer_start.to(here),
+            out.num_forwards,
+            out.token_forwards,
+            time.perf_counter() - began,
+        )
 
     def close(self) -> None:
         """End the engine and let go of its memory."""
@@ -229,40 +285,57 @@ class VLLMRollout(VLLMGeneration):
             self.llm = self.end = None
 
 
-def output_of(prompts: list[list[int]], read: list[list[Read]], decoding, eos: list[int], pad_id: int) -> SoftOutput:
-    """The steps that each row read, as what softar.generate returns of a decode. Its own chooser goes through them
-    again, so that padding, kinds and the answer's start are by the same rules."""
+def output_of(
+    prompts: list[list[int]], read: list[list[Read]], decoding, eos: list[int], pad_id: int
+) -> SoftOutput:
+    """The steps that each row read, as what softar.generate returns of a decode. Its own chooser
+    goes through them again, so that padding, kinds and the answer's start are by the same rules."""
     mask = [torch.ones(len(row), dtype=torch.long) for row in prompts]
     ids = pad([torch.tensor(row) for row in prompts], padding_value=pad_id, padding_side="left")
     mask = pad(mask, padding_value=0, padding_side="left")
-    chooser = Chooser(decoding, ids, torch.tensor(pad_id), torch.tensor(eos, dtype=torch.long), None)
+    chooser = Chooser(
+        decoding, ids, torch.tensor(pad_id), torch.tensor(eos, dtype=torch.long), None
+    )
     draws = decoding.mixer_args.get("k", 1)
     nothing = Read(pad_id, (pad_id,), (1.0,), int(Kind.PAD), float("nan"), 0.0)
     steps, records, sequences = max(map(len, read)), [], ids
     for t in range(steps):
         now = [row[t] if t < len(row) else nothing for row in read]
         token = torch.tensor([step.token for step in now])
-        logp, h = (torch.tensor([getattr(step, name) for step in now]) for name in ("logp", "entropy"))
+        logp, h = (
+            torch.tensor([getattr(step, name) for step in now]) for name in ("logp", "entropy")
+        )
         slots = torch.tensor([drawn(step, draws) for step in now])
         thought = Mixed(Soft(slots, torch.full(slots.shape, 1 / draws)), token, logp)
         record = chooser.decide(h, thought, Mixed(None, token, logp), sequences)
-        if (record.kind != torch.tensor([step.kind for step in now])).any() or (record.token != token).any():
-            raise RuntimeError(f"rollout='vllm': at step {t} vLLM followed other rules than softar.generate; report it")
+        if (record.kind != torch.tensor([step.kind for step in now])).any() or (
+            record.token != token
+        ).any():
+            raise RuntimeError(
+                f"rollout='vllm': at step {t} vLLM followed other rules than softar.generate; report it"
+            )
         records.append(record)
         sequences = torch.cat([sequences, record.token[:, None]], 1)
         chooser.look(torch.isin(record.token, chooser.eos), step=t)
     positions = ids.numel() + len(ids) * (steps - 1)
-    return SoftOutput(sequences, stack(records), ids.shape[1], chooser.answer_start, steps, positions, 0.0)
+    return SoftOutput(
+        sequences, stack(records), ids.shape[1], chooser.answer_start, steps, positions, 0.0
+    )
 
 
 def drawn(step: Read, count: int) -> list[int]:
-    """The draws of a step, one a slot, the one that stands for it first; the token alone where nothing was mixed."""
+    """The draws of a step, one a slot, the one that stands for it first; the token alone where
+    nothing was mixed."""
     if step.kind != Kind.SOFT:
         return [step.token] * count
-    found = [i for i, w in zip(step.ids, step.weights, strict=True) for _ in range(round(w * count))]
+    found = [
+        i for i, w in zip(step.ids, step.weights, strict=True) for _ in range(round(w * count))
+    ]
     found.sort(key=lambda i: i != step.token)
     if len(found) != count:
-        raise RuntimeError(f"rollout='vllm': weights {step.weights} are not those of {count} draws; report it")
+        raise RuntimeError(
+            f"rollout='vllm': weights {step.weights} are not those of {count} draws; report it"
+        )
     return found
 
 
@@ -277,9 +350,13 @@ def repack_tied(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def joining(accelerator):
-    """Tell vLLM, in torchrun's words, the group of processes that it joins, or makes where there is but one. Only while
-    it starts: the next trainer of the program would take itself for one of torchrun's."""
-    before = {key: os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    """Tell vLLM, in torchrun's words, the group of processes that it joins, or makes where there is
+    but one. Only while it starts: the next trainer of the program would take itself for one of
+    torchrun's."""
+    before = {
+        key: os.environ.get(key)
+        for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
     places = accelerator.process_index, accelerator.local_process_index, accelerator.num_processes
     os.environ.update(zip(before, map(str, places)))
     ensure_master_addr_port()
@@ -294,9 +371,14 @@ def joining(accelerator):
 
 @contextlib.contextmanager
 def aside():
-    """Start an engine here without a trace in the process: vLLM seeds all generators, forbids to change the number of
-    threads, sets how float32 is multiplied and where later engines run, and tells all that it does."""
-    log, threads, precision = logging.getLogger("vllm"), torch.set_num_threads, torch.get_float32_matmul_precision()
+    """Start an engine here without a trace in the process: vLLM seeds all generators, forbids to
+    change the number of threads, sets how float32 is multiplied and where later engines run, and
+    tells all that it does."""
+    log, threads, precision = (
+        logging.getLogger("vllm"),
+        torch.set_num_threads,
+        torch.get_float32_matmul_precision(),
+    )
     where = os.environ.get(WHERE)
     level, states = log.level, (random.getstate(), np.random.get_state())  # noqa: NPY002
     if "VLLM_LOGGING_LEVEL" not in os.environ:
@@ -316,5 +398,6 @@ def aside():
 
 
 def eager():
-    """On a CPU vLLM would compile small functions at the first prompts, which takes longer than they ever do."""
+    """On a CPU vLLM would compile small functions at the first prompts, which takes longer than
+    they ever do."""
     return torch._dynamo.config.patch(disable=True) if on_cpu() else contextlib.nullcontext()

@@ -1,6 +1,7 @@
 """Soft-token decoding, fine-tuning and RL for language models: see README.md.
 
-A name is loaded when it is first used, so `import softar` costs nothing and needs neither torch nor transformers.
+A name is loaded when it is first used, so `import softar` costs nothing and needs neither torch nor
+transformers.
 """
 
 from importlib import import_module
@@ -8,7 +9,8 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# A public name must not be the name of a submodule: importing the submodule would put the module in its place.
+# A public name must not be the name of a submodule: importing the submodule would put the module in
+# its place.
 _HOME = {
     "Soft": "softar.soft",
     "mk_proba_dist": "softar.soft",
@@ -48,10 +50,15 @@ def _checkout():
     """The root of softar's own checkout if this file lies in one, else None."""
     root = Path(__file__).resolve().parent.parent
     project = root / "pyproject.toml"
-    return root if project.is_file() and 'name = "softar"' in project.read_text(encoding="utf-8").splitlines() else None
+    return (
+        root
+        if project.is_file()
+        and 'name = "softar"' in project.read_text(encoding="utf-8").splitlines()
+        else None
+    )
 
 
-# Started from the root of a checkout, Python finds this folder before any installed softar, and softar.diffusion and
-# softar.rl lie beside it, not in it.
+# Started from the root of a checkout, Python finds this folder before any installed softar, and
+# softar.diffusion and softar.rl lie beside it, not in it.
 if _root := _checkout():
     __path__.append(str(_root))

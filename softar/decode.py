@@ -1,9 +1,10 @@
-"""THE autoregressive loop: a language model that reads back what a mixer makes of its own distribution.
+"""THE autoregressive loop: a language model that reads back what a mixer makes of its own
+distribution.
 
-`generate` is the front door; `soft_decode` is the loop itself in the form that transformers' `model.generate` takes as
-`custom_generate=`. Soft everywhere or only in the thinking span, then a discrete answer; hard decoding is the case of
-one token of weight 1. transformers prepares inputs, cache, processors and stopping criteria, so whatever works with
-`model.generate` works here.
+`generate` is the front door; `soft_decode` is the loop itself in the form that transformers'
+`model.generate` takes as `custom_generate=`. Soft everywhere or only in the thinking span, then a
+discrete answer; hard decoding is the case of one token of weight 1. transformers prepares inputs,
+cache, processors and stopping criteria, so whatever works with `model.generate` works here.
 
 Shapes: B batch, P prompt length, T steps, V vocabulary, K tokens kept, D embedding width.
 """
@@ -39,13 +40,35 @@ from .mixers import Rng
 from .soft import Soft, check_dist, soft_embed
 from .thought import Chooser, Kind, Record, stack
 
-# What generate's own settings must not decide: `SoftConfig` does. Sampling is switched on, with neutral values: what is
-# None generate fills from the model's configuration, and without do_sample it warns of it; the loop drops the warpers.
-SAMPLING = (TemperatureLogitsWarper, TopHLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper,
-            TypicalLogitsWarper, EpsilonLogitsWarper, EtaLogitsWarper)  # fmt: skip
-OVERRIDES = dict(max_length=None, min_length=None, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
-                 typical_p=1.0, epsilon_cutoff=0.0, eta_cutoff=0.0, num_beams=1, num_return_sequences=1,
-                 use_cache=True, return_dict_in_generate=True)  # fmt: skip
+# What generate's own settings must not decide: `SoftConfig` does. Sampling is switched on, with
+# neutral values: what is None generate fills from the model's configuration, and without do_sample
+# it warns of it; the loop drops the warpers.
+SAMPLING = (
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    TypicalLogitsWarper,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+)
+OVERRIDES = dict(
+    max_length=None,
+    min_length=None,
+    do_sample=True,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    typical_p=1.0,
+    epsilon_cutoff=0.0,
+    eta_cutoff=0.0,
+    num_beams=1,
+    num_return_sequences=1,
+    use_cache=True,
+    return_dict_in_generate=True,
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +76,8 @@ class SoftOutput:
     sequences: Tensor  # [B, P + T] int64: the prompt and the tokens that stand for the steps
     record: Record
     prompt_length: int
-    answer_start: Tensor  # [B] int64, steps before the answer begins; 0 where the configuration has no separate thought
+    # [B] int64, steps before the answer begins; 0 where the configuration has no separate thought
+    answer_start: Tensor
     num_forwards: int  # NFE: forward passes of the model, the prompt's included
     token_forwards: int  # positions computed in them, over all rows, padding included
     seconds: float
@@ -88,16 +112,20 @@ def generate(
 
     Args:
         model: a causal LM of transformers, plain or wrapped by PEFT.
-        input_ids: [B, P] prompts, padded on the left. attention_mask: [B, P]; None means no padding.
+        input_ids: [B, P] prompts, padded on the left. attention_mask: [B, P]; None means no
+            padding.
         config: what is fed back, where, and for how long. Default: SoftConfig().
-        rng: torch.Generator for every draw, or one per row; a row with its own generator decodes the same alone and
-            in a batch. None uses torch's global one.
-        callback: called after each step with {"step", "record" (Record of [B, ...]), "sequences" ([B, P + step + 1])}.
-        tokenizer: needed only where config names think_start or think_end as text, or for stop strings.
+        rng: torch.Generator for every draw, or one per row; a row with its own generator decodes
+            the same alone and in a batch. None uses torch's global one.
+        callback: called after each step with {"step", "record" (Record of [B, ...]), "sequences"
+            ([B, P + step + 1])}.
+        tokenizer: needed only where config names think_start or think_end as text, or for stop
+            strings.
         streamer: a transformers streamer; gets the tokens that stand for the steps.
         logits_processor, stopping_criteria: lists of transformers', applied as in `model.generate`.
-        generation_config: end-of-sequence and pad ids, penalties, cache implementation; default the model's own. Its
-            sampling settings and lengths do not count: `config` alone says how a step is chosen.
+        generation_config: end-of-sequence and pad ids, penalties, cache implementation; default the
+            model's own. Its sampling settings and lengths do not count: `config` alone says how a
+            step is chosen.
 
     Returns:
         SoftOutput. Rows end at their EOS token and are padded to the longest.
@@ -138,10 +166,12 @@ def soft_decode(
     soft_streamer=None,
     **model_kwargs,
 ) -> SoftOutput | Tensor:
-    """The loop, for `model.generate(**inputs, custom_generate=softar.soft_decode, soft_config=SoftConfig(...))`.
+    """The loop, for `model.generate(**inputs, custom_generate=softar.soft_decode,
+    soft_config=SoftConfig(...))`.
 
-    Length, EOS, processors and criteria come from generate's own arguments; sampling settings do not count. Returns
-    the sequences, or the SoftOutput with return_dict_in_generate=True. A streamer has to be passed as soft_streamer:
+    Length, EOS, processors and criteria come from generate's own arguments; sampling settings do
+    not count. Returns the sequences, or the SoftOutput with return_dict_in_generate=True. A
+    streamer has to be passed as soft_streamer:
     generate keeps the one named streamer from a custom loop.
     """
     started = time.perf_counter()
@@ -149,7 +179,13 @@ def soft_decode(
     _check_inputs(input_ids, model_kwargs.get("attention_mask"))
     embedding = _check_model(model, config, model_kwargs)
     processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, SAMPLING))
-    chooser = Chooser(config, input_ids, generation_config._pad_token_tensor, generation_config._eos_token_tensor, rng)
+    chooser = Chooser(
+        config,
+        input_ids,
+        generation_config._pad_token_tensor,
+        generation_config._eos_token_tensor,
+        rng,
+    )
     if soft_streamer is not None:
         soft_streamer.put(input_ids.cpu())
 
@@ -172,10 +208,17 @@ def soft_decode(
             break
         embeds = None
         if any_soft:
-            embeds = soft_embed(Soft(record.ids, record.weights), embedding, rescale=config.rescale)[:, None]
-        # is_first_iteration is what makes transformers take the embeddings instead of the last token.
+            embeds = soft_embed(
+                Soft(record.ids, record.weights), embedding, rescale=config.rescale
+            )[:, None]
+        # is_first_iteration is what makes transformers take the embeddings instead of the last
+        # token.
         inputs = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=1, inputs_embeds=embeds, is_first_iteration=any_soft, **model_kwargs
+            input_ids,
+            next_sequence_length=1,
+            inputs_embeds=embeds,
+            is_first_iteration=any_soft,
+            **model_kwargs,
         )
         outputs = model(**inputs, return_dict=True)
         forwards, positions = forwards + 1, positions + len(input_ids)
@@ -184,14 +227,20 @@ def soft_decode(
     if not generation_config.return_dict_in_generate:
         return input_ids
     seconds = time.perf_counter() - started
-    return SoftOutput(input_ids, stack(records), prompt_length, chooser.answer_start, forwards, positions, seconds)
+    return SoftOutput(
+        input_ids, stack(records), prompt_length, chooser.answer_start, forwards, positions, seconds
+    )
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
     if input_ids.dim() != 2 or input_ids.is_floating_point():
-        raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}, {input_ids.dtype}: need [B, P] integers")
+        raise ValueError(
+            f"input_ids of shape {tuple(input_ids.shape)}, {input_ids.dtype}: need [B, P] integers"
+        )
     if input_ids.numel() == 0:  # a prompt given as inputs_embeds alone looks the same
-        raise ValueError(f"input_ids of shape {tuple(input_ids.shape)} is an empty prompt: start from a BOS token")
+        raise ValueError(
+            f"input_ids of shape {tuple(input_ids.shape)} is an empty prompt: start from a BOS token"
+        )
     if attention_mask is None:
         return
     if attention_mask.shape != input_ids.shape:
@@ -200,9 +249,13 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         )
     mask = attention_mask.bool()
     if empty := (~mask.any(1)).nonzero()[:, 0].tolist():
-        raise ValueError(f"attention_mask leaves rows {empty} an empty prompt: start from a BOS token")
+        raise ValueError(
+            f"attention_mask leaves rows {empty} an empty prompt: start from a BOS token"
+        )
     if holed := (mask[:, :-1] & ~mask[:, 1:]).any(1).nonzero()[:, 0].tolist():
-        raise ValueError(f"attention_mask has padding on the right in rows {holed}: set tokenizer.padding_side='left'")
+        raise ValueError(
+            f"attention_mask has padding on the right in rows {holed}: set tokenizer.padding_side='left'"
+        )
 
 
 def _check_model(model: PreTrainedModel, config: SoftConfig, model_kwargs: dict) -> torch.nn.Module:
@@ -213,16 +266,24 @@ def _check_model(model: PreTrainedModel, config: SoftConfig, model_kwargs: dict)
     except NotImplementedError:
         embedding = None
     if embedding is None or model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is not a decoder with input embeddings: soft decoding needs a causal LM")
+        raise ValueError(
+            f"{name} is not a decoder with input embeddings: soft decoding needs a causal LM"
+        )
     if not model_kwargs["use_cache"]:
-        raise ValueError("use_cache=False: soft inputs live in the KV cache only; set use_cache=True")
+        raise ValueError(
+            "use_cache=False: soft inputs live in the KV cache only; set use_cache=True"
+        )
     if model.training and model.is_gradient_checkpointing:
-        raise ValueError(f"{name} is in training mode with gradient checkpointing, which drops the cache: call eval()")
+        raise ValueError(
+            f"{name} is in training mode with gradient checkpointing, which drops the cache: call eval()"
+        )
     vocab = model.config.get_text_config(decoder=True).vocab_size
     c = config
     check_dist(vocab, c.temperature, c.top_k, c.top_p, c.min_p, c.keep, c.banned)
     check_dist(vocab, c.answer_temperature, c.answer_top_k, c.answer_top_p, c.answer_min_p)
     for name, ids in (("think_start", c.think_start), ("think_end", c.think_end)):
         if any(not 0 <= i < vocab for i in ([ids] if isinstance(ids, int) else ids or ())):
-            raise ValueError(f"{name}={ids} must be token ids below {vocab}, the model's vocabulary")
+            raise ValueError(
+                f"{name}={ids} must be token ids below {vocab}, the model's vocabulary"
+            )
     return embedding

@@ -25,7 +25,8 @@ def evaluate(
     """Accuracy and cost of answering `rows` (column `prompt`: text or chat messages).
 
     Returns:
-        accuracy: mean score in [0, 1]; n: rows; nfe: forward passes per answer; token_forwards: positions computed
+        accuracy: mean score in [0, 1]; n: rows; nfe: forward passes per answer; token_forwards:
+            positions computed
         per answer; seconds: decoding alone; tokens_per_s: generated tokens, padding not counted.
     """
     rng = torch.Generator().manual_seed(seed)
@@ -33,7 +34,12 @@ def evaluate(
     def answer(batch: list[dict]) -> tuple[list[str], SoftOutput, int]:
         inputs = encode(tokenizer, [row["prompt"] for row in batch]).to(model.device)
         out = generate(
-            model, inputs["input_ids"], inputs["attention_mask"], config=config, rng=rng, tokenizer=tokenizer
+            model,
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            config=config,
+            rng=rng,
+            tokenizer=tokenizer,
         )
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in out.answers]
         return texts, out, int((out.record.kind != 0).sum())
@@ -41,10 +47,13 @@ def evaluate(
     return tally(model, rows, score, answer, batch_size)
 
 
-def tally(model, rows: Dataset, score: Callable[[str, dict], float], answer: Callable, batch_size: int) -> dict:
+def tally(
+    model, rows: Dataset, score: Callable[[str, dict], float], answer: Callable, batch_size: int
+) -> dict:
     """The accuracy and cost of `answer`, batch by batch, with the model in eval mode meanwhile.
 
-    answer: rows of a batch -> their texts, the decoder's output (num_forwards, token_forwards, seconds), and the number
+    answer: rows of a batch -> their texts, the decoder's output (num_forwards, token_forwards,
+        seconds), and the number
     of tokens it generated.
     """
     if len(rows) == 0:
@@ -73,23 +82,38 @@ def tally(model, rows: Dataset, score: Callable[[str, dict], float], answer: Cal
 def encode(tokenizer, prompts: list):
     """Prompts, text or chat messages, to a left-padded batch."""
     if not isinstance(prompts[0], str):
-        prompts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
-        return tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        prompts = [
+            tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
+            for p in prompts
+        ]
+        return tokenizer(
+            prompts,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+        )
     return tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
 
 
 def read_prompts(tokenizer, prompts: list) -> BatchEncoding:
-    """Prompts, all text or all chat messages -> input_ids and attention_mask [B, P], padded on the left.
+    """Prompts, all text or all chat messages -> input_ids and attention_mask [B, P], padded on the
+    left.
 
     Raises:
-        ValueError: for a single prompt in place of a list, a mixture of both kinds, and what the tokenizer cannot read.
+        ValueError: for a single prompt in place of a list, a mixture of both kinds, and what the
+            tokenizer cannot read.
     """
     if isinstance(prompts, str) or len({isinstance(prompt, str) for prompt in prompts}) > 1:
         raise ValueError(f"prompts={prompts!r:.80} must be a list, of texts or of chats: one kind")
     try:
         return encode(tokenizer, list(prompts))
-    except Exception as error:  # tokenizers raises Exception itself, for a word outside a closed vocabulary
-        raise ValueError(f"the tokenizer cannot read the prompts: {' '.join(str(error).split())[:200]}") from error
+    except (
+        Exception
+    ) as error:  # tokenizers raises Exception itself, for a word outside a closed vocabulary
+        raise ValueError(
+            f"the tokenizer cannot read the prompts: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 @contextmanager
@@ -106,7 +130,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def resolve(config: SoftConfig, tokenizer) -> SoftConfig:
-    """With think_start and think_end as ids. Raises ValueError for texts that the tokenizer does not know."""
+    """With think_start and think_end as ids. Raises ValueError for texts that the tokenizer does
+    not know."""
     for name in ("think_start", "think_end"):
         text = getattr(config, name)
         if not isinstance(text, str):
@@ -116,5 +141,7 @@ def resolve(config: SoftConfig, tokenizer) -> SoftConfig:
         except Exception:  # as in read_prompts
             ids = [None]
         if None in ids or tokenizer.unk_token_id in ids:
-            raise ValueError(f"{name}={text!r} is not in the tokenizer's vocabulary, so that no model would write it")
+            raise ValueError(
+                f"{name}={text!r} is not in the tokenizer's vocabulary, so that no model would write it"
+            )
     return config.resolve(tokenizer)

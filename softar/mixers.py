@@ -1,8 +1,8 @@
 """What a soft step feeds back: each mixer turns a filtered distribution into the next input.
 
-All share one signature, `mixer(dist, *, rng=None, **knobs) -> Mixed`, any leading shape, and are differentiable in the
-weights where the method is. `rng` is one generator for all rows, or one per row (leading dim): then a row draws the
-same numbers alone as in a batch.
+All share one signature, `mixer(dist, *, rng=None, **knobs) -> Mixed`, any leading shape, and are
+differentiable in the weights where the method is. `rng` is one generator for all rows, or one per
+row (leading dim): then a row draws the same numbers alone as in a batch.
 
 Shapes: ... any leading dims, K tokens kept.
 """
@@ -41,18 +41,23 @@ def hard(dist: Soft, *, rng: Rng = None, sample: bool = False) -> Mixed:
 
 
 def soft(dist: Soft, *, rng: Rng = None) -> Mixed:
-    """The belief itself, nothing drawn (Soft Thinking, arXiv:2505.15778, eq. 2). The top token stands for it."""
+    """The belief itself, nothing drawn (Soft Thinking, arXiv:2505.15778, eq. 2). The top token
+    stands for it."""
     return Mixed(dist, _pick(dist.ids, dist.weights.argmax(-1)), None)
 
 
 def gumbel(dist: Soft, *, rng: Rng = None, tau: float = 0.5) -> Mixed:
-    """softmax((log p + g) / tau) with standard Gumbel g (arXiv:2508.03440; arXiv:1611.01144, eq. 2).
+    """softmax((log p + g) / tau) with standard Gumbel g (arXiv:2508.03440; arXiv:1611.01144, eq.
+    2).
 
-    The largest weight is an exact draw from `dist` (Gumbel-max), so the recorded text is a sample and logp its
-    categorical log-probability. tau -> 0 is sampling, tau -> inf uniform. Differentiable in the weights.
+    The largest weight is an exact draw from `dist` (Gumbel-max), so the recorded text is a sample
+    and logp its categorical log-probability. tau -> 0 is sampling, tau -> inf uniform.
+    Differentiable in the weights.
     """
     if not tau > 0:
-        raise ValueError(f"tau={tau} must be > 0; use the mixer 'hard' with sample=True for the limit 0")
+        raise ValueError(
+            f"tau={tau} must be > 0; use the mixer 'hard' with sample=True for the limit 0"
+        )
     noise = -exponential(dist.weights, rng).log()
     perturbed = _log(dist.weights) + noise
     slot = perturbed.argmax(-1)
@@ -61,10 +66,12 @@ def gumbel(dist: Soft, *, rng: Rng = None, tau: float = 0.5) -> Mixed:
 
 
 def k_samples(dist: Soft, *, rng: Rng = None, k: int = 3, weighting: str = "uniform") -> Mixed:
-    """The mean of k independent draws with replacement (Multiplex Thinking, arXiv:2601.08808; CoT2-MTS, 2505.23648).
+    """The mean of k independent draws with replacement (Multiplex Thinking, arXiv:2601.08808;
+    CoT2-MTS, 2505.23648).
 
-    weighting "uniform" gives each draw 1 / k, "probability" weighs the draws by their probability, renormalised. The
-    first draw stands for the mixture; logp is the joint log-probability of all k. k = 1 is sampling.
+    weighting "uniform" gives each draw 1 / k, "probability" weighs the draws by their probability,
+    renormalised. The first draw stands for the mixture; logp is the joint log-probability of all k.
+    k = 1 is sampling.
     """
     if k < 1:
         raise ValueError(f"k={k} must be at least 1; 1 is ordinary sampling")
@@ -72,13 +79,18 @@ def k_samples(dist: Soft, *, rng: Rng = None, k: int = 3, weighting: str = "unif
         raise ValueError(f"weighting={weighting!r} is unknown: choose 'uniform' or 'probability'")
     slots = _draw(dist.weights, rng, k)
     ids, probs = dist.ids.gather(-1, slots), dist.weights.gather(-1, slots)
-    weights = torch.full_like(probs, 1 / k) if weighting == "uniform" else probs / probs.sum(-1, keepdim=True)
+    weights = (
+        torch.full_like(probs, 1 / k)
+        if weighting == "uniform"
+        else probs / probs.sum(-1, keepdim=True)
+    )
     return Mixed(Soft(ids, weights), ids[..., 0], _log(probs).sum(-1))
 
 
 def mixture_of_inputs(dist: Soft, *, rng: Rng = None, beta: float = 1.0) -> Mixed:
-    """Posterior mean after one draw y: w = (H p + (beta + 1 - H) 1_y) / (beta + 1), H the entropy of p over log K
-    (arXiv:2505.14827, eq. 5). beta -> inf is sampling. The text, its logp and its stop logic are those of sampling.
+    """Posterior mean after one draw y: w = (H p + (beta + 1 - H) 1_y) / (beta + 1), H the entropy
+    of p over log K (arXiv:2505.14827, eq. 5). beta -> inf is sampling. The text, its logp and its
+    stop logic are those of sampling.
     """
     if not beta >= 0:
         raise ValueError(f"beta={beta} must be >= 0; large values approach plain sampling")
@@ -88,14 +100,17 @@ def mixture_of_inputs(dist: Soft, *, rng: Rng = None, beta: float = 1.0) -> Mixe
     drawn = torch.zeros_like(p).scatter(-1, slot[..., None], 1.0)
     # Split as 1 - share and share so that an infinite beta, the sampling limit, is exact too.
     share = h / (beta + 1)
-    return Mixed(Soft(dist.ids, share * p + (1 - share) * drawn), _pick(dist.ids, slot), _log(_pick(p, slot)))
+    return Mixed(
+        Soft(dist.ids, share * p + (1 - share) * drawn), _pick(dist.ids, slot), _log(_pick(p, slot))
+    )
 
 
 def dirichlet(dist: Soft, *, rng: Rng = None, gamma: float = 1.0) -> Mixed:
-    """Weights drawn from Dirichlet(gamma p) (arXiv:2508.03440). Large gamma gives p, small gamma nearly one token.
+    """Weights drawn from Dirichlet(gamma p) (arXiv:2508.03440). Large gamma gives p, small gamma
+    nearly one token.
 
-    Drawn in log space, G(a) = G(a + 1) U^(1/a), so that a tiny concentration cannot underflow to 0 / 0. The largest
-    weight stands for the mixture; it has no closed-form probability.
+    Drawn in log space, G(a) = G(a + 1) U^(1/a), so that a tiny concentration cannot underflow to 0
+    / 0. The largest weight stands for the mixture; it has no closed-form probability.
     """
     if not gamma > 0:
         raise ValueError(f"gamma={gamma} must be > 0")
@@ -109,20 +124,24 @@ def dirichlet(dist: Soft, *, rng: Rng = None, gamma: float = 1.0) -> Mixed:
 def guide(soft: Soft, target: Tensor, alpha: float, how: str = "mix", *, rng: Rng = None) -> Soft:
     """Blend the target token into a mixture.
 
-    "mix": alpha 1_y + (1 - alpha) p. "clamp": the target has at least alpha; if p_y >= alpha nothing changes, else
-    q_y = alpha and the rest is scaled by (1 - alpha) / (1 - p_y). "coin": the target itself with probability alpha,
-    else the mixture (scheduled sampling, arXiv:1506.03099).
+    "mix": alpha 1_y + (1 - alpha) p. "clamp": the target has at least alpha; if p_y >= alpha
+        nothing changes, else
+    q_y = alpha and the rest is scaled by (1 - alpha) / (1 - p_y). "coin": the target itself with
+    probability alpha, else the mixture (scheduled sampling, arXiv:1506.03099).
 
     Args:
         soft: [..., K], rows summing to 1.
         target: [...] int64; need not be among soft.ids.
-        alpha: in [0, 1]. 0 returns `soft` untouched and 1 the target alone (K = 1), so that neither can leak a NaN.
+        alpha: in [0, 1]. 0 returns `soft` untouched and 1 the target alone (K = 1), so that neither
+            can leak a NaN.
 
     Returns:
         [..., K + 1], the target in the last slot; what it had before is moved there.
     """
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha} must lie in [0, 1]: 1 is the target token alone, 0 the mixture alone")
+        raise ValueError(
+            f"alpha={alpha} must lie in [0, 1]: 1 is the target token alone, 0 the mixture alone"
+        )
     if how not in GUIDES:
         raise ValueError(f"guidance={how!r} is unknown: choose one of {sorted(GUIDES)}")
     if alpha == 0:
@@ -152,18 +171,22 @@ def _coin(had: Tensor, alpha: float, rng: Rng):
 
 
 def mk_mixer(name: str | Callable, **knobs) -> Callable[..., Mixed]:
-    """The mixer of that name (or the callable itself) with its knobs bound; unknown names and knobs are errors."""
+    """The mixer of that name (or the callable itself) with its knobs bound; unknown names and knobs
+    are errors."""
     if callable(name):
         mixer = name
     elif name in MIXERS:
         mixer = MIXERS[name]
     else:
-        raise ValueError(f"mixer={name!r} is unknown: choose one of {sorted(MIXERS)} or pass a function")
+        raise ValueError(
+            f"mixer={name!r} is unknown: choose one of {sorted(MIXERS)} or pass a function"
+        )
     if not knobs:
         return mixer
     if callable(name):
         return functools.partial(mixer, **knobs)
-    # One step on two made-up tokens: a misspelt or impossible knob fails here, not in the middle of a decode.
+    # One step on two made-up tokens: a misspelt or impossible knob fails here, not in the middle of
+    # a decode.
     trial = Soft(torch.tensor([0, 1]), torch.tensor([0.5, 0.5]))
     try:
         mixer(trial, rng=torch.Generator(), **knobs)
@@ -173,12 +196,18 @@ def mk_mixer(name: str | Callable, **knobs) -> Callable[..., Mixed]:
 
 
 def exponential(like: Tensor, rng: Rng) -> Tensor:
-    """Standard exponential noise of like's shape, never 0. A CPU generator draws the same numbers for every device."""
+    """Standard exponential noise of like's shape, never 0. A CPU generator draws the same numbers
+    for every device."""
     if rng is None or isinstance(rng, torch.Generator):
-        noise = torch.empty(like.shape, dtype=like.dtype, device=like.device if rng is None else rng.device)
+        noise = torch.empty(
+            like.shape, dtype=like.dtype, device=like.device if rng is None else rng.device
+        )
         return noise.exponential_(generator=rng).clamp_min(TINY).to(like.device, non_blocking=True)
     pairs = zip(like, rng, strict=True)
-    rows = [torch.empty(row.shape, dtype=row.dtype, device=r.device).exponential_(generator=r) for row, r in pairs]
+    rows = [
+        torch.empty(row.shape, dtype=row.dtype, device=r.device).exponential_(generator=r)
+        for row, r in pairs
+    ]
     # Moved together: one copy to an accelerator, not one a row
     return torch.stack(rows).clamp_min(TINY).to(like.device, non_blocking=True)
 
@@ -188,14 +217,16 @@ def _standard_gamma(a: Tensor, rng: Rng) -> Tensor:
         return torch._standard_gamma(a if rng is None else a.to(rng.device), generator=rng).to(
             a.device, non_blocking=True
         )
-    home = a.to(rng[0].device)  # from an accelerator: the one place where a mixer waits for it, once a step
+    # from an accelerator: the one place where a mixer waits for it, once a step
+    home = a.to(rng[0].device)
     rows = [torch._standard_gamma(row, generator=r) for row, r in zip(home, rng, strict=True)]
     return torch.stack(rows).to(a.device, non_blocking=True)
 
 
 def _draw(weights: Tensor, rng: Rng, n: int = 1) -> Tensor:
-    """Sample n slots with replacement, in proportion to the weights: [..., K] -> [..., n]. By inverting the cumulative
-    distribution in float64: one uniform number a draw, any shape, and no synchronisation as torch.multinomial has."""
+    """Sample n slots with replacement, in proportion to the weights: [..., K] -> [..., n]. By
+    inverting the cumulative distribution in float64: one uniform number a draw, any shape, and no
+    synchronisation as torch.multinomial has."""
     cumulative = weights.detach().double().cumsum(-1)
     uniform = _uniform((*weights.shape[:-1], n), rng, weights.device) * cumulative[..., -1:]
     return torch.searchsorted(cumulative, uniform, right=True).clamp_max(weights.shape[-1] - 1)
@@ -205,7 +236,9 @@ def _uniform(shape: tuple[int, ...], rng: Rng, device: torch.device) -> Tensor:
     """Float64 in [0, 1)."""
     if rng is None or isinstance(rng, torch.Generator):
         source = device if rng is None else rng.device
-        return torch.rand(shape, generator=rng, device=source, dtype=torch.float64).to(device, non_blocking=True)
+        return torch.rand(shape, generator=rng, device=source, dtype=torch.float64).to(
+            device, non_blocking=True
+        )
     rows = [torch.rand(shape[1:], generator=r, device=r.device, dtype=torch.float64) for r in rng]
     return torch.stack(rows).to(device, non_blocking=True)
 

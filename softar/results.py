@@ -13,7 +13,8 @@ PACKAGES = ("softar", "torch", "transformers", "trl", "peft", "accelerate", "dat
 
 
 def write_results(file: str | Path, rows: list[dict], *, command: str | None = None) -> Path:
-    """Write the rows with what they were made with: command, commit, device, versions. Whole or not at all."""
+    """Write the rows with what they were made with: command, commit, device, versions. Whole or not
+    at all."""
     file = Path(file)
     content = {
         "schema": 1,
@@ -30,11 +31,16 @@ def write_results(file: str | Path, rows: list[dict], *, command: str | None = N
 
 
 def commit() -> str | None:
-    """The commit of the working tree that this file lies in, with "+" where it has changes; None outside one."""
+    """The commit of the working tree that this file lies in, with "+" where it has changes; None
+    outside one."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if dirty else "")

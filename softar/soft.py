@@ -1,7 +1,8 @@
 """The soft token, the one datum of this library: a few token ids and their weights.
 
-A model's belief over the next token becomes an input by mixing the embeddings of its likely tokens. A hard token is the
-special case of one id with weight 1. Everything here works on any leading shape and keeps probabilities in float32.
+A model's belief over the next token becomes an input by mixing the embeddings of its likely tokens.
+A hard token is the special case of one id with weight 1. Everything here works on any leading shape
+and keeps probabilities in float32.
 
 Shapes: ... any leading dims, V vocabulary, K tokens kept, D embedding width.
 """
@@ -16,9 +17,11 @@ RESCALES = (None, "l2", "norm")
 
 
 class Soft(NamedTuple):
-    """A mixture of tokens. Weights are >= 0 and rows sum to 1 unless whoever made them says otherwise."""
+    """A mixture of tokens. Weights are >= 0 and rows sum to 1 unless whoever made them says
+    otherwise."""
 
-    ids: Tensor  # [..., K] int64, may repeat; an id of weight 0 stands in the mixture without effect
+    # [..., K] int64, may repeat; an id of weight 0 stands in the mixture without effect
+    ids: Tensor
     weights: Tensor  # [..., K] float32
 
 
@@ -38,21 +41,25 @@ def mk_proba_dist(
     banned: Sequence[int] = (),
     temperature_last: bool = False,
 ) -> Soft:
-    """Turn logits into a mixture: temperature, then top-k, top-p and min-p, each on the renormalised rest.
+    """Turn logits into a mixture: temperature, then top-k, top-p and min-p, each on the
+    renormalised rest.
 
-    The order is that of transformers' warpers and of Soft Thinking (arXiv:2505.15778, section 3). The filters select,
-    so they pass no gradient to what they drop; logits that stay and the temperature get theirs.
+    The order is that of transformers' warpers and of Soft Thinking (arXiv:2505.15778, section 3).
+    The filters select, so they pass no gradient to what they drop; logits that stay and the
+    temperature get theirs.
 
     Args:
         logits: [..., V], any float dtype; never written to. -inf is a banned token.
-        temperature: >= 0; 0 is the argmax (K = 1). A tensor (learnable, or one value per row: broadcastable to
-            [..., 1]) may hold zeros too: such rows put weight 1 on their argmax.
+        temperature: >= 0; 0 is the argmax (K = 1). A tensor (learnable, or one value per row:
+            broadcastable to [..., 1]) may hold zeros too: such rows put weight 1 on their argmax.
         top_k: keep the k most likely, sorted by weight. None or V keeps all, in vocabulary order.
         top_p: keep the smallest set whose mass reaches p, at least one token.
         min_p: keep tokens of at least min_p times the largest probability (arXiv:2407.01082).
-        keep: after the filters keep the largest `keep` weights and renormalise (Soft Thinking's max_topk).
+        keep: after the filters keep the largest `keep` weights and renormalise (Soft Thinking's
+            max_topk).
         banned: ids that never enter the mixture (pad, BOS, unused rows, image tokens).
-        temperature_last: filter at temperature 1 and apply the temperature to what is left (llama.cpp's order).
+        temperature_last: filter at temperature 1 and apply the temperature to what is left
+            (llama.cpp's order).
 
     Returns:
         Soft with K = keep or top_k or V. Ids that a filter dropped keep their place with weight 0.
@@ -71,20 +78,25 @@ def mk_proba_dist(
     ids = None  # vocabulary order
     if top_k is not None and top_k < V:
         top = x.argmax(-1, keepdim=True)
-        x, ids = x.topk(top_k, -1)  # exact before the temperature too: dividing by T > 0 keeps the order
-        # Equal logits come in any order; the one that argmax takes leads, so that slot 0 is the greedy token.
+        # exact before the temperature too: dividing by T > 0 keeps the order
+        x, ids = x.topk(top_k, -1)
+        # Equal logits come in any order; the one that argmax takes leads, so that slot 0 is the
+        # greedy token.
         ids = torch.cat([top, ids[..., 1:].where(ids[..., 1:] != top, ids[..., :1])], -1)
     scaled = _divide(x, temperature)
     if top_p is not None or min_p is not None:
         probs = (x if temperature_last else scaled).softmax(-1)
         if top_p is not None and top_p < 1:
-            scaled = scaled.masked_fill(_outside_nucleus(probs, top_p, is_sorted=ids is not None), -torch.inf)
+            scaled = scaled.masked_fill(
+                _outside_nucleus(probs, top_p, is_sorted=ids is not None), -torch.inf
+            )
         if min_p is not None and min_p > 0:
             scaled = scaled.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -torch.inf)
     weights = scaled.softmax(-1)
 
     if ids is None:
-        ids = torch.arange(V, device=x.device).expand(x.shape)  # a view: no [..., V] of ids is written
+        # a view: no [..., V] of ids is written
+        ids = torch.arange(V, device=x.device).expand(x.shape)
     if keep is not None and keep < weights.shape[-1]:
         weights, order = weights.topk(keep, -1)
         weights, ids = weights / weights.sum(-1, keepdim=True), ids.gather(-1, order)
@@ -94,16 +106,18 @@ def mk_proba_dist(
 def soft_embed(soft: Soft, embedding: nn.Module, *, rescale: str | None = None) -> Tensor:
     """The input that a mixture stands for: the weighted sum of its tokens' embeddings.
 
-    Calls `embedding` on the ids, so that whatever the module does (Gemma's scale, LoRA, sharding, hooks) is in the
-    result; memory is O(... x K x D). Only for K >= V it is one dense product with the table. The sum is taken in
-    float32 and returned in the table's dtype; weights and table both get gradients. One id of weight 1 gives that
-    token's embedding bit for bit.
+    Calls `embedding` on the ids, so that whatever the module does (Gemma's scale, LoRA, sharding,
+    hooks) is in the result; memory is O(... x K x D). Only for K >= V it is one dense product with
+    the table. The sum is taken in float32 and returned in the table's dtype; weights and table both
+    get gradients. One id of weight 1 gives that token's embedding bit for bit.
 
     Args:
         soft: ids and weights [..., K].
         embedding: the model's input embedding, ids [...] -> [..., D].
-        rescale: a mixture is shorter than the embeddings it mixes. "l2" divides by ||weights||_2 (HRPO,
-            arXiv:2505.18454, eq. 3); "norm" gives it the mean length of its embeddings; None leaves it.
+        rescale: a mixture is shorter than the embeddings it mixes. "l2" divides by ||weights||_2
+            (HRPO,
+            arXiv:2505.18454, eq. 3); "norm" gives it the mean length of its embeddings; None leaves
+                it.
 
     Returns:
         [..., D] in the embedding's dtype.
@@ -111,7 +125,8 @@ def soft_embed(soft: Soft, embedding: nn.Module, *, rescale: str | None = None) 
     if rescale not in RESCALES:
         raise ValueError(f"rescale={rescale!r} is unknown: choose one of {RESCALES}")
     ids, weights = soft
-    table = next((m for m in embedding.modules() if isinstance(m, nn.Embedding)), None)  # PEFT wraps it
+    # PEFT wraps it
+    table = next((m for m in embedding.modules() if isinstance(m, nn.Embedding)), None)
     is_dense = table is not None and weights.shape[-1] >= table.num_embeddings
     if is_dense:
         vectors = embedding(torch.arange(table.num_embeddings, device=ids.device))
@@ -131,7 +146,9 @@ def soft_embed(soft: Soft, embedding: nn.Module, *, rescale: str | None = None) 
         return (mixed.float() / square.sqrt()[..., None]).to(mixed.dtype)
     lengths = vectors.float().norm(dim=-1)
     target = weights @ lengths if lengths.dim() == 1 else (weights * lengths).sum(-1)
-    return (mixed.float() * (target / mixed.float().norm(dim=-1).clamp_min(1e-12))[..., None]).to(mixed.dtype)
+    return (mixed.float() * (target / mixed.float().norm(dim=-1).clamp_min(1e-12))[..., None]).to(
+        mixed.dtype
+    )
 
 
 def dense(soft: Soft, vocab_size: int) -> Tensor:
@@ -143,37 +160,53 @@ def dense(soft: Soft, vocab_size: int) -> Tensor:
 def entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """Entropy in nats of softmax(logits / temperature), unfiltered: [..., V] -> [...] float32.
 
-    -inf logits count as probability 0, with a clean gradient. A row holding NaN or +inf, or nothing but -inf, gives
+    -inf logits count as probability 0, with a clean gradient. A row holding NaN or +inf, or nothing
+    but -inf, gives
     NaN: the decoding loop uses that as its check.
     """
     logp = _divide(logits.float(), temperature).log_softmax(-1)
     probs = logp.exp()
-    # Every term is >= 0, so nothing cancels; the clamp makes 0 log 0 a 0 whose gradient is 0, and lets NaN through.
+    # Every term is >= 0, so nothing cancels; the clamp makes 0 log 0 a 0 whose gradient is 0, and
+    # lets NaN through.
     least = torch.finfo(logp.dtype).min
     if probs.requires_grad:
         return -(probs * logp.clamp_min(least)).sum(-1)
-    return -probs.mul_(logp.clamp_min_(least)).sum(-1)  # in a decode, [B, V] at every step, allocating costs most
+    # in a decode, [B, V] at every step, allocating costs most
+    return -probs.mul_(logp.clamp_min_(least)).sum(-1)
 
 
 def check_dist(
-    vocab_size: int | None, temperature=1.0, top_k=None, top_p=None, min_p=None, keep=None, banned=()
+    vocab_size: int | None,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    keep=None,
+    banned=(),
 ) -> None:
-    """Raise ValueError for a knob of `mk_proba_dist` out of its range; with vocab_size None as far as can be told."""
+    """Raise ValueError for a knob of `mk_proba_dist` out of its range; with vocab_size None as far
+    as can be told."""
     V = float("inf") if vocab_size is None else vocab_size
     if torch.is_tensor(temperature):
         # Looking into a tensor on an accelerator would cost every step a synchronisation.
         if temperature.device.type == "cpu" and not (temperature >= 0).all():
-            raise ValueError(f"temperature={temperature.tolist()} must be >= 0 and finite; 0 is the argmax")
+            raise ValueError(
+                f"temperature={temperature.tolist()} must be >= 0 and finite; 0 is the argmax"
+            )
     elif not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature} must be >= 0 and finite; 0 is the argmax")
     for name, k in (("top_k", top_k), ("keep", keep)):
         if k is not None and not 1 <= k <= V:
-            raise ValueError(f"{name}={k} must lie in 1..{vocab_size or 'V'}, V the vocabulary; None keeps every token")
+            raise ValueError(
+                f"{name}={k} must lie in 1..{vocab_size or 'V'}, V the vocabulary; None keeps every token"
+            )
     for name, p in (("top_p", top_p), ("min_p", min_p)):
         if p is not None and not 0 <= p <= 1:
             raise ValueError(f"{name}={p} must lie in [0, 1]; None switches the filter off")
     if any(not 0 <= i < V for i in banned) or len(set(banned)) >= V:
-        raise ValueError(f"banned={tuple(banned)} must be ids below {vocab_size or 'V'} and leave at least one token")
+        raise ValueError(
+            f"banned={tuple(banned)} must be ids below {vocab_size or 'V'} and leave at least one token"
+        )
 
 
 def _divide(x: Tensor, temperature: float | Tensor) -> Tensor:
@@ -181,20 +214,25 @@ def _divide(x: Tensor, temperature: float | Tensor) -> Tensor:
     if not torch.is_tensor(temperature):
         if temperature == 1:
             return x
-        # The shift keeps a tiny T from overflowing to inf, the floor one below float32's range from 0 / 0.
+        # The shift keeps a tiny T from overflowing to inf, the floor one below float32's range from
+        # 0 / 0.
         return (x - x.amax(-1, keepdim=True)) / max(temperature, torch.finfo(x.dtype).tiny)
     zero = temperature == 0
     hot = torch.full_like(x, -torch.inf).scatter(-1, x.argmax(-1, keepdim=True), 0.0)
     gone = x == -torch.inf  # kept out of the division: its gradient for T would be 0 x inf
     shifted = (x - x.amax(-1, keepdim=True)).masked_fill(gone, 0.0)
-    return torch.where(zero, hot, (shifted / temperature.masked_fill(zero, 1.0)).masked_fill(gone, -torch.inf))
+    return torch.where(
+        zero, hot, (shifted / temperature.masked_fill(zero, 1.0)).masked_fill(gone, -torch.inf)
+    )
 
 
 def _outside_nucleus(probs: Tensor, top_p: float, *, is_sorted: bool) -> Tensor:
-    """True where the mass of strictly more likely tokens already reaches top_p; never true for the first."""
+    """True where the mass of strictly more likely tokens already reaches top_p; never true for the
+    first."""
     order = None
     if not is_sorted:
-        probs, order = probs.sort(dim=-1, descending=True, stable=True)  # equal ones as argmax sees them
+        # equal ones as argmax sees them
+        probs, order = probs.sort(dim=-1, descending=True, stable=True)
     outside = probs.cumsum(-1) - probs >= top_p
     outside[..., 0] = False
     return outside if order is None else torch.zeros_like(outside).scatter(-1, order, outside)

@@ -1,7 +1,8 @@
 """Embedded tasks: what to train on, what to hold out, and how to score an answer.
 
-A task is two datasets in TRL's prompt-completion format and a scorer. `load_task("mnns")` makes the embedded one,
-`load_task("reasoning_gym:chain_sum")` wraps any dataset of reasoning-gym with its own scorer. Nothing is downloaded.
+A task is two datasets in TRL's prompt-completion format and a scorer. `load_task("mnns")` makes the
+embedded one, `load_task("reasoning_gym:chain_sum")` wraps any dataset of reasoning-gym with its own
+scorer. Nothing is downloaded.
 """
 
 import dataclasses
@@ -22,14 +23,19 @@ LATIN_SIZE, LATIN_TEST = 40_000, 1000
 
 @dataclass(frozen=True)
 class Task:
-    """Data and scorer of one task. Prompt and completion are plain strings, to be tokenised as their concatenation;
-    the completion does not hold the end-of-sequence token (TRL's SFTTrainer appends the tokenizer's)."""
+    """Data and scorer of one task. Prompt and completion are plain strings, to be tokenised as
+    their concatenation; the completion does not hold the end-of-sequence token (TRL's SFTTrainer
+    appends the tokenizer's)."""
 
     name: str
-    train: Dataset  # columns prompt, completion, answer (str); maybe traces (list[str], alternatives to the completion)
+    # columns prompt, completion, answer (str); maybe traces (list[str], alternatives to the
+    # completion)
+    train: Dataset
     test: Dataset  # the same columns, held out
-    score: Callable[[str, dict], float]  # (text generated after the thought, row) -> [0, 1]; special tokens stripped
-    think_steps: int | None  # the thought is the first n tokens of the completion; None: there is no thought
+    # (text generated after the thought, row) -> [0, 1]; special tokens stripped
+    score: Callable[[str, dict], float]
+    # the thought is the first n tokens of the completion; None: there is no thought
+    think_steps: int | None
     model: str | None  # the embedded model made for it, for softar.load, or None
     extract: Callable[[str], str] = str.strip  # what of a generated text the scorer looks at
 
@@ -38,9 +44,12 @@ def load_task(name: str, *, seed: int = 0, size: int | None = None) -> Task:
     """The task of that name.
 
     Args:
-        name: one of TASKS, or "reasoning_gym:NAME" for any dataset of reasoning-gym (`pip install softar[rewards]`).
-        seed: selects what is held out (mnns) or what is generated (reasoning-gym); same seed, same rows.
-        size: at most this many training rows; for reasoning-gym the number generated. None: all, or 1000 generated.
+        name: one of TASKS, or "reasoning_gym:NAME" for any dataset of reasoning-gym (`pip install
+            softar[rewards]`).
+        seed: selects what is held out (mnns) or what is generated (reasoning-gym); same seed, same
+            rows.
+        size: at most this many training rows; for reasoning-gym the number generated. None: all, or
+            1000 generated.
 
     Raises:
         ValueError: for an unknown name (the message lists the known ones) or a size below 1.
@@ -56,7 +65,8 @@ def load_task(name: str, *, seed: int = 0, size: int | None = None) -> Task:
 
 
 def no_thought(task: Task) -> Task:
-    """The same task answered at once: the completion is the answer alone. A task without a thought comes back as is."""
+    """The same task answered at once: the completion is the answer alone. A task without a thought
+    comes back as is."""
     if task.think_steps is None:
         return task
 
@@ -64,25 +74,34 @@ def no_thought(task: Task) -> Task:
         rows = rows.remove_columns([c for c in ("completion", "traces") if c in rows.column_names])
         return rows.add_column("completion", [" " + answer for answer in rows["answer"]])
 
-    return dataclasses.replace(task, train=strip(task.train), test=strip(task.test), think_steps=None)
+    return dataclasses.replace(
+        task, train=strip(task.train), test=strip(task.test), think_steps=None
+    )
 
 
-def mnns(digits: int = 4, low: int = 1, high: int = 9, *, seed: int = 0, size: int | None = None) -> Task:
-    """Minimum non-negative sum (CoT2, arXiv:2505.23648): sign each digit so that the sum is the smallest one >= 0.
+def mnns(
+    digits: int = 4, low: int = 1, high: int = 9, *, seed: int = 0, size: int | None = None
+) -> Task:
+    """Minimum non-negative sum (CoT2, arXiv:2505.23648): sign each digit so that the sum is the
+    smallest one >= 0.
 
-    All (high - low + 1) ** digits sequences. A fifth of the multisets is held out, so that no test row is a permutation
-    of a training row. The prompt is `<bos> D5 D3 D2 D4 ->`, the completion the partial sums along the best signs,
-    ` S5 S2 S4 S0`; the last is the answer. Of equal totals the first sign tuple in the order of
-    itertools.product((1, -1), repeat=digits) is gold. `traces` holds one completion for each signing of all digits but
-    the last: its partial sums, then the gold answer. Their marginals are the exact frontier of the search. Every
-    whitespace-separated word is one token of the model's vocabulary. `digits` is a column too.
+    All (high - low + 1) ** digits sequences. A fifth of the multisets is held out, so that no test
+    row is a permutation of a training row. The prompt is `<bos> D5 D3 D2 D4 ->`, the completion the
+    partial sums along the best signs, ` S5 S2 S4 S0`; the last is the answer. Of equal totals the
+    first sign tuple in the order of itertools.product((1, -1), repeat=digits) is gold. `traces`
+    holds one completion for each signing of all digits but the last: its partial sums, then the
+    gold answer. Their marginals are the exact frontier of the search. Every whitespace-separated
+    word is one token of the model's vocabulary. `digits` is a column too.
 
     Args:
         digits: how many, at least 2.   low, high: the range of a digit, 0 <= low < high.
-        seed: selects the multisets held out.   size: at most this many training rows (a fixed random choice).
+        seed: selects the multisets held out.   size: at most this many training rows (a fixed
+            random choice).
     """
     if digits < 2 or not 0 <= low < high:
-        raise ValueError(f"digits={digits}, low={low}, high={high}: needs digits >= 2 and 0 <= low < high")
+        raise ValueError(
+            f"digits={digits}, low={low}, high={high}: needs digits >= 2 and 0 <= low < high"
+        )
     span = range(low, high + 1)
     rng = random.Random(seed)  # Python keeps its stream across versions
     bags = list(itertools.combinations_with_replacement(span, digits))
@@ -109,7 +128,8 @@ def _mnns_row(sequence: tuple[int, ...]) -> dict:
         list(itertools.accumulate(sign * d for sign, d in zip(signs, sequence, strict=True)))
         for signs in itertools.product((1, -1), repeat=len(sequence))
     ]
-    gold = min((p for p in paths if p[-1] >= 0), key=lambda p: p[-1])  # min keeps the first of equals
+    # min keeps the first of equals
+    gold = min((p for p in paths if p[-1] >= 0), key=lambda p: p[-1])
 
     def say(sums):
         return "".join(f" S{s}" for s in sums)
@@ -118,7 +138,8 @@ def _mnns_row(sequence: tuple[int, ...]) -> dict:
         "prompt": " ".join(["<bos>", *(f"D{d}" for d in sequence), "->"]),
         "completion": say(gold),
         "answer": f"S{gold[-1]}",
-        # Paths come in pairs that differ in the last sign alone: every other one is each signing of the rest.
+        # Paths come in pairs that differ in the last sign alone: every other one is each signing of
+        # the rest.
         "traces": [say([*p[:-1], gold[-1]]) for p in paths[::2]],
         "digits": list(sequence),
     }
@@ -135,15 +156,18 @@ def _last_sum(text: str) -> str:
 
 
 def latin(n: int = 5, givens: int = 5, *, seed: int = 0, size: int | None = None) -> Task:
-    """Complete an n x n Latin square: every symbol once in each row and each column. Any valid completion counts.
+    """Complete an n x n Latin square: every symbol once in each row and each column. Any valid
+    completion counts.
 
-    Squares are the cyclic one with rows, columns and symbols shuffled. The prompt is `<bos>`, the completion the whole
-    square, row by row, ` 3 1 2 5 4 ...`; held-out rows also have a `template`, the text with all but `givens` cells
-    masked. For models that fill masks; every cell is one token.
+    Squares are the cyclic one with rows, columns and symbols shuffled. The prompt is `<bos>`, the
+    completion the whole square, row by row, ` 3 1 2 5 4 ...`; held-out rows also have a `template`,
+    the text with all but `givens` cells masked. For models that fill masks; every cell is one
+    token.
 
     Args:
         n: 2 to 9.   givens: cells of a template that are shown.
-        seed: selects the squares; no training square is a held-out one.   size: training rows, default 40000.
+        seed: selects the squares; no training square is a held-out one.   size: training rows,
+            default 40000.
     """
     if not 2 <= n <= 9 or not 0 <= givens < n * n:
         raise ValueError(f"n={n}, givens={givens}: needs 2 <= n <= 9 and 0 <= givens < n * n")
@@ -160,12 +184,22 @@ def latin(n: int = 5, givens: int = 5, *, seed: int = 0, size: int | None = None
         return "<bos>" + say(c if i in shown else "<mask>" for i, c in enumerate(cells))
 
     train = [
-        {"prompt": "<bos>", "completion": say(s), "answer": say(s).strip()} for s in squares if tuple(s) not in known
+        {"prompt": "<bos>", "completion": say(s), "answer": say(s).strip()}
+        for s in squares
+        if tuple(s) not in known
     ]
     test = [
-        {"prompt": "<bos>", "completion": say(s), "answer": say(s).strip(), "template": template(s)} for s in held_out
+        {"prompt": "<bos>", "completion": say(s), "answer": say(s).strip(), "template": template(s)}
+        for s in held_out
     ]
-    return Task("latin", Dataset.from_list(train), Dataset.from_list(test), _score_latin, think_steps=None, model=None)
+    return Task(
+        "latin",
+        Dataset.from_list(train),
+        Dataset.from_list(test),
+        _score_latin,
+        think_steps=None,
+        model=None,
+    )
 
 
 def _latin_square(n: int, rng: random.Random) -> list[int]:
@@ -177,7 +211,9 @@ def _score_latin(text: str, row: dict) -> float:
     """1 where the text is a Latin square that agrees with the template."""
     cells, template = text.split(), row["template"].removeprefix("<bos>").split()
     n = round(len(template) ** 0.5)
-    if len(cells) != len(template) or any(t not in ("<mask>", c) for c, t in zip(cells, template, strict=True)):
+    if len(cells) != len(template) or any(
+        t not in ("<mask>", c) for c, t in zip(cells, template, strict=True)
+    ):
         return 0.0
     lines = [cells[r * n : (r + 1) * n] for r in range(n)] + [cells[c::n] for c in range(n)]
     symbols = {str(s) for s in range(1, n + 1)}
@@ -185,57 +221,82 @@ def _score_latin(text: str, row: dict) -> float:
 
 
 def _gym(name: str, *, seed: int, size: int | None) -> Task:
-    """A reasoning-gym dataset: prompt = question and a newline, completion = answer, `entry` = the whole item as JSON.
+    """A reasoning-gym dataset: prompt = question and a newline, completion = answer, `entry` = the
+    whole item as JSON.
 
-    A few of its datasets (boxnet, graph_color, rubiks_cube, ...) accept many answers and name none: there answer and
-    completion are empty, so they can be scored and used for RL but not for supervised training.
+    A few of its datasets (boxnet, graph_color, rubiks_cube, ...) accept many answers and name none:
+    there answer and completion are empty, so they can be scored and used for RL but not for
+    supervised training.
     """
     try:
         import reasoning_gym  # an extra, and slow to import
         from reasoning_gym.factory import DATASETS
         from reasoning_gym.utils import extract_answer
     except ImportError as error:
-        raise ImportError(f"task='{GYM}{name}' needs reasoning-gym: pip install softar[rewards]") from error
+        raise ImportError(
+            f"task='{GYM}{name}' needs reasoning-gym: pip install softar[rewards]"
+        ) from error
     if name not in DATASETS:
         close = difflib.get_close_matches(name, DATASETS, n=5, cutoff=0.3) or sorted(DATASETS)[:5]
         raise ValueError(f"task='{GYM}{name}' is unknown to reasoning-gym; close names: {close}")
     size = GYM_SIZE if size is None else size
 
     def generate(part: str, count: int):
-        # Item i is generated from seed + i: neighbouring seeds would overlap, so each part hashes its own.
+        # Item i is generated from seed + i: neighbouring seeds would overlap, so each part hashes
+        # its own.
         start = random.Random(f"{part}/{seed}").randrange(2**31)
         try:
             items = reasoning_gym.create_dataset(name, seed=start, size=count)
         except (AssertionError, TypeError, ValueError) as error:
-            raise ValueError(f"task='{GYM}{name}' cannot be generated from its name alone: {error}") from error
+            raise ValueError(
+                f"task='{GYM}{name}' cannot be generated from its name alone: {error}"
+            ) from error
         return items, [_gym_row(items[i]) for i in range(count)]
 
     items, train = generate("train", size)
     seen = {row["prompt"] for row in train}
     test = [row for row in generate("test", max(50, size // 10))[1] if row["prompt"] not in seen]
     if not test:
-        raise ValueError(f"task='{GYM}{name}', size={size}: no question is left to hold out; take a smaller size")
+        raise ValueError(
+            f"task='{GYM}{name}', size={size}: no question is left to hold out; take a smaller size"
+        )
 
     def score(answer: str, row: dict) -> float:
-        """The dataset's own score; what stands in <answer> tags counts, without tags the whole text."""
+        """The dataset's own score; what stands in <answer> tags counts, without tags the whole
+        text."""
         entry = thaw(json.loads(row["entry"]))
         tagged = extract_answer(answer)
         try:
             return float(items.score_answer(answer.strip() if tagged is None else tagged, entry))
-        except Exception:  # several scorers parse the model's text without a guard: unreadable is wrong
+        except (
+            Exception
+        ):  # several scorers parse the model's text without a guard: unreadable is wrong
             return 0.0
 
-    return Task(GYM + name, Dataset.from_list(train), Dataset.from_list(test), score, think_steps=None, model=None)
+    return Task(
+        GYM + name,
+        Dataset.from_list(train),
+        Dataset.from_list(test),
+        score,
+        think_steps=None,
+        model=None,
+    )
 
 
 def _gym_row(item: dict) -> dict:
     answer = "" if item["answer"] is None else str(item["answer"])
     entry = json.dumps(freeze(item))
-    return {"prompt": item["question"] + "\n", "completion": answer, "answer": answer, "entry": entry}
+    return {
+        "prompt": item["question"] + "\n",
+        "completion": answer,
+        "answer": answer,
+        "entry": entry,
+    }
 
 
 def freeze(x):
-    """Tuples and keys that are no strings, tagged: JSON has neither, and scorers (arc_agi, rearc, ...) need them."""
+    """Tuples and keys that are no strings, tagged: JSON has neither, and scorers (arc_agi, rearc,
+    ...) need them."""
     if isinstance(x, tuple):
         return {"__tuple__": [freeze(v) for v in x]}
     if isinstance(x, list):
@@ -260,7 +321,4 @@ def thaw(x):
     return x
 
 
-TASKS: dict[str, Callable[..., Task]] = {
-    "mnns": mnns,
-    "latin": latin,
-}
+TASKS: dict[str, Callable[..., Task]] = {"mnns": mnns, "latin": latin}

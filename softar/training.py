@@ -19,7 +19,9 @@ def check_writable(folder: str | Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"output_dir={str(folder)!r} cannot be written ({error}): choose another folder") from error
+        raise ValueError(
+            f"output_dir={str(folder)!r} cannot be written ({error}): choose another folder"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -44,7 +46,8 @@ def opt(default: Any, text: str):
 
 @dataclass
 class PlainSFTConfig(SFTConfig):
-    """TRL's SFTConfig for a loss of our own on an example a row: CPU where there is nothing else, no packing."""
+    """TRL's SFTConfig for a loss of our own on an example a row: CPU where there is nothing else,
+    no packing."""
 
     def __post_init__(self):
         if not torch.accelerator.is_available():
@@ -56,4 +59,6 @@ class PlainSFTConfig(SFTConfig):
             raise ValueError(f"{given}: {type(self).__name__} needs an example a row")
         if self.loss_type != "nll" or self.label_smoothing_factor:
             given = f"loss_type={self.loss_type!r}, label_smoothing_factor={self.label_smoothing_factor}"
-            raise ValueError(f"{given}: {type(self).__name__} has a loss of its own, leave them at 'nll' and 0")
+            raise ValueError(
+                f"{given}: {type(self).__name__} has a loss of its own, leave them at 'nll' and 0"
+            )

@@ -1,4 +1,5 @@
-"""What every test runs under, and the subprocesses that it starts: no network, no chatter, few threads."""
+"""What every test runs under, and the subprocesses that it starts: no network, no chatter, few
+threads."""
 
 import os
 
@@ -8,10 +9,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # on models this small more threads only wait for each other
+# on models this small more threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# Begun first, the longest ahead, so that no worker is left alone with one at the end (--no-loadscope-reorder keeps it).
+# Begun first, the longest ahead, so that no worker is left alone with one at the end
+# (--no-loadscope-reorder keeps it).
 LONGEST = (
     "recipe_diffusion",
     "vllm",

@@ -1,5 +1,5 @@
-"""What the tests of the trained models that the package brings share: train one again by the command that its
-training.json names, for the first hundred steps."""
+"""What the tests of the trained models that the package brings share: train one again by the
+command that its training.json names, for the first hundred steps."""
 
 import importlib.util
 import json

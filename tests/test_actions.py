@@ -1,4 +1,5 @@
-"""Log-probabilities, KLs and scores of soft actions against integration, enumeration and finite differences."""
+"""Log-probabilities, KLs and scores of soft actions against integration, enumeration and finite
+differences."""
 
 import itertools
 import math
@@ -35,27 +36,40 @@ def draws(*ids):
     return Soft(ids, torch.full(ids.shape, 1 / ids.shape[-1]))
 
 
-# -- k samples ----------------------------------------------------------------------------------------------------
+# -- k samples
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_one_draw_is_the_categorical():
     logits, ref, token = logits_of(2, 3, 7), logits_of(2, 3, 7, seed=1), torch.randint(7, (2, 3))
     expected = torch.distributions.Categorical(logits=logits)
     for logp, kl in (ACTIONS["k-samples"], ACTIONS["hard"], (token_logp, token_kl)):
-        assert torch.allclose(logp(logits, hard(token))[..., 0], expected.log_prob(token), atol=1e-6)
-        theirs = torch.distributions.kl_divergence(expected, torch.distributions.Categorical(logits=ref))
+        assert torch.allclose(
+            logp(logits, hard(token))[..., 0], expected.log_prob(token), atol=1e-6
+        )
+        theirs = torch.distributions.kl_divergence(
+            expected, torch.distributions.Categorical(logits=ref)
+        )
         assert torch.allclose(kl(logits, ref, hard(token)), theirs, atol=1e-6)
 
 
 def test_probabilities_of_all_outcomes_sum_to_one_and_give_kl_and_entropy():
     logits, ref, K = logits_of(4), logits_of(4, seed=1), 3
     outcomes = draws(*itertools.product(range(4), repeat=K))
-    every, other = (k_samples_logp(x.expand(len(outcomes.ids), 4), outcomes).sum(-1) for x in (logits, ref))
+    every, other = (
+        k_samples_logp(x.expand(len(outcomes.ids), 4), outcomes).sum(-1) for x in (logits, ref)
+    )
     assert every.exp().sum() == pytest.approx(1, abs=1e-6)
     one = Soft(outcomes.ids[0], outcomes.weights[0])
-    assert k_samples_kl(logits, ref, one) == pytest.approx((every.exp() * (every - other)).sum().item(), abs=1e-5)
-    assert k_samples_kl(logits, ref, one) == pytest.approx(K * token_kl(logits, ref).item(), rel=1e-6)
-    assert k_samples_entropy(logits, one) == pytest.approx(-(every.exp() * every).sum().item(), abs=1e-5)
+    assert k_samples_kl(logits, ref, one) == pytest.approx(
+        (every.exp() * (every - other)).sum().item(), abs=1e-5
+    )
+    assert k_samples_kl(logits, ref, one) == pytest.approx(
+        K * token_kl(logits, ref).item(), rel=1e-6
+    )
+    assert k_samples_entropy(logits, one) == pytest.approx(
+        -(every.exp() * every).sum().item(), abs=1e-5
+    )
 
 
 def test_the_mixer_says_the_same():
@@ -67,13 +81,17 @@ def test_the_mixer_says_the_same():
 def test_slots_without_a_draw_count_nothing():
     logits, ref = logits_of(7), logits_of(7, seed=1)
     padded = Soft(torch.tensor([2, 5, 5]), torch.tensor([0.5, 0.5, 0.0]))
-    assert k_samples_logp(logits, padded).tolist() == [*k_samples_logp(logits, draws(2, 5)).tolist(), 0.0]
+    assert k_samples_logp(logits, padded).tolist() == [
+        *k_samples_logp(logits, draws(2, 5)).tolist(),
+        0.0,
+    ]
     assert torch.equal(k_samples_kl(logits, ref, padded), k_samples_kl(logits, ref, draws(2, 5)))
     assert k_samples_entropy(logits, padded) == pytest.approx(2 * entropy(logits).item())
 
 
 def test_the_score_is_unbiased_on_a_bandit():
-    """Expected score times reward over all outcomes = the gradient of the expected reward, also with a baseline."""
+    """Expected score times reward over all outcomes = the gradient of the expected reward, also
+    with a baseline."""
     K, outcomes = 2, draws(*itertools.product(range(3), repeat=2))
     reward = torch.tensor([math.sin(1 + 3 * a + 5 * b) for a, b in outcomes.ids.tolist()])
 
@@ -106,7 +124,8 @@ def test_bfloat16_logits_are_read_in_float32():
     assert torch.allclose(found, logits.float().log_softmax(-1)[:, 1:3], atol=1e-6)
 
 
-# -- Gumbel and Concrete ------------------------------------------------------------------------------------------
+# -- Gumbel and Concrete
+# ------------------------------------------------------------------------------------------
 
 
 def grid(low, high, n=4001):
@@ -126,7 +145,11 @@ def test_gumbel_density_integrates_to_one_and_gives_the_kl():
     p, q = density(logits), density(ref)
     assert torch.allclose((p.exp() * step).sum(0), torch.ones(3, dtype=torch.float64), atol=1e-3)
     kl = (p.exp() * (p - q) * step).sum().item()
-    assert gumbel_kl(logits, ref, support, perturbed=torch.zeros(3)).item() == pytest.approx(kl, abs=2e-3) and kl > 0.1
+    assert (
+        gumbel_kl(logits, ref, support, perturbed=torch.zeros(3)).item()
+        == pytest.approx(kl, abs=2e-3)
+        and kl > 0.1
+    )
 
 
 def test_gumbel_actions_draw_the_token_that_the_policy_would():
@@ -167,7 +190,9 @@ def test_concrete_score_does_not_depend_on_tau():
     support = Soft(torch.arange(4), torch.full((4,), 0.25))
     for tau in (0.2, 1.0):
         log_y = ((logits.log_softmax(-1) - noise.log()) / tau).log_softmax(-1).detach()
-        (score,) = torch.autograd.grad(concrete_logp(logits, support, log_weights=log_y, tau=tau).sum(), logits)
+        (score,) = torch.autograd.grad(
+            concrete_logp(logits, support, log_weights=log_y, tau=tau).sum(), logits
+        )
         assert torch.allclose(score, 1 - 4 * noise / noise.sum(), atol=1e-4)
 
 
@@ -191,7 +216,8 @@ def test_bad_tau():
         concrete_logp(torch.zeros(3), draws(0, 1), log_weights=torch.zeros(2), tau=0)
 
 
-# -- replay -------------------------------------------------------------------------------------------------------
+# -- replay
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gemma"])
@@ -199,7 +225,9 @@ def rolled(request):
     model = model_of(request.param)
     ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    config = softar.SoftConfig("k-samples", {"k": 3}, top_k=None, max_new_tokens=7, budget=4, answer_temperature=1.0)
+    config = softar.SoftConfig(
+        "k-samples", {"k": 3}, top_k=None, max_new_tokens=7, budget=4, answer_temperature=1.0
+    )
     rng = [torch.Generator().manual_seed(i) for i in range(2)]
     return model, ids, mask, softar.generate(model, ids, mask, config=config, rng=rng)
 
@@ -211,17 +239,23 @@ def test_replay_gives_the_log_probabilities_of_the_rollout(rolled):
     logits = replay(model, ids, mask, Soft(record.ids, record.weights), alive)
     assert logits.shape == (2, record.token.shape[1], VOCAB)
     found = k_samples_logp(logits, Soft(record.ids, record.weights)).sum(-1)
-    assert (record.kind == Kind.SOFT).any() and torch.allclose(found[alive], record.logp[alive], atol=1e-4)
+    assert (record.kind == Kind.SOFT).any() and torch.allclose(
+        found[alive], record.logp[alive], atol=1e-4
+    )
 
 
 def test_replay_of_old_and_new_has_ratio_one(rolled):
     model, ids, mask, out = rolled
     soft = Soft(out.record.ids, out.record.weights)
-    twice = [k_samples_logp(replay(model, ids, mask, soft, out.record.kind != Kind.PAD), soft) for _ in range(2)]
+    twice = [
+        k_samples_logp(replay(model, ids, mask, soft, out.record.kind != Kind.PAD), soft)
+        for _ in range(2)
+    ]
     assert torch.equal((twice[0] - twice[1]).exp(), torch.ones_like(twice[0]))
 
 
-@pytest.mark.parametrize("rolled", ["llama"], indirect=True)  # with a tied table the output head has a gradient too
+# with a tied table the output head has a gradient too
+@pytest.mark.parametrize("rolled", ["llama"], indirect=True)
 def test_mixtures_pass_no_gradient_to_the_weights_and_to_the_table_only_if_asked(rolled):
     model, ids, mask, out = rolled
     weights = out.record.weights.clone().requires_grad_()
@@ -231,7 +265,12 @@ def test_mixtures_pass_no_gradient_to_the_weights_and_to_the_table_only_if_asked
     for asked in (True, False):
         model.zero_grad()
         logits = replay(
-            model, ids, mask, Soft(out.record.ids, weights), out.record.kind != Kind.PAD, embedding_grad=asked
+            model,
+            ids,
+            mask,
+            Soft(out.record.ids, weights),
+            out.record.kind != Kind.PAD,
+            embedding_grad=asked,
         )
         logits.logsumexp(-1).sum().backward()
         assert weights.grad is None
@@ -241,4 +280,10 @@ def test_mixtures_pass_no_gradient_to_the_weights_and_to_the_table_only_if_asked
 def test_replay_of_other_shapes(rolled):
     model, ids, mask, out = rolled
     with pytest.raises(ValueError, match=r"must be \[B, C, K\]"):
-        replay(model, ids, mask, Soft(out.record.ids[:, :3], out.record.weights[:, :3]), out.record.kind != Kind.PAD)
+        replay(
+            model,
+            ids,
+            mask,
+            Soft(out.record.ids[:, :3], out.record.weights[:, :3]),
+            out.record.kind != Kind.PAD,
+        )

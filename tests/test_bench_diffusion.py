@@ -10,12 +10,35 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-TINY = ["--size", "tiny", "--prompt", "8", "--prompts", "8", "16", "--new_tokens", "8", "--block_length", "4",
-        "--repeats", "2", "--soften", "hard", "soft-mask"]  # fmt: skip
+TINY = [
+    "--size",
+    "tiny",
+    "--prompt",
+    "8",
+    "--prompts",
+    "8",
+    "16",
+    "--new_tokens",
+    "8",
+    "--block_length",
+    "4",
+    "--repeats",
+    "2",
+    "--soften",
+    "hard",
+    "soft-mask",
+]
 
 
 def rows(bench, folder):
-    command = [sys.executable, ROOT / "recipes" / "bench_diffusion.py", bench, *TINY, "--output", folder]
+    command = [
+        sys.executable,
+        ROOT / "recipes" / "bench_diffusion.py",
+        bench,
+        *TINY,
+        "--output",
+        folder,
+    ]
     done = subprocess.run(command, env=ENV, cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / f"{bench}.json").read_text())["rows"]
@@ -25,19 +48,25 @@ def rows(bench, folder):
 def test_denoise_times_every_cache_and_softener(tmp_path):
     found = rows("denoise", tmp_path)
     assert [(row["cache"], row["sampler"]) for row in found] == [
-        (cache, f"ours, {soften}") for cache in ("none", "prefix", "dual") for soften in ("hard", "soft-mask")
+        (cache, f"ours, {soften}")
+        for cache in ("none", "prefix", "dual")
+        for soften in ("hard", "soft-mask")
     ]
     for row in found:
         assert len(row["seconds"]) == 2 and row["floor_ms"] > 0
         assert row["low"] <= row["ratio"] <= row["high"]
-        assert row["ms_per_forward"] == pytest.approx(1000 / row["tokens_per_s"])  # one token a forward
+        # one token a forward
+        assert row["ms_per_forward"] == pytest.approx(1000 / row["tokens_per_s"])
         assert row["ratio"] == 1 or row["sampler"] != "ours, hard"
 
 
 @pytest.mark.slow
 def test_overhead_is_that_of_the_softeners_over_hard(tmp_path):
     found = rows("overhead", tmp_path)
-    assert [(row["cache"], row["soften"]) for row in found][:2] == [("none", "hard"), ("none", "soft-mask")]
+    assert [(row["cache"], row["soften"]) for row in found][:2] == [
+        ("none", "hard"),
+        ("none", "soft-mask"),
+    ]
     assert [row["ratio"] == 1 for row in found] == [True, False] * 3
 
 
@@ -59,4 +88,5 @@ def test_memory_of_softening_stands_beside_the_dense_form(tmp_path):
 @pytest.mark.slow
 def test_the_first_of_two_passes_keeps_no_graph(tmp_path):
     held = {row["way"]: row["held_mb"] for row in rows("training", tmp_path)}
-    assert 0 < held["hard"] < held["two passes always"] < 1.2 * held["hard"]  # a graph of its own would make it 2
+    # a graph of its own would make it 2
+    assert 0 < held["hard"] < held["two passes always"] < 1.2 * held["hard"]

@@ -33,7 +33,9 @@ def folder(tmp_path_factory):
 
 def start(folder, output, *more):
     command = [sys.executable, RECIPE, "--model", folder, *QUICK, "--output", output, *more]
-    return subprocess.Popen(command, env=ENV, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=ENV, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_every_mode_is_timed_beside_its_own_base(folder, tmp_path):
@@ -44,7 +46,12 @@ def test_every_mode_is_timed_beside_its_own_base(folder, tmp_path):
     bases = dict(none=None, plugin="none", soft="plugin", mixed="plugin", record="plugin")
     assert {mode: row["over"] for mode, row in rows.items()} == bases
     for mode, row in rows.items():
-        assert mode in out and row["concurrent"] == 4 and min(row["runs"]) > 0 and len(row["runs"]) == 2
+        assert (
+            mode in out
+            and row["concurrent"] == 4
+            and min(row["runs"]) > 0
+            and len(row["runs"]) == 2
+        )
         assert row["tokens_per_s"] == pytest.approx(sum(row["runs"]) / 2)
         if mode == "none":
             assert row["ratio"] is None
@@ -94,8 +101,12 @@ def test_bad_options(options, says, tmp_path, monkeypatch, capsys):
 
 def test_without_vllm(tmp_path, monkeypatch, capsys):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name))
-    assert "error: vLLM is not installed: `pip install" in refused(monkeypatch, capsys, "--output", str(tmp_path))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name)
+    )
+    assert "error: vLLM is not installed: `pip install" in refused(
+        monkeypatch, capsys, "--output", str(tmp_path)
+    )
 
 
 def refused(monkeypatch, capsys, *options):

@@ -45,7 +45,8 @@ def softar(capsys, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """What `main` sets for its process does not outlive a test; no colours, no width but the tests' own."""
+    """What `main` sets for its process does not outlive a test; no colours, no width but the tests'
+    own."""
     for name, value in cli.QUIET.items():
         monkeypatch.setenv(name, value)
     for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR"):
@@ -67,11 +68,21 @@ def examples():
                 yield pytest.param(name, shlex.split(found[1]), id=found[0])
 
 
-# -- help and examples ------------------------------------------------------------------------------------------------
+# -- help and examples
+# ------------------------------------------------------------------------------------------------
 
 
 def test_the_commands():
-    assert [*GROUP.commands] == ["generate", "fill", "compare", "trace", "serve", "sweep", "models", "tasks"]
+    assert [*GROUP.commands] == [
+        "generate",
+        "fill",
+        "compare",
+        "trace",
+        "serve",
+        "sweep",
+        "models",
+        "tasks",
+    ]
     assert {e.values[0] for e in examples()} == {"", *GROUP.commands}  # each has some
 
 
@@ -80,7 +91,9 @@ def test_examples_parse(name, words):
     command = GROUP.commands[words[0]]
     context = command.make_context(words[0], words[1:])
     assert name in ("", words[0])
-    for spec in [s for key in ("decoder", "soft", "baseline") for s in listed(context.params.get(key))]:
+    for spec in [
+        s for key in ("decoder", "soft", "baseline") for s in listed(context.params.get(key))
+    ]:
         assert cli_work.family(spec)
     assert context.params.get("model") in (None, *cli_work.MODELS, "answerdotai/ModernBERT-base")
     assert context.params.get("config") is None or (ROOT / context.params["config"]).is_file()
@@ -125,12 +138,17 @@ def test_no_torch_for_help():
     )
     for word in ("--help", "models", "tasks"):
         done = subprocess.run(
-            [sys.executable, "-c", code.format(word)], cwd=ROOT, capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", code.format(word)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert (done.returncode, done.stderr) == (0, "set()\n")
 
 
-# -- models and tasks -------------------------------------------------------------------------------------------------
+# -- models and tasks
+# -------------------------------------------------------------------------------------------------
 
 
 def test_models_are_all_there_are(softar):
@@ -138,9 +156,14 @@ def test_models_are_all_there_are(softar):
     from softar.models import MODELS
 
     found = {m["name"]: m["kind"] for m in json.loads(softar("models", "--json")[1])}
-    assert found == {**dict.fromkeys(MODELS, "autoregressive"), **dict.fromkeys(fillers, "diffusion")}
+    assert found == {
+        **dict.fromkeys(MODELS, "autoregressive"),
+        **dict.fromkeys(fillers, "diffusion"),
+    }
     lines = softar("models")[1].splitlines()
-    assert [line.split("\t")[0] for line in lines] == [*found] and all(line.count("\t") == 2 for line in lines)
+    assert [line.split("\t")[0] for line in lines] == [*found] and all(
+        line.count("\t") == 2 for line in lines
+    )
 
 
 def test_models_say_what_is_not_installed(softar, monkeypatch):
@@ -166,7 +189,11 @@ def test_default_models_and_decoders(monkeypatch):
     assert cli_work.default_model(None) == "mnns-soft-tiny"
     assert cli_work.default_model("soft-token") == "mnns-diffusion-tiny"
     common = dict(seed=0, dtype="float32", device=None)
-    specs = {name: cli_work.default_spec(name, common) for name in cli_work.MODELS if name != "smollm2-135m"}
+    specs = {
+        name: cli_work.default_spec(name, common)
+        for name in cli_work.MODELS
+        if name != "smollm2-135m"
+    }
     assert specs == {
         "mnns-soft-tiny": "soft",
         "mnns-discrete-tiny": "discrete",
@@ -176,7 +203,8 @@ def test_default_models_and_decoders(monkeypatch):
     }
 
 
-# -- generate ---------------------------------------------------------------------------------------------------------
+# -- generate
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_generate(softar):
@@ -185,7 +213,9 @@ def test_generate(softar):
 
     (found,) = make_decoder("soft", model="mnns-soft-tiny", max_new_tokens=6).decode([PROMPT])
     code, out, err = softar("generate", PROMPT, *SOFT)
-    assert (code, out) == (0, f"{found.text.strip()}\n") and err.startswith("mnns-soft-tiny, soft: 5 tokens in 5 ")
+    assert (code, out) == (0, f"{found.text.strip()}\n") and err.startswith(
+        "mnns-soft-tiny, soft: 5 tokens in 5 "
+    )
     for words in (["generate"], ["generate", "-"]):
         assert softar(*words, *SOFT, stdin=PROMPT + "\n")[1] == out
     code, out, err = softar("generate", PROMPT, *SOFT, "--json")
@@ -194,25 +224,48 @@ def test_generate(softar):
     assert (answer["text"], tuple(answer["tokens"])) == (found.text, found.tokens)
     assert (answer["decoder"], answer["num_forwards"]) == ("soft", found.num_forwards)
     assert answer["entropy"] == pytest.approx(found.entropy)
-    assert answer["completion"].endswith(f"{found.text} <eos>") and len(answer["completion"].split()) == 5
+    assert (
+        answer["completion"].endswith(f"{found.text} <eos>")
+        and len(answer["completion"].split()) == 5
+    )
 
 
 def test_generate_options_reach_the_decoder(softar, monkeypatch):
     made = []
     plain = cli_work.answer
-    monkeypatch.setattr(cli_work, "answer", lambda decoder, *rest: made.append(decoder) or plain(decoder, *rest))
-    words = "--temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.01 --alpha 0.25 --answer-temperature 0.7"
+    monkeypatch.setattr(
+        cli_work, "answer", lambda decoder, *rest: made.append(decoder) or plain(decoder, *rest)
+    )
+    words = (
+        "--temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.01 --alpha 0.25 --answer-temperature 0.7"
+    )
     words += " --max-new-tokens 4 --budget 2 --seed 7 --think-end ->"
     assert softar("generate", PROMPT, *SOFT, "-d", "gumbel:tau=0.5", *words.split())[0] == 0
     c = made[0].config
-    assert (c.temperature, c.top_k, c.top_p, c.min_p, c.alpha, c.budget) == (0.5, 3, 0.9, 0.01, 0.25, 2)
-    assert (c.mixer, c.mixer_args, c.answer_temperature, c.max_new_tokens) == ("gumbel", {"tau": 0.5}, 0.7, 4)
+    assert (c.temperature, c.top_k, c.top_p, c.min_p, c.alpha, c.budget) == (
+        0.5,
+        3,
+        0.9,
+        0.01,
+        0.25,
+        2,
+    )
+    assert (c.mixer, c.mixer_args, c.answer_temperature, c.max_new_tokens) == (
+        "gumbel",
+        {"tau": 0.5},
+        0.7,
+        4,
+    )
     assert made[0].tokenizer.decode(c.think_end) == "->" and made[0].rng.initial_seed() == 7
     assert softar("generate", PROMPT, *SOFT, "-d", 'soft:think_end="->",top_k=null')[0] == 0
-    assert made[1].config.top_k is None and made[1].tokenizer.decode(made[1].config.think_end) == "->"
+    assert (
+        made[1].config.top_k is None and made[1].tokenizer.decode(made[1].config.think_end) == "->"
+    )
 
 
-@pytest.mark.parametrize("spec", ["beam:num_beams=2", "self-consistency:votes=3", "mnns-diffusion-tiny=hard"])
+@pytest.mark.parametrize(
+    "spec", ["beam:num_beams=2", "self-consistency:votes=3", "mnns-diffusion-tiny=hard"]
+)
 def test_generate_by_other_decoders(softar, spec):
     code, out, _ = softar("generate", PROMPT, "-d", spec, "-m", "mnns-discrete-tiny", "--json")
     answer = json.loads(out)
@@ -226,16 +279,21 @@ class Terminal(io.StringIO):
 
 
 def test_generate_streams_on_a_terminal(monkeypatch, capsys):
-    """Token by token, the thought in other letters than the answer; and the same tokens as without."""
+    """Token by token, the thought in other letters than the answer; and the same tokens as
+    without."""
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    made = cli_work.open_decoder(None, "mnns-soft-tiny", {}, max_new_tokens=None, seed=0, dtype="float32", device=None)
+    made = cli_work.open_decoder(
+        None, "mnns-soft-tiny", {}, max_new_tokens=None, seed=0, dtype="float32", device=None
+    )
     seen = []
     plain = cli_format.Printer.__call__
     monkeypatch.setattr(
-        cli_format.Printer, "__call__", lambda self, step: (plain(self, step), seen.append(screen.getvalue()))[0]
+        cli_format.Printer,
+        "__call__",
+        lambda self, step: (plain(self, step), seen.append(screen.getvalue()))[0],
     )
     cli_work.answer(made, PROMPT, PROMPT, False)
     monkeypatch.undo()
@@ -249,14 +307,21 @@ def test_generate_streams_on_a_terminal(monkeypatch, capsys):
 
 
 def test_stream_counts_as_decode_does(monkeypatch):
-    made = cli_work.open_decoder("gumbel", "mnns-soft-tiny", {}, max_new_tokens=6, seed=3, dtype="float32", device=None)
-    twin = cli_work.open_decoder("gumbel", "mnns-soft-tiny", {}, max_new_tokens=6, seed=3, dtype="float32", device=None)
+    made = cli_work.open_decoder(
+        "gumbel", "mnns-soft-tiny", {}, max_new_tokens=6, seed=3, dtype="float32", device=None
+    )
+    twin = cli_work.open_decoder(
+        "gumbel", "mnns-soft-tiny", {}, max_new_tokens=6, seed=3, dtype="float32", device=None
+    )
     monkeypatch.setattr(sys, "stdout", Terminal())
     streamed = cli_work.stream(made, PROMPT)
     monkeypatch.undo()
     (plain,) = twin.decode([PROMPT])
     assert (streamed.text, streamed.tokens) == (plain.text, plain.tokens)
-    assert (streamed.num_forwards, streamed.token_forwards) == (plain.num_forwards, plain.token_forwards)
+    assert (streamed.num_forwards, streamed.token_forwards) == (
+        plain.num_forwards,
+        plain.token_forwards,
+    )
     assert streamed.entropy == pytest.approx(plain.entropy)
 
 
@@ -294,12 +359,19 @@ class Plain(Chatty):
 
 def test_chat_where_the_tokenizer_has_a_template():
     user, system = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be brief."}
-    assert cli_work.as_prompt(Chatty(), "Hi", None) == [user] == cli_work.as_prompt(Chatty(), "Hi", True)
+    assert (
+        cli_work.as_prompt(Chatty(), "Hi", None)
+        == [user]
+        == cli_work.as_prompt(Chatty(), "Hi", True)
+    )
     assert cli_work.as_prompt(Chatty(), "Hi", None, "Be brief.") == [system, user]
-    assert cli_work.as_prompt(Plain(), "Hi", None) == "Hi" == cli_work.as_prompt(Chatty(), "Hi", False)
+    assert (
+        cli_work.as_prompt(Plain(), "Hi", None) == "Hi" == cli_work.as_prompt(Chatty(), "Hi", False)
+    )
 
 
-# -- fill -------------------------------------------------------------------------------------------------------------
+# -- fill
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_fill(softar):
@@ -314,14 +386,32 @@ def test_fill(softar):
 
 def test_fill_behind_the_text(softar):
     answer = json.loads(softar("fill", PROMPT, "--gen-length", 5, "--steps", 2, "--json")[1])
-    assert (answer["decoder"], answer["setting"], answer["num_forwards"]) == ("soft-mask", "steps=2", 2)
+    assert (answer["decoder"], answer["setting"], answer["num_forwards"]) == (
+        "soft-mask",
+        "steps=2",
+        2,
+    )
     assert len(answer["tokens"]) == 5
-    answer = json.loads(softar("fill", PROMPT, "--gen-length", 4, "--block-length", 2, "--temperature", 0.3,
-                               "-d", "hard:threshold=0.01", "--json")[1])  # fmt: skip
+    answer = json.loads(
+        softar(
+            "fill",
+            PROMPT,
+            "--gen-length",
+            4,
+            "--block-length",
+            2,
+            "--temperature",
+            0.3,
+            "-d",
+            "hard:threshold=0.01",
+            "--json",
+        )[1]
+    )
     assert (answer["decoder"], answer["num_forwards"]) == ("hard", 2)
 
 
-# -- compare ----------------------------------------------------------------------------------------------------------
+# -- compare
+# ----------------------------------------------------------------------------------------------------------
 
 FEW = ["--limit", "12", "-m", "mnns-soft-tiny", "-d", "soft", "-d", "discrete"]
 
@@ -335,22 +425,51 @@ def test_compare(softar, tmp_path):
         ("discrete", 12, "mnns"),
     ]
     assert all(row["nfe"] <= 5 for row in found["rows"])
-    assert {"results.json", "results.csv", "rows.jsonl", "plot.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert {"results.json", "results.csv", "rows.jsonl", "plot.png"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
     assert str(tmp_path) in err
-    code, out, _ = softar("compare", *FEW, "--baseline", "discrete", "--repeats", 2, "--batch-size", 5)
+    code, out, _ = softar(
+        "compare", *FEW, "--baseline", "discrete", "--repeats", 2, "--batch-size", 5
+    )
     assert code == 0 and "gain over discrete" in out and "\x1b" not in out and "soft" in out
 
 
 def test_compare_on_a_narrow_terminal(softar, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     code, out, _ = softar("compare", *FEW)
-    assert code == 0 and max(map(len, out.splitlines())) <= 60 and "soft\n  accuracy" in out and "gain" in out
+    assert (
+        code == 0
+        and max(map(len, out.splitlines())) <= 60
+        and "soft\n  accuracy" in out
+        and "gain" in out
+    )
     assert out.count("mnns-soft-tiny") == 1 and out.splitlines()[-1] == "gain over soft"
 
 
 def test_compare_matches_budgets(softar):
-    words = ["compare", "--task", "latin", "--limit", "6", "-m", "latin-diffusion-tiny", "--nfe", "5", "--json"]
-    specs = ["-d", "hard:steps=2", "-d", "hard:steps=4", "-d", "hard:steps=8", "-d", "soft-mask:steps=8"]
+    words = [
+        "compare",
+        "--task",
+        "latin",
+        "--limit",
+        "6",
+        "-m",
+        "latin-diffusion-tiny",
+        "--nfe",
+        "5",
+        "--json",
+    ]
+    specs = [
+        "-d",
+        "hard:steps=2",
+        "-d",
+        "hard:steps=4",
+        "-d",
+        "hard:steps=8",
+        "-d",
+        "soft-mask:steps=8",
+    ]
     found = json.loads(softar(*words, *specs)[1])
     assert [row["nfe"] for row in found["rows"]] == [4]
     assert found["left_out"] == ["latin-diffusion-tiny=soft-mask"]
@@ -360,16 +479,29 @@ def test_compare_matches_budgets(softar):
 
 def test_compare_says_what_failed(softar):
     """A decoder that cannot read the rows: the other goes on, and the exit code is 1."""
-    code, out, err = softar("compare", "--task", "latin", "--limit", "4", "-d", "mnns-soft-tiny=soft", "-d",
-                            "latin-diffusion-tiny=hard:steps=2", "--json")  # fmt: skip
+    code, out, err = softar(
+        "compare",
+        "--task",
+        "latin",
+        "--limit",
+        "4",
+        "-d",
+        "mnns-soft-tiny=soft",
+        "-d",
+        "latin-diffusion-tiny=hard:steps=2",
+        "--json",
+    )
     found = json.loads(out)
     assert code == 1 and [row["decoder"] for row in found["rows"]] == ["hard"]
-    assert found["failures"][0]["decoder"].startswith("mnns-soft-tiny=soft") and "cannot read" in err
+    assert (
+        found["failures"][0]["decoder"].startswith("mnns-soft-tiny=soft") and "cannot read" in err
+    )
 
 
 @pytest.mark.parametrize("width", ["60", "120"])
 def test_compare_says_each_failure_once(softar, monkeypatch, width):
-    """The first of a decoder when it happens, the others behind the table, which has their number."""
+    """The first of a decoder when it happens, the others behind the table, which has their
+    number."""
     from softar import tasks
 
     def picky(text, row):
@@ -396,7 +528,11 @@ def test_the_default_comparison_names_each_model_beside_its_decoders(softar, mon
     assert not any("tiny=" in line for line in lines if "gain over" not in line)
     monkeypatch.setenv("COLUMNS", "80")
     lines = softar(*words)[1].splitlines()
-    assert "mnns-soft-tiny, discrete" in lines and "mnns-discrete-tiny, discrete" in lines and lines[0] == "mnns"
+    assert (
+        "mnns-soft-tiny, discrete" in lines
+        and "mnns-discrete-tiny, discrete" in lines
+        and lines[0] == "mnns"
+    )
     heads = [line for line in lines if line.startswith("mnns-")]
     assert len(heads) == len(set(heads)) == 9 and max(map(len, lines)) <= 80
 
@@ -408,14 +544,19 @@ def test_ctrl_c_keeps_what_a_comparison_has_done(softar, monkeypatch, tmp_path):
 
     def decode(self, prompts):
         calls.append(self.name)
-        if len(calls) > 2:  # the first decoder's warm-up and only batch; the second has not even warmed up
+        # the first decoder's warm-up and only batch; the second has not even warmed up
+        if len(calls) > 2:
             raise KeyboardInterrupt
         return plain(self, prompts)
 
     monkeypatch.setattr(SoftDecoder, "decode", decode)
     code, out, _ = softar("compare", *FEW, "--json", "--output", tmp_path)
     found = json.loads(out)
-    assert (code, found["interrupted"], [row["name"] for row in found["rows"]]) == (130, True, ["soft"])
+    assert (code, found["interrupted"], [row["name"] for row in found["rows"]]) == (
+        130,
+        True,
+        ["soft"],
+    )
     assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["n"] == 12
 
 
@@ -461,7 +602,8 @@ def test_length_of_an_answer():
     assert cli_work.answer_length(rows["latin"], "hard", 7) == 0
 
 
-# -- trace ------------------------------------------------------------------------------------------------------------
+# -- trace
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_trace(softar, tmp_path):
@@ -480,15 +622,33 @@ def test_trace(softar, tmp_path):
     assert code == 0 and "forward" in out and "D4 D8" in out
 
 
-# -- sweep ------------------------------------------------------------------------------------------------------------
+# -- sweep
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_sweep(softar, tmp_path):
-    words = ["sweep", "-t", "latin", "--soft", "soft-mask", "--baseline", "hard", "--vary", "threshold=0.5,0.9",
-             "--limit", "4", "--seed", "1", "-o", tmp_path]  # fmt: skip
+    words = [
+        "sweep",
+        "-t",
+        "latin",
+        "--soft",
+        "soft-mask",
+        "--baseline",
+        "hard",
+        "--vary",
+        "threshold=0.5,0.9",
+        "--limit",
+        "4",
+        "--seed",
+        "1",
+        "-o",
+        tmp_path,
+    ]
     code, out, err = softar(*words, "--json")
     found = json.loads(out)
-    assert code == 0 and len(found["points"]) == 4 and Path(found["plot"]).is_file() and "[1/4]" in err
+    assert (
+        code == 0 and len(found["points"]) == 4 and Path(found["plot"]).is_file() and "[1/4]" in err
+    )
     Path(found["plot"]).unlink()
     code, out, err = softar("sweep", "--plot", tmp_path)
     assert (
@@ -497,12 +657,17 @@ def test_sweep(softar, tmp_path):
         and Path(found["plot"]).is_file()
         and "[1/4]" not in err
     )
-    (tmp_path / "grid.yaml").write_text("tasks: [latin]\nsoft: [soft-mask]\nlimit: 4\noutput_dir: elsewhere\n")
-    code, _, err = softar("sweep", "--config", tmp_path / "grid.yaml", "-o", tmp_path, "--limit", "5")
+    (tmp_path / "grid.yaml").write_text(
+        "tasks: [latin]\nsoft: [soft-mask]\nlimit: 4\noutput_dir: elsewhere\n"
+    )
+    code, _, err = softar(
+        "sweep", "--config", tmp_path / "grid.yaml", "-o", tmp_path, "--limit", "5"
+    )
     assert code == 2 and "is of another grid" in err  # 5 rows, by the option
 
 
-# -- serve ------------------------------------------------------------------------------------------------------------
+# -- serve
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Served:
@@ -530,8 +695,12 @@ def test_serve(softar, monkeypatch):
     asked = []
     server = Served(KeyboardInterrupt())
     monkeypatch.setattr("softar.vllm.serve", lambda *a, **k: asked.append((a, k)) or server)
-    code, out, err = softar("serve", "mnns-tiny", "--port", 9, "--json", "--", "--max-num-seqs", "16")
-    assert code == 130 and json.loads(out)["url"] == server.url and server.stopped and "Ctrl-C" in err
+    code, out, err = softar(
+        "serve", "mnns-tiny", "--port", 9, "--json", "--", "--max-num-seqs", "16"
+    )
+    assert (
+        code == 130 and json.loads(out)["url"] == server.url and server.stopped and "Ctrl-C" in err
+    )
     (model,), options = asked[0]
     assert (model, options["port"], options["extra"]) == ("mnns-tiny", 9, ["--max-num-seqs", "16"])
     out = softar("serve", "mnns-tiny")[1]
@@ -547,7 +716,9 @@ def test_serve(softar, monkeypatch):
     assert code == 2 and "ended with code 3" in err
 
     def refuse(*args, **kwargs):
-        raise import_module("softar.vllm").ServerError("vllm serve ended with code 1; its last words:\nno\nmemory")
+        raise import_module("softar.vllm").ServerError(
+            "vllm serve ended with code 1; its last words:\nno\nmemory"
+        )
 
     monkeypatch.setattr("softar.vllm.serve", refuse)
     code, out, err = softar("serve", "mnns-tiny")
@@ -559,7 +730,8 @@ def test_serve(softar, monkeypatch):
     ]
 
 
-# -- errors -----------------------------------------------------------------------------------------------------------
+# -- errors
+# -----------------------------------------------------------------------------------------------------------
 
 BAD = [
     (["nothing"], "No such command 'nothing'"),
@@ -574,7 +746,10 @@ BAD = [
     (["generate", PROMPT, *SOFT, "-d", "sof"], "did you mean 'soft'?"),
     (["generate", PROMPT, *SOFT, "-d", "soft:top_j=3"], "takes no 'top_j'"),
     (["generate", PROMPT, *SOFT, "-d", "soft:alpha=2"], "alpha=2 must lie in [0, 1]"),
-    (["generate", PROMPT, *SOFT, "-d", "soft:alpha=0.5", "--alpha", "0.7"], "--alpha is in --decoder"),
+    (
+        ["generate", PROMPT, *SOFT, "-d", "soft:alpha=0.5", "--alpha", "0.7"],
+        "--alpha is in --decoder",
+    ),
     (["generate", PROMPT, *SOFT, "-d", "beam", "--top-k", "3"], "takes no 'top_k'"),
     (["generate", PROMPT, *SOFT, "-d", "hard"], "needs a masked-diffusion model"),
     (["generate", PROMPT, *SOFT, "--chat"], "has no chat template"),
@@ -595,10 +770,16 @@ BAD = [
     (["trace", PROMPT, *SOFT, "--html", "nowhere/page.html"], "nowhere"),
     (["sweep"], "the grid lacks"),
     (["sweep", "--plot", "nowhere"], "holds no sweep"),
-    (["sweep", "--plot", "foreign"], "foreign/summary.json is no results file of a sweep (KeyError('run')): delete"),
+    (
+        ["sweep", "--plot", "foreign"],
+        "foreign/summary.json is no results file of a sweep (KeyError('run')): delete",
+    ),
     (["sweep", "--plot", "nowhere", "-t", "mnns"], "--plot FOLDER goes by itself"),
     (["sweep", "--config", "nowhere.yaml"], "nowhere.yaml"),
-    (["sweep", "-t", "latin", "--soft", "hard", "--vary", "threshold"], "--vary 'threshold' must be key=value,value"),
+    (
+        ["sweep", "-t", "latin", "--soft", "hard", "--vary", "threshold"],
+        "--vary 'threshold' must be key=value,value",
+    ),
 ]
 
 
@@ -606,7 +787,9 @@ BAD = [
 def test_errors_are_one_line(softar, words, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("foreign").mkdir()
-    Path("foreign/summary.json").write_text('{"rows": [{"task": "mnns", "role": "soft", "accuracy": 1}]}')
+    Path("foreign/summary.json").write_text(
+        '{"rows": [{"task": "mnns", "role": "soft", "accuracy": 1}]}'
+    )
     code, out, err = softar(*words)
     assert (code, out) == (2, "")
     assert err.startswith("softar: error: ") and err.count("\n") == 1 and says in err
@@ -640,7 +823,8 @@ def test_ctrl_c(softar, monkeypatch):
     assert softar("generate", PROMPT) == (130, "", "")
 
 
-# -- pipes ------------------------------------------------------------------------------------------------------------
+# -- pipes
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_only_json_on_stdout_whatever_libraries_print(softar, monkeypatch):
@@ -662,8 +846,14 @@ def test_only_results_holds_children_too():
         "with only_results(): print('python'); os.system('echo child'); subprocess.run(['echo', 'another'])\n"
         "print('after')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "before\nafter\n" and sorted(done.stderr.split()) == ["another", "child", "python"]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "before\nafter\n" and sorted(done.stderr.split()) == [
+        "another",
+        "child",
+        "python",
+    ]
 
 
 @pytest.mark.parametrize("buffered", [True, False])
@@ -680,18 +870,22 @@ def test_a_reader_that_leaves_is_no_error(buffered):
 
 
 def test_a_whole_process():
-    """From the words to the exit code, with another program's eyes: nothing but JSON, no warnings."""
+    """From the words to the exit code, with another program's eyes: nothing but JSON, no
+    warnings."""
     done = process("generate", *SOFT, "--json", input=PROMPT + "\n")
-    assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout)["model"] == "mnns-soft-tiny"
+    assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout)[
+        "model"
+    ] == "mnns-soft-tiny"
 
 
 def test_json_has_no_nan():
-    assert cli_format._plain({"a": [float("nan"), 1.5, Path("x"), None, True], 2: (float("inf"),)}) == {
-        "a": [None, 1.5, "x", None, True],
-        "2": [None],
-    }
+    assert cli_format._plain(
+        {"a": [float("nan"), 1.5, Path("x"), None, True], 2: (float("inf"),)}
+    ) == {"a": [None, 1.5, "x", None, True], "2": [None]}
 
 
 def test_masks_are_whole():
     assert cli_work.with_masks("a ___ b _", "<mask>") == "a <mask> b <mask>"
-    assert cli_work.with_masks("a <|mdm_mask|> b _", "<|mdm_mask|>") == "a <|mdm_mask|> b <|mdm_mask|>"
+    assert (
+        cli_work.with_masks("a <|mdm_mask|> b _", "<|mdm_mask|>") == "a <|mdm_mask|> b <|mdm_mask|>"
+    )

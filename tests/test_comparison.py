@@ -1,4 +1,5 @@
-"""compare: who is better, how sure that is, what is left after a failure or Ctrl-C. All decoders here are made up."""
+"""compare: who is better, how sure that is, what is left after a failure or Ctrl-C. All decoders
+here are made up."""
 
 import csv
 import itertools
@@ -24,7 +25,9 @@ QUIET = dict(bootstrap=200, console=Console(file=StringIO()))
 
 
 def questions(n, **columns):
-    return Dataset.from_dict({"prompt": [f"q{i}" for i in range(n)], "answer": [f"a{i}" for i in range(n)]} | columns)
+    return Dataset.from_dict(
+        {"prompt": [f"q{i}" for i in range(n)], "answer": [f"a{i}" for i in range(n)]} | columns
+    )
 
 
 def score(text, row):
@@ -36,7 +39,8 @@ class Fake:
     """Answers q3 by a3, or by "wrong" where `right` says so; every batch is noted in `calls`."""
 
     name: str = "fake"
-    right: object = True  # bool, or a function of the row's index and of how often it was asked before
+    # bool, or a function of the row's index and of how often it was asked before
+    right: object = True
     nfe: float = 4.0
     seconds: float = 0.001
     columns: dict = field(default_factory=dict)
@@ -55,7 +59,14 @@ class Fake:
         i, asked = int(prompt[1:]), self.seen.get(prompt, 0)
         self.seen[prompt] = asked + 1
         right = self.right(i, asked) if callable(self.right) else self.right
-        return Decoded(f"a{i}" if right else "wrong", (1, 2), self.nfe, self.nfe * 10, self.seconds, self.entropy)
+        return Decoded(
+            f"a{i}" if right else "wrong",
+            (1, 2),
+            self.nfe,
+            self.nfe * 10,
+            self.seconds,
+            self.entropy,
+        )
 
 
 def fail_at(call, error):
@@ -74,45 +85,72 @@ def by_name(found):
 
 
 def test_rows():
-    half = Fake("half", lambda i, _: i % 2 == 0, nfe=2, columns=dict(decoder="soft", model="m", setting="steps=2",
-                family="diffusion", training="hard"), entropy=0.5)  # fmt: skip
+    half = Fake(
+        "half",
+        lambda i, _: i % 2 == 0,
+        nfe=2,
+        columns=dict(
+            decoder="soft", model="m", setting="steps=2", family="diffusion", training="hard"
+        ),
+        entropy=0.5,
+    )
     full = Fake("full", nfe=8, seconds=0.004)
     found = compare([half, full], questions(10), score, task="toy", seed=3, **QUIET)
     first, second = found.rows
-    labels = dict(task="toy", model="m", decoder="soft", setting="steps=2", family="diffusion", training="hard",
-                  name="half", stage=None)  # fmt: skip
+    labels = dict(
+        task="toy",
+        model="m",
+        decoder="soft",
+        setting="steps=2",
+        family="diffusion",
+        training="hard",
+        name="half",
+        stage=None,
+    )
     assert {key: first[key] for key in labels} == labels
     assert {k: second[k] for k in ("model", "decoder", "setting", "family", "seed")} == dict(
         model=None, decoder="full", setting="", family=None, seed=3
     )
-    assert first["accuracy"] == 0.5 and second["accuracy"] == second["accuracy_low"] == second["accuracy_high"] == 1
+    assert (
+        first["accuracy"] == 0.5
+        and second["accuracy"] == second["accuracy_low"] == second["accuracy_high"] == 1
+    )
     assert first["accuracy_low"] < 0.5 < first["accuracy_high"]
     assert first["gain"] is first["gain_low"] is first["gain_high"] is None
     assert second["gain"] == 0.5 and 0 < second["gain_low"] < 0.5 < second["gain_high"] < 1
     assert (first["agreement"], second["agreement"]) == (1, 0.5)
-    assert (first["nfe"], first["token_forwards"], first["entropy"], first["n"], first["repeats"]) == (
-        2,
-        20,
-        0.5,
-        10,
-        1,
-    )
+    assert (
+        first["nfe"],
+        first["token_forwards"],
+        first["entropy"],
+        first["n"],
+        first["repeats"],
+    ) == (2, 20, 0.5, 10, 1)
     assert (second["nfe"], second["entropy"]) == (8, None)
-    assert second["seconds"] == pytest.approx(0.04) and second["seconds_per_row"] == pytest.approx(0.004)
+    assert second["seconds"] == pytest.approx(0.04) and second["seconds_per_row"] == pytest.approx(
+        0.004
+    )
     assert second["tokens_per_s"] == pytest.approx(20 / 0.04)
     assert first["accuracy_sd"] is first["seconds_sd"] is None and first["complete"] is True
-    assert found.baseline == "half" and not found.interrupted and found.failures == [] and found.left_out == []
+    assert (
+        found.baseline == "half"
+        and not found.interrupted
+        and found.failures == []
+        and found.left_out == []
+    )
 
 
 def test_repeats_have_a_spread_and_their_mean_counts():
     """Right on even rows, and in the second of three passes on all."""
     drawn = Fake("drawn", lambda i, asked: i % 2 == 0 or asked == 1)
-    found = compare({"drawn": drawn, "sure": Fake()}, questions(4), score, repeats=3, warmup=0, **QUIET)
+    found = compare(
+        {"drawn": drawn, "sure": Fake()}, questions(4), score, repeats=3, warmup=0, **QUIET
+    )
     row, sure = found.rows
     passes = [0.5, 1.0, 0.5]
-    assert row["accuracy"] == pytest.approx(np.mean(passes)) and row["accuracy_sd"] == pytest.approx(
-        np.std(passes, ddof=1)
-    )
+    assert row["accuracy"] == pytest.approx(np.mean(passes)) and row[
+        "accuracy_sd"
+    ] == pytest.approx(np.std(passes, ddof=1))
     assert row["repeats"] == 3 and row["n"] == 4 and sure["accuracy_sd"] == 0
     assert row["seconds"] == pytest.approx(0.004) and row["seconds_sd"] == pytest.approx(0)
     assert sure["agreement"] == pytest.approx(8 / 12) and sure["gain"] == pytest.approx(1 / 3)
@@ -131,7 +169,8 @@ def test_turns_batches_and_warm_up():
     found = compare([a, b], questions(5), score, batch_size=2, repeats=2, warmup=3, **QUIET)
     whole = [["q0", "q1"], ["q2", "q3"], ["q4"]]
     assert a.calls == b.calls == [["q0", "q1"], ["q2"], *whole, *whole]
-    assert order == [*"aa", *"aaa", *"bb", *"bbb", *"aaabbb"]  # each warms up right before its own first pass
+    # each warms up right before its own first pass
+    assert order == [*"aa", *"aaa", *"bb", *"bbb", *"aaabbb"]
     assert found.rows[0]["seconds"] == pytest.approx(0.005)
     cold = Fake()
     compare([cold], questions(3), score, warmup=0, **QUIET)
@@ -140,7 +179,11 @@ def test_turns_batches_and_warm_up():
 
 def test_column():
     data = questions(2, template=["q1", "q0"], other=["q1", "q1"])
-    for column, prompts in ((None, ["q1", "q0"]), ("prompt", ["q0", "q1"]), ("other", ["q1", "q1"])):
+    for column, prompts in (
+        (None, ["q1", "q0"]),
+        ("prompt", ["q0", "q1"]),
+        ("other", ["q1", "q1"]),
+    ):
         fake = Fake()
         compare([fake], data, score, column=column, warmup=0, **QUIET)
         assert fake.calls == [prompts]
@@ -148,8 +191,10 @@ def test_column():
 
 def test_rows_as_a_list_of_dicts():
     data = questions(4)
-    from_list, from_dataset = (compare([Fake("a", lambda i, _: i < 3)], rows, score, **QUIET)
-                               for rows in (data.to_list(), data))  # fmt: skip
+    from_list, from_dataset = (
+        compare([Fake("a", lambda i, _: i < 3)], rows, score, **QUIET)
+        for rows in (data.to_list(), data)
+    )
     assert from_list.rows == from_dataset.rows and from_list.rows[0]["accuracy"] == 0.75
     templates = Fake()
     compare([templates], [{"template": "q1", "answer": "a1"}], score, warmup=0, **QUIET)
@@ -160,7 +205,10 @@ def test_a_scorer_that_writes_into_its_row():
     def pop(text, row):
         return float(text == row.pop("answer"))
 
-    assert [row["accuracy"] for row in compare({"a": Fake(), "b": Fake()}, questions(3), pop, **QUIET).rows] == [1, 1]
+    assert [
+        row["accuracy"]
+        for row in compare({"a": Fake(), "b": Fake()}, questions(3), pop, **QUIET).rows
+    ] == [1, 1]
 
 
 def test_entropy_of_the_rows_that_know_it():
@@ -175,9 +223,13 @@ def test_entropy_of_the_rows_that_know_it():
 def test_agreement_is_of_texts_and_not_of_the_space_around_them():
     class Spaced(Fake):
         def answer(self, prompt):
-            return replace(super().answer(prompt), text={"q0": " a0\n", "q1": "a 1", "q2": "a2"}[prompt])
+            return replace(
+                super().answer(prompt), text={"q0": " a0\n", "q1": "a 1", "q2": "a2"}[prompt]
+            )
 
-    assert compare([Fake("a"), Spaced("b")], questions(3), score, **QUIET).rows[1]["agreement"] == pytest.approx(2 / 3)
+    assert compare([Fake("a"), Spaced("b")], questions(3), score, **QUIET).rows[1][
+        "agreement"
+    ] == pytest.approx(2 / 3)
 
 
 def test_seconds_unknown():
@@ -197,12 +249,17 @@ def test_identical_decoders_gain_exactly_nothing():
 
 
 def test_pairs_see_what_two_samples_cannot():
-    """b is right wherever a is and on 8 more of 200 rows: far within either's own interval, and yet sure."""
+    """b is right wherever a is and on 8 more of 200 rows: far within either's own interval, and yet
+    sure."""
     a, b = Fake("a", lambda i, _: i < 100), Fake("b", lambda i, _: i < 108)
-    a_row, b_row = compare([a, b], questions(200), score, bootstrap=2000, console=QUIET["console"]).rows
+    a_row, b_row = compare(
+        [a, b], questions(200), score, bootstrap=2000, console=QUIET["console"]
+    ).rows
     assert b_row["accuracy"] < a_row["accuracy_high"] and a_row["accuracy"] > b_row["accuracy_low"]
     assert (
-        b_row["gain"] == pytest.approx(0.04) and 0.01 < b_row["gain_low"] < 0.022 and 0.058 < b_row["gain_high"] < 0.075
+        b_row["gain"] == pytest.approx(0.04)
+        and 0.01 < b_row["gain_low"] < 0.022
+        and 0.058 < b_row["gain_high"] < 0.075
     )
     swapped = by_name(compare([a, b], questions(200), score, baseline="b", **QUIET))["a"]
     assert swapped["gain"] == pytest.approx(-0.04) and swapped["gain_high"] < 0
@@ -222,15 +279,24 @@ def test_coverage():
     hits = 0
     for trial in range(trials):
         hard = rng.random(n)  # a row's difficulty is shared, so the two are correlated
-        a, b = (hard + rng.normal(0, 0.1, n) < 0.5) * 1.0, (hard + rng.normal(0, 0.1, n) < 0.6) * 1.0
+        a, b = (
+            (hard + rng.normal(0, 0.1, n) < 0.5) * 1.0,
+            (hard + rng.normal(0, 0.1, n) < 0.6) * 1.0,
+        )
         low, high = interval(bootstrap_means((b - a)[:, None], 400, seed=trial)[:, 0])
         hits += low <= 0.1 <= high
     assert 0.92 < hits / trials < 0.975
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0, math.nan]), st.sampled_from([0.0, 0.5, 1.0])), min_size=1,
-                max_size=30), st.integers(0, 5))  # fmt: skip
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 1.0, math.nan]), st.sampled_from([0.0, 0.5, 1.0])),
+        min_size=1,
+        max_size=30,
+    ),
+    st.integers(0, 5),
+)
 def test_bootstrap_means_are_means_of_the_known(rows, seed):
     values = np.array(rows)
     means = bootstrap_means(values, 50, seed)
@@ -238,7 +304,8 @@ def test_bootstrap_means_are_means_of_the_known(rows, seed):
     known = means[np.isfinite(means)]
     assert ((known >= 0) & (known <= 1)).all()
     assert np.array_equal(means, bootstrap_means(values, 50, seed), equal_nan=True)
-    again = bootstrap_means(np.concatenate([values, values], 1), 50, seed)  # the columns share their draws
+    # the columns share their draws
+    again = bootstrap_means(np.concatenate([values, values], 1), 50, seed)
     assert np.allclose(again[:, :2], again[:, 2:], equal_nan=True)
     if np.isnan(values[:, 0]).all():
         assert interval(means[:, 0]) == (None, None)
@@ -253,7 +320,9 @@ def test_seed_of_the_bootstrap(monkeypatch):
     assert gain(1) == gain(1) != gain(2)
     values = np.random.default_rng(0).random((2000, 1))  # takes several chunks of draws
     means = bootstrap_means(values, 3000)[:, 0]
-    assert len(set(means)) == 3000 and means.std() == pytest.approx(values.std() / math.sqrt(2000), rel=0.1)
+    assert len(set(means)) == 3000 and means.std() == pytest.approx(
+        values.std() / math.sqrt(2000), rel=0.1
+    )
 
 
 # Failures
@@ -272,18 +341,24 @@ def test_scorer_failures():
 
     err = StringIO()
     a, b = Fake("a", lambda i, _: i % 2 == 0), Fake("b")
-    found = compare([a, b], questions(8), picky, repeats=2, bootstrap=200, console=Console(file=err, width=200))
-    assert [(f.row, f.decoder) for f in found.failures] == [(i, name) for name in "ab" for i in (1, 3, 4, 5, 6)]
+    found = compare(
+        [a, b], questions(8), picky, repeats=2, bootstrap=200, console=Console(file=err, width=200)
+    )
+    assert [(f.row, f.decoder) for f in found.failures] == [
+        (i, name) for name in "ab" for i in (1, 3, 4, 5, 6)
+    ]
     assert found.failures[0] == Failure(1, "a", "ZeroDivisionError: division by zero")
     assert "nan" in found.failures[1].message and "'1'" in found.failures[3].message
     row_a, row_b = found.rows
-    assert (row_a["n"], row_a["accuracy"], row_b["accuracy"]) == (3, pytest.approx(2 / 3), 1)  # rows 0, 2 and 7
+    # rows 0, 2 and 7
+    assert (row_a["n"], row_a["accuracy"], row_b["accuracy"]) == (3, pytest.approx(2 / 3), 1)
     assert row_b["gain"] == pytest.approx(1 / 3) and row_a["complete"] and row_b["complete"]
     assert err.getvalue().count("failed: ") == 2 and "a, row 1: ZeroDivisionError" in err.getvalue()
 
 
 def test_gain_is_over_the_rows_that_both_have():
-    """b's score is missing where a is right, so that the accuracies differ by more than the gain."""
+    """b's score is missing where a is right, so that the accuracies differ by more than the
+    gain."""
     a, b = Fake("a", lambda i, _: i < 2), Fake("b", lambda i, _: i != 2)
 
     def half(text, row):
@@ -294,26 +369,48 @@ def test_gain_is_over_the_rows_that_both_have():
     found = compare([a, b], questions(4), half, **QUIET)
     row_a, row_b = found.rows
     assert (row_a["accuracy"], row_b["accuracy"], row_b["n"]) == (0.5, 1, 2)
-    assert row_b["gain"] == 0.5 and len(found.failures) == 2  # rows 1 and 3: 1 and 1 against 1 and 0
+    # rows 1 and 3: 1 and 1 against 1 and 0
+    assert row_b["gain"] == 0.5 and len(found.failures) == 2
 
 
 def test_every_score_fails():
-    with pytest.raises(ValueError, match=r"scorer failed on every row, first: a, row 0: KeyError: 'gold'"):
+    with pytest.raises(
+        ValueError, match=r"scorer failed on every row, first: a, row 0: KeyError: 'gold'"
+    ):
         compare([Fake("a"), Fake("b")], questions(3), lambda _, row: row["gold"], **QUIET)
 
 
 def test_all_scores_of_one_decoder_fail(tmp_path):
-    found = compare([Fake("a"), Fake("b", False)], questions(3), lambda t, _: {"wrong": math.nan}.get(t, 1.0), **QUIET)
+    found = compare(
+        [Fake("a"), Fake("b", False)],
+        questions(3),
+        lambda t, _: {"wrong": math.nan}.get(t, 1.0),
+        **QUIET,
+    )
     row = found.rows[1]
-    assert [row[k] for k in ("n", "accuracy", "accuracy_low", "gain", "gain_low")] == [0, None, None, None, None]
+    assert [row[k] for k in ("n", "accuracy", "accuracy_low", "gain", "gain_low")] == [
+        0,
+        None,
+        None,
+        None,
+        None,
+    ]
     found.save(tmp_path)
     strict_json((tmp_path / "results.json").read_text())
     found.plot(tmp_path / "plot.png")
     assert "b" in shown(found)
 
 
-@pytest.mark.parametrize("wrong", [lambda r: r[:-1], lambda r: [*r, r[0]], lambda r: [], lambda r: None,
-                                   lambda r: [d.text for d in r]])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda r: r[:-1],
+        lambda r: [*r, r[0]],
+        lambda r: [],
+        lambda r: None,
+        lambda r: [d.text for d in r],
+    ],
+)
 def test_decoder_that_gives_something_else(wrong):
     class Wrong(Fake):
         def decode(self, prompts):
@@ -322,7 +419,11 @@ def test_decoder_that_gives_something_else(wrong):
     found = compare([Wrong("bad"), Fake("good")], questions(5), score, **QUIET)
     assert [f.decoder for f in found.failures] == ["bad"] and found.failures[0].row is None
     assert [row["name"] for row in found.rows] == ["good"] and found.left_out == ["bad"]
-    assert found.baseline is None and found.rows[0]["gain"] is None and found.rows[0]["agreement"] is None
+    assert (
+        found.baseline is None
+        and found.rows[0]["gain"] is None
+        and found.rows[0]["agreement"] is None
+    )
 
 
 def test_wrong_number_names_both():
@@ -336,17 +437,34 @@ def test_wrong_number_names_both():
 
 @pytest.mark.parametrize("call,left", [(1, None), (2, None), (3, 2), (4, 4)])
 def test_decoder_fails_midway(call, left):
-    """warm-up, first batch, second batch, second pass: the rows that are left; the good one is never disturbed."""
+    """warm-up, first batch, second batch, second pass: the rows that are left; the good one is
+    never disturbed."""
     bad, good = Fake("bad", act=fail_at(call, RuntimeError("boom\nat once"))), Fake("good")
-    found = compare([bad, good], questions(4), score, batch_size=2, warmup=1, repeats=2, baseline="good", **QUIET)
+    found = compare(
+        [bad, good],
+        questions(4),
+        score,
+        batch_size=2,
+        warmup=1,
+        repeats=2,
+        baseline="good",
+        **QUIET,
+    )
     rows = by_name(found)
-    assert found.failures == [Failure(None, "bad", "RuntimeError: boom at once")] and not found.interrupted
+    assert (
+        found.failures == [Failure(None, "bad", "RuntimeError: boom at once")]
+        and not found.interrupted
+    )
     assert rows["good"]["repeats"] == 2 and rows["good"]["complete"] and len(good.calls) == 5
     assert len(bad.calls) == call
     if left is None:
         assert "bad" not in rows and found.left_out == ["bad"]
     else:
-        assert (rows["bad"]["n"], rows["bad"]["complete"], rows["bad"]["repeats"]) == (left, left == 4, 1)
+        assert (rows["bad"]["n"], rows["bad"]["complete"], rows["bad"]["repeats"]) == (
+            left,
+            left == 4,
+            1,
+        )
         assert rows["bad"]["gain"] == 0
 
 
@@ -362,24 +480,41 @@ def test_all_decoders_fail():
 
 def test_interrupted_midway():
     """After b's first batch of its first pass: a is whole, b has its rows, c was never asked."""
-    a, b, c = Fake("a"), Fake("b", lambda i, _: i > 0, act=fail_at(3, KeyboardInterrupt())), Fake("c")
+    a, b, c = (
+        Fake("a"),
+        Fake("b", lambda i, _: i > 0, act=fail_at(3, KeyboardInterrupt())),
+        Fake("c"),
+    )
     found = compare([a, b, c], questions(6), score, batch_size=2, warmup=1, **QUIET)
     assert found.interrupted and found.left_out == ["c"] and found.failures == []
     rows = by_name(found)
     assert list(rows) == ["a", "b"]
-    assert (rows["a"]["n"], rows["a"]["complete"], rows["b"]["n"], rows["b"]["complete"]) == (6, True, 2, False)
-    assert rows["b"]["gain"] == -0.5 and rows["b"]["agreement"] == 0.5 and rows["b"]["seconds"] == pytest.approx(0.002)
+    assert (rows["a"]["n"], rows["a"]["complete"], rows["b"]["n"], rows["b"]["complete"]) == (
+        6,
+        True,
+        2,
+        False,
+    )
+    assert (
+        rows["b"]["gain"] == -0.5
+        and rows["b"]["agreement"] == 0.5
+        and rows["b"]["seconds"] == pytest.approx(0.002)
+    )
     assert "interrupted" in shown(found) and "cut short" in shown(found)
 
 
 def test_interrupted_in_a_later_repeat_counts_the_whole_ones():
-    """b gets all wrong in its second pass, which is cut short: its accuracy is that of the first."""
+    """b gets all wrong in its second pass, which is cut short: its accuracy is that of the
+    first."""
     a, b = Fake("a"), Fake("b", lambda _, asked: asked == 0, act=fail_at(6, KeyboardInterrupt()))
     found = compare([a, b], questions(6), score, batch_size=2, warmup=0, repeats=2, **QUIET)
     rows = by_name(found)
     assert found.interrupted and (rows["a"]["repeats"], rows["b"]["repeats"]) == (2, 1)
     assert rows["b"]["accuracy"] == 1 and rows["b"]["complete"] and rows["b"]["accuracy_sd"] is None
-    assert len(found.passes["b"]) == 2 and sum(a is not None for a in found.passes["b"][1].answers) == 4
+    assert (
+        len(found.passes["b"]) == 2
+        and sum(a is not None for a in found.passes["b"][1].answers) == 4
+    )
 
 
 def test_interrupted_while_scoring(tmp_path):
@@ -393,7 +528,11 @@ def test_interrupted_while_scoring(tmp_path):
 
     found = compare([Fake("a"), Fake("b")], questions(4), slow, **QUIET)
     (row,) = found.rows
-    assert found.interrupted and (row["name"], row["n"], row["complete"]) == ("a", 2, False) and found.failures == []
+    assert (
+        found.interrupted
+        and (row["name"], row["n"], row["complete"]) == ("a", 2, False)
+        and found.failures == []
+    )
     found.save(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [line["score"] for line in lines] == [1, 1, None, None] and lines[3]["text"] == "a3"
@@ -401,7 +540,9 @@ def test_interrupted_while_scoring(tmp_path):
 
 def test_interrupted_in_the_warm_up_of_a_later_decoder():
     """What those before it did is kept: none warms up before its turn."""
-    found = compare([Fake("a"), Fake("b", act=fail_at(1, KeyboardInterrupt()))], questions(4), score, **QUIET)
+    found = compare(
+        [Fake("a"), Fake("b", act=fail_at(1, KeyboardInterrupt()))], questions(4), score, **QUIET
+    )
     assert found.interrupted and found.left_out == ["b"]
     assert [(row["name"], row["n"], row["complete"]) for row in found.rows] == [("a", 4, True)]
 
@@ -415,7 +556,11 @@ def test_interrupted_before_any_score_succeeded():
     """Not the error of a scorer that fails on every row: the rest was not tried."""
     bad = Fake("a", act=fail_at(3, KeyboardInterrupt()))
     found = compare([bad], questions(4), lambda *_: 1 / 0, batch_size=2, warmup=1, **QUIET)
-    assert found.interrupted and [f.row for f in found.failures] == [0, 1] and found.rows[0]["accuracy"] is None
+    assert (
+        found.interrupted
+        and [f.row for f in found.failures] == [0, 1]
+        and found.rows[0]["accuracy"] is None
+    )
 
 
 def test_interrupted_before_the_first_score():
@@ -439,7 +584,10 @@ def test_interrupted_before_the_first_score():
         (dict(rows=questions(0)), "the dataset is empty"),
         (dict(baseline="nobody"), r"baseline='nobody' is unknown: choose one of \['a'\]"),
         (dict(column="text"), r"column='text' is missing: row 0 has \['prompt', 'answer'\]"),
-        (dict(rows=[{"prompt": "q0"}, {"text": "q1"}]), r"column='prompt' is missing: row 1 has \['text'\]"),
+        (
+            dict(rows=[{"prompt": "q0"}, {"text": "q1"}]),
+            r"column='prompt' is missing: row 1 has \['text'\]",
+        ),
         (dict(rows=[]), "the dataset is empty"),
         (dict(rows=["q0"]), r"rows\[0\]='q0' must be a dict, column -> value"),
         (dict(rows="q0"), "rows is a str: give a datasets.Dataset or a list of dicts"),
@@ -470,49 +618,86 @@ def test_a_decoder_need_not_have_a_name():
 
 
 def grid(**accuracies):
-    """Decoders "hard" and "soft" at 2, 4 and 8 forwards; soft is right on one more row in ten at each."""
+    """Decoders "hard" and "soft" at 2, 4 and 8 forwards; soft is right on one more row in ten at
+    each."""
     made = []
     for decoder, extra in (("hard", 0), ("soft", 1)):
-        for steps, right in ((8, 6), (2, 2), (4, 9)):  # the middle one is the best: it must not be picked for that
+        # the middle one is the best: it must not be picked for that
+        for steps, right in ((8, 6), (2, 2), (4, 9)):
             columns = dict(decoder=decoder, model="m", setting=f"steps={steps}")
             made.append(
-                Fake(f"{decoder} {steps}", lambda i, _, k=right + extra: i % 10 < k, nfe=steps, columns=columns)
+                Fake(
+                    f"{decoder} {steps}",
+                    lambda i, _, k=right + extra: i % 10 < k,
+                    nfe=steps,
+                    columns=columns,
+                )
             )
     return made
 
 
 def test_matched():
-    found = compare([*grid(), Fake("beam", nfe=30, columns=dict(decoder="beam", model="m"))], questions(20), score,
-                    warmup=0, **QUIET)  # fmt: skip
+    found = compare(
+        [*grid(), Fake("beam", nfe=30, columns=dict(decoder="beam", model="m"))],
+        questions(20),
+        score,
+        warmup=0,
+        **QUIET,
+    )
     assert found.baseline == "hard 8"
 
     def picks(**how):
         return [row["name"] for row in found.matched(**how).rows]
 
-    assert picks(by="nfe", budget=8) == ["hard 8", "soft 8"] and picks(budget=7.9) == ["hard 4", "soft 4"]
-    assert picks(by="token_forwards", budget=79) == ["hard 4", "soft 4"] and picks() == ["hard 8", "soft 8", "beam"]
+    assert picks(by="nfe", budget=8) == ["hard 8", "soft 8"] and picks(budget=7.9) == [
+        "hard 4",
+        "soft 4",
+    ]
+    assert picks(by="token_forwards", budget=79) == ["hard 4", "soft 4"] and picks() == [
+        "hard 8",
+        "soft 8",
+        "beam",
+    ]
     four = found.matched("nfe", 5)
-    assert isinstance(four, Comparison) and four.left_out == ["m=beam"] and four.baseline == "hard 4"
+    assert (
+        isinstance(four, Comparison) and four.left_out == ["m=beam"] and four.baseline == "hard 4"
+    )
     hard, soft = four.rows  # over the baseline's decoder at this budget, not over "hard 8"
-    assert hard["gain"] is None and soft["gain"] == pytest.approx(0.1) and soft["gain_low"] <= 0.1 <= soft["gain_high"]
+    assert (
+        hard["gain"] is None
+        and soft["gain"] == pytest.approx(0.1)
+        and soft["gain_low"] <= 0.1 <= soft["gain_high"]
+    )
     assert by_name(found)["soft 4"]["gain"] == pytest.approx(0.4)
     assert (soft["accuracy"], soft["nfe"], soft["setting"]) == (1, 4, "steps=4")
     nothing = found.matched("nfe", 1)
-    assert nothing.rows == [] and nothing.left_out == ["m=hard", "m=soft", "m=beam"] and nothing.baseline is None
+    assert (
+        nothing.rows == []
+        and nothing.left_out == ["m=hard", "m=soft", "m=beam"]
+        and nothing.baseline is None
+    )
     assert len(found.rows) == 7 and found.left_out == []  # itself unchanged
 
 
 def test_matched_without_the_baseline():
     cheap = Fake("cheap", nfe=1, columns=dict(decoder="cheap", model=None))
     broken = Fake("broken", act=fail_at(1, RuntimeError("x")))
-    found = compare([Fake("dear", nfe=9), cheap, broken], questions(4), score, **QUIET).matched("nfe", 3)
+    found = compare([Fake("dear", nfe=9), cheap, broken], questions(4), score, **QUIET).matched(
+        "nfe", 3
+    )
     assert [row["name"] for row in found.rows] == ["cheap"] and found.left_out == ["broken", "dear"]
-    assert found.baseline is None and found.rows[0]["gain"] is None and found.rows[0]["agreement"] is None
+    assert (
+        found.baseline is None
+        and found.rows[0]["gain"] is None
+        and found.rows[0]["agreement"] is None
+    )
 
 
 def test_matched_tells_models_apart_and_skips_what_was_cut_short():
     def of(model, steps, act=None):
-        return Fake(f"{model} {steps}", nfe=steps, act=act, columns=dict(decoder="hard", model=model))
+        return Fake(
+            f"{model} {steps}", nfe=steps, act=act, columns=dict(decoder="hard", model=model)
+        )
 
     made = [of("m", 2), of("n", 2), of("m", 3), of("n", 4, fail_at(3, RuntimeError("x")))]
     found = compare(made, questions(4), score, warmup=1, batch_size=2, **QUIET)
@@ -524,7 +709,9 @@ def test_matched_tells_models_apart_and_skips_what_was_cut_short():
 @given(st.lists(st.floats(0.5, 100), min_size=1, max_size=6), st.floats(0.1, 120))
 def test_matched_picks_the_dearest_inside(costs, budget):
     made = [Fake(str(i), nfe=cost, columns=dict(decoder="d")) for i, cost in enumerate(costs)]
-    found = compare(made, questions(2), score, bootstrap=10, console=QUIET["console"]).matched("nfe", budget)
+    found = compare(made, questions(2), score, bootstrap=10, console=QUIET["console"]).matched(
+        "nfe", budget
+    )
     inside = [cost for cost in costs if cost <= budget]
     assert [row["nfe"] for row in found.rows] == ([max(inside)] if inside else [])
     assert found.left_out == ([] if inside else ["d"])
@@ -540,11 +727,14 @@ def test_matched_bad_input(how):
 
 
 def test_overhead_of_200_rows():
-    """10 ms a row; SmolLM2-135M takes about a second on a CPU. A second and third try on a busy machine."""
+    """10 ms a row; SmolLM2-135M takes about a second on a CPU. A second and third try on a busy
+    machine."""
 
     def overhead():
         waiting = Fake(act=lambda _: time.sleep(0.5))
-        return compare([waiting], questions(200), score, batch_size=50, warmup=0, console=QUIET["console"]).overhead
+        return compare(
+            [waiting], questions(200), score, batch_size=50, warmup=0, console=QUIET["console"]
+        ).overhead
 
     assert any(0 < overhead() < 0.02 for _ in range(3))
 
@@ -582,19 +772,28 @@ def test_save(tmp_path):
     a, b = Fake("a"), Fake('b, "x"\n', lambda i, asked: asked == 1, entropy=0.25)
     found = compare([a, b], questions(3), picky, repeats=2, warmup=0, **QUIET)
     folder = found.save(tmp_path / "new" / "place")
-    assert {f.name for f in folder.iterdir()} == {"results.json", "results.csv", "rows.jsonl", "failures.jsonl"}
+    assert {f.name for f in folder.iterdir()} == {
+        "results.json",
+        "results.csv",
+        "rows.jsonl",
+        "failures.jsonl",
+    }
     content = strict_json((folder / "results.json").read_text())
     assert content["rows"] == found.rows and content["schema"] == 1
     with open(folder / "results.csv", newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["name"] for line in lines] == ["a", 'b, "x"\n'] and list(lines[0]) == list(found.rows[0])
+    assert [line["name"] for line in lines] == ["a", 'b, "x"\n'] and list(lines[0]) == list(
+        found.rows[0]
+    )
     assert float(lines[1]["accuracy"]) == found.rows[1]["accuracy"] and lines[0]["gain"] == ""
     answers = [strict_json(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     assert [(x["decoder"], x["repeat"], x["row"]) for x in answers] == [
         (name, r, i) for name in ("a", b.name) for r in range(2) for i in range(3)
     ]
     assert [x["score"] for x in answers] == [1, None, 1, 1, None, 1, 0, None, 0, 1, None, 1]
-    assert answers[6] == dict(row=0, decoder=b.name, repeat=0, text="wrong", score=0, num_forwards=4, seconds=0.001)
+    assert answers[6] == dict(
+        row=0, decoder=b.name, repeat=0, text="wrong", score=0, num_forwards=4, seconds=0.001
+    )
     failures = [strict_json(line) for line in (folder / "failures.jsonl").read_text().splitlines()]
     assert [(f["row"], f["decoder"]) for f in failures] == [(1, "a"), (1, b.name)]
     compare([a], questions(3), score, **QUIET).save(folder)
@@ -606,7 +805,9 @@ def test_files_are_whole(tmp_path, monkeypatch):
     found = compare([Fake()], questions(3), score, **QUIET)
     found.save(tmp_path)
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
-    found.passes["fake"][0].answers[2] = replace(found.passes["fake"][0].answers[2], text=b"no JSON")
+    found.passes["fake"][0].answers[2] = replace(
+        found.passes["fake"][0].answers[2], text=b"no JSON"
+    )
     with pytest.raises(TypeError):
         found.save(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
@@ -645,14 +846,23 @@ def of_model(name, model, **more):
 
 
 def test_a_table_says_the_model_once():
-    """Beside each name where there are several models, in the title where all rows share one; the rows keep theirs."""
+    """Beside each name where there are several models, in the title where all rows share one; the
+    rows keep theirs."""
     names = ["m-tiny=hard steps=4", "m-tiny=soft", "n-tiny=soft", "free"]
     made = [of_model(name, "n-tiny" if name.startswith("n") else "m-tiny") for name in names]
     several = compare(made, questions(4), score, task="toy", **QUIET)
     assert [row["name"] for row in several.rows] == names
     text = shown(several)
     assert [line.split("  ")[0].strip() for line in text.splitlines()[5:-2]] == [
-        "hard steps=4", "m-tiny", "soft", "m-tiny", "soft", "n-tiny", "free", "m-tiny"]  # fmt: skip
+        "hard steps=4",
+        "m-tiny",
+        "soft",
+        "m-tiny",
+        "soft",
+        "n-tiny",
+        "free",
+        "m-tiny",
+    ]
     assert text.splitlines()[0].strip() == "toy, 4 rows" and "gain over m-tiny=hard steps=4" in text
     text = shown(compare(made[:2], questions(4), score, task="toy", **QUIET))
     assert text.splitlines()[0].strip() == "toy, m-tiny, 4 rows" and text.count("m-tiny") == 1
@@ -667,9 +877,24 @@ def test_names_that_would_become_alike_stay_as_they_are():
 
 def test_table_of_several_models_fits_84_columns():
     """Names wrap, numbers do not; the rows are counted one by one where they differ."""
-    long = dict(accuracy=0.1234, gain=-0.1234, nfe=1234.5, token_forwards=123456, tokens_per_s=12345, entropy=1.5,
-                seconds_per_row=1.2345, agreement=0.5, n=1000, task="", gain_low=-0.2, gain_high=-0.1)  # fmt: skip
-    rows = [point("self-consistency votes=8 temperature=1.0", 1, 0.5, model=name) | long for name in ("m", "other")]
+    long = dict(
+        accuracy=0.1234,
+        gain=-0.1234,
+        nfe=1234.5,
+        token_forwards=123456,
+        tokens_per_s=12345,
+        entropy=1.5,
+        seconds_per_row=1.2345,
+        agreement=0.5,
+        n=1000,
+        task="",
+        gain_low=-0.2,
+        gain_high=-0.1,
+    )
+    rows = [
+        point("self-consistency votes=8 temperature=1.0", 1, 0.5, model=name) | long
+        for name in ("m", "other")
+    ]
     table = comparison_table(rows)
     out = Console(width=84, file=StringIO())
     out.print(table)
@@ -683,15 +908,36 @@ def test_table_of_several_models_fits_84_columns():
 
 
 def point(name, nfe, accuracy, **more):
-    return dict(name=name, decoder=name.split()[0], model=None, setting=" ".join(name.split()[1:]), nfe=nfe,
-                seconds_per_row=nfe * 0.01, accuracy=accuracy, accuracy_low=accuracy and accuracy - 0.03,
-                accuracy_high=accuracy and accuracy + 0.03, complete=True) | more  # fmt: skip
+    return (
+        dict(
+            name=name,
+            decoder=name.split()[0],
+            model=None,
+            setting=" ".join(name.split()[1:]),
+            nfe=nfe,
+            seconds_per_row=nfe * 0.01,
+            accuracy=accuracy,
+            accuracy_low=accuracy and accuracy - 0.03,
+            accuracy_high=accuracy and accuracy + 0.03,
+            complete=True,
+        )
+        | more
+    )
 
 
 def test_frontier():
-    rows = [point("a", 1, 0.2), point("b", 2, 0.1), point("c", 2, 0.5), point("d", 4, 0.5), point("e", 4, 0.9),
-            point("twin", 4, 0.9), point("f", 3, None), point("g", 0, 1.0),
-            point("h", 1, 0.95, complete=False), point("as good", 3, 0.5)]  # fmt: skip
+    rows = [
+        point("a", 1, 0.2),
+        point("b", 2, 0.1),
+        point("c", 2, 0.5),
+        point("d", 4, 0.5),
+        point("e", 4, 0.9),
+        point("twin", 4, 0.9),
+        point("f", 3, None),
+        point("g", 0, 1.0),
+        point("h", 1, 0.95, complete=False),
+        point("as good", 3, 0.5),
+    ]
     assert [row["name"] for row in frontier(rows, "nfe")] == ["a", "c", "e", "twin"]
 
 
@@ -699,32 +945,47 @@ def test_frontier():
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), max_size=12))
 def test_frontier_climbs(points):
     best = frontier([point(str(i), x, y / 5) for i, (x, y) in enumerate(points)], "nfe")
-    assert all(p["nfe"] <= q["nfe"] and p["accuracy"] <= q["accuracy"] for p, q in itertools.pairwise(best))
+    assert all(
+        p["nfe"] <= q["nfe"] and p["accuracy"] <= q["accuracy"] for p, q in itertools.pairwise(best)
+    )
     for x, y in points:
         assert any(p["nfe"] <= x and p["accuracy"] >= y / 5 for p in best)
 
 
 def test_plot(tmp_path, monkeypatch):
-    """What is drawn, read off the axes: a line for each decoder by cost, intervals, rings round the frontier."""
+    """What is drawn, read off the axes: a line for each decoder by cost, intervals, rings round the
+    frontier."""
     import matplotlib.pyplot as plt
 
     kept = []
     monkeypatch.setattr(plt, "close", kept.append)
-    rows = [point("soft steps=8", 8, 0.9), point("soft steps=2", 2, 0.6), point("hard steps=8", 8, 0.7),
-            point("hard steps=2", 2, 0.3), point("slow", 5, 0.2, seconds_per_row=0.0)]  # fmt: skip
+    rows = [
+        point("soft steps=8", 8, 0.9),
+        point("soft steps=2", 2, 0.6),
+        point("hard steps=8", 8, 0.7),
+        point("hard steps=2", 2, 0.3),
+        point("slow", 5, 0.2, seconds_per_row=0.0),
+    ]
     file = plot_frontier(rows, tmp_path / "plot.png", "toy")
     assert file.read_bytes().startswith(b"\x89PNG")
     (figure,) = kept
     assert figure.get_suptitle() == "toy" and len(figure.axes) == 2
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["soft: steps=2, 8", "hard: steps=2, 8", "slow", "frontier: nothing as cheap is more accurate"]
+    assert labels == [
+        "soft: steps=2, 8",
+        "hard: steps=2, 8",
+        "slow",
+        "frontier: nothing as cheap is more accurate",
+    ]
     assert "side by side" in figure.legends[0].get_title().get_text()
     forwards, seconds = figure.axes
     assert forwards.get_xscale() == seconds.get_xscale() == "log"
     soft = next(line for line in forwards.lines if list(line.get_ydata()) == [0.6, 0.9])
     assert list(soft.get_xdata()) == pytest.approx([2, 8], rel=0.05)
     rings = [line for line in forwards.lines if line.get_markersize() == 12]
-    assert [list(line.get_ydata()) for line in rings] == [[0.6, 0.9]] and len(forwards.collections) == 3
+    assert [list(line.get_ydata()) for line in rings] == [[0.6, 0.9]] and len(
+        forwards.collections
+    ) == 3
     assert len(seconds.collections) == 2  # the third has no time, and a log axis no zero
     spans = [segment[:, 1].tolist() for segment in forwards.collections[0].get_segments()]
     assert np.allclose(spans, [[0.57, 0.63], [0.87, 0.93]])
@@ -736,11 +997,16 @@ def test_plot(tmp_path, monkeypatch):
 
 def test_legend():
     def label(*settings, **more):
-        rows = [point("d", i + 1, 0.5, setting=setting, **more) for i, setting in enumerate(settings)]
+        rows = [
+            point("d", i + 1, 0.5, setting=setting, **more) for i, setting in enumerate(settings)
+        ]
         return legend_label(("soft", "m", None), rows)
 
     assert label("") == "soft, m" and label("steps=8") == "soft, m: steps=8"
-    assert label("votes=2 temperature=1", "votes=4 temperature=1") == "soft, m: votes=2, 4, temperature=1"
+    assert (
+        label("votes=2 temperature=1", "votes=4 temperature=1")
+        == "soft, m: votes=2, 4, temperature=1"
+    )
     assert label("a=1", "b=2") == "soft, m: a=1, b=2"
     assert label(*(f"k={i}" for i in range(9))) == "soft, m: k=0, 1, 2, …, 7, 8"
     assert label("k=1", complete=False).endswith("(hollow: cut short)")
@@ -758,7 +1024,9 @@ def test_what_a_decoder_finished_before_it_failed_counts():
             found = super().decode(prompts)
             raise Unfinished("the server went away", {0: found[0], 2: found[2]})
 
-    found = compare({"a": Fake("a"), "b": Dies("b")}, questions(4), score, warmup=0, console=QUIET["console"])
+    found = compare(
+        {"a": Fake("a"), "b": Dies("b")}, questions(4), score, warmup=0, console=QUIET["console"]
+    )
     rows = {row["name"]: row for row in found.rows}
     assert (rows["b"]["n"], rows["b"]["complete"], rows["a"]["n"]) == (2, False, 4)
     assert [f.decoder for f in found.failures] == ["b"] and "went away" in found.failures[0].message

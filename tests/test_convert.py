@@ -67,7 +67,10 @@ def tokenizer_of(kind="llama", tokens=ROWS, extra=(), **named):
     if kind == "llama":
         return word_tokenizer(words, **named)
     # Qwen2's cuts bytes; here no two are merged, and all are letters.
-    pieces = [chr(0x100 + i) for i in range(tokens - len(extra) - len(SPECIALS))] + [*SPECIALS, *extra]
+    pieces = [chr(0x100 + i) for i in range(tokens - len(extra) - len(SPECIALS))] + [
+        *SPECIALS,
+        *extra,
+    ]
     names = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token=None)
     return Qwen2Tokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], **names | named)
 
@@ -105,14 +108,21 @@ def test_weights_are_the_causal_models(kind, tied, tokens):
     assert type(new) is KINDS[kind][2] and not new.training
     assert (tokenizer.mask_token, tokenizer.mask_token_id) == ("<|mask|>", tokens)
     assert facts(new).mask_id == tokens and facts(new).shift == 1
-    assert facts(new).vocab_size == new.get_input_embeddings().num_embeddings == max(ROWS, tokens + 1)
+    assert (
+        facts(new).vocab_size == new.get_input_embeddings().num_embeddings == max(ROWS, tokens + 1)
+    )
     known = [i for i in range(ROWS) if i != tokens]
     torch.testing.assert_close(as_causal(new, x)[..., known], bare[..., known])
-    assert not torch.allclose(logits(new, x)[..., known], bare[..., known], atol=1e-2)  # it reads both ways
+    # it reads both ways
+    assert not torch.allclose(logits(new, x)[..., known], bare[..., known], atol=1e-2)
     torch.testing.assert_close(new.get_input_embeddings().weight[tokens], table[:tokens].mean(0))
     torch.testing.assert_close(new.lm_head.weight[tokens], new.lm_head.weight[:tokens].mean(0))
     assert (new.lm_head.weight.data_ptr() == new.get_input_embeddings().weight.data_ptr()) == tied
-    moved = {name: p.data_ptr() for name, p in new.named_parameters() if p.shape[0] == before[name].shape[0]}
+    moved = {
+        name: p.data_ptr()
+        for name, p in new.named_parameters()
+        if p.shape[0] == before[name].shape[0]
+    }
     assert moved == {name: before[name].data_ptr() for name in moved} and len(moved) > 15
 
 
@@ -122,11 +132,20 @@ def test_saved_and_loaded_again(kind, tied, tmp_path):
     new, tokenizer = convert(causal(kind, tie_word_embeddings=tied), tokenizer_of(kind))
     for part in (new, tokenizer):
         part.save_pretrained(tmp_path)
-    config, names = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    config, names = (
+        json.loads((tmp_path / "config.json").read_text()),
+        load_file(tmp_path / "model.safetensors"),
+    )
     assert config["mask_token_id"] == ROWS and config["vocab_size"] == ROWS + 1
     if kind == "llama":
-        assert config["model_type"] == "llada" and config["d_model"] == 32 and config["logits_shift"] == 1
-        assert "model.transformer.blocks.1.attn_out.weight" in names and config["weight_tying"] == tied
+        assert (
+            config["model_type"] == "llada"
+            and config["d_model"] == 32
+            and config["logits_shift"] == 1
+        )
+        assert (
+            "model.transformer.blocks.1.attn_out.weight" in names and config["weight_tying"] == tied
+        )
     else:
         assert config["model_type"] == "Dream" and "model.layers.1.self_attn.q_proj.bias" in names
     again, tokenizer = load(tmp_path)
@@ -140,7 +159,9 @@ def test_a_mask_token_that_is_there_stays():
         table = model.get_input_embeddings().weight.detach().clone()
         new, tokenizer = convert(model, tokenizer_of(tokens=61, extra=extra, **named))
         assert facts(new).mask_id == tokenizer.mask_token_id == 60 and len(tokenizer) == 61
-        assert tokenizer.mask_token == extra[0] and torch.equal(new.get_input_embeddings().weight, table)
+        assert tokenizer.mask_token == extra[0] and torch.equal(
+            new.get_input_embeddings().weight, table
+        )
 
 
 def test_a_mask_token_of_ones_own():
@@ -158,7 +179,9 @@ def test_llada_without_the_field_is_not_shifted(tmp_path):
         assert facts(load(tmp_path)[0]).shift == expected
     for wrong in (2, -1):
         (tmp_path / "config.json").write_text(json.dumps(config | {"logits_shift": wrong}))
-        with pytest.raises(ValueError, match=f"could not be loaded.*logits_shift={wrong} must be 0"):
+        with pytest.raises(
+            ValueError, match=f"could not be loaded.*logits_shift={wrong} must be 0"
+        ):
             load(tmp_path)
 
 
@@ -178,10 +201,14 @@ def test_other_settings_are_refused(kind, change, message):
 
 def test_other_classes_are_refused():
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1))
-    adapted = get_peft_model(causal(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted = get_peft_model(
+        causal(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
     done, tokenizer = convert(causal(), tokenizer_of())
     for model in (gpt2, adapted, done):
-        with pytest.raises(ValueError, match=rf"{type(model).__name__}.*LlamaForCausalLM, Qwen2ForCausalLM"):
+        with pytest.raises(
+            ValueError, match=rf"{type(model).__name__}.*LlamaForCausalLM, Qwen2ForCausalLM"
+        ):
             convert(model, tokenizer)
 
 
@@ -192,20 +219,25 @@ def test_a_tokenizer_that_does_not_fit():
         convert(causal(), None)
 
 
-# -- what it is for -------------------------------------------------------------------------------------------------
+# -- what it is for
+# -------------------------------------------------------------------------------------------------
 
 
 def counting(rows=256):
     """Runs of eight words that follow each other, so that either neighbour tells a word."""
     starts = torch.randint(3, 50, (rows,), generator=torch.Generator().manual_seed(0)).tolist()
-    return [" ".join(f"w{i}" for i in range(s + 2, s + 8)) for s in starts], [f"<bos> w{s} w{s + 1} " for s in starts]
+    return [" ".join(f"w{i}" for i in range(s + 2, s + 8)) for s in starts], [
+        f"<bos> w{s} w{s + 1} " for s in starts
+    ]
 
 
 def test_trains_and_decodes(tmp_path):
     completions, prompts = counting()
     model, tokenizer = causal(initializer_range=0.05), tokenizer_of()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    x = tokenizer([p + c for p, c in zip(prompts, completions, strict=True)], return_tensors="pt")["input_ids"]
+    x = tokenizer([p + c for p, c in zip(prompts, completions, strict=True)], return_tensors="pt")[
+        "input_ids"
+    ]
     for step in range(40):
         model(input_ids=x[step % 4 :: 4], labels=x[step % 4 :: 4]).loss.backward()
         optimizer.step()
@@ -213,10 +245,19 @@ def test_trains_and_decodes(tmp_path):
     new, tokenizer = convert(model, tokenizer)
     train = Dataset.from_dict({"prompt": prompts, "completion": completions})
     args = DiffusionSFTConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=32, max_steps=60, learning_rate=5e-3, logging_steps=1,
-        report_to="none", save_strategy="no", disable_tqdm=True, eval_decode_rows=0, softmasking_prob=0.5,
-        normalise="masks", seed=3,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=32,
+        max_steps=60,
+        learning_rate=5e-3,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        eval_decode_rows=0,
+        softmasking_prob=0.5,
+        normalise="masks",
+        seed=3,
+    )
     trainer = DiffusionSFTTrainer(new, args, train_dataset=train, processing_class=tokenizer)
     trainer.train()
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
@@ -239,5 +280,7 @@ def test_smollm2():
     assert facts(new).shift == 1 and mask_id == tokenizer.mask_token_id == len(tokenizer) - 1
     assert new.config.vocab_size == max(rows, mask_id + 1)
     known = [i for i in range(rows) if i != mask_id]
-    torch.testing.assert_close(as_causal(new, x)[..., known], bare[..., known], atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        as_causal(new, x)[..., known], bare[..., known], atol=1e-3, rtol=1e-4
+    )
     assert not torch.allclose(logits(new, x)[..., known], bare[..., known], atol=1.0)

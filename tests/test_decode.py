@@ -1,4 +1,5 @@
-"""The loop: hard decoding against transformers' own, the thinking span against scripts, and the record by replay."""
+"""The loop: hard decoding against transformers' own, the thinking span against scripts, and the
+record by replay."""
 
 import copy
 import json
@@ -64,7 +65,9 @@ def seeded(seed=0):
 
 
 def greedy(model, ids, mask, **knobs):
-    return model.generate(input_ids=ids, attention_mask=mask, **{"do_sample": False, "max_new_tokens": N, **knobs})
+    return model.generate(
+        input_ids=ids, attention_mask=mask, **{"do_sample": False, "max_new_tokens": N, **knobs}
+    )
 
 
 def decode(model, rows=PROMPTS, *, config=None, **knobs):
@@ -85,7 +88,8 @@ def endless():
     return model_of("llama", eos_token_id=None)
 
 
-# ----------------------------------------------------------------------------------- hard is transformers
+# ----------------------------------------------------------------------------------- hard is
+# transformers
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -106,7 +110,9 @@ def test_hard_decoding_is_greedy_decoding_of_transformers(arch):
 
 def test_lora_of_these_tests_matters(llama):
     ids, mask = left_padded(PROMPTS)
-    assert not torch.equal(greedy(llama, ids, mask), greedy(with_lora(model_of("llama")), ids, mask))
+    assert not torch.equal(
+        greedy(llama, ids, mask), greedy(with_lora(model_of("llama")), ids, mask)
+    )
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
@@ -117,7 +123,10 @@ def test_hard_decoding_with_a_static_cache(arch):
     expected = greedy(model, ids, mask)
     assert torch.equal(decode(model, alpha=0.0, generation_config=settings).sequences, expected)
     # Soft decoding does not mind the kind of cache either.
-    a, b = decode(model, generation_config=settings, max_new_tokens=4), decode(model, max_new_tokens=4)
+    a, b = (
+        decode(model, generation_config=settings, max_new_tokens=4),
+        decode(model, max_new_tokens=4),
+    )
     assert torch.equal(a.sequences, b.sequences)
     torch.testing.assert_close(a.record.entropy, b.record.entropy, rtol=1e-3, atol=1e-3)
 
@@ -142,7 +151,9 @@ def test_hard_decoding_where_many_tokens_share_the_first_place(llama):
     ids, mask = left_padded(PROMPTS)
     expected = greedy(llama, ids, mask, logits_processor=[Coarse()])
     for name, knobs in HARD_WAYS.items():
-        assert torch.equal(decode(llama, logits_processor=[Coarse()], **knobs).sequences, expected), name
+        assert torch.equal(
+            decode(llama, logits_processor=[Coarse()], **knobs).sequences, expected
+        ), name
 
 
 def test_plugged_into_generate_it_is_the_same_loop(llama):
@@ -168,7 +179,8 @@ def test_the_default_configuration_is_soft_throughout(endless):
     assert not torch.equal(a.completions[:, :N], greedy(endless, *left_padded(PROMPTS))[:, -N:])
 
 
-# -------------------------------------------------------------------------------- a row of a batch is the row
+# -------------------------------------------------------------------------------- a row of a batch
+# is the row
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -176,22 +188,29 @@ def test_the_default_configuration_is_soft_throughout(endless):
 def test_a_row_of_a_batch_is_the_row_alone(mixer, arch):
     # A narrow model: in a wide one the rounding that padding changes grows from step to step.
     model = model_of(arch, initializer_range=0.15)
-    knobs = dict(mixer=mixer, mixer_args=MIXER_ARGS[mixer], answer_temperature=0.8, think_end=END, budget=6)
+    knobs = dict(
+        mixer=mixer, mixer_args=MIXER_ARGS[mixer], answer_temperature=0.8, think_end=END, budget=6
+    )
     batch = decode(model, rng=[seeded(s) for s in range(3)], max_new_tokens=10, **knobs)
     for row, prompt in enumerate(PROMPTS):
         alone = decode(model, [prompt], rng=[seeded(row)], max_new_tokens=10, **knobs)
         T = alone.record.token.shape[1]
         for name, a, b in zip(alone.record._fields, alone.record, batch.record, strict=True):
             if a.is_floating_point():
-                torch.testing.assert_close(a[0], b[row, :T], rtol=1e-3, atol=1e-4, equal_nan=True, msg=name)
+                torch.testing.assert_close(
+                    a[0], b[row, :T], rtol=1e-3, atol=1e-4, equal_nan=True, msg=name
+                )
             else:
                 assert torch.equal(a[0], b[row, :T]), name
         assert (batch.record.kind[row, T:] == ENDED).all()
 
 
 def test_what_a_neighbour_does_changes_no_draw(llama):
-    """Rows with generators of their own draw by step: what a neighbour is or does leaves them alone."""
-    knobs = dict(mixer="k-samples", think_start=THINK, think_end=END, budget=5, answer_temperature=1.0)
+    """Rows with generators of their own draw by step: what a neighbour is or does leaves them
+    alone."""
+    knobs = dict(
+        mixer="k-samples", think_start=THINK, think_end=END, budget=5, answer_temperature=1.0
+    )
     first = [BOS, 11, 12, THINK]
     a = decode(llama, [first, [BOS, 21]], rng=[seeded(1), seeded(2)], **knobs)
     b = decode(llama, [first, [BOS, 31, THINK]], rng=[seeded(1), seeded(3)], **knobs)
@@ -204,12 +223,19 @@ def test_seeds(llama):
     knobs = dict(mixer="gumbel", answer_temperature=1.0, think_end=END, budget=4)
     state = torch.random.get_rng_state()
     a, b, c = (decode(llama, rng=seeded(s), **knobs) for s in (1, 1, 2))
-    assert torch.equal(torch.random.get_rng_state(), state), "a given rng leaves the global one alone"
+    assert torch.equal(torch.random.get_rng_state(), state), (
+        "a given rng leaves the global one alone"
+    )
     assert torch.equal(a.sequences, b.sequences) and torch.equal(a.record.weights, b.record.weights)
     assert not torch.equal(a.sequences, c.sequences)
-    rows = [decode(llama, rng=[seeded(s) for s in seeds], **knobs).sequences for seeds in ((1, 2, 3), (1, 2, 4))]
+    rows = [
+        decode(llama, rng=[seeded(s) for s in seeds], **knobs).sequences
+        for seeds in ((1, 2, 3), (1, 2, 4))
+    ]
     n = min(r.shape[1] for r in rows)
-    assert torch.equal(rows[0][:2, :n], rows[1][:2, :n]) and not torch.equal(rows[0][2, :n], rows[1][2, :n])
+    assert torch.equal(rows[0][:2, :n], rows[1][:2, :n]) and not torch.equal(
+        rows[0][2, :n], rows[1][2, :n]
+    )
     torch.manual_seed(5)
     d = decode(llama, **knobs)
     torch.manual_seed(5)
@@ -225,11 +251,13 @@ def test_a_generator_moves_on_between_calls(llama):
         assert not torch.equal(a.sequences, b.sequences)
 
 
-# ---------------------------------------------------------------------------------------- the thinking span
+# ---------------------------------------------------------------------------------------- the
+# thinking span
 
 
 def script(*rows, peak=60.0):
-    """Logits that make row i say rows[i][step] with near certainty; where that is None or past, the model's own."""
+    """Logits that make row i say rows[i][step] with near certainty; where that is None or past, the
+    model's own."""
 
     def edit(step, logits):
         out = logits.clone()
@@ -302,7 +330,8 @@ def test_the_model_ends_its_thought_itself(endless, end):
 
 
 def test_never_soft_again_after_the_end(endless):
-    """Neither a second start nor a second end reopens a thought, and the budget does not fire in the answer."""
+    """Neither a second start nor a second end reopens a thought, and the budget does not fire in
+    the answer."""
     spoken = [11, END, 12, THINK, 13, END, 14, THINK]
     with edited_logits(endless, script(spoken, spoken, spoken)):
         out = decode(endless, think_end=END, budget=5)
@@ -314,7 +343,13 @@ def test_never_soft_again_after_the_end(endless):
         assert FORCED not in kinds(o)
 
 
-START = {"id": THINK, "tuple": (THINK,), "two": (THINK, 40), "text": "<think>", "two texts": "<think> w40"}
+START = {
+    "id": THINK,
+    "tuple": (THINK,),
+    "two": (THINK, 40),
+    "text": "<think>",
+    "two texts": "<think> w40",
+}
 
 
 @pytest.mark.parametrize("start", START.values(), ids=START)
@@ -375,7 +410,8 @@ def test_a_later_turn_may_think_again_though_the_prompt_closed_a_thought(llama):
 
 
 def sharp(certain):
-    """Raw logits that are certain (entropy 0) at the steps named for each row, else flat (entropy log V)."""
+    """Raw logits that are certain (entropy 0) at the steps named for each row, else flat (entropy
+    log V)."""
 
     def edit(step, logits):
         out = torch.zeros_like(logits)
@@ -391,7 +427,8 @@ def sharp(certain):
 @pytest.mark.parametrize("end", [END, (END, 40), None])
 def test_cold_stop_counts_consecutive_steps(llama, end):
     n = {END: 1, (END, 40): 2, None: 0}[end]
-    certain = ({1, 3, 4, 5}, {0, 1, 2}, {2, 3, 5, 6, 8, 9})  # the third low step in a row: 5, 2, never
+    # the third low step in a row: 5, 2, never
+    certain = ({1, 3, 4, 5}, {0, 1, 2}, {2, 3, 5, 6, 8, 9})
     with edited_logits(llama, sharp(certain)):
         out = decode(llama, think_end=end, cold_stop_entropy=0.5, cold_stop_steps=3)
     for row, step in ((0, 5), (1, 2)):
@@ -401,7 +438,8 @@ def test_cold_stop_counts_consecutive_steps(llama, end):
 
 
 def test_cold_stop_looks_at_the_unfiltered_entropy(llama):
-    """One token kept, filtered entropy 0 at every step, and still it is warm; and the other way round."""
+    """One token kept, filtered entropy 0 at every step, and still it is warm; and the other way
+    round."""
     with edited_logits(llama, sharp((set(), set(), set()))):
         for filters in (dict(top_k=1), dict(top_p=0.0), dict(min_p=1.0), dict(keep=1)):
             warm = decode(llama, think_end=END, cold_stop_entropy=0.5, cold_stop_steps=1, **filters)
@@ -414,7 +452,9 @@ def test_cold_stop_looks_at_the_unfiltered_entropy(llama):
 def test_cold_stop_sees_the_raw_logits_at_the_temperature_of_the_thought(endless):
     out = decode(endless, temperature=0.5, logits_processor=[Coarse()])
     with torch.no_grad():
-        logits = endless(input_ids=left_padded(PROMPTS)[0], attention_mask=left_padded(PROMPTS)[1]).logits[:, -1]
+        logits = endless(
+            input_ids=left_padded(PROMPTS)[0], attention_mask=left_padded(PROMPTS)[1]
+        ).logits[:, -1]
     torch.testing.assert_close(out.record.entropy[:, 0], entropy(logits, 0.5), rtol=1e-4, atol=1e-5)
 
 
@@ -443,7 +483,9 @@ def test_budget_and_cold_stop_whichever_is_first(llama):
 def test_text_ends_of_one_and_of_several_tokens(llama):
     tokenizer = tokenizer_of()
     for text, ids in (("</think>", [END]), ("</think> w40 w41", [END, 40, 41])):
-        out = decode(llama, think_end=text, budget=2, tokenizer=tokenizer, logits_processor=never(llama, END))
+        out = decode(
+            llama, think_end=text, budget=2, tokenizer=tokenizer, logits_processor=never(llama, END)
+        )
         same = decode(llama, think_end=tuple(ids), budget=2, logits_processor=never(llama, END))
         assert torch.equal(out.sequences, same.sequences)
         assert out.record.token[0, 2 : 2 + len(ids)].tolist() == ids
@@ -465,12 +507,15 @@ def test_where_the_answers_start(llama):
     assert [a.tolist() for a in out.answers] == [list(r) for r in rows]
 
 
-# -------------------------------------------------------------------------------------------- the answer
+# -------------------------------------------------------------------------------------------- the
+# answer
 
 
 def test_a_sampled_answer_is_an_exact_sample(llama):
     n = 6000
-    config = SoftConfig(budget=0, max_new_tokens=1, answer_temperature=0.7, answer_top_k=5, answer_min_p=0.01)
+    config = SoftConfig(
+        budget=0, max_new_tokens=1, answer_temperature=0.7, answer_top_k=5, answer_min_p=0.01
+    )
     ids = torch.tensor([PROMPTS[0]]).expand(n, -1)
     out = softar.generate(llama, ids, config=config, rng=seeded(7))
     with torch.no_grad():
@@ -515,11 +560,20 @@ def test_the_eos_of_a_soft_step_is_one_hard_token(llama, mixer):
     settings = GenerationConfig(eos_token_id=[EOS, 33], pad_token_id=PAD)
     with edited_logits(llama, script([11, 33], [12, 13, EOS], [14, 15, 16, 17])):
         out = decode(llama, mixer=mixer, generation_config=settings, max_new_tokens=4)
-    assert [kinds(out, row) for row in range(3)] == [[SOFT, HARD, ENDED, ENDED], [SOFT, SOFT, HARD, ENDED], [SOFT] * 4]
+    assert [kinds(out, row) for row in range(3)] == [
+        [SOFT, HARD, ENDED, ENDED],
+        [SOFT, SOFT, HARD, ENDED],
+        [SOFT] * 4,
+    ]
     for row, step, token in ((0, 1, 33), (1, 2, EOS)):
         ids, weights = out.record.ids[row, step], out.record.weights[row, step]
-        assert weights.tolist() == [1.0] + [0.0] * (len(weights) - 1) and ids[0] == out.completions[row, step] == token
-    free = decode(model_of("llama", eos_token_id=None), max_new_tokens=4, generation_config=GenerationConfig())
+        assert (
+            weights.tolist() == [1.0] + [0.0] * (len(weights) - 1)
+            and ids[0] == out.completions[row, step] == token
+        )
+    free = decode(
+        model_of("llama", eos_token_id=None), max_new_tokens=4, generation_config=GenerationConfig()
+    )
     assert kinds(free, 0) == [SOFT] * 4  # without an EOS token nothing ends
 
 
@@ -531,7 +585,8 @@ def test_several_end_of_sequence_tokens_and_another_pad(llama):
     assert out.completions.tolist() == [[11, 33, 7, 7], [12, 13, EOS, 7], [14, 15, 16, 17]]
 
 
-# ----------------------------------------------------------------- processors, criteria, generate's settings
+# ----------------------------------------------------------------- processors, criteria, generate's
+# settings
 
 
 def test_logits_processors_act_on_thought_and_answer(endless):
@@ -539,10 +594,7 @@ def test_logits_processors_act_on_thought_and_answer(endless):
     used = sorted({*free.record.ids[free.record.weights > 0].tolist()} - {END})
     banned = used[: len(used) // 2]
     out = decode(
-        endless,
-        think_end=END,
-        budget=4,
-        logits_processor=[SuppressTokensLogitsProcessor(banned)],
+        endless, think_end=END, budget=4, logits_processor=[SuppressTokensLogitsProcessor(banned)]
     )
     fed = out.record.ids[out.record.weights > 0].tolist()
     assert not set(fed) & set(banned) and not set(out.completions.flatten().tolist()) & set(banned)
@@ -551,13 +603,24 @@ def test_logits_processors_act_on_thought_and_answer(endless):
 def test_penalties_of_the_generation_configuration_are_honoured(llama):
     ids, mask = left_padded(PROMPTS)
     settings = GenerationConfig(
-        eos_token_id=EOS, pad_token_id=PAD, repetition_penalty=3.0, no_repeat_ngram_size=2, min_new_tokens=6
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        repetition_penalty=3.0,
+        no_repeat_ngram_size=2,
+        min_new_tokens=6,
     )
     knobs = dict(repetition_penalty=3.0, no_repeat_ngram_size=2, min_new_tokens=6)
     expected = greedy(llama, ids, mask, **knobs)
     assert not torch.equal(expected, greedy(llama, ids, mask))
     assert torch.equal(decode(llama, alpha=0.0, generation_config=settings).sequences, expected)
-    plugged = greedy(llama, ids, mask, custom_generate=softar.soft_decode, soft_config=SoftConfig(alpha=0), **knobs)
+    plugged = greedy(
+        llama,
+        ids,
+        mask,
+        custom_generate=softar.soft_decode,
+        soft_config=SoftConfig(alpha=0),
+        **knobs,
+    )
     assert torch.equal(plugged, expected)
 
 
@@ -566,7 +629,9 @@ def test_the_models_own_generation_configuration_counts_when_none_is_given():
     ids, mask = left_padded(PROMPTS)
     model.generation_config.repetition_penalty = 3.0
     assert torch.equal(decode(model, alpha=0.0).sequences, greedy(model, ids, mask))
-    assert model.generation_config.max_new_tokens is None and model.generation_config.use_cache is True
+    assert (
+        model.generation_config.max_new_tokens is None and model.generation_config.use_cache is True
+    )
 
 
 class Noted(logging.Handler):
@@ -608,7 +673,9 @@ def test_sampling_settings_of_the_model_do_not_count_and_warn_of_nothing(samplin
     for _ in range(2):
         assert torch.equal(decode(model, alpha=0.0).sequences, expected)
     out = decode(model, top_k=20)
-    assert torch.equal(out.sequences, soft.sequences) and torch.equal(out.record.weights, soft.record.weights)
+    assert torch.equal(out.sequences, soft.sequences) and torch.equal(
+        out.record.weights, soft.record.weights
+    )
     # transformers itself tells of a model's max_length whenever max_new_tokens is given.
     assert not [line for line in noted if "max_length" not in line]
     if "num_return_sequences" not in sampling:
@@ -638,7 +705,8 @@ def test_stopping_criteria_end_rows_one_by_one(endless):
     assert out.completions.tolist() == [[11, 33, *[PAD] * 4], [11, 12, 13, 33, PAD, PAD], rows[2]]
 
 
-# ------------------------------------------------------------------------------------------------ the record
+# ------------------------------------------------------------------------------------------------
+# the record
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -663,14 +731,26 @@ def test_the_record(llama, mixer, alpha):
     assert r.token.shape == r.kind.shape == r.logp.shape == r.entropy.shape == (B, T)
     assert r.weights.dtype == r.logp.dtype == r.entropy.dtype == torch.float32
     assert r.kind.dtype == torch.int8 and r.token.dtype == torch.int64
-    torch.testing.assert_close(r.weights.sum(-1)[r.kind != ENDED], torch.ones(int((r.kind != ENDED).sum())))
-    assert (r.weights >= 0).all() and (r.entropy >= 0).all() and (r.entropy <= math.log(VOCAB) + 1e-4).all()
+    torch.testing.assert_close(
+        r.weights.sum(-1)[r.kind != ENDED], torch.ones(int((r.kind != ENDED).sum()))
+    )
+    assert (
+        (r.weights >= 0).all()
+        and (r.entropy >= 0).all()
+        and (r.entropy <= math.log(VOCAB) + 1e-4).all()
+    )
     single = (r.kind == HARD) | (r.kind == FORCED)
     assert (r.weights[single].amax(-1) == 1).all()
-    assert torch.equal(r.ids[single].gather(1, r.weights[single].argmax(-1, keepdim=True))[:, 0], r.token[single])
+    assert torch.equal(
+        r.ids[single].gather(1, r.weights[single].argmax(-1, keepdim=True))[:, 0], r.token[single]
+    )
     assert r.logp[(r.kind == FORCED) | (r.kind == ENDED)].isnan().all()
     thought = r.logp[:, :2]
-    assert thought.isnan().all() if mixer in ("soft", "dirichlet") else (thought.isfinite() & (thought <= 0)).all()
+    assert (
+        thought.isnan().all()
+        if mixer in ("soft", "dirichlet")
+        else (thought.isfinite() & (thought <= 0)).all()
+    )
     assert (r.kind == FORCED).any() and ((r.kind == SOFT).any() == (mixer != "hard"))
     # The token that stands for a step is among what was fed.
     fed = torch.zeros(B, T, VOCAB).scatter_add(-1, r.ids, r.weights)
@@ -698,7 +778,15 @@ def test_the_record_replays_in_one_forward(arch, mixer):
         return logits
 
     with edited_logits(model, note):
-        out = decode(model, mixer=mixer, think_end=(END, 40), budget=5, rng=seeded(4), rescale="norm", temperature=0.7)
+        out = decode(
+            model,
+            mixer=mixer,
+            think_end=(END, 40),
+            budget=5,
+            rng=seeded(4),
+            rescale="norm",
+            temperature=0.7,
+        )
     table, T = model.get_input_embeddings(), out.completions.shape[1]
     fed = soft_embed(Soft(out.record.ids, out.record.weights), table, rescale="norm")
     inputs = torch.cat([table(ids), fed], 1)
@@ -709,7 +797,9 @@ def test_the_record_replays_in_one_forward(arch, mixer):
     logits = logits[:, ids.shape[1] - 1 : -1]
     alive = out.record.kind != ENDED
     torch.testing.assert_close(logits[alive], torch.stack(seen, 1)[alive], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(entropy(logits, 0.7)[alive], out.record.entropy[alive], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        entropy(logits, 0.7)[alive], out.record.entropy[alive], rtol=1e-3, atol=1e-4
+    )
 
 
 def test_forwards_are_counted(llama):
@@ -718,7 +808,8 @@ def test_forwards_are_counted(llama):
             out = decode(llama, **knobs)
         assert out.num_forwards == len(calls) == out.completions.shape[1]
         assert out.token_forwards == sum(b * t for b, t in calls)
-        assert calls[0] == (3, 5) and set(calls[1:]) <= {(3, 1)}  # one position at a time, from the cache
+        # one position at a time, from the cache
+        assert calls[0] == (3, 5) and set(calls[1:]) <= {(3, 1)}
         assert 0 < out.seconds < 60
 
 
@@ -752,7 +843,9 @@ def test_streaming(llama):
     tokenizer, prompt = tokenizer_of(), [BOS, 11, 12]
     heard = Heard(tokenizer, skip_prompt=True)
     out = decode(llama, [prompt], think_end=END, budget=3, streamer=heard)
-    assert heard.puts[0] == [prompt] and [p[0] for p in heard.puts[1:]] == out.completions[0].tolist()
+    assert (
+        heard.puts[0] == [prompt] and [p[0] for p in heard.puts[1:]] == out.completions[0].tolist()
+    )
     assert heard.ended and heard.text.split() == tokenizer.decode(out.completions[0]).split()
     plugged = Heard(tokenizer, skip_prompt=True)
     llama.generate(
@@ -773,7 +866,10 @@ def test_rescaling_reaches_what_is_fed(endless):
 
 def test_banned_ids_never_enter_a_thought_but_may_be_said_in_the_answer(endless):
     free = decode(endless, think_end=END, budget=4)
-    banned = tuple({*free.record.token[:, :4].flatten().tolist(), *free.record.token[:, 5:].flatten().tolist()} - {END})
+    banned = tuple(
+        {*free.record.token[:, :4].flatten().tolist(), *free.record.token[:, 5:].flatten().tolist()}
+        - {END}
+    )
     out = decode(endless, think_end=END, budget=4, banned=banned)
     thought = out.record.ids[:, :4][out.record.weights[:, :4] > 0]
     assert not set(thought.tolist()) & set(banned)
@@ -809,11 +905,15 @@ def test_a_step_writes_nothing_of_the_tables_size(mixer):
     V = 8192
     model = model_of("llama", vocab_size=V, tie_word_embeddings=True)
     with Largest() as largest:
-        decode(model, mixer=mixer, max_new_tokens=4, answer_temperature=0.7, think_end=END, budget=2)
-    assert 3 * V <= largest.numel <= 5 * 3 * V < V * WIDTH  # the prompt's logits may be kept for each position
+        decode(
+            model, mixer=mixer, max_new_tokens=4, answer_temperature=0.7, think_end=END, budget=2
+        )
+    # the prompt's logits may be kept for each position
+    assert 3 * V <= largest.numel <= 5 * 3 * V < V * WIDTH
 
 
-# ----------------------------------------------------------------------------------------------- bad input
+# -----------------------------------------------------------------------------------------------
+# bad input
 
 
 @pytest.mark.parametrize(
@@ -872,7 +972,12 @@ def test_what_does_not_fit_the_model_is_named_before_any_forward(llama, knobs, t
         with pytest.raises(ValueError, match=told):
             decode(llama, **knobs)
         with pytest.raises(ValueError, match=told):
-            greedy(llama, *left_padded(PROMPTS), custom_generate=softar.soft_decode, soft_config=SoftConfig(**knobs))
+            greedy(
+                llama,
+                *left_padded(PROMPTS),
+                custom_generate=softar.soft_decode,
+                soft_config=SoftConfig(**knobs),
+            )
     assert not calls
 
 
@@ -926,7 +1031,10 @@ class Nothing(LlamaForCausalLM):
 @pytest.mark.parametrize("kind", [Blind, Nothing])
 def test_a_model_without_input_embeddings(llama, kind):
     model = kind(llama.config).eval()
-    with pytest.raises(ValueError, match=f"{kind.__name__}.*input embeddings"), counted(model) as calls:
+    with (
+        pytest.raises(ValueError, match=f"{kind.__name__}.*input embeddings"),
+        counted(model) as calls,
+    ):
         decode(model)
     assert not calls
 
@@ -935,7 +1043,9 @@ def test_without_a_cache_or_with_checkpointing_it_cannot_work():
     model = model_of("llama")
     with counted(model) as calls:
         with pytest.raises(ValueError, match="use_cache=False"):
-            greedy(model, *left_padded(PROMPTS), custom_generate=softar.soft_decode, use_cache=False)
+            greedy(
+                model, *left_padded(PROMPTS), custom_generate=softar.soft_decode, use_cache=False
+            )
         model.gradient_checkpointing_enable()
         model.train()
         with pytest.raises(ValueError, match="checkpointing"):
@@ -972,11 +1082,14 @@ def test_broken_logits_of_a_row_that_has_ended_do_not_matter(llama):
     settings = copy.deepcopy(llama.generation_config)
     with edited_logits(llama, edit):
         out = decode(llama, generation_config=settings)
-    assert kinds(out, 1)[1:] == [ENDED] * (out.completions.shape[1] - 1) and kinds(out, 0)[1] == SOFT
+    assert (
+        kinds(out, 1)[1:] == [ENDED] * (out.completions.shape[1] - 1) and kinds(out, 0)[1] == SOFT
+    )
     assert out.record.weights[0].isfinite().all()
 
 
-# ---------------------------------------------------------------------------------------------- save, load
+# ----------------------------------------------------------------------------------------------
+# save, load
 
 
 def test_configurations_are_saved_and_loaded(tmp_path):
@@ -1027,14 +1140,21 @@ def test_processors_that_leave_no_token_are_named_at_their_step(llama):
 
     class Nothing(LogitsProcessor):
         def __call__(self, input_ids, scores):
-            return scores if input_ids.shape[1] < ids.shape[1] + 2 else torch.full_like(scores, -torch.inf)
+            return (
+                scores
+                if input_ids.shape[1] < ids.shape[1] + 2
+                else torch.full_like(scores, -torch.inf)
+            )
 
     with pytest.raises(FloatingPointError, match="step 2"):
-        softar.generate(llama, ids, mask, config=SoftConfig(max_new_tokens=N), logits_processor=[Nothing()])
+        softar.generate(
+            llama, ids, mask, config=SoftConfig(max_new_tokens=N), logits_processor=[Nothing()]
+        )
 
 
 def test_stop_strings_end_a_row(endless, monkeypatch):
-    """transformers' own criterion cannot read a vocabulary of whole words, so a stand-in reads the last token."""
+    """transformers' own criterion cannot read a vocabulary of whole words, so a stand-in reads the
+    last token."""
 
     class EndsIn(StoppingCriteria):
         def __init__(self, tokenizer, strings):
@@ -1049,7 +1169,9 @@ def test_stop_strings_end_a_row(endless, monkeypatch):
     free = softar.generate(endless, ids, mask, config=config).completions[0].tolist()
     settings = copy.deepcopy(endless.generation_config)
     settings.stop_strings = tokenizer_of().convert_ids_to_tokens(free[3:4])
-    out = softar.generate(endless, ids, mask, config=config, generation_config=settings, tokenizer=tokenizer_of())
+    out = softar.generate(
+        endless, ids, mask, config=config, generation_config=settings, tokenizer=tokenizer_of()
+    )
     assert out.completions[0].tolist() == free[: free.index(free[3]) + 1]
 
 

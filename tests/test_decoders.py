@@ -1,4 +1,5 @@
-"""Decoders by name: each equals what it stands for, its costs add up, and what is wrong is named in one line."""
+"""Decoders by name: each equals what it stands for, its costs add up, and what is wrong is named in
+one line."""
 
 import dataclasses
 import json
@@ -20,7 +21,14 @@ from softar.decoders.beam import BeamDecoder
 from softar.decoders.kinds import family_of
 from softar.decoders.options import format_options
 from softar.decoders.registry import FAMILIES, decoders_of, find, make_decoder, parse_spec
-from softar.decoders.soft import DECODERS, SelfConsistency, SoftDecoder, elect, last_match, soft_config
+from softar.decoders.soft import (
+    DECODERS,
+    SelfConsistency,
+    SoftDecoder,
+    elect,
+    last_match,
+    soft_config,
+)
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion import load as load_diffusion
 from softar.diffusion.decoders import DECODERS as DIFFUSION
@@ -58,42 +66,66 @@ def unpadded(row):
     return tuple(row[: row.index(EOS) + 1] if EOS in row else row)
 
 
-# -- specs ----------------------------------------------------------------------------------------------------------
+# -- specs
+# ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec, model, name, options", [
-    ("soft", None, "soft", {}),
-    ("soft:", None, "soft", {}),
-    ("owner/m=soft", "owner/m", "soft", {}),
-    ("./a=b:c=gumbel:tau=0.5,top_k=3", "./a=b:c", "gumbel", {"tau": 0.5, "top_k": 3}),
-    ("http://127.0.0.1:8000=vllm-greedy", "http://127.0.0.1:8000", "vllm-greedy", {}),
-    ("soft=soft:budget=3", "soft", "soft", {"budget": 3}),
-    ("gumbel:think_start=soft", None, "gumbel", {"think_start": "soft"}),
-    ("gumbel:banned=[1,2],mixer_args={\"tau\": {\"a\": [1, 2]}},top_k=null", None, "gumbel",
-     {"banned": [1, 2], "mixer_args": {"tau": {"a": [1, 2]}}, "top_k": None}),
-    ("hard:early_stop=True, cache=None,ban_eos=false", None, "hard",
-     {"early_stop": True, "cache": None, "ban_eos": False}),
-    ('soft:think_end="a,b=c",think_start=x=y', None, "soft", {"think_end": "a,b=c", "think_start": "x=y"}),
-    ('soft:think_end="</think>"', None, "soft", {"think_end": "</think>"}),
-    ("soft:think_end=</think>,budget=2", None, "soft", {"think_end": "</think>", "budget": 2}),
-    ("beam:early_stopping=never", None, "beam", {"early_stopping": "never"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, model, name, options",
+    [
+        ("soft", None, "soft", {}),
+        ("soft:", None, "soft", {}),
+        ("owner/m=soft", "owner/m", "soft", {}),
+        ("./a=b:c=gumbel:tau=0.5,top_k=3", "./a=b:c", "gumbel", {"tau": 0.5, "top_k": 3}),
+        ("http://127.0.0.1:8000=vllm-greedy", "http://127.0.0.1:8000", "vllm-greedy", {}),
+        ("soft=soft:budget=3", "soft", "soft", {"budget": 3}),
+        ("gumbel:think_start=soft", None, "gumbel", {"think_start": "soft"}),
+        (
+            'gumbel:banned=[1,2],mixer_args={"tau": {"a": [1, 2]}},top_k=null',
+            None,
+            "gumbel",
+            {"banned": [1, 2], "mixer_args": {"tau": {"a": [1, 2]}}, "top_k": None},
+        ),
+        (
+            "hard:early_stop=True, cache=None,ban_eos=false",
+            None,
+            "hard",
+            {"early_stop": True, "cache": None, "ban_eos": False},
+        ),
+        (
+            'soft:think_end="a,b=c",think_start=x=y',
+            None,
+            "soft",
+            {"think_end": "a,b=c", "think_start": "x=y"},
+        ),
+        ('soft:think_end="</think>"', None, "soft", {"think_end": "</think>"}),
+        ("soft:think_end=</think>,budget=2", None, "soft", {"think_end": "</think>", "budget": 2}),
+        ("beam:early_stopping=never", None, "beam", {"early_stopping": "never"}),
+    ],
+)
 def test_a_spec_is_read(spec, model, name, options):
     assert parse_spec(spec) == (model, name, options)
 
 
-TEXTS = st.text(max_size=8) | st.sampled_from(["a,b", '"', "[1", "None", "true", "1e3", "x=y:z", " a ", "NaN", "{}"])
+TEXTS = st.text(max_size=8) | st.sampled_from(
+    ["a,b", '"', "[1", "None", "true", "1e3", "x=y:z", " a ", "NaN", "{}"]
+)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 KEYS = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.sampled_from([n for _, n in NAMES]), st.dictionaries(KEYS, VALUES, max_size=4),
-       st.none() | st.from_regex(r"[a-zA-Z0-9_./:=-]{1,12}", fullmatch=True))  # fmt: skip
+@given(
+    st.sampled_from([n for _, n in NAMES]),
+    st.dictionaries(KEYS, VALUES, max_size=4),
+    st.none() | st.from_regex(r"[a-zA-Z0-9_./:=-]{1,12}", fullmatch=True),
+)
 def test_a_spec_comes_back(name, options, model):
     spec = f"{name}:{format_options(options)}" if options else name
     if model is not None:
@@ -111,7 +143,8 @@ def test_each_name_is_in_one_family():
     assert find("nothing") is None
 
 
-# -- what a spec makes ----------------------------------------------------------------------------------------------
+# -- what a spec makes
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family, name", NAMES)
@@ -124,30 +157,46 @@ def test_every_name_decodes(family, name):
     assert len(found) == 3 and decoder.decode([]) == []
     for row in found:
         assert re.fullmatch(r"(S-?\d+ ?)+", row.text) and 1 <= len(row.tokens) <= 5
-        assert 0 not in row.tokens and row.token_forwards >= row.num_forwards >= 1 and row.seconds > 0
+        assert (
+            0 not in row.tokens and row.token_forwards >= row.num_forwards >= 1 and row.seconds > 0
+        )
         assert isinstance(row.num_forwards, float) and row.trace is None
         assert (row.entropy is not None) == (family == "autoregressive" and name != "beam")
 
 
 def test_names_and_columns_tell_settings():
     one = make_decoder("hard:steps=2,cache=prefix", model="mnns-diffusion-tiny", max_new_tokens=4)
-    assert one.name == "hard steps=2 cache=prefix" and one.columns["setting"] == "steps=2 cache=prefix"
-    assert one.columns["training"] == "soft-mask" and one.config.gen_length == 4 and one.config.soften == "hard"
+    assert (
+        one.name == "hard steps=2 cache=prefix" and one.columns["setting"] == "steps=2 cache=prefix"
+    )
+    assert (
+        one.columns["training"] == "soft-mask"
+        and one.config.gen_length == 4
+        and one.config.soften == "hard"
+    )
     assert make_decoder("beam", model="mnns-tiny", max_new_tokens=4).name == "beam num_beams=4"
     three = make_decoder("mnns-tiny=self-consistency:votes=3,of=gumbel,tau=2", max_new_tokens=4)
     assert three.columns["setting"] == "votes=3 of=gumbel tau=2" and three.votes == 3
     assert three.decoder.config.mixer_args == {"tau": 2}
     assert three.name == "mnns-tiny=self-consistency votes=3 of=gumbel tau=2"
-    assert make_decoder("self-consistency", model="mnns-tiny", max_new_tokens=4).columns["setting"] == "votes=8"
+    assert (
+        make_decoder("self-consistency", model="mnns-tiny", max_new_tokens=4).columns["setting"]
+        == "votes=8"
+    )
 
 
 def test_a_spec_goes_before_the_arguments():
-    decoder = make_decoder("mnns-tiny=sampled:max_new_tokens=2,seed=5", model="nothing", max_new_tokens=9)
+    decoder = make_decoder(
+        "mnns-tiny=sampled:max_new_tokens=2,seed=5", model="nothing", max_new_tokens=9
+    )
     same = make_decoder("sampled", model="mnns-tiny", max_new_tokens=2, seed=5)
     assert decoder.config.max_new_tokens == 2
     assert decoder.model is same.model, "a model is opened once"
     assert answers(decoder.decode(MNNS * 9)) == answers(same.decode(MNNS * 9))
-    assert make_decoder("sampled:dtype=float64", model="mnns-tiny", max_new_tokens=2).model.dtype == torch.float64
+    assert (
+        make_decoder("sampled:dtype=float64", model="mnns-tiny", max_new_tokens=2).model.dtype
+        == torch.float64
+    )
 
 
 def test_options_become_the_configuration():
@@ -162,10 +211,16 @@ def test_options_become_the_configuration():
         "weighting": "uniform",
     }
     assert made("discrete", budget=2) == SoftConfig(mixer="hard", alpha=0.0, budget=2)
-    assert made("sampled", top_k=None) == SoftConfig(mixer="hard", mixer_args={"sample": True}, alpha=0.0, top_k=None)
+    assert made("sampled", top_k=None) == SoftConfig(
+        mixer="hard", mixer_args={"sample": True}, alpha=0.0, top_k=None
+    )
     assert made("soft", alpha=0.5).alpha == 0.5
-    assert denoise_config("soft-token", {"k": 2, "threshold": 0.9, "gen_length": 8, "soften_args": {"bias": 1}}) == (
-        DenoiseConfig(gen_length=8, threshold=0.9, soften="soft-token", soften_args={"k": 2, "bias": 1})
+    assert denoise_config(
+        "soft-token", {"k": 2, "threshold": 0.9, "gen_length": 8, "soften_args": {"bias": 1}}
+    ) == (
+        DenoiseConfig(
+            gen_length=8, threshold=0.9, soften="soft-token", soften_args={"k": 2, "bias": 1}
+        )
     )
     # The names of both: the field's
     assert denoise_config("soft-mask", {"temperature": 0.5}).temperature == 0.5
@@ -174,16 +229,21 @@ def test_options_become_the_configuration():
 def test_a_models_own_configuration_is_the_default(tmp_path):
     softar.load("mnns-tiny")[0].save_pretrained(tmp_path)
     softar.load("mnns-tiny")[1].save_pretrained(tmp_path)
-    own = SoftConfig(mixer="gumbel", mixer_args={"tau": 0.7}, alpha=0.0, temperature=0.6, budget=2, top_k=None)
+    own = SoftConfig(
+        mixer="gumbel", mixer_args={"tau": 0.7}, alpha=0.0, temperature=0.6, budget=2, top_k=None
+    )
     own.save(tmp_path)
     model = str(tmp_path)
     change = dict(mixer="gumbel", mixer_args={"tau": 0.7}, alpha=1.0)
     assert soft_config(model, "gumbel", {}) == dataclasses.replace(own, **change)
-    assert soft_config(model, "gumbel", {"budget": 1, "tau": 2.0, "alpha": 0.0}) == dataclasses.replace(
-        own, budget=1, mixer_args={"tau": 2.0}
+    assert soft_config(
+        model, "gumbel", {"budget": 1, "tau": 2.0, "alpha": 0.0}
+    ) == dataclasses.replace(own, budget=1, mixer_args={"tau": 2.0})
+    # knobs of another mixer are not its own
+    assert soft_config(model, "dirichlet", {}).mixer_args == {}
+    assert soft_config(model, "discrete", {}) == dataclasses.replace(
+        own, mixer="hard", mixer_args={}, alpha=0.0
     )
-    assert soft_config(model, "dirichlet", {}).mixer_args == {}  # knobs of another mixer are not its own
-    assert soft_config(model, "discrete", {}) == dataclasses.replace(own, mixer="hard", mixer_args={}, alpha=0.0)
     decoder = make_decoder("beam:num_beams=2", model=model, max_new_tokens=6)
     assert decoder.thought.budget == 2 and decoder.settings.max_new_tokens == 6
     assert soft_config("mnns-soft-tiny", "soft", {}) == SoftConfig.load(folder_of("mnns-soft-tiny"))
@@ -192,7 +252,8 @@ def test_a_models_own_configuration_is_the_default(tmp_path):
         make_decoder("soft", model=model, max_new_tokens=6)
 
 
-# -- each is what it stands for -------------------------------------------------------------------------------------
+# -- each is what it stands for
+# -------------------------------------------------------------------------------------
 
 
 def plain_generate(model, tokenizer, **how):
@@ -210,41 +271,63 @@ def test_discrete_is_greedy(arch):
     assert decoder.name == "discrete"
     found = decoder.decode(PROMPTS)
     assert [d.tokens for d in found] == expected
-    assert [d.text for d in found] == [tokenizer.decode(t, skip_special_tokens=True) for t in expected]
+    assert [d.text for d in found] == [
+        tokenizer.decode(t, skip_special_tokens=True) for t in expected
+    ]
     assert [d.num_forwards for d in found] == [len(d.tokens) for d in found]
     assert max(d.num_forwards for d in found) == len(calls)  # the row that the batch waited for
-    assert sum(d.token_forwards for d in found) == pytest.approx(sum(rows * columns for rows, columns in calls))
+    assert sum(d.token_forwards for d in found) == pytest.approx(
+        sum(rows * columns for rows, columns in calls)
+    )
 
 
-@pytest.mark.parametrize("how", [
-    dict(num_beams=2), dict(num_beams=4, length_penalty=3.0), dict(num_beams=3, early_stopping=True),
-    dict(num_beams=3, length_penalty=-4.0), dict(num_beams=3, early_stopping="never", length_penalty=-4.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(num_beams=2),
+        dict(num_beams=4, length_penalty=3.0),
+        dict(num_beams=3, early_stopping=True),
+        dict(num_beams=3, length_penalty=-4.0),
+        dict(num_beams=3, early_stopping="never", length_penalty=-4.0),
+    ],
+)
 def test_beam_is_transformers_beam_search(how, tiny, recwarn):
     model, tokenizer = tiny
-    with edited_logits(model, lambda step, logits: logits + 3 * torch.nn.functional.one_hot(torch.tensor(EOS), VOCAB)):
+    with edited_logits(
+        model,
+        lambda step, logits: logits + 3 * torch.nn.functional.one_hot(torch.tensor(EOS), VOCAB),
+    ):
         expected, calls = plain_generate(model, tokenizer, **how)
         recwarn.clear()
         found = BeamDecoder(model, tokenizer, max_new_tokens=N, **how).decode(PROMPTS)
     assert not recwarn
     assert [d.tokens for d in found] == expected
     assert {d.num_forwards for d in found} == {len(calls) * how["num_beams"]}
-    assert sum(d.token_forwards for d in found) == pytest.approx(sum(rows * columns for rows, columns in calls))
+    assert sum(d.token_forwards for d in found) == pytest.approx(
+        sum(rows * columns for rows, columns in calls)
+    )
     assert calls[0][0] == 3 * how["num_beams"]
 
 
 def test_beam_options_matter(tiny):
     """Else the test above would hold for a decoder that drops them."""
     with edited_logits(tiny[0], lambda step, logits: logits + 3 * (torch.arange(VOCAB) == EOS)):
-        found = {tuple(d.tokens for d in BeamDecoder(*tiny, beams, N, length_penalty=penalty).decode(PROMPTS))
-                 for beams, penalty in [(2, 1.0), (4, 3.0), (3, -4.0)]}  # fmt: skip
+        found = {
+            tuple(
+                d.tokens
+                for d in BeamDecoder(*tiny, beams, N, length_penalty=penalty).decode(PROMPTS)
+            )
+            for beams, penalty in [(2, 1.0), (4, 3.0), (3, -4.0)]
+        }
     assert len(found) == 3
 
 
 def test_beam_ignores_the_sampling_of_the_model(tiny):
     model = model_of()
     expected = BeamDecoder(*tiny, 3, N).decode(PROMPTS)
-    model.generation_config.update(do_sample=True, temperature=3.0, top_k=2, max_length=7, num_return_sequences=2)
+    model.generation_config.update(
+        do_sample=True, temperature=3.0, top_k=2, max_length=7, num_return_sequences=2
+    )
     before = model.generation_config.to_dict()
     assert answers(BeamDecoder(model, tiny[1], 3, N).decode(PROMPTS)) == answers(expected)
     assert model.generation_config.to_dict() == before
@@ -253,25 +336,35 @@ def test_beam_ignores_the_sampling_of_the_model(tiny):
 def scripted(model, words):
     """Whatever the prompt, these tokens come, one a step, and then the last."""
     words = [*words, *words[-1:] * 30]
-    return edited_logits(model, lambda step, logits: 50.0 * (torch.arange(VOCAB) == words[step]).expand_as(logits))
+    return edited_logits(
+        model, lambda step, logits: 50.0 * (torch.arange(VOCAB) == words[step]).expand_as(logits)
+    )
 
 
-@pytest.mark.parametrize("where, answer", [
-    (dict(), "w10 w11 </think> w12 w13"),
-    (dict(budget=3), "w12 w13"),
-    (dict(think_end="</think>"), "w12 w13"),
-    (dict(think_end=63), ""),  # never ended
-    (dict(think_end=(11, END)), "w12 w13"),
-    (dict(think_start="<think>", think_end="</think>"), "w10 w11 </think> w12 w13"),  # the prompt opens no thought
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "where, answer",
+    [
+        (dict(), "w10 w11 </think> w12 w13"),
+        (dict(budget=3), "w12 w13"),
+        (dict(think_end="</think>"), "w12 w13"),
+        (dict(think_end=63), ""),  # never ended
+        (dict(think_end=(11, END)), "w12 w13"),
+        # the prompt opens no thought
+        (dict(think_start="<think>", think_end="</think>"), "w10 w11 </think> w12 w13"),
+    ],
+)
 def test_where_the_answer_begins(where, answer, tiny):
     """Beam search counts a thought as softar.generate does."""
     model, tokenizer = tiny
     words = [10, 11, END, 12, 13, EOS]
     with scripted(model, words):
-        soft = SoftDecoder(model, tokenizer, SoftConfig(mixer="hard", **where)).decode(["<bos> w20"])[0]
+        soft = SoftDecoder(model, tokenizer, SoftConfig(mixer="hard", **where)).decode(
+            ["<bos> w20"]
+        )[0]
     with scripted(model, words):
-        beam = BeamDecoder(model, tokenizer, 2, 20, config=SoftConfig(**where)).decode(["<bos> w20"])[0]
+        beam = BeamDecoder(model, tokenizer, 2, 20, config=SoftConfig(**where)).decode(
+            ["<bos> w20"]
+        )[0]
     assert soft.text == beam.text == answer
     assert soft.tokens == beam.tokens == tuple(words)
 
@@ -285,7 +378,9 @@ def test_an_opened_thought_hides_the_answer_until_it_ends(tiny):
         ("<bos>", [3, 10, END, 11, END, 12, EOS], "w11 </think> w12"),  # 3 is <think>
     ]:
         with scripted(model, words):
-            assert BeamDecoder(model, tokenizer, 2, 9, config=where).decode([prompt])[0].text == answer
+            assert (
+                BeamDecoder(model, tokenizer, 2, 9, config=where).decode([prompt])[0].text == answer
+            )
         with scripted(model, words):
             hard = dataclasses.replace(where, mixer="hard", max_new_tokens=9)
             assert SoftDecoder(model, tokenizer, hard).decode([prompt])[0].text == answer
@@ -303,13 +398,16 @@ def test_soft_decoders_are_generate(mixer, tiny):
         real = out.record.kind[row] != Kind.PAD
         assert decoded.tokens == tuple(out.completions[row][real].tolist())
         assert decoded.text == tokenizer.decode(ids, skip_special_tokens=True)
-        assert decoded.entropy == pytest.approx(float(out.record.entropy[row][real].mean()), abs=1e-5)
+        assert decoded.entropy == pytest.approx(
+            float(out.record.entropy[row][real].mean()), abs=1e-5
+        )
         assert decoded.num_forwards == int(real.sum()) <= out.num_forwards
         assert decoded.token_forwards == pytest.approx(out.token_forwards / 3)
 
 
 def test_the_entropy_leaves_padding_out(tiny):
-    """Three rows that end after 2, 3 and 8 steps, each step with the entropy of four equal tokens."""
+    """Three rows that end after 2, 3 and 8 steps, each step with the entropy of four equal
+    tokens."""
     model, tokenizer = tiny
 
     def edit(step, logits):
@@ -324,7 +422,11 @@ def test_the_entropy_leaves_padding_out(tiny):
         found = SoftDecoder(model, tokenizer, SoftConfig(mixer="hard")).decode(PROMPTS)
     assert [len(d.tokens) for d in found] == [2, 3, 8] and all(PAD not in d.tokens for d in found)
     assert [d.entropy for d in found] == pytest.approx(
-        [(torch.tensor(4.0).log() * (n - 1) + torch.tensor(5.0).log()).item() / n for n in (2, 3, 8)], abs=1e-3
+        [
+            (torch.tensor(4.0).log() * (n - 1) + torch.tensor(5.0).log()).item() / n
+            for n in (2, 3, 8)
+        ],
+        abs=1e-3,
     )
 
 
@@ -334,7 +436,11 @@ def test_the_sum_of_the_evaluation_is_that_of_the_decoder():
     decoder = make_decoder("mnns-soft-tiny=soft", max_new_tokens=6)
     found = evaluate(decoder.model, decoder.tokenizer, rows, task.score, decoder.config)
     decoded = decoder.decode(rows["prompt"])
-    assert found["accuracy"] == sum(task.score(d.text, row) for d, row in zip(decoded, rows)) / 40 > 0.9
+    assert (
+        found["accuracy"]
+        == sum(task.score(d.text, row) for d, row in zip(decoded, rows)) / 40
+        > 0.9
+    )
     assert found["nfe"] == decoded[0].num_forwards
     assert found["token_forwards"] * 40 == pytest.approx(sum(d.token_forwards for d in decoded))
 
@@ -347,13 +453,17 @@ def test_a_row_of_a_batch_is_the_row_alone(name, tiny, filler):
     elif name == "beam":
         decoder, prompts = BeamDecoder(*tiny, 3, N), PROMPTS
     else:
-        decoder = SoftDecoder(*tiny, SoftConfig(mixer="hard" if name == "discrete" else "soft", max_new_tokens=N))
+        decoder = SoftDecoder(
+            *tiny, SoftConfig(mixer="hard" if name == "discrete" else "soft", max_new_tokens=N)
+        )
         prompts = PROMPTS
     together, alone = decoder.decode(prompts), [decoder.decode([prompt])[0] for prompt in prompts]
     assert len(set(answers(together))) == len(prompts)
     assert answers(together) == answers(alone)
     for one, other in zip(together, alone, strict=True):
-        assert one.entropy == (None if other.entropy is None else pytest.approx(other.entropy, abs=1e-3))
+        assert one.entropy == (
+            None if other.entropy is None else pytest.approx(other.entropy, abs=1e-3)
+        )
 
 
 def test_seconds_are_those_of_the_call(tiny):
@@ -365,7 +475,8 @@ def test_seconds_are_those_of_the_call(tiny):
         assert 0.8 * whole < sum(d.seconds for d in found) <= whole
 
 
-# -- votes ----------------------------------------------------------------------------------------------------------
+# -- votes
+# ----------------------------------------------------------------------------------------------------------
 
 
 def vote(text, n):
@@ -398,25 +509,40 @@ def test_votes_of_a_prompt_are_of_one_batch():
     decoder = Told(["so 1", "2", " so  1", "3", "3", "x 3"])
     found = SelfConsistency(decoder, 3)
     assert found.name == "self-consistency votes=3"
-    assert found.columns == {"decoder": "self-consistency", "model": "m", "setting": "votes=3", "family": "f"}
+    assert found.columns == {
+        "decoder": "self-consistency",
+        "model": "m",
+        "setting": "votes=3",
+        "family": "f",
+    }
     assert [d.text for d in found.decode(["p", "q"])] == ["so 1", "3"]
     assert decoder.batches == [["p", "p", "p", "q", "q", "q"]]
     assert found.agreement == pytest.approx([2 / 3, 2 / 3])
-    pattern = SelfConsistency(Told(["3 or 4", "3 or 5", "so 4.", "none", "7", "none"]), 3, last_match(r"\d"))
-    assert [d.text for d in pattern.decode(["p", "q"])] == ["3 or 4", "none"] and pattern.agreement[0] == 2 / 3
+    pattern = SelfConsistency(
+        Told(["3 or 4", "3 or 5", "so 4.", "none", "7", "none"]), 3, last_match(r"\d")
+    )
+    assert [d.text for d in pattern.decode(["p", "q"])] == ["3 or 4", "none"] and pattern.agreement[
+        0
+    ] == 2 / 3
 
 
 def test_self_consistency_counts_all_votes(tiny):
     model, tokenizer = tiny
     config = SoftConfig(mixer="hard", mixer_args={"sample": True}, max_new_tokens=2, top_k=3)
-    each = SoftDecoder(model, tokenizer, config, seed=7).decode([p for p in PROMPTS for _ in range(6)])
+    each = SoftDecoder(model, tokenizer, config, seed=7).decode(
+        [p for p in PROMPTS for _ in range(6)]
+    )
     with counted(model) as calls:
         decoder = SelfConsistency(SoftDecoder(model, tokenizer, config, seed=7), 6)
         found = decoder.decode(PROMPTS)
     assert len(calls) == 2 and calls[0][0] == 18
-    assert sum(d.token_forwards for d in found) == pytest.approx(sum(rows * columns for rows, columns in calls))
+    assert sum(d.token_forwards for d in found) == pytest.approx(
+        sum(rows * columns for rows, columns in calls)
+    )
     assert [d.num_forwards for d in found] == [12.0] * 3
-    for row, share, group in zip(found, decoder.agreement, [each[:6], each[6:12], each[12:]], strict=True):
+    for row, share, group in zip(
+        found, decoder.agreement, [each[:6], each[6:12], each[12:]], strict=True
+    ):
         counts = Counter(d.text for d in group)
         assert counts[row.text] == max(counts.values()) == round(share * 6) and row.seconds > 0
 
@@ -429,7 +555,9 @@ def test_what_is_drawn(tiny):
 
     one = decoder(0)
     first, second = answers(one.decode(PROMPTS)), answers(one.decode(PROMPTS))
-    assert first != second and first == answers(decoder(0).decode(PROMPTS)) != answers(decoder(1).decode(PROMPTS))
+    assert first != second and first == answers(decoder(0).decode(PROMPTS)) != answers(
+        decoder(1).decode(PROMPTS)
+    )
     hot = DenoiseConfig(gen_length=8, temperature=2.0)
     model, tokenizer = load_diffusion("mnns-diffusion-tiny")
     one, other = (DiffusionDecoder(model, tokenizer, hot, seed=1) for _ in range(2))
@@ -446,7 +574,8 @@ def test_what_is_drawn(tiny):
         assert SoftDecoder(*tiny, c).draws == draws, c
 
 
-# -- diffusion ------------------------------------------------------------------------------------------------------
+# -- diffusion
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("soften", DIFFUSION)
@@ -454,7 +583,9 @@ def test_diffusion_decoders_are_denoise(soften, filler):
     model, tokenizer = filler
     config = DenoiseConfig(gen_length=6, steps=3, soften=soften, temperature=0.5)
     prompts = [*MNNS, "<bos> D1 <mask> ->"]
-    out = denoise(model, **encode(tokenizer, prompts), config=config, rng=torch.Generator().manual_seed(2))
+    out = denoise(
+        model, **encode(tokenizer, prompts), config=config, rng=torch.Generator().manual_seed(2)
+    )
     found = DiffusionDecoder(model, tokenizer, config, seed=2).decode(prompts)
     width = out.prompt_length
     for row, (decoded, ids) in enumerate(zip(found, out.sequences.tolist(), strict=True)):
@@ -462,7 +593,10 @@ def test_diffusion_decoders_are_denoise(soften, filler):
         assert decoded.text == tokenizer.decode(ids[width:end], skip_special_tokens=True)
         inside = [ids[width - 2]] if row == 3 else []  # the mask in the prompt
         assert decoded.tokens == tuple(inside + ids[width : end + 1])
-        assert decoded.num_forwards == out.committed_at[row].max() + 1 <= out.num_forwards and decoded.entropy is None
+        assert (
+            decoded.num_forwards == out.committed_at[row].max() + 1 <= out.num_forwards
+            and decoded.entropy is None
+        )
     assert sum(d.token_forwards for d in found) == pytest.approx(out.token_forwards)
 
 
@@ -473,11 +607,15 @@ def test_what_stands_behind_an_end_token_is_no_answer(filler):
     def fixed(module, args, output):
         """Columns of a canvas of 11, in their order: S0 S1 <eos> S2 S3."""
         words = [tokenizer.convert_tokens_to_ids(w) for w in ("S0", "S1", "<eos>", "S2", "S3")]
-        return output * 0 + 50.0 * torch.nn.functional.one_hot(torch.tensor(words[-len(output) :]), output.shape[-1])
+        return output * 0 + 50.0 * torch.nn.functional.one_hot(
+            torch.tensor(words[-len(output) :]), output.shape[-1]
+        )
 
     handle = head.register_forward_hook(fixed)
     try:
-        decoder = DiffusionDecoder(model, tokenizer, DenoiseConfig(gen_length=5, steps=1, soften="hard"))
+        decoder = DiffusionDecoder(
+            model, tokenizer, DenoiseConfig(gen_length=5, steps=1, soften="hard")
+        )
         (row,) = decoder.decode(MNNS[:1])
         assert row.text == "S0 S1" and row.tokens[-1] == 2 and len(row.tokens) == 3
         without = DenoiseConfig(gen_length=5, steps=1, soften="hard", end_ids=())
@@ -493,11 +631,14 @@ def test_templates_are_filled(filler):
     found = decoder.decode([template, "<bos> D1 D2 <mask>"])
     assert found[0].text.startswith("D1 D2 D3 D4 -> S1") and found[0].text.endswith("S2")
     assert len(found[0].tokens) == 2 and len(found[1].tokens) == 1 and "mask" not in found[0].text
-    with pytest.raises(ValueError, match=r"prompt 1 holds no <mask> .*max_new_tokens >= 1, or templates"):
+    with pytest.raises(
+        ValueError, match=r"prompt 1 holds no <mask> .*max_new_tokens >= 1, or templates"
+    ):
         decoder.decode([template, "<bos> D1"])
 
 
-# -- what goes in ---------------------------------------------------------------------------------------------------
+# -- what goes in
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_chats_are_read_by_the_template(tiny, filler):
@@ -505,7 +646,10 @@ def test_chats_are_read_by_the_template(tiny, filler):
     chats = [[{"role": "user", "content": p.removeprefix("<bos> ")}] for p in PROMPTS]
     model, tokenizer = tiny[0], tokenizer_of()
     tokenizer.chat_template = template
-    for make in (lambda: SoftDecoder(model, tokenizer, SoftConfig()), lambda: BeamDecoder(model, tokenizer, 2, N)):
+    for make in (
+        lambda: SoftDecoder(model, tokenizer, SoftConfig()),
+        lambda: BeamDecoder(model, tokenizer, 2, N),
+    ):
         assert answers(make().decode(chats)) == answers(make().decode(PROMPTS))
 
 
@@ -515,7 +659,10 @@ def test_models_are_in_eval_mode_meanwhile():
     expected = answers(SoftDecoder(model, tokenizer, SoftConfig(max_new_tokens=N)).decode(PROMPTS))
     beams = answers(BeamDecoder(model, tokenizer, 2, N).decode(PROMPTS))
     model.train()
-    assert answers(SoftDecoder(model, tokenizer, SoftConfig(max_new_tokens=N)).decode(PROMPTS)) == expected
+    assert (
+        answers(SoftDecoder(model, tokenizer, SoftConfig(max_new_tokens=N)).decode(PROMPTS))
+        == expected
+    )
     assert answers(BeamDecoder(model, tokenizer, 2, N).decode(PROMPTS)) == beams
     assert model.training
     model.eval()
@@ -531,24 +678,38 @@ def test_adapters_decode():
     assert SoftDecoder(model, tokenizer, SoftConfig()).decode(PROMPTS)[0].num_forwards > 1
 
 
-@pytest.mark.parametrize("spec", ["mnns-soft-tiny=soft", "mnns-soft-tiny=beam", "mnns-soft-tiny=self-consistency",
-                                  "mnns-diffusion-tiny=soft-mask"])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "mnns-soft-tiny=soft",
+        "mnns-soft-tiny=beam",
+        "mnns-soft-tiny=self-consistency",
+        "mnns-diffusion-tiny=soft-mask",
+    ],
+)
 def test_traces(spec):
     decoder = make_decoder(spec, max_new_tokens=5, trace=True)
     for prompt, row in zip(MNNS, decoder.decode(MNNS), strict=True):
         if row.trace.family == "diffusion":
-            assert row.trace.title == decoder.name.partition("=")[2] or row.trace.title == decoder.name
+            assert (
+                row.trace.title == decoder.name.partition("=")[2] or row.trace.title == decoder.name
+            )
             assert len(row.trace.forwards) == row.num_forwards
             continue
         words = [step.token for step in row.trace.steps]
         assert words == [decoder_tokenizer(decoder).decode([t]) for t in row.tokens]
-        assert row.trace.answer_start == 3 and "D" in row.trace.prompt and prompt.split()[1] in row.trace.prompt
+        assert (
+            row.trace.answer_start == 3
+            and "D" in row.trace.prompt
+            and prompt.split()[1] in row.trace.prompt
+        )
         kinds = [step.kind for step in row.trace.steps]
         assert kinds[:3] == ["soft" if "=soft" in spec else "hard"] * 3
 
 
 def test_a_canvas_is_made_outside_the_clock(monkeypatch):
-    """Turning what was seen into text takes longer here than to decode, and is no part of the seconds."""
+    """Turning what was seen into text takes longer here than to decode, and is no part of the
+    seconds."""
     from softar.show.trace import Words
 
     slept, mixtures = [], Words.mixtures
@@ -568,14 +729,21 @@ def test_a_canvas_is_made_outside_the_clock(monkeypatch):
 
 
 def test_a_trace_begins_with_the_prompt_alone(tiny):
-    for decoder in (SoftDecoder(*tiny, SoftConfig(), trace=True), BeamDecoder(*tiny, 2, N, trace=True)):
+    for decoder in (
+        SoftDecoder(*tiny, SoftConfig(), trace=True),
+        BeamDecoder(*tiny, 2, N, trace=True),
+    ):
         assert [d.trace.prompt for d in decoder.decode(PROMPTS)] == PROMPTS
 
 
 def test_a_uniform_state_model_says_at_once_what_does_not_go():
     model, tokenizer = load_diffusion("mnns-diffusion-tiny", seed=0)
     assert DiffusionDecoder(model, tokenizer, DenoiseConfig()).columns["training"] == "hard"
-    model.config.diffusion_process = {"kind": "uniform", "eps": 0.001, "left_out": [tokenizer.mask_token_id]}
+    model.config.diffusion_process = {
+        "kind": "uniform",
+        "eps": 0.001,
+        "left_out": [tokenizer.mask_token_id],
+    }
     with pytest.raises(ValueError, match="soften='slerp' does not go with a uniform-state model"):
         DiffusionDecoder(model, tokenizer, DenoiseConfig(soften="slerp"))
     decoder = DiffusionDecoder(model, tokenizer, DenoiseConfig(gen_length=4, steps=3))
@@ -587,58 +755,101 @@ def decoder_tokenizer(decoder):
     return (decoder.decoder if isinstance(decoder, SelfConsistency) else decoder).tokenizer
 
 
-# -- what is wrong --------------------------------------------------------------------------------------------------
+# -- what is wrong
+# --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("sofft", "decoder 'sofft' is unknown, did you mean 'soft'?: choose one of ['discrete', "),
-    ("mnns-tiny=qqq:tau=1", "decoder 'qqq' is unknown: choose one of ["),
-    ("=soft", "'=soft' begins with '='"),
-    ("soft", "'soft' names no model: write MODEL=soft, or pass model="),
-    ("mnns-tiny=soft:a", "option 'a' has no form key=value"),
-    ("mnns-tiny=soft:budget=1,budget=2", "option 'budget' is given twice"),
-    ("mnns-tiny=soft:banned=[1,x]", "option 'x]' has no form key=value; text with commas"),
-    ("mnns-tiny=gumbel:tua=1", "decoder 'gumbel' takes no 'tua', did you mean 'tau'?: it takes ['alpha', "),
-    ("mnns-tiny=soft:tau=1", "decoder 'soft' takes no 'tau'"),
-    ("mnns-tiny=soft:mixer=gumbel", "decoder 'soft' takes no 'mixer'"),
-    ("mnns-tiny=discrete:alpha=0.5", "decoder 'discrete' takes no 'alpha'"),
-    ("mnns-tiny=soft:top_k=2.5", "decoder 'soft': top_k=2.5 must be a whole number or null"),
-    ("mnns-tiny=soft:top_k=true", "decoder 'soft': top_k=True must be a whole number or null"),
-    ("mnns-tiny=soft:temperature=hot", "decoder 'soft': temperature='hot' must be a number"),
-    ('mnns-tiny=soft:banned=["x"]', "decoder 'soft': banned=('x',) must be a list of whole numbers"),
-    ("mnns-tiny=gumbel:mixer_args=1", "decoder 'gumbel': mixer_args=1 must be an object"),
-    ("mnns-tiny=gumbel:tau=-1", "tau=-1 must be > 0"),
-    ("mnns-tiny=gumbel:tau=x", "mixer='gumbel' does not take {'tau': 'x'}"),
-    ("mnns-tiny=soft:max_new_tokens=0", "max_new_tokens=0 must be at least 1"),
-    ("mnns-tiny=beam:max_new_tokens=0", "max_new_tokens=0 must be at least 1"),
-    ("mnns-tiny=beam:num_beams=1", "num_beams=1 must be at least 2; decoder 'discrete' is greedy"),
-    ("mnns-tiny=beam:tau=1", "decoder 'beam' takes no 'tau'"),
-    ("mnns-tiny=beam:early_stopping=x", "early_stopping='x' is unknown: give true, false or 'never'"),
-    ("mnns-tiny=self-consistency:votes=1", "votes=1 must be at least 2"),
-    ("mnns-tiny=self-consistency:votes=x", "votes='x' must be a whole number"),
-    ("mnns-tiny=self-consistency:of=soft", "of='soft' is no decoder that draws: choose one of ['sampled', "),
-    ("mnns-tiny=self-consistency:tau=1", "self-consistency of 'sampled': decoder 'sampled' takes no 'tau'"),
-    ("mnns-tiny=self-consistency:temperature=0", "draws nothing, so that all votes would agree"),
-    ("mnns-tiny=self-consistency:pattern=(", "pattern='(' is no regular expression"),
-    ("mnns-tiny=soft:think_end=</x>", "think_end='</x>' is not in the tokenizer's vocabulary"),
-    ("mnns-tiny=beam:think_end=</x>", "think_end='</x>' is not in the tokenizer's vocabulary"),
-    ("mnns-tiny=soft:seed=x", "decoder 'soft': seed='x' must be a whole number"),
-    ("mnns-tiny=soft:dtype=int", "dtype='int' is unknown"),
-    ("mnns-diffusion-tiny=soft", "model='mnns-diffusion-tiny' is a masked-diffusion model, and decoder 'soft' needs "
-                                 "an autoregressive model: give another model, or one of its decoders (softar "
-                                 "compare --help lists them)"),
-    ("mnns-tiny=hard", "model='mnns-tiny' is an autoregressive model, and decoder 'hard' needs a masked-diffusion "
-                       "model: give another model, or one of its decoders (softar compare --help"),
-    ("mnns-diffusion-tiny=beam", "is a masked-diffusion model, and decoder 'beam' needs an autoregressive model"),
-    ("mnns-diffusion-tiny=hard:k=3", "decoder 'hard' takes no 'k'"),
-    ("mnns-diffusion-tiny=soft-token:k=0", "soften_args k=0 must be a whole number, at least 1"),
-    ("mnns-diffusion-tiny=hard:soften=slerp", "decoder 'hard' takes no 'soften'"),
-    ("mnns-diffusion-tiny=hard:steps=many", "decoder 'hard': steps='many' must be a whole number or null"),
-    ("mnns-diffusion-tiny=hard:max_new_tokens=-1", "gen_length=-1 must be a whole number, at least 0"),
-    ("./nowhere=soft", "model='./nowhere' could not be loaded: there is no such folder"),
-    ("./nowhere=hard", "model='./nowhere' could not be loaded: there is no such folder"),
-    ("no/where/at-all=soft", "model='no/where/at-all' could not be loaded"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("sofft", "decoder 'sofft' is unknown, did you mean 'soft'?: choose one of ['discrete', "),
+        ("mnns-tiny=qqq:tau=1", "decoder 'qqq' is unknown: choose one of ["),
+        ("=soft", "'=soft' begins with '='"),
+        ("soft", "'soft' names no model: write MODEL=soft, or pass model="),
+        ("mnns-tiny=soft:a", "option 'a' has no form key=value"),
+        ("mnns-tiny=soft:budget=1,budget=2", "option 'budget' is given twice"),
+        ("mnns-tiny=soft:banned=[1,x]", "option 'x]' has no form key=value; text with commas"),
+        (
+            "mnns-tiny=gumbel:tua=1",
+            "decoder 'gumbel' takes no 'tua', did you mean 'tau'?: it takes ['alpha', ",
+        ),
+        ("mnns-tiny=soft:tau=1", "decoder 'soft' takes no 'tau'"),
+        ("mnns-tiny=soft:mixer=gumbel", "decoder 'soft' takes no 'mixer'"),
+        ("mnns-tiny=discrete:alpha=0.5", "decoder 'discrete' takes no 'alpha'"),
+        ("mnns-tiny=soft:top_k=2.5", "decoder 'soft': top_k=2.5 must be a whole number or null"),
+        ("mnns-tiny=soft:top_k=true", "decoder 'soft': top_k=True must be a whole number or null"),
+        ("mnns-tiny=soft:temperature=hot", "decoder 'soft': temperature='hot' must be a number"),
+        (
+            'mnns-tiny=soft:banned=["x"]',
+            "decoder 'soft': banned=('x',) must be a list of whole numbers",
+        ),
+        ("mnns-tiny=gumbel:mixer_args=1", "decoder 'gumbel': mixer_args=1 must be an object"),
+        ("mnns-tiny=gumbel:tau=-1", "tau=-1 must be > 0"),
+        ("mnns-tiny=gumbel:tau=x", "mixer='gumbel' does not take {'tau': 'x'}"),
+        ("mnns-tiny=soft:max_new_tokens=0", "max_new_tokens=0 must be at least 1"),
+        ("mnns-tiny=beam:max_new_tokens=0", "max_new_tokens=0 must be at least 1"),
+        (
+            "mnns-tiny=beam:num_beams=1",
+            "num_beams=1 must be at least 2; decoder 'discrete' is greedy",
+        ),
+        ("mnns-tiny=beam:tau=1", "decoder 'beam' takes no 'tau'"),
+        (
+            "mnns-tiny=beam:early_stopping=x",
+            "early_stopping='x' is unknown: give true, false or 'never'",
+        ),
+        ("mnns-tiny=self-consistency:votes=1", "votes=1 must be at least 2"),
+        ("mnns-tiny=self-consistency:votes=x", "votes='x' must be a whole number"),
+        (
+            "mnns-tiny=self-consistency:of=soft",
+            "of='soft' is no decoder that draws: choose one of ['sampled', ",
+        ),
+        (
+            "mnns-tiny=self-consistency:tau=1",
+            "self-consistency of 'sampled': decoder 'sampled' takes no 'tau'",
+        ),
+        (
+            "mnns-tiny=self-consistency:temperature=0",
+            "draws nothing, so that all votes would agree",
+        ),
+        ("mnns-tiny=self-consistency:pattern=(", "pattern='(' is no regular expression"),
+        ("mnns-tiny=soft:think_end=</x>", "think_end='</x>' is not in the tokenizer's vocabulary"),
+        ("mnns-tiny=beam:think_end=</x>", "think_end='</x>' is not in the tokenizer's vocabulary"),
+        ("mnns-tiny=soft:seed=x", "decoder 'soft': seed='x' must be a whole number"),
+        ("mnns-tiny=soft:dtype=int", "dtype='int' is unknown"),
+        (
+            "mnns-diffusion-tiny=soft",
+            "model='mnns-diffusion-tiny' is a masked-diffusion model, and decoder 'soft' needs "
+            "an autoregressive model: give another model, or one of its decoders (softar "
+            "compare --help lists them)",
+        ),
+        (
+            "mnns-tiny=hard",
+            "model='mnns-tiny' is an autoregressive model, and decoder 'hard' needs a masked-diffusion "
+            "model: give another model, or one of its decoders (softar compare --help",
+        ),
+        (
+            "mnns-diffusion-tiny=beam",
+            "is a masked-diffusion model, and decoder 'beam' needs an autoregressive model",
+        ),
+        ("mnns-diffusion-tiny=hard:k=3", "decoder 'hard' takes no 'k'"),
+        (
+            "mnns-diffusion-tiny=soft-token:k=0",
+            "soften_args k=0 must be a whole number, at least 1",
+        ),
+        ("mnns-diffusion-tiny=hard:soften=slerp", "decoder 'hard' takes no 'soften'"),
+        (
+            "mnns-diffusion-tiny=hard:steps=many",
+            "decoder 'hard': steps='many' must be a whole number or null",
+        ),
+        (
+            "mnns-diffusion-tiny=hard:max_new_tokens=-1",
+            "gen_length=-1 must be a whole number, at least 0",
+        ),
+        ("./nowhere=soft", "model='./nowhere' could not be loaded: there is no such folder"),
+        ("./nowhere=hard", "model='./nowhere' could not be loaded: there is no such folder"),
+        ("no/where/at-all=soft", "model='no/where/at-all' could not be loaded"),
+    ],
+)
 def test_what_is_wrong_is_named_in_one_line(spec, message):
     with pytest.raises(ValueError) as caught:
         make_decoder(spec, max_new_tokens=4)
@@ -651,7 +862,10 @@ def test_prompts_that_cannot_be_read(tiny):
         ("<bos>", "must be a list, of texts or of chats"),
         (["<bos>", [{"role": "user", "content": "x"}]], "one kind"),
         (["<bos> hello"], "the tokenizer cannot read the prompts"),
-        ([[{"role": "user", "content": "x"}]], "the tokenizer cannot read the prompts: .*chat_template"),
+        (
+            [[{"role": "user", "content": "x"}]],
+            "the tokenizer cannot read the prompts: .*chat_template",
+        ),
         (["<bos> D1", ""], "rows .1. an empty prompt"),
     ]:
         with pytest.raises(ValueError, match=message) as caught:
@@ -660,12 +874,19 @@ def test_prompts_that_cannot_be_read(tiny):
 
 
 def test_models_of_the_other_kind(tiny, filler, tmp_path):
-    with pytest.raises(ValueError, match="LladaForMaskedDiffusion is a masked-diffusion model, and decoder 'soft'"):
+    with pytest.raises(
+        ValueError, match="LladaForMaskedDiffusion is a masked-diffusion model, and decoder 'soft'"
+    ):
         SoftDecoder(*filler, SoftConfig())
-    with pytest.raises(ValueError, match="LladaForMaskedDiffusion is a masked-diffusion model, and decoder 'beam'"):
+    with pytest.raises(
+        ValueError, match="LladaForMaskedDiffusion is a masked-diffusion model, and decoder 'beam'"
+    ):
         BeamDecoder(*filler, 2, 4)
     for model in (tiny[0], with_lora(model_of())):
-        with pytest.raises(ValueError, match="LlamaForCausalLM is an autoregressive model, and decoder 'hard' needs"):
+        with pytest.raises(
+            ValueError,
+            match="LlamaForCausalLM is an autoregressive model, and decoder 'hard' needs",
+        ):
             DiffusionDecoder(model, tiny[1], DenoiseConfig())
     with pytest.raises(ValueError, match="votes=1"):
         SelfConsistency(Told([]), 1)
@@ -674,19 +895,29 @@ def test_models_of_the_other_kind(tiny, filler, tmp_path):
         ("llada", filler[0]),
         (
             "bert",
-            BertForMaskedLM(BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)),
+            BertForMaskedLM(
+                BertConfig(
+                    vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
+                )
+            ),
         ),
     ):
         model.save_pretrained(tmp_path / folder)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "bert")}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path / "bert")})
+    )
     kinds = {n: family_of(str(tmp_path / n)) for n in ("llama", "llada", "bert", "adapter", "none")}
     diffusion, autoregressive = "diffusion", "autoregressive"
-    assert kinds == dict(llama=autoregressive, llada=diffusion, bert=diffusion, adapter=diffusion, none=None)
+    assert kinds == dict(
+        llama=autoregressive, llada=diffusion, bert=diffusion, adapter=diffusion, none=None
+    )
     assert family_of("x/y.gguf") == family_of("mnns-soft-tiny") == autoregressive
     assert family_of("latin-diffusion-tiny") == diffusion and family_of("owner/unknown") is None
-    with pytest.raises(ValueError, match=r"bert' is a masked-diffusion model, and decoder 'gumbel'"):
+    with pytest.raises(
+        ValueError, match=r"bert' is a masked-diffusion model, and decoder 'gumbel'"
+    ):
         make_decoder("gumbel", model=str(tmp_path / "bert"), max_new_tokens=4)
     with pytest.raises(ValueError, match="holds no tokenizer, so there is no text to decode"):
         make_decoder("hard", model=str(tmp_path / "llada"), max_new_tokens=4)

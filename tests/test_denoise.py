@@ -1,4 +1,5 @@
-"""The masked-diffusion loop: what holds for every combination of its parts, what equals what, draws, record, errors."""
+"""The masked-diffusion loop: what holds for every combination of its parts, what equals what,
+draws, record, errors."""
 
 import functools
 import io
@@ -16,7 +17,12 @@ from transformers import BertConfig, BertForMaskedLM, TextStreamer
 from transformers.generation.streamers import BaseStreamer, TextDiffusionStreamer
 
 from softar.diffusion import DenoiseConfig, DenoiseOutput, denoise, load
-from softar.diffusion.architectures import DreamConfig, DreamForMaskedDiffusion, LladaConfig, LladaForMaskedDiffusion
+from softar.diffusion.architectures import (
+    DreamConfig,
+    DreamForMaskedDiffusion,
+    LladaConfig,
+    LladaForMaskedDiffusion,
+)
 from softar.diffusion.schedules import REMASKS, SCHEDULES, Block, Quota, Step, remask
 from softar.diffusion.select import SELECTORS, Belief, Draws
 from softar.diffusion.soften import SOFTENERS, Softener, evolving
@@ -31,7 +37,8 @@ HOLED = ([5, MASK, 12, MASK, MASK, 15, MASK], [MASK, 22, MASK, MASK], [5, 31, MA
 
 @functools.cache
 def denoiser(family="llada", dtype=torch.float32, **changes):
-    """A tiny random masked-diffusion model in eval mode; the same weights for the same arguments."""
+    """A tiny random masked-diffusion model in eval mode; the same weights for the same
+    arguments."""
     sizes = dict(
         vocab_size=VOCAB,
         hidden_size=16,
@@ -62,10 +69,13 @@ def seeded(seed=0):
 def run(model, rows=PROMPTS, **knobs) -> DenoiseOutput:
     """denoise() on left-padded rows; settings of DenoiseConfig and of denoise side by side."""
     own = {k: knobs.pop(k) for k in [*knobs] if k in DenoiseConfig.__dataclass_fields__}
-    return denoise(model, *left_padded(rows), config=DenoiseConfig(**{"gen_length": 8, **own}), **knobs)
+    return denoise(
+        model, *left_padded(rows), config=DenoiseConfig(**{"gen_length": 8, **own}), **knobs
+    )
 
 
-# --------------------------------------------------------------------------------- every combination of the parts
+# --------------------------------------------------------------------------------- every
+# combination of the parts
 
 COMBINATIONS = 130
 
@@ -106,7 +116,9 @@ def combination(seed):
     if schedule == "ancestral":
         knobs |= dict(select=r.choice(["confidence", "random"]), alg_temp=0.0)
     if knobs["soften"] == "soft-mask":
-        knobs["soften_args"] = r.choice([{}, dict(scheduling="linear"), dict(algorithm="temperature", temperature=0.5)])
+        knobs["soften_args"] = r.choice(
+            [{}, dict(scheduling="linear"), dict(algorithm="temperature", temperature=0.5)]
+        )
     if schedule in ("uniform", "linear", "ancestral") and knobs["steps"] and r.random() < 0.6:
         knobs["remask"] = r.choice(REMASKS)
         knobs["remask_args"] = {} if knobs["remask"] == "conf" else r.choice([{}, {"eta": 0.5}])
@@ -117,7 +129,8 @@ def combination(seed):
 
 
 def shares(masks, block_length, steps):
-    """What one row may use: {block end, from the right: (masks, steps)}, by arithmetic of its own."""
+    """What one row may use: {block end, from the right: (masks, steps)}, by arithmetic of its
+    own."""
     counts = {}
     for from_right in masks:
         end = from_right // block_length * block_length
@@ -134,7 +147,14 @@ def test_any_combination(seed):
     calls = []
     try:
         with counted(model.model) as forwards:
-            out = run(model, rows, **knobs, rng=[seeded(s) for s in range(3)], callback=calls.append, history=True)
+            out = run(
+                model,
+                rows,
+                **knobs,
+                rng=[seeded(s) for s in range(3)],
+                callback=calls.append,
+                history=True,
+            )
     except ValueError as refusal:
         assert "=" in str(refusal) and not forwards, refusal
         return
@@ -175,9 +195,15 @@ def test_any_combination(seed):
     widths = [t for _, t in forwards]
     assert all(b == B * twice for b, _ in forwards)
     assert out.token_forwards == sum(widths) * B * twice
-    by_block = [[*group] for _, group in itertools.groupby(zip(calls, widths), key=lambda pair: pair[0]["block"])]
+    by_block = [
+        [*group]
+        for _, group in itertools.groupby(zip(calls, widths), key=lambda pair: pair[0]["block"])
+    ]
     b = knobs["block_length"] or knobs["gen_length"] or L
-    mine = [shares([L - 1 - i for i in range(L) if canvas[r, i] == MASK], b, knobs["steps"]) for r in range(B)]
+    mine = [
+        shares([L - 1 - i for i in range(L) if canvas[r, i] == MASK], b, knobs["steps"])
+        for r in range(B)
+    ]
     for group in by_block:
         (start, end), n = group[0][0]["block"], len(group)
         lo, hi = max(start - shift, 0), end if knobs["cache"] == "dual" else L
@@ -189,7 +215,9 @@ def test_any_combination(seed):
         elif knobs["schedule"] == "uniform":
             expected = (max(min(pair) for pair in share),) * 2
         elif knobs["schedule"] == "pyramid":
-            exact = next(k for k in range(99) if sum(i // knobs["dilation"] + 1 for i in range(k)) >= most)
+            exact = next(
+                k for k in range(99) if sum(i // knobs["dilation"] + 1 for i in range(k)) >= most
+            )
             expected = exact, exact
         elif knobs["schedule"] in ("threshold", "factor"):
             expected = 1, most
@@ -198,18 +226,26 @@ def test_any_combination(seed):
         assert knobs["early_stop"] or expected[0] <= n
         assert n <= expected[1]
     if not knobs["early_stop"]:
-        assert {L - group[0][0]["block"][1] for group in by_block} == {end for row in mine for end in row}
+        assert {L - group[0][0]["block"][1] for group in by_block} == {
+            end for row in mine for end in row
+        }
 
-    # The same generators give the same output in any order, and each row decodes alone as it does here.
+    # The same generators give the same output in any order, and each row decodes alone as it does
+    # here.
     again = run(model, rows[::-1], **knobs, rng=[seeded(s) for s in (2, 1, 0)])
-    assert torch.equal(again.sequences.flip(0), out.sequences) and again.num_forwards == out.num_forwards
+    assert (
+        torch.equal(again.sequences.flip(0), out.sequences)
+        and again.num_forwards == out.num_forwards
+    )
     for r, row in enumerate(rows):
         if not knobs["gen_length"] and MASK not in row:
             continue  # alone it is refused
         alone = run(model, [row], **knobs, rng=[seeded(r)])
         T = alone.sequences.shape[1]
         assert torch.equal(alone.sequences[0], out.sequences[r, L - T :]), r
-        torch.testing.assert_close(alone.confidence[0], out.confidence[r, L - T :], rtol=0, atol=1e-4, equal_nan=True)
+        torch.testing.assert_close(
+            alone.confidence[0], out.confidence[r, L - T :], rtol=0, atol=1e-4, equal_nan=True
+        )
 
 
 def test_most_combinations_run():
@@ -223,18 +259,27 @@ def test_most_combinations_run():
             continue
         taken.append({"remask": None} | knobs | {"family": family})
     assert len(taken) > 0.7 * COMBINATIONS
-    for name, known in dict(schedule=SCHEDULES, select=SELECTORS, soften=SOFTENERS, remask=(None, *REMASKS),
-                            cache=(None, "prefix", "dual"), family=FAMILIES).items():  # fmt: skip
+    for name, known in dict(
+        schedule=SCHEDULES,
+        select=SELECTORS,
+        soften=SOFTENERS,
+        remask=(None, *REMASKS),
+        cache=(None, "prefix", "dual"),
+        family=FAMILIES,
+    ).items():
         assert {knobs[name] for knobs in taken} == {*known}, name
 
 
-# ------------------------------------------------------------------------------------------- what equals what
+# ------------------------------------------------------------------------------------------- what
+# equals what
 
 
 def same(a, b, **tolerance):
     """Tokens and the step of each bit for bit; confidences too, or within the tolerance."""
     assert torch.equal(a.sequences, b.sequences) and torch.equal(a.committed_at, b.committed_at)
-    torch.testing.assert_close(a.confidence, b.confidence, equal_nan=True, **{"rtol": 0, "atol": 0, **tolerance})
+    torch.testing.assert_close(
+        a.confidence, b.confidence, equal_nan=True, **{"rtol": 0, "atol": 0, **tolerance}
+    )
 
 
 def logits_of(model, x):
@@ -274,7 +319,9 @@ def test_the_default_is_the_plain_sampler(name):
 
 IS_HARD = {
     "soft-mask of scale 0": dict(soften="soft-mask", soften_args=dict(scale=0.0)),
-    "soft-mask of scale 0 over the vocabulary": dict(soften="soft-mask", soften_args=dict(scale=0.0, k=VOCAB)),
+    "soft-mask of scale 0 over the vocabulary": dict(
+        soften="soft-mask", soften_args=dict(scale=0.0, k=VOCAB)
+    ),
     "soft-mask when no mask counts": dict(soften="soft-mask", soften_args=dict(centre=1e4)),
     "slerp of strength 0": dict(soften="slerp", soften_args=dict(strength=0.0)),
     "guidance 0": dict(cfg_scale=0.0),
@@ -284,7 +331,9 @@ IS_HARD = {
     "threshold 1": dict(threshold=1.0),
     "a small factor": dict(factor=1e-9),
     "remasking nothing": dict(remask="cap", remask_args=dict(eta=0.0), steps=8),
-    "functions for names": dict(schedule=SCHEDULES["uniform"], select=SELECTORS["confidence"], soften=Softener(None)),
+    "functions for names": dict(
+        schedule=SCHEDULES["uniform"], select=SELECTORS["confidence"], soften=Softener(None)
+    ),
     "a cache renewed at every token": dict(cache="dual", block_length=1),
 }
 
@@ -293,7 +342,9 @@ IS_HARD = {
 @pytest.mark.parametrize("name", IS_HARD)
 def test_is_hard_decoding(name, family):
     knobs, model = IS_HARD[name], denoiser(family)
-    base = {"block_length": knobs["block_length"]} if "block_length" in knobs else {"block_length": 4}
+    base = (
+        {"block_length": knobs["block_length"]} if "block_length" in knobs else {"block_length": 4}
+    )
     hard = run(model, **base)
     same(run(model, **base | knobs), hard)
     assert hard.num_forwards == 8
@@ -302,7 +353,9 @@ def test_is_hard_decoding(name, family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", [n for n in SOFTENERS if n != "hard"])
 def test_softening_matters(name, family):
-    assert not torch.equal(run(denoiser(family), soften=name).confidence, run(denoiser(family)).confidence)
+    assert not torch.equal(
+        run(denoiser(family), soften=name).confidence, run(denoiser(family)).confidence
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -313,14 +366,19 @@ def test_softening_at_its_ends(family):
     same(run(model, soften=nearly), hard, atol=1e-4)
     same(run(model, soften="soft-token", soften_args=dict(bias=1e9)), hard, atol=1e-4)
     same(run(model, soften="slerp", soften_args=dict(strength=1e-6)), hard, atol=1e-4)
-    # All of the vocabulary by its most likely tokens, and as it is. The two ways differ by float32's rounding, which
-    # this random net triples at each step: so tightly after the first step, and less so at the end.
+    # All of the vocabulary by its most likely tokens, and as it is. The two ways differ by
+    # float32's rounding, which this random net triples at each step: so tightly after the first
+    # step, and less so at the end.
     shown = {}
 
     def softly(**knobs):
         note = shown.setdefault(knobs.get("algorithm"), [])
-        return run(model, soften="soft-mask", soften_args=dict(scale=0.9, centre=-4.0, **knobs),
-                   callback=lambda seen: note.append(dense(seen["soft"], model.config.vocab_size)))  # fmt: skip
+        return run(
+            model,
+            soften="soft-mask",
+            soften_args=dict(scale=0.9, centre=-4.0, **knobs),
+            callback=lambda seen: note.append(dense(seen["soft"], model.config.vocab_size)),
+        )
 
     whole = softly(k=VOCAB)
     same(softly(algorithm="temperature"), whole, atol=5e-4)
@@ -328,14 +386,18 @@ def test_softening_at_its_ends(family):
     assert (whole.confidence - hard.confidence).abs().nan_to_num().max() > 1e-3
 
 
-@pytest.mark.parametrize("schedule", ["uniform", "linear", "threshold", "factor", "pyramid", "ancestral"])
+@pytest.mark.parametrize(
+    "schedule", ["uniform", "linear", "threshold", "factor", "pyramid", "ancestral"]
+)
 def test_one_seed_one_output(schedule):
     knobs = dict(schedule=schedule, temperature=1.0, threshold=0.5, factor=1.0)
     knobs = {k: v for k, v in knobs.items() if k not in ("threshold", "factor") or k == schedule}
     model = denoiser()
     state = torch.random.get_rng_state()
     a, b, c = (run(model, **knobs, rng=seeded(s)) for s in (1, 1, 2))
-    assert torch.equal(torch.random.get_rng_state(), state), "a given rng leaves the global one alone"
+    assert torch.equal(torch.random.get_rng_state(), state), (
+        "a given rng leaves the global one alone"
+    )
     same(a, b)
     assert not torch.equal(a.sequences, c.sequences)
     drawn = []
@@ -344,19 +406,23 @@ def test_one_seed_one_output(schedule):
         drawn.append(run(model, **knobs).sequences)
     assert torch.equal(*drawn)
     rng = seeded(1)
-    assert not torch.equal(run(model, **knobs, rng=rng).sequences, run(model, **knobs, rng=rng).sequences)
+    assert not torch.equal(
+        run(model, **knobs, rng=rng).sequences, run(model, **knobs, rng=rng).sequences
+    )
 
 
 # Caches
 
 CACHES = ("prefix", "dual")
-WITHIN_BLOCK = ("hard", "soft-token", "soft-mask", "slerp")  # these change nothing outside their block
+# these change nothing outside their block
+WITHIN_BLOCK = ("hard", "soft-token", "soft-mask", "slerp")
 
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cache_is_exact_where_nothing_is_stale(family, cache):
-    """Keys and values of one layer depend on the token alone, so renewing a block's is renewing all."""
+    """Keys and values of one layer depend on the token alone, so renewing a block's is renewing
+    all."""
     model = denoiser(family, torch.float64, num_hidden_layers=1)
     for rows, soften in itertools.product((PROMPTS, HOLED), WITHIN_BLOCK):
         knobs = dict(soften=soften, block_length=4, cfg_scale=0.5 if soften == "hard" else 0.0)
@@ -367,7 +433,11 @@ def test_a_cache_is_exact_where_nothing_is_stale(family, cache):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cache_renewed_at_each_forward_is_none(family, cache):
     model = denoiser(family)
-    for knobs in (dict(block_length=2, steps=4), dict(block_length=4, threshold=1e-9), dict(block_length=1)):
+    for knobs in (
+        dict(block_length=2, steps=4),
+        dict(block_length=4, threshold=1e-9),
+        dict(block_length=1),
+    ):
         a, b = run(model, **knobs, cache=cache), run(model, **knobs)
         same(a, b)
         assert a.num_forwards == b.num_forwards and a.token_forwards == b.token_forwards
@@ -424,19 +494,25 @@ def test_guidance_leads_away_from_the_model_without_the_prompt(family):
     with_prompt, without = logits_of(model, x), logits_of(model, torch.full_like(x, MASK))
     z = torch.nan_to_num(without + 2.5 * (with_prompt - without), nan=-torch.inf)
     assert torch.equal(out.completions, z.argmax(-1)[:, 5:])
-    torch.testing.assert_close(out.confidence[:, 5:], z.softmax(-1).amax(-1)[:, 5:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        out.confidence[:, 5:], z.softmax(-1).amax(-1)[:, 5:], rtol=1e-4, atol=1e-5
+    )
     assert (out.num_forwards, out.token_forwards) == (1, 2 * 13)
     assert (without - with_prompt).abs().nan_to_num().max() > 0.1
 
 
-# ------------------------------------------------------------------------------------------------- forwards
+# -------------------------------------------------------------------------------------------------
+# forwards
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("block_length", [None, 4, 2])
 def test_numbers_of_forwards(family, block_length):
     model, blocks = denoiser(family), 8 // (block_length or 8)
-    forwards = lambda rows=PROMPTS, **knobs: run(model, rows, block_length=block_length, **knobs).num_forwards  # noqa: E731
+
+    def forwards(rows=PROMPTS, **knobs):
+        return run(model, rows, block_length=block_length, **knobs).num_forwards
+
     assert forwards() == 8
     assert forwards(steps=blocks) == blocks
     assert forwards(steps=16) == 8  # a forward that has nothing left to commit is not made
@@ -454,7 +530,8 @@ def test_numbers_of_forwards(family, block_length):
 
 
 def test_templates_share_steps_among_the_blocks_that_they_have_masks_in():
-    row = [5, MASK, MASK, 6, 7, 8, 9, 10, MASK, MASK, MASK, MASK]  # blocks of 4: two masks, none, four
+    # blocks of 4: two masks, none, four
+    row = [5, MASK, MASK, 6, 7, 8, 9, 10, MASK, MASK, MASK, MASK]
     calls = []
     out = run(denoiser(), [row], gen_length=0, block_length=4, steps=4, callback=calls.append)
     assert [call["block"] for call in calls] == [(0, 4)] * 2 + [(8, 12)] * 2
@@ -466,13 +543,23 @@ def test_templates_share_steps_among_the_blocks_that_they_have_masks_in():
 
 def test_a_row_is_over_after_the_block_with_an_end():
     ends = (32, 41)
-    out = run(denoiser(), PROMPTS[::2], gen_length=16, block_length=4, early_stop=True, end_ids=ends, history=True)
+    out = run(
+        denoiser(),
+        PROMPTS[::2],
+        gen_length=16,
+        block_length=4,
+        early_stop=True,
+        end_ids=ends,
+        history=True,
+    )
     full = run(denoiser(), PROMPTS[::2], gen_length=16, block_length=4)
     for r, row in enumerate(full.completions.tolist()):
         first = next(i for i, token in enumerate(row) if token in ends)
         over = (first // 4 + 1) * 4
         assert out.completions[r].tolist() == row[:over] + [32] * (16 - over)
-        assert (out.committed_at[r, 5 + over :] == -1).all() and out.confidence[r, 5 + over :].isnan().all()
+        assert (out.committed_at[r, 5 + over :] == -1).all() and out.confidence[
+            r, 5 + over :
+        ].isnan().all()
     assert torch.equal(out.states[-1], out.sequences) and out.num_forwards == 12 < full.num_forwards
 
 
@@ -488,7 +575,10 @@ def test_ends_come_last():
     went = [int(call["sequences"][call["committed"]]) for call in calls]
     for token, proposed in zip(went, seen):
         assert token not in ends or all(other in ends for other in proposed)
-    waited = [token not in ends and any(t in ends for t in proposed) for token, proposed in zip(went, seen)]
+    waited = [
+        token not in ends and any(t in ends for t in proposed)
+        for token, proposed in zip(went, seen)
+    ]
     assert sum(waited) > 2 and sum(token in ends for token in went) > 2
     # An end is none of the sure ones either: it commits alone, when nothing else is left.
     out = run(denoiser(), PROMPTS[:1], threshold=1e-9, **knobs)
@@ -505,13 +595,15 @@ def test_the_end_of_text_can_be_banned():
         assert (run(model, ban_eos=True, rng=seeded(), **knobs).completions != favourite).all()
 
 
-# ------------------------------------------------------------------------------------------------------ draws
+# ------------------------------------------------------------------------------------------------------
+# draws
 
 ODDS = 1e-6  # that a right sampler would fail, had it drawn other numbers
 
 
 def chi_square(counts, probs):
-    """Chance of counts at least this far from n draws with these probabilities; rare outcomes taken together."""
+    """Chance of counts at least this far from n draws with these probabilities; rare outcomes taken
+    together."""
     counts, probs = counts.double(), probs.double()
     assert counts[probs == 0].sum() == 0
     expected = counts.sum() * probs
@@ -520,7 +612,9 @@ def chi_square(counts, probs):
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
     counts, expected = counts[expected > 0], expected[expected > 0]
     statistic = ((counts - expected).square() / expected).sum()
-    return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2).item()
+    return torch.special.gammaincc(
+        torch.tensor((len(counts) - 1) / 2).double(), statistic / 2
+    ).item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -552,7 +646,8 @@ def test_proposals_are_draws_at_the_temperature(family, knobs):
 
 
 def first_pairs(out, n):
-    """How often each pair of n positions was what the first forward committed: [n, n], above the diagonal."""
+    """How often each pair of n positions was what the first forward committed: [n, n], above the
+    diagonal."""
     at = (out.committed_at == 0).nonzero()[:, 1].view(-1, 2)
     return (at[:, 0] * n + at[:, 1]).bincount(minlength=n * n).view(n, n)
 
@@ -561,23 +656,47 @@ def first_pairs(out, n):
 def test_positions_are_drawn_without_replacement(alg_temp):
     model, row = denoiser(), [MASK] * 4 + [11]
     calls = []
-    out = run(model, [row] * 6000, gen_length=0, steps=2, alg_temp=alg_temp, rng=seeded(), callback=calls.append)
+    out = run(
+        model,
+        [row] * 6000,
+        gen_length=0,
+        steps=2,
+        alg_temp=alg_temp,
+        rng=seeded(),
+        callback=calls.append,
+    )
     p = (calls[0]["confidence"][0, :4] / alg_temp).softmax(-1)
     ordered = p[:, None] * p[None, :] / (1 - p[:, None])  # first i, then j of the rest
-    assert chi_square(first_pairs(out, 5)[:4, :4].flatten(), (ordered + ordered.T).triu(1).flatten()) > ODDS
+    assert (
+        chi_square(first_pairs(out, 5)[:4, :4].flatten(), (ordered + ordered.T).triu(1).flatten())
+        > ODDS
+    )
     sure = run(model, [row], gen_length=0, steps=2)
     nearly = run(model, [row] * 50, gen_length=0, steps=2, alg_temp=1e-5, rng=seeded())
     assert torch.equal(nearly.sequences, sure.sequences.expand(50, -1))
 
 
 def test_the_random_order_is_uniform():
-    out = run(denoiser(), [[MASK] * 4 + [11]] * 6000, gen_length=0, steps=2, select="random", rng=seeded())
-    assert chi_square(first_pairs(out, 5)[:4, :4].flatten(), torch.ones(4, 4).triu(1).flatten() / 6) > ODDS
+    out = run(
+        denoiser(), [[MASK] * 4 + [11]] * 6000, gen_length=0, steps=2, select="random", rng=seeded()
+    )
+    assert (
+        chi_square(first_pairs(out, 5)[:4, :4].flatten(), torch.ones(4, 4).triu(1).flatten() / 6)
+        > ODDS
+    )
 
 
 def test_ancestral_positions_commit_by_themselves():
-    """Of 5 masks in 4 equal steps, each with probability 1/4 in the first, and 1/3 of the rest in the second."""
-    out = run(denoiser(), [[MASK] * 5 + [11]] * 6000, gen_length=0, steps=4, schedule="ancestral", rng=seeded())
+    """Of 5 masks in 4 equal steps, each with probability 1/4 in the first, and 1/3 of the rest in
+    the second."""
+    out = run(
+        denoiser(),
+        [[MASK] * 5 + [11]] * 6000,
+        gen_length=0,
+        steps=4,
+        schedule="ancestral",
+        rng=seeded(),
+    )
     steps = out.committed_at[:, :5]
     assert chi_square(steps.flatten().bincount(minlength=4), torch.full((4,), 0.25)) > ODDS
     binomial = torch.tensor([math.comb(5, k) * 0.25**k * 0.75 ** (5 - k) for k in range(6)])
@@ -596,10 +715,16 @@ def test_remasking_has_the_probabilities_of_the_paper(strategy, at_random):
     block = Block(2, 2 + n, torch.full((B,), n), torch.full((B,), S))
     args = {} if strategy == "conf" else {"eta": ETA}
     how = dict(schedule="ancestral" if at_random else "uniform", remask=strategy, remask_args=args)
-    rule = remask(block, DenoiseConfig(gen_length=n, steps=S, **how), Draws(seeded(), B, torch.device("cpu")))
-    now, then = (0.9, 0.9) if strategy == "loop" else (0.7, 0.8)  # decoded shares before the step and after it
+    rule = remask(
+        block, DenoiseConfig(gen_length=n, steps=S, **how), Draws(seeded(), B, torch.device("cpu"))
+    )
+    # decoded shares before the step and after it
+    now, then = (0.9, 0.9) if strategy == "loop" else (0.7, 0.8)
     k = round(n * now)
-    decoded, is_open = torch.zeros(B, n + 2, dtype=torch.bool), torch.zeros(B, n + 2, dtype=torch.bool)
+    decoded, is_open = (
+        torch.zeros(B, n + 2, dtype=torch.bool),
+        torch.zeros(B, n + 2, dtype=torch.bool),
+    )
     decoded[:, 2 : 2 + k], is_open[:, 2 + k :] = True, True
     confidence = torch.linspace(0.1, 0.9, n + 2).expand(B, -1)
     score = torch.rand(B, n + 2, generator=seeded(1)).masked_fill(~is_open, -torch.inf)
@@ -613,7 +738,8 @@ def test_remasking_has_the_probabilities_of_the_paper(strategy, at_random):
         "loop": torch.full((k,), min(ETA, most)),
     }[strategy]
     spread = (sigma * (1 - sigma) / B).sqrt()
-    assert ((drop[:, 2 : 2 + k].double().mean(0) - sigma).abs() < 5.5 * spread).all()  # 9 tests of odds 4e-8
+    # 9 tests of odds 4e-8
+    assert ((drop[:, 2 : 2 + k].double().mean(0) - sigma).abs() < 5.5 * spread).all()
     assert not drop[:, :2].any() and not drop[:, 2 + k :].any()
     assert not (commit & ~is_open).any()
     left = (is_open & ~commit | drop).sum(1)
@@ -645,8 +771,12 @@ def test_the_loop_of_remdm_rises_stays_and_ends():
 @pytest.mark.parametrize("select", ["confidence", "random"])
 @pytest.mark.parametrize("strategy", REMASKS)
 def test_remasking_fills_all_in_the_end(strategy, select):
-    knobs = dict(remask=strategy, select=select, remask_args={} if strategy == "conf" else {"eta": 0.4})
-    out = run(denoiser(), gen_length=16, block_length=8, steps=24, history=True, rng=seeded(), **knobs)
+    knobs = dict(
+        remask=strategy, select=select, remask_args={} if strategy == "conf" else {"eta": 0.4}
+    )
+    out = run(
+        denoiser(), gen_length=16, block_length=8, steps=24, history=True, rng=seeded(), **knobs
+    )
     dropped = [int(((a != MASK) & (b == MASK)).sum()) for a, b in itertools.pairwise(out.states)]
     assert sum(dropped) > 3 and dropped[11] == dropped[23] == 0 and out.num_forwards == 24
     assert (out.states[12][:, 5:13] != MASK).all() and (out.sequences != MASK).all()
@@ -656,14 +786,17 @@ def test_remasking_fills_all_in_the_end(strategy, select):
         assert (out.committed_at[came] >= n).all()
 
 
-# -------------------------------------------------------------------------------------------------- the record
+# --------------------------------------------------------------------------------------------------
+# the record
 
 
 @contextmanager
 def read(model):
     """Collects what the model's body reads in each forward."""
     inputs = []
-    hook = model.model.register_forward_pre_hook(lambda m, a, kw: inputs.append(kw["inputs_embeds"]), with_kwargs=True)
+    hook = model.model.register_forward_pre_hook(
+        lambda m, a, kw: inputs.append(kw["inputs_embeds"]), with_kwargs=True
+    )
     try:
         yield inputs
     finally:
@@ -676,7 +809,15 @@ def read(model):
 def test_the_callback_tells_what_the_next_forward_reads(soften, family, cache):
     model, calls = denoiser(family), []
     with read(model) as reads:
-        out = run(model, HOLED, block_length=4, soften=soften, cache=cache, callback=calls.append, history=True)
+        out = run(
+            model,
+            HOLED,
+            block_length=4,
+            soften=soften,
+            cache=cache,
+            callback=calls.append,
+            history=True,
+        )
     L, shift = out.sequences.shape[1], family == "dream"
     assert torch.equal(reads[0], model.model.embed_tokens(out.states[0]))
     for n, call in enumerate(calls):
@@ -692,10 +833,16 @@ def test_the_callback_tells_what_the_next_forward_reads(soften, family, cache):
         if soften == "evolving":
             assert not (where & ~masked)[:, :start].any() and not (where & ~masked)[:, end:].any()
         else:
-            assert not (where & ~masked).any() and not where[:, :start].any() and not where[:, end:].any()
+            assert (
+                not (where & ~masked).any()
+                and not where[:, :start].any()
+                and not where[:, end:].any()
+            )
         if soften != "slerp":
             torch.testing.assert_close(soft.weights.sum(-1), torch.ones(len(soft.ids)))
-        goes_on = n + 1 < len(calls) and (calls[n + 1]["block"] == (start, end) or SOFTENERS[soften].carries)
+        goes_on = n + 1 < len(calls) and (
+            calls[n + 1]["block"] == (start, end) or SOFTENERS[soften].carries
+        )
         if goes_on:
             whole = cache is None or calls[n + 1]["block"] != (start, end)
             lo, hi = (0, L) if whole else (max(start - shift, 0), end if cache == "dual" else L)
@@ -704,13 +851,20 @@ def test_the_callback_tells_what_the_next_forward_reads(soften, family, cache):
             expected = model.model.embed_tokens(call["sequences"])
             expected[where] = mixed
             at = where[:, lo:hi] if soften == "evolving" else torch.ones_like(where[:, lo:hi])
-            torch.testing.assert_close(reads[n + 1][at], expected[:, lo:hi][at], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                reads[n + 1][at], expected[:, lo:hi][at], rtol=1e-4, atol=1e-5
+            )
     assert soften == "hard" or sum(int(call["where"].sum()) for call in calls) > 20
 
 
 def test_a_softened_block_starts_hard_unless_the_state_carries():
     fn = SOFTENERS["soft-mask"].fn
-    for soften in ("soft-mask", "evolving", Softener(fn, everywhere=True), Softener(fn, everywhere=True, carries=True)):
+    for soften in (
+        "soft-mask",
+        "evolving",
+        Softener(fn, everywhere=True),
+        Softener(fn, everywhere=True, carries=True),
+    ):
         model = denoiser()
         with read(model) as reads:
             out = run(model, block_length=4, soften=soften, history=True)
@@ -722,7 +876,10 @@ def test_a_row_that_is_done_with_its_block_waits_as_it_is():
     """Its soft slots and its generator stay where they are while the others go on."""
     rows = [[5, MASK, 6, 7, 8, MASK], [MASK] * 4 + [9, MASK]]
     model = denoiser(dtype=torch.float64)
-    for knobs in (dict(soften="evolving", temperature=1.0), dict(remask="cap", remask_args={"eta": 0.5}, steps=12)):
+    for knobs in (
+        dict(soften="evolving", temperature=1.0),
+        dict(remask="cap", remask_args={"eta": 0.5}, steps=12),
+    ):
         knobs |= dict(gen_length=8, block_length=4)
         calls = []
         both = run(model, rows, rng=[seeded(0), seeded(1)], callback=calls.append, **knobs)
@@ -751,7 +908,10 @@ def test_streamers_get_the_prompt_and_the_blocks_in_order():
         streamer = Recorder()
         out = run(denoiser(), PROMPTS[:1], streamer=streamer, **knobs, **more)
         answer = out.completions[0].tolist()
-        assert streamer.values == [[PROMPTS[0]], [answer[:4]], [answer[4:8]], [answer[8:]]] and streamer.ended == 1
+        assert (
+            streamer.values == [[PROMPTS[0]], [answer[:4]], [answer[4:8]], [answer[8:]]]
+            and streamer.ended == 1
+        )
     tokenizer, printed = tokenizer_of(VOCAB), io.StringIO()
     with redirect_stdout(printed):
         out = run(denoiser(), PROMPTS[:1], streamer=TextStreamer(tokenizer), **knobs)
@@ -783,7 +943,8 @@ def test_history_and_seconds():
     assert 0 < out.seconds < 60
 
 
-# ------------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------------------
+# memory
 
 
 @pytest.mark.parametrize("cache", [None, "dual"])
@@ -791,12 +952,24 @@ def test_history_and_seconds():
 def test_nothing_as_large_as_the_canvas_times_the_vocabulary_is_written(soften, cache):
     V, B, G, b = 50_000, 2, 32, 4  # what is summed in tiles is smaller
     model, asked = denoiser(vocab_size=V), []
-    hook = model.lm_head.register_forward_pre_hook(lambda module, args: asked.append(tuple(args[0].shape)))
+    hook = model.lm_head.register_forward_pre_hook(
+        lambda module, args: asked.append(tuple(args[0].shape))
+    )
     calls = []
     try:
         with Largest() as largest:
-            run(model, PROMPTS[:B], gen_length=G, block_length=b, steps=16, soften=soften, cache=cache,
-                temperature=0.5, rng=seeded(), callback=calls.append)  # fmt: skip
+            run(
+                model,
+                PROMPTS[:B],
+                gen_length=G,
+                block_length=b,
+                steps=16,
+                soften=soften,
+                cache=cache,
+                temperature=0.5,
+                rng=seeded(),
+                callback=calls.append,
+            )
     finally:
         hook.remove()
     opened = [int((~call["confidence"].isnan()).sum()) for call in calls]
@@ -813,7 +986,8 @@ def test_that_measurement_would_notice():
     assert largest.numel >= 2 * 37 * 50_000
 
 
-# --------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------------------
+# bad input
 
 BAD_CONFIGS = [
     (dict(gen_length=-1), "gen_length=-1"),
@@ -827,7 +1001,10 @@ BAD_CONFIGS = [
     (dict(dilation=0), "dilation=0"),
     (dict(eps=1.0), "eps=1.0"),
     (dict(eps=-0.1), "eps=-0.1"),
-    (dict(schedule="cosine"), r"schedule='cosine' is unknown: choose one of \['ancestral', 'factor'"),
+    (
+        dict(schedule="cosine"),
+        r"schedule='cosine' is unknown: choose one of \['ancestral', 'factor'",
+    ),
     (dict(select="best"), r"select='best' is unknown: choose one of \['confidence', 'entropy'"),
     (dict(soften="blur"), r"soften='blur' is unknown: choose one of \['evolving', 'hard'"),
     (dict(parity="mine"), r"parity='mine' is unknown: choose one of \[.*'llada'"),
@@ -841,8 +1018,14 @@ BAD_CONFIGS = [
     (dict(schedule="threshold"), "schedule='threshold' needs threshold="),
     (dict(schedule="factor"), "schedule='factor' needs factor="),
     (dict(schedule="uniform", threshold=0.9), "threshold=0.9 does not go with schedule='uniform'"),
-    (dict(schedule="threshold", threshold=0.9, factor=1.0), "factor=1.0 does not go with schedule='threshold'"),
-    (dict(threshold=0.9, select="entropy"), "schedule='threshold' compares probabilities.*select='entropy'"),
+    (
+        dict(schedule="threshold", threshold=0.9, factor=1.0),
+        "factor=1.0 does not go with schedule='threshold'",
+    ),
+    (
+        dict(threshold=0.9, select="entropy"),
+        "schedule='threshold' compares probabilities.*select='entropy'",
+    ),
     (dict(factor=1.0, alg_temp=0.5), "schedule='factor' compares probabilities: alg_temp=0.5"),
     (dict(alg_temp=-1.0), "alg_temp=-1.0"),
     (dict(alg_temp=math.nan), "alg_temp=nan"),
@@ -852,27 +1035,51 @@ BAD_CONFIGS = [
     (dict(top_k=0), "top_k=0"),
     (dict(top_p=1.5), "top_p=1.5"),
     (dict(soften_args={"k": 3}), "soften='hard' takes no options.*'k': 3"),
-    (dict(soften="soft-token", soften_args={"alpha": 0.5}), r"soften='soft-token' does not take \['alpha'\]: it takes"),
+    (
+        dict(soften="soft-token", soften_args={"alpha": 0.5}),
+        r"soften='soft-token' does not take \['alpha'\]: it takes",
+    ),
     (dict(soften="soft-mask", soften_args={"k": 0}), "soften_args k=0"),
     (dict(soften="soft-mask", soften_args={"k": 2.0}), "soften_args k=2.0"),
     (dict(soften="soft-mask", soften_args={"scale": 1.5}), "soften_args scale=1.5"),
     (dict(soften="soft-mask", soften_args={"centre": math.nan}), "soften_args centre=nan"),
     (dict(soften="soft-mask", soften_args={"steepness": -1}), "soften_args steepness=-1"),
     (dict(soften="soft-mask", soften_args={"temperature": 0}), "soften_args temperature=0"),
-    (dict(soften="soft-mask", soften_args={"algorithm": "max"}), "soften_args algorithm='max' is unknown"),
-    (dict(soften="soft-mask", soften_args={"scheduling": "up"}), "soften_args scheduling='up' is unknown"),
+    (
+        dict(soften="soft-mask", soften_args={"algorithm": "max"}),
+        "soften_args algorithm='max' is unknown",
+    ),
+    (
+        dict(soften="soft-mask", soften_args={"scheduling": "up"}),
+        "soften_args scheduling='up' is unknown",
+    ),
     (dict(soften="soft-token", soften_args={"bias": -0.1}), "soften_args bias=-0.1"),
     (dict(soften="soft-token", soften_args={"renormalise": 1}), "soften_args renormalise=1"),
     (dict(soften="evolving", soften_args={"alpha": 1.0}), "soften_args alpha=1.0"),
     (dict(soften="slerp", soften_args={"strength": 2}), "soften_args strength=2"),
     (dict(remask="cap"), "remask='cap' needs steps="),
-    (dict(remask="cap", threshold=0.9), "remask='cap' needs a fixed number of steps: schedule='threshold'"),
-    (dict(remask="cap", schedule="pyramid"), "remask='cap' needs a fixed number.*schedule='pyramid'"),
+    (
+        dict(remask="cap", threshold=0.9),
+        "remask='cap' needs a fixed number of steps: schedule='threshold'",
+    ),
+    (
+        dict(remask="cap", schedule="pyramid"),
+        "remask='cap' needs a fixed number.*schedule='pyramid'",
+    ),
     (dict(remask="cap", steps=8, soften="evolving"), "soften='evolving' revises"),
-    (dict(remask="cap", steps=8, remask_args={"sigma": 1}), r"remask='cap' does not take \['sigma'\]: it takes"),
+    (
+        dict(remask="cap", steps=8, remask_args={"sigma": 1}),
+        r"remask='cap' does not take \['sigma'\]: it takes",
+    ),
     (dict(remask="cap", steps=8, remask_args={"eta": 1.5}), "remask_args eta=1.5"),
-    (dict(remask="conf", steps=8, remask_args={"eta": 0.1}), r"remask='conf' does not take \['eta'\]"),
-    (dict(remask="loop", steps=8, remask_args={"t_on": 0.1, "t_off": 0.2}), "t_off=0.2 must be at most t_on=0.1"),
+    (
+        dict(remask="conf", steps=8, remask_args={"eta": 0.1}),
+        r"remask='conf' does not take \['eta'\]",
+    ),
+    (
+        dict(remask="loop", steps=8, remask_args={"t_on": 0.1, "t_off": 0.2}),
+        "t_off=0.2 must be at most t_on=0.1",
+    ),
     (dict(steps=4, threshold=0.9), "steps=4 does not go with schedule='threshold'"),
     (dict(steps=4, schedule="pyramid"), "steps=4 does not go with schedule='pyramid'"),
     (dict(dilation=2), "dilation=2 does not go with schedule='uniform'"),
@@ -883,7 +1090,9 @@ BAD_CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize(("knobs", "told"), BAD_CONFIGS, ids=[str(knobs) for knobs, _ in BAD_CONFIGS])
+@pytest.mark.parametrize(
+    ("knobs", "told"), BAD_CONFIGS, ids=[str(knobs) for knobs, _ in BAD_CONFIGS]
+)
 def test_bad_configurations_are_errors_that_name_the_value(knobs, told):
     with pytest.raises(ValueError, match=told):
         DenoiseConfig(**{"gen_length": 8, **knobs})
@@ -898,21 +1107,40 @@ IDS = torch.tensor([[5, 11, 12]])
 BAD_INPUTS = {
     "a vector": (dict(input_ids=IDS[0]), r"input_ids of shape \(3,\)"),
     "floats": (dict(input_ids=IDS.float()), "input_ids of shape .*float32"),
-    "no room": (dict(gen_length=62), "a prompt of 3 and gen_length=62 do not fit into the model's 64 positions"),
+    "no room": (
+        dict(gen_length=62),
+        "a prompt of 3 and gen_length=62 do not fit into the model's 64 positions",
+    ),
     "no mask": (dict(gen_length=0), "gen_length=0 and no mask in input_ids.*id 46"),
     "a wide filter": (dict(top_k=VOCAB + 1, temperature=1.0), "top_k=49"),
-    "a wide mixture": (dict(soften="soft-mask", soften_args=dict(k=VOCAB + 1)), "k=49 must be at most 48"),
+    "a wide mixture": (
+        dict(soften="soft-mask", soften_args=dict(k=VOCAB + 1)),
+        "k=49 must be at most 48",
+    ),
     "another mask's shape": (dict(attention_mask=IDS[:, :2]), r"attention_mask of shape \(1, 2\)"),
-    "padding on the right": (dict(attention_mask=torch.tensor([[1, 1, 0]])), r"padding on the right in rows \[0\]"),
-    "padding within": (dict(attention_mask=torch.tensor([[1, 0, 1]])), r"padding on the right in rows \[0\]"),
+    "padding on the right": (
+        dict(attention_mask=torch.tensor([[1, 1, 0]])),
+        r"padding on the right in rows \[0\]",
+    ),
+    "padding within": (
+        dict(attention_mask=torch.tensor([[1, 0, 1]])),
+        r"padding on the right in rows \[0\]",
+    ),
     "masks as padding": (
         dict(input_ids=torch.tensor([[MASK, 11, 12]]), attention_mask=torch.tensor([[0, 1, 1]])),
         "padding holds the mask token .id 46",
     ),
     "generators": (dict(rng=[seeded(), seeded()]), "rng holds 2 generators for 1 rows"),
-    "nothing for Dream": (dict(family="dream", input_ids=IDS[:, :0]), r"shape \(1, 0\) is an empty prompt"),
+    "nothing for Dream": (
+        dict(family="dream", input_ids=IDS[:, :0]),
+        r"shape \(1, 0\) is an empty prompt",
+    ),
     "padding alone for Dream": (
-        dict(family="dream", input_ids=IDS.repeat(2, 1), attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])),
+        dict(
+            family="dream",
+            input_ids=IDS.repeat(2, 1),
+            attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]),
+        ),
         r"attention_mask leaves rows \[1\] an empty prompt",
     ),
     "an end that is none": (dict(end_ids=(VOCAB,)), r"end_ids=\(48,\) must be ids below 48"),
@@ -933,12 +1161,16 @@ def test_bad_inputs_are_errors_that_name_the_value(name):
 
 @pytest.mark.parametrize("mask_id", [None, -1, VOCAB])
 def test_a_mask_token_that_is_none(mask_id):
-    with pytest.raises(ValueError, match="names no mask token" if mask_id is None else f"mask_token_id={mask_id}"):
+    with pytest.raises(
+        ValueError, match="names no mask token" if mask_id is None else f"mask_token_id={mask_id}"
+    ):
         run(denoiser(mask_token_id=mask_id))
 
 
 @pytest.mark.parametrize("select", SELECTORS)
-@pytest.mark.parametrize("knobs", [{}, dict(temperature=1.0), dict(soften="soft-mask"), dict(cache="dual")], ids=str)
+@pytest.mark.parametrize(
+    "knobs", [{}, dict(temperature=1.0), dict(soften="soft-mask"), dict(cache="dual")], ids=str
+)
 def test_nan_logits_name_their_forward(knobs, select):
     model = denoiser()
     calls = []
@@ -959,7 +1191,12 @@ def test_more_shapes_of_input():
     model = denoiser()
     a = run(model, PROMPTS[:1])
     for ids in (torch.tensor(PROMPTS[:1], dtype=torch.int32), torch.tensor(PROMPTS[:1])):
-        for mask in (None, torch.ones_like(ids), torch.ones(ids.shape, dtype=torch.bool), torch.ones(ids.shape)):
+        for mask in (
+            None,
+            torch.ones_like(ids),
+            torch.ones(ids.shape, dtype=torch.bool),
+            torch.ones(ids.shape),
+        ):
             same(denoise(model, ids, mask, config=DenoiseConfig(gen_length=8)), a)
     # Without a prompt, as a row of padding, and a model that has more to say.
     empty = denoise(model, IDS[:, :0], config=DenoiseConfig(gen_length=8))
@@ -970,7 +1207,8 @@ def test_more_shapes_of_input():
     assert denoise(denoiser(max_position_embeddings=131), IDS).completions.shape == (1, 128)
 
 
-# ------------------------------------------------------------------------------------------ functions of the user
+# ------------------------------------------------------------------------------------------
+# functions of the user
 
 
 def test_a_schedule_of_ones_own():
@@ -1011,7 +1249,10 @@ def test_a_softener_of_ones_own():
         assert (slots.masked == (slots.ids == MASK)).all() and slots.mask_id == MASK
         ids = slots.belief.top(k)[1]
         weights = torch.full(ids.shape, scale / k)
-        return Soft(torch.cat([ids, slots.ids[:, None]], -1), torch.cat([weights, 1 - weights.sum(-1, True)], -1))
+        return Soft(
+            torch.cat([ids, slots.ids[:, None]], -1),
+            torch.cat([weights, 1 - weights.sum(-1, True)], -1),
+        )
 
     class Object:
         def __call__(self, slots, **knobs):
@@ -1019,17 +1260,26 @@ def test_a_softener_of_ones_own():
 
     model = denoiser()
     a = run(model, soften=top)
-    for same_thing in (Object(), functools.partial(top), Softener(top), lambda slots, **knobs: top(slots, **knobs)):
+    for same_thing in (
+        Object(),
+        functools.partial(top),
+        Softener(top),
+        lambda slots, **knobs: top(slots, **knobs),
+    ):
         same(run(model, soften=same_thing), a)
         same(run(model, soften=same_thing, soften_args={"scale": 0.5, "k": 1}), a)
     assert not torch.equal(run(model, soften=top, soften_args={"k": 3}).confidence, a.confidence)
     # Its knobs are its own: ours of the same name have ranges that say nothing here.
     run(model, soften=top, soften_args={"scale": 1.5})
-    same(run(model, soften=lambda slots: Soft(slots.ids[:, None], torch.ones(len(slots.ids), 1))), run(model))
+    same(
+        run(model, soften=lambda slots: Soft(slots.ids[:, None], torch.ones(len(slots.ids), 1))),
+        run(model),
+    )
     same(run(model, soften=SOFTENERS["soft-mask"].fn), run(model, soften="soft-mask"), atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------- other models
+# -------------------------------------------------------------------------------------------------
+# other models
 
 
 def test_a_model_wrapped_by_peft():
@@ -1040,7 +1290,8 @@ def test_a_model_wrapped_by_peft():
             same(run(wrapped, **knobs), run(denoiser(), **knobs))
         assert not torch.equal(adapted.sequences, run(denoiser(), **knobs).sequences)
     assert torch.equal(
-        run(wrapped.merge_and_unload()).sequences, run(with_lora(denoiser.__wrapped__("llada"))).sequences
+        run(wrapped.merge_and_unload()).sequences,
+        run(with_lora(denoiser.__wrapped__("llada"))).sequences,
     )
 
 
@@ -1054,11 +1305,23 @@ def test_bfloat16(family):
 
 
 def bert(**changes):
-    sizes = dict(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    sizes = dict(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = BertForMaskedLM(
-            BertConfig(**sizes, max_position_embeddings=64, initializer_range=0.4, eos_token_id=EOS, **changes)
+            BertConfig(
+                **sizes,
+                max_position_embeddings=64,
+                initializer_range=0.4,
+                eos_token_id=EOS,
+                **changes,
+            )
         )
     model.config.mask_token_id = MASK
     return model.double().eval()
@@ -1075,19 +1338,24 @@ def test_a_masked_language_model():
             assert torch.equal(alone, out.sequences[r, -len(alone) :])
     same(run(model, soften="soft-mask", soften_args=dict(scale=0.0)), run(model), atol=1e-6)
     for cache in CACHES:
-        with pytest.raises(ValueError, match=f"cache='{cache}': BertForMaskedLM keeps no keys and values"):
+        with pytest.raises(
+            ValueError, match=f"cache='{cache}': BertForMaskedLM keeps no keys and values"
+        ):
             run(model, cache=cache)
 
 
 @pytest.mark.parametrize("V", [300, 16384 * 8])
 def test_belief_of_a_large_vocabulary(V):
-    """The maxima by chunks and the sums by tiles, with and without forbidden tokens, beside float64."""
+    """The maxima by chunks and the sums by tiles, with and without forbidden tokens, beside
+    float64."""
     logits = torch.randn(3, V, generator=torch.Generator().manual_seed(0)) * 3
     logits[1, 7:90] = -torch.inf
     logits[2, [11, V - 1]] = 40.0  # a tie, of which the lower id leads
     belief = Belief(logits, with_entropy=True)
     p = logits.double().softmax(-1)
-    torch.testing.assert_close(belief.negative_entropy.double(), torch.special.xlogy(p, p).sum(-1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        belief.negative_entropy.double(), torch.special.xlogy(p, p).sum(-1), atol=1e-4, rtol=0
+    )
     torch.testing.assert_close(Belief(logits).negative_entropy, belief.negative_entropy)
     assert belief.top_token.tolist() == logits.argmax(-1).tolist() and belief.top_token[2] == 11
     values, ids = belief.top(5)
@@ -1095,4 +1363,8 @@ def test_belief_of_a_large_vocabulary(V):
     assert torch.equal(logits.gather(-1, ids), values) and ids[2, 0] == 11
     torch.testing.assert_close(belief.prob(ids).double(), p.gather(-1, ids), atol=1e-6, rtol=1e-4)
     logits[0, 3] = torch.nan
-    assert Belief(logits, with_entropy=True).negative_entropy.isnan().tolist() == [True, False, False]
+    assert Belief(logits, with_entropy=True).negative_entropy.isnan().tolist() == [
+        True,
+        False,
+        False,
+    ]

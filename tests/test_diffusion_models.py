@@ -1,4 +1,5 @@
-"""Masked-diffusion models from folders in their published layouts: what is loaded, saved, run in parts, refused."""
+"""Masked-diffusion models from folders in their published layouts: what is loaded, saved, run in
+parts, refused."""
 
 import json
 import shutil
@@ -64,11 +65,17 @@ LLADA_TOP = {
 
 def stock(kind="llada", seed=0, dtype=torch.float32, **changes):
     """A random Llama or Qwen2 whose norms and biases matter too."""
-    theta = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5 if kind == "llada" else 1e6}}
+    theta = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5 if kind == "llada" else 1e6}
+    }
     sizes = SIZES | {"tie_word_embeddings": False, "rms_norm_eps": 1e-5} | theta | changes
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**sizes)) if kind == "llada" else Qwen2ForCausalLM(Qwen2Config(**sizes))
+        model = (
+            LlamaForCausalLM(LlamaConfig(**sizes))
+            if kind == "llada"
+            else Qwen2ForCausalLM(Qwen2Config(**sizes))
+        )
         for name, p in model.named_parameters():
             if "norm" in name or "bias" in name:
                 p.data.normal_(1.0, 0.3)
@@ -160,7 +167,8 @@ def published(model, kind):
 
 
 def write(folder, model, kind="llada", shards=1, drop=(), **fields):
-    """A folder in the published layout; `fields` go into config.json, `drop` leaves it. Remote code would stop us."""
+    """A folder in the published layout; `fields` go into config.json, `drop` leaves it. Remote code
+    would stop us."""
     folder.mkdir(exist_ok=True)
     tensors, config = published(model, kind)
     config = {k: v for k, v in (config | fields).items() if k not in drop}
@@ -173,10 +181,19 @@ def write(folder, model, kind="llada", shards=1, drop=(), **fields):
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
-    where = {k: f"model-{1 + i % shards:05}-of-{shards:05}.safetensors" for i, k in enumerate(tensors)}
+    where = {
+        k: f"model-{1 + i % shards:05}-of-{shards:05}.safetensors" for i, k in enumerate(tensors)
+    }
     for file in set(where.values()):
-        save_file({k: tensors[k] for k in where if where[k] == file}, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
+        save_file(
+            {k: tensors[k] for k in where if where[k] == file},
+            folder / file,
+            metadata={"format": "pt"},
+        )
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+        "weight_map": where,
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
@@ -243,7 +260,9 @@ def test_padding_is_not_seen(kind, tmp_path):
     assert torch.equal(logits(model, x, mask), expected) and expected.isfinite().all()
     for got in (expected, by_parts(model, x, mask), by_parts(model, x, mask, positions)):
         for row, n in enumerate(lengths):
-            torch.testing.assert_close(got[row, -n:], logits(model, x[row : row + 1, -n:])[0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                got[row, -n:], logits(model, x[row : row + 1, -n:])[0], atol=1e-5, rtol=1e-4
+            )
 
 
 @every_kind
@@ -254,11 +273,21 @@ def test_saving_gives_back_the_published_layout(kind, variant, tmp_path):
     model.save_pretrained(tmp_path / "b")
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in "ab")
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
+    assert all(
+        torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before
+    )
     old, new = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in "ab")
-    for field in old.keys() - {"architectures", "auto_map", "transformers_version", "_from_model_config"}:
+    for field in old.keys() - {
+        "architectures",
+        "auto_map",
+        "transformers_version",
+        "_from_model_config",
+    }:
         assert new.get(field) == old[field], field
-    assert kind == "Dream" or not {"hidden_size", "num_hidden_layers", "tie_word_embeddings"} & new.keys()
+    assert (
+        kind == "Dream"
+        or not {"hidden_size", "num_hidden_layers", "tie_word_embeddings"} & new.keys()
+    )
     x = ids()
     assert torch.equal(logits(load(tmp_path / "b")[0], x), logits(model, x))
     model.save_pretrained(tmp_path / "c", max_shard_size="20KB")
@@ -279,9 +308,14 @@ def test_dtype(kind, tmp_path):
     half = write(
         tmp_path / "half", stock(kind, dtype=torch.bfloat16), kind
     )  # config.json names no dtype, as LLaDA-8B's
-    named = write(tmp_path / "named", stock(kind, dtype=torch.bfloat16), kind, torch_dtype="bfloat16")
+    named = write(
+        tmp_path / "named", stock(kind, dtype=torch.bfloat16), kind, torch_dtype="bfloat16"
+    )
     full = write(tmp_path / "full", stock(kind), kind, torch_dtype="float32")
-    assert load(half)[0].dtype == load(named)[0].dtype == torch.bfloat16 and load(full)[0].dtype == torch.float32
+    assert (
+        load(half)[0].dtype == load(named)[0].dtype == torch.bfloat16
+        and load(full)[0].dtype == torch.float32
+    )
     as_stored = load(full, dtype="bfloat16")[0]
     assert as_stored.dtype == torch.bfloat16
     assert torch.equal(logits(as_stored, ids()), logits(load(half)[0], ids()))
@@ -300,19 +334,30 @@ def test_window_of_an_unchanged_canvas_is_the_full_forward(kind, tmp_path):
     model, _ = load(write(tmp_path, stock(kind), kind))
     x = ids()
     mask, positions = padded(x, (LENGTH, 8))
-    for m, p in ((None, None), (None, torch.arange(LENGTH).expand(2, -1)), (mask, None), (mask, positions)):
-        cache, real = WindowCache(), mask > 0 if m is not None else torch.ones(2, LENGTH, dtype=torch.bool)
+    for m, p in (
+        (None, None),
+        (None, torch.arange(LENGTH).expand(2, -1)),
+        (mask, None),
+        (mask, positions),
+    ):
+        cache, real = (
+            WindowCache(),
+            mask > 0 if m is not None else torch.ones(2, LENGTH, dtype=torch.bool),
+        )
         full = by_parts(model, x, m, p, cache)
         assert torch.equal(full, by_parts(model, x, m, p))
         for lo, hi in ((5, LENGTH), (5, 9), (5, 6), (0, LENGTH), (LENGTH - 1, LENGTH)):
             cache.window = lo, hi
             got = by_parts(model, x, m, None if p is None else p[:, lo:hi], cache, lo, hi)
-            torch.testing.assert_close(got[real[:, lo:hi]], full[:, lo:hi][real[:, lo:hi]], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                got[real[:, lo:hi]], full[:, lo:hi][real[:, lo:hi]], atol=1e-5, rtol=1e-4
+            )
 
 
 @every_kind
 def test_window_mixes_stale_and_fresh_keys(kind, tmp_path):
-    """In one layer keys and values depend on nothing but their own token, so stale ones are those of old tokens."""
+    """In one layer keys and values depend on nothing but their own token, so stale ones are those
+    of old tokens."""
     model, _ = load(write(tmp_path, stock(kind, num_hidden_layers=1), kind))
     old, new, newer = ids(seed=2), ids(seed=3), ids(seed=4)
     mask, _ = padded(old, (LENGTH, 10))
@@ -324,12 +369,16 @@ def test_window_mixes_stale_and_fresh_keys(kind, tmp_path):
         got = by_parts(model, x, mask, cache=cache, lo=lo, hi=hi)
         seen = mixed(seen, x, lo, hi)
         torch.testing.assert_close(got, by_parts(model, seen, mask)[:, lo:hi], atol=1e-5, rtol=1e-4)
-        assert not torch.allclose(got, by_parts(model, x, mask)[:, lo:hi], atol=1e-2)  # the others are stale
+        # the others are stale
+        assert not torch.allclose(got, by_parts(model, x, mask)[:, lo:hi], atol=1e-2)
     cache.window = None
-    assert torch.equal(by_parts(model, newer, mask, cache=cache), by_parts(model, newer, mask))  # fresh again
+    # fresh again
+    assert torch.equal(by_parts(model, newer, mask, cache=cache), by_parts(model, newer, mask))
     cache.window = 3, 9
     assert torch.allclose(
-        by_parts(model, newer, mask, None, cache, 3, 9), by_parts(model, newer, mask)[:, 3:9], atol=1e-5
+        by_parts(model, newer, mask, None, cache, 3, 9),
+        by_parts(model, newer, mask)[:, 3:9],
+        atol=1e-5,
     )
 
 
@@ -345,14 +394,21 @@ def words(vocab, specials, **named):
 
 
 LLADA_SPECIALS = (
-    "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-)  # fmt: skip
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|mdm_mask|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
 
 
 def llada_tokenizer(**changes):
     """As published: no mask token; Base has no template either."""
     vocab = [f"w{i}" for i in range(BOS)] + list(LLADA_SPECIALS)
-    return words(vocab, LLADA_SPECIALS, bos_token="<|startoftext|>", eos_token="<|endoftext|>", **changes)
+    return words(
+        vocab, LLADA_SPECIALS, bos_token="<|startoftext|>", eos_token="<|endoftext|>", **changes
+    )
 
 
 def dream_tokenizer(folder):
@@ -363,7 +419,9 @@ def dream_tokenizer(folder):
     (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(pieces)}))
     (folder / "merges.txt").write_text("#version: 0.2\na b\n")
     added = {
-        str(i): dict(content=t, lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
+        str(i): dict(
+            content=t, lstrip=False, normalized=False, rstrip=False, single_word=False, special=True
+        )
         for i, t in enumerate(specials, EOS)
     }
     template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -399,7 +457,9 @@ def test_llada_with_its_tokenizer(tmp_path):
     chat = [{"role": "user", "content": " Hi\n"}]
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
     expected = "<|startoftext|>" + head.format("user") + "Hi<|eot_id|>" + head.format("assistant")
-    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == expected
+    assert (
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == expected
+    )
     two = [*chat, {"role": "assistant", "content": "Yes"}]
     done = expected + "Yes<|eot_id|>"
     assert tokenizer.apply_chat_template(two, tokenize=False) == done
@@ -423,7 +483,11 @@ def test_dream_with_its_tokenizer(tmp_path):
     dream_tokenizer(write(tmp_path, stock("Dream"), "Dream"))
     model, tokenizer = load(tmp_path)
     assert facts(model) == (MASK, EOS, (EOS, EOT), 1, VOCAB, None, None)
-    assert (tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.padding_side) == (MASK, EOS, "left")
+    assert (tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.padding_side) == (
+        MASK,
+        EOS,
+        "left",
+    )
     assert tokenizer("ab c<|mask|><|im_end|>")["input_ids"] == [27, 26, 2, MASK, EOT]
     assert tokenizer.decode([27, 26, 2]) == "ab c"
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
@@ -463,15 +527,23 @@ BERT_SIZES = dict(
 BERTS = {
     "bert": lambda: BertForMaskedLM(BertConfig(**BERT_SIZES, pad_token_id=0)),
     "roberta": lambda: RobertaForMaskedLM(
-        RobertaConfig(**BERT_SIZES, pad_token_id=1, bos_token_id=0, eos_token_id=2, type_vocab_size=1)
+        RobertaConfig(
+            **BERT_SIZES, pad_token_id=1, bos_token_id=0, eos_token_id=2, type_vocab_size=1
+        )
     ),
     "modernbert": lambda: ModernBertForMaskedLM(
         ModernBertConfig(
-            **BERT_SIZES, pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3,
-            global_attn_every_n_layers=2, local_attention=6,
+            **BERT_SIZES,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=3,
+            cls_token_id=2,
+            sep_token_id=3,
+            global_attn_every_n_layers=2,
+            local_attention=6,
         )
     ),
-}  # fmt: skip
+}
 BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ROBERTA_SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
@@ -486,7 +558,9 @@ def write_bert(folder, arch, tokenizer=True):
     specials = ROBERTA_SPECIALS if arch == "roberta" else BERT_SPECIALS
     vocab = specials + [f"w{i}" for i in range(len(specials), 40)]
     if arch == "roberta":
-        names = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", sep_token="</s>", cls_token="<s>")
+        names = dict(
+            bos_token="<s>", pad_token="<pad>", eos_token="</s>", sep_token="</s>", cls_token="<s>"
+        )
         made = words(vocab, specials, unk_token="<unk>", mask_token="<mask>", **names)
     else:
         names = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
@@ -508,7 +582,9 @@ def test_masked_language_models_load_through_the_same_door(arch, tmp_path):
     eos = {"bert": 3, "roberta": 2, "modernbert": 3}[arch]
     assert facts(model) == (4, eos, (eos,), 0, 40, None, None)
     assert tokenizer.padding_side == "left" and tokenizer.mask_token_id == 4
-    batch = tokenizer(["w5 w6 w7 w8 w9 w10", f"w11 {tokenizer.mask_token} w13"], padding=True, return_tensors="pt")
+    batch = tokenizer(
+        ["w5 w6 w7 w8 w9 w10", f"w11 {tokenizer.mask_token} w13"], padding=True, return_tensors="pt"
+    )
     x, mask = batch["input_ids"], batch["attention_mask"]
     assert mask[:, 0].tolist() == [1, 0] and x[0, -1] == eos
     expected = logits(reference, x[:1])
@@ -520,14 +596,17 @@ def test_masked_language_models_load_through_the_same_door(arch, tmp_path):
 
 @pytest.mark.parametrize("arch", BERTS)
 def test_masked_language_models_padded_on_the_left(arch, tmp_path):
-    """Where positions are learnt, they count from the first real token, and RoBERTa's from its pad token's index."""
+    """Where positions are learnt, they count from the first real token, and RoBERTa's from its pad
+    token's index."""
     write_bert(tmp_path, arch)
     model, _ = load(tmp_path)
     x = ids(3).remainder(35) + 5
     lengths = (LENGTH, 7, 4)
     got = by_parts(model, x, *padded(x, lengths))
     for row, n in enumerate(lengths):
-        torch.testing.assert_close(got[row, -n:], logits(model, x[row : row + 1, -n:])[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            got[row, -n:], logits(model, x[row : row + 1, -n:])[0], atol=1e-5, rtol=1e-4
+        )
 
 
 def test_masked_language_model_without_a_mask_token(tmp_path):
@@ -544,7 +623,9 @@ def test_masked_language_model_without_a_mask_token(tmp_path):
 
 
 def with_lora(model, **changes):
-    settings = dict(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    settings = dict(
+        r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return get_peft_model(model, LoraConfig(**settings | changes)).eval()
@@ -576,7 +657,11 @@ def test_adapter_folder_loads_base_and_adapter(kind, own_tokenizer, tmp_path):
     again, tokenizer = load(adapter)
     assert type(again).__name__ == "PeftModelForCausalLM" and not again.training
     assert torch.equal(by_parts(again, ids()), by_parts(wrapped, ids()))
-    assert facts(again) == facts(wrapped) == (MASK, EOS, (EOS, EOT), KINDS.index(kind), VOCAB, None, None)
+    assert (
+        facts(again)
+        == facts(wrapped)
+        == (MASK, EOS, (EOS, EOT), KINDS.index(kind), VOCAB, None, None)
+    )
     assert (tokenizer.mask_token_id, tokenizer.padding_side) == (MASK, "left")
     assert (tokenizer.chat_template == "mine") == own_tokenizer
     assert load(adapter, dtype="bfloat16")[0].dtype == torch.bfloat16
@@ -590,7 +675,9 @@ def test_adapter_with_the_published_names(tmp_path):
     prefix, tensors = "base_model.model.", {}
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
         leaf, lora = name.removeprefix(prefix).split(".lora_")
-        tensors[prefix + llada_name(f"{leaf}.weight").removesuffix("weight") + f"lora_{lora}"] = tensor
+        tensors[prefix + llada_name(f"{leaf}.weight").removesuffix("weight") + f"lora_{lora}"] = (
+            tensor
+        )
     assert f"{prefix}model.transformer.blocks.1.q_proj.lora_B.weight" in tensors
     save_file(tensors, adapter / "adapter_model.safetensors")
     assert torch.equal(by_parts(load(adapter)[0], ids()), by_parts(wrapped, ids()))
@@ -606,7 +693,9 @@ def test_bad_adapter_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"adapter.*base"):
         load(adapter)
     settings = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": None})
+    )
     with pytest.raises(ValueError, match="does not name a base model"):
         load(adapter)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
@@ -649,20 +738,35 @@ def test_other_kinds_are_refused(kind, tmp_path):
 def test_other_architectures_of_transformers_are_refused(tmp_path):
     stock().save_pretrained(tmp_path)
     refuses(tmp_path, "model_type='llama'", "not a masked-diffusion model")
-    (tmp_path / "config.json").write_text('{"model_type": "bart", "d_model": 8, "encoder_layers": 1}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "bart", "d_model": 8, "encoder_layers": 1}'
+    )
     refuses(tmp_path, "model_type='bart'")
 
 
 LLADA_FIELDS = dict(
-    activation_type="swiglu", alibi=True, attention_layer_norm=True, bias_for_layer_norm=True, block_group_size=2,
-    block_type="sequential", embedding_size=128, include_bias=True, include_qkv_bias=True, input_emb_norm=True,
-    layer_norm_type="low_precision", multi_query_attention=True, rope=False, scale_logits=True,
-)  # fmt: skip
+    activation_type="swiglu",
+    alibi=True,
+    attention_layer_norm=True,
+    bias_for_layer_norm=True,
+    block_group_size=2,
+    block_type="sequential",
+    embedding_size=128,
+    include_bias=True,
+    include_qkv_bias=True,
+    input_emb_norm=True,
+    layer_norm_type="low_precision",
+    multi_query_attention=True,
+    rope=False,
+    scale_logits=True,
+)
 
 
 @pytest.mark.parametrize("field", LLADA_FIELDS)
 def test_llada_of_another_architecture_is_refused(field, tmp_path):
-    refuses(write(tmp_path, stock(), **{field: LLADA_FIELDS[field]}), f"{field}={LLADA_FIELDS[field]!r}")
+    refuses(
+        write(tmp_path, stock(), **{field: LLADA_FIELDS[field]}), f"{field}={LLADA_FIELDS[field]!r}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -680,7 +784,10 @@ def edit(path, change):
 
 EDITS = {
     "missing": (lambda t, k: t.pop(k), "missing keys"),
-    "unexpected": (lambda t, k: t.update({k.replace("weight", "bias"): torch.zeros(3)}), "unexpected keys"),
+    "unexpected": (
+        lambda t, k: t.update({k.replace("weight", "bias"): torch.zeros(3)}),
+        "unexpected keys",
+    ),
     "misshapen": (lambda t, k: t.update({k: t[k][:-1].clone()}), "size"),
 }
 
@@ -742,7 +849,9 @@ def test_mask_tokens_that_are_none_are_named(kind, tmp_path):
 
 def test_mask_token_outside_the_tokenizer(tmp_path):
     """An embedding is often longer than its tokenizer."""
-    llada_tokenizer().save_pretrained(write(tmp_path, stock(vocab_size=VOCAB + 8), mask_token_id=VOCAB + 3))
+    llada_tokenizer().save_pretrained(
+        write(tmp_path, stock(vocab_size=VOCAB + 8), mask_token_id=VOCAB + 3)
+    )
     model, tokenizer = load(tmp_path)
     assert facts(model).mask_id == VOCAB + 3 and tokenizer.mask_token is None
 

@@ -34,7 +34,8 @@ def uniform(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# -- noise ----------------------------------------------------------------------------------------------------------
+# -- noise
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_masks_at_a_rate():
@@ -48,7 +49,9 @@ def test_masks_at_a_rate():
 
 
 def test_no_row_stays_whole():
-    masked = mask_at_rate(torch.tensor([[False, True, True]]), torch.tensor([0.0]), torch.tensor([[0.1, 0.7, 0.4]]))
+    masked = mask_at_rate(
+        torch.tensor([[False, True, True]]), torch.tensor([0.0]), torch.tensor([[0.1, 0.7, 0.4]])
+    )
     assert masked.tolist() == [[False, False, True]]
 
 
@@ -64,20 +67,34 @@ def test_numbers_of_a_row_depend_on_nothing_else():
     numbers = uniform_rows(7, 3, [0, 1, 2, 3], 12)
     assert torch.equal(uniform_rows(7, 3, [2], 12)[0], numbers[2])
     assert torch.equal(uniform_rows(7, 3, [2], 5)[0], numbers[2, :5])  # padding more or less
-    for other in (uniform_rows(8, 3, [2], 12), uniform_rows(7, 4, [2], 12), uniform_rows(7, 3, [1], 12)):
+    for other in (
+        uniform_rows(8, 3, [2], 12),
+        uniform_rows(7, 4, [2], 12),
+        uniform_rows(7, 3, [1], 12),
+    ):
         assert not torch.equal(other[0], numbers[2])
     assert 0 <= numbers.min() and numbers.max() < 1
 
 
-# -- losses ---------------------------------------------------------------------------------------------------------
+# -- losses
+# ---------------------------------------------------------------------------------------------------------
 
 
 def tiny(vocab=4, seed=0, **changes):
     """A random model of a tiny vocabulary, whose last token is the mask."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        fields = dict(vocab_size=vocab + 1, d_model=16, mlp_hidden_size=16, n_layers=1, n_heads=2, n_kv_heads=2,
-                      max_sequence_length=32, mask_token_id=vocab, initializer_range=0.5)  # fmt: skip
+        fields = dict(
+            vocab_size=vocab + 1,
+            d_model=16,
+            mlp_hidden_size=16,
+            n_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            max_sequence_length=32,
+            mask_token_id=vocab,
+            initializer_range=0.5,
+        )
         return LladaForMaskedDiffusion(LladaConfig(**(fields | changes))).eval()
 
 
@@ -90,7 +107,8 @@ def ce_of(model, ids, masked):
 
 @torch.no_grad()
 def brute_force_bound(model, ids, answer):
-    """E_t of the 1/t-weighted loss, by its sum over all subsets: every k of A is as likely, and weighs A / k."""
+    """E_t of the 1/t-weighted loss, by its sum over all subsets: every k of A is as likely, and
+    weighs A / k."""
     places = answer.nonzero()[:, 0].tolist()
     A, total = len(places), 0.0
     for k in range(1, A + 1):
@@ -108,7 +126,9 @@ def test_likelihood_is_the_brute_force_sum():
     answer = torch.tensor([False, False, True, True, True, True])
     exact = brute_force_bound(model, ids, answer)
     rng = torch.Generator().manual_seed(0)
-    runs = [log_likelihood(model, ids, answer, samples=64, batch_size=16, rng=rng) for _ in range(24)]
+    runs = [
+        log_likelihood(model, ids, answer, samples=64, batch_size=16, rng=rng) for _ in range(24)
+    ]
     mean, error = sum(runs) / 24, torch.tensor(runs).std().item() / math.sqrt(24)
     assert abs(mean - exact) < 5 * error and error < 0.02 * abs(exact)
 
@@ -137,7 +157,8 @@ def test_the_bound_of_a_dataset_is_the_mean_per_token():
 
 @pytest.mark.parametrize("normalise", ["answer", "tokens"])
 def test_expected_loss_is_the_bound_per_token(normalise):
-    """Masking at rate t with weights 1 / t has the likelihood bound as its mean, divided by the tokens."""
+    """Masking at rate t with weights 1 / t has the likelihood bound as its mean, divided by the
+    tokens."""
     model, ids = tiny(), torch.tensor([[0, 1, 3, 2, 1, 0]])
     maskable = torch.tensor([[False, False, True, True, True, True]])
     n = 6000
@@ -156,7 +177,9 @@ def test_expected_loss_is_the_bound_per_token(normalise):
 
 def test_plain_mean_of_masked_tokens():
     ce = torch.tensor([1.0, 2.0, 6.0])
-    total, divisor = weighted_sum(ce, torch.tensor([0, 0, 1]), torch.tensor([0.1, 0.9]), torch.tensor([2, 2]), "masks")
+    total, divisor = weighted_sum(
+        ce, torch.tensor([0, 0, 1]), torch.tensor([0.1, 0.9]), torch.tensor([2, 2]), "masks"
+    )
     assert float(total / divisor) == 3.0
 
 
@@ -172,18 +195,28 @@ def test_shifted_logits():
     torch.testing.assert_close(got, whole[0, [1, 3]])
 
 
-# -- the head -------------------------------------------------------------------------------------------------------
+# -- the head
+# -------------------------------------------------------------------------------------------------------
 
 
 def slots_of(logits, mask_id):
     n = len(logits)
     ids = torch.full((n,), mask_id)
-    return Slots(Belief(logits, with_entropy=True), ids, torch.ones(n, dtype=torch.bool), torch.ones(n), mask_id, None)
+    return Slots(
+        Belief(logits, with_entropy=True),
+        ids,
+        torch.ones(n, dtype=torch.bool),
+        torch.ones(n),
+        mask_id,
+        None,
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["top-k", "temperature"])
 def test_head_starts_where_told_and_learns(algorithm):
-    head = SoftMaskHead(k=2, scale=0.3, centre=-1.2, steepness=4.0, temperature=1.5, algorithm=algorithm)
+    head = SoftMaskHead(
+        k=2, scale=0.3, centre=-1.2, steepness=4.0, temperature=1.5, algorithm=algorithm
+    )
     settings = head.settings()
     want = dict(scale=0.3, centre=-1.2, steepness=4.0, temperature=1.5)
     assert {k: settings[k] for k in want} == pytest.approx(want, abs=1e-5)
@@ -194,7 +227,9 @@ def test_head_starts_where_told_and_learns(algorithm):
     torch.testing.assert_close(soft.weights.sum(-1), torch.ones(5))
     (soft.weights[:, 0] ** 2).sum().backward()
     learnt = {name for name, p in head.raw.items() if p.grad is not None and p.grad != 0}
-    assert learnt == {"scale", "centre", "steepness"} | ({"temperature"} if algorithm == "temperature" else set())
+    assert learnt == {"scale", "centre", "steepness"} | (
+        {"temperature"} if algorithm == "temperature" else set()
+    )
 
 
 def test_head_near_zero_is_the_hard_model():
@@ -230,12 +265,17 @@ def test_bad_head_file(tmp_path, change, message):
 
 
 def test_head_file_with_a_field_missing(tmp_path):
-    (tmp_path / HEAD_FILE).write_text('{"transparency_alg": "mixinputs_with_topk", "transparency_scale": 0.1}')
-    with pytest.raises(ValueError, match=r"lacks \['transparency_centre', 'transparency_steepness'\]"):
+    (tmp_path / HEAD_FILE).write_text(
+        '{"transparency_alg": "mixinputs_with_topk", "transparency_scale": 0.1}'
+    )
+    with pytest.raises(
+        ValueError, match=r"lacks \['transparency_centre', 'transparency_steepness'\]"
+    ):
         load_head(tmp_path)
 
 
-# -- the trainer ----------------------------------------------------------------------------------------------------
+# -- the trainer
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +298,9 @@ def trainer_of(folder, task, **changes):
     )
     model, tokenizer = load("mnns-diffusion-tiny", seed=0)
     args = DiffusionSFTConfig(**(options | changes))
-    return DiffusionSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer), tokenizer
+    return DiffusionSFTTrainer(
+        model, args, train_dataset=task.train, processing_class=tokenizer
+    ), tokenizer
 
 
 def losses_of(trainer):
@@ -323,7 +365,11 @@ def test_a_checkpoint_is_a_plain_model_with_a_head_file(tmp_path, task):
         evaluate(m, tokenizer, rows, task.score, trainer.decoding(steps=2), gen_length=4)
         for m in (model, trainer.model)
     ]
-    assert found[0]["accuracy"] == found[1]["accuracy"] and found[0]["nfe"] == 2 and found[0]["n"] == 20
+    assert (
+        found[0]["accuracy"] == found[1]["accuracy"]
+        and found[0]["nfe"] == 2
+        and found[0]["n"] == 20
+    )
 
 
 def test_load_and_denoise_pick_the_head_up(tmp_path, task):
@@ -337,7 +383,9 @@ def test_load_and_denoise_pick_the_head_up(tmp_path, task):
     def decoded(**options):
         shown = []
         note = lambda seen: shown.append(seen["soft"])  # noqa: E731
-        out = denoise(model, ids, config=DenoiseConfig(gen_length=4, steps=4, **options), callback=note)
+        out = denoise(
+            model, ids, config=DenoiseConfig(gen_length=4, steps=4, **options), callback=note
+        )
         return out.completions, out.confidence[:, ids.shape[1] :], shown[0]
 
     told = decoded(soften="soft-mask", soften_args=load_head(tmp_path))
@@ -345,7 +393,9 @@ def test_load_and_denoise_pick_the_head_up(tmp_path, task):
         assert torch.equal(by_itself[0], told[0]) and torch.equal(by_itself[1], told[1])
         assert torch.equal(by_itself[2].weights, told[2].weights)
     assert decoded(soften="hard")[2] is None
-    assert not torch.equal(decoded(soften_args={"scale": 0.01}, soften="soft-mask")[2].weights, told[2].weights)
+    assert not torch.equal(
+        decoded(soften_args={"scale": 0.01}, soften="soft-mask")[2].weights, told[2].weights
+    )
     # what a model learnt goes with it, file or no file, until it is trained hard
     model.save_pretrained(tmp_path / "copy")
     assert facts(load(tmp_path / "copy")[0]).soft_mask == load_head(tmp_path)
@@ -360,10 +410,18 @@ def test_an_adapter_brings_its_head(tmp_path, task, use_dora):
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     model, tokenizer = load(tmp_path / "base")
-    options = dict(max_steps=8, learning_rate=1e-2, per_device_train_batch_size=32, save_strategy="no", **SOFT)
-    args = DiffusionSFTConfig(output_dir=str(tmp_path / "adapter"), report_to="none", disable_tqdm=True, **options)
-    lora = LoraConfig(r=4, use_dora=use_dora, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    trainer = DiffusionSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer, peft_config=lora)
+    options = dict(
+        max_steps=8, learning_rate=1e-2, per_device_train_batch_size=32, save_strategy="no", **SOFT
+    )
+    args = DiffusionSFTConfig(
+        output_dir=str(tmp_path / "adapter"), report_to="none", disable_tqdm=True, **options
+    )
+    lora = LoraConfig(
+        r=4, use_dora=use_dora, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
+    trainer = DiffusionSFTTrainer(
+        model, args, train_dataset=task.train, processing_class=tokenizer, peft_config=lora
+    )
     trainer.train()
     trainer.save_model()
     names = {p.name for p in (tmp_path / "adapter").iterdir()}
@@ -424,7 +482,8 @@ def test_a_causal_model_is_refused(tmp_path, task):
         DiffusionSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer)
 
 
-# -- the Latin squares ----------------------------------------------------------------------------------------------
+# -- the Latin squares
+# ----------------------------------------------------------------------------------------------
 
 
 def test_latin_squares_and_their_score():
@@ -448,8 +507,14 @@ def test_latin_squares_and_their_score():
 
 def test_rows_with_templates_are_filled():
     model, tokenizer = load("mnns-diffusion-tiny")
-    rows = Dataset.from_list([{"template": "<bos> D1 D2 D3 D4 -> S1 <mask> <mask> S2", "prompt": ""}] * 3)
+    rows = Dataset.from_list(
+        [{"template": "<bos> D1 D2 D3 D4 -> S1 <mask> <mask> S2", "prompt": ""}] * 3
+    )
     texts = []
-    found = evaluate(model, tokenizer, rows, lambda text, row: texts.append(text) or 1.0, DenoiseConfig())
+    found = evaluate(
+        model, tokenizer, rows, lambda text, row: texts.append(text) or 1.0, DenoiseConfig()
+    )
     assert found["accuracy"] == 1.0 and found["nfe"] == 2
-    assert all(t.startswith("D1 D2 D3 D4 -> S1") and t.endswith("S2") and "mask" not in t for t in texts)
+    assert all(
+        t.startswith("D1 D2 D3 D4 -> S1") and t.endswith("S2") and "mask" not in t for t in texts
+    )

@@ -13,12 +13,16 @@ from softar.thought import Kind, Record
 def record():
     """Two rows: think, think, </think> put in, answer, end; and one that never ends its thought."""
     soft, hard, forced, pad = Kind.SOFT, Kind.HARD, Kind.FORCED, Kind.PAD
-    kind = torch.tensor([[soft, soft, forced, hard, hard], [soft, soft, soft, pad, pad]], dtype=torch.int8)
+    kind = torch.tensor(
+        [[soft, soft, forced, hard, hard], [soft, soft, soft, pad, pad]], dtype=torch.int8
+    )
     token = torch.tensor([[7, 8, 4, 9, EOS], [10, 11, 12, PAD, PAD]])
     ids = token[..., None].repeat(1, 1, 3)
     weights = torch.tensor([1.0, 0, 0]).repeat(2, 5, 1)
-    ids[0, 0], weights[0, 0] = torch.tensor([7, 20, 20]), torch.full((3,), 1 / 3)  # 20 twice outweighs the first draw
-    ids[1, 1], weights[1, 1] = torch.tensor([11, 21, 22]), torch.full((3,), 1 / 3)  # all alike: the first
+    # 20 twice outweighs the first draw
+    ids[0, 0], weights[0, 0] = torch.tensor([7, 20, 20]), torch.full((3,), 1 / 3)
+    # all alike: the first
+    ids[1, 1], weights[1, 1] = torch.tensor([11, 21, 22]), torch.full((3,), 1 / 3)
     return Record(ids, weights, token, kind, torch.zeros(2, 5), torch.zeros(2, 5))
 
 
@@ -43,7 +47,9 @@ def test_a_fresh_draw_is_refused_with_the_reason(record):
 
 
 def test_a_real_decode():
-    config = softar.SoftConfig("k-samples", {"k": 3}, top_k=None, budget=3, max_new_tokens=6, answer_temperature=1.0)
+    config = softar.SoftConfig(
+        "k-samples", {"k": 3}, top_k=None, budget=3, max_new_tokens=6, answer_temperature=1.0
+    )
     rng = [torch.Generator().manual_seed(i) for i in range(4)]
     out = softar.generate(model_of(), torch.full((4, 2), BOS), config=config, rng=rng)
     answers = discretise(out.record, out.answer_start)
@@ -55,8 +61,13 @@ def test_a_real_decode():
 def test_text_for_another_vocabulary():
     policy, other = tokenizer_of(), tokenizer_of(vocab_size=40)
     texts, inputs = retokenise([[BOS, 9, 10, EOS], [11]], policy, other)
-    assert texts == [policy.decode([9, 10]), policy.decode([11])] and PAD not in inputs["input_ids"][0]
-    assert inputs["input_ids"].shape == inputs["attention_mask"].shape and inputs["attention_mask"].sum(1)[1] == 1
+    assert (
+        texts == [policy.decode([9, 10]), policy.decode([11])] and PAD not in inputs["input_ids"][0]
+    )
+    assert (
+        inputs["input_ids"].shape == inputs["attention_mask"].shape
+        and inputs["attention_mask"].sum(1)[1] == 1
+    )
     other.pad_token = None
     with pytest.raises(ValueError, match="pad token"):
         retokenise([[9]], policy, other)

@@ -1,4 +1,5 @@
-"""Uniform-state diffusion: the Gaussian under it, Bayes' rule by enumeration, the loss against what it bounds."""
+"""Uniform-state diffusion: the Gaussian under it, Bayes' rule by enumeration, the loss against what
+it bounds."""
 
 import itertools
 import math
@@ -57,10 +58,13 @@ def test_gaussian_alpha_is_variance_preserving():
 
 def test_two_tokens_have_a_closed_form():
     gamma = torch.linspace(-6, 6, 25, dtype=torch.float64)
-    a = (-gamma / 2).exp()  # P(argmax = x) = Phi(a / sqrt 2), and Phi(y) = (1 + erf(y / sqrt 2)) / 2
+    # P(argmax = x) = Phi(a / sqrt 2), and Phi(y) = (1 + erf(y / sqrt 2)) / 2
+    a = (-gamma / 2).exp()
     alpha, slope = discrete_alpha(gamma, 2)
     assert torch.allclose(alpha, torch.erf(a / 2), atol=1e-13, rtol=0)
-    assert torch.allclose(slope, -a / 2 / math.sqrt(math.pi) * (-(a**2) / 4).exp(), atol=1e-13, rtol=0)
+    assert torch.allclose(
+        slope, -a / 2 / math.sqrt(math.pi) * (-(a**2) / 4).exp(), atol=1e-13, rtol=0
+    )
 
 
 @pytest.mark.parametrize("V", [2, 10, 1000])
@@ -101,7 +105,9 @@ def test_schedule_and_its_derivative(V):
 @pytest.mark.parametrize("V", [2, 1000, 152_064])
 def test_limits_of_the_transformation(V):
     alpha, slope = discrete_alpha(f64(-40, 40), V)  # alpha~ = 1 and 0
-    assert torch.allclose(alpha, f64(1, 0), atol=1e-8, rtol=0) and torch.allclose(slope, f64(0, 0), atol=1e-8)
+    assert torch.allclose(alpha, f64(1, 0), atol=1e-8, rtol=0) and torch.allclose(
+        slope, f64(0, 0), atol=1e-8
+    )
 
 
 def test_log_linear():
@@ -148,7 +154,9 @@ def test_corrupt_draws_from_the_forward_process(rng):
 def test_corrupt_is_exact_at_the_ends_of_its_numbers():
     ids, most = torch.full((1, 2), 3), torch.full((1, 2), 1 - 2**-24)
     every = torch.ones(1, 2, dtype=torch.bool)
-    assert corrupt(ids, torch.zeros(1), every, torch.zeros(1, 2), most, 152_063).tolist() == [[152_062] * 2]
+    assert corrupt(ids, torch.zeros(1), every, torch.zeros(1, 2), most, 152_063).tolist() == [
+        [152_062] * 2
+    ]
     assert corrupt(ids, torch.ones(1), every, most, torch.zeros(1, 2), 9).tolist() == [[3, 3]]
 
 
@@ -188,14 +196,19 @@ def test_ancestral_step_draws_from_the_posterior(rng):
     p = f64(0.5, 0.2, 0.2, 0.1, 0.0).expand(n, V)
     z = torch.full((n,), 3)
     expected = n * posterior(p[:1], z[:1], f64(0.7), f64(0.2))[0]
-    drawn = ancestral_step(p, z, f64(0.7), f64(0.2), torch.rand(n, generator=rng)).bincount(minlength=V)
+    drawn = ancestral_step(p, z, f64(0.7), f64(0.2), torch.rand(n, generator=rng)).bincount(
+        minlength=V
+    )
     assert ((drawn - expected) ** 2 / expected).sum() < 23.5  # chi-square, 4 degrees: 1 in 10 000
 
 
 def test_ancestral_step_never_draws_a_token_of_probability_zero(rng):
     p = torch.rand(1000, 20, generator=rng)
     p[:, [0, -1]] = 0
-    z, most = torch.zeros(1000, dtype=torch.long), torch.full((1000,), 1 - 2**-53, dtype=torch.float64)
+    z, most = (
+        torch.zeros(1000, dtype=torch.long),
+        torch.full((1000,), 1 - 2**-53, dtype=torch.float64),
+    )
     p /= p.sum(-1, keepdim=True)
     assert (ancestral_step(p, z, f64(1), f64(0), torch.zeros(1000)) == 1).all()
     assert (ancestral_step(p, z, f64(1), f64(0), most) == 18).all()
@@ -238,14 +251,16 @@ def test_nelbo_is_the_limit_of_the_discrete_kl(t, rng):
 
 
 def two_token_nelbo(data, eps, own):
-    """The exact bound, nats per pair, for pairs x ~ data [V, V]. The denoiser is the belief about a token given the
-    other one's z and, if `own`, its own z too."""
+    """The exact bound, nats per pair, for pairs x ~ data [V, V]. The denoiser is the belief about a
+    token given the other one's z and, if `own`, its own z too."""
     V, n = len(data), 4000
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     alpha, slope = log_linear(u**2, eps)  # dt = 2 u du: more points where alpha is near 1
     q = alpha[:, None, None] * torch.eye(V) + (1 - alpha[:, None, None]) / V  # [n, x, z]
     total = 2 * float(prior_kl(f64(eps), V))
-    for table, (x, z, other) in itertools.product((data, data.T), itertools.product(range(V), repeat=3)):
+    for table, (x, z, other) in itertools.product(
+        (data, data.T), itertools.product(range(V), repeat=3)
+    ):
         joint = q[:, :, other] @ table.T  # p(x_i, z_j) [n, V]
         belief = joint * q[:, :, z] if own else joint
         log_probs = (belief / belief.sum(-1, keepdim=True)).log()
@@ -256,7 +271,8 @@ def two_token_nelbo(data, eps, own):
 
 @pytest.mark.parametrize("eps", [1e-4, 0.2])
 def test_nelbo_of_the_optimal_denoiser_is_the_entropy(eps):
-    """Bound = H(x) + KL(q_1 || uniform), exactly: the reverse process then only errs in where it starts."""
+    """Bound = H(x) + KL(q_1 || uniform), exactly: the reverse process then only errs in where it
+    starts."""
     data = f64(30, 1, 2, 4, 20, 3, 10, 5, 25).view(3, 3) / 100
     entropy = float(-(data * data.log()).sum())
     kernel = torch.stack([forward(x, eps, 3) for x in range(3)])
@@ -269,7 +285,9 @@ def test_nelbo_of_the_optimal_denoiser_is_the_entropy(eps):
 
 def test_prior_kl():
     q = forward(1, 0.3, 6)
-    assert torch.allclose(prior_kl(f64(0.3, 0, 1), 6), f64(float((q * (q * 6).log()).sum()), 0, math.log(6)))
+    assert torch.allclose(
+        prior_kl(f64(0.3, 0, 1), 6), f64(float((q * (q * 6).log()).sum()), 0, math.log(6))
+    )
 
 
 def test_nelbo_is_zero_at_the_truth_and_positive_elsewhere(rng):
@@ -285,9 +303,16 @@ def test_nelbo_is_zero_at_the_truth_and_positive_elsewhere(rng):
 
 @pytest.mark.parametrize("alpha", [0.0, 1e-6, 0.5, 1 - 1e-6])
 def test_nelbo_is_finite_for_a_sure_and_wrong_model(alpha):
-    logits = torch.tensor([[0.0, -1e4, -300.0], [-torch.inf, 0.0, -1e9], [5.0, 5.0, -1e4]], requires_grad=True)
-    loss = nelbo(logits.log_softmax(-1), torch.tensor([1, 0, 2]), torch.tensor([0, 0, 2]), torch.tensor(alpha),
-                 torch.tensor(-1.0))  # fmt: skip
+    logits = torch.tensor(
+        [[0.0, -1e4, -300.0], [-torch.inf, 0.0, -1e9], [5.0, 5.0, -1e4]], requires_grad=True
+    )
+    loss = nelbo(
+        logits.log_softmax(-1),
+        torch.tensor([1, 0, 2]),
+        torch.tensor([0, 0, 2]),
+        torch.tensor(alpha),
+        torch.tensor(-1.0),
+    )
     loss.sum().backward()
     assert loss.isfinite().all() and (loss >= 0).all() and logits.grad.isfinite().all()
     assert alpha < 0.1 or (loss > 0.1).all()
@@ -312,20 +337,29 @@ def test_nelbo_in_float32_agrees_with_float64_for_a_large_vocabulary(rng):
 def test_nelbo_gradient(rng):
     x, z = torch.tensor([0, 1]), torch.tensor([0, 2])
     logits = torch.randn(2, 4, generator=rng, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda y: nelbo(y.log_softmax(-1), x, z, f64(0.4, 0.6), f64(-1)), logits)
+    assert torch.autograd.gradcheck(
+        lambda y: nelbo(y.log_softmax(-1), x, z, f64(0.4, 0.6), f64(-1)), logits
+    )
 
 
 def test_symmetric_kl_is_both_divergences(rng):
     x = torch.tensor([0, 3])
     target = 0.9 * onehot(x, 5) + 0.1 / 5
     log_p = torch.randn(2, 5, generator=rng, dtype=torch.float64).log_softmax(-1)
-    both = (target * (target.log() - log_p)).sum(-1) + (log_p.exp() * (log_p - target.log())).sum(-1)
+    both = (target * (target.log() - log_p)).sum(-1) + (log_p.exp() * (log_p - target.log())).sum(
+        -1
+    )
     assert torch.allclose(symmetric_kl(log_p, x, 0.1), both)
     assert torch.allclose(symmetric_kl(target.log(), x, 0.1), f64(0, 0), atol=1e-12)
     sure = torch.tensor([[0.0, -1e4, 0, 0, 0], [0, 1e4, 0, 0, 0]], requires_grad=True)
     loss = symmetric_kl(sure.log_softmax(-1), x)
     loss.sum().backward()
-    assert loss.isfinite().all() and (loss > 1).all() and sure.grad.isfinite().all() and (sure.grad != 0).any()
+    assert (
+        loss.isfinite().all()
+        and (loss > 1).all()
+        and sure.grad.isfinite().all()
+        and (sure.grad != 0).any()
+    )
 
 
 # Bad inputs

@@ -1,4 +1,5 @@
-"""Uniform-state diffusion in the trainer and in the loop: loss, noise, checkpoints, redraws, repair."""
+"""Uniform-state diffusion in the trainer and in the loop: loss, noise, checkpoints, redraws,
+repair."""
 
 import dataclasses
 import itertools
@@ -36,9 +37,21 @@ UNIFORM = dict(objective="uniform", normalise="tokens")
 
 def tiny(folder, seed=0):
     """An untrained model in a folder of its own, loaded from there."""
-    sizes = dict(vocab_size=len(WORDS), d_model=32, mlp_hidden_size=64, n_layers=2, n_heads=2, n_kv_heads=2,
-                 max_sequence_length=32, mask_token_id=MASK, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
-                 initializer_range=0.2, rope_theta=20.0)  # fmt: skip
+    sizes = dict(
+        vocab_size=len(WORDS),
+        d_model=32,
+        mlp_hidden_size=64,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        max_sequence_length=32,
+        mask_token_id=MASK,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        initializer_range=0.2,
+        rope_theta=20.0,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         LladaForMaskedDiffusion(LladaConfig(**sizes)).save_pretrained(folder)
@@ -47,7 +60,8 @@ def tiny(folder, seed=0):
 
 
 def run_of(first, length=LENGTH):
-    """Letters in the order of the alphabet, from one on and round: each of them tells all others."""
+    """Letters in the order of the alphabet, from one on and round: each of them tells all
+    others."""
     return [LETTERS[(first + i) % len(LETTERS)] for i in range(length)]
 
 
@@ -58,12 +72,23 @@ def words(ids):
 @pytest.fixture(scope="module")
 def runs():
     firsts = [i % len(LETTERS) for i in range(384)]
-    return Dataset.from_list([{"prompt": "<bos>", "completion": " " + words(run_of(i, 4 + i % 3))} for i in firsts])
+    return Dataset.from_list(
+        [{"prompt": "<bos>", "completion": " " + words(run_of(i, 4 + i % 3))} for i in firsts]
+    )
 
 
 def trainer_of(model, tokenizer, rows, folder, **changes):
-    options = dict(output_dir=str(folder), per_device_train_batch_size=16, max_steps=6, learning_rate=3e-3,
-                   logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, seed=3)  # fmt: skip
+    options = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=16,
+        max_steps=6,
+        learning_rate=3e-3,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=3,
+    )
     args = DiffusionSFTConfig(**(options | UNIFORM | changes))
     return DiffusionSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
 
@@ -74,8 +99,17 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     rows = [{"prompt": "<bos>", "completion": " " + words(run_of(i))} for i in range(len(LETTERS))]
     model, tokenizer = tiny(folder / "base")
-    trainer = trainer_of(model, tokenizer, Dataset.from_list(rows * 32), folder, max_steps=300, learning_rate=1e-2,
-                         per_device_train_batch_size=32, lr_scheduler_type="cosine", logging_steps=50)  # fmt: skip
+    trainer = trainer_of(
+        model,
+        tokenizer,
+        Dataset.from_list(rows * 32),
+        folder,
+        max_steps=300,
+        learning_rate=1e-2,
+        per_device_train_batch_size=32,
+        lr_scheduler_type="cosine",
+        logging_steps=50,
+    )
     trainer.train()
     trainer.save_model()
     return load(folder)[0], folder
@@ -91,7 +125,8 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# -- the loss ---------------------------------------------------------------------------------------------------------
+# -- the loss
+# ---------------------------------------------------------------------------------------------------------
 
 
 def papers_nelbo(probs, x, z, alpha, dalpha):
@@ -99,7 +134,9 @@ def papers_nelbo(probs, x, z, alpha, dalpha):
     U = len(probs)
     bar = [U * alpha * (j == x) + 1 - alpha for j in range(U)]
     theta = [U * alpha * p + 1 - alpha for p in probs]
-    inner = sum(bar[j] / bar[z] * math.log(theta[z] * bar[j] / (theta[j] * bar[z])) for j in range(U))
+    inner = sum(
+        bar[j] / bar[z] * math.log(theta[z] * bar[j] / (theta[j] * bar[z])) for j in range(U)
+    )
     return dalpha / (U * alpha) * (U / bar[z] - U / theta[z] - inner)
 
 
@@ -109,7 +146,9 @@ def test_the_loss_of_a_batch_is_the_papers_sum(tmp_path, runs, normalise):
     trainer = trainer_of(model, tokenizer, runs, tmp_path, normalise=normalise, noise_eps=0.01)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
     seen = []
-    hook = model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
     model.train()
     got = trainer.compute_loss(model, batch)
     hook.remove()
@@ -119,7 +158,9 @@ def test_the_loss_of_a_batch_is_the_papers_sum(tmp_path, runs, normalise):
     inside = [i for i in range(len(WORDS)) if i not in (PAD, MASK)]
     with torch.no_grad():
         positions = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
-        hidden = parts(model).body(parts(model).embedding(noisy), batch["attention_mask"], positions)
+        hidden = parts(model).body(
+            parts(model).embedding(noisy), batch["attention_mask"], positions
+        )
         probs = model.lm_head(hidden)[..., inside].double().softmax(-1)
     total, lengths = [0.0] * 16, asked.sum(1).tolist()
     for b, i in asked.nonzero().tolist():
@@ -131,8 +172,8 @@ def test_the_loss_of_a_batch_is_the_papers_sum(tmp_path, runs, normalise):
 
 
 def test_the_best_prediction_is_the_belief_of_the_others():
-    """One token of known frequencies and nothing beside it: over all x, z and times the loss wants the frequencies,
-    whatever z shows, and a cross-entropy would not."""
+    """One token of known frequencies and nothing beside it: over all x, z and times the loss wants
+    the frequencies, whatever z shows, and a cross-entropy would not."""
     process = UniformProcess(1e-3, (0, 2))
     letters = alphabet(process, 5, torch.device("cpu"))
     ids, frequency = letters.ids.tolist(), torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
@@ -146,7 +187,9 @@ def test_the_best_prediction_is_the_belief_of_the_others():
 
     def loss():
         optimiser.zero_grad()
-        each = uniform_loss("nelbo", raw[z], letters.ids[x], letters.ids[z], alpha[s], dalpha[s], letters)
+        each = uniform_loss(
+            "nelbo", raw[z], letters.ids[x], letters.ids[z], alpha[s], dalpha[s], letters
+        )
         (total := (weight * each).sum()).backward()
         return total
 
@@ -160,14 +203,18 @@ def test_noise_leaves_prompts_mask_and_padding_alone(tmp_path, runs):
     model, tokenizer = tiny(tmp_path)
     trainer = trainer_of(model, tokenizer, runs, tmp_path, max_steps=12)
     seen = []
-    hook = model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].clone())
+    )
     trainer.train()
     hook.remove()
     assert len(seen) == 12 and all((ids[:, 0] == BOS).all() for ids in seen)
     tokens = torch.cat([ids[:, 1:5].flatten() for ids in seen])  # the shortest answer has 4 letters
     assert set(tokens.tolist()) == {BOS, *LETTERS, EOS}
     # a share 1/2 of the 768 tokens is drawn, 1/4 of that from bos and eos: five standard errors
-    assert abs(float(((tokens == BOS) | (tokens == EOS)).float().mean()) - 0.125) < 5 * math.sqrt(0.11 / 768)
+    assert abs(float(((tokens == BOS) | (tokens == EOS)).float().mean()) - 0.125) < 5 * math.sqrt(
+        0.11 / 768
+    )
 
 
 def test_normal_numbers_of_a_position_depend_on_nothing_else():
@@ -200,14 +247,16 @@ def test_the_curriculum_goes_from_soft_to_hard(tmp_path, runs):
         weights = noisy.soft.weights
         torch.testing.assert_close(weights.sum(-1), torch.ones(len(weights)))
         assert not weights[:, [PAD, MASK]].any()
-        assert torch.equal(weights.argmax(-1), noisy.ids[maskable])  # the token that the loss is told is the likeliest
+        # the token that the loss is told is the likeliest
+        assert torch.equal(weights.argmax(-1), noisy.ids[maskable])
         surest.append(weights.amax(-1).mean().item())
     assert surest[-1] > surest[0] + 0.1  # colder
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_soft_tokens_keep_what_their_alpha_says():
-    """Off the Gaussian, a token is its own with chance alpha + (1 - alpha) / U of the alpha that the loss is told."""
+    """Off the Gaussian, a token is its own with chance alpha + (1 - alpha) / U of the alpha that
+    the loss is told."""
     letters = alphabet(UniformProcess(1e-3, (PAD, MASK)), len(WORDS), torch.device("cpu"))
     schedule, t = GaussianToDiscrete(len(letters.ids), -3.0, 6.0), torch.tensor([0.2, 0.6])
     ids = torch.tensor(LETTERS * 500).expand(2, -1)
@@ -238,7 +287,9 @@ def test_rows_of_the_embedding_without_a_token_are_left_out(tmp_path, runs):
     model, tokenizer = tiny(tmp_path)
     model.resize_token_embeddings(len(WORDS) + 2)
     trainer = trainer_of(model, tokenizer, runs, tmp_path)
-    assert trainer.process.left_out == (PAD, MASK, 10, 11) and facts(model).uniform == trainer.process
+    assert (
+        trainer.process.left_out == (PAD, MASK, 10, 11) and facts(model).uniform == trainer.process
+    )
 
 
 @pytest.mark.parametrize("options", [{}, CURRICULUM, dict(uniform_loss="symmetric_kl")])
@@ -247,15 +298,22 @@ def test_resume_is_exact(tmp_path, runs, options):
         model, tokenizer = tiny(tmp_path / "base")
         return trainer_of(model, tokenizer, runs, tmp_path / name, **options | changes)
 
-    whole, half, again = made("whole"), made("half", save_strategy="steps", save_steps=3), made("half")
+    whole, half, again = (
+        made("whole"),
+        made("half", save_strategy="steps", save_steps=3),
+        made("half"),
+    )
     whole.train()
     half.train()
     again.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-3"))
-    losses = [[h["loss"] for h in trainer.state.log_history if "loss" in h] for trainer in (whole, again)]
+    losses = [
+        [h["loss"] for h in trainer.state.log_history if "loss" in h] for trainer in (whole, again)
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
-# -- checkpoints ------------------------------------------------------------------------------------------------------
+# -- checkpoints
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_says_what_it_is_until_it_is_trained_on_masks(tmp_path, runs):
@@ -265,12 +323,16 @@ def test_a_checkpoint_says_what_it_is_until_it_is_trained_on_masks(tmp_path, run
     trainer.train()
     trainer.save_model()
     want = {"kind": "uniform", "eps": 0.02, "left_out": [PAD, MASK]}
-    assert json.loads((tmp_path / "uniform" / "config.json").read_text())["diffusion_process"] == want
+    assert (
+        json.loads((tmp_path / "uniform" / "config.json").read_text())["diffusion_process"] == want
+    )
     model, tokenizer = load(tmp_path / "uniform")
     assert facts(model).uniform == UniformProcess(0.02, (PAD, MASK))
     with pytest.raises(ValueError, match="diffusion_process is uniform"):
         log_likelihood(model, torch.tensor([BOS, 2]), torch.tensor([False, True]))
-    masked = trainer_of(model, tokenizer, runs, tmp_path / "masked", objective="masked", max_steps=1)
+    masked = trainer_of(
+        model, tokenizer, runs, tmp_path / "masked", objective="masked", max_steps=1
+    )
     masked.train()
     masked.save_model()
     assert facts(load(tmp_path / "masked")[0]).uniform is None
@@ -280,16 +342,26 @@ def test_an_adapter_says_what_it_is(tmp_path, runs):
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
 
     def adapted(base, name, **options):
-        args = DiffusionSFTConfig(output_dir=str(tmp_path / name), max_steps=1, report_to="none", save_strategy="no",
-                                  disable_tqdm=True, **options)  # fmt: skip
+        args = DiffusionSFTConfig(
+            output_dir=str(tmp_path / name),
+            max_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            **options,
+        )
         model, tokenizer = load(base)
-        trainer = DiffusionSFTTrainer(model, args, train_dataset=runs, processing_class=tokenizer, peft_config=lora)
+        trainer = DiffusionSFTTrainer(
+            model, args, train_dataset=runs, processing_class=tokenizer, peft_config=lora
+        )
         trainer.train()
         trainer.save_model()
         return load(tmp_path / name)[0]
 
     tiny(tmp_path / "base")
-    assert facts(adapted(tmp_path / "base", "adapter", **UNIFORM)).uniform == UniformProcess(1e-3, (PAD, MASK))
+    assert facts(adapted(tmp_path / "base", "adapter", **UNIFORM)).uniform == UniformProcess(
+        1e-3, (PAD, MASK)
+    )
     assert (tmp_path / "adapter" / PROCESS_FILE).is_file()
     # the same folder, now of masks
     assert facts(adapted(tmp_path / "base", "adapter")).uniform is None
@@ -298,7 +370,9 @@ def test_an_adapter_says_what_it_is(tmp_path, runs):
     untrained(tmp_path / "base").save_pretrained(tmp_path / "base")
     assert facts(load(tmp_path / "base")[0]).uniform is not None
     assert facts(adapted(tmp_path / "base", "adapter")).uniform is None
-    (tmp_path / "adapter" / PROCESS_FILE).write_text('{"kind": "uniform", "eps": 2, "left_out": [0, 4]}')
+    (tmp_path / "adapter" / PROCESS_FILE).write_text(
+        '{"kind": "uniform", "eps": 2, "left_out": [0, 4]}'
+    )
     with pytest.raises(ValueError, match=r"eps must be in \[0, 1\)"):
         load(tmp_path / "adapter")
 
@@ -308,7 +382,10 @@ def test_an_adapter_says_what_it_is(tmp_path, runs):
     [
         ({"kind": "gaussian"}, "is unknown"),
         ({"kind": "uniform", "eps": 0.1}, "is unknown"),
-        ({"kind": "uniform", "eps": 0.1, "left_out": [PAD]}, f"must hold the mask token \\(id {MASK}\\)"),
+        (
+            {"kind": "uniform", "eps": 0.1, "left_out": [PAD]},
+            f"must hold the mask token \\(id {MASK}\\)",
+        ),
         ({"kind": "uniform", "eps": 0.1, "left_out": [MASK, 10]}, "ids below 10"),
         ({"kind": "uniform", "eps": 0.1, "left_out": [*range(9)]}, "leave 2 tokens"),
     ],
@@ -320,7 +397,8 @@ def test_a_process_that_does_not_fit(tmp_path, named, says):
         facts(model)
 
 
-# -- bad input --------------------------------------------------------------------------------------------------------
+# -- bad input
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -334,9 +412,18 @@ def test_a_process_that_does_not_fit(tmp_path, named, says):
         (dict(curriculum=1.5), r"curriculum=1.5 must lie in \[0, 1\]"),
         (dict(curriculum=0.5, tau_end=0.0), "tau_end=0.0"),
         (dict(curriculum=0.5, gamma_min=1.0), "gamma_min=1.0"),
-        (dict(curriculum=0.5, uniform_loss="symmetric_kl"), "curriculum=0.5 needs uniform_loss='nelbo'"),
-        (dict(objective="masked", curriculum=0.5), "curriculum=0.5 does not go with objective='masked'"),
-        (dict(objective="masked", uniform_loss="symmetric_kl"), "uniform_loss='symmetric_kl' does not go"),
+        (
+            dict(curriculum=0.5, uniform_loss="symmetric_kl"),
+            "curriculum=0.5 needs uniform_loss='nelbo'",
+        ),
+        (
+            dict(objective="masked", curriculum=0.5),
+            "curriculum=0.5 does not go with objective='masked'",
+        ),
+        (
+            dict(objective="masked", uniform_loss="symmetric_kl"),
+            "uniform_loss='symmetric_kl' does not go",
+        ),
     ],
 )
 def test_bad_options(tmp_path, options, says):
@@ -347,7 +434,9 @@ def test_bad_options(tmp_path, options, says):
 def test_a_completion_with_a_token_that_is_left_out(tmp_path):
     model, tokenizer = tiny(tmp_path)
     rows = Dataset.from_list([{"prompt": "<bos>", "completion": " a <mask> b"}] * 16)
-    with pytest.raises(ValueError, match=f"holds token {MASK}, which objective='uniform' leaves out"):
+    with pytest.raises(
+        ValueError, match=f"holds token {MASK}, which objective='uniform' leaves out"
+    ):
         trainer_of(model, tokenizer, rows, tmp_path).train()
 
 
@@ -372,13 +461,17 @@ def test_a_completion_with_a_token_that_is_left_out(tmp_path):
 )
 def test_decoding_options_that_mean_nothing(tmp_path, options):
     config = DenoiseConfig(gen_length=6, **({"steps": 2} if "remask" in options else {}) | options)
-    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* does not go with a uniform-state model"):
+    with pytest.raises(
+        ValueError, match=f"{next(iter(options))}=.* does not go with a uniform-state model"
+    ):
         denoise(untrained(tmp_path), torch.tensor([[BOS]]), config=config)
 
 
 def test_a_row_of_the_recipe_needs_its_schedule(tmp_path):
     recipe = runpy.run_path(str(Path(__file__).parent.parent / "recipes" / "sft_diffusion.py"))
-    script = recipe["DiffusionScriptArguments"](task="mnns", task_size=20, rows="duo", schedules="pyramid")
+    script = recipe["DiffusionScriptArguments"](
+        task="mnns", task_size=20, rows="duo", schedules="pyramid"
+    )
     training = recipe["RecipeConfig"](output_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"schedules='pyramid'.*decodes with 'uniform' only"):
         recipe["check_input"](script, training, trl.DatasetMixtureConfig())
@@ -395,10 +488,13 @@ def test_the_recipe_decodes_a_uniform_model_hard_and_in_more_steps_than_slots(tm
     ]
 
 
-# -- the loop ---------------------------------------------------------------------------------------------------------
+# -- the loop
+# ---------------------------------------------------------------------------------------------------------
 
 M = MASK
-CANVAS = torch.tensor([[BOS, 2, M, M, 6, M, M], [PAD, PAD, BOS, M, 5, M, 7], [BOS, M, M, M, M, M, M]])
+CANVAS = torch.tensor(
+    [[BOS, 2, M, M, 6, M, M], [PAD, PAD, BOS, M, 5, M, 7], [BOS, M, M, M, M, M, M]]
+)
 REAL = (CANVAS != PAD).long()
 
 
@@ -422,11 +518,19 @@ def test_what_every_decoding_keeps(tmp_path):
     model = untrained(tmp_path)
     told = []
     config = DenoiseConfig(gen_length=3, steps=7, temperature=1.0)
-    out = denoise(model, CANVAS, REAL, config=config, rng=seeded(), history=True, callback=told.append)
+    out = denoise(
+        model, CANVAS, REAL, config=config, rng=seeded(), history=True, callback=told.append
+    )
     slots = torch.cat([CANVAS == M, torch.ones(3, 3, dtype=torch.bool)], 1)
-    assert len(out.states) == 8 and out.num_forwards == 7 and torch.equal(out.states[-1], out.sequences)
+    assert (
+        len(out.states) == 8
+        and out.num_forwards == 7
+        and torch.equal(out.states[-1], out.sequences)
+    )
     for state in out.states:
-        assert torch.equal(state[~slots], torch.cat([CANVAS, CANVAS.new_full((3, 3), M)], 1)[~slots])
+        assert torch.equal(
+            state[~slots], torch.cat([CANVAS, CANVAS.new_full((3, 3), M)], 1)[~slots]
+        )
         assert not torch.isin(state[slots], torch.tensor([PAD, MASK])).any()
     assert len(set(out.states[0][slots].tolist())) > 4  # random ones
     # a token stands since the forward that is said to have decided it, and is another one before
@@ -437,7 +541,9 @@ def test_what_every_decoding_keeps(tmp_path):
         assert out.confidence[b, i] == told[at]["confidence"][b, i]
     assert (out.committed_at[~slots] == -1).all() and out.confidence[~slots].isnan().all()
     for k, (seen, before, after) in enumerate(zip(told, out.states, out.states[1:])):
-        assert seen["step"] == k and torch.equal(seen["committed"], slots if k == 0 else before != after)
+        assert seen["step"] == k and torch.equal(
+            seen["committed"], slots if k == 0 else before != after
+        )
     again = denoise(model, CANVAS, REAL, config=config, rng=seeded())
     assert torch.equal(again.sequences, out.sequences)
 
@@ -448,7 +554,9 @@ def logits_of(model, ids, slots):
         return forward_masked(net, facts(model), net.embedding(ids), None, slots)[1]
 
 
-@pytest.mark.parametrize("options", [dict(temperature=1.0), dict(temperature=0.0), dict(temperature=0.7, top_k=1)])
+@pytest.mark.parametrize(
+    "options", [dict(temperature=1.0), dict(temperature=0.0), dict(temperature=0.7, top_k=1)]
+)
 def test_the_last_step_is_greedy_and_the_others_draw_from_the_posterior(tmp_path, options):
     model = untrained(tmp_path)
     ids = CANVAS[2:].repeat(400, 1)
@@ -466,7 +574,9 @@ def test_the_last_step_is_greedy_and_the_others_draw_from_the_posterior(tmp_path
         probs = torch.nn.functional.one_hot(logits.argmax(-1), 8).double()
     else:
         least = logits.topk(options.get("top_k", 8)).values[:, -1:]
-        probs = (logits.masked_fill(logits < least, -torch.inf) / options["temperature"]).softmax(-1)
+        probs = (logits.masked_fill(logits < least, -torch.inf) / options["temperature"]).softmax(
+            -1
+        )
     want = posterior(probs, place[start[slots]], *alphas)
     found = (middle[slots][:, None] == inside).double()
     error = (want * (1 - want)).sum(0).sqrt() / len(want)
@@ -483,7 +593,8 @@ def test_nan_is_told(tmp_path):
         denoise(model, torch.tensor([[BOS]]), config=DenoiseConfig(gen_length=4, steps=1))
 
 
-# -- end to end -------------------------------------------------------------------------------------------------------
+# -- end to end
+# -------------------------------------------------------------------------------------------------------
 
 
 def valid(completions):
@@ -493,9 +604,11 @@ def valid(completions):
 
 
 def repaired(model, steps=8, left=2):
-    """Share of the wrong tokens that the last `left` of `steps` redraws put right, each in a run of its own, and of
-    the right tokens that they keep."""
-    right = torch.tensor([[BOS, *run_of(i), EOS] for i in range(len(LETTERS)) for _ in range(LENGTH * 5)])
+    """Share of the wrong tokens that the last `left` of `steps` redraws put right, each in a run of
+    its own, and of the right tokens that they keep."""
+    right = torch.tensor(
+        [[BOS, *run_of(i), EOS] for i in range(len(LETTERS)) for _ in range(LENGTH * 5)]
+    )
     ids, where = right.clone(), torch.zeros_like(right, dtype=torch.bool)
     for b in range(len(ids)):
         column, shift = 1 + b % LENGTH, 1 + b // LENGTH % 5
@@ -506,7 +619,10 @@ def repaired(model, steps=8, left=2):
     slots[:, 0] = False
     count = torch.full((len(ids),), steps)
     rule = Redraw(
-        Block(0, ids.shape[1], count, count), DenoiseConfig(temperature=1.0), facts(model).uniform, len(WORDS)
+        Block(0, ids.shape[1], count, count),
+        DenoiseConfig(temperature=1.0),
+        facts(model).uniform,
+        len(WORDS),
     )
     rng, rows = seeded(), slots.nonzero()[:, 0]
     for index in range(steps - left, steps):
@@ -534,5 +650,8 @@ def test_a_trained_model_writes_runs_from_random_tokens(trained, tmp_path, tempe
     config = DenoiseConfig(gen_length=LENGTH + 1, steps=16, temperature=temperature)
     out = denoise(model, prompts, config=config, rng=seeded())
     assert valid(out.completions) > 0.5 and (out.completions[:, -1] == EOS).float().mean() > 0.9
-    assert len({tuple(row) for row in out.completions.tolist()}) >= len(LETTERS)  # and every kind of run
-    assert valid(denoise(untrained(tmp_path), prompts, config=config, rng=seeded()).completions) < 0.1
+    # and every kind of run
+    assert len({tuple(row) for row in out.completions.tolist()}) >= len(LETTERS)
+    assert (
+        valid(denoise(untrained(tmp_path), prompts, config=config, rng=seeded()).completions) < 0.1
+    )

@@ -1,4 +1,5 @@
-"""The trained models that the package brings: they do what their training.json says, and come from its command."""
+"""The trained models that the package brings: they do what their training.json says, and come from
+its command."""
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ def test_what_is_shipped():
         assert facts(drawn).soft_mask is None
         shapes = {k: v.shape for k, v in model.state_dict().items()}
         assert shapes == {k: v.shape for k, v in drawn.state_dict().items()}
-        assert not torch.equal(drawn.get_input_embeddings().weight, model.get_input_embeddings().weight)
+        assert not torch.equal(
+            drawn.get_input_embeddings().weight, model.get_input_embeddings().weight
+        )
 
 
 @pytest.mark.slow
@@ -35,9 +38,13 @@ def test_a_shipped_model_solves_its_task_as_recorded(name):
     task = load_task(name.split("-")[0])
     recorded = [r for r in made_by(CHECKPOINTS / name)["decoded"] if r["schedule"] == "uniform"]
     for row in recorded:
-        config = DenoiseConfig(steps=row["budget"], soften="hard" if row["decoder"] == "hard" else None)
+        config = DenoiseConfig(
+            steps=row["budget"], soften="hard" if row["decoder"] == "hard" else None
+        )
         found = evaluate(model, tokenizer, task.test, task.score, config)
-        assert found["n"] == row["n"] and found["accuracy"] == pytest.approx(row["accuracy"], abs=0.01), row
+        assert found["n"] == row["n"] and found["accuracy"] == pytest.approx(
+            row["accuracy"], abs=0.01
+        ), row
     assert max(r["accuracy"] for r in recorded) > 0.6
 
 
@@ -50,7 +57,12 @@ def test_the_recipe_that_is_named_makes_it(tmp_path, monkeypatch, name):
     told = made_by(CHECKPOINTS / name)
     recipe, argv = open_recipe("sft_diffusion", told, monkeypatch, tmp_path)
     parser = recipe.TrlParser(
-        (recipe.DiffusionScriptArguments, recipe.RecipeConfig, recipe.ModelConfig, recipe.DatasetMixtureConfig)
+        (
+            recipe.DiffusionScriptArguments,
+            recipe.RecipeConfig,
+            recipe.ModelConfig,
+            recipe.DatasetMixtureConfig,
+        )
     )
     script, training, model_args, _ = parser.parse_args_and_config(recipe.with_demo_config(argv))
     args = recipe.row_config(training, script.rows, training.seed, tmp_path)

@@ -3,8 +3,9 @@
     pytest tests/test_golden.py
     SOFTAR_GOLDEN=folder[:folder...] pytest tests/test_golden.py      # other data of the same schema
 
-A folder holds cases/<family>.json, tensors/<family>.safetensors and checkpoints/ (its README describes the fields).
-Nothing here knows these checkpoints: ids and sizes come from their configurations.
+A folder holds cases/<family>.json, tensors/<family>.safetensors and checkpoints/ (its README
+describes the fields). Nothing here knows these checkpoints: ids and sizes come from their
+configurations.
 """
 
 import json
@@ -27,7 +28,12 @@ from softar.diffusion.select import SELECTORS, Belief, Draws, believed, best, fi
 from softar.diffusion.soften import Slots, evolving, soft_mask, soft_token
 from softar.soft import Soft, dense, soft_embed
 
-FOLDERS = [Path(p) for p in os.environ.get("SOFTAR_GOLDEN", str(Path(__file__).parent / "golden")).split(os.pathsep)]
+FOLDERS = [
+    Path(p)
+    for p in os.environ.get("SOFTAR_GOLDEN", str(Path(__file__).parent / "golden")).split(
+        os.pathsep
+    )
+]
 SELECT = {
     "low_confidence": "confidence",
     "random": "random",
@@ -36,7 +42,11 @@ SELECT = {
     "topk_margin": "margin",
     "entropy": "entropy",
 }
-FAST_CACHE = {"generate": None, "generate_with_prefix_cache": "prefix", "generate_with_dual_cache": "dual"}
+FAST_CACHE = {
+    "generate": None,
+    "generate_with_prefix_cache": "prefix",
+    "generate_with_dual_cache": "dual",
+}
 VERSIONS = {"0d6d48d": "fast_dllm", "24cc59e": "fast_dllm_2025_06", "a9b81e4": "fast_dllm_2026_05"}
 
 
@@ -56,7 +66,8 @@ def test_case(folder, family, case):
     CHECKS[family](folder, family, case)
 
 
-# -- whole runs -------------------------------------------------------------------------------------------------------
+# -- whole runs
+# -------------------------------------------------------------------------------------------------------
 
 
 def run(folder, case, config, **options):
@@ -64,10 +75,18 @@ def run(folder, case, config, **options):
     model = checkpoint(folder, case["checkpoint"])
     mask = case.get("attention_mask")
     hidden = []
-    hook = model.model.register_forward_hook(lambda module, args, output: hidden.append(output.last_hidden_state))
+    hook = model.model.register_forward_hook(
+        lambda module, args, output: hidden.append(output.last_hidden_state)
+    )
     try:
-        output = denoise(model, torch.tensor(case["prompt_ids"]), None if mask is None else torch.tensor(mask),
-                         config=config, history=True, **options)  # fmt: skip
+        output = denoise(
+            model,
+            torch.tensor(case["prompt_ids"]),
+            None if mask is None else torch.tensor(mask),
+            config=config,
+            history=True,
+            **options,
+        )
     finally:
         hook.remove()
     with torch.no_grad():
@@ -140,17 +159,28 @@ def check_llada_seeded(folder, family, case):
 
 
 def check_pyramidal(folder, family, case):
-    check_run(folder, family, case, llada_config(folder, case, parity="pyramid", dilation=case["params"]["factor"]))
+    check_run(
+        folder,
+        family,
+        case,
+        llada_config(folder, case, parity="pyramid", dilation=case["params"]["factor"]),
+    )
 
 
 def check_fast(folder, family, case):
     p = case["params"]
-    rule = dict(factor=p["factor"]) if p.get("factor") is not None else dict(threshold=p.get("threshold"))
+    rule = (
+        dict(factor=p["factor"])
+        if p.get("factor") is not None
+        else dict(threshold=p.get("threshold"))
+    )
     config = dict(cache=FAST_CACHE[case["call"]], **rule)
     own = "fast_dllm_2026_05" if family == "fast_batch" else "fast_dllm"
     check_run(folder, family, case, llada_config(folder, case, parity=own, **config))
     for version, nfe in case.get("nfe_by_version", {}).items():
-        output, _ = run(folder, case, llada_config(folder, case, parity=VERSIONS[version], **config))
+        output, _ = run(
+            folder, case, llada_config(folder, case, parity=VERSIONS[version], **config)
+        )
         assert output.num_forwards == nfe, version
         ids = case.get("expected_ids_by_version", {}).get(version, case["expected_ids"])
         assert output.sequences.tolist() == ids, version
@@ -158,14 +188,25 @@ def check_fast(folder, family, case):
 
 def check_soft_dual(folder, family, case):
     p = case["params"]
-    knobs = dict(k=p["k_soft"], bias=0.5 if p["bias"] is None else p["bias"], renormalise=p["renormalize"])
-    config = dict(parity="soft_token", cache="dual", threshold=p["threshold"], soften="soft-token", soften_args=knobs)
+    knobs = dict(
+        k=p["k_soft"], bias=0.5 if p["bias"] is None else p["bias"], renormalise=p["renormalize"]
+    )
+    config = dict(
+        parity="soft_token",
+        cache="dual",
+        threshold=p["threshold"],
+        soften="soft-token",
+        soften_args=knobs,
+    )
     check_run(folder, family, case, llada_config(folder, case, **config))
 
 
 def check_evo_plain(folder, family, case):
     check_run(
-        folder, family, case, llada_config(folder, case, parity="evotoken", threshold=case["params"]["threshold"])
+        folder,
+        family,
+        case,
+        llada_config(folder, case, parity="evotoken", threshold=case["params"]["threshold"]),
     )
 
 
@@ -197,19 +238,31 @@ def check_dream(folder, family, case):
 
 
 def check_dream_conf(folder, family, case):
-    check_run(folder, family, case, dream_config(case, parity="dream_threshold", threshold=case["params"]["threshold"]))
+    check_run(
+        folder,
+        family,
+        case,
+        dream_config(case, parity="dream_threshold", threshold=case["params"]["threshold"]),
+    )
 
 
 def check_dream_block(folder, family, case):
     p = case["params"]
     threshold = p["threshold"] if p["alg"] == "confidence_threshold" else None
     cache = "dual" if p["dual_cache"] else "prefix"
-    config = dict(parity="dream_block", block_length=p["block_length"], cache=cache, threshold=threshold)
+    config = dict(
+        parity="dream_block", block_length=p["block_length"], cache=cache, threshold=threshold
+    )
     check_run(folder, family, case, dream_config(case, **config))
 
 
 def check_dream_sm(folder, family, case):
-    check_run(folder, family, case, dream_config(case, soften="soft-mask", soften_args=soft_mask_knobs(case["params"])))
+    check_run(
+        folder,
+        family,
+        case,
+        dream_config(case, soften="soft-mask", soften_args=soft_mask_knobs(case["params"])),
+    )
 
 
 def soft_mask_knobs(p):
@@ -218,13 +271,16 @@ def soft_mask_knobs(p):
         scale=p["transparency_scale"],
         centre=p["transparency_centre"],
         steepness=p["transparency_steepness"],
-        algorithm={"mixinputs_with_topk": "top-k", "mixinputs_with_temp": "temperature"}[p["transparency_alg"]],
+        algorithm={"mixinputs_with_topk": "top-k", "mixinputs_with_temp": "temperature"}[
+            p["transparency_alg"]
+        ],
         temperature=p["mixture_temp"],
         scheduling=p["transparency_scheduling"],
     )
 
 
-# -- forwards ---------------------------------------------------------------------------------------------------------
+# -- forwards
+# ---------------------------------------------------------------------------------------------------------
 
 
 def check_logits(folder, family, case):
@@ -243,7 +299,9 @@ def check_logits(folder, family, case):
         if "soft" in call:
             weights = tensor(folder, family, f"{case['id']}.prob")
             if case["renormalize"]:
-                weights = weights.clamp_min(0) / weights.clamp_min(0).sum(-1, keepdim=True).clamp_min(1e-12)
+                weights = weights.clamp_min(0) / weights.clamp_min(0).sum(
+                    -1, keepdim=True
+                ).clamp_min(1e-12)
             mixed = soft_embed(Soft(torch.tensor(case["soft_ids"]), weights), net.embedding)
             embeds = torch.where((ids[:, lo:hi] == facts(model).mask_id)[..., None], mixed, embeds)
         if call == "forward_from_mixture":
@@ -257,7 +315,8 @@ def check_logits(folder, family, case):
     torch.testing.assert_close(got[keep], want[keep], atol=1e-3, rtol=0)
 
 
-# -- single functions -------------------------------------------------------------------------------------------------
+# -- single functions
+# -------------------------------------------------------------------------------------------------
 
 
 def tensors_of(folder, family, case):
@@ -269,7 +328,8 @@ def no_draw():
 
 
 def believe(logits, where):
-    """The loop on logits [B, L, V] at temperature 0 -> proposals and probabilities [B, L], -inf off `where`."""
+    """The loop on logits [B, L, V] at temperature 0 -> proposals and probabilities [B, L], -inf off
+    `where`."""
     belief = Belief(logits[where])
     token = propose(belief, None, no_draw)
     prob = torch.full(where.shape, -torch.inf)
@@ -278,7 +338,8 @@ def believe(logits, where):
 
 
 def rule_for(parity, where, *, quota=None, **options):
-    """A public sampler's rule for one step, which a block of these masks begins; with a quota it has that many."""
+    """A public sampler's rule for one step, which a block of these masks begins; with a quota it
+    has that many."""
     count = where.sum(-1) if quota is None else torch.as_tensor(quota).expand(len(where))
     config = DenoiseConfig(parity=parity, **options)
     block = Block(0, where.shape[1], count, torch.ones_like(count))
@@ -304,7 +365,8 @@ def check_gumbel(folder, family, case):
         return
     scores = gumbel_scores(t["logits"], t["uniform"], temperature)
     assert scores.argmax(-1).tolist() == case["argmax"]
-    torch.testing.assert_close(scores.exp(), t["output"], rtol=1e-9, atol=0)  # the public form is not in logarithms
+    # the public form is not in logarithms
+    torch.testing.assert_close(scores.exp(), t["output"], rtol=1e-9, atol=0)
 
 
 def check_num_transfer(folder, family, case):
@@ -316,7 +378,9 @@ def check_num_transfer(folder, family, case):
 def check_transfer(folder, family, case):
     t, p = tensors_of(folder, family, case), case["params"]
     token, prob = believe(t["logits"], t["mask_index"])
-    rule = rule_for("fast_dllm", t["mask_index"], quota=p["num_transfer_tokens"], threshold=p["threshold"])
+    rule = rule_for(
+        "fast_dllm", t["mask_index"], quota=p["num_transfer_tokens"], threshold=p["threshold"]
+    )
     commit, _ = rule(step_of(prob, t["mask_index"]))
     assert columns(commit) == case["transfer_index"]
     for row, got in enumerate(torch.where(t["mask_index"], token, t["x"]).tolist()):
@@ -326,7 +390,9 @@ def check_transfer(folder, family, case):
 def check_dynamic(folder, family, case):
     t = tensors_of(folder, family, case)
     token, prob = believe(t["logits"], t["mask_index"])
-    commit, _ = rule_for("fast_dllm", t["mask_index"], factor=case["params"]["factor"])(step_of(prob, t["mask_index"]))
+    commit, _ = rule_for("fast_dllm", t["mask_index"], factor=case["params"]["factor"])(
+        step_of(prob, t["mask_index"])
+    )
     assert columns(commit) == case["transfer_index"]
     assert torch.where(t["mask_index"], token, t["x"]).tolist() == case["x0"]
     assert int(commit.sum()) == case["num_transferred"]
@@ -341,14 +407,26 @@ def check_soft(folder, family, case):
     net, ids, mask_id = parts(model), torch.tensor(case["ids"]), facts(model).mask_id
     masked = ids == mask_id
     _, prob = believe(t["logits"], masked)
-    assert columns(best(prob, masked, torch.tensor(p["num_transfer_tokens"]))) == case["transfer_index"]
-    slots = Slots(Belief(t["logits"].flatten(0, 1)), ids.flatten(), masked.flatten(), None, mask_id, net.embedding)
+    assert (
+        columns(best(prob, masked, torch.tensor(p["num_transfer_tokens"])))
+        == case["transfer_index"]
+    )
+    slots = Slots(
+        Belief(t["logits"].flatten(0, 1)),
+        ids.flatten(),
+        masked.flatten(),
+        None,
+        mask_id,
+        net.embedding,
+    )
     bias = 0.5 if p["bias"] is None else p["bias"]
     for name, renormalise in (("raw", False), ("normalized", True)):
         soft = soft_token(slots, k=p["k_soft"], bias=bias, renormalise=renormalise)
         assert soft.ids.view(*ids.shape, -1).tolist() == case["soft_ids"]
         if not renormalise:
-            torch.testing.assert_close(soft.weights.view_as(t["prob"]), t["prob"].clamp_min(0), atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                soft.weights.view_as(t["prob"]), t["prob"].clamp_min(0), atol=1e-6, rtol=0
+            )
         with torch.no_grad():
             mixed = soft_embed(soft, net.embedding).view(*ids.shape, -1)
             embeds = torch.where(masked[..., None], mixed, net.embedding(ids))
@@ -362,11 +440,14 @@ def check_sm_mixing(folder, family, case):
     ids, mask_id, logits = torch.tensor(case["ids"]), p["mask_token_id"], t["logits"]
     masked = ids == mask_id
     share = torch.full(ids.shape, case["num_mask"] / p["max_gen_length"]).flatten()
-    slots = Slots(Belief(logits.flatten(0, 1)), ids.flatten(), masked.flatten(), share, mask_id, None)
+    slots = Slots(
+        Belief(logits.flatten(0, 1)), ids.flatten(), masked.flatten(), share, mask_id, None
+    )
     got = dense(soft_mask(slots, **soft_mask_knobs(p)), logits.shape[-1])
     torch.testing.assert_close(got.view_as(t["output"]), t["output"], atol=1e-5, rtol=0)
     given = got.view_as(t["output"])[masked].gather(-1, torch.full((int(masked.sum()), 1), mask_id))
-    if "lambda_max" in case and p["transparency_alg"] == "mixinputs_with_topk":  # the belief may hold the mask too
+    # the belief may hold the mask too
+    if "lambda_max" in case and p["transparency_alg"] == "mixinputs_with_topk":
         assert (1 - given).max() <= max(case["lambda_max"], 0) + 1e-5
 
 
@@ -407,15 +488,24 @@ def check_evo_step(folder, family, case):
     assert after.tolist() == case["ids_after"]
     kept = torch.where(commit | revised, prob.double(), t["confidence_before"])
     torch.testing.assert_close(kept, t["confidence_after"], atol=1e-6, rtol=0)
-    slots = Slots(Belief(logits.flatten(0, 1)), after.flatten(), (after == p["mask_id"]).flatten(), None, 0, None)
+    slots = Slots(
+        Belief(logits.flatten(0, 1)),
+        after.flatten(),
+        (after == p["mask_id"]).flatten(),
+        None,
+        0,
+        None,
+    )
     soft = evolving(slots, k=p["k_soft"], alpha=p["alpha_soft_mask"])
     got = dense(soft, logits.shape[-1]).view(logits.shape)
     want = dense(Soft(torch.tensor(case["soft_ids"]), t["prob"]), logits.shape[-1])
-    inside = columns_in >= p["block_start"]  # what is left of it is one token of weight 1, which the loop never mixes
+    # what is left of it is one token of weight 1, which the loop never mixes
+    inside = columns_in >= p["block_start"]
     torch.testing.assert_close(got[:, inside], want[:, inside], atol=1e-6, rtol=0)
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- reading
+# ----------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -436,7 +526,11 @@ def tensor_names(folder, family):
 
 
 def tensor(folder, family, name):
-    return tensor_file(folder, family).get_tensor(name) if name in tensor_names(folder, family) else None
+    return (
+        tensor_file(folder, family).get_tensor(name)
+        if name in tensor_names(folder, family)
+        else None
+    )
 
 
 CHECKS = {

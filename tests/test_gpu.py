@@ -14,7 +14,9 @@ pytestmark = pytest.mark.gpu
 def test_hard_equals_generate(dtype):
     model = model_of("llama", dtype=dtype).cuda()
     ids, mask = (x.cuda() for x in left_padded(PROMPTS))
-    expected = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    expected = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False
+    )
     out = softar.generate(model, ids, mask, config=SoftConfig(mixer="hard", max_new_tokens=12))
     assert torch.equal(out.sequences, expected)
 
@@ -23,10 +25,16 @@ def test_hard_equals_generate(dtype):
 def test_a_cpu_generator_draws_the_same_on_the_gpu(mixer):
     ids, mask = left_padded(PROMPTS)
     config = SoftConfig(mixer=mixer, max_new_tokens=4)
-    here = softar.generate(model_of("llama"), ids, mask, config=config, rng=torch.Generator().manual_seed(0))
+    here = softar.generate(
+        model_of("llama"), ids, mask, config=config, rng=torch.Generator().manual_seed(0)
+    )
     model = model_of("llama").cuda()
-    there = softar.generate(model, ids.cuda(), mask.cuda(), config=config, rng=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(there.record.weights.cpu(), here.record.weights, rtol=1e-3, atol=1e-4)
+    there = softar.generate(
+        model, ids.cuda(), mask.cuda(), config=config, rng=torch.Generator().manual_seed(0)
+    )
+    torch.testing.assert_close(
+        there.record.weights.cpu(), here.record.weights, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_a_step_synchronises_once():

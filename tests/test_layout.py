@@ -19,19 +19,29 @@ import softar
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"softar": "softar", "diffusion": "softar.diffusion", "rl": "softar.rl"}
 WHERE = (
-    "import importlib.util as u; print(*(u.find_spec(n).origin for n in ('softar', 'softar.diffusion', 'softar.rl')))"
+    "import importlib.util as u; "
+    "print(*(u.find_spec(n).origin for n in ('softar', 'softar.diffusion', 'softar.rl')))"
 )
 
 
 def files(folder):
-    return [p for p in sorted((ROOT / folder).rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
+    return [
+        p
+        for p in sorted((ROOT / folder).rglob("*"))
+        if p.is_file() and "__pycache__" not in p.parts
+    ]
 
 
 def python(*arguments, cwd, **env):
     """What a fresh interpreter prints; PYTHONPATH only if given."""
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=clean | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     return done.stdout.strip()
@@ -43,7 +53,9 @@ def wheel(tmp_path_factory):
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
     for folder in [*PACKAGES, "recipes", "tests"]:
         if (ROOT / folder).is_dir():
-            shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__")
+            )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     python("-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(tree), cwd=tree)
@@ -54,7 +66,18 @@ def wheel(tmp_path_factory):
 @pytest.fixture(scope="module")
 def site(wheel, tmp_path_factory):
     target = tmp_path_factory.mktemp("site")
-    python("-m", "pip", "-qq", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=target)
+    python(
+        "-m",
+        "pip",
+        "-qq",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(target),
+        str(wheel),
+        cwd=target,
+    )
     return target
 
 
@@ -63,7 +86,11 @@ def test_wheel_is_the_tree(wheel):
     def inside(path, folder, package):
         return f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}"
 
-    tree = {inside(path, folder, package) for folder, package in PACKAGES.items() for path in files(folder)}
+    tree = {
+        inside(path, folder, package)
+        for folder, package in PACKAGES.items()
+        for path in files(folder)
+    }
     names = set(zipfile.ZipFile(wheel).namelist())
     info = {name for name in names if name.startswith(f"softar-{softar.__version__}.dist-info/")}
     assert names - info == tree
@@ -72,9 +99,12 @@ def test_wheel_is_the_tree(wheel):
 
 @pytest.mark.slow
 def test_regular_install(site, tmp_path):
-    """-S: without the site-packages of this interpreter, where an editable softar would help out."""
+    """-S: without the site-packages of this interpreter, where an editable softar would help
+    out."""
     places = python("-S", "-c", WHERE, cwd=tmp_path, PYTHONPATH=str(site)).split()
-    assert places == [str(site / p / "__init__.py") for p in ("softar", "softar/diffusion", "softar/rl")]
+    assert places == [
+        str(site / p / "__init__.py") for p in ("softar", "softar/diffusion", "softar/rl")
+    ]
 
 
 @pytest.mark.slow
@@ -112,7 +142,9 @@ def imports(path, package):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*parents[: len(parents) - node.level + 1], *filter(None, [node.module])])
+            base = ".".join(
+                [*parents[: len(parents) - node.level + 1], *filter(None, [node.module])]
+            )
             base = base if node.level else node.module
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
@@ -121,7 +153,8 @@ def inside(name, packages):
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-# The folders' own names, recipes and tests are importable from the checkout root only, so nobody imports them.
+# The folders' own names, recipes and tests are importable from the checkout root only, so nobody
+# imports them.
 NOBODY = ["diffusion", "rl", "recipes", "tests"]
 FORBIDDEN = {
     "softar": ["softar.diffusion", "softar.rl", *NOBODY],
@@ -139,7 +172,8 @@ def test_imports_point_one_way(folder):
             assert not against, f"{path.relative_to(ROOT)} imports {against}"
 
 
-# softar/ from the ground up: a module or room may import, inside a function too, only what stands on a lower floor.
+# softar/ from the ground up: a module or room may import, inside a function too, only what stands
+# on a lower floor.
 FLOORS = [
     ("soft", "models", "tasks", "results", "training"),
     ("mixers",),
@@ -156,11 +190,15 @@ BESIDE = {"recipe": {"tasks", "results"}}  # what the recipes share stands on no
 
 
 def modules():
-    """Every module of the project's packages: name -> (file, package that its relative imports count from)."""
+    """Every module of the project's packages: name -> (file, package that its relative imports
+    count from)."""
     for folder, package in PACKAGES.items():
         for path in files(folder):
             if path.suffix == ".py":
-                parts = [*package.split("."), *path.relative_to(ROOT / folder).with_suffix("").parts]
+                parts = [
+                    *package.split("."),
+                    *path.relative_to(ROOT / folder).with_suffix("").parts,
+                ]
                 is_package = parts[-1] == "__init__"
                 name = ".".join(parts[:-1] if is_package else parts)
                 yield name, path, name if is_package else name.rpartition(".")[0]
@@ -177,13 +215,17 @@ def arrows():
         return name
 
     return {
-        name: {module_of(target) for target in imports(path, package) if inside(target, ["softar"])} - {name}
+        name: {module_of(target) for target in imports(path, package) if inside(target, ["softar"])}
+        - {name}
         for name, path, package in modules()
     }
 
 
 def test_every_room_stands_on_a_floor():
-    rooms = {name.split(".")[1] for name in arrows() if name.startswith("softar.")} - {"diffusion", "rl"}
+    rooms = {name.split(".")[1] for name in arrows() if name.startswith("softar.")} - {
+        "diffusion",
+        "rl",
+    }
     assert rooms == {*FLOOR, *BESIDE}
 
 
@@ -195,7 +237,11 @@ def test_imports_go_down():
             continue
         for target in targets - {"softar"}:
             other = target.split(".")[1]
-            allowed = other in BESIDE[room] if room in BESIDE else other == room or FLOOR.get(other, 99) < FLOOR[room]
+            allowed = (
+                other in BESIDE[room]
+                if room in BESIDE
+                else other == room or FLOOR.get(other, 99) < FLOOR[room]
+            )
             if not allowed:
                 wrong.append(f"{name} imports {target}")
     assert not wrong
@@ -203,7 +249,8 @@ def test_imports_go_down():
 
 def test_no_import_circle():
     left = {name: {*targets} for name, targets in arrows().items()}
-    left.pop("softar")  # a folder of names, each loaded when it is first used; nothing of it is needed to load a module
+    # a folder of names, each loaded when it is first used; nothing of it is needed to load a module
+    left.pop("softar")
     while free := [name for name, targets in left.items() if not targets & left.keys()]:
         for name in free:
             del left[name]
@@ -217,14 +264,24 @@ def test_no_module_takes_anothers_private_name():
             if path.suffix != ".py":
                 continue
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("softar")):
-                    names = [a.name for a in node.names if a.name.startswith("_") and not a.name.startswith("__")]
-                    wrong += [f"{path.relative_to(ROOT)}: from {node.module} import {name}" for name in names]
+                if isinstance(node, ast.ImportFrom) and (
+                    node.level or (node.module or "").startswith("softar")
+                ):
+                    names = [
+                        a.name
+                        for a in node.names
+                        if a.name.startswith("_") and not a.name.startswith("__")
+                    ]
+                    wrong += [
+                        f"{path.relative_to(ROOT)}: from {node.module} import {name}"
+                        for name in names
+                    ]
     assert not wrong
 
 
 def test_softar_names_diffusion_in_three_strings():
-    """By name, as imports point the other way: the families, the models of the other kind, lm-eval's second model."""
+    """By name, as imports point the other way: the families, the models of the other kind,
+    lm-eval's second model."""
     homes = {
         "softar/decoders/registry.py": "softar.diffusion.decoders",
         "softar/decoders/kinds.py": "softar.diffusion.models",
@@ -233,9 +290,14 @@ def test_softar_names_diffusion_in_three_strings():
     named = {}
     for path in files("softar"):
         if path.suffix == ".py":
-            strings = [n.value for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-                       if isinstance(n, ast.Constant) and isinstance(n.value, str)]  # fmt: skip
-            modules_named = [s for s in strings if re.fullmatch(r"softar\.(diffusion|rl)(\.\w+)*", s)]
+            strings = [
+                n.value
+                for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            ]
+            modules_named = [
+                s for s in strings if re.fullmatch(r"softar\.(diffusion|rl)(\.\w+)*", s)
+            ]
             if modules_named:
                 named[path.relative_to(ROOT).as_posix()] = modules_named
     assert named == {file: [name] for file, name in homes.items()}
@@ -247,13 +309,19 @@ def test_import_is_light(tmp_path):
 
 
 def test_public_names():
-    """Each resolves, also after its submodule was imported, and none is hidden by a submodule of the same name."""
+    """Each resolves, also after its submodule was imported, and none is hidden by a submodule of
+    the same name."""
     for module in set(softar._HOME.values()):
         import_module(module)
     for name in softar.__all__:
         assert not isinstance(getattr(softar, name), types.ModuleType), name
     assert {*softar.__all__} <= {*dir(softar)}
-    for package in (softar, import_module("softar.vllm"), import_module("softar.diffusion"), import_module("softar.rl")):
+    for package in (
+        softar,
+        import_module("softar.vllm"),
+        import_module("softar.diffusion"),
+        import_module("softar.rl"),
+    ):
         inside = {path.stem for path in Path(package.__file__).parent.iterdir()}
         assert not {*package.__all__} & inside, package.__name__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -265,7 +333,9 @@ def test_tree_names_no_machine():
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout: which files belong to the tree is not known")
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
+    names = subprocess.run(
+        command, cwd=ROOT, capture_output=True, check=True, text=True
+    ).stdout.split("\0")
     hosts = ["pypi" + ".org", "python" + "hosted", "registry.npm" + "js", "deb.debian" + ".org"]
     pattern = r"(?<![\w.])/(?:opt|work)/|file:" + "//|" + "|".join(map(re.escape, hosts))
     found = [

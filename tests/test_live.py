@@ -19,7 +19,9 @@ spec.loader.exec_module(recipe)
 
 
 def run(*args):
-    return subprocess.run([sys.executable, "recipes/denoise.py", *args], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "recipes/denoise.py", *args], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_demo():
@@ -29,7 +31,9 @@ def test_demo():
 
 
 def test_infilling():
-    done = run("--gen_length", "0", "--prompt", "<bos> D1 D2 D3 D4 -> _ S7 _ S1 <eos>", "--soften", "slerp")
+    done = run(
+        "--gen_length", "0", "--prompt", "<bos> D1 D2 D3 D4 -> _ S7 _ S1 <eos>", "--soften", "slerp"
+    )
     assert done.returncode == 0, done.stderr
     assert "2 tokens in 2 forwards" in done.stdout and " S7 " in done.stdout
 
@@ -57,7 +61,9 @@ def frames(config, prompt="<bos> D1 D1 D1 D2 ->"):
     inputs = tokenizer(prompt, return_tensors="pt")
     view = recipe.View(tokenizer, model.config.mask_token_id, inputs.input_ids, config, 0.0)
     shown = [view.frame()]
-    denoise(model, inputs.input_ids, config=config, callback=lambda seen: shown.append(view.frame(seen)))
+    denoise(
+        model, inputs.input_ids, config=config, callback=lambda seen: shown.append(view.frame(seen))
+    )
     out = []
     for frame in shown:
         console = Console(width=100, record=True, force_terminal=True, file=open("/dev/null", "w"))

@@ -1,4 +1,5 @@
-"""lm-eval's models: soft generation, discrete likelihoods, the diffusion bound; on local task files."""
+"""lm-eval's models: soft generation, discrete likelihoods, the diffusion bound; on local task
+files."""
 
 import dataclasses
 import json
@@ -21,7 +22,9 @@ from softar.evals.lm_eval import BadArgument, SoftarLM, main
 from tests.test_models import write_gguf
 from tests.tiny import model_of, tokenizer_of
 
-PROMPTS = [" ".join(["<bos>", f"w{20 + i}", f"w{6 + i}", f"w{40 - i}"][: 2 + i % 3]) for i in range(12)]
+PROMPTS = [
+    " ".join(["<bos>", f"w{20 + i}", f"w{6 + i}", f"w{40 - i}"][: 2 + i % 3]) for i in range(12)
+]
 CHAT = "{% for m in messages %}<think> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}</think>{% endif %}"
 MNNS = ["<bos> D5 D3 D2 D4 ->", "<bos> D1 D1 D1 D2 ->", "<bos> D9 D2 D4 D4 ->"]
 
@@ -49,7 +52,10 @@ def hf(folder):
 def tasks(tmp_path_factory):
     """Two tasks as files, one generated and one of multiple choice, on twelve rows."""
     place = tmp_path_factory.mktemp("tasks")
-    rows = [dict(question=p, gold=f"w{i}", options=["w7", "w8 w9", "w11"], label=i % 3) for i, p in enumerate(PROMPTS)]
+    rows = [
+        dict(question=p, gold=f"w{i}", options=["w7", "w8 w9", "w11"], label=i % 3)
+        for i, p in enumerate(PROMPTS)
+    ]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = f"""
 dataset_path: json
@@ -76,7 +82,10 @@ def manager(tasks):
 
 
 def asked(prompts, **settings):
-    return [Instance("generate_until", {}, (p, {"max_gen_toks": 8} | settings), i) for i, p in enumerate(prompts)]
+    return [
+        Instance("generate_until", {}, (p, {"max_gen_toks": 8} | settings), i)
+        for i, p in enumerate(prompts)
+    ]
 
 
 def likely(pairs):
@@ -84,23 +93,37 @@ def likely(pairs):
 
 
 def responses(results, task):
-    return [sample["resps"] for sample in sorted(results["samples"][task], key=lambda s: s["doc_id"])]
+    return [
+        sample["resps"] for sample in sorted(results["samples"][task], key=lambda s: s["doc_id"])
+    ]
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_hard_is_hflm_greedy_and_likelihoods_are_the_discrete_models(folder, hf, manager, chat):
     """Also with mixer=gumbel a likelihood is that of the model itself."""
-    common = dict(tasks=["generated", "chosen"], task_manager=manager, apply_chat_template=chat, log_samples=True,
-                  limit=9, bootstrap_iters=0)  # fmt: skip
+    common = dict(
+        tasks=["generated", "chosen"],
+        task_manager=manager,
+        apply_chat_template=chat,
+        log_samples=True,
+        limit=9,
+        bootstrap_iters=0,
+    )
     theirs = simple_evaluate(hf, **common)
-    ours = simple_evaluate("softar", model_args=f"pretrained={folder},mixer=hard", device="cpu", batch_size=3, **common)
-    soft = simple_evaluate("softar", model_args=f"model={folder},mixer=gumbel", batch_size=4, **common)
+    ours = simple_evaluate(
+        "softar", model_args=f"pretrained={folder},mixer=hard", device="cpu", batch_size=3, **common
+    )
+    soft = simple_evaluate(
+        "softar", model_args=f"model={folder},mixer=gumbel", batch_size=4, **common
+    )
     assert len(responses(ours, "generated")) == 9
     assert len({str(r) for r in responses(ours, "generated")}) > 5
     assert responses(ours, "generated") == responses(theirs, "generated")
     assert responses(soft, "generated") != responses(theirs, "generated")
     for found in (ours, soft):
-        for mine, other in zip(responses(found, "chosen"), responses(theirs, "chosen"), strict=True):
+        for mine, other in zip(
+            responses(found, "chosen"), responses(theirs, "chosen"), strict=True
+        ):
             assert [r[0][1] for r in mine] == [r[0][1] for r in other]
             assert [r[0][0] for r in mine] == pytest.approx([r[0][0] for r in other], abs=1e-4)
         assert found["results"]["chosen"] == pytest.approx(theirs["results"]["chosen"])
@@ -133,25 +156,41 @@ def test_a_task_sees_the_answer_and_its_stop_strings_do_not_cut_the_thought(fold
     apart = [i for i in range(12) if thoughts[i] not in answers[i] and len(answers[i].split()) == 4]
     assert len(apart) > 3
     for i in apart:
-        assert lm.generate_until(asked(PROMPTS[i : i + 1], until=[thoughts[i]]), disable_tqdm=True) == [answers[i]]
+        assert lm.generate_until(
+            asked(PROMPTS[i : i + 1], until=[thoughts[i]]), disable_tqdm=True
+        ) == [answers[i]]
         stop = answers[i].split()[1]
         cut = answers[i].split(stop)[0]
-        assert lm.generate_until(asked(PROMPTS[i : i + 1], until=[stop]), disable_tqdm=True) == [cut]
+        assert lm.generate_until(asked(PROMPTS[i : i + 1], until=[stop]), disable_tqdm=True) == [
+            cut
+        ]
 
 
 def test_stop_strings_wait_for_the_end_of_the_thought(folder):
     lm = SoftarLM(folder, budget=3, think_end="</think>", mixer="hard", batch_size=12)
     answers = lm.generate_until(asked(PROMPTS), disable_tqdm=True)
     inputs = lm.tokenizer(PROMPTS, return_tensors="pt", padding=True)
-    thoughts = softar.generate(lm.model, **inputs, config=dataclasses.replace(lm.soft, max_new_tokens=8)).completions
-    apart = [i for i in range(12) if lm.tokenizer.decode(thoughts[i, :1]) not in answers[i].split() and answers[i]]
+    thoughts = softar.generate(
+        lm.model, **inputs, config=dataclasses.replace(lm.soft, max_new_tokens=8)
+    ).completions
+    apart = [
+        i
+        for i in range(12)
+        if lm.tokenizer.decode(thoughts[i, :1]) not in answers[i].split() and answers[i]
+    ]
     assert len(apart) > 3
     for i in apart:  # a string of the thought does not end the row
         stop = lm.tokenizer.decode(thoughts[i, :1])
-        assert lm.generate_until(asked(PROMPTS[i : i + 1], until=[stop]), disable_tqdm=True) == [answers[i]]
+        assert lm.generate_until(asked(PROMPTS[i : i + 1], until=[stop]), disable_tqdm=True) == [
+            answers[i]
+        ]
     steps = []
     lm.model.register_forward_hook(lambda *_: steps.append(None))
-    tried = [(prompt, answer) for prompt, answer in zip(PROMPTS, answers) if len(set(answer.split())) == 4]
+    tried = [
+        (prompt, answer)
+        for prompt, answer in zip(PROMPTS, answers)
+        if len(set(answer.split())) == 4
+    ]
     assert len(tried) > 3
     for prompt, answer in tried:
         stop = answer.split()[2]
@@ -183,9 +222,16 @@ def test_sampling_of_a_task_is_of_the_discrete_text(folder):
     greedy = hard.generate_until(asked(PROMPTS), disable_tqdm=True)
     assert hard.generate_until(asked(PROMPTS, **hot), disable_tqdm=True) != greedy
     assert hard.generate_until(asked(PROMPTS, **hot, top_k=1), disable_tqdm=True) == greedy
-    assert hard.generate_until(asked(PROMPTS, do_sample=False, temperature=0.0), disable_tqdm=True) == greedy
+    assert (
+        hard.generate_until(asked(PROMPTS, do_sample=False, temperature=0.0), disable_tqdm=True)
+        == greedy
+    )
     settings, _ = SoftarLM(folder, budget=2)._settings({**hot, "top_p": 0.5}, 8)
-    assert (settings.answer_temperature, settings.answer_top_p, settings.temperature) == (3.0, 0.5, 1.0)
+    assert (settings.answer_temperature, settings.answer_top_p, settings.temperature) == (
+        3.0,
+        0.5,
+        1.0,
+    )
     settings, _ = SoftarLM(folder, budget=2, answer_temperature=0.7)._settings(hot, 8)
     assert settings.answer_temperature == 0.7
     with pytest.raises(BadArgument, match="whole text is the thought"):
@@ -205,11 +251,18 @@ def test_names_and_the_config_beside_a_model(folder, tmp_path):
     own = tmp_path / "own"
     plain.model.save_pretrained(own)
     plain.tokenizer.save_pretrained(own)
-    saved = softar.SoftConfig(mixer="gumbel", mixer_args={"tau": 0.1}, think_end="</think>", max_new_tokens=9)
+    saved = softar.SoftConfig(
+        mixer="gumbel", mixer_args={"tau": 0.1}, think_end="</think>", max_new_tokens=9
+    )
     saved.save(own)
     assert SoftarLM(str(own)).soft == dataclasses.replace(saved, think_end=(4,))
     changed = SoftarLM(str(own), mixer="hard", top_k=None, banned=[1, 2]).soft
-    assert (changed.mixer, changed.mixer_args, changed.top_k, changed.banned) == ("hard", {}, None, (1, 2))
+    assert (changed.mixer, changed.mixer_args, changed.top_k, changed.banned) == (
+        "hard",
+        {},
+        None,
+        (1, 2),
+    )
     assert changed.max_new_tokens == 9
 
 
@@ -232,14 +285,25 @@ def test_names_and_the_config_beside_a_model(folder, tmp_path):
             "model=mnns-diffusion-tiny,mixer=soft",
             "['mixer'] are unknown to --model softar-diffusion",
         ),
-        ("softar-diffusion", "model=mnns-diffusion-tiny,samples=0", "samples=0, samples_batch=32 must be at least 1"),
-        ("softar-diffusion", "model=mnns-diffusion-tiny,threshold=2", "threshold=2 must lie in (0, 1]"),
+        (
+            "softar-diffusion",
+            "model=mnns-diffusion-tiny,samples=0",
+            "samples=0, samples_batch=32 must be at least 1",
+        ),
+        (
+            "softar-diffusion",
+            "model=mnns-diffusion-tiny,threshold=2",
+            "threshold=2 must lie in (0, 1]",
+        ),
         ("softar-diffusion", "model=mnns-diffusion-tiny,batch_size=auto", "batch_size='auto'"),
     ],
 )
 def test_wrong_arguments_are_one_line(model, arguments, message, capsys, monkeypatch):
-    """lm-eval's own command is left out: it reads its thousands of task files before it opens a model."""
-    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: get_model(model).create_from_arg_string(arguments))
+    """lm-eval's own command is left out: it reads its thousands of task files before it opens a
+    model."""
+    monkeypatch.setattr(
+        "lm_eval.__main__.cli_evaluate", lambda: get_model(model).create_from_arg_string(arguments)
+    )
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
@@ -248,7 +312,8 @@ def test_wrong_arguments_are_one_line(model, arguments, message, capsys, monkeyp
 
 
 def test_model_args_go_before_the_commands_own_options(folder):
-    """lm-eval hands over its --device, cuda:0 where none is given, and its --batch_size beside them."""
+    """lm-eval hands over its --device, cuda:0 where none is given, and its --batch_size beside
+    them."""
     told = {"device": "cuda:0", "batch_size": 3, "max_batch_size": None}
     for create, arguments in (
         (SoftarLM.create_from_arg_obj, dict(pretrained=folder, device="cpu", batch_size=2)),
@@ -272,15 +337,26 @@ def test_a_device_that_is_not_there_is_one_line(model, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         main()
     (line,) = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and line.startswith("softar-eval: error: device='cuda': there is no CUDA device")
+    assert stopped.value.code == 2 and line.startswith(
+        "softar-eval: error: device='cuda': there is no CUDA device"
+    )
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--tasks", "gsm9k,chosen"], "Tasks not found: gsm9k; `softar-eval ls tasks` lists all there are"),
-        ([], "No tasks specified, or no tasks found. Please verify the task names; `softar-eval ls"),
-        (["--tasks", "empty"], "No tasks specified, or no tasks found. Please verify the task names; `softar-eval ls"),
+        (
+            ["--tasks", "gsm9k,chosen"],
+            "Tasks not found: gsm9k; `softar-eval ls tasks` lists all there are",
+        ),
+        (
+            [],
+            "No tasks specified, or no tasks found. Please verify the task names; `softar-eval ls",
+        ),
+        (
+            ["--tasks", "empty"],
+            "No tasks specified, or no tasks found. Please verify the task names; `softar-eval ls",
+        ),
     ],
 )
 def test_an_unknown_task_is_one_line(words, message, tasks, tmp_path, capsys, monkeypatch):
@@ -289,14 +365,30 @@ def test_an_unknown_task_is_one_line(words, message, tasks, tmp_path, capsys, mo
     (tmp_path / "empty").mkdir()
     plain = TaskManager.__init__
     monkeypatch.setattr(
-        TaskManager, "__init__", lambda self, **given: plain(self, **given | {"include_defaults": False})
+        TaskManager,
+        "__init__",
+        lambda self, **given: plain(self, **given | {"include_defaults": False}),
     )
-    command = ["softar-eval", "--model", "softar", "--model_args", "pretrained=mnns-tiny", "--include_path", str(tasks)]
+    command = [
+        "softar-eval",
+        "--model",
+        "softar",
+        "--model_args",
+        "pretrained=mnns-tiny",
+        "--include_path",
+        str(tasks),
+    ]
     monkeypatch.setattr(sys, "argv", [*command, *words])
     with pytest.raises(SystemExit) as stopped:
         main()
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("softar-eval: ")]
-    assert stopped.value.code == 2 and len(said) == 1 and said[0].startswith(f"softar-eval: error: {message}")
+    said = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("softar-eval: ")
+    ]
+    assert (
+        stopped.value.code == 2
+        and len(said) == 1
+        and said[0].startswith(f"softar-eval: error: {message}")
+    )
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):
@@ -310,9 +402,27 @@ def test_other_errors_keep_their_traceback(monkeypatch):
 
 def test_command(tasks, tmp_path):
     """As its users call it, with one of each model; the names come from the import."""
-    command = [sys.executable, "-c", "from softar.evals.lm_eval import main; main()", "--include_path", str(tasks),
-               "--tasks", "chosen,generated", "--limit", "3", "--output_path", str(tmp_path), "--batch_size", "2",
-               "--model", "softar", "--model_args", "pretrained=mnns-tiny,mixer=gumbel", "--seed", "5"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        "from softar.evals.lm_eval import main; main()",
+        "--include_path",
+        str(tasks),
+        "--tasks",
+        "chosen,generated",
+        "--limit",
+        "3",
+        "--output_path",
+        str(tmp_path),
+        "--batch_size",
+        "2",
+        "--model",
+        "softar",
+        "--model_args",
+        "pretrained=mnns-tiny,mixer=gumbel",
+        "--seed",
+        "5",
+    ]
     rows = [dict(question=p, gold="S0", options=["S0", "S1 S2", "S3"], label=0) for p in MNNS]
     text = (tasks / "rows.jsonl").read_text()
     try:  # words that the embedded models know
@@ -324,7 +434,10 @@ def test_command(tasks, tmp_path):
     assert "exact_match" in done.stdout and "|chosen" in done.stdout
     (file,) = tmp_path.glob("**/results_*.json")
     results = json.loads(file.read_text())
-    assert set(results["results"]) == {"chosen", "generated"} and results["config"]["model"] == "softar"
+    assert (
+        set(results["results"]) == {"chosen", "generated"}
+        and results["config"]["model"] == "softar"
+    )
     assert results["n-samples"]["chosen"]["effective"] == 3
     assert get_model("softar") is SoftarLM and get_model("softar-diffusion") is SoftarDiffusionLM
 
@@ -345,27 +458,40 @@ def test_diffusion_generates_as_denoise_does():
     # 5 tokens are two blocks of 4, cut again; a gen_length of the model's goes before the task's
     five = lm.generate_until(asked(MNNS, max_gen_toks=3), disable_tqdm=True)
     assert [len(text.split()) for text in five] == [3, 3, 3]
-    longer = SoftarDiffusionLM("mnns-diffusion-tiny", gen_length=8, block_length=4, soften="soft-token")
+    longer = SoftarDiffusionLM(
+        "mnns-diffusion-tiny", gen_length=8, block_length=4, soften="soft-token"
+    )
     assert longer.generate_until(asked(MNNS, max_gen_toks=2), disable_tqdm=True) == texts
     stop = texts[0].split()[2]
-    assert lm.generate_until(asked(MNNS[:1], until=[stop]), disable_tqdm=True) == [texts[0].split(stop)[0]]
+    assert lm.generate_until(asked(MNNS[:1], until=[stop]), disable_tqdm=True) == [
+        texts[0].split(stop)[0]
+    ]
     # So does each end that the model knows of, though no task names it: a turn's, say
-    lm.model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(stop)]
+    lm.model.generation_config.eos_token_id = [
+        tokenizer.eos_token_id,
+        tokenizer.convert_tokens_to_ids(stop),
+    ]
     cut = texts[0].split(stop)[0].strip()
     assert [t.strip() for t in lm.generate_until(asked(MNNS[:1]), disable_tqdm=True)] == [cut]
 
 
 def test_diffusion_draws_depend_on_seed_and_request_alone():
     def texts(batch_size=3, **options):
-        lm = SoftarDiffusionLM("mnns-diffusion-tiny", temperature=2.0, batch_size=batch_size, **options)
+        lm = SoftarDiffusionLM(
+            "mnns-diffusion-tiny", temperature=2.0, batch_size=batch_size, **options
+        )
         return lm.generate_until(asked(MNNS, do_sample=True), disable_tqdm=True)
 
     assert texts(seed=1) == texts(seed=1, batch_size=1)
     assert texts(seed=1) != texts(seed=2)
     with pytest.raises(BadArgument, match="denoised greedily"):
-        SoftarDiffusionLM("mnns-diffusion-tiny").generate_until(asked(MNNS, do_sample=True), disable_tqdm=True)
+        SoftarDiffusionLM("mnns-diffusion-tiny").generate_until(
+            asked(MNNS, do_sample=True), disable_tqdm=True
+        )
     with pytest.raises(BadArgument, match="repetition_penalty"):
-        SoftarDiffusionLM("mnns-diffusion-tiny").generate_until(asked(MNNS, repetition_penalty=2), disable_tqdm=True)
+        SoftarDiffusionLM("mnns-diffusion-tiny").generate_until(
+            asked(MNNS, repetition_penalty=2), disable_tqdm=True
+        )
     with pytest.raises(BadArgument, match="do not fit into the model's 64 positions"):
         lm = SoftarDiffusionLM("mnns-diffusion-tiny", gen_length=60)
         lm.generate_until(asked(MNNS, max_gen_toks=4), disable_tqdm=True)
@@ -384,7 +510,9 @@ def test_diffusion_likelihood_is_the_bound():
     pair = (MNNS[0], " S5 S2 S4")
     answer = torch.tensor([False] * len(prompt) + [True] * 3)
     whole = torch.tensor(tokenizer(pair[0] + pair[1])["input_ids"])
-    truth = log_likelihood(model, whole, answer, samples=3000, batch_size=300, rng=torch.Generator().manual_seed(1))
+    truth = log_likelihood(
+        model, whole, answer, samples=3000, batch_size=300, rng=torch.Generator().manual_seed(1)
+    )
     many = SoftarDiffusionLM("mnns-diffusion-tiny", samples=3000, samples_batch=300, seed=0)
     few = [lm.loglikelihood(likely([pair]), disable_tqdm=True)[0][0] for _ in range(8)]
     close = many.loglikelihood(likely([pair]), disable_tqdm=True)[0][0]
@@ -395,24 +523,37 @@ def test_diffusion_likelihood_is_the_bound():
 def test_diffusion_says_whether_a_continuation_is_greedy():
     model, tokenizer = diffusion.load("mnns-diffusion-tiny")
     inputs = tokenizer(MNNS[:1], return_tensors="pt")
-    out = diffusion.denoise(model, **inputs, config=diffusion.DenoiseConfig(gen_length=3, soften="hard"))
+    out = diffusion.denoise(
+        model, **inputs, config=diffusion.DenoiseConfig(gen_length=3, soften="hard")
+    )
     greedy = " " + tokenizer.decode(out.completions[0])
     pairs = [(MNNS[0], greedy), (MNNS[0], " S1 S1 S1")]
     lm = SoftarDiffusionLM("mnns-diffusion-tiny", samples=2)
-    assert [is_greedy for _, is_greedy in lm.loglikelihood(likely(pairs), disable_tqdm=True)] == [True, False]
+    assert [is_greedy for _, is_greedy in lm.loglikelihood(likely(pairs), disable_tqdm=True)] == [
+        True,
+        False,
+    ]
     lm = SoftarDiffusionLM("mnns-diffusion-tiny", samples=2, check_greedy=False)
-    assert [is_greedy for _, is_greedy in lm.loglikelihood(likely(pairs), disable_tqdm=True)] == [False, False]
+    assert [is_greedy for _, is_greedy in lm.loglikelihood(likely(pairs), disable_tqdm=True)] == [
+        False,
+        False,
+    ]
 
 
 def test_diffusion_chooses(tmp_path):
-    """A trained model finds the right answer of MNNS among four twice as often as by chance, through a task file."""
-    test = [row for row in softar.load_task("mnns").test if row["answer"] in ("S0", "S1", "S2", "S3")][:32]
+    """A trained model finds the right answer of MNNS among four twice as often as by chance,
+    through a task file."""
+    test = [
+        row for row in softar.load_task("mnns").test if row["answer"] in ("S0", "S1", "S2", "S3")
+    ][:32]
     rows = [
-        dict(question=row["prompt"] + row["completion"].rsplit(" ", 1)[0],
-             options=["S0 <eos>", "S1 <eos>", "S2 <eos>", "S3 <eos>"],
-             label=int(row["answer"][1:]))
+        dict(
+            question=row["prompt"] + row["completion"].rsplit(" ", 1)[0],
+            options=["S0 <eos>", "S1 <eos>", "S2 <eos>", "S3 <eos>"],
+            label=int(row["answer"][1:]),
+        )
         for row in test
-    ]  # fmt: skip
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mnns.yaml").write_text(f"""task: mnns_choice
 dataset_path: json
@@ -425,6 +566,11 @@ doc_to_target: label
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    found = simple_evaluate("softar-diffusion", model_args="model=mnns-diffusion-tiny,samples=16,check_greedy=False",
-                            tasks=["mnns_choice"], task_manager=manager, bootstrap_iters=0)  # fmt: skip
+    found = simple_evaluate(
+        "softar-diffusion",
+        model_args="model=mnns-diffusion-tiny,samples=16,check_greedy=False",
+        tasks=["mnns_choice"],
+        task_manager=manager,
+        bootstrap_iters=0,
+    )
     assert found["results"]["mnns_choice"]["acc,none"] >= 0.5

@@ -1,6 +1,8 @@
-"""The mixers: exact samples, limits that equal each other, gradients, and random numbers row by row.
+"""The mixers: exact samples, limits that equal each other, gradients, and random numbers row by
+row.
 
-Statistical tests run on fixed seeds. Their thresholds would fail a correct mixer with another seed once in a million.
+Statistical tests run on fixed seeds. Their thresholds would fail a correct mixer with another seed
+once in a million.
 """
 
 import inspect
@@ -71,7 +73,8 @@ def test_the_chi_square_of_this_test_can_fail():
         assert_drawn_from(tokens, p=torch.tensor([0.43, 0.24, 0.0, 0.17, 0.1, 0.06]))
 
 
-# ----------------------------------------------------------------------------------------- what all share
+# ----------------------------------------------------------------------------------------- what all
+# share
 
 
 def test_one_signature():
@@ -81,7 +84,10 @@ def test_one_signature():
         assert [p.name for p in parameters[:2]] == ["dist", "rng"], name
         assert parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
         for p in parameters[1:]:
-            assert p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is not inspect.Parameter.empty, (name, p)
+            assert (
+                p.kind is inspect.Parameter.KEYWORD_ONLY
+                and p.default is not inspect.Parameter.empty
+            ), (name, p)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -99,7 +105,9 @@ def test_what_every_mixer_returns(name, seed, shape, top_k, min_p):
     assert isinstance(mixed, Mixed)
     soft, token, logp = mixed
     assert torch.equal(dist.ids, before[0]) and torch.equal(dist.weights, before[1])
-    assert soft.ids.shape == soft.weights.shape and soft.ids.shape[:-1] == token.shape == tuple(shape)
+    assert soft.ids.shape == soft.weights.shape and soft.ids.shape[:-1] == token.shape == tuple(
+        shape
+    )
     assert soft.ids.dtype == token.dtype == torch.int64 and soft.weights.dtype == torch.float32
     torch.testing.assert_close(soft.weights.sum(-1), torch.ones(shape))
     assert (soft.weights >= 0).all()
@@ -109,11 +117,15 @@ def test_what_every_mixer_returns(name, seed, shape, top_k, min_p):
     assert (fed[support == 0] == 0).all()
     if name in ("soft", "dirichlet"):
         assert logp is None
-        assert torch.equal(token, soft.ids.gather(-1, soft.weights.argmax(-1, keepdim=True))[..., 0])
+        assert torch.equal(
+            token, soft.ids.gather(-1, soft.weights.argmax(-1, keepdim=True))[..., 0]
+        )
     elif not name.startswith("k-samples"):
         torch.testing.assert_close(logp, support.gather(-1, token[..., None])[..., 0].log())
     if name == "gumbel":
-        assert torch.equal(token, soft.ids.gather(-1, soft.weights.argmax(-1, keepdim=True))[..., 0])
+        assert torch.equal(
+            token, soft.ids.gather(-1, soft.weights.argmax(-1, keepdim=True))[..., 0]
+        )
 
 
 @pytest.mark.parametrize("name", DRAWING)
@@ -122,8 +134,12 @@ def test_same_rng_same_result_and_the_global_one_is_left_alone(name):
     state = torch.random.get_rng_state()
     first, again, other = (mixer(dist, rng=seeded(s)) for s in (5, 5, 6))
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.equal(first.token, again.token) and torch.equal(first.soft.weights, again.soft.weights)
-    assert not torch.equal(first.soft.weights, other.soft.weights) or not torch.equal(first.soft.ids, other.soft.ids)
+    assert torch.equal(first.token, again.token) and torch.equal(
+        first.soft.weights, again.soft.weights
+    )
+    assert not torch.equal(first.soft.weights, other.soft.weights) or not torch.equal(
+        first.soft.ids, other.soft.ids
+    )
     # Without one the global generator is used, and moves on.
     torch.manual_seed(3)
     a, b = mixer(dist), mixer(dist)
@@ -161,7 +177,8 @@ def test_rows_with_generators_of_one_seed_draw_alike():
         MIXERS["gumbel"](dist_of(3), rng=[seeded(1), seeded(1)])
 
 
-# ------------------------------------------------------------------------------------------- exact samples
+# ------------------------------------------------------------------------------------------- exact
+# samples
 
 
 @pytest.mark.parametrize("name", [n for n in DRAWING if n != "dirichlet"])
@@ -196,28 +213,40 @@ def test_over_a_large_vocabulary_the_tail_is_drawn_as_often_as_it_should():
     assert abs(tail - n * q) < SIX_SIGMA * math.sqrt(n * q * (1 - q))
 
 
-# ------------------------------------------------------------------------------------------------- gumbel
+# -------------------------------------------------------------------------------------------------
+# gumbel
 
 
-@pytest.mark.parametrize(("small", "large"), [(1e-6, 1e6), (1e-40, 1e38), (1e-300, 1e300), (1e-323, math.inf)])
+@pytest.mark.parametrize(
+    ("small", "large"), [(1e-6, 1e6), (1e-40, 1e38), (1e-300, 1e300), (1e-323, math.inf)]
+)
 def test_gumbel_ends_small_tau_is_sampling_large_tau_is_uniform(small, large):
     cold = MIXERS["gumbel"](dist_of(500), rng=seeded(4), tau=small)
     assert torch.equal(cold.soft.weights.max(-1).values > 0.999, torch.ones(500, dtype=torch.bool))
     hot = MIXERS["gumbel"](dist_of(500), rng=seeded(4), tau=large)
-    torch.testing.assert_close(hot.soft.weights[:, P > 0], torch.full((500, 5), 0.2), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        hot.soft.weights[:, P > 0], torch.full((500, 5), 0.2), rtol=1e-3, atol=0
+    )
     assert (hot.soft.weights[:, 2] == 0).all()
     assert torch.equal(cold.token, hot.token)  # the token does not depend on tau
 
 
 def test_gumbel_is_softmax_of_log_p_plus_noise_over_tau():
     dist = random_dist(6, top_k=8)
-    one, other = (MIXERS["gumbel"](dist, rng=seeded(5), tau=t).soft.weights.double() for t in (1.0, 0.5))
+    one, other = (
+        MIXERS["gumbel"](dist, rng=seeded(5), tau=t).soft.weights.double() for t in (1.0, 0.5)
+    )
     # The same noise: log w = (log p + g) / tau up to a constant.
     torch.testing.assert_close((2 * one.log()).softmax(-1), other, rtol=1e-4, atol=1e-7)
     noise = one.log() - dist.weights.double().log()
-    torch.testing.assert_close((dist.weights.log().double() + noise).softmax(-1), one, rtol=1e-5, atol=1e-7)
-    # At tau = 1 the noise is standard Gumbel up to the constant: differences of two are logistic, variance pi^2 / 3.
-    flat = MIXERS["gumbel"](dist_of(100_000, p=torch.ones(2) / 2, ids=torch.arange(2)), rng=seeded(6), tau=1.0)
+    torch.testing.assert_close(
+        (dist.weights.log().double() + noise).softmax(-1), one, rtol=1e-5, atol=1e-7
+    )
+    # At tau = 1 the noise is standard Gumbel up to the constant: differences of two are logistic,
+    # variance pi^2 / 3.
+    flat = MIXERS["gumbel"](
+        dist_of(100_000, p=torch.ones(2) / 2, ids=torch.arange(2)), rng=seeded(6), tau=1.0
+    )
     delta = (flat.soft.weights[:, 0] / flat.soft.weights[:, 1]).log().double()
     sd = math.pi / math.sqrt(3)
     assert abs(delta.mean()) < SIX_SIGMA * sd / math.sqrt(len(delta))
@@ -240,7 +269,9 @@ def test_gumbel_gradient_reaches_the_logits_at_low_tau(tau):
     h = 2e-3 * tau
     with torch.no_grad():
         numeric = (f(logits + h * direction) - f(logits - h * direction)) / (2 * h)
-    assert (logits.grad * direction).sum().item() == pytest.approx(numeric.item(), rel=2e-2, abs=2e-2)
+    assert (logits.grad * direction).sum().item() == pytest.approx(
+        numeric.item(), rel=2e-2, abs=2e-2
+    )
 
 
 def test_gumbel_gradient_is_finite_beside_dropped_tokens():
@@ -250,7 +281,8 @@ def test_gumbel_gradient_is_finite_beside_dropped_tokens():
     assert w.grad.isfinite().all() and w.grad[2] == 0 and w.grad.abs().max() > 0
 
 
-# ---------------------------------------------------------------------------------------------- k samples
+# ---------------------------------------------------------------------------------------------- k
+# samples
 
 
 def test_one_sample_is_sampling_bit_for_bit():
@@ -258,7 +290,9 @@ def test_one_sample_is_sampling_bit_for_bit():
     drawn = MIXERS["hard"](dist, rng=seeded(11), sample=True)
     for weighting in ("uniform", "probability"):
         one = MIXERS["k-samples"](dist, rng=seeded(11), k=1, weighting=weighting)
-        for a, b in zip((one.token, one.logp, *one.soft), (drawn.token, drawn.logp, *drawn.soft), strict=True):
+        for a, b in zip(
+            (one.token, one.logp, *one.soft), (drawn.token, drawn.logp, *drawn.soft), strict=True
+        ):
             assert torch.equal(a, b)
 
 
@@ -283,7 +317,8 @@ def test_k_samples_converges_to_the_distribution():
     assert ((share - P).abs() <= SIX_SIGMA * (P * (1 - P) / 20_000).sqrt()).all()
 
 
-# -------------------------------------------------------------------------------------- mixture of inputs
+# -------------------------------------------------------------------------------------- mixture of
+# inputs
 
 
 def brute_mixture(p, drawn, beta):
@@ -299,7 +334,9 @@ def test_mixture_of_inputs_is_the_formula_of_the_paper(beta):
     assert torch.equal(mixed.token, drawn.token) and torch.equal(mixed.logp, drawn.logp)
     assert torch.equal(mixed.soft.ids, dist.ids)
     slots = (dist.ids == drawn.token[:, None]).float().argmax(-1).tolist()
-    rows = [brute_mixture(p, slot, beta) for p, slot in zip(dist.weights.tolist(), slots, strict=True)]
+    rows = [
+        brute_mixture(p, slot, beta) for p, slot in zip(dist.weights.tolist(), slots, strict=True)
+    ]
     torch.testing.assert_close(mixed.soft.weights, torch.tensor(rows), rtol=1e-5, atol=1e-6)
 
 
@@ -325,7 +362,8 @@ def test_mixture_of_inputs_of_a_flat_or_single_distribution(K, beta):
         torch.testing.assert_close(w.amax(-1), torch.full((4,), expected), rtol=1e-4, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- dirichlet
+# ----------------------------------------------------------------------------------------------
+# dirichlet
 
 
 @pytest.mark.parametrize("gamma", [0.05, 1.0, 4.0, 50.0])
@@ -361,11 +399,14 @@ def test_dirichlet_of_large_concentration_is_the_distribution(gamma):
 def test_dirichlet_gradient_is_finite():
     w = P.clone().requires_grad_()
     score = torch.arange(6.0)
-    (MIXERS["dirichlet"](dist_of(50, p=w), rng=seeded(19), gamma=2.0).soft.weights @ score).sum().backward()
+    (
+        MIXERS["dirichlet"](dist_of(50, p=w), rng=seeded(19), gamma=2.0).soft.weights @ score
+    ).sum().backward()
     assert w.grad[P > 0].isfinite().all() and w.grad[P > 0].abs().max() > 0
 
 
-# ------------------------------------------------------------------------------------------------ soft, hard
+# ------------------------------------------------------------------------------------------------
+# soft, hard
 
 
 def test_soft_feeds_back_the_belief_itself():
@@ -378,7 +419,9 @@ def test_hard_is_the_most_likely_token():
     dist = random_dist(5)
     mixed = MIXERS["hard"](dist)
     assert torch.equal(mixed.token, dist.weights.argmax(-1))
-    assert torch.equal(mixed.soft.ids, mixed.token[:, None]) and torch.equal(mixed.soft.weights, torch.ones(5, 1))
+    assert torch.equal(mixed.soft.ids, mixed.token[:, None]) and torch.equal(
+        mixed.soft.weights, torch.ones(5, 1)
+    )
     torch.testing.assert_close(mixed.logp, dist.weights.amax(-1).log())
 
 
@@ -391,7 +434,8 @@ def test_weights_gradients_pass_where_the_method_has_them():
             assert logits.grad.isfinite().all() and logits.grad.abs().max() > 1e-3, (name, min_p)
 
 
-# ------------------------------------------------------------------------------------------------ by name
+# ------------------------------------------------------------------------------------------------
+# by name
 
 
 def test_mk_mixer_binds_knobs_and_takes_functions():

@@ -1,4 +1,5 @@
-"""Models by name: what is loaded is deterministic, saveable and ready for batches; what cannot be is named."""
+"""Models by name: what is loaded is deterministic, saveable and ready for batches; what cannot be
+is named."""
 
 import shutil
 
@@ -68,7 +69,9 @@ def test_tiny_tokenizer_round_trip(tiny, folder):
 
 
 def test_tiny_takes_fields_of_its_config_and_nothing_else():
-    assert load("mnns-tiny", hidden_size=64, attn_implementation="eager")[0].config.hidden_size == 64
+    assert (
+        load("mnns-tiny", hidden_size=64, attn_implementation="eager")[0].config.hidden_size == 64
+    )
     with pytest.raises(ValueError, match="hiden_size"):
         load("mnns-tiny", hiden_size=64)
 
@@ -85,8 +88,14 @@ def test_folder_gives_the_same_logits(tiny, folder):
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float64])
 def test_dtype(folder, dtype):
     for name in ("mnns-tiny", folder):
-        assert load(name, dtype=dtype)[0].dtype == (torch.bfloat16 if dtype == "bfloat16" else dtype)
-    assert load("mnns-tiny", dtype="auto")[0].dtype == load(folder, dtype="auto")[0].dtype == torch.float32
+        assert load(name, dtype=dtype)[0].dtype == (
+            torch.bfloat16 if dtype == "bfloat16" else dtype
+        )
+    assert (
+        load("mnns-tiny", dtype="auto")[0].dtype
+        == load(folder, dtype="auto")[0].dtype
+        == torch.float32
+    )
 
 
 def test_pad_falls_back_to_eos(folder, tmp_path):
@@ -105,7 +114,9 @@ def test_pad_falls_back_to_eos(folder, tmp_path):
 @pytest.mark.parametrize("base", ["mnns-tiny", "folder"])
 def test_adapter_folder_loads_base_and_adapter(folder, tmp_path, base):
     model, tokenizer = load("mnns-tiny" if base == "mnns-tiny" else folder, seed=3)
-    lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
     wrapped = get_peft_model(model, lora).eval()
     wrapped.save_pretrained(tmp_path)
     again, tokenizer = load(tmp_path, seed=3)  # no tokenizer in the folder: the base's
@@ -149,7 +160,9 @@ def check_saveable(model, tokenizer, text, path):
         part.save_pretrained(path)
     assert "quant" not in (path / "config.json").read_text()
     again = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
-    assert torch.equal(logits(again, AutoTokenizer.from_pretrained(path), text), logits(model, tokenizer, text))
+    assert torch.equal(
+        logits(again, AutoTokenizer.from_pretrained(path), text), logits(model, tokenizer, text)
+    )
 
 
 def write_gguf(path, width=32, layers=1):
@@ -176,7 +189,11 @@ def write_gguf(path, width=32, layers=1):
     out.add_bos_token_id(0)
     out.add_eos_token_id(1)
     draw = torch.Generator().manual_seed(0)
-    shapes = {"token_embd": (len(words), width), "output": (len(words), width), "output_norm": (width,)}
+    shapes = {
+        "token_embd": (len(words), width),
+        "output": (len(words), width),
+        "output_norm": (width,),
+    }
     for i in range(layers):
         shapes |= {f"blk.{i}.{n}_norm": (width,) for n in ("attn", "ffn")}
         names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -197,7 +214,9 @@ def write_gguf(path, width=32, layers=1):
 # Bad input
 
 
-@pytest.mark.parametrize("name", ["mnns-tinny", "no/such-model", "./nope", "/nope/nope", "a/b/c", "", "nope.gguf"])
+@pytest.mark.parametrize(
+    "name", ["mnns-tinny", "no/such-model", "./nope", "/nope/nope", "a/b/c", "", "nope.gguf"]
+)
 def test_unknown_names_are_named(name):
     with pytest.raises(ValueError, match=r"mnns-tiny.*smollm2-135m") as caught:
         load(name, local_files_only=True)
@@ -206,7 +225,11 @@ def test_unknown_names_are_named(name):
 
 
 def test_misspelt_embedded_names_are_not_asked_of_the_hub():
-    for name, meant in (("mnns_tiny", "mnns-tiny"), ("SmolLM2-135M", "smollm2-135m"), ("smollm2", "smollm2-135m")):
+    for name, meant in (
+        ("mnns_tiny", "mnns-tiny"),
+        ("SmolLM2-135M", "smollm2-135m"),
+        ("smollm2", "smollm2-135m"),
+    ):
         with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
             load(name)
 
@@ -229,7 +252,11 @@ def test_folders_without_a_safe_model_are_named(folder, tmp_path):
 
 def test_remote_code_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    text = (tmp_path / "config.json").read_text().replace('"model_type": "llama"', '"model_type": "other"')
+    text = (
+        (tmp_path / "config.json")
+        .read_text()
+        .replace('"model_type": "llama"', '"model_type": "other"')
+    )
     head = '{"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},'
     (tmp_path / "config.json").write_text(text.replace("{", head, 1))
     (tmp_path / "code.py").write_text("raise SystemExit('this ran')")
@@ -286,9 +313,13 @@ def test_smollm2_tokens(smollm2):
 def test_smollm2_answers(smollm2):
     model, tokenizer = smollm2
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    batch = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    batch = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     out = model.generate(**batch, max_new_tokens=12, do_sample=False)
-    assert tokenizer.decode(out[0, batch["input_ids"].shape[1] :]).startswith("The capital of France is Paris")
+    assert tokenizer.decode(out[0, batch["input_ids"].shape[1] :]).startswith(
+        "The capital of France is Paris"
+    )
     assert out[0, -1] == tokenizer.eos_token_id
 
 

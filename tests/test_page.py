@@ -1,4 +1,5 @@
-"""What a decode believed: traces against the record, the page as text and in a real browser, the terminal view."""
+"""What a decode believed: traces against the record, the page as text and in a real browser, the
+terminal view."""
 
 import html
 import json
@@ -81,10 +82,15 @@ def test_a_trace_is_the_record(config, row):
     trace, record = thought(out, tokenizer, row, title="t"), out.record
     kinds = [Kind(k) for k in record.kind[row].tolist() if k != Kind.PAD]
     assert [step.kind for step in trace.steps] == [kind.name.lower() for kind in kinds]
-    assert trace.prompt == tokenizer.decode(out.sequences[row, : out.prompt_length]) and trace.title == "t"
+    assert (
+        trace.prompt == tokenizer.decode(out.sequences[row, : out.prompt_length])
+        and trace.title == "t"
+    )
     assert trace.answer_start == int(out.answer_start[row])
     for t, step in enumerate(trace.steps):
-        dense = torch.zeros(64, dtype=torch.float64).scatter_add(0, record.ids[row, t], record.weights[row, t].double())
+        dense = torch.zeros(64, dtype=torch.float64).scatter_add(
+            0, record.ids[row, t], record.weights[row, t].double()
+        )
         weights = dense.sort(descending=True).values
         kept = min(10, int((dense > 0).sum()))
         assert [weight for _, weight in step.mixture] == pytest.approx(weights[:kept].tolist())
@@ -101,7 +107,12 @@ def test_a_trace_is_the_record(config, row):
 def test_fewer_candidates_leave_more_to_the_rest():
     out, tokenizer = decoded(top_k=8)
     few, many = (thought(out, tokenizer, 0, top).steps[0] for top in (2, 10))
-    assert len(few.mixture) == 2 and few.mixture == many.mixture[:2] and few.others == 6 and many.others == 0
+    assert (
+        len(few.mixture) == 2
+        and few.mixture == many.mixture[:2]
+        and few.others == 6
+        and many.others == 0
+    )
     assert few.rest == pytest.approx(sum(weight for _, weight in many.mixture[2:]))
 
 
@@ -111,7 +122,9 @@ def test_a_wide_mixture_is_cut_before_it_is_listed(monkeypatch):
     monkeypatch.setattr(softar.show.trace, "MANY", 16)
     cut = thought(out, tokenizer).steps[0]
     assert cut.mixture == whole.mixture and cut.others == whole.others == 54
-    assert cut.rest == pytest.approx(whole.rest) and cut.rest + sum(w for _, w in cut.mixture) == pytest.approx(1)
+    assert cut.rest == pytest.approx(whole.rest) and cut.rest + sum(
+        w for _, w in cut.mixture
+    ) == pytest.approx(1)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +150,8 @@ def test_a_canvas_is_what_denoise_gave(mnns, name):
         padding=True,
         padding_side="left",
     )
-    ends = tuple(i for i in range(model.config.vocab_size) if i != tokenizer.mask_token_id)  # whatever comes first ends
+    # whatever comes first ends
+    ends = tuple(i for i in range(model.config.vocab_size) if i != tokenizer.mask_token_id)
     config = DenoiseConfig(**{"gen_length": 6, "end_ids": ends} | DENOISE[name])
     tracer = Tracer(tokenizer, facts(model), inputs.input_ids, inputs.attention_mask, gen_length=6)
     seen, rng = [], torch.Generator().manual_seed(3)
@@ -147,15 +161,28 @@ def test_a_canvas_is_what_denoise_gave(mnns, name):
         seen.append({key: told[key] for key in ("where", "soft")})
 
     out = denoise(
-        model, inputs.input_ids, inputs.attention_mask, config=config, rng=rng, callback=callback, history=True
+        model,
+        inputs.input_ids,
+        inputs.attention_mask,
+        config=config,
+        rng=rng,
+        callback=callback,
+        history=True,
     )
     for row in range(2):
         first = int((inputs.attention_mask[row] == 0).sum())
         canvas = tracer.canvas(row, out, "c")
-        assert canvas.mask == "<mask>" and canvas.title == "c" and len(canvas.forwards) == out.num_forwards
+        assert (
+            canvas.mask == "<mask>"
+            and canvas.title == "c"
+            and len(canvas.forwards) == out.num_forwards
+        )
         states = list(canvas.states())
         texts = [
-            [None if i == tokenizer.mask_token_id else tokenizer.decode([i]) for i in state[row, first:].tolist()]
+            [
+                None if i == tokenizer.mask_token_id else tokenizer.decode([i])
+                for i in state[row, first:].tolist()
+            ]
             for state in out.states
         ]
         assert [[text for text, _ in state] for state in states] == texts
@@ -171,11 +198,14 @@ def test_a_canvas_is_what_denoise_gave(mnns, name):
         for told, forward in zip(seen, canvas.forwards, strict=True):
             expected = {}
             if told["soft"] is not None:
-                for (r, column), ids, weights in zip(told["where"].nonzero().tolist(), *told["soft"], strict=True):
+                for (r, column), ids, weights in zip(
+                    told["where"].nonzero().tolist(), *told["soft"], strict=True
+                ):
                     if r == row:
                         dense = torch.zeros(model.config.vocab_size).scatter_add(0, ids, weights)
                         expected[column - first] = {
-                            tokenizer.decode([i]): float(dense[i]) for i in dense.nonzero()[:, 0].tolist()
+                            tokenizer.decode([i]): float(dense[i])
+                            for i in dense.nonzero()[:, 0].tolist()
                         }
             assert forward.soft.keys() == expected.keys()
             for column, mixture in forward.soft.items():
@@ -184,18 +214,24 @@ def test_a_canvas_is_what_denoise_gave(mnns, name):
     if name == "remask":
         assert any(forward.dropped for row in range(2) for forward in tracer.canvas(row).forwards)
     if name == "early stop":
-        assert any(p is None for f in tracer.canvas(0, out).forwards for _, p in f.committed.values())
+        assert any(
+            p is None for f in tracer.canvas(0, out).forwards for _, p in f.committed.values()
+        )
 
 
 def test_of_a_wide_mixture_only_the_heaviest_are_kept_meanwhile(mnns, monkeypatch):
     model, tokenizer = mnns
     ids = tokenizer("<bos> D1 D1 D1 D2 ->", return_tensors="pt").input_ids
-    config = DenoiseConfig(gen_length=4, soften="soft-mask", soften_args={"algorithm": "temperature"})
+    config = DenoiseConfig(
+        gen_length=4, soften="soft-mask", soften_args={"algorithm": "temperature"}
+    )
 
     def traced():
         tracer = Tracer(tokenizer, facts(model), ids, gen_length=4, top=5)
         out = denoise(model, ids, config=config, callback=tracer)
-        return tracer.canvas(0, out), {seen["soft"].ids.shape[-1] for seen in tracer.seen if seen["soft"].ids.numel()}
+        return tracer.canvas(0, out), {
+            seen["soft"].ids.shape[-1] for seen in tracer.seen if seen["soft"].ids.numel()
+        }
 
     whole, widths = traced()
     assert min(widths) > 16
@@ -210,7 +246,13 @@ texts = st.one_of(st.sampled_from(NASTY), st.text(st.characters(codec=None), max
 floats = st.floats(0, 1)
 mixtures = st.lists(st.tuples(texts, floats), min_size=1, max_size=10)
 steps = st.builds(
-    Step, st.sampled_from(["soft", "hard", "forced"]), texts, st.none() | floats, mixtures, floats, st.integers(0, 9)
+    Step,
+    st.sampled_from(["soft", "hard", "forced"]),
+    texts,
+    st.none() | floats,
+    mixtures,
+    floats,
+    st.integers(0, 9),
 )
 chains = st.builds(Trace, texts, st.lists(steps, max_size=4), texts, st.integers(0, 4))
 columns = st.integers(0, 3)
@@ -221,14 +263,20 @@ forwards = st.builds(
     st.lists(columns, max_size=2),
 )
 canvases = st.builds(
-    Canvas, st.lists(st.none() | texts, min_size=4, max_size=4), st.lists(forwards, max_size=3), texts, texts
+    Canvas,
+    st.lists(st.none() | texts, min_size=4, max_size=4),
+    st.lists(forwards, max_size=3),
+    texts,
+    texts,
 )
 traces = st.one_of(chains, canvases)
 
 
 def embedded(text):
     """The data as a browser finds it: up to the first end of a script."""
-    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script', text, re.DOTALL | re.IGNORECASE)
+    (data,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script', text, re.DOTALL | re.IGNORECASE
+    )
     return data
 
 
@@ -256,17 +304,26 @@ def unpacked(item):
         for column, packed in forward["soft"].items():
             if packed != 0:
                 pairs = [packed[at : at + wide + 2] for at in range(0, len(packed), wide + 2)]
-                last[column] = [(words[number(pair[:wide])], number(pair[wide:]) / 1000 or 0.0004) for pair in pairs]
+                last[column] = [
+                    (words[number(pair[:wide])], number(pair[wide:]) / 1000 or 0.0004)
+                    for pair in pairs
+                ]
             forward["soft"][column] = last[column]
     return item
 
 
 def rounded(trace):
-    """A canvas as a page holds it: weights in thousandths, and what would be 0 of them as a little."""
+    """A canvas as a page holds it: weights in thousandths, and what would be 0 of them as a
+    little."""
     if isinstance(trace, Trace):
         return trace
     forwards = [
-        replace(f, soft={c: [(t, round(1000 * w) / 1000 or 0.0004) for t, w in m] for c, m in f.soft.items()})
+        replace(
+            f,
+            soft={
+                c: [(t, round(1000 * w) / 1000 or 0.0004) for t, w in m] for c, m in f.soft.items()
+            },
+        )
         for f in trace.forwards
     ]
     return replace(trace, forwards=forwards)
@@ -292,10 +349,15 @@ def test_a_title_is_text(title):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{}", "no trace"), ("[", "no trace"), ("3", "no trace"), ('{"family": "gan"}', "'gan' is unknown"),
-     ('{"family": "autoregressive", "steps": []}', "no trace"),
-     ('{"family": "diffusion", "cells": [], "forwards": [{"more": 1}]}', "no trace")],
-)  # fmt: skip
+    [
+        ("{}", "no trace"),
+        ("[", "no trace"),
+        ("3", "no trace"),
+        ('{"family": "gan"}', "'gan' is unknown"),
+        ('{"family": "autoregressive", "steps": []}', "no trace"),
+        ('{"family": "diffusion", "cells": [], "forwards": [{"more": 1}]}', "no trace"),
+    ],
+)
 def test_what_is_no_trace_is_said(text, message):
     with pytest.raises(ValueError, match=message):
         from_json(text)
@@ -304,7 +366,9 @@ def test_what_is_no_trace_is_said(text, message):
 def test_a_page_asks_for_nothing():
     text = page([Trace("p", [])])
     frame = text.replace(embedded(text), "")
-    assert not re.search(r"https?:|//[a-z]|src=|@import|url\(|fetch\(|XMLHttpRequest|innerHTML|eval\(", frame)
+    assert not re.search(
+        r"https?:|//[a-z]|src=|@import|url\(|fetch\(|XMLHttpRequest|innerHTML|eval\(", frame
+    )
     assert "default-src 'none'" in frame
     with pytest.raises(ValueError, match="no traces"):
         page([])
@@ -321,15 +385,19 @@ def test_256_steps_of_10_candidates_are_small(tmp_path):
 
 
 def wide_canvas(words):
-    """256 forwards that fill 256 masks one by one; each mask left has a mixture of 10 tokens of so many, never twice
-    the same: 32640 mixtures."""
+    """256 forwards that fill 256 masks one by one; each mask left has a mixture of 10 tokens of so
+    many, never twice the same: 32640 mixtures."""
     rng = random.Random(0)
     known = [f" {rng.randrange(10**9):x}" for _ in range(words)]
     forwards = []
     for f in range(256):
-        weights = {column: sorted((rng.random() for _ in range(10)), reverse=True) for column in range(f + 1, 256)}
+        weights = {
+            column: sorted((rng.random() for _ in range(10)), reverse=True)
+            for column in range(f + 1, 256)
+        }
         soft = {
-            c: [(t, w / sum(ws)) for t, w in zip(["<mask>", *rng.sample(known, 9)], ws)] for c, ws in weights.items()
+            c: [(t, w / sum(ws)) for t, w in zip(["<mask>", *rng.sample(known, 9)], ws)]
+            for c, ws in weights.items()
         }
         forwards.append(Forward({f: (known[f], rng.random())}, soft, []))
     return Canvas([None] * 256, forwards, "wide")
@@ -342,7 +410,9 @@ def test_256_forwards_of_256_soft_slots_are_small(tmp_path, words, most):
     assert file.stat().st_size < most
     (item,) = json.loads(embedded(file.read_text()))
     found = unpacked(item)["forwards"]
-    assert [{int(c): m for c, m in f["soft"].items()} for f in found] == [f.soft for f in rounded(canvas).forwards]
+    assert [{int(c): m for c, m in f["soft"].items()} for f in found] == [
+        f.soft for f in rounded(canvas).forwards
+    ]
 
 
 def test_a_mixture_that_stays_is_written_once():
@@ -357,13 +427,23 @@ def test_a_mixture_that_stays_is_written_once():
     ]
     item = json.loads(pack(Canvas([None] * 3, forwards)))
     assert [forward["soft"] for forward in item["forwards"]] == [
-        {"1": "##+B#$%k"}, {"1": 0, "2": "##+B#$%k"}, {}, {"1": 0, "2": "#$~~####"}]  # fmt: skip
-    assert unpacked(item)["forwards"][3]["soft"] == {"1": slot, "2": [("<mask>", 8.099), ("a", 0.0004)]}
+        {"1": "##+B#$%k"},
+        {"1": 0, "2": "##+B#$%k"},
+        {},
+        {"1": 0, "2": "#$~~####"},
+    ]
+    assert unpacked(item)["forwards"][3]["soft"] == {
+        "1": slot,
+        "2": [("<mask>", 8.099), ("a", 0.0004)],
+    }
 
 
 def test_traces_and_pages_need_no_torch():
     code = "import sys, softar.show.page, softar.show.trace; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "False\n"
+    )
 
 
 # The terminal
@@ -376,8 +456,12 @@ def printed(trace, width=120):
 
 
 def test_a_bar_is_filled_by_shares():
-    assert str(bar([("a", 0.5), ("b", 0.25), ("c", 0.125)], 0.125)) == "█" * 12 + "▓" * 6 + "▒" * 3 + "·" * 3
-    assert str(bar([("<mask>", 1.5), ("a", 0.5)], mask="<mask>")) == "█" * 6 + "·" * 18  # they need not sum to 1
+    assert (
+        str(bar([("a", 0.5), ("b", 0.25), ("c", 0.125)], 0.125))
+        == "█" * 12 + "▓" * 6 + "▒" * 3 + "·" * 3
+    )
+    # they need not sum to 1
+    assert str(bar([("<mask>", 1.5), ("a", 0.5)], mask="<mask>")) == "█" * 6 + "·" * 18
     assert len(str(bar([(str(i), 0.1) for i in range(10)]))) == 24
 
 
@@ -386,21 +470,35 @@ def test_a_thought_in_the_terminal():
     trace = thought(out, tokenizer)
     lines = printed(trace).splitlines()
     rows = [line for line in lines if re.match(r" +\d+  (soft|hard)", line)]
-    assert len(rows) == 6 and [row.split()[2] for row in rows] == [step.token for step in trace.steps]
+    assert len(rows) == 6 and [row.split()[2] for row in rows] == [
+        step.token for step in trace.steps
+    ]
     assert all(len(re.findall("[█▓▒░·]", row)) == (24 if " soft " in row else 0) for row in rows)
     assert all(f"{step.entropy:.2f}" in row for step, row in zip(trace.steps, rows))
-    assert lines.index(rows[3]) - lines.index(rows[2]) == 2 and "answer" in lines[lines.index(rows[3]) - 1]
+    assert (
+        lines.index(rows[3]) - lines.index(rows[2]) == 2
+        and "answer" in lines[lines.index(rows[3]) - 1]
+    )
     assert f"{trace.steps[0].mixture[1][0]} {trace.steps[0].mixture[1][1]:.2f}" in rows[0]
 
 
 def test_a_canvas_in_the_terminal():
     slot = [("<mask>", 0.6), ("warm", 0.3), ("cold", 0.1)]
     canvas = Canvas(
-        ["the", None, None], [Forward({1: ("sea", 0.9)}, {2: slot}), Forward({2: ("is", None)}, {}, [1])], "c"
+        ["the", None, None],
+        [Forward({1: ("sea", 0.9)}, {2: slot}), Forward({2: ("is", None)}, {}, [1])],
+        "c",
     )
     lines = printed(canvas).splitlines()
-    assert lines[0] == "c" and lines[2].split() == ["the", "·", "·"] and lines[3].split() == ["1", "the", "sea", "warm"]
-    assert lines[4].split()[:2] == ["2", "█" * 7 + "▓" * 3 + "·" * 14] and "warm 0.30  cold 0.10  mask 0.60" in lines[4]
+    assert (
+        lines[0] == "c"
+        and lines[2].split() == ["the", "·", "·"]
+        and lines[3].split() == ["1", "the", "sea", "warm"]
+    )
+    assert (
+        lines[4].split()[:2] == ["2", "█" * 7 + "▓" * 3 + "·" * 14]
+        and "warm 0.30  cold 0.10  mask 0.60" in lines[4]
+    )
     assert lines[5].split() == ["2", "the", "↺", "is"]
 
 
@@ -435,36 +533,57 @@ if (document.querySelector(".step")) {
 }
 press("[role=tab]", "ArrowRight");
 document.body.dataset.tab = document.activeElement.id;
-</script>"""  # fmt: skip
+</script>"""
 
-CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome", "chrome"])), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome", "chrome"])),
+    None,
+)
 
 
 def opened(file, profile):
     """The document as a browser leaves it, after the keys."""
-    file.write_text(file.read_text(encoding="utf-8").replace("</body>", KEYS + "</body>"), encoding="utf-8")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-               "--disable-background-networking", "--disable-component-update", "--disable-sync",
-               f"--user-data-dir={profile}", "--enable-logging=stderr", "--dump-dom", file.as_uri()]  # fmt: skip
+    file.write_text(
+        file.read_text(encoding="utf-8").replace("</body>", KEYS + "</body>"), encoding="utf-8"
+    )
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={profile}",
+        "--enable-logging=stderr",
+        "--dump-dom",
+        file.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr, done.stderr
     return done.stdout
 
 
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH to open the page in")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on the PATH to open the page in"
+)
 
 
 @needs_browser
 def test_a_browser_shows_a_wide_canvas(tmp_path):
-    """Mixtures come out of their packing: with more words than two digits count, and as in an earlier forward."""
+    """Mixtures come out of their packing: with more words than two digits count, and as in an
+    earlier forward."""
     canvas = wide_canvas(20000)
     still = canvas.forwards[0].soft[255]
     for forward in canvas.forwards[1:255]:
         forward.soft[255] = still
     dom = opened(write_page(tmp_path / "page.html", [canvas]), tmp_path / "profile")
     assert dom.count('role="row"') == 258
-    cell = dom.partition("data-cell=")[2][:60]  # from the first mask after forward 1: up, up, left, down
+    # from the first mask after forward 1: up, up, left, down
+    cell = dom.partition("data-cell=")[2][:60]
     assert "position 0, forward 1, decided" in cell
     assert 'data-told="forward 0 of 256, 0 new, 256 left"' in dom
     slots = re.findall(r'aria-label="position 255, forward (\d+), soft slot ([^"]*)"', dom)
@@ -488,7 +607,8 @@ def test_a_browser_shows_every_step(tmp_path):
     assert doms[0].count('role="option"') == len(NASTY) + 1
     assert "step 12, soft" in doms[0].partition("data-step=")[2][:50]
     assert doms[0].count('class="c1 stands"') == len(NASTY) + 1  # the legend's, too
-    assert 'class="c0 stands"' not in doms[0]  # where the likeliest stands for the step it needs no mark
+    # where the likeliest stands for the step it needs no mark
+    assert 'class="c0 stands"' not in doms[0]
     assert (
         doms[1].count('role="row"') == 3
         and len(re.findall(r'class="cell set new[^"]*" [^>]*role="gridcell"', doms[1])) == 1

@@ -25,7 +25,10 @@ def test_the_diffusion_example_runs():
 
 def test_the_comparison_runs():
     done = run_block(2)
-    assert "mnns-soft-tiny=soft" in done.stdout and "self-consistency" not in done.stdout.splitlines()[-1]
+    assert (
+        "mnns-soft-tiny=soft" in done.stdout
+        and "self-consistency" not in done.stdout.splitlines()[-1]
+    )
 
 
 @pytest.mark.slow
@@ -40,7 +43,11 @@ def test_the_python_example_runs():
 
 def test_every_figure_stands_in_the_results():
     results = (ROOT / "RESULTS.md").read_text()
-    figures = set(re.findall(r"(?<!\d)(?:0)?(\.\d{3})(?!\d)", re.sub(r"```.*?```", "", README, flags=re.DOTALL)))
+    figures = set(
+        re.findall(
+            r"(?<!\d)(?:0)?(\.\d{3})(?!\d)", re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+        )
+    )
     assert figures and not [f for f in figures if f not in results]
 
 

@@ -1,4 +1,5 @@
-"""recipes/sft_diffusion.py as its users run it: subprocesses of the real command line, a few steps each."""
+"""recipes/sft_diffusion.py as its users run it: subprocesses of the real command line, a few steps
+each."""
 
 import json
 import os
@@ -21,11 +22,29 @@ RECIPE = str(ROOT / "recipes" / "sft_diffusion.py")
 BIN = Path(sys.executable).parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CI": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 PYTHON = [sys.executable, RECIPE]
-ACCELERATE = [BIN / "accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", RECIPE]  # fmt: skip
+ACCELERATE = [
+    BIN / "accelerate",
+    "launch",
+    "--num_processes",
+    "1",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    RECIPE,
+]
 TWO = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", RECIPE]
-QUICK = {"max_steps": 5, "task_size": 200, "eval_rows": 50, "logging_steps": 1, "save_steps": 2, "warmup_steps": 1,
-         "per_device_train_batch_size": 32}  # fmt: skip
+QUICK = {
+    "max_steps": 5,
+    "task_size": 200,
+    "eval_rows": 50,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "warmup_steps": 1,
+    "per_device_train_batch_size": 32,
+}
 
 
 def arguments(folder, **options):
@@ -54,12 +73,17 @@ def losses_of(folder):
 def test_the_demo_ends_with_table_results_and_plot(tmp_path):
     out = run(ACCELERATE, tmp_path).stdout
     head, *lines = [
-        [cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in out.splitlines() if line[:1] in "│┃"
+        [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+        for line in out.splitlines()
+        if line[:1] in "│┃"
     ]
     assert head == ["training", "decoder", "4", "8", "12", "20"]
     assert [tuple(line[:2]) for line in lines] == [
-        ("hard", "hard"), ("hard", "soft-token"), ("soft-mask", "hard"), ("soft-mask", "soft-mask")
-    ]  # fmt: skip
+        ("hard", "hard"),
+        ("hard", "soft-token"),
+        ("soft-mask", "hard"),
+        ("soft-mask", "soft-mask"),
+    ]
     found = results_of(tmp_path)
     assert found["schema"] == 1 and "--max_steps 5" in found["command"]
     assert {(r["training"], r["decoder"], r["budget"]) for r in found["rows"]} == {
@@ -78,12 +102,24 @@ def test_the_demo_ends_with_table_results_and_plot(tmp_path):
 
 @pytest.mark.slow
 def test_mnns_schedules_and_the_row_of_equal_compute(tmp_path):
-    run(PYTHON, tmp_path, "--task", "mnns", rows="hard-long", schedules="pyramid,threshold", likelihood_samples=2)
+    run(
+        PYTHON,
+        tmp_path,
+        "--task",
+        "mnns",
+        rows="hard-long",
+        schedules="pyramid,threshold",
+        likelihood_samples=2,
+    )
     rows = results_of(tmp_path)["rows"]
     (bound,) = {r["nll_bound"] for r in rows}
     assert 3.5 < bound < 5.0  # hardly trained: near the log of the 90 words
-    assert {r["train_steps"] for r in rows} == {9} and {r["model"] for r in rows} == {"mnns-diffusion-tiny"}
-    assert {r["schedule"] for r in rows} == {"pyramid", "threshold"} and all(1 <= r["nfe"] <= 5 for r in rows)
+    assert {r["train_steps"] for r in rows} == {9} and {r["model"] for r in rows} == {
+        "mnns-diffusion-tiny"
+    }
+    assert {r["schedule"] for r in rows} == {"pyramid", "threshold"} and all(
+        1 <= r["nfe"] <= 5 for r in rows
+    )
 
 
 @pytest.mark.slow
@@ -92,7 +128,8 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path):
     whole, half = (tmp_path / name / "soft-mask-seed42" for name in ("whole", "half"))
     run(PYTHON, whole.parent, **options)
     run(PYTHON, half.parent, **options)
-    for gone in ("checkpoint-4", "checkpoint-6"):  # as if it had been killed after the first checkpoint
+    # as if it had been killed after the first checkpoint
+    for gone in ("checkpoint-4", "checkpoint-6"):
         shutil.rmtree(half / gone)
     (half / "row.json").unlink()
     run(PYTHON, half.parent, resume_from_checkpoint="true", **options)
@@ -116,7 +153,14 @@ def test_two_processes_train_as_one(tmp_path, normalise):
 
 @pytest.mark.slow
 def test_two_processes_train_a_uniform_model_as_one(tmp_path):
-    options = dict(task="latin", rows="duo", objective="uniform", normalise="tokens", curriculum=0.5, max_steps=4)
+    options = dict(
+        task="latin",
+        rows="duo",
+        objective="uniform",
+        normalise="tokens",
+        curriculum=0.5,
+        max_steps=4,
+    )
     run(PYTHON, tmp_path / "one", **options)
     run(TWO, tmp_path / "two", **options | {"per_device_train_batch_size": 16})
     one, two = (losses_of(tmp_path / name / "duo-seed42") for name in ("one", "two"))
@@ -158,7 +202,14 @@ def test_bad_input_of_a_process_of_its_own(tmp_path):
 
 @pytest.mark.slow
 def test_a_causal_model_becomes_a_diffusion_model(tmp_path):
-    run(PYTHON, tmp_path, task="mnns", model_name_or_path="mnns-tiny", from_causal="true", softmasking_prob=0.8)
+    run(
+        PYTHON,
+        tmp_path,
+        task="mnns",
+        model_name_or_path="mnns-tiny",
+        from_causal="true",
+        softmasking_prob=0.8,
+    )
     model, tokenizer = load(tmp_path)
     assert facts(model).shift == 1 and facts(model).soft_mask is not None
     assert tokenizer.mask_token_id == facts(model).mask_id
@@ -166,7 +217,8 @@ def test_a_causal_model_becomes_a_diffusion_model(tmp_path):
 
 def test_of_a_conversation_the_last_message_is_learnt():
     talk = [
-        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+        {"role": r, "content": c}
+        for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     ]
     rows = runpy.run_path(RECIPE)["last_answers"](Dataset.from_list([{"messages": talk}] * 2))
     assert rows.column_names == ["prompt", "completion"]

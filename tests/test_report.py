@@ -34,10 +34,16 @@ def text_of(table):
 
 
 def cells_of(table):
-    return [column.header for column in table.columns], list(zip(*(column.cells for column in table.columns)))
+    return [column.header for column in table.columns], list(
+        zip(*(column.cells for column in table.columns))
+    )
 
 
-ROWS = [row("discrete", "soft", 0.25), row("discrete", "discrete", 0.5), row("trace-soft", "soft", 0.875, nfe=6.0)]
+ROWS = [
+    row("discrete", "soft", 0.25),
+    row("discrete", "discrete", 0.5),
+    row("trace-soft", "soft", 0.875, nfe=6.0),
+]
 
 
 def test_a_table_has_one_line_per_decoder_and_the_readouts_side_by_side():
@@ -51,7 +57,10 @@ def test_a_table_has_one_line_per_decoder_and_the_readouts_side_by_side():
 
 
 def test_several_seeds_become_mean_and_standard_deviation():
-    seeds = [row("soft", "soft", a, seed=i, train_seconds=10.0 + i) for i, a in enumerate((0.5, 0.6, 0.7))]
+    seeds = [
+        row("soft", "soft", a, seed=i, train_seconds=10.0 + i)
+        for i, a in enumerate((0.5, 0.6, 0.7))
+    ]
     _, lines = cells_of(results_table(seeds))
     assert lines == [("soft", "0.600 ± 0.100", "5 ± 0", "300 ± 0", "11 ± 1", "0.51 ± 0.00")]
 
@@ -67,21 +76,43 @@ def test_the_plot_shows_each_bar_its_height_and_the_seeds(tmp_path, monkeypatch)
 
     bars, dots, plain_bar, plain_plot = [], [], Axes.bar, Axes.plot
     monkeypatch.setattr(
-        Axes, "bar", lambda self, x, h, *a, **kw: bars.append((h, kw["label"])) or plain_bar(self, x, h, *a, **kw)
+        Axes,
+        "bar",
+        lambda self, x, h, *a, **kw: (
+            bars.append((h, kw["label"])) or plain_bar(self, x, h, *a, **kw)
+        ),
     )
     monkeypatch.setattr(
-        Axes, "plot", lambda self, x, y, *a, **kw: dots.append(list(y)) or plain_plot(self, x, y, *a, **kw)
+        Axes,
+        "plot",
+        lambda self, x, y, *a, **kw: dots.append(list(y)) or plain_plot(self, x, y, *a, **kw),
     )
-    rows = [row("a", "soft", 0.2), row("a", "soft", 0.4), row("a", "discrete", 0.5), row("b", "discrete", 0.6)]
+    rows = [
+        row("a", "soft", 0.2),
+        row("a", "soft", 0.4),
+        row("a", "discrete", 0.5),
+        row("b", "discrete", 0.6),
+    ]
     file = plot_accuracy(rows, tmp_path / "plot.png", title="title")
     assert file == tmp_path / "plot.png" and file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert [(pytest.approx(h), label) for h, label in bars] == [(0.3, "soft"), (0.5, "discrete"), (0.6, None)]
+    assert [(pytest.approx(h), label) for h, label in bars] == [
+        (0.3, "soft"),
+        (0.5, "discrete"),
+        (0.6, None),
+    ]
     assert dots == [[0.2, 0.4]]
 
 
 def nfe_row(training, decoder, budget, accuracy, **changes):
     common = dict(schedule="confidence", seed=0, nfe=float(budget), n=64)
-    return {**common, "training": training, "decoder": decoder, "budget": budget, "accuracy": accuracy, **changes}
+    return {
+        **common,
+        "training": training,
+        "decoder": decoder,
+        "budget": budget,
+        "accuracy": accuracy,
+        **changes,
+    }
 
 
 NFE_ROWS = [
@@ -100,7 +131,9 @@ def test_budgets_stand_side_by_side():
 
 
 def test_schedules_are_told_apart_where_there_are_several():
-    head, lines = cells_of(nfe_table([*NFE_ROWS, nfe_row("hard", "hard", 0.9, 0.75, schedule="threshold")]))
+    head, lines = cells_of(
+        nfe_table([*NFE_ROWS, nfe_row("hard", "hard", 0.9, 0.75, schedule="threshold")])
+    )
     assert head == ["training", "decoder", "schedule", "0.9", "4", "8"]
     assert lines[1:] == [
         ("hard", "hard", "confidence", "", "", "0.250"),
@@ -131,14 +164,21 @@ def test_accuracy_is_drawn_over_the_measured_forwards(tmp_path, monkeypatch):
 
 
 def rl_rows(decoder, seed, before, after, **changes):
-    lines = [row(decoder, None, a, stage=s, seed=seed, **changes) for s, a in (("before", before), ("after", after))]
+    lines = [
+        row(decoder, None, a, stage=s, seed=seed, **changes)
+        for s, a in (("before", before), ("after", after))
+    ]
     lines[1]["rewards"] = [[10, before], [20 + seed, 0.5], [30, after]]
     return lines
 
 
 def test_a_gain_is_that_of_each_seed():
     """Its spread is not that of the two columns: here every seed gains the same."""
-    rows = [*rl_rows("k-samples", 0, 0.4, 0.6), *rl_rows("k-samples", 1, 0.6, 0.8), *rl_rows("discrete", 0, 0.5, 0.25)]
+    rows = [
+        *rl_rows("k-samples", 0, 0.4, 0.6),
+        *rl_rows("k-samples", 1, 0.6, 0.8),
+        *rl_rows("discrete", 0, 0.5, 0.25),
+    ]
     head, lines = cells_of(gain_table(rows, title="mnns"))
     assert head == ["policy", "before", "after", "gain", "forwards"]
     assert lines == [
@@ -150,7 +190,9 @@ def test_a_gain_is_that_of_each_seed():
     assert "+0.200 ± 0.000" in console.file.getvalue() and "…" not in console.file.getvalue()
 
 
-def test_reward_curves_show_each_seed_and_the_mean_of_the_steps_that_all_have(tmp_path, monkeypatch):
+def test_reward_curves_show_each_seed_and_the_mean_of_the_steps_that_all_have(
+    tmp_path, monkeypatch
+):
     import matplotlib.axes
 
     drawn = []
@@ -161,7 +203,11 @@ def test_reward_curves_show_each_seed_and_the_mean_of_the_steps_that_all_have(tm
         return plain(axes, x, y, **look)
 
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", plot)
-    rows = [*rl_rows("k-samples", 0, 0.4, 0.6), *rl_rows("k-samples", 1, 0.6, 0.8), *rl_rows("discrete", 0, 0.5, 0.25)]
+    rows = [
+        *rl_rows("k-samples", 0, 0.4, 0.6),
+        *rl_rows("k-samples", 1, 0.6, 0.8),
+        *rl_rows("discrete", 0, 0.5, 0.25),
+    ]
     file = plot_rewards(rows, tmp_path / "rewards.png", title="mnns")
     assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert [(x, label, color) for x, _, label, color in drawn] == [
@@ -190,7 +236,9 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(TypeError):
         write_results(file, [{"accuracy": object()}])
     assert file.read_text() == before
-    monkeypatch.setattr("pathlib.Path.replace", lambda self, target: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        "pathlib.Path.replace", lambda self, target: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         write_results(file, [])
     assert file.read_text() == before
@@ -200,7 +248,9 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def thought():
     model, tokenizer = model_of(), tokenizer_of()
     config = SoftConfig(top_k=8, budget=2, max_new_tokens=4, temperature=3.0)
-    out = softar.generate(model, **tokenizer(["<bos> w7", "<bos> w9"], return_tensors="pt"), config=config)
+    out = softar.generate(
+        model, **tokenizer(["<bos> w7", "<bos> w9"], return_tensors="pt"), config=config
+    )
     return out, tokenizer
 
 
@@ -209,10 +259,16 @@ def test_a_thought_is_shown_step_by_step(thought):
     table = thought_table(out, tokenizer, row=1, top=3)
     head, lines = cells_of(table)
     assert head == ["step", "kind", "token", "entropy / nats", "fed back"]
-    assert str(table.title) == "<bos> w9" and [line[1] for line in lines[:3]] == ["soft", "soft", "hard"]
+    assert str(table.title) == "<bos> w9" and [line[1] for line in lines[:3]] == [
+        "soft",
+        "soft",
+        "hard",
+    ]
     record = out.record
     for t, line in enumerate(lines):
-        assert line[0] == str(t + 1) and str(line[2]) == tokenizer.decode(record.token[1, t : t + 1])
+        assert line[0] == str(t + 1) and str(line[2]) == tokenizer.decode(
+            record.token[1, t : t + 1]
+        )
         assert line[3] == f"{record.entropy[1, t]:.2f}"
         weights = record.weights[1, t]
         shown = str(line[4]).split("  ")

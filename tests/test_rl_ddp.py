@@ -1,4 +1,5 @@
-"""Two gloo processes train a soft policy and agree with one: rollouts, rewards, first updates. Run by torchrun too."""
+"""Two gloo processes train a soft policy and agree with one: rollouts, rewards, first updates. Run
+by torchrun too."""
 
 import os
 import subprocess
@@ -15,13 +16,18 @@ from test_rl_trainers import logged, trainer, words
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
-# Plain gradient descent: Adam's first update is the sign of a gradient that may be rounding noise, and clipping would
-# hide a gradient of the wrong size.
-SGD = dict(optim="sgd", learning_rate=0.01, max_grad_norm=0.0, max_steps=2, lr_scheduler_type="constant")
+# Plain gradient descent: Adam's first update is the sign of a gradient that may be rounding noise,
+# and clipping would hide a gradient of the wrong size.
+SGD = dict(
+    optim="sgd", learning_rate=0.01, max_grad_norm=0.0, max_steps=2, lr_scheduler_type="constant"
+)
 CASES = {
     "dapo": ("grpo", dict(loss_type="dapo", beta=0.1)),
     "grpo": ("grpo", dict(loss_type="grpo", peft=LORA, beta=0.1, num_iterations=2)),
-    "rloo": ("rloo", dict(loss_type="dr_grpo", gradient_accumulation_steps=2, gradient_checkpointing=True)),
+    "rloo": (
+        "rloo",
+        dict(loss_type="dr_grpo", gradient_accumulation_steps=2, gradient_checkpointing=True),
+    ),
     "ppo": ("ppo", dict(loss_type="dapo", peft=LORA, num_ppo_epochs=2, vf_coef=1.0)),
 }
 
@@ -35,20 +41,37 @@ def train(folder, name, processes):
         seen.extend(completion_ids)
         return words(completions)
 
-    done = trainer(folder / name, kind, reward=reward, per_device_train_batch_size=8 // processes, **SGD, **options)
+    done = trainer(
+        folder / name,
+        kind,
+        reward=reward,
+        per_device_train_batch_size=8 // processes,
+        **SGD,
+        **options,
+    )
     done.train()
-    found = {key: value.detach() for key, value in done.model.named_parameters() if value.requires_grad}
+    found = {
+        key: value.detach() for key, value in done.model.named_parameters() if value.requires_grad
+    }
     rewards = torch.tensor(logged(done, "reward"))
-    return {**found, "log/reward": rewards, "log/median": torch.tensor(logged(done, "reward/median"))}
+    return {
+        **found,
+        "log/reward": rewards,
+        "log/median": torch.tensor(logged(done, "reward/median")),
+    }
 
 
 def main(folder):
     for name in CASES:
         found = train(folder, name, int(os.environ["WORLD_SIZE"]))
         if os.environ["RANK"] == "0":
-            save_file({key: value.contiguous() for key, value in found.items()}, folder / f"{name}.safetensors")
+            save_file(
+                {key: value.contiguous() for key, value in found.items()},
+                folder / f"{name}.safetensors",
+            )
     PartialState().wait_for_everyone()
-    PartialState().destroy_process_group()  # a process that leaves while gloo's threads run may abort
+    # a process that leaves while gloo's threads run may abort
+    PartialState().destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +80,9 @@ def two(tmp_path_factory):
     command = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", __file__, folder]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
-    done = subprocess.run([*map(str, command)], env=env, cwd="/", capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*map(str, command)], env=env, cwd="/", capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

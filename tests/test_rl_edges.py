@@ -1,4 +1,5 @@
-"""The corners of soft actions and their losses: chunks, rows of mixed kinds, replay's inputs, masks over NaN."""
+"""The corners of soft actions and their losses: chunks, rows of mixed kinds, replay's inputs, masks
+over NaN."""
 
 import math
 
@@ -7,7 +8,15 @@ import torch
 from tiny import VOCAB, model_of
 
 from softar.rl import actions
-from softar.rl.actions import concrete_logp, gumbel_kl, gumbel_logp, k_samples_logp, replay, token_kl, token_logp
+from softar.rl.actions import (
+    concrete_logp,
+    gumbel_kl,
+    gumbel_logp,
+    k_samples_logp,
+    replay,
+    token_kl,
+    token_logp,
+)
 from softar.rl.losses import aggregate, gae, surrogate, whiten
 from softar.soft import Soft, soft_embed
 
@@ -19,7 +28,9 @@ def numbers(*shape, seed=0):
 def grads(f, *tensors):
     tensors = [t.clone().requires_grad_() for t in tensors]
     value = f(*tensors)
-    return value.detach(), *torch.autograd.grad((value * numbers(*value.shape, seed=9)).sum(), tensors)
+    return value.detach(), *torch.autograd.grad(
+        (value * numbers(*value.shape, seed=9)).sum(), tensors
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 14, 1 << 24])
@@ -43,53 +54,79 @@ def test_a_large_offset_and_a_small_difference_cost_no_precision():
     logits = numbers(3, 6)
     soft = Soft(torch.tensor([[0], [1], [2]]), torch.ones(3, 1))
     moved = (64 * logits).round() / 64  # exactly representable beside the offset
-    assert torch.allclose(k_samples_logp(moved + 2.0**16, soft), k_samples_logp(moved, soft), atol=1e-5)
+    assert torch.allclose(
+        k_samples_logp(moved + 2.0**16, soft), k_samples_logp(moved, soft), atol=1e-5
+    )
     near = logits.double() + 1e-4 * numbers(3, 6, seed=1)
-    assert torch.allclose(token_kl(logits, near.float()).double(), token_kl(logits.double(), near), rtol=0.02, atol=0)
+    assert torch.allclose(
+        token_kl(logits, near.float()).double(), token_kl(logits.double(), near), rtol=0.02, atol=0
+    )
     assert torch.equal(token_kl(logits, logits), torch.zeros(3))
 
 
 def test_single_tokens_among_soft_steps():
-    """is_soft=False scores the token in slot 0; a soft step is as if alone; nothing there makes a gradient NaN."""
+    """is_soft=False scores the token in slot 0; a soft step is as if alone; nothing there makes a
+    gradient NaN."""
     logits, ref = numbers(2, 6).requires_grad_(), numbers(2, 6, seed=1)
-    soft = Soft(torch.tensor([[0, 2, 3], [4, 4, 4]]), torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]]))
+    soft = Soft(
+        torch.tensor([[0, 2, 3], [4, 4, 4]]), torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
+    )
     g = torch.tensor([[0.1, -0.4, 1.2], [-torch.inf] * 3])
     is_soft, first = torch.tensor([True, False]), Soft(soft.ids[:1], soft.weights[:1])
     for found, alone in (
-        (gumbel_logp(logits, soft, perturbed=g, is_soft=is_soft), gumbel_logp(logits[:1], first, perturbed=g[:1])),
-        (concrete_logp(logits, soft, tau=0.5, is_soft=is_soft), concrete_logp(logits[:1], first, tau=0.5)),
+        (
+            gumbel_logp(logits, soft, perturbed=g, is_soft=is_soft),
+            gumbel_logp(logits[:1], first, perturbed=g[:1]),
+        ),
+        (
+            concrete_logp(logits, soft, tau=0.5, is_soft=is_soft),
+            concrete_logp(logits[:1], first, tau=0.5),
+        ),
     ):
         assert torch.equal(found[:1], alone)
         assert torch.equal(found[1, :1], token_logp(logits, soft)[1]) and not found[1, 1:].any()
         (grad,) = torch.autograd.grad(found.sum(), logits)
         assert grad.isfinite().all() and grad[1].any()
-    for perturbed in (g, g.masked_fill(g == -torch.inf, torch.nan)):  # slots of a single token are not read
+    # slots of a single token are not read
+    for perturbed in (g, g.masked_fill(g == -torch.inf, torch.nan)):
         kl = gumbel_kl(logits, ref, soft, perturbed=perturbed, is_soft=is_soft)
         assert torch.equal(kl[1], token_kl(logits, ref)[1])
         found = gumbel_logp(logits, soft, perturbed=perturbed, is_soft=is_soft)
         assert torch.equal(found[1, :1], token_logp(logits, soft)[1]) and not found[1, 1:].any()
         assert torch.autograd.grad(found.sum(), logits)[0].isfinite().all()
     assert torch.equal(
-        gumbel_kl(logits, ref, soft, perturbed=g, is_soft=is_soft)[0], gumbel_kl(logits, ref, soft, perturbed=g)[0]
+        gumbel_kl(logits, ref, soft, perturbed=g, is_soft=is_soft)[0],
+        gumbel_kl(logits, ref, soft, perturbed=g)[0],
     )
-    (grad,) = torch.autograd.grad(gumbel_logp(logits, soft, perturbed=g).sum(), logits)  # a row without support
+    # a row without support
+    (grad,) = torch.autograd.grad(gumbel_logp(logits, soft, perturbed=g).sum(), logits)
     assert grad.isfinite().all() and not grad[1].any()
 
 
 PROMPTS, PROMPT_MASK = torch.tensor([[0, 5], [6, 7]]), torch.tensor([[0, 1], [1, 1]])
-MIXTURES = Soft(torch.tensor([[[8, 9], [10, 10], [11, 11]], [[12, 13], [14, 15], [16, 16]]]),
-                torch.tensor([[[0.5, 0.5], [1, 0], [1, 0]], [[0.5, 0.5], [0.5, 0.5], [1, 0]]]))  # fmt: skip
+MIXTURES = Soft(
+    torch.tensor([[[8, 9], [10, 10], [11, 11]], [[12, 13], [14, 15], [16, 16]]]),
+    torch.tensor([[[0.5, 0.5], [1, 0], [1, 0]], [[0.5, 0.5], [0.5, 0.5], [1, 0]]]),
+)
 ALIVE = torch.tensor([[1, 1, 0], [1, 1, 1]])
 
 
 def test_what_replay_feeds():
     model, seen = model_of("llama"), []
-    hook = model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
     logits = replay(model, PROMPTS, PROMPT_MASK, MIXTURES, ALIVE, rescale="norm")
     hook.remove()
     (fed,) = seen
-    assert fed["position_ids"].tolist() == [[0, 0, 1, 2], [0, 1, 2, 3]] and fed["use_cache"] is False
-    assert fed["attention_mask"].tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]] and logits.shape == (2, 3, VOCAB)
+    assert (
+        fed["position_ids"].tolist() == [[0, 0, 1, 2], [0, 1, 2, 3]] and fed["use_cache"] is False
+    )
+    assert fed["attention_mask"].tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]] and logits.shape == (
+        2,
+        3,
+        VOCAB,
+    )
     first = Soft(MIXTURES.ids[:, :2], MIXTURES.weights[:, :2])
     expected = soft_embed(first, model.get_input_embeddings(), rescale="norm")
     assert torch.equal(fed["inputs_embeds"][:, 2:], expected)
@@ -100,7 +137,9 @@ def test_embedding_grad_holds_back_mixtures_only():
     table = model.get_input_embeddings().weight
     for asked in (True, False):
         model.zero_grad()
-        replay(model, PROMPTS, PROMPT_MASK, MIXTURES, ALIVE, embedding_grad=asked).logsumexp(-1).sum().backward()
+        replay(model, PROMPTS, PROMPT_MASK, MIXTURES, ALIVE, embedding_grad=asked).logsumexp(
+            -1
+        ).sum().backward()
         moved = table.grad.abs().sum(-1) > 0
         assert moved[[5, 6, 7, 10]].all()  # the prompts, and a single token of the completion
         assert bool(moved[[8, 9, 12, 13, 14, 15]].any()) == asked
@@ -108,7 +147,9 @@ def test_embedding_grad_holds_back_mixtures_only():
 
 def test_replay_under_gradient_checkpointing_is_the_same():
     model = model_of("llama")
-    plain = grads(lambda e: replay(model, PROMPTS, PROMPT_MASK, MIXTURES, ALIVE) * e, torch.ones(1))[0]
+    plain = grads(
+        lambda e: replay(model, PROMPTS, PROMPT_MASK, MIXTURES, ALIVE) * e, torch.ones(1)
+    )[0]
     model.train().gradient_checkpointing_enable()
     logits = replay(model, PROMPTS, PROMPT_MASK, MIXTURES, ALIVE)
     assert torch.allclose(logits.detach(), plain, atol=1e-6)
@@ -117,11 +158,16 @@ def test_replay_under_gradient_checkpointing_is_the_same():
 
 def test_replay_refuses_a_loss_mask():
     with pytest.raises(ValueError, match="hole"):
-        replay(model_of("llama"), PROMPTS, PROMPT_MASK, MIXTURES, torch.tensor([[1, 0, 1], [1, 1, 1]]))
+        replay(
+            model_of("llama"), PROMPTS, PROMPT_MASK, MIXTURES, torch.tensor([[1, 0, 1], [1, 1, 1]])
+        )
 
 
 def test_surrogate_bounds_the_unclipped_ratio_and_leaves_old_alone():
-    new, old = torch.full((1, 1, 1), math.log(9.0)).requires_grad_(), torch.zeros(1, 1, 1, requires_grad=True)
+    new, old = (
+        torch.full((1, 1, 1), math.log(9.0)).requires_grad_(),
+        torch.zeros(1, 1, 1, requires_grad=True),
+    )
     advantage = torch.tensor([-2.0])
     assert surrogate(new, old, advantage).item() == pytest.approx(18)
     assert surrogate(new, old, advantage, delta=4.0).item() == pytest.approx(8)
@@ -142,10 +188,18 @@ def test_gae_carries_no_gradient():
 
 
 def test_whiten_by_hand():
-    x, mask = torch.tensor([[1e-1, 3e-1, 9.0], [2e-1, 6e-1, 9.0]]), torch.tensor([[1, 1, 0], [1, 1, 0]])
+    x, mask = (
+        torch.tensor([[1e-1, 3e-1, 9.0], [2e-1, 6e-1, 9.0]]),
+        torch.tensor([[1, 1, 0], [1, 1, 0]]),
+    )
     kept = x[:, :2]
     white = whiten(x, mask)
-    assert torch.allclose(white[:, :2], (kept - kept.mean()) / kept.std(), atol=1e-4) and not white[:, 2].any()
+    assert (
+        torch.allclose(white[:, :2], (kept - kept.mean()) / kept.std(), atol=1e-4)
+        and not white[:, 2].any()
+    )
     kept_mean = whiten(x, mask, shift_mean=False)
-    assert torch.allclose(kept_mean[:, :2], white[:, :2] + kept.mean()) and not kept_mean[:, 2].any()
+    assert (
+        torch.allclose(kept_mean[:, :2], white[:, :2] + kept.mean()) and not kept_mean[:, 2].any()
+    )
     assert not whiten(torch.tensor([[5.0, 1.0]]), torch.tensor([[1, 0]])).any()

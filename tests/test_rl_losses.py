@@ -13,7 +13,8 @@ def numbers(*shape, seed=0):
 MASK = torch.tensor([[1.0, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
 
 
-# -- surrogate ----------------------------------------------------------------------------------------------------
+# -- surrogate
+# ----------------------------------------------------------------------------------------------------
 
 
 def clipped(log_ratio, advantage, low, high):
@@ -23,7 +24,11 @@ def clipped(log_ratio, advantage, low, high):
 
 @pytest.mark.parametrize("ratio", ["per_draw", "joint"])
 def test_surrogate_step_by_step(ratio):
-    new, old, advantages = numbers(2, 3, 4) * 0.3, numbers(2, 3, 4, seed=1) * 0.3, numbers(2, seed=2)
+    new, old, advantages = (
+        numbers(2, 3, 4) * 0.3,
+        numbers(2, 3, 4, seed=1) * 0.3,
+        numbers(2, seed=2),
+    )
     found = surrogate(new, old, advantages, 0.1, 0.3, ratio=ratio)
     for b in range(2):
         for c in range(3):
@@ -68,7 +73,8 @@ def test_unknown_names():
             aggregate(MASK, MASK, name)
 
 
-# -- normalisations -----------------------------------------------------------------------------------------------
+# -- normalisations
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -85,9 +91,19 @@ def test_aggregate_by_hand(loss_type):
     found = aggregate(x, MASK, loss_type, max_length=10, num_items=torch.tensor(20.0))
     assert found.item() == pytest.approx(expected, abs=1e-6)
     # Three micro-batches, two processes, a rollout of twelve micro-batches
-    found = aggregate(x, MASK, loss_type, accumulation=3, max_length=10, num_items=20.0, num_processes=2,
-                      steps_per_generation=12)  # fmt: skip
-    assert found.item() == pytest.approx(expected * (2 * 12 / 3 if loss_type == "dapo" else 1 / 3), abs=1e-5)
+    found = aggregate(
+        x,
+        MASK,
+        loss_type,
+        accumulation=3,
+        max_length=10,
+        num_items=20.0,
+        num_processes=2,
+        steps_per_generation=12,
+    )
+    assert found.item() == pytest.approx(
+        expected * (2 * 12 / 3 if loss_type == "dapo" else 1 / 3), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo"])
@@ -95,7 +111,8 @@ def test_nothing_in_the_loss_is_no_nan(loss_type):
     assert aggregate(numbers(3, 4), torch.zeros(3, 4), loss_type) == 0
 
 
-# -- advantages ---------------------------------------------------------------------------------------------------
+# -- advantages
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (0.99, 0.0), (1.0, 1.0)])
@@ -115,7 +132,9 @@ def test_gae_is_its_sum(gamma, lam):
 def test_gae_passes_through_steps_that_are_no_action():
     """They take no time, and a reward on one goes to the step before."""
     rewards, values = numbers(1, 3), numbers(1, 3, seed=1)
-    holed = [torch.stack([x[0, 0], x[0, 1], torch.tensor(9.0), x[0, 2]])[None] for x in (rewards, values)]
+    holed = [
+        torch.stack([x[0, 0], x[0, 1], torch.tensor(9.0), x[0, 2]])[None] for x in (rewards, values)
+    ]
     holed[0][0, 2] = 0.25
     found = gae(*holed, torch.tensor([[1.0, 1, 0, 1]]), 0.9, 0.8)
     rewards[0, 1] += 0.25

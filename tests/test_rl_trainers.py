@@ -1,4 +1,5 @@
-"""RL on a soft policy: TRL's loss at one draw, exact replay, resuming, PPO and RLOO, and what is refused."""
+"""RL on a soft policy: TRL's loss at one draw, exact replay, resuming, PPO and RLOO, and what is
+refused."""
 
 import inspect
 import json
@@ -15,18 +16,37 @@ from safetensors.torch import load_file
 from tiny import END, EOS, model_of, tokenizer_of, with_lora
 from torch import nn
 
-from softar.rl import SoftGRPOConfig, SoftGRPOTrainer, SoftPPOConfig, SoftPPOTrainer, SoftRLOOTrainer
+from softar.rl import (
+    SoftGRPOConfig,
+    SoftGRPOTrainer,
+    SoftPPOConfig,
+    SoftPPOTrainer,
+    SoftRLOOTrainer,
+)
 from softar.thought import Kind
 
-ROWS = Dataset.from_list([{"prompt": f"<bos> w{i} w{i + 1}" if i % 3 else f"<bos> w{i}"} for i in range(6, 30)])
-QUICK = dict(per_device_train_batch_size=4, num_generations=4, max_completion_length=8, max_steps=2,
-             logging_steps=1, learning_rate=1e-2, save_strategy="no", disable_tqdm=True, think_steps=3,
-             think_end="</think>")  # fmt: skip
+ROWS = Dataset.from_list(
+    [{"prompt": f"<bos> w{i} w{i + 1}" if i % 3 else f"<bos> w{i}"} for i in range(6, 30)]
+)
+QUICK = dict(
+    per_device_train_batch_size=4,
+    num_generations=4,
+    max_completion_length=8,
+    max_steps=2,
+    logging_steps=1,
+    learning_rate=1e-2,
+    save_strategy="no",
+    disable_tqdm=True,
+    think_steps=3,
+    think_end="</think>",
+)
 TRAINERS = {"grpo": SoftGRPOTrainer, "ppo": SoftPPOTrainer, "rloo": SoftRLOOTrainer}
 
 
 def lora(dropout=0.0):
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, task_type="CAUSAL_LM"
+    )
 
 
 def words(completions, **columns):
@@ -39,9 +59,26 @@ def config(folder, kind="grpo", **options):
     return (SoftPPOConfig if kind == "ppo" else SoftGRPOConfig)(str(folder), **{**QUICK, **options})
 
 
-def trainer(folder, kind="grpo", *, reward=words, model=None, peft=None, rows=ROWS, eval_rows=None, **options):
-    return TRAINERS[kind](model or model_of(), reward, config(folder, kind, **options), rows, eval_rows,
-                          tokenizer_of(), peft_config=peft)  # fmt: skip
+def trainer(
+    folder,
+    kind="grpo",
+    *,
+    reward=words,
+    model=None,
+    peft=None,
+    rows=ROWS,
+    eval_rows=None,
+    **options,
+):
+    return TRAINERS[kind](
+        model or model_of(),
+        reward,
+        config(folder, kind, **options),
+        rows,
+        eval_rows,
+        tokenizer_of(),
+        peft_config=peft,
+    )
 
 
 def logged(done, key):
@@ -52,7 +89,10 @@ def rollout(made):
     """One batch of a trainer that has not started: {name: tensor}."""
     made.current_gradient_accumulation_steps = made.args.gradient_accumulation_steps
     made.model.train()
-    rows = [made.train_dataset[i // made.num_generations] for i in range(made.args.generation_batch_size)]
+    rows = [
+        made.train_dataset[i // made.num_generations]
+        for i in range(made.args.generation_batch_size)
+    ]
     return made._generate_and_score_completions(rows)
 
 
@@ -60,20 +100,32 @@ def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-# -- the loss -----------------------------------------------------------------------------------------------------
+# -- the loss
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mixer", ["k-samples", "hard"])
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
 def test_one_draw_is_trls_grpo(tmp_path, loss_type, mixer):
-    options = dict(loss_type=loss_type, temperature=0.7, epsilon=0.1, epsilon_high=0.3, gradient_accumulation_steps=2,
-                   steps_per_generation=4)  # fmt: skip
+    options = dict(
+        loss_type=loss_type,
+        temperature=0.7,
+        epsilon=0.1,
+        epsilon_high=0.3,
+        gradient_accumulation_steps=2,
+        steps_per_generation=4,
+    )
     span = dict(think_steps=None, think_end=None, soft_mixer=mixer, soft_k=1, entropy_coef=0.01)
     ours = trainer(tmp_path, **options, **span)
     plain = {k: v for k, v in (QUICK | options).items() if not k.startswith("think")}
     plain |= dict(use_cpu=True, bf16=False, entropy_coef=0.01, gradient_checkpointing=False)
-    theirs = trl.GRPOTrainer(model_of(), words, trl.GRPOConfig(str(tmp_path), **plain), ROWS,
-                             processing_class=tokenizer_of())  # fmt: skip
+    theirs = trl.GRPOTrainer(
+        model_of(),
+        words,
+        trl.GRPOConfig(str(tmp_path), **plain),
+        ROWS,
+        processing_class=tokenizer_of(),
+    )
     batch = rollout(ours)
     theirs.current_gradient_accumulation_steps = 2
     theirs.model.train()
@@ -82,14 +134,17 @@ def test_one_draw_is_trls_grpo(tmp_path, loss_type, mixer):
     length = batch["completion_ids"].shape[1]
     with torch.no_grad():
         old = theirs._get_per_token_logps_and_entropies(theirs.model, inputs, mask, length)[0]
-    old = old + 0.4 * torch.randn(old.shape, generator=torch.Generator().manual_seed(0))  # some clip, some do not
+    # some clip, some do not
+    old = old + 0.4 * torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
     batch["advantages"] = torch.randn(len(old), generator=torch.Generator().manual_seed(1))
     loss = {}
     for name, made, logps in (("ours", ours, old[..., None]), ("theirs", theirs, old)):
         loss[name] = made._compute_loss(made.model, batch | {"old_per_token_logps": logps})
         loss[name].backward()
     assert loss["ours"].item() == pytest.approx(loss["theirs"].item(), abs=1e-6)
-    for (name, p), (_, q) in zip(ours.model.named_parameters(), theirs.model.named_parameters(), strict=True):
+    for (name, p), (_, q) in zip(
+        ours.model.named_parameters(), theirs.model.named_parameters(), strict=True
+    ):
         assert (p.grad - q.grad).abs().max() < 1e-5 * q.grad.abs().max() + 1e-6, name
     for key in ("clip_ratio/region_mean", "entropy"):
         assert ours._metrics["train"][key] == pytest.approx(theirs._metrics["train"][key], abs=1e-6)
@@ -98,10 +153,16 @@ def test_one_draw_is_trls_grpo(tmp_path, loss_type, mixer):
 @pytest.mark.parametrize("peft", [None, lora(0.3)], ids=["full", "lora"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_first_ratio_is_one_then_moves(tmp_path, peft, checkpointing):
-    """Two passes over a rollout: the old log-probabilities are a replay's, and dropout is off in both."""
+    """Two passes over a rollout: the old log-probabilities are a replay's, and dropout is off in
+    both."""
     model = model_of(attention_dropout=0.2)
     done = trainer(
-        tmp_path, model=model, peft=peft, num_iterations=2, max_steps=4, gradient_checkpointing=checkpointing
+        tmp_path,
+        model=model,
+        peft=peft,
+        num_iterations=2,
+        max_steps=4,
+        gradient_checkpointing=checkpointing,
     )
     done.train()
     first, second, third, fourth = logged(done, "ratio/max_deviation")
@@ -122,7 +183,9 @@ def test_rollout_does_not_see_dropout(tmp_path):
 def test_gradient_of_a_checkpointed_replay_is_the_same(tmp_path):
     grads = []
     for checkpointing in (False, True):
-        made = trainer(tmp_path, model=model_of(attention_dropout=0.2), gradient_checkpointing=checkpointing)
+        made = trainer(
+            tmp_path, model=model_of(attention_dropout=0.2), gradient_checkpointing=checkpointing
+        )
         made._compute_loss(made.model, rollout(made)).backward()
         grads.append([p.grad for p in made.model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
@@ -146,7 +209,8 @@ def test_forced_and_padding_are_out_of_the_loss(tmp_path):
 
 @pytest.mark.parametrize("peft", [None, lora()], ids=["full", "lora"])
 def test_a_soft_step_scores_its_draws(tmp_path, peft):
-    """The replay finds what the step-by-step decode recorded, whatever the model's own generation settings are."""
+    """The replay finds what the step-by-step decode recorded, whatever the model's own generation
+    settings are."""
     model = model_of()
     model.generation_config.repetition_penalty = 3.0
     made = trainer(tmp_path, model=model, peft=peft, temperature=0.8, per_device_train_batch_size=8)
@@ -155,7 +219,9 @@ def test_a_soft_step_scores_its_draws(tmp_path, peft):
     chosen = (record.kind == Kind.SOFT) | (record.kind == Kind.HARD)
     # A closing token's recorded log-probability is that of all draws: it closed by its first alone
     plain = chosen & ~((record.kind == Kind.HARD) & (record.token == END))
-    open_end = (record.token == EOS) & (torch.arange(record.token.shape[1]) < made._out.answer_start[:, None])
+    open_end = (record.token == EOS) & (
+        torch.arange(record.token.shape[1]) < made._out.answer_start[:, None]
+    )
     plain &= ~open_end
     assert torch.allclose(logps.sum(-1)[plain], record.logp[plain], atol=1e-4)
     assert plain.sum() > 16
@@ -165,7 +231,12 @@ def test_a_soft_step_scores_its_draws(tmp_path, peft):
 def test_padding_to_a_multiple_changes_nothing(tmp_path):
     losses = []
     for multiple in (None, 8):
-        made = trainer(tmp_path, per_device_train_batch_size=8, pad_to_multiple_of=multiple, max_completion_length=6)
+        made = trainer(
+            tmp_path,
+            per_device_train_batch_size=8,
+            pad_to_multiple_of=multiple,
+            max_completion_length=6,
+        )
         batch = rollout(made)
         assert multiple is None or batch["soft_ids"].shape[1] == batch["prompt_ids"].shape[1] == 8
         batch["advantages"] = torch.arange(8.0)
@@ -186,14 +257,23 @@ def test_embedding_grad(tmp_path, embedding_grad):
     assert grad[~outside].any()
 
 
-# -- training -----------------------------------------------------------------------------------------------------
+# -- training
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_accumulated_is_one_batch(tmp_path):
     after = []
     for size, steps in ((8, 1), (4, 2)):
-        done = trainer(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1,
-                       loss_type="grpo", optim="sgd", learning_rate=0.1, max_grad_norm=0.0)  # fmt: skip
+        done = trainer(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            loss_type="grpo",
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+        )
         done.train()
         after.append(weights(done.model))
     assert all(torch.allclose(after[0][name], after[1][name], atol=1e-6) for name in after[0])
@@ -219,7 +299,9 @@ def test_resume_is_exact(tmp_path, kind, peft, stop, options):
     straight = trainer(tmp_path / "a", kind, peft=lora(0.1) if peft else None, **options)
     straight.train()
     shutil.copytree(tmp_path / "a" / f"checkpoint-{stop}", tmp_path / "b" / f"checkpoint-{stop}")
-    resumed = trainer(tmp_path / "b", kind, peft=lora(0.1) if peft else None, model=model_of(seed=0), **options)
+    resumed = trainer(
+        tmp_path / "b", kind, peft=lora(0.1) if peft else None, model=model_of(seed=0), **options
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{stop}"))
     before, after = weights(straight.model), weights(resumed.model)
     assert before.keys() == after.keys()
@@ -232,8 +314,17 @@ def test_value_head_learns_and_is_saved(tmp_path, peft):
     def one(completions, **columns):
         return [1.0] * len(completions)
 
-    done = trainer(tmp_path, "ppo", reward=one, peft=peft, max_steps=40, vf_coef=1.0, kl_coef=0.0, cliprange_value=9.0,
-                   value_learning_rate=0.03)  # fmt: skip
+    done = trainer(
+        tmp_path,
+        "ppo",
+        reward=one,
+        peft=peft,
+        max_steps=40,
+        vf_coef=1.0,
+        kl_coef=0.0,
+        cliprange_value=9.0,
+        value_learning_rate=0.03,
+    )
     done.train()
     lost = logged(done, "value_loss")
     assert sum(lost[-4:]) < 0.3 * sum(lost[:4])
@@ -246,18 +337,23 @@ def test_value_head_learns_and_is_saved(tmp_path, peft):
 
 
 def test_value_head_has_its_own_learning_rate(tmp_path):
-    done = trainer(tmp_path, "ppo", learning_rate=0.0, value_learning_rate=0.1, optim="sgd", max_steps=1)
+    done = trainer(
+        tmp_path, "ppo", learning_rate=0.0, value_learning_rate=0.1, optim="sgd", max_steps=1
+    )
     done.train()
     assert torch.equal(done.model.lm_head.weight, model_of().lm_head.weight)
     assert done.model.v_head.weight.abs().max() > 0
 
 
 def test_ppo_advantages_by_hand(tmp_path):
-    """With a value head of zero, gamma 1 and lambda 1, each step's advantage is the row's reward, whitened."""
+    """With a value head of zero, gamma 1 and lambda 1, each step's advantage is the row's reward,
+    whitened."""
     made = trainer(tmp_path, "ppo", lam=1.0, whiten_advantages=False)
     batch = rollout(made)
     alive = batch["soft_alive"]
-    assert torch.allclose(batch["advantages"][alive], made._rewards[:, None].expand_as(alive)[alive])
+    assert torch.allclose(
+        batch["advantages"][alive], made._rewards[:, None].expand_as(alive)[alive]
+    )
     white = trainer(tmp_path, "ppo", lam=1.0)
     batch = rollout(white)
     steps = batch["advantages"][batch["loss_mask"].bool()]
@@ -266,13 +362,15 @@ def test_ppo_advantages_by_hand(tmp_path):
 
 
 def test_value_reads_the_replayed_inputs(tmp_path):
-    """The value of a step comes from the position that predicts it: from what came before, mixtures included."""
+    """The value of a step comes from the position that predicts it: from what came before, mixtures
+    included."""
     made = trainer(tmp_path, "ppo", think_end=None, think_steps=None, soft_k=2)
     nn.init.normal_(made.model.v_head.weight)
     batch = rollout(made)
     values = made._replay_rows(made.model, batch, 4)[1]
     other = {k: v.clone() for k, v in batch.items()}
-    other["soft_ids"][:, 3, 1] = (other["soft_ids"][:, 3, 1] + 1) % 64  # the second draw only: no token changes
+    # the second draw only: no token changes
+    other["soft_ids"][:, 3, 1] = (other["soft_ids"][:, 3, 1] + 1) % 64
     moved = (made._replay_rows(made.model, other, 4)[1] - values).abs() > 1e-6
     alive = batch["soft_alive"]
     assert not moved[:, :4].any() and moved[:, 4:][alive[:, 4:]].all()
@@ -281,7 +379,9 @@ def test_value_reads_the_replayed_inputs(tmp_path):
 def test_leave_one_out(tmp_path):
     made = trainer(tmp_path, "rloo", per_device_train_batch_size=8)
     batch = rollout(made)
-    for rewards, advantages in zip(made._rewards.view(2, 4), batch["advantages"].view(2, 4), strict=True):
+    for rewards, advantages in zip(
+        made._rewards.view(2, 4), batch["advantages"].view(2, 4), strict=True
+    ):
         by_hand = [r - (rewards.sum() - r) / 3 for r in rewards]
         assert torch.allclose(advantages, torch.stack(by_hand), atol=1e-6)
     assert list(made._logs["advantages"])[-8:] == batch["advantages"].tolist()
@@ -290,7 +390,9 @@ def test_leave_one_out(tmp_path):
 @pytest.mark.parametrize("adapter", ["none", "new", "given"])
 def test_reference_is_where_training_started(tmp_path, adapter):
     model = with_lora(model_of(), lora_dropout=0.2) if adapter == "given" else model_of()
-    done = trainer(tmp_path, model=model, peft=lora() if adapter == "new" else None, beta=0.5, max_steps=3)
+    done = trainer(
+        tmp_path, model=model, peft=lora() if adapter == "new" else None, beta=0.5, max_steps=3
+    )
     batch = rollout(done)
     started = done._reference(done.model, batch)
     done.train()
@@ -308,19 +410,40 @@ def test_reference_is_where_training_started(tmp_path, adapter):
         loss[done.args.beta] = done._compute_loss(done.model, batch).item()
     mean = ((by_hand * mask).sum() / mask.sum()).item()
     assert done._metrics["train"]["kl"] == pytest.approx([mean], rel=1e-4)
-    assert loss[0.5] - loss[0.0] == pytest.approx(0.5 * mean, rel=1e-3)  # "dapo", in one process: the mean over steps
+    # "dapo", in one process: the mean over steps
+    assert loss[0.5] - loss[0.0] == pytest.approx(0.5 * mean, rel=1e-3)
 
 
 def test_evaluation_and_metrics(tmp_path):
-    done = trainer(tmp_path, eval_rows=ROWS.select(range(4)), eval_strategy="steps", eval_steps=1, learning_rate=0.0,
-                   per_device_eval_batch_size=4, num_generations_eval=2, log_completions=True)  # fmt: skip
+    done = trainer(
+        tmp_path,
+        eval_rows=ROWS.select(range(4)),
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=0.0,
+        per_device_eval_batch_size=4,
+        num_generations_eval=2,
+        log_completions=True,
+    )
     done.train()
     entry = done.state.log_history[0]
-    for name in ("thought_entropy", "answer_entropy", "draws_agree", "stream_is_argmax", "thought_length", "unclosed"):
-        assert f"soft/{name}" in entry and f"eval_soft/{name}" in {k for e in done.state.log_history for k in e}
-    assert entry["reward/min"] <= entry["reward/p25"] <= entry["reward/median"] <= entry["reward/max"]
+    for name in (
+        "thought_entropy",
+        "answer_entropy",
+        "draws_agree",
+        "stream_is_argmax",
+        "thought_length",
+        "unclosed",
+    ):
+        assert f"soft/{name}" in entry and f"eval_soft/{name}" in {
+            k for e in done.state.log_history for k in e
+        }
+    assert (
+        entry["reward/min"] <= entry["reward/p25"] <= entry["reward/median"] <= entry["reward/max"]
+    )
     assert 0 <= entry["soft/draws_agree"] <= 1 and 0 < entry["soft/thought_length"] <= 3
-    assert len(set(logged(done, "eval_reward"))) == 1 and len(logged(done, "eval_reward")) == 2  # the same draws
+    # the same draws
+    assert len(set(logged(done, "eval_reward"))) == 1 and len(logged(done, "eval_reward")) == 2
     assert len(done._logs["extra"]["reward_saw"]) == len(done._logs["completion"])
 
 
@@ -333,7 +456,9 @@ def test_conversations(tmp_path):
 
     tokenizer = tokenizer_of()
     tokenizer.chat_template = "<bos>{% for m in messages %} {{ m['content'] }}{% endfor %} <think>"
-    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": f"w{i}"}]} for i in range(6, 20)])
+    rows = Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": f"w{i}"}]} for i in range(6, 20)]
+    )
     made = SoftGRPOTrainer(model_of(), reward, config(tmp_path), rows, processing_class=tokenizer)
     batch = rollout(made)
     assert tokenizer.batch_decode(batch["prompt_ids"])[0].split() == ["<bos>", "w6", "<think>"]
@@ -346,8 +471,14 @@ def test_statistics_by_hand(tmp_path, mixer):
     made = trainer(tmp_path, soft_mixer=mixer, per_device_train_batch_size=8, think_steps=None)
     rollout(made)
     record, starts = made._out.record, made._out.answer_start.tolist()
-    seen = {name: values[0] for name, values in made._metrics["train"].items() if name.startswith("soft/")}
-    thoughts = [h for row, start in zip(record.entropy, starts, strict=True) for h in row[:start].tolist()]
+    seen = {
+        name: values[0]
+        for name, values in made._metrics["train"].items()
+        if name.startswith("soft/")
+    }
+    thoughts = [
+        h for row, start in zip(record.entropy, starts, strict=True) for h in row[:start].tolist()
+    ]
     assert seen["soft/thought_length"] == len(thoughts) / 8
     assert seen["soft/thought_entropy"] == pytest.approx(sum(thoughts) / len(thoughts), rel=1e-5)
     mixed = record.ids[record.kind == Kind.SOFT]
@@ -357,7 +488,8 @@ def test_statistics_by_hand(tmp_path, mixer):
         assert seen["soft/draws_agree"] == pytest.approx(agree, rel=1e-5)
 
 
-# -- what the reward sees -----------------------------------------------------------------------------------------
+# -- what the reward sees
+# -----------------------------------------------------------------------------------------
 
 
 def test_a_thought_that_never_ends_has_no_answer(tmp_path):
@@ -371,7 +503,9 @@ def test_a_thought_that_never_ends_has_no_answer(tmp_path):
     batch, out = rollout(made), made._out
     (texts, ids), kinds = seen[0], out.record.kind
     unclosed = out.answer_start >= (kinds != Kind.PAD).sum(1)
-    assert unclosed.any() and made._metrics["train"]["soft/unclosed"] == [unclosed.float().mean().item()]
+    assert unclosed.any() and made._metrics["train"]["soft/unclosed"] == [
+        unclosed.float().mean().item()
+    ]
     assert [text == "" for text in texts] == [not answer for answer in ids]
     assert all(texts[row] == "" for row in unclosed.nonzero()[:, 0].tolist())
     assert batch["loss_mask"][unclosed].any()
@@ -390,12 +524,17 @@ def test_reward_sees(tmp_path, sees):
     record = made._out.record
     for row, ids in enumerate(seen):
         stream = record.token[row][record.kind[row] != Kind.PAD].tolist()
-        assert ids == stream[made._out.answer_start[row] :] if sees == "answer" else len(ids) == len(stream)
+        assert (
+            ids == stream[made._out.answer_start[row] :]
+            if sees == "answer"
+            else len(ids) == len(stream)
+        )
         if sees == "stream":
             assert ids == stream
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------
+# -- what is refused
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -409,7 +548,10 @@ def test_reward_sees(tmp_path, sees):
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"use_vllm": True}, "use_vllm=True"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True"),
-        ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching=True"),
+        (
+            {"use_transformers_continuous_batching": True},
+            "use_transformers_continuous_batching=True",
+        ),
         ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32=True"),
         ({"loss_type": "cispo"}, "loss_type='cispo'"),
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence'"),
@@ -437,7 +579,10 @@ def test_bad_options(tmp_path, options, message):
     "options, message",
     [
         ({"num_ppo_epochs": 2, "num_iterations": 3}, "num_ppo_epochs=2 and num_iterations=3"),
-        ({"num_mini_batches": 2, "steps_per_generation": 1}, "num_mini_batches=2 and steps_per_generation=1"),
+        (
+            {"num_mini_batches": 2, "steps_per_generation": 1},
+            "num_mini_batches=2 and steps_per_generation=1",
+        ),
         ({"cliprange": 0.1, "epsilon": 0.2}, "cliprange=0.1 and epsilon=0.2"),
         ({"kl_coef": 0.1, "beta": 0.2}, "kl_coef=0.1 and beta=0.2"),
         ({"gamma": 1.1}, "gamma=1.1"),
@@ -453,9 +598,19 @@ def test_bad_ppo_options(tmp_path, options, message):
 
 def test_ppo_names(tmp_path):
     made = config(tmp_path, "ppo", num_ppo_epochs=3, num_mini_batches=2, cliprange=0.1, kl_coef=0.2)
-    assert (made.num_iterations, made.steps_per_generation, made.epsilon, made.beta) == (3, 2, 0.1, 0.2)
+    assert (made.num_iterations, made.steps_per_generation, made.epsilon, made.beta) == (
+        3,
+        2,
+        0.1,
+        0.2,
+    )
     made = config(tmp_path, "ppo", num_iterations=3, steps_per_generation=2, epsilon=0.1, beta=0.2)
-    assert (made.num_ppo_epochs, made.num_mini_batches, made.cliprange, made.kl_coef) == (3, 2, 0.1, 0.2)
+    assert (made.num_ppo_epochs, made.num_mini_batches, made.cliprange, made.kl_coef) == (
+        3,
+        2,
+        0.1,
+        0.2,
+    )
     made = config(tmp_path, "ppo", num_iterations=1)
     assert (made.num_ppo_epochs, made.cliprange, made.kl_coef) == (1, 0.2, 0.05)
 
@@ -500,7 +655,8 @@ def test_some_unscored(tmp_path):
 
 
 class Judge(nn.Module):
-    """A reward model of another vocabulary: scores the number of its tokens; NaN where `scale` is."""
+    """A reward model of another vocabulary: scores the number of its tokens; NaN where `scale`
+    is."""
 
     def __init__(self, scale):
         super().__init__()
@@ -508,13 +664,21 @@ class Judge(nn.Module):
         self.config = types.SimpleNamespace(_name_or_path="judge", pad_token_id=0)
 
     def forward(self, input_ids, attention_mask, **ignored):
-        return types.SimpleNamespace(logits=self.scale * attention_mask.sum(1, keepdim=True).float())
+        return types.SimpleNamespace(
+            logits=self.scale * attention_mask.sum(1, keepdim=True).float()
+        )
 
 
 @pytest.mark.parametrize("scale", [1.0, float("nan")])
 def test_reward_model(tmp_path, scale):
-    made = SoftGRPOTrainer(model_of(), [Judge(scale)], config(tmp_path), ROWS, processing_class=tokenizer_of(),
-                           reward_processing_classes=[tokenizer_of(80)])  # fmt: skip
+    made = SoftGRPOTrainer(
+        model_of(),
+        [Judge(scale)],
+        config(tmp_path),
+        ROWS,
+        processing_class=tokenizer_of(),
+        reward_processing_classes=[tokenizer_of(80)],
+    )
     if scale == 1:
         rollout(made)
         texts = tokenizer_of().batch_decode(made._out.answers, skip_special_tokens=True)
@@ -532,7 +696,9 @@ def test_another_k_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"mixer_args={'k': 3}, not {'k': 2}"):
         trainer(tmp_path, soft_k=3, **options).train(resume_from_checkpoint=str(folder))
     with pytest.raises(ValueError, match=r"temperature=0.5, not 1.0"):
-        trainer(tmp_path, soft_k=2, temperature=0.5, **options).train(resume_from_checkpoint=str(folder))
+        trainer(tmp_path, soft_k=2, temperature=0.5, **options).train(
+            resume_from_checkpoint=str(folder)
+        )
     for model in (str(folder), type(model_of()).from_pretrained(folder)):
         with pytest.raises(ValueError, match=r"soft_k=3, but soft_config.json .* says k=2"):
             trainer(tmp_path / "c", model=model, soft_k=3)
@@ -548,8 +714,13 @@ def test_virtual_tokens_are_refused(tmp_path):
 
 @pytest.mark.parametrize("given", ["args", "processing_class", "reward_funcs", "tools", "ppo"])
 def test_bad_constructor(tmp_path, given):
-    good = dict(model=model_of(), reward_funcs=words, args=config(tmp_path), train_dataset=ROWS,
-                processing_class=tokenizer_of())  # fmt: skip
+    good = dict(
+        model=model_of(),
+        reward_funcs=words,
+        args=config(tmp_path),
+        train_dataset=ROWS,
+        processing_class=tokenizer_of(),
+    )
     if given == "ppo":
         with pytest.raises(ValueError, match="needs a SoftPPOConfig"):
             SoftPPOTrainer(**good)
@@ -559,7 +730,8 @@ def test_bad_constructor(tmp_path, given):
         SoftGRPOTrainer(**good | {given: bad})
 
 
-# -- TRL ----------------------------------------------------------------------------------------------------------
+# -- TRL
+# ----------------------------------------------------------------------------------------------------------
 
 SIGNATURES = {
     "__init__": "model reward_funcs args train_dataset eval_dataset processing_class reward_processing_classes "
@@ -582,7 +754,8 @@ SIGNATURES = {
 
 
 def test_what_is_overridden_is_trls():
-    """TRL's internals drift from one minor version to the next: a new one needs a look at each of these."""
+    """TRL's internals drift from one minor version to the next: a new one needs a look at each of
+    these."""
     assert Version("1.16") <= Version(trl.__version__) < Version("1.17")
     for name, parameters in SIGNATURES.items():
         found = list(inspect.signature(inspect.getattr_static(trl.GRPOTrainer, name)).parameters)
@@ -590,4 +763,6 @@ def test_what_is_overridden_is_trls():
     for ours in TRAINERS.values():
         for name, member in vars(ours).items():
             if inspect.isfunction(member) and name in dir(trl.GRPOTrainer):
-                assert name in SIGNATURES, f"{ours.__name__}.{name} overrides a method that is not in SIGNATURES"
+                assert name in SIGNATURES, (
+                    f"{ours.__name__}.{name} overrides a method that is not in SIGNATURES"
+                )

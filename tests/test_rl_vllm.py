@@ -1,7 +1,8 @@
-"""RL rollouts on vLLM beside the loop's: the same thoughts for the same seeds after each update, in one process or two.
+"""RL rollouts on vLLM beside the loop's: the same thoughts for the same seeds after each update, in
+one process or two.
 
-This file is also the script that trains: `python tests/test_rl_vllm.py FOLDER` writes what happened to FOLDER/out.pt,
-and torchrun with two processes to FOLDER/two.pt.
+This file is also the script that trains: `python tests/test_rl_vllm.py FOLDER` writes what happened
+to FOLDER/out.pt, and torchrun with two processes to FOLDER/two.pt.
 """
 
 import dataclasses
@@ -27,22 +28,37 @@ from softar.vllm.record import Read
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 # Plain gradient descent: Adam's first update is the sign of a gradient that may be rounding noise
-SGD = dict(optim="sgd", learning_rate=0.05, max_grad_norm=0.0, max_steps=3, lr_scheduler_type="constant")
+SGD = dict(
+    optim="sgd", learning_rate=0.05, max_grad_norm=0.0, max_steps=3, lr_scheduler_type="constant"
+)
 THOUGHT = dict(think_steps=None, think_end=None)  # all of the completion
 CASES = {  # kind of trainer, options
     "grpo": ("grpo", dict(THOUGHT, **SGD)),
     "ppo": ("ppo", dict(THOUGHT, num_ppo_epochs=1, vf_coef=1.0, kl_coef=0.1, **SGD)),
-    "often": ("grpo", dict(THOUGHT, **SGD | dict(max_steps=8), num_iterations=2, gradient_accumulation_steps=2,
-                           steps_per_generation=4, eval_strategy="steps", eval_steps=3, save_strategy="steps",
-                           save_steps=3, per_device_eval_batch_size=4)),
+    "often": (
+        "grpo",
+        dict(
+            THOUGHT,
+            **SGD | dict(max_steps=8),
+            num_iterations=2,
+            gradient_accumulation_steps=2,
+            steps_per_generation=4,
+            eval_strategy="steps",
+            eval_steps=3,
+            save_strategy="steps",
+            save_steps=3,
+            per_device_eval_batch_size=4,
+        ),
+    ),
     "hard": ("rloo", dict(soft_mixer="hard", per_device_train_batch_size=24, **SGD)),
     "lora": ("grpo", dict(beta=0.1, **SGD | dict(learning_rate=0.5))),
     "adam": ("ppo", dict(num_ppo_epochs=2, soft_k=4)),
-}  # fmt: skip
+}
 
 
 def pair(made):
-    """Have each rollout of vLLM made by the loop too, on the model as it is then; they go to a list."""
+    """Have each rollout of vLLM made by the loop too, on the model as it is then; they go to a
+    list."""
     ask, pairs = made._ask_engine, []
 
     def both(prompts, rng):
@@ -58,13 +74,27 @@ def run(folder, name, backend, **more):
     kind, options = CASES[name]
     options = dict(peft=lora()) | options if name == "lora" else options
     evals = dict(eval_rows=ROWS.select(range(4))) if name == "often" else {}
-    made = trainer(folder / f"{name}-{backend}", kind, model=model_of("llama"), rollout=backend, **evals,
-                   **options | more)  # fmt: skip
+    made = trainer(
+        folder / f"{name}-{backend}",
+        kind,
+        model=model_of("llama"),
+        rollout=backend,
+        **evals,
+        **options | more,
+    )
     return made
 
 
 def found(made):
-    keys = ("loss", "reward", "entropy", "ratio/max_deviation", "eval_loss", "eval_reward", "soft/thought_entropy")
+    keys = (
+        "loss",
+        "reward",
+        "entropy",
+        "ratio/max_deviation",
+        "eval_loss",
+        "eval_reward",
+        "soft/thought_entropy",
+    )
     return {"weights": weights(made.model)} | {key: logged(made, key) for key in keys}
 
 
@@ -107,7 +137,8 @@ def stale(made, pairs):
 
 
 def interrupted(made):
-    """Ctrl-C on the way of the weights: are they the same after it, and what does another rollout say?"""
+    """Ctrl-C on the way of the weights: are they the same after it, and what does another rollout
+    say?"""
     engine, before = made._engine, weights(made.model)
     model = engine.llm.llm_engine.model_executor.driver_worker.model_runner.get_model()
 
@@ -131,7 +162,9 @@ def interrupted(made):
 def answers(made):
     """First tokens of many answers without a thought, and the policy's probabilities."""
     engine, temperature = made._engine, 0.7
-    engine.decoding = dataclasses.replace(engine.decoding, budget=0, answer_temperature=temperature, max_new_tokens=2)
+    engine.decoding = dataclasses.replace(
+        engine.decoding, budget=0, answer_temperature=temperature, max_new_tokens=2
+    )
     prompt = [tiny.BOS, 11, 12]
     engine.sync_weights()
     out = engine.decode([prompt] * 2000, range(2000))
@@ -148,7 +181,8 @@ def refused(what, *args):
 
 
 def resumed(folder):
-    """Weights of the run that goes on from the middle of the other, where a rollout is used twice."""
+    """Weights of the run that goes on from the middle of the other, where a rollout is used
+    twice."""
     made = run(folder, "often", "vllm")
     pairs = pair(made)
     made.train(resume_from_checkpoint=str(folder / "often-vllm" / "checkpoint-3"))
@@ -157,10 +191,19 @@ def resumed(folder):
 
 
 def narrow(folder):
-    """Rollouts of a model whose heads vLLM has no kernels for, tied, with a value head and an adapter in the way."""
+    """Rollouts of a model whose heads vLLM has no kernels for, tied, with a value head and an
+    adapter in the way."""
     model = tiny.model_of(initializer_range=0.2, tie_word_embeddings=True)
-    made = trainer(folder / "narrow", "ppo", model=model, rollout="vllm", peft=lora(), num_ppo_epochs=1, **THOUGHT,
-                   **SGD)  # fmt: skip
+    made = trainer(
+        folder / "narrow",
+        "ppo",
+        model=model,
+        rollout="vllm",
+        peft=lora(),
+        num_ppo_epochs=1,
+        **THOUGHT,
+        **SGD,
+    )
     pairs = pair(made)
     made.train()
     made.close()
@@ -185,8 +228,14 @@ def start(folder, command):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
     env |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run([*map(str, command), __file__, folder], env=env, cwd="/", capture_output=True, text=True,
-                          timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [*map(str, command), __file__, folder],
+        env=env,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -198,10 +247,12 @@ def made(tmp_path_factory):
 
 
 def apart(out, own):
-    """In how many places is a rollout of vLLM not the loop's, but for the order of a step's draws? Compared are the
-    thoughts, and all of a completion that is nothing else."""
+    """In how many places is a rollout of vLLM not the loop's, but for the order of a step's draws?
+    Compared are the thoughts, and all of a completion that is nothing else."""
     width = min(out.record.kind.shape[1], own.record.kind.shape[1])
-    (given, ours) = (type(x.record)(*(column[:, :width] for column in x.record)) for x in (out, own))
+    (given, ours) = (
+        type(x.record)(*(column[:, :width] for column in x.record)) for x in (out, own)
+    )
     limit = torch.where(own.answer_start > 0, own.answer_start, width)[:, None]
     mixtures = [dense(Soft(x.ids, x.weights), tiny.VOCAB) for x in (given, ours)]
     wrong = (given.token != ours.token) | (given.kind != ours.kind)
@@ -209,7 +260,9 @@ def apart(out, own):
     wrong |= (given.ids[..., 0] != ours.ids[..., 0]) | (given.ids.shape[2] != ours.ids.shape[2])
     wrong |= (given.weights > 0).sum(-1) != (ours.weights > 0).sum(-1)
     wrong |= (given.entropy - ours.entropy).abs() > 1e-3
-    return int((wrong & (torch.arange(width) < limit)).sum() + (out.answer_start != own.answer_start).sum())
+    return int(
+        (wrong & (torch.arange(width) < limit)).sum() + (out.answer_start != own.answer_start).sum()
+    )
 
 
 def same(pairs, number):
@@ -222,7 +275,8 @@ def same(pairs, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "ppo", "often"])
 def test_a_run_is_the_loops(made, tmp_path, name):
-    """All of the completion is thought, so that both draw the same: rollouts, losses and weights."""
+    """All of the completion is thought, so that both draw the same: rollouts, losses and
+    weights."""
     theirs, ours = made[name], run(tmp_path, name, "loop")
     ours.train()
     same(theirs["pairs"], {"grpo": 3, "ppo": 3, "often": 14}[name])
@@ -263,8 +317,8 @@ def test_an_interruption_ends_the_engine_and_leaves_the_policy_as_it_was(made):
 
 @pytest.mark.slow
 def test_old_log_probabilities_are_the_models_own(made):
-    """Where a rollout is used twice its first ratios are 1, but for the rounding of a replay in pieces; the second's
-    are not."""
+    """Where a rollout is used twice its first ratios are 1, but for the rounding of a replay in
+    pieces; the second's are not."""
     first, second = made["adam"]["ratio/max_deviation"]
     assert first < 1e-5 < 1e-3 < second
     assert max(made["grpo"]["ratio/max_deviation"]) == 0
@@ -342,7 +396,9 @@ def test_the_draws_of_a_step_are_its_slots():
 
 
 def test_a_record_that_follows_other_rules_is_an_error():
-    decoding = SoftConfig(mixer="k-samples", mixer_args={"k": 2}, top_k=None, think_end=(tiny.END,), budget=1)
+    decoding = SoftConfig(
+        mixer="k-samples", mixer_args={"k": 2}, top_k=None, think_end=(tiny.END,), budget=1
+    )
     step = Read(9, (9, 8), (0.5, 0.5), int(Kind.SOFT), -3.0, 1.0)
     closed = Read(tiny.END, (tiny.END,), (1.0,), int(Kind.FORCED), float("nan"), 1.0)
     ended = Read(tiny.EOS, (tiny.EOS,), (1.0,), int(Kind.HARD), float("nan"), 1.0)
@@ -369,7 +425,10 @@ def test_a_record_that_follows_other_rules_is_an_error():
         ({"vllm_mode": "server"}, "vllm_mode='server' is not supported.*in the trainer's process"),
         ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2 is not supported"),
         ({"vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode=True is not supported"),
-        ({"vllm_structured_outputs_regex": "a"}, "vllm_structured_outputs_regex='a' is not supported"),
+        (
+            {"vllm_structured_outputs_regex": "a"},
+            "vllm_structured_outputs_regex='a' is not supported",
+        ),
         ({"use_vllm": True}, "use_vllm=True is not supported.*rollout='vllm' decodes softly"),
     ],
 )
@@ -382,15 +441,23 @@ def test_what_cannot_work_is_named(tmp_path, kind, options, says):
 
 def test_without_vllm_it_says_how_to_get_it(tmp_path, monkeypatch):
     whole = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else whole(name, *rest))
-    with pytest.raises(ValueError, match=r"rollout='vllm': vLLM is not installed: `pip install \"softar\[vllm\]\"`"):
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "vllm" else whole(name, *rest),
+    )
+    with pytest.raises(
+        ValueError, match=r"rollout='vllm': vLLM is not installed: `pip install \"softar\[vllm\]\"`"
+    ):
         config(tmp_path, rollout="vllm")
     assert config(tmp_path).rollout == "loop"
 
 
 def test_an_engine_that_does_not_think_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("vllm.__version__", "0.33.1")
-    with pytest.raises(ValueError, match=r"vLLM 0\.33\.1 is not among the versions that softar thinks in"):
+    with pytest.raises(
+        ValueError, match=r"vLLM 0\.33\.1 is not among the versions that softar thinks in"
+    ):
         trainer(tmp_path, model=model_of("llama"), rollout="vllm")
 
 

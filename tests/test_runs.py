@@ -43,12 +43,21 @@ def checkpoint_at(folder, step, is_whole=True):
 
 def test_the_module_is_light():
     code = "import sys, softar.recipe; print({'torch', 'transformers', 'trl', 'numpy', 'rich'} & {*sys.modules})"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "set()\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "names"),
-    [(None, [CUSTOM]), (CUSTOM, [CUSTOM]), ("b", ["b"]), ("demo", ["a", "c"]), ("b,demo,a", ["b", "a", "c"])],
+    [
+        (None, [CUSTOM]),
+        (CUSTOM, [CUSTOM]),
+        ("b", ["b"]),
+        ("demo", ["a", "c"]),
+        ("b,demo,a", ["b", "a", "c"]),
+    ],
 )
 def test_rows_are_names_and_groups_each_once(text, names):
     assert parse_rows(text, ROWS, GROUPS) == names
@@ -56,12 +65,16 @@ def test_rows_are_names_and_groups_each_once(text, names):
 
 @pytest.mark.parametrize(("text", "bad"), [("", ""), ("demo,", ""), ("a,dem", "dem"), ("A", "A")])
 def test_an_unknown_row_is_named_with_what_there_is(text, bad):
-    with pytest.raises(ValueError, match=f"^rows='{text}': '{bad}' is unknown; choose demo, all, or out of a, b, c$"):
+    with pytest.raises(
+        ValueError,
+        match=f"^rows='{text}': '{bad}' is unknown; choose demo, all, or out of a, b, c$",
+    ):
         parse_rows(text, ROWS, GROUPS)
 
 
 @pytest.mark.parametrize(
-    ("given", "does"), [(None, False), ("false", False), (False, False), ("true", True), ("x", True)]
+    ("given", "does"),
+    [(None, False), ("false", False), (False, False), ("true", True), ("x", True)],
 )
 def test_what_resumes(given, does):
     assert resumes(training_of(resume_from_checkpoint=given)) is does
@@ -74,7 +87,9 @@ def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path):
     checkpoint_at(tmp_path, 11, is_whole=False)
     assert last_checkpoint(tmp_path) == str(newest)
     for given, found in ((None, None), ("true", str(newest)), ("some/place", "some/place")):
-        assert checkpoint_of(training_of(resume_from_checkpoint=given, output_dir=tmp_path)) == found
+        assert (
+            checkpoint_of(training_of(resume_from_checkpoint=given, output_dir=tmp_path)) == found
+        )
 
 
 def test_earlier_checkpoints_are_set_apart_in_place_of_still_earlier_ones(tmp_path, capsys):
@@ -113,7 +128,12 @@ def test_a_checkpoint_to_go_on_from_is_whole_and_of_a_single_run(tmp_path):
 
 
 def test_the_demos_configuration_stands_in_where_nothing_is_named(tmp_path):
-    assert with_default_config(["--seed", "1"], "demo.yaml") == ["--config", "demo.yaml", "--seed", "1"]
+    assert with_default_config(["--seed", "1"], "demo.yaml") == [
+        "--config",
+        "demo.yaml",
+        "--seed",
+        "1",
+    ]
     (mine := tmp_path / "mine.yaml").write_text("")
     for argv in (["--task", "mnns"], ["--model_name_or_path=x"], ["--config", str(mine)]):
         assert with_default_config(argv, "demo.yaml") == argv
@@ -136,14 +156,17 @@ def test_an_interruption_says_how_to_go_on(capsys):
 
 
 class Trained:
-    """Stands for a recipe: counts what is trained; a row `long` takes more steps than the others."""
+    """Stands for a recipe: counts what is trained; a row `long` takes more steps than the
+    others."""
 
     def __init__(self, folder, **changes):
         self.training, self.done = training_of(output_dir=str(folder), **changes), []
 
     def configure(self, name, seed, place):
         steps = 2 * self.training.max_steps if name == "long" else self.training.max_steps
-        return training_of(**vars(self.training) | dict(seed=seed, output_dir=str(place), max_steps=steps))
+        return training_of(
+            **vars(self.training) | dict(seed=seed, output_dir=str(place), max_steps=steps)
+        )
 
     def train(self, name, args):
         self.done.append((name, args.seed))
@@ -151,8 +174,16 @@ class Trained:
         return [dict(row=name, seed=args.seed, train_steps=args.max_steps)]
 
     def run(self, names, num_seeds=1, jobs=1):
-        return train_rows(names, self.training, num_seeds=num_seeds, jobs=jobs, configure=self.configure,
-                          train=self.train, console=None, program="some.py")  # fmt: skip
+        return train_rows(
+            names,
+            self.training,
+            num_seeds=num_seeds,
+            jobs=jobs,
+            configure=self.configure,
+            train=self.train,
+            console=None,
+            program="some.py",
+        )
 
 
 def test_rows_and_seeds_are_trained_in_folders_of_their_own_and_once(tmp_path):
@@ -190,7 +221,9 @@ def test_several_jobs_train_what_is_left_apart(tmp_path, monkeypatch):
         started.append((rows, jobs, program))
         for name, seed in rows:
             places[name, seed].mkdir(parents=True)
-            (places[name, seed] / "row.json").write_text(json.dumps([dict(row=name, seed=seed, train_steps=4)]))
+            (places[name, seed] / "row.json").write_text(
+                json.dumps([dict(row=name, seed=seed, train_steps=4)])
+            )
 
     monkeypatch.setattr(runs, "train_apart", apart)
     parent = Trained(tmp_path)
@@ -202,10 +235,16 @@ def test_several_jobs_train_what_is_left_apart(tmp_path, monkeypatch):
 
 def test_a_model_by_name_brings_what_its_loading_takes():
     task = SimpleNamespace(name="sums")
-    given = SimpleNamespace(model_name_or_path=None, attn_implementation=None, model_revision="main")
+    given = SimpleNamespace(
+        model_name_or_path=None, attn_implementation=None, model_revision="main"
+    )
     assert named_model(given, task, "tiny") == ("tiny", {})
-    with pytest.raises(ValueError, match=r"'sums' has no model of its own: give --model_name_or_path"):
+    with pytest.raises(
+        ValueError, match=r"'sums' has no model of its own: give --model_name_or_path"
+    ):
         named_model(given, task, None)
-    vars(given).update(model_name_or_path="owner/name", attn_implementation="eager", model_revision="v2")
+    vars(given).update(
+        model_name_or_path="owner/name", attn_implementation="eager", model_revision="v2"
+    )
     expected = {"attn_implementation": "eager", "revision": "v2"}
     assert named_model(given, task, "tiny") == ("owner/name", expected)

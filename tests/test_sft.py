@@ -1,4 +1,5 @@
-"""Guided soft SFT: its loss, its masks and draws, and training runs of a few steps on tiny models."""
+"""Guided soft SFT: its loss, its masks and draws, and training runs of a few steps on tiny
+models."""
 
 import copy
 import math
@@ -17,7 +18,12 @@ from tiny import BOS, EOS, PAD, model_of, tokenizer_of
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, HfArgumentParser, MixtralConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    HfArgumentParser,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+)
 from trl import SFTConfig, SFTTrainer
 
 import softar
@@ -50,7 +56,8 @@ ADAM = dict(optim="adamw_torch", learning_rate=1e-2)
 
 
 def calm():
-    """The tiny model with narrower weights: a step of training leaves it where losses can be compared."""
+    """The tiny model with narrower weights: a step of training leaves it where losses can be
+    compared."""
     return model_of(initializer_range=0.1)
 
 
@@ -59,15 +66,22 @@ def words(rng, n):
 
 
 def data(n=8, seed=0, traces=(), tags=False):
-    """Rows of unequal lengths. traces: numbers of traces, taken in turn; tags: the thought ends in </think>."""
+    """Rows of unequal lengths. traces: numbers of traces, taken in turn; tags: the thought ends in
+    </think>."""
     rng = random.Random(seed)
     rows = []
     for i in range(n):
         completion = words(rng, 2 + i % 4) + " </think>" * tags + words(rng, 1)
-        row = {"prompt": "<bos>" + words(rng, 1 + i % 3), "completion": completion, "answer": completion.split()[-1]}
+        row = {
+            "prompt": "<bos>" + words(rng, 1 + i % 3),
+            "completion": completion,
+            "answer": completion.split()[-1],
+        }
         if traces:
             length = len(completion.split()) - 1
-            row["traces"] = [words(rng, length) + " " + row["answer"] for _ in range(traces[i % len(traces)])]
+            row["traces"] = [
+                words(rng, length) + " " + row["answer"] for _ in range(traces[i % len(traces)])
+            ]
         rows.append(row)
     return Dataset.from_list(rows)
 
@@ -89,7 +103,15 @@ def config_of(folder, cls=SoftSFTConfig, **settings):
 
 
 def trainer_of(
-    folder, train=None, *, model=None, tokenizer=None, eval_dataset=None, score=None, peft_config=None, **kw
+    folder,
+    train=None,
+    *,
+    model=None,
+    tokenizer=None,
+    eval_dataset=None,
+    score=None,
+    peft_config=None,
+    **kw,
 ):
     return SoftSFTTrainer(
         calm() if model is None else model,
@@ -123,7 +145,12 @@ def same(a, b, **kw):
 @pytest.fixture
 def spy(monkeypatch):
     """Collects what every forward of a trainer reads and what its loss is taken of."""
-    seen, inputs, plain_forward, plain_loss = [], {}, softar.sft.trainer.soft_forward, softar.sft.trainer.soft_loss
+    seen, inputs, plain_forward, plain_loss = (
+        [],
+        {},
+        softar.sft.trainer.soft_forward,
+        softar.sft.trainer.soft_loss,
+    )
 
     def forward(model, ids, mask, soft_mask, feed, **kw):
         inputs.update(ids=ids, attention=mask, soft=soft_mask)
@@ -139,7 +166,8 @@ def spy(monkeypatch):
     return seen
 
 
-# -- the loss -------------------------------------------------------------------------------------------------------
+# -- the loss
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_soft_labels", [False, True])
@@ -151,7 +179,11 @@ def test_loss_equals_a_loop_over_positions(with_soft_labels):
     labels[torch.rand(B, T) < 0.4] = OFF
     labels[0, 0] = 3  # a text without a prompt: nothing predicts its first token
     thought = torch.rand(B, T) < 0.5
-    soft = Soft(torch.randint(V, (B, T, M)), torch.rand(B, T, M).softmax(-1)) if with_soft_labels else None
+    soft = (
+        Soft(torch.randint(V, (B, T, M)), torch.rand(B, T, M).softmax(-1))
+        if with_soft_labels
+        else None
+    )
     loss, h = soft_loss(logits, labels, thought, thought_weight=0.3, soft_labels=soft)
 
     expected, entropies = 0.0, []
@@ -183,12 +215,15 @@ def test_loss_is_of_the_raw_logits_and_takes_low_precision():
     logits = torch.randn(1, 4, 7, dtype=torch.bfloat16)
     labels = torch.tensor([[OFF, 1, 2, 3]])
     loss, _ = soft_loss(logits, labels, labels > 0)
-    expected = torch.nn.functional.cross_entropy(logits[0, :-1].float(), labels[0, 1:], reduction="sum")
+    expected = torch.nn.functional.cross_entropy(
+        logits[0, :-1].float(), labels[0, 1:], reduction="sum"
+    )
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected)
 
 
-# -- which positions are thought --------------------------------------------------------------------------------------
+# -- which positions are thought
+# --------------------------------------------------------------------------------------
 
 
 def mask_of(rows, **span):
@@ -205,7 +240,8 @@ def mask_of(rows, **span):
         (dict(steps=9), [[2, 3, 4, 5, 6, 7], [1, 2, 3], [0, 1, 2, 3]]),
         (dict(end=[9]), [[2, 3, 4], [1, 2, 3], [0]]),  # row 1 has no end: thought throughout
         (dict(end=[9, 6]), [[2, 3, 4], [1, 2, 3], [0, 1, 2, 3]]),
-        (dict(start=[8], end=[9]), [[3, 4], [1, 2, 3], [0]]),  # rows 1, 2: the tag stands in the prompt
+        # rows 1, 2: the tag stands in the prompt
+        (dict(start=[8], end=[9]), [[3, 4], [1, 2, 3], [0]]),
         (dict(start=[8, 7], end=[9, 6]), [[4], [1, 2, 3], [0, 1, 2, 3]]),
     ],
 )
@@ -215,7 +251,8 @@ def test_thought_mask(span, expected):
 
 
 def test_thought_mask_at_the_edges():
-    # A start tag in the middle: what stands before it is no thought. The last token, or half a tag, opens nothing more.
+    # A start tag in the middle: what stands before it is no thought. The last token, or half a tag,
+    # opens nothing more.
     assert mask_of([[OFF, 5, 5, 8, 7, 5, 9, 5]], start=[8, 7], end=[9]) == [[5]]
     assert mask_of([[OFF, 5, 8]], start=[8], end=[9]) == [[]]
     assert mask_of([[OFF, 5, 8]], start=[8, 7], end=[9]) == [[1, 2]]
@@ -227,14 +264,14 @@ def test_thought_mask_at_the_edges():
     assert mask_of([[OFF, 5, 9], [OFF, 5, 9, 6]], end=[9, 6]) == [[1, 2], [1]]
 
 
-# -- batches ------------------------------------------------------------------------------------------------------
+# -- batches
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_collator_pads_on_the_right():
-    batch = SoftCollator(PAD)([
-        {"input_ids": [1, 2, 3], "labels": [OFF, 2, 3]},
-        {"input_ids": [4], "labels": [4]},
-    ])  # fmt: skip
+    batch = SoftCollator(PAD)(
+        [{"input_ids": [1, 2, 3], "labels": [OFF, 2, 3]}, {"input_ids": [4], "labels": [4]}]
+    )
     assert {k: v.tolist() for k, v in batch.items()} == {
         "input_ids": [[1, 2, 3], [4, PAD, PAD]],
         "labels": [[OFF, 2, 3], [4, OFF, OFF]],
@@ -243,14 +280,19 @@ def test_collator_pads_on_the_right():
     assert all(v.dtype == torch.int64 for v in batch.values())
     equal = SoftCollator(PAD)([{"input_ids": [1, 2], "labels": [1, 2]}] * 2)
     assert equal["attention_mask"].all() and equal["input_ids"].tolist() == [[1, 2]] * 2
-    assert SoftCollator(PAD, pad_to_multiple_of=8)([{"input_ids": [1] * 9}])["labels"].shape == (1, 16)
+    assert SoftCollator(PAD, pad_to_multiple_of=8)([{"input_ids": [1] * 9}])["labels"].shape == (
+        1,
+        16,
+    )
 
 
 def test_collator_with_traces_of_unequal_number_and_length():
-    batch = SoftCollator(PAD)([
-        {"input_ids": [1, 2], "labels": [OFF, 2], "trace_ids": [[1, 5, 6, 7], [1, 8]]},
-        {"input_ids": [3, 4, 5], "labels": [OFF, 4, 5], "trace_ids": [[3, 9, 9]]},
-    ])  # fmt: skip
+    batch = SoftCollator(PAD)(
+        [
+            {"input_ids": [1, 2], "labels": [OFF, 2], "trace_ids": [[1, 5, 6, 7], [1, 8]]},
+            {"input_ids": [3, 4, 5], "labels": [OFF, 4, 5], "trace_ids": [[3, 9, 9]]},
+        ]
+    )
     assert batch["input_ids"].tolist() == [[1, 2, PAD, PAD], [3, 4, 5, PAD]]
     assert batch["labels"].tolist() == [[OFF, 2, OFF, OFF], [OFF, 4, 5, OFF]]
     assert batch["trace_ids"].tolist() == [
@@ -260,7 +302,8 @@ def test_collator_with_traces_of_unequal_number_and_length():
     assert batch["trace_mask"].tolist() == [[[1, 1, 1, 1], [1, 1, 0, 0]], [[1, 1, 1, 0], [0] * 4]]
 
 
-# -- against TRL --------------------------------------------------------------------------------------------------
+# -- against TRL
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -272,7 +315,14 @@ def test_teacher_forcing_equals_trls_trainer_step_by_step(tmp_path, kind, accumu
     if kind == "chat":
         train, tokenizer.chat_template = chat_data(16), CHAT
     kw = dict(gradient_accumulation_steps=accumulate, max_steps=5)
-    ours = trained(tmp_path / "ours", train, tokenizer=tokenizer, alpha_schedule="constant", alpha_start=1.0, **kw)
+    ours = trained(
+        tmp_path / "ours",
+        train,
+        tokenizer=tokenizer,
+        alpha_schedule="constant",
+        alpha_start=1.0,
+        **kw,
+    )
     plain = dict(use_cpu=True, bf16=False, gradient_checkpointing=False)
     args = config_of(tmp_path / "trl", SFTConfig, **plain, **kw)
     theirs = SFTTrainer(calm(), args, train_dataset=train, processing_class=tokenizer)
@@ -289,19 +339,27 @@ def test_the_loss_is_normalised_over_the_whole_accumulated_batch(tmp_path, setti
     train = data(16, traces=(3, 1))
     fixed = dict(alpha_schedule="constant", alpha_start=0.3, **settings)
     one = trained(tmp_path / "1", train, per_device_train_batch_size=4, **fixed)
-    two = trained(tmp_path / "2", train, per_device_train_batch_size=2, gradient_accumulation_steps=2, **fixed)
-    four = trained(tmp_path / "4", train, per_device_train_batch_size=1, gradient_accumulation_steps=4, **fixed)
+    two = trained(
+        tmp_path / "2", train, per_device_train_batch_size=2, gradient_accumulation_steps=2, **fixed
+    )
+    four = trained(
+        tmp_path / "4", train, per_device_train_batch_size=1, gradient_accumulation_steps=4, **fixed
+    )
     assert logged(two) == pytest.approx(logged(one), rel=1e-4)
     assert logged(four) == pytest.approx(logged(one), rel=1e-4)
     same(one, two, atol=1e-4)
 
 
-# -- what is fed back ---------------------------------------------------------------------------------------------
+# -- what is fed back
+# ---------------------------------------------------------------------------------------------
 
 
 def test_sequential_and_parallel_train_alike(tmp_path):
     kw = dict(alpha_schedule="linear", alpha_span=0.5, think_end="</think>")
-    runs = [trained(tmp_path / m, data(tags=True), soft_mode=m, **kw) for m in ("parallel", "sequential")]
+    runs = [
+        trained(tmp_path / m, data(tags=True), soft_mode=m, **kw)
+        for m in ("parallel", "sequential")
+    ]
     assert logged(runs[0]) == pytest.approx(logged(runs[1]), rel=1e-4)
     assert logged(runs[0], "alpha") == [1.0, 0.5, 0.0, 0.0]
     same(*runs, atol=1e-3)
@@ -312,23 +370,39 @@ def test_sequential_and_parallel_train_alike(tmp_path):
 
 
 def test_noise_belongs_to_the_position_and_changes_with_the_step(tmp_path):
-    kw = dict(alpha_schedule="constant", alpha_start=0.0, soft_mixer="gumbel", soft_mixer_args={"tau": 0.7})
+    kw = dict(
+        alpha_schedule="constant",
+        alpha_start=0.0,
+        soft_mixer="gumbel",
+        soft_mixer_args={"tau": 0.7},
+    )
     kw |= dict(train=data(4), learning_rate=0.0, max_steps=3)
     exact = trained(tmp_path / "a", soft_passes=7, **kw)  # thoughts of 4..7 tokens
     longer = trained(tmp_path / "b", soft_passes=12, **kw)
     assert logged(exact) == pytest.approx(logged(longer), rel=1e-5)
     assert len({round(x, 4) for x in logged(exact)}) == 3
     assert logged(trained(tmp_path / "c", soft_passes=7, **kw)) == logged(exact)
-    assert logged(trained(tmp_path / "d", soft_passes=7, seed=1, **kw)) != pytest.approx(logged(exact), rel=1e-3)
+    assert logged(trained(tmp_path / "d", soft_passes=7, seed=1, **kw)) != pytest.approx(
+        logged(exact), rel=1e-3
+    )
 
 
 def test_thoughts_are_marked_where_the_tags_say(tmp_path, spy):
     train, tokenizer = chat_data(4), tokenizer_of()
     tokenizer.chat_template = CHAT
-    kw = dict(alpha_schedule="constant", alpha_start=0.0, max_steps=1, think_start="<think>", think_end="</think>")
+    kw = dict(
+        alpha_schedule="constant",
+        alpha_start=0.0,
+        max_steps=1,
+        think_start="<think>",
+        think_end="</think>",
+    )
     trained(tmp_path, train, tokenizer=tokenizer, **kw)
     texts = {tokenizer.decode(ids[soft]) for ids, soft in zip(spy[0]["ids"], spy[0]["soft"])}
-    assert texts == {row["completion"][0]["content"].split(" </think>")[0].removeprefix("<think> ") for row in train}
+    assert texts == {
+        row["completion"][0]["content"].split(" </think>")[0].removeprefix("<think> ")
+        for row in train
+    }
     for ids, labels in zip(spy[0]["ids"], spy[0]["labels"]):
         target = tokenizer.decode(ids[labels != OFF])
         assert target.startswith("<think> w") and target.endswith("<eos>")
@@ -338,24 +412,32 @@ def test_text_without_a_prompt_is_thought_from_its_second_token_on(tmp_path, spy
     train = Dataset.from_list([{"text": "w7 w8 w9"}, {"text": "w5 w6"}] * 2)
     trainer = trained(tmp_path, train, alpha_schedule="constant", alpha_start=0.0, max_steps=2)
     for seen in spy:
-        assert torch.equal(seen["soft"], (seen["labels"] != OFF) & (torch.arange(seen["ids"].shape[1]) > 0))
+        assert torch.equal(
+            seen["soft"], (seen["labels"] != OFF) & (torch.arange(seen["ids"].shape[1]) > 0)
+        )
     assert all(map(math.isfinite, logged(trainer)))
 
 
 def chat_data(n):
     rng = random.Random(0)
-    return Dataset.from_list([
-        {
-            "prompt": [{"role": "user", "content": words(rng, 1 + i % 3).strip()}],
-            "completion": [
-                {"role": "assistant", "content": f"<think>{words(rng, 2 + i % 2)} </think>{words(rng, 1)}"},
-            ],
-        }
-        for i in range(n)
-    ])  # fmt: skip
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": words(rng, 1 + i % 3).strip()}],
+                "completion": [
+                    {
+                        "role": "assistant",
+                        "content": f"<think>{words(rng, 2 + i % 2)} </think>{words(rng, 1)}",
+                    }
+                ],
+            }
+            for i in range(n)
+        ]
+    )
 
 
-# -- traces and oracle --------------------------------------------------------------------------------------------
+# -- traces and oracle
+# --------------------------------------------------------------------------------------------
 
 
 def test_traces_are_drawn_uniformly_from_each_rows_own(tmp_path, spy):
@@ -369,19 +451,30 @@ def test_traces_are_drawn_uniformly_from_each_rows_own(tmp_path, spy):
             target = labels != OFF
             assert torch.equal(labels[target], ids[target]) and ids[target][-1] == EOS
             assert tokenizer.decode(ids[mask.bool() & ~target]) in train["prompt"]
-    by_row = [[drawn.pop(row["prompt"] + t + "<eos>".rjust(6), 0) for t in row["traces"]] for row in train]
+    by_row = [
+        [drawn.pop(row["prompt"] + t + "<eos>".rjust(6), 0) for t in row["traces"]] for row in train
+    ]
     assert not drawn  # nothing but the traces, the gold completions included
     for counts in by_row:
         assert sum(counts) == 100
-        # Each count is binomial(100, 1/M): 4.5 standard deviations, odds of a false failure below 1e-4.
+        # Each count is binomial(100, 1/M): 4.5 standard deviations, odds of a false failure below
+        # 1e-4.
         M = len(counts)
-        assert all(abs(c - 100 / M) <= 4.5 * math.sqrt(100 / M * (1 - 1 / M)) for c in counts), counts
+        assert all(abs(c - 100 / M) <= 4.5 * math.sqrt(100 / M * (1 - 1 / M)) for c in counts), (
+            counts
+        )
 
 
 def test_the_draws_depend_on_the_seed_and_the_step_alone(tmp_path, spy):
     def draws(name, **kw):
         spy.clear()
-        fixed = dict(targets="traces", alpha_schedule="constant", alpha_start=1.0, learning_rate=0.0, data_seed=3)
+        fixed = dict(
+            targets="traces",
+            alpha_schedule="constant",
+            alpha_start=1.0,
+            learning_rate=0.0,
+            data_seed=3,
+        )
         trained(tmp_path / name, data(16, traces=(6,)), **fixed, **kw)
         return [tuple(i for i in row.tolist() if i != PAD) for seen in spy for row in seen["ids"]]
 
@@ -408,11 +501,24 @@ def test_a_trace_of_another_length_keeps_its_own_labels(tmp_path, spy):
 def test_traces_of_mnns_keep_the_gold_answer(tmp_path, spy):
     task = load_task("mnns", size=8)
     model, tokenizer = softar.load("mnns-tiny")
-    trained(tmp_path, task.train, model=model, tokenizer=tokenizer, targets="traces", think_steps=3, max_steps=3)
-    gold = {p.split()[1:5].__repr__(): a for p, a in zip(task.train["prompt"], task.train["answer"])}
+    trained(
+        tmp_path,
+        task.train,
+        model=model,
+        tokenizer=tokenizer,
+        targets="traces",
+        think_steps=3,
+        max_steps=3,
+    )
+    gold = {
+        p.split()[1:5].__repr__(): a for p, a in zip(task.train["prompt"], task.train["answer"])
+    }
     for ids, labels in ((i, x) for seen in spy for i, x in zip(seen["ids"], seen["labels"])):
         target = tokenizer.decode(ids[labels != OFF]).split()
-        assert target[-2:] == [gold[repr(tokenizer.decode(ids).split()[1:5])], "<eos>"] and len(target) == 5
+        assert (
+            target[-2:] == [gold[repr(tokenizer.decode(ids).split()[1:5])], "<eos>"]
+            and len(target) == 5
+        )
 
 
 def test_oracle_equals_a_hand_computation(tmp_path):
@@ -421,10 +527,12 @@ def test_oracle_equals_a_hand_computation(tmp_path):
     table = model.get_input_embeddings().weight
     for row in train:
         prompt = tokenizer(row["prompt"])["input_ids"]
-        traces = torch.tensor(tokenizer([t + " <eos>" for t in row["traces"]])["input_ids"])  # [M, t]
+        # [M, t]
+        traces = torch.tensor(tokenizer([t + " <eos>" for t in row["traces"]])["input_ids"])
         n = traces.shape[1]
         p = torch.nn.functional.one_hot(traces, 64).float().mean(0)  # [t, V]
-        inputs = torch.cat([table[prompt], (p @ table)[: n - 2], table[traces[0, n - 2 :]]])  # thought, answer, eos
+        # thought, answer, eos
+        inputs = torch.cat([table[prompt], (p @ table)[: n - 2], table[traces[0, n - 2 :]]])
         logits = model(inputs_embeds=inputs[None]).logits[0]
         ce = -(p * logits[len(prompt) - 1 : -1].log_softmax(-1)).sum(-1)
         total, count = total + ce.sum().item(), count + n
@@ -434,17 +542,25 @@ def test_oracle_equals_a_hand_computation(tmp_path):
     # Thoughts of 2..5 tokens: one run for each length, since think_steps is one number.
     loss = 0.0
     for i, row in enumerate(rows):
-        kw = dict(targets="oracle", think_steps=row["steps"], max_steps=1, per_device_train_batch_size=1)
+        kw = dict(
+            targets="oracle", think_steps=row["steps"], max_steps=1, per_device_train_batch_size=1
+        )
         trainer = trained(tmp_path / str(i), Dataset.from_list([row]), **kw)
         loss += logged(trainer)[0] * (row["steps"] + 2)
     assert loss / count == pytest.approx(total / count, rel=1e-4)
 
 
 def test_oracle_weighs_unequal_rows_in_one_batch_as_alone(tmp_path, spy):
-    train = Dataset.from_list([
-        {"prompt": "<bos> w5", "completion": " w6 w7", "traces": [" w6 w7", " w8 w7", " w6 w9 w7"]},
-        {"prompt": "<bos> w5", "completion": " w6 w6 w7", "traces": [" w8"]},
-    ])  # fmt: skip
+    train = Dataset.from_list(
+        [
+            {
+                "prompt": "<bos> w5",
+                "completion": " w6 w7",
+                "traces": [" w6 w7", " w8 w7", " w6 w9 w7"],
+            },
+            {"prompt": "<bos> w5", "completion": " w6 w6 w7", "traces": [" w8"]},
+        ]
+    )
     trained(tmp_path, train, targets="oracle", max_steps=1, per_device_train_batch_size=2)
     labels, soft = spy[0]["labels"], spy[0]["soft_labels"]
     row, other = (0, 1) if labels[0, 3] == 7 else (1, 0)
@@ -462,15 +578,23 @@ def test_oracle_weighs_unequal_rows_in_one_batch_as_alone(tmp_path, spy):
     assert shares(other, 4) == {7: 1.0}  # past every trace the gold completion is left
 
 
-# -- options ------------------------------------------------------------------------------------------------------
+# -- options
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_entropy_term_sharpens_for_positive_coefficients(tmp_path):
-    kw = dict(alpha_schedule="constant", alpha_start=0.5, max_steps=12, train=data(4), **ADAM | {"learning_rate": 3e-3})
+    kw = dict(
+        alpha_schedule="constant",
+        alpha_start=0.5,
+        max_steps=12,
+        train=data(4),
+        **ADAM | {"learning_rate": 3e-3},
+    )
     runs = {c: trained(tmp_path / str(c), entropy_coef=c, **kw) for c in (-1.0, 0.0, 1.0)}
     last = {c: logged(run, "thought_entropy")[-1] for c, run in runs.items()}
     assert last[1.0] < last[0.0] - 0.05 < last[-1.0] - 0.1
-    # The first losses, of the same weights, differ by the coefficient times the mean entropy: all targets are thought.
+    # The first losses, of the same weights, differ by the coefficient times the mean entropy: all
+    # targets are thought.
     first = {c: logged(run)[0] for c, run in runs.items()}
     mean = logged(runs[0.0], "thought_entropy")[0]
     assert first[1.0] - first[0.0] == pytest.approx(mean, rel=1e-4)
@@ -480,19 +604,34 @@ def test_entropy_term_sharpens_for_positive_coefficients(tmp_path):
 @pytest.mark.parametrize("peft", [False, True])
 def test_temperature_is_learnt_logged_and_kept_out_of_the_model(tmp_path, peft):
     kw = dict(
-        learn_temperature=True, soft_temperature=2.0, alpha_schedule="constant", alpha_start=0.2, max_steps=6, **ADAM
+        learn_temperature=True,
+        soft_temperature=2.0,
+        alpha_schedule="constant",
+        alpha_start=0.2,
+        max_steps=6,
+        **ADAM,
     )
-    kw |= dict(save_strategy="steps", save_steps=3, peft_config=lora() if peft else None, think_steps=2)
+    kw |= dict(
+        save_strategy="steps", save_steps=3, peft_config=lora() if peft else None, think_steps=2
+    )
     trainer = trained(tmp_path, **kw)
     seen = logged(trainer, "soft_temperature")
     assert seen[0] == pytest.approx(2.0) and len(set(seen)) == 6
     temperature = trainer.model.soft_log_temperature.exp().item()
-    assert SoftConfig.load(tmp_path / "checkpoint-6").temperature == pytest.approx(temperature, rel=1e-6)
-    assert SoftConfig.load(tmp_path / "checkpoint-3").temperature == pytest.approx(seen[3], rel=1e-6)
-    file = tmp_path / "checkpoint-6" / ("adapter_model.safetensors" if peft else "model.safetensors")
+    assert SoftConfig.load(tmp_path / "checkpoint-6").temperature == pytest.approx(
+        temperature, rel=1e-6
+    )
+    assert SoftConfig.load(tmp_path / "checkpoint-3").temperature == pytest.approx(
+        seen[3], rel=1e-6
+    )
+    file = (
+        tmp_path / "checkpoint-6" / ("adapter_model.safetensors" if peft else "model.safetensors")
+    )
     assert not [name for name in load_file(file) if "temperature" in name]
     loaded, _ = softar.load(str(tmp_path / "checkpoint-6")) if not peft else (None, None)
-    assert loaded is None or set(loaded.state_dict()) == set(trainer.model.state_dict()) - {"soft_log_temperature"}
+    assert loaded is None or set(loaded.state_dict()) == set(trainer.model.state_dict()) - {
+        "soft_log_temperature"
+    }
 
     resumed = trained(tmp_path / "again", resume=str(tmp_path / "checkpoint-3"), **kw)
     assert logged(resumed) == pytest.approx(logged(trainer), rel=1e-5)
@@ -501,20 +640,35 @@ def test_temperature_is_learnt_logged_and_kept_out_of_the_model(tmp_path, peft):
 
 @pytest.mark.parametrize("peft", [False, True])
 def test_weight_decay_leaves_the_temperature_alone(tmp_path, peft):
-    kw = dict(learn_temperature=True, soft_temperature=2.0, weight_decay=0.5, peft_config=lora() if peft else None)
-    teacher_forced = dict(alpha_schedule="constant", alpha_start=1.0)  # nothing else moves the temperature
+    kw = dict(
+        learn_temperature=True,
+        soft_temperature=2.0,
+        weight_decay=0.5,
+        peft_config=lora() if peft else None,
+    )
+    # nothing else moves the temperature
+    teacher_forced = dict(alpha_schedule="constant", alpha_start=1.0)
     trainer = trained(tmp_path, **kw, **teacher_forced, **ADAM)
     assert logged(trainer, "soft_temperature") == [pytest.approx(2.0, abs=1e-6)] * 4
     decayed = trainer.get_decay_parameter_names(trainer.model)
-    assert any(name.endswith("lora_A.default.weight" if peft else "q_proj.weight") for name in decayed)
+    assert any(
+        name.endswith("lora_A.default.weight" if peft else "q_proj.weight") for name in decayed
+    )
 
 
 def test_freezing(tmp_path):
     before = calm().state_dict()
     trainer = trained(
-        tmp_path, freeze_embeddings=True, freeze_layers=1, alpha_schedule="constant", alpha_start=0.3, **ADAM
+        tmp_path,
+        freeze_embeddings=True,
+        freeze_layers=1,
+        alpha_schedule="constant",
+        alpha_start=0.3,
+        **ADAM,
     )
-    changed = {name for name, w in trainer.model.state_dict().items() if not torch.equal(w, before[name])}
+    changed = {
+        name for name, w in trainer.model.state_dict().items() if not torch.equal(w, before[name])
+    }
     frozen = {name for name in before if "embed_tokens" in name or "layers.0." in name}
     assert len(frozen) > 5 and changed == set(before) - frozen
     every = trained(tmp_path, **ADAM)
@@ -527,38 +681,57 @@ def lora(**kw):
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_adapters_train_and_carry_their_decoding(tmp_path, use_dora):
-    kw = dict(peft_config=lora(use_dora=use_dora), save_strategy="steps", save_steps=4, max_steps=4, **ADAM)
+    kw = dict(
+        peft_config=lora(use_dora=use_dora),
+        save_strategy="steps",
+        save_steps=4,
+        max_steps=4,
+        **ADAM,
+    )
     calm().save_pretrained(tmp_path / "base")
     tokenizer_of().save_pretrained(tmp_path / "base")
     model, tokenizer = softar.load(str(tmp_path / "base"))
-    trainer = trained(tmp_path / "run", model=model, tokenizer=tokenizer, soft_top_k=5, think_steps=2, **kw)
+    trainer = trained(
+        tmp_path / "run", model=model, tokenizer=tokenizer, soft_top_k=5, think_steps=2, **kw
+    )
     base = calm().state_dict()
-    found = {k.removeprefix("base_model.model.").replace(".base_layer", ""): v for k, v in weights(trainer).items()}
+    found = {
+        k.removeprefix("base_model.model.").replace(".base_layer", ""): v
+        for k, v in weights(trainer).items()
+    }
     for name, w in base.items():
         assert torch.equal(found[name], w), name
     adapters = {k: v for k, v in found.items() if "lora_" in k}
     assert any(v.any() for k, v in adapters.items() if "lora_B" in k)
     assert any("magnitude" in k for k in adapters) == use_dora
     checkpoint = tmp_path / "run" / "checkpoint-4"
-    assert (checkpoint / "adapter_config.json").is_file() and not (checkpoint / "model.safetensors").exists()
+    assert (checkpoint / "adapter_config.json").is_file() and not (
+        checkpoint / "model.safetensors"
+    ).exists()
     config = SoftConfig.load(checkpoint)
     assert (config.mixer, config.top_k, config.budget) == ("soft", 5, 2)
     loaded, tokenizer = softar.load(str(checkpoint))
     prompt = tokenizer(["<bos> w5 w6"], return_tensors="pt")
-    outs = [softar.generate(m.eval(), **prompt, config=config).record for m in (loaded, trainer.model)]
+    outs = [
+        softar.generate(m.eval(), **prompt, config=config).record for m in (loaded, trainer.model)
+    ]
     torch.testing.assert_close(outs[0], outs[1], equal_nan=True)
 
 
 def test_thought_weight_follows_alpha(tmp_path, spy):
     kw = dict(thought_loss="alpha", alpha_schedule="linear", alpha_span=1.0, think_steps=2)
-    trainer = trained(tmp_path, data(), eval_dataset=data(4), eval_strategy="steps", eval_steps=2, **kw)
-    assert [seen["thought_weight"] for seen in spy] == [1.0, 0.75, 1.0, 0.5, 0.25, 1.0]  # evaluations: 1
+    trainer = trained(
+        tmp_path, data(), eval_dataset=data(4), eval_strategy="steps", eval_steps=2, **kw
+    )
+    # evaluations: 1
+    assert [seen["thought_weight"] for seen in spy] == [1.0, 0.75, 1.0, 0.5, 0.25, 1.0]
     assert logged(trainer, "alpha") == [1.0, 0.75, 0.5, 0.25]
     assert logged(trainer, "eval_alpha") == [0.0, 0.0]  # evaluated as it will be decoded
 
 
 def test_gradients_reach_the_thought_through_the_answer_alone(tmp_path):
-    """With weight 0 on the thought the answer's loss still moves the logits of the thought: gradient through inputs."""
+    """With weight 0 on the thought the answer's loss still moves the logits of the thought:
+    gradient through inputs."""
     kw = dict(alpha_schedule="constant", alpha_start=0.0, think_steps=2, max_steps=1, train=data(4))
     full = trained(tmp_path / "a", **kw)
     cut = trained(tmp_path / "b", soft_grad_passes=1, **kw)
@@ -566,7 +739,8 @@ def test_gradients_reach_the_thought_through_the_answer_alone(tmp_path):
     assert logged(full, "grad_norm") != pytest.approx(logged(cut, "grad_norm"), rel=1e-3)
 
 
-# -- evaluation and checkpoints -----------------------------------------------------------------------------------
+# -- evaluation and checkpoints
+# -----------------------------------------------------------------------------------
 
 
 def score(answer, row):
@@ -578,29 +752,49 @@ def test_evaluation_logs_both_accuracies(tmp_path):
     kw |= ADAM | dict(alpha_schedule="constant", alpha_start=0.0, eval_decode_rows=6)
     rows = Dataset.from_list([row | {"completion": " w9 w9 w7", "answer": "w7"} for row in data(8)])
     trainer = trained(tmp_path, rows, eval_dataset=rows, score=score, **kw)
-    soft, discrete = logged(trainer, "eval_soft_accuracy"), logged(trainer, "eval_discrete_accuracy")
+    soft, discrete = (
+        logged(trainer, "eval_soft_accuracy"),
+        logged(trainer, "eval_discrete_accuracy"),
+    )
     assert len(soft) == len(discrete) == 2 and soft[-1] == 1.0
     for readout, found in (("soft", soft), ("discrete", discrete)):
         config = trainer.decoding(readout)
-        own = evaluate(trainer.model, trainer.processing_class, rows.select(range(6)), score, config)
+        own = evaluate(
+            trainer.model, trainer.processing_class, rows.select(range(6)), score, config
+        )
         assert own["accuracy"] == found[-1] and own["n"] == 6
     assert trainer.decoding("soft").mixer == "soft" and trainer.decoding("discrete").mixer == "hard"
     metrics = trainer.evaluate(metric_key_prefix="test")
     assert metrics["test_soft_accuracy"] == 1.0 and "test_loss" in metrics
-    assert trainer.predict(trainer.eval_dataset).predictions.shape[:1] == (8,)  # logits can be asked for
+    # logits can be asked for
+    assert trainer.predict(trainer.eval_dataset).predictions.shape[:1] == (8,)
 
 
 def test_evaluating_twice_gives_the_same(tmp_path):
-    kw = dict(soft_mixer="gumbel", eval_dataset=data(6), think_steps=2, max_steps=2, eval_decode_rows=0)
+    kw = dict(
+        soft_mixer="gumbel", eval_dataset=data(6), think_steps=2, max_steps=2, eval_decode_rows=0
+    )
     trainer = trained(tmp_path, **kw)
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
 
 
 def test_evaluation_leaves_the_training_as_it_is(tmp_path):
-    kw = dict(targets="traces", alpha_schedule="constant", alpha_start=0.0, soft_mixer="gumbel", think_steps=2)
+    kw = dict(
+        targets="traces",
+        alpha_schedule="constant",
+        alpha_start=0.0,
+        soft_mixer="gumbel",
+        think_steps=2,
+    )
     plain = trained(tmp_path / "a", data(traces=(4,)), **kw)
     watched = trained(
-        tmp_path / "b", data(traces=(4,)), eval_dataset=data(4), score=score, eval_strategy="steps", eval_steps=1, **kw
+        tmp_path / "b",
+        data(traces=(4,)),
+        eval_dataset=data(4),
+        score=score,
+        eval_strategy="steps",
+        eval_steps=1,
+        **kw,
     )
     assert logged(plain) == logged(watched)
     same(plain, watched, rtol=0, atol=0)
@@ -609,10 +803,18 @@ def test_evaluation_leaves_the_training_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (dict(soft_top_k=7, soft_temperature=0.5), dict(mixer="soft", top_k=7, temperature=0.5, budget=2)),
-        (dict(soft_mixer="gumbel", soft_mixer_args={"tau": 0.3}), dict(mixer="gumbel", mixer_args={"tau": 0.3})),
-        (dict(alpha_schedule="constant"), dict(mixer="hard", budget=2)),  # teacher forcing: discrete
-        (dict(soft_mixer="hard", guidance="coin"), dict(mixer="hard")),  # scheduled sampling: discrete
+        (
+            dict(soft_top_k=7, soft_temperature=0.5),
+            dict(mixer="soft", top_k=7, temperature=0.5, budget=2),
+        ),
+        (
+            dict(soft_mixer="gumbel", soft_mixer_args={"tau": 0.3}),
+            dict(mixer="gumbel", mixer_args={"tau": 0.3}),
+        ),
+        # teacher forcing: discrete
+        (dict(alpha_schedule="constant"), dict(mixer="hard", budget=2)),
+        # scheduled sampling: discrete
+        (dict(soft_mixer="hard", guidance="coin"), dict(mixer="hard")),
         (dict(targets="oracle", alpha_schedule="constant"), dict(mixer="soft")),
         (
             dict(think_steps=None, think_start="<bos>", think_end="</think>"),
@@ -643,8 +845,11 @@ RESUMED = {
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_goes_on_exactly(tmp_path, name):
-    kw = RESUMED[name] | dict(save_strategy="steps", save_steps=3, max_steps=6, warmup_steps=2, think_steps=2)
-    kw |= ADAM | dict(lr_scheduler_type="cosine", train=data(10, traces=(4,)))  # 3 batches an epoch: into the next one
+    kw = RESUMED[name] | dict(
+        save_strategy="steps", save_steps=3, max_steps=6, warmup_steps=2, think_steps=2
+    )
+    # 3 batches an epoch: into the next one
+    kw |= ADAM | dict(lr_scheduler_type="cosine", train=data(10, traces=(4,)))
     unbroken = trained(tmp_path / "a", **kw)
     resumed = trained(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-3"), **kw)
     assert resumed.state.global_step == 6
@@ -653,7 +858,8 @@ def test_a_resumed_run_goes_on_exactly(tmp_path, name):
     same(resumed, unbroken, rtol=0, atol=0)
 
 
-# -- bad input ----------------------------------------------------------------------------------------------------
+# -- bad input
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -720,15 +926,29 @@ def test_settings_that_do_not_fit_the_model_or_the_data(tmp_path, settings, says
     ("row", "settings", "says"),
     [
         ((" w6", " w7 w8"), dict(), r"think_end='</think>', tokens \[4\], stands in no completion"),
-        ((" </think>", " w7 w8"), dict(), "think_end='</think>'"),  # a prompt's end tag closes nothing
+        # a prompt's end tag closes nothing
+        ((" </think>", " w7 w8"), dict(), "think_end='</think>'"),
         ((" w6", " w7 </think> w8"), dict(max_length=3), "think_end='</think>'.*max_length"),
-        ((" w6", " w7 </think> w8"), dict(think_end="</think> w9"), r"think_end='</think> w9', tokens \[4, 9\]"),
-        ((" w6", " w7 </think> w8"), dict(think_start="<think>"), "think_start='<think>'.*no prompt or completion"),
-        ((" w6 </think>", " w7 </think> w8"), dict(targets="traces"), "think_end='</think>'"),  # not in the traces
+        (
+            (" w6", " w7 </think> w8"),
+            dict(think_end="</think> w9"),
+            r"think_end='</think> w9', tokens \[4, 9\]",
+        ),
+        (
+            (" w6", " w7 </think> w8"),
+            dict(think_start="<think>"),
+            "think_start='<think>'.*no prompt or completion",
+        ),
+        # not in the traces
+        ((" w6 </think>", " w7 </think> w8"), dict(targets="traces"), "think_end='</think>'"),
         ((" w6", " w7 </think> w8"), dict(), None),
         ((" w6 <think>", " w7 </think> w8"), dict(think_start="<think>"), None),
         ((" w6", " w9 <think> w7 </think> w8"), dict(think_start="<think>"), None),
-        ((" w6 <think>", " w9", " w7 </think> w8"), dict(think_start="<think>", targets="traces"), None),
+        (
+            (" w6 <think>", " w9", " w7 </think> w8"),
+            dict(think_start="<think>", targets="traces"),
+            None,
+        ),
     ],
 )
 def test_tags_that_stand_nowhere_in_the_data_are_named(tmp_path, row, settings, says):
@@ -763,7 +983,9 @@ def test_data_that_does_not_fit(tmp_path):
         rows = [{"prompt": "w5", "completion": " w6", "traces": t} for t in ([" w6"], [])]
         trainer_of(tmp_path, Dataset.from_list(rows), targets="traces")
     with pytest.raises(ValueError, match="'prompt'"):
-        trainer_of(tmp_path, Dataset.from_list([{"text": "w5 w6", "traces": [" w6"]}]), targets="traces")
+        trainer_of(
+            tmp_path, Dataset.from_list([{"text": "w5 w6", "traces": [" w6"]}]), targets="traces"
+        )
     with pytest.raises(ValueError, match="'traces'"):
         trainer_of(tmp_path, data(traces=(2,)), targets="oracle", eval_dataset=data())
     with pytest.raises(ValueError, match="'prompt'"):
@@ -779,14 +1001,20 @@ def test_data_that_does_not_fit(tmp_path):
 def test_streams_and_dicts_of_datasets_where_rows_are_picked(tmp_path):
     traces = data(traces=(2,))
     for rows in (data().to_iterable_dataset(), {"a": data(), "b": data()}, DatasetDict(a=data())):
-        with pytest.raises(ValueError, match=f"score= needs a single datasets.Dataset.*{type(rows).__name__}"):
+        with pytest.raises(
+            ValueError, match=f"score= needs a single datasets.Dataset.*{type(rows).__name__}"
+        ):
             trainer_of(tmp_path, eval_dataset=rows, score=score)
-        with pytest.raises(ValueError, match=f"targets='oracle' needs a single.*{type(rows).__name__}"):
+        with pytest.raises(
+            ValueError, match=f"targets='oracle' needs a single.*{type(rows).__name__}"
+        ):
             trainer_of(tmp_path, traces, targets="oracle", eval_dataset=rows)
     with pytest.raises(ValueError, match=r"targets='traces' needs.*not IterableDataset"):
         trainer_of(tmp_path, traces.to_iterable_dataset(), targets="traces")
     # For the loss alone both do.
-    assert trainer_of(tmp_path, eval_dataset=data().to_iterable_dataset()).evaluate()["eval_loss"] > 0
+    assert (
+        trainer_of(tmp_path, eval_dataset=data().to_iterable_dataset()).evaluate()["eval_loss"] > 0
+    )
     metrics = trainer_of(tmp_path, eval_dataset={"a": data(), "b": data(seed=1)}).evaluate()
     assert metrics["eval_a_loss"] != metrics["eval_b_loss"]
 
@@ -794,12 +1022,23 @@ def test_streams_and_dicts_of_datasets_where_rows_are_picked(tmp_path):
 def test_a_mixture_of_experts_trains_without_its_auxiliary_loss_only_if_told_so(tmp_path):
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = MixtralConfig(
-        vocab_size=64, num_key_value_heads=1, num_local_experts=2, router_aux_loss_coef=0.02, **sizes
+        vocab_size=64,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        router_aux_loss_coef=0.02,
+        **sizes,
     )
     with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.02"):
         trainer_of(tmp_path, model=AutoModelForCausalLM.from_config(config))
-    trainer = trained(tmp_path, model=AutoModelForCausalLM.from_config(config), router_aux_loss_coef=0.0, max_steps=2)
-    assert not trainer.model.config.output_router_logits and all(map(math.isfinite, logged(trainer)))
+    trainer = trained(
+        tmp_path,
+        model=AutoModelForCausalLM.from_config(config),
+        router_aux_loss_coef=0.0,
+        max_steps=2,
+    )
+    assert not trainer.model.config.output_router_logits and all(
+        map(math.isfinite, logged(trainer))
+    )
 
 
 def test_an_unwritable_folder_is_named_before_anything_else(tmp_path):
@@ -810,12 +1049,20 @@ def test_an_unwritable_folder_is_named_before_anything_else(tmp_path):
 
 
 def test_mixer_arguments_may_be_json_on_the_command_line(tmp_path):
-    argv = ["--output_dir", str(tmp_path), "--soft_mixer", "gumbel", "--soft_mixer_args", '{"tau": 0.3}']
+    argv = [
+        "--output_dir",
+        str(tmp_path),
+        "--soft_mixer",
+        "gumbel",
+        "--soft_mixer_args",
+        '{"tau": 0.3}',
+    ]
     (args,) = HfArgumentParser(SoftSFTConfig).parse_args_into_dataclasses(argv)
     assert args.soft_mixer_args == {"tau": 0.3}
 
 
-# -- Ctrl-C -------------------------------------------------------------------------------------------------------
+# -- Ctrl-C
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_interrupts_wait_for_the_end_of_the_block():
@@ -833,19 +1080,23 @@ def test_interrupts_wait_for_the_end_of_the_block():
     with pytest.raises(OSError), no_interrupt():  # an error of the block itself goes through
         raise OSError
     assert signal.getsignal(signal.SIGINT) is before
-    thread = threading.Thread(target=lambda: done.append(no_interrupt().__enter__()))  # signals are the main thread's
+    # signals are the main thread's
+    thread = threading.Thread(target=lambda: done.append(no_interrupt().__enter__()))
     thread.start()
     thread.join()
     assert len(done) == 2
 
 
 def test_ctrl_c_during_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
-    kw = dict(save_strategy="steps", save_steps=2, max_steps=4, targets="traces", train=data(traces=(3,)))
+    kw = dict(
+        save_strategy="steps", save_steps=2, max_steps=4, targets="traces", train=data(traces=(3,))
+    )
     unbroken = trained(tmp_path / "a", **kw)
     plain = SoftConfig.save
 
     def slow(self, folder):
-        signal.raise_signal(signal.SIGINT)  # in the middle: the optimizer and the state are still to come
+        # in the middle: the optimizer and the state are still to come
+        signal.raise_signal(signal.SIGINT)
         plain(self, folder)
 
     monkeypatch.setattr(SoftConfig, "save", slow)
@@ -867,5 +1118,6 @@ def test_entropy_of_the_log_is_that_of_the_thoughts_steps(tmp_path):
     for row in train:
         ids = torch.tensor([tokenizer(row["prompt"] + row["completion"])["input_ids"]])
         begin = len(tokenizer(row["prompt"])["input_ids"])
-        found += entropy(model(ids).logits[0, begin - 1 : begin + 1]).tolist()  # alpha = 1 at step 0: gold inputs
+        # alpha = 1 at step 0: gold inputs
+        found += entropy(model(ids).logits[0, begin - 1 : begin + 1]).tolist()
     assert logged(trainer, "thought_entropy")[0] == pytest.approx(sum(found) / len(found), rel=1e-5)

@@ -1,5 +1,5 @@
-"""The trained causal models that the package brings: they do what their training.json says, and come from its command.
-The diffusion models' own tests are in test_embedded_diffusion.py."""
+"""The trained causal models that the package brings: they do what their training.json says, and
+come from its command. The diffusion models' own tests are in test_embedded_diffusion.py."""
 
 import dataclasses
 
@@ -24,10 +24,16 @@ def test_what_is_shipped(tmp_path):
         model, tokenizer = load(name, dtype="float64")
         assert model.name_or_path == tokenizer.name_or_path == name and model.dtype == torch.float64
         weights = load(name)[0].state_dict()
-        assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in untrained.items()}
+        assert {k: v.shape for k, v in weights.items()} == {
+            k: v.shape for k, v in untrained.items()
+        }
         assert not torch.equal(weights["lm_head.weight"], untrained["lm_head.weight"])
         SoftConfig.load(folder_of(name))
-    assert folder_of("mnns-tiny") is None and folder_of("owner/name") is None and folder_of(tmp_path) == tmp_path
+    assert (
+        folder_of("mnns-tiny") is None
+        and folder_of("owner/name") is None
+        and folder_of(tmp_path) == tmp_path
+    )
 
 
 @pytest.mark.slow
@@ -36,7 +42,10 @@ def test_a_shipped_model_solves_its_task_as_recorded(name):
     model, tokenizer = load(name)
     task = load_task("mnns")
     config = SoftConfig.load(folder_of(name))
-    configs = {readout: dataclasses.replace(config, mixer=m) for readout, m in (("soft", "soft"), ("discrete", "hard"))}
+    configs = {
+        readout: dataclasses.replace(config, mixer=m)
+        for readout, m in (("soft", "soft"), ("discrete", "hard"))
+    }
     found = {}
     for row in made_by(CHECKPOINTS / name)["decoded"]:
         got = evaluate(model, tokenizer, task.test, task.score, configs[row["readout"]])
@@ -50,7 +59,8 @@ def test_a_shipped_model_solves_its_task_as_recorded(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_recipe_that_is_named_makes_it(tmp_path, monkeypatch, name):
-    """The first hundred steps again, out of four thousand: the same loss and the same entropy of the thoughts."""
+    """The first hundred steps again, out of four thousand: the same loss and the same entropy of
+    the thoughts."""
     from softar.sft.trainer import SoftSFTTrainer
 
     told = made_by(CHECKPOINTS / name)
@@ -60,5 +70,7 @@ def test_the_recipe_that_is_named_makes_it(tmp_path, monkeypatch, name):
     names, task = recipe.check_input(script, training, mixture)
     args = recipe.row_config(training, names[0], training.seed, tmp_path, task)
     model, tokenizer = recipe.open_model(model_args, task, args.seed)
-    trainer = SoftSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer, score=task.score)
+    trainer = SoftSFTTrainer(
+        model, args, train_dataset=task.train, processing_class=tokenizer, score=task.score
+    )
     check_first_steps(trainer, told, ("loss", "thought_entropy"))

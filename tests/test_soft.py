@@ -1,4 +1,5 @@
-"""The soft token: filters against transformers' warpers, mixtures against dense formulas, and the memory of both."""
+"""The soft token: filters against transformers' warpers, mixtures against dense formulas, and the
+memory of both."""
 
 import math
 
@@ -10,7 +11,12 @@ from tiny import VOCAB, model_of, with_lora
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from softar.soft import Soft, check_dist, dense, entropy, hard, mk_proba_dist, soft_embed
 
@@ -26,12 +32,13 @@ def logits_of(*shape, seed=0, scale=2.0):
     return torch.randn(*shape, generator=seeded(seed)) * scale
 
 
-# ---------------------------------------------------------------------------------------------- filters
+# ----------------------------------------------------------------------------------------------
+# filters
 
 
 def filtered(row, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """Brute force in double precision, as the definitions say: the kept weights of one row of logits, largest first,
-    and how near any decision was to going the other way."""
+    """Brute force in double precision, as the definitions say: the kept weights of one row of
+    logits, largest first, and how near any decision was to going the other way."""
     kept = sorted((x / temperature for x in row.double().tolist()), reverse=True)[:top_k]
     total = sum(math.exp(x - kept[0]) for x in kept)
     probs = [math.exp(x - kept[0]) / total for x in kept]
@@ -81,19 +88,24 @@ def test_filters_are_the_warpers_of_transformers(seed, V, temperature, top_p, mi
 @light
 @given(**params)
 def test_filters_under_ties_keep_what_the_definitions_say(seed, V, temperature, top_p, min_p, data):
-    """Which of equal tokens stays is open, how many and how much is not (transformers' top-k keeps all that tie)."""
+    """Which of equal tokens stays is open, how many and how much is not (transformers' top-k keeps
+    all that tie)."""
     top_k = data.draw(st.none() | st.integers(1, V))
     logits = torch.randint(-2, 3, (2, V), generator=seeded(seed)).float()
     reference = [filtered(r, temperature, top_k, top_p, min_p) for r in logits]
     assume(all(margin > 1e-5 for _, margin in reference))
     dist = mk_proba_dist(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    for row, ids, weights, (expected, _) in zip(logits, dist.ids, dist.weights, reference, strict=True):
+    for row, ids, weights, (expected, _) in zip(
+        logits, dist.ids, dist.weights, reference, strict=True
+    ):
         kept = sorted(weights[weights > 0].tolist(), reverse=True)
         assert kept == pytest.approx(expected, rel=1e-4)
         mine = ids[weights > 0]
         assert len(set(mine.tolist())) == len(mine)
         # Weights belong to their ids: in proportion to exp(logit / T).
-        torch.testing.assert_close(weights[weights > 0], (row[mine] / temperature).softmax(-1), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            weights[weights > 0], (row[mine] / temperature).softmax(-1), rtol=1e-4, atol=1e-6
+        )
         if top_k is None and top_p is None and min_p is not None:
             theirs = MinPLogitsWarper(min_p)(None, (row / temperature)[None])[0].softmax(-1)
             torch.testing.assert_close(dense(Soft(ids, weights), V), theirs, rtol=1e-4, atol=1e-6)
@@ -107,7 +119,9 @@ def test_filters_under_ties_keep_what_the_definitions_say(seed, V, temperature, 
     temperature=st.floats(0, 3),
     data=st.data(),
 )
-def test_any_leading_shape_sums_to_one_and_leaves_the_logits_alone(seed, shape, V, temperature, data):
+def test_any_leading_shape_sums_to_one_and_leaves_the_logits_alone(
+    seed, shape, V, temperature, data
+):
     top_k, keep = data.draw(st.none() | st.integers(1, V)), data.draw(st.none() | st.integers(1, V))
     top_p, min_p = data.draw(st.none() | st.floats(0, 1)), data.draw(st.none() | st.floats(0, 1))
     banned = data.draw(st.lists(st.integers(0, V - 1), max_size=V - 1))
@@ -115,7 +129,13 @@ def test_any_leading_shape_sums_to_one_and_leaves_the_logits_alone(seed, shape, 
     logits = logits_of(*shape, V, seed=seed)
     before = logits.clone()
     dist = mk_proba_dist(
-        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, keep=keep, banned=banned
+        logits,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        keep=keep,
+        banned=banned,
     )
     assert torch.equal(logits, before)
     assert dist.ids.dtype == torch.int64 and dist.weights.dtype == torch.float32
@@ -130,7 +150,13 @@ def test_any_leading_shape_sums_to_one_and_leaves_the_logits_alone(seed, shape, 
     assert (dist.ids.sort(-1).values.diff(dim=-1) > 0).all()
     flat = logits.reshape(-1, V)[0]
     alone = mk_proba_dist(
-        flat, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, keep=keep, banned=banned
+        flat,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        keep=keep,
+        banned=banned,
     )
     torch.testing.assert_close(dense(alone, V), mass.reshape(-1, V)[0], rtol=1e-6, atol=1e-7)
 
@@ -141,9 +167,18 @@ def test_filters_off_and_at_their_ends():
     for off in ({}, {"top_k": 12}, {"top_p": 1.0}, {"min_p": 0.0}, {"keep": 12}):
         dist = mk_proba_dist(logits, **off)
         torch.testing.assert_close(dense(dist, 12), plain)
-    for most in ({"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}, {"keep": 1}, {"temperature": 0}, {"temperature": 0.0}):
+    for most in (
+        {"top_k": 1},
+        {"top_p": 0.0},
+        {"min_p": 1.0},
+        {"keep": 1},
+        {"temperature": 0},
+        {"temperature": 0.0},
+    ):
         dist = mk_proba_dist(logits, **most)
-        assert torch.equal(dense(dist, 12), nn.functional.one_hot(logits.argmax(-1), 12).float()), most
+        assert torch.equal(dense(dist, 12), nn.functional.one_hot(logits.argmax(-1), 12).float()), (
+            most
+        )
 
 
 def test_keep_takes_the_largest_after_the_filters():
@@ -157,19 +192,29 @@ def test_keep_takes_the_largest_after_the_filters():
 
 def test_keep_acts_after_top_p_not_before():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    # Top-p .75 on everything keeps two tokens (.5, .8); on the best three, .5 / .95 + .3 / .95 also two, but .55 + ...
-    assert mk_proba_dist(logits, top_p=0.81, keep=2).weights.tolist() == pytest.approx([0.625, 0.375])
+    # Top-p .75 on everything keeps two tokens (.5, .8); on the best three, .5 / .95 + .3 / .95 also
+    # two, but .55 + ...
+    assert mk_proba_dist(logits, top_p=0.81, keep=2).weights.tolist() == pytest.approx(
+        [0.625, 0.375]
+    )
     # while top-k, before it, changes what top-p sees: .5 / .8 = .625 >= .6 already.
     assert mk_proba_dist(logits, top_p=0.6, top_k=2).weights.tolist() == pytest.approx([1.0, 0.0])
-    assert mk_proba_dist(logits, top_p=0.6, keep=2).weights.tolist() == pytest.approx([0.625, 0.375])
+    assert mk_proba_dist(logits, top_p=0.6, keep=2).weights.tolist() == pytest.approx(
+        [0.625, 0.375]
+    )
 
 
 @light
-@given(seed=st.integers(0, 10_000), V=st.integers(20, 300), levels=st.integers(1, 4), data=st.data())
+@given(
+    seed=st.integers(0, 10_000), V=st.integers(20, 300), levels=st.integers(1, 4), data=st.data()
+)
 def test_the_leading_token_is_the_argmax_under_ties_too(seed, V, levels, data):
     """Low-precision logits tie often; the greedy token must then be the one that argmax gives."""
     logits = torch.randint(levels, (3, V), generator=seeded(seed)).float()
-    top_k, top_p = data.draw(st.none() | st.integers(1, V - 1)), data.draw(st.none() | st.floats(0, 0.5))
+    top_k, top_p = (
+        data.draw(st.none() | st.integers(1, V - 1)),
+        data.draw(st.none() | st.floats(0, 0.5)),
+    )
     dist = mk_proba_dist(logits, top_k=top_k, top_p=top_p)
     leading = dist.ids.gather(-1, dist.weights.argmax(-1, keepdim=True))[:, 0]
     assert torch.equal(leading, logits.argmax(-1))
@@ -191,7 +236,14 @@ def test_a_dropped_entry_keeps_its_own_id_with_weight_0():
 def test_banned_ids_have_no_weight_even_when_they_are_the_most_likely(top_k):
     logits = logits_of(6, 16)
     logits[:, [0, 7]] += 50
-    for knobs in ({}, {"temperature": 0}, {"top_p": 0.3}, {"min_p": 1.0}, {"keep": 2}, {"temperature": 1e-30}):
+    for knobs in (
+        {},
+        {"temperature": 0},
+        {"top_p": 0.3},
+        {"min_p": 1.0},
+        {"keep": 2},
+        {"temperature": 1e-30},
+    ):
         dist = mk_proba_dist(logits, top_k=top_k, banned=(0, 7), **knobs)
         assert dense(dist, 16)[:, [0, 7]].abs().max() == 0, knobs
         torch.testing.assert_close(dist.weights.sum(-1), torch.ones(6))
@@ -211,7 +263,8 @@ def test_vocabulary_order_writes_no_ids():
     assert dist.ids.shape == (7, 100) and dist.ids.untyped_storage().nbytes() == 100 * 8
 
 
-# ------------------------------------------------------------------------------------------ temperature
+# ------------------------------------------------------------------------------------------
+# temperature
 
 
 def test_temperature_goes_before_the_filters():
@@ -220,12 +273,17 @@ def test_temperature_goes_before_the_filters():
     kept = lambda **kw: int((mk_proba_dist(logits, min_p=math.exp(-1.5), **kw).weights > 0).sum())  # noqa: E731
     assert (kept(temperature=1.0), kept(temperature=2.0), kept(temperature=0.5)) == (2, 4, 1)
     # Temperature last: what survives does not depend on T, the weights do.
-    assert (kept(temperature=2.0, temperature_last=True), kept(temperature=0.5, temperature_last=True)) == (2, 2)
+    assert (
+        kept(temperature=2.0, temperature_last=True),
+        kept(temperature=0.5, temperature_last=True),
+    ) == (2, 2)
     dist = mk_proba_dist(logits, min_p=math.exp(-1.5), temperature=2.0, temperature_last=True)
     torch.testing.assert_close(dist.weights, torch.tensor([0.0, -0.5, -INF, -INF]).softmax(-1))
 
 
-@pytest.mark.parametrize("knobs", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.9, "min_p": 0.05}])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.9, "min_p": 0.05}]
+)
 def test_temperature_last_equals_filtering_and_then_scaling(knobs):
     logits = logits_of(4, 20)
     kept = dense(mk_proba_dist(logits, **knobs), 20) > 0
@@ -259,7 +317,9 @@ def test_temperature_tensor_with_zeros_for_some_rows():
         dist = mk_proba_dist(logits, temperature=T[:, None], top_k=top_k)
         for row in range(4):
             alone = mk_proba_dist(logits[row], temperature=T[row].item(), top_k=top_k)
-            torch.testing.assert_close(dense(Soft(dist.ids[row], dist.weights[row]), 10), dense(alone, 10))
+            torch.testing.assert_close(
+                dense(Soft(dist.ids[row], dist.weights[row]), 10), dense(alone, 10)
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -309,18 +369,21 @@ def test_without_a_vocabulary_only_what_can_be_told_is_checked():
         check_dist(None, top_k=0)
 
 
-# -------------------------------------------------------------------------------------------- gradients
+# --------------------------------------------------------------------------------------------
+# gradients
 
 
 def embedded(logits, T, W, **knobs):
-    """The dense reference in the dtype of its inputs: softmax over what is kept, times the table."""
+    """The dense reference in the dtype of its inputs: softmax over what is kept, times the
+    table."""
     with torch.no_grad():
         kept = dense(mk_proba_dist(logits, temperature=T, **knobs), logits.shape[-1]) > 0
     return (logits / T).masked_fill(~kept, -INF).softmax(-1) @ W
 
 
 @pytest.mark.parametrize(
-    "knobs", [{}, {"top_k": 4}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 7, "keep": 3}]
+    "knobs",
+    [{}, {"top_k": 4}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 7, "keep": 3}],
 )
 def test_gradients_reach_logits_temperature_and_table(knobs):
     V, D = 12, 6
@@ -355,7 +418,9 @@ def test_dropped_tokens_get_no_gradient_and_kept_ones_do():
     assert (logits.grad[~kept] == 0).all() and (logits.grad[kept] != 0).all()
 
 
-@pytest.mark.parametrize("knobs", [{"banned": (3,)}, {"banned": (3,), "top_k": 5}, {"top_p": 0.95, "banned": (0, 1)}])
+@pytest.mark.parametrize(
+    "knobs", [{"banned": (3,)}, {"banned": (3,), "top_k": 5}, {"top_p": 0.95, "banned": (0, 1)}]
+)
 @pytest.mark.parametrize("T", [0.7, [[0.7], [0.0]]])
 def test_a_learnable_temperature_stays_finite_beside_banned_tokens_and_zeros(knobs, T):
     logits, T = logits_of(2, 8).requires_grad_(), torch.tensor(T, requires_grad=True)
@@ -370,7 +435,8 @@ def test_a_tiny_temperature_gives_no_nan_gradient():
     assert logits.grad.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------- soft_embed
+# -------------------------------------------------------------------------------------------
+# soft_embed
 
 
 def table_of(V=20, D=8, seed=0, dtype=torch.float32):
@@ -384,7 +450,9 @@ def gemma():
 
 
 def lora_embedding():
-    return with_lora(model_of("llama"), target_modules=["embed_tokens", "q_proj"]).get_input_embeddings()
+    return with_lora(
+        model_of("llama"), target_modules=["embed_tokens", "q_proj"]
+    ).get_input_embeddings()
 
 
 def retrained_tokens():
@@ -418,7 +486,8 @@ EMBEDDINGS = {
 
 @pytest.fixture(params=EMBEDDINGS)
 def embedding(request):
-    """Each kind of module that may stand where the input embedding does; all change what the bare table holds."""
+    """Each kind of module that may stand where the input embedding does; all change what the bare
+    table holds."""
     return EMBEDDINGS[request.param]()
 
 
@@ -426,15 +495,21 @@ def random_soft(kind, V, seed=0):
     g = seeded(seed)
     weights = lambda *shape: torch.rand(*shape, generator=g).softmax(-1)  # noqa: E731
     if kind == "few":
-        return Soft(torch.stack([torch.randperm(V, generator=g)[:5] for _ in range(3)]), weights(3, 5))
+        return Soft(
+            torch.stack([torch.randperm(V, generator=g)[:5] for _ in range(3)]), weights(3, 5)
+        )
     if kind == "duplicates":
         return Soft(torch.tensor([[4, 4, 9], [7, 7, 7]]), weights(2, 3))
     if kind == "all":
         return Soft(torch.arange(V).expand(3, V), weights(3, V))
     if kind == "all permuted":
         return Soft(torch.stack([torch.randperm(V, generator=g) for _ in range(3)]), weights(3, V))
-    if kind == "more than all":  # a guided mixture over the whole vocabulary: the target comes on top
-        return Soft(torch.cat([torch.arange(V).expand(3, V), torch.tensor([[5], [6], [5]])], 1), weights(3, V + 1))
+    # a guided mixture over the whole vocabulary: the target comes on top
+    if kind == "more than all":
+        return Soft(
+            torch.cat([torch.arange(V).expand(3, V), torch.tensor([[5], [6], [5]])], 1),
+            weights(3, V + 1),
+        )
     if kind == "one dimension":
         return Soft(torch.tensor([3, 1, 2]), weights(3))
     assert kind == "deep"
@@ -494,9 +569,13 @@ def test_gradients_through_a_wrapped_embedding_equal_the_dense_formula():
     for kind in ("few", "all"):
         soft = random_soft(kind, VOCAB)
         w = soft.weights.clone().requires_grad_()
-        grads = torch.autograd.grad(soft_embed(Soft(soft.ids, w), module).pow(2).sum(), [w, *trained])
+        grads = torch.autograd.grad(
+            soft_embed(Soft(soft.ids, w), module).pow(2).sum(), [w, *trained]
+        )
         rows = dense(Soft(soft.ids, w), VOCAB) @ module(torch.arange(VOCAB))
-        for ours, theirs in zip(grads, torch.autograd.grad(rows.pow(2).sum(), [w, *trained]), strict=True):
+        for ours, theirs in zip(
+            grads, torch.autograd.grad(rows.pow(2).sum(), [w, *trained]), strict=True
+        ):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
             assert ours.abs().max() > 0
 
@@ -504,7 +583,8 @@ def test_gradients_through_a_wrapped_embedding_equal_the_dense_formula():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rescale", ["l2", "norm"])
 def test_rescale(rescale, kind):
-    """Defect 30. l2 divides by the norm of the distribution; norm gives the weighted mean length. Off by default."""
+    """Defect 30. l2 divides by the norm of the distribution; norm gives the weighted mean length.
+    Off by default."""
     table, soft = table_of(VOCAB, 16), random_soft(kind, VOCAB)
     p = dense(soft, VOCAB)
     plain = p @ table.weight
@@ -513,7 +593,9 @@ def test_rescale(rescale, kind):
     else:
         length = p @ table.weight.norm(dim=-1)
         expected = plain * (length / plain.norm(dim=-1))[..., None]
-    torch.testing.assert_close(soft_embed(soft, table, rescale=rescale), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        soft_embed(soft, table, rescale=rescale), expected, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(soft_embed(soft, table), plain, rtol=1e-4, atol=1e-5)
 
 
@@ -521,7 +603,9 @@ def test_rescale(rescale, kind):
 def test_rescaling_leaves_a_single_token_alone(rescale):
     table = table_of()
     ids = torch.arange(20)
-    torch.testing.assert_close(soft_embed(hard(ids), table, rescale=rescale), table(ids), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        soft_embed(hard(ids), table, rescale=rescale), table(ids), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_unknown_rescale_is_an_error():
@@ -535,7 +619,8 @@ def test_hard_is_one_id_of_weight_1():
     assert soft.weights.dtype == torch.float32
 
 
-# ---------------------------------------------------------------------------------------------- entropy
+# ----------------------------------------------------------------------------------------------
+# entropy
 
 
 @pytest.mark.parametrize("T", [1.0, 0.3, 5.0, 1e-30])
@@ -556,10 +641,15 @@ def test_entropy_at_its_ends():
     # Logits far from zero must not cost precision or sign.
     far = (logits_of(4, 9) + 300).double()
     torch.testing.assert_close(
-        entropy(far.float()), torch.distributions.Categorical(logits=far).entropy().float(), rtol=1e-5, atol=1e-5
+        entropy(far.float()),
+        torch.distributions.Categorical(logits=far).entropy().float(),
+        rtol=1e-5,
+        atol=1e-5,
     )
     assert (entropy(torch.tensor([[300.0, 280.0], [-900.0, -925.0]])) >= 0).all()
-    assert entropy(torch.tensor([0.3, 0.2, -INF])).item() == pytest.approx(entropy(torch.tensor([0.3, 0.2])).item())
+    assert entropy(torch.tensor([0.3, 0.2, -INF])).item() == pytest.approx(
+        entropy(torch.tensor([0.3, 0.2])).item()
+    )
 
 
 @pytest.mark.parametrize("T", [1.0, 0.5, "tensor"])
@@ -579,13 +669,16 @@ def test_entropy_gradient_is_finite_and_right_beside_minus_infinity(T):
 
 
 @pytest.mark.parametrize("T", [1.0, 0.6])
-@pytest.mark.parametrize("bad", [[math.nan, 0.0, 0.0], [INF, 0.0, 0.0], [-INF, -INF, -INF], [INF, INF, -INF]])
+@pytest.mark.parametrize(
+    "bad", [[math.nan, 0.0, 0.0], [INF, 0.0, 0.0], [-INF, -INF, -INF], [INF, INF, -INF]]
+)
 def test_rows_without_a_distribution_have_nan_entropy_and_others_none(bad, T):
     h = entropy(torch.tensor([[0.0, 1.0, 2.0], bad]), T)
     assert h.isnan().tolist() == [False, True]
 
 
-# ----------------------------------------------------------------------------------------------- memory
+# -----------------------------------------------------------------------------------------------
+# memory
 
 
 class Largest(TorchDispatchMode):
@@ -609,7 +702,9 @@ def test_a_soft_step_writes_nothing_larger_than_its_logits(dtype):
     table = nn.Embedding(V, D, dtype=dtype)
     logits = logits_of(B, V).to(dtype)
     with torch.no_grad(), Largest() as largest:
-        out = soft_embed(mk_proba_dist(logits, temperature=0.7, top_k=K, top_p=0.9, min_p=0.01), table)
+        out = soft_embed(
+            mk_proba_dist(logits, temperature=0.7, top_k=K, top_p=0.9, min_p=0.01), table
+        )
         entropy(logits, 0.7)
     assert out.shape == (B, D)
     assert B * V <= largest.numel < 2 * B * V  # O(B V + B K D); a [V, D] would be 25.6 million

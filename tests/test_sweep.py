@@ -20,8 +20,14 @@ from softar.evals.sweep_summary import aggregate, plot_sweep, read_sweep, sweep_
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "sweep.py"
-SMALL = dict(tasks=["latin", "mnns"], soft=["soft-mask"], baseline=["hard:temperature=0.5"],
-             vary={"threshold": [0.5, 0.9]}, seeds=[0, 1], limit=8)  # fmt: skip
+SMALL = dict(
+    tasks=["latin", "mnns"],
+    soft=["soft-mask"],
+    baseline=["hard:temperature=0.5"],
+    vary={"threshold": [0.5, 0.9]},
+    seeds=[0, 1],
+    limit=8,
+)
 TIMES = ("seconds", "seconds_per_row", "seconds_sd", "tokens_per_s")
 
 
@@ -52,7 +58,9 @@ def test_runs_are_the_product_of_the_grid():
     assert {run.task for run in runs[:8]} == {"latin"}
     twice = Grid(tasks=["mnns"], soft=["a/b=soft-mask", "a/b=soft-mask"], seeds=[3, 3])
     assert len(twice.runs()) == 1 and "/" not in twice.runs()[0].name
-    varied = Grid(tasks=["latin"], soft=["hard"], vary={"select": ["margin", "entropy"], "steps": [4, 8]}).runs()
+    varied = Grid(
+        tasks=["latin"], soft=["hard"], vary={"select": ["margin", "entropy"], "steps": [4, 8]}
+    ).runs()
     assert varied[1].spec == "hard:select=margin,steps=8"
 
 
@@ -79,8 +87,14 @@ def test_summary(whole):
     assert [float(line["accuracy"]) for line in table] == [row["accuracy"] for row in rows]
     assert {"nfe", "tokens_per_s", "threshold", "role", "seed"} <= set(table[0])
     # Seeds are those of what is drawn: the baseline here draws, soft masks do not
-    accuracy = {(r["task"], r["role"], r["threshold"], r["seed"]): (r["accuracy"], r["nfe"]) for r in rows}
-    pairs = [(value, accuracy[t, role, h, 1], role) for (t, role, h, s), value in accuracy.items() if s == 0]
+    accuracy = {
+        (r["task"], r["role"], r["threshold"], r["seed"]): (r["accuracy"], r["nfe"]) for r in rows
+    }
+    pairs = [
+        (value, accuracy[t, role, h, 1], role)
+        for (t, role, h, s), value in accuracy.items()
+        if s == 0
+    ]
     assert all(a == b for a, b, role in pairs if role == "soft")
     assert any(a != b for a, b, role in pairs if role == "baseline")
 
@@ -101,7 +115,9 @@ def test_goes_on_where_it_stopped(whole, tmp_path, monkeypatch):
     console = Console(record=True, width=300, file=open(os.devnull, "w"))
     with pytest.raises(KeyboardInterrupt):
         sweep(grid, tmp_path, console=console)
-    assert f"3 of 16 runs are whole in {tmp_path}: the same command goes on" in console.export_text()
+    assert (
+        f"3 of 16 runs are whole in {tmp_path}: the same command goes on" in console.export_text()
+    )
     assert not (tmp_path / "summary.json").exists() and len(results(tmp_path)) == 3
     kept = [file.stat().st_mtime_ns for file in results(tmp_path)]
     broken = tmp_path / "runs" / done[1] / "results.json"
@@ -110,7 +126,9 @@ def test_goes_on_where_it_stopped(whole, tmp_path, monkeypatch):
     again = sweep(grid, tmp_path)
     assert timeless(again) == timeless(rows)
     assert done[4:] == [first[1], *(run.name for run in grid.runs() if run.name not in first)]
-    assert [file.stat().st_mtime_ns for file in results(tmp_path) if file.parent.name in first].count(kept[0]) == 1
+    assert [
+        file.stat().st_mtime_ns for file in results(tmp_path) if file.parent.name in first
+    ].count(kept[0]) == 1
     done = [None] * 4
     assert sweep(grid, tmp_path) == again and done == [None] * 4
 
@@ -130,7 +148,9 @@ def test_ctrl_c_inside_a_decoder_is_no_failure(tmp_path, monkeypatch):
 
 def test_length_is_that_of_the_tasks_completions():
     """A diffusion model fills a template and adds nothing to it."""
-    lengths = {run.task: module._length(grid, run) for grid in [read_grid(SMALL)] for run in grid.runs()}
+    lengths = {
+        run.task: module._length(grid, run) for grid in [read_grid(SMALL)] for run in grid.runs()
+    }
     assert lengths == {"latin": 0, "mnns": 5}
     grid = read_grid(SMALL | dict(max_new_tokens=7))
     assert {run.task: module._length(grid, run) for run in grid.runs()} == {"latin": 0, "mnns": 7}
@@ -147,7 +167,9 @@ def test_a_run_that_fails_leaves_the_others(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "measure", some)
     console = Console(record=True, width=200, file=open(os.devnull, "w"))
-    with pytest.raises(ValueError, match=r"1 of 4 runs failed, \['mnns-baseline.*the same command tries them again"):
+    with pytest.raises(
+        ValueError, match=r"1 of 4 runs failed, \['mnns-baseline.*the same command tries them again"
+    ):
         sweep(grid, tmp_path, console=console)
     assert "failed: out of memory [1]" in console.export_text()
     assert len(json.loads((tmp_path / "summary.json").read_text())["rows"]) == 3
@@ -174,8 +196,12 @@ def test_what_a_decoder_failed_of_is_said_once(tmp_path, monkeypatch):
     "change, message",
     [
         (dict(seeds=[0, 2]), r"seeds=\[0, 1\] and not \[0, 2\]: take another folder, or delete"),
-        (dict(vary={"threshold": [0.5]}), r"vary=\{'threshold': \[0.5, 0.9\]\} and not \{'threshold': \[0.5\]\}"),
-        (dict(tasks=["latin"], limit=9), r"tasks=\['latin', 'mnns'\] and not \['latin'\]"),  # the first difference
+        (
+            dict(vary={"threshold": [0.5]}),
+            r"vary=\{'threshold': \[0.5, 0.9\]\} and not \{'threshold': \[0.5\]\}",
+        ),
+        # the first difference
+        (dict(tasks=["latin"], limit=9), r"tasks=\['latin', 'mnns'\] and not \['latin'\]"),
         (dict(limit=None), "limit=8 and not None"),
     ],
 )
@@ -206,7 +232,10 @@ def test_a_folder_without_a_readable_grid_is_refused(whole, tmp_path):
         (dict(tasks="latin"), "tasks='latin' must be a list"),
         (dict(seeds=[]), "seeds: the grid needs at least one value"),
         (dict(soft=[], baseline=[]), "soft and baseline are empty"),
-        (dict(vary={"threshold": []}), "vary threshold|threshold: the grid needs at least one value"),
+        (
+            dict(vary={"threshold": []}),
+            "vary threshold|threshold: the grid needs at least one value",
+        ),
         (dict(vary={"threshold": 0.5}), "vary threshold=0.5 must be a list"),
         (dict(vary=["threshold"]), "give mappings"),
         (dict(limit=0), "limit=0 must be a whole number, at least 1"),
@@ -215,8 +244,14 @@ def test_a_folder_without_a_readable_grid_is_refused(whole, tmp_path):
         (dict(tasks=["sudoku"]), "task='sudoku' is unknown"),
         (dict(tasks=["reasoning_gym:chain_sum"]), "needs max_new_tokens"),
         (dict(soft=["soft-musk"]), "'soft-musk' is unknown"),
-        (dict(soft=["gumbel"], tasks=["mnns"]), "decoder 'gumbel' on task 'mnns' has no model: say MODEL=gumbel"),
-        (dict(soft=["hard:threshold=0.7"]), r"'hard:threshold=0.7' sets \['threshold'\], which the grid varies"),
+        (
+            dict(soft=["gumbel"], tasks=["mnns"]),
+            "decoder 'gumbel' on task 'mnns' has no model: say MODEL=gumbel",
+        ),
+        (
+            dict(soft=["hard:threshold=0.7"]),
+            r"'hard:threshold=0.7' sets \['threshold'\], which the grid varies",
+        ),
         (dict(soft=["a-b=hard", "a/b=hard"]), "would share the folder"),
         (dict(vary={"treshold": [0.5]}), "takes no 'treshold'"),
         (dict(vary={"threshold": [2]}), r"threshold=2 must lie in \(0, 1\]"),
@@ -230,8 +265,13 @@ def test_bad_grids(change, message, tmp_path):
 
 
 def test_autoregressive_decoders_and_models_by_task(tmp_path):
-    grid = Grid(tasks=["mnns"], soft=["gumbel:budget=3"], baseline=["mnns-tiny=discrete"], models={"mnns": "mnns-tiny"},
-                limit=6)  # fmt: skip
+    grid = Grid(
+        tasks=["mnns"],
+        soft=["gumbel:budget=3"],
+        baseline=["mnns-tiny=discrete"],
+        models={"mnns": "mnns-tiny"},
+        limit=6,
+    )
     soft, hard = sweep(grid, tmp_path)
     assert (soft["model"], soft["decoder"], hard["decoder"]) == ("mnns-tiny", "gumbel", "discrete")
     assert soft["nfe"] <= 5  # as many tokens as a completion has, and one
@@ -242,18 +282,32 @@ def test_autoregressive_decoders_and_models_by_task(tmp_path):
 
 def rows_of(role, spec, setting, *values):
     return [
-        dict(task="t", role=role, spec=spec, model="m", varied=setting, seed=seed,
-             run=f"t-{role}-{spec}-{setting}-seed{seed}", accuracy=a, nfe=n, seconds_per_row=n / 10,
-             tokens_per_s=100 * n)
+        dict(
+            task="t",
+            role=role,
+            spec=spec,
+            model="m",
+            varied=setting,
+            seed=seed,
+            run=f"t-{role}-{spec}-{setting}-seed{seed}",
+            accuracy=a,
+            nfe=n,
+            seconds_per_row=n / 10,
+            tokens_per_s=100 * n,
+        )
         for seed, (a, n) in enumerate(values)
-    ]  # fmt: skip
+    ]
 
 
 def test_aggregate():
-    rows = rows_of("soft", "s", "k=1", (0.2, 4), (0.4, 6)) + rows_of("baseline", "s", "k=1", (0.9, 1))
+    rows = rows_of("soft", "s", "k=1", (0.2, 4), (0.4, 6)) + rows_of(
+        "baseline", "s", "k=1", (0.9, 1)
+    )
     first, second = aggregate(rows[::-1])[::-1]
     assert (first["role"], first["n_seeds"], second["n_seeds"]) == ("soft", 2, 1)
-    assert first["accuracy"] == pytest.approx(0.3) and first["accuracy_sd"] == pytest.approx(0.2 / 2**0.5)
+    assert first["accuracy"] == pytest.approx(0.3) and first["accuracy_sd"] == pytest.approx(
+        0.2 / 2**0.5
+    )
     assert (first["nfe"], first["seconds_per_row"], first["tokens_per_s"]) == (5, 0.5, 500)
     assert second["accuracy_sd"] == 0
 
@@ -265,14 +319,22 @@ def test_plot(whole, tmp_path, monkeypatch):
     folder, rows, _ = whole
     drawn = []
     errorbar = Axes.errorbar
-    monkeypatch.setattr(Axes, "errorbar", lambda axes, x, y, *a, **kw: (drawn.append((axes.get_xscale(), x, y, kw)),
-                                                                        errorbar(axes, x, y, *a, **kw))[1])  # fmt: skip
+    monkeypatch.setattr(
+        Axes,
+        "errorbar",
+        lambda axes, x, y, *a, **kw: (
+            drawn.append((axes.get_xscale(), x, y, kw)),
+            errorbar(axes, x, y, *a, **kw),
+        )[1],
+    )
     file = plot_sweep(folder)
     assert file == folder / "sweep.png" and file.read_bytes().startswith(b"\x89PNG")
     assert len(drawn) == 2 * 2 * 2 and all(len(x) == 2 for _, x, _, _ in drawn)
     assert all(list(x) == sorted(x) for _, x, _, _ in drawn if min(x) >= 1)  # forwards
     points = {(p["task"], p["role"], p["nfe"]): p["accuracy"] for p in aggregate(rows)}
-    assert {point for _, x, y, _ in drawn for point in zip(x, y)} >= {(nfe, a) for (_, _, nfe), a in points.items()}
+    assert {point for _, x, y, _ in drawn for point in zip(x, y)} >= {
+        (nfe, a) for (_, _, nfe), a in points.items()
+    }
     styles = {kw["label"]: kw["linestyle"] for *_, kw in drawn}
     assert styles == {"soft-mask (soft)": "-", "hard:temperature=0.5 (baseline)": "--"}
     # While it is not finished: the runs that are
@@ -291,8 +353,12 @@ def test_plot(whole, tmp_path, monkeypatch):
         ("{}", "KeyError('rows')"),
         ('{"rows": []}', "no rows"),
         ('{"rows": "text"}', "TypeError"),
-        ('{"rows": [{"task": "mnns", "name": "soft", "accuracy": 0.5}]}', "KeyError('role')"),  # a comparison's
-        (json.dumps({"rows": [rows_of("soft", "s", "", (0.5, 4))[0] | dict(accuracy="high")]}), "TypeError"),
+        # a comparison's
+        ('{"rows": [{"task": "mnns", "name": "soft", "accuracy": 0.5}]}', "KeyError('role')"),
+        (
+            json.dumps({"rows": [rows_of("soft", "s", "", (0.5, 4))[0] | dict(accuracy="high")]}),
+            "TypeError",
+        ),
     ],
 )
 @pytest.mark.parametrize("place", ["summary.json", "runs/some/results.json"])
@@ -301,14 +367,18 @@ def test_a_file_that_no_sweep_wrote(tmp_path, place, text, why):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     for read in (read_sweep, plot_sweep):
-        with pytest.raises(ValueError, match=r"is no results file of a sweep \(.*\): delete it and run") as caught:
+        with pytest.raises(
+            ValueError, match=r"is no results file of a sweep \(.*\): delete it and run"
+        ) as caught:
             read(tmp_path)
         said = str(caught.value)
         assert said.startswith(str(file)) and why in said and "\n" not in said
 
 
 def test_a_table_of_a_sweep():
-    rows = rows_of("soft", "m=s[k]", "k=1", (0.2, 4), (0.4, 6)) + rows_of("baseline", "s" * 90, "k=1", (0.9, 1))
+    rows = rows_of("soft", "m=s[k]", "k=1", (0.2, 4), (0.4, 6)) + rows_of(
+        "baseline", "s" * 90, "k=1", (0.9, 1)
+    )
     console = Console(record=True, width=80, file=open(os.devnull, "w"))
     console.print(sweep_table(aggregate(rows)))
     text = console.export_text()
@@ -338,20 +408,51 @@ def test_recipe_reads_command_line_and_yaml(tmp_path):
     (args,) = TrlParser(sweep_recipe.SweepArguments).parse_args_and_config(
         ["--config", str(ROOT / "recipes" / "configs" / "sweep_mnns.yaml"), "--seeds", "7"]
     )
-    assert sweep_recipe.mapping("vary", args.vary) == {"temperature": [0.3, 0.6, 1.0]} and args.seeds == [7]
+    assert sweep_recipe.mapping("vary", args.vary) == {
+        "temperature": [0.3, 0.6, 1.0]
+    } and args.seeds == [7]
     assert sweep_recipe.mapping("vary", ["a=1,x", "b=c"]) == {"a": ["1", "x"], "b": ["c"]}
     with pytest.raises(ValueError, match="vary='a' must be key=value"):
         sweep_recipe.mapping("vary", ["a"])
-    assert [sweep_recipe.json_or_text(v) for v in ("0.5", "null", "soft", 3)] == [0.5, None, "soft", 3]
+    assert [sweep_recipe.json_or_text(v) for v in ("0.5", "null", "soft", 3)] == [
+        0.5,
+        None,
+        "soft",
+        3,
+    ]
 
 
 def test_two_processes_interrupted_and_resumed(whole, tmp_path, capsys):
-    """Interrupted in the middle, the sweep ends with the rows of the uninterrupted one; another grid is refused."""
+    """Interrupted in the middle, the sweep ends with the rows of the uninterrupted one; another
+    grid is refused."""
     folder = tmp_path / "sweep"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(RECIPE),
-               "--tasks", "latin", "mnns", "--soft", "soft-mask", "--baseline", "hard:temperature=0.5",
-               "--vary", "threshold=0.5,0.9", "--seeds", "0", "1", "--limit", "8", "--batch_size", "64",
-               "--output_dir", str(folder)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(RECIPE),
+        "--tasks",
+        "latin",
+        "mnns",
+        "--soft",
+        "soft-mask",
+        "--baseline",
+        "hard:temperature=0.5",
+        "--vary",
+        "threshold=0.5,0.9",
+        "--seeds",
+        "0",
+        "1",
+        "--limit",
+        "8",
+        "--batch_size",
+        "64",
+        "--output_dir",
+        str(folder),
+    ]
     log = open(tmp_path / "log", "w")
     child = subprocess.Popen(command, stdout=log, stderr=log)
     deadline = time.monotonic() + 120
@@ -359,23 +460,35 @@ def test_two_processes_interrupted_and_resumed(whole, tmp_path, capsys):
         time.sleep(0.005)
     child.send_signal(signal.SIGINT)  # the launcher hands it on
     child.wait(timeout=60)
-    assert f"of 16 runs are whole in {folder}: the same command goes on" in (tmp_path / "log").read_text()
+    assert (
+        f"of 16 runs are whole in {folder}: the same command goes on"
+        in (tmp_path / "log").read_text()
+    )
     early = {file.parent.name: file.stat().st_mtime_ns for file in results(folder)}
     assert 2 <= len(early) < 16, (tmp_path / "log").read_text()[-2000:]
     assert not (folder / "summary.json").exists()
     victim, *others = early
     broken = folder / "runs" / victim / "results.json"
     broken.write_text(broken.read_text()[:100])  # as if it had been killed while it wrote
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"COLUMNS": "200"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"COLUMNS": "200"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((folder / "summary.json").read_text())["rows"]
     assert timeless(rows) == timeless(whole[1])
-    assert all((folder / "runs" / n / "results.json").stat().st_mtime_ns == early[n] for n in others)
-    assert done.stderr.count("] latin-") + done.stderr.count("] mnns-") == 16 - len(others)  # each run by one process
+    assert all(
+        (folder / "runs" / n / "results.json").stat().st_mtime_ns == early[n] for n in others
+    )
+    # each run by one process
+    assert done.stderr.count("] latin-") + done.stderr.count("] mnns-") == 16 - len(others)
     assert done.stdout.count("threshold=0.9") == 4 and (folder / "sweep.png").is_file()
-    (args,) = TrlParser(recipe().SweepArguments).parse_args_and_config([*command[7:], "--repeats", "2"])
+    (args,) = TrlParser(recipe().SweepArguments).parse_args_and_config(
+        [*command[7:], "--repeats", "2"]
+    )
     with pytest.raises(SystemExit) as stopped:
         sys.modules["sweep_recipe"].main(args)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == (f"sweep.py: error: {folder} is of another grid, with repeats=1 and not 2: take "
-                                       "another folder, or delete this one\n")  # fmt: skip
+    assert capsys.readouterr().err == (
+        f"sweep.py: error: {folder} is of another grid, with repeats=1 and not 2: take "
+        "another folder, or delete this one\n"
+    )

@@ -1,4 +1,5 @@
-"""The tasks: nothing held out is seen in training, gold is gold, and the traces are the oracle's distribution."""
+"""The tasks: nothing held out is seen in training, gold is gold, and the traces are the oracle's
+distribution."""
 
 import builtins
 import hashlib
@@ -41,7 +42,10 @@ def test_mnns_split_is_by_multiset_and_pinned(task):
     assert sorted(sequences) == sorted(itertools.product(range(1, 10), repeat=4))
     # The same rows on every machine and Python: results of different runs are comparable
     assert (len(task.train), len(task.test)) == (5158, 1403)
-    assert hashlib.sha256("\n".join(task.test["prompt"]).encode()).hexdigest()[:16] == "85cec7a132d52a66"
+    assert (
+        hashlib.sha256("\n".join(task.test["prompt"]).encode()).hexdigest()[:16]
+        == "85cec7a132d52a66"
+    )
 
 
 def test_mnns_seed_selects_the_split(task):
@@ -56,23 +60,34 @@ def test_mnns_gold_is_the_first_smallest_non_negative_sum(task):
         totals = [sum(s * x for s, x in zip(sg, d)) for sg in itertools.product((1, -1), repeat=4)]
         best = min(t for t in totals if t >= 0)
         signs = next(sg for sg, t in zip(itertools.product((1, -1), repeat=4), totals) if t == best)
-        assert row["completion"] == "".join(f" S{s}" for s in itertools.accumulate(a * b for a, b in zip(signs, d)))
+        assert row["completion"] == "".join(
+            f" S{s}" for s in itertools.accumulate(a * b for a, b in zip(signs, d))
+        )
         assert row["answer"] == row["completion"].split()[-1] == f"S{best}"
 
 
 def test_mnns_labels_are_as_in_the_paper(task):
     share = Counter(a for rows in (task.train, task.test) for a in rows["answer"])
-    assert [round(share[f"S{s}"] / 65.61, 1) for s in range(4)] == pytest.approx([23.9, 37.25, 20.2, 10.1], abs=0.06)
+    assert [round(share[f"S{s}"] / 65.61, 1) for s in range(4)] == pytest.approx(
+        [23.9, 37.25, 20.2, 10.1], abs=0.06
+    )
 
 
 def test_mnns_marginals_are_the_oracle_of_the_worked_example(task, tokenizer):
     row = row_of(task, [5, 3, 2, 4])
-    assert (row["prompt"], row["completion"], row["answer"]) == ("<bos> D5 D3 D2 D4 ->", " S5 S2 S4 S0", "S0")
+    assert (row["prompt"], row["completion"], row["answer"]) == (
+        "<bos> D5 D3 D2 D4 ->",
+        " S5 S2 S4 S0",
+        "S0",
+    )
     assert len(row["traces"]) == 8
     soft = frontier(torch.tensor(tokenizer(row["traces"])["input_ids"]))
     assert soft.ids.shape == soft.weights.shape == (4, 8)
     table = dense(soft, len(tokenizer))
-    named = [{tokenizer.convert_ids_to_tokens(i): p[i].item() for i in p.nonzero()[:, 0].tolist()} for p in table]
+    named = [
+        {tokenizer.convert_ids_to_tokens(i): p[i].item() for i in p.nonzero()[:, 0].tolist()}
+        for p in table
+    ]
     e = 1 / 8
     assert named == [
         {"S5": 0.5, "S-5": 0.5},
@@ -93,7 +108,8 @@ def test_mnns_traces_are_every_signing(digits, low, high):
         assert set(columns[-1]) == {row["answer"]}
         for i, column in enumerate(columns[:-1], start=1):
             sums = Counter(
-                f"S{sum(a * b for a, b in zip(sg, row['digits']))}" for sg in itertools.product((1, -1), repeat=i)
+                f"S{sum(a * b for a, b in zip(sg, row['digits']))}"
+                for sg in itertools.product((1, -1), repeat=i)
             )
             assert {k: Fraction(v, 2**i) for k, v in sums.items()} == {
                 k: Fraction(v, len(column)) for k, v in Counter(column).items()
@@ -136,7 +152,8 @@ def test_mnns_size_takes_a_part_of_the_same_training_rows(task):
     small = load_task("mnns", size=100)
     assert small.train["prompt"] == task.train["prompt"][:100]
     assert small.test["prompt"] == task.test["prompt"]
-    assert len({tuple(sorted(d)) for d in small.train["digits"]}) > 50  # a fair choice, not one corner of the table
+    # a fair choice, not one corner of the table
+    assert len({tuple(sorted(d)) for d in small.train["digits"]}) > 50
     assert len(load_task("mnns", size=10**6).train) == len(task.train)
 
 
@@ -179,7 +196,9 @@ def test_bad_input_is_named(make, match):
 # reasoning-gym
 
 
-@pytest.mark.parametrize("name", ["chain_sum", "arc_agi", "basic_arithmetic", "prime_factorization"])
+@pytest.mark.parametrize(
+    "name", ["chain_sum", "arc_agi", "basic_arithmetic", "prime_factorization"]
+)
 def test_gym_gold_scores_one_and_nothing_leaks(name):
     made = load_task(f"reasoning_gym:{name}", size=20)
     assert len(made.train) == 20 and 0 < len(made.test) <= 50

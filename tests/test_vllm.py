@@ -1,4 +1,5 @@
-"""vLLM beside transformers: an engine in a script of its own, a real server on loopback, servers that misbehave."""
+"""vLLM beside transformers: an engine in a script of its own, a real server on loopback, servers
+that misbehave."""
 
 import contextlib
 import http.server
@@ -28,7 +29,12 @@ from softar.vllm.server import ServerError, serve
 
 pytestmark = pytest.mark.slow
 NEW = 6
-PROMPTS = ["<bos> w11 w12 w13 w14", "<bos> w21", "<bos> w31 w32", *(f"<bos> w{i} w9" for i in range(40, 52))]
+PROMPTS = [
+    "<bos> w11 w12 w13 w14",
+    "<bos> w21",
+    "<bos> w31 w32",
+    *(f"<bos> w{i} w9" for i in range(40, 52)),
+]
 CHAT = [{"role": "user", "content": "<bos> w11 w12"}]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} <think>{% endif %}"
 ALL = {
@@ -84,7 +90,8 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
     model, tokenizer = tiny.model_of(head_dim=16), tiny.tokenizer_of()
     model.lm_head.weight.data[tiny.EOS] *= 1.5
-    model.generation_config.top_k, model.generation_config.do_sample = 3, True  # of no concern to the decoders
+    # of no concern to the decoders
+    model.generation_config.top_k, model.generation_config.do_sample = 3, True
     tokenizer.chat_template = TEMPLATE
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
@@ -103,7 +110,9 @@ def script(folder, tmp_path_factory):
     (place / "offline.py").write_text(OFFLINE)
     given = json.dumps(dict(folder=folder, prompts=PROMPTS, chat=CHAT, all=ALL, new=NEW))
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    with subprocess.Popen([sys.executable, "offline.py", given, "out.json"], cwd=place, **pipes) as process:
+    with subprocess.Popen(
+        [sys.executable, "offline.py", given, "out.json"], cwd=place, **pipes
+    ) as process:
         yield process, place / "out.json"
         with contextlib.suppress(ProcessLookupError):  # where it hangs, its engine is not to stay
             os.killpg(process.pid, signal.SIGKILL)
@@ -160,7 +169,10 @@ def beams(model, ids, width):
         more = []
         for score, tokens in live:
             logp = model(torch.tensor([ids + tokens])).logits[0, -1].log_softmax(-1)
-            more += [(score + logp[t].item(), [*tokens, t]) for t in logp.topk(2 * width).indices.tolist()]
+            more += [
+                (score + logp[t].item(), [*tokens, t])
+                for t in logp.topk(2 * width).indices.tolist()
+            ]
         ended += [beam for beam in more if beam[1][-1] == tiny.EOS]
         live = sorted((b for b in more if b[1][-1] != tiny.EOS), key=rank, reverse=True)[:width]
     return [tokens for _, tokens in sorted(ended + live, key=rank, reverse=True)[:width]]
@@ -184,7 +196,11 @@ def test_greedy_is_that_of_transformers(offline, server, model):
     rows, again = offline["greedy"]
     assert [row["tokens"] for row in rows] == again == wanted
     for row, other, tokens in zip(rows, online, wanted):
-        assert row["text"] == other.text == tiny.tokenizer_of().decode(tokens, skip_special_tokens=True)
+        assert (
+            row["text"]
+            == other.text
+            == tiny.tokenizer_of().decode(tokens, skip_special_tokens=True)
+        )
         assert "<eos>" not in row["text"]
 
 
@@ -195,7 +211,9 @@ def test_what_a_row_costs(offline, server):
         assert row["num_forwards"] == other.num_forwards == t
         assert row["token_forwards"] == other.token_forwards == p + t - 1
     votes = offline["self-consistency"]
-    lengths = [[len(tokens) for tokens, _ in row] for row in offline["self-consistency completions"]]
+    lengths = [
+        [len(tokens) for tokens, _ in row] for row in offline["self-consistency completions"]
+    ]
     assert sum(map(sum, lengths)) > 0 and {len(row) for row in lengths} == {5}
     online = ask(server, "self-consistency")
     for row, prompt, made in zip(online.decode(PROMPTS), PROMPTS, online.completions):
@@ -225,11 +243,15 @@ def test_logprobs_are_those_of_transformers(offline, server, model):
             best = logp.topk(2)
             assert set(map(int, step)) == set(other) == set(best.indices.tolist())
             for token in best.indices.tolist():
-                assert abs(step[str(token)] - logp[token]) < 1e-3 and abs(other[token] - logp[token]) < 1e-3
+                assert (
+                    abs(step[str(token)] - logp[token]) < 1e-3
+                    and abs(other[token] - logp[token]) < 1e-3
+                )
 
 
 def test_draws(offline, server, model):
-    """With one token left sampling is greedy; a seed draws the same here and over HTTP, and others next time."""
+    """With one token left sampling is greedy; a seed draws the same here and over HTTP, and others
+    next time."""
     wanted = [greedy(model, ids_of(p))[0] for p in PROMPTS]
     assert [row["tokens"] for row in offline["one"][0]] == offline["one"][1] == wanted
     assert [list(row.tokens) for row in ask(server, "one").decode(PROMPTS)] == wanted
@@ -239,7 +261,9 @@ def test_draws(offline, server, model):
         assert [row["tokens"] for row in offline[mode][0]] == first != second == offline[mode][1]
         assert [list(row.tokens) for row in ask(server, mode, seed=4).decode(PROMPTS)] != first
     alone = ask(server, "sampled").decode(PROMPTS[:1])
-    assert list(alone[0].tokens) == offline["sampled"][0][0]["tokens"], "a row is the same in any batch"
+    assert list(alone[0].tokens) == offline["sampled"][0][0]["tokens"], (
+        "a row is the same in any batch"
+    )
 
 
 def test_prompts_that_do_not_fit_into_a_step(offline):
@@ -277,7 +301,9 @@ def test_chat_and_text(offline, server, model):
     assert offline["chat"] == wanted
     assert list(ask(server, "greedy").decode([CHAT])[0].tokens) == wanted
     plain = ask(server, "greedy", tokenizer=None, concurrency=1)
-    assert [list(r.tokens) for r in plain.decode(PROMPTS)] == [greedy(model, ids_of(p))[0] for p in PROMPTS]
+    assert [list(r.tokens) for r in plain.decode(PROMPTS)] == [
+        greedy(model, ids_of(p))[0] for p in PROMPTS
+    ]
     with pytest.raises(ValueError, match="prompt 1 is chat messages: give tokenizer="):
         plain.decode([PROMPTS[0], CHAT])
 
@@ -286,12 +312,18 @@ def test_one_engine_for_all_and_nothing_left(offline):
     assert offline["engines"] == 1 and offline["others"] >= 2, "an engine and a worker"
     assert offline["left"] == [] and offline["nothing"] == []
     assert offline["environment"] is None, "what vLLM's processes need is not left in this one"
-    assert offline["trace"] == [f"w{t}" if t > 4 else "<eos>" for t in offline["greedy"][0][0]["tokens"]]
+    assert offline["trace"] == [
+        f"w{t}" if t > 4 else "<eos>" for t in offline["greedy"][0][0]["tokens"]
+    ]
 
 
 def test_prompt_that_is_too_long(offline, server):
-    assert offline["long"].startswith("prompt 1 has 251 tokens: with max_new_tokens=6 the model takes 1 to 250")
-    with pytest.raises(ServerError, match=r"prompt 2 of 3: the server says 400: .*256.*; 2 of 3 prompts") as caught:
+    assert offline["long"].startswith(
+        "prompt 1 has 251 tokens: with max_new_tokens=6 the model takes 1 to 250"
+    )
+    with pytest.raises(
+        ServerError, match=r"prompt 2 of 3: the server says 400: .*256.*; 2 of 3 prompts"
+    ) as caught:
         ask(server, "greedy").decode([*PROMPTS[:2], "w5 " * 300])
     assert caught.value.prompt == 2 and sorted(caught.value.done) == [0, 1]
 
@@ -309,7 +341,8 @@ def test_server_of_another_model(server):
 
 @contextlib.contextmanager
 def fake(complete, models=("m",)):
-    """A server that answers completions by `complete(n) -> (status, body) | None` (breaks off) for its n-th request."""
+    """A server that answers completions by `complete(n) -> (status, body) | None` (breaks off) for
+    its n-th request."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -324,7 +357,12 @@ def fake(complete, models=("m",)):
             self.wfile.write(data)
 
         def do_GET(self):
-            self.send(200, models if isinstance(models, bytes | dict) else {"data": [{"id": m} for m in models]})
+            self.send(
+                200,
+                models
+                if isinstance(models, bytes | dict)
+                else {"data": [{"id": m} for m in models]},
+            )
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -347,12 +385,18 @@ def fake(complete, models=("m",)):
         running.server_close()
 
 
-GOOD = {"choices": [{"index": 0, "text": " a", "token_ids": [5], "prompt_token_ids": [1, 2], "logprobs": None}]}
+GOOD = {
+    "choices": [
+        {"index": 0, "text": " a", "token_ids": [5], "prompt_token_ids": [1, 2], "logprobs": None}
+    ]
+}
 
 
 def refused(url, match, **options):
     with pytest.raises(ServerError, match=match) as caught:
-        ServerDecoder(url, **dict(max_new_tokens=1, concurrency=1) | options).decode(["a", "b", "c"])
+        ServerDecoder(url, **dict(max_new_tokens=1, concurrency=1) | options).decode(
+            ["a", "b", "c"]
+        )
     assert "\n" not in str(caught.value)
     return caught.value
 
@@ -374,25 +418,37 @@ def test_server_that_never_answers():
 
 def test_late_answer_is_not_asked_for_again():
     with fake(lambda n: time.sleep(n * 1.0) or (200, GOOD)) as (url, asked):
-        error = refused(url, r"prompt 1 of 3: did not answer within 0.4 s.*; 1 of 3 prompts", timeout=0.4)
+        error = refused(
+            url, r"prompt 1 of 3: did not answer within 0.4 s.*; 1 of 3 prompts", timeout=0.4
+        )
         assert error.prompt == 1 and error.done[0].tokens == (5,) and len(asked) == 2
 
 
 def test_server_that_dies_in_the_middle():
     with fake(lambda n: (200, GOOD) if n < 2 else None) as (url, asked):
-        error = refused(url, r"prompt 2 of 3: the server went away .*; 2 of 3 prompts were finished", retries=1)
+        error = refused(
+            url, r"prompt 2 of 3: the server went away .*; 2 of 3 prompts were finished", retries=1
+        )
         assert error.prompt == 2 and sorted(error.done) == [0, 1] and error.done[1].text == " a"
         assert len(asked) == 4, "a broken connection is tried again, once"
 
 
 SOFT = dict(
-    mode="soft", soft={"top_k": 2, "cold_stop_entropy": 0.5, "cold_stop_steps": 1}, tokenizer=tiny.tokenizer_of()
+    mode="soft",
+    soft={"top_k": 2, "cold_stop_entropy": 0.5, "cold_stop_steps": 1},
+    tokenizer=tiny.tokenizer_of(),
 )
 
 
 def test_record_of_a_server():
-    read = dict(token=[5, 6], kind=["soft", "hard"], entropy=[0.9, 0.2], logp=[None, None], ids=[[5, 6], [6]],
-                weights=[[0.75, 0.25], [1]])  # fmt: skip
+    read = dict(
+        token=[5, 6],
+        kind=["soft", "hard"],
+        entropy=[0.9, 0.2],
+        logp=[None, None],
+        ids=[[5, 6], [6]],
+        weights=[[0.75, 0.25], [1]],
+    )
     choice = GOOD["choices"][0] | {"token_ids": [5, 6]}
     given = {"choices": [choice | {"soft": read}]}
     for trace in (True, False):  # a cold stop without think_end shows in the record alone
@@ -428,7 +484,11 @@ def test_several_at_once():
         (503, b"", "says 503: Service Unavailable;"),
         (502, b"<html>bad\ngateway", "says 502: <html>bad gateway;"),
         (200, b"<html>", "the answer is no JSON: '<html>'"),
-        (200, {"choices": [{"index": 0, "text": "a"}]}, "the answer is not vLLM's, it lacks token ids"),
+        (
+            200,
+            {"choices": [{"index": 0, "text": "a"}]},
+            "the answer is not vLLM's, it lacks token ids",
+        ),
         (200, {"choices": []}, "the answer is not vLLM's"),
         (200, [], "the answer is not vLLM's"),
     ],
@@ -461,7 +521,9 @@ def test_url(url):
 
 def test_server_that_dies_at_its_start_shows_its_log(folder, tmp_path):
     log = tmp_path / "log"
-    with pytest.raises(ServerError, match=r"ended with code 2; its last words:\n(?s:.*)--no-such-option"):
+    with pytest.raises(
+        ServerError, match=r"ended with code 2; its last words:\n(?s:.*)--no-such-option"
+    ):
         with serve(folder, extra=["--no-such-option"], log=log):
             raise AssertionError
     assert "--no-such-option" in log.read_text()
@@ -471,7 +533,9 @@ def test_server_that_takes_too_long(folder, monkeypatch):
     started = []
     popen = subprocess.Popen
     monkeypatch.setattr(
-        softar.vllm.server.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[0]
+        softar.vllm.server.subprocess,
+        "Popen",
+        lambda *a, **k: started.append(popen(*a, **k)) or started[0],
     )
     with pytest.raises(ServerError, match=r"did not answer within wait=0\.5 s; its last words:"):
         with serve(folder, wait=0.5):
@@ -494,7 +558,9 @@ def test_signals_end_the_server_too(folder, tmp_path):
     code = "import sys; from softar.vllm.server import serve\nwith serve(sys.argv[1], log=sys.argv[2]): pass"
     logs = {sign: tmp_path / sign.name for sign in (signal.SIGINT, signal.SIGTERM)}
     programs = {
-        sign: subprocess.Popen([sys.executable, "-c", code, folder, str(log)], stderr=subprocess.DEVNULL)
+        sign: subprocess.Popen(
+            [sys.executable, "-c", code, folder, str(log)], stderr=subprocess.DEVNULL
+        )
         for sign, log in logs.items()
     }
     for sign, program in programs.items():
@@ -515,7 +581,9 @@ def test_signals_end_the_server_too(folder, tmp_path):
 @torch.no_grad()
 def test_widened_heads_compute_the_same(head_dim):
     model = tiny.model_of(
-        head_dim=head_dim, attention_bias=True, rope_parameters={"rope_type": "default", "rope_theta": 500.0}
+        head_dim=head_dim,
+        attention_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
     )
     for p in model.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
@@ -554,7 +622,10 @@ def test_exported_adapter(folder, tmp_path):
 def test_heads_without_a_kernel(tmp_path, monkeypatch):
     tiny.model_of("qwen3").save_pretrained(tmp_path)
     monkeypatch.setattr(softar.vllm.server, "on_cpu", lambda: True)
-    with pytest.raises(ValueError, match="attention heads 8 wide: vLLM on CPU serves"), exported(str(tmp_path)):
+    with (
+        pytest.raises(ValueError, match="attention heads 8 wide: vLLM on CPU serves"),
+        exported(str(tmp_path)),
+    ):
         raise AssertionError
 
 
@@ -564,7 +635,9 @@ def test_heads_without_a_kernel(tmp_path, monkeypatch):
 def test_program_without_a_guard(tmp_path):
     program = "from softar.vllm import VLLMDecoder\ndef main():\n    VLLMDecoder('mnns-tiny').start()\nmain()\n"
     (tmp_path / "program.py").write_text(program)
-    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and last.startswith("RuntimeError: ")
     assert "program.py, line 4" in last and 'put it under `if __name__ == "__main__":`' in last
@@ -572,7 +645,9 @@ def test_program_without_a_guard(tmp_path):
 
 def test_without_vllm(folder, monkeypatch):
     monkeypatch.setattr(softar.vllm.server.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'^vLLM is not installed: `pip install "softar\[vllm\]"`, or `make vllm`'):
+    with pytest.raises(
+        ImportError, match=r'^vLLM is not installed: `pip install "softar\[vllm\]"`, or `make vllm`'
+    ):
         VLLMDecoder(folder).decode(PROMPTS)
     with pytest.raises(ImportError, match="vLLM is not installed"), serve(folder):
         raise AssertionError
@@ -583,10 +658,18 @@ def test_registry(server, folder):
     made = [
         DECODERS["vllm-sampled"](folder, max_new_tokens=2, top_p=0.5),
         DECODERS["vllm-beam"](folder, max_new_tokens=2, num_beams=2, max_model_len=64),
-        DECODERS["vllm-greedy"](folder, max_new_tokens=2, device="cuda" if torch.cuda.is_available() else "cpu"),
+        DECODERS["vllm-greedy"](
+            folder, max_new_tokens=2, device="cuda" if torch.cuda.is_available() else "cpu"
+        ),
     ]
-    assert [d.name for d in made] == ["vllm-sampled temperature=1.0 top_p=0.5", "vllm-beam num_beams=2", "vllm-greedy"]
-    assert made[1].columns == dict(decoder="vllm-beam", model=folder, setting="num_beams=2", family="vllm")
+    assert [d.name for d in made] == [
+        "vllm-sampled temperature=1.0 top_p=0.5",
+        "vllm-beam num_beams=2",
+        "vllm-greedy",
+    ]
+    assert made[1].columns == dict(
+        decoder="vllm-beam", model=folder, setting="num_beams=2", family="vllm"
+    )
     assert all(isinstance(d, VLLMDecoder) for d in made)
     remote = DECODERS["vllm-greedy"](folder, max_new_tokens=2, url=server.url, timeout=60)
     assert isinstance(remote, ServerDecoder) and len(remote.decode(PROMPTS)[0].tokens) <= 2
@@ -597,21 +680,33 @@ def test_registry(server, folder):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (dict(tempreature=1), r"unknown options \['tempreature'\] of a vLLM decoder; known: .*'temperature'"),
+        (
+            dict(tempreature=1),
+            r"unknown options \['tempreature'\] of a vLLM decoder; known: .*'temperature'",
+        ),
         (dict(url="http://x", max_model_len=3), r"unknown options \['max_model_len'\]"),
         (dict(mode="beam"), "mode='beam' is not an option"),
         (dict(device="mps"), "device='mps': vLLM here runs on"),
-        (dict(votes=8), "votes=8: mode 'greedy' has no use for that; it takes max_new_tokens, logprobs$"),
+        (
+            dict(votes=8),
+            "votes=8: mode 'greedy' has no use for that; it takes max_new_tokens, logprobs$",
+        ),
         (dict(logprobs=-1), "logprobs=-1 must be at least 0"),
         (dict(name="sampled", top_p=0), r"top_p=0 must lie in \(0, 1\]"),
-        (dict(name="sampled", votes=3, num_beams=2), "votes=3, num_beams=2: mode 'sampled' has no use for that"),
+        (
+            dict(name="sampled", votes=3, num_beams=2),
+            "votes=3, num_beams=2: mode 'sampled' has no use for that",
+        ),
         (dict(name="self-consistency", votes=0), "votes=0 must be at least 1"),
         (
             dict(name="beam", temperature=0.5),
             "temperature=0.5: mode 'beam' has no use for .* max_new_tokens, logprobs, num",
         ),
         (dict(name="beam", url="http://x", top_k=5), "top_k=5: mode 'beam' has no use for that"),
-        (dict(name="soft", url="http://x", logprobs=2), "'vllm-soft'|decoder 'soft' takes no 'logprobs'"),
+        (
+            dict(name="soft", url="http://x", logprobs=2),
+            "'vllm-soft'|decoder 'soft' takes no 'logprobs'",
+        ),
         (
             dict(name="soft", answer_top_k=2, answer_temperature=0.5),
             "answer_top_k=2, .*: answers of vllm-soft are greedy",
@@ -628,7 +723,9 @@ def test_bad_options(options, said, folder):
 def test_options_that_are_not_set():
     sampled = ServerDecoder("http://x", mode="sampled", top_p=None, num_beams=None)
     assert sampled.sampling == Sampling("sampled", num_beams=None)
-    assert DECODERS["vllm-soft"]("mnns-soft-tiny", max_new_tokens=2, url="http://x", answer_temperature=0).soft["top_k"]
+    assert DECODERS["vllm-soft"](
+        "mnns-soft-tiny", max_new_tokens=2, url="http://x", answer_temperature=0
+    ).soft["top_k"]
 
 
 def test_bad_sampling():
@@ -665,7 +762,9 @@ def test_ctrl_c_does_not_wait_for_a_slow_server():
         f"ServerDecoder('http://127.0.0.1:{server.server_port}', 'm', max_new_tokens=4).decode(['a', 'b', 'c'])\n"
     )
     try:
-        with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as program:
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True
+        ) as program:
             assert asked.wait(60)
             program.send_signal(signal.SIGINT)
             _, said = program.communicate(timeout=20)

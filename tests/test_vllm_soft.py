@@ -1,8 +1,9 @@
-"""Soft decoding inside vLLM, beside softar.generate: engines in a script of their own, a real server on loopback.
+"""Soft decoding inside vLLM, beside softar.generate: engines in a script of their own, a real
+server on loopback.
 
-This file is also that script: `python tests/test_vllm_soft.py FOLDER` writes what vLLM made of the cases to
-FOLDER/out.json. There the engine runs in the script's process, so that its insides can be looked at; the server has
-the usual processes.
+This file is also that script: `python tests/test_vllm_soft.py FOLDER` writes what vLLM made of the
+cases to FOLDER/out.json. There the engine runs in the script's process, so that its insides can be
+looked at; the server has the usual processes.
 """
 
 import dataclasses
@@ -40,9 +41,18 @@ from softar.vllm.request import check_engine
 from softar.vllm.rows import CHUNK, Rows
 
 ARCHS = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma": GemmaConfig}
-ENGINE = dict(dtype="float32", enforce_eager=True, enable_prompt_embeds=True, seed=0, max_model_len=128, max_num_seqs=8)
+ENGINE = dict(
+    dtype="float32",
+    enforce_eager=True,
+    enable_prompt_embeds=True,
+    seed=0,
+    max_model_len=128,
+    max_num_seqs=8,
+)
 # Chunks of prompts, a cache of prefixes, and blocks for three or so of eight requests
-TIGHT = dict(max_num_batched_tokens=32, block_size=32, num_gpu_blocks_override=10, enable_prefix_caching=True)
+TIGHT = dict(
+    max_num_batched_tokens=32, block_size=32, num_gpu_blocks_override=10, enable_prefix_caching=True
+)
 SOFT = [  # fields, does it draw
     (dict(think_end=END, budget=6), False),
     (dict(), False),
@@ -52,7 +62,15 @@ SOFT = [  # fields, does it draw
     (dict(rescale="l2", top_k=30, min_p=0.05, keep=5), False),
     (dict(temperature=0.6, top_p=0.9, banned=[7, 8], think_end="w5 w6 w7", budget=11), False),
     (dict(mixer="gumbel", temperature=0.8, top_k=20, top_p=0.95, budget=12, think_end=END), True),
-    (dict(mixer="k-samples", mixer_args={"k": 4, "weighting": "probability"}, budget=10, think_end=END), True),
+    (
+        dict(
+            mixer="k-samples",
+            mixer_args={"k": 4, "weighting": "probability"},
+            budget=10,
+            think_end=END,
+        ),
+        True,
+    ),
     (dict(mixer="k-samples", alpha=0.5, top_k=None), True),
     (dict(mixer="mixture-of-inputs", mixer_args={"beta": 0.5}, top_k=8, budget=8), True),
     (dict(mixer="dirichlet", mixer_args={"gamma": 3.0}, think_end=[5, 6], budget=7), True),
@@ -110,14 +128,21 @@ SETTINGS = dict(  # of an engine in a script
     OMP_NUM_THREADS="1",
 )
 HERE = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0")  # in the script's own process
-PARALLEL = dict(pipeline_parallel_size=1, prefill_context_parallel_size=1, enable_batch_sharded_sampling=False)
-MODEL = dict(enable_prompt_embeds=True, is_encoder_decoder=False, logits_processors=None, return_sampling_mask=False)
+PARALLEL = dict(
+    pipeline_parallel_size=1, prefill_context_parallel_size=1, enable_batch_sharded_sampling=False
+)
+MODEL = dict(
+    enable_prompt_embeds=True,
+    is_encoder_decoder=False,
+    logits_processors=None,
+    return_sampling_mask=False,
+)
 DRAWN = dict(mixer="gumbel", budget=8, think_end=END)
 
 
 def model_of(arch):
-    """A tiny random model with heads that vLLM has kernels for. Weights as wide as those of tiny.py would make soft
-    decoding chaotic: within 20 steps float32 and float64 would part."""
+    """A tiny random model with heads that vLLM has kernels for. Weights as wide as those of tiny.py
+    would make soft decoding chaotic: within 20 steps float32 and float64 would part."""
     sizes = {**tiny.SIZES, "head_dim": 32, "tie_word_embeddings": False, "initializer_range": 0.2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -132,14 +157,17 @@ def save_models(place):
 
 
 def cases(number):
-    """Requests of random lengths and parameters: (prompt, index in SOFT or None, seed, max_tokens, record)."""
+    """Requests of random lengths and parameters: (prompt, index in SOFT or None, seed, max_tokens,
+    record)."""
     draw = random.Random(5)
     words = [THINK, END, *range(5, VOCAB)]
     found = []
     for i in range(number):
         prompt = [BOS, *draw.choices(words, k=draw.choice([1, 2, 5, 9, 17, 40, 63]))]
         soft = draw.choice([*range(len(SOFT)), None, None])
-        found.append((prompt, soft, 100 + i, draw.choice([1, 2, 5, 11, 18, 30, 45]), draw.random() < 0.4))
+        found.append(
+            (prompt, soft, 100 + i, draw.choice([1, 2, 5, 11, 18, 30, 45]), draw.random() < 0.4)
+        )
     return found
 
 
@@ -172,19 +200,33 @@ def main(place):
             out["cached"] = cached(llm)
             out["traced"] = traced(llm, place)
             beside = ask([BOS, 9], None, 0, 9, False, logprob_token_ids=[5])
-            outs = llm.generate(*map(list, zip(ask([BOS, 11, 12, 13], 0, 0, 9, True), beside)), use_tqdm=False)
-            out["narrow"] = [record_of(outs[0].outputs[0]), [sorted(step) for step in outs[1].outputs[0].logprobs]]
-            out["structured"] = refused(llm, {}, {"structured_outputs": StructuredOutputsParams(choice=["w5"])})
-            params = SamplingParams(temperature=1.0, seed=3, n=3, max_tokens=20, extra_args={"soft": DRAWN})
+            outs = llm.generate(
+                *map(list, zip(ask([BOS, 11, 12, 13], 0, 0, 9, True), beside)), use_tqdm=False
+            )
+            out["narrow"] = [
+                record_of(outs[0].outputs[0]),
+                [sorted(step) for step in outs[1].outputs[0].logprobs],
+            ]
+            out["structured"] = refused(
+                llm, {}, {"structured_outputs": StructuredOutputsParams(choice=["w5"])}
+            )
+            params = SamplingParams(
+                temperature=1.0, seed=3, n=3, max_tokens=20, extra_args={"soft": DRAWN}
+            )
             (answer,) = llm.generate([{"prompt_token_ids": [BOS, 9]}], params, use_tqdm=False)
             out["n"] = [list(o.token_ids) for o in answer.outputs]
-            for key, more in dict(stop={"stop": ["w59 w9"]}, stop_ids={"stop_token_ids": [42]}).items():
-                (answer,) = llm.generate(*zip(ask([BOS, 11, 12, 13], 1, 0, 40, False, **more)), use_tqdm=False)
+            for key, more in dict(
+                stop={"stop": ["w59 w9"]}, stop_ids={"stop_token_ids": [42]}
+            ).items():
+                (answer,) = llm.generate(
+                    *zip(ask([BOS, 11, 12, 13], 1, 0, 40, False, **more)), use_tqdm=False
+                )
                 out[key] = [list(answer.outputs[0].token_ids), answer.outputs[0].stop_reason]
             fresh = SamplingParams(temperature=0, max_tokens=20, extra_args={"soft": DRAWN})
             twice = llm.generate([{"prompt_token_ids": [BOS, 9]}] * 2, fresh, use_tqdm=False)
             out["unseeded"] = [list(answer.outputs[0].token_ids) for answer in twice]
-            answers(llm, [([BOS, 9], None, 0, 1, False)])  # those that ended leave with the next step
+            # those that ended leave with the next step
+            answers(llm, [([BOS, 9], None, 0, 1, False)])
             out["rows"] = len(runner(llm).softar.rows) + len(runner(llm).softar.groups)
         del llm
     out["seconds"] = time.perf_counter() - started
@@ -223,7 +265,8 @@ def answers(llm, wanted):
 
 
 def inside(llm):
-    """Requests step by step: thrown out of the cache, all of them at once, and one that is aborted."""
+    """Requests step by step: thrown out of the cache, all of them at once, and one that is
+    aborted."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     preempted, whole = [], Scheduler._preempt_request
@@ -253,7 +296,8 @@ LONG = [BOS, *range(5, 40)]
 
 
 def cached(llm):
-    """A soft request, then discrete ones whose prompt is all that it said, twice; what was found in the cache."""
+    """A soft request, then discrete ones whose prompt is all that it said, twice; what was found in
+    the cache."""
     read = []
     for soft, prompt in ((1, LONG), (5, LONG), (None, LONG)):
         ((tokens, _),) = answers(llm, [(prompt, soft, 0, 60, False)])
@@ -267,7 +311,9 @@ def cached(llm):
 def refused(llm, soft, more):
     from vllm import SamplingParams
 
-    params = SamplingParams(**{**dict(temperature=0, max_tokens=4, extra_args={"soft": soft}), **more})
+    params = SamplingParams(
+        **{**dict(temperature=0, max_tokens=4, extra_args={"soft": soft}), **more}
+    )
     try:
         llm.generate([{"prompt_token_ids": [BOS, 9]}], params, use_tqdm=False)
     except ValueError as error:
@@ -276,7 +322,10 @@ def refused(llm, soft, more):
 
 def after(llm):
     """Does the engine still work?"""
-    return llm.llm_engine.engine_core.engine_core is not None and not llm.llm_engine.has_unfinished_requests()
+    return (
+        llm.llm_engine.engine_core.engine_core is not None
+        and not llm.llm_engine.has_unfinished_requests()
+    )
 
 
 STEPS = [  # token, log-probability, kind, entropy, mixture
@@ -296,7 +345,8 @@ RECORD = {"soft": json.dumps({"record": True})}
 
 
 def over_http():
-    """What the server makes of answers, with the plug-in and without; no engine is needed for that."""
+    """What the server makes of answers, with the plug-in and without; no engine is needed for
+    that."""
     import asyncio
 
     from vllm.entrypoints.openai.chat_completion import serving as chats
@@ -313,7 +363,9 @@ def over_http():
         found = FlatLogprobs()
         for token, logp, kind, entropy, mixture in steps:
             logs = [logp, entropy, *map(math.log, mixture.values())]
-            found.append_fast([token, token, *mixture], logs, [int(kind)] * len(logs), [""] * len(logs))
+            found.append_fast(
+                [token, token, *mixture], logs, [int(kind)] * len(logs), [""] * len(logs)
+            )
         return found
 
     def output(steps, record, index=0, finished=True):
@@ -348,25 +400,45 @@ def over_http():
     def request(kind, **more):
         if kind == "text":
             return completions.CompletionRequest(model="m", prompt=[1], max_tokens=3, **more)
-        return chats.ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "w1"}], **more)
+        return chats.ChatCompletionRequest(
+            model="m", messages=[{"role": "user", "content": "w1"}], **more
+        )
 
     def ask(kind, streams, parts, read=None, **more):
         self = object.__new__(kinds[kind])
-        flags = ("auto_tools", "log_outputs", "force_include_usage", "prompt_tokens_details", "per_request_metrics")
-        no = (*(f"enable_{name}" for name in flags), "return_tokens_as_token_ids", "_include_reasoning_tokens_details")
+        flags = (
+            "auto_tools",
+            "log_outputs",
+            "force_include_usage",
+            "prompt_tokens_details",
+            "per_request_metrics",
+        )
+        no = (
+            *(f"enable_{name}" for name in flags),
+            "return_tokens_as_token_ids",
+            "_include_reasoning_tokens_details",
+        )
         none = dict.fromkeys(("parser_cls", "system_fingerprint", "request_logger"))
-        self.__dict__ |= dict.fromkeys(no, False) | none | {"response_role": "assistant"} | more.pop("own", {})
+        self.__dict__ |= (
+            dict.fromkeys(no, False) | none | {"response_role": "assistant"} | more.pop("own", {})
+        )
         asked, meta = request(kind, **more), SimpleNamespace(final_usage_info=None)
         if kind == "text" and streams:
             answer = self.completion_stream_generator(
                 asked, [None], stream((0, part) for part in parts), "r", 0, "m", 1, None, meta
             )
         elif kind == "text":
-            answer = self.request_output_to_completion_response(parts, asked, "r", 0, "m", None, meta)
+            answer = self.request_output_to_completion_response(
+                parts, asked, "r", 0, "m", None, meta
+            )
         elif streams:
-            answer = self.chat_completion_stream_generator(asked, stream(parts), "r", "m", [], "tokenizer", meta)
+            answer = self.chat_completion_stream_generator(
+                asked, stream(parts), "r", "m", [], "tokenizer", meta
+            )
         else:
-            answer = self.chat_completion_full_generator(asked, stream(parts), "r", "m", [], "tokenizer", meta)
+            answer = self.chat_completion_full_generator(
+                asked, stream(parts), "r", "m", [], "tokenizer", meta
+            )
 
         async def whole(answer):
             if streams:
@@ -404,7 +476,9 @@ def over_http():
     logging.getLogger("vllm.softar").removeHandler(handler)
     asks = dict(vllm_xargs=RECORD)
     late = SimpleNamespace(
-        parse_delta=lambda delta_token_ids, **_: chats.DeltaMessage() if 9 in delta_token_ids else None
+        parse_delta=lambda delta_token_ids, **_: (
+            chats.DeltaMessage() if 9 in delta_token_ids else None
+        )
     )
     own = dict(parser_cls=object, _make_parser=lambda *_: late)
 
@@ -421,9 +495,13 @@ def over_http():
         "whole": [json.loads(ask(kind, False, [output(STEPS, True)], **asks)) for kind in kinds],
         "streams": [ask(kind, True, parts, **asks) for kind in kinds],
         "lagging": [ask(kind, True, [lagging(True)], **asks) for kind in kinds],
-        "withheld": ask("chat", True, parts, own=own, **asks),  # the parser is not ready for the first two
+        # the parser is not ready for the first two
+        "withheld": ask("chat", True, parts, own=own, **asks),
         "left early": [len(ask(kind, True, parts, read=first, **asks)) for kind in kinds],
-        "refused": [refused("text", use_beam_search=True), refused("chat", include_reasoning=False)],
+        "refused": [
+            refused("text", use_beam_search=True),
+            refused("chat", include_reasoning=False),
+        ],
     }
 
 
@@ -441,9 +519,13 @@ def traced(llm, place):
     """Rows of vllm-soft in an engine that runs already."""
     found = []
     for options in TRACED:
-        decoder = DECODERS["vllm-soft"](str(place / "llama"), max_new_tokens=12, trace=True, **options)
+        decoder = DECODERS["vllm-soft"](
+            str(place / "llama"), max_new_tokens=12, trace=True, **options
+        )
         decoder._engine = SimpleNamespace(llm=llm, tokenizer=tiny.tokenizer_of(), max_model_len=128)
-        found.append([dataclasses.asdict(row) for row in [*decoder.decode(TO_TRACE), *decoder.decode([])]])
+        found.append(
+            [dataclasses.asdict(row) for row in [*decoder.decode(TO_TRACE), *decoder.decode([])]]
+        )
     return found
 
 
@@ -482,7 +564,8 @@ def models():
 
 
 def expected(model, wanted):
-    """Per case the tokens of softar.generate and, of soft ones, its record [steps of (ids, weights, kind, h)]."""
+    """Per case the tokens of softar.generate and, of soft ones, its record [steps of (ids, weights,
+    kind, h)]."""
     found = [None] * len(wanted)
     for soft in {case[1] for case in wanted}:
         rows = [i for i, case in enumerate(wanted) if case[1] == soft]
@@ -491,7 +574,9 @@ def expected(model, wanted):
         config = softar.SoftConfig(**fields, max_new_tokens=max(wanted[i][3] for i in rows))
         ids, mask = tiny.left_padded([wanted[i][0] for i in rows])
         rng = [torch.Generator().manual_seed(wanted[i][2]) for i in rows]
-        out = softar.generate(model, ids, mask, config=config, rng=rng, tokenizer=tiny.tokenizer_of())
+        out = softar.generate(
+            model, ids, mask, config=config, rng=rng, tokenizer=tiny.tokenizer_of()
+        )
         for row, i in enumerate(rows):
             kept = (out.record.kind[row] != Kind.PAD)[: wanted[i][3]]
             tokens = out.completions[row][: wanted[i][3]][kept].tolist()
@@ -504,7 +589,9 @@ def expected(model, wanted):
 def test_requests_of_all_kinds_in_one_engine_equal_the_loop(made, models, arch):
     wanted = cases(200 if arch == "llama" else 40)
     wrong = []
-    for case, (tokens, read), (own, record) in zip(wanted, made[arch], expected(models[arch], wanted), strict=True):
+    for case, (tokens, read), (own, record) in zip(
+        wanted, made[arch], expected(models[arch], wanted), strict=True
+    ):
         if tokens != own:
             wrong.append((case, tokens, own))
         elif read is not None:
@@ -526,7 +613,10 @@ def same(read, record):
     for step, (token, ids, weights, kind, logp, entropy) in enumerate(read):
         assert token == record.token[step] and kind == record.kind[step]
         assert entropy == pytest.approx(float(record.entropy[step]), abs=1e-3)
-        assert logp == pytest.approx(float(record.logp[step]), abs=1e-3, nan_ok=True) or kind == Kind.HARD
+        assert (
+            logp == pytest.approx(float(record.logp[step]), abs=1e-3, nan_ok=True)
+            or kind == Kind.HARD
+        )
         got = torch.zeros(VOCAB).index_add(0, torch.tensor(ids), torch.tensor(weights))
         own = torch.zeros(VOCAB).index_add(0, record.ids[step], record.weights[step])
         torch.testing.assert_close(got, own, atol=1e-4, rtol=1e-3)
@@ -542,7 +632,9 @@ def test_discrete_requests_do_not_notice_soft_ones(made):
 def test_thrown_out_of_the_cache_a_request_reads_its_mixtures_again(made, models):
     wanted = [tuple(case) for case in made["wanted"]]
     assert sum(n > 0 for n in made["preempted"]) > 8
-    own = {str(i): tokens for i, (tokens, _) in enumerate(expected(models["llama"], wanted)) if i != 3}
+    own = {
+        str(i): tokens for i, (tokens, _) in enumerate(expected(models["llama"], wanted)) if i != 3
+    }
     assert made["steps"] == own
 
 
@@ -595,12 +687,36 @@ def test_an_unknown_version_of_vllm_is_left_alone(made):
     [
         (dict(speculative_config=1), "not in an engine with speculative decoding"),
         (dict(kv_transfer_config=1), "KV cache"),
-        (dict(parallel_config=SimpleNamespace(**{**PARALLEL, "pipeline_parallel_size": 2})), "pipeline parallelism"),
-        (dict(parallel_config=SimpleNamespace(**{**PARALLEL, "prefill_context_parallel_size": 2})), "prefills split"),
-        (dict(parallel_config=SimpleNamespace(**{**PARALLEL, "enable_batch_sharded_sampling": True})), "batch-sharded"),
-        (dict(model_config=SimpleNamespace(**{**MODEL, "enable_prompt_embeds": False})), "--enable-prompt-embeds"),
-        (dict(model_config=SimpleNamespace(**{**MODEL, "logits_processors": ["a.B"]})), "logits processors"),
-        (dict(model_config=SimpleNamespace(**{**MODEL, "return_sampling_mask": True})), "sampling masks"),
+        (
+            dict(parallel_config=SimpleNamespace(**{**PARALLEL, "pipeline_parallel_size": 2})),
+            "pipeline parallelism",
+        ),
+        (
+            dict(
+                parallel_config=SimpleNamespace(**{**PARALLEL, "prefill_context_parallel_size": 2})
+            ),
+            "prefills split",
+        ),
+        (
+            dict(
+                parallel_config=SimpleNamespace(
+                    **{**PARALLEL, "enable_batch_sharded_sampling": True}
+                )
+            ),
+            "batch-sharded",
+        ),
+        (
+            dict(model_config=SimpleNamespace(**{**MODEL, "enable_prompt_embeds": False})),
+            "--enable-prompt-embeds",
+        ),
+        (
+            dict(model_config=SimpleNamespace(**{**MODEL, "logits_processors": ["a.B"]})),
+            "logits processors",
+        ),
+        (
+            dict(model_config=SimpleNamespace(**{**MODEL, "return_sampling_mask": True})),
+            "sampling masks",
+        ),
         (dict(watermark_config=1), "watermarks"),
     ],
 )
@@ -628,14 +744,22 @@ def server(place, script):
 
 
 def body_of(server, **body):
-    body = {"model": server.model, "temperature": 0, "max_tokens": 12, "return_token_ids": True, **body}
+    body = {
+        "model": server.model,
+        "temperature": 0,
+        "max_tokens": 12,
+        "return_token_ids": True,
+        **body,
+    }
     if "soft" in body:
         body["vllm_xargs"] = {"soft": json.dumps(body.pop("soft"))}
     return body
 
 
 def post(server, path="completions", **body):
-    return httpx.post(f"{server.url}/v1/{path}", json=body_of(server, **body), timeout=60, trust_env=False)
+    return httpx.post(
+        f"{server.url}/v1/{path}", json=body_of(server, **body), timeout=60, trust_env=False
+    )
 
 
 def chunks(server, path="completions", **body):
@@ -658,8 +782,10 @@ def reads(soft):
     """A choice's field, as `same` takes it."""
     record = to_record(soft)
     assert record.ids.shape[:2] == (1, len(soft["token"]))
-    return zip(*(column[0].tolist() for column in (record.token, record.ids, record.weights)),
-               *(column[0].tolist() for column in (record.kind, record.logp, record.entropy)))  # fmt: skip
+    return zip(
+        *(column[0].tolist() for column in (record.token, record.ids, record.weights)),
+        *(column[0].tolist() for column in (record.kind, record.logp, record.entropy)),
+    )
 
 
 @pytest.mark.slow
@@ -674,7 +800,9 @@ def test_the_server_thinks_softly_too(server, models):
             assert choice["token_ids"] == tokens and "soft" not in choice
             continue
         (choice,) = post(server, **asked, soft={**fields, "record": True}).json()["choices"]
-        assert choice["token_ids"] == choice["soft"]["token"] == tokens and choice["logprobs"] is None
+        assert (
+            choice["token_ids"] == choice["soft"]["token"] == tokens and choice["logprobs"] is None
+        )
         same(reads(choice["soft"]), record)
     (choice,) = post(server, **asked, soft=fields).json()["choices"]
     assert choice["token_ids"] == tokens and "soft" not in choice
@@ -687,28 +815,45 @@ def test_chat_and_streams_bring_the_record_too(server, models):
     (choice,) = post(server, "chat/completions", messages=chat, soft=soft).json()["choices"]
     assert choice["token_ids"] == tokens
     same(reads(choice["soft"]), record)
-    for path, prompt in (("completions", {"prompt": [BOS, 11, 12, 13]}), ("chat/completions", {"messages": chat})):
+    for path, prompt in (
+        ("completions", {"prompt": [BOS, 11, 12, 13]}),
+        ("chat/completions", {"messages": chat}),
+    ):
         found = chunks(server, path, **prompt, soft=soft)
         assert len(found) >= 12 and joined(found) == choice["soft"]
         hidden = chunks(server, path, **prompt, soft=soft, return_token_ids=False)
         assert {
-            name: [x for c in hidden for x in c.get("soft", {}).get(name, [])] for name in choice["soft"]
+            name: [x for c in hidden for x in c.get("soft", {}).get(name, [])]
+            for name in choice["soft"]
         } == choice["soft"]
         assert not any("soft" in c for c in chunks(server, path, **prompt, soft=SOFT[0][0]))
     # Several prompts, several draws of each
-    asked = dict(prompt=[[BOS, 11], [BOS, 21, 22]], n=2, temperature=1, seed=3, soft={**DRAWN, "record": True})
+    asked = dict(
+        prompt=[[BOS, 11], [BOS, 21, 22]],
+        n=2,
+        temperature=1,
+        seed=3,
+        soft={**DRAWN, "record": True},
+    )
     whole = post(server, **asked).json()["choices"]
     found = chunks(server, **asked)
-    assert [c["index"] for c in whole] == [0, 1, 2, 3] and len({tuple(c["token_ids"]) for c in whole}) == 4
+    assert [c["index"] for c in whole] == [0, 1, 2, 3] and len(
+        {tuple(c["token_ids"]) for c in whole}
+    ) == 4
     for choice in whole:
-        assert choice["soft"]["token"] == choice["token_ids"] and joined(found, choice["index"]) == choice["soft"]
+        assert (
+            choice["soft"]["token"] == choice["token_ids"]
+            and joined(found, choice["index"]) == choice["soft"]
+        )
 
 
 @pytest.mark.slow
 def test_the_client_of_the_readme(server):
     from openai import DefaultHttpxClient, OpenAI
 
-    with OpenAI(base_url=f"{server.url}/v1", api_key="-", http_client=DefaultHttpxClient(trust_env=False)) as client:
+    with OpenAI(
+        base_url=f"{server.url}/v1", api_key="-", http_client=DefaultHttpxClient(trust_env=False)
+    ) as client:
         soft = {"top_k": 10, "budget": 3, "record": True}
         answer = client.completions.create(
             model=server.model,
@@ -718,7 +863,10 @@ def test_the_client_of_the_readme(server):
             extra_body={"vllm_xargs": {"soft": json.dumps(soft)}},
         )
     read = answer.choices[0].soft
-    assert read["kind"] == ["soft"] * 3 + ["hard"] * 3 and [len(w) for w in read["weights"]] == [10] * 3 + [1] * 3
+    assert (
+        read["kind"] == ["soft"] * 3 + ["hard"] * 3
+        and [len(w) for w in read["weights"]] == [10] * 3 + [1] * 3
+    )
     assert all(sum(weights) == pytest.approx(1, abs=1e-5) for weights in read["weights"])
     assert to_record(read).weights.shape == (1, 6, 10)
 
@@ -735,11 +883,19 @@ def test_records_of_every_form_of_answer(made):
     found = made["http"]
     assert [answer["choices"][0]["soft"] for answer in found["whole"]] == [FIELD, FIELD]
     steps = [{name: [values[i]] for name, values in FIELD.items()} for i in range(3)]
-    for kind, wanted, said in (("streams", steps, 2), ("lagging", [FIELD], 2), ("withheld", [FIELD], 1)):
+    for kind, wanted, said in (
+        ("streams", steps, 2),
+        ("lagging", [FIELD], 2),
+        ("withheld", [FIELD], 1),
+    ):
         streams = [found[kind]] if kind == "withheld" else found[kind]
         assert len(streams) == said
         for chunks in streams:
-            choices = [json.loads(chunk[6:])["choices"][0] for chunk in chunks if chunk.startswith("data: {")]
+            choices = [
+                json.loads(chunk[6:])["choices"][0]
+                for chunk in chunks
+                if chunk.startswith("data: {")
+            ]
             assert [c["soft"] for c in choices if "soft" in c] == wanted, kind
             assert choices[-1]["finish_reason"] == "length" and chunks[-1] == "data: [DONE]\n\n"
             assert all("soft" not in c for c in choices if c.get("delta", {}).get("role"))
@@ -751,7 +907,9 @@ def test_records_of_every_form_of_answer(made):
 @pytest.mark.slow
 def test_a_server_of_other_names_starts_and_says_so(made):
     (said,), left = made["http"]["said"], made["http"]["left"]
-    assert said.startswith("softar: no records over HTTP") and "chat_completion_full_generator" in said
+    assert (
+        said.startswith("softar: no records over HTTP") and "chat_completion_full_generator" in said
+    )
     assert left == [False, False], "all or nothing"
 
 
@@ -759,17 +917,24 @@ def test_where_an_answer_begins(models):
     wanted = [case for case in cases(200) if case[1] is not None]
     tokenizer, starts = tiny.tokenizer_of(), set()
     for soft, (fields, _) in enumerate(SOFT):
-        config = softar.SoftConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        config = softar.SoftConfig(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        )
         rows = [case for case in wanted if case[1] == soft]
         ids, mask = tiny.left_padded([case[0] for case in rows])
         config = dataclasses.replace(config, max_new_tokens=40).resolve(tokenizer)
-        out = softar.generate(models["llama"], ids, mask, config=config, rng=torch.Generator().manual_seed(0))
+        out = softar.generate(
+            models["llama"], ids, mask, config=config, rng=torch.Generator().manual_seed(0)
+        )
         kept = [out.record.kind[row] != Kind.PAD for row in range(len(rows))]
         found = [Completion("", tuple(t[k].tolist()), None) for t, k in zip(out.completions, kept)]
         if config.cold_stop_entropy is not None:
             assert config.think_end is not None  # or records would be needed
         if config.think_end is not None or config.budget is not None:
-            assert answer_starts(config, [case[0] for case in rows], found) == out.answer_start.tolist(), fields
+            assert (
+                answer_starts(config, [case[0] for case in rows], found)
+                == out.answer_start.tolist()
+            ), fields
             starts |= {*out.answer_start.tolist()}
     assert len(starts) > 8
 
@@ -777,10 +942,13 @@ def test_where_an_answer_begins(models):
 def test_where_an_answer_begins_when_a_cold_stop_comes_just_before_the_budget():
     soft = dict(think_end=(7, 8), budget=3, cold_stop_entropy=0.5, cold_stop_steps=1)
     assert ends_unseen(soft) and not ends_unseen({**soft, "budget": None})
-    entropy = torch.tensor([[2.0, 2.0, 0.1, 2.0, 2.0, 2.0]])  # so 7 is put in, and would be at the next step too
+    # so 7 is put in, and would be at the next step too
+    entropy = torch.tensor([[2.0, 2.0, 0.1, 2.0, 2.0, 2.0]])
     tokens = torch.tensor([[3, 3, 7, 8, 6, 9]])
     nothing = torch.zeros(1, 6)
-    record = Record(tokens[..., None], torch.ones(1, 6, 1), tokens, nothing.to(torch.int8), nothing, entropy)
+    record = Record(
+        tokens[..., None], torch.ones(1, 6, 1), tokens, nothing.to(torch.int8), nothing, entropy
+    )
     found = Completion("", tuple(tokens[0].tolist()), None, record)
     assert answer_starts(softar.SoftConfig(**soft), [[BOS, 9]], [found]) == [4]
 
@@ -790,7 +958,9 @@ def test_traces_are_those_of_the_loop(made, server, place):
     name = str(place / "llama")
     for options, offline in zip(TRACED, made["traced"], strict=True):
         loop = LOOP["soft"](name, max_new_tokens=12, trace=True, **options)
-        online = DECODERS["vllm-soft"](name, max_new_tokens=12, trace=True, url=server.url, **options)
+        online = DECODERS["vllm-soft"](
+            name, max_new_tokens=12, trace=True, url=server.url, **options
+        )
         here = [row | {"trace": from_json(json.dumps(row["trace"]))} for row in offline]
         online = [dataclasses.asdict(row) | {"trace": row.trace} for row in online.decode(TO_TRACE)]
         assert len(here) == len(online) == 2
@@ -799,14 +969,24 @@ def test_traces_are_those_of_the_loop(made, server, place):
                 assert other["text"] == row.text and list(other["tokens"]) == list(row.tokens)
                 assert other["entropy"] == pytest.approx(row.entropy, abs=1e-3)
                 alike(other["trace"], row.trace)
-    numbers = ServerDecoder(server.url, max_new_tokens=5, mode="soft", soft={"top_k": 3}, trace=True)
+    numbers = ServerDecoder(
+        server.url, max_new_tokens=5, mode="soft", soft={"top_k": 3}, trace=True
+    )
     (row,) = numbers.decode(["<bos> w11 w12"])
-    assert row.trace.prompt == "1 11 12" and [step.token for step in row.trace.steps] == list(map(str, row.tokens))
-    assert {step.kind for step in row.trace.steps} == {"soft"} and len(row.trace.steps[0].mixture) == 3
+    assert row.trace.prompt == "1 11 12" and [step.token for step in row.trace.steps] == list(
+        map(str, row.tokens)
+    )
+    assert {step.kind for step in row.trace.steps} == {"soft"} and len(
+        row.trace.steps[0].mixture
+    ) == 3
 
 
 def alike(trace, own):
-    assert (trace.prompt, trace.answer_start, len(trace.steps)) == (own.prompt, own.answer_start, len(own.steps))
+    assert (trace.prompt, trace.answer_start, len(trace.steps)) == (
+        own.prompt,
+        own.answer_start,
+        len(own.steps),
+    )
     for step, ours in zip(trace.steps, own.steps):
         assert (step.kind, step.token, step.others) == (ours.kind, ours.token, ours.others)
         assert step.entropy == pytest.approx(ours.entropy, abs=1e-3)
@@ -817,7 +997,8 @@ def alike(trace, own):
 @pytest.mark.slow
 def test_the_decoder_for_comparisons_is_the_loops(server, place):
     prompts = [
-        " ".join(map(tiny.tokenizer_of().convert_ids_to_tokens, ids)) for ids in ([BOS, 11, 12], [BOS, 20, 21, 22])
+        " ".join(map(tiny.tokenizer_of().convert_ids_to_tokens, ids))
+        for ids in ([BOS, 11, 12], [BOS, 20, 21, 22])
     ]
     for options in ("top_k=10,budget=4", "mixer=gumbel,tau=0.4,top_k=6,budget=5"):
         theirs = softar.make_decoder(
@@ -830,13 +1011,17 @@ def test_the_decoder_for_comparisons_is_the_loops(server, place):
         inputs = encode(tiny.tokenizer_of(), prompts)
         draws = random.Random(3)
         rng = [torch.Generator().manual_seed(draws.randrange(2**31)) for _ in prompts]
-        out = softar.generate(model_of("llama"), **inputs, config=softar.SoftConfig(**config), rng=rng)
+        out = softar.generate(
+            model_of("llama"), **inputs, config=softar.SoftConfig(**config), rng=rng
+        )
         for row, answer in enumerate(found):
             kept = out.completions[row][out.record.kind[row] != softar.Kind.PAD]
             assert list(answer.tokens) == kept.tolist(), options
             assert answer.num_forwards == len(kept) and theirs.columns["decoder"] == "vllm-soft"
     with pytest.raises(ValueError, match="tempratur"):
-        softar.make_decoder(f"{place / 'llama'}=vllm-soft:url={server.url},tempratur=1", max_new_tokens=12)
+        softar.make_decoder(
+            f"{place / 'llama'}=vllm-soft:url={server.url},tempratur=1", max_new_tokens=12
+        )
 
 
 @pytest.mark.slow
@@ -860,10 +1045,19 @@ def test_the_server_refuses_and_lives_on(server):
         assert answer.status_code == 400, body
         said = answer.json()["error"]["message"]
         assert "soft" in said and "\n" not in said, said
-    body = {"model": server.model, "prompt": prompt, "max_tokens": 100, "stream": True, "ignore_eos": True}
-    for record in ("{}", '{"record": true}', '{"record": true}'):  # clients that go away while it thinks
+    body = {
+        "model": server.model,
+        "prompt": prompt,
+        "max_tokens": 100,
+        "stream": True,
+        "ignore_eos": True,
+    }
+    # clients that go away while it thinks
+    for record in ("{}", '{"record": true}', '{"record": true}'):
         body["vllm_xargs"] = {"soft": record}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60, trust_env=False) as stream:
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json=body, timeout=60, trust_env=False
+        ) as stream:
             assert next(stream.iter_lines()).startswith("data: ")
     assert post(server, prompt=prompt, soft={}).json()["choices"][0]["token_ids"] == before
 
@@ -872,13 +1066,24 @@ def test_the_server_refuses_and_lives_on(server):
 
 
 class Engine:
-    """A recurrent toy in vLLM's place, which schedules as it likes: some requests, some of their positions."""
+    """A recurrent toy in vLLM's place, which schedules as it likes: some requests, some of their
+    positions."""
 
     def __init__(self, seed, unruly):
         torch.manual_seed(0)
-        self.table, self.inner, self.out = torch.randn(VOCAB, 8), torch.randn(8, 8) * 0.3, torch.randn(VOCAB, 8)
+        self.table, self.inner, self.out = (
+            torch.randn(VOCAB, 8),
+            torch.randn(8, 8) * 0.3,
+            torch.randn(VOCAB, 8),
+        )
         self.rows = Rows(lambda ids: self.table[ids], torch.device("cpu"), 0)
-        self.draw, self.unruly, self.state, self.tokens, self.done = random.Random(seed), unruly, {}, {}, {}
+        self.draw, self.unruly, self.state, self.tokens, self.done = (
+            random.Random(seed),
+            unruly,
+            {},
+            {},
+            {},
+        )
 
     def add(self, name, prompt, fields, seed):
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
@@ -898,7 +1103,8 @@ class Engine:
                 prompt = len(self.rows.rows[name].prompt)
                 if draw.random() < 0.05:
                     self.forget(name)
-                if draw.random() < 0.05 and len(self.tokens[name]) - prompt > 3:  # sampled for nothing
+                # sampled for nothing
+                if draw.random() < 0.05 and len(self.tokens[name]) - prompt > 3:
                     del self.tokens[name][-draw.randint(1, 2) :]
                     self.forget(name)
         left = [len(self.tokens[name]) - self.done[name] for name in names]
@@ -926,7 +1132,13 @@ class Engine:
 def test_however_they_are_scheduled_rows_do_the_same(seed):
     draw = random.Random(seed)
     wanted = [
-        (f"r{i}", [BOS, *draw.choices(range(3, VOCAB), k=draw.randint(1, 7))], *draw.choice(SOFT), i) for i in range(9)
+        (
+            f"r{i}",
+            [BOS, *draw.choices(range(3, VOCAB), k=draw.randint(1, 7))],
+            *draw.choice(SOFT),
+            i,
+        )
+        for i in range(9)
     ]
     lengths = {name: draw.choice([5, 20, 60]) for name, *_ in wanted}
     lengths["r0"] = 2 * CHUNK + 30

@@ -1,7 +1,8 @@
 """Soft decoding in vLLM's second model runner, beside softar.generate.
 
-vLLM has this runner on CPU too, where its Triton kernels want a compiler that is in no package. Triton's interpreter
-runs the same kernels, slowly. This file is also the script with the engine: `python tests/test_vllm_state.py FOLDER`.
+vLLM has this runner on CPU too, where its Triton kernels want a compiler that is in no package.
+Triton's interpreter runs the same kernels, slowly. This file is also the script with the engine:
+`python tests/test_vllm_state.py FOLDER`.
 """
 
 import json
@@ -45,7 +46,8 @@ NUMBER = {"llama": 60, "qwen3": 12, "gemma": 12}
 def main(place):
     from triton.backends import backends
 
-    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))  # what vLLM asks of the compiler
+    # what vLLM asks of the compiler
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
     from vllm import LLM, SamplingParams
 
     out = {}
@@ -53,7 +55,11 @@ def main(place):
         llm = LLM(str(place / arch), **ENGINE, **(TIGHT if arch == "llama" else {}))
         state = runner(llm).model_state
         if arch == "llama":
-            out["kind"] = [type(state).__name__, type(state).__base__.__name__, type(runner(llm).sampler).__name__]
+            out["kind"] = [
+                type(state).__name__,
+                type(state).__base__.__name__,
+                type(runner(llm).sampler).__name__,
+            ]
             before = answers(llm, [case for case in cases(NUMBER[arch]) if case[1] is None])
             out["idle"] = state.softar is None
             out["places"] = watched(state)
@@ -65,12 +71,17 @@ def main(place):
             few = [BAD[0], BAD[33]]
             out["bad"] = [[refused(llm, soft, more), after(llm), says] for soft, more, says in few]
             beside = ask([BOS, 9], None, 0, 9, False, logprobs=2)
-            outs = llm.generate(*map(list, zip(ask([BOS, 11, 12, 13], 0, 0, 9, True), beside)), use_tqdm=False)
+            outs = llm.generate(
+                *map(list, zip(ask([BOS, 11, 12, 13], 0, 0, 9, True), beside)), use_tqdm=False
+            )
             out["logprobs"] = [len(step) for step in outs[1].outputs[0].logprobs]
-            params = SamplingParams(temperature=1.0, seed=3, n=3, max_tokens=8, extra_args={"soft": DRAWN})
+            params = SamplingParams(
+                temperature=1.0, seed=3, n=3, max_tokens=8, extra_args={"soft": DRAWN}
+            )
             (answer,) = llm.generate([{"prompt_token_ids": [BOS, 9]}], params, use_tqdm=False)
             out["n"] = [list(o.token_ids) for o in answer.outputs]
-            answers(llm, [([BOS, 9], None, 0, 1, False)])  # those that ended leave with the next step
+            # those that ended leave with the next step
+            answers(llm, [([BOS, 9], None, 0, 1, False)])
             out["rows"] = len(state.softar.rows) + len(state.softar.groups)
         del llm, state
     out["places"] = sorted(out["places"])
@@ -101,7 +112,10 @@ def place(tmp_path_factory):
 def made(place):
     settings = SETTINGS | HERE | dict(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
     ended = subprocess.run(
-        [sys.executable, __file__, str(place)], env={**os.environ, **settings}, capture_output=True, timeout=300
+        [sys.executable, __file__, str(place)],
+        env={**os.environ, **settings},
+        capture_output=True,
+        timeout=300,
     )
     assert ended.returncode == 0, (ended.stdout + ended.stderr).decode()[-4000:]
     return json.loads((place / "out.json").read_text())
@@ -116,7 +130,9 @@ def models():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_requests_of_all_kinds_equal_the_loop(made, models, arch):
     wanted = cases(NUMBER[arch])
-    for case, (tokens, read), (own, record) in zip(wanted, made[arch], expected(models[arch], wanted), strict=True):
+    for case, (tokens, read), (own, record) in zip(
+        wanted, made[arch], expected(models[arch], wanted), strict=True
+    ):
         assert tokens == own, case
         if read is not None:
             same(read, record)
@@ -141,7 +157,9 @@ def test_discrete_requests_do_not_notice_soft_ones(made):
 def test_thrown_out_of_the_cache_a_request_reads_its_mixtures_again(made, models):
     wanted = [tuple(case) for case in made["wanted"]]
     assert sum(n > 0 for n in made["preempted"]) > 8
-    own = {str(i): tokens for i, (tokens, _) in enumerate(expected(models["llama"], wanted)) if i != 3}
+    own = {
+        str(i): tokens for i, (tokens, _) in enumerate(expected(models["llama"], wanted)) if i != 3
+    }
     assert made["steps"] == own
     assert made["rows"] == 0
 

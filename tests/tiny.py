@@ -1,4 +1,5 @@
-"""Tiny random models and a tokenizer, built from configs alone: what the tests decode with. Nothing is downloaded."""
+"""Tiny random models and a tokenizer, built from configs alone: what the tests decode with. Nothing
+is downloaded."""
 
 import contextlib
 
@@ -33,14 +34,17 @@ SIZES = dict(
     eos_token_id=EOS,
     initializer_range=0.3,  # wide enough that greedy outputs vary
 )
-UNTIED = dict(tie_word_embeddings=False)  # tied and this wide, the Gemmas would repeat one token for ever
+# tied and this wide, the Gemmas would repeat one token for ever
+UNTIED = dict(tie_word_embeddings=False)
 # The sliding windows are shorter than the sequences of the tests, so that sliding layers do slide.
 CONFIGS = {
     "llama": lambda **kw: LlamaConfig(**kw),
     "qwen2": lambda **kw: Qwen2Config(**kw, tie_word_embeddings=True),
     "qwen3": lambda **kw: Qwen3Config(**kw, head_dim=8),
     "gemma": lambda **kw: GemmaConfig(**kw, head_dim=8),
-    "gemma2": lambda **kw: Gemma2Config(**kw, head_dim=8, query_pre_attn_scalar=8, sliding_window=6, **UNTIED),
+    "gemma2": lambda **kw: Gemma2Config(
+        **kw, head_dim=8, query_pre_attn_scalar=8, sliding_window=6, **UNTIED
+    ),
     "gemma3": lambda **kw: Gemma3TextConfig(
         **kw,
         head_dim=8,
@@ -63,24 +67,33 @@ def model_of(arch="llama", seed=0, dtype=torch.float32, **changes):
 
 def with_lora(model, seed=1, **changes):
     """The model wrapped by PEFT, with adapters that really change it (B is not zero)."""
-    settings = dict(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
+    settings = dict(
+        r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, LoraConfig(**{**settings, **changes}))
         for name, p in wrapped.named_parameters():
-            if any(part in name for part in ("lora_B", "lora_embedding_A", "trainable_tokens_delta")):
+            if any(
+                part in name for part in ("lora_B", "lora_embedding_A", "trainable_tokens_delta")
+            ):
                 p.data.normal_(0, 0.3)
     return wrapped.eval()
 
 
 def tokenizer_of(vocab_size=VOCAB):
-    """One word, one token: <pad> <bos> <eos> <think> </think> w5 w6 ... ; text is split at white space."""
+    """One word, one token: <pad> <bos> <eos> <think> </think> w5 w6 ... ; text is split at white
+    space."""
     specials = ["<pad>", "<bos>", "<eos>", "<think>", "</think>"]
     words = specials + [f"w{i}" for i in range(len(specials), vocab_size)]
     core = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        padding_side="left",
     )
 
 
@@ -130,7 +143,8 @@ def counted(model):
 
 @contextlib.contextmanager
 def edited_logits(model, edit):
-    """Replaces the logits of the last position, [B, V], by edit(step, logits); step 0 is the prompt's forward."""
+    """Replaces the logits of the last position, [B, V], by edit(step, logits); step 0 is the
+    prompt's forward."""
     steps = []
 
     def replace(module, args, output):

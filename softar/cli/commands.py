@@ -8,26 +8,48 @@ import typer
 from . import inputs as work
 from . import output as fmt
 
-Text = Annotated[str | None, typer.Argument(metavar="TEXT", help="- or nothing: what comes through a pipe.")]
+Text = Annotated[
+    str | None, typer.Argument(metavar="TEXT", help="- or nothing: what comes through a pipe.")
+]
 Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="A name of `softar models`, a folder, a .gguf file or a hub id.")
+    str | None,
+    typer.Option(
+        "--model", "-m", help="A name of `softar models`, a folder, a .gguf file or a hub id."
+    ),
 ]
 Spec = Annotated[
     str | None,
-    typer.Option("--decoder", "-d", metavar="SPEC", help="NAME:key=value,key=value, as gumbel:top_k=10,budget=24."),
+    typer.Option(
+        "--decoder",
+        "-d",
+        metavar="SPEC",
+        help="NAME:key=value,key=value, as gumbel:top_k=10,budget=24.",
+    ),
 ]
 Specs = Annotated[
     list[str] | None,
-    typer.Option("--decoder", "-d", metavar="SPEC", help="MODEL=NAME:key=value,key=value; once for each decoder."),
+    typer.Option(
+        "--decoder",
+        "-d",
+        metavar="SPEC",
+        help="MODEL=NAME:key=value,key=value; once for each decoder.",
+    ),
 ]
-Length = Annotated[int | None, typer.Option(help="Thought and answer together; of diffusion the masks.")]
+Length = Annotated[
+    int | None, typer.Option(help="Thought and answer together; of diffusion the masks.")
+]
 Chat = Annotated[
-    bool | None, typer.Option("--chat/--no-chat", help="Use the model's chat template.  [default: where it has one]")
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat", help="Use the model's chat template.  [default: where it has one]"
+    ),
 ]
 System = Annotated[str | None, typer.Option(help="The chat's system message.")]
 Seed = Annotated[int, typer.Option(help="Of what is drawn.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, auto.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: a GPU where there is one]")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: a GPU where there is one]")
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else.")]
 
 
@@ -36,14 +58,26 @@ def generate(
     model: Model = None,
     decoder: Spec = None,
     max_new_tokens: Length = None,
-    temperature: Annotated[float | None, typer.Option(help="Of the thought; 0 is the argmax.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the thought; 0 is the argmax.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Tokens kept in a mixture.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Mass kept in a mixture.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Least share of the likeliest token's.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Share of the mixture in what is fed back; 0 is hard.")] = None,
-    budget: Annotated[int | None, typer.Option(help="Soft steps at most, before a discrete answer.")] = None,
-    think_end: Annotated[str | None, typer.Option(help="Text that ends the thought, e.g. </think>.")] = None,
-    answer_temperature: Annotated[float | None, typer.Option(help="Of a separate answer; 0 is greedy.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Least share of the likeliest token's.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Share of the mixture in what is fed back; 0 is hard.")
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="Soft steps at most, before a discrete answer.")
+    ] = None,
+    think_end: Annotated[
+        str | None, typer.Option(help="Text that ends the thought, e.g. </think>.")
+    ] = None,
+    answer_temperature: Annotated[
+        float | None, typer.Option(help="Of a separate answer; 0 is greedy.")
+    ] = None,
     chat: Chat = None,
     system: System = None,
     seed: Seed = 0,
@@ -65,11 +99,26 @@ def generate(
       echo "<bos> D4 D8 D1 D3 ->" | softar generate -m mnns-soft-tiny
     """
     text = fmt.read_text(prompt)
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, alpha=alpha, budget=budget,
-                   think_end=think_end, answer_temperature=answer_temperature)  # fmt: skip
+    options = dict(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        alpha=alpha,
+        budget=budget,
+        think_end=think_end,
+        answer_temperature=answer_temperature,
+    )
     with fmt.only_results():
-        made = work.open_decoder(decoder, model, options, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype,
-                                 device=device)  # fmt: skip
+        made = work.open_decoder(
+            decoder,
+            model,
+            options,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+        )
         given = work.as_prompt(work.tokenizer_of(made), text, chat, system)
     work.answer(made, text, given, as_json)
 
@@ -79,10 +128,18 @@ def fill(
     model: Model = "mnns-diffusion-tiny",
     decoder: Spec = None,
     gen_length: Annotated[int, typer.Option(help="Masks put behind the text.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Forwards.  [default: one for each mask]")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Commit what is surer than this, in (0, 1].")] = None,
-    block_length: Annotated[int | None, typer.Option(help="Masks of a block; blocks go from left to right.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of the proposals; 0 is the argmax.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Forwards.  [default: one for each mask]")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Commit what is surer than this, in (0, 1].")
+    ] = None,
+    block_length: Annotated[
+        int | None, typer.Option(help="Masks of a block; blocks go from left to right.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the proposals; 0 is the argmax.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     system: System = None,
     seed: Seed = 0,
@@ -103,15 +160,26 @@ def fill(
       softar fill "Paris is the _ of France." -m answerdotai/ModernBERT-base
     """
     text = fmt.read_text(text)
-    options = dict(steps=steps, threshold=threshold, block_length=block_length, temperature=temperature)
+    options = dict(
+        steps=steps, threshold=threshold, block_length=block_length, temperature=temperature
+    )
     with fmt.only_results():
         work.check_fills(decoder, model)
-        made = work.open_decoder(decoder, model, options, max_new_tokens=gen_length, seed=seed, dtype=dtype,
-                                 device=device)  # fmt: skip
+        made = work.open_decoder(
+            decoder,
+            model,
+            options,
+            max_new_tokens=gen_length,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+        )
         tokenizer = work.tokenizer_of(made)
         holes = work.with_masks(text, tokenizer.mask_token)
         if tokenizer.mask_token not in holes and made.config.gen_length == 0:
-            raise ValueError("there is nothing to fill: put underscores into the text, or give --gen-length")
+            raise ValueError(
+                "there is nothing to fill: put underscores into the text, or give --gen-length"
+            )
         given = work.as_prompt(tokenizer, holes, chat, system)
     work.answer(made, text, given, as_json)
 
@@ -120,7 +188,9 @@ def trace(
     prompt: Text = None,
     model: Model = None,
     decoder: Specs = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page instead: open it in a browser.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page instead: open it in a browser.")
+    ] = None,
     max_new_tokens: Length = None,
     chat: Chat = None,
     system: System = None,
@@ -143,8 +213,16 @@ def trace(
     text, traces = fmt.read_text(prompt), []
     with fmt.only_results():
         for spec in work.distinct(decoder or []) or [None]:
-            made = work.open_decoder(spec, model, {}, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype,
-                                     device=device, trace=True)  # fmt: skip
+            made = work.open_decoder(
+                spec,
+                model,
+                {},
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                dtype=dtype,
+                device=device,
+                trace=True,
+            )
             tokenizer = work.tokenizer_of(made)
             holes = text
             if made.columns["family"] == "diffusion":
@@ -167,14 +245,28 @@ def trace(
 def compare(
     task: Annotated[str, typer.Option("--task", "-t", help="A name of `softar tasks`.")] = "mnns",
     decoder: Specs = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Of decoders that name none.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Held-out rows, the first ones.  [default: all]")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Of decoders that name none.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Held-out rows, the first ones.  [default: all]")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Passes over the rows, for the spread.")] = 1,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results.json and more.")] = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Also plot.png there.  [folder: runs/compare-TASK]")] = False,
-    baseline: Annotated[str | None, typer.Option(help="Decoder held against the others.  [default: the first]")] = None,
-    nfe: Annotated[float | None, typer.Option(help="Match budgets: at most so many forwards an answer.")] = None,
-    token_forwards: Annotated[float | None, typer.Option(help="The same, of positions computed.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for results.json and more.")
+    ] = None,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Also plot.png there.  [folder: runs/compare-TASK]")
+    ] = False,
+    baseline: Annotated[
+        str | None, typer.Option(help="Decoder held against the others.  [default: the first]")
+    ] = None,
+    nfe: Annotated[
+        float | None, typer.Option(help="Match budgets: at most so many forwards an answer.")
+    ] = None,
+    token_forwards: Annotated[
+        float | None, typer.Option(help="The same, of positions computed.")
+    ] = None,
     max_new_tokens: Length = None,
     batch_size: Annotated[int, typer.Option(help="Rows decoded together.")] = 64,
     chat: Chat = None,
@@ -201,9 +293,15 @@ def compare(
     from ..evals.compare import compare as run
     from ..tasks import load_task
 
-    budgets = [(by, budget) for by, budget in (("nfe", nfe), ("token_forwards", token_forwards)) if budget is not None]
+    budgets = [
+        (by, budget)
+        for by, budget in (("nfe", nfe), ("token_forwards", token_forwards))
+        if budget is not None
+    ]
     if len(budgets) > 1:
-        raise ValueError(f"--nfe {nfe:g} and --token-forwards {token_forwards:g}: match one budget at a time")
+        raise ValueError(
+            f"--nfe {nfe:g} and --token-forwards {token_forwards:g}: match one budget at a time"
+        )
     if budgets and not budgets[0][1] > 0:
         raise ValueError(f"--{budgets[0][0].replace('_', '-')} {budgets[0][1]:g} must be > 0")
     folder = output or (Path("runs", f"compare-{task.replace(':', '-')}") if plot else None)
@@ -214,11 +312,30 @@ def compare(
             folder.mkdir(parents=True, exist_ok=True)
         rows = work.first(found.test, limit)
         specs = work.distinct(decoder or work.compared(task, model))
-        made = [work.open_decoder(spec, model, {}, max_new_tokens=work.answer_length(rows, spec, max_new_tokens),
-                                  seed=seed, dtype=dtype, device=device) for spec in specs]  # fmt: skip
+        made = [
+            work.open_decoder(
+                spec,
+                model,
+                {},
+                max_new_tokens=work.answer_length(rows, spec, max_new_tokens),
+                seed=seed,
+                dtype=dtype,
+                device=device,
+            )
+            for spec in specs
+        ]
         rows = work.with_chat(rows, made, chat)
-        comparison = run(made, rows, found.score, baseline=baseline or made[0].name, repeats=repeats,
-                         batch_size=batch_size, seed=seed, task=found.name, extract=found.extract)  # fmt: skip
+        comparison = run(
+            made,
+            rows,
+            found.score,
+            baseline=baseline or made[0].name,
+            repeats=repeats,
+            batch_size=batch_size,
+            seed=seed,
+            task=found.name,
+            extract=found.extract,
+        )
         if folder is not None:
             comparison.save(folder)
             fmt.say(f"saved in {folder}")

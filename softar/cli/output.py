@@ -1,4 +1,5 @@
-"""What the commands of softar.cli.app read and print: stdin, results on stdout, remarks on stderr, tables, JSON."""
+"""What the commands of softar.cli.app read and print: stdin, results on stdout, remarks on stderr,
+tables, JSON."""
 
 import contextlib
 import importlib.util
@@ -30,7 +31,8 @@ def read_text(given: str | None) -> str:
 
 @contextlib.contextmanager
 def only_results() -> Iterator[None]:
-    """Whatever libraries and their children print to stdout meanwhile goes to stderr: stdout is for results."""
+    """Whatever libraries and their children print to stdout meanwhile goes to stderr: stdout is for
+    results."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # streams that are no files: under test, in a notebook
             out, err = sys.stdout.fileno(), sys.stderr.fileno()
@@ -63,7 +65,11 @@ def console(*, stderr: bool = False):
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, highlight=False, width=None if stream.isatty() or "COLUMNS" in os.environ else 200)
+    return Console(
+        file=stream,
+        highlight=False,
+        width=None if stream.isatty() or "COLUMNS" in os.environ else 200,
+    )
 
 
 def say(text: str) -> None:
@@ -123,19 +129,28 @@ def answer_json(decoder, tokenizer, prompt: str, found: "Decoded") -> dict:
 def status(decoder, found: "Decoded") -> str:
     """An answer's cost in a line."""
     sure = "" if found.entropy is None else f", mean entropy {found.entropy:.2f} nats"
-    name = decoder.name if "=" in decoder.name.split(" ")[0] else f"{decoder.columns['model']}, {decoder.name}"
+    name = (
+        decoder.name
+        if "=" in decoder.name.split(" ")[0]
+        else f"{decoder.columns['model']}, {decoder.name}"
+    )
     rate = len(found.tokens) / max(found.seconds, 1e-9)
-    return (f"{name}: {len(found.tokens)} tokens in {found.num_forwards:g} forwards, {found.seconds:.2f} s, "
-            f"{rate:.1f} tokens/s{sure}")  # fmt: skip
+    return (
+        f"{name}: {len(found.tokens)} tokens in {found.num_forwards:g} forwards, {found.seconds:.2f} s, "
+        f"{rate:.1f} tokens/s{sure}"
+    )
 
 
 class Printer:
-    """A callback of `softar.generate` for one row: prints its tokens, a thought dim and the answer plain."""
+    """A callback of `softar.generate` for one row: prints its tokens, a thought dim and the answer
+    plain."""
 
     def __init__(self, tokenizer, config):
         self.tokenizer, self.console = tokenizer, console()
         # Without an end of the thought its steps are the answer
-        self.thinks = not (config.budget is None and config.think_end is None and config.cold_stop_entropy is None)
+        self.thinks = not (
+            config.budget is None and config.think_end is None and config.cold_stop_entropy is None
+        )
         self.ids, self.shown = [], ""
 
     def __call__(self, seen: dict) -> None:
@@ -146,7 +161,12 @@ class Printer:
         if text.endswith("\ufffd"):  # part of a character: the next token has the rest
             return
         is_thought = self.thinks and int(seen["record"].kind[0]) == Kind.SOFT
-        self.console.out(text[len(self.shown) :], style="dim italic" if is_thought else None, highlight=False, end="")
+        self.console.out(
+            text[len(self.shown) :],
+            style="dim italic" if is_thought else None,
+            highlight=False,
+            end="",
+        )
         self.console.file.flush()
         self.shown = text
 
@@ -159,12 +179,21 @@ def report(comparison: "Comparison", as_json: bool) -> int:
     c = comparison
     if as_json:
         failures = [failure._asdict() for failure in c.failures]
-        print_json({"task": c.rows[0]["task"] if c.rows else None, "baseline": c.baseline, "rows": c.rows,
-                    "failures": failures, "left_out": c.left_out, "interrupted": c.interrupted,
-                    "overhead": c.overhead})  # fmt: skip
+        print_json(
+            {
+                "task": c.rows[0]["task"] if c.rows else None,
+                "baseline": c.baseline,
+                "rows": c.rows,
+                "failures": failures,
+                "left_out": c.left_out,
+                "interrupted": c.interrupted,
+                "overhead": c.overhead,
+            }
+        )
     else:
         print_table(c)
-    firsts = {failure.decoder: failure for failure in reversed(c.failures)}.values()  # `compare` has told of these
+    # `compare` has told of these
+    firsts = {failure.decoder: failure for failure in reversed(c.failures)}.values()
     others = [failure for failure in c.failures if failure not in firsts]
     for failure in others[:FAILURES]:
         say(f"failed: {failure}")
@@ -185,9 +214,16 @@ def print_table(c: "Comparison") -> None:
         screen.print(rows[0]["task"], style="italic", markup=False)
     for row in rows:
         model = f"{row['model']}, " if several and row["model"] else ""
-        screen.print(model + row["name"] + ("" if row["complete"] else " (cut short)"), style="bold", markup=False)
-        found = [f"{key} {row[key]:{sign}.3f} ({row[f'{key}_low']:{sign}.3f}…{row[f'{key}_high']:{sign}.3f})"
-                 for key, sign in (("accuracy", ""), ("gain", "+")) if row[key] is not None]  # fmt: skip
+        screen.print(
+            model + row["name"] + ("" if row["complete"] else " (cut short)"),
+            style="bold",
+            markup=False,
+        )
+        found = [
+            f"{key} {row[key]:{sign}.3f} ({row[f'{key}_low']:{sign}.3f}…{row[f'{key}_high']:{sign}.3f})"
+            for key, sign in (("accuracy", ""), ("gain", "+"))
+            if row[key] is not None
+        ]
         screen.print(f"  {', '.join(found) or 'no score'}")
         cost = f"{row['nfe']:.3g} forwards, {row['seconds_per_row'] * 1000:.3g} ms an answer"
         screen.print(f"  {row['n']} rows, {cost}")
@@ -200,7 +236,11 @@ def how_to_ask(server, soft: bool = False) -> str:
     prompt = "<bos> D4 D8 D1 D3 ->" if server.model.startswith("mnns") else "Once upon a time"
     body = json.dumps(
         {"model": server.model, "prompt": prompt, "max_tokens": 16}
-        | ({"temperature": 0, "vllm_xargs": {"soft": json.dumps({"top_k": 10, "budget": 3})}} if soft else {})
+        | (
+            {"temperature": 0, "vllm_xargs": {"soft": json.dumps({"top_k": 10, "budget": 3})}}
+            if soft
+            else {}
+        )
     )
     curl = f"curl {server.url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     spec = shlex.quote(f"{server.model}=vllm-{'soft' if soft else 'greedy'}:url={server.url}")

@@ -10,17 +10,20 @@ from ..show.trace import Canvas, Trace
 class Decoded:
     """One answer and what it cost."""
 
-    text: str  # what the scorer reads: the answer, special tokens stripped; of a template the whole sequence
+    # what the scorer reads: the answer, special tokens stripped; of a template the whole sequence
+    text: str
     tokens: tuple[int, ...]  # ids of the completion that is returned, padding left out
     num_forwards: float  # NFE: forwards this row took part in; n votes or n beams count n times
-    token_forwards: float  # positions computed for this row: its share of the batch's, padding included
+    # positions computed for this row: its share of the batch's, padding included
+    token_forwards: float
     seconds: float  # this row's share of the batch's decoding time; the sum over rows is wall time
     entropy: float | None = None  # mean nats over the row's steps; None where not known
     trace: Trace | Canvas | None = None  # only where the decoder was made to keep it
 
 
 class Unfinished(ValueError):
-    """A decoder that failed in the middle: `done` holds what it finished, {index of the prompt: Decoded}."""
+    """A decoder that failed in the middle: `done` holds what it finished, {index of the prompt:
+    Decoded}."""
 
     def __init__(self, message: str, done: dict[int, Decoded] | None = None):
         super().__init__(message)
@@ -38,4 +41,5 @@ class NamedDecoder(Decoder, Protocol):
     """One that says what it is, as all of softar's do."""
 
     name: str  # label, unique in a comparison: "soft-mask steps=8"
-    columns: dict  # goes into its row: decoder (registry name), model, setting ("steps=8"), family, maybe training
+    # goes into its row: decoder (registry name), model, setting ("steps=8"), family, maybe training
+    columns: dict

@@ -16,13 +16,14 @@ KINDS = {"autoregressive": "an autoregressive model", "diffusion": "a masked-dif
 
 
 def open_model(name: str, family: str, decoder: str, opener: Callable[[], tuple]) -> tuple:
-    """Model and tokenizer from `opener()`. Raises ValueError for a model of another kind, one that cannot be opened,
-    and one without a tokenizer."""
+    """Model and tokenizer from `opener()`. Raises ValueError for a model of another kind, one that
+    cannot be opened, and one without a tokenizer."""
     _check_kind(family_of(name), family, decoder, f"model={name!r}")
     try:
         model, tokenizer = opener()
     except ValueError:
-        _check_kind(family_of(name), family, decoder, f"model={name!r}")  # of a hub id known since this try
+        # of a hub id known since this try
+        _check_kind(family_of(name), family, decoder, f"model={name!r}")
         raise
     if tokenizer is None:
         raise ValueError(f"model={name!r} holds no tokenizer, so there is no text to decode")
@@ -30,9 +31,12 @@ def open_model(name: str, family: str, decoder: str, opener: Callable[[], tuple]
 
 
 def check_model(model, family: str, decoder: str) -> None:
-    """Raise ValueError for an open model, plain or wrapped by PEFT, of another kind than the decoder is for."""
+    """Raise ValueError for an open model, plain or wrapped by PEFT, of another kind than the
+    decoder is for."""
     kind = type(plain(model)).__name__
-    found = _family_of_config({"model_type": plain(model).config.model_type, "architectures": [kind]})
+    found = _family_of_config(
+        {"model_type": plain(model).config.model_type, "architectures": [kind]}
+    )
     _check_kind(found, family, decoder, kind)
 
 
@@ -50,13 +54,18 @@ def _check_kind(found: str | None, family: str, decoder: str, what: str) -> None
 
 
 def family_of(model: str) -> str | None:
-    """The kind of model that a name stands for, as far as names and files at hand say; None: not known."""
+    """The kind of model that a name stands for, as far as names and files at hand say; None: not
+    known."""
     if model in MODELS or model.endswith(".gguf"):
         return "autoregressive"
     if model in import_module(DIFFUSION_MODELS).MODELS:
         return "diffusion"
     base = _read(model, "adapter_config.json").get("base_model_name_or_path")
-    return family_of(base) if base and base != model else _family_of_config(_read(model, "config.json"))
+    return (
+        family_of(base)
+        if base and base != model
+        else _family_of_config(_read(model, "config.json"))
+    )
 
 
 def _family_of_config(settings: dict) -> str | None:
@@ -71,10 +80,15 @@ def _family_of_config(settings: dict) -> str | None:
 
 
 def _read(model: str, file: str) -> dict:
-    """A JSON file of a folder, or of a hub id as far as it is in the cache; {} where there is none."""
+    """A JSON file of a folder, or of a hub id as far as it is in the cache; {} where there is
+    none."""
     folder = folder_of(model)
     try:
         path = folder / file if folder is not None else try_to_load_from_cache(model, file)
-        return json.loads(Path(path).read_text()) if isinstance(path, (str, Path)) and Path(path).is_file() else {}
+        return (
+            json.loads(Path(path).read_text())
+            if isinstance(path, (str, Path)) and Path(path).is_file()
+            else {}
+        )
     except (OSError, ValueError):  # no hub id; what cannot be read is for `load` to say
         return {}

@@ -7,7 +7,8 @@ import types
 import typing
 from collections.abc import Iterable
 
-WORDS = {"None": None, "True": True, "False": False}  # of Python, where JSON has null, true and false
+# of Python, where JSON has null, true and false
+WORDS = {"None": None, "True": True, "False": False}
 
 
 def format_options(options: dict, separator: str = ",") -> str:
@@ -31,7 +32,9 @@ def parse_options(text: str) -> dict:
         key, equals, _ = text[at:].partition("=")
         if not equals or not key.strip().isidentifier():
             wrong = text[at:].partition(",")[0]
-            raise ValueError(f"option {wrong!r} has no form key=value; text with commas must stand in double quotes")
+            raise ValueError(
+                f"option {wrong!r} has no form key=value; text with commas must stand in double quotes"
+            )
         at += len(key) + 1
         key = key.strip()
         if key in found:
@@ -54,17 +57,23 @@ def _value(text: str, at: int) -> tuple[typing.Any, int]:
     return WORDS.get(word.strip(), word.strip()), at + len(word) + 1
 
 
-def check_options(config: type, decoder: str, options: dict, *, also: Iterable[str] = (), fixed=()) -> dict:
-    """Options that are fields of a dataclass, or named in `also`, which are not looked at; JSON's lists as tuples.
+def check_options(
+    config: type, decoder: str, options: dict, *, also: Iterable[str] = (), fixed=()
+) -> dict:
+    """Options that are fields of a dataclass, or named in `also`, which are not looked at; JSON's
+    lists as tuples.
 
     Raises:
-        ValueError: for an option that is unknown or in `fixed`, and for a value of another type than the field's.
+        ValueError: for an option that is unknown or in `fixed`, and for a value of another type
+            than the field's.
     """
     kinds = {f.name: f.type for f in dataclasses.fields(config) if f.name not in fixed}
     known = sorted({*kinds, *also})
     for name in options:
         if name not in known:
-            raise ValueError(f"decoder {decoder!r} takes no {name!r}{did_you_mean(name, known)}: it takes {known}")
+            raise ValueError(
+                f"decoder {decoder!r} takes no {name!r}{did_you_mean(name, known)}: it takes {known}"
+            )
     return {k: _fitted(decoder, k, v, kinds[k]) if k in kinds else v for k, v in options.items()}
 
 
@@ -91,7 +100,13 @@ def _fits(value, kind) -> bool:
 def _say(kind) -> str:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " or ".join(filter(None, map(_say, typing.get_args(kind))))
-    said = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    said = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
     wide = {tuple: "a list of whole numbers", dict: "an object"}
     return said.get(kind) or wide.get(typing.get_origin(kind), "")
 

@@ -1,7 +1,7 @@
 """Decoders by name: `make_decoder("mnns-soft-tiny=gumbel:tau=0.5,top_k=10", max_new_tokens=6)`.
 
-A family is a module with a table DECODERS of factories, loaded when one of its names is asked for: this module imports
-none of them.
+A family is a module with a table DECODERS of factories, loaded when one of its names is asked for:
+this module imports none of them.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ from importlib import import_module
 from .answer import Decoder
 from .options import check_options, did_you_mean, parse_options
 
-# Each has DECODERS: name -> factory(model, *, max_new_tokens, seed, trace, dtype, device, **options) -> Decoder
+# Each has DECODERS: name -> factory(model, *, max_new_tokens, seed, trace, dtype, device,
+# **options) -> Decoder
 FAMILIES = {
     "autoregressive": "softar.decoders.soft",
     "diffusion": "softar.diffusion.decoders",
@@ -44,12 +45,15 @@ def make_decoder(
     """The decoder of a spec, `[MODEL=]NAME[:key=value,key=value]`.
 
     Args:
-        spec: NAME is in the DECODERS of a family; the options are fields of its configuration (SoftConfig,
-            DenoiseConfig, Sampling) and knobs of its mixer or softener. Options named as the arguments below go before
-            these. A model in the spec becomes part of the decoder's name.
+        spec: NAME is in the DECODERS of a family; the options are fields of its configuration
+            (SoftConfig, DenoiseConfig, Sampling) and knobs of its mixer or softener. Options named
+            as the arguments below go before these. A model in the spec becomes part of the
+            decoder's name.
         model: where the spec names none. Opened once for all decoders of a family.
-        max_new_tokens: length of the completion; of diffusion the masks appended, 0 to fill templates.
-        seed: of what the decoder draws; it keeps its generator, so that a second call draws other numbers.
+        max_new_tokens: length of the completion; of diffusion the masks appended, 0 to fill
+            templates.
+        seed: of what the decoder draws; it keeps its generator, so that a second call draws other
+            numbers.
         trace: keep what each answer was made of, in Decoded.trace.
         dtype, device: as for softar.load.
 
@@ -69,11 +73,13 @@ def make_decoder(
 
 
 def parse_spec(spec: str) -> tuple[str | None, str, dict]:
-    """`[MODEL=]NAME[:key=value,key=value]` -> model, name, options. A value is JSON where it is, else text up to the
-    next comma; text with commas is a JSON string. A model may hold ":" and "=": the first NAME that is known counts.
+    """`[MODEL=]NAME[:key=value,key=value]` -> model, name, options. A value is JSON where it is,
+    else text up to the next comma; text with commas is a JSON string. A model may hold ":" and "=":
+    the first NAME that is known counts.
 
     Raises:
-        ValueError: for a name that no family knows (the message lists them), or options that cannot be read.
+        ValueError: for a name that no family knows (the message lists them), or options that cannot
+            be read.
     """
     starts = [-1, *(m.start() for m in re.finditer("=", spec))]
     for at in starts:
@@ -85,7 +91,9 @@ def parse_spec(spec: str) -> tuple[str | None, str, dict]:
         return (spec[:at] if at > 0 else None), name.strip(), parse_options(options)
     asked = spec.partition(":")[0].rpartition("=")[2].strip()
     names = [name for family in FAMILIES for name in decoders_of(family)]
-    raise ValueError(f"decoder {asked!r} is unknown{did_you_mean(asked, names)}: choose one of {names}")
+    raise ValueError(
+        f"decoder {asked!r} is unknown{did_you_mean(asked, names)}: choose one of {names}"
+    )
 
 
 def decoders_of(family: str) -> dict[str, Callable[..., Decoder]]:

@@ -1,7 +1,8 @@
-"""Autoregressive decoders for `softar.compare`: hard, sampled, soft with every mixer, beam search, self-consistency.
+"""Autoregressive decoders for `softar.compare`: hard, sampled, soft with every mixer, beam search,
+self-consistency.
 
-A row's forwards are its own, up to its last token; positions and seconds are its equal share of its batch's, padding
-and waiting included. The seconds run from text to text, tokenisation included.
+A row's forwards are its own, up to its last token; positions and seconds are its equal share of its
+batch's, padding and waiting included. The seconds run from text to text, tokenisation included.
 """
 
 import functools
@@ -30,20 +31,30 @@ from .options import check_options, format_options
 
 
 class SoftDecoder:
-    """Answers by `softar.generate`, softly or not, as the configuration says. The answer is what follows the thought.
+    """Answers by `softar.generate`, softly or not, as the configuration says. The answer is what
+    follows the thought.
 
     Args:
         model, tokenizer: a causal LM, from softar.load or transformers.
         name: for tables; the decoder's name in DECODERS where None.
         seed: of what it draws. It keeps its generator, so that a second call draws other numbers.
-        trace: also give each answer's softar.show.trace.Trace; making it does not count as decoding time.
-        columns: decoder, model, setting, ... for a table's rows, beside those known from model and config.
+        trace: also give each answer's softar.show.trace.Trace; making it does not count as decoding
+            time.
+        columns: decoder, model, setting, ... for a table's rows, beside those known from model and
+            config.
     """
 
-    def __init__(self, model, tokenizer, config: SoftConfig, *, name=None, seed=0, trace=False, columns=None):
+    def __init__(
+        self, model, tokenizer, config: SoftConfig, *, name=None, seed=0, trace=False, columns=None
+    ):
         decoder = _name_of(config)
         check_model(model, "autoregressive", name or decoder)
-        self.model, self.tokenizer, self.config, self.trace = model, tokenizer, resolve(config, tokenizer), trace
+        self.model, self.tokenizer, self.config, self.trace = (
+            model,
+            tokenizer,
+            resolve(config, tokenizer),
+            trace,
+        )
         self.columns = columns_of(decoder, model, "autoregressive") | (columns or {})
         self.name = name or decoder
         self.rng = torch.Generator().manual_seed(seed)
@@ -52,12 +63,18 @@ class SoftDecoder:
     def draws(self) -> bool:
         """May the same prompt give another answer?"""
         c = self.config
-        separate = c.think_end is not None or c.budget is not None or c.cold_stop_entropy is not None
+        separate = (
+            c.think_end is not None or c.budget is not None or c.cold_stop_entropy is not None
+        )
         if separate and c.answer_temperature > 0:
             return True
-        return c.temperature > 0 and (c.mixer_args.get("sample", False) if c.mixer == "hard" else c.mixer != "soft")
+        return c.temperature > 0 and (
+            c.mixer_args.get("sample", False) if c.mixer == "hard" else c.mixer != "soft"
+        )
 
-    def decode(self, prompts: list, callback: Callable[[dict], None] | None = None) -> list[Decoded]:
+    def decode(
+        self, prompts: list, callback: Callable[[dict], None] | None = None
+    ) -> list[Decoded]:
         """callback: that of `softar.generate`, told of each step."""
         if not prompts:
             return []
@@ -75,26 +92,38 @@ class SoftDecoder:
             )
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.answers]
         real = out.record.kind != Kind.PAD
-        tokens = [tuple(ids[keep].tolist()) for ids, keep in zip(out.completions, real, strict=True)]
+        tokens = [
+            tuple(ids[keep].tolist()) for ids, keep in zip(out.completions, real, strict=True)
+        ]
         entropy = (out.record.entropy.masked_fill(~real, 0.0).sum(1) / real.sum(1)).tolist()
         seconds = (time.perf_counter() - started) / len(prompts)
         cost = out.token_forwards / len(prompts), seconds
         prefill = out.num_forwards - real.shape[1]  # forwards before the first token, but one
         traces = self._traces(out, inputs) if self.trace else [None] * len(prompts)
-        return [Decoded(text, row, float(prefill + len(row)), *cost, h, t)
-                for text, row, h, t in zip(texts, tokens, entropy, traces, strict=True)]  # fmt: skip
+        return [
+            Decoded(text, row, float(prefill + len(row)), *cost, h, t)
+            for text, row, h, t in zip(texts, tokens, entropy, traces, strict=True)
+        ]
 
     def _traces(self, out: SoftOutput, inputs: BatchEncoding) -> list[Trace]:
-        given = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+        given = [
+            ids[mask.bool()]
+            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
         traces = [thought(out, self.tokenizer, row, title=self.name) for row in range(len(given))]
-        return [replace(t, prompt=self.tokenizer.decode(ids)) for t, ids in zip(traces, given, strict=True)]
+        return [
+            replace(t, prompt=self.tokenizer.decode(ids))
+            for t, ids in zip(traces, given, strict=True)
+        ]
 
 
 class SelfConsistency:
-    """The commonest of several sampled answers (arXiv:2203.11171). The votes of a prompt are decoded in one batch, with
-    those of the other prompts; costs are those of all votes, entropy their mean; tokens and trace the winner's.
+    """The commonest of several sampled answers (arXiv:2203.11171). The votes of a prompt are
+    decoded in one batch, with those of the other prompts; costs are those of all votes, entropy
+    their mean; tokens and trace the winner's.
 
-    `agreement` has, for each prompt of the last decode, the share of its votes that went to the winner.
+    `agreement` has, for each prompt of the last decode, the share of its votes that went to the
+    winner.
 
     Args:
         decoder: any that samples.
@@ -102,14 +131,27 @@ class SelfConsistency:
         normalise: text -> what is voted on. None: the text without differences of white space.
     """
 
-    def __init__(self, decoder: Decoder, votes: int, normalise: Callable[[str], str] | None = None, *, name=None,
-                 columns=None):  # fmt: skip
+    def __init__(
+        self,
+        decoder: Decoder,
+        votes: int,
+        normalise: Callable[[str], str] | None = None,
+        *,
+        name=None,
+        columns=None,
+    ):
         if votes < 2:
             raise ValueError(f"votes={votes} must be at least 2: one is the decoder itself")
         if isinstance(decoder, SoftDecoder) and not decoder.draws:
-            raise ValueError(f"decoder {decoder.name!r} draws nothing, so that all votes would agree: take 'sampled'")
+            raise ValueError(
+                f"decoder {decoder.name!r} draws nothing, so that all votes would agree: take 'sampled'"
+            )
         self.decoder, self.votes, self.normalise = decoder, votes, normalise or squeezed
-        self.columns = decoder.columns | {"decoder": "self-consistency", "setting": f"votes={votes}"} | (columns or {})
+        self.columns = (
+            decoder.columns
+            | {"decoder": "self-consistency", "setting": f"votes={votes}"}
+            | (columns or {})
+        )
         self.name = name or f"self-consistency {self.columns['setting']}"
         self.agreement: list[float] = []
 
@@ -122,7 +164,8 @@ class SelfConsistency:
 
 
 def elect(votes: list[Decoded], normalise: Callable[[str], str]) -> tuple[Decoded, float]:
-    """The first of the votes whose normalised text is the commonest, at the cost of all; and the share it got."""
+    """The first of the votes whose normalised text is the commonest, at the cost of all; and the
+    share it got."""
     texts = [normalise(vote.text) for vote in votes]
     best, count = Counter(texts).most_common(1)[0]  # of equals the first seen
     entropies = [vote.entropy for vote in votes if vote.entropy is not None]
@@ -141,7 +184,8 @@ def squeezed(text: str) -> str:
 
 
 def last_match(pattern: str) -> Callable[[str], str]:
-    """Text -> what of it the regular expression matches last, without differences of white space; all if nothing."""
+    """Text -> what of it the regular expression matches last, without differences of white space;
+    all if nothing."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -157,9 +201,11 @@ def _name_of(config: SoftConfig) -> str:
     return config.mixer
 
 
-# -- by name --------------------------------------------------------------------------------------------------------
+# -- by name
+# --------------------------------------------------------------------------------------------------------
 
-HARD = {"discrete": {}, "sampled": {"sample": True}}  # decoders that feed back one token, and the mixer's knobs
+# decoders that feed back one token, and the mixer's knobs
+HARD = {"discrete": {}, "sampled": {"sample": True}}
 
 
 @functools.cache
@@ -183,23 +229,32 @@ def own_config(model: str) -> SoftConfig:
 
 
 def soft_config(model: str, decoder: str, options: dict) -> SoftConfig:
-    """The model's own configuration with the decoder's mixer, changed by the options; the mixer's knobs are options,
-    too. Raises ValueError for options that are unknown or do not fit."""
+    """The model's own configuration with the decoder's mixer, changed by the options; the mixer's
+    knobs are options, too. Raises ValueError for options that are unknown or do not fit."""
     base = own_config(model)
     if decoder in HARD:
-        changes = check_options(SoftConfig, decoder, options, fixed=("mixer", "mixer_args", "alpha", "rescale"))
+        changes = check_options(
+            SoftConfig, decoder, options, fixed=("mixer", "mixer_args", "alpha", "rescale")
+        )
         return replace(base, mixer="hard", mixer_args=HARD[decoder], alpha=0.0, **changes)
-    knobs = [p.name for p in inspect.signature(MIXERS[decoder]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    knobs = [
+        p.name
+        for p in inspect.signature(MIXERS[decoder]).parameters.values()
+        if p.kind is p.KEYWORD_ONLY
+    ]
     knobs.remove("rng")
     changes = check_options(SoftConfig, decoder, options, also=knobs, fixed=("mixer",))
     args = (base.mixer_args if base.mixer == decoder else {}) | changes.pop("mixer_args", {})
     args |= {knob: changes.pop(knob) for knob in knobs if knob in changes}
-    # A model's own configuration may be hard; a decoder that is asked for by the name of a mixer is not
+    # A model's own configuration may be hard; a decoder that is asked for by the name of a mixer is
+    # not
     alpha = {"alpha": base.alpha or 1.0}
     return replace(base, **(alpha | changes), mixer=decoder, mixer_args=args)
 
 
-def _make_soft(decoder, model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, **options):
+def _make_soft(
+    decoder, model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, **options
+):
     """A SoftDecoder; options: fields of SoftConfig and knobs of the mixer."""
     config = soft_config(model, decoder, options | {"max_new_tokens": max_new_tokens})
     net, tokenizer = _opened(decoder, model, dtype, device)
@@ -220,16 +275,22 @@ class BeamOptions:
     budget: int | None = None
 
 
-def _make_beam(model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, **options):
+def _make_beam(
+    model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, **options
+):
     """A BeamDecoder; options: those of BeamOptions. Nothing is drawn, so seed says nothing."""
     given = check_options(BeamOptions, "beam", options | {"max_new_tokens": max_new_tokens})
-    where = {name: given.pop(name) for name in ("think_start", "think_end", "budget") if name in given}
+    where = {
+        name: given.pop(name) for name in ("think_start", "think_end", "budget") if name in given
+    }
     config = replace(own_config(model), **where)
     given = {"num_beams": BeamOptions.num_beams} | given
     net, tokenizer = _opened("beam", model, dtype, device)
     setting = format_options({"num_beams": given["num_beams"]} | options, " ")
     columns = {"model": model, "setting": setting}
-    return BeamDecoder(net, tokenizer, **given, config=config, name=f"beam {setting}", trace=trace, columns=columns)
+    return BeamDecoder(
+        net, tokenizer, **given, config=config, name=f"beam {setting}", trace=trace, columns=columns
+    )
 
 
 @dataclass(frozen=True)
@@ -242,7 +303,9 @@ class VoteOptions:
 def _make_self_consistency(model, *, max_new_tokens, **options):
     """A SelfConsistency; options: those of VoteOptions and of the decoder that votes."""
     own = [field.name for field in fields(VoteOptions)]
-    chosen = check_options(VoteOptions, "self-consistency", {k: options.pop(k) for k in own if k in options})
+    chosen = check_options(
+        VoteOptions, "self-consistency", {k: options.pop(k) for k in own if k in options}
+    )
     o = VoteOptions(**chosen)
     if o.of not in VOTERS:
         raise ValueError(f"of={o.of!r} is no decoder that draws: choose one of {VOTERS}")
@@ -258,7 +321,10 @@ def _make_self_consistency(model, *, max_new_tokens, **options):
 
 
 DECODERS: dict[str, Callable[..., Decoder]] = {
-    **{name: functools.partial(_make_soft, name) for name in [*HARD, *(m for m in MIXERS if m != "hard")]},
+    **{
+        name: functools.partial(_make_soft, name)
+        for name in [*HARD, *(m for m in MIXERS if m != "hard")]
+    },
     "beam": _make_beam,
     "self-consistency": _make_self_consistency,
 }

@@ -1,4 +1,5 @@
-"""From answers and scores to the rows of a comparison: means, what they cost, and bootstrap intervals."""
+"""From answers and scores to the rows of a comparison: means, what they cost, and bootstrap
+intervals."""
 
 import math
 import statistics
@@ -33,7 +34,8 @@ def bootstrap_means(values: np.ndarray, draws: int, seed: int = 0) -> np.ndarray
     for begin in range(0, draws, size):
         m = min(size, draws - begin)
         drawn = rng.integers(n, size=(m, n)) + n * np.arange(m)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=m * n).reshape(m, n).astype(float)  # how often each row is in
+        # how often each row is in
+        counts = np.bincount(drawn.ravel(), minlength=m * n).reshape(m, n).astype(float)
         with np.errstate(invalid="ignore"):
             means.append(counts @ filled / (counts @ known))
     return np.concatenate(means)
@@ -46,26 +48,37 @@ def interval(means: np.ndarray) -> tuple[float | None, float | None]:
 
 
 def summarise(
-    passes: dict[str, list[Pass]], labels: dict[str, dict], baseline: str | None, draws: int, seed: int
+    passes: dict[str, list[Pass]],
+    labels: dict[str, dict],
+    baseline: str | None,
+    draws: int,
+    seed: int,
 ) -> list[dict]:
     """The rows of results.json."""
     if not passes:
         return []
-    used = {name: [p for p in taken if p.done.all()] or [p for p in taken if p.done.any()] for name, taken in
-            passes.items()}  # fmt: skip
-    scores = np.stack([_mean([p.scores for p in taken], 0) for taken in used.values()], 1)  # [n, decoders]
+    used = {
+        name: [p for p in taken if p.done.all()] or [p for p in taken if p.done.any()]
+        for name, taken in passes.items()
+    }
+    # [n, decoders]
+    scores = np.stack([_mean([p.scores for p in taken], 0) for taken in used.values()], 1)
     base = scores[:, list(used).index(baseline)] if baseline else np.full(len(scores), np.nan)
     gains = scores - base[:, None]
     means = bootstrap_means(np.concatenate([scores, gains], 1), draws, seed)
     rows = []
     for i, (name, taken) in enumerate(used.items()):
-        row = labels[name] | dict(name=name, n=int(np.isfinite(scores[:, i]).sum()), repeats=len(taken))
+        row = labels[name] | dict(
+            name=name, n=int(np.isfinite(scores[:, i]).sum()), repeats=len(taken)
+        )
         row["accuracy"] = number(_mean(scores[:, i]))
         row["accuracy_low"], row["accuracy_high"] = interval(means[:, i])
         row["accuracy_sd"] = _spread([number(_mean(p.scores)) for p in taken])
         is_other = baseline not in (None, name)
         row["gain"] = number(_mean(gains[:, i])) if is_other else None
-        row["gain_low"], row["gain_high"] = interval(means[:, len(used) + i]) if is_other else (None, None)
+        row["gain_low"], row["gain_high"] = (
+            interval(means[:, len(used) + i]) if is_other else (None, None)
+        )
         row |= _costs(taken)
         row["agreement"] = _agreement(taken, used[baseline]) if baseline else None
         row["complete"] = bool(taken[0].done.all())
@@ -77,11 +90,15 @@ def _costs(passes: list[Pass]) -> dict:
     by_pass = [[a for a in p.answers if a is not None] for p in passes]
     answers = [a for mine in by_pass for a in mine]
     seconds = [float(sum(a.seconds for a in mine)) for mine in by_pass]
-    entropies = [float(a.entropy) for a in answers if a.entropy is not None and math.isfinite(a.entropy)]
+    entropies = [
+        float(a.entropy) for a in answers if a.entropy is not None and math.isfinite(a.entropy)
+    ]
     return dict(
         nfe=statistics.fmean(a.num_forwards for a in answers),
         token_forwards=statistics.fmean(a.token_forwards for a in answers),
-        tokens_per_s=sum(len(a.tokens) for a in answers) / sum(seconds) if sum(seconds) > 0 else None,
+        tokens_per_s=sum(len(a.tokens) for a in answers) / sum(seconds)
+        if sum(seconds) > 0
+        else None,
         seconds=statistics.fmean(seconds),
         seconds_per_row=sum(seconds) / len(answers),
         seconds_sd=_spread(seconds),
@@ -90,7 +107,12 @@ def _costs(passes: list[Pass]) -> dict:
 
 
 def _agreement(passes: list[Pass], others: list[Pass]) -> float | None:
-    same = [a == b for p, q in zip(passes, others) for a, b in zip(p.read, q.read) if a is not None and b is not None]
+    same = [
+        a == b
+        for p, q in zip(passes, others)
+        for a, b in zip(p.read, q.read)
+        if a is not None and b is not None
+    ]
     return sum(same) / len(same) if same else None
 
 

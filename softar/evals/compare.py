@@ -37,15 +37,21 @@ class Failure(NamedTuple):
 
 @dataclass
 class Comparison:
-    """What `compare` found. `rows` are those of results.json, one for each decoder that answered anything:
+    """What `compare` found. `rows` are those of results.json, one for each decoder that answered
+    anything:
 
-    task, model, decoder, setting, family, name, stage (None), seed, and what else its decoder's `columns` hold;
-    n: rows that have a score. repeats: whole passes, or 1 that was cut short. complete: there is a whole pass.
-    accuracy: mean score, a row's being its mean over the repeats; accuracy_low, accuracy_high: 95 % percentile
+    task, model, decoder, setting, family, name, stage (None), seed, and what else its decoder's
+    `columns` hold;
+    n: rows that have a score. repeats: whole passes, or 1 that was cut short. complete: there is a
+        whole pass.
+    accuracy: mean score, a row's being its mean over the repeats; accuracy_low, accuracy_high: 95 %
+        percentile
     bootstrap over rows; accuracy_sd: over repeats, None for one.
-    gain, gain_low, gain_high: accuracy less the baseline's on the rows that both have, paired; None for the baseline.
+    gain, gain_low, gain_high: accuracy less the baseline's on the rows that both have, paired; None
+        for the baseline.
     agreement: share of rows with the baseline's answer, as `extract` reads it out of the text.
-    nfe, token_forwards, seconds_per_row: per answer. seconds: decoding of one pass, mean over repeats; seconds_sd: over
+    nfe, token_forwards, seconds_per_row: per answer. seconds: decoding of one pass, mean over
+        repeats; seconds_sd: over
     repeats. tokens_per_s: returned tokens. entropy: mean nats per step. None where not known.
     """
 
@@ -54,15 +60,18 @@ class Comparison:
     failures: list[Failure] = field(default_factory=list)
     interrupted: bool = False
     overhead: float = 0.0  # share of the time after the warm-up that was not spent in decoders
-    left_out: list[str] = field(default_factory=list)  # without a row: failed, not reached, or over the budget
-    passes: dict[str, list[Pass]] = field(default_factory=dict, repr=False)  # by name: texts, scores and traces
+    # without a row: failed, not reached, or over the budget
+    left_out: list[str] = field(default_factory=list)
+    # by name: texts, scores and traces
+    passes: dict[str, list[Pass]] = field(default_factory=dict, repr=False)
     bootstrap: int = 1000
     seed: int = 0
 
     def matched(self, by: str = "nfe", budget: float = math.inf) -> "Comparison":
-        """The decoders at equal cost: of each decoder and model the setting that uses most of the budget and does not
-        exceed it, the first of several; accuracy plays no part. Gains are over the setting picked of the baseline's
-        decoder, or None where it has none inside. What was cut short is not picked.
+        """The decoders at equal cost: of each decoder and model the setting that uses most of the
+        budget and does not exceed it, the first of several; accuracy plays no part. Gains are over
+        the setting picked of the baseline's decoder, or None where it has none inside. What was cut
+        short is not picked.
 
         by: "nfe" or "token_forwards".   budget: per answer.
         """
@@ -78,11 +87,18 @@ class Comparison:
             inside = [row for row in rows if row["complete"] and row[by] <= budget]
             picks[group] = max(inside, key=lambda row: row[by]) if inside else None
         kept = [row for row in self.rows if any(row is pick for pick in picks.values())]
-        own = next(((row["model"], row["decoder"]) for row in self.rows if row["name"] == self.baseline), None)
+        own = next(
+            ((row["model"], row["decoder"]) for row in self.rows if row["name"] == self.baseline),
+            None,
+        )
         baseline = picks[own]["name"] if picks.get(own) else None
-        left_out = self.left_out + ["=".join(filter(None, group)) for group, pick in picks.items() if pick is None]
+        left_out = self.left_out + [
+            "=".join(filter(None, group)) for group, pick in picks.items() if pick is None
+        ]
         passes = {row["name"]: self.passes[row["name"]] for row in kept}
-        rows = summarise(passes, {row["name"]: row for row in kept}, baseline, self.bootstrap, self.seed)
+        rows = summarise(
+            passes, {row["name"]: row for row in kept}, baseline, self.bootstrap, self.seed
+        )
         return replace(self, rows=rows, baseline=baseline, left_out=left_out, passes=passes)
 
     def table(self):
@@ -90,8 +106,9 @@ class Comparison:
         return comparison_table(self.shown(), notes="; ".join(self.notes()))
 
     def shown(self) -> list[dict]:
-        """`rows` for a table: names without their model, which a table has beside them, or with the task where all
-        rows share it. Names stay as they are where that would make two of them alike."""
+        """`rows` for a table: names without their model, which a table has beside them, or with the
+        task where all rows share it. Names stay as they are where that would make two of them
+        alike."""
         rows = [row | {"name": row["name"].removeprefix(f"{row['model']}=")} for row in self.rows]
         if len({(row["name"], row["model"]) for row in rows}) < len(rows):
             rows = [dict(row) for row in self.rows]
@@ -101,7 +118,8 @@ class Comparison:
         return rows
 
     def notes(self) -> list[str]:
-        """What else one must know of `rows`; failures are named where they happen, and in `failures`."""
+        """What else one must know of `rows`; failures are named where they happen, and in
+        `failures`."""
         short = {row["name"]: seen["name"] for row, seen in zip(self.rows, self.shown())}
         several = len({row["model"] for row in self.rows}) > 1
         base = self.baseline if several else short.get(self.baseline)
@@ -118,19 +136,34 @@ class Comparison:
         return pandas.DataFrame(self.rows)
 
     def save(self, folder: str | Path) -> Path:
-        """Write results.json and results.csv (`rows`), rows.jsonl (a line for each answer: row, decoder, repeat, text,
-        score, num_forwards, seconds), and failures.jsonl if there are any; each file whole or not at all -> folder."""
+        """Write results.json and results.csv (`rows`), rows.jsonl (a line for each answer: row,
+        decoder, repeat, text, score, num_forwards, seconds), and failures.jsonl if there are any;
+        each file whole or not at all -> folder."""
         from ..results import write_results
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        answers = ((name, r, p) for name, passes in self.passes.items() for r, p in enumerate(passes))
+        answers = (
+            (name, r, p) for name, passes in self.passes.items() for r, p in enumerate(passes)
+        )
         lines = (
-            dict(row=i, decoder=name, repeat=repeat, text=answer.text, score=number(taken.scores[i]),
-                 num_forwards=float(answer.num_forwards), seconds=float(answer.seconds))
-            for name, repeat, taken in answers for i, answer in enumerate(taken.answers) if answer is not None
-        )  # fmt: skip
-        _write(folder / "rows.jsonl", lambda out: out.writelines(json.dumps(line) + "\n" for line in lines))
+            dict(
+                row=i,
+                decoder=name,
+                repeat=repeat,
+                text=answer.text,
+                score=number(taken.scores[i]),
+                num_forwards=float(answer.num_forwards),
+                seconds=float(answer.seconds),
+            )
+            for name, repeat, taken in answers
+            for i, answer in enumerate(taken.answers)
+            if answer is not None
+        )
+        _write(
+            folder / "rows.jsonl",
+            lambda out: out.writelines(json.dumps(line) + "\n" for line in lines),
+        )
         if self.failures:
             failures = [json.dumps(failure._asdict()) + "\n" for failure in self.failures]
             _write(folder / "failures.jsonl", lambda out: out.writelines(failures))
@@ -138,7 +171,9 @@ class Comparison:
             (folder / "failures.jsonl").unlink(missing_ok=True)
 
         def table(out):
-            writer = csv.DictWriter(out, list(dict.fromkeys(key for row in self.rows for key in row)))
+            writer = csv.DictWriter(
+                out, list(dict.fromkeys(key for row in self.rows for key in row))
+            )
             writer.writeheader()
             writer.writerows(self.rows)
 
@@ -147,7 +182,8 @@ class Comparison:
         return folder
 
     def plot(self, file: str | Path, title: str = "") -> Path:
-        """Accuracy against NFE and against seconds per answer (softar.evals.chart.plot_frontier)."""
+        """Accuracy against NFE and against seconds per answer
+        (softar.evals.chart.plot_frontier)."""
         return plot_frontier(self.rows, file, title)
 
 
@@ -167,26 +203,30 @@ def compare(
     task: str = "",
     extract: Callable[[str], str] = str.strip,
 ) -> Comparison:
-    """Decode the same rows with every decoder and say which is better, at what cost, and how sure that is.
+    """Decode the same rows with every decoder and say which is better, at what cost, and how sure
+    that is.
 
     Args:
         decoders: by label, or a list of those that have their own.
         score: (text, row) -> a number, 1 for right and 0 for wrong.
-        extract: what of a text is the answer, for the agreement of two decoders; a Task has its own.
+        extract: what of a text is the answer, for the agreement of two decoders; a Task has its
+            own.
         column: of `rows`, what is decoded; None: `template` if there is one, else `prompt`.
         baseline: label of the decoder that gains are over; None: the first.
         repeats: passes over the rows; in each all decoders take their turn.
         warmup: rows that each decoder decodes before its first pass, outside the clock.
         bootstrap: resamples of the rows, the same ones for all decoders.   seed: of the resampling.
-        console: rich's, for the progress bar (only on a terminal) and the first failure of each decoder; None: stderr.
+        console: rich's, for the progress bar (only on a terminal) and the first failure of each
+            decoder; None: stderr.
 
-    A scorer that fails on a row, or gives no finite number, leaves that row out of the accuracy; a decoder that fails
-    is left with what it has, and the others go on. Both are in `failures`. Ctrl-C ends the decoding and what is done
-    is kept. A decoder with a whole pass counts by its whole passes, one without by the rows that it did (then
-    `complete` is False).
+    A scorer that fails on a row, or gives no finite number, leaves that row out of the accuracy; a
+    decoder that fails is left with what it has, and the others go on. Both are in `failures`.
+    Ctrl-C ends the decoding and what is done is kept. A decoder with a whole pass counts by its
+    whole passes, one without by the rows that it did (then `complete` is False).
 
     Raises:
-        ValueError: before anything is decoded, for arguments that do not fit; at the end, if no row could be scored.
+        ValueError: before anything is decoded, for arguments that do not fit; at the end, if no row
+            could be scored.
     """
     entered = time.perf_counter()
     named = _named(decoders)
@@ -194,8 +234,12 @@ def compare(
     n = len(items)
     if n == 0:
         raise ValueError("the dataset is empty: there is nothing to compare on")
-    for label, value, least in (("batch_size", batch_size, 1), ("repeats", repeats, 1), ("warmup", warmup, 0),
-                                ("bootstrap", bootstrap, 1)):  # fmt: skip
+    for label, value, least in (
+        ("batch_size", batch_size, 1),
+        ("repeats", repeats, 1),
+        ("warmup", warmup, 0),
+        ("bootstrap", bootstrap, 1),
+    ):
         if value < least:
             raise ValueError(f"{label}={value} must be at least {least}")
     column = column or ("template" if "template" in items[0] else "prompt")
@@ -207,9 +251,11 @@ def compare(
     console = Console(stderr=True) if console is None else console
     prompts = [item[column] for item in items]
     passes: dict[str, list[Pass]] = {name: [] for name in named}
-    failures: dict[Failure, None] = {}  # a set in order: a row that fails in every repeat is listed once
+    # a set in order: a row that fails in every repeat is listed once
+    failures: dict[Failure, None] = {}
     told: set[str] = set()
-    decoding, warming, interrupted = 0.0, 0.0, False  # seconds in decoders, and of those in the warm-up
+    # seconds in decoders, and of those in the warm-up
+    decoding, warming, interrupted = 0.0, 0.0, False
 
     def fail(row: int | None, name: str, error: Exception) -> None:
         failure = Failure(row, name, " ".join(f"{type(error).__name__}: {error}".split()))
@@ -247,8 +293,10 @@ def compare(
         progress.update(bar, description=f"{name}, warm-up")
         before = decoding
         try:
-            return all(answer(name, begin, min(begin + batch_size, warmup)) is not None
-                       for begin in range(0, min(warmup, n), batch_size))  # fmt: skip
+            return all(
+                answer(name, begin, min(begin + batch_size, warmup)) is not None
+                for begin in range(0, min(warmup, n), batch_size)
+            )
         finally:
             warming += decoding - before
 
@@ -260,28 +308,46 @@ def compare(
             batch = answer(name, begin, begin + batch_size)
             if batch is None:
                 return False
-            taken.answers[begin : begin + len(batch)] = batch  # at once: Ctrl-C may come while they are scored
+            # at once: Ctrl-C may come while they are scored
+            taken.answers[begin : begin + len(batch)] = batch
             for i, decoded in enumerate(batch, begin):
                 take(taken, name, i, decoded)
             progress.update(bar, description=name, advance=len(batch))
         return True
 
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        with Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        ) as progress:
             bar = progress.add_task("", total=repeats * len(named) * n)
             alive = [name for name in named if warm_up(name) and take_turn(name)]
             for _ in range(1, repeats):
                 alive = [name for name in alive if take_turn(name)]
     except KeyboardInterrupt:
         interrupted = True
-    passes = {name: kept for name, taken in passes.items() if (kept := [p for p in taken if any(p.answers)])}
+    passes = {
+        name: kept
+        for name, taken in passes.items()
+        if (kept := [p for p in taken if any(p.answers)])
+    }
     used = {name: taken for name, taken in passes.items() if any(p.done.any() for p in taken)}
-    if used and not interrupted and not any(np.isfinite(p.scores).any() for taken in used.values() for p in taken):
+    if (
+        used
+        and not interrupted
+        and not any(np.isfinite(p.scores).any() for taken in used.values() for p in taken)
+    ):
         first = next(failure for failure in failures if failure.row is not None)
         raise ValueError(f"the scorer failed on every row, first: {first}")
     labels = {
-        name: dict(task=task, model=None, decoder=name, setting="", family=None, stage=None, seed=seed)
+        name: dict(
+            task=task, model=None, decoder=name, setting="", family=None, stage=None, seed=seed
+        )
         | (decoder.columns if isinstance(decoder, NamedDecoder) else {})
         for name, decoder in named.items()
     }
@@ -308,7 +374,9 @@ def _items(rows: "Dataset | list[dict]") -> list[dict]:
     from datasets import Dataset
 
     if not isinstance(rows, Dataset):
-        raise ValueError(f"rows is a {type(rows).__name__}: give a datasets.Dataset or a list of dicts")
+        raise ValueError(
+            f"rows is a {type(rows).__name__}: give a datasets.Dataset or a list of dicts"
+        )
     return rows.to_list()  # at once: row by row it takes 0.1 ms for each
 
 
@@ -320,9 +388,13 @@ def _named(decoders: dict[str, Decoder] | list[NamedDecoder]) -> dict[str, Decod
     named: dict[str, Decoder] = {}
     for i, decoder in enumerate(decoders):
         if not isinstance(decoder, NamedDecoder):
-            raise ValueError(f"decoders[{i}] has no name and columns: give a dict of label -> decoder")
+            raise ValueError(
+                f"decoders[{i}] has no name and columns: give a dict of label -> decoder"
+            )
         if decoder.name in named:
-            raise ValueError(f"two decoders are called {decoder.name!r}: give a dict of label -> decoder")
+            raise ValueError(
+                f"two decoders are called {decoder.name!r}: give a dict of label -> decoder"
+            )
         named[decoder.name] = decoder
     return named
 
@@ -338,7 +410,8 @@ def _decode(decoder: Decoder, prompts: list) -> list[Decoded]:
 
 
 def _score(score: Callable[[str, dict], float], text: str, row: dict) -> float:
-    value = score(text, dict(row))  # its own: what a scorer writes into it stays away from the next decoder's
+    # its own: what a scorer writes into it stays away from the next decoder's
+    value = score(text, dict(row))
     if isinstance(value, (str, bytes)) or not math.isfinite(value):
         raise ValueError(f"the score {value!r} is no finite number")
     return float(value)

@@ -36,14 +36,35 @@ try:
 except ImportError as error:
     raise ImportError(f"evaluation needs lm-eval: pip install softar[eval] ({error})") from error
 
-# What of HFLM's own arguments has a meaning for a model that is already open, and what goes to `load`.
-HARNESS = ("add_bos_token", "batch_size", "chat_template_args", "enable_thinking", "logits_cache", "max_batch_size",
-           "max_length", "prefix_token_id", "softmax_dtype", "think_end_token", "truncation")  # fmt: skip
-LOADING = ("attn_implementation", "device", "device_map", "dtype", "gguf_file", "revision", "subfolder")
+# What of HFLM's own arguments has a meaning for a model that is already open, and what goes to
+# `load`.
+HARNESS = (
+    "add_bos_token",
+    "batch_size",
+    "chat_template_args",
+    "enable_thinking",
+    "logits_cache",
+    "max_batch_size",
+    "max_length",
+    "prefix_token_id",
+    "softmax_dtype",
+    "think_end_token",
+    "truncation",
+)
+LOADING = (
+    "attn_implementation",
+    "device",
+    "device_map",
+    "dtype",
+    "gguf_file",
+    "revision",
+    "subfolder",
+)
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 NO_TASKS = ("Tasks not found", "No tasks specified")  # how lm-eval's errors about --tasks begin
 
-LABELS = {"autoregressive": "softar", "diffusion": "softar-diffusion"}  # family -> what lm-eval calls its model
+# family -> what lm-eval calls its model
+LABELS = {"autoregressive": "softar", "diffusion": "softar-diffusion"}
 
 
 class BadArgument(ValueError):
@@ -53,15 +74,20 @@ class BadArgument(ValueError):
 class LoadedLM(HFLM):
     """HFLM around a model that softar opens, by any name it knows; every model_arg is checked."""
 
-    def __init__(self, name: str, family: str, opener, harness: dict, loading: dict, seed: int | None):
-        """family: of softar.decoders, that the model must be of. opener: (name, **loading) -> model, tokenizer.
+    def __init__(
+        self, name: str, family: str, opener, harness: dict, loading: dict, seed: int | None
+    ):
+        """family: of softar.decoders, that the model must be of. opener: (name, **loading) ->
+        model, tokenizer.
         seed: of every draw; None is what lm-eval's --seed set."""
         shared = int(os.environ.get("WORLD_SIZE", 1)) > 1
         if shared and str(loading.get("device")).startswith("cuda"):
             del loading["device"]  # each process takes its own
         try:
             loading = {"dtype": "auto"} | loading
-            model, tokenizer = open_model(name, family, LABELS[family], lambda: opener(name, **loading))
+            model, tokenizer = open_model(
+                name, family, LABELS[family], lambda: opener(name, **loading)
+            )
         except ValueError as error:
             raise BadArgument(error) from error
         # It warns that a model which is already open is not moved, split or shared by it.
@@ -82,10 +108,16 @@ class LoadedLM(HFLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None):
-        """What --model_args say goes before lm-eval's own options; of these --device is cuda:0 by default, with or
-        without a GPU, so that it counts only where it fits."""
-        own = {k: v for k, v in (additional_config or {}).items() if v is not None and k not in arg_dict}
-        if str(own.get("device")).startswith("cuda") and ("device_map" in arg_dict or not torch.cuda.is_available()):
+        """What --model_args say goes before lm-eval's own options; of these --device is cuda:0 by
+        default, with or without a GPU, so that it counts only where it fits."""
+        own = {
+            k: v
+            for k, v in (additional_config or {}).items()
+            if v is not None and k not in arg_dict
+        }
+        if str(own.get("device")).startswith("cuda") and (
+            "device_map" in arg_dict or not torch.cuda.is_available()
+        ):
             del own["device"]
         return cls(**arg_dict, **own)
 
@@ -94,11 +126,15 @@ class LoadedLM(HFLM):
         from accelerate import Accelerator
 
         self.accelerator = Accelerator()
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self._rank, self._world_size = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
 
     def generator(self, *key) -> torch.Generator:
-        """A generator for one request, known by `key`: neither the batch size, nor the order, nor the number of
-        processes changes what it draws. The second time that a request is asked it draws other numbers."""
+        """A generator for one request, known by `key`: neither the batch size, nor the order, nor
+        the number of processes changes what it draws. The second time that a request is asked it
+        draws other numbers."""
         request = hashlib.sha256(repr(key).encode()).digest()
         self.seen[request] += 1
         seed = torch.initial_seed() if self.seed is None else self.seed
@@ -112,18 +148,24 @@ class LoadedLM(HFLM):
     def padded(self, context: Tensor, answers: list[list[int]]) -> Tensor:
         """The form in which HFLM takes generated text: [B, P + T], padded on the right."""
         width = max(map(len, answers))
-        rows = [answer + [self.tokenizer.pad_token_id] * (width - len(answer)) for answer in answers]
-        return torch.cat([context, torch.tensor(rows, dtype=context.dtype, device=context.device)], 1)
+        rows = [
+            answer + [self.tokenizer.pad_token_id] * (width - len(answer)) for answer in answers
+        ]
+        return torch.cat(
+            [context, torch.tensor(rows, dtype=context.dtype, device=context.device)], 1
+        )
 
 
 @register_model("softar")
 class SoftarLM(LoadedLM):
     """An autoregressive model that thinks softly; as `--model_args`:
 
-    pretrained or model: what softar.load takes (a name of softar.MODELS, a folder, an adapter, a GGUF file, a hub id).
-    seed: of every draw; by default what --seed sets. Every field of SoftConfig; a soft_config.json beside the model
-    says what the rest is. max_new_tokens counts only for tasks that set no max_gen_toks, which covers thought and
-    answer. Arguments of HFLM in HARNESS, and those of `load` in LOADING.
+    pretrained or model: what softar.load takes (a name of softar.MODELS, a folder, an adapter, a
+    GGUF file, a hub id).
+    seed: of every draw; by default what --seed sets. Every field of SoftConfig; a soft_config.json
+        beside the model
+    says what the rest is. max_new_tokens counts only for tasks that set no max_gen_toks, which
+    covers thought and answer. Arguments of HFLM in HARNESS, and those of `load` in LOADING.
 
     A task that samples (do_sample, temperature, top_p, ...) samples the discrete answer that way.
     """
@@ -134,7 +176,8 @@ class SoftarLM(LoadedLM):
         super().__init__(name, "autoregressive", load, harness, loading, seed)
         try:
             base = own_config(name)
-            if base == SoftConfig():  # where neither model nor task says how long, lm-eval's own default
+            # where neither model nor task says how long, lm-eval's own default
+            if base == SoftConfig():
                 base = SoftConfig(max_new_tokens=256)
             given = check_options(SoftConfig, "softar", given)
             if "mixer" in given:
@@ -165,7 +208,8 @@ class SoftarLM(LoadedLM):
         return self.padded(context, [answer.tolist() for answer in out.answers])
 
     def _settings(self, asked: dict, max_new_tokens: int):
-        """A task's generation arguments -> SoftConfig, GenerationConfig. The user's model_args go before the task's."""
+        """A task's generation arguments -> SoftConfig, GenerationConfig. The user's model_args go
+        before the task's."""
         asked = dict(asked)
         config = dataclasses.replace(self.soft, max_new_tokens=max_new_tokens)
         samples, how = asked.pop("do_sample", False), {k: asked.pop(k, None) for k in SAMPLING}
@@ -174,14 +218,18 @@ class SoftarLM(LoadedLM):
             config = dataclasses.replace(config, **self._sampling(config, how))
         settings = copy.deepcopy(self.model.generation_config)
         if unknown := settings.update(**asked):
-            raise BadArgument(f"gen_kwargs {sorted(unknown)} are unknown: give fields of GenerationConfig")
+            raise BadArgument(
+                f"gen_kwargs {sorted(unknown)} are unknown: give fields of GenerationConfig"
+            )
         return config, settings
 
     def _sampling(self, config: SoftConfig, how: dict) -> dict:
         if has_answer(config):
             return {f"answer_{k}": v for k, v in how.items() if f"answer_{k}" not in self.given}
         if config.mixer == "hard":
-            return {"mixer_args": {"sample": True}} | {k: v for k, v in how.items() if k not in self.given}
+            return {"mixer_args": {"sample": True}} | {
+                k: v for k, v in how.items() if k not in self.given
+            }
         raise BadArgument(
             f"gen_kwargs temperature={how['temperature']} samples a discrete answer, and with mixer={config.mixer!r} "
             "the whole text is the thought: give model_args budget= or think_end=, or --gen_kwargs do_sample=False"
@@ -189,23 +237,38 @@ class SoftarLM(LoadedLM):
 
 
 class StopStrings(StoppingCriteria):
-    """Ends each row by itself as soon as its answer holds one of the strings; a thought is not searched."""
+    """Ends each row by itself as soon as its answer holds one of the strings; a thought is not
+    searched."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: list[str], prompt_length: int, config: SoftConfig):
-        """config: resolved. Where its thought may end at any step (cold stop without think_end), rows run on to the
-        budget or to the end: HFLM cuts the text at the string anyway."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: list[str],
+        prompt_length: int,
+        config: SoftConfig,
+    ):
+        """config: resolved. Where its thought may end at any step (cold stop without think_end),
+        rows run on to the budget or to the end: HFLM cuts the text at the string anyway."""
         self.tokenizer, self.prompt_length = tokenizer, prompt_length
         self.stop = [text for text in stop if text]
         # Tokens that are looked at: no token but the added ones is shorter than a byte
         self.window = max((len(text.encode()) for text in self.stop), default=0) + 2
-        self.end = None if config.think_end is None else torch.atleast_1d(torch.tensor(config.think_end)).tolist()
-        self.first = 0 if not has_answer(config) else config.budget  # step at which an answer without think_end begins
+        self.end = (
+            None
+            if config.think_end is None
+            else torch.atleast_1d(torch.tensor(config.think_end)).tolist()
+        )
+        # step at which an answer without think_end begins
+        self.first = 0 if not has_answer(config) else config.budget
         self.starts: dict[int, int] = {}  # row -> step at which its answer begins
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
         """[B, P + t] -> [B] bool."""
         made = input_ids[:, self.prompt_length :].tolist()
-        found = [any(text in tail for text in self.stop) for tail in map(self._tail, range(len(made)), made)]
+        found = [
+            any(text in tail for text in self.stop)
+            for tail in map(self._tail, range(len(made)), made)
+        ]
         return torch.tensor(found, device=input_ids.device)
 
     def _tail(self, row: int, tokens: list[int]) -> str:
@@ -223,22 +286,35 @@ class StopStrings(StoppingCriteria):
 
 def has_answer(config: SoftConfig) -> bool:
     """Whether a discrete answer follows the thought."""
-    return config.think_end is not None or config.budget is not None or config.cold_stop_entropy is not None
+    return (
+        config.think_end is not None
+        or config.budget is not None
+        or config.cold_stop_entropy is not None
+    )
 
 
 def model_name(pretrained: str | None, model: str | None) -> str:
     if (pretrained is None) == (model is None):
-        raise BadArgument(f"model_args pretrained={pretrained!r}, model={model!r}: give one of them, the model")
+        raise BadArgument(
+            f"model_args pretrained={pretrained!r}, model={model!r}: give one of them, the model"
+        )
     return str(pretrained if model is None else model)
 
 
-def split_args(label: str, config, options: dict, own: tuple[str, ...] = ()) -> tuple[dict, dict, dict]:
-    """model_args -> those of HFLM, of `load`, and fields of the dataclass `config`; `own` are taken with the last."""
+def split_args(
+    label: str, config, options: dict, own: tuple[str, ...] = ()
+) -> tuple[dict, dict, dict]:
+    """model_args -> those of HFLM, of `load`, and fields of the dataclass `config`; `own` are taken
+    with the last."""
     fields = {f.name for f in dataclasses.fields(config)} | {*own}
     known = {*HARNESS, *LOADING, *fields, "pretrained", "model", "seed"}
     if unknown := sorted(set(options) - known):
-        raise BadArgument(f"model_args {unknown} are unknown to --model {label}; known: {', '.join(sorted(known))}")
-    parts = [{k: v for k, v in options.items() if k in names} for names in (HARNESS, LOADING, fields)]
+        raise BadArgument(
+            f"model_args {unknown} are unknown to --model {label}; known: {', '.join(sorted(known))}"
+        )
+    parts = [
+        {k: v for k, v in options.items() if k in names} for names in (HARNESS, LOADING, fields)
+    ]
     for name in ("max_batch_size", "max_length"):
         if parts[0].get(name, 0) is None:
             del parts[0][name]
@@ -261,5 +337,8 @@ def main():
         print(f"softar-eval: error: {said}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nsoftar-eval: interrupted; with --use_cache FILE the next call keeps what is done", file=sys.stderr)
+        print(
+            "\nsoftar-eval: interrupted; with --use_cache FILE the next call keeps what is done",
+            file=sys.stderr,
+        )
         sys.exit(130)

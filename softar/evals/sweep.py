@@ -1,7 +1,9 @@
-"""A grid of tasks x decoders x settings x seeds, shared by several processes, gone on with after an interruption.
+"""A grid of tasks x decoders x settings x seeds, shared by several processes, gone on with after an
+interruption.
 
-The grid is data. Each of its runs writes `runs/NAME/results.json` when it is whole; what is there is not run again.
-At the end `summary.json` (as results.json, all rows) and `summary.csv`; `plot_sweep` draws accuracy against cost.
+The grid is data. Each of its runs writes `runs/NAME/results.json` when it is whole; what is there
+is not run again. At the end `summary.json` (as results.json, all rows) and `summary.csv`;
+`plot_sweep` draws accuracy against cost.
 """
 
 import dataclasses
@@ -25,18 +27,22 @@ ROLES = ("soft", "baseline")
 
 @dataclass(frozen=True)
 class Grid:
-    """What is run: every decoder with every combination of `vary`, on every task, with every seed."""
+    """What is run: every decoder with every combination of `vary`, on every task, with every
+    seed."""
 
     tasks: tuple[str, ...]  # names for softar.load_task
     soft: tuple[
         str, ...
     ]  # decoders as softar.decoders.registry.parse_spec reads them: "[MODEL=]NAME[:key=value,key=value]"
     baseline: tuple[str, ...] = ()  # decoders that these are held against
-    vary: dict[str, tuple] = field(default_factory=dict)  # option -> values, for the decoders of both roles
-    models: dict[str, str] = field(default_factory=dict)  # task -> model of the decoders that name none
+    # option -> values, for the decoders of both roles
+    vary: dict[str, tuple] = field(default_factory=dict)
+    # task -> model of the decoders that name none
+    models: dict[str, str] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)  # of what a decoder draws; the held-out rows are always the same
     limit: int | None = None  # held-out rows of each task, the first ones; None is all
-    # None: a token for each word of the first held-out completion and one for the end, as the embedded models want
+    # None: a token for each word of the first held-out completion and one for the end, as the
+    # embedded models want
     max_new_tokens: int | None = None
     batch_size: int = 64
     repeats: int = 1  # passes over the rows in each run
@@ -47,7 +53,9 @@ class Grid:
         for name in ("tasks", "soft", "baseline", "seeds"):
             object.__setattr__(self, name, _tuple(name, getattr(self, name)))
         if not isinstance(self.vary, dict) or not isinstance(self.models, dict):
-            raise ValueError(f"vary={self.vary!r}, models={self.models!r}: give mappings, option -> list of values")
+            raise ValueError(
+                f"vary={self.vary!r}, models={self.models!r}: give mappings, option -> list of values"
+            )
         object.__setattr__(self, "vary", {k: _tuple(f"vary {k}", v) for k, v in self.vary.items()})
         for name, values in [("tasks", self.tasks), ("seeds", self.seeds), *self.vary.items()]:
             if not values:
@@ -59,18 +67,26 @@ class Grid:
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
         if unknown := sorted(set(self.models) - set(self.tasks)):
-            raise ValueError(f"models names {unknown}, which are not among the tasks {list(self.tasks)}")
+            raise ValueError(
+                f"models names {unknown}, which are not among the tasks {list(self.tasks)}"
+            )
 
     def runs(self) -> list["Run"]:
         """In the order in which processes take them; what the grid holds twice is one run."""
-        settings = [tuple(zip(self.vary, values)) for values in itertools.product(*self.vary.values())]
+        settings = [
+            tuple(zip(self.vary, values)) for values in itertools.product(*self.vary.values())
+        ]
         decoders = [(role, decoder) for role in ROLES for decoder in getattr(self, role)]
         names = {}
-        for task, (role, decoder), setting, seed in itertools.product(self.tasks, decoders, settings, self.seeds):
+        for task, (role, decoder), setting, seed in itertools.product(
+            self.tasks, decoders, settings, self.seeds
+        ):
             run = Run(task, role, decoder, setting, seed)
             other = names.setdefault(run.name, run)
             if other != run:
-                raise ValueError(f"{other.spec!r} and {run.spec!r} would share the folder {run.name!r}: leave one out")
+                raise ValueError(
+                    f"{other.spec!r} and {run.spec!r} would share the folder {run.name!r}: leave one out"
+                )
         return list(names.values())
 
 
@@ -97,12 +113,15 @@ class Run:
 
 
 def read_grid(values: dict) -> Grid:
-    """A Grid of what a YAML or JSON file holds; ValueError names what is no field of it, or missing."""
+    """A Grid of what a YAML or JSON file holds; ValueError names what is no field of it, or
+    missing."""
     known = {f.name for f in dataclasses.fields(Grid)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"the grid does not have {unknown}; known: {sorted(known)}")
     if missing := [name for name in ("tasks", "soft") if name not in values]:
-        raise ValueError(f"the grid lacks {missing}: give for example tasks: [latin], soft: [soft-mask]")
+        raise ValueError(
+            f"the grid lacks {missing}: give for example tasks: [latin], soft: [soft-mask]"
+        )
     return Grid(**values)
 
 
@@ -110,13 +129,14 @@ def sweep(grid: Grid, folder: str | Path, *, console=None) -> list[dict]:
     """Run what is not finished -> all rows, in the order of the grid; off the main process, [].
 
     Args:
-        folder: of one grid. What an earlier call finished there is kept; a run that was cut short is done again.
+        folder: of one grid. What an earlier call finished there is kept; a run that was cut short
+            is done again.
         console: rich's, for progress; None is one on stderr.
 
     Raises:
-        ValueError: before anything is decoded, for a folder of another grid, an unknown task, or a decoder that does
-            not exist or does not take its options; at the end if runs failed (they are named, and are tried again by
-            the next call; all others are done).
+        ValueError: before anything is decoded, for a folder of another grid, an unknown task, or a
+            decoder that does not exist or does not take its options; at the end if runs failed
+            (they are named, and are tried again by the next call; all others are done).
         KeyboardInterrupt: after saying how to go on.
     """
     import torch
@@ -128,13 +148,19 @@ def sweep(grid: Grid, folder: str | Path, *, console=None) -> list[dict]:
     _check(grid, runs)
     _claim(grid, folder)
     # Only the end is waited for, however long the others take
-    on_cpu = grid.device == "cpu" or not torch.accelerator.is_available()  # unasked, processes on CPUs stay strangers
+    # unasked, processes on CPUs stay strangers
+    on_cpu = grid.device == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(weeks=52))
     if state.num_processes > 1:  # bars of several processes would overwrite each other
         console = Console(file=console.file, force_terminal=False)
-    mine = [run for run in runs[state.process_index :: state.num_processes] if _finished(folder, run) is None]
+    mine = [
+        run
+        for run in runs[state.process_index :: state.num_processes]
+        if _finished(folder, run) is None
+    ]
     try:
-        for run in mine:  # a wrong option is found before anything is decoded; models stay open, so no time is lost
+        # a wrong option is found before anything is decoded; models stay open, so no time is lost
+        for run in mine:
             _decoder(grid, run)
         for run in mine:
             _perform(grid, run, folder, console, f"[{runs.index(run) + 1}/{len(runs)}]")
@@ -162,9 +188,13 @@ def _check(grid: Grid, runs: list[Run]) -> None:
     """Raise ValueError for what is wrong with a grid and can be told before a model is opened."""
     for task in grid.tasks:
         if task not in TASKS and not task.startswith(GYM):
-            raise ValueError(f"task={task!r} is unknown: choose one of {sorted(TASKS)} or '{GYM}NAME'")
+            raise ValueError(
+                f"task={task!r} is unknown: choose one of {sorted(TASKS)} or '{GYM}NAME'"
+            )
         if task.startswith(GYM) and grid.max_new_tokens is None:
-            raise ValueError(f"task={task!r} needs max_new_tokens: how long its answers are is not known")
+            raise ValueError(
+                f"task={task!r} needs max_new_tokens: how long its answers are is not known"
+            )
     for run in runs:
         if twice := sorted(set(parse_spec(run.decoder)[2]) & set(grid.vary)):
             raise ValueError(
@@ -174,22 +204,30 @@ def _check(grid: Grid, runs: list[Run]) -> None:
 
 
 def _model_of(grid: Grid, run: Run) -> str:
-    """The model of a run: the decoder's own, the grid's for the task, or the embedded one of a diffusion decoder."""
+    """The model of a run: the decoder's own, the grid's for the task, or the embedded one of a
+    diffusion decoder."""
     model, name, _ = parse_spec(run.spec)
     default = DIFFUSION_MODELS.get(run.task) if find(name)[0] == "diffusion" else None
     found = model or grid.models.get(run.task) or default
     if found is None:
-        raise ValueError(f"decoder {run.decoder!r} on task {run.task!r} has no model: say MODEL={run.decoder}")
+        raise ValueError(
+            f"decoder {run.decoder!r} on task {run.task!r} has no model: say MODEL={run.decoder}"
+        )
     return found
 
 
 def _claim(grid: Grid, folder: Path) -> None:
-    """Keep the grid in its folder, or raise ValueError where another one is: its results would be mixed up."""
+    """Keep the grid in its folder, or raise ValueError where another one is: its results would be
+    mixed up."""
     file, mine = folder / GRID_FILE, json.loads(json.dumps(dataclasses.asdict(grid)))
-    has_runs = any(folder.glob("runs/*/results.json"))  # before the file: another process may write both meanwhile
-    if not has_runs or not file.exists():  # a grid of which nothing was finished, with a typo say, makes way
+    # before the file: another process may write both meanwhile
+    has_runs = any(folder.glob("runs/*/results.json"))
+    # a grid of which nothing was finished, with a typo say, makes way
+    if not has_runs or not file.exists():
         if has_runs:
-            raise ValueError(f"{folder} holds runs without a {GRID_FILE}, of an unknown grid: take another folder")
+            raise ValueError(
+                f"{folder} holds runs without a {GRID_FILE}, of an unknown grid: take another folder"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         draft = file.with_suffix(f".{os.getpid()}")
         draft.write_text(json.dumps(mine, indent=1) + "\n")
@@ -198,7 +236,9 @@ def _claim(grid: Grid, folder: Path) -> None:
     try:
         theirs = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} cannot be read ({error}): take another folder, or delete this one") from None
+        raise ValueError(
+            f"{file} cannot be read ({error}): take another folder, or delete this one"
+        ) from None
     for name in dict.fromkeys([*mine, *theirs]):
         if mine.get(name) != theirs.get(name):
             raise ValueError(
@@ -208,13 +248,18 @@ def _claim(grid: Grid, folder: Path) -> None:
 
 
 def _perform(grid: Grid, run: Run, folder: Path, console, count: str) -> None:
-    """Decode and write results.json. A run that fails says so and leaves no file; the others go on."""
+    """Decode and write results.json. A run that fails says so and leaves no file; the others go
+    on."""
     from ..results import write_results
 
     try:
         row = measure(grid, run, console)
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
-        console.print(f"{count} {run.name}: failed: {' '.join(str(error).split())}", markup=False, soft_wrap=True)
+        console.print(
+            f"{count} {run.name}: failed: {' '.join(str(error).split())}",
+            markup=False,
+            soft_wrap=True,
+        )
         return
     place = _place(folder, run)
     place.mkdir(parents=True, exist_ok=True)
@@ -224,19 +269,33 @@ def _perform(grid: Grid, run: Run, folder: Path, console, count: str) -> None:
 
 
 def measure(grid: Grid, run: Run, console=None) -> dict:
-    """Decode one run -> its row of results.json, with columns for the run, its role, and each option that varies."""
+    """Decode one run -> its row of results.json, with columns for the run, its role, and each
+    option that varies."""
     from .compare import compare
 
     task, rows = _held_out(grid, run)
     decoder = _decoder(grid, run)
-    found = compare([decoder], rows, task.score, batch_size=grid.batch_size, repeats=grid.repeats, seed=run.seed,
-                    task=task.name, extract=task.extract, console=console)  # fmt: skip
+    found = compare(
+        [decoder],
+        rows,
+        task.score,
+        batch_size=grid.batch_size,
+        repeats=grid.repeats,
+        seed=run.seed,
+        task=task.name,
+        extract=task.extract,
+        console=console,
+    )
     if found.interrupted:
         raise KeyboardInterrupt
     if not found.rows or not found.rows[0]["complete"]:
         raise ValueError("its decoder failed, as said above")  # by compare
     own = dict(
-        run=run.name, role=run.role, spec=run.decoder, varied=format_options(dict(run.setting), " "), seed=run.seed
+        run=run.name,
+        role=run.role,
+        spec=run.decoder,
+        varied=format_options(dict(run.setting), " "),
+        seed=run.seed,
     )
     return found.rows[0] | own | dict(run.setting)
 
@@ -259,7 +318,9 @@ def _task(name: str):
 
 def _held_out(grid: Grid, run: Run):
     task = _task(run.task)
-    return task, task.test if grid.limit is None else task.test.select(range(min(grid.limit, len(task.test))))
+    return task, task.test if grid.limit is None else task.test.select(
+        range(min(grid.limit, len(task.test)))
+    )
 
 
 def _length(grid: Grid, run: Run) -> int:
@@ -267,7 +328,11 @@ def _length(grid: Grid, run: Run) -> int:
     _, rows = _held_out(grid, run)
     if "template" in rows.column_names and find(parse_spec(run.spec)[1])[0] == "diffusion":
         return 0
-    return len(rows[0]["completion"].split()) + 1 if grid.max_new_tokens is None else grid.max_new_tokens
+    return (
+        len(rows[0]["completion"].split()) + 1
+        if grid.max_new_tokens is None
+        else grid.max_new_tokens
+    )
 
 
 def _place(folder: Path, run: Run) -> Path:

@@ -1,4 +1,5 @@
-"""The options of soft SFT, on top of TRL's: each with its help, checked before anything is loaded."""
+"""The options of soft SFT, on top of TRL's: each with its help, checked before anything is
+loaded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,15 +18,27 @@ THOUGHT_LOSSES = ("constant", "alpha")
 
 @dataclass
 class SoftSFTConfig(PlainSFTConfig):
-    """TRL's SFTConfig plus what makes it soft. Without an accelerator it trains on the CPU in float32 by itself."""
+    """TRL's SFTConfig plus what makes it soft. Without an accelerator it trains on the CPU in
+    float32 by itself."""
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "soft_mixer_args"]  # JSON on the command line
+    # JSON on the command line
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "soft_mixer_args"]
 
-    gradient_checkpointing: bool = opt(False, "Recompute activations to save memory. Not with soft_mode='sequential'.")
-    soft_mode: str = opt("parallel", "How the soft inputs are computed: 'parallel' refreshes, or 'sequential' steps.")
-    soft_passes: int | None = opt(None, "Parallel: refreshes of the soft inputs. Default: the longest thought (exact).")
-    soft_grad_passes: int | None = opt(None, "Parallel: how many of the last forwards carry gradient. Default: all.")
-    soft_window: int | None = opt(None, "Sequential: cut the gradient through time every so many steps.")
+    gradient_checkpointing: bool = opt(
+        False, "Recompute activations to save memory. Not with soft_mode='sequential'."
+    )
+    soft_mode: str = opt(
+        "parallel", "How the soft inputs are computed: 'parallel' refreshes, or 'sequential' steps."
+    )
+    soft_passes: int | None = opt(
+        None, "Parallel: refreshes of the soft inputs. Default: the longest thought (exact)."
+    )
+    soft_grad_passes: int | None = opt(
+        None, "Parallel: how many of the last forwards carry gradient. Default: all."
+    )
+    soft_window: int | None = opt(
+        None, "Sequential: cut the gradient through time every so many steps."
+    )
     soft_mixer: str = opt("soft", "What is fed back: a name in softar.MIXERS.")
     soft_mixer_args: dict | str | None = opt(None, "The mixer's knobs, e.g. {'tau': 0.5}.")
     soft_temperature: float = opt(1.0, "Temperature of the mixtures.")
@@ -33,31 +46,45 @@ class SoftSFTConfig(PlainSFTConfig):
     soft_top_p: float | None = opt(None, "Nucleus of a mixture.")
     soft_min_p: float | None = opt(None, "Least probability in a mixture, relative to its largest.")
     learn_temperature: bool = opt(False, "Train the mixtures' temperature with the model.")
-    guidance: str = opt("mix", "How the gold token enters a mixture: 'mix', 'clamp' or 'coin' (scheduled sampling).")
-    alpha_schedule: str = opt("linear", "Share of the gold token over the training: constant, linear, cosine, step.")
+    guidance: str = opt(
+        "mix", "How the gold token enters a mixture: 'mix', 'clamp' or 'coin' (scheduled sampling)."
+    )
+    alpha_schedule: str = opt(
+        "linear", "Share of the gold token over the training: constant, linear, cosine, step."
+    )
     alpha_start: float = opt(1.0, "Share of the gold token at the start; 1 is teacher forcing.")
     alpha_end: float = opt(0.0, "Share of the gold token at the end; 0 is what decoding meets.")
     alpha_hold: float = opt(0.0, "Fraction of the training before alpha starts to move.")
     alpha_span: float = opt(0.6, "Fraction of the training in which alpha goes from start to end.")
-    thought_loss: str = opt("constant", "Weight of the thought's tokens in the loss: 'constant' 1, or 'alpha'.")
+    thought_loss: str = opt(
+        "constant", "Weight of the thought's tokens in the loss: 'constant' 1, or 'alpha'."
+    )
     targets: str = opt(
         "gold",
         "Whose tokens are the labels: the 'gold' completion, one of the row's 'traces' drawn afresh at each step, or "
         "'oracle', the distribution of the traces at each position as input and label.",
     )
-    entropy_coef: float = opt(0.0, "Adds this times the entropy of the soft steps (nats) to the loss; > 0 sharpens.")
-    think_start: str | None = opt(None, "Text that opens the thought. Default: it starts with the completion.")
+    entropy_coef: float = opt(
+        0.0, "Adds this times the entropy of the soft steps (nats) to the loss; > 0 sharpens."
+    )
+    think_start: str | None = opt(
+        None, "Text that opens the thought. Default: it starts with the completion."
+    )
     think_end: str | None = opt(None, "Text that closes the thought.")
     think_steps: int | None = opt(None, "Length of the thought in tokens, where no text closes it.")
     freeze_embeddings: bool = opt(False, "Keep the input embeddings as they are.")
     freeze_layers: int = opt(0, "Keep the first n layers as they are.")
-    eval_decode_rows: int = opt(256, "Held-out rows decoded for the accuracies of an evaluation; 0 for none.")
+    eval_decode_rows: int = opt(
+        256, "Held-out rows decoded for the accuracies of an evaluation; 0 for none."
+    )
     eval_new_tokens: int = opt(64, "Longest completion in an evaluation.")
 
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.soft_mixer, str):
-            raise ValueError(f"soft_mixer={self.soft_mixer!r} must be a name: register yours in softar.MIXERS")
+            raise ValueError(
+                f"soft_mixer={self.soft_mixer!r} must be a name: register yours in softar.MIXERS"
+            )
         if isinstance(self.soft_mixer_args, str):
             raise ValueError(f"soft_mixer_args={self.soft_mixer_args!r} is no JSON object")
         for name, known in (
@@ -67,23 +94,40 @@ class SoftSFTConfig(PlainSFTConfig):
             ("thought_loss", THOUGHT_LOSSES),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {known}")
-        for name, least in (("soft_passes", 0), ("soft_grad_passes", 1), ("soft_window", 1), ("think_steps", 0),
-                            ("freeze_layers", 0), ("eval_decode_rows", 0), ("eval_new_tokens", 1)):  # fmt: skip
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown: choose one of {known}"
+                )
+        for name, least in (
+            ("soft_passes", 0),
+            ("soft_grad_passes", 1),
+            ("soft_window", 1),
+            ("think_steps", 0),
+            ("freeze_layers", 0),
+            ("eval_decode_rows", 0),
+            ("eval_new_tokens", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if self.soft_mode == "sequential" and self.gradient_checkpointing:
-            raise ValueError("gradient_checkpointing=True drops the cache of soft_mode='sequential': use 'parallel'")
+            raise ValueError(
+                "gradient_checkpointing=True drops the cache of soft_mode='sequential': use 'parallel'"
+            )
         if self.think_end is not None and self.think_steps is not None:
-            raise ValueError(f"think_end={self.think_end!r} and think_steps={self.think_steps}: give one of them")
+            raise ValueError(
+                f"think_end={self.think_end!r} and think_steps={self.think_steps}: give one of them"
+            )
         if self.think_start is not None and self.think_end is None:
-            raise ValueError(f"think_start={self.think_start!r} needs a think_end that closes the thought")
+            raise ValueError(
+                f"think_start={self.think_start!r} needs a think_end that closes the thought"
+            )
         check_dist(None, self.soft_temperature, self.soft_top_k, self.soft_top_p, self.soft_min_p)
         mk_mixer(self.soft_mixer, **(self.soft_mixer_args or {}))
         self.alpha()
         if self.learn_temperature and self.soft_temperature == 0:
-            raise ValueError(f"soft_temperature={self.soft_temperature} cannot be learnt from: start above 0")
+            raise ValueError(
+                f"soft_temperature={self.soft_temperature} cannot be learnt from: start above 0"
+            )
 
     def alpha(self) -> Callable[[float], float]:
         """The guidance schedule, progress in [0, 1] -> alpha."""
@@ -99,15 +143,23 @@ class SoftSFTConfig(PlainSFTConfig):
     def is_soft(self) -> bool:
         """Does the training ever show the model a mixture?"""
         schedule = self.alpha()
-        return self.targets == "oracle" or (self.soft_mixer != "hard" and min(schedule(0.0), schedule(1.0)) < 1)
+        return self.targets == "oracle" or (
+            self.soft_mixer != "hard" and min(schedule(0.0), schedule(1.0)) < 1
+        )
 
     def decoding(self, readout: str = "soft", temperature: float | None = None) -> SoftConfig:
-        """How the trained model is decoded: 'soft' as it was trained, or 'discrete', greedy over the same spans."""
-        span = dict(think_start=self.think_start, think_end=self.think_end, budget=self.think_steps,
-                    max_new_tokens=self.eval_new_tokens)  # fmt: skip
+        """How the trained model is decoded: 'soft' as it was trained, or 'discrete', greedy over
+        the same spans."""
+        span = dict(
+            think_start=self.think_start,
+            think_end=self.think_end,
+            budget=self.think_steps,
+            max_new_tokens=self.eval_new_tokens,
+        )
         if readout == "discrete":
             return SoftConfig(mixer="hard", top_k=None, **span)
-        hard = self.soft_mixer == "hard"  # trained on its own single tokens; read out softly it gets its belief
+        # trained on its own single tokens; read out softly it gets its belief
+        hard = self.soft_mixer == "hard"
         return SoftConfig(
             mixer="soft" if hard else self.soft_mixer,
             mixer_args={} if hard else self.soft_mixer_args or {},

@@ -15,11 +15,15 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..soft import Soft
 
 
-def thought_mask(labels: Tensor, *, start: list[int] = (), end: list[int] = (), steps: int | None = None) -> Tensor:
-    """Which positions are thought, and so read mixtures: [B, T] labels (-100 off the completion) -> [B, T] bool.
+def thought_mask(
+    labels: Tensor, *, start: list[int] = (), end: list[int] = (), steps: int | None = None
+) -> Tensor:
+    """Which positions are thought, and so read mixtures: [B, T] labels (-100 off the completion) ->
+    [B, T] bool.
 
-    With `end` the completion's tokens before its first occurrence (a row without it is thought throughout) and, where
-    the completion holds `start`, after that; with `steps` the first so many; with neither the whole completion.
+    With `end` the completion's tokens before its first occurrence (a row without it is thought
+    throughout) and, where the completion holds `start`, after that; with `steps` the first so many;
+    with neither the whole completion.
     """
     inside = labels != -100
     if steps is not None:
@@ -29,7 +33,8 @@ def thought_mask(labels: Tensor, *, start: list[int] = (), end: list[int] = (), 
     if len(start):
         opened = _starts(labels, start)
         behind = nn.functional.pad(opened, (len(start), 0))[:, : labels.shape[1]].cumsum(1) > 0
-        inside = inside & (behind | ~opened.any(1, keepdim=True))  # a start tag in the prompt has no label
+        # a start tag in the prompt has no label
+        inside = inside & (behind | ~opened.any(1, keepdim=True))
     return inside
 
 
@@ -44,10 +49,13 @@ def _starts(labels: Tensor, pattern: list[int]) -> Tensor:
 
 
 def check_tag(dataset: Dataset, name: str, text: str, ids: list[int], targets: str) -> None:
-    """Raise ValueError for a tag that stands nowhere in the tokenised rows: whole completions would be thought, and
-    nothing would say so. One row that holds it is enough. "think_start" may stand in a prompt too."""
+    """Raise ValueError for a tag that stands nowhere in the tokenised rows: whole completions would
+    be thought, and nothing would say so. One row that holds it is enough. "think_start" may stand
+    in a prompt too."""
     in_prompts = name == "think_start"
-    if not any(_holds(tokens, ids) for row in dataset for tokens in _texts(row, targets, in_prompts)):
+    if not any(
+        _holds(tokens, ids) for row in dataset for tokens in _texts(row, targets, in_prompts)
+    ):
         where = "prompt or completion" if in_prompts else "completion"
         raise ValueError(
             f"{name}={text!r}, tokens {ids}, stands in no {where} of the training data (cut to max_length): name a "
@@ -60,7 +68,11 @@ def _texts(row: dict[str, Any], targets: str, in_prompts: bool) -> list[list[int
     labels = row.get("labels", row["input_ids"])
     if targets != "traces":
         return [row["input_ids"] if in_prompts else labels]
-    begin = 0 if in_prompts else next((i for i, label in enumerate(labels) if label != -100), len(labels))
+    begin = (
+        0
+        if in_prompts
+        else next((i for i, label in enumerate(labels) if label != -100), len(labels))
+    )
     return [trace[begin:] for trace in row["trace_ids"]]
 
 
@@ -70,8 +82,8 @@ def _holds(tokens: list[int], ids: list[int]) -> bool:
 
 @dataclass
 class SoftCollator(DataCollatorForLanguageModeling):
-    """Pads on the right. Rows with `trace_ids` also give [B, M, T] of them, M the most of a row; the mask of the rows
-    that have fewer is 0 there."""
+    """Pads on the right. Rows with `trace_ids` also give [B, M, T] of them, M the most of a row;
+    the mask of the rows that have fewer is 0 there."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids = [e["input_ids"] for e in examples]
@@ -82,7 +94,11 @@ class SoftCollator(DataCollatorForLanguageModeling):
         longest = max(map(len, ids + flat))
         longest += -longest % (self.pad_to_multiple_of or 1)
         input_ids, mask = _pad(ids, longest, self.pad_token_id)
-        batch = {"input_ids": input_ids, "labels": _pad(labels, longest, -100)[0], "attention_mask": mask}
+        batch = {
+            "input_ids": input_ids,
+            "labels": _pad(labels, longest, -100)[0],
+            "attention_mask": mask,
+        }
         if traces:
             trace_ids, trace_mask = _pad(flat, longest, self.pad_token_id)
             shape = (len(traces), M, longest)
@@ -103,18 +119,25 @@ def _pad(rows: list[list[int]], length: int, value: int) -> tuple[Tensor, Tensor
 
 
 def check_rows(dataset: Dataset, needs: str) -> None:
-    """Raise ValueError for a stream or a dict of datasets, in the name of what needs rows that can be picked."""
+    """Raise ValueError for a stream or a dict of datasets, in the name of what needs rows that can
+    be picked."""
     if not isinstance(dataset, Dataset):
-        raise ValueError(f"{needs} needs a single datasets.Dataset that is no stream, not {type(dataset).__name__}")
+        raise ValueError(
+            f"{needs} needs a single datasets.Dataset that is no stream, not {type(dataset).__name__}"
+        )
 
 
 def check_traces(dataset: Dataset, targets: str) -> None:
     """Raise ValueError for data that `targets` "traces" or "oracle" cannot be taken from."""
     check_rows(dataset, f"targets={targets!r}")
     if missing := sorted({"prompt", "traces"} - set(dataset.column_names)):
-        raise ValueError(f"targets={targets!r} needs columns {missing}; the data has {dataset.column_names}")
+        raise ValueError(
+            f"targets={targets!r} needs columns {missing}; the data has {dataset.column_names}"
+        )
     if not all(dataset["traces"]):
-        raise ValueError(f"targets={targets!r}: row {list(map(bool, dataset['traces'])).index(False)} has no traces")
+        raise ValueError(
+            f"targets={targets!r}: row {list(map(bool, dataset['traces'])).index(False)} has no traces"
+        )
 
 
 def add_trace_ids(dataset: Dataset, tokenizer, max_length: int | None = None) -> Dataset:
@@ -133,11 +156,15 @@ def add_trace_ids(dataset: Dataset, tokenizer, max_length: int | None = None) ->
     return dataset.map(tokenise, desc="Tokenizing traces")
 
 
-def frontier(trace_ids: Tensor, trace_mask: Tensor | None = None, gold: Tensor | None = None) -> Soft:
-    """Oracle soft targets: at each position the empirical distribution of the traces' tokens there, the target of
-    continuous supervised fine-tuning (CoT2, arXiv:2505.23648, section 3). Repeated ids stand side by side.
+def frontier(
+    trace_ids: Tensor, trace_mask: Tensor | None = None, gold: Tensor | None = None
+) -> Soft:
+    """Oracle soft targets: at each position the empirical distribution of the traces' tokens there,
+    the target of continuous supervised fine-tuning (CoT2, arXiv:2505.23648, section 3). Repeated
+    ids stand side by side.
 
-    trace_ids: [..., M, T] int64, equally likely; trace_mask: the same shape, 0 where a trace has ended (None: nowhere);
+    trace_ids: [..., M, T] int64, equally likely; trace_mask: the same shape, 0 where a trace has
+        ended (None: nowhere);
     gold: [..., T], the token where all have ended -> Soft [..., T, M].
     """
     ids = trace_ids.transpose(-1, -2)

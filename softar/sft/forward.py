@@ -1,7 +1,8 @@
-"""Guidance: how much of the gold token a soft input holds, and soft teacher forcing, the forward pass that uses it.
+"""Guidance: how much of the gold token a soft input holds, and soft teacher forcing, the forward
+pass that uses it.
 
-alpha = 1 is teacher forcing: the model reads the gold tokens. alpha = 0 is what it will meet at inference: its own
-mixtures. Training anneals alpha from 1 down.
+alpha = 1 is teacher forcing: the model reads the gold tokens. alpha = 0 is what it will meet at
+inference: its own mixtures. Training anneals alpha from 1 down.
 
 Shapes: B batch, T positions, V vocabulary, K tokens kept, D embedding width.
 """
@@ -15,26 +16,43 @@ from transformers import DynamicCache
 
 from ..soft import Soft, soft_embed
 
-Feed = Callable[[Tensor, Tensor], Soft]  # (logits [..., V], gold [...]) -> the mixture that is read next
+# (logits [..., V], gold [...]) -> the mixture that is read next
+Feed = Callable[[Tensor, Tensor], Soft]
 
 
 def mk_alpha(
-    schedule: str = "linear", *, start: float = 1.0, end: float = 0.0, hold: float = 0.0, span: float = 0.6
+    schedule: str = "linear",
+    *,
+    start: float = 1.0,
+    end: float = 0.0,
+    hold: float = 0.0,
+    span: float = 0.6,
 ) -> Callable[[float], float]:
-    """A schedule progress -> alpha: `start` while progress < hold, then down to `end` over the next `span`, then `end`.
+    """A schedule progress -> alpha: `start` while progress < hold, then down to `end` over the next
+    `span`, then `end`.
 
     Args:
-        schedule: "constant" (start throughout), "linear", "cosine", or "step" (start, then end after hold + span).
+        schedule: "constant" (start throughout), "linear", "cosine", or "step" (start, then end
+            after hold + span).
         start, end: alpha in [0, 1]; 1 is teacher forcing.
         hold, span: fractions of the training in [0, 1], hold + span <= 1.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"alpha_schedule={schedule!r} is unknown: choose one of {sorted(SCHEDULES)}")
-    for name, value in (("alpha_start", start), ("alpha_end", end), ("alpha_hold", hold), ("alpha_span", span)):
+        raise ValueError(
+            f"alpha_schedule={schedule!r} is unknown: choose one of {sorted(SCHEDULES)}"
+        )
+    for name, value in (
+        ("alpha_start", start),
+        ("alpha_end", end),
+        ("alpha_hold", hold),
+        ("alpha_span", span),
+    ):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value} must lie in [0, 1]")
     if hold + span > 1:
-        raise ValueError(f"alpha_hold={hold} + alpha_span={span} must be at most 1, the whole training")
+        raise ValueError(
+            f"alpha_hold={hold} + alpha_span={span} must be at most 1, the whole training"
+        )
     shape = SCHEDULES[schedule]
 
     def alpha(progress: float) -> float:
@@ -56,32 +74,43 @@ def soft_forward(
     grad_passes: int | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Soft teacher forcing: logits of a forward pass in which marked positions read the model's own mixtures.
+    """Soft teacher forcing: logits of a forward pass in which marked positions read the model's own
+    mixtures.
 
-    Position t with soft_mask[t] reads feed(logits[t - 1], input_ids[t]) instead of its token. "sequential" computes
-    this exactly, one cached step per marked column, with gradient through time. "parallel" starts from the gold tokens
-    and refreshes all marked positions at once, `passes` times (Jacobi iteration; parallel scheduled sampling,
-    arXiv:1906.04331): after r refreshes the first r marked positions of a row are exact, so passes = span length
+    Position t with soft_mask[t] reads feed(logits[t - 1], input_ids[t]) instead of its token.
+    "sequential" computes this exactly, one cached step per marked column, with gradient through
+    time. "parallel" starts from the gold tokens and refreshes all marked positions at once,
+    `passes` times (Jacobi iteration; parallel scheduled sampling,
+    arXiv:1906.04331): after r refreshes the first r marked positions of a row are exact, so passes
+        = span length
     equals sequential.
 
     Args:
-        input_ids: [B, T], gold tokens. attention_mask: [B, T] or None. soft_mask: [B, T] bool, False in column 0.
-        feed: logits [..., V] and gold ids [...] to the mixture read next; differentiable where gradients shall flow.
-        passes: refreshes, each one forward, before the last forward. None: the longest span of the batch.
-        grad_passes: how many of the passes + 1 forwards, counted from the last, carry gradient. None: all. 1 treats
-            the soft inputs as constants. Earlier ones run without a graph.
-        window: sequential only: cut the gradient through time every `window` marked columns (truncated BPTT).
+        input_ids: [B, T], gold tokens. attention_mask: [B, T] or None. soft_mask: [B, T] bool,
+            False in column 0.
+        feed: logits [..., V] and gold ids [...] to the mixture read next; differentiable where
+            gradients shall flow.
+        passes: refreshes, each one forward, before the last forward. None: the longest span of the
+            batch.
+        grad_passes: how many of the passes + 1 forwards, counted from the last, carry gradient.
+            None: all. 1 treats the soft inputs as constants. Earlier ones run without a graph.
+        window: sequential only: cut the gradient through time every `window` marked columns
+            (truncated BPTT).
 
     Returns:
         [B, T, V] logits in the model's dtype.
 
     Raises:
-        ValueError: an unknown mode, a count out of its range, column 0 marked, or sequential under gradient
-            checkpointing (transformers then drops the cache).
+        ValueError: an unknown mode, a count out of its range, column 0 marked, or sequential under
+            gradient checkpointing (transformers then drops the cache).
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown: choose one of {MODES}")
-    for name, value, least in (("passes", passes, 0), ("grad_passes", grad_passes, 1), ("window", window, 1)):
+    for name, value, least in (
+        ("passes", passes, 0),
+        ("grad_passes", grad_passes, 1),
+        ("window", window, 1),
+    ):
         if value is not None and value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
     if soft_mask[:, 0].any():
@@ -106,14 +135,18 @@ def _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_pa
     for r in range(passes + 1):
         with torch.set_grad_enabled(torch.is_grad_enabled() and r >= first_with_grad):
             logits = model(
-                inputs_embeds=inputs, attention_mask=attention_mask, position_ids=positions, use_cache=False
+                inputs_embeds=inputs,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                use_cache=False,
             ).logits
             if r < passes:
                 # Only the marked positions pay for the softmax, the mixing and the lookup.
                 soft = feed(logits[rows, cols - 1], input_ids[rows, cols])
                 mixed = soft_embed(soft, embedding).to(gold.dtype)
         if r < passes:
-            inputs = gold.index_put((rows, cols), mixed)  # with a graph in any case: gold keeps its gradient
+            # with a graph in any case: gold keeps its gradient
+            inputs = gold.index_put((rows, cols), mixed)
     return logits
 
 

@@ -1,6 +1,8 @@
-"""Guided soft SFT: supervised fine-tuning in which the thought's inputs are the model's own mixtures, on TRL's trainer.
+"""Guided soft SFT: supervised fine-tuning in which the thought's inputs are the model's own
+mixtures, on TRL's trainer.
 
-Shapes: B batch, T positions, M traces per row, V vocabulary, K tokens kept, N target tokens of a batch.
+Shapes: B batch, T positions, M traces per row, V vocabulary, K tokens kept, N target tokens of a
+    batch.
 """
 
 import math
@@ -21,26 +23,47 @@ from ..mixers import guide, mk_mixer
 from ..soft import Soft, check_dist, entropy, mk_proba_dist, soft_embed
 from ..training import check_writable, no_interrupt
 from .config import SoftSFTConfig
-from .data import SoftCollator, add_trace_ids, check_rows, check_tag, check_traces, frontier, thought_mask
+from .data import (
+    SoftCollator,
+    add_trace_ids,
+    check_rows,
+    check_tag,
+    check_traces,
+    frontier,
+    thought_mask,
+)
 from .forward import soft_forward
 
 
 class SoftSFTTrainer(SFTTrainer):
     """TRL's SFTTrainer with soft teacher forcing in `compute_loss`.
 
-    Takes the datasets that TRL takes, prompt-completion or language modelling, and a column `traces` (texts, each an
-    alternative to the completion) for targets="traces" and "oracle". With `score(answer, row) -> float` every
-    evaluation also decodes held-out rows and logs their accuracy, read out softly and discretely. Each checkpoint
-    holds soft_config.json, the way it wants to be decoded.
+    Takes the datasets that TRL takes, prompt-completion or language modelling, and a column
+    `traces` (texts, each an alternative to the completion) for targets="traces" and "oracle". With
+    `score(answer, row) -> float` every evaluation also decodes held-out rows and logs their
+    accuracy, read out softly and discretely. Each checkpoint holds soft_config.json, the way it
+    wants to be decoded.
     """
 
     _tag_names = ["trl", "sft", "softar"]
-    loss_is_scaled_for_ga = True  # the loss below is divided by the target tokens of the whole accumulated batch
+    # the loss below is divided by the target tokens of the whole accumulated batch
+    loss_is_scaled_for_ga = True
 
-    def __init__(self, model, args: SoftSFTConfig, *, train_dataset, eval_dataset=None, processing_class=None,
-                 score: Callable[[str, dict], float] | None = None, **kwargs):  # fmt: skip
+    def __init__(
+        self,
+        model,
+        args: SoftSFTConfig,
+        *,
+        train_dataset,
+        eval_dataset=None,
+        processing_class=None,
+        score: Callable[[str, dict], float] | None = None,
+        **kwargs,
+    ):
         if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise ValueError(f"processing_class={processing_class!r}: SoftSFTTrainer needs the model's tokenizer")
+            raise ValueError(
+                f"processing_class={processing_class!r}: SoftSFTTrainer needs the model's tokenizer"
+            )
         check_writable(args.output_dir)
         self._score, self._decode_rows = score, eval_dataset
         if score is not None and eval_dataset is not None:
@@ -51,18 +74,32 @@ class SoftSFTTrainer(SFTTrainer):
                 )
         if args.targets != "gold":
             check_traces(train_dataset, args.targets)
-            train_dataset = add_trace_ids(train_dataset, processing_class, max_length=args.max_length)
+            train_dataset = add_trace_ids(
+                train_dataset, processing_class, max_length=args.max_length
+            )
         if args.targets == "oracle" and eval_dataset is not None:
             check_traces(eval_dataset, args.targets)
             eval_dataset = add_trace_ids(eval_dataset, processing_class, max_length=args.max_length)
         pad = processing_class.pad_token_id
         if pad is None:
-            raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token")
-        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-                         processing_class=processing_class, data_collator=SoftCollator(pad), **kwargs)  # fmt: skip
-        if self.aux_loss_enabled:  # by TRL, for every mixture of experts whose configuration has a coefficient
+            raise ValueError(
+                "the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token"
+            )
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=SoftCollator(pad),
+            **kwargs,
+        )
+        # by TRL, for every mixture of experts whose configuration has a coefficient
+        if self.aux_loss_enabled:
             given = f"router_aux_loss_coef={self.router_aux_loss_coef}"
-            raise ValueError(f"{given}: soft SFT leaves out the experts' load-balancing loss, set it to 0 to agree")
+            raise ValueError(
+                f"{given}: soft SFT leaves out the experts' load-balancing loss, set it to 0 to agree"
+            )
         vocab = self.model.config.get_text_config(decoder=True).vocab_size
         check_dist(vocab, args.soft_temperature, args.soft_top_k, args.soft_top_p, args.soft_min_p)
         self._freeze(args.freeze_embeddings, args.freeze_layers)
@@ -71,7 +108,9 @@ class SoftSFTTrainer(SFTTrainer):
             self.model.register_parameter("soft_log_temperature", nn.Parameter(start))
         self._alpha = args.alpha()
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
-        start, end = (_encode(processing_class, text) for text in (args.think_start, args.think_end))
+        start, end = (
+            _encode(processing_class, text) for text in (args.think_start, args.think_end)
+        )
         self._span = dict(start=start, end=end, steps=args.think_steps)
         if isinstance(self.train_dataset, Dataset):  # a stream shows its rows only once
             for name, ids in (("think_start", start), ("think_end", end)):
@@ -80,7 +119,8 @@ class SoftSFTTrainer(SFTTrainer):
         self._rng = torch.Generator()
         self._micro = 0
 
-    # -- data -------------------------------------------------------------------------------------------------------
+    # -- data
+    # -------------------------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -97,10 +137,14 @@ class SoftSFTTrainer(SFTTrainer):
         return batches, count
 
     def _draw_traces(self, batches: list[dict[str, Tensor]]) -> None:
-        # One number per row of the global batch, each process takes its own: the draw depends on the seed, the step
-        # and the row alone, so a resumed run, another number of processes or another gradient accumulation draws the
-        # same traces.
-        args, world, rank = self.args, self.accelerator.num_processes, self.accelerator.process_index
+        # One number per row of the global batch, each process takes its own: the draw depends on
+        # the seed, the step and the row alone, so a resumed run, another number of processes or
+        # another gradient accumulation draws the same traces.
+        args, world, rank = (
+            self.args,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+        )
         shape = (args.gradient_accumulation_steps, world, args.per_device_train_batch_size)
         uniform = torch.rand(shape, generator=self._seeded(0, shared=True))[:, rank]
         for batch, numbers in zip(batches, uniform, strict=False):
@@ -108,8 +152,11 @@ class SoftSFTTrainer(SFTTrainer):
             rows = torch.arange(len(traces), device=traces.device)
             choice = (numbers[: len(rows)].to(rows.device) * mask.any(-1).sum(-1)).long()
             batch["input_ids"], batch["attention_mask"] = traces[rows, choice], mask[rows, choice]
-            completion = (batch["labels"] != -100).cumsum(1) > 0  # a trace may be longer than the gold completion
-            batch["labels"] = torch.where(completion & batch["attention_mask"].bool(), batch["input_ids"], -100)
+            # a trace may be longer than the gold completion
+            completion = (batch["labels"] != -100).cumsum(1) > 0
+            batch["labels"] = torch.where(
+                completion & batch["attention_mask"].bool(), batch["input_ids"], -100
+            )
 
     def _seeded(self, micro: int, *, shared: bool) -> torch.Generator:
         rank = 0 if shared else 1 + self.accelerator.process_index
@@ -118,9 +165,14 @@ class SoftSFTTrainer(SFTTrainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Decay would pull the temperature to 1, where its logarithm is 0."""
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("soft_log_temperature")]
+        return [
+            name
+            for name in super().get_decay_parameter_names(model)
+            if not name.endswith("soft_log_temperature")
+        ]
 
-    # -- loss -------------------------------------------------------------------------------------------------------
+    # -- loss
+    # -------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         training = self.model.training
@@ -136,13 +188,16 @@ class SoftSFTTrainer(SFTTrainer):
             oracle = frontier(inputs["trace_ids"], inputs["trace_mask"], ids)
 
         def logits_of(ids: Tensor) -> Tensor:
-            """-> [B, T, V]. Runs inside the wrapper's forward, where DDP and FSDP have the parameters at hand."""
+            """-> [B, T, V]. Runs inside the wrapper's forward, where DDP and FSDP have the
+            parameters at hand."""
             if oracle is not None:
                 embedding = unwrapped.get_input_embeddings()
                 mixed = soft_embed(Soft(oracle.ids[thought], oracle.weights[thought]), embedding)
                 embeds = embedding(ids)
                 embeds = embeds.masked_scatter(thought[..., None], mixed.to(embeds.dtype))
-                return unwrapped(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], use_cache=False).logits
+                return unwrapped(
+                    inputs_embeds=embeds, attention_mask=inputs["attention_mask"], use_cache=False
+                ).logits
             return soft_forward(
                 unwrapped,
                 ids,
@@ -156,17 +211,21 @@ class SoftSFTTrainer(SFTTrainer):
             )
 
         def forward(ids: Tensor) -> tuple[Tensor, Tensor | float]:
-            # DDP wants each parameter in what the forward returns, the temperature at alpha = 1 too.
+            # DDP wants each parameter in what the forward returns, the temperature at alpha = 1
+            # too.
             return logits_of(ids), 0.0 * self._temperature()
 
         logits, nothing = _ForwardRedirection()(model, unwrapped, forward, ids)
         count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
         weight = alpha if self.args.thought_loss == "alpha" and training else 1.0
         loss, h = soft_loss(logits, labels, thought, thought_weight=weight, soft_labels=oracle)
-        loss = (loss + self.args.entropy_coef * h.sum()) / torch.as_tensor(count, device=loss.device).clamp(min=1)
+        loss = (loss + self.args.entropy_coef * h.sum()) / torch.as_tensor(
+            count, device=loss.device
+        ).clamp(min=1)
         loss = loss + nothing
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages, the count is of all processes
+            # DDP averages, the count is of all processes
+            loss = loss * self.accelerator.num_processes
         self._note(training, alpha, h)
         return (loss, CausalLMOutput(logits=logits)) if return_outputs else loss
 
@@ -177,15 +236,25 @@ class SoftSFTTrainer(SFTTrainer):
 
         def feed(logits: Tensor, gold: Tensor) -> Soft:
             if args.soft_mode == "parallel":
-                rng.set_state(state)  # the noise belongs to the position: every refresh sees the same
-            dist = mk_proba_dist(logits, temperature=temperature, top_k=args.soft_top_k, top_p=args.soft_top_p,
-                                 min_p=args.soft_min_p)  # fmt: skip
+                # the noise belongs to the position: every refresh sees the same
+                rng.set_state(state)
+            dist = mk_proba_dist(
+                logits,
+                temperature=temperature,
+                top_k=args.soft_top_k,
+                top_p=args.soft_top_p,
+                min_p=args.soft_min_p,
+            )
             return guide(self._mixer(dist, rng=rng).soft, gold, alpha, args.guidance, rng=rng)
 
         return feed
 
     def _temperature(self) -> float | Tensor:
-        return self.model.soft_log_temperature.exp() if self.args.learn_temperature else self.args.soft_temperature
+        return (
+            self.model.soft_log_temperature.exp()
+            if self.args.learn_temperature
+            else self.args.soft_temperature
+        )
 
     def _progress(self) -> float:
         return self.state.global_step / max(1, self.state.max_steps)
@@ -200,14 +269,20 @@ class SoftSFTTrainer(SFTTrainer):
         if self.args.learn_temperature:
             metrics["soft_temperature"].append(self._temperature().item())
 
-    # -- evaluation and checkpoints ---------------------------------------------------------------------------------
+    # -- evaluation and checkpoints
+    # ---------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self._micro = 0
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self._score is not None and self._decode_rows is not None and self.args.eval_decode_rows:
-            rows = self._decode_rows.select(range(min(len(self._decode_rows), self.args.eval_decode_rows)))
-            found = {f"{metric_key_prefix}_{r}_accuracy": self.accuracy(rows, r) for r in ("soft", "discrete")}
+            rows = self._decode_rows.select(
+                range(min(len(self._decode_rows), self.args.eval_decode_rows))
+            )
+            found = {
+                f"{metric_key_prefix}_{r}_accuracy": self.accuracy(rows, r)
+                for r in ("soft", "discrete")
+            }
             metrics.update(found)
             self.log(dict(found))
         return metrics
@@ -215,24 +290,41 @@ class SoftSFTTrainer(SFTTrainer):
     def accuracy(self, rows: Dataset, readout: str) -> float:
         """Mean score of the answers to `rows`, read out 'soft' or 'discrete'."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        mine = rows.select(range(rank % len(rows), len(rows), processes))  # never empty: fewer rows are counted twice
+        # never empty: fewer rows are counted twice
+        mine = rows.select(range(rank % len(rows), len(rows), processes))
         model = self.accelerator.unwrap_model(self.model)
-        found = evaluate(model, self.processing_class, mine, self._score, self.decoding(readout), seed=self.args.seed)
-        sums = torch.tensor([found["accuracy"] * len(mine), len(mine)], device=self.accelerator.device)
+        found = evaluate(
+            model,
+            self.processing_class,
+            mine,
+            self._score,
+            self.decoding(readout),
+            seed=self.args.seed,
+        )
+        sums = torch.tensor(
+            [found["accuracy"] * len(mine), len(mine)], device=self.accelerator.device
+        )
         points, n = self.accelerator.reduce(sums).tolist()
         return points / n
 
     def decoding(self, readout: str | None = None) -> SoftConfig:
-        """How to decode the model: 'soft', 'discrete', or (None) as it was trained, which soft_config.json records."""
+        """How to decode the model: 'soft', 'discrete', or (None) as it was trained, which
+        soft_config.json records."""
         if readout is None:
             readout = "soft" if self.args.is_soft else "discrete"
         temperature = self._temperature()
-        return self.args.decoding(readout, temperature.item() if torch.is_tensor(temperature) else temperature)
+        return self.args.decoding(
+            readout, temperature.item() if torch.is_tensor(temperature) else temperature
+        )
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         if self.args.learn_temperature:  # belongs to the decoding, not to the model
-            state_dict = self.accelerator.get_state_dict(self.model) if state_dict is None else state_dict
-            state_dict = {k: v for k, v in state_dict.items() if not k.endswith("soft_log_temperature")}
+            state_dict = (
+                self.accelerator.get_state_dict(self.model) if state_dict is None else state_dict
+            )
+            state_dict = {
+                k: v for k, v in state_dict.items() if not k.endswith("soft_log_temperature")
+            }
         super()._save(output_dir, state_dict)
         self.decoding().save(output_dir or self.args.output_dir)
 
@@ -253,25 +345,35 @@ class SoftSFTTrainer(SFTTrainer):
         if layers:
             stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), [])
             if layers > len(stack):
-                raise ValueError(f"freeze_layers={layers} but {type(model).__name__} has {len(stack)} layers")
+                raise ValueError(
+                    f"freeze_layers={layers} but {type(model).__name__} has {len(stack)} layers"
+                )
             for layer in list(stack)[:layers]:
                 layer.requires_grad_(False)
 
 
 def soft_loss(
-    logits: Tensor, labels: Tensor, thought: Tensor, *, thought_weight: float = 1.0, soft_labels: Soft | None = None
+    logits: Tensor,
+    labels: Tensor,
+    thought: Tensor,
+    *,
+    thought_weight: float = 1.0,
+    soft_labels: Soft | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the raw logits, summed over the target tokens; and the entropies of the thought's steps.
+    """Cross-entropy of the raw logits, summed over the target tokens; and the entropies of the
+    thought's steps.
 
     Raw: the filters and the temperature that shape the inputs have no part in the likelihood.
 
     Args:
         logits: [B, T, V]; labels: [B, T], -100 off the targets; thought: [B, T] bool.
         thought_weight: weight of the thought's tokens, the others have 1.
-        soft_labels: ids and weights [B, T, M]: the target at each position is this distribution instead of the label.
+        soft_labels: ids and weights [B, T, M]: the target at each position is this distribution
+            instead of the label.
 
     Returns:
-        loss [] float32, a sum; entropies [n] float32 nats of the n steps that predict a thought token.
+        loss [] float32, a sum; entropies [n] float32 nats of the n steps that predict a thought
+        token.
     """
     target = labels[:, 1:] != -100
     chosen = logits[:, :-1][target].float()  # [N, V]
@@ -294,5 +396,7 @@ def _encode(tokenizer, text: str | None) -> list[int]:
     except Exception:  # the class that a vocabulary without an unknown token raises
         ids = []
     if not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
-        raise ValueError(f"the tokenizer has no tokens for {text!r}: name a text that the data really contains")
+        raise ValueError(
+            f"the tokenizer has no tokens for {text!r}: name a text that the data really contains"
+        )
     return ids

@@ -11,7 +11,8 @@ from .trace import thought
 
 
 def results_table(rows: list[dict], title: str | None = None) -> Table:
-    """One line per decoder, the read-outs side by side; over several seeds mean and standard deviation."""
+    """One line per decoder, the read-outs side by side; over several seeds mean and standard
+    deviation."""
     readouts = list(dict.fromkeys(row["readout"] for row in rows))
     table = Table(title=title)
     table.add_column("decoder", no_wrap=True)
@@ -21,34 +22,51 @@ def results_table(rows: list[dict], title: str | None = None) -> Table:
         table.add_column(column, justify="right")
     for decoder in dict.fromkeys(row["decoder"] for row in rows):
         mine = [row for row in rows if row["decoder"] == decoder]
-        cells = [_spread([row["accuracy"] for row in mine if row["readout"] == r], 3) for r in readouts]
+        cells = [
+            _spread([row["accuracy"] for row in mine if row["readout"] == r], 3) for r in readouts
+        ]
         own = [row for row in mine if row["readout"] == mine[0]["readout"]]
-        cells += [_spread([row[key] for row in own], digits) for key, digits in
-                  (("nfe", 0), ("train_steps", 0), ("train_seconds", 0), ("seconds", 2))]  # fmt: skip
+        cells += [
+            _spread([row[key] for row in own], digits)
+            for key, digits in (
+                ("nfe", 0),
+                ("train_steps", 0),
+                ("train_seconds", 0),
+                ("seconds", 2),
+            )
+        ]
         table.add_row(decoder, *cells)
     return table
 
 
 def gain_table(rows: list[dict], title: str | None = None) -> Table:
-    """RL: one line per policy, its accuracy before and after and the difference, which is taken seed by seed; over
-    several seeds mean and standard deviation."""
+    """RL: one line per policy, its accuracy before and after and the difference, which is taken
+    seed by seed; over several seeds mean and standard deviation."""
     table = Table(title=title)
     table.add_column("policy", no_wrap=True)
     for column in ("before", "after", "gain", "forwards"):
         table.add_column(column, justify="right", no_wrap=True)
     for decoder in dict.fromkeys(row["decoder"] for row in rows):
-        mine = {stage: [row for row in rows if (row["decoder"], row["stage"]) == (decoder, stage)]
-                for stage in ("before", "after")}  # fmt: skip
-        values = {stage: {row["seed"]: row["accuracy"] for row in lines} for stage, lines in mine.items()}
+        mine = {
+            stage: [row for row in rows if (row["decoder"], row["stage"]) == (decoder, stage)]
+            for stage in ("before", "after")
+        }
+        values = {
+            stage: {row["seed"]: row["accuracy"] for row in lines} for stage, lines in mine.items()
+        }
         gains = [after - values["before"][seed] for seed, after in values["after"].items()]
-        cells = [_spread(list(values["before"].values()), 3), _spread(list(values["after"].values()), 3)]
+        cells = [
+            _spread(list(values["before"].values()), 3),
+            _spread(list(values["after"].values()), 3),
+        ]
         cells += [_spread(gains, 3, sign="+"), _spread([row["nfe"] for row in mine["after"]], 0)]
         table.add_row(decoder, *cells)
     return table
 
 
 def plot_rewards(rows: list[dict], file: str | Path, title: str = "") -> Path:
-    """The reward of the rollouts over the training steps: a thin line per seed, the mean thick, a colour per policy."""
+    """The reward of the rollouts over the training steps: a thin line per seed, the mean thick, a
+    colour per policy."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -56,10 +74,14 @@ def plot_rewards(rows: list[dict], file: str | Path, title: str = "") -> Path:
 
     figure, axes = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
     for i, decoder in enumerate(dict.fromkeys(row["decoder"] for row in rows)):
-        curves = [dict(row["rewards"]) for row in rows if row["decoder"] == decoder and "rewards" in row]
+        curves = [
+            dict(row["rewards"]) for row in rows if row["decoder"] == decoder and "rewards" in row
+        ]
         if len(curves) > 1:
             for curve in curves:
-                axes.plot(list(curve), list(curve.values()), color=f"C{i}", linewidth=0.6, alpha=0.5)
+                axes.plot(
+                    list(curve), list(curve.values()), color=f"C{i}", linewidth=0.6, alpha=0.5
+                )
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))  # logged by every seed
         mean = [statistics.mean(curve[step] for curve in curves) for step in steps]
         axes.plot(steps, mean, color=f"C{i}", linewidth=1.8, label=decoder)
@@ -92,13 +114,23 @@ def plot_accuracy(rows: list[dict], file: str | Path, title: str = "") -> Path:
     for i, readout in enumerate(readouts):
         label = readout
         for x, decoder in enumerate(decoders):
-            values = [row["accuracy"] for row in rows if (row["decoder"], row["readout"]) == (decoder, readout)]
+            values = [
+                row["accuracy"]
+                for row in rows
+                if (row["decoder"], row["readout"]) == (decoder, readout)
+            ]
             if not values:
                 continue
             at = x + (i - (len(readouts) - 1) / 2) * width
             axes.bar(at, statistics.mean(values), width * 0.92, color=f"C{i}", label=label)
             label = None  # one entry of the legend
-            axes.text(at, statistics.mean(values) + 0.01, f"{statistics.mean(values):.2f}", ha="center", fontsize=8)
+            axes.text(
+                at,
+                statistics.mean(values) + 0.01,
+                f"{statistics.mean(values):.2f}",
+                ha="center",
+                fontsize=8,
+            )
             if len(values) > 1:
                 axes.plot([at] * len(values), values, "k.", markersize=3)
     axes.set_xticks(range(len(decoders)), decoders)
@@ -111,8 +143,8 @@ def plot_accuracy(rows: list[dict], file: str | Path, title: str = "") -> Path:
 
 
 def nfe_table(rows: list[dict], title: str | None = None) -> Table:
-    """Accuracy: one line per training and decoder (and schedule, if there are several), one column per budget of
-    forward passes; over several seeds mean and standard deviation."""
+    """Accuracy: one line per training and decoder (and schedule, if there are several), one column
+    per budget of forward passes; over several seeds mean and standard deviation."""
     keys = ["training", "decoder"]
     if len({row["schedule"] for row in rows}) > 1:
         keys.append("schedule")
@@ -124,13 +156,16 @@ def nfe_table(rows: list[dict], title: str | None = None) -> Table:
         table.add_column(f"{budget:g}", justify="right", no_wrap=True)
     for line in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
         mine = [row for row in rows if tuple(row[key] for key in keys) == line]
-        table.add_row(*line, *(_spread([row["accuracy"] for row in mine if row["budget"] == b], 3) for b in budgets))
+        table.add_row(
+            *line,
+            *(_spread([row["accuracy"] for row in mine if row["budget"] == b], 3) for b in budgets),
+        )
     return table
 
 
 def plot_nfe(rows: list[dict], file: str | Path, title: str = "") -> Path:
-    """Accuracy over measured forward passes, a line per training and decoder with one standard deviation over the
-    seeds; a panel per schedule."""
+    """Accuracy over measured forward passes, a line per training and decoder with one standard
+    deviation over the seeds; a panel per schedule."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -153,21 +188,32 @@ def plot_nfe(rows: list[dict], file: str | Path, title: str = "") -> Path:
     for axes, schedule in zip(panels[0], schedules, strict=True):
         shown = [row for row in rows if row["schedule"] == schedule]
         for training, decoder in dict.fromkeys((row["training"], row["decoder"]) for row in shown):
-            mine = [row for row in shown if (row["training"], row["decoder"]) == (training, decoder)]
+            mine = [
+                row for row in shown if (row["training"], row["decoder"]) == (training, decoder)
+            ]
             label = f"{training}, {decoder}"
-            look = dict(color=f"C{trainings.index(training)}", **_NFE_LOOKS[decoders.index(decoder) % len(_NFE_LOOKS)])
+            look = dict(
+                color=f"C{trainings.index(training)}",
+                **_NFE_LOOKS[decoders.index(decoder) % len(_NFE_LOOKS)],
+            )
             lines[label] = axes.errorbar(
                 *_nfe_points(mine), label=label, capsize=2, markersize=4, linewidth=1.2, **look
             )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set(xlabel="forward passes (mean NFE)", ylim=(0, 1.08), title=schedule if len(schedules) > 1 else title)
+        axes.set(
+            xlabel="forward passes (mean NFE)",
+            ylim=(0, 1.08),
+            title=schedule if len(schedules) > 1 else title,
+        )
         axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("held-out accuracy")
     if len(schedules) > 1:
         figure.suptitle(title)
-    figure.legend(lines.values(), lines, title="training, decoder", frameon=False, loc="outside right upper")
+    figure.legend(
+        lines.values(), lines, title="training, decoder", frameon=False, loc="outside right upper"
+    )
     figure.savefig(file, dpi=150)
     plt.close(figure)
     return Path(file)
@@ -182,21 +228,27 @@ _NFE_LOOKS = [
 
 
 def _nfe_points(rows: list[dict]) -> tuple[list[float], list[float], list[float]]:
-    """Per budget the mean NFE, the mean accuracy and its standard deviation over the seeds, by increasing NFE."""
+    """Per budget the mean NFE, the mean accuracy and its standard deviation over the seeds, by
+    increasing NFE."""
     points = []
     for budget in dict.fromkeys(row["budget"] for row in rows):
         mine = [row for row in rows if row["budget"] == budget]
         values = [row["accuracy"] for row in mine]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        points.append((statistics.mean(row["nfe"] for row in mine), statistics.mean(values), spread))
+        points.append(
+            (statistics.mean(row["nfe"] for row in mine), statistics.mean(values), spread)
+        )
     x, y, error = zip(*sorted(points), strict=True)
     return list(x), list(y), list(error)
 
 
 def thought_table(out: SoftOutput, tokenizer, row: int = 0, top: int = 5) -> Table:
-    """The belief of one row, step by step: the likeliest tokens of each mixture, its entropy, what stands for it."""
-    trace = thought(out, tokenizer, row, top=200)  # all that are drawn: no more than 200 weigh over 0.005
-    table = Table(title=Text(trace.prompt))  # Text, since rich would read tokens such as [/INST] as its own markup
+    """The belief of one row, step by step: the likeliest tokens of each mixture, its entropy, what
+    stands for it."""
+    # all that are drawn: no more than 200 weigh over 0.005
+    trace = thought(out, tokenizer, row, top=200)
+    # Text, since rich would read tokens such as [/INST] as its own markup
+    table = Table(title=Text(trace.prompt))
     for name in ("step", "kind", "token", "entropy / nats", "fed back"):
         table.add_column(name, no_wrap=name != "fed back")
     for number, step in enumerate(trace.steps, 1):
@@ -204,5 +256,7 @@ def thought_table(out: SoftOutput, tokenizer, row: int = 0, top: int = 5) -> Tab
         mixture = "  ".join(f"{text} {weight:.2f}" for text, weight in pairs[:top])
         if len(pairs) > top:
             mixture += f"  (+{len(pairs) - top})"
-        table.add_row(str(number), step.kind, Text(step.token), f"{step.entropy:.2f}", Text(mixture))
+        table.add_row(
+            str(number), step.kind, Text(step.token), f"{step.entropy:.2f}", Text(mixture)
+        )
     return table

@@ -16,34 +16,51 @@ DIGITS = [chr(code) for code in range(35, 127) if chr(code) not in "<\\"]
 def page(traces: list[Trace | Canvas], title: str = "softar") -> str:
     """Self-contained HTML of the traces, behind tabs where there are several.
 
-    The traces are embedded as JSON: ASCII without "<", so nothing that a token holds can end the script around it.
-    Weights of a canvas are rounded to thousandths, as finely as the page says them.
+    The traces are embedded as JSON: ASCII without "<", so nothing that a token holds can end the
+    script around it. Weights of a canvas are rounded to thousandths, as finely as the page says
+    them.
     """
     if not traces:
         raise ValueError("no traces: a page shows at least one")
     data = [pack(trace) if isinstance(trace, Canvas) else to_json(trace) for trace in traces]
     data = "[" + ",\n".join(data).replace("<", "\\u003c") + "]"
-    parts = {"title": html.escape(title).encode("ascii", "xmlcharrefreplace").decode(), "data": data}
+    parts = {
+        "title": html.escape(title).encode("ascii", "xmlcharrefreplace").decode(),
+        "data": data,
+    }
     frame = files("softar.show").joinpath("page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(title|data)\}\}", lambda match: parts[match[1]], frame)  # once, so that data may hold braces
+    # once, so that data may hold braces
+    return re.sub(r"\{\{(title|data)\}\}", lambda match: parts[match[1]], frame)
 
 
 def pack(canvas: Canvas) -> str:
-    """JSON of a canvas as the page's script reads it. Mixtures are nearly all of it, so each is a text of two numbers
-    for each token: its place in `words`, `wide` digits, and its weight in thousandths, 2 digits. 0 stands for the
-    mixture that the slot had last."""
-    tokens = (token for forward in canvas.forwards for mixture in forward.soft.values() for token, _ in mixture)
+    """JSON of a canvas as the page's script reads it. Mixtures are nearly all of it, so each is a
+    text of two numbers for each token: its place in `words`, `wide` digits, and its weight in
+    thousandths, 2 digits. 0 stands for the mixture that the slot had last."""
+    tokens = (
+        token
+        for forward in canvas.forwards
+        for mixture in forward.soft.values()
+        for token, _ in mixture
+    )
     place = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     wide = 2 if len(place) <= len(DIGITS) ** 2 else 3
     forwards, last = [], {}
     for forward in canvas.forwards:
         soft = {}
         for column, mixture in forward.soft.items():
-            packed = "".join(_digits(place[token], wide) + _digits(round(1000 * w), 2) for token, w in mixture)
+            packed = "".join(
+                _digits(place[token], wide) + _digits(round(1000 * w), 2) for token, w in mixture
+            )
             soft[column] = 0 if last.get(column) == packed else packed
             last[column] = packed
         forwards.append({"committed": forward.committed, "soft": soft, "dropped": forward.dropped})
-    whole = {"family": canvas.family, "title": canvas.title, "mask": canvas.mask, "cells": canvas.cells}
+    whole = {
+        "family": canvas.family,
+        "title": canvas.title,
+        "mask": canvas.mask,
+        "cells": canvas.cells,
+    }
     whole |= {"words": list(place), "wide": wide, "forwards": forwards}
     return json.dumps(whole, allow_nan=False, separators=(",", ":"))
 

@@ -11,7 +11,8 @@ from .trace import Canvas, Forward, Mixture, Trace
 WIDTH = 24  # characters of a bar
 
 
-BLOCKS = "█▓▒░"  # of the likeliest tokens; all others share a dot, so that a bar can be read without colour
+# of the likeliest tokens; all others share a dot, so that a bar can be read without colour
+BLOCKS = "█▓▒░"
 
 
 HUES = ("#6366f1", "#818cf8", "#a5b4fc", "#c7d2fe")
@@ -24,7 +25,8 @@ SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
 
 
 def visible(text: str, limit: int = 20) -> str:
-    """A token on one line: spaces at its ends, line breaks, controls and directions as signs; long ones cut."""
+    """A token on one line: spaces at its ends, line breaks, controls and directions as signs; long
+    ones cut."""
     if not text:
         return "∅"
     core = text.strip(" ")
@@ -66,8 +68,8 @@ def _heading(title: str) -> list[Text]:
 
 
 def bar(mixture: Mixture, rest: float = 0.0, mask: str | None = None) -> Text:
-    """A mixture as WIDTH characters, the shares rounded so that the whole is filled; what has no block of its own, the
-    mask with it, is drawn in dots behind."""
+    """A mixture as WIDTH characters, the shares rounded so that the whole is filled; what has no
+    block of its own, the mask with it, is drawn in dots behind."""
     named = [weight for token, weight in mixture if token != mask][: len(BLOCKS)]
     total = math.fsum(weight for _, weight in mixture) + rest or 1.0
     out, done = Text(), 0
@@ -79,8 +81,11 @@ def bar(mixture: Mixture, rest: float = 0.0, mask: str | None = None) -> Text:
 
 
 def listed(mixture: Mixture, mask: str | None = None) -> Text:
-    """The tokens that the bar draws in blocks, with their weights, and last the mask with its own."""
-    named = [(visible(token, 14), weight) for token, weight in mixture if token != mask][: len(BLOCKS)]
+    """The tokens that the bar draws in blocks, with their weights, and last the mask with its
+    own."""
+    named = [(visible(token, 14), weight) for token, weight in mixture if token != mask][
+        : len(BLOCKS)
+    ]
     masks = [("mask", weight) for token, weight in mixture if token == mask]
     out = Text()
     for token, weight in named + masks:
@@ -102,7 +107,10 @@ def _view_canvas(canvas: Canvas) -> Group:
             shown = bar(mixture, mask=canvas.mask), "  ", listed(mixture, canvas.mask)
             table.add_row("", Text.assemble((f"{column:>4} ", "dim"), *shown))
         if len(waiting) > SLOTS:
-            table.add_row("", Text(f"     and {len(waiting) - SLOTS} more soft slots, surer than these", "dim"))
+            table.add_row(
+                "",
+                Text(f"     and {len(waiting) - SLOTS} more soft slots, surer than these", "dim"),
+            )
     return Group(*_heading(canvas.title), table)
 
 
@@ -112,15 +120,19 @@ def _surest(mixture: Mixture, mask: str) -> float:
 
 
 def _cells(canvas: Canvas, forward: Forward, state: list) -> Text:
-    """One row: given cells bold, decided ones from red to green by their probability and underlined where new, soft
-    slots in italics under their likeliest token, masks as dots, remasked ones as a sign."""
+    """One row: given cells bold, decided ones from red to green by their probability and underlined
+    where new, soft slots in italics under their likeliest token, masks as dots, remasked ones as a
+    sign."""
     out = Text()
     for column, (text, p) in enumerate(state):
         if text is not None:
             style = "bold" if canvas.cells[column] is not None else "dim"
             if p is not None:
                 style = f"rgb({int(230 * (1 - p)) + 20},{int(190 * p) + 40},60)"
-            out.append(visible(text).strip("␣"), style + (" underline" if column in forward.committed else ""))
+            out.append(
+                visible(text).strip("␣"),
+                style + (" underline" if column in forward.committed else ""),
+            )
         elif column in forward.dropped:
             out.append("↺", "red")
         else:

@@ -1,7 +1,8 @@
 """What a decode believed, step by step, as plain data: for the page, for the terminal, as JSON.
 
-Two families. A `Trace` is a chain of steps, each with the mixture that was fed back. A `Canvas` is a row of cells that
-forwards fill. Both hold text and numbers only: no tensors, and nothing that needs the model or the tokenizer again.
+Two families. A `Trace` is a chain of steps, each with the mixture that was fed back. A `Canvas` is
+a row of cells that forwards fill. Both hold text and numbers only: no tensors, and nothing that
+needs the model or the tokenizer again.
 """
 
 import dataclasses
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from ..decode import SoftOutput
 
 TOP = 10  # candidates of a mixture that are kept
-MANY = 256  # slots of a mixture that are looked at one by one; wider ones are whole distributions, without repeats
+# slots of a mixture that are looked at one by one; wider ones are whole distributions, without
+# repeats
+MANY = 256
 Mixture = list[tuple[str, float]]  # tokens and weights, heaviest first
 
 
@@ -25,7 +28,9 @@ Mixture = list[tuple[str, float]]  # tokens and weights, heaviest first
 class Step:
     """One step of an autoregressive decode."""
 
-    kind: str  # "soft": the mixture was fed back; "hard": one token, the model's choice; "forced": one, put by a rule
+    # "soft": the mixture was fed back; "hard": one token, the model's choice; "forced": one, put by
+    # a rule
+    kind: str
     token: str  # stands for the step in the text
     entropy: float | None  # nats, of the model's distribution; None where not known
     mixture: Mixture  # what was fed back, at most TOP tokens; of a hard step its one token
@@ -48,9 +53,11 @@ class Trace:
 class Forward:
     """What one forward of a diffusion model did to the canvas; the keys are columns, from 0."""
 
-    # What it decided, and the probability that had; None: filled in by a rule (behind an end of text)
+    # What it decided, and the probability that had; None: filled in by a rule (behind an end of
+    # text)
     committed: dict[int, tuple[str, float | None]] = field(default_factory=dict)
-    # What slots show in the next forward; the mask is listed under the canvas's `mask`. Weights need not sum to 1
+    # What slots show in the next forward; the mask is listed under the canvas's `mask`. Weights
+    # need not sum to 1
     soft: dict[int, Mixture] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)  # went back to the mask
 
@@ -66,8 +73,8 @@ class Canvas:
     family: str = "diffusion"
 
     def states(self) -> Iterator[list[tuple[str | None, float | None]]]:
-        """The canvas before the first forward and after each: per cell its text, None for a mask, and the probability
-        that it had when it was decided, None where none decided it."""
+        """The canvas before the first forward and after each: per cell its text, None for a mask,
+        and the probability that it had when it was decided, None where none decided it."""
         now = [(text, None) for text in self.cells]
         yield now
         for forward in self.forwards:
@@ -90,9 +97,12 @@ class Words:
             self.known[token] = self.tokenizer.decode([token])
         return self.known[token]
 
-    def mixtures(self, ids: "Tensor", weights: "Tensor", top: int) -> Iterator[tuple[Mixture, float, int]]:
-        """[n, K] -> of each row the `top` heaviest tokens, the weight of the others, and how many those are. A token
-        that was drawn more than once counts once, with all its weight; weights of 0 are padding."""
+    def mixtures(
+        self, ids: "Tensor", weights: "Tensor", top: int
+    ) -> Iterator[tuple[Mixture, float, int]]:
+        """[n, K] -> of each row the `top` heaviest tokens, the weight of the others, and how many
+        those are. A token that was drawn more than once counts once, with all its weight; weights
+        of 0 are padding."""
         heavy, order = weights.topk(min(MANY, weights.shape[-1]), dim=-1)
         lost_count = (weights > 0).sum(-1) - (heavy > 0).sum(-1)
         lost = (weights.double().sum(-1) - heavy.double().sum(-1)).where(lost_count > 0, 0.0)
@@ -109,7 +119,8 @@ class Words:
 
 
 def thought(out: "SoftOutput", tokenizer, row: int = 0, top: int = TOP, title: str = "") -> Trace:
-    """The trace of one row of what `softar.generate` returns, with the `top` likeliest tokens of each mixture."""
+    """The trace of one row of what `softar.generate` returns, with the `top` likeliest tokens of
+    each mixture."""
     from ..thought import Kind  # here, so that a trace can be read and shown without torch
 
     words, record = Words(tokenizer), out.record
@@ -138,9 +149,13 @@ def from_json(text: str) -> Trace | Canvas:
             steps = [Step(**step | {"mixture": _pairs(step["mixture"])}) for step in data["steps"]]
             return Trace(**data | {"steps": steps})
         if family == "diffusion":
-            return Canvas(**data | {"forwards": [_forward(**forward) for forward in data["forwards"]]})
+            return Canvas(
+                **data | {"forwards": [_forward(**forward) for forward in data["forwards"]]}
+            )
     except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"this is no trace: {error!r}; read what softar.show.trace.to_json wrote") from None
+        raise ValueError(
+            f"this is no trace: {error!r}; read what softar.show.trace.to_json wrote"
+        ) from None
     raise ValueError(f"family={family!r} is unknown: a trace is 'autoregressive' or 'diffusion'")
 
 

@@ -1,4 +1,5 @@
-"""vLLM: the plug-in that thinks softly inside its engine, and decoders, server and client beside it."""
+"""vLLM: the plug-in that thinks softly inside its engine, and decoders, server and client beside
+it."""
 
 from importlib import import_module
 

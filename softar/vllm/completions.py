@@ -1,4 +1,5 @@
-"""What the decoders on vLLM share: how tokens are chosen, what a row costs, which of its completions counts."""
+"""What the decoders on vLLM share: how tokens are chosen, what a row costs, which of its
+completions counts."""
 
 import random
 from collections import Counter
@@ -34,27 +35,47 @@ class Sampling:
     temperature: float = 1.0  # of sampled and self-consistency
     top_p: float | None = None
     top_k: int | None = None
-    votes: int = 8  # samples of self-consistency; the commonest text wins, among equals the first seen
+    # samples of self-consistency; the commonest text wins, among equals the first seen
+    votes: int = 8
     num_beams: int = 4
     soft: dict | None = None  # of mode soft: what softar.vllm.plugin takes; the answer is greedy
-    logprobs: int | None = None  # likeliest tokens whose log-probability is kept, beside that of the token itself
+    # likeliest tokens whose log-probability is kept, beside that of the token itself
+    logprobs: int | None = None
 
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r} is unknown: choose one of {(*MODES,)}")
         if (self.mode == "soft") != (self.soft is not None):
-            raise ValueError(f"mode={self.mode!r}, soft={self.soft!r}: mode 'soft' needs soft=, and no other takes it")
-        for name in ("temperature", "top_p", "top_k", "votes", "num_beams", "max_new_tokens", "logprobs"):
+            raise ValueError(
+                f"mode={self.mode!r}, soft={self.soft!r}: mode 'soft' needs soft=, and no other takes it"
+            )
+        for name in (
+            "temperature",
+            "top_p",
+            "top_k",
+            "votes",
+            "num_beams",
+            "max_new_tokens",
+            "logprobs",
+        ):
             if isinstance(value := getattr(self, name), (str, bool, list, dict)):
                 raise ValueError(f"{name}={value!r} must be a number")
-        for name, least in (("max_new_tokens", 1), ("votes", 1), ("num_beams", 1), ("top_k", 1), ("logprobs", 0)):
+        for name, least in (
+            ("max_new_tokens", 1),
+            ("votes", 1),
+            ("num_beams", 1),
+            ("top_k", 1),
+            ("logprobs", 0),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.draws and not 0 < self.temperature <= 2:
-            raise ValueError(f"temperature={self.temperature} must lie in (0, 2] for vLLM; mode='greedy' is the argmax")
+            raise ValueError(
+                f"temperature={self.temperature} must lie in (0, 2] for vLLM; mode='greedy' is the argmax"
+            )
 
     @property
     def draws(self) -> bool:
@@ -70,20 +91,35 @@ class Sampling:
         """vLLM's own names and neutral values; greedy and the steps of a beam know no filters."""
         if not self.draws:
             return {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
-        return {"temperature": self.temperature, "top_p": self.top_p or 1.0, "top_k": self.top_k or 0}
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p or 1.0,
+            "top_k": self.top_k or 0,
+        }
 
     @property
     def setting(self) -> str:
         """What tells it from others of its mode."""
-        names = {"sampled": ["temperature"], "self-consistency": ["votes", "temperature"], "beam": ["num_beams"]}
-        shown = [*names.get(self.mode, []), *(n for n in ("top_p", "top_k") if self.draws and getattr(self, n))]
+        names = {
+            "sampled": ["temperature"],
+            "self-consistency": ["votes", "temperature"],
+            "beam": ["num_beams"],
+        }
+        shown = [
+            *names.get(self.mode, []),
+            *(n for n in ("top_p", "top_k") if self.draws and getattr(self, n)),
+        ]
         return " ".join(f"{name}={getattr(self, name)}" for name in shown)
 
     def cost(self, prompt: int, lengths: list[int]) -> tuple[int, int]:
-        """num_forwards and token_forwards of a row: its prompt's length, and those of its completions."""
-        if self.mode == "beam":  # one row at first, then one per beam, each with the prompt and all tokens so far
+        """num_forwards and token_forwards of a row: its prompt's length, and those of its
+        completions."""
+        # one row at first, then one per beam, each with the prompt and all tokens so far
+        if self.mode == "beam":
             later = range(1, self.max_new_tokens)
-            return self.count * self.max_new_tokens, prompt + self.count * sum(prompt + t for t in later)
+            return self.count * self.max_new_tokens, prompt + self.count * sum(
+                prompt + t for t in later
+            )
         return sum(lengths), sum(prompt + n - 1 for n in lengths)
 
 
@@ -93,7 +129,8 @@ class Completion:
 
     text: str
     tokens: tuple[int, ...]
-    # Per token: id -> log-probability, raw (before temperature and filters); None where not asked for
+    # Per token: id -> log-probability, raw (before temperature and filters); None where not asked
+    # for
     logprobs: tuple[dict[int, float], ...] | None
     record: Record | None = None  # [1, T, ...] of mode soft, where a trace is asked for
 
@@ -105,9 +142,15 @@ class CompletionDecoder:
         self.model, self.sampling, self.trace = model, sampling, trace
         self.rng = random.Random(seed)
         self.tokenizer = None
-        self.completions: list[list[Completion]] = []  # of the last decode: every vote or beam, with its logprobs
+        # of the last decode: every vote or beam, with its logprobs
+        self.completions: list[list[Completion]] = []
         decoder = f"vllm-{sampling.mode}"
-        self.columns = {"decoder": decoder, "model": model, "setting": sampling.setting, "family": "vllm"}
+        self.columns = {
+            "decoder": decoder,
+            "model": model,
+            "setting": sampling.setting,
+            "family": "vllm",
+        }
         self.name = name or " ".join(filter(None, [decoder, sampling.setting]))
 
     def __enter__(self):
@@ -118,7 +161,8 @@ class CompletionDecoder:
         self.close()
 
     def seeds(self, n: int) -> list[int]:
-        """One per prompt, so that what a prompt draws does not depend on its batch; vote i adds i to it."""
+        """One per prompt, so that what a prompt draws does not depend on its batch; vote i adds i
+        to it."""
         return [self.rng.randrange(2**31) for _ in range(n)]
 
     @property
@@ -126,7 +170,9 @@ class CompletionDecoder:
         """What is asked of the plug-in. The record is slower than the answer alone."""
         return self.sampling.soft | {"record": self.trace or ends_unseen(self.sampling.soft)}
 
-    def rows(self, prompts: list, ids: list[list[int]], found: list[list[Completion]], seconds: float) -> list[Decoded]:
+    def rows(
+        self, prompts: list, ids: list[list[int]], found: list[list[Completion]], seconds: float
+    ) -> list[Decoded]:
         """What counts of each prompt, of its token ids and its completions. seconds: of one row."""
         starts = [0] * len(prompts)
         if self.sampling.soft is not None and has_answer(self.sampling.soft):
@@ -134,15 +180,23 @@ class CompletionDecoder:
             starts = answer_starts(config.resolve(self.tokenizer), ids, [own[0] for own in found])
         return [self._row(*row, seconds) for row in zip(prompts, ids, found, starts, strict=True)]
 
-    def _row(self, prompt, ids: list[int], found: list[Completion], start: int, seconds: float) -> Decoded:
+    def _row(
+        self, prompt, ids: list[int], found: list[Completion], start: int, seconds: float
+    ) -> Decoded:
         best = Counter(c.text.strip() for c in found).most_common(1)[0][0]
         voting = self.sampling.mode == "self-consistency"
         chosen = next(c for c in found if c.text.strip() == best) if voting else found[0]
-        text = self.tokenizer.decode(chosen.tokens[start:], skip_special_tokens=True) if start else chosen.text
+        text = (
+            self.tokenizer.decode(chosen.tokens[start:], skip_special_tokens=True)
+            if start
+            else chosen.text
+        )
         forwards, positions = self.sampling.cost(len(ids), [len(c.tokens) for c in found])
         entropy = None if chosen.record is None else float(chosen.record.entropy.mean())
         trace = self._trace(prompt, ids, chosen, start) if self.trace else None
-        return Decoded(text, chosen.tokens, float(forwards), float(positions), seconds, entropy, trace)
+        return Decoded(
+            text, chosen.tokens, float(forwards), float(positions), seconds, entropy, trace
+        )
 
     def _trace(self, prompt, ids: list[int], chosen: Completion, start: int) -> Trace:
         tokenizer = self.tokenizer or _Numbers()
@@ -151,9 +205,15 @@ class CompletionDecoder:
             costs = dict(num_forwards=0, token_forwards=0, seconds=0.0)
             out = SoftOutput(sequence, chosen.record, len(ids), torch.tensor([start]), **costs)
             return thought(out, tokenizer, title=self.name)
-        text = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+        text = (
+            prompt
+            if isinstance(prompt, str)
+            else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+        )
         words = [tokenizer.decode([token]) for token in chosen.tokens]
-        return Trace(text, [Step("hard", word, None, [(word, 1.0)]) for word in words], title=self.name)
+        return Trace(
+            text, [Step("hard", word, None, [(word, 1.0)]) for word in words], title=self.name
+        )
 
 
 class _Numbers:
@@ -169,19 +229,25 @@ def has_answer(soft: dict) -> bool:
 
 
 def ends_unseen(soft: dict) -> bool:
-    """Can the answer begin where neither a token nor a count of steps tells? With a budget too, as a cold stop just
-    before it begins to put think_end in, which the count would begin anew."""
+    """Can the answer begin where neither a token nor a count of steps tells? With a budget too, as
+    a cold stop just before it begins to put think_end in, which the count would begin anew."""
     is_counted = soft.get("budget") is not None
-    return soft.get("cold_stop_entropy") is not None and (soft.get("think_end") is None or is_counted)
+    return soft.get("cold_stop_entropy") is not None and (
+        soft.get("think_end") is None or is_counted
+    )
 
 
-def answer_starts(config: SoftConfig, prompts: list[list[int]], found: list[Completion]) -> list[int]:
-    """Steps of each completion before its answer begins, by the loop's own rules; 0 where it has no separate thought.
+def answer_starts(
+    config: SoftConfig, prompts: list[list[int]], found: list[Completion]
+) -> list[int]:
+    """Steps of each completion before its answer begins, by the loop's own rules; 0 where it has no
+    separate thought.
 
     config: resolved. A cold stop without think_end needs the records.
     """
     wide, steps = max(map(len, prompts), default=0), max((len(c.tokens) for c in found), default=0)
-    ids = torch.full((len(found), wide + steps), -1)  # no token, so that no rule takes padding for one
+    # no token, so that no rule takes padding for one
+    ids = torch.full((len(found), wide + steps), -1)
     entropy = torch.full((len(found), steps), torch.inf)
     for row, (prompt, c) in enumerate(zip(prompts, found, strict=True)):
         ids[row, wide - len(prompt) : wide + len(c.tokens)] = torch.tensor([*prompt, *c.tokens])
@@ -192,7 +258,9 @@ def answer_starts(config: SoftConfig, prompts: list[list[int]], found: list[Comp
     for step in range(steps):
         chooser.done = lengths <= step
         token = ids[:, wide + step]
-        said = Mixed(Soft(token[:, None], torch.ones_like(token[:, None])), token, torch.zeros(len(token)))
+        said = Mixed(
+            Soft(token[:, None], torch.ones_like(token[:, None])), token, torch.zeros(len(token))
+        )
         chooser.decide(entropy[:, step], said, said, ids[:, : wide + step])
     return chooser.answer_start.tolist()
 
@@ -206,15 +274,20 @@ def token_ids(tokenizer, prompt) -> list[int]:
 
 
 def split_options(options: dict, others: tuple[str, ...]) -> tuple[dict, dict]:
-    """The fields of Sampling, and the others. Raises ValueError for what is neither, or has no use in the mode."""
+    """The fields of Sampling, and the others. Raises ValueError for what is neither, or has no use
+    in the mode."""
     known = [field.name for field in fields(Sampling)]
     if unknown := sorted(set(options) - {*known, *others}):
-        raise ValueError(f"unknown options {unknown} of a vLLM decoder; known: {sorted({*known, *others})}")
+        raise ValueError(
+            f"unknown options {unknown} of a vLLM decoder; known: {sorted({*known, *others})}"
+        )
     sampling = {k: v for k, v in options.items() if k in known}
     mode = sampling.get("mode", Sampling.mode)
     if mode in MODES:  # Sampling says what is wrong with another
         used = ("mode", "max_new_tokens", *MODES[mode], "soft")  # Sampling looks after soft
         if idle := [f"{k}={v!r}" for k, v in sampling.items() if k not in used and v is not None]:
             takes = ", ".join(("max_new_tokens", *MODES[mode]))
-            raise ValueError(f"{', '.join(idle)}: mode {mode!r} has no use for that; it takes {takes}")
+            raise ValueError(
+                f"{', '.join(idle)}: mode {mode!r} has no use for that; it takes {takes}"
+            )
     return sampling, {k: v for k, v in options.items() if k in others}

@@ -17,11 +17,24 @@ CLIENT = ("timeout", "connect", "retries", "concurrency", "api_key")  # of Serve
 
 
 def _factory(mode: str) -> Callable[..., VLLMDecoder | ServerDecoder]:
-    def make(model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, url=None, **options):
-        """A vLLM decoder; with url= over HTTP, else with an engine here. options: Sampling's fields, and the engine's
-        (ENGINE) or ServerDecoder's (timeout, connect, retries, concurrency, api_key)."""
+    def make(
+        model,
+        *,
+        max_new_tokens,
+        seed=0,
+        trace=False,
+        dtype="float32",
+        device=None,
+        url=None,
+        **options,
+    ):
+        """A vLLM decoder; with url= over HTTP, else with an engine here. options: Sampling's
+        fields, and the engine's (ENGINE) or ServerDecoder's (timeout, connect, retries,
+        concurrency, api_key)."""
         if "mode" in options:
-            raise ValueError(f"mode={options['mode']!r} is not an option: name the decoder, one of {sorted(DECODERS)}")
+            raise ValueError(
+                f"mode={options['mode']!r} is not an option: name the decoder, one of {sorted(DECODERS)}"
+            )
         options |= dict(mode=mode, max_new_tokens=max_new_tokens, seed=seed, trace=trace)
         if url is not None:
             return ServerDecoder(url, model, tokenizer=_tokenizer(model), **options)
@@ -33,24 +46,39 @@ def _factory(mode: str) -> Callable[..., VLLMDecoder | ServerDecoder]:
     return make
 
 
-def _make_soft(model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, url=None, **options):
-    """Soft decoding inside the engine; options: fields of SoftConfig and knobs of its mixer (the answer is greedy), and
-    the engine's or the client's."""
+def _make_soft(
+    model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, url=None, **options
+):
+    """Soft decoding inside the engine; options: fields of SoftConfig and knobs of its mixer (the
+    answer is greedy), and the engine's or the client's."""
     from ..decoders.soft import own_config, soft_config
 
     others = {name: options.pop(name) for name in (*ENGINE, *CLIENT) if name in options}
     own = own_config(model).mixer
     mixer = options.pop("mixer", "soft" if own == "hard" else own)
     config = soft_config(model, mixer, options)
-    if idle := [f"{k}={v!r}" for k, v in options.items() if k.startswith("answer_") and v not in (0, None)]:
-        raise ValueError(f"{', '.join(idle)}: answers of vllm-soft are greedy; take decoder {mixer!r} for others")
+    if idle := [
+        f"{k}={v!r}" for k, v in options.items() if k.startswith("answer_") and v not in (0, None)
+    ]:
+        raise ValueError(
+            f"{', '.join(idle)}: answers of vllm-soft are greedy; take decoder {mixer!r} for others"
+        )
     soft = {name: getattr(config, name) for name in FIELDS if name != "record"}
-    if config.top_k is None and len(tokenizer := _tokenizer(model)) <= LIMIT:  # all of a small vocabulary
+    # all of a small vocabulary
+    if config.top_k is None and len(tokenizer := _tokenizer(model)) <= LIMIT:
         records = trace or ends_unseen(soft)  # which have room for all but one
         soft["top_k"] = len(tokenizer) - (1 + (config.alpha < 1) if records else 0)
     others |= {"soft": soft} if url is not None else {"soft": soft, "enable_prompt_embeds": True}
-    found = _factory("soft")(model, max_new_tokens=max_new_tokens, seed=seed, trace=trace, dtype=dtype, device=device,
-                             url=url, **others)  # fmt: skip
+    found = _factory("soft")(
+        model,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        trace=trace,
+        dtype=dtype,
+        device=device,
+        url=url,
+        **others,
+    )
     setting = format_options(({} if mixer == "soft" else {"mixer": mixer}) | options, " ")
     found.columns["setting"], found.name = setting, " ".join(filter(None, ["vllm-soft", setting]))
     return found
@@ -64,4 +92,6 @@ def _tokenizer(model: str):
     return load(model, device="cpu")[1]
 
 
-DECODERS = {f"vllm-{mode}": _factory(mode) for mode in MODES if mode != "soft"} | {"vllm-soft": _make_soft}
+DECODERS = {f"vllm-{mode}": _factory(mode) for mode in MODES if mode != "soft"} | {
+    "vllm-soft": _make_soft
+}

@@ -1,13 +1,14 @@
-"""Decoding on vLLM, in this process or over HTTP: greedy, sampled, self-consistency and beam search, the discrete
-baselines; and softly inside its engine, by the plug-in of softar.vllm.plugin.
+"""Decoding on vLLM, in this process or over HTTP: greedy, sampled, self-consistency and beam
+search, the discrete baselines; and softly inside its engine, by the plug-in of softar.vllm.plugin.
 
-`VLLMDecoder` runs an engine here, `ServerDecoder` asks a running `vllm serve` (`softar.vllm.serve`, `softar serve`).
-Both are decoders for `softar.compare`, and draw the same for the same seed.
+`VLLMDecoder` runs an engine here, `ServerDecoder` asks a running `vllm serve` (`softar.vllm.serve`,
+`softar serve`). Both are decoders for `softar.compare`, and draw the same for the same seed.
 
-What a row costs: num_forwards counts generated tokens, those of every vote or beam; token_forwards the positions
-computed for them, with nothing shared between the votes (the cache of prefixes is off, here and in `softar serve`).
-vLLM's beam search sends every beam anew for each token, so it computes the prompt again each time and goes on to
-max_new_tokens whatever has ended: both are counted as they happen.
+What a row costs: num_forwards counts generated tokens, those of every vote or beam; token_forwards
+the positions computed for them, with nothing shared between the votes (the cache of prefixes is
+off, here and in `softar serve`). vLLM's beam search sends every beam anew for each token, so it
+computes the prompt again each time and goes on to max_new_tokens whatever has ended: both are
+counted as they happen.
 """
 
 import ast
@@ -29,30 +30,47 @@ from .machine import environment, on_cpu, require_vllm, settings
 from .record import as_json, record_of, to_record
 
 # Options of an engine, by vLLM's own names
-ENGINE = ("max_model_len", "max_num_seqs", "gpu_memory_utilization", "enable_prefix_caching", "tensor_parallel_size",
-          "enable_prompt_embeds")  # fmt: skip
+ENGINE = (
+    "max_model_len",
+    "max_num_seqs",
+    "gpu_memory_utilization",
+    "enable_prefix_caching",
+    "tensor_parallel_size",
+    "enable_prompt_embeds",
+)
 
 
 class VLLMDecoder(CompletionDecoder):
-    """Decodes with vLLM's engine, which runs in processes of its own and is shared by all decoders that ask for the
-    same model, dtype and options; it starts at the first decode (some 20 s) or by `start`, and ends when the last of
-    them is closed, at the latest with the program.
+    """Decodes with vLLM's engine, which runs in processes of its own and is shared by all decoders
+    that ask for the same model, dtype and options; it starts at the first decode (some 20 s) or by
+    `start`, and ends when the last of them is closed, at the latest with the program.
 
     Args:
         model: as for softar.load. sampling: fields of Sampling, by name.
         seed: of the draws; a second decode draws other numbers.
-        trace: each row gets a softar.show.trace.Trace: of mode soft what was fed back, of the others the tokens.
+        trace: each row gets a softar.show.trace.Trace: of mode soft what was fed back, of the
+            others the tokens.
         engine: options of vllm.LLM, out of ENGINE.
     """
 
-    def __init__(self, model, *, seed: int = 0, trace: bool = False, dtype: str = "float32", name=None, **options):
+    def __init__(
+        self,
+        model,
+        *,
+        seed: int = 0,
+        trace: bool = False,
+        dtype: str = "float32",
+        name=None,
+        **options,
+    ):
         sampling, engine = split_options(options, ENGINE)
         super().__init__(os.fspath(model), Sampling(**sampling), name, seed, trace)
         self.key = (self.model, dtype, tuple(sorted(engine.items())))
         self._engine: _Engine | None = None
 
     def start(self) -> None:
-        """Raises ImportError where vLLM is not installed, RuntimeError outside `if __name__ == "__main__":`."""
+        """Raises ImportError where vLLM is not installed, RuntimeError outside `if __name__ ==
+        "__main__":`."""
         if self._engine is None:
             engine = _ENGINES.get(self.key) or _Engine(*self.key)
             _ENGINES[self.key] = self._engine = engine
@@ -78,7 +96,9 @@ class VLLMDecoder(CompletionDecoder):
                     f"takes 1 to {limit - self.sampling.max_new_tokens} (max_model_len={limit})"
                 )
         try:
-            self.completions = self._beams(llm, ids) if self.sampling.mode == "beam" else self._samples(llm, ids)
+            self.completions = (
+                self._beams(llm, ids) if self.sampling.mode == "beam" else self._samples(llm, ids)
+            )
         except Exception:
             if llm.llm_engine.engine_core.resources.engine_dead:  # the next decode starts another
                 self._engine.stop()
@@ -111,18 +131,25 @@ class VLLMDecoder(CompletionDecoder):
     def _beams(self, llm, ids) -> list[list[Completion]]:
         from vllm.sampling_params import BeamSearchParams
 
-        params = BeamSearchParams(beam_width=self.sampling.num_beams, max_tokens=self.sampling.max_new_tokens)
+        params = BeamSearchParams(
+            beam_width=self.sampling.num_beams, max_tokens=self.sampling.max_new_tokens
+        )
         outs = llm.beam_search([{"prompt_token_ids": row} for row in ids], params)
         return [
-            [self._completion(s.tokens[len(row) :], s.logprobs) for s in out.sequences] for row, out in zip(ids, outs)
+            [self._completion(s.tokens[len(row) :], s.logprobs) for s in out.sequences]
+            for row, out in zip(ids, outs)
         ]
 
     def _completion(self, tokens, logprobs) -> Completion:
         kept = logprobs and tuple({i: p.logprob for i, p in step.items()} for step in logprobs)
-        return Completion(self.tokenizer.decode(tokens, skip_special_tokens=True), tuple(tokens), kept)
+        return Completion(
+            self.tokenizer.decode(tokens, skip_special_tokens=True), tuple(tokens), kept
+        )
 
     def _recorded(self, output) -> Completion:
-        return replace(self._completion(output.token_ids, None), record=to_record(as_json(record_of(output))))
+        return replace(
+            self._completion(output.token_ids, None), record=to_record(as_json(record_of(output)))
+        )
 
 
 class _Engine:
@@ -139,12 +166,16 @@ class _Engine:
                 from vllm import LLM
 
                 plain = dict(enable_prefix_caching=False, max_logprobs=-1, seed=0)
-                plain |= dict(enforce_eager=True, enable_chunked_prefill=False) if on_cpu() else {}  # see server.py
-                self.llm = LLM(folder, dtype=dtype, disable_log_stats=True, **{**plain, **dict(options)})
+                # see server.py
+                plain |= dict(enforce_eager=True, enable_chunked_prefill=False) if on_cpu() else {}
+                self.llm = LLM(
+                    folder, dtype=dtype, disable_log_stats=True, **{**plain, **dict(options)}
+                )
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             self.max_model_len = self.llm.llm_engine.model_config.max_model_len
             self._files = stack.pop_all()
-        atexit.register(self.stop)  # before the interpreter takes itself apart, which vLLM would complain of
+        # before the interpreter takes itself apart, which vLLM would complain of
+        atexit.register(self.stop)
 
     def stop(self) -> None:
         if _ENGINES.get(self.key) is self:
@@ -158,19 +189,28 @@ _ENGINES: dict[tuple, _Engine] = {}
 
 
 def _check_guarded() -> None:
-    """vLLM starts processes by spawn, and they run the program's file again up to `if __name__ == "__main__":`."""
+    """vLLM starts processes by spawn, and they run the program's file again up to `if __name__ ==
+    "__main__":`."""
     file = vars(sys.modules["__main__"]).get("__file__")
-    if file is None or not (on_cpu() or torch.cuda.is_initialized()):  # a notebook, python -c; a fork
+    # a notebook, python -c; a fork
+    if file is None or not (on_cpu() or torch.cuda.is_initialized()):
         return
     frame = sys._getframe()
-    while frame and not (frame.f_globals.get("__name__") == "__main__" and frame.f_code.co_name == "<module>"):
+    while frame and not (
+        frame.f_globals.get("__name__") == "__main__" and frame.f_code.co_name == "<module>"
+    ):
         frame = frame.f_back
-    if frame is None or not Path(file).is_file() or not Path(file).samefile(frame.f_code.co_filename):
+    if (
+        frame is None
+        or not Path(file).is_file()
+        or not Path(file).samefile(frame.f_code.co_filename)
+    ):
         return
     guards = [
         node
         for node in ast.parse(Path(file).read_bytes()).body
-        if isinstance(node, ast.If) and any(isinstance(n, ast.Name) and n.id == "__name__" for n in ast.walk(node.test))
+        if isinstance(node, ast.If)
+        and any(isinstance(n, ast.Name) and n.id == "__name__" for n in ast.walk(node.test))
     ]
     if not any(node.lineno <= frame.f_lineno <= node.end_lineno for node in guards):
         raise RuntimeError(

@@ -10,8 +10,8 @@ from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 from ..models import MODELS, folder_of, load
 from .machine import on_cpu
 
-# vLLM's attention on CPU has kernels for heads of these widths alone; asked for another, its engine dies at the first
-# prompt.
+# vLLM's attention on CPU has kernels for heads of these widths alone; asked for another, its engine
+# dies at the first prompt.
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
@@ -20,17 +20,24 @@ LLAMA_HEADS = 32  # what narrower heads of a Llama are widened to
 
 @contextlib.contextmanager
 def exported(name: str, dtype: str = "float32") -> Iterator[str]:
-    """A folder that vLLM can read: `name` itself where it is one (or a hub id), else a copy, gone after the block.
+    """A folder that vLLM can read: `name` itself where it is one (or a hub id), else a copy, gone
+    after the block.
 
-    Embedded models, GGUF files and adapters (merged) are written with save_pretrained. Heads that are too narrow for
-    vLLM are widened, which leaves the model's function as it is.
+    Embedded models, GGUF files and adapters (merged) are written with save_pretrained. Heads that
+    are too narrow for vLLM are widened, which leaves the model's function as it is.
 
     Raises:
-        ValueError: naming `name`, where it cannot be loaded or its heads have a width that vLLM has no kernel for.
+        ValueError: naming `name`, where it cannot be loaded or its heads have a width that vLLM has
+            no kernel for.
     """
     folder = folder_of(name)
     adapter = folder is not None and (folder / "adapter_config.json").is_file()
-    if folder is None and name not in MODELS and not name.endswith(".gguf") and name.count("/") == 1:
+    if (
+        folder is None
+        and name not in MODELS
+        and not name.endswith(".gguf")
+        and name.count("/") == 1
+    ):
         yield name  # a hub id
         return
     if folder is not None and not adapter and (folder / "config.json").is_file():
@@ -68,14 +75,16 @@ def check_heads(name: str, config) -> None:
 
 
 def widened(model: LlamaForCausalLM) -> PreTrainedModel:
-    """The same function with heads LLAMA_HEADS wide, most of it zeros: for kernels that want no narrower ones.
+    """The same function with heads LLAMA_HEADS wide, most of it zeros: for kernels that want no
+    narrower ones.
 
-    With heads r times as wide, the rotation of coordinate r i turns as coordinate i did: theta^(-2 r i / (r d)). The
-    queries grow by sqrt(r), as attention now divides by sqrt(r d).
+    With heads r times as wide, the rotation of coordinate r i turns as coordinate i did: theta^(-2
+    r i / (r d)). The queries grow by sqrt(r), as attention now divides by sqrt(r d).
     """
     config, d, wide = model.config, _head_dim(model.config), LLAMA_HEADS
     r = wide // d
-    kept = torch.cat([torch.arange(d // 2) * r, torch.arange(d // 2) * r + wide // 2])  # [d], where coordinates go
+    # [d], where coordinates go
+    kept = torch.cat([torch.arange(d // 2) * r, torch.arange(d // 2) * r + wide // 2])
 
     def spread(rows):  # [heads * d, ...] -> [heads * wide, ...]
         out = rows.new_zeros(rows.shape[0] // d, wide, *rows.shape[1:])

@@ -1,4 +1,5 @@
-"""How the plug-in gets into vLLM: the versions it knows, methods replaced, errors that reach the client."""
+"""How the plug-in gets into vLLM: the versions it knows, methods replaced, errors that reach the
+client."""
 
 import contextlib
 import functools
@@ -23,7 +24,8 @@ def patch(owner, name: str, around: Callable) -> None:
 
 @contextlib.contextmanager
 def refusing():
-    """A ValueError, for those who call vLLM from Python, is vLLM's error of the client too: the server answers 400."""
+    """A ValueError, for those who call vLLM from Python, is vLLM's error of the client too: the
+    server answers 400."""
     from vllm.exceptions import VLLMValidationError
 
     class SoftError(VLLMValidationError, ValueError):

@@ -1,13 +1,14 @@
-"""The record of a soft request over HTTP, in the answers of vLLM's /v1/completions and /v1/chat/completions.
+"""The record of a soft request over HTTP, in the answers of vLLM's /v1/completions and
+/v1/chat/completions.
 
-A request whose `"vllm_xargs": {"soft": "{...}"}` says `"record": true` finds in each of its choices the field "soft",
-lists with an entry per token, named as in softar's Record:
+A request whose `"vllm_xargs": {"soft": "{...}"}` says `"record": true` finds in each of its choices
+the field "soft", lists with an entry per token, named as in softar's Record:
 
     {"token": [9, ...], "kind": ["soft", ...], "entropy": [1.2, ...], "logp": [null, ...],
      "ids": [[9, 4, 7], ...], "weights": [[0.5, 0.3, 0.2], ...]}
 
-In a stream each chunk brings the lists of its own tokens; put together they are those of the whole. `to_record` makes
-tensors of them. Nothing here imports vLLM's server before one runs.
+In a stream each chunk brings the lists of its own tokens; put together they are those of the whole.
+`to_record` makes tensors of them. Nothing here imports vLLM's server before one runs.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 
 def init_processor(method, self, *args, **kwargs):
-    """Of vLLM's InputProcessor, which only a process that takes requests makes: there the server is taught."""
+    """Of vLLM's InputProcessor, which only a process that takes requests makes: there the server is
+    taught."""
     method(self, *args, **kwargs)
     teach()
 
@@ -50,7 +52,9 @@ def teach() -> None:
         for owner, name, _ in patches:
             getattr(owner, name)
     except (ImportError, AttributeError) as error:
-        init_logger("vllm.softar").warning("softar: no records over HTTP, this vLLM differs (%s)", error)
+        init_logger("vllm.softar").warning(
+            "softar: no records over HTTP, this vLLM differs (%s)", error
+        )
         return
     for owner, name, around in patches:
         patch(owner, name, around)
@@ -90,7 +94,8 @@ def chat_stream(method, self, request, results, *args, **kwargs):
 
 
 def extend(method, self, more) -> None:
-    """A stream that lags behind joins its parts. vLLM goes by dicts of tokens, and a record's step has one twice."""
+    """A stream that lags behind joins its parts. vLLM goes by dicts of tokens, and a record's step
+    has one twice."""
     if not isinstance(more, type(self)):
         return method(self, more)
     shift = len(self.logprobs)
@@ -112,8 +117,14 @@ def asks(request) -> bool:
             record = json.loads(given["soft"])["record"] is True
         except (TypeError, KeyError, ValueError, RecursionError):
             return False
-        if record and "include_reasoning" in type(request).model_fields and not request.include_reasoning:
-            raise ValueError('soft: "record" not together with include_reasoning=false, which hides what it shows')
+        if (
+            record
+            and "include_reasoning" in type(request).model_fields
+            and not request.include_reasoning
+        ):
+            raise ValueError(
+                'soft: "record" not together with include_reasoning=false, which hides what it shows'
+            )
     return record
 
 
@@ -141,11 +152,16 @@ async def _seen(items: AsyncIterator, look: Callable[[Any], None]) -> AsyncItera
 
 
 async def _filled(chunks: AsyncIterator[str], waiting: dict[int, list]) -> AsyncIterator[str]:
-    """The chunks of a stream; those that bring tokens, unlike a chat's first, name token_ids, if only as null."""
+    """The chunks of a stream; those that bring tokens, unlike a chat's first, name token_ids, if
+    only as null."""
     async with contextlib.aclosing(chunks):
         async for chunk in chunks:
             body = json.loads(chunk.removeprefix("data: ")) if chunk.startswith("data: {") else {}
             found = [choice for choice in body.get("choices", ()) if "token_ids" in choice]
             for choice in found:
                 choice[FIELD] = as_json(waiting.pop(choice["index"], ()))
-            yield f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n" if found else chunk
+            yield (
+                f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+                if found
+                else chunk
+            )

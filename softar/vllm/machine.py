@@ -33,13 +33,17 @@ def settings(folder: str) -> dict[str, str]:
     if on_cpu():
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
         found |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(max(1, memory // 8)),  # GiB; vLLM would take nearly all of the memory
+            # GiB; vLLM would take nearly all of the memory
+            "VLLM_CPU_KVCACHE_SPACE": str(max(1, memory // 8)),
             "VLLM_CPU_CI_ENV": "1",  # no warm-up: it is for compiled code, and eager has none
-            "TORCHDYNAMO_DISABLE": "1",  # the log-probabilities would still be compiled, at the first prompt
+            # the log-probabilities would still be compiled, at the first prompt
+            "TORCHDYNAMO_DISABLE": "1",
         }
     return found
 
 
 def require_vllm() -> None:
     if importlib.util.find_spec("vllm") is None:
-        raise ImportError('vLLM is not installed: `pip install "softar[vllm]"`, or `make vllm` in a checkout')
+        raise ImportError(
+            'vLLM is not installed: `pip install "softar[vllm]"`, or `make vllm` in a checkout'
+        )

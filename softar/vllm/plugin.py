@@ -1,11 +1,13 @@
-"""Soft decoding inside vLLM's engine, as a plug-in: `pip install softar` is all that a vLLM needs for it.
+"""Soft decoding inside vLLM's engine, as a plug-in: `pip install softar` is all that a vLLM needs
+for it.
 
-vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). From then on a request with
-`SamplingParams(extra_args={"soft": {...}})`, over HTTP `"vllm_xargs": {"soft": "{...}"}` with the object as JSON text,
-thinks as `softar.generate` does with a SoftConfig of these fields, beside requests that do not. SamplingParams decides
-on what is softar's answer: its temperature, top_k, ... and max_tokens. The engine has to take embeddings
-(`--enable-prompt-embeds`). With `"record": true` the output tells what was read: `record_of`, over HTTP
-the field "soft" of each choice (softar.vllm.http).
+vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). From then on a
+request with `SamplingParams(extra_args={"soft": {...}})`, over HTTP `"vllm_xargs": {"soft":
+"{...}"}` with the object as JSON text, thinks as `softar.generate` does with a SoftConfig of these
+fields, beside requests that do not. SamplingParams decides on what is softar's answer: its
+temperature, top_k, ... and max_tokens. The engine has to take embeddings
+(`--enable-prompt-embeds`). With `"record": true` the output tells what was read: `record_of`, over
+HTTP the field "soft" of each choice (softar.vllm.http).
 """
 
 import secrets
@@ -39,7 +41,9 @@ def register() -> None:
 # --- where requests come in: the process of the API server or of vllm.LLM ---
 
 
-def process_inputs(method, self, request_id, prompt, params, *args, lora_request=None, resumable=False, **kwargs):
+def process_inputs(
+    method, self, request_id, prompt, params, *args, lora_request=None, resumable=False, **kwargs
+):
     given = getattr(params, "extra_args", None) or {}  # pooling has none
     asked = given.get("soft")
     with refusing():
@@ -51,11 +55,22 @@ def process_inputs(method, self, request_id, prompt, params, *args, lora_request
                 raise ValueError("soft: not with a LoRA adapter; merge it into the model")
             if resumable:
                 raise ValueError("soft: not in a session whose prompt grows; send the whole prompt")
-    request = method(self, request_id, prompt, params, *args, lora_request=lora_request, resumable=resumable, **kwargs)
+    request = method(
+        self,
+        request_id,
+        prompt,
+        params,
+        *args,
+        lora_request=lora_request,
+        resumable=resumable,
+        **kwargs,
+    )
     if asked is not None:
         with refusing():
             if request.prompt_embeds is not None or request.mm_features:
-                raise ValueError("soft: not with prompt_embeds, images or sound; send text or token ids")
+                raise ValueError(
+                    "soft: not with prompt_embeds, images or sound; send text or token ids"
+                )
         own = request.sampling_params
         own.extra_args = {**own.extra_args, OWN: soft}
         if soft["record"]:  # travels as log-probabilities; the columns are those of log_columns
@@ -68,7 +83,8 @@ def process_inputs(method, self, request_id, prompt, params, *args, lora_request
 
 
 def preprocess_add_request(method, self, request):
-    """What a soft request computes depends on more than its tokens: nobody else may find it in the cache."""
+    """What a soft request computes depends on more than its tokens: nobody else may find it in the
+    cache."""
     if soft_of(request.sampling_params) is not None:
         request.cache_salt = f"{request.cache_salt or ''}softar-{secrets.token_hex(16)}"
     return method(self, request)

@@ -20,7 +20,8 @@ class Read(NamedTuple):
 
 
 def record_of(output) -> list[Read]:
-    """The steps of a CompletionOutput whose request asked for its record, or of a part of one that was streamed."""
+    """The steps of a CompletionOutput whose request asked for its record, or of a part of one that
+    was streamed."""
     from vllm.logprobs import FlatLogprobs
 
     flat = output.logprobs
@@ -28,7 +29,9 @@ def record_of(output) -> list[Read]:
         raise ValueError('no record: ask for it with extra_args={"soft": {"record": True}}')
     steps = []
     for start, end in zip(flat.start_indices, flat.end_indices):
-        mixture = dict(zip(flat.token_ids[start + 2 : end], map(math.exp, flat.logprobs[start + 2 : end])))
+        mixture = dict(
+            zip(flat.token_ids[start + 2 : end], map(math.exp, flat.logprobs[start + 2 : end]))
+        )
         steps.append(
             Read(
                 token=flat.token_ids[start],
@@ -64,7 +67,8 @@ def as_json(steps: Iterable[Read]) -> dict[str, list]:
 
 
 def to_record(soft: dict[str, list]) -> "Record":
-    """A choice's field "soft" -> Record of one row, [1, T, ...] and [1, T, K], K the widest mixture."""
+    """A choice's field "soft" -> Record of one row, [1, T, ...] and [1, T, K], K the widest
+    mixture."""
     import torch
 
     from ..thought import Kind, Record
@@ -73,7 +77,9 @@ def to_record(soft: dict[str, list]) -> "Record":
     rows = list(zip(soft["token"], soft["ids"], soft["weights"], strict=True))
     ids = [[*ids, *[token] * (width - len(ids))] for token, ids, _ in rows]
     weights = [[*weights, *[0.0] * (width - len(weights))] for *_, weights in rows]
-    logp, entropy = ([math.nan if x is None else x for x in soft[name]] for name in ("logp", "entropy"))
+    logp, entropy = (
+        [math.nan if x is None else x for x in soft[name]] for name in ("logp", "entropy")
+    )
     return Record(
         ids=torch.tensor(ids, dtype=torch.int64).view(1, -1, width),
         weights=torch.tensor(weights, dtype=torch.float32).view(1, -1, width),

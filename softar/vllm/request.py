@@ -15,7 +15,9 @@ MOST = 2**31  # steps
 OWN = "softar"  # what a request's "soft" becomes on its way to the workers
 
 
-ENABLE = "start it with --enable-prompt-embeds (softar serve --soft; LLM(enable_prompt_embeds=True))"
+ENABLE = (
+    "start it with --enable-prompt-embeds (softar serve --soft; LLM(enable_prompt_embeds=True))"
+)
 
 
 # The fields of SoftConfig that a request may set, and their types; the rest is SamplingParams'.
@@ -43,7 +45,8 @@ FIELDS = {
 
 
 def checked(asked, params, vllm_config, tokenizer) -> dict:
-    """The request's own words -> {"config": fields of SoftConfig, "record": bool}; ValueError of one line."""
+    """The request's own words -> {"config": fields of SoftConfig, "record": bool}; ValueError of
+    one line."""
     from ..config import SoftConfig
     from ..soft import check_dist
 
@@ -54,7 +57,9 @@ def checked(asked, params, vllm_config, tokenizer) -> dict:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"soft: {shown(asked)} is not JSON ({error})") from None
     if not isinstance(asked, dict):
-        raise ValueError(f"soft: {shown(asked)} must be an object of fields, e.g. {{}} or {{'mixer': 'gumbel'}}")
+        raise ValueError(
+            f"soft: {shown(asked)} must be an object of fields, e.g. {{}} or {{'mixer': 'gumbel'}}"
+        )
     if unknown := [name for name in asked if name not in FIELDS]:
         raise ValueError(f"soft: unknown fields {shown(unknown)}; known are {', '.join(FIELDS)}")
     for name, value in asked.items():
@@ -75,20 +80,32 @@ def checked(asked, params, vllm_config, tokenizer) -> dict:
     try:
         config = SoftConfig(**fields)
         vocab = vllm_config.model_config.get_vocab_size()
-        check_dist(vocab, config.temperature, config.top_k, config.top_p, config.min_p, config.keep, config.banned)
+        check_dist(
+            vocab,
+            config.temperature,
+            config.top_k,
+            config.top_p,
+            config.min_p,
+            config.keep,
+            config.banned,
+        )
         config = config.resolve(tokenizer)
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"soft: {str(error).splitlines()[0]}") from None
     limit = min(LIMIT, vocab - 1) if record else LIMIT
     if not kept(config) <= limit:
-        raise ValueError(f"soft: a mixture of {kept(config)} tokens is too wide: set top_k or keep to at most {limit}")
+        raise ValueError(
+            f"soft: a mixture of {kept(config)} tokens is too wide: set top_k or keep to at most {limit}"
+        )
     for name in ("think_start", "think_end"):
         ids = getattr(config, name)
         ids = () if ids is None else (ids,) if isinstance(ids, int) else ids
         if len(ids) > LONGEST:
             raise ValueError(f"soft: {name} has {len(ids)} tokens, more than {LONGEST}")
         if any(not 0 <= i < vocab for i in ids):
-            raise ValueError(f"soft: {name}={shown(ids)} must be token ids below {vocab}, the model's vocabulary")
+            raise ValueError(
+                f"soft: {name}={shown(ids)} must be token ids below {vocab}, the model's vocabulary"
+            )
     given = {name: getattr(config, name) for name in FIELDS if name != "record"}
     return {"config": given, "record": record}
 
@@ -104,7 +121,10 @@ def check_engine(vllm_config) -> None:
         (parallel.enable_batch_sharded_sampling, "batch-sharded sampling"),
         (vllm_config.kv_transfer_config is not None, "a KV cache that comes from elsewhere"),
         (vllm_config.model_config.is_encoder_decoder, "an encoder-decoder model"),
-        (bool(vllm_config.model_config.logits_processors), "logits processors, which a thought would not pass"),
+        (
+            bool(vllm_config.model_config.logits_processors),
+            "logits processors, which a thought would not pass",
+        ),
         (vllm_config.model_config.return_sampling_mask, "sampling masks"),
         (getattr(vllm_config, "watermark_config", None) is not None, "watermarks"),
     ):
@@ -121,12 +141,18 @@ def check_params(params) -> None:
         (params.logprob_token_ids is not None, "logprob_token_ids"),
         (params.prompt_logprobs is not None, "prompt_logprobs"),
         (params.prompt_logprob_token_ids is not None, "prompt_logprob_token_ids"),
-        (any(penalties), "penalties (the model's generation_config may set them: repetition_penalty=1 unsets)"),
+        (
+            any(penalties),
+            "penalties (the model's generation_config may set them: repetition_penalty=1 unsets)",
+        ),
         (params.logit_bias, "logit_bias"),
         (params.allowed_token_ids, "allowed_token_ids"),
         (params.bad_words, "bad_words"),
         (params.min_tokens > 0, "min_tokens"),
-        (params.thinking_token_budget is not None, "thinking_token_budget (soft has its own: budget)"),
+        (
+            params.thinking_token_budget is not None,
+            "thinking_token_budget (soft has its own: budget)",
+        ),
         (params.trace_decode_token_ids, "trace_decode_token_ids"),
     ):
         if is_set:
@@ -151,7 +177,13 @@ def mk_config(fields: dict):
 
 
 def words(kinds: tuple[type, ...]) -> list[str]:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        dict: "an object",
+    }
     names |= {list: "a list of token ids", tuple: "a list of token ids", type(None): "null"}
     return list(dict.fromkeys(names[k] for k in kinds if not (k is int and float in kinds)))
 

