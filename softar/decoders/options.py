@@ -1,11 +1,12 @@
 """The options of a decoder's spec: reading, writing, and the check against a configuration."""
 
 import dataclasses
-import difflib
 import json
 import types
 import typing
 from collections.abc import Iterable
+
+from ..checks import did_you_mean
 
 # of Python, where JSON has null, true and false
 WORDS = {"None": None, "True": True, "False": False}
@@ -109,8 +110,3 @@ def _say(kind) -> str:
     }
     wide = {tuple: "a list of whole numbers", dict: "an object"}
     return said.get(kind) or wide.get(typing.get_origin(kind), "")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""

@@ -9,8 +9,9 @@ import re
 from collections.abc import Callable
 from importlib import import_module
 
+from ..checks import did_you_mean
 from .answer import Decoder
-from .options import check_options, did_you_mean, parse_options
+from .options import check_options, parse_options
 
 # Each has DECODERS: name -> factory(model, *, max_new_tokens, seed, trace, dtype, device,
 # **options) -> Decoder
