@@ -40,10 +40,9 @@ def convert(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, mask_token: str = "<|mask|>"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A masked-diffusion model that starts from a causal one's weights and reads in both directions
-    (Dream,
-    arXiv:2508.15487, section 3). The shift stays: the logits at a position are about the next
-        token, which is what the
-    weights know. It has to be trained before it is of use (`softar.diffusion.sft`).
+    (Dream, arXiv:2508.15487, section 3). The shift stays: the logits at a position are about the
+    next token, which is what the weights know. It has to be trained before it is of use
+    (`softar.diffusion.sft`).
 
     The weights are taken over, not copied, and the tokenizer is changed in place: what was given is
     used up.

@@ -6,8 +6,7 @@ process, and a tempered softmax of the same vector is a soft token that a model 
 the tokens turn hard.
 
 Shapes: B rows, T positions, V vocabulary, K tokens kept; n positions, flat. x clean token, z noisy
-    token; alpha the
-chance that a token is still its own, from 1 at t = 0 to about 0 at t = 1.
+token; alpha the chance that a token is still its own, from 1 at t = 0 to about 0 at t = 1.
 """
 
 import math
@@ -225,7 +224,8 @@ def nelbo(log_probs: Tensor, x: Tensor, z: Tensor, alpha: Tensor, dalpha: Tensor
 
     Returns:
         [n], float32 or log_probs' wider type. Its mean over t ~ U(0, 1) and z ~ q_t, plus
-        `prior_kl`, bounds -log p(x) where alpha(0) = 1.
+            `prior_kl`, bounds -log p(x)
+        where alpha(0) = 1.
     """
     if x.shape != z.shape:
         raise ValueError(f"x of shape {tuple(x.shape)} must have one token per z, {tuple(z.shape)}")
@@ -261,7 +261,7 @@ def symmetric_kl(log_probs: Tensor, x: Tensor, smoothing: float = 1e-3) -> Tenso
     smoothing the second is infinite.
 
     log_probs: [n, V] finite; x: [n] -> [n] nats, float32 or log_probs' wider type. No bound on a
-        likelihood.
+    likelihood.
     """
     if not 0 < smoothing < 1:
         raise ValueError(f"smoothing={smoothing} must be in (0, 1)")

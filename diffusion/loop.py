@@ -7,7 +7,7 @@ and the softener what the remaining masks show next time. Caches narrow the forw
 Logits are computed for the positions that something is asked of, and no others.
 
 Shapes: B rows, P prompt length, L columns of the canvas, V vocabulary, D width; n positions, flat,
-    row by row.
+row by row.
 """
 
 import itertools

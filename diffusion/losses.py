@@ -16,8 +16,8 @@ def mask_at_rate(maskable: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
     """Each token is masked with its row's probability (LLaDA, arXiv:2502.09992, section 2.1).
 
     maskable: [B, T] bool, never the prompt; rate: [B]; uniform: [B, T] in [0, 1) -> [B, T] bool. A
-        row that would stay
-    whole gets one mask, where its number is lowest, so that none is without a target.
+    row that would stay whole gets one mask, where its number is lowest, so that none is without a
+    target.
     """
     uniform = uniform.masked_fill(~maskable, 2.0)
     masked = uniform < rate[:, None]
@@ -47,14 +47,13 @@ def weighted_sum(
         ce: [n]; rows: [n] the row of each; rate: [B] probability of a mask; lengths: [B] maskable
             tokens.
         normalise: "answer" weighs a token by 1 / rate and a row by 1 / length, and takes the mean
-            of the rows (LLaDA's
-            SFT, arXiv:2502.09992, eq. 5); "tokens" weighs by 1 / rate and takes the mean of the
-                maskable tokens (its
-            pre-training, eq. 3); "masks" is the plain mean over masked tokens (BERT).
+            of the rows (LLaDA's SFT, arXiv:2502.09992, eq. 5); "tokens" weighs by 1 / rate and
+            takes the mean of the maskable tokens (its pre-training, eq. 3); "masks" is the plain
+            mean over masked tokens (BERT).
 
     Returns:
         sum [] and divisor [], float32. Their expected ratio for the first two bounds -log p(answer
-        | prompt) per token.
+            | prompt) per token.
     """
     if normalise == "masks":
         return ce.sum(), torch.tensor(float(len(ce)), device=ce.device)

@@ -84,8 +84,8 @@ def load(
     Returns:
         The model; `facts(model)` tells its mask token and the like, and the soft-mask head that its
         transparency_config.json holds, with which `denoise` decodes it by itself. The tokenizer,
-        which pads on the left, with mask_token and chat_template set; None where a local folder
-        holds none.
+            which pads on the
+        left, with mask_token and chat_template set; None where a local folder holds none.
 
     Raises:
         ValueError: naming `name` and, where the model is of a kind that is not supported, the field

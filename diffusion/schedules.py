@@ -142,8 +142,7 @@ def factor(block: Block, config, draws: Draws) -> Rule:
 
 def ancestral(block: Block, config, draws: Draws) -> Rule:
     """Each open position commits by itself with probability 1 - s / t, in the last step all
-    (absorbing-state
-    diffusion, arXiv:2406.07524; Dream's origin)."""
+    (absorbing-state diffusion, arXiv:2406.07524; Dream's origin)."""
     return Remask(block, config, draws, strategy=None, at_random=True)
 
 
@@ -152,12 +151,10 @@ class Remask:
     more commit.
 
     alpha is the share decoded, t -> s one step of S equal ones; sigma_max = min(1, (1 - alpha_s) /
-    alpha_t). strategy
-    "cap": min(eta, sigma_max). "rescale": eta sigma_max. "conf": sigma_max, shared out by
-        softmax(-confidence) over the
-    decoded. "loop": decode up to alpha_on, then, while t_on >= t >= t_off, remask with "cap" at a
-    constant alpha_on, then decode the rest. Positions come from the selector; at_random draws each
-    by itself, as the original does.
+    alpha_t). strategy "cap": min(eta, sigma_max). "rescale": eta sigma_max. "conf": sigma_max,
+    shared out by softmax(-confidence) over the decoded. "loop": decode up to alpha_on, then, while
+    t_on >= t >= t_off, remask with "cap" at a constant alpha_on, then decode the rest. Positions
+    come from the selector; at_random draws each by itself, as the original does.
     """
 
     def __init__(

@@ -181,8 +181,7 @@ def best(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
 
 def perturb(score: Tensor, among: Tensor, temperature: float, draws: "Draws") -> Tensor:
     """Scores whose order is a draw without replacement from softmax(score / temperature) (Gumbel
-    top-k,
-    arXiv:1903.06059; Dream's alg_temp)."""
+    top-k, arXiv:1903.06059; Dream's alg_temp)."""
     noise = torch.zeros_like(score)
     noise[among] = -torch.log(
         -torch.log(draws.at(among).clamp_min(torch.finfo(torch.float64).tiny))

@@ -262,7 +262,6 @@ class DiffusionSFTTrainer(SFTTrainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     # -- loss
-    # -------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, training = self.args, self.model.training
@@ -425,7 +424,6 @@ class DiffusionSFTTrainer(SFTTrainer):
                 metrics[f"head_{name}"].append(value.item())
 
     # -- optimiser, evaluation, checkpoints
-    # ---------------------------------------------------------------------------
 
     def create_optimizer(self, *args, **kwargs):
         made = super().create_optimizer(*args, **kwargs)

@@ -73,10 +73,9 @@ def soft_mask(
     (arXiv:2510.17206, eq. 5).
 
     algorithm "top-k": the belief is the k most likely tokens, renormalised, H in nats that of the
-    whole distribution.
-    "temperature": both at this temperature, over the whole vocabulary (K = V). scheduling
-        multiplies the scale:
-    "linear" by the share of masks left, "stepwise" by 1 while more than half are left, then by 0.
+    whole distribution. "temperature": both at this temperature, over the whole vocabulary (K = V).
+    scheduling multiplies the scale: "linear" by the share of masks left, "stepwise" by 1 while more
+    than half are left, then by 0.
     """
     _check_k(slots, k)
     left = {

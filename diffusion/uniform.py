@@ -3,8 +3,7 @@ noise and the loss of a training step, the redraw of a decoding step. The mathem
 (arXiv:2506.10892).
 
 Shapes: B rows, T positions, L columns of the canvas, V the model's vocabulary, U <= V tokens of the
-    process; n
-positions, flat, row by row.
+process; n positions, flat, row by row.
 """
 
 from dataclasses import fields
@@ -57,7 +56,6 @@ def alphabet(process: UniformProcess, vocab_size: int, device: torch.device) -> 
 
 
 # -- training
-# -------------------------------------------------------------------------------------------------------
 
 
 class Noisy(NamedTuple):
@@ -127,7 +125,6 @@ def uniform_loss(
 
 
 # -- decoding
-# -------------------------------------------------------------------------------------------------------
 
 
 def check_uniform(config: DenoiseConfig) -> None:

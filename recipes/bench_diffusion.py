@@ -1,11 +1,12 @@
-"""
-Measurements of masked-diffusion decoding and training, most on random weights: a table each, and a results.json.
+"""Measurements of masked-diffusion decoding and training, most on random weights: a table each,
+and a results.json.
 
 # Tokens per second and ms per forward of every cache and softener
 python recipes/bench_diffusion.py denoise
 
-# Beside the public samplers on the same weights, after checking that the tokens are the same
-python recipes/bench_diffusion.py denoise --against fast-dllm/llada --original llada/generate.py --soften hard
+# Beside the public samplers on the same weights, after checking that the tokens are the same python
+recipes/bench_diffusion.py denoise --against fast-dllm/llada --original llada/generate.py --soften
+hard
 
 # Time per inner step of the dual cache, by prompt length
 python recipes/bench_diffusion.py prompt-length
@@ -25,8 +26,9 @@ python recipes/bench_diffusion.py softeners --model runs/sft_diffusion/hard-seed
 # LLaDA's size, beside what reading the weights takes
 python recipes/bench_diffusion.py denoise --size 8b --device cuda --cache dual --new_tokens 256
 
---against is the folder llada/ of github.com/NVlabs/Fast-dLLM at 24cc59e, as it is (it needs einops); --original is
-generate.py of github.com/ML-GSAI/LLaDA at b7e6c35. Neither is part of softar.
+--against is the folder llada/ of github.com/NVlabs/Fast-dLLM at 24cc59e, as it is (it needs
+einops); --original is generate.py of github.com/ML-GSAI/LLaDA at b7e6c35. Neither is part of
+softar.
 """
 
 import argparse

@@ -1,16 +1,16 @@
 # /// script
 # dependencies = ["softar"]
 # ///
-"""
-The whole picture on a laptop: discrete and soft thought, votes, beams, vLLM, and masked diffusion beside them.
+"""The whole picture on a laptop: discrete and soft thought, votes, beams, vLLM, and masked
+diffusion beside them.
 
 # `make demo` trains three tiny models first (recipes/sft_soft.py) and compares those
 python recipes/demo.py --trained runs/demo --output_dir runs/demo
 # Without --trained: the models that the package brings
 python recipes/demo.py --output_dir runs/quick --limit 300
 
-Leaves under --output_dir the folders mnns/ and latin/ (results.json, results.csv, rows.jsonl, plot.png) and page.html,
-in which every step of a few decodes can be looked at.
+Leaves under --output_dir the folders mnns/ and latin/ (results.json, results.csv, rows.jsonl,
+plot.png) and page.html, in which every step of a few decodes can be looked at.
 """
 
 import argparse

@@ -11,7 +11,7 @@ Results are float32 (float64 for float64 logits) also for bfloat16 logits, which
 at a time. Weights are never differentiated: a soft input is a transition of the environment.
 
 Shapes: ... any leading dims, B batch, P prompt length, C completion steps, V vocabulary, K slots of
-    a mixture.
+a mixture.
 """
 
 import math
@@ -79,9 +79,8 @@ def gumbel_logp(
     arXiv:2511.06411), [..., K].
 
     With u = g' - log p, p the policy renormalised over the recorded ids, it is -u - exp(-u). The
-    support counts as
-    given: nothing here scores which ids were kept. The density does not flatten as the policy
-        becomes certain.
+    support counts as given: nothing here scores which ids were kept. The density does not flatten
+    as the policy becomes certain.
 
     Args:
         logits: [..., V]. soft: ids [..., K], the support; its weights are not read.
@@ -124,17 +123,16 @@ def concrete_logp(
     """Log-density of the weights y = softmax(g' / tau) themselves (Concrete, arXiv:1611.00712, eq.
     1), [..., 1].
 
-    With respect to n - 1 of the n coordinates on the support, p renormalised there:
-    log Gamma(n) + (n - 1) log tau + sum(log p - (tau + 1) log y) - n logsumexp(log p - tau log y).
-    Its score is that of `gumbel_logp` averaged over the shift that the weights forget, so its
-    variance is lower. The divergence has no closed form.
+    With respect to n - 1 of the n coordinates on the support, p renormalised there: log Gamma(n) +
+    (n - 1) log tau + sum(log p - (tau + 1) log y) - n logsumexp(log p - tau log y). Its score is
+    that of `gumbel_logp` averaged over the shift that the weights forget, so its variance is lower.
+    The divergence has no closed form.
 
     Args:
         logits: [..., V]. soft: ids and weights [..., K]. tau: > 0, the mixer's.
         log_weights: [..., K] log y, -inf in slots that are no part of the support. None takes the
-            logarithm of the
-            weights: wrong where a small tau let a weight underflow to 0, which then counts as no
-                part.
+            logarithm of the weights: wrong where a small tau let a weight underflow to 0, which
+            then counts as no part.
         is_soft: as in `gumbel_logp`.
     """
     if not tau > 0:
@@ -182,8 +180,9 @@ def replay(
 
     Returns:
         [B, C, V] raw logits in the model's dtype; [:, t] chose step t. The last step was chosen but
-        is never read, so the forward is over P + C - 1 positions, and the last C hidden states
-        belong to the C logits.
+            is never read, so
+        the forward is over P + C - 1 positions, and the last C hidden states belong to the C
+            logits.
 
     Raises:
         ValueError: shapes that do not fit, or a mask with holes.

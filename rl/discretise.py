@@ -22,8 +22,7 @@ def discretise(record: Record, answer_start: Tensor, how: str = "answer") -> lis
         record: of a whole decode, [B, T, ...]. answer_start: [B], steps before the answer.
         how: a name in WAYS. "answer": what comes after the thought; nothing where it never ended.
             "stream": the recorded tokens, of a think step its first draw, with end-of-thought
-            tokens that a rule put in. "argmax":
-            the same with the heaviest token of each mixture.
+            tokens that a rule put in. "argmax": the same with the heaviest token of each mixture.
 
     Returns:
         B lists of token ids.

@@ -2,9 +2,8 @@
 (ar.md 2, option B).
 
 A rollout is decoded by `softar.generate`, or on vLLM, and replayed in one parallel forward, from
-the mixtures that it
-recorded: they are transitions of the environment, without gradient. With one draw a step the loss
-    is TRL's.
+the mixtures that it recorded: they are transitions of the environment, without gradient. With one
+draw a step the loss is TRL's.
 
 Shapes: B rows, P prompt length, C completion steps, K draws, J ratios of a step, V vocabulary.
 """
@@ -156,7 +155,6 @@ class SoftGRPOTrainer(GRPOTrainer):
             )
 
     # -- rollout
-    # ----------------------------------------------------------------------------------------------------
 
     def _generate_single_turn(
         self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
@@ -319,7 +317,6 @@ class SoftGRPOTrainer(GRPOTrainer):
             metrics[f"reward/{name}"].append(self._rewards.nanquantile(at).item())
 
     # -- replay and loss
-    # --------------------------------------------------------------------------------------------
 
     def _replay(
         self, model, batch: dict[str, Tensor], *, policy: bool = True
@@ -464,7 +461,6 @@ class SoftGRPOTrainer(GRPOTrainer):
             self._engine.close()
 
     # -- checkpoints
-    # ------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)

@@ -124,10 +124,9 @@ def gae(
     A step outside the mask (forced by a rule, padding) is no action: the environment passes through
     it. It takes no time, so neither gamma nor lam counts it and its value is never read; a reward
     on it goes to the last real step before (with none before it is dropped), so rewards have to be
-    0 on padding. After the last real step the value is
-    0: a completion that ran out of budget counts as ended. Advantages and returns are 0 outside the
-        mask; returns are
-    advantages + values elsewhere, the target of `value_loss`. No gradient flows.
+    0 on padding. After the last real step the value is 0: a completion that ran out of budget
+    counts as ended. Advantages and returns are 0 outside the mask; returns are advantages + values
+    elsewhere, the target of `value_loss`. No gradient flows.
 
     Args:
         rewards, values: [B, C]; values[:, t] is about the state that step t was chosen in.

@@ -47,7 +47,6 @@ class SoftPPOTrainer(SoftGRPOTrainer):
         self.model.register_module("v_head", head)
 
     # -- rollout
-    # ----------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
@@ -83,7 +82,6 @@ class SoftPPOTrainer(SoftGRPOTrainer):
         return centred * torch.rsqrt(variance + 1e-8) * mask
 
     # -- replay and loss
-    # --------------------------------------------------------------------------------------------
 
     def _forward(self, model, batch):
         seen = []
@@ -129,7 +127,6 @@ class SoftPPOTrainer(SoftGRPOTrainer):
         return made
 
     # -- checkpoints
-    # ------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         state_dict = (

@@ -237,7 +237,6 @@ def evaluate(model, tokenizer, rows, score, args, draws: int) -> dict:
 
 
 # -- the policy to start from
-# ---------------------------------------------------------------------------------------
 
 
 def is_own_model(task, script, model_args) -> bool:
@@ -305,7 +304,6 @@ def make_start(start: Path, made_with: dict, args, task) -> None:
 
 
 # -- input
-# ----------------------------------------------------------------------------------------------------------
 
 
 def row_config(training, name, seed, place, task):

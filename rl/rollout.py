@@ -62,12 +62,10 @@ def statistics(out: SoftOutput, has_answer: bool) -> dict[str, tuple[Tensor, Ten
     """Sum and count of each metric of a rollout, for a mean over all processes.
 
     thought_entropy, answer_entropy: nats a step, at the policy's temperature. thought_length:
-        steps, with the closing
-    token. draws_agree: share of mixtures whose draws are all one token, where soft and discrete
-    thinking read the same.
-    stream_is_argmax: share of rows whose recorded tokens are the heaviest of their mixtures.
-        unclosed: share of rows
-    whose thought never ended, so that they have no answer.
+    steps, with the closing token. draws_agree: share of mixtures whose draws are all one token,
+    where soft and discrete thinking read the same. stream_is_argmax: share of rows whose recorded
+    tokens are the heaviest of their mixtures. unclosed: share of rows whose thought never ended, so
+    that they have no answer.
     """
     record = out.record
     soft, single = record.kind == Kind.SOFT, record.kind == Kind.HARD

@@ -133,7 +133,6 @@ class VLLMRollout(VLLMGeneration):
         self.accelerator.wait_for_everyone()
 
     # -- weights
-    # ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sync_weights(self):
@@ -224,7 +223,6 @@ class VLLMRollout(VLLMGeneration):
             raise
 
     # -- rollouts
-    # ---------------------------------------------------------------------------------------------------
 
     def decode(self, prompts: list[list[int]], seeds: list[int]) -> SoftOutput:
         """What softar.generate makes of these prompts with a generator of each seed; the answers'

@@ -171,8 +171,8 @@ def soft_decode(
 
     Length, EOS, processors and criteria come from generate's own arguments; sampling settings do
     not count. Returns the sequences, or the SoftOutput with return_dict_in_generate=True. A
-    streamer has to be passed as soft_streamer:
-    generate keeps the one named streamer from a custom loop.
+    streamer has to be passed as soft_streamer: generate keeps the one named streamer from a custom
+    loop.
     """
     started = time.perf_counter()
     config = (soft_config or SoftConfig()).resolve(None)

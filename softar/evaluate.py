@@ -53,8 +53,7 @@ def tally(
     """The accuracy and cost of `answer`, batch by batch, with the model in eval mode meanwhile.
 
     answer: rows of a batch -> their texts, the decoder's output (num_forwards, token_forwards,
-        seconds), and the number
-    of tokens it generated.
+    seconds), and the number of tokens it generated.
     """
     if len(rows) == 0:
         raise ValueError("no rows to evaluate")

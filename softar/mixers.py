@@ -125,9 +125,8 @@ def guide(soft: Soft, target: Tensor, alpha: float, how: str = "mix", *, rng: Rn
     """Blend the target token into a mixture.
 
     "mix": alpha 1_y + (1 - alpha) p. "clamp": the target has at least alpha; if p_y >= alpha
-        nothing changes, else
-    q_y = alpha and the rest is scaled by (1 - alpha) / (1 - p_y). "coin": the target itself with
-    probability alpha, else the mixture (scheduled sampling, arXiv:1506.03099).
+    nothing changes, else q_y = alpha and the rest is scaled by (1 - alpha) / (1 - p_y). "coin": the
+    target itself with probability alpha, else the mixture (scheduled sampling, arXiv:1506.03099).
 
     Args:
         soft: [..., K], rows summing to 1.

@@ -115,9 +115,8 @@ def soft_embed(soft: Soft, embedding: nn.Module, *, rescale: str | None = None) 
         soft: ids and weights [..., K].
         embedding: the model's input embedding, ids [...] -> [..., D].
         rescale: a mixture is shorter than the embeddings it mixes. "l2" divides by ||weights||_2
-            (HRPO,
-            arXiv:2505.18454, eq. 3); "norm" gives it the mean length of its embeddings; None leaves
-                it.
+            (HRPO, arXiv:2505.18454, eq. 3); "norm" gives it the mean length of its embeddings; None
+            leaves it.
 
     Returns:
         [..., D] in the embedding's dtype.
@@ -161,8 +160,7 @@ def entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """Entropy in nats of softmax(logits / temperature), unfiltered: [..., V] -> [...] float32.
 
     -inf logits count as probability 0, with a clean gradient. A row holding NaN or +inf, or nothing
-    but -inf, gives
-    NaN: the decoding loop uses that as its check.
+    but -inf, gives NaN: the decoding loop uses that as its check.
     """
     logp = _divide(logits.float(), temperature).log_softmax(-1)
     probs = logp.exp()

@@ -69,7 +69,6 @@ def examples():
 
 
 # -- help and examples
-# ------------------------------------------------------------------------------------------------
 
 
 def test_the_commands():
@@ -148,7 +147,6 @@ def test_no_torch_for_help():
 
 
 # -- models and tasks
-# -------------------------------------------------------------------------------------------------
 
 
 def test_models_are_all_there_are(softar):
@@ -204,7 +202,6 @@ def test_default_models_and_decoders(monkeypatch):
 
 
 # -- generate
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_generate(softar):
@@ -371,7 +368,6 @@ def test_chat_where_the_tokenizer_has_a_template():
 
 
 # -- fill
-# -------------------------------------------------------------------------------------------------------------
 
 
 def test_fill(softar):
@@ -411,7 +407,6 @@ def test_fill_behind_the_text(softar):
 
 
 # -- compare
-# ----------------------------------------------------------------------------------------------------------
 
 FEW = ["--limit", "12", "-m", "mnns-soft-tiny", "-d", "soft", "-d", "discrete"]
 
@@ -603,7 +598,6 @@ def test_length_of_an_answer():
 
 
 # -- trace
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_trace(softar, tmp_path):
@@ -623,7 +617,6 @@ def test_trace(softar, tmp_path):
 
 
 # -- sweep
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_sweep(softar, tmp_path):
@@ -667,7 +660,6 @@ def test_sweep(softar, tmp_path):
 
 
 # -- serve
-# ------------------------------------------------------------------------------------------------------------
 
 
 class Served:
@@ -731,7 +723,6 @@ def test_serve(softar, monkeypatch):
 
 
 # -- errors
-# -----------------------------------------------------------------------------------------------------------
 
 BAD = [
     (["nothing"], "No such command 'nothing'"),
@@ -824,7 +815,6 @@ def test_ctrl_c(softar, monkeypatch):
 
 
 # -- pipes
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_only_json_on_stdout_whatever_libraries_print(softar, monkeypatch):

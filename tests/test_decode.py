@@ -88,8 +88,7 @@ def endless():
     return model_of("llama", eos_token_id=None)
 
 
-# ----------------------------------------------------------------------------------- hard is
-# transformers
+# -- hard is transformers
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -179,8 +178,7 @@ def test_the_default_configuration_is_soft_throughout(endless):
     assert not torch.equal(a.completions[:, :N], greedy(endless, *left_padded(PROMPTS))[:, -N:])
 
 
-# -------------------------------------------------------------------------------- a row of a batch
-# is the row
+# -- a row of a batch is the row
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -251,8 +249,7 @@ def test_a_generator_moves_on_between_calls(llama):
         assert not torch.equal(a.sequences, b.sequences)
 
 
-# ---------------------------------------------------------------------------------------- the
-# thinking span
+# -- the thinking span
 
 
 def script(*rows, peak=60.0):
@@ -507,8 +504,7 @@ def test_where_the_answers_start(llama):
     assert [a.tolist() for a in out.answers] == [list(r) for r in rows]
 
 
-# -------------------------------------------------------------------------------------------- the
-# answer
+# -- the answer
 
 
 def test_a_sampled_answer_is_an_exact_sample(llama):
@@ -585,8 +581,7 @@ def test_several_end_of_sequence_tokens_and_another_pad(llama):
     assert out.completions.tolist() == [[11, 33, 7, 7], [12, 13, EOS, 7], [14, 15, 16, 17]]
 
 
-# ----------------------------------------------------------------- processors, criteria, generate's
-# settings
+# -- processors, criteria, generate's settings
 
 
 def test_logits_processors_act_on_thought_and_answer(endless):
@@ -705,8 +700,7 @@ def test_stopping_criteria_end_rows_one_by_one(endless):
     assert out.completions.tolist() == [[11, 33, *[PAD] * 4], [11, 12, 13, 33, PAD, PAD], rows[2]]
 
 
-# ------------------------------------------------------------------------------------------------
-# the record
+# -- the record
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -912,8 +906,7 @@ def test_a_step_writes_nothing_of_the_tables_size(mixer):
     assert 3 * V <= largest.numel <= 5 * 3 * V < V * WIDTH
 
 
-# -----------------------------------------------------------------------------------------------
-# bad input
+# -- bad input
 
 
 @pytest.mark.parametrize(
@@ -1088,8 +1081,7 @@ def test_broken_logits_of_a_row_that_has_ended_do_not_matter(llama):
     assert out.record.weights[0].isfinite().all()
 
 
-# ----------------------------------------------------------------------------------------------
-# save, load
+# -- save, load
 
 
 def test_configurations_are_saved_and_loaded(tmp_path):

@@ -67,7 +67,6 @@ def unpadded(row):
 
 
 # -- specs
-# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,7 +143,6 @@ def test_each_name_is_in_one_family():
 
 
 # -- what a spec makes
-# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family, name", NAMES)
@@ -253,7 +251,6 @@ def test_a_models_own_configuration_is_the_default(tmp_path):
 
 
 # -- each is what it stands for
-# -------------------------------------------------------------------------------------
 
 
 def plain_generate(model, tokenizer, **how):
@@ -476,7 +473,6 @@ def test_seconds_are_those_of_the_call(tiny):
 
 
 # -- votes
-# ----------------------------------------------------------------------------------------------------------
 
 
 def vote(text, n):
@@ -575,7 +571,6 @@ def test_what_is_drawn(tiny):
 
 
 # -- diffusion
-# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("soften", DIFFUSION)
@@ -638,7 +633,6 @@ def test_templates_are_filled(filler):
 
 
 # -- what goes in
-# ---------------------------------------------------------------------------------------------------
 
 
 def test_chats_are_read_by_the_template(tiny, filler):
@@ -756,7 +750,6 @@ def decoder_tokenizer(decoder):
 
 
 # -- what is wrong
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,7 @@ def run(model, rows=PROMPTS, **knobs) -> DenoiseOutput:
     )
 
 
-# --------------------------------------------------------------------------------- every
-# combination of the parts
+# -- every combination of the parts
 
 COMBINATIONS = 130
 
@@ -270,8 +269,7 @@ def test_most_combinations_run():
         assert {knobs[name] for knobs in taken} == {*known}, name
 
 
-# ------------------------------------------------------------------------------------------- what
-# equals what
+# -- what equals what
 
 
 def same(a, b, **tolerance):
@@ -501,8 +499,7 @@ def test_guidance_leads_away_from_the_model_without_the_prompt(family):
     assert (without - with_prompt).abs().nan_to_num().max() > 0.1
 
 
-# -------------------------------------------------------------------------------------------------
-# forwards
+# -- forwards
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -595,8 +592,7 @@ def test_the_end_of_text_can_be_banned():
         assert (run(model, ban_eos=True, rng=seeded(), **knobs).completions != favourite).all()
 
 
-# ------------------------------------------------------------------------------------------------------
-# draws
+# -- draws
 
 ODDS = 1e-6  # that a right sampler would fail, had it drawn other numbers
 
@@ -786,8 +782,7 @@ def test_remasking_fills_all_in_the_end(strategy, select):
         assert (out.committed_at[came] >= n).all()
 
 
-# --------------------------------------------------------------------------------------------------
-# the record
+# -- the record
 
 
 @contextmanager
@@ -943,8 +938,7 @@ def test_history_and_seconds():
     assert 0 < out.seconds < 60
 
 
-# ------------------------------------------------------------------------------------------------------
-# memory
+# -- memory
 
 
 @pytest.mark.parametrize("cache", [None, "dual"])
@@ -986,8 +980,7 @@ def test_that_measurement_would_notice():
     assert largest.numel >= 2 * 37 * 50_000
 
 
-# ---------------------------------------------------------------------------------------------------
-# bad input
+# -- bad input
 
 BAD_CONFIGS = [
     (dict(gen_length=-1), "gen_length=-1"),
@@ -1207,8 +1200,7 @@ def test_more_shapes_of_input():
     assert denoise(denoiser(max_position_embeddings=131), IDS).completions.shape == (1, 128)
 
 
-# ------------------------------------------------------------------------------------------
-# functions of the user
+# -- functions of the user
 
 
 def test_a_schedule_of_ones_own():
@@ -1278,8 +1270,7 @@ def test_a_softener_of_ones_own():
     same(run(model, soften=SOFTENERS["soft-mask"].fn), run(model, soften="soft-mask"), atol=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------
-# other models
+# -- other models
 
 
 def test_a_model_wrapped_by_peft():

@@ -35,7 +35,6 @@ def uniform(*shape, seed=0):
 
 
 # -- noise
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_masks_at_a_rate():
@@ -77,7 +76,6 @@ def test_numbers_of_a_row_depend_on_nothing_else():
 
 
 # -- losses
-# ---------------------------------------------------------------------------------------------------------
 
 
 def tiny(vocab=4, seed=0, **changes):
@@ -196,7 +194,6 @@ def test_shifted_logits():
 
 
 # -- the head
-# -------------------------------------------------------------------------------------------------------
 
 
 def slots_of(logits, mask_id):
@@ -275,7 +272,6 @@ def test_head_file_with_a_field_missing(tmp_path):
 
 
 # -- the trainer
-# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -483,7 +479,6 @@ def test_a_causal_model_is_refused(tmp_path, task):
 
 
 # -- the Latin squares
-# ----------------------------------------------------------------------------------------------
 
 
 def test_latin_squares_and_their_score():

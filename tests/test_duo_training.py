@@ -126,7 +126,6 @@ def seeded(seed=0):
 
 
 # -- the loss
-# ---------------------------------------------------------------------------------------------------------
 
 
 def papers_nelbo(probs, x, z, alpha, dalpha):
@@ -313,7 +312,6 @@ def test_resume_is_exact(tmp_path, runs, options):
 
 
 # -- checkpoints
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_says_what_it_is_until_it_is_trained_on_masks(tmp_path, runs):
@@ -398,7 +396,6 @@ def test_a_process_that_does_not_fit(tmp_path, named, says):
 
 
 # -- bad input
-# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -489,7 +486,6 @@ def test_the_recipe_decodes_a_uniform_model_hard_and_in_more_steps_than_slots(tm
 
 
 # -- the loop
-# ---------------------------------------------------------------------------------------------------------
 
 M = MASK
 CANVAS = torch.tensor(
@@ -594,7 +590,6 @@ def test_nan_is_told(tmp_path):
 
 
 # -- end to end
-# -------------------------------------------------------------------------------------------------------
 
 
 def valid(completions):

@@ -1,7 +1,7 @@
 """Conformance: every recorded case of the public samplers, one test each, through the public API.
 
-    pytest tests/test_golden.py
-    SOFTAR_GOLDEN=folder[:folder...] pytest tests/test_golden.py      # other data of the same schema
+    pytest tests/test_golden.py SOFTAR_GOLDEN=folder[:folder...] pytest tests/test_golden.py      #
+    other data of the same schema
 
 A folder holds cases/<family>.json, tensors/<family>.safetensors and checkpoints/ (its README
 describes the fields). Nothing here knows these checkpoints: ids and sizes come from their
@@ -67,7 +67,6 @@ def test_case(folder, family, case):
 
 
 # -- whole runs
-# -------------------------------------------------------------------------------------------------------
 
 
 def run(folder, case, config, **options):
@@ -280,7 +279,6 @@ def soft_mask_knobs(p):
 
 
 # -- forwards
-# ---------------------------------------------------------------------------------------------------------
 
 
 def check_logits(folder, family, case):
@@ -316,7 +314,6 @@ def check_logits(folder, family, case):
 
 
 # -- single functions
-# -------------------------------------------------------------------------------------------------
 
 
 def tensors_of(folder, family, case):
@@ -505,7 +502,6 @@ def check_evo_step(folder, family, case):
 
 
 # -- reading
-# ----------------------------------------------------------------------------------------------------------
 
 
 @cache

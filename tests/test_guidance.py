@@ -23,8 +23,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# -------------------------------------------------------------------------------------------------
-# guide
+# -- guide
 
 
 def blended(p, target, alpha, how):
@@ -154,8 +153,7 @@ def test_unknown_guidance_is_named(alpha):
         guide(Soft(torch.tensor([1]), torch.tensor([1.0])), torch.tensor(1), alpha, "klamp")
 
 
-# ----------------------------------------------------------------------------------------------
-# schedules
+# -- schedules
 
 
 @light
@@ -218,8 +216,7 @@ def test_bad_schedules_are_named(knobs, told):
         mk_alpha(**knobs)
 
 
-# -------------------------------------------------------------------------------------------
-# soft_forward
+# -- soft_forward
 
 LENGTHS, SPANS = (12, 9, 10, 6), ((3, 9), (2, 5), (4, 8), (0, 0))  # the last row thinks nothing
 

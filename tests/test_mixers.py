@@ -73,8 +73,7 @@ def test_the_chi_square_of_this_test_can_fail():
         assert_drawn_from(tokens, p=torch.tensor([0.43, 0.24, 0.0, 0.17, 0.1, 0.06]))
 
 
-# ----------------------------------------------------------------------------------------- what all
-# share
+# -- what all share
 
 
 def test_one_signature():
@@ -177,8 +176,7 @@ def test_rows_with_generators_of_one_seed_draw_alike():
         MIXERS["gumbel"](dist_of(3), rng=[seeded(1), seeded(1)])
 
 
-# ------------------------------------------------------------------------------------------- exact
-# samples
+# -- exact samples
 
 
 @pytest.mark.parametrize("name", [n for n in DRAWING if n != "dirichlet"])
@@ -213,8 +211,7 @@ def test_over_a_large_vocabulary_the_tail_is_drawn_as_often_as_it_should():
     assert abs(tail - n * q) < SIX_SIGMA * math.sqrt(n * q * (1 - q))
 
 
-# -------------------------------------------------------------------------------------------------
-# gumbel
+# -- gumbel
 
 
 @pytest.mark.parametrize(
@@ -281,8 +278,7 @@ def test_gumbel_gradient_is_finite_beside_dropped_tokens():
     assert w.grad.isfinite().all() and w.grad[2] == 0 and w.grad.abs().max() > 0
 
 
-# ---------------------------------------------------------------------------------------------- k
-# samples
+# -- k samples
 
 
 def test_one_sample_is_sampling_bit_for_bit():
@@ -317,8 +313,7 @@ def test_k_samples_converges_to_the_distribution():
     assert ((share - P).abs() <= SIX_SIGMA * (P * (1 - P) / 20_000).sqrt()).all()
 
 
-# -------------------------------------------------------------------------------------- mixture of
-# inputs
+# -- mixture of inputs
 
 
 def brute_mixture(p, drawn, beta):
@@ -362,8 +357,7 @@ def test_mixture_of_inputs_of_a_flat_or_single_distribution(K, beta):
         torch.testing.assert_close(w.amax(-1), torch.full((4,), expected), rtol=1e-4, atol=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------
-# dirichlet
+# -- dirichlet
 
 
 @pytest.mark.parametrize("gamma", [0.05, 1.0, 4.0, 50.0])
@@ -405,8 +399,7 @@ def test_dirichlet_gradient_is_finite():
     assert w.grad[P > 0].isfinite().all() and w.grad[P > 0].abs().max() > 0
 
 
-# ------------------------------------------------------------------------------------------------
-# soft, hard
+# -- soft, hard
 
 
 def test_soft_feeds_back_the_belief_itself():
@@ -434,8 +427,7 @@ def test_weights_gradients_pass_where_the_method_has_them():
             assert logits.grad.isfinite().all() and logits.grad.abs().max() > 1e-3, (name, min_p)
 
 
-# ------------------------------------------------------------------------------------------------
-# by name
+# -- by name
 
 
 def test_mk_mixer_binds_knobs_and_takes_functions():

@@ -41,7 +41,6 @@ def read(name, folder, *options):
 
 
 # -- what they say
-# ------------------------------------------------------------------------------------------------
 
 
 @every_soft
@@ -121,7 +120,6 @@ def test_a_misspelt_field_is_found(tmp_path):
 
 
 # -- carried out
-# --------------------------------------------------------------------------------------------------
 
 # vocabulary, mask, end of text, and the other special tokens that a chat is written with
 PUBLISHED = {

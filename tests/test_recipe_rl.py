@@ -99,7 +99,6 @@ def history_of(folder, step):
 
 
 # -- the demo
-# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -186,7 +185,6 @@ def test_the_demo_ends_with_table_results_and_plot(tmp_path, algorithm):
 
 
 # -- resume
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -245,7 +243,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, 
 
 
 # -- other models, tasks, rewards
-# -----------------------------------------------------------------------------------
 
 
 def test_any_model_dataset_and_reward(tmp_path, monkeypatch, capsys):
@@ -338,7 +335,6 @@ def test_smollm2_on_the_cpu(tmp_path):
 
 
 # -- configurations
-# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -369,7 +365,6 @@ def test_configurations_are_read_and_make_sense(file, tmp_path, monkeypatch):
 
 
 # -- bad input
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_bad_input_ends_with_one_line_and_code_2(tmp_path):

@@ -97,7 +97,6 @@ def losses_of(folder, step):
 
 
 # -- the demo
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +224,6 @@ def test_several_seeds(tmp_path, monkeypatch, capsys):
 
 
 # -- resume
-# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -340,7 +338,6 @@ def unbroken(tmp_path_factory):
 
 
 # -- two processes
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -381,7 +378,6 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
 
 
 # -- other models and data
-# ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -486,7 +482,6 @@ def test_smollm2_on_chain_sum(tmp_path):
 
 
 # -- bad input
-# ----------------------------------------------------------------------------------------------------
 
 
 def test_bad_input_ends_with_one_line_and_code_2(tmp_path):

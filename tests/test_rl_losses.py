@@ -14,7 +14,6 @@ MASK = torch.tensor([[1.0, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
 
 
 # -- surrogate
-# ----------------------------------------------------------------------------------------------------
 
 
 def clipped(log_ratio, advantage, low, high):
@@ -74,7 +73,6 @@ def test_unknown_names():
 
 
 # -- normalisations
-# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -112,7 +110,6 @@ def test_nothing_in_the_loss_is_no_nan(loss_type):
 
 
 # -- advantages
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (0.99, 0.0), (1.0, 1.0)])

@@ -101,7 +101,6 @@ def weights(model):
 
 
 # -- the loss
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mixer", ["k-samples", "hard"])
@@ -258,7 +257,6 @@ def test_embedding_grad(tmp_path, embedding_grad):
 
 
 # -- training
-# -----------------------------------------------------------------------------------------------------
 
 
 def test_accumulated_is_one_batch(tmp_path):
@@ -489,7 +487,6 @@ def test_statistics_by_hand(tmp_path, mixer):
 
 
 # -- what the reward sees
-# -----------------------------------------------------------------------------------------
 
 
 def test_a_thought_that_never_ends_has_no_answer(tmp_path):
@@ -534,7 +531,6 @@ def test_reward_sees(tmp_path, sees):
 
 
 # -- what is refused
-# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -731,7 +727,6 @@ def test_bad_constructor(tmp_path, given):
 
 
 # -- TRL
-# ----------------------------------------------------------------------------------------------------------
 
 SIGNATURES = {
     "__init__": "model reward_funcs args train_dataset eval_dataset processing_class reward_processing_classes "

@@ -167,7 +167,6 @@ def spy(monkeypatch):
 
 
 # -- the loss
-# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_soft_labels", [False, True])
@@ -223,7 +222,6 @@ def test_loss_is_of_the_raw_logits_and_takes_low_precision():
 
 
 # -- which positions are thought
-# --------------------------------------------------------------------------------------
 
 
 def mask_of(rows, **span):
@@ -265,7 +263,6 @@ def test_thought_mask_at_the_edges():
 
 
 # -- batches
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_collator_pads_on_the_right():
@@ -303,7 +300,6 @@ def test_collator_with_traces_of_unequal_number_and_length():
 
 
 # -- against TRL
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -351,7 +347,6 @@ def test_the_loss_is_normalised_over_the_whole_accumulated_batch(tmp_path, setti
 
 
 # -- what is fed back
-# ---------------------------------------------------------------------------------------------
 
 
 def test_sequential_and_parallel_train_alike(tmp_path):
@@ -437,7 +432,6 @@ def chat_data(n):
 
 
 # -- traces and oracle
-# --------------------------------------------------------------------------------------------
 
 
 def test_traces_are_drawn_uniformly_from_each_rows_own(tmp_path, spy):
@@ -579,7 +573,6 @@ def test_oracle_weighs_unequal_rows_in_one_batch_as_alone(tmp_path, spy):
 
 
 # -- options
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_entropy_term_sharpens_for_positive_coefficients(tmp_path):
@@ -740,7 +733,6 @@ def test_gradients_reach_the_thought_through_the_answer_alone(tmp_path):
 
 
 # -- evaluation and checkpoints
-# -----------------------------------------------------------------------------------
 
 
 def score(answer, row):
@@ -859,7 +851,6 @@ def test_a_resumed_run_goes_on_exactly(tmp_path, name):
 
 
 # -- bad input
-# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,7 @@ def logits_of(*shape, seed=0, scale=2.0):
     return torch.randn(*shape, generator=seeded(seed)) * scale
 
 
-# ----------------------------------------------------------------------------------------------
-# filters
+# -- filters
 
 
 def filtered(row, temperature=1.0, top_k=None, top_p=None, min_p=None):
@@ -263,8 +262,7 @@ def test_vocabulary_order_writes_no_ids():
     assert dist.ids.shape == (7, 100) and dist.ids.untyped_storage().nbytes() == 100 * 8
 
 
-# ------------------------------------------------------------------------------------------
-# temperature
+# -- temperature
 
 
 def test_temperature_goes_before_the_filters():
@@ -369,8 +367,7 @@ def test_without_a_vocabulary_only_what_can_be_told_is_checked():
         check_dist(None, top_k=0)
 
 
-# --------------------------------------------------------------------------------------------
-# gradients
+# -- gradients
 
 
 def embedded(logits, T, W, **knobs):
@@ -435,8 +432,7 @@ def test_a_tiny_temperature_gives_no_nan_gradient():
     assert logits.grad.isfinite().all()
 
 
-# -------------------------------------------------------------------------------------------
-# soft_embed
+# -- soft_embed
 
 
 def table_of(V=20, D=8, seed=0, dtype=torch.float32):
@@ -619,8 +615,7 @@ def test_hard_is_one_id_of_weight_1():
     assert soft.weights.dtype == torch.float32
 
 
-# ----------------------------------------------------------------------------------------------
-# entropy
+# -- entropy
 
 
 @pytest.mark.parametrize("T", [1.0, 0.3, 5.0, 1e-30])
@@ -677,8 +672,7 @@ def test_rows_without_a_distribution_have_nan_entropy_and_others_none(bad, T):
     assert h.isnan().tolist() == [False, True]
 
 
-# -----------------------------------------------------------------------------------------------
-# memory
+# -- memory
 
 
 class Largest(TorchDispatchMode):

@@ -82,7 +82,8 @@ def softar(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Its number.")
     ] = False,
 ) -> None:
-    """Soft decoding: a language model reads mixtures of tokens instead of one at a time. Does it help, at what cost?
+    """Soft decoding: a language model reads mixtures of tokens instead of one at a time. Does it
+    help, at what cost?
 
     \b
     Examples:
@@ -129,7 +130,8 @@ def serve(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Serve a model with vLLM, OpenAI-compatible, with --soft for soft requests beside discrete ones. Ctrl-C ends it.
+    """Serve a model with vLLM, OpenAI-compatible, with --soft for soft requests beside discrete
+    ones. Ctrl-C ends it.
 
     Takes what softar can open: embedded models, GGUF files and adapters are exported first.
 
@@ -249,7 +251,8 @@ def sweep(
 
 @command
 def models(as_json: Json = False) -> None:
-    """The models that softar brings by name; folders, .gguf files and hub ids go wherever a name does.
+    """The models that softar brings by name; folders, .gguf files and hub ids go wherever a name
+    does.
 
     \b
     Examples:

@@ -87,8 +87,9 @@ def generate(
 ) -> None:
     """Answer a prompt.
 
-    Without --decoder a model is decoded as its soft_config.json says, one that has none with narrow, noisy mixtures.
-    Every field of SoftConfig goes into --decoder. On a terminal tokens appear as they come, a thought dimmed.
+    Without --decoder a model is decoded as its soft_config.json says, one that has none with
+    narrow, noisy mixtures. Every field of SoftConfig goes into --decoder. On a terminal tokens
+    appear as they come, a thought dimmed.
 
     \b
     Examples:
@@ -149,8 +150,9 @@ def fill(
 ) -> None:
     """Fill the holes of a text with a masked-diffusion model.
 
-    A hole is a run of underscores, or the model's mask token; each is one token. Decoders: hard, soft-token, soft-mask,
-    evolving, slerp; without --decoder, what the model was trained for. Every field of DenoiseConfig goes into it.
+    A hole is a run of underscores, or the model's mask token; each is one token. Decoders: hard,
+    soft-token, soft-mask, evolving, slerp; without --decoder, what the model was trained for. Every
+    field of DenoiseConfig goes into it.
 
     \b
     Examples:
@@ -199,16 +201,18 @@ def trace(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """What a model believed at each step: the mixtures that it read, with their entropy; of diffusion the canvas.
+    """What a model believed at each step: the mixtures that it read, with their entropy; of
+    diffusion the canvas.
 
-    Several decoders give several traces; on a page they stand behind tabs. JSON is one line for each.
+    Several decoders give several traces; on a page they stand behind tabs. JSON is one line for
+    each.
 
     \b
     Examples:
-      softar trace "<bos> D4 D8 D1 D3 ->" --model mnns-soft-tiny
-      softar trace "<bos> D4 D8 D1 D3 ->" -d mnns-soft-tiny=soft -d mnns-diffusion-tiny=soft-mask --html belief.html
-      softar trace "<bos> D4 D8 _ D3 -> _ _ _ S0" -m mnns-diffusion-tiny --max-new-tokens 0
-      softar trace "<bos> D4 D8 D1 D3 ->" -m mnns-soft-tiny --json
+      softar trace "<bos> D4 D8 D1 D3 ->" --model mnns-soft-tiny softar trace "<bos> D4 D8 D1 D3 ->"
+      -d mnns-soft-tiny=soft -d mnns-diffusion-tiny=soft-mask --html belief.html softar trace "<bos>
+      D4 D8 _ D3 -> _ _ _ S0" -m mnns-diffusion-tiny --max-new-tokens 0 softar trace "<bos> D4 D8 D1
+      D3 ->" -m mnns-soft-tiny --json
     """
     text, traces = fmt.read_text(prompt), []
     with fmt.only_results():
@@ -277,10 +281,10 @@ def compare(
 ) -> None:
     """Decoders side by side on a task: accuracy, what it costs, and how sure the difference is.
 
-    Autoregressive decoders: discrete, sampled, soft, gumbel, k-samples, mixture-of-inputs, dirichlet, beam,
-    self-consistency. Diffusion: hard, soft-token, soft-mask, evolving, slerp. vLLM: vllm-greedy, vllm-sampled,
-    vllm-self-consistency, vllm-beam, vllm-soft. Options behind the colon are fields of SoftConfig, DenoiseConfig, or
-    vLLM's.
+    Autoregressive decoders: discrete, sampled, soft, gumbel, k-samples, mixture-of-inputs,
+    dirichlet, beam, self-consistency. Diffusion: hard, soft-token, soft-mask, evolving, slerp.
+    vLLM: vllm-greedy, vllm-sampled, vllm-self-consistency, vllm-beam, vllm-soft. Options behind the
+    colon are fields of SoftConfig, DenoiseConfig, or vLLM's.
 
     \b
     Examples:

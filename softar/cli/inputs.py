@@ -79,7 +79,7 @@ def open_decoder(
     say.
 
     max_new_tokens: None is what the model's soft_config.json says, else NEW_TOKENS. common: for
-        make_decoder.
+    make_decoder.
     """
     with fmt.waiting("loading"):
         quiet()

@@ -202,7 +202,6 @@ def _name_of(config: SoftConfig) -> str:
 
 
 # -- by name
-# --------------------------------------------------------------------------------------------------------
 
 # decoders that feed back one token, and the mixer's knobs
 HARD = {"discrete": {}, "sampled": {"sample": True}}

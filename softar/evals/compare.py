@@ -41,18 +41,14 @@ class Comparison:
     anything:
 
     task, model, decoder, setting, family, name, stage (None), seed, and what else its decoder's
-    `columns` hold;
-    n: rows that have a score. repeats: whole passes, or 1 that was cut short. complete: there is a
-        whole pass.
-    accuracy: mean score, a row's being its mean over the repeats; accuracy_low, accuracy_high: 95 %
-        percentile
-    bootstrap over rows; accuracy_sd: over repeats, None for one.
-    gain, gain_low, gain_high: accuracy less the baseline's on the rows that both have, paired; None
-        for the baseline.
-    agreement: share of rows with the baseline's answer, as `extract` reads it out of the text.
-    nfe, token_forwards, seconds_per_row: per answer. seconds: decoding of one pass, mean over
-        repeats; seconds_sd: over
-    repeats. tokens_per_s: returned tokens. entropy: mean nats per step. None where not known.
+    `columns` hold; n: rows that have a score. repeats: whole passes, or 1 that was cut short.
+    complete: there is a whole pass. accuracy: mean score, a row's being its mean over the repeats;
+    accuracy_low, accuracy_high: 95 % percentile bootstrap over rows; accuracy_sd: over repeats,
+    None for one. gain, gain_low, gain_high: accuracy less the baseline's on the rows that both
+    have, paired; None for the baseline. agreement: share of rows with the baseline's answer, as
+    `extract` reads it out of the text. nfe, token_forwards, seconds_per_row: per answer. seconds:
+    decoding of one pass, mean over repeats; seconds_sd: over repeats. tokens_per_s: returned
+    tokens. entropy: mean nats per step. None where not known.
     """
 
     rows: list[dict]

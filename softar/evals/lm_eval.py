@@ -78,8 +78,7 @@ class LoadedLM(HFLM):
         self, name: str, family: str, opener, harness: dict, loading: dict, seed: int | None
     ):
         """family: of softar.decoders, that the model must be of. opener: (name, **loading) ->
-        model, tokenizer.
-        seed: of every draw; None is what lm-eval's --seed set."""
+        model, tokenizer. seed: of every draw; None is what lm-eval's --seed set."""
         shared = int(os.environ.get("WORLD_SIZE", 1)) > 1
         if shared and str(loading.get("device")).startswith("cuda"):
             del loading["device"]  # each process takes its own
@@ -161,11 +160,10 @@ class SoftarLM(LoadedLM):
     """An autoregressive model that thinks softly; as `--model_args`:
 
     pretrained or model: what softar.load takes (a name of softar.MODELS, a folder, an adapter, a
-    GGUF file, a hub id).
-    seed: of every draw; by default what --seed sets. Every field of SoftConfig; a soft_config.json
-        beside the model
-    says what the rest is. max_new_tokens counts only for tasks that set no max_gen_toks, which
-    covers thought and answer. Arguments of HFLM in HARNESS, and those of `load` in LOADING.
+    GGUF file, a hub id). seed: of every draw; by default what --seed sets. Every field of
+    SoftConfig; a soft_config.json beside the model says what the rest is. max_new_tokens counts
+    only for tasks that set no max_gen_toks, which covers thought and answer. Arguments of HFLM in
+    HARNESS, and those of `load` in LOADING.
 
     A task that samples (do_sample, temperature, top_p, ...) samples the discrete answer that way.
     """

@@ -164,8 +164,7 @@ def frontier(
     ids stand side by side.
 
     trace_ids: [..., M, T] int64, equally likely; trace_mask: the same shape, 0 where a trace has
-        ended (None: nowhere);
-    gold: [..., T], the token where all have ended -> Soft [..., T, M].
+    ended (None: nowhere); gold: [..., T], the token where all have ended -> Soft [..., T, M].
     """
     ids = trace_ids.transpose(-1, -2)
     if trace_mask is None:

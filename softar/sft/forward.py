@@ -80,10 +80,9 @@ def soft_forward(
     Position t with soft_mask[t] reads feed(logits[t - 1], input_ids[t]) instead of its token.
     "sequential" computes this exactly, one cached step per marked column, with gradient through
     time. "parallel" starts from the gold tokens and refreshes all marked positions at once,
-    `passes` times (Jacobi iteration; parallel scheduled sampling,
-    arXiv:1906.04331): after r refreshes the first r marked positions of a row are exact, so passes
-        = span length
-    equals sequential.
+    `passes` times (Jacobi iteration; parallel scheduled sampling, arXiv:1906.04331): after r
+    refreshes the first r marked positions of a row are exact, so passes = span length equals
+    sequential.
 
     Args:
         input_ids: [B, T], gold tokens. attention_mask: [B, T] or None. soft_mask: [B, T] bool,

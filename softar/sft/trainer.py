@@ -2,7 +2,7 @@
 mixtures, on TRL's trainer.
 
 Shapes: B batch, T positions, M traces per row, V vocabulary, K tokens kept, N target tokens of a
-    batch.
+batch.
 """
 
 import math
@@ -120,7 +120,6 @@ class SoftSFTTrainer(SFTTrainer):
         self._micro = 0
 
     # -- data
-    # -------------------------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -172,7 +171,6 @@ class SoftSFTTrainer(SFTTrainer):
         ]
 
     # -- loss
-    # -------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         training = self.model.training
@@ -270,7 +268,6 @@ class SoftSFTTrainer(SFTTrainer):
             metrics["soft_temperature"].append(self._temperature().item())
 
     # -- evaluation and checkpoints
-    # ---------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self._micro = 0
@@ -373,7 +370,7 @@ def soft_loss(
 
     Returns:
         loss [] float32, a sum; entropies [n] float32 nats of the n steps that predict a thought
-        token.
+            token.
     """
     target = labels[:, 1:] != -100
     chosen = logits[:, :-1][target].float()  # [N, V]

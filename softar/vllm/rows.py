@@ -7,7 +7,7 @@ stays on the device and nothing waits for it. What a request has read is kept, s
 computed again when vLLM has thrown it out of its cache.
 
 Shapes: R rows of the batch, G those of one configuration that step, K tokens kept, D embedding
-    width.
+width.
 """
 
 import copy
@@ -185,7 +185,7 @@ class Rows:
     """All soft requests of a runner.
 
     lookup: [n] ids -> [n, D], the model's own embedding. seed: of the draws of requests without a
-        seed.
+    seed.
     """
 
     def __init__(self, lookup: Callable[[Tensor], Tensor], device: torch.device, seed: int):

@@ -99,7 +99,7 @@ def admit(rows, new, owner):
     """Take up a request if it is soft: a new one, or one that had been thrown out of the cache.
 
     Args: rows: Rows or None. owner: has the model, its device and its configuration. Returns rows,
-        by then not None.
+    by then not None.
     """
     soft = soft_of(new.sampling_params)
     if soft is None:

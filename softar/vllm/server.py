@@ -41,8 +41,7 @@ class ServerError(Unfinished):
     """A server that does not start, does not answer, or answers with an error.
 
     prompt: index of the prompt it happened at, None where it was none. done: {index: Decoded} of
-        the prompts that were
-    finished before.
+    the prompts that were finished before.
     """
 
     def __init__(self, message: str, prompt: int | None = None, done: dict | None = None):
