@@ -40,7 +40,10 @@ SHOWN = (
 
 def thoughts(trained: Path | None, seed: int) -> dict[str, str]:
     """Label -> decoder of the MNNS table. The first is what the others are held against."""
-    models = {"discrete": "mnns-discrete-tiny", "trace-soft": "mnns-soft-tiny"}
+    from softar.tasks import MODELS
+
+    shipped = MODELS["mnns"]
+    models = {"discrete": shipped["discrete"], "trace-soft": shipped["soft"]}
     if trained is not None:
         models = {row: trained / f"{row}-seed{seed}" for row in ("no-cot", *models)}
         if missing := [
@@ -66,7 +69,7 @@ def thoughts(trained: Path | None, seed: int) -> dict[str, str]:
             f"trace-soft, {DRAWS} samples": f"{soft}=k-samples:k={DRAWS}",
             "trace-soft, read discretely": f"{soft}=discrete",
         }
-        | masked("diffusion ", "mnns-diffusion-tiny", (1, 2, 5))
+        | masked("diffusion ", shipped["diffusion"], (1, 2, 5))
     )
 
 
@@ -87,7 +90,7 @@ def run(args, console: Console) -> None:
     from softar.decoders.registry import make_decoder
     from softar.evals.compare import compare
     from softar.show.page import write_page
-    from softar.tasks import load_task
+    from softar.tasks import MODELS, load_task
 
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # threads only get in each other's way on nets this small
@@ -96,7 +99,7 @@ def run(args, console: Console) -> None:
         if args.limit is not None and args.limit < 1:
             raise ValueError(f"limit={args.limit} must be at least 1 row")
         specs = thoughts(args.trained and Path(args.trained), args.seed)
-    squares = masked("", "latin-diffusion-tiny", STEPS)
+    squares = masked("", MODELS["latin"]["diffusion"], STEPS)
     tables = (("mnns", specs, "discrete", LENGTH), ("latin", squares, "hard, 12", 0))
     traces = []
     for name, decoders, baseline, length in tables:

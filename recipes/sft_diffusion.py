@@ -29,6 +29,7 @@ from pathlib import Path
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+from softar.diffusion.models import MODELS
 from softar.diffusion.sft import DiffusionSFTConfig
 from softar.recipe import (
     CUSTOM,
@@ -62,7 +63,6 @@ CONFIGS = {
     "latin": HERE / "configs" / "latin.yaml",
     "mnns": HERE / "configs" / "mnns_diffusion.yaml",
 }
-MODELS = {"latin": "latin-diffusion-tiny", "mnns": "mnns-diffusion-tiny"}
 SCHEDULES = {  # name -> how a budget of it is said to DenoiseConfig
     "uniform": lambda budget: dict(steps=budget),
     "pyramid": lambda budget: dict(schedule="pyramid", dilation=budget),
@@ -135,10 +135,7 @@ def main(script, training, model_args, mixture):
     console = Console()
     with one_line_errors(PROGRAM):
         names, schedules, task = check_input(script, training, mixture)
-        is_tiny = (
-            model_args.model_name_or_path is None
-            or model_args.model_name_or_path in MODELS.values()
-        )
+        is_tiny = model_args.model_name_or_path is None or model_args.model_name_or_path in MODELS
         if is_tiny:
             import torch
 
@@ -189,7 +186,7 @@ def train_row(name, args, task, schedules, model_args, script):
     trainer.save_model(args.output_dir)
     common = dict(
         task=task.name,
-        model=model_args.model_name_or_path or MODELS.get(task.name),
+        model=model_args.model_name_or_path or task.models.get("diffusion"),
         training=name,
         stage=None,
         seed=args.seed,
@@ -323,8 +320,8 @@ def open_model(model_args, task, seed, from_causal):
     from softar.diffusion import load
     from softar.diffusion.convert import convert
 
-    name, options = named_model(model_args, task, MODELS.get(task.name))
-    if name in MODELS.values():
+    name, options = named_model(model_args, task, task.models.get("diffusion"))
+    if name in MODELS:
         options["seed"] = seed
     if from_causal:
         return convert(*softar.load(name, dtype=model_args.dtype, seed=seed, **options))

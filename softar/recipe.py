@@ -256,9 +256,7 @@ def _open_task(script, mixture):
             f"dataset_train_split={script.dataset_train_split!r} is not among {sorted(data)}"
         )
     test = data[script.dataset_test_split] if script.dataset_test_split in data else None
-    return Task(
-        name, data[script.dataset_train_split], test, score=None, think_steps=None, model=None
-    )
+    return Task(name, data[script.dataset_train_split], test, score=None, think_steps=None)
 
 
 def named_model(model_args, task, default: str | None) -> tuple[str, dict]:

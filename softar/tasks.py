@@ -12,7 +12,7 @@ import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from datasets import Dataset
 
@@ -36,8 +36,14 @@ class Task:
     score: Callable[[str, dict], float]
     # the thought is the first n tokens of the completion; None: there is no thought
     think_steps: int | None
-    model: str | None  # the embedded model made for it, for softar.load, or None
+    # the embedded models made for it, by what they are: see MODELS
+    models: dict[str, str] = field(default_factory=dict)
     extract: Callable[[str], str] = str.strip  # what of a generated text the scorer looks at
+
+    @property
+    def model(self) -> str | None:
+        """The embedded model that training starts from, for softar.load, or None."""
+        return self.models.get("untrained")
 
 
 def load_task(name: str, *, seed: int = 0, size: int | None = None) -> Task:
@@ -118,7 +124,7 @@ def mnns(
         test=Dataset.from_list([_mnns_row(s) for s in test]),
         score=_score_mnns,
         think_steps=digits - 1,
-        model="mnns-tiny" if fits else None,
+        models=MODELS["mnns"] if fits else {},
         extract=_last_sum,
     )
 
@@ -198,7 +204,7 @@ def latin(n: int = 5, givens: int = 5, *, seed: int = 0, size: int | None = None
         Dataset.from_list(test),
         _score_latin,
         think_steps=None,
-        model=None,
+        models=MODELS["latin"],
     )
 
 
@@ -274,12 +280,7 @@ def _gym(name: str, *, seed: int, size: int | None) -> Task:
             return 0.0
 
     return Task(
-        GYM + name,
-        Dataset.from_list(train),
-        Dataset.from_list(test),
-        score,
-        think_steps=None,
-        model=None,
+        GYM + name, Dataset.from_list(train), Dataset.from_list(test), score, think_steps=None
     )
 
 
@@ -321,4 +322,16 @@ def thaw(x):
     return x
 
 
+# Which embedded model is for which task. `untrained` is what causal training starts from; `discrete`
+# and `soft` are causal models trained on discrete thoughts and to think in soft tokens; `diffusion`
+# fills masks, trained.
+MODELS = {
+    "mnns": {
+        "untrained": "mnns-tiny",
+        "discrete": "mnns-discrete-tiny",
+        "soft": "mnns-soft-tiny",
+        "diffusion": "mnns-diffusion-tiny",
+    },
+    "latin": {"diffusion": "latin-diffusion-tiny"},
+}
 TASKS: dict[str, Callable[..., Task]] = {"mnns": mnns, "latin": latin}

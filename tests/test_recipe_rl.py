@@ -301,7 +301,7 @@ def test_a_tasks_score_is_its_reward():
 
 def test_a_reward_that_cannot_judge_counts_as_no_point():
     task = load_task("mnns", size=4)
-    bare = type(task)("own", task.train, task.test, None, None, None)
+    bare = type(task)("own", task.train, task.test, None, None)
     score = score_of(
         lambda completions, answer, **kw: [None if answer[0] == "?" else len(completions[0])], bare
     )

@@ -14,7 +14,7 @@ import torch
 from softar.models import load
 from softar.sft.data import frontier
 from softar.soft import dense
-from softar.tasks import freeze, load_task, mnns, no_thought, thaw
+from softar.tasks import MODELS, freeze, load_task, mnns, no_thought, thaw
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,7 @@ def test_mnns_traces_are_every_signing(digits, low, high):
     made = mnns(digits, low, high)
     assert made.think_steps == digits - 1
     assert made.model == ("mnns-tiny" if high <= 9 else None)
+    assert made.models == (MODELS["mnns"] if high <= 9 else {})
     for row in made.test.select(range(min(50, len(made.test)))):
         assert len(row["traces"]) == 2 ** (digits - 1)
         columns = list(zip(*(t.split() for t in row["traces"])))

@@ -38,22 +38,21 @@ TASKS = {
 }
 GYM = ("reasoning_gym:NAME", "any dataset of reasoning-gym, e.g. reasoning_gym:chain_sum")
 DIFFUSION_LENGTH = {"mnns-diffusion-tiny": 5}  # masks behind a prompt that says no number of them
-COMPARED = {  # what `softar compare` decodes with where nothing is named
+# what `softar compare` decodes with where nothing is named: which of the task's models, and how
+COMPARED = {
     "mnns": [
-        "mnns-discrete-tiny=discrete",
-        "mnns-discrete-tiny=self-consistency:votes=8",
-        "mnns-discrete-tiny=beam:num_beams=4",
-        "mnns-soft-tiny=soft",
-        "mnns-soft-tiny=discrete",
-        "mnns-soft-tiny=gumbel",
-        "mnns-soft-tiny=k-samples",
-        "mnns-diffusion-tiny=hard",
-        "mnns-diffusion-tiny=soft-mask",
+        ("discrete", "discrete"),
+        ("discrete", "self-consistency:votes=8"),
+        ("discrete", "beam:num_beams=4"),
+        ("soft", "soft"),
+        ("soft", "discrete"),
+        ("soft", "gumbel"),
+        ("soft", "k-samples"),
+        ("diffusion", "hard"),
+        ("diffusion", "soft-mask"),
     ],
     "latin": [
-        f"latin-diffusion-tiny={name}:steps={n}"
-        for name in ("hard", "soft-mask")
-        for n in (4, 8, 12, 20)
+        ("diffusion", f"{name}:steps={n}") for name in ("hard", "soft-mask") for n in (4, 8, 12, 20)
     ],
 }
 
@@ -245,7 +244,9 @@ def stream(decoder, prompt) -> "Decoded":
 def compared(task: str, model: str | None) -> list[str]:
     """The decoders of a comparison that names none."""
     if model is None and task in COMPARED:
-        return COMPARED[task]
+        from .. import tasks
+
+        return [f"{tasks.MODELS[task][kind]}={decoder}" for kind, decoder in COMPARED[task]]
     from ..decoders.kinds import family_of
 
     return (

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..decoders.options import format_options
 from ..decoders.registry import find, make_decoder, parse_spec
-from ..tasks import GYM, TASKS, load_task
+from ..tasks import GYM, MODELS, TASKS, load_task
 from .sweep_summary import GRID_FILE, read_rows, write_summary
 
 ROLES = ("soft", "baseline")
@@ -207,7 +207,7 @@ def _model_of(grid: Grid, run: Run) -> str:
     """The model of a run: the decoder's own, the grid's for the task, or the embedded one of a
     diffusion decoder."""
     model, name, _ = parse_spec(run.spec)
-    default = DIFFUSION_MODELS.get(run.task) if find(name)[0] == "diffusion" else None
+    default = MODELS.get(run.task, {}).get("diffusion") if find(name)[0] == "diffusion" else None
     found = model or grid.models.get(run.task) or default
     if found is None:
         raise ValueError(
@@ -351,6 +351,3 @@ def _tuple(name: str, values) -> tuple:
     if isinstance(values, str) or not isinstance(values, (list, tuple)):
         raise ValueError(f"{name}={values!r} must be a list")
     return tuple(values)
-
-
-DIFFUSION_MODELS = {"latin": "latin-diffusion-tiny", "mnns": "mnns-diffusion-tiny"}
