@@ -3,7 +3,7 @@
 A name is loaded when it is first used.
 """
 
-from importlib import import_module
+from softar._lazy import lazy
 
 # A public name must not be the name of a submodule: importing the submodule would put the module in
 # its place.
@@ -19,13 +19,4 @@ _HOME = {
 }
 __all__ = [*_HOME]
 
-
-def __getattr__(name):
-    if name not in _HOME:
-        raise AttributeError(f"module 'softar.diffusion' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOME[name]), name)
-    return value
-
-
-def __dir__():
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOME)

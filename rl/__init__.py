@@ -1,24 +1,13 @@
 """Reinforcement learning on soft policies, over trl's trainers."""
 
-from importlib import import_module
+from softar._lazy import lazy
 
-# Name -> module: TRL takes seconds to import, so a name is loaded when it is asked for.
-NAMES = {
-    "SoftGRPOConfig": "config",
-    "SoftPPOConfig": "config",
-    "SoftGRPOTrainer": "grpo",
-    "SoftPPOTrainer": "ppo",
-    "SoftRLOOTrainer": "rloo",
+_HOME = {
+    "SoftGRPOConfig": "softar.rl.config",
+    "SoftPPOConfig": "softar.rl.config",
+    "SoftGRPOTrainer": "softar.rl.grpo",
+    "SoftPPOTrainer": "softar.rl.ppo",
+    "SoftRLOOTrainer": "softar.rl.rloo",
 }
-__all__ = list(NAMES)
-
-
-def __getattr__(name: str):
-    if name not in NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{NAMES[name]}"), name)
-    return value
-
-
-def __dir__():
-    return sorted([*globals(), *NAMES])
+__all__ = [*_HOME]
+__getattr__, __dir__ = lazy(__name__, _HOME)

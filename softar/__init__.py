@@ -4,8 +4,9 @@ A name is loaded when it is first used, so `import softar` costs nothing and nee
 transformers.
 """
 
-from importlib import import_module
 from pathlib import Path
+
+from ._lazy import lazy
 
 __version__ = "0.1.0"
 
@@ -34,28 +35,15 @@ _HOME = {
 }
 __all__ = [*_HOME]
 
-
-def __getattr__(name):
-    if name not in _HOME:
-        raise AttributeError(f"module 'softar' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOME[name]), name)
-    return value
-
-
-def __dir__():
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOME)
 
 
 def _checkout():
     """The root of softar's own checkout if this file lies in one, else None."""
     root = Path(__file__).resolve().parent.parent
     project = root / "pyproject.toml"
-    return (
-        root
-        if project.is_file()
-        and 'name = "softar"' in project.read_text(encoding="utf-8").splitlines()
-        else None
-    )
+    lines = project.read_text(encoding="utf-8").splitlines() if project.is_file() else []
+    return root if 'name = "softar"' in lines else None
 
 
 # Started from the root of a checkout, Python finds this folder before any installed softar, and

@@ -1,7 +1,7 @@
 """vLLM: the plug-in that thinks softly inside its engine, and decoders, server and client beside
 it."""
 
-from importlib import import_module
+from .._lazy import lazy
 
 _HOME = {
     "VLLMDecoder": "softar.vllm.engine",
@@ -14,13 +14,4 @@ _HOME = {
 }
 __all__ = [*_HOME]
 
-
-def __getattr__(name):
-    if name not in _HOME:
-        raise AttributeError(f"module 'softar.vllm' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOME[name]), name)
-    return value
-
-
-def __dir__():
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOME)
