@@ -30,7 +30,15 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from softar.models import FETCH, MNNS_WORDS, to_device, to_dtype, word_tokenizer
+from softar.models import (
+    FETCH,
+    MNNS_WORDS,
+    check_fixed,
+    to_device,
+    to_dtype,
+    to_machine,
+    word_tokenizer,
+)
 
 from .architectures import (
     DREAM_NEEDS,
@@ -75,7 +83,7 @@ def load(
         name: one of MODELS ("mnns-diffusion-tiny"), or a local folder or a hub id: LLaDA, Dream (or
             DiffuCoder, Dream-Coder), any masked language model of transformers (ModernBERT, BERT,
             RoBERTa, ...), a PEFT adapter. Weights are read as safetensors, shard by shard.
-        dtype: of the weights; "auto" is as stored.
+        dtype: of the weights; as for softar.load.
         device: None is this process's CUDA device where there is one, else the CPU.
         seed: None gives an embedded model as the package brings it, trained; a number draws
             untrained weights.
@@ -92,12 +100,13 @@ def load(
             that says so.
     """
     name = os.fspath(name)
-    dtype, device = to_dtype(dtype), to_device(device, model_kwargs)
+    dtype, device = to_dtype(dtype, model_kwargs), to_device(device, model_kwargs)
+    check_fixed(model_kwargs)
     try:
         if name in MODELS:
             model, tokenizer = MODELS[name](dtype=dtype, seed=seed, **model_kwargs)
         elif Path(name, "adapter_config.json").is_file():
-            model, tokenizer = _adapter(Path(name), dtype=dtype, **model_kwargs)
+            model, tokenizer = _adapter(Path(name), dtype=dtype, device=device, **model_kwargs)
         else:
             model, tokenizer = _open(name, dtype=dtype, **model_kwargs)
         if name not in MODELS:  # an embedded one, trained, came through here by its folder
@@ -116,9 +125,7 @@ def load(
             f"model={name!r} could not be loaded: {why} -- give a folder with a LLaDA, Dream or BERT-like model in "
             f"safetensors, or a hub id that can be reached"
         ) from error
-    if device is not None:
-        model.to(device)
-    return model.eval(), tokenizer
+    return to_machine(model, dtype, device).eval(), tokenizer
 
 
 def _open(name: str, *, dtype, **model_kwargs):
@@ -174,7 +181,7 @@ def _open(name: str, *, dtype, **model_kwargs):
     return model, tokenizer
 
 
-def _adapter(folder: Path, *, dtype, **model_kwargs):
+def _adapter(folder: Path, *, dtype, device, **model_kwargs):
     """The base that an adapter folder names, wrapped as a PeftModel; the folder's own tokenizer
     where it has one."""
     from peft import PeftConfig, get_peft_model  # slow to import
@@ -184,7 +191,6 @@ def _adapter(folder: Path, *, dtype, **model_kwargs):
     config = PeftConfig.from_pretrained(str(folder))
     if not config.base_model_name_or_path:
         raise ValueError("its adapter_config.json does not name a base model")
-    device = None if "device_map" in model_kwargs else "cpu"
     model, tokenizer = load(
         config.base_model_name_or_path, dtype=dtype, device=device, **model_kwargs
     )

@@ -7,6 +7,7 @@ No remote code is run and no pickle is read.
 import difflib
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -50,12 +51,17 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+HALF = [torch.float16, torch.bfloat16]
+FIXED = {"trust_remote_code", "use_safetensors", "weights_only", "output_loading_info"}
+FIXED_BECAUSE = (
+    "softar runs no remote code, reads no pickle and returns the model and its tokenizer"
+)
 
 
 def load(
     name: str | os.PathLike,
     *,
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     seed: int = 0,
     **model_kwargs,
@@ -68,8 +74,9 @@ def load(
         name: one of MODELS ("mnns-tiny", "mnns-soft-tiny", "smollm2-135m", ...; they go before
             folders of the same name), a local folder (a model, or a PEFT adapter: its base is
             loaded by the name recorded in it), a .gguf file, or a hub id.
-        dtype: of the weights: "float32", "bfloat16", "float16", "float64", or "auto" (as stored;
-            float32 where the weights are made or de-quantised here).
+        dtype: of the weights: "float32", "bfloat16", "float16", "float64", or "auto": as stored,
+            but float32 where they are made or de-quantised here, and on a CPU that computes the
+            stored one slowly (`computed_in`). torch_dtype, transformers' old name, is the same.
         device: None is this process's CUDA device where there is one, else the CPU.
         seed: of the weights of "mnns-tiny", which come untrained; the global random state stays as
             it is.
@@ -78,16 +85,16 @@ def load(
 
     Raises:
         ValueError: naming `name`, where it is none of these or cannot be read; what transformers
-            said is the cause.
+            said is the cause. For keywords that contradict each other or are not to be changed.
     """
     name = os.fspath(name)
-    dtype = to_dtype(dtype)
-    device = to_device(device, model_kwargs)
+    dtype, device = to_dtype(dtype, model_kwargs), to_device(device, model_kwargs)
+    check_fixed(model_kwargs)
     if name in MODELS:
         model, tokenizer = MODELS[name](dtype=dtype, seed=seed, **model_kwargs)
     else:
         try:
-            model, tokenizer = _open(name, dtype=dtype, seed=seed, **model_kwargs)
+            model, tokenizer = _open(name, dtype=dtype, device=device, seed=seed, **model_kwargs)
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
             why = " ".join(str(error).split())[:300]
             raise ValueError(
@@ -103,9 +110,7 @@ def load(
         tokenizer.pad_token = tokenizer.eos_token
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    if device is not None:
-        model.to(device)
-    return model.eval(), tokenizer
+    return to_machine(model, dtype, device).eval(), tokenizer
 
 
 def mnns_tiny(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **config):
@@ -204,18 +209,20 @@ def _named(name: str, model, tokenizer):
     return model, tokenizer
 
 
-def _open(name: str, *, dtype, seed: int, **model_kwargs):
+def _open(name: str, *, dtype, device, seed: int, **model_kwargs):
     """Dispatch on what `name` is: a GGUF file, an adapter folder, or a model folder or hub id."""
     path = Path(name)
     if name.endswith(".gguf"):
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {name}")
+        if "gguf_file" in model_kwargs:
+            raise ValueError(f"gguf_file={model_kwargs['gguf_file']!r}: the name is a file itself")
         model, tokenizer = _gguf(path.parent, dtype=dtype, gguf_file=path.name, **model_kwargs)
         return _named(name, model, tokenizer)
     if "gguf_file" in model_kwargs:
         return _gguf(name, dtype=dtype, **model_kwargs)
     if (path / "adapter_config.json").is_file():
-        return _adapter(path, dtype=dtype, seed=seed, **model_kwargs)
+        return _adapter(path, dtype=dtype, device=device, seed=seed, **model_kwargs)
     if path.is_dir() and not (path / model_kwargs.get("subfolder", "") / "config.json").is_file():
         raise FileNotFoundError("the folder holds no config.json, so no model")
     if not path.is_dir() and (name.startswith(".") or path.is_absolute() or len(path.parts) > 2):
@@ -241,6 +248,8 @@ def _pretrained(source, **model_kwargs):
 def _gguf(source, *, dtype, **model_kwargs):
     """De-quantise a GGUF file (`gguf_file`, in the folder or hub id `source`) into a plain,
     saveable model."""
+    if "quantization_config" in model_kwargs:
+        raise ValueError("quantization_config=: a GGUF file is de-quantised here")
     dtype = torch.float32 if dtype == "auto" else dtype
     # Asked for by name, transformers also drops its quantiser, which would forbid saving and full
     # fine-tuning
@@ -264,7 +273,7 @@ def _read_once():
         gguf.GGUFReader, gguf.get_tensor_name_map = plain
 
 
-def _adapter(folder: Path, *, dtype, seed: int, **model_kwargs):
+def _adapter(folder: Path, *, dtype, device, seed: int, **model_kwargs):
     """The base that an adapter folder names, wrapped as a PeftModel; the folder's own tokenizer
     where it has one."""
     from peft import PeftConfig, PeftModel  # slow to import
@@ -274,17 +283,62 @@ def _adapter(folder: Path, *, dtype, seed: int, **model_kwargs):
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
         raise ValueError("its adapter_config.json does not name a base model")
-    model, tokenizer = load(base, dtype=dtype, device="cpu", seed=seed, **model_kwargs)
+    model, tokenizer = load(base, dtype=dtype, device=device, seed=seed, **model_kwargs)
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return PeftModel.from_pretrained(model, str(folder)), tokenizer
 
 
-def to_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
-    found = dtype if dtype in DTYPES.values() else DTYPES.get(dtype)
-    if found is None:
-        raise ValueError(f"dtype={dtype!r} is unknown: choose one of {sorted(DTYPES)}")
-    return found
+def to_dtype(dtype: str | torch.dtype, model_kwargs: dict) -> torch.dtype | str:
+    """The dtype or "auto"; takes torch_dtype, transformers' old name for it, out of
+    `model_kwargs`."""
+    asked = (
+        [dtype] if "torch_dtype" not in model_kwargs else [dtype, model_kwargs.pop("torch_dtype")]
+    )
+    for value in asked:
+        if not isinstance(value, (str, torch.dtype)) or value not in (*DTYPES, *DTYPES.values()):
+            raise ValueError(f"dtype={value!r} is unknown: choose one of {sorted(DTYPES)}")
+    dtypes = {DTYPES.get(value, value) for value in asked}
+    if len(dtypes) > 1 and asked[0] != "auto":
+        raise ValueError(f"dtype={asked[0]!r} and torch_dtype={asked[1]!r}: give one of them")
+    return DTYPES.get(asked[-1], asked[-1])
+
+
+def computed_in(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """What weights are computed in where no dtype is asked for: as stored, or, said once, float32
+    on a CPU that has no instructions for them."""
+    slow = [torch.float16] if torch.cpu._is_avx512_bf16_supported() else HALF
+    if device.type != "cpu" or stored not in slow:
+        return stored
+    _tell_once(f'{stored} is slow on this CPU: taking float32; dtype="{stored}" keeps it')
+    return torch.float32
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    logging.getLogger("softar").warning(message.replace("torch.", ""))
+
+
+def to_machine(model, dtype: torch.dtype | str, device: torch.device | None):
+    """The model where it is to run, None where it is already; "auto" is settled by
+    `computed_in`."""
+    if device is None:
+        return model
+    # a quantised model cannot be cast
+    if dtype == "auto" and "quantization_config" not in model.config:
+        dtype = computed_in(model.dtype, device)
+        if dtype != model.dtype:
+            model.to(dtype)
+            model.config.dtype = dtype
+    return model.to(device)
+
+
+def check_fixed(model_kwargs: dict) -> None:
+    """Raise ValueError for what `from_pretrained` takes and softar decides."""
+    if fixed := sorted(FIXED & model_kwargs.keys()):
+        raise ValueError(
+            f"{fixed[0]}={model_kwargs[fixed[0]]!r} is not to be changed: {FIXED_BECAUSE}"
+        )
 
 
 def to_device(device: str | torch.device | None, model_kwargs: dict) -> torch.device | None:

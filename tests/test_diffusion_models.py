@@ -304,7 +304,16 @@ def test_shards(kind, tmp_path):
 
 
 @every_kind
-def test_dtype(kind, tmp_path):
+@pytest.mark.parametrize("fast", [True, False])
+def test_half_precision_is_kept_where_the_cpu_computes_it(kind, fast, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: fast)
+    model = load(write(tmp_path, stock(kind, dtype=torch.bfloat16), kind))[0]
+    assert model.dtype == (torch.bfloat16 if fast else torch.float32)
+
+
+@every_kind
+def test_dtype(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
     half = write(
         tmp_path / "half", stock(kind, dtype=torch.bfloat16), kind
     )  # config.json names no dtype, as LLaDA-8B's
@@ -320,6 +329,9 @@ def test_dtype(kind, tmp_path):
     assert as_stored.dtype == torch.bfloat16
     assert torch.equal(logits(as_stored, ids()), logits(load(half)[0], ids()))
     assert load(half, dtype=torch.float32)[0].dtype == torch.float32
+    assert load(half, torch_dtype="float32")[0].dtype == torch.float32
+    assert load("mnns-diffusion-tiny", torch_dtype="bfloat16")[0].dtype == torch.bfloat16
+    assert load("mnns-diffusion-tiny", seed=1, torch_dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
 # The cache of a canvas
@@ -865,8 +877,14 @@ def test_bad_knobs_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             load(tmp_path, **knobs)
-    with pytest.raises(TypeError, match="misspelt"):
-        load(tmp_path, misspelt=1)
+        with pytest.raises(ValueError, match="dtype"):
+            load("mnns-diffusion-tiny", dtype="float32", torch_dtype="bfloat16")
+    for name in (tmp_path, "mnns-diffusion-tiny"):
+        for keyword in ("trust_remote_code", "use_safetensors", "output_loading_info"):
+            with pytest.raises(ValueError, match=f"{keyword}=True is not to be changed"):
+                load(name, **{keyword: True})
+        with pytest.raises((TypeError, ValueError), match="misspelt"):
+            load(name, misspelt=1)
 
 
 def test_a_model_made_here_is_saved_under_the_original_names(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from softar import models
 from softar.models import MNNS_WORDS, load
 
 PROMPT = "<bos> D5 D3 D2 D4 ->"
@@ -85,17 +86,88 @@ def test_folder_gives_the_same_logits(tiny, folder):
     assert torch.equal(logits(model, tokenizer), logits(*tiny))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.float64])
-def test_dtype(folder, dtype):
-    for name in ("mnns-tiny", folder):
-        assert load(name, dtype=dtype)[0].dtype == (
-            torch.bfloat16 if dtype == "bfloat16" else dtype
-        )
-    assert (
-        load("mnns-tiny", dtype="auto")[0].dtype
-        == load(folder, dtype="auto")[0].dtype
-        == torch.float32
-    )
+@pytest.fixture(scope="module")
+def names(folder, tmp_path_factory):
+    """A name of every kind."""
+    place = tmp_path_factory.mktemp("kinds")
+    write_gguf(place / "m.gguf")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(load(folder)[0], lora).save_pretrained(place / "adapter")
+    return ["mnns-tiny", "mnns-soft-tiny", folder, place / "adapter", place / "m.gguf"]
+
+
+KIND = pytest.mark.parametrize("kind", range(5), ids="made shipped folder adapter gguf".split())
+
+
+@KIND
+def test_dtype(names, kind):
+    name = names[kind]
+    assert load(name)[0].dtype == load(name, dtype="auto")[0].dtype == torch.float32
+    assert load(name, dtype="bfloat16")[0].dtype == torch.bfloat16
+    # transformers' old name
+    for one in ("bfloat16", torch.bfloat16):
+        assert load(name, torch_dtype=one)[0].dtype == torch.bfloat16
+    assert load(name, dtype="bfloat16", torch_dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    for clash in ("float64", "auto"):
+        with pytest.raises(ValueError, match="give one of them"):
+            load(name, dtype="float32", torch_dtype=clash)
+    with pytest.raises(ValueError, match="'float7' is unknown"):
+        load(name, torch_dtype="float7")
+
+
+@KIND
+def test_no_keyword_is_ignored(names, kind):
+    for keyword in ("trust_remote_code", "use_safetensors", "weights_only", "output_loading_info"):
+        for value in (True, False):
+            with pytest.raises(ValueError, match=f"{keyword}={value} is not to be changed"):
+                load(names[kind], **{keyword: value})
+    with pytest.raises((ValueError, TypeError), match="misspelt"):
+        load(names[kind], misspelt=1)
+    eager = load(names[kind], attn_implementation="eager")[0]
+    assert eager.config._attn_implementation == "eager"
+
+
+def test_device_map_reaches_the_base_of_an_adapter(names):
+    assert load(names[2], device_map="meta")[0].device.type == "meta"
+    assert load(names[3], device_map="cpu")[0].device.type == "cpu"
+
+
+def test_gguf_keywords_that_contradict_are_named(names):
+    for keyword, value in {"gguf_file": "m.gguf", "quantization_config": {}}.items():
+        with pytest.raises(ValueError, match=f"{keyword}=.*"):
+            load(names[-1], **{keyword: value})
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_half_precision_is_kept_where_the_cpu_computes_it(
+    stored, wrapped, tiny, tmp_path, monkeypatch, caplog
+):
+    model, tokenizer = load("mnns-tiny", dtype=stored)
+    model.config.dtype = stored
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "half")
+    name = tmp_path / "half"
+    if wrapped:
+        lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        base = load(name, dtype=stored)[0]
+        get_peft_model(base, lora).save_pretrained(name := tmp_path / "adapter")
+    for fast in (True, False):
+        models._tell_once.cache_clear()
+        caplog.clear()
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda fast=fast: fast)
+        model = load(name)[0]
+        load(name)
+        kept = fast and stored == torch.bfloat16
+        assert model.dtype == model.config.dtype == (stored if kept else torch.float32)
+        # says so once
+        assert len(caplog.messages) == (0 if kept else 1)
+        if not kept:
+            same = load(name, dtype="float32")[0]
+            assert torch.equal(logits(model, tokenizer), logits(same, tokenizer))
+            assert f"{stored} is slow".replace("torch.", "") in caplog.text
+    caplog.clear()
+    assert load(name, dtype=stored)[0].dtype == stored and not caplog.messages
 
 
 def test_pad_falls_back_to_eos(folder, tmp_path):
