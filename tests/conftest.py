@@ -2,6 +2,7 @@
 threads."""
 
 import os
+import signal
 
 import pytest
 
@@ -11,6 +12,10 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # on models this small more threads only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# `nohup make test`, or a background job of a script, ignores Ctrl-C, and so would every program
+# started here: those whose end by Ctrl-C is tested too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Begun first, the longest ahead, so that no worker is left alone with one at the end

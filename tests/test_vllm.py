@@ -22,8 +22,10 @@ from transformers import AutoModelForCausalLM
 
 import softar.vllm.server
 from softar.models import load
+from softar.vllm.client import ServerDecoder
+from softar.vllm.completions import MODES, Sampling
 from softar.vllm.decoders import DECODERS
-from softar.vllm.engine import MODES, Sampling, ServerDecoder, VLLMDecoder
+from softar.vllm.engine import VLLMDecoder
 from softar.vllm.export import exported, widened
 from softar.vllm.server import ServerError, serve
 
