@@ -19,11 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
-from trl.models.utils import _ForwardRedirection
 
 from softar.sft.data import SoftCollator
 from softar.soft import soft_embed
-from softar.training import PlainSFTConfig, check_writable, no_interrupt, opt
+from softar.training import PlainSFTConfig, check_writable, inside_forward, no_interrupt, opt
 
 from .architectures import LladaForMaskedDiffusion, llama_name
 from .config import DenoiseConfig
@@ -308,7 +307,7 @@ class DiffusionSFTTrainer(SFTTrainer):
             nothing = 0.0 if self.head is None else sum(0.0 * p for p in self.head.parameters())
             return rows, logits, nothing
 
-        rows, logits, nothing = _ForwardRedirection()(model, unwrapped, forward, noisy)
+        rows, logits, nothing = inside_forward(model, unwrapped, forward, noisy)
         return masked_ce(logits, ids[masked]), rows, rate, masked, logits, nothing
 
     def _uniform_loss(
@@ -331,7 +330,7 @@ class DiffusionSFTTrainer(SFTTrainer):
                 embeds = embeds.masked_scatter(maskable[..., None], shown)
             return forward_masked(net, self._known, embeds, mask, maskable)
 
-        rows, logits = _ForwardRedirection()(model, unwrapped, forward, noisy.ids)
+        rows, logits = inside_forward(model, unwrapped, forward, noisy.ids)
         each = uniform_loss(
             self.args.uniform_loss,
             logits,

@@ -165,7 +165,7 @@ def replay(
 
     The forward is without cache, so gradient checkpointing is safe. Under DDP, FSDP or ZeRO-3 call
     this inside the wrapper's forward, with the unwrapped model:
-    `trl.models.utils._ForwardRedirection()(wrapped, model, replay, model, ...)`. Whether dropout is
+    `softar.training.inside_forward(wrapped, model, replay, model, ...)`. Whether dropout is
     on is the model's mode: in eval mode the same weights give the same logits bit for bit.
 
     Args:

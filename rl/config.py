@@ -1,20 +1,26 @@
 """The options of RL on a soft policy, on top of TRL's: each with its help, checked before anything
 is loaded."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig
 
+from softar.checks import check_choice
 from softar.config import CONFIG_FILE, SoftConfig
-from softar.training import opt
+from softar.training import check_writable, opt
 from softar.vllm.machine import require_vllm
 from softar.vllm.request import LIMIT
 
 from .discretise import WAYS
 from .losses import LOSS_TYPES, RATIOS
 
+logger = logging.getLogger(__name__)
 BACKENDS = ("loop", "vllm")
 COLDEST = 0.01  # vLLM samples at no lower temperature
 MIXERS = ("k-samples", "hard")  # of actions.ACTIONS, those whose action a decode records in full
@@ -123,17 +129,14 @@ class SoftGRPOConfig(GRPOConfig):
                     f"{name}={value!r} is not supported by {type(self).__name__}: {why}. Leave it at "
                     f"{neutral[0]!r}"
                 )
-        for name, known in (
+        for name, choices in (
             ("soft_mixer", MIXERS),
             ("soft_ratio", RATIOS),
-            ("loss_type", tuple(LOSS_TYPES)),
-            ("reward_sees", tuple(WAYS)),
+            ("loss_type", LOSS_TYPES),
+            ("reward_sees", WAYS),
             ("rollout", BACKENDS),
         ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown here: choose one of {known}"
-                )
+            check_choice(name, getattr(self, name), choices)
         if self.max_completion_length is None:
             raise ValueError("max_completion_length=None: give the longest completion in steps")
         if not 0 < self.temperature < float("inf"):
@@ -243,6 +246,43 @@ class SoftPPOConfig(SoftGRPOConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, {most}]")
         if self.value_learning_rate is not None and not self.value_learning_rate >= 0:
             raise ValueError(f"value_learning_rate={self.value_learning_rate} must be >= 0")
+
+
+def check_arguments(trainer: str, args, tokenizer, reward_funcs, others: dict) -> None:
+    """Raise ValueError for what a soft trainer of this name cannot work with. others: the arguments
+    that go on to TRL's trainer."""
+    if not isinstance(args, SoftGRPOConfig):
+        raise ValueError(f"args={args!r}: {trainer} needs a SoftGRPOConfig")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"processing_class={tokenizer!r}: {trainer} needs the model's tokenizer")
+    for key in ("tools", "rollout_func", "environment_factory"):
+        if others.get(key) is not None:
+            raise ValueError(
+                f"{key}={others[key]!r}: {trainer} rolls out a single soft turn, leave it out"
+            )
+    if not reward_funcs:
+        raise ValueError(f"reward_funcs={reward_funcs!r}: give at least one")
+    check_writable(args.output_dir)
+
+
+def check_model(trainer: str, model: nn.Module, aux_loss_coef: float | None) -> None:
+    """Raise ValueError for a model that the trainer of this name cannot train. aux_loss_coef: of a
+    mixture of experts whose load-balancing loss is asked for."""
+    if aux_loss_coef is not None:
+        raise ValueError(
+            f"router_aux_loss_coef={aux_loss_coef}: {trainer} leaves out the experts' load-balancing "
+            f"loss, set it to 0 to agree"
+        )
+    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"peft_type={model.active_peft_config.peft_type.value}: {trainer} replays mixtures, "
+            f"virtual tokens are not tried; use LoRA"
+        )
+    dropouts = (m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p)
+    if rates := sorted({*dropouts}):
+        logger.warning(
+            "dropout %s stays off: the replay must score the policy that was rolled out", rates
+        )
 
 
 def check_origin(model, args: SoftGRPOConfig) -> None:

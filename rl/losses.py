@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from softar.checks import check_choice
+
 RATIOS = ("per_draw", "joint")
 
 
@@ -38,8 +40,7 @@ def surrogate(
             does not would add the constant -advantage to a per-draw sum.
         delta: bound of the unclipped ratio (two-sided clipping, TRL's `delta`); None is PPO's.
     """
-    if ratio not in RATIOS:
-        raise ValueError(f"ratio={ratio!r} is unknown: choose one of {RATIOS}")
+    check_choice("ratio", ratio, RATIOS)
     if new.dim() != 3 or new.shape != old.shape:
         raise ValueError(
             f"new {tuple(new.shape)} and old {tuple(old.shape)} must both be [B, C, J]: pass log-probabilities "
@@ -108,11 +109,11 @@ def aggregate(
             "num_items=None: 'dapo' divides by it, give the counting steps of the generation batch"
         )
     counts = mask != 0
-    kept = per_step.masked_fill(~counts, 0.0)
+    losses = per_step.masked_fill(~counts, 0.0)
     if loss_type == "dapo":
-        items = torch.as_tensor(num_items, dtype=kept.dtype, device=kept.device).clamp(min=1.0)
-        return kept.sum() / (items / num_processes * accumulation / steps_per_generation)
-    return LOSS_TYPES[loss_type](kept, counts, max_length) / accumulation
+        items = torch.as_tensor(num_items, dtype=losses.dtype, device=losses.device).clamp(min=1.0)
+        return losses.sum() / (items / num_processes * accumulation / steps_per_generation)
+    return LOSS_TYPES[loss_type](losses, counts, max_length) / accumulation
 
 
 def gae(
@@ -189,41 +190,48 @@ def value_loss(
     return 0.5 * _mean(error, mask != 0)
 
 
-def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """Scale to variance 1 and, with `shift_mean`, to mean 0 over the masked entries (elsewhere 0);
-    same shape.
+def whiten(values: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """Shift to mean 0 and scale to variance 1 over the masked entries (elsewhere 0); same shape.
 
-    The variance is the unbiased one and has 1e-8 added, as in TRL's PPO. Statistics are of the
-    tensor given: gather first to have them over processes. Fewer than two entries, or equal ones,
-    have no scale: they become 0 (or with shift_mean=False their mean).
+    total: sums a tensor over processes, for statistics of all of them. The variance divides by the
+    number of entries and has 1e-8 added: equal entries become 0.
     """
     if values.shape != mask.shape:
         raise ValueError(
             f"values {tuple(values.shape)} and mask {tuple(mask.shape)} must have the same shape"
         )
     counts = mask != 0
-    mean = _mean(values, counts)
-    centred = (values - mean).masked_fill(~counts, 0.0)
-    variance = centred.square().sum() / (counts.sum() - 1).clamp(min=1)
-    white = centred * torch.rsqrt(variance + 1e-8)
-    return white if shift_mean else (white + mean).masked_fill(~counts, 0.0)
+    count, summed = total(torch.stack([counts.sum(), values.masked_fill(~counts, 0.0).sum()]))
+    centred = (values - summed / count.clamp(min=1)).masked_fill(~counts, 0.0)
+    variance = total(centred.square().sum()) / count.clamp(min=1)
+    return centred * torch.rsqrt(variance + 1e-8)
+
+
+def clipped(
+    new: Tensor, old: Tensor, advantages: Tensor, eps_low: float, eps_high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ratio of each component, and whether the clip of `surrogate` holds it from below and from
+    above; each [B, C, J]. Arguments are those of `surrogate`."""
+    ratio = (new - old).exp()
+    sign = advantages.view(len(ratio), -1, 1)
+    return ratio, (ratio < 1 - eps_low) & (sign < 0), (ratio > 1 + eps_high) & (sign > 0)
 
 
 def _mean(x: Tensor, counts: Tensor) -> Tensor:
     return x.masked_fill(~counts, 0.0).sum() / counts.sum().clamp(min=1)
 
 
-def _grpo(kept: Tensor, counts: Tensor, max_length: int | None) -> Tensor:
-    return (kept.sum(-1) / counts.sum(-1).clamp(min=1)).mean()
+def _grpo(losses: Tensor, counts: Tensor, max_length: int | None) -> Tensor:
+    return (losses.sum(-1) / counts.sum(-1).clamp(min=1)).mean()
 
 
-def _dr_grpo(kept: Tensor, counts: Tensor, max_length: int | None) -> Tensor:
-    return kept.sum() / (len(kept) * max_length)
+def _dr_grpo(losses: Tensor, counts: Tensor, max_length: int | None) -> Tensor:
+    return losses.sum() / (len(losses) * max_length)
 
 
 LOSS_TYPES: dict[str, Callable | None] = {
     "grpo": _grpo,
-    "bnpo": lambda kept, counts, max_length: _mean(kept, counts),
+    "bnpo": lambda losses, counts, max_length: _mean(losses, counts),
     "dr_grpo": _dr_grpo,
     "dapo": None,  # its normaliser is not a function of the micro-batch
 }

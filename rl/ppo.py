@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from .config import SoftPPOConfig
 from .grpo import SoftGRPOTrainer
-from .losses import gae, value_loss
+from .losses import gae, value_loss, whiten
 
 VALUE_HEAD = "v_head.safetensors"
 
@@ -48,38 +48,22 @@ class SoftPPOTrainer(SoftGRPOTrainer):
 
     # -- rollout
 
-    def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
-        args, alive = self.args, batch["soft_alive"].float()
-        values = self._old_values
+    def _with_advantages(self, batch, rollout):
+        args, alive, values = self.args, batch["soft_alive"].float(), rollout.values
         # TRL asks for log-probabilities only where an update comes before their use
         if values is None:
-            size = (
-                args.per_device_train_batch_size
-                if self.model.training
-                else args.per_device_eval_batch_size
-            )
+            train, evaluation = args.per_device_train_batch_size, args.per_device_eval_batch_size
+            size = train if self.model.training else evaluation
             _, values = self._replay_rows(self.model, batch, size)
         rewards = torch.zeros_like(values)
-        last = alive.sum(1).long() - 1
-        rewards[torch.arange(len(rewards), device=last.device), last] = self._local(
-            self._rewards
-        ).float()
+        rows, last = torch.arange(len(rewards), device=values.device), alive.sum(1).long() - 1
+        rewards[rows, last] = self._local(rollout.rewards).float()
         advantages, returns = gae(rewards, values, alive, args.gamma, args.lam)
         if args.whiten_advantages:
-            advantages = self._whiten(advantages, batch["loss_mask"])
-        batch |= {"advantages": advantages, "old_values": values, "returns": returns}
+            advantages = whiten(advantages, batch["loss_mask"], self.accelerator.reduce)
         per_row = (advantages * batch["loss_mask"]).sum(1) / batch["loss_mask"].sum(1).clamp(min=1)
         self._relog_advantages(self.accelerator.gather(per_row))
-        return batch
-
-    def _whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Mean 0 and variance 1 over the steps in the loss, of all processes. [B, C], [B, C] -> [B,
-        C]."""
-        count, total = self.accelerator.reduce(torch.stack([mask.sum(), (advantages * mask).sum()]))
-        centred = advantages - total / count.clamp(min=1)
-        variance = self.accelerator.reduce((centred.square() * mask).sum()) / count.clamp(min=1)
-        return centred * torch.rsqrt(variance + 1e-8) * mask
+        return batch | {"advantages": advantages, "old_values": values, "returns": returns}
 
     # -- replay and loss
 
@@ -107,24 +91,23 @@ class SoftPPOTrainer(SoftGRPOTrainer):
         )
         # a mean over all processes' steps
         lost = lost * alive.sum() / self.accelerator.reduce(alive.sum(), "mean")
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["value_loss"].append(self.accelerator.reduce(lost.detach(), "mean").item())
-        metrics["value"].append(self._mean(values.detach(), alive))
+        mean_loss = self.accelerator.reduce(lost.detach(), "mean").item()
+        self._note({"value_loss": mean_loss, "value": self._mean(values.detach(), alive)})
         return (
             self._policy_loss(logits, reference, inputs)
             + self.args.vf_coef * lost / self._accumulation
         )
 
     def create_optimizer(self, *args, **kwargs):
-        made = super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(*args, **kwargs)
         rate = self.args.value_learning_rate
         if rate is not None and rate != self.args.learning_rate:
             head = list(self.model.v_head.parameters())
-            own = {id(p) for p in head}
+            in_head = {id(p) for p in head}
             for group in self.optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in own]
+                group["params"] = [p for p in group["params"] if id(p) not in in_head]
             self.optimizer.add_param_group({"params": head, "lr": rate, "weight_decay": 0.0})
-        return made
+        return optimizer
 
     # -- checkpoints
 

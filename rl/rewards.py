@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from softar.checks import shorten
 from softar.tasks import Task
 
 REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")  # of trl.rewards
@@ -33,8 +34,8 @@ def reward_of(task: Task) -> Callable:
     """The task's score as a reward function of TRL."""
 
     def reward(prompts, completions, **columns) -> list[float]:
-        kept = [name for name in task.train.column_names if name in columns]
-        rows = [{name: columns[name][i] for name in kept} for i in range(len(completions))]
+        names = [name for name in task.train.column_names if name in columns]
+        rows = [{name: columns[name][i] for name in names} for i in range(len(completions))]
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         return [task.score(text, row) for text, row in zip(texts, rows, strict=True)]
 
@@ -127,27 +128,27 @@ def as_chats(task: Task, system_prompt: str | None) -> Task:
     return dataclasses.replace(task, **parts)
 
 
-def checked(name: str, reward: Callable) -> Callable:
-    """The reward function, whose mistakes are errors that name it: it raised, or did not return a
-    number (or None, for a completion that it cannot score) for each completion."""
+def with_checks(name: str, reward: Callable) -> Callable:
+    """The reward function, whose mistakes become errors that name it: it raised, or did not return
+    a number (or None, for a completion that it cannot score) for each completion."""
     if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
 
         @functools.wraps(reward, updated=())
         async def wrapped(**columns):
             try:
-                found = await reward(**columns)
+                values = await reward(**columns)
             except Exception as error:
                 raise _raised(name, error) from error
-            return _numbers(name, found, columns)
+            return _numbers(name, values, columns)
     else:
 
         @functools.wraps(reward, updated=())
         def wrapped(**columns):
             try:
-                found = reward(**columns)
+                values = reward(**columns)
             except Exception as error:
                 raise _raised(name, error) from error
-            return _numbers(name, found, columns)
+            return _numbers(name, values, columns)
 
     return wrapped
 
@@ -159,14 +160,14 @@ def _raised(name: str, error: Exception) -> ValueError:
     )
 
 
-def _numbers(name: str, found, columns: dict) -> list[float | None]:
+def _numbers(name: str, returned, columns: dict) -> list[float | None]:
     completions = columns["completions"]
     try:
-        values = [None if value is None else float(value) for value in found]
+        values = [None if value is None else float(value) for value in returned]
     except (TypeError, ValueError) as error:
-        given = str(found)[:100]
         raise ValueError(
-            f"the reward function {name!r} returned {given}: it has to be a list of numbers"
+            f"the reward function {name!r} returned {shorten(str(returned), 100)}: "
+            f"it has to be a list of numbers"
         ) from error
     if len(values) != len(completions):
         raise ValueError(
@@ -175,8 +176,9 @@ def _numbers(name: str, found, columns: dict) -> list[float | None]:
         )
     for value, completion in zip(values, completions, strict=True):
         if value is not None and not math.isfinite(value):
+            text = shorten(str(completion), 100)
             raise ValueError(
-                f"the reward function {name!r} returned {value} for the completion {str(completion)[:100]!r}: return a "
+                f"the reward function {name!r} returned {value} for the completion {text!r}: return a "
                 f"finite number, or None for a completion that it cannot score"
             )
     return values

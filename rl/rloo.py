@@ -15,10 +15,8 @@ class SoftRLOOTrainer(SoftGRPOTrainer):
     _tag_names = ["trl", "rloo", "softar"]
     _scores_each_row = True
 
-    def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
+    def _with_advantages(self, batch, rollout):
         group = self.num_generations if self.model.training else self.num_generations_eval
-        advantages = leave_one_out(self._rewards, group)
+        advantages = leave_one_out(rollout.rewards, group)
         self._relog_advantages(advantages)
-        batch["advantages"] = self._local(advantages)
-        return batch
+        return batch | {"advantages": self._local(advantages)}

@@ -1,9 +1,9 @@
-"""From a soft decode to tensors that train: what a rollout keeps, its random numbers, its file, its
-rewards' checks.
+"""From a soft decode to tensors that train: what a rollout keeps, its random numbers, its file.
 
 Shapes: B rows, P prompt length, C completion steps, K draws of a step.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,31 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+from trl.models.utils import unwrap_model_for_generation
 
-from softar.decode import SoftOutput
+from softar.decode import SoftOutput, generate
+from softar.models import plain
 from softar.soft import Soft
 from softar.thought import Kind, Record
 
-from .discretise import heaviest
+CHOSEN = (int(Kind.SOFT), int(Kind.HARD))  # kinds of steps that the policy chose itself
 
-ACTIONS = (int(Kind.SOFT), int(Kind.HARD))  # what the policy chose itself
+
+@dataclass
+class Rollout:
+    """One rollout, for the hooks that TRL calls one after the other and that carry token ids only."""
+
+    out: SoftOutput
+    tensors: dict[str, Tensor] | None = None  # see payload
+    rewards: Tensor | None = None  # [rows of all processes], NaN for a row without a score
+    values: Tensor | None = None  # [B, C] of a value head, where an update comes before their use
+
+    def payload(self, width: int) -> dict[str, Tensor]:
+        if self.tensors is None:
+            self.tensors = payload(self.out.record, width)
+        return self.tensors
 
 
 def generators(
@@ -43,7 +59,7 @@ def payload(record: Record, width: int) -> dict[str, Tensor]:
     [B, C] bool (chosen by the policy: no padding, nothing forced).
     """
     kind = record.kind
-    action = torch.isin(kind, torch.tensor(ACTIONS, dtype=kind.dtype, device=kind.device))
+    action = torch.isin(kind, torch.tensor(CHOSEN, dtype=kind.dtype, device=kind.device))
     more = width - kind.shape[1]
     return {
         "soft_ids": pad(record.ids, (0, 0, 0, more)),
@@ -58,34 +74,36 @@ def mixture(batch: dict[str, Tensor]) -> Soft:
     return Soft(batch["soft_ids"], batch["soft_weights"])
 
 
-def statistics(out: SoftOutput, has_answer: bool) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sum and count of each metric of a rollout, for a mean over all processes.
-
-    thought_entropy, answer_entropy: nats a step, at the policy's temperature. thought_length:
-    steps, with the closing token. draws_agree: share of mixtures whose draws are all one token,
-    where soft and discrete thinking read the same. stream_is_argmax: share of rows whose recorded
-    tokens are the heaviest of their mixtures. unclosed: share of rows whose thought never ended, so
-    that they have no answer.
-    """
-    record = out.record
-    soft, single = record.kind == Kind.SOFT, record.kind == Kind.HARD
-    late = torch.arange(single.shape[1], device=single.device) >= out.answer_start[:, None]
-    thought, answer = soft | (single & ~late), single & late
-    drawn = record.weights > 0
-    agree = ((record.ids == record.ids[..., :1]) | ~drawn).all(-1)
-    same = (heaviest(record) == record.token) | ~soft
-    rows = torch.ones(len(thought), device=thought.device)
-    found = {
-        "thought_entropy": (record.entropy[thought].sum(), thought.sum()),
-        "answer_entropy": (record.entropy[answer].sum(), answer.sum()),
-        "draws_agree": (agree[soft].sum(), soft.sum()),
-        "stream_is_argmax": (same.all(1).sum(), rows.sum()),
-        "thought_length": (thought.sum(), rows.sum()),
-    }
-    if has_answer:
-        alive = (record.kind != Kind.PAD).sum(1)
-        found["unclosed"] = ((out.answer_start >= alive).sum(), rows.sum())
-    return found
+@torch.no_grad()
+def decode_by_loop(trainer, ids: Tensor, mask: Tensor, rng: list[torch.Generator]) -> SoftOutput:
+    """The policy of a trainer, decoded by `softar.generate`: no dropout, none of the settings that
+    the model has for its own generation."""
+    training, args = trainer.model.training, trainer.args
+    settings = GenerationConfig(
+        pad_token_id=trainer._tokenizer.pad_token_id,
+        eos_token_id=trainer.eos_token_ids,
+        cache_implementation=args.cache_implementation,
+    )
+    with (
+        unwrap_model_for_generation(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            gather_deepspeed3_params=args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        ) as model,
+        trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+    ):
+        # The model's own settings would fill what these leave open: a repetition penalty, say
+        base = plain(model)
+        before, base.generation_config = base.generation_config, settings
+        model.eval()
+        try:
+            return generate(
+                model, ids, mask, config=trainer.decoding, rng=rng, generation_config=settings
+            )
+        finally:
+            model.train(training)
+            base.generation_config = before
 
 
 def save_rollouts(path: Path, micro: int, batches: list[dict[str, Tensor]]) -> None:
@@ -109,8 +127,8 @@ def load_rollouts(path: Path, device: torch.device) -> tuple[int, list[dict[str,
     return micro, [batches[i] for i in sorted(batches)]
 
 
-def still(model: nn.Module) -> None:
-    """Switch dropout off for one training step: the flags of the trainer and of gradient
+def switch_off_dropout(model: nn.Module) -> None:
+    """For one training step: the flags of the trainer and of gradient
     checkpointing stay. It cannot be undone after the loss, as checkpointed layers run again in the
     backward pass; Trainer calls `train` each step."""
     for module in model.modules():

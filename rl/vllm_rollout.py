@@ -10,21 +10,15 @@ Shapes: B rows, P prompt length, C completion steps, K draws of a step.
 
 import contextlib
 import copy
-import logging
-import os
-import random
 import tempfile
 import time
-from collections import Counter
 
-import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 from transformers import LlamaForCausalLM
 from trl.generation.vllm_generation import VLLMGeneration
-from trl.trainer.utils import ensure_master_addr_port, pad
+from trl.trainer.utils import pad
 
 from softar.decode import SoftOutput
 from softar.mixers import Mixed
@@ -38,7 +32,9 @@ from softar.vllm.plugin import register
 from softar.vllm.record import Read, record_of
 from softar.vllm.request import FIELDS
 
-SPACE, WHERE = "VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING"
+from .vllm_process import as_torchrun, leaving_no_trace, repack_tied, without_compiling
+
+SPACE = "VLLM_CPU_KVCACHE_SPACE"
 VALUE_HEAD = "v_head."  # PPO's, on the policy's module
 
 
@@ -91,7 +87,7 @@ class VLLMRollout(VLLMGeneration):
                 copy.deepcopy(base.config), dtype=base.dtype
             )
         register()  # vLLM does it too, unless VLLM_PLUGINS says otherwise
-        with tempfile.TemporaryDirectory(prefix="softar-rollout-") as folder, aside():
+        with tempfile.TemporaryDirectory(prefix="softar-rollout-") as folder, leaving_no_trace():
             served = base if self.stand_in is None else widened(self.stand_in)
             config = copy.deepcopy(served.config)
             config.architectures, config.dtype = [type(served).__name__], dtype
@@ -103,7 +99,7 @@ class VLLMRollout(VLLMGeneration):
             if SPACE in needed:  # GiB of a CPU's memory
                 needed[SPACE] = str(max(1, int(needed[SPACE]) // self.accelerator.num_processes))
             joins = torch.distributed.is_initialized()
-            with environment(needed), joining(self.accelerator):
+            with environment(needed), as_torchrun(self.accelerator):
                 self.llm = vllm.LLM(
                     folder,
                     skip_tokenizer_init=True,
@@ -148,7 +144,11 @@ class VLLMRollout(VLLMGeneration):
             initialize_layerwise_reload,
         )
 
-        with self._whole(), contextlib.closing(self._iter_named_params()) as weights, eager():
+        with (
+            self._whole(),
+            contextlib.closing(self._iter_named_params()) as weights,
+            without_compiling(),
+        ):
             runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
             model = runner.get_model()
             names = {name for name, _ in model.named_parameters()}
@@ -258,7 +258,7 @@ class VLLMRollout(VLLMGeneration):
         here = self.accelerator.device
         # vLLM draws for each row, and then anew for those that have seeds
         devices = [torch.cuda.current_device()] if here.type == "cuda" else []
-        with self._whole(), eager(), torch.random.fork_rng(devices):
+        with self._whole(), without_compiling(), torch.random.fork_rng(devices):
             outs = self.llm.generate(
                 [{"prompt_token_ids": row} for row in prompts], params, use_tqdm=False
             )
@@ -335,67 +335,3 @@ def drawn(step: Read, count: int) -> list[int]:
             f"rollout='vllm': weights {step.weights} are not those of {count} draws; report it"
         )
     return found
-
-
-def repack_tied(model: nn.Module) -> None:
-    """vLLM 0.32 reloads a tied embedding, but not what its head made of it for a CPU's kernels."""
-    layers = [layer for layer in model.modules() if layer._parameters.get("weight") is not None]
-    uses = Counter(id(layer.weight) for layer in layers)
-    for layer in layers:
-        if uses[id(layer.weight)] > 1 and hasattr(layer, "quant_method"):
-            layer.quant_method.process_weights_after_loading(layer)
-
-
-@contextlib.contextmanager
-def joining(accelerator):
-    """Tell vLLM, in torchrun's words, the group of processes that it joins, or makes where there is
-    but one. Only while it starts: the next trainer of the program would take itself for one of
-    torchrun's."""
-    before = {
-        key: os.environ.get(key)
-        for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    }
-    places = accelerator.process_index, accelerator.local_process_index, accelerator.num_processes
-    os.environ.update(zip(before, map(str, places)))
-    ensure_master_addr_port()
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key, None)
-            if value is not None:
-                os.environ[key] = value
-
-
-@contextlib.contextmanager
-def aside():
-    """Start an engine here without a trace in the process: vLLM seeds all generators, forbids to
-    change the number of threads, sets how float32 is multiplied and where later engines run, and
-    tells all that it does."""
-    log, threads, precision = (
-        logging.getLogger("vllm"),
-        torch.set_num_threads,
-        torch.get_float32_matmul_precision(),
-    )
-    where = os.environ.get(WHERE)
-    level, states = log.level, (random.getstate(), np.random.get_state())  # noqa: NPY002
-    if "VLLM_LOGGING_LEVEL" not in os.environ:
-        log.setLevel(logging.ERROR)
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        torch.set_num_threads = threads
-        torch.set_float32_matmul_precision(precision)
-        os.environ.pop(WHERE, None)
-        if where is not None:
-            os.environ[WHERE] = where
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        log.setLevel(level)
-
-
-def eager():
-    """On a CPU vLLM would compile small functions at the first prompts, which takes longer than
-    they ever do."""
-    return torch._dynamo.config.patch(disable=True) if on_cpu() else contextlib.nullcontext()

@@ -4,12 +4,15 @@ import contextlib
 import signal
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from trl import SFTConfig
+from trl.models.utils import _ForwardRedirection
 
 
 def check_writable(folder: str | Path) -> None:
@@ -38,6 +41,12 @@ def no_interrupt():
         signal.signal(signal.SIGINT, before)
         if held:
             signal.raise_signal(signal.SIGINT)
+
+
+def inside_forward(wrapped: nn.Module, model: nn.Module, function: Callable, *inputs):
+    """function(*inputs), run inside the forward of `wrapped`: there DDP and FSDP have the parameters
+    of `model` at hand, and count the call as a forward. TRL's helper for it is private to TRL."""
+    return _ForwardRedirection()(wrapped, model, function, *inputs)
 
 
 def opt(default: Any, text: str):

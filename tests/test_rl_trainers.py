@@ -86,7 +86,9 @@ def logged(done, key):
 
 
 def rollout(made):
-    """One batch of a trainer that has not started: {name: tensor}."""
+    """One batch of a trainer that has not started: {name: tensor}; made.seen is its Rollout."""
+    finish = type(made)._with_advantages.__get__(made)
+    made._with_advantages = lambda batch, seen: setattr(made, "seen", seen) or finish(batch, seen)
     made.current_gradient_accumulation_steps = made.args.gradient_accumulation_steps
     made.model.train()
     rows = [
@@ -175,7 +177,7 @@ def test_rollout_does_not_see_dropout(tmp_path):
         made = trainer(tmp_path, model=model_of(attention_dropout=dropout), peft=lora(dropout))
         rollout(made)
         assert made.model.training
-        outs.append(made._out.sequences)
+        outs.append(made.seen.out.sequences)
     assert torch.equal(*outs)
 
 
@@ -192,7 +194,7 @@ def test_gradient_of_a_checkpointed_replay_is_the_same(tmp_path):
 
 def test_forced_and_padding_are_out_of_the_loss(tmp_path):
     made = trainer(tmp_path, soft_k=2)
-    batch, record = rollout(made), made._out.record
+    batch, record = rollout(made), made.seen.out.record
     mine = (record.kind == Kind.SOFT) | (record.kind == Kind.HARD)
     assert (record.kind == Kind.FORCED).any() and (record.kind == Kind.HARD).any()
     assert torch.equal(batch["loss_mask"].bool(), mine)
@@ -213,13 +215,13 @@ def test_a_soft_step_scores_its_draws(tmp_path, peft):
     model = model_of()
     model.generation_config.repetition_penalty = 3.0
     made = trainer(tmp_path, model=model, peft=peft, temperature=0.8, per_device_train_batch_size=8)
-    batch, record = rollout(made), made._out.record
+    batch, record = rollout(made), made.seen.out.record
     logps = made._replay_rows(made.model, batch, 3)[0]
     chosen = (record.kind == Kind.SOFT) | (record.kind == Kind.HARD)
     # A closing token's recorded log-probability is that of all draws: it closed by its first alone
     plain = chosen & ~((record.kind == Kind.HARD) & (record.token == END))
     open_end = (record.token == EOS) & (
-        torch.arange(record.token.shape[1]) < made._out.answer_start[:, None]
+        torch.arange(record.token.shape[1]) < made.seen.out.answer_start[:, None]
     )
     plain &= ~open_end
     assert torch.allclose(logps.sum(-1)[plain], record.logp[plain], atol=1e-4)
@@ -350,7 +352,7 @@ def test_ppo_advantages_by_hand(tmp_path):
     batch = rollout(made)
     alive = batch["soft_alive"]
     assert torch.allclose(
-        batch["advantages"][alive], made._rewards[:, None].expand_as(alive)[alive]
+        batch["advantages"][alive], made.seen.rewards[:, None].expand_as(alive)[alive]
     )
     white = trainer(tmp_path, "ppo", lam=1.0)
     batch = rollout(white)
@@ -378,7 +380,7 @@ def test_leave_one_out(tmp_path):
     made = trainer(tmp_path, "rloo", per_device_train_batch_size=8)
     batch = rollout(made)
     for rewards, advantages in zip(
-        made._rewards.view(2, 4), batch["advantages"].view(2, 4), strict=True
+        made.seen.rewards.view(2, 4), batch["advantages"].view(2, 4), strict=True
     ):
         by_hand = [r - (rewards.sum() - r) / 3 for r in rewards]
         assert torch.allclose(advantages, torch.stack(by_hand), atol=1e-6)
@@ -460,7 +462,7 @@ def test_conversations(tmp_path):
     made = SoftGRPOTrainer(model_of(), reward, config(tmp_path), rows, processing_class=tokenizer)
     batch = rollout(made)
     assert tokenizer.batch_decode(batch["prompt_ids"])[0].split() == ["<bos>", "w6", "<think>"]
-    texts = tokenizer.batch_decode(made._out.answers, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(made.seen.out.answers, skip_special_tokens=True)
     assert seen == [[{"role": "assistant", "content": text}] for text in texts]
 
 
@@ -468,7 +470,7 @@ def test_conversations(tmp_path):
 def test_statistics_by_hand(tmp_path, mixer):
     made = trainer(tmp_path, soft_mixer=mixer, per_device_train_batch_size=8, think_steps=None)
     rollout(made)
-    record, starts = made._out.record, made._out.answer_start.tolist()
+    record, starts = made.seen.out.record, made.seen.out.answer_start.tolist()
     seen = {
         name: values[0]
         for name, values in made._metrics["train"].items()
@@ -497,7 +499,7 @@ def test_a_thought_that_never_ends_has_no_answer(tmp_path):
         return words(completions)
 
     made = trainer(tmp_path, reward=reward, think_steps=None)
-    batch, out = rollout(made), made._out
+    batch, out = rollout(made), made.seen.out
     (texts, ids), kinds = seen[0], out.record.kind
     unclosed = out.answer_start >= (kinds != Kind.PAD).sum(1)
     assert unclosed.any() and made._metrics["train"]["soft/unclosed"] == [
@@ -518,11 +520,11 @@ def test_reward_sees(tmp_path, sees):
 
     made = trainer(tmp_path, reward=reward, reward_sees=sees)
     rollout(made)
-    record = made._out.record
+    record = made.seen.out.record
     for row, ids in enumerate(seen):
         stream = record.token[row][record.kind[row] != Kind.PAD].tolist()
         assert (
-            ids == stream[made._out.answer_start[row] :]
+            ids == stream[made.seen.out.answer_start[row] :]
             if sees == "answer"
             else len(ids) == len(stream)
         )
@@ -677,8 +679,8 @@ def test_reward_model(tmp_path, scale):
     )
     if scale == 1:
         rollout(made)
-        texts = tokenizer_of().batch_decode(made._out.answers, skip_special_tokens=True)
-        assert made._rewards.tolist() == [len(("<bos> w6" + text).split()) for text in texts]
+        texts = tokenizer_of().batch_decode(made.seen.out.answers, skip_special_tokens=True)
+        assert made.seen.rewards.tolist() == [len(("<bos> w6" + text).split()) for text in texts]
     else:
         with pytest.raises(ValueError, match="reward model 'judge' returned NaN"):
             rollout(made)

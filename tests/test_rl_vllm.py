@@ -20,6 +20,7 @@ from test_rl_trainers import ROWS, config, logged, lora, trainer, weights
 from test_vllm_soft import model_of
 
 from softar.config import SoftConfig
+from softar.rl.rollout import decode_by_loop
 from softar.rl.vllm_rollout import VLLMRollout, drawn, output_of
 from softar.soft import Soft, dense
 from softar.thought import Kind
@@ -63,7 +64,7 @@ def pair(made):
 
     def both(prompts, rng):
         out = ask(prompts, rng)
-        pairs.append((out, made._loop(*tiny.left_padded(prompts), rng)))
+        pairs.append((out, decode_by_loop(made, *tiny.left_padded(prompts), rng)))
         return out
 
     made._ask_engine = both
@@ -419,7 +420,7 @@ def test_a_record_that_follows_other_rules_is_an_error():
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"rollout": "hf"}, "rollout='hf' is unknown here: choose one of .'loop', 'vllm'."),
+        ({"rollout": "hf"}, "rollout='hf' is unknown: choose one of .'loop', 'vllm'."),
         ({"temperature": 0.001}, "temperature=0.001 must be at least 0.01 with rollout='vllm'"),
         ({"soft_k": 300}, "soft_k=300 must be at most 256 with rollout='vllm'"),
         ({"vllm_mode": "server"}, "vllm_mode='server' is not supported.*in the trainer's process"),

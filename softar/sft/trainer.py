@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
-from trl.models.utils import _ForwardRedirection
 
 from ..config import SoftConfig
 from ..evaluate import evaluate
 from ..mixers import guide, mk_mixer
 from ..soft import Soft, check_dist, entropy, mk_proba_dist, soft_embed
-from ..training import check_writable, no_interrupt
+from ..training import check_writable, inside_forward, no_interrupt
 from .config import SoftSFTConfig
 from .data import (
     SoftCollator,
@@ -213,7 +212,7 @@ class SoftSFTTrainer(SFTTrainer):
             # too.
             return logits_of(ids), 0.0 * self._temperature()
 
-        logits, nothing = _ForwardRedirection()(model, unwrapped, forward, ids)
+        logits, nothing = inside_forward(model, unwrapped, forward, ids)
         count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
         weight = alpha if self.args.thought_loss == "alpha" and training else 1.0
         loss, h = soft_loss(logits, labels, thought, thought_weight=weight, soft_labels=oracle)

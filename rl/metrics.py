@@ -1,0 +1,82 @@
+"""What training shows of its rollouts and of its updates.
+
+Shapes: B rows, C completion steps, J ratios of a step.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from softar.decode import SoftOutput
+from softar.thought import Kind
+
+from .discretise import heaviest
+from .losses import clipped
+from .rollout import Rollout
+
+QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
+
+
+def rollout_metrics(
+    rollout: Rollout, has_answer: bool, total: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """Means of `statistics`, as soft/..., and quantiles of the rewards. total: sums a tensor over
+    processes."""
+    sums = statistics(rollout.out, has_answer)
+    pairs = total(torch.stack([torch.stack([x.float() for x in pair]) for pair in sums.values()]))
+    means = zip(sums, pairs.tolist(), strict=True)
+    return {f"soft/{name}": value / count for name, (value, count) in means if count} | {
+        f"reward/{name}": rollout.rewards.nanquantile(at).item() for name, at in QUANTILES.items()
+    }
+
+
+def ratio_metrics(
+    new: Tensor,
+    old: Tensor,
+    clip: tuple[Tensor, float, float],
+    mask: Tensor,
+    mean: Callable[[Tensor, Tensor], float],
+    gather: Callable[[Tensor], Tensor],
+) -> dict[str, float]:
+    """Share of ratios that the clip holds, and how far one is from 1: on the first pass it is not.
+
+    new, old: [B, C, J] log-probabilities. clip: advantages, eps_low, eps_high of `surrogate`.
+    mask: [B, C, J]. mean: of values where a mask is 1, over all processes.
+    """
+    ratio, low, high = clipped(new, old, *clip)
+    held = {"low_mean": low, "high_mean": high, "region_mean": low | high}
+    furthest = ((ratio - 1).abs() * mask).amax()
+    return {f"clip_ratio/{name}": mean(where.float(), mask) for name, where in held.items()} | {
+        "ratio/max_deviation": gather(furthest).amax().item()
+    }
+
+
+def statistics(out: SoftOutput, has_answer: bool) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sum and count of each metric of a rollout, for a mean over all processes.
+
+    thought_entropy, answer_entropy: nats a step, at the policy's temperature. thought_length:
+    steps, with the closing token. draws_agree: share of mixtures whose draws are all one token,
+    where soft and discrete thinking read the same. stream_is_argmax: share of rows whose recorded
+    tokens are the heaviest of their mixtures. unclosed: share of rows whose thought never ended, so
+    that they have no answer.
+    """
+    record = out.record
+    soft, single = record.kind == Kind.SOFT, record.kind == Kind.HARD
+    late = torch.arange(single.shape[1], device=single.device) >= out.answer_start[:, None]
+    thought, answer = soft | (single & ~late), single & late
+    drawn = record.weights > 0
+    agree = ((record.ids == record.ids[..., :1]) | ~drawn).all(-1)
+    same = (heaviest(record) == record.token) | ~soft
+    rows = torch.ones(len(thought), device=thought.device)
+    sums = {
+        "thought_entropy": (record.entropy[thought].sum(), thought.sum()),
+        "answer_entropy": (record.entropy[answer].sum(), answer.sum()),
+        "draws_agree": (agree[soft].sum(), soft.sum()),
+        "stream_is_argmax": (same.all(1).sum(), rows.sum()),
+        "thought_length": (thought.sum(), rows.sum()),
+    }
+    if has_answer:
+        alive = (record.kind != Kind.PAD).sum(1)
+        sums["unclosed"] = ((out.answer_start >= alive).sum(), rows.sum())
+    return sums
