@@ -137,7 +137,7 @@ def denoise_config(decoder: str, options: dict) -> DenoiseConfig:
 
 
 def _make(
-    decoder, model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, **options
+    decoder, model, *, max_new_tokens, seed=0, trace=False, dtype="auto", device=None, **options
 ):
     """A DiffusionDecoder; options: fields of DenoiseConfig and knobs of the softener. gen_length is
     max_new_tokens."""

@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument(
         "--model", default="smollm2-135m", help="decode: any model that softar.load takes"
     )
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--decoders", nargs="+", help="decode: only these rows, 'hard' among them")
     parser.add_argument("--new_tokens", type=int, default=64)

@@ -81,7 +81,8 @@ class SweepArguments:
         metadata={"help": "Passes over the rows in each run, for the spread of the times."},
     )
     dtype: str = field(
-        default="float32", metadata={"help": "Of the weights: float32, bfloat16, float16, auto."}
+        default="auto",
+        metadata={"help": "Of the weights: auto (as stored), float32, bfloat16, float16."},
     )
     device: str | None = field(
         default=None, metadata={"help": "Default: each process's GPU where there is one."}

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from softar.cli.app import app as cli
-from softar.cli.app import inputs as cli_work
-from softar.cli.app import output as cli_format
+from softar.cli import app as cli
+from softar.cli import inputs as cli_work
+from softar.cli import output as cli_format
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = typer.main.get_command(cli.app)

@@ -20,13 +20,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import softar.vllm.export
 import softar.vllm.server
 from softar.models import load
 from softar.vllm.client import ServerDecoder
 from softar.vllm.completions import MODES, Sampling
 from softar.vllm.decoders import DECODERS
 from softar.vllm.engine import VLLMDecoder
-from softar.vllm.export import exported, widened
+from softar.vllm.export import exported, served_dtype, widened
 from softar.vllm.server import ServerError, serve
 
 pytestmark = pytest.mark.slow
@@ -621,9 +622,25 @@ def test_exported_adapter(folder, tmp_path):
         torch.testing.assert_close(copy(ids).logits, adapter(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "here, bf16, float16", [("cpu", "float32", "float32"), ("cuda", "bfloat16", "float16")]
+)
+def test_served_dtype(here, bf16, float16, tmp_path, monkeypatch):
+    """vLLM's own "auto" is half precision, also for float32."""
+    monkeypatch.setattr(softar.vllm.export, "on_cpu", lambda: here == "cpu")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    for stored, served in {"bfloat16": bf16, "float16": float16, "float32": "float32"}.items():
+        tiny.model_of(head_dim=32, dtype=getattr(torch, stored)).save_pretrained(tmp_path)
+        with exported(str(tmp_path)) as place:
+            assert served_dtype(place, "auto") == served
+            assert served_dtype(place, "bfloat16") == "bfloat16"
+    with exported("mnns-tiny") as place:
+        assert served_dtype(place, "auto") == "float32"
+
+
 def test_heads_without_a_kernel(tmp_path, monkeypatch):
     tiny.model_of("qwen3").save_pretrained(tmp_path)
-    monkeypatch.setattr(softar.vllm.server, "on_cpu", lambda: True)
+    monkeypatch.setattr(softar.vllm.export, "on_cpu", lambda: True)
     with (
         pytest.raises(ValueError, match="attention heads 8 wide: vLLM on CPU serves"),
         exported(str(tmp_path)),

@@ -119,7 +119,7 @@ def serve(
     host: Annotated[
         str, typer.Option(help="0.0.0.0 for all of the machine's addresses.")
     ] = "127.0.0.1",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens, prompt and answer together.")
     ] = None,

@@ -46,7 +46,9 @@ Chat = Annotated[
 ]
 System = Annotated[str | None, typer.Option(help="The chat's system message.")]
 Seed = Annotated[int, typer.Option(help="Of what is drawn.")]
-Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, auto.")]
+Dtype = Annotated[
+    str, typer.Option(help="Of the weights: auto (as stored), float32, bfloat16, float16.")
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: a GPU where there is one]")
 ]
@@ -81,7 +83,7 @@ def generate(
     chat: Chat = None,
     system: System = None,
     seed: Seed = 0,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -144,7 +146,7 @@ def fill(
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     system: System = None,
     seed: Seed = 0,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -197,7 +199,7 @@ def trace(
     chat: Chat = None,
     system: System = None,
     seed: Seed = 0,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -275,7 +277,7 @@ def compare(
     batch_size: Annotated[int, typer.Option(help="Rows decoded together.")] = 64,
     chat: Chat = None,
     seed: Seed = 0,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:

@@ -46,7 +46,7 @@ class Grid:
     max_new_tokens: int | None = None
     batch_size: int = 64
     repeats: int = 1  # passes over the rows in each run
-    dtype: str = "float32"
+    dtype: str = "auto"
     device: str | None = None
 
     def __post_init__(self):

@@ -23,7 +23,7 @@ def _factory(mode: str) -> Callable[..., VLLMDecoder | ServerDecoder]:
         max_new_tokens,
         seed=0,
         trace=False,
-        dtype="float32",
+        dtype="auto",
         device=None,
         url=None,
         **options,
@@ -47,7 +47,7 @@ def _factory(mode: str) -> Callable[..., VLLMDecoder | ServerDecoder]:
 
 
 def _make_soft(
-    model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, url=None, **options
+    model, *, max_new_tokens, seed=0, trace=False, dtype="auto", device=None, url=None, **options
 ):
     """Soft decoding inside the engine; options: fields of SoftConfig and knobs of its mixer (the
     answer is greedy), and the engine's or the client's."""

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from ..decoders.answer import Decoded
 from .completions import Completion, CompletionDecoder, Sampling, split_options, token_ids
-from .export import exported
+from .export import exported, served_dtype
 from .machine import environment, on_cpu, require_vllm, settings
 from .record import as_json, record_of, to_record
 
@@ -59,7 +59,7 @@ class VLLMDecoder(CompletionDecoder):
         *,
         seed: int = 0,
         trace: bool = False,
-        dtype: str = "float32",
+        dtype: str = "auto",
         name=None,
         **options,
     ):
@@ -169,7 +169,10 @@ class _Engine:
                 # see server.py
                 plain |= dict(enforce_eager=True, enable_chunked_prefill=False) if on_cpu() else {}
                 self.llm = LLM(
-                    folder, dtype=dtype, disable_log_stats=True, **{**plain, **dict(options)}
+                    folder,
+                    dtype=served_dtype(folder, dtype),
+                    disable_log_stats=True,
+                    **{**plain, **dict(options)},
                 )
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             self.max_model_len = self.llm.llm_engine.model_config.max_model_len

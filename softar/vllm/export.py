@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
-from ..models import MODELS, folder_of, load
+from ..models import MODELS, computed_in, folder_of, load
 from .machine import on_cpu
 
 # vLLM's attention on CPU has kernels for heads of these widths alone; asked for another, its engine
@@ -19,7 +19,7 @@ LLAMA_HEADS = 32  # what narrower heads of a Llama are widened to
 
 
 @contextlib.contextmanager
-def exported(name: str, dtype: str = "float32") -> Iterator[str]:
+def exported(name: str, dtype: str = "auto") -> Iterator[str]:
     """A folder that vLLM can read: `name` itself where it is one (or a hub id), else a copy, gone
     after the block.
 
@@ -54,6 +54,18 @@ def exported(name: str, dtype: str = "float32") -> Iterator[str]:
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
         yield place
+
+
+def served_dtype(folder: str, dtype: str) -> str:
+    """By vLLM's names. "auto" is settled as softar.load does: vLLM's own serves float32 weights in
+    half precision."""
+    if dtype != "auto":
+        return dtype
+    stored = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype
+    if stored is None:  # its weights alone say it, and vLLM reads them
+        return "auto"
+    device = torch.device("cpu" if on_cpu() else "cuda")
+    return str(computed_in(stored, device)).removeprefix("torch.")
 
 
 def _head_dim(config) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 
 from ..decoders.answer import Unfinished
-from .export import exported
+from .export import exported, served_dtype
 from .machine import on_cpu, require_vllm, settings
 
 # The `vllm` command. It asks for the version of the distribution "vllm", which on CPU is called
@@ -66,7 +66,7 @@ def serve(
     *,
     port: int | None = None,
     host: str = "127.0.0.1",
-    dtype: str = "float32",
+    dtype: str = "auto",
     max_model_len: int | None = None,
     wait: float = 300,
     log: str | os.PathLike | None = None,
@@ -80,7 +80,7 @@ def serve(
         model: as for softar.load; the server calls it by this name. What is no folder in vLLM's
             form is exported first.
         port: None takes a free one. host: the address it listens on.
-        dtype: of the weights. max_model_len: tokens, prompt and answer together; None is what the
+        dtype: of the weights, as for softar.load. max_model_len: tokens, prompt and answer together; None is what the
             model was made for.
         wait: seconds within which it has to answer.
         log: where its output goes; None is a temporary file, gone at the end.
@@ -97,6 +97,7 @@ def serve(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ended_by_signals())
         folder = stack.enter_context(exported(name, dtype))
+        dtype = served_dtype(folder, dtype)
         if log is None:
             log = Path(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="softar-serve-")), "log"
