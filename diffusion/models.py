@@ -39,6 +39,7 @@ from softar.models import (
     to_machine,
     word_tokenizer,
 )
+from softar.models import MODELS as AUTOREGRESSIVE
 
 from .architectures import (
     DREAM_NEEDS,
@@ -103,6 +104,8 @@ def load(
     dtype, device = to_dtype(dtype, model_kwargs), to_device(device, model_kwargs)
     check_fixed(model_kwargs)
     try:
+        if name in AUTOREGRESSIVE or name.endswith(".gguf"):
+            raise ValueError("it is an autoregressive model: use softar.load")
         if name in MODELS:
             model, tokenizer = MODELS[name](dtype=dtype, seed=seed, **model_kwargs)
         elif Path(name, "adapter_config.json").is_file():
@@ -137,7 +140,12 @@ def _open(name: str, *, dtype, **model_kwargs):
     if not Path(name).is_dir() and (name.startswith(".") or Path(name).is_absolute()):
         raise FileNotFoundError("there is no such folder, and a hub id has the form owner/name")
     settings, _ = PreTrainedConfig.get_config_dict(name, **fetch)
-    kind = settings.get("model_type")
+    kind, classes = settings.get("model_type"), settings.get("architectures") or []
+    if kind not in FAMILIES and any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in classes):
+        raise ValueError(
+            f"its config.json says model_type={kind!r}, architectures={classes}, which is not a masked-diffusion "
+            f"model: use softar.load"
+        )
     if kind not in FAMILIES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise ValueError(
             f"its config.json says model_type={kind!r}, which is not a masked-diffusion model: neither "

@@ -23,10 +23,12 @@ from transformers import (
     GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MNNS_WORDS = [
     *("<pad>", "<bos>", "<eos>", "->", "+", "-"),
@@ -53,6 +55,7 @@ DTYPES = {
 }
 HALF = [torch.float16, torch.bfloat16]
 FIXED = {"trust_remote_code", "use_safetensors", "weights_only", "output_loading_info"}
+ELSEWHERE = "use softar.diffusion.load"  # what opens the other kind of models
 FIXED_BECAUSE = (
     "softar runs no remote code, reads no pickle and returns the model and its tokenizer"
 )
@@ -225,6 +228,8 @@ def _open(name: str, *, dtype, device, seed: int, **model_kwargs):
         return _adapter(path, dtype=dtype, device=device, seed=seed, **model_kwargs)
     if path.is_dir() and not (path / model_kwargs.get("subfolder", "") / "config.json").is_file():
         raise FileNotFoundError("the folder holds no config.json, so no model")
+    if not path.is_dir() and "/" not in name and "diffusion" in name:
+        raise FileNotFoundError(f"if it is a masked-diffusion model, {ELSEWHERE}")
     if not path.is_dir() and (name.startswith(".") or path.is_absolute() or len(path.parts) > 2):
         raise FileNotFoundError("there is no such folder, and a hub id has the form owner/name")
     close = difflib.get_close_matches(name.lower(), MODELS, cutoff=0.7)
@@ -237,12 +242,26 @@ def _open(name: str, *, dtype, device, seed: int, **model_kwargs):
 def _pretrained(source, **model_kwargs):
     """A folder or a hub id. Raises OSError where there is none or its weights are pickled."""
     fetch = {key: model_kwargs[key] for key in FETCH if key in model_kwargs}
+    if "gguf_file" not in model_kwargs:
+        _check_causal(PreTrainedConfig.get_config_dict(source, **fetch)[0])
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **fetch)
     # A GGUF is not looked for as safetensors
     safe = {} if "gguf_file" in model_kwargs else {"use_safetensors": True}
     return AutoModelForCausalLM.from_pretrained(
         source, trust_remote_code=False, **safe, **model_kwargs
     ), tokenizer
+
+
+def _check_causal(settings: dict) -> None:
+    """Raise ValueError for the config.json of a masked-diffusion model."""
+    kind, classes = settings.get("model_type"), settings.get("architectures") or []
+    if classes and all(name.endswith("ForMaskedLM") for name in classes):
+        raise ValueError(f"its config.json says architectures={classes}: {ELSEWHERE}")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"its config.json says model_type={kind!r}, which is not a causal language model of transformers: if it is "
+            f"a masked-diffusion model, {ELSEWHERE}"
+        )
 
 
 def _gguf(source, *, dtype, **model_kwargs):

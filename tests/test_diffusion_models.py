@@ -15,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertLMHeadModel,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -27,7 +28,8 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from softar.diffusion.models import load
+import softar
+from softar.diffusion.models import MODELS, load
 from softar.diffusion.net import facts, parts
 from softar.diffusion.reader import WindowCache
 
@@ -885,6 +887,35 @@ def test_bad_knobs_are_named(tmp_path):
                 load(name, **{keyword: True})
         with pytest.raises((TypeError, ValueError), match="misspelt"):
             load(name, misspelt=1)
+
+
+def test_models_of_the_other_kind_are_told_where_to_go(tmp_path):
+    named = [*MODELS]
+    named += [write(tmp_path / kind, stock(kind), kind) for kind in KINDS]
+    for arch in BERTS:
+        write_bert(tmp_path / arch, arch)
+        named.append(tmp_path / arch)
+    for name in named:
+        with pytest.raises(ValueError, match=r"use softar\.diffusion\.load"):
+            softar.load(name)
+    stock().save_pretrained(tmp_path / "llama")
+    BertLMHeadModel(BertConfig(**BERT_SIZES, is_decoder=True)).save_pretrained(tmp_path / "head")
+    for name in ["mnns-tiny", "smollm2-135m", "x.gguf", tmp_path / "llama", tmp_path / "head"]:
+        with pytest.raises(ValueError, match=r"use softar\.load"):
+            load(name)
+    # an adapter's base, a hub id in the cache
+    for kind, open_it, other in (("llada", softar.load, "diffusion.load"), ("llama", load, "load")):
+        (tmp_path / f"{kind}-lora").mkdir()
+        adapter = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / kind)}
+        (tmp_path / f"{kind}-lora" / "adapter_config.json").write_text(json.dumps(adapter))
+        (tmp_path / f"{kind}-lora" / "adapter_model.safetensors").touch()
+        repo, commit = tmp_path / f"models--tests--{kind}", "0" * 40
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text(commit)
+        shutil.copytree(tmp_path / kind, repo / "snapshots" / commit)
+        for name in (tmp_path / f"{kind}-lora", f"tests/{kind}"):
+            with pytest.raises(ValueError, match=rf"use softar\.{other}"):
+                open_it(name, cache_dir=tmp_path, local_files_only=True)
 
 
 def test_a_model_made_here_is_saved_under_the_original_names(tmp_path):
