@@ -30,16 +30,9 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from softar.models import (
-    FETCH,
-    MNNS_WORDS,
-    check_fixed,
-    to_device,
-    to_dtype,
-    to_machine,
-    word_tokenizer,
-)
+from softar.models import FETCH, MNNS_WORDS, check_fixed, word_tokenizer
 from softar.models import MODELS as AUTOREGRESSIVE
+from softar.placement import to_device, to_dtype, to_machine
 
 from .architectures import (
     DREAM_NEEDS,

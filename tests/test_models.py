@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from softar import models
+from softar import placement
 from softar.models import MNNS_WORDS, load
 
 PROMPT = "<bos> D5 D3 D2 D4 ->"
@@ -153,7 +153,7 @@ def test_half_precision_is_kept_where_the_cpu_computes_it(
         base = load(name, dtype=stored)[0]
         get_peft_model(base, lora).save_pretrained(name := tmp_path / "adapter")
     for fast in (True, False):
-        models._tell_once.cache_clear()
+        placement._tell_once.cache_clear()
         caplog.clear()
         monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda fast=fast: fast)
         model = load(name)[0]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
-from ..models import MODELS, computed_in, folder_of, load
+from ..models import MODELS, folder_of, load
+from ..placement import computed_in
 from .machine import on_cpu
 
 # vLLM's attention on CPU has kernels for heads of these widths alone; asked for another, its engine
