@@ -16,9 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from fastcore.meta import delegates
 from torch import Tensor, nn
 from transformers.generation.streamers import TextDiffusionStreamer
 
+from softar.checks import override
 from softar.mixers import Rng
 from softar.soft import Soft, check_dist
 
@@ -53,6 +55,7 @@ class DenoiseOutput:
         return self.sequences[:, self.prompt_length :]
 
 
+@delegates(DenoiseConfig)
 @torch.no_grad()
 def denoise(
     model: nn.Module,
@@ -64,6 +67,7 @@ def denoise(
     callback: Callable[[dict], None] | None = None,
     streamer=None,
     history: bool = False,
+    **kwargs,
 ) -> DenoiseOutput:
     """Fill masks.
 
@@ -84,17 +88,19 @@ def denoise(
         streamer: a transformers streamer, for one row: finished blocks are put; a
             TextDiffusionStreamer gets the canvas of each forward as a draft.
         history: keep the canvas before each forward.
+        kwargs: fields of DenoiseConfig by name, which override those of `config`:
+            denoise(model, **inputs, steps=8, soften="soft-token").
 
     Returns:
         DenoiseOutput.
 
     Raises:
-        ValueError: bad configuration or inputs, before the first forward.
+        ValueError, TypeError: bad configuration or inputs, before the first forward.
         FloatingPointError: NaN logits; names the forward.
     """
     started = time.perf_counter()
     known, net = facts(model), parts(model)
-    config = (config or DenoiseConfig()).as_trained(known.soft_mask)
+    config = override(config or DenoiseConfig(), kwargs, denoise).as_trained(known.soft_mask)
     quirks = DEFAULT if config.parity is None else PARITY[config.parity]
     if known.uniform is not None:
         check_uniform(config)

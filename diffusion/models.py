@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from fastcore.meta import delegates
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -63,13 +64,16 @@ register_checkpoint_conversion_mapping(
 )
 
 
+@delegates(
+    PreTrainedModel.from_pretrained, keep=True, but=["config", "use_safetensors", "weights_only"]
+)
 def load(
     name: str | os.PathLike,
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     seed: int | None = None,
-    **model_kwargs,
+    **kwargs,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A masked-diffusion language model and its tokenizer, in eval mode.
 
@@ -81,7 +85,7 @@ def load(
         device: None is this process's CUDA device where there is one, else the CPU.
         seed: None gives an embedded model as the package brings it, trained; a number draws
             untrained weights.
-        model_kwargs: for `from_pretrained` (revision=, device_map=, attn_implementation=, ...).
+        kwargs: for `from_pretrained` (revision=, device_map=, attn_implementation=, ...).
 
     Returns:
         The model; `facts(model)` tells its mask token and the like, and the soft-mask head that its
@@ -94,19 +98,19 @@ def load(
             that says so.
     """
     name = os.fspath(name)
-    dtype, device = to_dtype(dtype, model_kwargs), to_device(device, model_kwargs)
-    check_fixed(model_kwargs)
+    dtype, device = to_dtype(dtype, kwargs), to_device(device, kwargs)
+    check_fixed(kwargs)
     try:
         if name in AUTOREGRESSIVE or name.endswith(".gguf"):
             raise ValueError("it is an autoregressive model: use softar.load")
         if name in MODELS:
-            model, tokenizer = MODELS[name](dtype=dtype, seed=seed, **model_kwargs)
+            model, tokenizer = MODELS[name](dtype=dtype, seed=seed, **kwargs)
         elif Path(name, "adapter_config.json").is_file():
-            model, tokenizer = _adapter(Path(name), dtype=dtype, device=device, **model_kwargs)
+            model, tokenizer = _adapter(Path(name), dtype=dtype, device=device, **kwargs)
         else:
-            model, tokenizer = _open(name, dtype=dtype, **model_kwargs)
+            model, tokenizer = _open(name, dtype=dtype, **kwargs)
         if name not in MODELS:  # an embedded one, trained, came through here by its folder
-            learn_head(model, _head_file(name, model_kwargs))
+            learn_head(model, _head_file(name, kwargs))
     except (
         OSError,
         ValueError,

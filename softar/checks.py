@@ -1,7 +1,9 @@
 """Checks of input, each said once: one clear `ValueError` that names the value and the remedy."""
 
+import dataclasses
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 
 
 def check_least(values, **least: float) -> None:
@@ -31,6 +33,26 @@ def did_you_mean(value, known: Iterable) -> str:
         difflib.get_close_matches(value, names, n=1, cutoff=0.5) if isinstance(value, str) else []
     )
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def override(config, fields: dict, function: Callable):
+    """The dataclass `config` with `fields` in place of its own, which are keywords of `function`.
+    The zeros that some tokenizers call token_type_ids are dropped.
+
+    Raises TypeError, as Python does, for a keyword that is not a field.
+    """
+    segments = fields.get("token_type_ids")
+    if segments is not None and any(map(any, segments.tolist())):
+        raise ValueError("token_type_ids holds a second segment, and softar reads one: give zeros")
+    fields = {name: value for name, value in fields.items() if name != "token_type_ids"}
+    names = [field.name for field in dataclasses.fields(config)]
+    if unknown := [name for name in fields if name not in names]:
+        known = inspect.signature(function).parameters
+        raise TypeError(
+            f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}"
+            f"{did_you_mean(unknown[0], known)}: it takes its own and {type(config).__name__}'s"
+        )
+    return dataclasses.replace(config, **fields)
 
 
 def shorten(text: str, most: int = 300) -> str:

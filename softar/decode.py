@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from fastcore.meta import delegates
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -35,6 +36,7 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
+from .checks import override
 from .config import SoftConfig
 from .mixers import Rng
 from .soft import Soft, check_dist, soft_embed
@@ -94,6 +96,7 @@ class SoftOutput:
         return [tokens[start:][kind[start:] != Kind.PAD] for tokens, kind, start in rows]
 
 
+@delegates(SoftConfig)
 def generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -107,6 +110,7 @@ def generate(
     logits_processor: Sequence | None = None,
     stopping_criteria: Sequence | None = None,
     generation_config: GenerationConfig | None = None,
+    **kwargs,
 ) -> SoftOutput:
     """Decode softly.
 
@@ -126,15 +130,17 @@ def generate(
         generation_config: end-of-sequence and pad ids, penalties, cache implementation; default the
             model's own. Its sampling settings and lengths do not count: `config` alone says how a
             step is chosen.
+        kwargs: fields of SoftConfig by name, which override those of `config`:
+            generate(model, **inputs, mixer="gumbel", top_k=10).
 
     Returns:
         SoftOutput. Rows end at their EOS token and are padded to the longest.
 
     Raises:
-        ValueError: bad configuration or inputs, before the first forward.
+        ValueError, TypeError: bad configuration or inputs, before the first forward.
         FloatingPointError: NaN or infinite logits; names the step and the rows.
     """
-    config = (config or SoftConfig()).resolve(tokenizer)
+    config = override(config or SoftConfig(), kwargs, generate).resolve(tokenizer)
     _check_inputs(input_ids, attention_mask)
     settings = copy.deepcopy(generation_config or model.generation_config)
     settings.update(**OVERRIDES, max_new_tokens=config.max_new_tokens)

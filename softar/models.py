@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from fastcore.meta import delegates
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -54,13 +55,14 @@ FIXED_BECAUSE = (
 )
 
 
+@delegates(PreTrainedModel.from_pretrained, keep=True, but=["use_safetensors", "weights_only"])
 def load(
     name: str | os.PathLike,
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     seed: int = 0,
-    **model_kwargs,
+    **kwargs,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, in eval mode, ready for batches.
 
@@ -76,7 +78,7 @@ def load(
         device: None is this process's CUDA device where there is one, else the CPU.
         seed: of the weights of "mnns-tiny", which come untrained; the global random state stays as
             it is.
-        model_kwargs: for `from_pretrained` (revision=, attn_implementation=, device_map=,
+        kwargs: for `from_pretrained` (revision=, attn_implementation=, device_map=,
             gguf_file=, ...); for "mnns-tiny" fields of its LlamaConfig.
 
     Raises:
@@ -84,13 +86,13 @@ def load(
             said is the cause. For keywords that contradict each other or are not to be changed.
     """
     name = os.fspath(name)
-    dtype, device = to_dtype(dtype, model_kwargs), to_device(device, model_kwargs)
-    check_fixed(model_kwargs)
+    dtype, device = to_dtype(dtype, kwargs), to_device(device, kwargs)
+    check_fixed(kwargs)
     if name in MODELS:
-        model, tokenizer = MODELS[name](dtype=dtype, seed=seed, **model_kwargs)
+        model, tokenizer = MODELS[name](dtype=dtype, seed=seed, **kwargs)
     else:
         try:
-            model, tokenizer = _open(name, dtype=dtype, device=device, seed=seed, **model_kwargs)
+            model, tokenizer = _open(name, dtype=dtype, device=device, seed=seed, **kwargs)
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
             why = " ".join(str(error).split())[:300]
             raise ValueError(
