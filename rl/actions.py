@@ -234,10 +234,10 @@ def _on_support(logits: Tensor, ids: Tensor, values: Tensor, is_soft: Tensor | N
     on = values != -torch.inf
     if is_soft is not None:
         on = on & is_soft[..., None]
-    kept = _wide(logits.gather(-1, ids)).masked_fill(~on, -torch.inf)
+    scores = _wide(logits.gather(-1, ids)).masked_fill(~on, -torch.inf)
     # A row without support would be nothing but -inf, and its gradient NaN.
-    kept = kept.masked_fill(~on.any(-1, keepdim=True), 0.0)
-    return kept.log_softmax(-1).masked_fill(~on, 0.0), on
+    scores = scores.masked_fill(~on.any(-1, keepdim=True), 0.0)
+    return scores.log_softmax(-1).masked_fill(~on, 0.0), on
 
 
 def _with_hard(logits: Tensor, soft: Soft, scores: Tensor, is_soft: Tensor | None) -> Tensor:

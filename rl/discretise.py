@@ -31,8 +31,8 @@ def discretise(record: Record, answer_start: Tensor, how: str = "answer") -> lis
         ValueError: unknown `how`; "fresh" says why there is no such thing.
     """
     check_way(how)
-    kept = WAYS[how](record, answer_start)
-    rows = zip(_tokens(record, how).tolist(), kept.tolist(), strict=True)
+    masks = WAYS[how](record, answer_start)
+    rows = zip(_tokens(record, how).tolist(), masks.tolist(), strict=True)
     return [[token for token, keep in zip(*row, strict=True) if keep] for row in rows]
 
 

@@ -66,40 +66,24 @@ class VLLMRollout(VLLMGeneration):
     def _init_vllm(self):
         import vllm
 
-        version = vllm.__version__
-        if not any(version == v or version.startswith(f"{v}.") for v in VERSIONS):
-            raise ValueError(
-                f"rollout='vllm': vLLM {version} is not among the versions that softar thinks in, "
-                f"{VERSIONS}: install one, or give rollout='loop'"
-            )
         base = plain(self.model)
+        check_policy(vllm.__version__, base)
         # Under autocast the policy computes in this, whatever its weights are kept in
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = mixed.get(self.accelerator.mixed_precision, base.dtype)
-        if getattr(base, "is_quantized", False):
-            raise ValueError(
-                "rollout='vllm': the model is quantised; load it in bfloat16, or give rollout='loop'"
-            )
-        check_heads(base.name_or_path, base.config) if not is_narrow(base.config) else None
         self.stand_in = None  # of a Llama with heads that have to be widened
         if is_narrow(base.config):
-            self.stand_in = LlamaForCausalLM._from_config(
-                copy.deepcopy(base.config), dtype=base.dtype
-            )
+            config = copy.deepcopy(base.config)
+            self.stand_in = LlamaForCausalLM._from_config(config, dtype=base.dtype)
         register()  # vLLM does it too, unless VLLM_PLUGINS says otherwise
         with tempfile.TemporaryDirectory(prefix="softar-rollout-") as folder, leaving_no_trace():
-            served = base if self.stand_in is None else widened(self.stand_in)
-            config = copy.deepcopy(served.config)
-            config.architectures, config.dtype = [type(served).__name__], dtype
-            # of the GGUF that the weights were read from
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config
-            config.save_pretrained(folder)
-            needed = settings(folder)
-            if SPACE in needed:  # GiB of a CPU's memory
-                needed[SPACE] = str(max(1, int(needed[SPACE]) // self.accelerator.num_processes))
+            save_config(base if self.stand_in is None else widened(self.stand_in), dtype, folder)
+            variables = settings(folder)
+            if SPACE in variables:  # GiB of a CPU's memory
+                share = int(variables[SPACE]) // self.accelerator.num_processes
+                variables[SPACE] = str(max(1, share))
             joins = torch.distributed.is_initialized()
-            with environment(needed), as_torchrun(self.accelerator):
+            with environment(variables), as_torchrun(self.accelerator):
                 self.llm = vllm.LLM(
                     folder,
                     skip_tokenizer_init=True,
@@ -168,11 +152,11 @@ class VLLMRollout(VLLMGeneration):
     def _iter_named_params(self):
         """TRL's names and weights, less the value head; adapters leave their base as it was, to the
         bit."""
-        kept = {}
+        base = {}
         if is_peft_model(self.model) and not (self._dist.is_fsdp or self._dist.is_zero3):
             # To merge and to unmerge again rounds: each rollout would move the frozen weights a
             # little
-            kept = {
+            base = {
                 name: p.to("cpu", copy=True)
                 for name, p in self.model.named_parameters()
                 if ".base_layer." in name
@@ -180,28 +164,28 @@ class VLLMRollout(VLLMGeneration):
         # vLLM loads a layer when it has all its parts: what TRL gathers or merges for the moment
         # has to be copied
         lent = is_peft_model(self.model) or self._dist.is_fsdp or self._dist.is_zero3
-        theirs = (
+        trls = (
             (name, p.detach())
             for name, p in super()._iter_named_params()
             if not name.startswith(VALUE_HEAD)
         )
-        own = ((name, p.clone() if lent else p) for name, p in theirs)
+        weights = ((name, p.clone() if lent else p) for name, p in trls)
         try:
-            yield from own if self.stand_in is None else self._widened(dict(own))
+            yield from weights if self.stand_in is None else self._widened(dict(weights))
         finally:  # an interruption leaves adapters merged
-            if kept and any(
+            if base and any(
                 layer.merged for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)
             ):
                 self.model.unmerge_adapter()
-            for name, p in self.model.named_parameters() if kept else ():
-                if name in kept:
-                    p.copy_(kept[name])
+            for name, p in self.model.named_parameters() if base else ():
+                if name in base:
+                    p.copy_(base[name])
 
     def _widened(self, weights: dict[str, torch.Tensor]):
-        found = self.stand_in.load_state_dict(weights, strict=False)
+        keys = self.stand_in.load_state_dict(weights, strict=False)
         # a tied one is there once
-        missing = [name for name in found.missing_keys if name != "lm_head.weight"]
-        if wrong := found.unexpected_keys or missing:
+        missing = [name for name in keys.missing_keys if name != "lm_head.weight"]
+        if wrong := keys.unexpected_keys or missing:
             raise ValueError(
                 f"rollout='vllm': the policy's weights {wrong[:3]} are not those of a plain Llama; give "
                 f"rollout='loop'"
@@ -281,6 +265,30 @@ class VLLMRollout(VLLMGeneration):
         if self.llm is not None:
             self.end()
             self.llm = self.end = None
+
+
+def check_policy(version: str, model) -> None:
+    """Raise ValueError for a vLLM or a model with which no rollout is possible."""
+    if not any(version == v or version.startswith(f"{v}.") for v in VERSIONS):
+        raise ValueError(
+            f"rollout='vllm': vLLM {version} is not among the versions that softar thinks in, "
+            f"{VERSIONS}: install one, or give rollout='loop'"
+        )
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "rollout='vllm': the model is quantised; load it in bfloat16, or give rollout='loop'"
+        )
+    if not is_narrow(model.config):
+        check_heads(model.name_or_path, model.config)
+
+
+def save_config(model, dtype: torch.dtype, folder: str) -> None:
+    """The model as an unquantised one of this dtype, without weights."""
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], dtype
+    if hasattr(config, "quantization_config"):  # of the GGUF that the weights were read from
+        del config.quantization_config
+    config.save_pretrained(folder)
 
 
 def output_of(
