@@ -30,7 +30,7 @@ from softar.vllm.hooks import VERSIONS
 from softar.vllm.machine import environment, on_cpu, settings
 from softar.vllm.plugin import register
 from softar.vllm.record import Read, record_of
-from softar.vllm.request import FIELDS
+from softar.vllm.request import fields_of
 
 from .vllm_process import as_torchrun, leaving_no_trace, repack_tied, without_compiling
 
@@ -224,9 +224,7 @@ class VLLMRollout(VLLMGeneration):
                 f"a prompt of {longest} tokens and max_completion_length={most} are more than the {self.limit} of the "
                 f"engine: shorten them, or give vllm_max_model_length={longest + most} if the model can"
             )
-        soft = {name: getattr(self.decoding, name) for name in FIELDS if name != "record"} | {
-            "record": True
-        }
+        soft = fields_of(self.decoding) | {"record": True}
         params = [
             SamplingParams(
                 temperature=self.decoding.answer_temperature,

@@ -3,16 +3,19 @@ soft_config.json."""
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .checks import check_choice, check_least
 from .mixers import Mixed, mk_mixer
 from .soft import RESCALES, check_dist
 
 Ids = int | str | tuple[int, ...] | None
 CONFIG_FILE = "soft_config.json"
+TAGS = ("think_start", "think_end")
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,11 @@ class SoftConfig:
     top_p: float | None = None
     min_p: float | None = None
     keep: int | None = None  # cap on the mixture after the filters
-    banned: tuple[int, ...] = ()  # ids that never enter a mixture
+    banned: tuple[int, ...] = ()  # ids that never enter a mixture; a list becomes a tuple
     rescale: str | None = None  # see soft_embed
     max_new_tokens: int = 64  # thought and answer together
-    # Where it is soft. Without any of these: in the whole completion.
+    # Where it is soft. Without any of these: in the whole completion. An id or a list of ids becomes
+    # a tuple; text stays text until `resolve`.
     think_start: Ids = None  # opens the thought; None: the completion starts inside it
     think_end: Ids = None  # closes it for good
     # soft steps at most, then think_end is put in (or, without one, the answer starts)
@@ -47,23 +51,17 @@ class SoftConfig:
     answer_min_p: float | None = None
 
     def __post_init__(self):
-        check_dist(
-            None, self.temperature, self.top_k, self.top_p, self.min_p, self.keep, self.banned
-        )
-        check_dist(
-            None, self.answer_temperature, self.answer_top_k, self.answer_top_p, self.answer_min_p
-        )
+        for name in (*TAGS, "banned"):
+            object.__setattr__(self, name, _as_ids(getattr(self, name)))
+        check_dist(None, **self.filters)
+        check_dist(None, **self.answer_filters)
         mk_mixer(self.mixer, **self.mixer_args)
         if not 0 <= self.alpha <= 1:
             raise ValueError(
                 f"alpha={self.alpha} must lie in [0, 1]: 0 feeds the token alone, 1 the mixture alone"
             )
-        if self.rescale not in RESCALES:
-            raise ValueError(f"rescale={self.rescale!r} is unknown: choose one of {RESCALES}")
-        for name, least in (("max_new_tokens", 1), ("cold_stop_steps", 1), ("budget", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        check_choice("rescale", self.rescale, RESCALES)
+        check_least(self, max_new_tokens=1, cold_stop_steps=1, budget=0)
         if self.cold_stop_entropy is not None and not self.cold_stop_entropy >= 0:
             raise ValueError(
                 f"cold_stop_entropy={self.cold_stop_entropy} must be >= 0 nats; None switches it off"
@@ -77,20 +75,65 @@ class SoftConfig:
                 f"think_start={self.think_start!r} needs a think_end that closes the thought"
             )
 
+    @property
+    def filters(self) -> dict[str, Any]:
+        """What shapes a thought's distribution, as mk_proba_dist and check_dist take it."""
+        names = ("temperature", "top_k", "top_p", "min_p", "keep", "banned")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def answer_filters(self) -> dict[str, Any]:
+        """The same of the answer's."""
+        names = ("temperature", "top_k", "top_p", "min_p")
+        return {name: getattr(self, f"answer_{name}") for name in names}
+
+    @property
+    def has_answer(self) -> bool:
+        """Does something end the thought, so that an answer follows?"""
+        ends = (self.think_end, self.budget, self.cold_stop_entropy)
+        return any(end is not None for end in ends)
+
+    @property
+    def is_soft(self) -> bool:
+        """Is an embedding ever mixed? A thought of single tokens is an ordinary chain of
+        thought."""
+        return self.alpha > 0 and self.temperature > 0 and not mk_mixer(self.mixer).single
+
+    @property
+    def draws(self) -> bool:
+        """Are random numbers drawn, so that the same prompt may get another answer?"""
+        if self.has_answer and self.answer_temperature > 0:
+            return True
+        return self.temperature > 0 and self.mixer_draws
+
+    @property
+    def mixer_draws(self) -> bool:
+        """Does the mixer, with these knobs?"""
+        mixer = mk_mixer(self.mixer, **self.mixer_args)
+        return mixer.draws(mixer.knobs)
+
+    @property
+    def width(self) -> float:
+        """Tokens in a mixture, K; inf where that is the vocabulary."""
+        mixer = mk_mixer(self.mixer, **self.mixer_args)
+        limits = [k for k in (self.top_k, self.keep, math.inf) if k is not None]
+        filtered = 1 if self.temperature == 0 else min(limits)
+        return mixer.width(mixer.knobs, filtered) + (self.alpha < 1)
+
     def resolve(self, tokenizer) -> "SoftConfig":
         """The same configuration with think_start and think_end given as text turned into token
         ids."""
-        found = {}
-        for name in ("think_start", "think_end"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                if tokenizer is None:
-                    raise ValueError(f"{name}={value!r} is text: pass tokenizer=, or its token ids")
-                value = tuple(tokenizer.encode(value, add_special_tokens=False))
-                if not value:
-                    raise ValueError(f"{name}={getattr(self, name)!r} is empty for this tokenizer")
-            found[name] = value
-        return dataclasses.replace(self, **found)
+        ids = {}
+        for name in TAGS:
+            text = getattr(self, name)
+            if not isinstance(text, str):
+                continue
+            if tokenizer is None:
+                raise ValueError(f"{name}={text!r} is text: pass tokenizer=, or its token ids")
+            ids[name] = tuple(tokenizer.encode(text, add_special_tokens=False))
+            if not ids[name]:
+                raise ValueError(f"{name}={text!r} is empty for this tokenizer")
+        return dataclasses.replace(self, **ids)
 
     def save(self, folder: str | Path) -> None:
         """Write soft_config.json beside a checkpoint."""
@@ -108,4 +151,10 @@ class SoftConfig:
             raise ValueError(
                 f"{CONFIG_FILE} in {folder} has unknown fields {unknown}; known: {sorted(known)}"
             )
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**values)
+
+
+def _as_ids(ids: int | str | list[int] | tuple[int, ...] | None) -> str | tuple[int, ...] | None:
+    if isinstance(ids, int):
+        return (ids,)
+    return tuple(ids) if isinstance(ids, list) else ids

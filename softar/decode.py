@@ -37,7 +37,7 @@ from transformers.generation.logits_process import (
 )
 
 from .checks import override
-from .config import SoftConfig
+from .config import TAGS, SoftConfig
 from .mixers import Rng
 from .soft import Soft, check_dist, soft_embed
 from .thought import Chooser, Kind, Record, stack
@@ -284,11 +284,11 @@ def _check_model(model: PreTrainedModel, config: SoftConfig, model_kwargs: dict)
             f"{name} is in training mode with gradient checkpointing, which drops the cache: call eval()"
         )
     vocab = model.config.get_text_config(decoder=True).vocab_size
-    c = config
-    check_dist(vocab, c.temperature, c.top_k, c.top_p, c.min_p, c.keep, c.banned)
-    check_dist(vocab, c.answer_temperature, c.answer_top_k, c.answer_top_p, c.answer_min_p)
-    for name, ids in (("think_start", c.think_start), ("think_end", c.think_end)):
-        if any(not 0 <= i < vocab for i in ([ids] if isinstance(ids, int) else ids or ())):
+    check_dist(vocab, **config.filters)
+    check_dist(vocab, **config.answer_filters)
+    for name in TAGS:
+        ids = getattr(config, name)
+        if any(not 0 <= i < vocab for i in ids or ()):
             raise ValueError(
                 f"{name}={ids} must be token ids below {vocab}, the model's vocabulary"
             )

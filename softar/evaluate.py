@@ -8,8 +8,10 @@ from datasets import Dataset
 from torch import nn
 from transformers import BatchEncoding
 
-from .config import SoftConfig
+from .checks import shorten
+from .config import TAGS, SoftConfig
 from .decode import SoftOutput, generate
+from .thought import Kind
 
 
 def evaluate(
@@ -42,7 +44,7 @@ def evaluate(
             tokenizer=tokenizer,
         )
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in out.answers]
-        return texts, out, int((out.record.kind != 0).sum())
+        return texts, out, int((out.record.kind != Kind.PAD).sum())
 
     return tally(model, rows, score, answer, batch_size)
 
@@ -107,11 +109,9 @@ def read_prompts(tokenizer, prompts: list) -> BatchEncoding:
         raise ValueError(f"prompts={prompts!r:.80} must be a list, of texts or of chats: one kind")
     try:
         return encode(tokenizer, list(prompts))
-    except (
-        Exception
-    ) as error:  # tokenizers raises Exception itself, for a word outside a closed vocabulary
+    except Exception as error:  # tokenizers raises it itself, for a word outside its vocabulary
         raise ValueError(
-            f"the tokenizer cannot read the prompts: {' '.join(str(error).split())[:200]}"
+            f"the tokenizer cannot read the prompts: {shorten(str(error), 200)}"
         ) from error
 
 
@@ -131,7 +131,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def resolve(config: SoftConfig, tokenizer) -> SoftConfig:
     """With think_start and think_end as ids. Raises ValueError for texts that the tokenizer does
     not know."""
-    for name in ("think_start", "think_end"):
+    for name in TAGS:
         text = getattr(config, name)
         if not isinstance(text, str):
             continue

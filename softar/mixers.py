@@ -2,19 +2,22 @@
 
 All share one signature, `mixer(dist, *, rng=None, **knobs) -> Mixed`, any leading shape, and are
 differentiable in the weights where the method is. `rng` is one generator for all rows, or one per
-row (leading dim): then a row draws the same numbers alone as in a batch.
+row (leading dim): then a row draws the same numbers alone as in a batch. What decoders have to know
+of a method stands in MIXERS beside its function: a new mixer is a function here and an entry there.
 
 Shapes: ... any leading dims, K tokens kept.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import check_choice
 from .soft import Soft
 from .soft import hard as one_token
 
@@ -28,9 +31,35 @@ class Mixed(NamedTuple):
 
     soft: Soft  # [..., K'] what the model reads next
     token: Tensor  # [...] int64, the discrete token that stands for it
-    logp: (
-        Tensor | None
-    )  # [...] log-probability of what was drawn under `dist`; None where nothing was drawn or it has none
+    # [...] log-probability of what was drawn under `dist`; None where nothing was drawn or it has
+    # none
+    logp: Tensor | None
+
+
+class Mixer(NamedTuple):
+    """A method, and what decoders have to know of it. Called as its function is."""
+
+    fn: Callable[..., Mixed]
+    single: bool = False  # gives one token, so that no embedding is ever mixed
+    # its knobs -> does it draw random numbers?
+    draws: Callable[[dict[str, Any]], bool] = lambda knobs: True
+    # its knobs, tokens that the filters keep -> tokens in its mixture
+    width: Callable[[dict[str, Any], float], float] = lambda knobs, filtered: filtered
+
+    def __call__(self, dist: Soft, *, rng: Rng = None, **knobs) -> Mixed:
+        return self.fn(dist, rng=rng, **knobs)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Mixed]:
+        """Where `inspect.signature` looks."""
+        return self.fn
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """Name -> value, or the function's default."""
+        parameters = inspect.signature(self.fn).parameters.values()
+        knobs = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return {name: value for name, value in knobs.items() if name != "rng"}
 
 
 def hard(dist: Soft, *, rng: Rng = None, sample: bool = False) -> Mixed:
@@ -75,8 +104,7 @@ def k_samples(dist: Soft, *, rng: Rng = None, k: int = 3, weighting: str = "unif
     """
     if k < 1:
         raise ValueError(f"k={k} must be at least 1; 1 is ordinary sampling")
-    if weighting not in ("uniform", "probability"):
-        raise ValueError(f"weighting={weighting!r} is unknown: choose 'uniform' or 'probability'")
+    check_choice("weighting", weighting, ("uniform", "probability"))
     slots = _draw(dist.weights, rng, k)
     ids, probs = dist.ids.gather(-1, slots), dist.weights.gather(-1, slots)
     weights = (
@@ -141,8 +169,7 @@ def guide(soft: Soft, target: Tensor, alpha: float, how: str = "mix", *, rng: Rn
         raise ValueError(
             f"alpha={alpha} must lie in [0, 1]: 1 is the target token alone, 0 the mixture alone"
         )
-    if how not in GUIDES:
-        raise ValueError(f"guidance={how!r} is unknown: choose one of {sorted(GUIDES)}")
+    check_choice("guidance", how, sorted(GUIDES))
     if alpha == 0:
         return soft
     if alpha == 1:
@@ -169,29 +196,24 @@ def _coin(had: Tensor, alpha: float, rng: Rng):
     return (~gold).float(), torch.where(gold, torch.ones_like(had), had)
 
 
-def mk_mixer(name: str | Callable, **knobs) -> Callable[..., Mixed]:
-    """The mixer of that name (or the callable itself) with its knobs bound; unknown names and knobs
-    are errors."""
-    if callable(name):
-        mixer = name
-    elif name in MIXERS:
-        mixer = MIXERS[name]
-    else:
-        raise ValueError(
-            f"mixer={name!r} is unknown: choose one of {sorted(MIXERS)} or pass a function"
-        )
+def mk_mixer(name: str | Callable, **knobs) -> Mixer:
+    """The mixer of that name, or a function as one that draws and does not narrow the mixture; with
+    its knobs bound. Unknown names and knobs are errors."""
+    if not callable(name):
+        check_choice("mixer", name, sorted(MIXERS), hint=" or pass a function")
+    method = name if callable(name) else MIXERS[name]
+    mixer = method if isinstance(method, Mixer) else Mixer(method)
     if not knobs:
         return mixer
-    if callable(name):
-        return functools.partial(mixer, **knobs)
-    # One step on two made-up tokens: a misspelt or impossible knob fails here, not in the middle of
-    # a decode.
-    trial = Soft(torch.tensor([0, 1]), torch.tensor([0.5, 0.5]))
-    try:
-        mixer(trial, rng=torch.Generator(), **knobs)
-    except TypeError as error:
-        raise ValueError(f"mixer={name!r} does not take {knobs}: {error}") from None
-    return functools.partial(mixer, **knobs)
+    if not callable(name):
+        # One step on two made-up tokens: a misspelt or impossible knob fails here, not in the
+        # middle of a decode.
+        trial = Soft(torch.tensor([0, 1]), torch.tensor([0.5, 0.5]))
+        try:
+            mixer(trial, rng=torch.Generator(), **knobs)
+        except TypeError as error:
+            raise ValueError(f"mixer={name!r} does not take {knobs}: {error}") from None
+    return mixer._replace(fn=functools.partial(mixer.fn, **knobs))
 
 
 def exponential(like: Tensor, rng: Rng) -> Tensor:
@@ -251,12 +273,14 @@ def _log(weights: Tensor) -> Tensor:
     return weights.clamp_min(TINY).log().masked_fill(weights == 0, -torch.inf)
 
 
-MIXERS: dict[str, Callable[..., Mixed]] = {
-    "hard": hard,
-    "soft": soft,
-    "gumbel": gumbel,
-    "k-samples": k_samples,
-    "mixture-of-inputs": mixture_of_inputs,
-    "dirichlet": dirichlet,
+MIXERS: dict[str, Mixer | Callable[..., Mixed]] = {
+    "hard": Mixer(
+        hard, single=True, draws=lambda knobs: knobs["sample"], width=lambda knobs, filtered: 1
+    ),
+    "soft": Mixer(soft, draws=lambda knobs: False),
+    "gumbel": Mixer(gumbel),
+    "k-samples": Mixer(k_samples, width=lambda knobs, filtered: knobs["k"]),
+    "mixture-of-inputs": Mixer(mixture_of_inputs),
+    "dirichlet": Mixer(dirichlet),
 }
 GUIDES = {"mix": _mix, "clamp": _clamp, "coin": _coin}

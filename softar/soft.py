@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checks import check_choice
+
 RESCALES = (None, "l2", "norm")
 
 
@@ -121,8 +123,7 @@ def soft_embed(soft: Soft, embedding: nn.Module, *, rescale: str | None = None) 
     Returns:
         [..., D] in the embedding's dtype.
     """
-    if rescale not in RESCALES:
-        raise ValueError(f"rescale={rescale!r} is unknown: choose one of {RESCALES}")
+    check_choice("rescale", rescale, RESCALES)
     ids, weights = soft
     # PEFT wraps it
     table = next((m for m in embedding.modules() if isinstance(m, nn.Embedding)), None)

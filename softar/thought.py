@@ -70,19 +70,8 @@ class Chooser:
         self.pad = input_ids.new_zeros(()) if pad is None else pad.to(device)
         self.eos = input_ids.new_zeros(0) if eos is None else eos.to(device)
         self.draws = Draws(rng, rows)
-        # A thought of single tokens is an ordinary chain of thought: no embedding is ever mixed.
-        self.is_soft = not (config.alpha == 0 or config.mixer == "hard" or config.temperature == 0)
-        draws = (
-            config.mixer_args.get("sample", False)
-            if config.mixer == "hard"
-            else config.mixer != "soft"
-        )
-        self.is_greedy = not self.is_soft and not draws
-        self.answers = (
-            self.end is not None
-            or config.budget is not None
-            or config.cold_stop_entropy is not None
-        )
+        self.is_soft, self.answers = config.is_soft, config.has_answer
+        self.is_greedy = not self.is_soft and not config.mixer_draws
         self.done = torch.zeros(rows, dtype=torch.bool, device=device)
         self.thinking = (
             torch.ones_like(self.done)
@@ -198,15 +187,7 @@ class Chooser:
         c = self.config
         if self.is_greedy:  # whatever the filters are, the argmax passes them
             return hard(mk_proba_dist(scores, temperature=0.0, banned=c.banned))
-        dist = mk_proba_dist(
-            scores,
-            temperature=c.temperature,
-            top_k=c.top_k,
-            top_p=c.top_p,
-            min_p=c.min_p,
-            keep=c.keep,
-            banned=c.banned,
-        )
+        dist = mk_proba_dist(scores, **c.filters)
         soft, token, logp = self.mixer(dist, rng=self.draws.rng(0))
         if self.is_soft:
             soft = guide(soft, token, 1 - c.alpha)
@@ -215,15 +196,8 @@ class Chooser:
         )
 
     def _answer(self, scores: Tensor) -> Mixed:
-        c = self.config
-        dist = mk_proba_dist(
-            scores,
-            temperature=c.answer_temperature,
-            top_k=c.answer_top_k,
-            top_p=c.answer_top_p,
-            min_p=c.answer_min_p,
-        )
-        samples = c.answer_temperature > 0
+        dist = mk_proba_dist(scores, **self.config.answer_filters)
+        samples = self.config.answer_temperature > 0
         return hard(dist, rng=self.draws.rng(1) if samples else None, sample=samples)
 
     def _is_over(self) -> Tensor:
@@ -285,10 +259,8 @@ def stack(records: list[Record]) -> Record:
     return Record(*(torch.stack(column, 1) for column in zip(*map(widen, records), strict=True)))
 
 
-def _as_tensor(ids: int | tuple[int, ...] | None, device: torch.device) -> Tensor | None:
-    if ids is None:
-        return None
-    return torch.tensor([ids] if isinstance(ids, int) else ids, device=device)
+def _as_tensor(ids: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
+    return None if ids is None else torch.tensor(ids, device=device)
 
 
 def _ends_with(input_ids: Tensor, token: Tensor, pattern: Tensor) -> Tensor:

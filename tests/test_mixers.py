@@ -437,7 +437,7 @@ def test_mk_mixer_binds_knobs_and_takes_functions():
         token = dist.ids[..., slot]
         return Mixed(Soft(token[..., None], torch.ones_like(token[..., None]).float()), token, None)
 
-    assert mk_mixer(second) is second
+    assert mk_mixer(second).fn is second
     assert mk_mixer(second, slot=0)(dist_of(2)).token.tolist() == [40, 40]
     a = mk_mixer("gumbel", tau=0.2)(dist_of(4), rng=seeded(1))
     b = MIXERS["gumbel"](dist_of(4), rng=seeded(1), tau=0.2)

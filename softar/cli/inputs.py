@@ -134,6 +134,7 @@ def default_spec(model: str, common: dict) -> str:
     from ..decoders.kinds import family_of
     from ..decoders.registry import make_decoder
     from ..decoders.soft import own_config
+    from ..mixers import mk_mixer
     from ..models import folder_of
 
     if family_of(model) == "diffusion":
@@ -144,7 +145,7 @@ def default_spec(model: str, common: dict) -> str:
     if folder is None or not (folder / CONFIG_FILE).is_file():
         return UNTRAINED
     mixer = own_config(model).mixer
-    return "discrete" if mixer == "hard" else mixer
+    return "discrete" if mk_mixer(mixer).single else mixer
 
 
 def default_length(model: str, family: str) -> int:

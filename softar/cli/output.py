@@ -148,9 +148,7 @@ class Printer:
     def __init__(self, tokenizer, config):
         self.tokenizer, self.console = tokenizer, console()
         # Without an end of the thought its steps are the answer
-        self.thinks = not (
-            config.budget is None and config.think_end is None and config.cold_stop_entropy is None
-        )
+        self.thinks = config.has_answer
         self.ids, self.shown = [], ""
 
     def __call__(self, seen: dict) -> None:

@@ -169,8 +169,8 @@ def counted(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
         handle.remove()
 
 
-def _last(row: list[int], pattern: int | tuple[int, ...]) -> int:
+def _last(row: list[int], pattern: tuple[int, ...]) -> int:
     """Where the last occurrence of the pattern ends; -1 for none."""
-    pattern = [pattern] if isinstance(pattern, int) else list(pattern)
+    pattern = list(pattern)
     ends = range(len(row), len(pattern) - 1, -1)
     return next((end for end in ends if row[end - len(pattern) : end] == pattern), -1)

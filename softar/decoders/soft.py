@@ -6,7 +6,6 @@ batch's, padding and waiting included. The seconds run from text to text, tokeni
 """
 
 import functools
-import inspect
 import re
 import statistics
 import time
@@ -20,7 +19,7 @@ from transformers import BatchEncoding
 from ..config import CONFIG_FILE, SoftConfig
 from ..decode import SoftOutput, generate
 from ..evaluate import evaluating, read_prompts, resolve
-from ..mixers import MIXERS
+from ..mixers import MIXERS, mk_mixer
 from ..models import folder_of, load
 from ..show.trace import Trace, thought
 from ..thought import Kind
@@ -62,15 +61,7 @@ class SoftDecoder:
     @property
     def draws(self) -> bool:
         """May the same prompt give another answer?"""
-        c = self.config
-        separate = (
-            c.think_end is not None or c.budget is not None or c.cold_stop_entropy is not None
-        )
-        if separate and c.answer_temperature > 0:
-            return True
-        return c.temperature > 0 and (
-            c.mixer_args.get("sample", False) if c.mixer == "hard" else c.mixer != "soft"
-        )
+        return self.config.draws
 
     def decode(
         self, prompts: list, callback: Callable[[dict], None] | None = None
@@ -196,8 +187,8 @@ def last_match(pattern: str) -> Callable[[str], str]:
 def _name_of(config: SoftConfig) -> str:
     if callable(config.mixer):
         return config.mixer.__name__
-    if config.mixer == "hard":
-        return "sampled" if config.mixer_args.get("sample", False) else "discrete"
+    if mk_mixer(config.mixer).single:
+        return "sampled" if config.mixer_draws else "discrete"
     return config.mixer
 
 
@@ -236,12 +227,7 @@ def soft_config(model: str, decoder: str, options: dict) -> SoftConfig:
             SoftConfig, decoder, options, fixed=("mixer", "mixer_args", "alpha", "rescale")
         )
         return replace(base, mixer="hard", mixer_args=HARD[decoder], alpha=0.0, **changes)
-    knobs = [
-        p.name
-        for p in inspect.signature(MIXERS[decoder]).parameters.values()
-        if p.kind is p.KEYWORD_ONLY
-    ]
-    knobs.remove("rng")
+    knobs = [*mk_mixer(decoder).knobs]
     changes = check_options(SoftConfig, decoder, options, also=knobs, fixed=("mixer",))
     args = (base.mixer_args if base.mixer == decoder else {}) | changes.pop("mixer_args", {})
     args |= {knob: changes.pop(knob) for knob in knobs if knob in changes}
@@ -322,7 +308,7 @@ def _make_self_consistency(model, *, max_new_tokens, **options):
 DECODERS: dict[str, Callable[..., Decoder]] = {
     **{
         name: functools.partial(_make_soft, name)
-        for name in [*HARD, *(m for m in MIXERS if m != "hard")]
+        for name in [*HARD, *(name for name in MIXERS if not mk_mixer(name).single)]
     },
     "beam": _make_beam,
     "self-consistency": _make_self_consistency,

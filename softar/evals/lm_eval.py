@@ -27,6 +27,7 @@ from ..decode import generate
 from ..decoders.kinds import open_model
 from ..decoders.options import check_options
 from ..decoders.soft import own_config
+from ..mixers import mk_mixer
 from ..models import load
 
 try:
@@ -222,9 +223,9 @@ class SoftarLM(LoadedLM):
         return config, settings
 
     def _sampling(self, config: SoftConfig, how: dict) -> dict:
-        if has_answer(config):
+        if config.has_answer:
             return {f"answer_{k}": v for k, v in how.items() if f"answer_{k}" not in self.given}
-        if config.mixer == "hard":
+        if mk_mixer(config.mixer).single:
             return {"mixer_args": {"sample": True}} | {
                 k: v for k, v in how.items() if k not in self.given
             }
@@ -251,13 +252,9 @@ class StopStrings(StoppingCriteria):
         self.stop = [text for text in stop if text]
         # Tokens that are looked at: no token but the added ones is shorter than a byte
         self.window = max((len(text.encode()) for text in self.stop), default=0) + 2
-        self.end = (
-            None
-            if config.think_end is None
-            else torch.atleast_1d(torch.tensor(config.think_end)).tolist()
-        )
+        self.end = None if config.think_end is None else list(config.think_end)
         # step at which an answer without think_end begins
-        self.first = 0 if not has_answer(config) else config.budget
+        self.first = 0 if not config.has_answer else config.budget
         self.starts: dict[int, int] = {}  # row -> step at which its answer begins
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
@@ -280,15 +277,6 @@ class StopStrings(StoppingCriteria):
         if start is None or start >= len(tokens):
             return ""
         return self.tokenizer.decode(tokens[max(start, len(tokens) - self.window) :])
-
-
-def has_answer(config: SoftConfig) -> bool:
-    """Whether a discrete answer follows the thought."""
-    return (
-        config.think_end is not None
-        or config.budget is not None
-        or config.cold_stop_entropy is not None
-    )
 
 
 def model_name(pretrained: str | None, model: str | None) -> str:

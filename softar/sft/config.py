@@ -3,9 +3,11 @@ loaded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from trl import SFTConfig
 
+from ..checks import check_choice, check_least
 from ..config import SoftConfig
 from ..mixers import GUIDES, mk_mixer
 from ..soft import check_dist
@@ -87,28 +89,12 @@ class SoftSFTConfig(PlainSFTConfig):
             )
         if isinstance(self.soft_mixer_args, str):
             raise ValueError(f"soft_mixer_args={self.soft_mixer_args!r} is no JSON object")
-        for name, known in (
-            ("soft_mode", MODES),
-            ("guidance", tuple(GUIDES)),
-            ("targets", TARGETS),
-            ("thought_loss", THOUGHT_LOSSES),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown: choose one of {known}"
-                )
-        for name, least in (
-            ("soft_passes", 0),
-            ("soft_grad_passes", 1),
-            ("soft_window", 1),
-            ("think_steps", 0),
-            ("freeze_layers", 0),
-            ("eval_decode_rows", 0),
-            ("eval_new_tokens", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        check_choice("soft_mode", self.soft_mode, MODES)
+        check_choice("guidance", self.guidance, GUIDES)
+        check_choice("targets", self.targets, TARGETS)
+        check_choice("thought_loss", self.thought_loss, THOUGHT_LOSSES)
+        check_least(self, soft_passes=0, soft_grad_passes=1, soft_window=1, think_steps=0)
+        check_least(self, freeze_layers=0, eval_decode_rows=0, eval_new_tokens=1)
         if self.soft_mode == "sequential" and self.gradient_checkpointing:
             raise ValueError(
                 "gradient_checkpointing=True drops the cache of soft_mode='sequential': use 'parallel'"
@@ -121,7 +107,7 @@ class SoftSFTConfig(PlainSFTConfig):
             raise ValueError(
                 f"think_start={self.think_start!r} needs a think_end that closes the thought"
             )
-        check_dist(None, self.soft_temperature, self.soft_top_k, self.soft_top_p, self.soft_min_p)
+        check_dist(None, **self.filters)
         mk_mixer(self.soft_mixer, **(self.soft_mixer_args or {}))
         self.alpha()
         if self.learn_temperature and self.soft_temperature == 0:
@@ -140,11 +126,17 @@ class SoftSFTConfig(PlainSFTConfig):
         )
 
     @property
+    def filters(self) -> dict[str, Any]:
+        """What shapes the mixtures, as mk_proba_dist and check_dist take it."""
+        names = ("temperature", "top_k", "top_p", "min_p")
+        return {name: getattr(self, f"soft_{name}") for name in names}
+
+    @property
     def is_soft(self) -> bool:
         """Does the training ever show the model a mixture?"""
         schedule = self.alpha()
         return self.targets == "oracle" or (
-            self.soft_mixer != "hard" and min(schedule(0.0), schedule(1.0)) < 1
+            not mk_mixer(self.soft_mixer).single and min(schedule(0.0), schedule(1.0)) < 1
         )
 
     def decoding(self, readout: str = "soft", temperature: float | None = None) -> SoftConfig:
@@ -159,13 +151,12 @@ class SoftSFTConfig(PlainSFTConfig):
         if readout == "discrete":
             return SoftConfig(mixer="hard", top_k=None, **span)
         # trained on its own single tokens; read out softly it gets its belief
-        hard = self.soft_mixer == "hard"
+        single = mk_mixer(self.soft_mixer).single
         return SoftConfig(
-            mixer="soft" if hard else self.soft_mixer,
-            mixer_args={} if hard else self.soft_mixer_args or {},
-            temperature=self.soft_temperature if temperature is None else temperature,
-            top_k=self.soft_top_k,
-            top_p=self.soft_top_p,
-            min_p=self.soft_min_p,
+            mixer="soft" if single else self.soft_mixer,
+            mixer_args={} if single else self.soft_mixer_args or {},
+            **(
+                self.filters if temperature is None else self.filters | {"temperature": temperature}
+            ),
             **span,
         )

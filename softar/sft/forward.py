@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..checks import check_choice, check_least
 from ..soft import Soft, soft_embed
 
 # (logits [..., V], gold [...]) -> the mixture that is read next
@@ -37,10 +38,7 @@ def mk_alpha(
         start, end: alpha in [0, 1]; 1 is teacher forcing.
         hold, span: fractions of the training in [0, 1], hold + span <= 1.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(
-            f"alpha_schedule={schedule!r} is unknown: choose one of {sorted(SCHEDULES)}"
-        )
+    check_choice("alpha_schedule", schedule, sorted(SCHEDULES))
     for name, value in (
         ("alpha_start", start),
         ("alpha_end", end),
@@ -103,15 +101,9 @@ def soft_forward(
         ValueError: an unknown mode, a count out of its range, column 0 marked, or sequential under
             gradient checkpointing (transformers then drops the cache).
     """
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is unknown: choose one of {MODES}")
-    for name, value, least in (
-        ("passes", passes, 0),
-        ("grad_passes", grad_passes, 1),
-        ("window", window, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+    check_choice("mode", mode, MODES)
+    counts = dict(passes=passes, grad_passes=grad_passes, window=window)
+    check_least(counts, passes=0, grad_passes=1, window=1)
     if soft_mask[:, 0].any():
         raise ValueError("soft_mask marks column 0: the first token has no belief before it")
     if attention_mask is not None and attention_mask.all():

@@ -100,7 +100,7 @@ class SoftSFTTrainer(SFTTrainer):
                 f"{given}: soft SFT leaves out the experts' load-balancing loss, set it to 0 to agree"
             )
         vocab = self.model.config.get_text_config(decoder=True).vocab_size
-        check_dist(vocab, args.soft_temperature, args.soft_top_k, args.soft_top_p, args.soft_min_p)
+        check_dist(vocab, **args.filters)
         self._freeze(args.freeze_embeddings, args.freeze_layers)
         if args.learn_temperature:
             start = torch.tensor(math.log(args.soft_temperature), device=self.model.device)
@@ -229,19 +229,13 @@ class SoftSFTTrainer(SFTTrainer):
     def _mk_feed(self, alpha: float, micro: int):
         args, rng = self.args, self._seeded(micro, shared=False)
         state = rng.get_state()
-        temperature = self._temperature()
+        filters = args.filters | {"temperature": self._temperature()}
 
         def feed(logits: Tensor, gold: Tensor) -> Soft:
             if args.soft_mode == "parallel":
                 # the noise belongs to the position: every refresh sees the same
                 rng.set_state(state)
-            dist = mk_proba_dist(
-                logits,
-                temperature=temperature,
-                top_k=args.soft_top_k,
-                top_p=args.soft_top_p,
-                min_p=args.soft_min_p,
-            )
+            dist = mk_proba_dist(logits, **filters)
             return guide(self._mixer(dist, rng=rng).soft, gold, alpha, args.guidance, rng=rng)
 
         return feed

@@ -11,14 +11,7 @@ from typing import Any
 import httpx
 
 from ..decoders.answer import Decoded
-from .completions import (
-    Completion,
-    CompletionDecoder,
-    Sampling,
-    has_answer,
-    split_options,
-    token_ids,
-)
+from .completions import Completion, CompletionDecoder, Sampling, split_options, token_ids
 from .record import FIELD, to_record
 from .server import ServerError
 
@@ -74,7 +67,8 @@ class ServerDecoder(CompletionDecoder):
             model or self.url, Sampling(**split_options(sampling, ())[0]), name, seed, trace
         )
         self.tokenizer = tokenizer
-        if tokenizer is None and self.sampling.soft is not None and has_answer(self.sampling.soft):
+        thinking = self.sampling.thinking
+        if tokenizer is None and thinking is not None and thinking.has_answer:
             raise ValueError(
                 "soft: the answer behind a thought is cut out of the tokens: give tokenizer="
             )

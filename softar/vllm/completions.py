@@ -14,7 +14,7 @@ from ..mixers import Mixed
 from ..show.trace import Step, Trace, thought
 from ..soft import Soft
 from ..thought import Chooser, Record
-from .request import mk_config
+from .request import parse
 
 # What a mode reads of Sampling, beside its length
 MODES = {
@@ -76,6 +76,14 @@ class Sampling:
             raise ValueError(
                 f"temperature={self.temperature} must lie in (0, 2] for vLLM; mode='greedy' is the argmax"
             )
+
+    @property
+    def thinking(self) -> SoftConfig | None:
+        """The configuration that `soft` asks for, its texts as they are."""
+        if self.soft is None:
+            return None
+        fields = parse(self.soft)
+        return SoftConfig(**{name: value for name, value in fields.items() if name != "record"})
 
     @property
     def draws(self) -> bool:
@@ -175,8 +183,8 @@ class CompletionDecoder:
     ) -> list[Decoded]:
         """What counts of each prompt, of its token ids and its completions. seconds: of one row."""
         starts = [0] * len(prompts)
-        if self.sampling.soft is not None and has_answer(self.sampling.soft):
-            config = mk_config({k: v for k, v in self.sampling.soft.items() if k != "record"})
+        config = self.sampling.thinking
+        if config is not None and config.has_answer:
             starts = answer_starts(config.resolve(self.tokenizer), ids, [own[0] for own in found])
         return [self._row(*row, seconds) for row in zip(prompts, ids, found, starts, strict=True)]
 
@@ -221,11 +229,6 @@ class _Numbers:
 
     def decode(self, ids, **_) -> str:
         return " ".join(str(int(i)) for i in ids)
-
-
-def has_answer(soft: dict) -> bool:
-    """Does something end the thought, so that an answer follows?"""
-    return any(soft.get(name) is not None for name in ("think_end", "budget", "cold_stop_entropy"))
 
 
 def ends_unseen(soft: dict) -> bool:

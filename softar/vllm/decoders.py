@@ -6,12 +6,13 @@ import torch
 from transformers import AutoTokenizer
 
 from ..decoders.options import format_options
+from ..mixers import mk_mixer
 from ..models import folder_of, load
 from .client import ServerDecoder
 from .completions import MODES, ends_unseen
 from .engine import ENGINE, VLLMDecoder
 from .machine import on_cpu
-from .request import FIELDS, LIMIT
+from .request import LIMIT, fields_of
 
 CLIENT = ("timeout", "connect", "retries", "concurrency", "api_key")  # of ServerDecoder
 
@@ -54,8 +55,8 @@ def _make_soft(
     from ..decoders.soft import own_config, soft_config
 
     others = {name: options.pop(name) for name in (*ENGINE, *CLIENT) if name in options}
-    own = own_config(model).mixer
-    mixer = options.pop("mixer", "soft" if own == "hard" else own)
+    trained = own_config(model).mixer  # on its own single tokens, it gets its belief
+    mixer = options.pop("mixer", "soft" if mk_mixer(trained).single else trained)
     config = soft_config(model, mixer, options)
     if idle := [
         f"{k}={v!r}" for k, v in options.items() if k.startswith("answer_") and v not in (0, None)
@@ -63,7 +64,7 @@ def _make_soft(
         raise ValueError(
             f"{', '.join(idle)}: answers of vllm-soft are greedy; take decoder {mixer!r} for others"
         )
-    soft = {name: getattr(config, name) for name in FIELDS if name != "record"}
+    soft = fields_of(config)
     # all of a small vocabulary
     if config.top_k is None and len(tokenizer := _tokenizer(model)) <= LIMIT:
         records = trace or ends_unseen(soft)  # which have room for all but one

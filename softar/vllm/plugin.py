@@ -12,8 +12,9 @@ HTTP the field "soft" of each choice (softar.vllm.http).
 
 import secrets
 
+from ..config import SoftConfig
 from .hooks import VERSIONS, patch, refusing
-from .request import OWN, checked, kept, mk_config, soft_of
+from .request import OWN, check_request, soft_of
 from .runners import init_device
 
 
@@ -44,38 +45,30 @@ def register() -> None:
 def process_inputs(
     method, self, request_id, prompt, params, *args, lora_request=None, resumable=False, **kwargs
 ):
-    given = getattr(params, "extra_args", None) or {}  # pooling has none
-    asked = given.get("soft")
+    extra_args = getattr(params, "extra_args", None) or {}  # pooling has none
+    asked = extra_args.get("soft")
     with refusing():
-        if OWN in given:
+        if OWN in extra_args:
             raise ValueError(f"soft: {OWN} is no argument of a request; soft is")
         if asked is not None:
-            soft = checked(asked, params, self.vllm_config, self.tokenizer)
+            soft = check_request(asked, params, self.vllm_config, self.tokenizer)
             if lora_request is not None:
                 raise ValueError("soft: not with a LoRA adapter; merge it into the model")
             if resumable:
                 raise ValueError("soft: not in a session whose prompt grows; send the whole prompt")
-    request = method(
-        self,
-        request_id,
-        prompt,
-        params,
-        *args,
-        lora_request=lora_request,
-        resumable=resumable,
-        **kwargs,
-    )
+    kwargs |= dict(lora_request=lora_request, resumable=resumable)
+    request = method(self, request_id, prompt, params, *args, **kwargs)
     if asked is not None:
         with refusing():
             if request.prompt_embeds is not None or request.mm_features:
                 raise ValueError(
                     "soft: not with prompt_embeds, images or sound; send text or token ids"
                 )
-        own = request.sampling_params
-        own.extra_args = {**own.extra_args, OWN: soft}
+        params = request.sampling_params  # the engine's copy
+        params.extra_args = {**params.extra_args, OWN: soft}
         if soft["record"]:  # travels as log-probabilities; the columns are those of log_columns
-            own.flat_logprobs = True
-            own.logprobs = 1 + kept(mk_config(soft["config"]))
+            params.flat_logprobs = True
+            params.logprobs = 1 + SoftConfig(**soft["config"]).width
     return request
 
 
@@ -88,15 +81,3 @@ def preprocess_add_request(method, self, request):
     if soft_of(request.sampling_params) is not None:
         request.cache_salt = f"{request.cache_salt or ''}softar-{secrets.token_hex(16)}"
     return method(self, request)
-
-
-# --- the worker ---
-
-
-# ... with vLLM's second runner
-
-
-# ... with its first
-
-
-# --- what came out ---

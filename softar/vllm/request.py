@@ -1,29 +1,21 @@
 """A soft request: what it may ask, the checks, and the configuration it becomes."""
 
 import json
-import math
+
+from ..checks import shorten
+from ..config import TAGS, SoftConfig
+from ..soft import check_dist
 
 LIMIT = 256  # tokens in a mixture
-
-
 LONGEST = 64  # tokens of think_start and think_end
-
-
 MOST = 2**31  # steps
-
-
 OWN = "softar"  # what a request's "soft" becomes on its way to the workers
-
-
 ENABLE = (
     "start it with --enable-prompt-embeds (softar serve --soft; LLM(enable_prompt_embeds=True))"
 )
 
-
 # The fields of SoftConfig that a request may set, and their types; the rest is SamplingParams'.
 NUMBER, COUNT, IDS = (int, float), (int, type(None)), (list, tuple)
-
-
 FIELDS = {
     "mixer": (str,),
     "mixer_args": (dict,),
@@ -44,70 +36,76 @@ FIELDS = {
 }
 
 
-def checked(asked, params, vllm_config, tokenizer) -> dict:
+def check_request(asked, params, vllm_config, tokenizer) -> dict:
     """The request's own words -> {"config": fields of SoftConfig, "record": bool}; ValueError of
     one line."""
-    from ..config import SoftConfig
-    from ..soft import check_dist
-
     check_engine(vllm_config)
+    fields = parse(asked)
+    record = fields.pop("record", False)
+    check_params(params)
+    vocab = vllm_config.model_config.get_vocab_size()
+    config = _resolve(fields, vocab, tokenizer)
+    limit = min(LIMIT, vocab - 1) if record else LIMIT
+    if not config.width <= limit:
+        raise ValueError(
+            f"soft: a mixture of {config.width} tokens is too wide: set top_k or keep to at most {limit}"
+        )
+    for name in TAGS:
+        ids = getattr(config, name) or ()
+        if len(ids) > LONGEST:
+            raise ValueError(f"soft: {name} has {len(ids)} tokens, more than {LONGEST}")
+        if any(not 0 <= i < vocab for i in ids):
+            raise ValueError(
+                f"soft: {name}={_quote(ids)} must be token ids below {vocab}, the model's vocabulary"
+            )
+    return {"config": fields_of(config), "record": record}
+
+
+def parse(asked) -> dict:
+    """The fields of a request, an object or its JSON text; each of a type that it may have.
+
+    Raises:
+        ValueError: naming the field, its value and the types that fit.
+    """
     if isinstance(asked, str):  # as HTTP has it
         try:
             asked = json.loads(asked)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"soft: {shown(asked)} is not JSON ({error})") from None
+            raise ValueError(f"soft: {_quote(asked)} is not JSON ({error})") from None
     if not isinstance(asked, dict):
         raise ValueError(
-            f"soft: {shown(asked)} must be an object of fields, e.g. {{}} or {{'mixer': 'gumbel'}}"
+            f"soft: {_quote(asked)} must be an object of fields, e.g. {{}} or {{'mixer': 'gumbel'}}"
         )
     if unknown := [name for name in asked if name not in FIELDS]:
-        raise ValueError(f"soft: unknown fields {shown(unknown)}; known are {', '.join(FIELDS)}")
+        raise ValueError(f"soft: unknown fields {_quote(unknown)}; known are {', '.join(FIELDS)}")
     for name, value in asked.items():
         kinds = FIELDS[name]
         fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
         if isinstance(value, IDS):
             fits = fits and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
         if not fits:
-            raise ValueError(f"soft: {name}={shown(value)} must be {' or '.join(words(kinds))}")
+            raise ValueError(f"soft: {name}={_quote(value)} must be {' or '.join(_words(kinds))}")
         if isinstance(value, int) and abs(value) >= MOST:
-            raise ValueError(f"soft: {name}={shown(value)} must be less than {MOST}")
-    record = asked.get("record", False)
-    check_params(params)
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if k != "record"}
+            raise ValueError(f"soft: {name}={_quote(value)} must be less than {MOST}")
+    return dict(asked)
+
+
+def _resolve(fields: dict, vocab: int, tokenizer) -> SoftConfig:
+    # before a mixer tries it
     count = fields.get("mixer_args", {}).get("k", 1)
     if isinstance(count, NUMBER) and count > LIMIT:
-        raise ValueError(f"soft: k={shown(count)} must be at most {LIMIT}")
+        raise ValueError(f"soft: k={_quote(count)} must be at most {LIMIT}")
     try:
         config = SoftConfig(**fields)
-        vocab = vllm_config.model_config.get_vocab_size()
-        check_dist(
-            vocab,
-            config.temperature,
-            config.top_k,
-            config.top_p,
-            config.min_p,
-            config.keep,
-            config.banned,
-        )
-        config = config.resolve(tokenizer)
+        check_dist(vocab, **config.filters)
+        return config.resolve(tokenizer)
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"soft: {str(error).splitlines()[0]}") from None
-    limit = min(LIMIT, vocab - 1) if record else LIMIT
-    if not kept(config) <= limit:
-        raise ValueError(
-            f"soft: a mixture of {kept(config)} tokens is too wide: set top_k or keep to at most {limit}"
-        )
-    for name in ("think_start", "think_end"):
-        ids = getattr(config, name)
-        ids = () if ids is None else (ids,) if isinstance(ids, int) else ids
-        if len(ids) > LONGEST:
-            raise ValueError(f"soft: {name} has {len(ids)} tokens, more than {LONGEST}")
-        if any(not 0 <= i < vocab for i in ids):
-            raise ValueError(
-                f"soft: {name}={shown(ids)} must be token ids below {vocab}, the model's vocabulary"
-            )
-    given = {name: getattr(config, name) for name in FIELDS if name != "record"}
-    return {"config": given, "record": record}
+
+
+def fields_of(config: SoftConfig) -> dict:
+    """What of a configuration a request says."""
+    return {name: getattr(config, name) for name in FIELDS if name != "record"}
 
 
 def check_engine(vllm_config) -> None:
@@ -159,24 +157,7 @@ def check_params(params) -> None:
             raise ValueError(f"soft: not together with {what}")
 
 
-def kept(config) -> float:
-    """Tokens in a mixture, K."""
-    if config.mixer == "k-samples":
-        width = config.mixer_args.get("k", 3)
-    elif config.mixer == "hard" or config.temperature == 0:
-        width = 1
-    else:
-        width = min(k for k in (config.top_k, config.keep, math.inf) if k is not None)
-    return width + (config.alpha < 1)
-
-
-def mk_config(fields: dict):
-    from ..config import SoftConfig
-
-    return SoftConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
-
-def words(kinds: tuple[type, ...]) -> list[str]:
+def _words(kinds: tuple[type, ...]) -> list[str]:
     names = {
         int: "a whole number",
         float: "a number",
@@ -188,10 +169,10 @@ def words(kinds: tuple[type, ...]) -> list[str]:
     return list(dict.fromkeys(names[k] for k in kinds if not (k is int and float in kinds)))
 
 
-def shown(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _quote(value) -> str:
+    return shorten(repr(value), 80)
 
 
 def soft_of(params) -> dict | None:
+    """What `check_request` made of it; None for a request that is not soft."""
     return params.extra_args.get(OWN) if params is not None and params.extra_args else None

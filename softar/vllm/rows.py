@@ -206,9 +206,7 @@ class Rows:
     ):
         lasts = None
         if config.budget is not None and config.think_start is None and not wants_record:
-            lasts = config.budget + (
-                1 if config.think_end is None else len(as_tuple(config.think_end))
-            )
+            lasts = config.budget + len(config.think_end or [None])
         key = (repr(config), tuple(eos), seed is not None, wants_record)
         self.rows[name] = Row(config, key, prompt, seed, tuple(eos), wants_record, lasts)
 
@@ -380,10 +378,6 @@ class Lookup(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.lookup(ids.flatten()).unflatten(0, ids.shape)
-
-
-def as_tuple(ids: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 def log_columns(record: Record, width: int) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,9 @@ CUDA graphs read.
 
 from typing import Any
 
+from ..config import SoftConfig
 from .hooks import patch
-from .request import mk_config, soft_of
+from .request import soft_of
 from .rows import Rows
 
 
@@ -111,7 +112,7 @@ def admit(rows, new, owner):
     if new.req_id not in rows.rows:
         params = new.sampling_params
         eos = {params.eos_token_id, *(params.stop_token_ids or ())} - {None}
-        config = mk_config(soft["config"])
+        config = SoftConfig(**soft["config"])
         rows.add(new.req_id, config, new.prompt_token_ids, params.seed, sorted(eos), soft["record"])
     return rows
 
