@@ -165,7 +165,7 @@ class SoftGRPOTrainer(GRPOTrainer):
         # TRL's mask is 0 where mask_truncated_completions leaves a row out, and on padding
         batch["loss_mask"] = (batch["soft_action"] & batch["completion_mask"].bool()).float()
         batch["num_items_in_batch"] = self.accelerator.gather(batch["loss_mask"].sum()).sum()
-        has_answer = self.decoding.think_end is not None or self.decoding.budget is not None
+        has_answer = self.decoding.has_answer
         self._note(rollout_metrics(rollout, has_answer, self.accelerator.reduce))
         return self._with_advantages(batch, rollout)
 

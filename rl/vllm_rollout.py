@@ -21,15 +21,13 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import pad
 
 from softar.decode import SoftOutput
-from softar.mixers import Mixed
 from softar.models import plain
-from softar.soft import Soft
-from softar.thought import Chooser, Kind, stack
+from softar.thought import Kind, Record, begin, check_finite, mk_rules, replay
 from softar.vllm.export import check_heads, is_narrow, widened
 from softar.vllm.hooks import VERSIONS
 from softar.vllm.machine import environment, on_cpu, settings
 from softar.vllm.plugin import register
-from softar.vllm.record import Read, record_of
+from softar.vllm.record import Read, record_of, to_record
 from softar.vllm.request import fields_of
 
 from .vllm_process import as_torchrun, leaving_no_trace, repack_tied, without_compiling
@@ -292,52 +290,47 @@ def save_config(model, dtype: torch.dtype, folder: str) -> None:
 def output_of(
     prompts: list[list[int]], read: list[list[Read]], decoding, eos: list[int], pad_id: int
 ) -> SoftOutput:
-    """The steps that each row read, as what softar.generate returns of a decode. Its own chooser
-    goes through them again, so that padding, kinds and the answer's start are by the same rules."""
-    mask = [torch.ones(len(row), dtype=torch.long) for row in prompts]
+    """The steps that each row read, as what softar.generate returns of a decode. The loop's own
+    rules go through them again, so that padding, kinds and the answer's start are theirs."""
     ids = pad([torch.tensor(row) for row in prompts], padding_value=pad_id, padding_side="left")
-    mask = pad(mask, padding_value=0, padding_side="left")
-    chooser = Chooser(
-        decoding, ids, torch.tensor(pad_id), torch.tensor(eos, dtype=torch.long), None
+    draws, steps = decoding.mixer_args.get("k", 1), max(map(len, read))
+    padding = Read(
+        pad_id, (pad_id,) * draws, (1 / draws,) * draws, int(Kind.PAD), float("nan"), 0.0
     )
-    draws = decoding.mixer_args.get("k", 1)
-    nothing = Read(pad_id, (pad_id,), (1.0,), int(Kind.PAD), float("nan"), 0.0)
-    steps, records, sequences = max(map(len, read)), [], ids
+    rows = [
+        to_record([one_draw_a_slot(step, draws) for step in row] + [padding] * (steps - len(row)))
+        for row in read
+    ]
+    record = Record(*(torch.cat(column) for column in zip(*rows, strict=True)))
+    rules = mk_rules(
+        decoding, ids.device, torch.tensor(pad_id), torch.tensor(eos, dtype=torch.long)
+    )
+    ended = torch.isin(record.token, rules.eos).cumsum(1) > 0
+    before = torch.nn.functional.pad(ended, (1, -1))  # by an earlier step
+    progress, again = replay(rules, begin(decoding, ids), record, before)
     for t in range(steps):
-        now = [row[t] if t < len(row) else nothing for row in read]
-        token = torch.tensor([step.token for step in now])
-        logp, h = (
-            torch.tensor([getattr(step, name) for step in now]) for name in ("logp", "entropy")
+        check_finite(Record(*(column[:, t] for column in again)), t)
+    differs = ((again.kind != record.kind) | (again.token != record.token)).any(0)
+    if differs.any():
+        raise RuntimeError(
+            f"rollout='vllm': at step {int(differs.int().argmax())} vLLM followed other rules than "
+            f"softar.generate; report it"
         )
-        slots = torch.tensor([drawn(step, draws) for step in now])
-        thought = Mixed(Soft(slots, torch.full(slots.shape, 1 / draws)), token, logp)
-        record = chooser.decide(h, thought, Mixed(None, token, logp), sequences)
-        if (record.kind != torch.tensor([step.kind for step in now])).any() or (
-            record.token != token
-        ).any():
-            raise RuntimeError(
-                f"rollout='vllm': at step {t} vLLM followed other rules than softar.generate; report it"
-            )
-        records.append(record)
-        sequences = torch.cat([sequences, record.token[:, None]], 1)
-        chooser.look(torch.isin(record.token, chooser.eos), step=t)
+    sequences = torch.cat([ids, record.token], 1)
     positions = ids.numel() + len(ids) * (steps - 1)
-    return SoftOutput(
-        sequences, stack(records), ids.shape[1], chooser.answer_start, steps, positions, 0.0
-    )
+    return SoftOutput(sequences, again, ids.shape[1], progress.answer_start, steps, positions, 0.0)
 
 
-def drawn(step: Read, count: int) -> list[int]:
+def one_draw_a_slot(step: Read, count: int) -> Read:
     """The draws of a step, one a slot, the one that stands for it first; the token alone where
     nothing was mixed."""
-    if step.kind != Kind.SOFT:
-        return [step.token] * count
-    found = [
-        i for i, w in zip(step.ids, step.weights, strict=True) for _ in range(round(w * count))
-    ]
-    found.sort(key=lambda i: i != step.token)
-    if len(found) != count:
+    ids = [step.token] * count
+    if step.kind == Kind.SOFT:
+        pairs = zip(step.ids, step.weights, strict=True)
+        ids = [i for i, weight in pairs for _ in range(round(weight * count))]
+        ids.sort(key=lambda i: i != step.token)
+    if len(ids) != count:
         raise RuntimeError(
             f"rollout='vllm': weights {step.weights} are not those of {count} draws; report it"
         )
-    return found
+    return step._replace(ids=tuple(ids), weights=(1 / count,) * count)

@@ -39,8 +39,8 @@ from transformers.generation.logits_process import (
 from .checks import override
 from .config import TAGS, SoftConfig
 from .mixers import Rng
-from .soft import Soft, check_dist, soft_embed
-from .thought import Chooser, Kind, Record, stack
+from .soft import Soft, check_dist, entropy, soft_embed
+from .thought import Draws, Kind, Record, begin, decide, look, mk_propose, mk_rules, stack
 
 # What generate's own settings must not decide: `SoftConfig` does. Sampling is switched on, with
 # neutral values: what is None generate fills from the model's configuration, and without do_sample
@@ -185,40 +185,38 @@ def soft_decode(
     _check_inputs(input_ids, model_kwargs.get("attention_mask"))
     embedding = _check_model(model, config, model_kwargs)
     processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, SAMPLING))
-    chooser = Chooser(
-        config,
-        input_ids,
-        generation_config._pad_token_tensor,
-        generation_config._eos_token_tensor,
-        rng,
-    )
+    propose = mk_propose(config, Draws(rng, len(input_ids)))
+    pad, eos = generation_config._pad_token_tensor, generation_config._eos_token_tensor
+    rules, progress = mk_rules(config, input_ids.device, pad, eos), begin(config, input_ids)
     if soft_streamer is not None:
         soft_streamer.put(input_ids.cpu())
 
     prompt_length, positions = input_ids.shape[1], input_ids.numel()
     forwards = -(-prompt_length // (generation_config.prefill_chunk_size or prompt_length))
     records: list[Record] = []
+    any_thinking = bool(progress.thinking.any())
+    # The underscored methods are how transformers' own loops prefill and go on
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     while True:
+        step = len(records)
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        record = chooser(logits, processors, input_ids)
+        h = entropy(logits, config.temperature or 1.0)
+        scores = processors(input_ids, logits)
+        thought, answer = propose(scores, step, any_thinking)
+        progress, record = decide(rules, progress, h, thought, answer)
         records.append(record)
         input_ids = torch.cat([input_ids, record.token[:, None]], 1)
-        finished, any_soft = chooser.look(stopping_criteria(input_ids, None), step=len(records) - 1)
+        progress = progress._replace(done=progress.done | stopping_criteria(input_ids, None))
+        finished, any_soft, any_thinking = look(progress, record, step)
         if soft_streamer is not None:
             soft_streamer.put(record.token.cpu())
         if callback is not None:
-            callback({"step": len(records) - 1, "record": record, "sequences": input_ids})
+            callback({"step": step, "record": record, "sequences": input_ids})
         if finished:
             break
-        embeds = None
-        if any_soft:
-            embeds = soft_embed(
-                Soft(record.ids, record.weights), embedding, rescale=config.rescale
-            )[:, None]
-        # is_first_iteration is what makes transformers take the embeddings instead of the last
-        # token.
+        embeds = _mix(record, embedding, config.rescale) if any_soft else None
+        # is_first_iteration makes transformers take the embeddings instead of the last token
         inputs = model.prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=1,
@@ -232,10 +230,20 @@ def soft_decode(
         soft_streamer.end()
     if not generation_config.return_dict_in_generate:
         return input_ids
-    seconds = time.perf_counter() - started
     return SoftOutput(
-        input_ids, stack(records), prompt_length, chooser.answer_start, forwards, positions, seconds
+        input_ids,
+        stack(records),
+        prompt_length,
+        progress.answer_start,
+        forwards,
+        positions,
+        time.perf_counter() - started,
     )
+
+
+def _mix(record: Record, embedding: torch.nn.Module, rescale: str | None) -> Tensor:
+    """What a step reads next, [B, 1, D]."""
+    return soft_embed(Soft(record.ids, record.weights), embedding, rescale=rescale)[:, None]
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:

@@ -1,20 +1,21 @@
 """Who thinks, who answers, who is done: the state of a batch between the steps of a decode, and its
 record.
 
+The state is a value, `Progress`, and `decide` takes it to the next step. The loop (softar.decode),
+vLLM's plug-in (softar.vllm.rows) and what replays a finished decode go by it alike.
+
 Shapes: B batch, T steps, V vocabulary, K tokens kept."""
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
 
 from .config import SoftConfig
 from .mixers import Mixed, Rng, guide, hard, mk_mixer
-from .soft import entropy, mk_proba_dist
+from .soft import Soft, mk_proba_dist
 
 
 class Kind(IntEnum):
@@ -43,207 +44,278 @@ class Record(NamedTuple):
     entropy: Tensor
 
 
-class Chooser:
-    """Chooses each row's next token and mixture, and keeps what that depends on: who thinks, who is
-    done, counters.
+class Progress(NamedTuple):
+    """How far each row of a batch is, on its device."""
 
-    Everything stays on the device; `look` is the one synchronisation of a step. Rows can leave
-    (`select`) and enter (`join`), for engines whose batches change.
+    done: Tensor  # [B] bool, the row has ended
+    thinking: Tensor  # [B] bool
+    closed: Tensor  # [B] bool, has thought; never thinks again
+    thoughts: Tensor  # [B] int64, steps thought so far
+    cold: Tensor  # [B] int64, consecutive ones of low entropy
+    forced: Tensor  # [B] int64, tokens of think_end put in so far
+    steps: Tensor  # [B] int64
+    answer_start: Tensor  # [B] int64, steps before the answer begins
+    recent: Tensor  # [B, n] int64, the last tokens: as many as a tag can begin with; -1 is none
+
+    def select(self, rows: Tensor) -> "Progress":
+        """Of these rows [b] int64, in this order."""
+        return Progress(*(column[rows] for column in self))
+
+    def to(self, device: torch.device) -> "Progress":
+        return Progress(*(column.to(device, non_blocking=True) for column in self))
+
+
+def join(parts: Sequence[Progress]) -> Progress:
+    """Of the rows of all, one after the other."""
+    return Progress(*map(torch.cat, zip(*parts, strict=True)))
+
+
+class Rules(NamedTuple):
+    """What a configuration says about who thinks, with its ids as tensors on the batch's device."""
+
+    start: Tensor | None  # [n] int64
+    end: Tensor | None  # [n] int64
+    pad: Tensor  # [] int64
+    eos: Tensor  # [n] int64
+    budget: int | None
+    cold_stop_entropy: float | None
+    cold_stop_steps: int
+    has_answer: bool
+    is_soft: bool
+
+
+def mk_rules(
+    config: SoftConfig, device: torch.device, pad: Tensor | None, eos: Tensor | None
+) -> Rules:
+    """config: resolved. pad: [] the token of rows that have ended, None is 0. eos: [n] tokens that
+    end a row; None is none."""
+
+    def move(ids: Tensor | tuple[int, ...] | None) -> Tensor | None:
+        return None if ids is None else torch.as_tensor(ids).to(device, non_blocking=True)
+
+    return Rules(
+        start=move(config.think_start),
+        end=move(config.think_end),
+        pad=move(torch.tensor(0) if pad is None else pad),
+        eos=move(torch.zeros(0, dtype=torch.long) if eos is None else eos),
+        budget=config.budget,
+        cold_stop_entropy=config.cold_stop_entropy,
+        cold_stop_steps=config.cold_stop_steps,
+        has_answer=config.has_answer,
+        is_soft=config.is_soft,
+    )
+
+
+def begin(config: SoftConfig, input_ids: Tensor) -> Progress:
+    """Where rows start that have read their prompts. input_ids: [B, P], its device is theirs."""
+    B, P = input_ids.shape
+    no = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
+    zero = torch.zeros(B, dtype=torch.long, device=input_ids.device)
+    tags = config.think_start, config.think_end
+    n = max(len(tag) for tag in (*tags, (0,)) if tag is not None) - 1
+    # a prompt that is shorter ends in no tag
+    nothing = input_ids.new_full((B, max(n - P, 0)), -1)
+    return Progress(
+        done=no,
+        thinking=~no if config.think_start is None else _is_open(input_ids, *tags),
+        closed=no,
+        thoughts=zero,
+        cold=zero,
+        forced=zero,
+        steps=zero,
+        answer_start=zero,
+        recent=torch.cat([nothing, input_ids[:, max(P - n, 0) :]], 1),
+    )
+
+
+def decide(
+    rules: Rules, progress: Progress, h: Tensor, thought: Mixed, answer: Mixed | None
+) -> tuple[Progress, Record]:
+    """One step: who thinks on, who is stopped, what each row reads next.
+
+    Args:
+        h: [B] entropy, see Record. thought, answer: [B, ...] what each row would do thinking and
+            answering; of an answer token and logp count; None where nobody answers.
+    """
+    done, thinking, closed, thoughts, cold, forced, steps, answer_start, recent = progress
+    thinking, steps = thinking & ~done, steps + 1
+
+    forcing = closing = torch.zeros_like(thinking)
+    token, logp = thought.token, thought.logp
+    if rules.has_answer:
+        cold = torch.where(thinking & (h < (rules.cold_stop_entropy or 0.0)), cold + 1, 0)
+        over = thinking & _is_over(rules, thoughts, cold)
+        if rules.end is None:
+            closed, thinking = closed | over, thinking & ~over
+        token = torch.where(thinking, token, answer.token)
+        logp = torch.where(thinking, logp, answer.logp)
+        if rules.end is not None:
+            forcing = over | (thinking & (forced > 0))
+            token = torch.where(forcing, rules.end[forced.clamp_max(len(rules.end) - 1)], token)
+            forced = forced + forcing.long()
+            is_whole = torch.where(
+                forcing, forced == len(rules.end), _ends_with(recent, token, rules.end)
+            )
+            closing = thinking & is_whole
+            closed = closed | closing
+        answer_start = torch.where(thinking, steps, answer_start)
+    thoughts = thoughts + thinking.long()
+
+    token = torch.where(done, rules.pad, token)
+    # the row reads nothing after it, so nothing is mixed
+    ends = (token[:, None] == rules.eos).any(1)
+    mixes = thinking & ~forcing & ~closing & ~ends & rules.is_soft
+    kind = torch.where(mixes, int(Kind.SOFT), int(Kind.HARD)).masked_fill(forcing, int(Kind.FORCED))
+    kind = kind.masked_fill(done, int(Kind.PAD)).to(torch.int8)
+    logp = logp.masked_fill(forcing | done, torch.nan)
+    thinking = thinking & ~closing
+    if rules.start is not None:
+        thinking = thinking | (_ends_with(recent, token, rules.start) & ~closed)
+    if recent.shape[1]:
+        recent = torch.cat([recent[:, 1:], token[:, None]], 1)
+    single = torch.zeros_like(thought.soft.weights)
+    single[:, 0] = 1.0
+    ids = torch.where(mixes[:, None], thought.soft.ids, token[:, None])
+    weights = torch.where(mixes[:, None], thought.soft.weights, single)
+    progress = Progress(done, thinking, closed, thoughts, cold, forced, steps, answer_start, recent)
+    return progress, Record(ids, weights, token, kind, logp, h.masked_fill(done, 0.0))
+
+
+class Flags(NamedTuple):
+    """What the host has to know of a batch before its next step."""
+
+    finished: bool  # every row is done
+    any_soft: bool  # some row feeds a mixture
+    any_thinking: bool  # some row goes on thinking
+
+
+def look(progress: Progress, record: Record, step: int) -> Flags:
+    """The one synchronisation of a step. record: of this step, progress: after it, with the rows
+    done that it ended.
+
+    Raises:
+        FloatingPointError: NaN or infinite logits; names the step and the rows.
+    """
+    alive = ~progress.done
+    mixes = record.kind == Kind.SOFT
+    bad = _is_bad(record)
+    flags = [alive.any(), (mixes & alive).any(), (progress.thinking & alive).any(), bad.any()]
+    any_alive, any_soft, any_thinking, any_bad = torch.stack(flags).tolist()
+    if any_bad:
+        check_finite(record, step)
+    return Flags(not any_alive, any_soft, any_thinking)
+
+
+def check_finite(record: Record, step: int) -> None:
+    """Raise FloatingPointError that names the rows of this step whose logits were no numbers."""
+    if rows := _is_bad(record).nonzero()[:, 0].tolist():
+        raise FloatingPointError(
+            f"logits are NaN or infinite, or leave no token, at step {step}, rows {rows}: check the "
+            f"weights, the dtype (try float32) and the processors"
+        )
+
+
+def _is_bad(record: Record) -> Tensor:
+    """[B] bool. Not looked at where the NaN arises, which would be a second synchronisation: it goes
+    through all before `look`, and rows that had ended hold none."""
+    return record.entropy.isnan() | record.weights.isnan().any(-1)
+
+
+def replay(
+    rules: Rules, progress: Progress, record: Record, done: Tensor
+) -> tuple[Progress, Record]:
+    """Go once more through a decode that has happened, by the same rules.
+
+    Args:
+        progress: from `begin`. record: [B, T, ...] what was read. done: [B, T] bool, rows that had
+            ended before a step.
+
+    Returns:
+        The progress after the last step, and the record by these rules.
+    """
+    records = []
+    for t in range(record.token.shape[1]):
+        step = Record(*(column[:, t] for column in record))
+        read = Mixed(Soft(step.ids, step.weights), step.token, step.logp)
+        progress = progress._replace(done=done[:, t])
+        progress, step = decide(rules, progress, step.entropy, read, read)
+        records.append(step)
+    return progress, stack(records)
+
+
+# What a random number is drawn for: a row's thought and its answer do not share one
+THOUGHT, ANSWER = range(2)
+
+
+class RowDraws:
+    """A row's random numbers, by (step, purpose): neither its neighbours nor what they do (thinking
+    longer, say) change them.
+
+    generator: gives the seed, and is used no further.
     """
 
-    # the state, each [B]
-    ROWS = ("done", "thinking", "closed", "thoughts", "cold", "forced", "steps", "answer_start")
+    def __init__(self, generator: torch.Generator):
+        self.seed = int(torch.randint(2**48, (), generator=generator, device=generator.device))
+        self.generator = torch.Generator(generator.device)
 
-    def __init__(
-        self,
-        config: SoftConfig,
-        input_ids: Tensor,
-        pad: Tensor | None,
-        eos: Tensor | None,
-        rng: Rng,
-    ):
-        device, rows = input_ids.device, len(input_ids)
-        self.config, self.mixer = config, mk_mixer(config.mixer, **config.mixer_args)
-        self.start, self.end = (
-            _as_tensor(ids, device) for ids in (config.think_start, config.think_end)
-        )
-        self.pad = input_ids.new_zeros(()) if pad is None else pad.to(device)
-        self.eos = input_ids.new_zeros(0) if eos is None else eos.to(device)
-        self.draws = Draws(rng, rows)
-        self.is_soft, self.answers = config.is_soft, config.has_answer
-        self.is_greedy = not self.is_soft and not config.mixer_draws
-        self.done = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.thinking = (
-            torch.ones_like(self.done)
-            if self.start is None
-            else _is_open(input_ids, self.start, self.end)
-        )
-        self.closed = torch.zeros_like(self.done)  # has thought; never thinks again
-        self.thoughts = torch.zeros(rows, dtype=torch.long, device=device)  # steps thought so far
-        self.cold = torch.zeros_like(self.thoughts)  # consecutive ones of low entropy
-        self.forced = torch.zeros_like(self.thoughts)  # tokens of think_end put in so far
-        self.steps = torch.zeros_like(self.thoughts)
-        self.answer_start = torch.zeros_like(self.thoughts)
-        self.any_thinking = bool(self.thinking.any())
-
-    def __call__(
-        self, logits: Tensor, processors: LogitsProcessorList, input_ids: Tensor
-    ) -> Record:
-        """logits [B, V] raw and float32, input_ids [B, t] so far -> one step's Record."""
-        h = entropy(logits, self.config.temperature or 1.0)
-        scores = processors(input_ids, logits)
-        self.draws.step += 1
-        answer = self._answer(scores) if self.answers or not self.any_thinking else None
-        thought = self._think(scores) if self.any_thinking else answer
-        return self.decide(h, thought, answer, input_ids)
-
-    def decide(self, h: Tensor, thought: Mixed, answer: Mixed | None, input_ids: Tensor) -> Record:
-        """h [B] entropy, what each row would do thinking and answering, input_ids [B, t] so far, of
-        which the last tokens count -> one step's Record."""
-        config, self.steps = self.config, self.steps + 1
-        thinking = self.thinking & ~self.done
-
-        forcing = closing = torch.zeros_like(thinking)
-        token, logp = thought.token, thought.logp
-        if self.answers:
-            self.cold = torch.where(
-                thinking & (h < (config.cold_stop_entropy or 0.0)), self.cold + 1, 0
-            )
-            over = thinking & self._is_over()
-            if self.end is None:
-                self.closed, thinking = self.closed | over, thinking & ~over
-            token = torch.where(thinking, token, answer.token)
-            logp = torch.where(thinking, logp, answer.logp)
-            if self.end is not None:
-                forcing = over | (thinking & (self.forced > 0))
-                token = torch.where(
-                    forcing, self.end[self.forced.clamp_max(len(self.end) - 1)], token
-                )
-                self.forced = self.forced + forcing.long()
-                whole = torch.where(
-                    forcing, self.forced == len(self.end), _ends_with(input_ids, token, self.end)
-                )
-                closing = thinking & whole
-                self.closed = self.closed | closing
-            self.answer_start = torch.where(thinking, self.steps, self.answer_start)
-        self.thoughts = self.thoughts + thinking.long()
-
-        token = torch.where(self.done, self.pad, token)
-        # the row reads nothing after it, so nothing is mixed
-        ends = (token[:, None] == self.eos).any(1)
-        mixes = thinking & ~forcing & ~closing & ~ends & self.is_soft
-        kind = torch.where(mixes, int(Kind.SOFT), int(Kind.HARD)).masked_fill(
-            forcing, int(Kind.FORCED)
-        )
-        kind = kind.masked_fill(self.done, int(Kind.PAD)).to(torch.int8)
-        logp = logp.masked_fill(forcing | self.done, torch.nan)
-        self.mixes = mixes
-        self.thinking = thinking & ~closing
-        if self.start is not None:
-            self.thinking = self.thinking | (
-                _ends_with(input_ids, token, self.start) & ~self.closed
-            )
-        single = torch.zeros_like(thought.soft.weights)
-        single[:, 0] = 1.0
-        ids = torch.where(mixes[:, None], thought.soft.ids, token[:, None])
-        weights = torch.where(mixes[:, None], thought.soft.weights, single)
-        self.bad = (h.isnan() | weights.isnan().any(-1)) & ~self.done
-        return Record(ids, weights, token, kind, logp, h.masked_fill(self.done, 0.0))
-
-    def look(self, stopped: Tensor, step: int) -> tuple[bool, bool]:
-        """Take note of rows that ended; -> (every row is done, some row feeds a mixture). The
-        synchronisation."""
-        self.done = self.done | stopped
-        alive = ~self.done
-        flags = torch.stack(
-            [alive.any(), (self.mixes & alive).any(), (self.thinking & alive).any(), self.bad.any()]
-        )
-        any_alive, any_soft, self.any_thinking, any_bad = flags.tolist()
-        if any_bad:
-            raise FloatingPointError(
-                f"logits are NaN or infinite, or leave no token, at step {step}, rows "
-                f"{self.bad.nonzero()[:, 0].tolist()}: check the weights, the dtype (try float32) and the processors"
-            )
-        return not any_alive, any_soft
-
-    def select(self, rows: Sequence[int]) -> "Chooser":
-        """A chooser of these rows, in this order, that goes on from where they are."""
-        index = torch.tensor(rows).to(self.done.device, non_blocking=True)
-        return self._with(
-            [getattr(self, name)[index] for name in self.ROWS], self.draws.select(rows)
-        )
-
-    def join(self, other: "Chooser") -> "Chooser":
-        """One chooser of the rows of both, which have the same configuration."""
-        pairs = ([getattr(self, name), getattr(other, name)] for name in self.ROWS)
-        return self._with([torch.cat(pair) for pair in pairs], self.draws.join(other.draws))
-
-    def _with(self, state: list[Tensor], draws: "Draws") -> "Chooser":
-        out = copy.copy(self)
-        out.__dict__.update(zip(self.ROWS, state, strict=True), draws=draws)
-        return out
-
-    def _think(self, scores: Tensor) -> Mixed:
-        c = self.config
-        if self.is_greedy:  # whatever the filters are, the argmax passes them
-            return hard(mk_proba_dist(scores, temperature=0.0, banned=c.banned))
-        dist = mk_proba_dist(scores, **c.filters)
-        soft, token, logp = self.mixer(dist, rng=self.draws.rng(0))
-        if self.is_soft:
-            soft = guide(soft, token, 1 - c.alpha)
-        return Mixed(
-            soft, token, torch.full_like(scores[:, 0], torch.nan) if logp is None else logp
-        )
-
-    def _answer(self, scores: Tensor) -> Mixed:
-        dist = mk_proba_dist(scores, **self.config.answer_filters)
-        samples = self.config.answer_temperature > 0
-        return hard(dist, rng=self.draws.rng(1) if samples else None, sample=samples)
-
-    def _is_over(self) -> Tensor:
-        over = torch.zeros_like(self.done)
-        if self.config.budget is not None:
-            over = over | (self.thoughts >= self.config.budget)
-        if self.config.cold_stop_entropy is not None:
-            over = over | (self.cold >= self.config.cold_stop_steps)
-        return over
+    def at(self, step: int, purpose: int) -> torch.Generator:
+        return self.generator.manual_seed(self.seed + 2 * step + purpose)
 
 
 class Draws:
-    """Random numbers for each step and purpose. Rows with generators of their own draw by (row,
-    step, purpose), so that neither neighbours nor what they do (thinking longer, say) changes a
-    row's numbers."""
+    """Random numbers of a batch: rows with generators of their own draw by (row, step, purpose),
+    others share one as it comes."""
 
     def __init__(self, rng: Rng, rows: int):
-        self.step, self.shared, self.own = -1, rng, None
+        self.shared, self.rows = rng, None
         if rng is not None and not isinstance(rng, torch.Generator):
             if len(rng) != rows:
                 raise ValueError(
                     f"rng holds {len(rng)} generators for {rows} rows: pass one per row, or a single one"
                 )
-            self.seeds = [int(torch.randint(2**48, (), generator=g, device=g.device)) for g in rng]
-            self.own = [torch.Generator(g.device) for g in rng]
+            self.rows = [RowDraws(generator) for generator in rng]
 
-    def rng(self, purpose: int) -> Rng:
-        if self.own is None:
+    def at(self, step: int, purpose: int) -> Rng:
+        if self.rows is None:
             return self.shared
-        for generator, seed in zip(self.own, self.seeds, strict=True):
-            generator.manual_seed(seed + 2 * self.step + purpose)
-        return self.own
+        return [row.at(step, purpose) for row in self.rows]
 
-    def select(self, rows: Sequence[int]) -> "Draws":
-        out = copy.copy(self)
-        if self.own is not None:
-            out.seeds, out.own = ([values[i] for i in rows] for values in (self.seeds, self.own))
-        return out
 
-    def join(self, other: "Draws") -> "Draws":
-        out = copy.copy(self)
-        # a row's number of steps is its own: what the counters differ by goes into the seed
-        if self.own is not None:
-            out.seeds = self.seeds + [seed + 2 * (other.step - self.step) for seed in other.seeds]
-            out.own = self.own + other.own
-        return out
+def mk_think(config: SoftConfig) -> Callable[[Tensor, Rng], Mixed]:
+    """A function of logits [B, V] float32 and random numbers: what each row would do thinking."""
+    mixer, is_soft = mk_mixer(config.mixer, **config.mixer_args), config.is_soft
+    filters = config.filters
+    if not is_soft and not config.mixer_draws:
+        # whatever the filters are, the argmax passes them
+        mixer, filters = hard, dict(temperature=0.0, banned=config.banned)
+
+    def think(logits: Tensor, rng: Rng) -> Mixed:
+        soft, token, logp = mixer(mk_proba_dist(logits, **filters), rng=rng)
+        if is_soft:
+            soft = guide(soft, token, 1 - config.alpha)
+        return Mixed(
+            soft, token, torch.full_like(logits[:, 0], torch.nan) if logp is None else logp
+        )
+
+    return think
+
+
+def mk_propose(config: SoftConfig, draws: Draws) -> Callable[..., tuple[Mixed, Mixed | None]]:
+    """A function of logits [B, V] float32, the step, and whether anybody is thinking: what each row
+    would do thinking, and answering (None where nobody can)."""
+    think, thought_draws = mk_think(config), config.mixer_draws
+    filters, answer_draws = config.answer_filters, config.answer_temperature > 0
+
+    def propose(logits: Tensor, step: int, any_thinking: bool) -> tuple[Mixed, Mixed | None]:
+        answer = None
+        if config.has_answer or not any_thinking:
+            rng = draws.at(step, ANSWER) if answer_draws else None
+            answer = hard(mk_proba_dist(logits, **filters), rng=rng, sample=answer_draws)
+        if not any_thinking:
+            return answer, answer
+        return think(logits, draws.at(step, THOUGHT) if thought_draws else None), answer
+
+    return propose
 
 
 def stack(records: list[Record]) -> Record:
@@ -259,29 +331,32 @@ def stack(records: list[Record]) -> Record:
     return Record(*(torch.stack(column, 1) for column in zip(*map(widen, records), strict=True)))
 
 
-def _as_tensor(ids: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
-    return None if ids is None else torch.tensor(ids, device=device)
+def _is_over(rules: Rules, thoughts: Tensor, cold: Tensor) -> Tensor:
+    """Does the budget or the cold stop end this thought? [B], [B] -> [B] bool."""
+    over = torch.zeros_like(thoughts, dtype=torch.bool)
+    if rules.budget is not None:
+        over = over | (thoughts >= rules.budget)
+    if rules.cold_stop_entropy is not None:
+        over = over | (cold >= rules.cold_stop_steps)
+    return over
 
 
-def _ends_with(input_ids: Tensor, token: Tensor, pattern: Tensor) -> Tensor:
-    """Does each row, with its new token, end in the pattern? [B, t], [B], [n] -> [B] bool."""
-    n = len(pattern)
-    if n - 1 > input_ids.shape[1]:
-        return torch.zeros_like(token, dtype=torch.bool)
-    tail = torch.cat([input_ids[:, input_ids.shape[1] - n + 1 :], token[:, None]], 1)
-    return (tail == pattern).all(1)
+def _ends_with(recent: Tensor, token: Tensor, tag: Tensor) -> Tensor:
+    """Does each row, with its new token, end in the tag? [B, t], [B], [n] -> [B] bool."""
+    tail = torch.cat([recent[:, recent.shape[1] - len(tag) + 1 :], token[:, None]], 1)
+    return (tail == tag).all(1)
 
 
-def _last_match(input_ids: Tensor, pattern: Tensor) -> Tensor:
-    """Column where the last occurrence of the pattern ends, -1 for none. [B, t], [n] -> [B]."""
-    n = len(pattern)
-    if n > input_ids.shape[1]:
-        return input_ids.new_full((len(input_ids),), -1)
-    hit = (input_ids.unfold(1, n, 1) == pattern).all(-1)
-    columns = torch.arange(n - 1, input_ids.shape[1], device=input_ids.device)
-    return torch.where(hit, columns, -1).amax(1)
-
-
-def _is_open(input_ids: Tensor, start: Tensor, end: Tensor) -> Tensor:
+def _is_open(input_ids: Tensor, start: tuple[int, ...], end: tuple[int, ...]) -> Tensor:
     """Has the prompt opened a thought that it did not close? [B, P] -> [B] bool."""
     return _last_match(input_ids, start) > _last_match(input_ids, end)
+
+
+def _last_match(input_ids: Tensor, tag: tuple[int, ...]) -> Tensor:
+    """Column where the last occurrence of the tag ends, -1 for none. [B, t] -> [B]."""
+    n = len(tag)
+    if n > input_ids.shape[1]:
+        return input_ids.new_full((len(input_ids),), -1)
+    hit = (input_ids.unfold(1, n, 1) == torch.tensor(tag, device=input_ids.device)).all(-1)
+    columns = torch.arange(n - 1, input_ids.shape[1], device=input_ids.device)
+    return torch.where(hit, columns, -1).amax(1)

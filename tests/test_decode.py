@@ -954,7 +954,7 @@ def test_a_misspelt_field_is_an_error():
         ({"keep": VOCAB + 1, "top_k": None}, "keep=65"),
         ({"answer_top_k": VOCAB + 1}, "top_k=65"),
         ({"banned": (VOCAB,)}, r"banned=\(64,\)"),
-        ({"think_end": VOCAB}, "think_end=64"),
+        ({"think_end": VOCAB}, r"think_end=\(64,\)"),
         ({"think_end": END, "think_start": (THINK, 99)}, r"think_start=\(3, 99\)"),
         ({"think_end": "</think>"}, "think_end='</think>'.*tokenizer"),
         ({"think_end": END, "think_start": "<think>"}, "think_start='<think>'.*tokenizer"),

@@ -21,7 +21,7 @@ from test_vllm_soft import model_of
 
 from softar.config import SoftConfig
 from softar.rl.rollout import decode_by_loop
-from softar.rl.vllm_rollout import VLLMRollout, drawn, output_of
+from softar.rl.vllm_rollout import VLLMRollout, one_draw_a_slot, output_of
 from softar.soft import Soft, dense
 from softar.thought import Kind
 from softar.vllm.record import Read
@@ -389,11 +389,12 @@ def test_the_draws_of_a_step_are_its_slots():
     def read(token, mixture, kind=Kind.SOFT):
         return Read(token, tuple(mixture), tuple(mixture.values()), int(kind), 0.0, 0.0)
 
-    assert drawn(read(7, {3: 0.2, 7: 0.6, 5: 0.2000001}), 5) == [7, 7, 7, 3, 5]
-    assert drawn(read(7, {7: 1.0}), 3) == [7, 7, 7]
-    assert drawn(read(7, {7: 1.0}, Kind.FORCED), 3) == [7, 7, 7]
+    step = one_draw_a_slot(read(7, {3: 0.2, 7: 0.6, 5: 0.2000001}), 5)
+    assert step.ids == (7, 7, 7, 3, 5) and step.weights == (0.2,) * 5
+    assert one_draw_a_slot(read(7, {7: 1.0}), 3).ids == (7, 7, 7)
+    assert one_draw_a_slot(read(7, {7: 1.0}, Kind.FORCED), 3).ids == (7, 7, 7)
     with pytest.raises(RuntimeError, match="are not those of 2 draws"):
-        drawn(read(7, {7: 0.6, 3: 0.1}), 2)
+        one_draw_a_slot(read(7, {7: 0.6, 3: 0.1}), 2)
 
 
 def test_a_record_that_follows_other_rules_is_an_error():

@@ -36,6 +36,7 @@ from softar.vllm.completions import Completion, answer_starts, ends_unseen
 from softar.vllm.decoders import DECODERS
 from softar.vllm.http import teach
 from softar.vllm.plugin import register
+from softar.vllm.record import from_json as steps_of
 from softar.vllm.record import record_of, to_record
 from softar.vllm.request import check_engine
 from softar.vllm.rows import CHUNK, Rows
@@ -780,7 +781,7 @@ def joined(choices, index=0):
 
 def reads(soft):
     """A choice's field, as `same` takes it."""
-    record = to_record(soft)
+    record = to_record(steps_of(soft))
     assert record.ids.shape[:2] == (1, len(soft["token"]))
     return zip(
         *(column[0].tolist() for column in (record.token, record.ids, record.weights)),
@@ -868,7 +869,7 @@ def test_the_client_of_the_readme(server):
         and [len(w) for w in read["weights"]] == [10] * 3 + [1] * 3
     )
     assert all(sum(weights) == pytest.approx(1, abs=1e-5) for weights in read["weights"])
-    assert to_record(read).weights.shape == (1, 6, 10)
+    assert to_record(steps_of(read)).weights.shape == (1, 6, 10)
 
 
 @pytest.mark.slow

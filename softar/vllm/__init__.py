@@ -11,6 +11,7 @@ _HOME = {
     "serve": "softar.vllm.server",
     "record_of": "softar.vllm.record",
     "to_record": "softar.vllm.record",
+    "from_json": "softar.vllm.record",
 }
 __all__ = [*_HOME]
 

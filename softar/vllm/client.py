@@ -12,7 +12,7 @@ import httpx
 
 from ..decoders.answer import Decoded
 from .completions import Completion, CompletionDecoder, Sampling, split_options, token_ids
-from .record import FIELD, to_record
+from .record import FIELD, from_json, to_record
 from .server import ServerError
 
 
@@ -217,7 +217,7 @@ class ServerDecoder(CompletionDecoder):
                 raise ServerError(
                     f"url={self.url!r}: no record in the answer: that server has no softar, or another one"
                 )
-            record = to_record(choice[FIELD])
+            record = to_record(from_json(choice[FIELD]))
         return Completion(text, tokens, kept, record)
 
     def _ask(

@@ -10,10 +10,8 @@ import torch
 from ..config import SoftConfig
 from ..decode import SoftOutput
 from ..decoders.answer import Decoded
-from ..mixers import Mixed
 from ..show.trace import Step, Trace, thought
-from ..soft import Soft
-from ..thought import Chooser, Record
+from ..thought import Record, begin, mk_rules, replay
 from .request import parse
 
 # What a mode reads of Sampling, beside its length
@@ -241,31 +239,31 @@ def ends_unseen(soft: dict) -> bool:
 
 
 def answer_starts(
-    config: SoftConfig, prompts: list[list[int]], found: list[Completion]
+    config: SoftConfig, prompts: list[list[int]], rows: list[Completion]
 ) -> list[int]:
     """Steps of each completion before its answer begins, by the loop's own rules; 0 where it has no
     separate thought.
 
     config: resolved. A cold stop without think_end needs the records.
     """
-    wide, steps = max(map(len, prompts), default=0), max((len(c.tokens) for c in found), default=0)
+    width, steps = max(map(len, prompts), default=0), max((len(c.tokens) for c in rows), default=0)
     # no token, so that no rule takes padding for one
-    ids = torch.full((len(found), wide + steps), -1)
-    entropy = torch.full((len(found), steps), torch.inf)
-    for row, (prompt, c) in enumerate(zip(prompts, found, strict=True)):
-        ids[row, wide - len(prompt) : wide + len(c.tokens)] = torch.tensor([*prompt, *c.tokens])
+    ids = torch.full((len(rows), width + steps), -1)
+    entropy = torch.full((len(rows), steps), torch.inf)
+    for i, (prompt, c) in enumerate(zip(prompts, rows, strict=True)):
+        ids[i, width - len(prompt) : width + len(c.tokens)] = torch.tensor([*prompt, *c.tokens])
         if c.record is not None:
-            entropy[row, : len(c.tokens)] = c.record.entropy[0]
-    lengths = torch.tensor([len(c.tokens) for c in found])
-    chooser = Chooser(config, ids[:, :wide], None, None, None)
-    for step in range(steps):
-        chooser.done = lengths <= step
-        token = ids[:, wide + step]
-        said = Mixed(
-            Soft(token[:, None], torch.ones_like(token[:, None])), token, torch.zeros(len(token))
-        )
-        chooser.decide(entropy[:, step], said, said, ids[:, : wide + step])
-    return chooser.answer_start.tolist()
+            entropy[i, : len(c.tokens)] = c.record.entropy[0]
+    if steps == 0:
+        return [0] * len(rows)
+    tokens, nothing = ids[:, width:], torch.zeros(entropy.shape)
+    weights = torch.ones((*entropy.shape, 1))
+    record = Record(tokens[..., None], weights, tokens, nothing, nothing, entropy)
+    lengths = torch.tensor([len(c.tokens) for c in rows])
+    rules = mk_rules(config, ids.device, None, None)
+    done = torch.arange(steps) >= lengths[:, None]
+    progress, _ = replay(rules, begin(config, ids[:, :width]), record, done)
+    return progress.answer_start.tolist()
 
 
 def token_ids(tokenizer, prompt) -> list[int]:

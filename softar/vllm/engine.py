@@ -27,7 +27,7 @@ from ..decoders.answer import Decoded
 from .completions import Completion, CompletionDecoder, Sampling, split_options, token_ids
 from .export import exported, served_dtype
 from .machine import environment, on_cpu, require_vllm, settings
-from .record import as_json, record_of, to_record
+from .record import record_of, to_record
 
 # Options of an engine, by vLLM's own names
 ENGINE = (
@@ -147,9 +147,8 @@ class VLLMDecoder(CompletionDecoder):
         )
 
     def _recorded(self, output) -> Completion:
-        return replace(
-            self._completion(output.token_ids, None), record=to_record(as_json(record_of(output)))
-        )
+        completion = self._completion(output.token_ids, None)
+        return replace(completion, record=to_record(record_of(output)))
 
 
 class _Engine:

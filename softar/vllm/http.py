@@ -8,20 +8,16 @@ the field "soft", lists with an entry per token, named as in softar's Record:
      "ids": [[9, 4, 7], ...], "weights": [[0.5, 0.3, 0.2], ...]}
 
 In a stream each chunk brings the lists of its own tokens; put together they are those of the whole.
-`to_record` makes tensors of them. Nothing here imports vLLM's server before one runs.
+`to_record(from_json(field))` makes tensors of them. Nothing here imports vLLM's server before one runs.
 """
 
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .hooks import patch, refusing
 from .record import FIELD, as_json, record_of
-
-if TYPE_CHECKING:
-    pass
-
 
 # --- the server ---
 

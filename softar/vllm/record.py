@@ -1,11 +1,12 @@
 """What a soft request read, from the engine's log-probabilities and over HTTP."""
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from ..thought import Record
+import torch
+
+from ..thought import Kind, Record
 
 
 class Read(NamedTuple):
@@ -45,16 +46,31 @@ def record_of(output) -> list[Read]:
     return steps
 
 
+def to_record(steps: Sequence[Read]) -> Record:
+    """Steps -> Record of one row, [1, T, ...] and [1, T, K], K the widest mixture."""
+    width = max((len(step.ids) for step in steps), default=1)
+    rows = []
+    for step in steps:
+        more = width - len(step.ids)
+        rows.append(([*step.ids, *[step.token] * more], [*step.weights, *[0.0] * more]))
+    return Record(
+        ids=torch.tensor([ids for ids, _ in rows], dtype=torch.int64).view(1, -1, width),
+        weights=torch.tensor([w for _, w in rows], dtype=torch.float32).view(1, -1, width),
+        token=torch.tensor([[step.token for step in steps]], dtype=torch.int64),
+        kind=torch.tensor([[step.kind for step in steps]], dtype=torch.int8),
+        logp=torch.tensor([[step.logp for step in steps]], dtype=torch.float32),
+        entropy=torch.tensor([[step.entropy for step in steps]], dtype=torch.float32),
+    )
+
+
+# --- over HTTP ---
+
 FIELD = "soft"  # of a choice
-
-
 DIGITS = 9  # that tell a float32 from all others
 
 
 def as_json(steps: Iterable[Read]) -> dict[str, list]:
-    """What `record_of` gives, as a choice's field: plain lists, null for what is not a number."""
-    from ..thought import Kind
-
+    """Steps as a choice's field: plain lists, null for what is not a number."""
     steps = list(steps)
     return {
         "token": [step.token for step in steps],
@@ -66,28 +82,19 @@ def as_json(steps: Iterable[Read]) -> dict[str, list]:
     }
 
 
-def to_record(soft: dict[str, list]) -> "Record":
-    """A choice's field "soft" -> Record of one row, [1, T, ...] and [1, T, K], K the widest
-    mixture."""
-    import torch
-
-    from ..thought import Kind, Record
-
-    width = max(map(len, soft["ids"]), default=1)
-    rows = list(zip(soft["token"], soft["ids"], soft["weights"], strict=True))
-    ids = [[*ids, *[token] * (width - len(ids))] for token, ids, _ in rows]
-    weights = [[*weights, *[0.0] * (width - len(weights))] for *_, weights in rows]
-    logp, entropy = (
-        [math.nan if x is None else x for x in soft[name]] for name in ("logp", "entropy")
-    )
-    return Record(
-        ids=torch.tensor(ids, dtype=torch.int64).view(1, -1, width),
-        weights=torch.tensor(weights, dtype=torch.float32).view(1, -1, width),
-        token=torch.tensor([soft["token"]], dtype=torch.int64),
-        kind=torch.tensor([[Kind[name.upper()] for name in soft["kind"]]], dtype=torch.int8),
-        logp=torch.tensor([logp], dtype=torch.float32),
-        entropy=torch.tensor([entropy], dtype=torch.float32),
-    )
+def from_json(soft: dict[str, list]) -> list[Read]:
+    """A choice's field "soft" -> its steps; NaN for null."""
+    names = ("token", "ids", "weights", "kind", "logp", "entropy")
+    return [
+        Read(
+            token,
+            tuple(ids),
+            tuple(weights),
+            int(Kind[kind.upper()]),
+            *(math.nan if number is None else number for number in numbers),
+        )
+        for token, ids, weights, kind, *numbers in zip(*(soft[n] for n in names), strict=True)
+    ]
 
 
 def _short(x: float) -> float | None:

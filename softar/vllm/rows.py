@@ -1,80 +1,44 @@
 """The soft requests of a vLLM batch: who thinks, what each reads next, what it has read. Nothing
 here imports vLLM.
 
-A request chooses as a row of `softar.generate` does, by the same `Chooser`: one for all requests of
-a configuration that step together, which they enter and leave as vLLM schedules them. Everything
-stays on the device and nothing waits for it. What a request has read is kept, so that it can be
+A request chooses as a row of `softar.generate` does, by the same `decide`: all requests of a
+configuration that step together are one `Group`, which they enter and leave as vLLM schedules them.
+Everything stays on the device and nothing waits for it. What a request has read is kept, so that it can be
 computed again when vLLM has thrown it out of its cache.
 
 Shapes: R rows of the batch, G those of one configuration that step, K tokens kept, D embedding
 width.
 """
 
-import copy
-import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..config import SoftConfig
-from ..mixers import TINY, Mixed, Rng
+from ..mixers import TINY, Mixed
 from ..soft import Soft, entropy, soft_embed
-from ..thought import Chooser, Record
+from ..thought import THOUGHT, Progress, Record, RowDraws, begin, decide, join, mk_rules, mk_think
 
 CHUNK = 64  # steps of a request that stay on the device; older ones wait on the host
-PIECE = 4096  # token embeddings gathered at once when a request is computed anew
+PIECE = 4096  # token embeddings gathered at once: what they need is no part of vLLM's own count
+INDICES = 1024  # kept on the device
 
 
-class Chooser(Chooser):
-    """Of requests instead of a batch with one prompt length: of what was said before it keeps the
-    last few tokens."""
+class Step(NamedTuple):
+    """A step of a request."""
 
-    ROWS = (*Chooser.ROWS, "recent")
+    record: Record  # of all rows that stepped together
+    row: int  # which of them
+    before: Progress  # of them all, until then
 
-    def __init__(self, config: SoftConfig, prompt: Sequence[int], eos: Sequence[int], rng: Rng):
-        ids = torch.tensor([prompt])
-        # as numbers they would be sent to the device at every step
-        unbanned = dataclasses.replace(config, banned=())
-        super().__init__(unbanned, ids, None, torch.tensor(eos, dtype=torch.long), rng)
-        self.banned = torch.tensor(config.banned) if config.banned else None
-        self.any_thinking = True  # nobody looks
-        longest = max(
-            len(pattern) for pattern in (self.start, self.end, [0]) if pattern is not None
-        )
-        nothing = ids.new_full((1, longest - 1), -1)  # a short prompt ends in no pattern
-        self.recent = torch.cat([nothing, ids], 1)[:, ids.shape[1] :]  # [1, longest - 1]
-
-    def to(self, device: torch.device) -> "Chooser":
-        out = copy.copy(self)
-        for name in (*self.ROWS, "pad", "eos", "start", "end", "banned"):
-            value = getattr(self, name)
-            setattr(out, name, value if value is None else value.to(device, non_blocking=True))
-        return out
-
-    def think(self, logits: Tensor, looks: bool) -> tuple[Tensor, Mixed]:
-        """logits [G, V] float32, not written to. looks: does anyone want the entropy?"""
-        self.draws.step += 1
-        looks = looks or self.config.cold_stop_entropy is not None
-        h = (
-            entropy(logits, self.config.temperature or 1.0)
-            if looks
-            else torch.zeros_like(logits[:, 0])
-        )
-        return h, self._think(
-            logits if self.banned is None else logits.index_fill(-1, self.banned, -torch.inf)
-        )
-
-    def choose(self, h: Tensor, thought: Mixed, sampled: Tensor) -> Record:
-        """sampled [G]: the tokens of those who answer."""
-        answer = Mixed(None, sampled, torch.full_like(h, torch.nan))
-        record = self.decide(h, thought, answer, self.recent)
-        if self.recent.shape[1]:
-            self.recent = torch.cat([self.recent[:, 1:], record.token[:, None]], 1)
-        return record
+    @property
+    def soft(self) -> Soft:
+        """What it read, [1, K]."""
+        row = slice(self.row, self.row + 1)
+        return Soft(self.record.ids[row], self.record.weights[row])
 
 
 @dataclass
@@ -82,16 +46,16 @@ class Row:
     """A request."""
 
     config: SoftConfig
-    key: tuple  # rows of one key share a chooser
+    key: tuple  # rows of one key step together
     prompt: Sequence[int]
-    seed: int | None
+    draws: RowDraws | None  # None: it shares a generator with all that have no seed
     eos: tuple[int, ...]
     wants_record: bool
     lasts: int | None  # steps after which it surely answers; None where the host cannot know
     steps: int = 0  # tokens chosen so far
     chunks: list[Soft] = field(default_factory=list)  # what it read, [n, K], on the host
-    recent: list["Step"] = field(default_factory=list)  # the steps after those
-    parked: Chooser | None = None  # its state while it does not step
+    recent: list[Step] = field(default_factory=list)  # the steps after those
+    parked: Progress | None = None  # [1] while it does not step
     alive: bool = True
 
     @property
@@ -100,92 +64,111 @@ class Row:
 
     def soft(self, first: int, last: int, device: torch.device) -> Soft:
         """What it read at steps first to last - 1, [n, K]."""
-        parts = [chunk for chunk in self.chunks if len(chunk.ids)]
-        parts += [
-            Soft(s.record.ids[s.row, None], s.record.weights[s.row, None]) for s in self.recent
-        ]
-        found, at = [], 0
-        for ids, weights in parts:
-            low, high = max(first - at, 0), min(last - at, len(ids))
-            if low < high:
-                found.append([x[low:high].to(device, non_blocking=True) for x in (ids, weights)])
-            at += len(ids)
-        return Soft(*(torch.cat(column) for column in zip(*found, strict=True)))
+        parts, start = [], 0
+        for part in [*self.chunks, *(step.soft for step in self.recent)]:
+            end = start + len(part.ids)
+            if start < last and end > first:
+                steps = slice(max(first - start, 0), last - start)
+                parts.append([column[steps].to(device, non_blocking=True) for column in part])
+            start = end
+        return Soft(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def store(self) -> None:
         """Move all but the last steps to the host."""
         if len(self.recent) < 2 * CHUNK:
             return
         old, self.recent = self.recent[:CHUNK], self.recent[CHUNK:]
-        ids = torch.stack([s.record.ids[s.row] for s in old])
-        weights = torch.stack([s.record.weights[s.row] for s in old])
         # Read on the same stream, should it ever be read: nothing has to wait for the copy.
-        self.chunks.append(
-            Soft(ids.to("cpu", non_blocking=True), weights.to("cpu", non_blocking=True))
-        )
-
-
-class Step(NamedTuple):
-    record: Record  # of all rows that stepped together
-    row: int  # which of them
-    before: tuple[Tensor, ...]  # their state until then
-
-
-@dataclass
-class Turn:
-    """A group between its thought and vLLM's choice."""
-
-    group: "Group"
-    rows: list[Row]
-    index: Tensor | None  # [G] their places in the batch; None: they are the batch, in its order
-    h: Tensor
-    thought: Mixed
+        columns = zip(*(step.soft for step in old), strict=True)
+        self.chunks.append(Soft(*(torch.cat(c).to("cpu", non_blocking=True) for c in columns)))
 
 
 class Group:
-    """The rows of one configuration that stepped last."""
+    """The rows of one configuration that stepped last, and their progress."""
 
-    def __init__(self, config: SoftConfig):
-        self.config = config
-        self.chooser: Chooser | None = None
+    def __init__(self, row: Row, device: torch.device):
+        self.config, self.device, self.wants_record = row.config, device, row.wants_record
+        # as numbers they would be sent to the device at every step
+        config = replace(row.config, banned=())
+        self.banned = torch.tensor(row.config.banned).to(device) if row.config.banned else None
+        self.rules = mk_rules(config, device, None, torch.tensor(row.eos, dtype=torch.long))
+        self.mix = mk_think(config)
         self.rows: list[Row] = []
-        self.record: Record | None = None
+        self.progress: Progress | None = None  # of the rows, in their order; None without any
+        self.record: Record | None = None  # of their last step
 
-    def seat(self, rows: list[Row], fresh: Callable[[Row], Chooser]) -> None:
-        """Make these the rows of the chooser, in this order."""
+    def seat(self, rows: list[Row]) -> None:
+        """Make these the rows, in this order; who leaves is parked."""
         if len(rows) == len(self.rows) and all(a is b for a, b in zip(rows, self.rows)):
             return
-        old = {id(row): i for i, row in enumerate(self.rows)}
-        new = {id(row) for row in rows}
-        for i, row in enumerate(self.rows):
-            if id(row) not in new and row.alive:
-                row.parked = self.chooser.select([i])
-        stay = [row for row in rows if id(row) in old]
-        come = [row for row in rows if id(row) not in old]
-        parts = [self.chooser.select([old[id(row)] for row in stay])] if stay else []
-        parts += [row.parked or fresh(row) for row in come]
-        chooser = functools.reduce(lambda a, b: a.join(b), parts)
-        for row in come:
+        remain = {id(row) for row in rows}
+        for place, row in enumerate(self.rows):
+            if id(row) not in remain and row.alive:
+                row.parked = self._select([place])
+        places = {id(row): place for place, row in enumerate(self.rows)}
+        newcomers = [row for row in rows if id(row) not in places]
+        parts = [] if self.progress is None else [self.progress]
+        for row in newcomers:
+            places[id(row)] = len(places)
+            parts.append(self._start(row) if row.parked is None else row.parked)
             row.parked = None
-        place = {id(row): i for i, row in enumerate(stay + come)}
-        order = [place[id(row)] for row in rows]
-        self.chooser = chooser if order == sorted(order) else chooser.select(order)
+        self.progress = join(parts)
+        order = [places[id(row)] for row in rows]
+        if order != [*range(len(places))]:
+            self.progress = self._select(order)
         self.rows = rows
 
     def unseat(self, row: Row) -> None:
-        place = next((i for i, r in enumerate(self.rows) if r is row), None)
-        if place is not None:
-            others = [i for i in range(len(self.rows)) if i != place]
-            row.parked = self.chooser.select([place])
-            self.chooser = self.chooser.select(others) if others else None
-            self.rows = [self.rows[i] for i in others]
+        others = [place for place, other in enumerate(self.rows) if other is not row]
+        if len(others) < len(self.rows):
+            self.progress = self._select(others) if others else None
+            self.rows = [self.rows[place] for place in others]
+
+    def think(self, logits: Tensor, shared: torch.Generator) -> tuple[Tensor, Mixed]:
+        """logits [G, V] float32, not written to -> the entropy, where anyone wants it, and what
+        each row would do thinking."""
+        h = torch.zeros_like(logits[:, 0])
+        if self.wants_record or self.config.cold_stop_entropy is not None:
+            h = entropy(logits, self.config.temperature or 1.0)
+        if self.banned is not None:
+            logits = logits.index_fill(-1, self.banned, -torch.inf)
+        rng = shared
+        if self.rows[0].draws is not None:
+            rng = [row.draws.at(row.steps, THOUGHT) for row in self.rows]
+        return h, self.mix(logits, rng)
+
+    def choose(self, h: Tensor, thought: Mixed, sampled: Tensor) -> Record:
+        """sampled [G]: the tokens of those who answer."""
+        answer = Mixed(None, sampled, torch.full_like(h, torch.nan))
+        before = self.progress
+        self.progress, self.record = decide(self.rules, before, h, thought, answer)
+        for place, row in enumerate(self.rows):
+            row.recent.append(Step(self.record, place, before))
+            row.steps += 1
+            row.store()
+        return self.record
+
+    def _start(self, row: Row) -> Progress:
+        return begin(row.config, torch.tensor([row.prompt])).to(self.device)
+
+    def _select(self, places: list[int]) -> Progress:
+        return self.progress.select(torch.tensor(places).to(self.device, non_blocking=True))
+
+
+class Turn(NamedTuple):
+    """A group between its thought and vLLM's choice."""
+
+    group: Group
+    index: Tensor | None  # [G] their places in the batch; None: they are the batch, in its order
+    h: Tensor
+    thought: Mixed
 
 
 class Rows:
     """All soft requests of a runner.
 
     lookup: [n] ids -> [n, D], the model's own embedding. seed: of the draws of requests without a
-    seed.
+        seed.
     """
 
     def __init__(self, lookup: Callable[[Tensor], Tensor], device: torch.device, seed: int):
@@ -193,22 +176,24 @@ class Rows:
         self.shared = torch.Generator(device).manual_seed(seed)
         self.rows: dict[str, Row] = {}
         self.groups: dict[tuple, Group] = {}
-        self.cached: dict[tuple, Tensor] = {}
+        self.indices: dict[tuple, Tensor] = {}
 
     def add(
         self,
         name: str,
         config: SoftConfig,
-        prompt,
+        prompt: Sequence[int],
         seed: int | None,
         eos: Sequence[int],
         wants_record: bool,
-    ):
+    ) -> None:
+        """Take up a request. config: resolved. eos: ids that end it."""
         lasts = None
         if config.budget is not None and config.think_start is None and not wants_record:
             lasts = config.budget + len(config.think_end or [None])
+        draws = None if seed is None else RowDraws(torch.Generator().manual_seed(seed))
         key = (repr(config), tuple(eos), seed is not None, wants_record)
-        self.rows[name] = Row(config, key, prompt, seed, tuple(eos), wants_record, lasts)
+        self.rows[name] = Row(config, key, prompt, draws, tuple(eos), wants_record, lasts)
 
     def drop(self, names: Sequence[str]) -> None:
         for name in names:
@@ -218,7 +203,32 @@ class Rows:
                 if not any(row.key == other.key for other in self.rows.values()):
                     self.groups.pop(row.key, None)
         if not self.rows:
-            self.cached.clear()
+            self.indices.clear()
+
+    def step(
+        self,
+        logits: Tensor,
+        names: Sequence[str],
+        ends: Sequence[int],
+        skipped: Sequence[bool],
+        sample: Callable[[], Any],
+    ) -> Any:
+        """A runner's step: thoughts, vLLM's choice, and what each request takes of the two.
+
+        Args:
+            logits, names, ends, skipped: as for `think`. sample: vLLM's own, gives its
+                SamplerOutput.
+
+        Returns:
+            That output, with the tokens and records of those who think.
+        """
+        turns = self.think(logits, names, ends, skipped)
+        out = sample()
+        self.choose(turns, out.sampled_token_ids)
+        for turn in turns:
+            if turn.group.wants_record:
+                out.logprobs_tensors = write(turn, out.logprobs_tensors)
+        return out
 
     def think(
         self, logits: Tensor, names: Sequence[str], ends: Sequence[int], skipped: Sequence[bool]
@@ -244,45 +254,25 @@ class Rows:
     def _think(
         self, key: tuple, logits: Tensor, places: tuple[int, ...], rows: tuple[Row, ...]
     ) -> Turn:
-        group = self.groups.setdefault(key, Group(rows[0].config))
-        group.seat(list(rows), self._fresh)
+        if key not in self.groups:
+            self.groups[key] = Group(rows[0], self.device)
+        group = self.groups[key]
+        group.seat(list(rows))
         index = self._index(places, len(logits))
-        h, thought = group.chooser.think(
-            (logits if index is None else logits[index]).float(), rows[0].wants_record
-        )
-        return Turn(group, list(rows), index, h, thought)
+        logits = logits if index is None else logits[index]
+        return Turn(group, index, *group.think(logits.float(), self.shared))
 
     def choose(self, turns: list[Turn], sampled: Tensor) -> None:
         """After it: sampled [R, 1] gets the tokens of those who think; those who answer keep
         vLLM's."""
-        for turn in turns:
-            group, column = turn.group, sampled[:, 0]
-            before = tuple(getattr(group.chooser, name) for name in Chooser.ROWS)
-            own = (column if turn.index is None else column[turn.index]).long()
-            record = group.record = group.chooser.choose(turn.h, turn.thought, own)
-            if turn.index is None:
-                column.copy_(record.token)
+        tokens = sampled[:, 0]
+        for group, index, h, thought in turns:
+            answers = (tokens if index is None else tokens[index]).long()
+            record = group.choose(h, thought, answers)
+            if index is None:
+                tokens.copy_(record.token)
             else:
-                column[turn.index] = record.token.to(column.dtype)
-            for i, row in enumerate(turn.rows):
-                row.recent.append(Step(record, i, before))
-                row.steps += 1
-                row.store()
-
-    def write(self, turn: Turn, out):
-        """The record of a turn into vLLM's LogprobsTensors: each [R, width], the ranks [R]. Returns
-        them."""
-        record = turn.group.record
-        more = record.ids.shape[1] + 2 - out.logprobs.shape[1]
-        if more > 0:  # somebody asked for the log-probabilities of a few tokens only
-            wide = (nn.functional.pad(x, (0, more)) for x in (out.logprob_token_ids, out.logprobs))
-            out = out._replace(**dict(zip(("logprob_token_ids", "logprobs"), wide)))
-        ids, logs = log_columns(record, out.logprobs.shape[1])
-        index = slice(None) if turn.index is None else turn.index
-        out.logprob_token_ids[index] = ids.to(out.logprob_token_ids.dtype)
-        out.logprobs[index] = logs
-        out.selected_token_ranks[index] = record.kind.to(out.selected_token_ranks.dtype)
-        return out
+                tokens[index] = record.token.to(tokens.dtype)
 
     def feed(
         self, embeds: Tensor, names: Sequence[str], computed: Sequence[int], counts: Sequence[int]
@@ -294,51 +284,50 @@ class Rows:
                 positions in their caches.
             counts: [R] positions that this forward computes.
         """
-        now: dict[tuple, list[tuple[int, int]]] = {}
-        offset = 0
-        for name, first, count in zip(names, computed, counts, strict=True):
+        latest: dict[tuple, list[tuple[int, int]]] = {}  # rows of a group's record, their places
+        offset = 0  # of the request's first position in embeds
+        for name, position, count in zip(names, computed, counts, strict=True):
             row = self.rows.get(name)
             if row is not None:
-                low = int(first) - len(row.prompt)
-                high = min(low + count, row.steps)
-                at, low = offset + max(-low, 0), max(low, 0)
-                if low < high:
-                    group, last = self.groups[row.key], row.recent[-1]
-                    if high - low == 1 and high == row.steps and last.record is group.record:
-                        now.setdefault(row.key, []).append((last.row, at))
-                    else:
-                        self._replay(row, low, high, embeds[at : at + high - low])
+                # Of its steps, which begin behind the prompt, these are inputs here
+                start = int(position) - len(row.prompt)
+                first, last = max(start, 0), min(start + count, row.steps)
+                place = offset + first - start
+                if last - first == 1 and self._is_latest(row, first):
+                    latest.setdefault(row.key, []).append((row.recent[-1].row, place))
+                elif first < last:  # it was thrown out of the cache, and reads again what it read
+                    soft = row.soft(first, last, self.device)
+                    self._mix(soft, row.config, embeds[place : place + last - first])
             offset += count
-        for key, pairs in now.items():
-            record, config = self.groups[key].record, self.groups[key].config
-            rows, places = zip(*pairs)
-            index = self._index(rows, len(record.ids))
-            soft = Soft(record.ids, record.weights)
-            soft = soft if index is None else Soft(soft.ids[index], soft.weights[index])
-            # rows at a time: what they need is no part of vLLM's own count
-            n = max(PIECE // soft.ids.shape[1], 1)
-            pieces = (
-                Soft(soft.ids[i : i + n], soft.weights[i : i + n]) for i in range(0, len(rows), n)
-            )
-            made = [
-                soft_embed(piece, self.embedding, rescale=config.rescale).to(embeds.dtype)
-                for piece in pieces
-            ]
-            mixed = made[0] if len(made) == 1 else torch.cat(made)
-            if places == tuple(range(places[0], places[0] + len(places))):
-                embeds[places[0] : places[0] + len(places)] = mixed
-            else:
-                embeds[self._index(places, None)] = mixed
+        for key, pairs in latest.items():
+            self._feed_latest(self.groups[key], *zip(*pairs), embeds)
 
-    def _replay(self, row: Row, low: int, high: int, out: Tensor) -> None:
-        """A request that was thrown out of the cache reads again what it read."""
-        ids, weights = row.soft(low, high, self.device)
-        n = max(PIECE // ids.shape[1], 1)
-        for at in range(0, len(ids), n):
-            piece = Soft(ids[at : at + n], weights[at : at + n])
-            out[at : at + n] = soft_embed(piece, self.embedding, rescale=row.config.rescale).to(
-                out.dtype
-            )
+    def _is_latest(self, row: Row, step: int) -> bool:
+        """Does the group's last record hold this step?"""
+        is_last = step == row.steps - 1
+        return is_last and row.recent[-1].record is self.groups[row.key].record
+
+    def _feed_latest(
+        self, group: Group, rows: tuple[int, ...], places: tuple[int, ...], embeds: Tensor
+    ) -> None:
+        soft = Soft(group.record.ids, group.record.weights)
+        index = self._index(rows, len(soft.ids))
+        if index is not None:
+            soft = Soft(soft.ids[index], soft.weights[index])
+        first, n = places[0], len(places)
+        if places == tuple(range(first, first + n)):
+            self._mix(soft, group.config, embeds[first : first + n])
+        else:
+            mixed = embeds.new_empty(n, embeds.shape[1])
+            self._mix(soft, group.config, mixed)
+            embeds[self._index(places, None)] = mixed
+
+    def _mix(self, soft: Soft, config: SoftConfig, out: Tensor) -> None:
+        """Mixtures [n, K] into out [n, D], some at a time."""
+        n = max(PIECE // soft.ids.shape[1], 1)
+        for piece in zip(soft.ids.split(n), soft.weights.split(n), out.split(n), strict=True):
+            ids, weights, rows = piece
+            rows.copy_(soft_embed(Soft(ids, weights), self.embedding, rescale=config.rescale))
 
     def _rewind(self, row: Row, steps: int) -> None:
         """vLLM threw away the last tokens it sampled (a reset of the cache with asynchronous
@@ -346,27 +335,21 @@ class Rows:
         gone = row.steps - steps
         undone = row.recent[-gone]
         self.groups[row.key].unseat(row)
-        draws = copy.copy(row.parked.draws)
-        draws.step -= gone
-        row.parked = row.parked._with([state[undone.row, None] for state in undone.before], draws)
+        row.parked = undone.before.select(self._index((undone.row,), None))
         row.steps, row.recent = steps, row.recent[:-gone]
-
-    def _fresh(self, row: Row) -> Chooser:
-        rng = self.shared if row.seed is None else [torch.Generator().manual_seed(row.seed)]
-        return Chooser(row.config, row.prompt, row.eos, rng).to(self.device)
 
     def _index(self, places: tuple[int, ...], everything: int | None) -> Tensor | None:
         """On the device; the same ones come step after step. None for 0, 1, ..., everything - 1."""
         if everything is not None and places == tuple(range(everything)):
             return None
-        if places not in self.cached:
-            if len(self.cached) > 1024:
-                self.cached.clear()
+        if places not in self.indices:
+            if len(self.indices) >= INDICES:
+                self.indices.clear()
             pinned = self.device.type == "cuda"
-            self.cached[places] = torch.tensor(places, pin_memory=pinned).to(
+            self.indices[places] = torch.tensor(places, pin_memory=pinned).to(
                 self.device, non_blocking=True
             )
-        return self.cached[places]
+        return self.indices[places]
 
 
 class Lookup(nn.Module):
@@ -380,6 +363,24 @@ class Lookup(nn.Module):
         return self.lookup(ids.flatten()).unflatten(0, ids.shape)
 
 
+def write(turn: Turn, out: Any) -> Any:
+    """The record of a turn into vLLM's LogprobsTensors: each [R, width], the ranks [R]. Returns
+    them."""
+    record = turn.group.record
+    more = record.ids.shape[1] + 2 - out.logprobs.shape[1]
+    if more > 0:  # somebody asked for the log-probabilities of a few tokens only
+        names = ("logprob_token_ids", "logprobs")
+        out = out._replace(
+            **{name: nn.functional.pad(getattr(out, name), (0, more)) for name in names}
+        )
+    ids, logs = log_columns(record, out.logprobs.shape[1])
+    index = slice(None) if turn.index is None else turn.index
+    out.logprob_token_ids[index] = ids.to(out.logprob_token_ids.dtype)
+    out.logprobs[index] = logs
+    out.selected_token_ranks[index] = record.kind.to(out.selected_token_ranks.dtype)
+    return out
+
+
 def log_columns(record: Record, width: int) -> tuple[Tensor, Tensor]:
     """A step as vLLM sends log-probabilities: ids and values [G, width].
 
@@ -389,10 +390,10 @@ def log_columns(record: Record, width: int) -> tuple[Tensor, Tensor]:
     ids, weights, token = record.ids, record.weights, record.token[:, None]
     same = ids[:, :, None] == ids[:, None, :]  # [G, K, K]
     weights = (weights[:, None, :] * same).sum(-1)  # all slots of an id carry its sum
-    own = (weights * (ids == token)).amax(-1, keepdim=True)  # [G, 1]
-    gone = weights == 0  # a filter dropped it
-    ids, weights = torch.where(gone, token, ids), torch.where(gone, own, weights)
+    of_token = (weights * (ids == token)).amax(-1, keepdim=True)  # [G, 1]
+    is_dropped = weights == 0  # by a filter
+    ids, weights = torch.where(is_dropped, token, ids), torch.where(is_dropped, of_token, weights)
     more = width - 2 - ids.shape[1]
     ids = torch.cat([token, token, ids, token.expand(-1, more)], 1)
-    logs = torch.cat([weights, own.expand(-1, more)], 1).clamp_min(TINY).log()
+    logs = torch.cat([weights, of_token.expand(-1, more)], 1).clamp_min(TINY).log()
     return ids, torch.cat([record.logp[:, None], record.entropy[:, None], logs], 1)

@@ -71,13 +71,8 @@ class SoftSampler:
             return self.sampler(logits, input_batch)
         ends = input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
         skipped = ends < input_batch.prefill_len_np
-        turns = rows.think(logits, input_batch.req_ids, ends.tolist(), skipped.tolist())
-        out = self.sampler(logits, input_batch)
-        rows.choose(turns, out.sampled_token_ids)
-        for turn in turns:
-            if turn.rows[0].wants_record:
-                out.logprobs_tensors = rows.write(turn, out.logprobs_tensors)
-        return out
+        batch = logits, input_batch.req_ids, ends.tolist(), skipped.tolist()
+        return rows.step(*batch, lambda: self.sampler(logits, input_batch))
 
 
 def init_device(method, self):
@@ -141,14 +136,13 @@ def update_states(method, self, scheduler_output):
 
 
 def preprocess(method, self, scheduler_output, *args, **kwargs):
-    found = method(self, scheduler_output, *args, **kwargs)
+    inputs = method(self, scheduler_output, *args, **kwargs)
     if self.softar is not None and self.softar.rows:
         batch = self.input_batch
         counts = [scheduler_output.num_scheduled_tokens[name] for name in batch.req_ids]
-        self.softar.feed(
-            found[1], batch.req_ids, batch.num_computed_tokens_cpu[: len(counts)].tolist(), counts
-        )
-    return found
+        computed = batch.num_computed_tokens_cpu[: len(counts)].tolist()
+        self.softar.feed(inputs[1], batch.req_ids, computed, counts)
+    return inputs
 
 
 def sample(method, self, logits, *args, **kwargs):
@@ -157,10 +151,6 @@ def sample(method, self, logits, *args, **kwargs):
     names = self.input_batch.req_ids
     ends = self.optimistic_seq_lens_cpu[: len(names)].tolist()
     skipped = self.discard_request_mask.np[: len(names)].tolist()
-    turns = self.softar.think(logits, names, ends, skipped)
-    out = method(self, logits, *args, **kwargs)
-    self.softar.choose(turns, out.sampled_token_ids)
-    for turn in turns:
-        if turn.rows[0].wants_record:
-            out.logprobs_tensors = self.softar.write(turn, out.logprobs_tensors)
-    return out
+    return self.softar.step(
+        logits, names, ends, skipped, lambda: method(self, logits, *args, **kwargs)
+    )
