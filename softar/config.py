@@ -145,11 +145,12 @@ class SoftConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> "SoftConfig":
+        """Read the soft_config.json of a checkpoint."""
         values = json.loads(Path(folder, CONFIG_FILE).read_text())
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
+        fields = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - fields):
             raise ValueError(
-                f"{CONFIG_FILE} in {folder} has unknown fields {unknown}; known: {sorted(known)}"
+                f"{CONFIG_FILE} in {folder} has unknown fields {unknown}; known: {sorted(fields)}"
             )
         return cls(**values)
 

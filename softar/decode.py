@@ -97,6 +97,7 @@ class SoftOutput:
 
 
 @delegates(SoftConfig)
+# Wide because five of these are those of model.generate, passed on.
 def generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -160,6 +161,7 @@ def generate(
     )
 
 
+# Wide because transformers calls it with these.
 def soft_decode(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -216,34 +218,32 @@ def soft_decode(
         if finished:
             break
         embeds = _mix(record, embedding, config.rescale) if any_soft else None
-        # is_first_iteration makes transformers take the embeddings instead of the last token
-        inputs = model.prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=1,
-            inputs_embeds=embeds,
-            is_first_iteration=any_soft,
-            **model_kwargs,
-        )
-        outputs = model(**inputs, return_dict=True)
+        outputs = _forward(model, input_ids, embeds, model_kwargs)
         forwards, positions = forwards + 1, positions + len(input_ids)
     if soft_streamer is not None:
         soft_streamer.end()
     if not generation_config.return_dict_in_generate:
         return input_ids
-    return SoftOutput(
-        input_ids,
-        stack(records),
-        prompt_length,
-        progress.answer_start,
-        forwards,
-        positions,
-        time.perf_counter() - started,
-    )
+    cost = forwards, positions, time.perf_counter() - started
+    return SoftOutput(input_ids, stack(records), prompt_length, progress.answer_start, *cost)
 
 
 def _mix(record: Record, embedding: torch.nn.Module, rescale: str | None) -> Tensor:
     """What a step reads next, [B, 1, D]."""
     return soft_embed(Soft(record.ids, record.weights), embedding, rescale=rescale)[:, None]
+
+
+def _forward(model, input_ids: Tensor, embeds: Tensor | None, model_kwargs: dict):
+    """Of the last token or, where there are any, of embeddings [B, 1, D] in its place."""
+    # is_first_iteration makes transformers take the embeddings
+    inputs = model.prepare_inputs_for_generation(
+        input_ids,
+        next_sequence_length=1,
+        inputs_embeds=embeds,
+        is_first_iteration=embeds is not None,
+        **model_kwargs,
+    )
+    return model(**inputs, return_dict=True)
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:

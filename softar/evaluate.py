@@ -28,8 +28,8 @@ def evaluate(
 
     Returns:
         accuracy: mean score in [0, 1]; n: rows; nfe: forward passes per answer; token_forwards:
-            positions computed
-        per answer; seconds: decoding alone; tokens_per_s: generated tokens, padding not counted.
+        positions computed per answer; seconds: decoding alone; tokens_per_s: generated tokens,
+        padding not counted.
     """
     rng = torch.Generator().manual_seed(seed)
 
@@ -133,14 +133,17 @@ def resolve(config: SoftConfig, tokenizer) -> SoftConfig:
     not know."""
     for name in TAGS:
         text = getattr(config, name)
-        if not isinstance(text, str):
-            continue
-        try:
-            ids = tokenizer.encode(text, add_special_tokens=False)
-        except Exception:  # as in read_prompts
-            ids = [None]
-        if None in ids or tokenizer.unk_token_id in ids:
+        if isinstance(text, str) and not tag_ids(tokenizer, text):
             raise ValueError(
                 f"{name}={text!r} is not in the tokenizer's vocabulary, so that no model would write it"
             )
     return config.resolve(tokenizer)
+
+
+def tag_ids(tokenizer, text: str) -> tuple[int, ...]:
+    """The tokens of a tag; none for a text that the tokenizer does not know."""
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    except Exception:  # as in read_prompts
+        return ()
+    return () if None in ids or tokenizer.unk_token_id in ids else tuple(ids)

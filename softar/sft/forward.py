@@ -60,6 +60,7 @@ def mk_alpha(
     return alpha
 
 
+# Wide because it is one pass in two modes: five say what is read, each mode has knobs of its own.
 def soft_forward(
     model: nn.Module,
     input_ids: Tensor,

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 
-from ..config import SoftConfig
-from ..evaluate import evaluate
+from ..config import TAGS, SoftConfig
+from ..evaluate import evaluate, tag_ids
 from ..mixers import guide, mk_mixer
-from ..soft import Soft, check_dist, entropy, mk_proba_dist, soft_embed
+from ..soft import Soft, check_dist, mk_proba_dist, soft_embed
 from ..training import check_writable, inside_forward, no_interrupt
 from .config import SoftSFTConfig
 from .data import (
@@ -32,6 +32,7 @@ from .data import (
     thought_mask,
 )
 from .forward import soft_forward
+from .loss import soft_loss
 
 
 class SoftSFTTrainer(SFTTrainer):
@@ -65,20 +66,11 @@ class SoftSFTTrainer(SFTTrainer):
             )
         check_writable(args.output_dir)
         self._score, self._decode_rows = score, eval_dataset
-        if score is not None and eval_dataset is not None:
-            check_rows(eval_dataset, "eval_dataset with score=")
-            if "prompt" not in eval_dataset.column_names:
-                raise ValueError(
-                    f"score= needs a column 'prompt' in the held-out rows, not {eval_dataset.column_names}"
-                )
+        _check_rows(args, train_dataset, eval_dataset, score)
         if args.targets != "gold":
-            check_traces(train_dataset, args.targets)
-            train_dataset = add_trace_ids(
-                train_dataset, processing_class, max_length=args.max_length
-            )
+            train_dataset = add_trace_ids(train_dataset, processing_class, args.max_length)
         if args.targets == "oracle" and eval_dataset is not None:
-            check_traces(eval_dataset, args.targets)
-            eval_dataset = add_trace_ids(eval_dataset, processing_class, max_length=args.max_length)
+            eval_dataset = add_trace_ids(eval_dataset, processing_class, args.max_length)
         pad = processing_class.pad_token_id
         if pad is None:
             raise ValueError(
@@ -95,28 +87,34 @@ class SoftSFTTrainer(SFTTrainer):
         )
         # by TRL, for every mixture of experts whose configuration has a coefficient
         if self.aux_loss_enabled:
-            given = f"router_aux_loss_coef={self.router_aux_loss_coef}"
             raise ValueError(
-                f"{given}: soft SFT leaves out the experts' load-balancing loss, set it to 0 to agree"
+                f"router_aux_loss_coef={self.router_aux_loss_coef}: soft SFT leaves out the experts' "
+                f"load-balancing loss, set it to 0 to agree"
             )
         vocab = self.model.config.get_text_config(decoder=True).vocab_size
         check_dist(vocab, **args.filters)
-        self._freeze(args.freeze_embeddings, args.freeze_layers)
+        _freeze(
+            self.accelerator.unwrap_model(self.model), args.freeze_embeddings, args.freeze_layers
+        )
         if args.learn_temperature:
             start = torch.tensor(math.log(args.soft_temperature), device=self.model.device)
             self.model.register_parameter("soft_log_temperature", nn.Parameter(start))
         self._alpha = args.alpha()
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
-        start, end = (
-            _encode(processing_class, text) for text in (args.think_start, args.think_end)
-        )
-        self._span = dict(start=start, end=end, steps=args.think_steps)
-        if isinstance(self.train_dataset, Dataset):  # a stream shows its rows only once
-            for name, ids in (("think_start", start), ("think_end", end)):
-                if ids:
-                    check_tag(self.train_dataset, name, getattr(args, name), ids, args.targets)
+        self._span = self._thought_span()
         self._rng = torch.Generator()
         self._micro = 0
+
+    def _thought_span(self) -> dict:
+        """What tells the thought in a completion, as thought_mask takes it."""
+        args = self.args
+        tags = {name: getattr(args, name) for name in TAGS}
+        ids = {name: _encode(self.processing_class, text) for name, text in tags.items()}
+        if isinstance(self.train_dataset, Dataset):  # a stream shows its rows only once
+            for name, tokens in ids.items():
+                if tokens:
+                    check_tag(self.train_dataset, name, tags[name], tokens, args.targets)
+        return dict(start=ids["think_start"], end=ids["think_end"], steps=args.think_steps)
 
     # -- data
 
@@ -266,33 +264,31 @@ class SoftSFTTrainer(SFTTrainer):
         self._micro = 0
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self._score is not None and self._decode_rows is not None and self.args.eval_decode_rows:
-            rows = self._decode_rows.select(
-                range(min(len(self._decode_rows), self.args.eval_decode_rows))
-            )
-            found = {
+            count = min(len(self._decode_rows), self.args.eval_decode_rows)
+            rows = self._decode_rows.select(range(count))
+            accuracies = {
                 f"{metric_key_prefix}_{r}_accuracy": self.accuracy(rows, r)
                 for r in ("soft", "discrete")
             }
-            metrics.update(found)
-            self.log(dict(found))
+            metrics.update(accuracies)
+            self.log(dict(accuracies))
         return metrics
 
     def accuracy(self, rows: Dataset, readout: str) -> float:
         """Mean score of the answers to `rows`, read out 'soft' or 'discrete'."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         # never empty: fewer rows are counted twice
-        mine = rows.select(range(rank % len(rows), len(rows), processes))
-        model = self.accelerator.unwrap_model(self.model)
-        found = evaluate(
-            model,
+        share = rows.select(range(rank % len(rows), len(rows), processes))
+        result = evaluate(
+            self.accelerator.unwrap_model(self.model),
             self.processing_class,
-            mine,
+            share,
             self._score,
             self.decoding(readout),
             seed=self.args.seed,
         )
         sums = torch.tensor(
-            [found["accuracy"] * len(mine), len(mine)], device=self.accelerator.device
+            [result["accuracy"] * len(share), len(share)], device=self.accelerator.device
         )
         points, n = self.accelerator.reduce(sums).tolist()
         return points / n
@@ -328,65 +324,40 @@ class SoftSFTTrainer(SFTTrainer):
             temperature = SoftConfig.load(resume_from_checkpoint).temperature
             self.model.soft_log_temperature.data.fill_(math.log(temperature))
 
-    def _freeze(self, embeddings: bool, layers: int) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if embeddings:
-            model.get_input_embeddings().requires_grad_(False)
-        if layers:
-            stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), [])
-            if layers > len(stack):
-                raise ValueError(
-                    f"freeze_layers={layers} but {type(model).__name__} has {len(stack)} layers"
-                )
-            for layer in list(stack)[:layers]:
-                layer.requires_grad_(False)
-
-
-def soft_loss(
-    logits: Tensor,
-    labels: Tensor,
-    thought: Tensor,
-    *,
-    thought_weight: float = 1.0,
-    soft_labels: Soft | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the raw logits, summed over the target tokens; and the entropies of the
-    thought's steps.
-
-    Raw: the filters and the temperature that shape the inputs have no part in the likelihood.
-
-    Args:
-        logits: [B, T, V]; labels: [B, T], -100 off the targets; thought: [B, T] bool.
-        thought_weight: weight of the thought's tokens, the others have 1.
-        soft_labels: ids and weights [B, T, M]: the target at each position is this distribution
-            instead of the label.
-
-    Returns:
-        loss [] float32, a sum; entropies [n] float32 nats of the n steps that predict a thought
-            token.
-    """
-    target = labels[:, 1:] != -100
-    chosen = logits[:, :-1][target].float()  # [N, V]
-    is_thought = thought[:, 1:][target]
-    logp = chosen.log_softmax(-1)
-    if soft_labels is None:
-        ce = -logp.gather(-1, labels[:, 1:][target][:, None])[:, 0]
-    else:
-        ids, weights = (x[:, 1:][target] for x in soft_labels)
-        ce = -(weights * logp.gather(-1, ids)).sum(-1)
-    ce = torch.where(is_thought, thought_weight * ce, ce)
-    return ce.sum(), entropy(chosen[is_thought])
-
 
 def _encode(tokenizer, text: str | None) -> list[int]:
     if text is None:
         return []
-    try:
-        ids = tokenizer.encode(text, add_special_tokens=False)
-    except Exception:  # the class that a vocabulary without an unknown token raises
-        ids = []
-    if not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
+    ids = tag_ids(tokenizer, text)
+    if not ids:
         raise ValueError(
             f"the tokenizer has no tokens for {text!r}: name a text that the data really contains"
         )
-    return ids
+    return [*ids]
+
+
+def _check_rows(args: SoftSFTConfig, train_dataset, eval_dataset, score) -> None:
+    """Raise ValueError for data that lacks what the options need."""
+    if score is not None and eval_dataset is not None:
+        check_rows(eval_dataset, "eval_dataset with score=")
+        if "prompt" not in eval_dataset.column_names:
+            raise ValueError(
+                f"score= needs a column 'prompt' in the held-out rows, not {eval_dataset.column_names}"
+            )
+    if args.targets != "gold":
+        check_traces(train_dataset, args.targets)
+    if args.targets == "oracle" and eval_dataset is not None:
+        check_traces(eval_dataset, args.targets)
+
+
+def _freeze(model: nn.Module, embeddings: bool, layers: int) -> None:
+    if embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+    if layers:
+        stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), [])
+        if layers > len(stack):
+            raise ValueError(
+                f"freeze_layers={layers} but {type(model).__name__} has {len(stack)} layers"
+            )
+        for layer in list(stack)[:layers]:
+            layer.requires_grad_(False)

@@ -5,15 +5,60 @@ import contextlib
 import json
 import time
 from collections import deque
+from dataclasses import dataclass, fields
 from threading import Thread
 from typing import Any
 
 import httpx
 
+from ..checks import shorten
 from ..decoders.answer import Decoded
 from .completions import Completion, CompletionDecoder, Sampling, split_options, token_ids
 from .record import FIELD, from_json, to_record
 from .server import ServerError
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How a server is asked."""
+
+    timeout: float = 300  # seconds without a sign from the server
+    connect: float = 5  # seconds until it must accept a connection
+    # of connections that fail or break; an answer that is late or an error is not asked for again
+    retries: int = 2
+    concurrency: int = 16  # prompts at a time
+    api_key: str | None = None  # sent as a bearer token
+
+    def __post_init__(self):
+        for name, least in (("concurrency", 1), ("retries", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+        for name in ("timeout", "connect"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"{name}={value!r} must be a number of seconds, more than 0")
+
+    def client(self, url: str) -> httpx.Client:
+        """Raises ValueError for what is not the address of a server."""
+        example = "give e.g. 'http://127.0.0.1:8000'"
+        try:
+            address = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"url={url!r} is not a URL ({error}): {example}") from error
+        if address.scheme not in ("http", "https") or not address.host:
+            raise ValueError(f"url={url!r} is not the URL of a server: {example}")
+        return httpx.Client(
+            base_url=address,
+            timeout=httpx.Timeout(self.timeout, connect=self.connect, pool=None),
+            limits=httpx.Limits(max_connections=self.concurrency),
+            headers={"Authorization": f"Bearer {self.api_key}"} if self.api_key else {},
+            # no proxy leads to this machine
+            trust_env=address.host not in ("127.0.0.1", "localhost", "::1"),
+        )
+
+
+CONNECTION = tuple(field.name for field in fields(Connection))
 
 
 class ServerDecoder(CompletionDecoder):
@@ -24,12 +69,7 @@ class ServerDecoder(CompletionDecoder):
             that it names.
         tokenizer: turns prompts into ids and ids into text here, as other decoders do; needed for
             chat messages. None sends text as it is, and takes the server's.
-        timeout: seconds without a sign from the server. connect: seconds until the server must
-            accept a connection.
-        retries: of connections that fail or break; an answer that is late or an error is not asked
-            for again.
-        concurrency: prompts at a time. api_key: sent as a bearer token.
-        sampling: fields of Sampling, by name.
+        options: fields of Connection and of Sampling, by name.
 
     Raises (start and decode): ServerError.
     """
@@ -40,54 +80,22 @@ class ServerDecoder(CompletionDecoder):
         model: str | None = None,
         *,
         tokenizer=None,
-        timeout: float = 300,
-        connect: float = 5,
-        retries: int = 2,
-        concurrency: int = 16,
-        api_key: str | None = None,
         seed: int = 0,
         trace: bool = False,
         name: str | None = None,
-        **sampling,
+        **options,
     ):
-        for label, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{label}={value!r} must be a whole number, at least {least}")
-        for label, value in (("timeout", timeout), ("connect", connect)):
-            if not isinstance(value, (int, float)) or not value > 0:
-                raise ValueError(f"{label}={value!r} must be a number of seconds, more than 0")
-        self.url, self.wanted, self.timeout, self.retries = (
-            url.rstrip("/").removesuffix("/v1"),
-            model,
-            timeout,
-            retries,
-        )
-        self.concurrency = concurrency
-        super().__init__(
-            model or self.url, Sampling(**split_options(sampling, ())[0]), name, seed, trace
-        )
+        sampling, connection = split_options(options, CONNECTION)
+        self.connection = Connection(**connection)
+        self.url, self.wanted = url.rstrip("/").removesuffix("/v1"), model
+        super().__init__(model or self.url, Sampling(**sampling), name, seed, trace)
         self.tokenizer = tokenizer
         thinking = self.sampling.thinking
         if tokenizer is None and thinking is not None and thinking.has_answer:
             raise ValueError(
                 "soft: the answer behind a thought is cut out of the tokens: give tokenizer="
             )
-        try:
-            address = httpx.URL(self.url)
-        except httpx.InvalidURL as error:
-            raise ValueError(
-                f"url={url!r} is none ({error}): give e.g. 'http://127.0.0.1:8000'"
-            ) from error
-        if address.scheme not in ("http", "https") or not address.host:
-            raise ValueError(f"url={url!r} is none of a server: give e.g. 'http://127.0.0.1:8000'")
-        self.client = httpx.Client(
-            base_url=address,
-            timeout=httpx.Timeout(timeout, connect=connect, pool=None),
-            limits=httpx.Limits(max_connections=concurrency),
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            # no proxy leads to this machine
-            trust_env=address.host not in ("127.0.0.1", "localhost", "::1"),
-        )
+        self.client = self.connection.client(self.url)
         self._ready = False
 
     def start(self) -> None:
@@ -99,7 +107,7 @@ class ServerDecoder(CompletionDecoder):
             served = [model["id"] for model in answer["data"]]
         except (KeyError, TypeError) as error:
             raise ServerError(
-                f"url={self.url!r} answers, but names no models: it is no OpenAI-compatible one"
+                f"url={self.url!r} answers, but names no models: it is not an OpenAI-compatible one"
             ) from error
         if not served or self.wanted not in (None, *served):
             raise ServerError(f"url={self.url!r} serves {served}, not model={self.wanted!r}")
@@ -119,7 +127,7 @@ class ServerDecoder(CompletionDecoder):
             for i, (p, seed) in enumerate(zip(prompts, self.seeds(len(prompts))))
         ]
         failed: list[Exception] = []
-        found: dict[int, tuple[list[int], list[Completion]]] = {}
+        answers: dict[int, tuple[list[int], list[Completion]]] = {}
         waiting = deque(range(len(bodies)))
 
         def ask() -> None:
@@ -127,14 +135,13 @@ class ServerDecoder(CompletionDecoder):
                 with contextlib.suppress(IndexError):  # another thread took the last one
                     i = waiting.popleft()
                     try:
-                        found[i] = self._complete(i, len(bodies), bodies[i])
+                        answers[i] = self._complete(i, len(bodies), bodies[i])
                     except Exception as error:
                         failed.append(error)
 
         # Daemons: after Ctrl-C nothing waits for answers that may take minutes
-        threads = [
-            Thread(target=ask, daemon=True) for _ in range(min(self.concurrency, len(bodies)))
-        ]
+        count = min(self.connection.concurrency, len(bodies))
+        threads = [Thread(target=ask, daemon=True) for _ in range(count)]
         try:
             for thread in threads:
                 thread.start()
@@ -142,15 +149,14 @@ class ServerDecoder(CompletionDecoder):
                 thread.join()
         finally:
             waiting.clear()
-        found = dict(sorted(found.items()))
-        share = (time.perf_counter() - began) / max(len(found), 1)
-        ids, self.completions = [list(column) for column in zip(*found.values())] or ([], [])
-        done = dict(
-            zip(found, self.rows([prompts[i] for i in found], ids, self.completions, share))
-        )
+        answers = dict(sorted(answers.items()))
+        share = (time.perf_counter() - began) / max(len(answers), 1)
+        ids, self.completions = [list(column) for column in zip(*answers.values())] or ([], [])
+        rows = self.rows([prompts[i] for i in answers], ids, self.completions, share)
+        done = dict(zip(answers, rows))
         if failed and isinstance(failed[0], ServerError):
-            kept = f"{failed[0]}; {len(done)} of {len(prompts)} prompts were finished"
-            raise ServerError(kept, failed[0].prompt, done) from failed[0]
+            message = f"{failed[0]}; {len(done)} of {len(prompts)} prompts were finished"
+            raise ServerError(message, failed[0].prompt, done) from failed[0]
         if failed:
             raise failed[0]
         return list(done.values())
@@ -188,11 +194,11 @@ class ServerDecoder(CompletionDecoder):
         """The prompt's token ids, and its completions."""
         what = f"url={self.url!r}, prompt {i} of {n}"
         try:
-            choices = self._ask("POST", "/v1/completions", what, self.retries, body)["choices"]
-            found = [
-                self._completion(choice) for choice in sorted(choices, key=lambda c: c["index"])
-            ]
-            return list(choices[0]["prompt_token_ids"]), found
+            retries = self.connection.retries
+            choices = self._ask("POST", "/v1/completions", what, retries, body)["choices"]
+            ordered = sorted(choices, key=lambda choice: choice["index"])
+            completions = [self._completion(choice) for choice in ordered]
+            return list(choices[0]["prompt_token_ids"]), completions
         except ServerError as error:
             raise ServerError(str(error), i) from error
         except (KeyError, TypeError, IndexError, ValueError) as error:
@@ -202,15 +208,13 @@ class ServerDecoder(CompletionDecoder):
 
     def _completion(self, choice: dict) -> Completion:
         tokens, logprobs = tuple(choice["token_ids"]), choice["logprobs"]
-        kept = logprobs and tuple(
+        steps = logprobs and tuple(
             {int(token.removeprefix("token_id:")): p for token, p in step.items()}
             for step in logprobs["top_logprobs"]
         )
-        text = (
-            self.tokenizer.decode(tokens, skip_special_tokens=True)
-            if self.tokenizer
-            else choice["text"]
-        )
+        text = choice["text"]
+        if self.tokenizer:
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         record = None
         if self.sampling.soft is not None and self.soft["record"]:
             if FIELD not in choice:
@@ -218,7 +222,7 @@ class ServerDecoder(CompletionDecoder):
                     f"url={self.url!r}: no record in the answer: that server has no softar, or another one"
                 )
             record = to_record(from_json(choice[FIELD]))
-        return Completion(text, tokens, kept, record)
+        return Completion(text, tokens, steps, record)
 
     def _ask(
         self, method: str, path: str, what: str, retries: int, body: dict | None = None
@@ -229,16 +233,11 @@ class ServerDecoder(CompletionDecoder):
                 answer = self.client.request(method, path, json=body)
                 break
             except httpx.TimeoutException as error:
-                slow = (
-                    "accept a connection" if isinstance(error, httpx.ConnectTimeout) else "answer"
-                )
-                limit = (
-                    self.client.timeout.connect
-                    if isinstance(error, httpx.ConnectTimeout)
-                    else self.timeout
-                )
+                action, limit = "answer", self.connection.timeout
+                if isinstance(error, httpx.ConnectTimeout):
+                    action, limit = "accept a connection", self.connection.connect
                 raise ServerError(
-                    f"{what}: did not {slow} within {limit:g} s; more time: timeout="
+                    f"{what}: did not {action} within {limit:g} s; more time: timeout="
                 ) from error
             except httpx.TransportError as error:
                 if attempt < retries:
@@ -254,14 +253,16 @@ class ServerDecoder(CompletionDecoder):
         try:
             return answer.json()
         except ValueError as error:
-            raise ServerError(f"{what}: the answer is no JSON: {answer.text[:200]!r}") from error
+            raise ServerError(
+                f"{what}: the answer is not JSON: {shorten(answer.text, 200)!r}"
+            ) from error
 
 
 def _message(answer: httpx.Response) -> str:
     """What an error's answer says: OpenAI's form, FastAPI's, or the text."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        said = answer.json()
+        body = answer.json()
         return " ".join(
-            str(said["error"]["message"] if "error" in said else said["detail"]).split()
+            str(body["error"]["message"] if "error" in body else body["detail"]).split()
         )
-    return " ".join(answer.text.split())[:300] or answer.reason_phrase
+    return shorten(answer.text) or answer.reason_phrase

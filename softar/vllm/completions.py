@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from ..checks import check_choice, check_least
 from ..config import SoftConfig
 from ..decode import SoftOutput
 from ..decoders.answer import Decoded
@@ -41,33 +42,16 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r} is unknown: choose one of {(*MODES,)}")
+        check_choice("mode", self.mode, MODES)
         if (self.mode == "soft") != (self.soft is not None):
             raise ValueError(
                 f"mode={self.mode!r}, soft={self.soft!r}: mode 'soft' needs soft=, and no other takes it"
             )
-        for name in (
-            "temperature",
-            "top_p",
-            "top_k",
-            "votes",
-            "num_beams",
-            "max_new_tokens",
-            "logprobs",
-        ):
-            if isinstance(value := getattr(self, name), (str, bool, list, dict)):
-                raise ValueError(f"{name}={value!r} must be a number")
-        for name, least in (
-            ("max_new_tokens", 1),
-            ("votes", 1),
-            ("num_beams", 1),
-            ("top_k", 1),
-            ("logprobs", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("mode", "soft") and isinstance(value, (str, bool, list, dict)):
+                raise ValueError(f"{field.name}={value!r} must be a number")
+        check_least(self, max_new_tokens=1, votes=1, num_beams=1, top_k=1, logprobs=0)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.draws and not 0 < self.temperature <= 2:
@@ -111,11 +95,9 @@ class Sampling:
             "self-consistency": ["votes", "temperature"],
             "beam": ["num_beams"],
         }
-        shown = [
-            *names.get(self.mode, []),
-            *(n for n in ("top_p", "top_k") if self.draws and getattr(self, n)),
-        ]
-        return " ".join(f"{name}={getattr(self, name)}" for name in shown)
+        filters = [name for name in ("top_p", "top_k") if self.draws and getattr(self, name)]
+        names = [*names.get(self.mode, []), *filters]
+        return " ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def cost(self, prompt: int, lengths: list[int]) -> tuple[int, int]:
         """num_forwards and token_forwards of a row: its prompt's length, and those of its
@@ -142,7 +124,8 @@ class Completion:
 
 
 class CompletionDecoder:
-    """What both have in common: prompts to ids, completions to the row that counts."""
+    """What the decoder with an engine here and the one over HTTP share: prompts to ids, completions
+    to the row that counts."""
 
     def __init__(self, model: str, sampling: Sampling, name: str | None, seed: int, trace: bool):
         self.model, self.sampling, self.trace = model, sampling, trace
@@ -177,27 +160,29 @@ class CompletionDecoder:
         return self.sampling.soft | {"record": self.trace or ends_unseen(self.sampling.soft)}
 
     def rows(
-        self, prompts: list, ids: list[list[int]], found: list[list[Completion]], seconds: float
+        self, prompts: list, ids: list[list[int]], answers: list[list[Completion]], seconds: float
     ) -> list[Decoded]:
-        """What counts of each prompt, of its token ids and its completions. seconds: of one row."""
+        """The row that counts, of each prompt, its token ids and its completions. seconds: of one
+        row."""
         starts = [0] * len(prompts)
         config = self.sampling.thinking
         if config is not None and config.has_answer:
-            starts = answer_starts(config.resolve(self.tokenizer), ids, [own[0] for own in found])
-        return [self._row(*row, seconds) for row in zip(prompts, ids, found, starts, strict=True)]
+            starts = answer_starts(
+                config.resolve(self.tokenizer), ids, [completions[0] for completions in answers]
+            )
+        return [self._row(*row, seconds) for row in zip(prompts, ids, answers, starts, strict=True)]
 
     def _row(
-        self, prompt, ids: list[int], found: list[Completion], start: int, seconds: float
+        self, prompt, ids: list[int], completions: list[Completion], start: int, seconds: float
     ) -> Decoded:
-        best = Counter(c.text.strip() for c in found).most_common(1)[0][0]
-        voting = self.sampling.mode == "self-consistency"
-        chosen = next(c for c in found if c.text.strip() == best) if voting else found[0]
-        text = (
-            self.tokenizer.decode(chosen.tokens[start:], skip_special_tokens=True)
-            if start
-            else chosen.text
-        )
-        forwards, positions = self.sampling.cost(len(ids), [len(c.tokens) for c in found])
+        chosen = completions[0]
+        if self.sampling.mode == "self-consistency":
+            best = Counter(c.text.strip() for c in completions).most_common(1)[0][0]
+            chosen = next(c for c in completions if c.text.strip() == best)
+        text = chosen.text
+        if start:
+            text = self.tokenizer.decode(chosen.tokens[start:], skip_special_tokens=True)
+        forwards, positions = self.sampling.cost(len(ids), [len(c.tokens) for c in completions])
         entropy = None if chosen.record is None else float(chosen.record.entropy.mean())
         trace = self._trace(prompt, ids, chosen, start) if self.trace else None
         return Decoded(
@@ -223,7 +208,7 @@ class CompletionDecoder:
 
 
 class _Numbers:
-    """In a tokenizer's place where there is none."""
+    """Stands for a tokenizer where there is none: a text of numbers."""
 
     def decode(self, ids, **_) -> str:
         return " ".join(str(int(i)) for i in ids)

@@ -8,13 +8,11 @@ from transformers import AutoTokenizer
 from ..decoders.options import format_options
 from ..mixers import mk_mixer
 from ..models import folder_of, load
-from .client import ServerDecoder
+from .client import CONNECTION, ServerDecoder
 from .completions import MODES, ends_unseen
 from .engine import ENGINE, VLLMDecoder
 from .machine import on_cpu
 from .request import LIMIT, fields_of
-
-CLIENT = ("timeout", "connect", "retries", "concurrency", "api_key")  # of ServerDecoder
 
 
 def _factory(mode: str) -> Callable[..., VLLMDecoder | ServerDecoder]:
@@ -54,7 +52,7 @@ def _make_soft(
     answer is greedy), and the engine's or the client's."""
     from ..decoders.soft import own_config, soft_config
 
-    others = {name: options.pop(name) for name in (*ENGINE, *CLIENT) if name in options}
+    others = {name: options.pop(name) for name in (*ENGINE, *CONNECTION) if name in options}
     trained = own_config(model).mixer  # on its own single tokens, it gets its belief
     mixer = options.pop("mixer", "soft" if mk_mixer(trained).single else trained)
     config = soft_config(model, mixer, options)
@@ -70,7 +68,7 @@ def _make_soft(
         records = trace or ends_unseen(soft)  # which have room for all but one
         soft["top_k"] = len(tokenizer) - (1 + (config.alpha < 1) if records else 0)
     others |= {"soft": soft} if url is not None else {"soft": soft, "enable_prompt_embeds": True}
-    found = _factory("soft")(
+    decoder = _factory("soft")(
         model,
         max_new_tokens=max_new_tokens,
         seed=seed,
@@ -81,8 +79,9 @@ def _make_soft(
         **others,
     )
     setting = format_options(({} if mixer == "soft" else {"mixer": mixer}) | options, " ")
-    found.columns["setting"], found.name = setting, " ".join(filter(None, ["vllm-soft", setting]))
-    return found
+    decoder.columns["setting"] = setting
+    decoder.name = " ".join(filter(None, ["vllm-soft", setting]))
+    return decoder
 
 
 def _tokenizer(model: str):

@@ -141,10 +141,9 @@ class VLLMDecoder(CompletionDecoder):
         ]
 
     def _completion(self, tokens, logprobs) -> Completion:
-        kept = logprobs and tuple({i: p.logprob for i, p in step.items()} for step in logprobs)
-        return Completion(
-            self.tokenizer.decode(tokens, skip_special_tokens=True), tuple(tokens), kept
-        )
+        steps = logprobs and tuple({i: p.logprob for i, p in step.items()} for step in logprobs)
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return Completion(text, tuple(tokens), steps)
 
     def _recorded(self, output) -> Completion:
         completion = self._completion(output.token_ids, None)

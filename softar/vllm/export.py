@@ -14,8 +14,6 @@ from .machine import on_cpu
 # vLLM's attention on CPU has kernels for heads of these widths alone; asked for another, its engine
 # dies at the first prompt.
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-
-
 LLAMA_HEADS = 32  # what narrower heads of a Llama are widened to
 
 
@@ -51,10 +49,10 @@ def exported(name: str, dtype: str = "auto") -> Iterator[str]:
     model = model.merge_and_unload() if adapter else model
     model = widened(model) if is_narrow(model.config) else model
     check_heads(name, model.config)
-    with tempfile.TemporaryDirectory(prefix="softar-vllm-") as place:
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
-        yield place
+    with tempfile.TemporaryDirectory(prefix="softar-vllm-") as copy:
+        model.save_pretrained(copy)
+        tokenizer.save_pretrained(copy)
+        yield copy
 
 
 def served_dtype(folder: str, dtype: str) -> str:
@@ -96,12 +94,12 @@ def widened(model: LlamaForCausalLM) -> PreTrainedModel:
     """
     config, d, wide = model.config, _head_dim(model.config), LLAMA_HEADS
     r = wide // d
-    # [d], where coordinates go
-    kept = torch.cat([torch.arange(d // 2) * r, torch.arange(d // 2) * r + wide // 2])
+    half = torch.arange(d // 2) * r
+    target = torch.cat([half, half + wide // 2])  # [d], where coordinates go
 
     def spread(rows):  # [heads * d, ...] -> [heads * wide, ...]
         out = rows.new_zeros(rows.shape[0] // d, wide, *rows.shape[1:])
-        out[:, kept] = rows.view(-1, d, *rows.shape[1:])
+        out[:, target] = rows.view(-1, d, *rows.shape[1:])
         return out.flatten(0, 1)
 
     weights = dict(model.state_dict())

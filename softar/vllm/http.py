@@ -57,9 +57,9 @@ def teach() -> None:
 
 
 def completion(method, self, results, request, *args, **kwargs):
-    wanted = asks(request)
+    with_record = asks(request)
     response = method(self, results, request, *args, **kwargs)
-    if wanted:
+    if with_record:
         _fill(response, results)
     return response
 
@@ -102,15 +102,15 @@ def extend(method, self, more) -> None:
 
 
 def asks(request) -> bool:
-    """For a record? What is wrong in "soft" itself the engine refuses."""
-    given = request.vllm_xargs or {}
-    if "soft" not in given:
+    """Does it ask for a record? What is wrong in "soft" itself the engine refuses."""
+    extra_args = request.vllm_xargs or {}
+    if "soft" not in extra_args:
         return False
     with refusing():
         if request.use_beam_search:
             raise ValueError("soft: not together with use_beam_search")
         try:
-            record = json.loads(given["soft"])["record"] is True
+            record = json.loads(extra_args["soft"])["record"] is True
         except (TypeError, KeyError, ValueError, RecursionError):
             return False
         if (
@@ -153,11 +153,10 @@ async def _filled(chunks: AsyncIterator[str], waiting: dict[int, list]) -> Async
     async with contextlib.aclosing(chunks):
         async for chunk in chunks:
             body = json.loads(chunk.removeprefix("data: ")) if chunk.startswith("data: {") else {}
-            found = [choice for choice in body.get("choices", ()) if "token_ids" in choice]
-            for choice in found:
+            choices = [choice for choice in body.get("choices", ()) if "token_ids" in choice]
+            for choice in choices:
                 choice[FIELD] = as_json(waiting.pop(choice["index"], ()))
-            yield (
-                f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
-                if found
-                else chunk
-            )
+            if choices:
+                text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+                chunk = f"data: {text}\n\n"
+            yield chunk

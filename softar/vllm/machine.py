@@ -26,20 +26,20 @@ def on_cpu() -> bool:
 
 
 def settings(folder: str) -> dict[str, str]:
-    """Environment variables for vLLM's processes; those that the user has set go before them."""
-    found = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    """Environment variables for vLLM's processes; those that the user has set override them."""
+    variables = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if Path(folder).is_dir():  # nothing is to be fetched, so nothing is to be asked for
-        found["HF_HUB_OFFLINE"] = "1"
+        variables["HF_HUB_OFFLINE"] = "1"
     if on_cpu():
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
-        found |= {
+        variables |= {
             # GiB; vLLM would take nearly all of the memory
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, memory // 8)),
             "VLLM_CPU_CI_ENV": "1",  # no warm-up: it is for compiled code, and eager has none
             # the log-probabilities would still be compiled, at the first prompt
             "TORCHDYNAMO_DISABLE": "1",
         }
-    return found
+    return variables
 
 
 def require_vllm() -> None:

@@ -3,8 +3,8 @@ here imports vLLM.
 
 A request chooses as a row of `softar.generate` does, by the same `decide`: all requests of a
 configuration that step together are one `Group`, which they enter and leave as vLLM schedules them.
-Everything stays on the device and nothing waits for it. What a request has read is kept, so that it can be
-computed again when vLLM has thrown it out of its cache.
+Everything stays on the device and nothing waits for it. What a request has read is stored, so that
+it can be computed again when vLLM has thrown it out of its cache.
 
 Shapes: R rows of the batch, G those of one configuration that step, K tokens kept, D embedding
 width.

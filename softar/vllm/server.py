@@ -61,6 +61,7 @@ class Server:
 
 
 @contextlib.contextmanager
+# Wide because each is an option of `softar serve`.
 def serve(
     model: str | os.PathLike,
     *,
@@ -77,8 +78,8 @@ def serve(
     is left.
 
     Args:
-        model: as for softar.load; the server calls it by this name. What is no folder in vLLM's
-            form is exported first.
+        model: as for softar.load; the server calls it by this name. What is not a folder in
+            vLLM's form is exported first.
         port: None takes a free one. host: the address it listens on.
         dtype: of the weights, as for softar.load. max_model_len: tokens, prompt and answer together; None is what the
             model was made for.
@@ -134,7 +135,7 @@ def _command(
 
 
 def _port(host: str, port: int | None) -> int:
-    """A free port, or the given one if nobody listens on it."""
+    """A free port, or this one if nobody listens on it."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
