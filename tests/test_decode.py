@@ -41,6 +41,7 @@ import softar
 from softar import Kind, SoftConfig, soft_embed
 from softar.mixers import MIXERS
 from softar.soft import Soft, entropy, mk_proba_dist
+from softar.thought import Record, begin, join, mk_rules, replay
 
 N = 12  # new tokens
 HARD_WAYS = {
@@ -1122,9 +1123,95 @@ def test_resolve_turns_text_into_ids():
     assert SoftConfig(think_end=END).resolve(None) == SoftConfig(think_end=END)
 
 
+def test_ids_are_tuples_however_they_are_given(tmp_path):
+    config = SoftConfig(think_start=[THINK, 9], think_end=END, banned=[7, 8])
+    assert (config.think_start, config.think_end) == ((THINK, 9), (END,))
+    assert config == SoftConfig(think_start=(THINK, 9), think_end=(END,), banned=(7, 8))
+    config.save(tmp_path)
+    saved = json.loads((tmp_path / "soft_config.json").read_text())
+    assert saved["think_end"] == [END]
+    older = saved | {"think_end": END}  # as it was written before
+    (tmp_path / "soft_config.json").write_text(json.dumps(older))
+    assert SoftConfig.load(tmp_path) == config
+    with pytest.raises(ValueError, match="empty; None is for none"):
+        SoftConfig(think_end=[])
+
+
+@pytest.mark.parametrize(
+    "knobs, has_answer, is_soft, draws, width",
+    [
+        ({}, False, True, False, 10),
+        ({"budget": 0}, True, True, False, 10),
+        ({"think_end": END, "answer_temperature": 0.5}, True, True, True, 10),
+        ({"answer_temperature": 0.5}, False, True, False, 10),
+        ({"cold_stop_entropy": 0.0, "alpha": 0.5, "keep": 4}, True, True, False, 5),
+        ({"mixer": "gumbel", "alpha": 0.0, "top_k": None}, False, False, True, math.inf),
+        ({"mixer": "gumbel", "temperature": 0.0}, False, False, False, 1),
+        ({"mixer": "hard"}, False, False, False, 1),
+        ({"mixer": "hard", "mixer_args": {"sample": True}}, False, False, True, 1),
+        (
+            {"mixer": "k-samples", "temperature": 0.0, "mixer_args": {"k": 5}},
+            False,
+            False,
+            False,
+            5,
+        ),
+    ],
+)
+def test_what_a_configuration_says(knobs, has_answer, is_soft, draws, width):
+    config = SoftConfig(**knobs)
+    facts = (config.has_answer, config.is_soft, config.draws, config.width)
+    assert facts == (has_answer, is_soft, draws, width)
+
+
 def test_configurations_are_frozen():
     with pytest.raises(AttributeError):
         SoftConfig().alpha = 0.5
+
+
+SPANS = [
+    dict(think_end=(END, 9), budget=3),
+    dict(think_start=(THINK, 11), think_end=END),
+    dict(cold_stop_entropy=3.3, cold_stop_steps=2, answer_temperature=1.0),
+    dict(mixer="k-samples", budget=4),
+]
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_a_decode_replays_by_its_own_rules(llama, span):
+    ids, mask = left_padded(PROMPTS)
+    config = SoftConfig(max_new_tokens=N, **span)
+    out = softar.generate(llama, ids, mask, config=config, rng=seeded(1))
+    rules = mk_rules(config, ids.device, torch.tensor(PAD), torch.tensor([EOS]))
+    progress, record = replay(rules, begin(config, ids), out.record, out.record.kind == Kind.PAD)
+    assert torch.equal(progress.answer_start, out.answer_start)
+    for ours, theirs in zip(record, out.record, strict=True):
+        assert torch.equal(ours.nan_to_num(-1), theirs.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_rows_that_part_and_meet_again_go_on_as_they_would(llama, span):
+    """The state is a value: to decide in two halves, in another order, is to decide at once."""
+    ids, mask = left_padded(PROMPTS)
+    config = SoftConfig(max_new_tokens=N, **span)
+    record = softar.generate(llama, ids, mask, config=config, rng=seeded(1)).record
+    rules, done = mk_rules(config, ids.device, None, None), record.kind == Kind.PAD
+    order, half = torch.tensor([2, 0, 1]), 4  # where the first span is putting its end in
+
+    def part(rows, steps):
+        return Record(*(column[rows][:, steps] for column in record)), done[rows][:, steps]
+
+    every, early, late = slice(None), slice(None, half), slice(half, None)
+    at_once, _ = replay(rules, begin(config, ids), *part(every, every))
+    start, _ = replay(rules, begin(config, ids), *part(every, early))
+    before = [column.clone() for column in start]
+    pieces = [
+        replay(rules, start.select(rows), *part(rows, late))[0] for rows in order.split([1, 2])
+    ]
+    whole, _ = replay(rules, start, *part(every, late))
+    assert all(map(torch.equal, start, before)), "nothing is written into a progress"
+    assert all(map(torch.equal, whole, at_once))
+    assert all(map(torch.equal, join(pieces), at_once.select(order)))
 
 
 def test_processors_that_leave_no_token_are_named_at_their_step(llama):

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from softar.config import SoftConfig
 from softar.mixers import MIXERS, Mixed, mk_mixer
 from softar.soft import Soft, mk_proba_dist
 
@@ -442,6 +443,37 @@ def test_mk_mixer_binds_knobs_and_takes_functions():
     a = mk_mixer("gumbel", tau=0.2)(dist_of(4), rng=seeded(1))
     b = MIXERS["gumbel"](dist_of(4), rng=seeded(1), tau=0.2)
     assert torch.equal(a.soft.weights, b.soft.weights)
+
+
+def test_what_decoders_know_of_a_mixer():
+    facts = {}
+    for name, (mixer, knobs) in SETTINGS.items():
+        made = mk_mixer(mixer, **knobs)
+        facts[name] = made.single, made.draws(made.knobs), made.width(made.knobs, 9)
+    assert facts == {
+        "hard": (True, False, 1),
+        "sample": (True, True, 1),
+        "soft": (False, False, 9),
+        "gumbel": (False, True, 9),
+        "k-samples": (False, True, 3),
+        "k-samples by probability": (False, True, 4),
+        "mixture-of-inputs": (False, True, 9),
+        "dirichlet": (False, True, 9),
+    }
+    assert mk_mixer("k-samples").knobs == {"k": 3, "weighting": "uniform"}
+
+
+def test_a_plain_function_may_be_registered(monkeypatch):
+    def uniform(dist, *, rng=None, share=1.0):
+        weights = torch.full_like(dist.weights, share / dist.weights.shape[-1])
+        return Mixed(Soft(dist.ids, weights), dist.ids[..., 0], None)
+
+    monkeypatch.setitem(MIXERS, "uniform", uniform)
+    config = SoftConfig(mixer="uniform", mixer_args={"share": 0.5}, top_k=7, alpha=0.5)
+    assert config.is_soft and config.draws and config.width == 8
+    assert mk_mixer("uniform", share=0.5)(dist_of(2)).soft.weights.sum(-1).tolist() == [0.5, 0.5]
+    with pytest.raises(ValueError, match="mixer='uniform' does not take"):
+        SoftConfig(mixer="uniform", mixer_args={"shame": 1})
 
 
 @pytest.mark.parametrize(
