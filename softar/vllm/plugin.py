@@ -24,7 +24,10 @@ def register() -> None:
     from vllm.logger import init_logger
 
     if not any(__version__ == v or __version__.startswith(f"{v}.") for v in VERSIONS):
-        message = "softar: no soft decoding, vLLM %s is not among the versions it knows: %s.*"
+        message = (
+            "softar: no soft decoding, vLLM %s is not among the versions it knows: %s.*; "
+            "`pip install 'softar[vllm]'` takes one that was tried"
+        )
         init_logger("vllm.softar").warning(message, __version__, ".*, ".join(VERSIONS))
         return
     from vllm.v1.engine.core import EngineCore
