@@ -9,7 +9,6 @@ import warnings
 
 import pytest
 import torch
-from test_soft import Largest
 from tiny import (
     ARCHS,
     BOS,
@@ -21,10 +20,12 @@ from tiny import (
     VOCAB,
     WIDTH,
     Forced,
+    Largest,
     counted,
     edited_logits,
     left_padded,
     model_of,
+    seeded,
     tokenizer_of,
     with_lora,
 )
@@ -59,10 +60,6 @@ MIXER_ARGS = {
     "dirichlet": {"gamma": 2.0},
 }
 SOFT, HARD, FORCED, ENDED = Kind.SOFT, Kind.HARD, Kind.FORCED, Kind.PAD
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def greedy(model, ids, mask, **knobs):

@@ -449,9 +449,11 @@ def test_a_row_of_a_batch_is_the_row_alone(name, tiny, filler):
         decoder, prompts = DiffusionDecoder(*filler, config), [*MNNS, "<bos> D1 D2 ->"]
     elif name == "beam":
         decoder, prompts = BeamDecoder(*tiny, 3, N), PROMPTS
-    else:
+    else:  # in a net as wide as the others' mixtures amplify rounding until tokens part
         decoder = SoftDecoder(
-            *tiny, SoftConfig(mixer="hard" if name == "discrete" else "soft", max_new_tokens=N)
+            model_of(initializer_range=0.2),
+            tokenizer_of(),
+            SoftConfig(mixer="hard" if name == "discrete" else "soft", max_new_tokens=N),
         )
         prompts = PROMPTS
     together, alone = decoder.decode(prompts), [decoder.decode([prompt])[0] for prompt in prompts]
@@ -459,7 +461,7 @@ def test_a_row_of_a_batch_is_the_row_alone(name, tiny, filler):
     assert answers(together) == answers(alone)
     for one, other in zip(together, alone, strict=True):
         assert one.entropy == (
-            None if other.entropy is None else pytest.approx(other.entropy, abs=1e-3)
+            None if other.entropy is None else pytest.approx(other.entropy, abs=1e-4)
         )
 
 

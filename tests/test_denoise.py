@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_soft import Largest
-from tiny import counted, left_padded, tokenizer_of, with_lora
+from tiny import Largest, chi_square, counted, left_padded, seeded, tokenizer_of, with_lora
 from transformers import BertConfig, BertForMaskedLM, TextStreamer
 from transformers.generation.streamers import BaseStreamer, TextDiffusionStreamer
 
@@ -60,10 +59,6 @@ def denoiser(family="llada", dtype=torch.float32, **changes):
         else:
             model = DreamForMaskedDiffusion(DreamConfig(**sizes | changes))
     return model.to(dtype).eval()
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def run(model, rows=PROMPTS, **knobs) -> DenoiseOutput:
@@ -595,22 +590,6 @@ def test_the_end_of_text_can_be_banned():
 # -- draws
 
 ODDS = 1e-6  # that a right sampler would fail, had it drawn other numbers
-
-
-def chi_square(counts, probs):
-    """Chance of counts at least this far from n draws with these probabilities; rare outcomes taken
-    together."""
-    counts, probs = counts.double(), probs.double()
-    assert counts[probs == 0].sum() == 0
-    expected = counts.sum() * probs
-    rare = expected < 8
-    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
-    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    statistic = ((counts - expected).square() / expected).sum()
-    return torch.special.gammaincc(
-        torch.tensor((len(counts) - 1) / 2).double(), statistic / 2
-    ).item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,6 +13,7 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig
+from tiny import seeded
 
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion.architectures import LladaConfig, LladaForMaskedDiffusion
@@ -119,10 +120,6 @@ def untrained(folder):
     model, _ = tiny(folder)
     model.config.diffusion_process = {"kind": "uniform", "eps": 1e-3, "left_out": [PAD, MASK]}
     return model
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # -- the loss

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import BOS, PAD, VOCAB, counted, model_of, with_lora
+from tiny import BOS, PAD, VOCAB, counted, model_of, seeded, with_lora
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from softar.mixers import GUIDES, guide
@@ -17,10 +17,6 @@ from softar.soft import Soft, dense, mk_proba_dist, soft_embed
 
 light = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SIX_SIGMA = 6.0  # of a normal deviate: 2e-9
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # -- guide

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import chi_square, seeded
 
 from softar.config import SoftConfig
 from softar.mixers import MIXERS, Mixed, mk_mixer
@@ -36,10 +37,6 @@ DRAWING = [name for name in SETTINGS if name not in ("hard", "soft")]
 light = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def mixer_of(name):
     mixer, knobs = SETTINGS[name]
     return mk_mixer(mixer, **knobs)
@@ -53,18 +50,11 @@ def random_dist(*shape, V=30, seed=0, **knobs):
     return mk_proba_dist(torch.randn(*shape, V, generator=seeded(seed)) * 2, **knobs)
 
 
-def chi_square_odds(observed, p):
-    """Odds of counts at least this far from n p: observed and p [m], p > 0."""
-    expected = observed.sum() * p / p.sum()
-    stat = ((observed - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc(torch.tensor((len(p) - 1) / 2.0), stat / 2).item()
-
-
 def assert_drawn_from(tokens, p=P, ids=IDS):
     counts = torch.stack([(tokens == i).sum() for i in ids]).double()
     assert counts.sum() == tokens.numel(), "a token outside the distribution"
     assert (counts[p == 0] == 0).all(), "a token of weight 0 was drawn"
-    assert chi_square_odds(counts[p > 0], p[p > 0].double()) > ODDS
+    assert chi_square(counts, p) > ODDS
 
 
 def test_the_chi_square_of_this_test_can_fail():
@@ -198,7 +188,7 @@ def test_draws_of_k_samples_are_independent():
     index = {int(i): n for n, i in enumerate(IDS[positive])}
     slot = torch.tensor([index.get(i, -1) for i in range(41)])[ids]
     counts = (slot[:, 0] * int(positive.sum()) + slot[:, 1]).bincount(minlength=len(pairs)).double()
-    assert chi_square_odds(counts, pairs) > ODDS
+    assert chi_square(counts, pairs) > ODDS
 
 
 def test_over_a_large_vocabulary_the_tail_is_drawn_as_often_as_it_should():

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_diffusion_models import stock, words, write
-from test_soft import Largest
+from tiny import Largest
 from torch.utils._pytree import tree_leaves
 from transformers import ModernBertConfig, ModernBertForMaskedLM, Qwen2Tokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config

@@ -7,10 +7,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import VOCAB, model_of, with_lora
+from tiny import VOCAB, Largest, model_of, seeded, with_lora
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -22,10 +20,6 @@ from softar.soft import Soft, check_dist, dense, entropy, hard, mk_proba_dist, s
 
 INF = float("inf")
 light = settings(max_examples=80, deadline=None, derandomize=True, database=None)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def logits_of(*shape, seed=0, scale=2.0):
@@ -673,21 +667,6 @@ def test_rows_without_a_distribution_have_nan_entropy_and_others_none(bad, T):
 
 
 # -- memory
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any operation wrote anew (views of what was there do not count)."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)]
-        before = {t.untyped_storage().data_ptr() for t in tensors}
-        for t in tree_leaves(out):
-            if torch.is_tensor(t) and t.untyped_storage().data_ptr() not in before:
-                self.numel = max(self.numel, t.untyped_storage().nbytes() // t.element_size())
-        return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,12 +2,15 @@
 is downloaded."""
 
 import contextlib
+import copy
 
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -81,6 +84,17 @@ def with_lora(model, seed=1, **changes):
     return wrapped.eval()
 
 
+def perturbed(model, seed=0, size=1e-5):
+    """The model with each weight wrong by about `size` of itself: a hundred times what other
+    kernels, a float64 run or another order of a batch make. Tests that compare two implementations
+    over steps that feed back what they read take nets and lengths which survive this."""
+    model, rng = copy.deepcopy(model), seeded(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 1 + size * torch.randn(p.shape, generator=rng)
+    return model
+
+
 def tokenizer_of(vocab_size=VOCAB):
     """One word, one token: <pad> <bos> <eos> <think> </think> w5 w6 ... ; text is split at white
     space."""
@@ -95,6 +109,10 @@ def tokenizer_of(vocab_size=VOCAB):
         eos_token="<eos>",
         padding_side="left",
     )
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def left_padded(rows):
@@ -139,6 +157,37 @@ def counted(model):
         yield calls
     finally:
         handle.remove()
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any operation wrote anew (views of what was there do not count)."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)]
+        before = {t.untyped_storage().data_ptr() for t in tensors}
+        for t in tree_leaves(out):
+            if torch.is_tensor(t) and t.untyped_storage().data_ptr() not in before:
+                self.numel = max(self.numel, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+def chi_square(counts, probs):
+    """Chance of counts at least this far from n draws with these probabilities; rare outcomes taken
+    together."""
+    counts, probs = counts.double(), probs.double()
+    assert counts[probs == 0].sum() == 0
+    expected = counts.sum() * probs
+    rare = expected < 8
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected).square() / expected).sum()
+    return torch.special.gammaincc(
+        torch.tensor((len(counts) - 1) / 2).double(), statistic / 2
+    ).item()
 
 
 @contextlib.contextmanager
