@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 
+from softar.checks import check_writable
 from softar.sft.data import SoftCollator
 from softar.soft import soft_embed
-from softar.training import PlainSFTConfig, check_writable, inside_forward, no_interrupt, opt
+from softar.training import PlainSFTConfig, inside_forward, no_interrupt, opt
 
 from .architectures import LladaForMaskedDiffusion, llama_name
 from .config import DenoiseConfig

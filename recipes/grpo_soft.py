@@ -25,28 +25,21 @@ accelerate launch recipes/grpo_soft.py \
 accelerate launch recipes/grpo_soft.py --resume_from_checkpoint true
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
+from softar import rl
+from softar.recipe import run
 from softar.rl.config import SoftGRPOConfig
-from softar.rl.recipe import run
-
-HERE, PROGRAM = Path(__file__).parent, Path(__file__).name
+from softar.rl.recipe import rl_recipe
+from softar.training import opt
 
 
 @dataclass
 class RecipeConfig(SoftGRPOConfig):
-    output_dir: str | None = field(
-        default="runs/grpo_soft", metadata={"help": "Checkpoints, results.json, plot."}
-    )
+    output_dir: str | None = opt("runs/grpo_soft", "Checkpoints, results.json, plot.")
 
 
-def make_trainer(*given, **options):
-    # slow to import: not before the input has been checked
-    from softar.rl.grpo import SoftGRPOTrainer
-
-    return SoftGRPOTrainer(*given, **options)
-
+RECIPE = rl_recipe(__file__, RecipeConfig, lambda: rl.SoftGRPOTrainer, "mnns_grpo.yaml")
 
 if __name__ == "__main__":
-    run(PROGRAM, RecipeConfig, make_trainer, HERE / "configs" / "mnns_grpo.yaml")
+    run(RECIPE)

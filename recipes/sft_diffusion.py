@@ -20,33 +20,18 @@ accelerate launch recipes/sft_diffusion.py --model_name_or_path Qwen/Qwen2.5-0.5
 accelerate launch recipes/sft_diffusion.py --resume_from_checkpoint true
 """
 
-import copy
 import dataclasses
-import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+from trl import ScriptArguments
 
 from softar.diffusion.models import MODELS
 from softar.diffusion.sft import DiffusionSFTConfig
-from softar.recipe import (
-    CUSTOM,
-    check_resume,
-    checkpoint_of,
-    interruptible,
-    jobs_of,
-    named_model,
-    one_line_errors,
-    open_task,
-    parse_rows,
-    train_rows,
-    with_default_config,
-)
+from softar.recipe import Recipe, RecipeArguments, fit_supervised, measured, one_line_errors, run
+from softar.training import opt
 
-PROGRAM = "sft_diffusion.py"
-HERE = Path(__file__).parent
+CONFIGS = Path(__file__).parent / "configs"
 TWICE = 0.8  # share of the steps that read a row twice (arXiv:2510.17206 finds 80 % best)
 # Fields that make a row of the table what it is; everything else (data, steps, size) is common to
 # all.
@@ -59,10 +44,6 @@ ROWS = {
     "duo": dict(objective="uniform", softmasking_prob=0.0, normalise="tokens"),
 }
 GROUPS = {"demo": ["hard", "soft-mask"], "all": list(ROWS)}
-CONFIGS = {
-    "latin": HERE / "configs" / "latin.yaml",
-    "mnns": HERE / "configs" / "mnns_diffusion.yaml",
-}
 SCHEDULES = {  # name -> how a budget of it is said to DenoiseConfig
     "uniform": lambda budget: dict(steps=budget),
     "pyramid": lambda budget: dict(schedule="pyramid", dilation=budget),
@@ -72,102 +53,99 @@ BUDGETS = {"uniform": (4, 8, 12), "pyramid": (1, 2, 4), "threshold": (0.5, 0.7, 
 
 
 @dataclass
-class DiffusionScriptArguments(ScriptArguments):
-    task: str | None = field(
-        default=None,
-        metadata={
-            "help": "A task by name: latin, mnns, or reasoning_gym:NAME. Instead of a dataset."
-        },
+class DiffusionScriptArguments(RecipeArguments, ScriptArguments):
+    task: str | None = opt(
+        None, "A task by name: latin, mnns, or reasoning_gym:NAME. Instead of a dataset."
     )
-    task_size: int | None = field(
-        default=None, metadata={"help": "Training rows of the task. Default: all."}
+    rows: str | None = opt(
+        None,
+        f"What to train: demo, all, or names with commas out of {', '.join(ROWS)}; each sets its own objective and "
+        "softmasking_prob. Default: one run as the options say.",
     )
-    eval_rows: int | None = field(
-        default=None, metadata={"help": "Held-out rows of the table. Default: all."}
+    from_causal: bool = opt(
+        False, "The model is a causal LM (Llama, Qwen2): make a diffusion LM of it first."
     )
-    rows: str | None = field(
-        default=None,
-        metadata={
-            "help": f"What to train: demo, all, or names with commas out of {', '.join(ROWS)}; each sets its own "
-            "objective and softmasking_prob. Default: one run as the options say."
-        },
+    schedules: str = opt(
+        "uniform", f"Schedules to decode with, with commas out of {', '.join(SCHEDULES)}."
     )
-    num_seeds: int = field(
-        default=1, metadata={"help": "Train every row with this many seeds, from --seed on."}
-    )
-    jobs: int = field(
-        default=0,
-        metadata={
-            "help": "Rows trained at the same time. Default 0: for tiny models one on each CPU core, else 1."
-        },
-    )
-    from_causal: bool = field(
-        default=False,
-        metadata={
-            "help": "The model is a causal LM (Llama, Qwen2): make a diffusion LM of it first."
-        },
-    )
-    schedules: str = field(
-        default="uniform",
-        metadata={"help": f"Schedules to decode with, with commas out of {', '.join(SCHEDULES)}."},
-    )
-    likelihood_samples: int = field(
-        default=0,
-        metadata={
-            "help": "Also bound the negative log-likelihood of the held-out completions, by so many draws of masks for "
-            "each: the column nll_bound, nats per token. Default 0: not computed."
-        },
+    likelihood_samples: int = opt(
+        0,
+        "Also bound the negative log-likelihood of the held-out completions, by so many draws of masks for each: the "
+        "column nll_bound, nats per token. Default 0: not computed.",
     )
 
 
 @dataclass
 class RecipeConfig(DiffusionSFTConfig):
-    output_dir: str | None = field(
-        default="runs/sft_diffusion", metadata={"help": "Checkpoints, results.json, plot."}
+    output_dir: str | None = opt("runs/sft_diffusion", "Checkpoints, results.json, plot.")
+
+
+def fields(name, training, task) -> dict:
+    if name != "hard-long":
+        return {}
+    if training.max_steps > 0:
+        return dict(max_steps=round((1 + TWICE) * training.max_steps))
+    return dict(num_train_epochs=(1 + TWICE) * training.num_train_epochs)
+
+
+def prepare(script, task):
+    return dataclasses.replace(task, train=last_answers(task.train), test=last_answers(task.test))
+
+
+def last_answers(rows):
+    """A conversation's last message is what is learnt, as published; otherwise the user's turns
+    would be, too."""
+    if rows is None or "messages" not in rows.column_names:
+        return rows
+    return rows.map(
+        lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]},
+        remove_columns="messages",
     )
 
 
-def main(script, training, model_args, mixture):
-    from rich.console import Console
+def check(inputs, configs):
+    from softar.diffusion.evaluate import has_texts
 
-    from softar.show.figures import nfe_table, plot_nfe
-
-    console = Console()
-    with one_line_errors(PROGRAM):
-        names, schedules, task = check_input(script, training, mixture)
-        is_tiny = model_args.model_name_or_path is None or model_args.model_name_or_path in MODELS
-        if is_tiny:
-            import torch
-
-            torch.set_num_threads(1)  # threads only get in each other's way
-
-    results, _ = train_rows(
-        names,
-        training,
-        num_seeds=script.num_seeds,
-        jobs=jobs_of(script.jobs, is_tiny),
-        configure=lambda name, seed, place: row_config(training, name, seed, place),
-        train=lambda name, args: train_row(name, args, task, schedules, model_args, script),
-        console=console,
-        program=PROGRAM,
-    )
-    if not results or "accuracy" not in results[0]:
-        return
-    folder = Path(training.output_dir)
-    title = f"{task.name}: held-out accuracy by forwards, n = {results[0]['n']}"
-    console.print(nfe_table(results, title=title))
-    plot = plot_nfe(results, folder / "accuracy.png", title=f"{task.name}, {results[0]['model']}")
-    console.print(f"results: {folder / 'results.json'}   plot: {plot}")
+    script, task = inputs.script, inputs.task
+    if script.likelihood_samples < 0:
+        raise ValueError(
+            f"likelihood_samples={script.likelihood_samples} must be at least 0, which computes none"
+        )
+    schedules = script.schedules.split(",")
+    if unknown := [s for s in schedules if s not in SCHEDULES]:
+        raise ValueError(
+            f"schedules={script.schedules!r}: {unknown[0]!r} is unknown; choose out of {list(SCHEDULES)}"
+        )
+    if script.likelihood_samples and not (task.test is not None and has_texts(task.test)):
+        raise ValueError(
+            f"likelihood_samples needs held-out rows with prompt and completion as text; {task.name} has none"
+        )
+    if "uniform" not in schedules and any(a.objective == "uniform" for a in configs.values()):
+        raise ValueError(
+            f"schedules={script.schedules!r}: a model of objective='uniform' decodes with 'uniform' only"
+        )
 
 
-def train_row(name, args, task, schedules, model_args, script):
-    """Train and evaluate one row -> its lines of results.json; None off the main process."""
+def open_model(inputs, seed):
+    import softar
+    from softar.diffusion import load
+    from softar.diffusion.convert import convert
+
+    options = inputs.model_options
+    if inputs.script.from_causal:
+        return convert(*softar.load(inputs.model, seed=seed, **options))
+    return load(inputs.model, **options, **(dict(seed=seed) if inputs.model in MODELS else {}))
+
+
+def train_row(inputs, name, args):
     from trl import get_peft_config
 
+    from softar.diffusion.evaluate import nll_bound
     from softar.diffusion.sft import DiffusionSFTTrainer
 
-    with one_line_errors(PROGRAM):
-        model, tokenizer = open_model(model_args, task, args.seed, script.from_causal)
+    script, task = inputs.script, inputs.task
+    with one_line_errors(inputs.program):
+        model, tokenizer = open_model(inputs, args.seed)
         trainer = DiffusionSFTTrainer(
             model,
             args,
@@ -175,48 +153,19 @@ def train_row(name, args, task, schedules, model_args, script):
             eval_dataset=task.test if args.eval_strategy != "no" or task.score is None else None,
             processing_class=tokenizer,
             score=task.score,
-            peft_config=get_peft_config(model_args),
+            peft_config=get_peft_config(inputs.model_args),
         )
-    trainer.accelerator.print(
-        f"{name}: {args.max_steps if args.max_steps > 0 else args.num_train_epochs} steps"
-    )
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint_of(args))
-    train_seconds = time.perf_counter() - started
-    trainer.save_model(args.output_dir)
-    common = dict(
-        task=task.name,
-        model=model_args.model_name_or_path or task.models.get("diffusion"),
-        training=name,
-        stage=None,
-        seed=args.seed,
-        train_steps=trainer.state.global_step,
-        train_seconds=train_seconds,
-        train_loss=trainer.state.log_history[-1].get("train_loss"),
-    )
-    if (
-        script.likelihood_samples
-        and trainer.process is None
-        and trainer.accelerator.is_main_process
-    ):
-        from softar.diffusion.evaluate import nll_bound
-
-        plain = trainer.accelerator.unwrap_model(trainer.model)
-        bound = nll_bound(
-            plain,
-            trainer.processing_class,
-            task.test,
-            samples=script.likelihood_samples,
-            seed=args.seed,
+    common = fit_supervised(inputs, trainer, args, training=name)
+    samples, accelerator = script.likelihood_samples, trainer.accelerator
+    if samples and trainer.process is None and accelerator.is_main_process:
+        plain = accelerator.unwrap_model(trainer.model)
+        common["nll_bound"] = nll_bound(
+            plain, trainer.processing_class, task.test, samples=samples, seed=args.seed
         )
-        common["nll_bound"] = bound
-    rows = []
-    if task.score is None:
-        rows = [common | (trainer.evaluate() if task.test is not None else {})]
-    elif trainer.accelerator.is_main_process:
-        rows = [common | line for line in decode_all(trainer, task, schedules, args.seed)]
-    trainer.accelerator.wait_for_everyone()
-    return rows if trainer.accelerator.is_main_process else None
+    schedules = script.schedules.split(",")
+    return measured(
+        trainer, task, common, lambda model: decode_all(trainer, task, schedules, args.seed)
+    )
 
 
 def decode_all(trainer, task, schedules, seed):
@@ -243,8 +192,9 @@ def decode_all(trainer, task, schedules, seed):
                 config = DenoiseConfig(
                     soften=decoder, soften_args=settings, **SCHEDULES[schedule](budget)
                 )
-                found = evaluate(plain, tokenizer, task.test, task.score, config, seed=seed)
-                yield dict(decoder=decoder, schedule=schedule, budget=budget) | found
+                yield dict(decoder=decoder, schedule=schedule, budget=budget) | evaluate(
+                    plain, tokenizer, task.test, task.score, config, seed=seed
+                )
 
 
 def slots_of(task, tokenizer) -> int:
@@ -255,93 +205,33 @@ def slots_of(task, tokenizer) -> int:
     return len(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]) + 1
 
 
-def row_config(training, name, seed, place):
-    args = copy.deepcopy(training)
-    args.output_dir, args.seed = str(place), seed
-    for key, value in ROWS.get(name, {}).items():
-        setattr(args, key, value)
-    if name == "hard-long":
-        if args.max_steps > 0:
-            args.max_steps = round((1 + TWICE) * args.max_steps)
-        else:
-            args.num_train_epochs *= 1 + TWICE
-    return args
+def report(inputs, lines, folders, console):
+    from softar.show.figures import nfe_table, plot_nfe
+
+    if "accuracy" not in lines[0]:
+        return None
+    name = inputs.task.name
+    title = f"{name}: held-out accuracy by forwards, n = {lines[0]['n']}"
+    console.print(nfe_table(lines, title=title))
+    file = Path(inputs.training.output_dir, "accuracy.png")
+    return plot_nfe(lines, file, title=f"{name}, {inputs.model}")
 
 
-def check_input(script, training, mixture):
-    """All that can be told to be wrong before a model is opened -> names of the rows, schedules,
-    task."""
-    from softar.diffusion.evaluate import has_texts
-    from softar.training import check_writable
-
-    names = parse_rows(script.rows, ROWS, GROUPS)
-    if script.num_seeds < 1:
-        raise ValueError(f"num_seeds={script.num_seeds} must be at least 1")
-    if script.likelihood_samples < 0:
-        raise ValueError(
-            f"likelihood_samples={script.likelihood_samples} must be at least 0, which computes none"
-        )
-    schedules = script.schedules.split(",")
-    if unknown := [s for s in schedules if s not in SCHEDULES]:
-        raise ValueError(
-            f"schedules={script.schedules!r}: {unknown[0]!r} is unknown; choose out of {list(SCHEDULES)}"
-        )
-    task = open_task(script, mixture)
-    task = dataclasses.replace(task, train=last_answers(task.train), test=last_answers(task.test))
-    if script.likelihood_samples and not (task.test is not None and has_texts(task.test)):
-        raise ValueError(
-            f"likelihood_samples needs held-out rows with prompt and completion as text; {task.name} has none"
-        )
-    check_writable(training.output_dir)
-    for name in names:
-        args = row_config(training, name, training.seed, training.output_dir)
-        args.__post_init__()
-        if args.objective == "uniform" and "uniform" not in schedules:
-            raise ValueError(
-                f"schedules={script.schedules!r}: a model of objective='uniform' decodes with 'uniform' only"
-            )
-    check_resume(training, is_single=names == [CUSTOM] and script.num_seeds == 1)
-    return names, schedules, task
-
-
-def last_answers(rows):
-    """A conversation's last message is what is learnt, as published; otherwise the user's turns
-    would be, too."""
-    if rows is None or "messages" not in rows.column_names:
-        return rows
-    return rows.map(
-        lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]},
-        remove_columns="messages",
-    )
-
-
-def open_model(model_args, task, seed, from_causal):
-    import softar
-    from softar.diffusion import load
-    from softar.diffusion.convert import convert
-
-    name, options = named_model(model_args, task, task.models.get("diffusion"))
-    if name in MODELS:
-        options["seed"] = seed
-    if from_causal:
-        return convert(*softar.load(name, dtype=model_args.dtype, seed=seed, **options))
-    return load(name, dtype=model_args.dtype, **options)
-
-
-def with_demo_config(argv: list[str]) -> list[str]:
-    """The demo's configuration where nothing is named, or an embedded task and nothing else."""
-    task = argv[argv.index("--task") + 1] if "--task" in argv[:-1] else None
-    others = ("--config", "--dataset_name", "--model_name_or_path")
-    if task in CONFIGS and not any(arg.split("=")[0] in others for arg in argv):
-        return ["--config", str(CONFIGS[task]), *argv]
-    return with_default_config(argv, CONFIGS["latin"])
-
+RECIPE = Recipe(
+    program=Path(__file__).name,
+    arguments=DiffusionScriptArguments,
+    config=RecipeConfig,
+    demo=CONFIGS / "latin.yaml",
+    task_demos={"latin": CONFIGS / "latin.yaml", "mnns": CONFIGS / "mnns_diffusion.yaml"},
+    rows=ROWS,
+    groups=GROUPS,
+    model_kind="diffusion",
+    prepare=prepare,
+    fields=fields,
+    check=check,
+    train_row=train_row,
+    report=report,
+)
 
 if __name__ == "__main__":
-    with interruptible():
-        with one_line_errors(PROGRAM):
-            parser = TrlParser(
-                (DiffusionScriptArguments, RecipeConfig, ModelConfig, DatasetMixtureConfig)
-            )
-            given = parser.parse_args_and_config(with_demo_config(sys.argv[1:]))
-        main(*given)
+    run(RECIPE)

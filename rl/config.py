@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig
 
-from softar.checks import check_choice
+from softar.checks import check_choice, check_writable
 from softar.config import CONFIG_FILE, SoftConfig
-from softar.training import check_writable, opt
+from softar.training import opt
 from softar.vllm.machine import require_vllm
 from softar.vllm.request import LIMIT
 

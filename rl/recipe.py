@@ -1,40 +1,28 @@
-"""What the recipes grpo_soft.py and ppo_soft.py share: the policy to start from, its reward, RL,
-before and after.
+"""What the RL recipes (recipes/grpo_soft.py, ppo_soft.py, rloo_soft.py) share: the policy to start
+from, its reward, RL, before and after.
 
 A row of the table is a policy: `soft` reads the mean of its draws in the thought, `hard` is the
 same with one draw. Both make as many forwards an answer, see as many completions and take as many
 steps.
 """
 
-import copy
 import dataclasses
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+from trl import ScriptArguments
 
-from softar.recipe import (
-    CUSTOM,
-    check_resume,
-    checkpoint_of,
-    interruptible,
-    jobs_of,
-    named_model,
-    one_line_errors,
-    open_task,
-    parse_rows,
-    resumes,
-    train_rows,
-    with_default_config,
-)
+from softar.checks import check_least
+from softar.recipe import Recipe, RecipeArguments, fit, one_line_errors, thought_fields
+from softar.rows import checkpoint_of, resumes
 from softar.training import opt
 
-from .config import check_resume as check_same_policy
+from .config import check_resume
 from .rewards import REWARDS, as_chats, check_columns, rewards_of, score_of
 
 # Fields that make a row of the table what it is; soft_k stays as given for `soft`.
@@ -57,11 +45,7 @@ SFT_BATCH = 128  # over all processes
 
 
 @dataclass
-class RLScriptArguments(ScriptArguments):
-    task: str | None = opt(
-        None, "A task by name: mnns, or reasoning_gym:NAME. Instead of a dataset."
-    )
-    task_size: int | None = opt(None, "Training rows of the task. Default: all.")
+class RLScriptArguments(RecipeArguments, ScriptArguments):
     reward_funcs: list[str] | None = opt(
         None,
         f"Rewards of a dataset: {', '.join(REWARDS)}, or the dotted path of a function of yours. The table shows the "
@@ -75,126 +59,109 @@ class RLScriptArguments(ScriptArguments):
         "What to train: demo (= all), or names with commas out of soft (soft_k draws a think step) and hard (one draw: "
         "ordinary sampling). Default: one run as the options say.",
     )
-    num_seeds: int = opt(1, "Train every row with this many seeds, from --seed on.")
-    jobs: int = opt(
-        0, "Rows trained at the same time. Default 0: for tiny models one on each CPU core, else 1."
-    )
     sft_steps: int = opt(
         1200, "Steps of SFT on sampled traces before RL, where the task brings its own model."
     )
-    eval_rows: int | None = opt(None, "Held-out rows of the table. Default: all.")
     eval_draws: int = opt(1, "Thoughts drawn for each held-out row; the accuracy is their mean.")
 
 
-def run(program: str, config: type, make_trainer: Callable, default_config: Path) -> None:
-    """The command line of a recipe: `config` is its dataclass of training options, for the trainer
-    it makes."""
-    with interruptible():
-        with one_line_errors(program):
-            argv = with_default_config(sys.argv[1:], default_config)
-            parser = TrlParser((RLScriptArguments, config, ModelConfig, DatasetMixtureConfig))
-            script, training, model_args, mixture = parser.parse_args_and_config(argv)
-            names, task = check_input(script, training, model_args, mixture)
-        main(program, make_trainer, names, task, script, training, model_args)
+def rl_recipe(file: str, config: type, trainer: Callable[[], type], demo: str) -> Recipe:
+    """The recipe that lies in `file`.
 
-
-def main(program, make_trainer, names, task, script, training, model_args):
-    from rich.console import Console
-
-    from softar.show.figures import gain_table, plot_rewards
-
-    console, folder = Console(), Path(training.output_dir)
-    is_tiny = (model_args.model_name_or_path or task.model) == task.model
-    if is_tiny:
-        import torch
-
-        torch.set_num_threads(1)  # threads only get in each other's way
-    results, _ = train_rows(
-        names,
-        training,
-        num_seeds=script.num_seeds,
-        jobs=jobs_of(script.jobs, is_tiny),
-        configure=lambda name, seed, place: row_config(training, name, seed, place, task),
-        train=lambda name, args: train_row(program, make_trainer, args, task, script, model_args),
-        console=console,
-        program=program,
+    config: its dataclass of training options. trainer: gives the class of its trainer, which is
+        slow to import: not before the input has been checked. demo: the name of the demo's YAML.
+    """
+    return Recipe(
+        program=Path(file).name,
+        arguments=RLScriptArguments,
+        config=config,
+        demo=Path(file).parent / "configs" / demo,
+        rows=ROWS,
+        groups=GROUPS,
+        model_kind="untrained",
+        prepare=lambda script, task: as_chats(task, script.system_prompt),
+        fields=lambda name, training, task: thought_fields(training, task),
+        check=check,
+        train_row=partial(train_row, trainer),
+        report=report,
     )
-    if not results:
-        return
-    plot = plot_rewards(
-        results, folder / "rewards.png", title=f"{task.name}, {results[0]['algorithm']}"
-    )
-    if "accuracy" in results[0]:
-        done = f"{results[0]['algorithm']}, {results[0]['train_steps']} steps"
-        console.print(
-            gain_table(results, title=f"{task.name}, {done}: accuracy, n = {results[0]['n']}")
-        )
-        console.print(
-            "thoughts drawn as in training, with the same fixed seeds before and after; answers greedy"
-        )
-    console.print(f"results: {folder / 'results.json'}   plot: {plot}")
 
 
-def train_row(program, make_trainer, args, task, script, model_args):
-    """Train and evaluate one row -> its lines of results.json; None off the main process."""
+def check(inputs, configs) -> None:
+    script, model_args = inputs.script, inputs.model_args
+    check_least(script, sft_steps=0, eval_draws=1)
+    if "soft" in configs and inputs.training.soft_k < 2:
+        raise ValueError(
+            f"soft_k={inputs.training.soft_k}: the row 'soft' needs at least 2 draws; 1 is the row 'hard'"
+        )
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError(
+            "load_in_4bit and load_in_8bit are not there for soft policies: use LoRA on bfloat16 weights"
+        )
+    check_columns(script.reward_funcs, inputs.task)
+
+
+def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dict] | None:
+    """Make the policy to start from where the task brings its own model, then measure, train and
+    measure again."""
     from trl import get_peft_config
 
-    is_own, started = is_own_model(task, script, model_args), time.perf_counter()
-    start = sft_policy(args, task, script) if is_own else None
-    sft_seconds = time.perf_counter() - started
-    with one_line_errors(program):
+    import softar
+
+    script, task = inputs.script, inputs.task
+    starts_anew = script.sft_steps > 0 and inputs.model_args.model_name_or_path is None
+    started = time.perf_counter()
+    model = sft_policy(args, task, script) if starts_anew else inputs.model
+    sft_seconds = time.perf_counter() - started if starts_anew else 0.0
+    with one_line_errors(inputs.program):
         if checkpoint := checkpoint_of(args):
-            check_same_policy(checkpoint, args)
-        model, tokenizer = open_model(start, model_args, task, args.seed)
+            check_resume(checkpoint, args)
+        model, tokenizer = softar.load(model, seed=args.seed, **inputs.model_options)
         rewards = rewards_of(script.reward_funcs, task)
-        trainer = make_trainer(
+        trainer = trainer_class()(
             model,
             rewards,
             args,
             train_dataset=task.train,
             eval_dataset=task.test if args.eval_strategy != "no" else None,
             processing_class=tokenizer,
-            peft_config=get_peft_config(model_args),
+            peft_config=get_peft_config(inputs.model_args),
         )
-    score = score_of(rewards[0], task)
+    accelerator, score = trainer.accelerator, score_of(rewards[0], task)
 
     def measure() -> dict:
         """On the main process; nothing where there are no held-out rows."""
-        if task.test is None or not trainer.accelerator.is_main_process:
+        if task.test is None or not accelerator.is_main_process:
             return {}
-        plain = trainer.accelerator.unwrap_model(trainer.model)
+        plain = accelerator.unwrap_model(trainer.model)
         return evaluate(plain, tokenizer, task.test, score, args, script.eval_draws)
 
-    name, before = decoder_of(args), measure()
-    trainer.accelerator.print(f"{name}: {before.get('accuracy', float('nan')):.3f} before")
-    trainer.accelerator.wait_for_everyone()
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
-    trainer.save_model(args.output_dir)
+    decoder, before = decoder_of(args), measure()
+    accelerator.print(f"{decoder}: {before.get('accuracy', float('nan')):.3f} before")
+    accelerator.wait_for_everyone()
+    seconds = fit(trainer, args)
     trainer.close()
     after = measure()
-    trainer.accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     common = dict(
         task=task.name,
-        model=model_args.model_name_or_path or task.model,
+        model=inputs.model,
         algorithm=type(trainer).__name__.removeprefix("Soft").removesuffix("Trainer"),
-        decoder=name,
-        draws=1 if name == "discrete" else args.soft_k,
+        decoder=decoder,
+        draws=1 if decoder == "discrete" else args.soft_k,
         seed=args.seed,
-        sft_steps=script.sft_steps if is_own else 0,
-        sft_seconds=sft_seconds if is_own else 0.0,
+        sft_steps=script.sft_steps if starts_anew else 0,
+        sft_seconds=sft_seconds,
         train_steps=trainer.state.global_step,
         train_seconds=seconds,
     )
-    curve = [
-        [entry["step"], entry["reward"]] for entry in trainer.state.log_history if "reward" in entry
-    ]
+    log = trainer.state.log_history
+    curve = [[entry["step"], entry["reward"]] for entry in log if "reward" in entry]
     lines = [
         common | {"stage": "before"} | before,
         common | {"stage": "after"} | after | {"rewards": curve},
     ]
-    return lines if trainer.accelerator.is_main_process else None
+    return lines if accelerator.is_main_process else None
 
 
 def decoder_of(args) -> str:
@@ -231,24 +198,30 @@ def evaluate(model, tokenizer, rows, score, args, draws: int) -> dict:
         return answer
 
     each = [answering(torch.Generator().manual_seed(i)) for i in range(draws)]
-    found = [tally(model, rows, score, answer, args.per_device_eval_batch_size) for answer in each]
-    mean = {key: sum(f[key] for f in found) / draws for key in found[0]}
+    tallies = [
+        tally(model, rows, score, answer, args.per_device_eval_batch_size) for answer in each
+    ]
+    mean = {key: sum(one[key] for one in tallies) / draws for key in tallies[0]}
     return mean | {"n": len(rows), "eval_draws": draws}
 
 
+def report(inputs, lines, folders, console) -> Path:
+    from softar.show.figures import gain_table, plot_rewards
+
+    task, algorithm = inputs.task.name, lines[0]["algorithm"]
+    file = Path(inputs.training.output_dir, "rewards.png")
+    plot = plot_rewards(lines, file, title=f"{task}, {algorithm}")
+    if "accuracy" in lines[0]:
+        done = f"{algorithm}, {lines[0]['train_steps']} steps"
+        title = f"{task}, {done}: accuracy, n = {lines[0]['n']}"
+        console.print(gain_table(lines, title=title))
+        console.print(
+            "thoughts drawn as in training, with the same fixed seeds before and after; answers greedy"
+        )
+    return plot
+
+
 # -- the policy to start from
-
-
-def is_own_model(task, script, model_args) -> bool:
-    return script.sft_steps > 0 and task.model is not None and model_args.model_name_or_path is None
-
-
-def open_model(start: Path | None, model_args, task, seed: int):
-    """The policy to start from, or the model named."""
-    import softar
-
-    name, options = named_model(model_args, task, task.model)
-    return softar.load(start or name, dtype=model_args.dtype, seed=seed, **options)
 
 
 def sft_policy(args, task, script) -> Path:
@@ -301,43 +274,3 @@ def make_start(start: Path, made_with: dict, args, task) -> None:
         shutil.rmtree(start, ignore_errors=True)
         draft.rename(start)  # whole or not at all
     trainer.accelerator.wait_for_everyone()
-
-
-# -- input
-
-
-def row_config(training, name, seed, place, task):
-    args = copy.deepcopy(training)
-    args.output_dir, args.seed = str(place), seed
-    if task.think_steps is not None and args.think_end is None and args.think_steps is None:
-        args.think_steps = task.think_steps
-    for key, value in ROWS.get(name, {}).items():
-        setattr(args, key, value)
-    return args
-
-
-def check_input(script, training, model_args, mixture):
-    """All that can be told to be wrong before a model is opened -> names of the rows, task."""
-    from softar.training import check_writable
-
-    names = parse_rows(script.rows, ROWS, GROUPS)
-    for name, least in (("num_seeds", 1), ("sft_steps", 0), ("eval_draws", 1)):
-        value = getattr(script, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
-    if "soft" in names and training.soft_k < 2:
-        raise ValueError(
-            f"soft_k={training.soft_k}: the row 'soft' needs at least 2 draws; 1 is the row 'hard'"
-        )
-    if model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError(
-            "load_in_4bit and load_in_8bit are not there for soft policies: use LoRA on bfloat16 weights"
-        )
-    task = as_chats(open_task(script, mixture), script.system_prompt)
-    check_columns(script.reward_funcs, task)
-    named_model(model_args, task, task.model)
-    for name in names:
-        row_config(training, name, training.seed, training.output_dir, task).decoding()
-    check_writable(training.output_dir)
-    check_resume(training, is_single=names == [CUSTOM] and script.num_seeds == 1)
-    return names, task

@@ -3,7 +3,9 @@
 import dataclasses
 import difflib
 import inspect
+import tempfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 
 def check_least(values, **least: float) -> None:
@@ -24,6 +26,18 @@ def check_choice(name: str, value, known: Iterable, *, hint: str = "") -> None:
         raise ValueError(
             f"{name}={value!r} is unknown{did_you_mean(value, known)}: choose one of {known}{hint}"
         )
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise ValueError before any work where checkpoints could not be written."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={str(folder)!r} cannot be written ({error}): choose another folder"
+        ) from error
 
 
 def did_you_mean(value, known: Iterable) -> str:

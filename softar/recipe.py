@@ -1,256 +1,247 @@
-"""What the training recipes share: rows and seeds, each trained in a folder of its own, going on
-after an interruption.
-
-A row is a (name, seed). The recipe that trains rows in processes of their own starts itself again
-for each, with `--rows NAME --seed SEED --num_seeds 1` behind its own options, so it must know these
-three.
-"""
+"""The frame of the training recipes: one command line, one order of checks, one way to train rows
+and to report them. A recipe says what differs, as a Recipe, and calls `run`."""
 
 import contextlib
 import dataclasses
-import json
-import os
-import re
-import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-CUSTOM = "custom"  # one run, exactly as the options say
-# set for a process that trains one row and leaves table and plot to its parent
-APART = "SOFTAR_TRAIN_APART"
+from .checks import check_least, check_writable
+from .rows import CUSTOM, Row, check_resume, checkpoint_of, jobs_of, parse_rows, train_rows
 
-Row = tuple[str, int]
-
-
-def train_rows(
-    names: list[str],
-    training,
-    *,
-    num_seeds: int,
-    jobs: int,
-    configure: Callable,
-    train: Callable,
-    console,
-    program: str,
-) -> tuple[list[dict], dict[Row, Path]]:
-    """Train what is not finished -> the lines of results.json, and where each row lies in
-    training.output_dir.
-
-    `configure(name, seed, place)` gives a row's own training arguments. `train(name, args)` gives
-    its lines, each with `train_steps`, and None off the main process. There are no lines to report
-    in a child and off the main process.
-    """
-    from accelerate import PartialState
-
-    from .results import write_results
-
-    folder = Path(training.output_dir)
-    is_child, is_main = APART in os.environ, PartialState().is_main_process
-    todo = [
-        (name, seed) for seed in range(training.seed, training.seed + num_seeds) for name in names
-    ]
-    places = {row: folder / f"{row[0]}-seed{row[1]}" for row in todo}
-    if todo == [(CUSTOM, training.seed)] and not is_child:
-        places = {todo[0]: folder}
-    if not resumes(training) and is_main and not is_child:
-        for place in places.values():
-            set_apart(place)
-    configs = {row: configure(*row, places[row]) for row in todo}
-    finished = {row: saved_row(places[row], configs[row]) for row in todo}
-    left = [row for row in todo if finished[row] is None]
-    if jobs > 1 and len(left) > 1 and not is_child:
-        train_apart(left, places, jobs, console, program)
-        finished |= {row: json.loads((places[row] / "row.json").read_text()) for row in left}
-    results = []
-    for row in todo:
-        lines = finished[row]
-        if lines is None:
-            done = places[row] / "row.json"
-            done.unlink(missing_ok=True)
-            lines = train(row[0], configs[row])
-            if lines is not None:  # the main process
-                done.write_text(json.dumps(lines))
-        results += lines or []
-        if is_main and not is_child and results:
-            write_results(folder / "results.json", results)
-    PartialState().destroy_process_group()  # not earlier: the next row's trainer joins the same one
-    return (results if is_main and not is_child else []), places
+if TYPE_CHECKING:
+    from .tasks import Task
 
 
-def jobs_of(given: int, is_tiny: bool) -> int:
-    """How many rows to train at the same time; 0 given: for tiny models one on each CPU core, else
-    1."""
-    from accelerate import PartialState
+@dataclass
+class RecipeArguments:
+    """What every training recipe can be asked beside TRL's ScriptArguments, its other base."""
 
-    return given or (os.cpu_count() if is_tiny and PartialState().num_processes == 1 else 1)
-
-
-def train_apart(rows: list[Row], places: dict[Row, Path], jobs: int, console, program: str) -> None:
-    """Train rows in processes of their own, `jobs` at a time; each writes row.json, its output goes
-    to train.log."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
-    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    waiting, running = list(rows), {}
-    with Progress(*columns, console=console) as progress:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    row = waiting.pop(0)
-                    running[row] = (
-                        start_apart(row, places[row]),
-                        progress.add_task(f"{row[0]}, seed {row[1]}", total=None),
-                    )
-                time.sleep(0.3)
-                for row, (child, bar) in list(running.items()):
-                    code = child.poll()
-                    text = (places[row] / "train.log").read_text(errors="replace")
-                    # The trainer's own bar; "1/1" is that of a file being written.
-                    steps = [
-                        (int(n), int(of))
-                        for n, of in re.findall(r"(\d+)/(\d+) \[", text[-2000:])
-                        if of != "1"
-                    ]
-                    if steps:
-                        progress.update(bar, completed=steps[-1][0], total=steps[-1][1])
-                    if code is not None:
-                        del running[row]
-                        if code != 0:
-                            failed = f"row {row[0]!r}, seed {row[1]}, failed:\n{text[-3000:]}"
-                            print(f"{program}: error: {failed}", file=sys.stderr)
-                            sys.exit(code)
-        finally:  # after Ctrl-C or a failure let the others save what they write
-            for child, _ in running.values():
-                child.send_signal(signal.SIGINT)
-            for child, _ in running.values():
-                child.wait()
-
-
-def start_apart(row: Row, place: Path) -> subprocess.Popen:
-    (place / "row.json").unlink(missing_ok=True)
-    place.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        *sys.argv,
-        "--rows",
-        row[0],
-        "--seed",
-        str(row[1]),
-        "--num_seeds",
-        "1",
-    ]
-    with open(place / "train.log", "w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {APART: "1"})
-
-
-def set_apart(place: Path) -> None:
-    """A run from the start leaves nothing of an earlier one where a later resume would take it for
-    its own: the checkpoints move into a folder `_earlier` (push_to_hub skips that name), in place
-    of what was there."""
-    (place / "row.json").unlink(missing_ok=True)
-    if old := list(place.glob("checkpoint-*")):
-        earlier = place / "_earlier"
-        shutil.rmtree(earlier, ignore_errors=True)
-        earlier.mkdir()
-        for checkpoint in old:
-            checkpoint.rename(earlier / checkpoint.name)
-        print(f"starts anew; the checkpoints of an earlier run are now in {earlier}")
-
-
-def saved_row(place: Path, training) -> list[dict] | None:
-    """The lines of a row that an earlier run has finished, if this one goes on from it; else
-    None."""
-    done = place / "row.json"
-    if not resumes(training) or not done.exists():
-        return None
-    rows = json.loads(done.read_text())
-    return rows if training.max_steps in (-1, rows[0]["train_steps"]) else None
-
-
-def resumes(training) -> bool:
-    return str(training.resume_from_checkpoint or "false").lower() != "false"
-
-
-def checkpoint_of(args) -> str | None:
-    """What to go on from: "true" is the newest whole checkpoint of the output folder, a path that
-    checkpoint."""
-    if not resumes(args):
-        return None
-    given = str(args.resume_from_checkpoint)
-    return last_checkpoint(args.output_dir) if given.lower() == "true" else given
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end (trainer_state.json comes last)."""
-    whole = [p.parent for p in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda p: int(p.name.split("-")[1]))) if whole else None
-
-
-def check_resume(training, is_single: bool) -> None:
-    """A checkpoint named by its path is whole, and that of a single run in the output folder
-    itself."""
-    given = training.resume_from_checkpoint
-    if not resumes(training) or str(given).lower() == "true":
-        return
-    if not is_single:
-        raise ValueError(
-            f"resume_from_checkpoint={given!r}: with several rows or seeds give true, for the newest"
-        )
-    if not Path(given, "trainer_state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint={given!r} holds no whole checkpoint")
-
-
-def parse_rows(text: str | None, rows: dict, groups: dict[str, list[str]]) -> list[str]:
-    """Names with commas, groups opened, each once; nothing given is the one run that the options
-    describe."""
-    if text is None:
-        return [CUSTOM]
-    names = list(
-        dict.fromkeys(name for part in text.split(",") for name in groups.get(part, [part]))
+    task: str | None = field(
+        default=None,
+        metadata={"help": "A task by name: mnns, or reasoning_gym:NAME. Instead of a dataset."},
     )
-    for name in names:
-        if name not in rows and name != CUSTOM:
-            choices = f"{', '.join(groups)}, or out of {', '.join(rows)}"
-            raise ValueError(f"rows={text!r}: {name!r} is unknown; choose {choices}")
-    return names
+    task_size: int | None = field(
+        default=None, metadata={"help": "Training rows of the task. Default: all."}
+    )
+    eval_rows: int | None = field(
+        default=None, metadata={"help": "Held-out rows of the table. Default: all."}
+    )
+    rows: str | None = None  # each recipe names its own in the help
+    num_seeds: int = field(
+        default=1, metadata={"help": "Train every row with this many seeds, from --seed on."}
+    )
+    jobs: int = field(
+        default=0,
+        metadata={
+            "help": "Rows trained at the same time. Default 0: for tiny models one on each CPU core, else 1."
+        },
+    )
 
 
-def open_task(script, mixture):
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe was asked for, read and checked."""
+
+    program: str  # name of the recipe's file, for errors
+    argv: list[str]
+    names: list[str]  # of the rows to train
+    script: Any  # the recipe's RecipeArguments
+    training: Any  # its training arguments, as they are without what makes a row
+    model_args: Any  # TRL's ModelConfig
+    task: "Task"
+    model: str  # what to open, by name
+    model_options: dict  # for the function that opens it
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes a training recipe: its options, its rows, and the functions that differ.
+
+    A row of the table is the training arguments with the fields in `rows` of that name; everything
+    else (data, steps, size) is common to all rows.
+    """
+
+    program: str  # name of the file, for errors
+    arguments: type  # a dataclass of RecipeArguments and TRL's ScriptArguments
+    config: type  # a dataclass of training arguments, with a default output_dir
+    demo: Path  # the YAML file that is read where no task, data, model or configuration is named
+    rows: dict[str, dict]
+    groups: dict[str, list[str]]  # names for several rows
+    model_kind: str  # which of a task's own models to train: a key of Task.models
+    # (inputs, name, args) -> the lines of results.json; None off the main process
+    train_row: Callable[[Inputs, str, Any], list[dict] | None]
+    # (inputs, lines, folder of each row, console) -> the file of the plot, or None without one
+    report: Callable[[Inputs, list[dict], dict[Row, Path], Any], Path | None]
+    # (inputs, training arguments of each row) -> None; raises ValueError for what the frame cannot
+    # know to be wrong
+    check: Callable[[Inputs, dict[str, Any]], None] = lambda inputs, configs: None
+    # (name, training, task) -> the row's fields that depend on the others
+    fields: Callable[[str, Any, "Task"], dict] = lambda name, training, task: {}
+    prepare: Callable[[Any, "Task"], "Task"] = lambda script, task: task  # script, task -> the same
+    # tasks named without anything else -> their YAML file
+    task_demos: dict[str, Path] = field(default_factory=dict)
+
+
+def run(recipe: Recipe) -> None:
+    """The command line of a recipe, from its options to the table and the plot."""
+    with interruptible():
+        with one_line_errors(recipe.program):
+            inputs = read(recipe, sys.argv[1:])
+        train(recipe, inputs)
+
+
+def read(recipe: Recipe, argv: list[str]) -> Inputs:
+    """The options, and all that can be found to be wrong with them before a model is opened.
+
+    Raises:
+        ValueError: with one line that names the option and its value.
+    """
+    argv = with_default_config(argv, recipe.demo, recipe.task_demos)
+    script, training, model_args, mixture = parse(recipe, argv)
+    names = parse_rows(script.rows, recipe.rows, recipe.groups)
+    check_least(script, num_seeds=1, eval_rows=1)
+    task = recipe.prepare(script, open_task(script, mixture))
+    model, options = named_model(model_args, task, task.models.get(recipe.model_kind))
+    inputs = Inputs(recipe.program, argv, names, script, training, model_args, task, model, options)
+    output = training.output_dir
+    configs = {name: row_config(recipe, inputs, name, training.seed, output) for name in names}
+    recipe.check(inputs, configs)
+    check_writable(output)
+    check_resume(training, is_single=names == [CUSTOM] and script.num_seeds == 1)
+    return inputs
+
+
+def parse(recipe: Recipe, argv: list[str]) -> tuple:
+    """-> the recipe's arguments, its training arguments, TRL's ModelConfig and
+    DatasetMixtureConfig."""
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+
+    parser = TrlParser((recipe.arguments, recipe.config, ModelConfig, DatasetMixtureConfig))
+    return parser.parse_args_and_config(argv)
+
+
+def row_config(recipe: Recipe, inputs: Inputs, name: str, seed: int, folder: str | Path):
+    """A row's own training arguments: read again with the row's fields behind the other options, so
+    that they are checked as if they had been given there."""
+    fields = recipe.rows.get(name, {}) | recipe.fields(name, inputs.training, inputs.task)
+    fields |= dict(seed=seed, output_dir=folder)
+    argv = [*inputs.argv, *(f"--{key}={value}" for key, value in fields.items())]
+    return parse(recipe, argv)[1]
+
+
+def train(recipe: Recipe, inputs: Inputs) -> None:
+    """Train the rows, then print the table and say where results and plot are."""
+    from rich.console import Console
+
+    console, training = Console(), inputs.training
+    is_tiny = inputs.model in inputs.task.models.values()
+    if is_tiny:
+        import torch
+
+        torch.set_num_threads(1)  # threads only get in each other's way
+    results, folders = train_rows(
+        inputs.names,
+        training,
+        num_seeds=inputs.script.num_seeds,
+        jobs=jobs_of(inputs.script.jobs, is_tiny),
+        configure=lambda *row: row_config(recipe, inputs, *row),
+        train=lambda name, args: recipe.train_row(inputs, name, args),
+        console=console,
+        program=recipe.program,
+    )
+    plot = recipe.report(inputs, results, folders, console) if results else None
+    if plot is not None:
+        console.print(f"results: {Path(training.output_dir, 'results.json')}   plot: {plot}")
+
+
+# -- what a row's training is made of
+
+
+def thought_fields(training, task: "Task") -> dict:
+    """The length of the task's thoughts, where the options do not say how a thought ends."""
+    ends = training.think_end is not None or training.think_steps is not None
+    return {} if ends or task.think_steps is None else dict(think_steps=task.think_steps)
+
+
+def fit(trainer, args) -> float:
+    """Train, from the checkpoint that `args` names, and save -> seconds of the training."""
+    checkpoint = checkpoint_of(args)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - started
+    trainer.save_model(args.output_dir)
+    return seconds
+
+
+def fit_supervised(inputs: Inputs, trainer, args, **name: str) -> dict:
+    """`fit` for SFT -> the columns that all lines of the row share. name: the column that names the
+    row."""
+    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs
+    trainer.accelerator.print(f"{next(iter(name.values()))}: {steps} steps")
+    seconds = fit(trainer, args)
+    return dict(
+        task=inputs.task.name,
+        model=inputs.model,
+        **name,
+        stage=None,
+        seed=args.seed,
+        train_steps=trainer.state.global_step,
+        train_seconds=seconds,
+        train_loss=trainer.state.log_history[-1].get("train_loss"),
+    )
+
+
+def measured(trainer, task: "Task", common: dict, decode: Callable) -> list[dict] | None:
+    """The lines of a trained row: `common` with each of `decode(model)`, or with the trainer's own
+    evaluation where the task has no scorer. None off the main process."""
+    accelerator = trainer.accelerator
+    lines = []
+    if task.score is None:
+        lines = [common | (trainer.evaluate() if task.test is not None else {})]
+    elif accelerator.is_main_process:
+        lines = [common | line for line in decode(accelerator.unwrap_model(trainer.model))]
+    accelerator.wait_for_everyone()
+    return lines if accelerator.is_main_process else None
+
+
+# -- input
+
+
+def open_task(script, mixture) -> "Task":
     """A task by name, or a dataset in TRL's formats as a task without a scorer; of its held-out
     rows `eval_rows`."""
-    if script.eval_rows is not None and script.eval_rows < 1:
-        raise ValueError(f"eval_rows={script.eval_rows} must be at least 1")
-    task = _open_task(script, mixture)
-    if script.eval_rows is None or task.test is None:
-        return task
-    return dataclasses.replace(
-        task, test=task.test.select(range(min(script.eval_rows, len(task.test))))
-    )
+    from .tasks import load_task
 
-
-def _open_task(script, mixture):
-    from datasets import load_dataset
-    from trl import get_dataset
-
-    from .tasks import Task, load_task
-
-    given = [bool(script.task), bool(script.dataset_name), bool(mixture.datasets)]
-    if sum(given) != 1:
+    if sum(map(bool, (script.task, script.dataset_name, mixture.datasets))) != 1:
         raise ValueError("give exactly one of --task, --dataset_name and (in a YAML file) datasets")
     try:
         if script.task:
-            return load_task(script.task, size=script.task_size)
-        name = script.dataset_name or ",".join(d.path for d in mixture.datasets)
-        if script.dataset_name:
-            data = load_dataset(script.dataset_name, name=script.dataset_config)
+            task = load_task(script.task, size=script.task_size)
         else:
-            data = get_dataset(mixture)
+            task = open_dataset(script, mixture)
     except (OSError, ImportError) as error:
         raise ValueError(f"the data cannot be loaded: {error}") from error
+    if script.eval_rows is None or task.test is None:
+        return task
+    rows = range(min(script.eval_rows, len(task.test)))
+    return dataclasses.replace(task, test=task.test.select(rows))
+
+
+def open_dataset(script, mixture) -> "Task":
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    from .tasks import Task
+
+    if script.dataset_name:
+        name, data = script.dataset_name, load_dataset(script.dataset_name, script.dataset_config)
+    else:
+        name, data = ",".join(d.path for d in mixture.datasets), get_dataset(mixture)
     if script.dataset_train_split not in data:
         raise ValueError(
             f"dataset_train_split={script.dataset_train_split!r} is not among {sorted(data)}"
@@ -259,13 +250,13 @@ def _open_task(script, mixture):
     return Task(name, data[script.dataset_train_split], test, score=None, think_steps=None)
 
 
-def named_model(model_args, task, default: str | None) -> tuple[str, dict]:
+def named_model(model_args, task: "Task", default: str | None) -> tuple[str, dict]:
     """The model to open, `default` where none is named, and what its loading takes from TRL's
     ModelConfig."""
     name = model_args.model_name_or_path or default
     if name is None:
         raise ValueError(f"task {task.name!r} has no model of its own: give --model_name_or_path")
-    options = {}
+    options = {"dtype": model_args.dtype}
     if model_args.attn_implementation:
         options["attn_implementation"] = model_args.attn_implementation
     if model_args.model_revision not in (None, "main"):
@@ -273,14 +264,20 @@ def named_model(model_args, task, default: str | None) -> tuple[str, dict]:
     return name, options
 
 
-def with_default_config(argv: list[str], config: str | Path) -> list[str]:
-    """No task, data, model or configuration named: the demo's."""
-    named = ("--config", "--task", "--dataset_name", "--model_name_or_path")
+def with_default_config(
+    argv: list[str], demo: str | Path, task_demos: dict[str, Path]
+) -> list[str]:
+    """The demo's configuration where no task, data, model or configuration is named; that of a task
+    in `task_demos` where this is all that is named."""
     if "--config" in argv[:-1] and not Path(file := argv[argv.index("--config") + 1]).is_file():
         raise ValueError(f"config={file!r}: there is no such file")
-    if any(arg.split("=")[0] in named for arg in argv):
+    options = {arg.split("=")[0] for arg in argv}
+    if options & {"--config", "--dataset_name", "--model_name_or_path"}:
         return argv
-    return ["--config", str(config), *argv]
+    if "--task" not in options:
+        return ["--config", str(demo), *argv]
+    task = argv[argv.index("--task") + 1] if "--task" in argv[:-1] else None
+    return ["--config", str(task_demos[task]), *argv] if task in task_demos else argv
 
 
 @contextlib.contextmanager

@@ -2,29 +2,15 @@
 
 import contextlib
 import signal
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from trl import SFTConfig
 from trl.models.utils import _ForwardRedirection
-
-
-def check_writable(folder: str | Path) -> None:
-    """Raise ValueError before any work where checkpoints could not be written."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"output_dir={str(folder)!r} cannot be written ({error}): choose another folder"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import trl
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import seeded
@@ -26,6 +25,7 @@ from softar.diffusion.schedules import Block
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.diffusion.uniform import Redraw, alphabet, draw_soft, uniform_loss
 from softar.models import word_tokenizer
+from softar.recipe import read
 from softar.tasks import load_task
 
 # The mask stands in the middle, so that a number of the process is no token id.
@@ -463,12 +463,9 @@ def test_decoding_options_that_mean_nothing(tmp_path, options):
 
 def test_a_row_of_the_recipe_needs_its_schedule(tmp_path):
     recipe = runpy.run_path(str(Path(__file__).parent.parent / "recipes" / "sft_diffusion.py"))
-    script = recipe["DiffusionScriptArguments"](
-        task="mnns", task_size=20, rows="duo", schedules="pyramid"
-    )
-    training = recipe["RecipeConfig"](output_dir=str(tmp_path))
+    options = dict(task="mnns", task_size=20, rows="duo", schedules="pyramid", output_dir=tmp_path)
     with pytest.raises(ValueError, match=r"schedules='pyramid'.*decodes with 'uniform' only"):
-        recipe["check_input"](script, training, trl.DatasetMixtureConfig())
+        read(recipe["RECIPE"], [f"--{name}={value}" for name, value in options.items()])
 
 
 def test_the_recipe_decodes_a_uniform_model_hard_and_in_more_steps_than_slots(tmp_path):

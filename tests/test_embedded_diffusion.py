@@ -10,6 +10,7 @@ from softar.diffusion.evaluate import evaluate
 from softar.diffusion.head import load_head
 from softar.diffusion.models import CHECKPOINTS
 from softar.diffusion.net import facts
+from softar.recipe import read, row_config
 from softar.tasks import load_task
 
 NAMES = sorted(p.name for p in CHECKPOINTS.iterdir())
@@ -56,17 +57,9 @@ def test_the_recipe_that_is_named_makes_it(tmp_path, monkeypatch, name):
 
     told = made_by(CHECKPOINTS / name)
     recipe, argv = open_recipe("sft_diffusion", told, monkeypatch, tmp_path)
-    parser = recipe.TrlParser(
-        (
-            recipe.DiffusionScriptArguments,
-            recipe.RecipeConfig,
-            recipe.ModelConfig,
-            recipe.DatasetMixtureConfig,
-        )
-    )
-    script, training, model_args, _ = parser.parse_args_and_config(recipe.with_demo_config(argv))
-    args = recipe.row_config(training, script.rows, training.seed, tmp_path)
-    task = load_task(script.task)
-    model, tokenizer = recipe.open_model(model_args, task, args.seed, False)
+    inputs = read(recipe.RECIPE, argv)
+    args = row_config(recipe.RECIPE, inputs, inputs.names[0], inputs.training.seed, tmp_path)
+    model, tokenizer = recipe.open_model(inputs, args.seed)
+    task = inputs.task
     trainer = DiffusionSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer)
     check_first_steps(trainer, told, ("loss", "head_scale", "head_centre", "head_steepness"))

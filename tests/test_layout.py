@@ -187,7 +187,8 @@ FLOORS = [
     ("cli",),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-BESIDE = {"recipe": {"checks", "tasks", "results"}}  # what the recipes share stands on no floor
+# what the recipes share stands on no floor
+BESIDE = {"recipe": {"checks", "tasks", "rows"}, "rows": {"results"}}
 
 
 def modules():

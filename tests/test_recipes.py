@@ -529,6 +529,10 @@ def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
         (dict(rows="no-cot", soft_top_k=90), "top_k=90"),
         (dict(rows="no-cot", freeze_layers=3), "freeze_layers=3"),
         (dict(rows=None, task="mnns", think_end="</think>"), "'</think>'"),
+        (
+            dict(rows="no-cot", task="mnns", think_end="</think>"),
+            "think_end='</think>' and think_steps=0: give one of them",
+        ),
         (dict(resume_from_checkpoint="/no/such"), "resume_from_checkpoint='/no/such'"),
         (
             dict(rows=None, task="mnns", resume_from_checkpoint="/no/such"),

@@ -3,26 +3,24 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from softar import recipe as runs
-from softar.recipe import (
+from softar import rows as softar_rows
+from softar.recipe import interruptible, named_model, one_line_errors, with_default_config
+from softar.rows import (
     APART,
     CUSTOM,
     check_resume,
     checkpoint_of,
-    interruptible,
     last_checkpoint,
-    named_model,
-    one_line_errors,
     parse_rows,
     resumes,
     saved_row,
     set_apart,
     train_rows,
-    with_default_config,
 )
 
 ROWS = {"a": {}, "b": {}, "c": {}}
@@ -128,17 +126,20 @@ def test_a_checkpoint_to_go_on_from_is_whole_and_of_a_single_run(tmp_path):
 
 
 def test_the_demos_configuration_stands_in_where_nothing_is_named(tmp_path):
-    assert with_default_config(["--seed", "1"], "demo.yaml") == [
-        "--config",
-        "demo.yaml",
-        "--seed",
-        "1",
-    ]
     (mine := tmp_path / "mine.yaml").write_text("")
-    for argv in (["--task", "mnns"], ["--model_name_or_path=x"], ["--config", str(mine)]):
-        assert with_default_config(argv, "demo.yaml") == argv
+    demos = "demo.yaml", {"latin": "latin.yaml"}
+    for argv, config in (
+        (["--seed", "1"], "demo.yaml"),
+        (["--task", "latin", "--seed", "1"], "latin.yaml"),
+        (["--task", "mnns"], None),
+        (["--task", "latin", "--model_name_or_path=x"], None),
+        (["--model_name_or_path=x"], None),
+        (["--config", str(mine)], None),
+    ):
+        before = [] if config is None else ["--config", config]
+        assert with_default_config(argv, *demos) == [*before, *argv]
     with pytest.raises(ValueError, match=r"config='no\.yaml': there is no such file"):
-        with_default_config(["--config", "no.yaml"], "demo.yaml")
+        with_default_config(["--config", "no.yaml"], *demos)
 
 
 def test_an_input_error_is_one_line_and_code_2(capsys):
@@ -170,7 +171,7 @@ class Trained:
 
     def train(self, name, args):
         self.done.append((name, args.seed))
-        runs.Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         return [dict(row=name, seed=args.seed, train_steps=args.max_steps)]
 
     def run(self, names, num_seeds=1, jobs=1):
@@ -217,15 +218,13 @@ def test_a_child_trains_its_row_and_leaves_the_report_to_its_parent(tmp_path, mo
 def test_several_jobs_train_what_is_left_apart(tmp_path, monkeypatch):
     started = []
 
-    def apart(rows, places, jobs, console, program):
-        started.append((rows, jobs, program))
-        for name, seed in rows:
-            places[name, seed].mkdir(parents=True)
-            (places[name, seed] / "row.json").write_text(
-                json.dumps([dict(row=name, seed=seed, train_steps=4)])
-            )
+    def apart(folders, jobs, console, program):
+        started.append(([*folders], jobs, program))
+        for (name, seed), folder in folders.items():
+            folder.mkdir(parents=True)
+            (folder / "row.json").write_text(json.dumps([dict(row=name, seed=seed, train_steps=4)]))
 
-    monkeypatch.setattr(runs, "train_apart", apart)
+    monkeypatch.setattr(softar_rows, "train_apart", apart)
     parent = Trained(tmp_path)
     results, _ = parent.run(["a", "b"], jobs=2)
     assert started == [([("a", 42), ("b", 42)], 2, "some.py")] and parent.done == []
@@ -236,9 +235,9 @@ def test_several_jobs_train_what_is_left_apart(tmp_path, monkeypatch):
 def test_a_model_by_name_brings_what_its_loading_takes():
     task = SimpleNamespace(name="sums")
     given = SimpleNamespace(
-        model_name_or_path=None, attn_implementation=None, model_revision="main"
+        model_name_or_path=None, attn_implementation=None, model_revision="main", dtype="float32"
     )
-    assert named_model(given, task, "tiny") == ("tiny", {})
+    assert named_model(given, task, "tiny") == ("tiny", {"dtype": "float32"})
     with pytest.raises(
         ValueError, match=r"'sums' has no model of its own: give --model_name_or_path"
     ):
@@ -246,5 +245,5 @@ def test_a_model_by_name_brings_what_its_loading_takes():
     vars(given).update(
         model_name_or_path="owner/name", attn_implementation="eager", model_revision="v2"
     )
-    expected = {"attn_implementation": "eager", "revision": "v2"}
+    expected = {"dtype": "float32", "attn_implementation": "eager", "revision": "v2"}
     assert named_model(given, task, "tiny") == ("owner/name", expected)

@@ -10,6 +10,7 @@ from shipped import ROOT, check_first_steps, made_by, open_recipe
 from softar import SoftConfig, load
 from softar.evaluate import evaluate
 from softar.models import CHECKPOINTS, folder_of
+from softar.recipe import read, row_config
 from softar.tasks import load_task
 
 NAMES = ["mnns-discrete-tiny", "mnns-soft-tiny"]
@@ -66,10 +67,10 @@ def test_the_recipe_that_is_named_makes_it(tmp_path, monkeypatch, name):
     told = made_by(CHECKPOINTS / name)
     recipe, argv = open_recipe("sft_soft", told, monkeypatch, tmp_path)
     monkeypatch.chdir(ROOT)
-    script, training, model_args, mixture = recipe.make_parser().parse_args_and_config(argv)
-    names, task = recipe.check_input(script, training, mixture)
-    args = recipe.row_config(training, names[0], training.seed, tmp_path, task)
-    model, tokenizer = recipe.open_model(model_args, task, args.seed)
+    inputs = read(recipe.RECIPE, argv)
+    args = row_config(recipe.RECIPE, inputs, inputs.names[0], inputs.training.seed, tmp_path)
+    model, tokenizer = recipe.open_model(inputs, args.seed)
+    task = inputs.task
     trainer = SoftSFTTrainer(
         model, args, train_dataset=task.train, processing_class=tokenizer, score=task.score
     )

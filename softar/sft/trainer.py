@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 
+from ..checks import check_writable
 from ..config import TAGS, SoftConfig
 from ..evaluate import evaluate, tag_ids
 from ..mixers import guide, mk_mixer
 from ..soft import Soft, check_dist, mk_proba_dist, soft_embed
-from ..training import check_writable, inside_forward, no_interrupt
+from ..training import inside_forward, no_interrupt
 from .config import SoftSFTConfig
 from .data import (
     SoftCollator,

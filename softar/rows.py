@@ -1,0 +1,197 @@
+"""Rows and seeds of a recipe, each trained in a folder of its own, going on after an interruption.
+
+A row is a (name, seed). Where rows are trained in processes of their own, the recipe starts itself
+again for each, with `--rows NAME --seed SEED --num_seeds 1` behind its own options, so it must know
+these three.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+CUSTOM = "custom"  # one run, exactly as the options say
+# set for a process that trains one row and leaves table and plot to its parent
+APART = "SOFTAR_TRAIN_APART"
+
+Row = tuple[str, int]
+
+
+def train_rows(
+    names: list[str],
+    training,
+    *,
+    num_seeds: int,
+    jobs: int,
+    configure: Callable,
+    train: Callable,
+    console,
+    program: str,
+) -> tuple[list[dict], dict[Row, Path]]:
+    """Train what is not finished -> the lines of results.json, and the folder of each row, inside
+    training.output_dir.
+
+    `configure(name, seed, folder)` gives a row's own training arguments. `train(name, args)` gives
+    its lines, each with `train_steps`, and None off the main process. There are no lines to report
+    in a child and off the main process.
+    """
+    from accelerate import PartialState
+
+    from .results import write_results
+
+    output = Path(training.output_dir)
+    is_child, is_main = APART in os.environ, PartialState().is_main_process
+    seeds = range(training.seed, training.seed + num_seeds)
+    folders = {(name, seed): output / f"{name}-seed{seed}" for seed in seeds for name in names}
+    if [*folders] == [(CUSTOM, training.seed)] and not is_child:
+        folders = {(CUSTOM, training.seed): output}
+    if not resumes(training) and is_main and not is_child:
+        for folder in folders.values():
+            set_apart(folder)
+    configs = {row: configure(*row, folder) for row, folder in folders.items()}
+    lines_of = {row: saved_row(folder, configs[row]) for row, folder in folders.items()}
+    left = [row for row, lines in lines_of.items() if lines is None]
+    if jobs > 1 and len(left) > 1 and not is_child:
+        train_apart({row: folders[row] for row in left}, jobs, console, program)
+        lines_of |= {row: json.loads((folders[row] / "row.json").read_text()) for row in left}
+    results = []
+    for row, lines in lines_of.items():
+        if lines is None:
+            file = folders[row] / "row.json"
+            file.unlink(missing_ok=True)
+            lines = train(row[0], configs[row])
+            if lines is not None:  # the main process
+                file.write_text(json.dumps(lines))
+        results += lines or []
+        if is_main and not is_child and results:
+            write_results(output / "results.json", results)
+    PartialState().destroy_process_group()  # not earlier: the next row's trainer joins the same one
+    return (results if is_main and not is_child else []), folders
+
+
+def jobs_of(jobs: int, is_tiny: bool) -> int:
+    """How many rows to train at the same time; where `jobs` is 0, for tiny models one on each CPU
+    core, else 1."""
+    from accelerate import PartialState
+
+    return jobs or (os.cpu_count() if is_tiny and PartialState().num_processes == 1 else 1)
+
+
+def train_apart(folders: dict[Row, Path], jobs: int, console, program: str) -> None:
+    """Train rows in processes of their own, `jobs` at a time; each writes row.json, its output goes
+    to train.log."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    waiting, running = list(folders), {}
+    with Progress(*columns, console=console) as progress:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    row = waiting.pop(0)
+                    bar = progress.add_task(f"{row[0]}, seed {row[1]}", total=None)
+                    running[row] = start_apart(row, folders[row]), bar
+                time.sleep(0.3)
+                for row, (child, bar) in list(running.items()):
+                    code = child.poll()
+                    log = (folders[row] / "train.log").read_text(errors="replace")
+                    # The trainer's own bar; "1/1" is that of a file being written.
+                    counts = re.findall(r"(\d+)/(\d+) \[", log[-2000:])
+                    if steps := [(int(n), int(of)) for n, of in counts if of != "1"]:
+                        progress.update(bar, completed=steps[-1][0], total=steps[-1][1])
+                    if code is not None:
+                        del running[row]
+                    if code:
+                        failed = f"row {row[0]!r}, seed {row[1]}, failed:\n{log[-3000:]}"
+                        print(f"{program}: error: {failed}", file=sys.stderr)
+                        sys.exit(code)
+        finally:  # after Ctrl-C or a failure let the others save what they write
+            for child, _ in running.values():
+                child.send_signal(signal.SIGINT)
+            for child, _ in running.values():
+                child.wait()
+
+
+def start_apart(row: Row, folder: Path) -> subprocess.Popen:
+    (folder / "row.json").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    options = f"--rows={row[0]}", f"--seed={row[1]}", "--num_seeds=1"
+    command = [sys.executable, *sys.argv, *options]
+    with open(folder / "train.log", "w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {APART: "1"})
+
+
+def set_apart(folder: Path) -> None:
+    """A run from the start leaves nothing of an earlier one where a later resume would take it for
+    its own: the checkpoints move into a folder `_earlier` (push_to_hub skips that name), in place
+    of what was there."""
+    (folder / "row.json").unlink(missing_ok=True)
+    if checkpoints := list(folder.glob("checkpoint-*")):
+        earlier = folder / "_earlier"
+        shutil.rmtree(earlier, ignore_errors=True)
+        earlier.mkdir()
+        for checkpoint in checkpoints:
+            checkpoint.rename(earlier / checkpoint.name)
+        print(f"starts anew; the checkpoints of an earlier run are now in {earlier}")
+
+
+def saved_row(folder: Path, training) -> list[dict] | None:
+    """The lines of a row that an earlier run has finished, if this one goes on from it; else
+    None."""
+    file = folder / "row.json"
+    if not resumes(training) or not file.exists():
+        return None
+    lines = json.loads(file.read_text())
+    return lines if training.max_steps in (-1, lines[0]["train_steps"]) else None
+
+
+def resumes(training) -> bool:
+    return str(training.resume_from_checkpoint or "false").lower() != "false"
+
+
+def checkpoint_of(training) -> str | None:
+    """What to go on from: "true" is the newest whole checkpoint of the output folder, a path that
+    checkpoint."""
+    if not resumes(training):
+        return None
+    wanted = str(training.resume_from_checkpoint)
+    return last_checkpoint(training.output_dir) if wanted.lower() == "true" else wanted
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint that was written to its end (trainer_state.json comes last)."""
+    whole = [p.parent for p in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda p: int(p.name.split("-")[1]))) if whole else None
+
+
+def check_resume(training, is_single: bool) -> None:
+    """A checkpoint named by its path is whole, and that of a single run in the output folder
+    itself."""
+    wanted = training.resume_from_checkpoint
+    if not resumes(training) or str(wanted).lower() == "true":
+        return
+    if not is_single:
+        raise ValueError(
+            f"resume_from_checkpoint={wanted!r}: with several rows or seeds give true, for the newest"
+        )
+    if not Path(wanted, "trainer_state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint={wanted!r} holds no whole checkpoint")
+
+
+def parse_rows(text: str | None, rows: dict, groups: dict[str, list[str]]) -> list[str]:
+    """Names with commas, groups opened, each once; None is the one run that the options
+    describe."""
+    if text is None:
+        return [CUSTOM]
+    names = [name for part in text.split(",") for name in groups.get(part, [part])]
+    for name in names:
+        if name not in rows and name != CUSTOM:
+            choices = f"{', '.join(groups)}, or out of {', '.join(rows)}"
+            raise ValueError(f"rows={text!r}: {name!r} is unknown; choose {choices}")
+    return list(dict.fromkeys(names))
