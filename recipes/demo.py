@@ -27,8 +27,8 @@ PROGRAM = "demo.py"
 LENGTH = 6  # tokens of an MNNS answer: three partial sums, the answer, the end, and one to spare
 STEPS = (4, 8, 12, 20)  # forwards for the 20 open cells of a Latin square
 VOTES, BEAMS, DRAWS = 8, 4, 3
-# On the page, for the first row of each task
-SHOWN = (
+# decoders whose answer to the first row of each task is on the page
+ON_PAGE = (
     "trace-soft",
     "discrete",
     "trace-soft, gumbel",
@@ -39,7 +39,7 @@ SHOWN = (
 
 
 def thoughts(trained: Path | None, seed: int) -> dict[str, str]:
-    """Label -> decoder of the MNNS table. The first is what the others are held against."""
+    """Label -> decoder of the MNNS table. The first is the baseline of the others."""
     from softar.tasks import MODELS
 
     shipped = MODELS["mnns"]
@@ -53,14 +53,14 @@ def thoughts(trained: Path | None, seed: int) -> dict[str, str]:
                 f"trained={str(trained)!r}: there is no {missing[0]}; recipes/sft_soft.py --rows demo makes it"
             )
     discrete, soft = models["discrete"], models["trace-soft"]
-    found = {"discrete": f"{discrete}=discrete"}
+    specs = {"discrete": f"{discrete}=discrete"}
     if trained is not None:
-        found["no-cot"] = f"{models['no-cot']}=discrete"
+        specs["no-cot"] = f"{models['no-cot']}=discrete"
     if importlib.util.find_spec("vllm") is not None:
-        found["discrete, vLLM"] = f"{discrete}=vllm-greedy"
-        found["trace-soft, vLLM"] = f"{soft}=vllm-soft"
+        specs["discrete, vLLM"] = f"{discrete}=vllm-greedy"
+        specs["trace-soft, vLLM"] = f"{soft}=vllm-soft"
     return (
-        found
+        specs
         | {
             f"beam search, {BEAMS}": f"{discrete}=beam:num_beams={BEAMS}",
             f"self-consistency, {VOTES}": f"{discrete}=self-consistency:votes={VOTES}",
@@ -109,7 +109,7 @@ def run(args, console: Console) -> None:
         def made(spec: str, length=length, **options):
             return make_decoder(spec, max_new_tokens=length, seed=args.seed, **options)
 
-        found = compare(
+        comparison = compare(
             {label: made(spec) for label, spec in decoders.items()},
             rows,
             task.score,
@@ -119,13 +119,13 @@ def run(args, console: Console) -> None:
             extract=task.extract,
             console=console,
         )
-        found.save(folder / name)
-        plot = found.plot(folder / name / "plot.png", title=name)
-        console.print(found.table())
+        comparison.save(folder / name)
+        plot = comparison.plot(folder / name / "plot.png", title=name)
+        console.print(comparison.table())
         console.print(f"results: {folder / name}   plot: {plot}", soft_wrap=True)
-        if found.interrupted:
+        if comparison.interrupted:
             raise KeyboardInterrupt
-        for label in (label for label in SHOWN if label in decoders):
+        for label in (label for label in ON_PAGE if label in decoders):
             (answer,) = made(decoders[label], trace=True).decode(
                 [rows[0]["template" if length == 0 else "prompt"]]
             )
@@ -139,14 +139,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--trained", help="folder of recipes/sft_soft.py --rows demo; default: the package's models"
-    )
-    parser.add_argument("--output_dir", default="runs/demo")
-    parser.add_argument(
-        "--seed", type=int, default=42, help="of the trained rows, and of what is drawn"
+        "--trained",
+        help="folder that recipes/sft_soft.py --rows demo wrote; default: the models of the package",
     )
     parser.add_argument(
-        "--limit", type=int, default=None, help="held-out rows of each task; default all"
+        "--output_dir", default="runs/demo", help="folder for tables, plots and page"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        help="seed of the trained rows, and of everything that is drawn",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=None, help="number of held-out rows of each task; default: all"
     )
     try:
         # A pipe has no width of its own

@@ -18,7 +18,6 @@ first few.
 
 import argparse
 import dataclasses
-import json
 import re
 import sys
 import time
@@ -30,8 +29,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from softar.decoders.options import json_or_text
 from softar.diffusion import DenoiseConfig, denoise, load
 from softar.diffusion.net import facts
+from softar.show.terminal import colour_of
 
 DEMO = dict(gen_length=5, soften="soft-mask")  # what the embedded model answers in
 SLOTS = 4  # soft slots whose mixtures are listed
@@ -41,7 +42,6 @@ def main(args, config):
     model, tokenizer = load(args.model)
     if tokenizer is None:
         raise ValueError(f"model={args.model!r} holds no tokenizer, so there is no text to show")
-    known = facts(model)
     prompt = args.prompt or "<bos> D1 D1 D1 D2 ->"
     if args.chat:
         prompt = tokenizer.apply_chat_template(
@@ -51,7 +51,7 @@ def main(args, config):
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not args.chat).to(
         model.device
     )
-    view = View(tokenizer, known.mask_id, inputs.input_ids, config, args.delay)
+    view = View(tokenizer, facts(model).mask_id, inputs.input_ids, config, args.delay)
     console = Console()
     rng = torch.Generator().manual_seed(args.seed)
     with Live(console=console, refresh_per_second=30, transient=False) as live:
@@ -62,7 +62,7 @@ def main(args, config):
             inputs.get("attention_mask"),
             config=config,
             rng=rng,
-            callback=lambda seen: live.update(view.frame(seen)),
+            callback=lambda step: live.update(view.frame(step)),
         )
     tokens = int((output.committed_at >= 0).sum())
     console.print(
@@ -72,40 +72,40 @@ def main(args, config):
 
 
 class View:
-    """The picture of a canvas, kept up with what the loop's callback tells."""
+    """The picture of a canvas, kept up to date by the loop's callback."""
 
     def __init__(self, tokenizer, mask_id: int, prompt, config: DenoiseConfig, delay: float):
         self.tokenizer, self.mask_id, self.delay = tokenizer, mask_id, delay
         self.canvas = torch.cat([prompt[0], prompt.new_full((config.gen_length,), mask_id)])
-        self.given = self.canvas != mask_id
-        self.sure = torch.zeros(len(self.canvas))
+        self.is_prompt = self.canvas != mask_id
+        self.confidence = torch.zeros(len(self.canvas))
         self.seconds, self.last = 0.0, time.perf_counter()
 
-    def frame(self, seen: dict | None = None) -> Group:
+    def frame(self, step: dict | None = None) -> Group:
         """One row of the canvas after a forward; the time spent drawing does not count."""
-        self.seconds += time.perf_counter() - self.last if seen else 0.0
+        self.seconds += time.perf_counter() - self.last if step else 0.0
         slots, forwards = {}, 0
-        if seen is not None:
-            forwards = seen["step"] + 1
-            new = seen["committed"][0].cpu()
-            self.canvas = seen["sequences"][0].cpu()
-            self.sure = torch.where(new, seen["confidence"][0].cpu(), self.sure)
-            if seen["soft"] is not None:
-                at = seen["where"].nonzero()
+        if step is not None:
+            forwards = step["step"] + 1
+            new = step["committed"][0].cpu()
+            self.canvas = step["sequences"][0].cpu()
+            self.confidence = torch.where(new, step["confidence"][0].cpu(), self.confidence)
+            if step["soft"] is not None:
+                at = step["where"].nonzero()
                 slots = {
                     int(col): (ids.tolist(), weights.tolist())
-                    for (row, col), ids, weights in zip(at, *seen["soft"], strict=False)
+                    for (row, col), ids, weights in zip(at, *step["soft"], strict=False)
                     if row == 0
                 }
         left = int((self.canvas == self.mask_id).sum())
-        done = len(self.canvas) - left - int(self.given.sum())
+        done = len(self.canvas) - left - int(self.is_prompt.sum())
         status = f"forward {forwards}   committed {done}   masks {left}"
         if self.seconds:
             status += f"   {done / self.seconds:.1f} tokens/s"
         picture = Group(
             Panel(self.text(slots), title="canvas", subtitle=status), self.mixtures(slots)
         )
-        if seen is not None:
+        if step is not None:
             time.sleep(self.delay)
         self.last = time.perf_counter()
         return picture
@@ -115,13 +115,10 @@ class View:
         are there."""
         out = Text()
         for col, token in enumerate(self.canvas.tolist()):
-            if self.given[col]:
+            if self.is_prompt[col]:
                 out.append(self.word(token), style="bold")
             elif token != self.mask_id:
-                p = float(self.sure[col])
-                out.append(
-                    self.word(token), style=f"rgb({int(230 * (1 - p)) + 20},{int(190 * p) + 40},60)"
-                )
+                out.append(self.word(token), style=colour_of(float(self.confidence[col])))
             elif col in slots:
                 ids, weights = slots[col]
                 best = max(
@@ -162,36 +159,33 @@ class View:
         return self.tokenizer.backend_tokenizer.decoder is not None
 
 
-def value(text: str):
-    """An option as JSON where it is (numbers, true, {"k": 5}), else as text."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", default="mnns-diffusion-tiny", help="what softar.diffusion.load takes"
+        "--model", default="mnns-diffusion-tiny", help="a model that softar.diffusion.load opens"
     )
-    parser.add_argument("--prompt", help="text; underscores are masks to fill")
+    parser.add_argument("--prompt", help="the text; underscores are masks to fill")
     parser.add_argument(
         "--chat", action="store_true", help="put the prompt into the model's chat template"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--delay", type=float, default=0.0, help="seconds to look at each forward")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
+    parser.add_argument(
+        "--delay", type=float, default=0.0, help="seconds to wait after each forward"
+    )
     names = [f.name for f in dataclasses.fields(DenoiseConfig)]
     for name in names:
         parser.add_argument(
-            f"--{name}", type=value, default=argparse.SUPPRESS, help="of DenoiseConfig"
+            f"--{name}",
+            type=json_or_text,
+            default=argparse.SUPPRESS,
+            help="this field of softar.diffusion.DenoiseConfig",
         )
     args = parser.parse_args(argv)
     chosen = {name: vars(args)[name] for name in names if name in args}
-    own = args.model == "mnns-diffusion-tiny" and args.prompt is None
-    return args, DenoiseConfig(**((DEMO if own else {}) | chosen))
+    is_demo = args.model == "mnns-diffusion-tiny" and args.prompt is None
+    return args, DenoiseConfig(**((DEMO if is_demo else {}) | chosen))
 
 
 if __name__ == "__main__":

@@ -20,14 +20,15 @@ output folder, all of them summary.json, summary.csv and sweep.png. Another grid
 """
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl import TrlParser
 
+from softar.decoders.options import json_or_text, lists_by_key
 from softar.recipe import one_line_errors
+from softar.training import opt
 
 PROGRAM = "sweep.py"
 DEMO = dict(
@@ -38,58 +39,35 @@ DEMO = dict(
 )
 
 
+def many(text: str, *default):
+    return field(default_factory=lambda: [*default], metadata={"help": text})
+
+
 @dataclass
 class SweepArguments:
-    tasks: list[str] = field(
-        default_factory=list, metadata={"help": "Tasks by name: latin, mnns, reasoning_gym:NAME."}
+    tasks: list[str] = many("Tasks by name: latin, mnns, reasoning_gym:NAME.")
+    soft: list[str] = many(
+        "Decoders, [MODEL=]NAME[:key=value,key=value]; `softar compare --help` lists the names."
     )
-    soft: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Decoders, [MODEL=]NAME[:key=value,key=value]; `softar compare --help` lists the names."
-        },
+    baseline: list[str] = many("Decoders that those of --soft are compared with, in the same form.")
+    vary: list[str] = many(
+        "key=value,value: each decoder runs with every combination. In YAML key: [value, value]."
     )
-    baseline: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Decoders that they are held against, in the same form."},
+    models: list[str] = many(
+        "TASK=MODEL, the model of decoders that name none. Latin squares and MNNS have diffusion models of their own."
     )
-    vary: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "key=value,value: every combination goes to every decoder. In YAML key: [value, value]."
-        },
+    seeds: list[int] = many("Seeds of everything that the decoders draw.", 0)
+    limit: int | None = opt(None, "Number of held-out rows of each task. Default: all.")
+    max_new_tokens: int | None = opt(
+        None, "Number of tokens to generate. Default: the length of the embedded task's answers."
     )
-    models: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "TASK=MODEL for decoders that name none. Latin squares and MNNS have diffusion models."
-        },
+    batch_size: int = opt(256, "Number of rows decoded together.")
+    repeats: int = opt(1, "Passes over the rows in each run, for the spread of the times.")
+    dtype: str = opt("auto", "Type of the weights: auto (as stored), float32, bfloat16, float16.")
+    device: str | None = opt(
+        None, "Device of the models. Default: each process's GPU where there is one."
     )
-    seeds: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "Of what the decoders draw."}
-    )
-    limit: int | None = field(
-        default=None, metadata={"help": "Held-out rows of each task. Default: all."}
-    )
-    max_new_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Tokens generated. Default: as the embedded task's answers are long."},
-    )
-    batch_size: int = field(default=256, metadata={"help": "Rows decoded together."})
-    repeats: int = field(
-        default=1,
-        metadata={"help": "Passes over the rows in each run, for the spread of the times."},
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Of the weights: auto (as stored), float32, bfloat16, float16."},
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "Default: each process's GPU where there is one."}
-    )
-    output_dir: str = field(
-        default="runs/sweep", metadata={"help": "Runs, summary and plot; one grid's."}
-    )
+    output_dir: str = opt("runs/sweep", "Folder for the runs, summary and plot of this grid.")
 
 
 def main(args):
@@ -115,21 +93,11 @@ def main(args):
     PartialState().destroy_process_group()
 
 
-def mapping(name: str, given: list[str] | dict) -> dict[str, list]:
+def mapping(name: str, items: list[str] | dict) -> dict[str, list]:
     """["key=a,b"], or what YAML says, {"key": ["a", "b"]} -> the latter."""
-    if isinstance(given, dict):
-        return {k: v if isinstance(v, list) else [v] for k, v in given.items()}
-    if wrong := [item for item in given if not item.partition("=")[2]]:
-        raise ValueError(f"{name}={wrong[0]!r} must be key=value")
-    return {key: values.split(",") for key, _, values in (item.partition("=") for item in given)}
-
-
-def json_or_text(value):
-    """true, null, 0.5 as JSON has them, else the text itself; what is no text stays."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
-        return value
+    if isinstance(items, dict):
+        return {k: v if isinstance(v, list) else [v] for k, v in items.items()}
+    return lists_by_key(f"{name}=", items)
 
 
 def with_demo(argv: list[str]) -> list[str]:
@@ -147,7 +115,7 @@ def with_demo(argv: list[str]) -> list[str]:
 if __name__ == "__main__":
     try:
         with one_line_errors(PROGRAM):
-            (given,) = TrlParser(SweepArguments).parse_args_and_config(with_demo(sys.argv[1:]))
-        main(given)
+            (args,) = TrlParser(SweepArguments).parse_args_and_config(with_demo(sys.argv[1:]))
+        main(args)
     except KeyboardInterrupt:  # sweep has said how to go on
         sys.exit(130)

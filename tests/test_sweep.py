@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 from trl import TrlParser
 
+from softar.decoders.options import json_or_text
 from softar.evals import sweep as module
 from softar.evals.sweep import Grid, read_grid, sweep
 from softar.evals.sweep_summary import aggregate, plot_sweep, read_sweep, sweep_table
@@ -414,12 +415,7 @@ def test_recipe_reads_command_line_and_yaml(tmp_path):
     assert sweep_recipe.mapping("vary", ["a=1,x", "b=c"]) == {"a": ["1", "x"], "b": ["c"]}
     with pytest.raises(ValueError, match="vary='a' must be key=value"):
         sweep_recipe.mapping("vary", ["a"])
-    assert [sweep_recipe.json_or_text(v) for v in ("0.5", "null", "soft", 3)] == [
-        0.5,
-        None,
-        "soft",
-        3,
-    ]
+    assert [json_or_text(v) for v in ("0.5", "null", "soft", 3)] == [0.5, None, "soft", 3]
 
 
 def test_two_processes_interrupted_and_resumed(whole, tmp_path, capsys):

@@ -4,7 +4,6 @@ Torch is imported by what needs a model, and by nothing else.
 """
 
 import importlib.util
-import json
 import re
 import sys
 from pathlib import Path
@@ -270,19 +269,10 @@ def answer_length(rows, spec: str, given: int | None) -> int:
 
 def vary(items: list[str]) -> dict[str, list]:
     """["key=1,2"] -> {"key": [1, 2]}; values are JSON where they are, else text."""
+    from ..decoders.options import json_or_text, lists_by_key
 
-    def value(text: str):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return text
-
-    if wrong := [item for item in items if not item.partition("=")[2]]:
-        raise ValueError(f"--vary {wrong[0]!r} must be key=value,value")
-    return {
-        key: [value(v) for v in values.split(",")]
-        for key, _, values in (item.partition("=") for item in items)
-    }
+    lists = lists_by_key("--vary ", items)
+    return {key: [json_or_text(value) for value in values] for key, values in lists.items()}
 
 
 def first(rows, limit: int | None):

@@ -58,6 +58,22 @@ def _value(text: str, at: int) -> tuple[typing.Any, int]:
     return WORDS.get(word.strip(), word.strip()), at + len(word) + 1
 
 
+def json_or_text(value):
+    """true, null, 0.5, {"k": 5} as JSON has them, else the text itself; what is not text is
+    returned as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value
+
+
+def lists_by_key(option: str, items: list[str]) -> dict[str, list[str]]:
+    """["key=a,b"] -> {"key": ["a", "b"]}. option: how an error begins."""
+    if wrong := [item for item in items if not item.partition("=")[2]]:
+        raise ValueError(f"{option}{wrong[0]!r} must be key=value,value")
+    return {key: values.split(",") for key, _, values in (item.partition("=") for item in items)}
+
+
 def check_options(
     config: type, decoder: str, options: dict, *, also: Iterable[str] = (), fixed=()
 ) -> dict:

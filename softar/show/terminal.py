@@ -119,6 +119,11 @@ def _surest(mixture: Mixture, mask: str) -> float:
     return max((weight for token, weight in mixture if token != mask), default=0.0)
 
 
+def colour_of(p: float) -> str:
+    """The style of a token that was decided with probability p, from red to green."""
+    return f"rgb({int(230 * (1 - p)) + 20},{int(190 * p) + 40},60)"
+
+
 def _cells(canvas: Canvas, forward: Forward, state: list) -> Text:
     """One row: given cells bold, decided ones from red to green by their probability and underlined
     where new, soft slots in italics under their likeliest token, masks as dots, remasked ones as a
@@ -128,7 +133,7 @@ def _cells(canvas: Canvas, forward: Forward, state: list) -> Text:
         if text is not None:
             style = "bold" if canvas.cells[column] is not None else "dim"
             if p is not None:
-                style = f"rgb({int(230 * (1 - p)) + 20},{int(190 * p) + 40},60)"
+                style = colour_of(p)
             out.append(
                 visible(text).strip("␣"),
                 style + (" underline" if column in forward.committed else ""),
