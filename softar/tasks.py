@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset
 
+from .checks import check_choice, check_least
+
 GYM = "reasoning_gym:"
 GYM_SIZE = 1000  # rows generated where the caller names no size
 LATIN_SIZE, LATIN_TEST = 40_000, 1000
@@ -61,12 +63,10 @@ def load_task(name: str, *, seed: int = 0, size: int | None = None) -> Task:
         ValueError: for an unknown name (the message lists the known ones) or a size below 1.
         ImportError: where reasoning-gym is asked for and not installed.
     """
-    if size is not None and size < 1:
-        raise ValueError(f"size={size} must be at least 1 training row; None takes all")
+    check_least({"size": size}, size=1)
     if name.startswith(GYM):
         return _gym(name.removeprefix(GYM), seed=seed, size=size)
-    if name not in TASKS:
-        raise ValueError(f"task={name!r} is unknown: choose one of {sorted(TASKS)} or '{GYM}NAME'")
+    check_choice("task", name, TASKS, hint=f" or '{GYM}NAME'")
     return TASKS[name](seed=seed, size=size)
 
 
@@ -179,20 +179,20 @@ def latin(n: int = 5, givens: int = 5, *, seed: int = 0, size: int | None = None
         raise ValueError(f"n={n}, givens={givens}: needs 2 <= n <= 9 and 0 <= givens < n * n")
     rng = random.Random(seed)
     held_out = [_latin_square(n, rng) for _ in range(LATIN_TEST)]
-    known = set(map(tuple, held_out))
+    excluded = set(map(tuple, held_out))
     squares = (_latin_square(n, rng) for _ in range(LATIN_SIZE if size is None else size))
 
     def say(cells) -> str:
         return "".join(f" {c}" for c in cells)
 
     def template(cells) -> str:
-        shown = set(rng.sample(range(n * n), givens))
-        return "<bos>" + say(c if i in shown else "<mask>" for i, c in enumerate(cells))
+        givens_at = set(rng.sample(range(n * n), givens))
+        return "<bos>" + say(c if i in givens_at else "<mask>" for i, c in enumerate(cells))
 
     train = [
         {"prompt": "<bos>", "completion": say(s), "answer": say(s).strip()}
         for s in squares
-        if tuple(s) not in known
+        if tuple(s) not in excluded
     ]
     test = [
         {"prompt": "<bos>", "completion": say(s), "answer": say(s).strip(), "template": template(s)}
@@ -296,7 +296,7 @@ def _gym_row(item: dict) -> dict:
 
 
 def freeze(x):
-    """Tuples and keys that are no strings, tagged: JSON has neither, and scorers (arc_agi, rearc,
+    """Tuples and keys that are not strings, tagged: JSON has neither, and scorers (arc_agi, rearc,
     ...) need them."""
     if isinstance(x, tuple):
         return {"__tuple__": [freeze(v) for v in x]}
