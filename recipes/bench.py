@@ -1,5 +1,5 @@
 """
-Measurements behind RESULTS.md; each prints its conditions and a table, and appends to results.json.
+Measurements behind RESULTS.md; each prints its conditions and a table, and writes its rows to a JSON file.
 
 # Tokens per second, softar.generate beside model.generate, interleaved in one run
 python recipes/bench.py decode
@@ -17,6 +17,7 @@ python recipes/bench.py memory
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -99,7 +100,8 @@ def decode(args) -> list[dict]:
         runs = {"model.generate": hf} | {name: (lambda c=c: ours(c)) for name, c in configs.items()}
         seconds = interleaved(runs, args.repeats)
         for name, took in seconds.items():
-            ratios = [a / b for a, b in zip(seconds["model.generate"], took, strict=True)]
+            base = seconds["model.generate"]
+            ratio, low, high = spread(a / b for a, b in zip(base, took, strict=True))
             rows.append(
                 dict(
                     bench="decode",
@@ -107,10 +109,10 @@ def decode(args) -> list[dict]:
                     batch=batch,
                     new_tokens=new,
                     decoder=name,
-                    tokens_per_s=batch * new / statistics.median(took),
-                    ratio=statistics.median(ratios),
-                    ratio_low=min(ratios),
-                    ratio_high=max(ratios),
+                    tokens_per_s=batch * new / spread(took)[0],
+                    ratio=ratio,
+                    ratio_low=low,
+                    ratio_high=high,
                     repeats=args.repeats,
                 )
             )
@@ -159,17 +161,18 @@ def sft(args) -> list[dict]:
     seconds = interleaved(runs, args.repeats)
     rows = []
     for name, took in seconds.items():
-        ratios = [a / b for a, b in zip(seconds["sequential"], took, strict=True)]
+        base = seconds["sequential"]
+        ratio, low, high = spread(a / b for a, b in zip(base, took, strict=True))
         rows.append(
             dict(
                 bench="sft",
                 length=T,
                 batch=batch,
                 mode=name,
-                seconds=statistics.median(took),
-                times_faster=statistics.median(ratios),
-                low=min(ratios),
-                high=max(ratios),
+                seconds=spread(took)[0],
+                times_faster=ratio,
+                low=low,
+                high=high,
             )
         )
     show(
@@ -295,33 +298,59 @@ def show(title: str, rows: list[dict], columns: tuple[str, ...]) -> None:
     console.print(table)
 
 
+def spread(values) -> tuple[float, float, float]:
+    """-> median, least, greatest."""
+    values = list(values)
+    return statistics.median(values), min(values), max(values)
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """A parser that prints the description as it stands, with the option that `run_bench` reads."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", default="runs/bench", help="folder that the results are written to"
+    )
+    return parser
+
+
+def run_bench(name: str, measure: Callable, args) -> None:
+    """Print the conditions, measure, and write the rows to NAME.json in the folder
+    `args.output`."""
+    conditions = f"{device()}, {torch.get_num_threads()} threads, {versions()}"
+    console.print(f"{name} on {conditions}", soft_wrap=True)
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    console.print(f"written: {write_results(folder / f'{name}.json', measure(args))}")
+
+
 BENCHES = {"decode": decode, "sft": sft, "agreement": agreement, "memory": memory}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bench", choices=BENCHES, nargs="?", default="decode")
+    parser = parser_of(__doc__)
     parser.add_argument(
-        "--model", default="smollm2-135m", help="decode: any model that softar.load takes"
+        "bench", choices=BENCHES, nargs="?", default="decode", help="what to measure"
     )
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--decoders", nargs="+", help="decode: only these rows, 'hard' among them")
-    parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--length", type=int, default=128, help="sft: soft positions T")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="decode: a model that softar.load opens"
+    )
+    parser.add_argument("--dtype", default="auto", help="decode: type of the weights")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1, 8], help="decode: rows decoded together"
+    )
+    parser.add_argument(
+        "--decoders", nargs="+", help="decode: only these decoders, 'hard' among them"
+    )
+    parser.add_argument("--new_tokens", type=int, default=64, help="decode: tokens to generate")
+    parser.add_argument("--length", type=int, default=128, help="sft: number of soft positions, T")
     parser.add_argument("--model_path", help="agreement: a folder with a model trained on MNNS")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", default="runs/bench", help="folder of results.json")
+    parser.add_argument("--repeats", type=int, default=7, help="how often each is timed")
     args = parser.parse_args()
     if args.bench == "agreement" and args.model_path is None:
         parser.error("agreement needs --model_path, a folder with a model trained on MNNS")
-    console.print(f"{args.bench} on {device()}, {versions()}", soft_wrap=True)
-    rows = BENCHES[args.bench](args)
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    console.print(f"written: {write_results(folder / f'{args.bench}.json', rows)}")
+    run_bench(args.bench, BENCHES[args.bench], args)
 
 
 if __name__ == "__main__":

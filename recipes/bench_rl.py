@@ -8,20 +8,16 @@ one run python recipes/bench_rl.py
 OMP_NUM_THREADS=1 python recipes/bench_rl.py --cpu_time --threads 1 --repeats 15
 """
 
-import argparse
-import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import torch
-from bench import console, interleaved, show
+from bench import interleaved, parser_of, run_bench, show, spread
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from softar.models import word_tokenizer
-from softar.results import device, versions, write_results
 from softar.rl import SoftGRPOConfig, SoftGRPOTrainer
 
 # of the model; <eos> lies beyond them, so that every completion runs to its full length
@@ -51,11 +47,9 @@ def trainers(args, folder: str) -> dict:
 
     def model():
         torch.manual_seed(0)
-        found = LlamaForCausalLM(
-            LlamaConfig(vocab_size=WORDS, max_position_embeddings=4096, **SHAPE)
-        )
-        found.generation_config.eos_token_id = found.config.eos_token_id = None
-        return found
+        net = LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, max_position_embeddings=4096, **SHAPE))
+        net.generation_config.eos_token_id = net.config.eos_token_id = None
+        return net
 
     def reward(completions, **columns):
         return [float(len(set(text.split()))) for text in completions]
@@ -98,56 +92,49 @@ def cost(args) -> list[dict]:
 
             return run
 
-        found = []
+        lines = []
         for what, of in (("rollout", rollout), ("update", update)):
             clock = time.process_time if args.cpu_time else time.perf_counter
             seconds = interleaved({name: of(name) for name in made}, args.repeats, clock=clock)
             for name, took in seconds.items():
-                ratios = [b / a for a, b in zip(seconds["trl"], took, strict=True)]
-                found.append(
+                ratio, low, high = spread(b / a for a, b in zip(seconds["trl"], took, strict=True))
+                lines.append(
                     dict(
                         bench="rl",
                         what=what,
                         policy=name,
                         batch=args.batch,
                         length=args.length,
-                        seconds=statistics.median(took),
-                        ratio=statistics.median(ratios),
-                        ratio_low=min(ratios),
-                        ratio_high=max(ratios),
+                        seconds=spread(took)[0],
+                        ratio=ratio,
+                        ratio_low=low,
+                        ratio_high=high,
                         repeats=args.repeats,
                     )
                 )
     show(
         "GRPO: seconds, and their ratio to TRL's",
-        found,
+        lines,
         ("what", "policy", "seconds", "ratio", "ratio_low", "ratio_high"),
     )
-    return found
+    return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=16, help="completions, all of one prompt")
-    parser.add_argument("--length", type=int, default=64, help="steps of a completion")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=None)
+    parser = parser_of(__doc__)
     parser.add_argument(
-        "--cpu_time", action="store_true", help="processor time in place of wall time"
+        "--batch", type=int, default=16, help="number of completions, all of one prompt"
     )
-    parser.add_argument("--output", default="runs/bench", help="folder of rl.json")
+    parser.add_argument("--length", type=int, default=64, help="number of steps of a completion")
+    parser.add_argument("--repeats", type=int, default=9, help="how often each is timed")
+    parser.add_argument("--threads", type=int, default=None, help="number of torch's threads")
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="measure processor time, for a busy machine"
+    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    console.print(
-        f"rl on {device()}, {torch.get_num_threads()} threads, {versions()}", soft_wrap=True
-    )
-    rows = cost(args)
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    console.print(f"written: {write_results(folder / 'rl.json', rows)}")
+    run_bench("rl", cost, args)
 
 
 if __name__ == "__main__":

@@ -23,16 +23,14 @@ import json
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
-from bench import console, show, timed
+from bench import console, parser_of, run_bench, show, spread, timed
 
-from softar.results import device, versions, write_results
 from softar.vllm.export import exported
 from softar.vllm.machine import on_cpu, require_vllm, settings
 
@@ -49,8 +47,8 @@ def serve(plugin: bool, model: str, top_k: int, tokens: int, prompt_tokens: int,
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM writes there too
 
-    def say(**found):
-        print(json.dumps(found), file=answers, flush=True)
+    def say(**answer):
+        print(json.dumps(answer), file=answers, flush=True)
 
     try:
         from vllm import LLM, SamplingParams, __version__
@@ -109,10 +107,10 @@ class Engine:
 
     def answer(self) -> dict:
         line = self.process.stdout.readline()
-        found = json.loads(line) if line else {"error": "the engine ended"}
-        if "error" in found:
-            raise RuntimeError(f"{found['error']} (its log: {self.log})")
-        return found
+        answer = json.loads(line) if line else {"error": "the engine ended"}
+        if "error" in answer:
+            raise RuntimeError(f"{answer['error']} (its log: {self.log})")
+        return answer
 
     def ask(self, wanted: list) -> dict:
         """wanted: per request None, discrete, or fields of its `soft`."""
@@ -131,7 +129,7 @@ class Engine:
 def started(args, folder: str, plugin: bool):
     """An engine that answers, gone with all its processes after the block."""
     log = Path(args.output, f"vllm-{'plugin' if plugin else 'none'}.log")
-    given = dict(
+    options = dict(
         plugin=plugin,
         model=folder,
         top_k=args.top_k,
@@ -142,12 +140,12 @@ def started(args, folder: str, plugin: bool):
         enforce_eager=args.eager,
     )
     if not on_cpu():
-        given["gpu_memory_utilization"] = args.gpu_memory_utilization
+        options["gpu_memory_utilization"] = args.gpu_memory_utilization
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
     env = {**settings(folder), **quiet, **os.environ, "VLLM_PLUGINS": "softar" if plugin else ""}
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
     with open(log, "w") as errors:
-        command = [sys.executable, __file__, "--engine", json.dumps(given)]
+        command = [sys.executable, __file__, "--engine", json.dumps(options)]
         process = subprocess.Popen(command, env=env, stderr=errors, **pipes)
     try:
         engine = Engine(process, log)
@@ -185,71 +183,72 @@ def throughput(args) -> list[dict]:
         # One after the other: each looks how much memory is free
         engines = {
             on: stack.enter_context(started(args, folder, on))
-            for on in sorted({m != "none" for m in args.modes})
+            for on in sorted({mode != "none" for mode in args.modes})
         }
         about = next(iter(engines.values())).about
         console.print(
             f"vLLM {about['vllm']}, model runner {about['runner']}, load {os.getloadavg()[0]:.2f}"
         )
         for n in args.concurrency:
-
-            def run(mode, n=n):
-                soft = {"soft": {}, "record": {"record": True}}
-                wanted = [{} if mode == "mixed" and i % 2 else soft.get(mode) for i in range(n)]
-                made = engines[mode != "none"].ask(wanted)["tokens"]
-                assert made == n * args.tokens, (
-                    f"{mode}: {made} tokens in place of {n * args.tokens}"
-                )
-
-            seconds = {mode: [] for mode in args.modes}
-            for repeat in range(-1, args.repeats):  # the first does not count
-                for mode in list(seconds)[:: 1 if repeat % 2 == 0 else -1]:
-                    time.sleep(args.pause)
-                    clock = (
-                        engines[mode != "none"].processor_time
-                        if args.cpu_time
-                        else time.perf_counter
-                    )
-                    took = timed(lambda mode=mode: run(mode), clock)
-                    if repeat >= 0:
-                        seconds[mode].append(took)
-            for mode, took in seconds.items():
-                speeds = [n * args.tokens / s for s in took]
-                row = dict(
-                    bench="vllm",
-                    model=args.model,
-                    dtype=args.dtype,
-                    eager=args.eager,
-                    tokens=args.tokens,
-                    prompt_tokens=args.prompt_tokens,
-                    top_k=args.top_k,
-                    concurrent=n,
-                    mode=mode,
-                    clock="processor" if args.cpu_time else "wall",
-                    tokens_per_s=statistics.median(speeds),
-                    runs=speeds,
-                    over=OVER.get(mode),
-                    ratio=None,
-                    ratio_low=None,
-                    ratio_high=None,
-                    vllm=about["vllm"],
-                    runner=about["runner"],
-                )
-                if row["over"] in seconds:
-                    ratios = [a / b for a, b in zip(seconds[row["over"]], took, strict=True)]
-                    row |= dict(
-                        ratio=statistics.median(ratios),
-                        ratio_low=min(ratios),
-                        ratio_high=max(ratios),
-                    )
-                rows.append(row)
+            rows += rows_of(args, n, paired_runs(args, engines, n), about)
     unit = "tokens per second of the workers" if args.cpu_time else "tokens/s"
     title = f"{unit}, {args.tokens} tokens a request, k = {args.top_k}, {args.repeats} paired runs"
-    show(
-        title,
-        rows,
-        ("concurrent", "mode", "tokens_per_s", "over", "ratio", "ratio_low", "ratio_high"),
-    )
+    columns = ("concurrent", "mode", "tokens_per_s", "over", "ratio", "ratio_low", "ratio_high")
+    show(title, rows, columns)
+    return rows
+
+
+def paired_runs(args, engines: dict[bool, Engine], n: int) -> dict[str, list[float]]:
+    """Seconds of each mode with n requests at a time, taken in turn, forwards and backwards."""
+
+    def run(mode):
+        soft = {"soft": {}, "record": {"record": True}}
+        wanted = [{} if mode == "mixed" and i % 2 else soft.get(mode) for i in range(n)]
+        made = engines[mode != "none"].ask(wanted)["tokens"]
+        assert made == n * args.tokens, f"{mode}: {made} tokens in place of {n * args.tokens}"
+
+    seconds = {mode: [] for mode in args.modes}
+    for repeat in range(-1, args.repeats):  # the first does not count
+        for mode in list(seconds)[:: 1 if repeat % 2 == 0 else -1]:
+            time.sleep(args.pause)
+            engine = engines[mode != "none"]
+            clock = engine.processor_time if args.cpu_time else time.perf_counter
+            took = timed(lambda mode=mode: run(mode), clock)
+            if repeat >= 0:
+                seconds[mode].append(took)
+    return seconds
+
+
+def rows_of(args, n: int, seconds: dict[str, list[float]], about: dict) -> list[dict]:
+    rows = []
+    for mode, took in seconds.items():
+        speeds = [n * args.tokens / s for s in took]
+        ratio = low = high = None
+        if OVER.get(mode) in seconds:
+            base = seconds[OVER[mode]]
+            ratio, low, high = spread(a / b for a, b in zip(base, took, strict=True))
+        rows.append(
+            dict(
+                bench="vllm",
+                model=args.model,
+                dtype=args.dtype,
+                eager=args.eager,
+                tokens=args.tokens,
+                prompt_tokens=args.prompt_tokens,
+                top_k=args.top_k,
+                concurrent=n,
+                mode=mode,
+                clock="processor" if args.cpu_time else "wall",
+                tokens_per_s=spread(speeds)[0],
+                runs=speeds,
+                over=OVER.get(mode),
+                ratio=ratio,
+                ratio_low=low,
+                ratio_high=high,
+                vllm=about["vllm"],
+                runner=about["runner"],
+            )
+        )
     return rows
 
 
@@ -260,52 +259,52 @@ def positive(text: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="as for softar.load")
-    parser.add_argument("--dtype", default="float32")
+    parser = parser_of(__doc__)
+    parser.add_argument("--model", default="smollm2-135m", help="a model that softar.load opens")
+    parser.add_argument("--dtype", default="float32", help="type of the weights")
     parser.add_argument(
-        "--concurrency", type=positive, nargs="+", default=[16, 64], help="requests at a time"
+        "--concurrency",
+        type=positive,
+        nargs="+",
+        default=[16, 64],
+        help="numbers of requests at a time",
     )
-    parser.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES))
-    parser.add_argument("--tokens", type=positive, default=64, help="of each answer")
     parser.add_argument(
-        "--prompt_tokens", type=positive, default=32, help="of each prompt, drawn at random"
+        "--modes", choices=MODES, nargs="+", default=list(MODES), help="what to compare"
+    )
+    parser.add_argument("--tokens", type=positive, default=64, help="tokens of each answer")
+    parser.add_argument(
+        "--prompt_tokens", type=positive, default=32, help="tokens of each prompt, drawn at random"
     )
     parser.add_argument("--top_k", type=positive, default=10, help="tokens in a mixture")
     parser.add_argument(
-        "--enforce_eager", action="store_true", help="no CUDA graphs; on CPU always"
+        "--enforce_eager", action="store_true", help="run without CUDA graphs; on a CPU always so"
     )
     parser.add_argument(
-        "--gpu_memory_utilization", type=float, default=0.4, help="of each of the two engines"
+        "--gpu_memory_utilization",
+        type=float,
+        default=0.4,
+        help="share of the memory for each of the two engines",
     )
-    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--repeats", type=positive, default=3, help="how often each is timed")
     # For a second after its last step an engine's workers spin, beside whoever is next
     parser.add_argument(
         "--pause",
         type=float,
         default=1.5,
-        help="seconds before each run, for the other engine to rest",
+        help="seconds to wait before each run, for the other engine to rest",
     )
     parser.add_argument(
         "--cpu_time",
         action="store_true",
-        help="the workers', not the clock's, for a busy machine; CPU only",
-    )
-    parser.add_argument(
-        "--output", default="runs/bench", help="folder of vllm.json and the engines' logs"
+        help="measure the workers' processor time, for a busy machine; CPU only",
     )
     args = parser.parse_args()
     require_vllm()
     if args.cpu_time and not on_cpu():
         parser.error("--cpu_time is for engines on CPU: a GPU computes on while its worker waits")
     args.eager = args.enforce_eager or on_cpu()
-    console.print(f"vllm on {device()}, {versions()}", soft_wrap=True)
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = throughput(args)
-    console.print(f"written: {write_results(folder / 'vllm.json', rows)}")
+    run_bench("vllm", throughput, args)
 
 
 if __name__ == "__main__":
