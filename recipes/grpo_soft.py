@@ -36,7 +36,7 @@ from softar.training import opt
 
 @dataclass
 class RecipeConfig(SoftGRPOConfig):
-    output_dir: str | None = opt("runs/grpo_soft", "Checkpoints, results.json, plot.")
+    output_dir: str | None = opt("runs/grpo_soft", "Folder for checkpoints, results.json and plot.")
 
 
 RECIPE = rl_recipe(__file__, RecipeConfig, lambda: rl.SoftGRPOTrainer, "mnns_grpo.yaml")

@@ -36,7 +36,7 @@ from softar.training import opt
 
 @dataclass
 class RecipeConfig(SoftPPOConfig):
-    output_dir: str | None = opt("runs/ppo_soft", "Checkpoints, results.json, plot.")
+    output_dir: str | None = opt("runs/ppo_soft", "Folder for checkpoints, results.json and plot.")
 
 
 RECIPE = rl_recipe(__file__, RecipeConfig, lambda: rl.SoftPPOTrainer, "mnns_ppo.yaml")

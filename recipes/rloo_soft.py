@@ -26,7 +26,7 @@ from softar.training import opt
 
 @dataclass
 class RecipeConfig(SoftGRPOConfig):
-    output_dir: str | None = opt("runs/rloo_soft", "Checkpoints, results.json, plot.")
+    output_dir: str | None = opt("runs/rloo_soft", "Folder for checkpoints, results.json and plot.")
 
 
 RECIPE = rl_recipe(__file__, RecipeConfig, lambda: rl.SoftRLOOTrainer, "mnns_rloo.yaml")

@@ -55,7 +55,7 @@ BUDGETS = {"uniform": (4, 8, 12), "pyramid": (1, 2, 4), "threshold": (0.5, 0.7, 
 @dataclass
 class DiffusionScriptArguments(RecipeArguments, ScriptArguments):
     task: str | None = opt(
-        None, "A task by name: latin, mnns, or reasoning_gym:NAME. Instead of a dataset."
+        None, "A task by name, instead of a dataset: latin, mnns, or reasoning_gym:NAME."
     )
     rows: str | None = opt(
         None,
@@ -70,14 +70,16 @@ class DiffusionScriptArguments(RecipeArguments, ScriptArguments):
     )
     likelihood_samples: int = opt(
         0,
-        "Also bound the negative log-likelihood of the held-out completions, by so many draws of masks for each: the "
+        "Also bound the negative log-likelihood of the held-out completions, by this many draws of masks for each: the "
         "column nll_bound, nats per token. Default 0: not computed.",
     )
 
 
 @dataclass
 class RecipeConfig(DiffusionSFTConfig):
-    output_dir: str | None = opt("runs/sft_diffusion", "Checkpoints, results.json, plot.")
+    output_dir: str | None = opt(
+        "runs/sft_diffusion", "Folder for checkpoints, results.json and plot."
+    )
 
 
 def fields(name, training, task) -> dict:

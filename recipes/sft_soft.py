@@ -63,7 +63,7 @@ class SoftScriptArguments(RecipeArguments, ScriptArguments):
 
 @dataclass
 class RecipeConfig(SoftSFTConfig):
-    output_dir: str | None = opt("runs/sft_soft", "Checkpoints, results.json, plot.")
+    output_dir: str | None = opt("runs/sft_soft", "Folder for checkpoints, results.json and plot.")
 
 
 def fields(name, training, task) -> dict:

@@ -52,7 +52,7 @@ class RLScriptArguments(RecipeArguments, ScriptArguments):
         "first. Default: the task's own score.",
     )
     system_prompt: str | None = opt(
-        None, "Put before the prompts, which become chats; for instruct models."
+        None, "Text put before the prompts, which then become chats; for instruct models."
     )
     rows: str | None = opt(
         None,
@@ -62,7 +62,9 @@ class RLScriptArguments(RecipeArguments, ScriptArguments):
     sft_steps: int = opt(
         1200, "Steps of SFT on sampled traces before RL, where the task brings its own model."
     )
-    eval_draws: int = opt(1, "Thoughts drawn for each held-out row; the accuracy is their mean.")
+    eval_draws: int = opt(
+        1, "Number of thoughts drawn for each held-out row; the accuracy is their mean."
+    )
 
 
 def rl_recipe(file: str, config: type, trainer: Callable[[], type], demo: str) -> Recipe:

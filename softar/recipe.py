@@ -23,13 +23,15 @@ class RecipeArguments:
 
     task: str | None = field(
         default=None,
-        metadata={"help": "A task by name: mnns, or reasoning_gym:NAME. Instead of a dataset."},
+        metadata={"help": "A task by name, instead of a dataset: mnns, or reasoning_gym:NAME."},
     )
     task_size: int | None = field(
-        default=None, metadata={"help": "Training rows of the task. Default: all."}
+        default=None,
+        metadata={"help": "Number of training rows taken from the task. Default: all."},
     )
     eval_rows: int | None = field(
-        default=None, metadata={"help": "Held-out rows of the table. Default: all."}
+        default=None,
+        metadata={"help": "Number of held-out rows that the table is measured on. Default: all."},
     )
     rows: str | None = None  # each recipe names its own in the help
     num_seeds: int = field(
@@ -38,7 +40,7 @@ class RecipeArguments:
     jobs: int = field(
         default=0,
         metadata={
-            "help": "Rows trained at the same time. Default 0: for tiny models one on each CPU core, else 1."
+            "help": "Number of rows trained at the same time. Default 0: for tiny models one on each CPU core, else 1."
         },
     )
 

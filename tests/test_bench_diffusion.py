@@ -46,13 +46,13 @@ def rows(bench, folder):
 
 @pytest.mark.slow
 def test_denoise_times_every_cache_and_softener(tmp_path):
-    found = rows("denoise", tmp_path)
-    assert [(row["cache"], row["sampler"]) for row in found] == [
+    lines = rows("denoise", tmp_path)
+    assert [(row["cache"], row["sampler"]) for row in lines] == [
         (cache, f"ours, {soften}")
         for cache in ("none", "prefix", "dual")
         for soften in ("hard", "soft-mask")
     ]
-    for row in found:
+    for row in lines:
         assert len(row["seconds"]) == 2 and row["floor_ms"] > 0
         assert row["low"] <= row["ratio"] <= row["high"]
         # one token a forward
@@ -62,19 +62,19 @@ def test_denoise_times_every_cache_and_softener(tmp_path):
 
 @pytest.mark.slow
 def test_overhead_is_that_of_the_softeners_over_hard(tmp_path):
-    found = rows("overhead", tmp_path)
-    assert [(row["cache"], row["soften"]) for row in found][:2] == [
+    lines = rows("overhead", tmp_path)
+    assert [(row["cache"], row["soften"]) for row in lines][:2] == [
         ("none", "hard"),
         ("none", "soft-mask"),
     ]
-    assert [row["ratio"] == 1 for row in found] == [True, False] * 3
+    assert [row["ratio"] == 1 for row in lines] == [True, False] * 3
 
 
 @pytest.mark.slow
 def test_prompt_length_times_the_inner_steps(tmp_path):
-    found = rows("prompt-length", tmp_path)
-    assert [row["prompt"] for row in found] == [8, 16]
-    for row in found:
+    lines = rows("prompt-length", tmp_path)
+    assert [row["prompt"] for row in lines] == [8, 16]
+    for row in lines:
         assert row["low"] <= row["ms_per_inner_step"] <= row["high"]
         assert row["rest_ms"] + row["attention_ms"] == pytest.approx(row["ms_per_inner_step"])
 

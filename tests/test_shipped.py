@@ -47,14 +47,16 @@ def test_a_shipped_model_solves_its_task_as_recorded(name):
         readout: dataclasses.replace(config, mixer=m)
         for readout, m in (("soft", "soft"), ("discrete", "hard"))
     }
-    found = {}
+    accuracy = {}
     for row in made_by(CHECKPOINTS / name)["decoded"]:
-        got = evaluate(model, tokenizer, task.test, task.score, configs[row["readout"]])
-        assert got["n"] == row["n"] and got["nfe"] == pytest.approx(row["nfe"], abs=1)
-        assert got["accuracy"] == pytest.approx(row["accuracy"], abs=0.01), row
-        found[row["readout"]] = got["accuracy"]
-    gain = found["soft"] - found["discrete"]
-    assert found["soft"] > 0.85 and (gain > 0.2 if name == "mnns-soft-tiny" else abs(gain) < 0.05)
+        measured = evaluate(model, tokenizer, task.test, task.score, configs[row["readout"]])
+        assert measured["n"] == row["n"] and measured["nfe"] == pytest.approx(row["nfe"], abs=1)
+        assert measured["accuracy"] == pytest.approx(row["accuracy"], abs=0.01), row
+        accuracy[row["readout"]] = measured["accuracy"]
+    gain = accuracy["soft"] - accuracy["discrete"]
+    assert accuracy["soft"] > 0.85 and (
+        gain > 0.2 if name == "mnns-soft-tiny" else abs(gain) < 0.05
+    )
 
 
 @pytest.mark.slow
@@ -64,8 +66,8 @@ def test_the_recipe_that_is_named_makes_it(tmp_path, monkeypatch, name):
     the thoughts."""
     from softar.sft.trainer import SoftSFTTrainer
 
-    told = made_by(CHECKPOINTS / name)
-    recipe, argv = open_recipe("sft_soft", told, monkeypatch, tmp_path)
+    record = made_by(CHECKPOINTS / name)
+    recipe, argv = open_recipe("sft_soft", record, monkeypatch, tmp_path)
     monkeypatch.chdir(ROOT)
     inputs = read(recipe.RECIPE, argv)
     args = row_config(recipe.RECIPE, inputs, inputs.names[0], inputs.training.seed, tmp_path)
@@ -74,4 +76,4 @@ def test_the_recipe_that_is_named_makes_it(tmp_path, monkeypatch, name):
     trainer = SoftSFTTrainer(
         model, args, train_dataset=task.train, processing_class=tokenizer, score=task.score
     )
-    check_first_steps(trainer, told, ("loss", "thought_entropy"))
+    check_first_steps(trainer, record, ("loss", "thought_entropy"))

@@ -1,0 +1,135 @@
+"""recipes/sft_soft.py with bad input: one line that names it, before any training."""
+
+import re
+import subprocess
+
+import pytest
+from launched import ENV, PYTHON, assert_fails, run_here
+from test_recipes import RECIPE, options
+from tiny import model_of, tokenizer_of
+
+
+def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
+    done = subprocess.run(
+        [*PYTHON, RECIPE, *options(tmp_path / "out", alpha_start=1.5)],
+        env=ENV,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    lines = [
+        line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line
+    ]
+    assert lines == ["sft_soft.py: error: alpha_start=1.5 must lie in [0, 1]"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(rows="demo,fo"), "'fo' is unknown.*trace-soft"),
+        (dict(rows=""), "'' is unknown"),
+        (dict(task="mnnns"), "task='mnnns' is unknown.*'mnns'"),
+        (dict(task="reasoning_gym:chain_summ"), "chain_sum'"),
+        (dict(task="mnns", task_size=0), "size=0"),
+        (dict(task="mnns", dataset_name="x"), "exactly one of --task"),
+        (dict(model_name_or_path="mnns-tinny", task="mnns"), "model='mnns-tinny'.*'mnns-tiny'"),
+        (dict(dataset_name="/no/such", model_name_or_path="mnns-tiny"), "/no/such"),
+        (dict(dataset_name="no/such"), "no/such"),
+        (dict(config="/no/such.yaml"), "config='/no/such.yaml'"),
+        (dict(bogus=1), "'--bogus'"),
+        (dict(num_seeds=0), "num_seeds=0"),
+        (dict(packing="true"), "packing=True"),
+        (
+            dict(gradient_checkpointing="true", soft_mode="sequential"),
+            "gradient_checkpointing=True",
+        ),
+        (dict(soft_mixer="sofft"), "sofft.*gumbel"),
+        (
+            dict(
+                rows="guided-soft,scheduled-sampling",
+                soft_mixer="gumbel",
+                soft_mixer_args='{"tau": 1}',
+            ),
+            "'hard'.*tau",
+        ),
+        (dict(soft_min_p=1.5), r"min_p=1\.5"),
+        (dict(rows="no-cot", soft_top_k=90), "top_k=90"),
+        (dict(rows="no-cot", freeze_layers=3), "freeze_layers=3"),
+        (dict(rows=None, task="mnns", think_end="</think>"), "'</think>'"),
+        (
+            dict(rows="no-cot", task="mnns", think_end="</think>"),
+            "think_end='</think>' and think_steps=0: give one of them",
+        ),
+        (dict(resume_from_checkpoint="/no/such"), "resume_from_checkpoint='/no/such'"),
+        (
+            dict(rows=None, task="mnns", resume_from_checkpoint="/no/such"),
+            "'/no/such' holds no whole checkpoint",
+        ),
+    ],
+)
+def test_bad_input_is_named_before_any_training(tmp_path, monkeypatch, capsys, changes, says):
+    """The recipe's own main, in this process to save the imports."""
+    if changes.get("task", "").startswith("reasoning_gym"):
+        pytest.importorskip("reasoning_gym")
+    if changes.get("dataset_name") and "task" not in changes:
+        changes = changes | {"task_size": None}
+    assert_fails(monkeypatch, capsys, RECIPE, options(tmp_path / "out", **changes), says)
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("results.json"))
+
+
+def test_an_unwritable_folder_and_an_unknown_key(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    assert_fails(
+        monkeypatch,
+        capsys,
+        RECIPE,
+        options(tmp_path / "file" / "out"),
+        "output_dir='.*/file/out' cannot be written",
+    )
+    (tmp_path / "c.yaml").write_text("task: mnns\nmax_stepz: 3\n")
+    assert_fails(monkeypatch, capsys, RECIPE, ["--config", str(tmp_path / "c.yaml")], "max_stepz")
+
+
+def test_rows_that_need_traces_say_so_before_the_first_is_trained(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("reasoning_gym")
+    model = tmp_path / "model"
+    model_of().save_pretrained(model)
+    tokenizer_of().save_pretrained(model)
+    changes = dict(
+        task="reasoning_gym:chain_sum", task_size=8, model_name_or_path=model, rows="demo"
+    )
+    assert_fails(
+        monkeypatch,
+        capsys,
+        RECIPE,
+        options(tmp_path / "out", **changes),
+        "'trace-soft' needs a column 'traces'",
+    )
+
+
+@pytest.mark.parametrize("where", ["softar.sft.trainer.soft_loss", "softar.evaluate.evaluate"])
+def test_an_error_of_the_training_keeps_its_traceback(tmp_path, monkeypatch, where):
+    def fail(*args, **kw):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(ValueError, match="a bug"):
+        run_here(monkeypatch, RECIPE, *options(tmp_path, rows="no-cot", max_steps=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad_input", [False, True])
+def test_rows_in_processes_of_their_own_say_what_went_wrong(tmp_path, bad_input):
+    broken = tmp_path / "no-cot-seed42" / "checkpoint-2"
+    broken.mkdir(parents=True)
+    (broken / "trainer_state.json").write_text("")  # and no weights: the training itself finds out
+    changes = dict(freeze_layers=3) if bad_input else dict(resume_from_checkpoint="true")
+    args = options(tmp_path, rows="no-cot,discrete", jobs=2, **changes)
+    done = subprocess.run([*PYTHON, RECIPE, *args], env=ENV, capture_output=True, text=True)
+    assert re.search(r"^sft_soft.py: error: row '.*', seed 42, failed:$", done.stderr, re.M), (
+        done.stderr
+    )
+    assert done.returncode == (2 if bad_input else 1) and ("Traceback" in done.stderr) != bad_input
+    says = "freeze_layers=3 but" if bad_input else f"valid checkpoint at {broken}"
+    assert says in done.stderr.strip().splitlines()[-1]

@@ -1,0 +1,92 @@
+"""The RL recipes with bad input: one line that names it, before any training."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from launched import ENV, assert_fails
+from test_recipe_rl import RECIPES, options
+
+
+def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
+    command = [sys.executable, RECIPES["grpo"], *options(tmp_path / "out", num_generations=1)]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2
+    lines = [
+        line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line
+    ]
+    assert len(lines) == 1 and lines[0].startswith("grpo_soft.py: error: num_generations=1"), (
+        done.stderr
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(rows="soft,hrad"), "'hrad' is unknown.*hard"),
+        (dict(task="mnnns"), "task='mnnns' is unknown.*'mnns'"),
+        (dict(task="reasoning_gym:chain_summ"), "chain_sum'"),
+        (dict(task="mnns", task_size=0), "size=0"),
+        (dict(task="reasoning_gym:chain_sum"), "has no model of its own"),
+        (dict(task="latin"), "has no model of its own"),
+        (dict(model_name_or_path="mnns-tinny", task="mnns"), "model='mnns-tinny'.*'mnns-tiny'"),
+        (dict(dataset_name="/no/such", model_name_or_path="mnns-tiny"), "/no/such"),
+        (dict(config="/no/such.yaml"), "config='/no/such.yaml'"),
+        (dict(bogus=1), "'--bogus'"),
+        (dict(num_seeds=0), "num_seeds=0"),
+        (dict(sft_steps=-1), "sft_steps=-1"),
+        (dict(eval_rows=0), "eval_rows=0"),
+        (dict(eval_draws=0), "eval_draws=0"),
+        (dict(num_generations=1), "num_generations=1"),
+        (dict(soft_k=1), "soft_k=1.*'soft'"),
+        (dict(soft_k=0), "k=0"),
+        (dict(rows="soft", task="mnns", think_steps=6, max_completion_length=6), "think_steps=6"),
+        (dict(top_p=0.9), r"top_p=0\.9"),
+        (dict(temperature=0), "temperature=0"),
+        (dict(reward_funcs="acuracy_reward"), "'acuracy_reward'.*accuracy_reward"),
+        (dict(reward_funcs="json.dumpz"), "dumpz"),
+        (dict(reward_funcs="think_format_reward"), "reads chats"),
+        (dict(reward_funcs="accuracy_reward"), r"needs the columns \['solution'\]"),
+        (dict(load_in_4bit="true"), "load_in_4bit"),
+        (dict(resume_from_checkpoint="/no/such"), "resume_from_checkpoint='/no/such'"),
+    ],
+)
+def test_bad_input_is_named_before_any_training(
+    tmp_path, monkeypatch, capsys, algorithm, changes, says
+):
+    if changes.get("task", "").startswith("reasoning_gym"):
+        pytest.importorskip("reasoning_gym")
+    if "dataset_name" in changes:
+        changes = changes | {"task_size": None}
+    assert_fails(
+        monkeypatch, capsys, RECIPES[algorithm], options(tmp_path / "out", **changes), says
+    )
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("results.json"))
+
+
+def test_data_that_cannot_be_used(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    lines = {"train": {"question": "1"}, "asked": {"prompt": "D1"}}
+    for split, line in lines.items():
+        (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps(line) + "\n")
+        changes = dict(
+            task_size=None, model_name_or_path="mnns-tiny", dataset_name=tmp_path / "data"
+        )
+        says = "needs a column 'prompt'" if split == "train" else "--reward_funcs"
+        assert_fails(
+            monkeypatch, capsys, RECIPES["grpo"], options(tmp_path / "out", **changes), says
+        )
+        (tmp_path / "data" / "train.jsonl").unlink()
+        (tmp_path / "data" / "train.jsonl").write_text(json.dumps(lines["asked"]) + "\n")
+    (tmp_path / "file").write_text("")
+    args = options(tmp_path / "file" / "out")
+    assert_fails(
+        monkeypatch, capsys, RECIPES["ppo"], args, "output_dir='.*/file/out' cannot be written"
+    )
+    (tmp_path / "c.yaml").write_text("task: mnns\nmax_stepz: 3\n")
+    assert_fails(
+        monkeypatch, capsys, RECIPES["grpo"], ["--config", str(tmp_path / "c.yaml")], "max_stepz"
+    )
