@@ -21,6 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from softar.checks import check_least
 from softar.recipe import one_line_errors
 
 PROGRAM = "demo.py"
@@ -96,8 +97,7 @@ def run(args, console: Console) -> None:
     torch.set_num_threads(1)  # threads only get in each other's way on nets this small
     folder = Path(args.output_dir)
     with one_line_errors(PROGRAM):
-        if args.limit is not None and args.limit < 1:
-            raise ValueError(f"limit={args.limit} must be at least 1 row")
+        check_least(args, limit=1)
         specs = thoughts(args.trained and Path(args.trained), args.seed)
     squares = masked("", MODELS["latin"]["diffusion"], STEPS)
     tables = (("mnns", specs, "discrete", LENGTH), ("latin", squares, "hard, 12", 0))

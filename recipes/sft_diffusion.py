@@ -26,9 +26,18 @@ from pathlib import Path
 
 from trl import ScriptArguments
 
+from softar.checks import check_choice, check_least
 from softar.diffusion.models import MODELS
 from softar.diffusion.sft import DiffusionSFTConfig
-from softar.recipe import Recipe, RecipeArguments, fit_supervised, measured, one_line_errors, run
+from softar.recipe import (
+    Recipe,
+    RecipeArguments,
+    fit_supervised,
+    measured,
+    one_line_errors,
+    run,
+    supervised,
+)
 from softar.training import opt
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -109,15 +118,10 @@ def check(inputs, configs):
     from softar.diffusion.evaluate import has_texts
 
     script, task = inputs.script, inputs.task
-    if script.likelihood_samples < 0:
-        raise ValueError(
-            f"likelihood_samples={script.likelihood_samples} must be at least 0, which computes none"
-        )
+    check_least(script, likelihood_samples=0)
     schedules = script.schedules.split(",")
-    if unknown := [s for s in schedules if s not in SCHEDULES]:
-        raise ValueError(
-            f"schedules={script.schedules!r}: {unknown[0]!r} is unknown; choose out of {list(SCHEDULES)}"
-        )
+    for schedule in schedules:
+        check_choice("schedules", schedule, SCHEDULES)
     if script.likelihood_samples and not (task.test is not None and has_texts(task.test)):
         raise ValueError(
             f"likelihood_samples needs held-out rows with prompt and completion as text; {task.name} has none"
@@ -140,23 +144,13 @@ def open_model(inputs, seed):
 
 
 def train_row(inputs, name, args):
-    from trl import get_peft_config
-
     from softar.diffusion.evaluate import nll_bound
     from softar.diffusion.sft import DiffusionSFTTrainer
 
     script, task = inputs.script, inputs.task
     with one_line_errors(inputs.program):
         model, tokenizer = open_model(inputs, args.seed)
-        trainer = DiffusionSFTTrainer(
-            model,
-            args,
-            train_dataset=task.train,
-            eval_dataset=task.test if args.eval_strategy != "no" or task.score is None else None,
-            processing_class=tokenizer,
-            score=task.score,
-            peft_config=get_peft_config(inputs.model_args),
-        )
+        trainer = supervised(DiffusionSFTTrainer, model, tokenizer, inputs, task, args)
     common = fit_supervised(inputs, trainer, args, training=name)
     samples, accelerator = script.likelihood_samples, trainer.accelerator
     if samples and trainer.process is None and accelerator.is_main_process:

@@ -33,6 +33,7 @@ from softar.recipe import (
     measured,
     one_line_errors,
     run,
+    supervised,
     thought_fields,
 )
 from softar.sft.config import SoftSFTConfig
@@ -87,8 +88,6 @@ def open_model(inputs, seed):
 
 
 def train_row(inputs, name, args):
-    from trl import get_peft_config
-
     from softar.evaluate import evaluate
     from softar.sft.trainer import SoftSFTTrainer
     from softar.tasks import no_thought
@@ -96,15 +95,7 @@ def train_row(inputs, name, args):
     task = no_thought(inputs.task) if name == "no-cot" else inputs.task
     with one_line_errors(inputs.program):
         model, tokenizer = open_model(inputs, args.seed)
-        trainer = SoftSFTTrainer(
-            model,
-            args,
-            train_dataset=task.train,
-            eval_dataset=task.test if args.eval_strategy != "no" or task.score is None else None,
-            processing_class=tokenizer,
-            score=task.score,
-            peft_config=get_peft_config(inputs.model_args),
-        )
+        trainer = supervised(SoftSFTTrainer, model, tokenizer, inputs, task, args)
 
     def decode(model):
         """The held-out rows with the thought read softly and discretely."""

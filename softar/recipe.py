@@ -170,6 +170,23 @@ def thought_fields(training, task: "Task") -> dict:
     return {} if ends or task.think_steps is None else dict(think_steps=task.think_steps)
 
 
+def supervised(trainer: type, model, tokenizer, inputs: Inputs, task: "Task", args):
+    """An SFT trainer on the task's rows. It has held-out rows where its options say so, and where
+    nothing else could measure it."""
+    from trl import get_peft_config
+
+    evaluates = args.eval_strategy != "no" or task.score is None
+    return trainer(
+        model,
+        args,
+        train_dataset=task.train,
+        eval_dataset=task.test if evaluates else None,
+        processing_class=tokenizer,
+        score=task.score,
+        peft_config=get_peft_config(inputs.model_args),
+    )
+
+
 def fit(trainer, args) -> float:
     """Train, from the checkpoint that `args` names, and save -> seconds of the training."""
     checkpoint = checkpoint_of(args)
