@@ -105,6 +105,8 @@ def load(
             raise ValueError("it is an autoregressive model: use softar.load")
         if name in MODELS:
             model, tokenizer = MODELS[name](dtype=dtype, seed=seed, **kwargs)
+        elif seed is not None:
+            raise ValueError(f"seed={seed} draws the weights of {[*MODELS]}, these are stored")
         elif Path(name, "adapter_config.json").is_file():
             model, tokenizer = _adapter(Path(name), dtype=dtype, device=device, **kwargs)
         else:

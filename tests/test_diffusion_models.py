@@ -875,6 +875,7 @@ def test_bad_knobs_are_named(tmp_path):
     for knobs, match in (
         ({"dtype": "float31"}, "float31"),
         ({"device": "gpu"}, "'gpu'"),
+        ({"seed": 3}, "seed=3 draws the weights of"),
         ({"device": "cpu", "device_map": "auto"}, "device_map"),
     ):
         with pytest.raises(ValueError, match=match):
