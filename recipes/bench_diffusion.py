@@ -4,9 +4,8 @@ and a results.json.
 # Tokens per second and ms per forward of every cache and softener
 python recipes/bench_diffusion.py denoise
 
-# Beside the public samplers on the same weights, after checking that the tokens are the same python
-recipes/bench_diffusion.py denoise --against fast-dllm/llada --original llada/generate.py --soften
-hard
+# Beside the public samplers on the same weights, after checking that the tokens are the same
+python recipes/bench_diffusion.py denoise --against fast-dllm/llada --original llada/generate.py --soften hard
 
 # Time per inner step of the dual cache, by prompt length
 python recipes/bench_diffusion.py prompt-length
