@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 import softar
+import softar.vllm
+from softar.cli import commands
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion import load as load_diffusion
 
@@ -92,6 +94,26 @@ def test_load_names_what_from_pretrained_takes(load):
     assert not {"use_safetensors", "weights_only"} & parameters.keys()  # which raise
     assert parameters["revision"].default == theirs["revision"].default
     assert parameters["dtype"].default == "auto" and "kwargs" in parameters
+
+
+def test_weights_are_taken_as_stored_unless_asked_for(tmp_path):
+    model, tokenizer = softar.load("mnns-tiny", dtype="float64")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    for asked, dtype in (({}, torch.float64), ({"dtype": "float32"}, torch.float32)):
+        for name in ("soft", "discrete", "beam"):
+            decoder = softar.make_decoder(name, model=str(tmp_path), max_new_tokens=2, **asked)
+            assert decoder.model.dtype == dtype
+    for function in (
+        softar.make_decoder,
+        softar.vllm.serve,
+        softar.vllm.VLLMDecoder,
+        commands.generate,
+        commands.fill,
+        commands.compare,
+        commands.trace,
+    ):
+        assert inspect.signature(function).parameters["dtype"].default == "auto"
 
 
 def test_softar_alone_imports_no_fastcore():

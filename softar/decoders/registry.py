@@ -40,7 +40,7 @@ def make_decoder(
     max_new_tokens: int,
     seed: int = 0,
     trace: bool = False,
-    dtype: str = "float32",
+    dtype: str = "auto",
     device: str | None = None,
 ) -> Decoder:
     """The decoder of a spec, `[MODEL=]NAME[:key=value,key=value]`.
