@@ -164,7 +164,7 @@ class SoftGRPOConfig(GRPOConfig):
                 f"temperature={self.temperature} must be at least {COLDEST} with rollout='vllm', which "
                 f"samples answers no colder; or give rollout='loop'"
             )
-        if self.soft_mixer == "k-samples" and self.soft_k > LIMIT:
+        if self.decoding().width > LIMIT:
             raise ValueError(
                 f"soft_k={self.soft_k} must be at most {LIMIT} with rollout='vllm'; or give rollout='loop'"
             )

@@ -169,7 +169,7 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
 def decoder_of(args) -> str:
     """The registry's name of the policy: with one draw a think step it is an ordinary, sampled
     chain of thought."""
-    return "discrete" if args.soft_mixer == "hard" or args.soft_k == 1 else args.soft_mixer
+    return "discrete" if args.decoding().width == 1 else args.soft_mixer
 
 
 def evaluate(model, tokenizer, rows, score, args, draws: int) -> dict:

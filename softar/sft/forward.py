@@ -179,6 +179,22 @@ def _sequential(model, input_ids, attention_mask, soft_mask, feed, window):
     return torch.cat(logits, 1)
 
 
+def mixed_forward(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    soft_mask: Tensor,
+    mixtures: Soft,
+) -> Tensor:
+    """Logits [B, T, V] of a forward pass in which marked positions read these mixtures, ids and
+    weights [B, T, K], in place of their tokens; otherwise as for soft_forward."""
+    embedding = model.get_input_embeddings()
+    mixed = soft_embed(Soft(mixtures.ids[soft_mask], mixtures.weights[soft_mask]), embedding)
+    embeds = embedding(input_ids)
+    embeds = embeds.masked_scatter(soft_mask[..., None], mixed.to(embeds.dtype))
+    return model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).logits
+
+
 MODES = ("parallel", "sequential")
 SCHEDULES = {
     "constant": lambda x: 0.0,

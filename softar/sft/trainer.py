@@ -20,7 +20,7 @@ from ..checks import check_writable
 from ..config import TAGS, SoftConfig
 from ..evaluate import evaluate, tag_ids
 from ..mixers import guide, mk_mixer
-from ..soft import Soft, check_dist, mk_proba_dist, soft_embed
+from ..soft import Soft, check_dist, mk_proba_dist
 from ..training import inside_forward, no_interrupt
 from .config import SoftSFTConfig
 from .data import (
@@ -32,7 +32,7 @@ from .data import (
     frontier,
     thought_mask,
 )
-from .forward import soft_forward
+from .forward import mixed_forward, soft_forward
 from .loss import soft_loss
 
 
@@ -137,11 +137,8 @@ class SoftSFTTrainer(SFTTrainer):
         # One number per row of the global batch, each process takes its own: the draw depends on
         # the seed, the step and the row alone, so a resumed run, another number of processes or
         # another gradient accumulation draws the same traces.
-        args, world, rank = (
-            self.args,
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-        )
+        args, rank = self.args, self.accelerator.process_index
+        world = self.accelerator.num_processes
         shape = (args.gradient_accumulation_steps, world, args.per_device_train_batch_size)
         uniform = torch.rand(shape, generator=self._seeded(0, shared=True))[:, rank]
         for batch, numbers in zip(batches, uniform, strict=False):
@@ -186,18 +183,13 @@ class SoftSFTTrainer(SFTTrainer):
         def logits_of(ids: Tensor) -> Tensor:
             """-> [B, T, V]. Runs inside the wrapper's forward, where DDP and FSDP have the
             parameters at hand."""
+            mask = inputs["attention_mask"]
             if oracle is not None:
-                embedding = unwrapped.get_input_embeddings()
-                mixed = soft_embed(Soft(oracle.ids[thought], oracle.weights[thought]), embedding)
-                embeds = embedding(ids)
-                embeds = embeds.masked_scatter(thought[..., None], mixed.to(embeds.dtype))
-                return unwrapped(
-                    inputs_embeds=embeds, attention_mask=inputs["attention_mask"], use_cache=False
-                ).logits
+                return mixed_forward(unwrapped, ids, mask, thought, oracle)
             return soft_forward(
                 unwrapped,
                 ids,
-                inputs["attention_mask"],
+                mask,
                 thought if alpha < 1 else torch.zeros_like(thought),
                 self._mk_feed(alpha, micro),
                 mode=self.args.soft_mode,
@@ -215,10 +207,8 @@ class SoftSFTTrainer(SFTTrainer):
         count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
         weight = alpha if self.args.thought_loss == "alpha" and training else 1.0
         loss, h = soft_loss(logits, labels, thought, thought_weight=weight, soft_labels=oracle)
-        loss = (loss + self.args.entropy_coef * h.sum()) / torch.as_tensor(
-            count, device=loss.device
-        ).clamp(min=1)
-        loss = loss + nothing
+        count = torch.as_tensor(count, device=loss.device).clamp(min=1)
+        loss = (loss + self.args.entropy_coef * h.sum()) / count + nothing
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP averages, the count is of all processes
             loss = loss * self.accelerator.num_processes
@@ -240,11 +230,9 @@ class SoftSFTTrainer(SFTTrainer):
         return feed
 
     def _temperature(self) -> float | Tensor:
-        return (
-            self.model.soft_log_temperature.exp()
-            if self.args.learn_temperature
-            else self.args.soft_temperature
-        )
+        if self.args.learn_temperature:
+            return self.model.soft_log_temperature.exp()
+        return self.args.soft_temperature
 
     def _progress(self) -> float:
         return self.state.global_step / max(1, self.state.max_steps)
