@@ -12,14 +12,16 @@ import torch
 PACKAGES = ("softar", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
-def write_results(file: str | Path, rows: list[dict], *, command: str | None = None) -> Path:
-    """Write the rows with what they were made with: command, commit, device, versions. Whole or not
-    at all."""
+def write_results(
+    file: str | Path, rows: list[dict], *, command: str | None = None, made_at: str | None = None
+) -> Path:
+    """Write the rows with what they were made with: command, commit (`made_at`, where given),
+    device, versions. Whole or not at all."""
     file = Path(file)
     content = {
         "schema": 1,
         "command": " ".join(sys.argv) if command is None else command,
-        "commit": commit(),
+        "commit": commit() if made_at is None else made_at,
         "device": device(),
         "versions": versions(),
         "rows": rows,
