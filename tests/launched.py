@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -31,8 +32,14 @@ def argv(options):
     ]
 
 
-def run(*command, code=0):
-    done = subprocess.run([*map(str, command)], env=ENV, cwd="/", capture_output=True, text=True)
+def run(*command, code=0, processes=1):
+    """`python FILE ...` in processes forked from one with the imports behind it, all else as it
+    stands."""
+    command = [*map(str, command)]
+    if command[:1] == PYTHON:
+        done = warm.run(command[1], command[2:], ENV, processes=processes)
+    else:
+        done = subprocess.run(command, env=ENV, cwd="/", capture_output=True, text=True)
     assert done.returncode == code, done.stderr[-3000:]
     return done
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from datasets import Dataset
-from launched import ACCELERATE, PYTHON, TWO, argv, assert_fails, recipe, results_of, run
+from launched import ACCELERATE, PYTHON, argv, assert_fails, recipe, results_of, run
 from launched import losses_of as losses_at
 
 from softar.diffusion import load
@@ -30,8 +30,9 @@ def options(folder, **changes):
     return argv({**QUICK, **changes, "output_dir": folder})
 
 
-def train(command, folder, code=0, **changes):
-    return run(*command, RECIPE, *options(folder, **changes), code=code)
+def train(command, folder, code=0, processes=1, **changes):
+    arguments = options(folder, **changes)
+    return run(*command, RECIPE, *arguments, code=code, processes=processes)
 
 
 def losses_of(folder):
@@ -112,7 +113,8 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path):
 def test_two_processes_train_as_one(tmp_path, normalise):
     changes = dict(task="latin", rows="soft-mask", normalise=normalise, max_steps=4)
     train(PYTHON, tmp_path / "one", **changes)
-    train(TWO, tmp_path / "two", **changes | {"per_device_train_batch_size": 16})
+    half = changes | {"per_device_train_batch_size": 16}
+    train(PYTHON, tmp_path / "two", processes=2, **half)
     assert losses_of(tmp_path / "two/soft-mask-seed42") == pytest.approx(
         losses_of(tmp_path / "one/soft-mask-seed42"), abs=2e-4
     )
@@ -131,7 +133,8 @@ def test_two_processes_train_a_uniform_model_as_one(tmp_path):
         max_steps=4,
     )
     train(PYTHON, tmp_path / "one", **changes)
-    train(TWO, tmp_path / "two", **changes | {"per_device_train_batch_size": 16})
+    half = changes | {"per_device_train_batch_size": 16}
+    train(PYTHON, tmp_path / "two", processes=2, **half)
     one, two = (losses_of(tmp_path / name / "duo-seed42") for name in ("one", "two"))
     assert len(one) == 4 and one == pytest.approx(two, rel=1e-4)
 

@@ -1,20 +1,18 @@
-"""Two gloo processes train a soft policy and agree with one: rollouts, rewards, first updates. Run
-by torchrun too."""
+"""Two gloo processes train a soft policy and agree with one: rollouts, rewards, first updates. This
+file is also their program."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from accelerate import PartialState
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_rl_trainers import logged, trainer, words
 
-ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
 # Plain gradient descent: Adam's first update is the sign of a gradient that may be rounding noise,
 # and clipping would hide a gradient of the wrong size.
@@ -77,12 +75,8 @@ def main(folder):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    command = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", __file__, folder]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [*map(str, command)], env=env, cwd="/", capture_output=True, text=True, timeout=300
-    )
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = warm.run(__file__, [folder], env, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
