@@ -1,8 +1,11 @@
 """What every test runs under, and the subprocesses that it starts: no network, no chatter, few
 threads."""
 
+import json
 import os
 import signal
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -18,29 +21,45 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Begun first, the longest ahead, so that no worker is left alone with one at the end
-# (--no-loadscope-reorder keeps it).
-LONGEST = (
-    "recipe_diffusion",
-    "vllm",
-    "recipes",
-    "recipe_rl",
-    "vllm_soft",
-    "diffusion_sft",
-    "sweep",
-    "embedded_diffusion",
-    "bench_diffusion",
-    "lm_eval",
-    "rl_vllm",
-    "vllm_state",
-    "bench_vllm",
-    "vllm_parallel",
-)
+# How long each file takes. The longest are begun first, so that no worker is left alone with one at
+# the end (--no-loadscope-reorder keeps this order).
+SECONDS = Path(__file__).with_name("seconds.json")
+UNKNOWN = 10.0  # of a new file
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record-seconds",
+        action="store_true",
+        help="write what each file took to tests/seconds.json; later runs begin with the longest",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--record-seconds") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder())
+
+
+class Recorder:
+    """Sums the seconds of each file's tests; under xdist in the process that hears of all."""
+
+    def __init__(self):
+        self.seconds = Counter()
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[Path(report.location[0]).name] += report.duration
+
+    def pytest_sessionfinish(self):
+        before = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+        seconds = before | {name: round(value, 1) for name, value in self.seconds.items()}
+        here = [name for name in seconds if SECONDS.with_name(name).exists()]
+        longest = sorted(here, key=lambda name: -seconds[name])
+        SECONDS.write_text(json.dumps({name: seconds[name] for name in longest}, indent=1) + "\n")
 
 
 def pytest_collection_modifyitems(items):
-    place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    seconds = json.loads(SECONDS.read_text())
+    items.sort(key=lambda item: -seconds.get(item.path.name, UNKNOWN))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not os.environ.get("SOFTAR_GPU_DRY"):
         import torch
