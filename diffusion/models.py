@@ -46,7 +46,7 @@ from .architectures import (
 )
 from .head import HEAD_FILE, learn_head, load_head
 from .net import end_tokens, facts
-from .process import PROCESS_FILE, load_process
+from .noise import NOISE_FILE, load_noise
 
 LLADA_CHAT = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
@@ -219,12 +219,12 @@ def _adapter(folder: Path, *, dtype, device, **model_kwargs):
             f"the adapter lacks {sorted(missing)[:3]} of the model: it was trained on another base"
         )
     # without the file the process is that of the base
-    if (named := load_process(folder)) is not None:
+    if (named := load_noise(folder)) is not None:
         model.config.diffusion_process = named
         try:
             facts(model)
         except ValueError as error:
-            raise ValueError(f"{PROCESS_FILE}: {error}") from None
+            raise ValueError(f"{NOISE_FILE}: {error}") from None
     return wrapped, tokenizer
 
 

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 from softar.models import plain
 
 from .architectures import DreamConfig, LladaConfig
-from .process import UniformProcess, read_process
+from .noise import UniformNoise, read_noise
 
 
 class Facts(NamedTuple):
@@ -25,7 +25,7 @@ class Facts(NamedTuple):
     vocab_size: int
     # `soften_args` of "soft-mask" as the model learnt them; None is a hard model
     soft_mask: dict | None
-    uniform: UniformProcess | None  # None is a model of masks
+    uniform: UniformNoise | None  # None is a model of masks
 
 
 class Parts(NamedTuple):
@@ -57,7 +57,7 @@ def facts(model: nn.Module) -> Facts:
     shift = config.logits_shift if isinstance(config, (LladaConfig, DreamConfig)) else 0
     soft_mask = config.soft_mask if "soft_mask" in config else None
     named = config.diffusion_process if "diffusion_process" in config else None
-    uniform = read_process(named, mask_id, config.vocab_size)
+    uniform = read_noise(named, mask_id, config.vocab_size)
     return Facts(
         mask_id, ends[0] if ends else None, ends, shift, config.vocab_size, soft_mask, uniform
     )

@@ -41,7 +41,7 @@ from .losses import (
     weighted_sum,
 )
 from .net import facts, parts, plain
-from .process import PROCESS_FILE, UniformProcess, save_process
+from .noise import NOISE_FILE, UniformNoise, save_noise
 from .select import Belief
 from .soften import Slots
 from .uniform import UNIFORM_LOSSES, Noisy, alphabet, draw_hard, draw_soft, uniform_loss
@@ -237,15 +237,15 @@ class DiffusionSFTTrainer(SFTTrainer):
                 "soft_mask_head", self.head
             )  # so that DDP, the optimiser and checkpoints see it
         self._was_uniform = known.uniform is not None
-        self.process = self._process() if args.objective == "uniform" else None
+        self.uniform = self._uniform_noise() if args.objective == "uniform" else None
         plain(self.model).config.diffusion_process = (
-            None if self.process is None else self.process.settings()
+            None if self.uniform is None else self.uniform.settings()
         )
-        if self.process is not None:
-            self._letters = alphabet(self.process, known.vocab_size, self.accelerator.device)
+        if self.uniform is not None:
+            self._letters = alphabet(self.uniform, known.vocab_size, self.accelerator.device)
         self._micro = 0
 
-    def _process(self) -> UniformProcess:
+    def _uniform_noise(self) -> UniformNoise:
         """Without the mask, padding, and rows of the embedding that belong to no token."""
         known, tokenizer = self._known, self.processing_class
         left_out = {known.mask_id, *range(len(tokenizer), known.vocab_size)}
@@ -255,7 +255,7 @@ class DiffusionSFTTrainer(SFTTrainer):
             raise ValueError(
                 f"objective='uniform' needs 2 tokens or more beside {sorted(left_out)}, mask and padding"
             )
-        return UniformProcess(self.args.noise_eps, tuple(sorted(left_out)))
+        return UniformNoise(self.args.noise_eps, tuple(sorted(left_out)))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._micro = 0
@@ -276,7 +276,7 @@ class DiffusionSFTTrainer(SFTTrainer):
             raise ValueError(
                 f"row {int((~maskable.any(1)).nonzero()[0])} of the batch has no token to mask: no completion"
             )
-        compute = self._masked_loss if self.process is None else self._uniform_loss
+        compute = self._masked_loss if self.uniform is None else self._uniform_loss
         each, rows, rate, changed, logits, nothing = compute(model, unwrapped, ids, mask, maskable)
         total, divisor = weighted_sum(each, rows, rate, maskable.sum(1), args.normalise)
         # DDP takes the mean of the processes' losses
@@ -364,7 +364,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         tokens = uniform_rows(args.seed, step, places, ids.shape[1], stream=REPLACEMENT).to(
             ids.device
         )
-        return draw_hard(ids, maskable, t, numbers[:, 1:], tokens, letters, self.process.eps)
+        return draw_hard(ids, maskable, t, numbers[:, 1:], tokens, letters, self.uniform.eps)
 
     def _mix(self, net, embeds: Tensor, mask: Tensor | None, masked: Tensor) -> Tensor:
         """[n, D] what the masked slots show: the belief of a pass without gradient, mixed by the
@@ -418,7 +418,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         if not training or (self.state.global_step + 1) % max(1, int(self.state.logging_steps)):
             return  # a step that is not logged need not wait for the device
         metrics = self._metrics["train"]
-        metrics["masked" if self.process is None else "replaced"].append(share.item())
+        metrics["masked" if self.uniform is None else "replaced"].append(share.item())
         if self.head is not None:
             for name, value in self.head.values().items():
                 metrics[f"head_{name}"].append(value.item())
@@ -479,10 +479,10 @@ class DiffusionSFTTrainer(SFTTrainer):
             save_file(self.head.state_dict(), folder / RAW_HEAD)
         if plain(self.model) is not self.model and self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            (folder / PROCESS_FILE).unlink(missing_ok=True)
+            (folder / NOISE_FILE).unlink(missing_ok=True)
             # or the adapter would take over its base's
-            if self.process is not None or self._was_uniform:
-                save_process(self.process, folder)
+            if self.uniform is not None or self._was_uniform:
+                save_noise(self.uniform, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         inner = plain(self.model)

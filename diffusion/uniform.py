@@ -24,7 +24,7 @@ from .duo import (
     nelbo,
     symmetric_kl,
 )
-from .process import UniformProcess
+from .noise import UniformNoise
 from .schedules import Block
 from .select import Draws
 
@@ -48,9 +48,9 @@ class Alphabet(NamedTuple):
     place: Tensor  # [V] number of each token id; -1 for those left out
 
 
-def alphabet(process: UniformProcess, vocab_size: int, device: torch.device) -> Alphabet:
+def alphabet(noise: UniformNoise, vocab_size: int, device: torch.device) -> Alphabet:
     inside = torch.ones(vocab_size, dtype=torch.bool)
-    inside[list(process.left_out)] = False
+    inside[list(noise.left_out)] = False
     place = torch.where(inside, inside.cumsum(0) - 1, -1)
     return Alphabet(inside.nonzero()[:, 0].to(device), place.to(device))
 
@@ -144,11 +144,11 @@ def check_uniform(config: DenoiseConfig) -> None:
 
 
 def random_tokens(
-    ids: Tensor, slots: Tensor, process: UniformProcess, vocab_size: int, draws: Draws
+    ids: Tensor, slots: Tensor, noise: UniformNoise, vocab_size: int, draws: Draws
 ) -> Tensor:
     """[B, L], [B, L] bool -> [B, L] with uniformly random tokens in the slots: the process at t =
     1."""
-    letters = alphabet(process, vocab_size, ids.device).ids
+    letters = alphabet(noise, vocab_size, ids.device).ids
     return ids.masked_scatter(slots, letters[(draws.at(slots) * len(letters)).long()])
 
 
@@ -156,11 +156,9 @@ class Redraw:
     """The rule of a uniform-state model, and its draws. Each row has times of its own: t = 1 - i /
     steps before its step i, and its last step is greedy."""
 
-    def __init__(
-        self, block: Block, config: DenoiseConfig, process: UniformProcess, vocab_size: int
-    ):
-        self.config, self.process, self.steps = config, process, block.steps
-        self.letters = alphabet(process, vocab_size, block.steps.device)
+    def __init__(self, block: Block, config: DenoiseConfig, noise: UniformNoise, vocab_size: int):
+        self.config, self.noise, self.steps = config, noise, block.steps
+        self.letters = alphabet(noise, vocab_size, block.steps.device)
         self.last = int(block.steps.max())
 
     def more(self, index: int, left: bool) -> bool:
@@ -181,7 +179,7 @@ class Redraw:
         probs = torch.zeros_like(logits).scatter_add(-1, dist.ids, dist.weights)
         steps = self.steps.double()
         (alpha_t, _), (alpha_s, _) = (
-            log_linear((1 - i / steps).clamp_min(0), self.process.eps) for i in (index, index + 1)
+            log_linear((1 - i / steps).clamp_min(0), self.noise.eps) for i in (index, index + 1)
         )
         drawn = ancestral_step(probs, z, alpha_s[rows], alpha_t[rows], uniform)
         token = torch.where((index + 1 == self.steps)[rows], logits.argmax(-1), drawn)

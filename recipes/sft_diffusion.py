@@ -153,7 +153,7 @@ def train_row(inputs, name, args):
         trainer = supervised(DiffusionSFTTrainer, model, tokenizer, inputs, task, args)
     common = fit_supervised(inputs, trainer, args, training=name)
     samples, accelerator = script.likelihood_samples, trainer.accelerator
-    if samples and trainer.process is None and accelerator.is_main_process:
+    if samples and trainer.uniform is None and accelerator.is_main_process:
         plain = accelerator.unwrap_model(trainer.model)
         common["nll_bound"] = nll_bound(
             plain, trainer.processing_class, task.test, samples=samples, seed=args.seed
@@ -175,11 +175,11 @@ def decode_all(trainer, task, schedules, seed):
     learnt = {} if trainer.head is None else trainer.head.settings()
     decoders = {"hard": {}, "soft-token" if trainer.head is None else "soft-mask": learnt}
     slots = slots_of(task, tokenizer)
-    if trainer.process is not None:
+    if trainer.uniform is not None:
         decoders, schedules = {"hard": {}}, ["uniform"]
     for schedule in schedules:
         budgets = BUDGETS[schedule]
-        if trainer.process is not None:
+        if trainer.uniform is not None:
             budgets = sorted({*budgets, slots})
         elif schedule == "uniform":
             budgets = [b for b in budgets if b < slots] + [slots]

@@ -20,7 +20,7 @@ from softar.diffusion.duo import GaussianToDiscrete, log_linear, posterior
 from softar.diffusion.losses import forward_masked, log_likelihood, normal_rows, uniform_rows
 from softar.diffusion.models import load
 from softar.diffusion.net import facts, parts
-from softar.diffusion.process import PROCESS_FILE, UniformProcess
+from softar.diffusion.noise import NOISE_FILE, UniformNoise
 from softar.diffusion.schedules import Block
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.diffusion.uniform import Redraw, alphabet, draw_soft, uniform_loss
@@ -170,8 +170,8 @@ def test_the_loss_of_a_batch_is_the_papers_sum(tmp_path, runs, normalise):
 def test_the_best_prediction_is_the_belief_of_the_others():
     """One token of known frequencies and nothing beside it: over all x, z and times the loss wants
     the frequencies, whatever z shows, and a cross-entropy would not."""
-    process = UniformProcess(1e-3, (0, 2))
-    letters = alphabet(process, 5, torch.device("cpu"))
+    noise = UniformNoise(1e-3, (0, 2))
+    letters = alphabet(noise, 5, torch.device("cpu"))
     ids, frequency = letters.ids.tolist(), torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
     alpha, dalpha = log_linear((torch.arange(16, dtype=torch.float64) + 0.5) / 16)
     assert ids == [1, 3, 4] and letters.place.tolist() == [-1, 0, -1, 1, 2]
@@ -192,7 +192,7 @@ def test_the_best_prediction_is_the_belief_of_the_others():
     optimiser.step(loss)
     found = raw.detach()[:, ids].softmax(-1)
     torch.testing.assert_close(found, frequency.expand(3, 3), atol=2e-3, rtol=0)
-    assert not raw.grad[:, list(process.left_out)].any()
+    assert not raw.grad[:, list(noise.left_out)].any()
 
 
 def test_noise_leaves_prompts_mask_and_padding_alone(tmp_path, runs):
@@ -253,7 +253,7 @@ def test_the_curriculum_goes_from_soft_to_hard(tmp_path, runs):
 def test_soft_tokens_keep_what_their_alpha_says():
     """Off the Gaussian, a token is its own with chance alpha + (1 - alpha) / U of the alpha that
     the loss is told."""
-    letters = alphabet(UniformProcess(1e-3, (PAD, MASK)), len(WORDS), torch.device("cpu"))
+    letters = alphabet(UniformNoise(1e-3, (PAD, MASK)), len(WORDS), torch.device("cpu"))
     schedule, t = GaussianToDiscrete(len(letters.ids), -3.0, 6.0), torch.tensor([0.2, 0.6])
     ids = torch.tensor(LETTERS * 500).expand(2, -1)
     maskable = torch.ones_like(ids, dtype=torch.bool)
@@ -270,7 +270,7 @@ def test_what_a_token_becomes_says_nothing_of_its_neighbours(tmp_path, runs):
     """Whether to replace and by what are independent draws, of the neighbouring positions, too."""
     trainer = trainer_of(*tiny(tmp_path), runs, tmp_path)
     ids = torch.full((16, 1500), LETTERS[0])
-    letters = alphabet(trainer.process, len(WORDS), ids.device)
+    letters = alphabet(trainer.uniform, len(WORDS), ids.device)
     z = trainer._corrupt(ids, torch.ones_like(ids, dtype=torch.bool), letters).ids
     place, left = letters.place[z][:, 1:].float(), (z != ids)[:, :-1]
     replaced = z[:, 1:] != LETTERS[0]
@@ -284,7 +284,7 @@ def test_rows_of_the_embedding_without_a_token_are_left_out(tmp_path, runs):
     model.resize_token_embeddings(len(WORDS) + 2)
     trainer = trainer_of(model, tokenizer, runs, tmp_path)
     assert (
-        trainer.process.left_out == (PAD, MASK, 10, 11) and facts(model).uniform == trainer.process
+        trainer.uniform.left_out == (PAD, MASK, 10, 11) and facts(model).uniform == trainer.uniform
     )
 
 
@@ -322,7 +322,7 @@ def test_a_checkpoint_says_what_it_is_until_it_is_trained_on_masks(tmp_path, run
         json.loads((tmp_path / "uniform" / "config.json").read_text())["diffusion_process"] == want
     )
     model, tokenizer = load(tmp_path / "uniform")
-    assert facts(model).uniform == UniformProcess(0.02, (PAD, MASK))
+    assert facts(model).uniform == UniformNoise(0.02, (PAD, MASK))
     with pytest.raises(ValueError, match="diffusion_process is uniform"):
         log_likelihood(model, torch.tensor([BOS, 2]), torch.tensor([False, True]))
     masked = trainer_of(
@@ -354,18 +354,18 @@ def test_an_adapter_says_what_it_is(tmp_path, runs):
         return load(tmp_path / name)[0]
 
     tiny(tmp_path / "base")
-    assert facts(adapted(tmp_path / "base", "adapter", **UNIFORM)).uniform == UniformProcess(
+    assert facts(adapted(tmp_path / "base", "adapter", **UNIFORM)).uniform == UniformNoise(
         1e-3, (PAD, MASK)
     )
-    assert (tmp_path / "adapter" / PROCESS_FILE).is_file()
+    assert (tmp_path / "adapter" / NOISE_FILE).is_file()
     # the same folder, now of masks
     assert facts(adapted(tmp_path / "base", "adapter")).uniform is None
-    assert not (tmp_path / "adapter" / PROCESS_FILE).exists()
+    assert not (tmp_path / "adapter" / NOISE_FILE).exists()
     # a base that is uniform, and an adapter that is not
     untrained(tmp_path / "base").save_pretrained(tmp_path / "base")
     assert facts(load(tmp_path / "base")[0]).uniform is not None
     assert facts(adapted(tmp_path / "base", "adapter")).uniform is None
-    (tmp_path / "adapter" / PROCESS_FILE).write_text(
+    (tmp_path / "adapter" / NOISE_FILE).write_text(
         '{"kind": "uniform", "eps": 2, "left_out": [0, 4]}'
     )
     with pytest.raises(ValueError, match=r"eps must be in \[0, 1\)"):

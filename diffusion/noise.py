@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-PROCESS_FILE = "diffusion_process.json"
+NOISE_FILE = "diffusion_process.json"
 FIELDS = {"kind", "eps", "left_out"}
 
 
-class UniformProcess(NamedTuple):
+class UniformNoise(NamedTuple):
     """Tokens decay to uniformly random ones along `duo.log_linear`."""
 
     eps: float  # in [0, 1): alpha at t = 1
@@ -24,7 +24,7 @@ class UniformProcess(NamedTuple):
         return {"kind": "uniform", "eps": self.eps, "left_out": list(self.left_out)}
 
 
-def read_process(named: dict | None, mask_id: int, vocab_size: int) -> UniformProcess | None:
+def read_noise(named: dict | None, mask_id: int, vocab_size: int) -> UniformNoise | None:
     """None is a model of masks. Raises ValueError naming what is unknown, missing or out of
     range."""
     if named is None or named == {"kind": "masked"}:
@@ -47,23 +47,21 @@ def read_process(named: dict | None, mask_id: int, vocab_size: int) -> UniformPr
         raise ValueError(
             f"{said}: left_out must hold the mask token (id {mask_id}) and leave 2 tokens or more"
         )
-    return UniformProcess(float(eps), tuple(sorted(set(left_out))))
+    return UniformNoise(float(eps), tuple(sorted(set(left_out))))
 
 
-def save_process(process: UniformProcess | None, folder: str | Path) -> None:
+def save_noise(noise: UniformNoise | None, folder: str | Path) -> None:
     """Write diffusion_process.json."""
-    file = Path(folder) / PROCESS_FILE
+    file = Path(folder) / NOISE_FILE
     draft = file.with_suffix(".partial")
-    draft.write_text(
-        json.dumps({"kind": "masked"} if process is None else process.settings()) + "\n"
-    )
+    draft.write_text(json.dumps({"kind": "masked"} if noise is None else noise.settings()) + "\n")
     draft.replace(file)
 
 
-def load_process(folder: str | Path) -> dict | None:
-    """What a folder's diffusion_process.json holds, for `read_process`; None where there is no such
+def load_noise(folder: str | Path) -> dict | None:
+    """What a folder's diffusion_process.json holds, for `read_noise`; None where there is no such
     file."""
-    file = Path(folder) / PROCESS_FILE
+    file = Path(folder) / NOISE_FILE
     if not file.is_file():
         return None
     try:
