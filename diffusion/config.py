@@ -6,7 +6,7 @@ from typing import Any
 
 from softar.soft import check_dist
 
-from .parity import PARITY
+from .parity import DEFAULT, PARITY, Quirks
 from .schedules import REMASKS, SCHEDULES
 from .select import SELECTORS
 from .soften import Softener, mk_softener
@@ -185,6 +185,11 @@ class DenoiseConfig:
         if self.soften == "soft-mask" and learnt is not None and self.parity is None:
             return replace(self, soften_args=learnt | self.soften_args)
         return self
+
+    @property
+    def quirks(self) -> Quirks:
+        """What the public implementation `parity` does otherwise."""
+        return DEFAULT if self.parity is None else PARITY[self.parity]
 
     @property
     def schedule_name(self) -> str | Callable:

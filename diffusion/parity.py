@@ -18,12 +18,16 @@ from .select import Draws, best
 
 
 class Quirks(NamedTuple):
-    """What an implementation does otherwise. The defaults are the default's."""
+    """What an implementation does otherwise. The defaults are what most of them do."""
 
     rule: Callable[[Block, object, Draws], Rule] | None = None  # instead of the schedule's
+    lenient: bool = True  # options that say nothing to it are let pass
+    # blocks of the generated part, with the same steps each, whatever is masked in them
+    even_blocks: bool = True
+    one_block: bool = False  # the whole canvas is one block
     # masks that may commit: of the "block", all "before" its end, or of the whole "canvas"
     competes: str = "block"
-    one_block: bool = False  # the whole canvas is one block
+    spills: bool = False  # positions outside of the block commit, too
     proposes_mask: bool = True  # the mask token may win, and the position stays masked
     batch_share: bool = True  # the share of masks left is that of the batch
     looks_back: bool = False  # with shifted logits, a cached window begins one position early
@@ -34,9 +38,15 @@ class Quirks(NamedTuple):
     waits: bool = False  # a row with nothing to commit stays as it is while others go on
 
 
+# the intended thing, and no substitution
 DEFAULT = Quirks(
-    proposes_mask=False, batch_share=False, looks_back=True, waits=True
-)  # the intended thing, and no substitution
+    lenient=False,
+    even_blocks=False,
+    proposes_mask=False,
+    batch_share=False,
+    looks_back=True,
+    waits=True,
+)
 
 
 def gumbel_scores(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
@@ -222,7 +232,7 @@ PARITY: dict[str, Quirks] = {
     # ML-GSAI/LLaDA generate.py at b7e6c35
     "llada": Quirks(rule=llada, competes="before", whole_noise=True, renormalised_ends=True),
     # the blog's pyramidal schedule, 2025-07-11
-    "pyramid": Quirks(rule=pyramid, competes="before"),
+    "pyramid": Quirks(rule=pyramid, competes="before", spills=True),
     # NVlabs/Fast-dLLM's LLaDA at 0d6d48d, 24cc59e and a9b81e4
     "fast_dllm": Quirks(rule=fast_dllm, competes="before"),
     "fast_dllm_2025_06": Quirks(rule=fast_dllm_june, competes="before"),

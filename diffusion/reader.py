@@ -8,6 +8,7 @@ from softar.soft import Soft, soft_embed
 
 from .config import DenoiseConfig
 from .net import Facts, Parts
+from .schedules import Block
 
 
 class WindowCache:
@@ -32,10 +33,10 @@ class WindowCache:
             self.layers[layer] = keys, values
             return keys, values
         lo, hi = self.window
-        kept_keys, kept_values = self.layers[layer]
-        kept_keys[:, :, lo:hi] = keys
-        kept_values[:, :, lo:hi] = values
-        return kept_keys, kept_values
+        all_keys, all_values = self.layers[layer]
+        all_keys[:, :, lo:hi] = keys
+        all_values[:, :, lo:hi] = values
+        return all_keys, all_values
 
     def get_mask_sizes(self, query_length: int, layer: int) -> tuple[int, int]:
         return (query_length if self.window is None else self.layers[0][0].shape[2]), 0
@@ -52,9 +53,9 @@ class Reader:
     slots, counts."""
 
     def __init__(
-        self, net: Parts, known: Facts, config: DenoiseConfig, real: Tensor, given: Tensor
+        self, net: Parts, facts: Facts, config: DenoiseConfig, real: Tensor, fixed: Tensor
     ):
-        self.net, self.known, self.config, self.given = net, known, config, given
+        self.net, self.facts, self.config, self.fixed = net, facts, config, fixed
         self.twice = config.cfg_scale > 0
         self.length = real.shape[1]
         self.positions_of = (real.cumsum(1) - 1).clamp_min(0)  # padding does not count
@@ -68,19 +69,19 @@ class Reader:
         self.where: Tensor | None = None  # [B, L] bool, slots that show a mixture
         self.mixed: Tensor | None = None  # [B, L, D] their inputs
 
-    def window(self, start: int, end: int, *, whole: bool, look_back: bool) -> tuple[int, int]:
+    def window(self, block: Block, *, whole: bool, look_back: bool) -> tuple[int, int]:
         """Columns of the next forward."""
         if self.cache is None or whole:
             return 0, self.length
         # With shifted logits a position is predicted from the one before it.
-        lo = max(start - self.known.shift, 0) if look_back else start
-        return lo, end if self.config.cache == "dual" else self.length
+        lo = max(block.start - self.facts.shift, 0) if look_back else block.start
+        return lo, block.end if self.config.cache == "dual" else self.length
 
     def __call__(self, canvas: Tensor, lo: int, hi: int, rows: Tensor, cols: Tensor) -> Tensor:
         """-> logits [n, V] float32 about the positions (rows, cols), which lie in [lo, hi)."""
         embeds = self._inputs(canvas, lo, hi)
         if self.twice:
-            without = canvas.masked_fill(self.given, self.known.mask_id)
+            without = canvas.masked_fill(self.fixed, self.facts.mask_id)
             embeds = torch.cat([embeds, self._inputs(without, lo, hi)])
         if self.cache is not None:
             self.cache.window = None if (lo, hi) == (0, self.length) else (lo, hi)
@@ -90,7 +91,7 @@ class Reader:
             self.positions + embeds.shape[0] * embeds.shape[1],
         )
         # With shifted logits nothing is about the first token, whose own output stands in.
-        source = torch.maximum(cols - self.known.shift, self.first[rows]).clamp_min(lo) - lo
+        source = torch.maximum(cols - self.facts.shift, self.first[rows]).clamp_min(lo) - lo
         chosen = hidden[rows, source]
         if not self.twice:
             return self.net.head(chosen).float()
@@ -119,8 +120,8 @@ class Reader:
         soft = Soft(soft.ids[shows], soft.weights[shows])
         mixed = soft_embed(soft, self.net.embedding)
         if self.where is None:
-            self.where = torch.zeros_like(self.given)
-            self.mixed = mixed.new_zeros(*self.given.shape, mixed.shape[-1])
+            self.where = torch.zeros_like(self.fixed)
+            self.mixed = mixed.new_zeros(*self.fixed.shape, mixed.shape[-1])
         put, renewed = torch.zeros_like(self.where), torch.zeros_like(self.where)
         put[rows[shows], cols[shows]] = True
         renewed[:, slice(*window)] = busy[:, None]

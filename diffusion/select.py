@@ -9,6 +9,7 @@ Shapes: n positions (flat, row by row), V vocabulary, K kept; B rows, L columns 
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,6 +109,22 @@ def _moments(logits: Tensor, largest: Tensor, with_entropy: bool) -> tuple[Tenso
             logits.clamp_min(torch.finfo(logits.dtype).min), largest, True
         )[1]
     return total[:, None], weighted[:, None]
+
+
+class Selector(NamedTuple):
+    """A score of positions, `fn(belief, token, uniform) -> [n]`, and what can be done with it.
+
+    token: [n] the proposals; uniform() draws n numbers in [0, 1).
+    """
+
+    fn: Callable[[Belief, Tensor, Callable[[], Tensor]], Tensor]
+    is_confidence: bool = False  # the probability of the proposal
+    is_probability: bool = False  # in [0, 1], so that it can be compared with a threshold
+    is_random: bool = False  # of nothing that the model says
+    wants_entropy: bool = False  # reads the belief's entropy
+
+    def __call__(self, belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
+        return self.fn(belief, token, uniform)
 
 
 def confidence(belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
@@ -216,9 +233,16 @@ class Draws:
         return torch.rand(shape, generator=self.rng, device=source, dtype=dtype).to(self.device)
 
 
-SELECTORS: dict[str, Callable[..., Tensor]] = {
-    "confidence": confidence,
-    "margin": margin,
-    "entropy": entropy,
-    "random": random,
+def mk_selector(select: "str | Callable | Selector") -> Selector:
+    """The selector of that name, or a function as one of which nothing more is known."""
+    if isinstance(select, Selector):
+        return select
+    return SELECTORS[select] if isinstance(select, str) else Selector(select)
+
+
+SELECTORS: dict[str, Selector] = {
+    "confidence": Selector(confidence, is_confidence=True, is_probability=True),
+    "margin": Selector(margin, is_probability=True),
+    "entropy": Selector(entropy, wants_entropy=True),
+    "random": Selector(random, is_random=True),
 }

@@ -42,6 +42,7 @@ class Softener(NamedTuple):
     decoded: bool = False  # softens what the block has decoded, too
     carries: bool = False  # the state outlives its block
     revises: bool = False  # a decoded token of the block gives way to a more probable one
+    wants_entropy: bool = False  # reads the belief's entropy
 
 
 def soft_token(slots: Slots, *, k: int = 5, bias: float = 0.5, renormalise: bool = True) -> Soft:
@@ -116,10 +117,10 @@ def evolving(slots: Slots, *, k: int = 3, alpha: float = 0.7) -> Soft:
     _check_k(slots, k)
     values, ids = slots.belief.top(k)
     probs = slots.belief.weigh(values)
-    own = torch.where(
+    mask = torch.where(
         slots.masked, alpha / (1 - alpha) * probs.sum(-1), torch.zeros_like(probs[:, 0])
     )
-    weights = torch.cat([probs, own[:, None]], -1)
+    weights = torch.cat([probs, mask[:, None]], -1)
     return Soft(torch.cat([ids, slots.ids[:, None]], -1), weights / weights.sum(-1, keepdim=True))
 
 
@@ -208,7 +209,7 @@ RANGES = {
 SOFTENERS: dict[str, Softener] = {
     "hard": Softener(None),
     "soft-token": Softener(soft_token),
-    "soft-mask": Softener(soft_mask),
+    "soft-mask": Softener(soft_mask, wants_entropy=True),
     "evolving": Softener(evolving, everywhere=True, decoded=True, carries=True, revises=True),
     "slerp": Softener(slerp),
 }

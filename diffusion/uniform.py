@@ -6,6 +6,7 @@ Shapes: B rows, T positions, L columns of the canvas, V the model's vocabulary, 
 process; n positions, flat, row by row.
 """
 
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from softar.soft import Soft, mk_proba_dist
 
+from .canvas import Canvas
 from .config import DenoiseConfig
 from .duo import (
     GaussianToDiscrete,
@@ -24,7 +26,10 @@ from .duo import (
     nelbo,
     symmetric_kl,
 )
+from .net import Facts, Parts
 from .noise import UniformNoise
+from .process import report
+from .reader import Reader
 from .schedules import Block
 from .select import Draws
 
@@ -152,21 +157,66 @@ def random_tokens(
     return ids.masked_scatter(slots, letters[(draws.at(slots) * len(letters)).long()])
 
 
+class Uniform:
+    """The process of a uniform-state model: every slot is drawn anew in each step, in the rows that
+    have a step left."""
+
+    def __init__(
+        self,
+        config: DenoiseConfig,
+        net: Parts,
+        facts: Facts,
+        real: Tensor,
+        canvas: Canvas,
+        draws: Draws,
+    ):
+        """real: [B, L] bool, what is not padding. Fills the canvas with random tokens."""
+        check_uniform(config)
+        self.config, self.facts, self.canvas, self.draws = config, facts, canvas, draws
+        self.reader = Reader(net, facts, config, real, canvas.fixed)
+        canvas.ids = random_tokens(
+            canvas.ids, canvas.masked, facts.uniform, facts.vocab_size, draws
+        )
+
+    def blocks(self) -> Iterable[Block]:
+        """The whole canvas."""
+        count = self.canvas.masked.sum(-1).clamp_min(1)
+        steps = self.config.steps
+        steps = count if steps is None else torch.full_like(count, steps)
+        return [self.canvas.block(0, self.canvas.ids.shape[1], steps)]
+
+    def begin(self, block: Block) -> None:
+        self.redraw = Redraw(block, self.config, self.facts.uniform, self.facts.vocab_size)
+
+    def more(self, block: Block, index: int) -> bool:
+        return self.canvas.has_masks(block, self.reader.forwards) and index < self.redraw.last
+
+    def step(self, block: Block, index: int) -> dict:
+        canvas, reader = self.canvas, self.reader
+        asked = canvas.masked & (index < block.steps)[:, None]
+        rows, cols = asked.nonzero(as_tuple=True)
+        logits = reader(canvas.ids, block.start, block.end, rows, cols)
+        uniform = self.draws.at(asked)
+        token, prob = self.redraw(index, logits, canvas.ids[rows, cols], rows, uniform)
+        proposal = canvas.ids.index_put((rows, cols), token)
+        certain = canvas.spread(prob, rows, cols)
+        changed = asked if index == 0 else asked & (proposal != canvas.ids)
+        canvas.put(changed, proposal, certain, reader.forwards - 1)
+        canvas.bad = prob.isnan().any()
+        return report(self, block, asked, changed, certain)
+
+    def end(self, block: Block) -> None:
+        """Nothing: all was redrawn."""
+
+
 class Redraw:
-    """The rule of a uniform-state model, and its draws. Each row has times of its own: t = 1 - i /
-    steps before its step i, and its last step is greedy."""
+    """A step of the reverse process. Each row has its times: t = 1 - i / steps before its step i,
+    and its last step is greedy."""
 
     def __init__(self, block: Block, config: DenoiseConfig, noise: UniformNoise, vocab_size: int):
         self.config, self.noise, self.steps = config, noise, block.steps
         self.letters = alphabet(noise, vocab_size, block.steps.device)
         self.last = int(block.steps.max())
-
-    def more(self, index: int, left: bool) -> bool:
-        return left and index < self.last
-
-    def busy(self, index: int) -> Tensor:
-        """[B] bool, the rows that have a step left."""
-        return index < self.steps
 
     def __call__(
         self, index: int, logits: Tensor, z: Tensor, rows: Tensor, uniform: Tensor
@@ -185,11 +235,3 @@ class Redraw:
         token = torch.where((index + 1 == self.steps)[rows], logits.argmax(-1), drawn)
         prob = logits.softmax(-1).gather(-1, token[:, None])[:, 0]
         return letters.ids[token], prob
-
-
-def one_block(config: DenoiseConfig, slots: Tensor) -> list[tuple[int, int, Tensor]]:
-    """(start, end, steps [B]) of the whole canvas; slots: [B, L] bool."""
-    count = slots.sum(-1).clamp_min(1)
-    return [
-        (0, slots.shape[1], count if config.steps is None else torch.full_like(count, config.steps))
-    ]

@@ -1,0 +1,90 @@
+"""The sequences that are being decoded, and what is known of each of their positions.
+
+Shapes: B rows, L columns of the canvas; n positions, flat, row by row.
+"""
+
+import torch
+from torch import Tensor
+
+from .schedules import Block
+
+
+class Canvas:
+    """Prompts [B, P] with `gen_length` masks behind them."""
+
+    def __init__(self, input_ids: Tensor, gen_length: int, mask_id: int):
+        tail = input_ids.new_full((len(input_ids), gen_length), mask_id)
+        self.mask_id, self.prompt_length = mask_id, input_ids.shape[1]
+        # [B, L]; never written to, so that it can be handed out
+        self.ids = torch.cat([input_ids, tail], 1).long()
+        self.masked = self.ids == mask_id  # of a uniform-state model: what was a mask at the start
+        self.fixed = ~self.masked  # what the caller gave
+        self.at_start = self.masked.sum(-1)
+        self.committed_at = torch.full_like(self.ids, -1)
+        self.confidence = torch.full(self.ids.shape, torch.nan, device=self.ids.device)
+        self.decoded = torch.zeros_like(self.masked)  # in the current block
+        # [] bool, the last forward gave NaN. A step only sets it and the next `has_masks` raises
+        # it, so that one wait for the device answers both questions.
+        self.bad = self.masked.new_zeros(())
+
+    def block(self, start: int, end: int, steps: Tensor) -> Block:
+        return Block(start, end, self.masked[:, start:end].sum(-1), steps)
+
+    def has_masks(self, block: Block, forwards: int) -> bool:
+        """Has the block masks? The one synchronisation of a step. Raises FloatingPointError where
+        the last of so many forwards gave NaN."""
+        masks = self.masked[:, block.start : block.end]
+        left, bad = torch.stack([masks.any(), self.bad]).tolist()
+        if bad:
+            raise FloatingPointError(
+                f"the logits of forward {forwards - 1} are NaN: check the weights and the dtype, try float32"
+            )
+        return left
+
+    def columns(self, lo: int, hi: int) -> Tensor:
+        """[L] bool, true in [lo, hi)."""
+        index = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (index >= lo) & (index < hi)
+
+    def spread(self, values: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """[n] -> [B, L], -inf elsewhere."""
+        return torch.full_like(self.confidence, -torch.inf).index_put((rows, cols), values)
+
+    def put(self, where: Tensor, tokens: Tensor, certain: Tensor, forward: int) -> None:
+        """Write tokens [B, L] that were this certain [B, L] `where` [B, L] bool, and note the
+        forward that decided them."""
+        self.ids = torch.where(where, tokens, self.ids)
+        self.confidence = torch.where(where, certain, self.confidence)
+        self.committed_at = self.committed_at.masked_fill(where, forward)
+
+    def commit(
+        self,
+        block: Block,
+        commit: Tensor,
+        drop: Tensor | None,
+        tokens: Tensor,
+        certain: Tensor,
+        forward: int,
+    ) -> None:
+        """As `put` where `commit` says so, and mask the positions `drop` [B, L] again."""
+        self.put(commit, tokens, certain, forward)
+        if drop is not None:
+            self.ids = self.ids.masked_fill(drop, self.mask_id)
+        self.masked = self.ids == self.mask_id
+        inside = self.columns(block.start, block.end)
+        self.decoded = (self.decoded | commit) & ~self.masked & inside
+
+    def share_left(self, *, of_batch: bool) -> Tensor:
+        """[B] masks left, as a share of those at the start."""
+        if of_batch:
+            return (self.masked.sum() / self.at_start.sum()).expand(len(self.ids))
+        return self.masked.sum(-1) / self.at_start.clamp_min(1)
+
+    def stop(self, end: int, end_ids: tuple[int, ...]) -> None:
+        """Fill the rows that have generated an end token before column `end` with the first of
+        those tokens."""
+        ids, generated = self.ids[:, :end], ~self.fixed[:, :end]
+        ended = torch.isin(ids, ids.new_tensor(end_ids)) & generated
+        rest = self.masked & ended.any(-1, keepdim=True)
+        self.ids = self.ids.masked_fill(rest, end_ids[0])
+        self.masked = self.masked & ~rest

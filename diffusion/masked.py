@@ -1,0 +1,161 @@
+"""The process of a model of masks: in each step some of the open positions take the model's
+proposals, and stay.
+
+Shapes: B rows, L columns of the canvas; n positions, flat, row by row.
+"""
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from softar.soft import Soft
+
+from .canvas import Canvas
+from .config import DenoiseConfig
+from .net import Facts, Parts
+from .process import report
+from .proposals import Proposer
+from .reader import Reader
+from .schedules import SCHEDULES, Block, Rule, Step, remask
+from .select import Belief, Draws
+from .soften import Slots, mk_softener
+
+
+class Masked:
+    """Blocks are decoded from left to right. In each step the selector scores the model's
+    proposals, the schedule's rule says which of them commit, and the softener what the remaining
+    masks show next time. Caches narrow the forward to a window."""
+
+    def __init__(
+        self,
+        config: DenoiseConfig,
+        net: Parts,
+        facts: Facts,
+        real: Tensor,
+        canvas: Canvas,
+        draws: Draws,
+    ):
+        """real: [B, L] bool, what is not padding."""
+        self.config, self.canvas, self.draws = config, canvas, draws
+        self.quirks = config.quirks
+        self.end_ids = facts.end_ids if config.end_ids is None else config.end_ids
+        self.softener = mk_softener(config.soften, **config.soften_args)
+        self.reader = Reader(net, facts, config, real, canvas.fixed)
+        self.propose = Proposer(
+            config, facts, self.end_ids, draws, with_entropy=self.softener.wants_entropy
+        )
+
+    def blocks(self) -> Iterable[Block]:
+        spans = list(spans_of(self.config, self.canvas.masked))
+        return (self.canvas.block(*span) for span in spans)
+
+    def begin(self, block: Block) -> None:
+        self.canvas.decoded = torch.zeros_like(self.canvas.masked)
+        self.rule = mk_rule(self.config, block, self.draws)
+        if not self.softener.carries:
+            self.reader.forget()
+
+    def more(self, block: Block, index: int) -> bool:
+        return self.rule.more(index, self.canvas.has_masks(block, self.reader.forwards))
+
+    def step(self, block: Block, index: int) -> dict:
+        canvas, reader = self.canvas, self.reader
+        window = reader.window(block, whole=index == 0, look_back=self.quirks.looks_back)
+        is_open = canvas.masked & canvas.columns(*self._reach(block, window))
+        busy = is_open.any(-1) | (not self.quirks.waits)  # a row that waits for others stays as is
+        asked = self._asked(is_open, window) & busy[:, None]
+        rows, cols = asked.nonzero(as_tuple=True)
+        logits = reader(canvas.ids, *window, rows, cols)
+        belief, token, score, prob = self.propose(logits, asked)
+
+        proposal = canvas.ids.index_put((rows, cols), token)
+        certain = canvas.spread(prob, rows, cols)
+        order = self.propose.reorder(canvas.spread(score, rows, cols), is_open)
+        commit, drop = self.rule(Step(index, order, is_open, canvas.decoded, canvas.confidence))
+        if self.softener.revises:
+            surer = canvas.decoded & (certain > canvas.confidence)
+            commit = commit | (surer & (proposal != canvas.mask_id))
+        canvas.commit(block, commit, drop, proposal, certain, reader.forwards - 1)
+        canvas.bad = (score + prob).isnan().any()  # some selectors look at no logit
+        where, soft = self._soften(belief, rows, cols, window, busy)
+        return report(self, block, asked, commit, certain, where=where, soft=soft)
+
+    def end(self, block: Block) -> None:
+        if self.config.early_stop and self.end_ids:
+            self.canvas.stop(block.end, self.end_ids)
+
+    def _reach(self, block: Block, window: tuple[int, int]) -> tuple[int, int]:
+        """The columns whose masks may commit."""
+        before = window[0], block.end
+        return {"block": (block.start, block.end), "before": before, "canvas": window}[
+            self.quirks.competes
+        ]
+
+    def _asked(self, is_open: Tensor, window: tuple[int, int]) -> Tensor:
+        """[B, L] bool, the positions that somebody wants logits about."""
+        asked, inside = is_open, self.canvas.columns(*window)
+        if self.softener.everywhere or self.quirks.spills:
+            asked = asked | (self.canvas.masked & inside)
+        if self.softener.decoded:
+            asked = asked | (self.canvas.decoded & inside)
+        return asked
+
+    def _soften(
+        self, belief: Belief, rows: Tensor, cols: Tensor, window: tuple[int, int], busy: Tensor
+    ) -> tuple[Tensor | None, Soft | None]:
+        """Give slots their mixtures -> where [B, L] bool, and which; None for none."""
+        canvas, softener = self.canvas, self.softener
+        if softener.fn is None or not len(rows):
+            return None, None
+        masked = canvas.masked[rows, cols]
+        share = canvas.share_left(of_batch=self.quirks.batch_share)[rows]
+        embedding = self.reader.net.embedding
+        slots = Slots(belief, canvas.ids[rows, cols], masked, share, canvas.mask_id, embedding)
+        shows = masked | (softener.decoded & canvas.decoded[rows, cols])
+        return self.reader.soften(softener.fn(slots), shows, rows, cols, window, busy)
+
+
+def mk_rule(config: DenoiseConfig, block: Block, draws: Draws) -> Rule:
+    if config.quirks.rule is not None:
+        return config.quirks.rule(block, config, draws)
+    if config.remask is not None:
+        return remask(block, config, draws)
+    name = config.schedule_name
+    return (SCHEDULES[name] if isinstance(name, str) else name)(block, config, draws)
+
+
+def spans_of(config: DenoiseConfig, masked: Tensor) -> list[tuple[int, int, Tensor]]:
+    """(start, end, steps [B]) of each block, from left to right; masked: [B, L] bool.
+
+    Blocks are counted from the right end, so that they lie where they would for a row alone, and
+    those without a mask in any row are left out. A row shares its steps among the blocks that it
+    has masks in.
+    """
+    L = masked.shape[1]
+    b = config.block_length or config.gen_length or L
+    if config.quirks.one_block:
+        return [(0, L, _full(masked, config.steps or 1))]
+    if config.quirks.even_blocks:
+        n = config.gen_length // b
+        steps = _full(masked, (config.steps or config.gen_length) // n)
+        return [(L - k * b, L - (k - 1) * b, steps) for k in range(n, 0, -1)]
+    edges = [max(0, L - k * b) for k in range(-(-L // b), -1, -1)]
+    spans = [*itertools.pairwise(edges)]
+    counts = torch.stack([masked[:, lo:hi].sum(-1) for lo, hi in spans], -1)  # [B, blocks]
+    blocks = (counts > 0).sum(-1).clamp_min(1)  # [B] that the row has masks in
+    if config.steps is not None and (short := (config.steps < blocks).nonzero()[:, 0].tolist()):
+        raise ValueError(
+            f"steps={config.steps} cannot be shared by the {int(blocks.max())} blocks of rows {short}: give at least "
+            f"{int(blocks.max())}, or a larger block_length"
+        )
+    return [
+        (lo, hi, count.clamp_min(1) if config.steps is None else config.steps // blocks)
+        for (lo, hi), count in zip(spans, counts.unbind(-1), strict=True)
+        if count.any()
+    ]
+
+
+def _full(masked: Tensor, steps: int) -> Tensor:
+    return masked.new_full((len(masked),), steps, dtype=torch.long)

@@ -1,0 +1,59 @@
+"""What `denoise` asks of a way to decode, one for each kind of model: `masked.Masked` fills masks,
+`uniform.Uniform` redraws every token.
+
+A process lives for one call. It holds the canvas, the reader that runs the model over it, and what
+decides in it; its constructor refuses what the kind of model cannot do.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .canvas import Canvas
+from .reader import Reader
+from .schedules import Block
+
+
+class Process(Protocol):
+    canvas: Canvas
+    reader: Reader
+
+    def blocks(self) -> Iterable[Block]:
+        """What is decoded together, in its order; each is made when its turn comes. Raises
+        ValueError for what does not fit the canvas, before the first."""
+
+    def begin(self, block: Block) -> None:
+        """Whatever a block needs before its first step."""
+
+    def more(self, block: Block, index: int) -> bool:
+        """Is a step `index`, from 0, wanted?"""
+
+    def step(self, block: Block, index: int) -> dict:
+        """One forward, and what follows from it -> what the callback is told (`report`)."""
+
+    def end(self, block: Block) -> None:
+        """Whatever is to be done when a block is decoded."""
+
+
+def report(
+    process: Process,
+    block: Block,
+    asked: Tensor,
+    committed: Tensor,
+    certain: Tensor,
+    *,
+    where: Tensor | None = None,
+    soft=None,
+) -> dict:
+    """A step as the callback is told of it. asked, committed: [B, L] bool; certain: [B, L]."""
+    return {
+        "step": process.reader.forwards - 1,
+        "block": (block.start, block.end),
+        "sequences": process.canvas.ids,
+        "committed": committed,
+        "confidence": certain.masked_fill(~asked, torch.nan),
+        "where": where,
+        "soft": soft,
+    }
