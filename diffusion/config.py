@@ -1,24 +1,20 @@
 """How to denoise, as data: checked when it is made."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
+from softar.checks import check_choice, check_least
 from softar.soft import check_dist
 
+from .knobs import check_knobs
 from .parity import DEFAULT, PARITY, Quirks
-from .schedules import REMASKS, SCHEDULES
-from .select import SELECTORS
+from .remask import REMASKS, check_remask
+from .schedules import RANGES, Schedule, mk_schedule
+from .select import SELECTORS, mk_selector
 from .soften import Softener, mk_softener
 
 CACHES = (None, "prefix", "dual")
-SHARING = ("uniform", "linear", "ancestral")  # the schedules that `steps` says something to
-REMASK_KNOBS = {
-    "cap": {"eta"},
-    "rescale": {"eta"},
-    "conf": set(),
-    "loop": {"eta", "t_on", "t_off", "alpha_on"},
-}
 
 
 @dataclass(frozen=True)
@@ -29,19 +25,18 @@ class DenoiseConfig:
     # blocks are decoded from left to right; None is one block of all
     block_length: int | None = None
     steps: int | None = None  # forwards in all, shared by the blocks; None is one for each mask
-    schedule: str | Callable | None = (
-        None  # name in SCHEDULES; None is uniform, or what `threshold` or `factor` asks for
-    )
+    # name in SCHEDULES; None is uniform, or what `threshold` or `factor` asks for
+    schedule: str | Callable | None = None
+    # dilation (pyramid): how often each number of tokens comes; eps (linear): the time of its end
+    schedule_args: dict[str, Any] = field(default_factory=dict)
     threshold: float | None = None  # in (0, 1], of schedule "threshold"
     factor: float | None = None  # > 0, of schedule "factor"
-    dilation: int = 1  # of schedule "pyramid": how often each number of tokens comes
-    eps: float = 1e-3  # of schedule "linear": the time at which it ends
     select: str | Callable = "confidence"  # name in SELECTORS: which positions are the best
     alg_temp: float = 0.0  # > 0 draws the positions from softmax(score / alg_temp)
     # name in SOFTENERS: what a masked slot shows; None is as the model was trained: its soft masks,
     # or hard
     soften: str | Callable | Softener | None = None
-    # for "soft-mask", instead of what the model learnt
+    # the softener's knobs; of "soft-mask" they override what the model learnt
     soften_args: dict[str, Any] = field(default_factory=dict)
     # keys and values kept within a block: "prefix" what is left of it, "dual" both sides
     cache: str | None = None
@@ -59,118 +54,102 @@ class DenoiseConfig:
     early_stop: bool = False
     # name in PARITY: a public implementation to reproduce, defects included
     parity: str | None = None
+    dilation: InitVar[None] = None  # no option any more; what to write instead is said
+    eps: InitVar[None] = None
 
-    def __post_init__(self):
-        for name, least in (("gen_length", 0), ("block_length", 1), ("steps", 1), ("dilation", 1)):
+    def __post_init__(self, dilation, eps):
+        for knob, value in (("dilation", dilation), ("eps", eps)):
+            if value is not None:
+                raise ValueError(
+                    f"{knob}={value} belongs to one schedule: give schedule_args={{{knob!r}: {value}}}"
+                )
+        for name in ("gen_length", "block_length", "steps"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+            if value is not None and not isinstance(value, int):
+                raise ValueError(f"{name}={value!r} must be a whole number")
+        check_least(self, gen_length=0, block_length=1, steps=1)
         if self.gen_length and self.block_length and self.gen_length % self.block_length:
             raise ValueError(
                 f"block_length={self.block_length} does not divide gen_length={self.gen_length}: choose a divisor"
             )
-        blocks = (
-            self.gen_length // self.block_length if self.gen_length and self.block_length else 1
-        )
-        if self.steps is not None and self.steps % blocks and self.parity is None:
+        for name, known in (("select", SELECTORS), ("parity", PARITY)):
+            if isinstance(getattr(self, name), str):
+                check_choice(name, getattr(self, name), sorted(known))
+        check_choice("cache", self.cache, CACHES)
+        blocks = self.gen_length // self.block_length if self.block_length else 1
+        if self.steps is not None and self.steps % max(blocks, 1) and not self.quirks.lenient:
             raise ValueError(
                 f"steps={self.steps} cannot be shared by {blocks} blocks: choose a multiple of {blocks}"
             )
-        for name, known in (("schedule", SCHEDULES), ("select", SELECTORS), ("parity", PARITY)):
-            value = getattr(self, name)
-            if isinstance(value, str) and value not in known:
-                raise ValueError(f"{name}={value!r} is unknown: choose one of {sorted(known)}")
-        if self.cache not in CACHES:
-            raise ValueError(f"cache={self.cache!r} is unknown: choose one of {CACHES}")
         self._check_schedule()
-        mk_softener("hard" if self.soften is None else self.soften, **self.soften_args)
+        softener = mk_softener("hard" if self.soften is None else self.soften, **self.soften_args)
+        self._check_remask(softener)
         check_dist(None, self.temperature, self.top_k, self.top_p)
         for name in ("alg_temp", "cfg_scale"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be >= 0 and finite; 0 switches it off"
                 )
-        if not 0 <= self.eps < 1:
-            raise ValueError(f"eps={self.eps} must lie in [0, 1)")
 
     def _check_schedule(self):
-        name = self.schedule_name
+        name, schedule = self.schedule_name, mk_schedule(self.schedule_name)
+        lenient, selector = self.quirks.lenient, mk_selector(self.select)
         if self.threshold is not None:
-            low = 0 <= self.threshold if self.parity else 0 < self.threshold
-            if not (low and self.threshold <= 1):
+            above = 0 <= self.threshold if lenient else 0 < self.threshold
+            if not (above and self.threshold <= 1):
                 raise ValueError(f"threshold={self.threshold} must lie in (0, 1]: a probability")
         if self.factor is not None and not 0 < self.factor < float("inf"):
             raise ValueError(f"factor={self.factor} must be > 0")
-        for option in ("threshold", "factor"):
-            if name == option and getattr(self, option) is None:
+        for option, example in (("threshold", 0.9), ("factor", 1.0)):
+            value = getattr(self, option)
+            if schedule.compares == option and value is None:
+                raise ValueError(f"schedule={name!r} needs {option}=, for example {example}")
+            if schedule.compares != option and value is not None and not lenient:
                 raise ValueError(
-                    f"schedule={option!r} needs {option}=, for example {'0.9' if option[0] == 't' else '1.0'}"
+                    f"{option}={value} does not go with schedule={name!r}: leave one out"
                 )
-            if name != option and getattr(self, option) is not None and self.parity is None:
-                raise ValueError(
-                    f"{option}={getattr(self, option)} does not go with schedule={name!r}: leave one out"
-                )
-        if self.parity is None:
-            self._check_idle(name)
-        if (
-            name in ("threshold", "factor")
-            and self.select not in ("confidence", "margin")
-            and self.parity is None
-        ):
-            raise ValueError(
-                f"schedule={name!r} compares probabilities, which select={self.select!r} does not give"
-            )
-        if name in ("threshold", "factor") and self.alg_temp:
-            raise ValueError(
-                f"schedule={name!r} compares probabilities: alg_temp={self.alg_temp} must be 0"
-            )
-        if self.remask is None:
-            if self.remask_args:
-                raise ValueError(
-                    f"remask_args={self.remask_args} without remask: choose one of {REMASKS}"
-                )
-            return
-        if self.remask not in REMASKS:
-            raise ValueError(f"remask={self.remask!r} is unknown: choose one of {REMASKS}")
-        if name not in SHARING:
-            raise ValueError(
-                f"remask={self.remask!r} needs a fixed number of steps: schedule={name!r} has none"
-            )
-        if self.steps is None:
-            raise ValueError(f"remask={self.remask!r} needs steps=")
-        if self.soften == "evolving":
-            raise ValueError(
-                "soften='evolving' revises decoded tokens itself: it does not go with remask"
-            )
-        knobs = REMASK_KNOBS[self.remask]
-        if unknown := sorted(set(self.remask_args) - knobs):
-            raise ValueError(
-                f"remask={self.remask!r} does not take {unknown}: it takes {sorted(knobs)}"
-            )
-        for knob, value in self.remask_args.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"remask_args {knob}={value} must lie in [0, 1]")
-        t_on, t_off = self.remask_args.get("t_on", 0.55), self.remask_args.get("t_off", 0.05)
-        if t_off > t_on:
-            raise ValueError(
-                f"remask_args t_off={t_off} must be at most t_on={t_on}: time runs from 1 to 0"
-            )
-
-    def _check_idle(self, name: str | Callable) -> None:
-        if self.steps is not None and isinstance(name, str) and name not in SHARING:
+        if self.steps is not None and schedule.takes_steps is False and not lenient:
             raise ValueError(
                 f"steps={self.steps} does not go with schedule={name!r}, which takes as many as it needs"
             )
-        for option, idle, owner in (("dilation", 1, "pyramid"), ("eps", 1e-3, "linear")):
-            value = getattr(self, option)
-            if value != idle and isinstance(name, str) and name != owner:
+        if schedule.is_random and not lenient:
+            if self.alg_temp or not (selector.is_confidence or selector.is_random):
                 raise ValueError(
-                    f"{option}={value} does not go with schedule={name!r}: it is of {owner!r}"
+                    f"schedule={name!r} draws each position by itself: select={self.select!r}, "
+                    f"alg_temp={self.alg_temp} say nothing to it"
                 )
-        if name == "ancestral" and (self.alg_temp or self.select not in ("confidence", "random")):
+        if schedule.compares and not (selector.is_probability or lenient):
             raise ValueError(
-                f"schedule='ancestral' draws each position by itself: select={self.select!r}, alg_temp={self.alg_temp} "
-                f"say nothing to it"
+                f"schedule={name!r} compares probabilities, which select={self.select!r} does not give"
+            )
+        if schedule.compares and self.alg_temp:
+            raise ValueError(
+                f"schedule={name!r} compares probabilities: alg_temp={self.alg_temp} must be 0"
+            )
+        # what a function of the user's takes is its own affair
+        if self.quirks.rule is not None or isinstance(name, str):
+            option = "schedule" if self.quirks.rule is None else "parity"
+            takes = self.scheduler.fn.__kwdefaults__ or {}
+            method = name if self.quirks.rule is None else self.parity
+            check_knobs(option, method, self.schedule_args, takes, RANGES, args="schedule_args")
+
+    def _check_remask(self, softener: Softener):
+        if self.remask is None:
+            if self.remask_args:
+                raise ValueError(
+                    f"remask_args={self.remask_args} without remask: choose one of {[*REMASKS]}"
+                )
+            return
+        check_remask(self.remask, self.remask_args)
+        if not mk_schedule(self.schedule_name).takes_steps:
+            raise ValueError(
+                f"remask={self.remask!r} needs a fixed number of steps: schedule={self.schedule_name!r} has none"
+            )
+        if self.steps is None:
+            raise ValueError(f"remask={self.remask!r} needs steps=")
+        if softener.revises:
+            raise ValueError(
+                f"soften={self.soften!r} revises decoded tokens itself: it does not go with remask"
             )
 
     def as_trained(self, learnt: dict[str, Any] | None) -> "DenoiseConfig":
@@ -195,10 +174,11 @@ class DenoiseConfig:
     def schedule_name(self) -> str | Callable:
         if self.schedule is not None:
             return self.schedule
-        return (
-            "threshold"
-            if self.threshold is not None
-            else "factor"
-            if self.factor is not None
-            else "uniform"
-        )
+        shorthands = [name for name in ("threshold", "factor") if getattr(self, name) is not None]
+        return (shorthands or ["uniform"])[0]
+
+    @property
+    def scheduler(self) -> Schedule:
+        """What makes the rules of blocks, by the schedule's name or by `parity`."""
+        rule = self.quirks.rule
+        return mk_schedule(self.schedule_name) if rule is None else Schedule(rule)

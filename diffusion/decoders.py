@@ -4,6 +4,7 @@ are options.
 Costs are as in `softar.decoders.soft`.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from softar.decoders.options import check_options, format_options
 from softar.evaluate import evaluating, read_prompts
 
 from .config import DenoiseConfig
+from .knobs import gather_knobs
 from .loop import DenoiseOutput, denoise
 from .models import load
 from .net import facts
+from .schedules import RANGES as SCHEDULE_KNOBS
 from .soften import SOFTENERS
 from .trace import Tracer
 from .uniform import check_uniform
@@ -124,16 +127,17 @@ def _open(model: str, dtype: str, device: str | None):
 
 
 def denoise_config(decoder: str, options: dict) -> DenoiseConfig:
-    """The softener of that name and the options: fields of DenoiseConfig, and the softener's knobs
-    where no field has their name. Raises ValueError for options that are unknown or do not fit."""
+    """The softener of that name and the options: fields of DenoiseConfig, and the knobs of the
+    softener and of schedules where no field has their name. Raises ValueError for options that are
+    unknown or do not fit."""
     fn = SOFTENERS[decoder].fn
-    fields = DenoiseConfig.__dataclass_fields__
+    fields = {field.name for field in dataclasses.fields(DenoiseConfig)}
     knobs = [knob for knob in (fn.__kwdefaults__ if fn else ()) if knob not in fields]
-    changes = check_options(DenoiseConfig, decoder, options, also=knobs, fixed=("soften",))
-    args = changes.pop("soften_args", {}) | {
-        knob: changes.pop(knob) for knob in knobs if knob in changes
-    }
-    return DenoiseConfig(**changes, soften=decoder, soften_args=args)
+    also = [*knobs, *SCHEDULE_KNOBS]
+    options = check_options(DenoiseConfig, decoder, options, also=also, fixed=("soften",))
+    options = gather_knobs(options, "soften_args", knobs)
+    options = gather_knobs(options, "schedule_args", SCHEDULE_KNOBS)
+    return DenoiseConfig(**options, soften=decoder)
 
 
 def _make(

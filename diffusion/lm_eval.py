@@ -16,10 +16,12 @@ from softar.decoders.options import check_options
 from softar.evals.lm_eval import SAMPLING, BadArgument, LoadedLM, model_name, split_args
 
 from .config import DenoiseConfig
+from .knobs import gather_knobs
 from .loop import denoise
 from .losses import log_likelihood
 from .models import load
 from .net import facts
+from .schedules import RANGES as SCHEDULE_KNOBS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Bound:
             )
 
 
-OWN = tuple(field.name for field in dataclasses.fields(Bound))
+BOUND = tuple(field.name for field in dataclasses.fields(Bound))
 
 
 @register_model("softar-diffusion")
@@ -47,24 +49,26 @@ class SoftarDiffusionLM(LoadedLM):
     """A masked-diffusion model; as `--model_args`:
 
     pretrained or model: what softar.diffusion.load takes. seed: of every draw; by default what
-    --seed sets. Every field of DenoiseConfig. Without gen_length a task's max_gen_toks is how many
-    tokens are generated, rounded up to whole blocks and cut again; with it, it is gen_length. Every
-    field of Bound. Arguments of HFLM and of `load` as for `softar`; there is no batch_size=auto.
+    --seed sets. Every field of DenoiseConfig, and the knobs of schedules. Without gen_length a
+    task's max_gen_toks is how many tokens are generated, rounded up to whole blocks and cut again;
+    with it, it is gen_length. Every field of Bound. Arguments of HFLM and of `load` as for
+    `softar`; there is no batch_size=auto.
     """
 
     def __init__(self, pretrained=None, *, model=None, seed=None, batch_size=1, **options):
         name = model_name(pretrained, model)
-        harness, loading, given = split_args("softar-diffusion", DenoiseConfig, options, OWN)
+        also = (*BOUND, *SCHEDULE_KNOBS)
+        harness, loading, options = split_args("softar-diffusion", DenoiseConfig, options, also)
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise BadArgument(
                 f"batch_size={batch_size!r}: softar-diffusion finds none by itself; give a number"
             )
-        own = {k: given.pop(k) for k in OWN if k in given}
+        bound = {k: options.pop(k) for k in BOUND if k in options}
         try:
-            self.how = DenoiseConfig(
-                **({"gen_length": 0} | check_options(DenoiseConfig, "softar-diffusion", given))
-            )
-            self.bound = Bound(**check_options(Bound, "softar-diffusion", own))
+            options = check_options(DenoiseConfig, "softar-diffusion", options, also=SCHEDULE_KNOBS)
+            options = gather_knobs(options, "schedule_args", SCHEDULE_KNOBS)
+            self.how = DenoiseConfig(**({"gen_length": 0} | options))
+            self.bound = Bound(**check_options(Bound, "softar-diffusion", bound))
         except ValueError as error:
             raise BadArgument(error) from error
         super().__init__(
@@ -139,10 +143,10 @@ class SoftarDiffusionLM(LoadedLM):
                 )
             except ValueError as error:
                 raise BadArgument(error) from error
-            found = (bound, self.bound.check_greedy and self._is_greedy(ids, answer))
+            scored = (bound, self.bound.check_greedy and self._is_greedy(ids, answer))
             if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, found)
-            out.append(found)
+                self.cache_hook.add_partial("loglikelihood", texts, scored)
+            out.append(scored)
         return out
 
     def _is_greedy(self, ids: Tensor, answer: Tensor) -> bool:

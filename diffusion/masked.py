@@ -18,7 +18,8 @@ from .net import Facts, Parts
 from .process import report
 from .proposals import Proposer
 from .reader import Reader
-from .schedules import SCHEDULES, Block, Rule, Step, remask
+from .remask import remask
+from .schedules import Block, Rule, Step
 from .select import Belief, Draws
 from .soften import Slots, mk_softener
 
@@ -118,12 +119,9 @@ class Masked:
 
 
 def mk_rule(config: DenoiseConfig, block: Block, draws: Draws) -> Rule:
-    if config.quirks.rule is not None:
-        return config.quirks.rule(block, config, draws)
-    if config.remask is not None:
+    if config.remask is not None and config.quirks.rule is None:
         return remask(block, config, draws)
-    name = config.schedule_name
-    return (SCHEDULES[name] if isinstance(name, str) else name)(block, config, draws)
+    return config.scheduler(block, config, draws, **config.schedule_args)
 
 
 def spans_of(config: DenoiseConfig, masked: Tensor) -> list[tuple[int, int, Tensor]]:

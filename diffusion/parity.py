@@ -20,7 +20,7 @@ from .select import Draws, best
 class Quirks(NamedTuple):
     """What an implementation does otherwise. The defaults are what most of them do."""
 
-    rule: Callable[[Block, object, Draws], Rule] | None = None  # instead of the schedule's
+    rule: Callable[..., Rule] | None = None  # a schedule, instead of the named one
     lenient: bool = True  # options that say nothing to it are let pass
     # blocks of the generated part, with the same steps each, whatever is masked in them
     even_blocks: bool = True
@@ -95,8 +95,8 @@ class Pyramid:
         return commit, None
 
 
-def pyramid(block: Block, config, draws: Draws) -> Rule:
-    return Pyramid(config.gen_length, config.dilation)
+def pyramid(block: Block, config, draws: Draws, *, dilation: int = 1) -> Rule:
+    return Pyramid(config.gen_length, dilation)
 
 
 class FactorToTheLast(Factor):
@@ -165,8 +165,8 @@ class Dream:
         return best(step.score, step.open, step.open.sum(-1).clamp_max(n)), None
 
 
-def dream(block: Block, config, draws: Draws) -> Rule:
-    return Dream(config.steps, config.eps)
+def dream(block: Block, config, draws: Draws, *, eps: float = 1e-3) -> Rule:
+    return Dream(config.steps, eps)
 
 
 class Candidates:
@@ -200,9 +200,9 @@ class DreamBlock:
     """Fast-dLLM's Dream with a cache: the first forward of a block commits its first position,
     whatever it is."""
 
-    def __init__(self, block: Block, config):
-        self.start, self.steps, self.eps = block.start, int(block.steps.max()), config.eps
-        self.threshold = config.threshold
+    def __init__(self, block: Block, threshold: float | None, eps: float):
+        self.start, self.steps, self.eps = block.start, int(block.steps.max()), eps
+        self.threshold = threshold
 
     def more(self, index: int, left: bool) -> bool:
         if self.threshold is not None:
@@ -224,8 +224,8 @@ class DreamBlock:
         return best(step.score, step.open, step.open.sum(-1).clamp_max(n)), None
 
 
-def dream_block(block: Block, config, draws: Draws) -> Rule:
-    return DreamBlock(block, config)
+def dream_block(block: Block, config, draws: Draws, *, eps: float = 1e-3) -> Rule:
+    return DreamBlock(block, config.threshold, eps)
 
 
 PARITY: dict[str, Quirks] = {

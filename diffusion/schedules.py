@@ -1,6 +1,6 @@
 """How many of a block's open positions commit in each forward, and which.
 
-A schedule is a function `fn(block, config, draws) -> Rule`, called when a block begins. The rule is
+A schedule is a function `fn(block, config, draws, **knobs) -> Rule`, called when a block begins. The rule is
 then asked, forward by forward, whether another one is wanted and which positions commit. "Best" is
 by the selector's score.
 
@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from softar.checks import check_choice
 
 from .select import Draws, best
 
@@ -72,23 +74,21 @@ def uniform(block: Block, config, draws: Draws) -> Rule:
     )
 
 
-def linear(block: Block, config, draws: Draws) -> Rule:
+def linear(block: Block, config, draws: Draws, *, eps: float = 1e-3) -> Rule:
     """Time from 1 to `eps` in equal steps t -> s: of n masks, floor(n (1 - s / t)); in the last
     step all (Dream, arXiv:2508.15487)."""
 
     def count(i: int, n: Tensor) -> Tensor:
-        due = (
-            n * (1 - _time(i + 1, block.steps, config.eps) / _time(i, block.steps, config.eps))
-        ).long()
+        due = (n * (1 - _time(i + 1, block.steps, eps) / _time(i, block.steps, eps))).long()
         return torch.where(i < block.steps - 1, due, n)
 
     return Quota(count)
 
 
-def pyramid(block: Block, config, draws: Draws) -> Rule:
+def pyramid(block: Block, config, draws: Draws, *, dilation: int = 1) -> Rule:
     """1, 2, 3, ... positions, each number `dilation` times, until the block is full: sqrt(2
     dilation n) forwards."""
-    return Quota(lambda i, n: torch.full_like(n, i // config.dilation + 1))
+    return Quota(lambda i, n: torch.full_like(n, i // dilation + 1))
 
 
 class Threshold:
@@ -140,105 +140,39 @@ def factor(block: Block, config, draws: Draws) -> Rule:
     return Factor(config.factor)
 
 
+class Ancestral:
+    """Commit each open position by itself with the probability that keeps the clock."""
+
+    def __init__(self, steps: Tensor, draws: Draws):
+        self.steps, self.draws = steps, draws
+
+    def more(self, index: int, left: bool) -> bool:
+        return left
+
+    def __call__(self, step: Step) -> tuple[Tensor, None]:
+        now, then = (1 - time_left(i, self.steps) for i in (step.index, step.index + 1))
+        return drawn(step.open, now, then, self.draws), None
+
+
 def ancestral(block: Block, config, draws: Draws) -> Rule:
     """Each open position commits by itself with probability 1 - s / t, in the last step all
     (absorbing-state diffusion, arXiv:2406.07524; Dream's origin)."""
-    return Remask(block, config, draws, strategy=None, at_random=True)
+    return Ancestral(block.steps, draws)
 
 
-class Remask:
-    """ReMDM (arXiv:2503.00307): decoded tokens are masked again with probability sigma, and so many
-    more commit.
-
-    alpha is the share decoded, t -> s one step of S equal ones; sigma_max = min(1, (1 - alpha_s) /
-    alpha_t). strategy "cap": min(eta, sigma_max). "rescale": eta sigma_max. "conf": sigma_max,
-    shared out by softmax(-confidence) over the decoded. "loop": decode up to alpha_on, then, while
-    t_on >= t >= t_off, remask with "cap" at a constant alpha_on, then decode the rest. Positions
-    come from the selector; at_random draws each by itself, as the original does.
-    """
-
-    def __init__(
-        self,
-        block: Block,
-        config,
-        draws: Draws,
-        *,
-        strategy: str | None,
-        at_random: bool = False,
-        eta: float = 0.02,
-        t_on: float = 0.55,
-        t_off: float = 0.05,
-        alpha_on: float = 0.9,
-    ):
-        self.block, self.draws, self.strategy, self.at_random = block, draws, strategy, at_random
-        self.eta, self.t_on, self.t_off, self.alpha_on = eta, t_on, t_off, alpha_on
-        self.steps = block.steps.where(block.count > 0, 0)
-
-    def more(self, index: int, left: bool) -> bool:
-        # Masks may come back, so only the number of steps tells; a block whose last token is in
-        # stays full without it.
-        return index < int(self.steps.max()) if self.strategy else left
-
-    def alpha(self, index: int) -> Tensor:
-        """[B] share decoded when step `index` begins."""
-        t = (1 - index / self.block.steps).clamp(0, 1).float()
-        if self.strategy != "loop":
-            return 1 - t
-        rise = self.alpha_on * (1 - t) / (1 - self.t_on)
-        rest = self.alpha_on + (1 - self.alpha_on) * (self.t_off - t) / self.t_off
-        return torch.where(
-            t > self.t_on,
-            rise,
-            torch.where(t >= self.t_off, torch.full_like(t, self.alpha_on), rest),
-        )
-
-    def __call__(self, step: Step) -> tuple[Tensor, Tensor | None]:
-        now, then = self.alpha(step.index), self.alpha(step.index + 1)
-        n = step.open.sum(-1)
-        sigma = (
-            torch.zeros_like(step.score) if self.strategy is None else self.sigma(step, now, then)
-        )
-        sigma = sigma.masked_fill(~step.decoded | (then >= 1)[:, None], 0.0)
-        drop = None
-        if self.strategy is not None:
-            drop = torch.zeros_like(step.open)
-            # a row past its steps draws nothing
-            may = step.decoded & (step.index < self.steps)[:, None]
-            drop[may] = self.draws.at(may) < sigma[may]
-        if self.at_random:
-            mean = sigma.sum(-1) / step.decoded.sum(-1).clamp_min(1)
-            chance = ((then - now + mean * now) / (1 - now).clamp_min(1e-9)).masked_fill(
-                then >= 1, 1.0
-            )
-            commit = torch.zeros_like(step.open)
-            commit[step.open] = (
-                self.draws.at(step.open) < chance[:, None].expand_as(step.score)[step.open]
-            )
-            return commit, drop
-        goal = torch.round(self.block.count * (1 - then)).long()  # masks that are to be left
-        back = 0 if drop is None else drop.sum(-1)
-        return best(step.score, step.open, (n + back - goal).clamp_min(0)), drop
-
-    def sigma(self, step: Step, now: Tensor, then: Tensor) -> Tensor:
-        """[B, L] chance of each decoded position to be masked again."""
-        largest = ((1 - then) / now.clamp_min(1e-9)).clamp_max(1.0)[:, None]
-        if self.strategy == "rescale":
-            return (self.eta * largest).expand_as(step.score)
-        if self.strategy == "conf":
-            doubt = (-step.confidence).masked_fill(~step.decoded, -torch.inf)
-            return torch.nan_to_num(doubt.softmax(-1)) * largest
-        sigma = largest.clamp_max(self.eta)
-        if self.strategy == "loop":
-            t = 1 - step.index / self.block.steps
-            sigma = sigma.masked_fill(((t > self.t_on) | (t < self.t_off))[:, None], 0.0)
-        return sigma.expand_as(step.score)
+def time_left(index: int, steps: Tensor) -> Tensor:
+    """[B] from 1 at step 0 to 0 after the last of `steps` [B]."""
+    return (1 - index / steps).clamp(0, 1)
 
 
-def remask(block: Block, config, draws: Draws) -> Rule:
-    at_random = config.select == "random" or config.schedule_name == "ancestral"
-    return Remask(
-        block, config, draws, strategy=config.remask, at_random=at_random, **config.remask_args
-    )
+def drawn(is_open: Tensor, now: Tensor, then: Tensor, draws: Draws, back: Tensor | float = 0.0):
+    """[B, L] bool: open positions, each drawn with the chance that leads from a share `now` decoded
+    to `then` [B], if a share `back` [B] of the decoded is masked again; all at the end."""
+    chance = (then - now + back * now) / (1 - now).clamp_min(1e-9)
+    chance = chance.masked_fill(then >= 1, 1.0)[:, None].expand(is_open.shape)
+    commit = torch.zeros_like(is_open)
+    commit[is_open] = draws.at(is_open) < chance[is_open]
+    return commit
 
 
 def _time(index: int, steps: Tensor, eps: float) -> Tensor:
@@ -247,12 +181,42 @@ def _time(index: int, steps: Tensor, eps: float) -> Tensor:
     return torch.stack(points).to(steps.device)
 
 
-REMASKS = ("cap", "rescale", "conf", "loop")
-SCHEDULES: dict[str, Callable[..., Rule]] = {
-    "uniform": uniform,
-    "linear": linear,
-    "pyramid": pyramid,
-    "threshold": threshold,
-    "factor": factor,
-    "ancestral": ancestral,
+class Schedule(NamedTuple):
+    """A schedule, and what goes with it."""
+
+    fn: Callable[..., Rule]
+    # makes as many forwards as `steps` says, else as many as it needs; None: not known
+    takes_steps: bool | None = False
+    compares: str | None = None  # the field of DenoiseConfig that it compares probabilities with
+    is_random: bool = False  # draws each position by itself, whatever its score
+
+    def __call__(self, block: Block, config, draws: Draws, **knobs) -> Rule:
+        return self.fn(block, config, draws, **knobs)
+
+
+def mk_schedule(schedule: str | Callable | Schedule) -> Schedule:
+    """The schedule of that name, or a function as one of which nothing more is known."""
+    if isinstance(schedule, Schedule):
+        return schedule
+    if not isinstance(schedule, str):
+        return Schedule(schedule, takes_steps=None)
+    check_choice("schedule", schedule, sorted(SCHEDULES))
+    return SCHEDULES[schedule]
+
+
+# what the knobs of schedules may be, and how that is said
+RANGES = {
+    "dilation": (
+        lambda x: isinstance(x, int) and x >= 1,
+        "must be a whole number, at least 1: how often each number of tokens comes",
+    ),
+    "eps": (lambda x: 0 <= x < 1, "must lie in [0, 1): the time at which the schedule ends"),
+}
+SCHEDULES: dict[str, Schedule] = {
+    "uniform": Schedule(uniform, takes_steps=True),
+    "linear": Schedule(linear, takes_steps=True),
+    "pyramid": Schedule(pyramid),
+    "threshold": Schedule(threshold, compares="threshold"),
+    "factor": Schedule(factor, compares="factor"),
+    "ancestral": Schedule(ancestral, takes_steps=True, is_random=True),
 }

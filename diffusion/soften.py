@@ -16,8 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from softar.checks import check_choice
 from softar.soft import Soft
 
+from .knobs import check_knobs
 from .select import Belief
 
 SCALE_SCHEDULES = ("none", "linear", "stepwise")
@@ -151,12 +153,9 @@ def mk_softener(name: str | Callable | Softener, **knobs) -> Softener:
         softener = name
     elif callable(name):
         softener = Softener(name)
-    elif name in SOFTENERS:
-        softener = SOFTENERS[name]
     else:
-        raise ValueError(
-            f"soften={name!r} is unknown: choose one of {sorted(SOFTENERS)} or pass a function"
-        )
+        check_choice("soften", name, sorted(SOFTENERS), hint=" or pass a function")
+        softener = SOFTENERS[name]
     if not knobs:
         return softener
     if softener.fn is None:
@@ -164,13 +163,7 @@ def mk_softener(name: str | Callable | Softener, **knobs) -> Softener:
             f"soften='hard' takes no options, not {knobs}: choose a soft one, or leave soften_args out"
         )
     if isinstance(name, str):  # what a function of the user's takes is its own affair
-        known = softener.fn.__kwdefaults__
-        if unknown := sorted(set(knobs) - set(known)):
-            raise ValueError(f"soften={name!r} does not take {unknown}: it takes {sorted(known)}")
-        for knob, value in knobs.items():
-            holds, says = RANGES[knob]
-            if not holds(value):
-                raise ValueError(f"soften_args {knob}={value!r} {says}")
+        check_knobs("soften", name, knobs, softener.fn.__kwdefaults__, RANGES)
     return softener._replace(fn=functools.partial(softener.fn, **knobs))
 
 

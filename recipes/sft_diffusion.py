@@ -55,7 +55,7 @@ ROWS = {
 GROUPS = {"demo": ["hard", "soft-mask"], "all": list(ROWS)}
 SCHEDULES = {  # name -> how a budget of it is said to DenoiseConfig
     "uniform": lambda budget: dict(steps=budget),
-    "pyramid": lambda budget: dict(schedule="pyramid", dilation=budget),
+    "pyramid": lambda budget: dict(schedule="pyramid", schedule_args={"dilation": budget}),
     "threshold": lambda budget: dict(threshold=budget),
 }
 BUDGETS = {"uniform": (4, 8, 12), "pyramid": (1, 2, 4), "threshold": (0.5, 0.7, 0.9, 0.98)}

@@ -22,7 +22,9 @@ from softar.diffusion.architectures import (
     LladaConfig,
     LladaForMaskedDiffusion,
 )
-from softar.diffusion.schedules import REMASKS, SCHEDULES, Block, Quota, Step, remask
+from softar.diffusion.decoders import denoise_config
+from softar.diffusion.remask import REMASKS, remask
+from softar.diffusion.schedules import SCHEDULES, Block, Quota, Step
 from softar.diffusion.select import SELECTORS, Belief, Draws
 from softar.diffusion.soften import SOFTENERS, Softener, evolving
 from softar.soft import Soft, dense
@@ -89,8 +91,11 @@ def combination(seed):
         select=r.choice([*SELECTORS]),
         cache=r.choice([None, "prefix", "dual"]),
         soften=r.choice([*SOFTENERS]),
-        dilation=r.choice([1, 2]) if schedule == "pyramid" else 1,
-        eps=r.choice([1e-3, 0.1]) if schedule == "linear" else 1e-3,
+        schedule_args={"dilation": r.choice([1, 2])}
+        if schedule == "pyramid"
+        else {"eps": r.choice([1e-3, 0.1])}
+        if schedule == "linear"
+        else {},
         temperature=r.choice([0.0, 0.0, 0.7, 1.5]),
         top_k=r.choice([None, None, 5]),
         top_p=r.choice([None, None, 0.8]),
@@ -114,7 +119,7 @@ def combination(seed):
             [{}, dict(scheduling="linear"), dict(algorithm="temperature", temperature=0.5)]
         )
     if schedule in ("uniform", "linear", "ancestral") and knobs["steps"] and r.random() < 0.6:
-        knobs["remask"] = r.choice(REMASKS)
+        knobs["remask"] = r.choice([*REMASKS])
         knobs["remask_args"] = {} if knobs["remask"] == "conf" else r.choice([{}, {"eta": 0.5}])
     rows = [[r.randrange(1, EOS) for _ in range(r.randint(1, 7))] for _ in range(3)]
     if gen_length == 0 or r.random() < 0.4:
@@ -209,9 +214,8 @@ def test_any_combination(seed):
         elif knobs["schedule"] == "uniform":
             expected = (max(min(pair) for pair in share),) * 2
         elif knobs["schedule"] == "pyramid":
-            exact = next(
-                k for k in range(99) if sum(i // knobs["dilation"] + 1 for i in range(k)) >= most
-            )
+            each = knobs["schedule_args"]["dilation"]
+            exact = next(k for k in range(99) if sum(i // each + 1 for i in range(k)) >= most)
             expected = exact, exact
         elif knobs["schedule"] in ("threshold", "factor"):
             expected = 1, most
@@ -320,7 +324,7 @@ IS_HARD = {
     "guidance 0": dict(cfg_scale=0.0),
     "filters without a temperature": dict(top_k=3, top_p=0.5),
     "steps for each mask": dict(steps=8),
-    "a slow pyramid": dict(schedule="pyramid", dilation=99),
+    "a slow pyramid": dict(schedule="pyramid", schedule_args={"dilation": 99}),
     "threshold 1": dict(threshold=1.0),
     "a small factor": dict(factor=1e-9),
     "remasking nothing": dict(remask="cap", remask_args=dict(eta=0.0), steps=8),
@@ -970,12 +974,12 @@ BAD_CONFIGS = [
     (dict(steps=0), "steps=0"),
     (dict(steps=5, block_length=4), "steps=5 cannot be shared by 2 blocks: choose a multiple of 2"),
     (dict(steps=1, block_length=4), "steps=1 cannot be shared by 2 blocks"),
-    (dict(dilation=0), "dilation=0"),
-    (dict(eps=1.0), "eps=1.0"),
-    (dict(eps=-0.1), "eps=-0.1"),
+    (dict(schedule="pyramid", schedule_args={"dilation": 0}), "schedule_args dilation=0 must be"),
+    (dict(schedule="linear", schedule_args={"eps": 1.0}), "schedule_args eps=1.0 must lie in"),
+    (dict(schedule="linear", schedule_args={"eps": -0.1}), "schedule_args eps=-0.1 must lie in"),
     (
         dict(schedule="cosine"),
-        r"schedule='cosine' is unknown: choose one of \['ancestral', 'factor'",
+        r"schedule='cosine' is unknown.*: choose one of \['ancestral', 'factor'",
     ),
     (dict(select="best"), r"select='best' is unknown: choose one of \['confidence', 'entropy'"),
     (dict(soften="blur"), r"soften='blur' is unknown: choose one of \['evolving', 'hard'"),
@@ -1035,6 +1039,10 @@ BAD_CONFIGS = [
         "remask='cap' needs a fixed number of steps: schedule='threshold'",
     ),
     (
+        dict(remask="cap", steps=8, schedule=lambda block, config, draws: None),
+        "remask='cap' needs a fixed number of steps: schedule=<function",
+    ),
+    (
         dict(remask="cap", schedule="pyramid"),
         "remask='cap' needs a fixed number.*schedule='pyramid'",
     ),
@@ -1054,8 +1062,20 @@ BAD_CONFIGS = [
     ),
     (dict(steps=4, threshold=0.9), "steps=4 does not go with schedule='threshold'"),
     (dict(steps=4, schedule="pyramid"), "steps=4 does not go with schedule='pyramid'"),
-    (dict(dilation=2), "dilation=2 does not go with schedule='uniform'"),
-    (dict(eps=0.1), "eps=0.1 does not go with schedule='uniform'"),
+    (
+        dict(schedule_args={"dilation": 2}),
+        r"schedule='uniform' does not take \['dilation'\]: it takes no options",
+    ),
+    (
+        dict(schedule="pyramid", schedule_args={"eps": 0.1}),
+        r"schedule='pyramid' does not take \['eps'\]: it takes \['dilation'\]",
+    ),
+    (
+        dict(parity="llada", schedule_args={"eps": 0.1}),
+        r"parity='llada' does not take \['eps'\]: it takes no options",
+    ),
+    (dict(dilation=2), r"dilation=2 belongs to one schedule: give schedule_args={'dilation': 2}"),
+    (dict(eps=0.1), r"eps=0.1 belongs to one schedule: give schedule_args={'eps': 0.1}"),
     (dict(schedule="ancestral", alg_temp=0.1), "schedule='ancestral' draws.*alg_temp=0.1"),
     (dict(schedule="ancestral", select="margin"), "schedule='ancestral' draws.*select='margin'"),
     (dict(remask_args={"eta": 0.1}), "remask_args={'eta': 0.1} without remask"),
@@ -1068,6 +1088,17 @@ BAD_CONFIGS = [
 def test_bad_configurations_are_errors_that_name_the_value(knobs, told):
     with pytest.raises(ValueError, match=told):
         DenoiseConfig(**{"gen_length": 8, **knobs})
+
+
+def test_a_decoders_options_reach_softener_and_schedule_by_name():
+    got = denoise_config("soft-token", dict(k=3, schedule="pyramid", dilation=2, gen_length=4))
+    pyramid = dict(schedule="pyramid", schedule_args={"dilation": 2})
+    assert got == DenoiseConfig(gen_length=4, soften="soft-token", soften_args={"k": 3}, **pyramid)
+    assert denoise_config("hard", pyramid) == DenoiseConfig(soften="hard", **pyramid)
+    with pytest.raises(ValueError, match=r"schedule='uniform' does not take \['dilation'\]"):
+        denoise_config("hard", dict(dilation=2))
+    with pytest.raises(ValueError, match="decoder 'hard' takes no 'dilatoin', did you mean 'dilat"):
+        denoise_config("hard", dict(dilatoin=2))
 
 
 def test_a_misspelt_field_is_an_error():

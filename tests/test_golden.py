@@ -162,7 +162,9 @@ def check_pyramidal(folder, family, case):
         folder,
         family,
         case,
-        llada_config(folder, case, parity="pyramid", dilation=case["params"]["factor"]),
+        llada_config(
+            folder, case, parity="pyramid", schedule_args={"dilation": case["params"]["factor"]}
+        ),
     )
 
 
@@ -226,7 +228,7 @@ def dream_config(case, **changes):
         top_k=p.get("top_k"),
         select=SELECT[p["alg"]],
         alg_temp=p.get("alg_temp") or 0.0,
-        eps=p.get("eps", 1e-3),
+        schedule_args={"eps": p.get("eps", 1e-3)},
         parity="dream",
     )
     return DenoiseConfig(**(settings | changes))
@@ -241,7 +243,9 @@ def check_dream_conf(folder, family, case):
         folder,
         family,
         case,
-        dream_config(case, parity="dream_threshold", threshold=case["params"]["threshold"]),
+        dream_config(
+            case, parity="dream_threshold", threshold=case["params"]["threshold"], schedule_args={}
+        ),
     )
 
 
