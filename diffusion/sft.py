@@ -10,7 +10,6 @@ Shapes: B rows, T positions, V vocabulary, D width; n masked positions, flat, ro
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,165 +22,26 @@ from trl import SFTTrainer
 from softar.checks import check_writable
 from softar.sft.data import SoftCollator
 from softar.soft import soft_embed
-from softar.training import PlainSFTConfig, inside_forward, no_interrupt, opt
+from softar.training import MicroBatches, inside_forward, no_interrupt
 
 from .architectures import LladaForMaskedDiffusion, llama_name
 from .config import DenoiseConfig
-from .duo import GaussianToDiscrete, tau_at
+from .duo import tau_at
 from .evaluate import evaluate
-from .head import ALGORITHMS, SoftMaskHead, learn_head, save_head
-from .losses import (
-    NORMALISATIONS,
-    forward_masked,
-    mask_at_rate,
-    mask_share,
-    masked_ce,
-    normal_rows,
-    uniform_rows,
-    weighted_sum,
-)
+from .head import learn_head, save_head
+from .losses import forward_masked, masked_ce, normal_rows, uniform_rows, weighted_sum
 from .net import facts, parts, plain
 from .noise import NOISE_FILE, UniformNoise, save_noise
 from .select import Belief
+from .sft_config import NOISES, DiffusionSFTConfig
 from .soften import Slots
-from .uniform import UNIFORM_LOSSES, Noisy, alphabet, draw_hard, draw_soft, uniform_loss
+from .uniform import Noisy, alphabet, draw_hard, draw_soft, uniform_loss
 
 RAW_HEAD = "soft_mask_head.safetensors"
-NOISES = {"rate": mask_at_rate, "share": mask_share}
-OBJECTIVES = ("masked", "uniform")
 REPLACEMENT, GAUSSIAN = 1, 2  # streams of random numbers
 
 
-@dataclass
-class DiffusionSFTConfig(PlainSFTConfig):
-    """TRL's SFTConfig plus the noise and the head. Without an accelerator it trains on the CPU in
-    float32 by itself."""
-
-    gradient_checkpointing: bool = opt(False, "Recompute activations to save memory.")
-    objective: str = opt(
-        "masked", "Noise to undo: 'masked' tokens, or 'uniform'ly random ones (Duo)."
-    )
-    uniform_loss: str = opt(
-        "nelbo", "Uniform: 'nelbo', a bound on the likelihood (Duo), or 'symmetric_kl'."
-    )
-    curriculum: float = opt(
-        0.0, "Uniform: share of the training, from its start, on Gaussian soft tokens."
-    )
-    tau_start: float = opt(1e-1, "Curriculum: temperature of the soft tokens at the start.")
-    tau_end: float = opt(1e-2, "Curriculum: temperature at its end; then the tokens are hard.")
-    gamma_min: float = opt(
-        -3.5, "Curriculum: log noise-to-signal ratio at t = 0; Duo's, for 30,000 tokens."
-    )
-    gamma_max: float = opt(
-        -1.75, "Curriculum: the same at t = 1; the smaller the vocabulary the larger, see duo.py."
-    )
-    noise: str = opt(
-        "rate",
-        "'rate': each token masked with probability t (LLaDA). 'share': t of the tokens (BERT).",
-    )
-    time_low: float = opt(0.0, "Least t.")
-    time_high: float = opt(1.0, "Largest t.")
-    noise_eps: float = opt(1e-3, "The rate is (1 - eps) t + eps; of 'uniform' it is (1 - eps) t.")
-    normalise: str = opt(
-        "answer", "Weights of the loss: 'answer' (LLaDA's SFT), 'tokens' (pre-training), 'masks'."
-    )
-    train_padding: bool = opt(
-        False, "Pad with end-of-text and train it as part of the answer, as LLaDA does."
-    )
-    softmasking_prob: float = opt(
-        0.0, "Share of the steps that read the row twice; 0 is hard training."
-    )
-    head_k: int = opt(3, "Soft masks: tokens in a mixture.")
-    head_algorithm: str = opt(
-        "top-k", "Soft masks: 'top-k', or 'temperature' over the whole vocabulary."
-    )
-    head_scale: float = opt(1e-6, "Soft masks: scale at the start, in (0, 1).")
-    head_centre: float = opt(-0.75, "Soft masks: centre at the start, nats below 0.")
-    head_steepness: float = opt(20 / 3, "Soft masks: steepness at the start.")
-    head_temperature: float = opt(1.0, "Soft masks: temperature at the start, of 'temperature'.")
-    head_learning_rate: float = opt(
-        1e-2, "Soft masks: learning rate of the head, without weight decay."
-    )
-    eval_decode_rows: int = opt(
-        256, "Held-out rows decoded for the accuracy of an evaluation; 0 for none."
-    )
-    eval_steps_decoded: int = opt(8, "Forwards in which an evaluation decodes a row.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, known in (
-            ("noise", tuple(NOISES)),
-            ("normalise", NORMALISATIONS),
-            ("head_algorithm", tuple(ALGORITHMS)),
-            ("objective", OBJECTIVES),
-            ("uniform_loss", UNIFORM_LOSSES),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown: choose one of {known}"
-                )
-        if not 0 <= self.time_low <= self.time_high <= 1:
-            raise ValueError(
-                f"time_low={self.time_low}, time_high={self.time_high}: need 0 <= low <= high <= 1"
-            )
-        if not 0 < self.noise_eps < 1:
-            raise ValueError(f"noise_eps={self.noise_eps} must lie in (0, 1)")
-        if not 0 <= self.softmasking_prob <= 1:
-            raise ValueError(f"softmasking_prob={self.softmasking_prob} must lie in [0, 1]")
-        if not self.head_learning_rate >= 0:
-            raise ValueError(f"head_learning_rate={self.head_learning_rate} must be >= 0")
-        for name, least in (("eval_decode_rows", 0), ("eval_steps_decoded", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        self._check_uniform()
-        if self.softmasking_prob:
-            self.head()
-
-    def _check_uniform(self):
-        if not 0 <= self.curriculum <= 1:
-            raise ValueError(
-                f"curriculum={self.curriculum} must lie in [0, 1]: a share of the training"
-            )
-        if self.objective == "masked":
-            idle = (("uniform_loss", "nelbo"), ("curriculum", 0.0))
-            remedy = "set objective='uniform', or leave it at"
-        else:
-            idle = (("softmasking_prob", 0.0), ("noise", "rate"))
-            remedy = "there are no masks to show or count, set it to"
-            if self.normalise == "masks":
-                raise ValueError(
-                    "normalise='masks' does not go with objective='uniform': set it to 'tokens' or 'answer'"
-                )
-        for name, value in idle:
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} does not go with objective={self.objective!r}: "
-                    f"{remedy} {value!r}"
-                )
-        if self.curriculum:
-            if self.uniform_loss != "nelbo":
-                raise ValueError(
-                    f"curriculum={self.curriculum} needs uniform_loss='nelbo', not {self.uniform_loss!r}"
-                )
-            tau_at(0.0, self.tau_start, self.tau_end, self.curriculum)
-            self.gaussian(2)
-
-    def gaussian(self, vocab_size: int) -> GaussianToDiscrete:
-        """The schedule of the curriculum."""
-        return GaussianToDiscrete(vocab_size, self.gamma_min, self.gamma_max)
-
-    def head(self) -> SoftMaskHead:
-        return SoftMaskHead(
-            k=self.head_k,
-            scale=self.head_scale,
-            centre=self.head_centre,
-            steepness=self.head_steepness,
-            temperature=self.head_temperature,
-            algorithm=self.head_algorithm,
-        )
-
-
-class DiffusionSFTTrainer(SFTTrainer):
+class DiffusionSFTTrainer(MicroBatches, SFTTrainer):
     """TRL's SFTTrainer with a diffusion loss in `compute_loss`.
 
     Takes the datasets that TRL takes, prompt-completion or language modelling; prompts are never
@@ -211,9 +71,9 @@ class DiffusionSFTTrainer(SFTTrainer):
                 f"processing_class={processing_class!r}: DiffusionSFTTrainer needs the model's tokenizer"
             )
         check_writable(args.output_dir)
-        known = facts(model)
+        self._facts = facts(model)
         self._score, self._decode_rows = score, eval_dataset
-        self._fill = known.eos_id if args.train_padding else processing_class.pad_token_id
+        self._fill = self._facts.eos_id if args.train_padding else processing_class.pad_token_id
         if self._fill is None:
             raise ValueError(
                 f"train_padding={args.train_padding}: the model has no such token to pad with"
@@ -227,39 +87,33 @@ class DiffusionSFTTrainer(SFTTrainer):
             data_collator=SoftCollator(self._fill),
             **kwargs,
         )
-        self._known = known
         self.head = None
-        # what an earlier training taught it; told anew when it is saved
+        # what an earlier training taught it; set again when this one is saved
         plain(self.model).config.soft_mask = None
         if args.softmasking_prob:
             self.head = args.head().to(self.model.device)
             plain(self.model).add_module(
                 "soft_mask_head", self.head
             )  # so that DDP, the optimiser and checkpoints see it
-        self._was_uniform = known.uniform is not None
+        self._was_uniform = self._facts.uniform is not None
         self.uniform = self._uniform_noise() if args.objective == "uniform" else None
         plain(self.model).config.diffusion_process = (
             None if self.uniform is None else self.uniform.settings()
         )
         if self.uniform is not None:
-            self._letters = alphabet(self.uniform, known.vocab_size, self.accelerator.device)
-        self._micro = 0
+            self._letters = alphabet(self.uniform, self._facts.vocab_size, self.accelerator.device)
 
     def _uniform_noise(self) -> UniformNoise:
         """Without the mask, padding, and rows of the embedding that belong to no token."""
-        known, tokenizer = self._known, self.processing_class
-        left_out = {known.mask_id, *range(len(tokenizer), known.vocab_size)}
-        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in known.end_ids:
+        facts, tokenizer = self._facts, self.processing_class
+        left_out = {facts.mask_id, *range(len(tokenizer), facts.vocab_size)}
+        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in facts.end_ids:
             left_out.add(tokenizer.pad_token_id)
-        if known.vocab_size - len(left_out) < 2:
+        if facts.vocab_size - len(left_out) < 2:
             raise ValueError(
                 f"objective='uniform' needs 2 tokens or more beside {sorted(left_out)}, mask and padding"
             )
         return UniformNoise(self.args.noise_eps, tuple(sorted(left_out)))
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        self._micro = 0
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     # -- loss
 
@@ -292,7 +146,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         """-> losses [n] and their rows [n], rate [B], the masks [B, T], logits [n, V], 0."""
         rate, noise, twice = self._draw(maskable)
         masked = NOISES[self.args.noise](maskable, rate, noise)
-        noisy = ids.masked_fill(masked, self._known.mask_id)
+        noisy = ids.masked_fill(masked, self._facts.mask_id)
 
         # PEFT hands its argument on by the name that a model has for it, with others beside.
         def forward(input_ids: Tensor, **_) -> tuple[Tensor, Tensor, Tensor | float]:
@@ -303,7 +157,7 @@ class DiffusionSFTTrainer(SFTTrainer):
                 embeds = embeds.masked_scatter(
                     masked[..., None], self._mix(net, embeds, mask, masked).to(embeds.dtype)
                 )
-            rows, logits = forward_masked(net, self._known, embeds, mask, masked)
+            rows, logits = forward_masked(net, self._facts, embeds, mask, masked)
             # DDP wants each parameter in what the forward returns, the head's in a hard step too.
             nothing = 0.0 if self.head is None else sum(0.0 * p for p in self.head.parameters())
             return rows, logits, nothing
@@ -329,7 +183,7 @@ class DiffusionSFTTrainer(SFTTrainer):
             if noisy.soft is not None:
                 shown = soft_embed(noisy.soft, net.embedding).to(embeds.dtype)
                 embeds = embeds.masked_scatter(maskable[..., None], shown)
-            return forward_masked(net, self._known, embeds, mask, maskable)
+            return forward_masked(net, self._facts, embeds, mask, maskable)
 
         rows, logits = inside_forward(model, unwrapped, forward, noisy.ids)
         each = uniform_loss(
@@ -347,7 +201,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         """An evaluation is always about hard tokens: its losses can be compared over the
         training."""
         args = self.args
-        step, places = self._place(len(ids))
+        step, _, places = self._place(len(ids))
         numbers = uniform_rows(args.seed, step, places, ids.shape[1] + 1).to(ids.device)
         t = args.time_low + (args.time_high - args.time_low) * numbers[:, 0]
         tau = 0.0
@@ -370,18 +224,18 @@ class DiffusionSFTTrainer(SFTTrainer):
         """[n, D] what the masked slots show: the belief of a pass without gradient, mixed by the
         head with one."""
         with torch.no_grad():
-            rows, logits = forward_masked(net, self._known, embeds, mask, masked)
+            rows, logits = forward_masked(net, self._facts, embeds, mask, masked)
             logits = logits.float()
-            logits[:, self._known.mask_id] = torch.finfo(logits.dtype).min
+            logits[:, self._facts.mask_id] = torch.finfo(logits.dtype).min
             belief = Belief(logits, with_entropy=True)
         n = len(rows)
-        ids = torch.full((n,), self._known.mask_id, device=logits.device)
+        ids = torch.full((n,), self._facts.mask_id, device=logits.device)
         slots = Slots(
             belief,
             ids,
             torch.ones_like(ids, dtype=torch.bool),
             torch.ones(n, device=logits.device),
-            self._known.mask_id,
+            self._facts.mask_id,
             net.embedding,
         )
         return soft_embed(self.head(slots), net.embedding)
@@ -390,8 +244,8 @@ class DiffusionSFTTrainer(SFTTrainer):
         """Rates [B], uniform numbers [B, T], and whether this step reads twice. They depend on the
         seed, the step and the row's place in the global batch: a resumed run or another number of
         processes draws the same."""
-        args, micro = self.args, self._micro
-        step, places = self._place(len(maskable))
+        args = self.args
+        step, micro, places = self._place(len(maskable))
         numbers = uniform_rows(args.seed, step, places, maskable.shape[1] + 1).to(maskable.device)
         time = args.time_low + (args.time_high - args.time_low) * numbers[:, 0]
         twice = self.head is not None
@@ -401,18 +255,15 @@ class DiffusionSFTTrainer(SFTTrainer):
             )
         return (1 - args.noise_eps) * time + args.noise_eps, numbers[:, 1:], twice
 
-    def _place(self, B: int) -> tuple[int, list[int]]:
-        """The step, and where the rows of the next micro-batch lie in its global batch."""
-        training, micro = self.model.training, self._micro
-        self._micro += 1
-        rows = (
-            self.args.per_device_train_batch_size
-            if training
-            else self.args.per_device_eval_batch_size
-        )
+    def _place(self, B: int) -> tuple[int, int, list[int]]:
+        """The step, the number of the micro-batch in it, and where the micro-batch's rows lie in
+        the step's global batch."""
+        args, training, micro = self.args, self.model.training, self.next_micro()
+        rows = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
         first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * rows
         # An evaluation always sees the same noise.
-        return (self.state.global_step if training else 2**31), list(range(first, first + B))
+        step = self.state.global_step if training else 2**31
+        return step, micro, list(range(first, first + B))
 
     def _note(self, training: bool, share: Tensor | None) -> None:
         if not training or (self.state.global_step + 1) % max(1, int(self.state.logging_steps)):
@@ -428,9 +279,9 @@ class DiffusionSFTTrainer(SFTTrainer):
     def create_optimizer(self, *args, **kwargs):
         made = super().create_optimizer(*args, **kwargs)
         if self.head is not None:
-            own = {id(p) for p in self.head.parameters()}
+            of_head = {id(p) for p in self.head.parameters()}
             for group in self.optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in own]
+                group["params"] = [p for p in group["params"] if id(p) not in of_head]
             learnt = [p for p in self.head.parameters() if p.requires_grad]
             self.optimizer.add_param_group(
                 {"params": learnt, "lr": self.args.head_learning_rate, "weight_decay": 0.0}
@@ -438,12 +289,11 @@ class DiffusionSFTTrainer(SFTTrainer):
         return made
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        self._micro = 0
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         n = self.args.eval_decode_rows
         if self._score is not None and self._decode_rows is not None and n:
             rows = self._decode_rows.select(range(min(len(self._decode_rows), n)))
-            found = evaluate(
+            scores = evaluate(
                 self.accelerator.unwrap_model(self.model),
                 self.processing_class,
                 rows,
@@ -451,8 +301,8 @@ class DiffusionSFTTrainer(SFTTrainer):
                 self.decoding(steps=self.args.eval_steps_decoded),
                 seed=self.args.seed,
             )
-            metrics[f"{metric_key_prefix}_accuracy"] = found["accuracy"]
-            self.log({f"{metric_key_prefix}_accuracy": found["accuracy"]})
+            metrics[f"{metric_key_prefix}_accuracy"] = scores["accuracy"]
+            self.log({f"{metric_key_prefix}_accuracy": scores["accuracy"]})
         return metrics
 
     def decoding(self, **changes) -> DenoiseConfig:
@@ -492,16 +342,16 @@ class DiffusionSFTTrainer(SFTTrainer):
             saved = {}
             for file in sorted(Path(resume_from_checkpoint).glob("model*.safetensors")):
                 saved |= {llama_name(name): value for name, value in load_file(file).items()}
-            found = inner.load_state_dict(saved, strict=False)
+            keys = inner.load_state_dict(saved, strict=False)
             elsewhere = (
                 "soft_mask_head.",
                 *(["lm_head."] if inner.config.tie_word_embeddings else []),
             )
-            missing = [name for name in found.missing_keys if not name.startswith(elsewhere)]
-            if found.unexpected_keys or missing:
+            missing = [name for name in keys.missing_keys if not name.startswith(elsewhere)]
+            if keys.unexpected_keys or missing:
                 raise ValueError(
                     f"resume_from_checkpoint={str(resume_from_checkpoint)!r} does not fit the model: "
-                    f"missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}"
+                    f"missing {missing[:3]}, unexpected {keys.unexpected_keys[:3]}"
                 )
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

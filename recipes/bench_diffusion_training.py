@@ -84,7 +84,7 @@ def memory_of(trainer) -> dict:
         return tensor
 
     def loss():
-        trainer._micro = 0
+        trainer.restart_micro()
         return trainer.compute_loss(trainer.model, batch)
 
     def step():

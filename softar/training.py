@@ -35,6 +35,28 @@ def inside_forward(wrapped: nn.Module, model: nn.Module, function: Callable, *in
     return _ForwardRedirection()(wrapped, model, function, *inputs)
 
 
+class MicroBatches:
+    """Mixin of a trainer that draws: numbers the micro-batches of each step, and of each
+    evaluation, from 0, so that a draw can depend on the step and this number alone."""
+
+    _micro = 0
+
+    def next_micro(self) -> int:
+        micro, self._micro = self._micro, self._micro + 1
+        return micro
+
+    def restart_micro(self) -> None:
+        self._micro = 0
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self.restart_micro()
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def evaluate(self, *args, **kwargs):
+        self.restart_micro()
+        return super().evaluate(*args, **kwargs)
+
+
 def opt(default: Any, text: str):
     return field(default=default, metadata={"help": text})
 

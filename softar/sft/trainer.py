@@ -21,7 +21,7 @@ from ..config import TAGS, SoftConfig
 from ..evaluate import evaluate, tag_ids
 from ..mixers import guide, mk_mixer
 from ..soft import Soft, check_dist, mk_proba_dist
-from ..training import inside_forward, no_interrupt
+from ..training import MicroBatches, inside_forward, no_interrupt
 from .config import SoftSFTConfig
 from .data import (
     SoftCollator,
@@ -36,7 +36,7 @@ from .forward import mixed_forward, soft_forward
 from .loss import soft_loss
 
 
-class SoftSFTTrainer(SFTTrainer):
+class SoftSFTTrainer(MicroBatches, SFTTrainer):
     """TRL's SFTTrainer with soft teacher forcing in `compute_loss`.
 
     Takes the datasets that TRL takes, prompt-completion or language modelling, and a column
@@ -104,7 +104,6 @@ class SoftSFTTrainer(SFTTrainer):
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
         self._span = self._thought_span()
         self._rng = torch.Generator()
-        self._micro = 0
 
     def _thought_span(self) -> dict:
         """What tells the thought in a completion, as thought_mask takes it."""
@@ -127,7 +126,6 @@ class SoftSFTTrainer(SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Draw each row's trace here, before the target tokens are counted."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._micro = 0
         if self.args.targets == "traces":
             self._draw_traces(batches)
             count = self._get_num_items_in_batch(batches, device)
@@ -174,7 +172,7 @@ class SoftSFTTrainer(SFTTrainer):
         ids, labels = inputs["input_ids"], inputs["labels"]
         thought = thought_mask(labels, **self._span)
         thought[:, 0] = False  # a text without a prompt: its first token has no belief before it
-        micro, self._micro = self._micro, self._micro + 1
+        micro = self.next_micro()
 
         oracle = None
         if self.args.targets == "oracle":
@@ -250,7 +248,6 @@ class SoftSFTTrainer(SFTTrainer):
     # -- evaluation and checkpoints
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        self._micro = 0
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self._score is not None and self._decode_rows is not None and self.args.eval_decode_rows:
             count = min(len(self._decode_rows), self.args.eval_decode_rows)

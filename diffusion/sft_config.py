@@ -1,0 +1,133 @@
+"""The options of diffusion SFT."""
+
+from dataclasses import dataclass
+
+from softar.checks import check_choice, check_least
+from softar.training import PlainSFTConfig, opt
+
+from .duo import GaussianToDiscrete, tau_at
+from .head import ALGORITHMS, SoftMaskHead
+from .losses import NORMALISATIONS, mask_at_rate, mask_share
+from .uniform import UNIFORM_LOSSES
+
+NOISES = {"rate": mask_at_rate, "share": mask_share}
+OBJECTIVES = ("masked", "uniform")
+
+
+@dataclass
+class DiffusionSFTConfig(PlainSFTConfig):
+    """TRL's SFTConfig plus the noise and the head. Without an accelerator it trains on the CPU in
+    float32 by itself."""
+
+    gradient_checkpointing: bool = opt(False, "Recompute activations to save memory.")
+    objective: str = opt(
+        "masked", "Noise to undo: 'masked' tokens, or 'uniform'ly random ones (Duo)."
+    )
+    uniform_loss: str = opt(
+        "nelbo", "Uniform: 'nelbo', a bound on the likelihood (Duo), or 'symmetric_kl'."
+    )
+    curriculum: float = opt(
+        0.0, "Uniform: share of the training, from its start, on Gaussian soft tokens."
+    )
+    tau_start: float = opt(1e-1, "Curriculum: temperature of the soft tokens at the start.")
+    tau_end: float = opt(1e-2, "Curriculum: temperature at its end; then the tokens are hard.")
+    gamma_min: float = opt(
+        -3.5, "Curriculum: log noise-to-signal ratio at t = 0; Duo's, for 30,000 tokens."
+    )
+    gamma_max: float = opt(
+        -1.75, "Curriculum: the same at t = 1; the smaller the vocabulary the larger, see duo.py."
+    )
+    noise: str = opt(
+        "rate",
+        "'rate': each token masked with probability t (LLaDA). 'share': t of the tokens (BERT).",
+    )
+    time_low: float = opt(0.0, "Least t.")
+    time_high: float = opt(1.0, "Largest t.")
+    noise_eps: float = opt(1e-3, "The rate is (1 - eps) t + eps; of 'uniform' it is (1 - eps) t.")
+    normalise: str = opt(
+        "answer", "Weights of the loss: 'answer' (LLaDA's SFT), 'tokens' (pre-training), 'masks'."
+    )
+    train_padding: bool = opt(
+        False, "Pad with end-of-text and train it as part of the answer, as LLaDA does."
+    )
+    softmasking_prob: float = opt(
+        0.0, "Share of the steps that read the row twice; 0 is hard training."
+    )
+    head_k: int = opt(3, "Soft masks: tokens in a mixture.")
+    head_algorithm: str = opt(
+        "top-k", "Soft masks: 'top-k', or 'temperature' over the whole vocabulary."
+    )
+    head_scale: float = opt(1e-6, "Soft masks: scale at the start, in (0, 1).")
+    head_centre: float = opt(-0.75, "Soft masks: centre at the start, nats below 0.")
+    head_steepness: float = opt(20 / 3, "Soft masks: steepness at the start.")
+    head_temperature: float = opt(1.0, "Soft masks: temperature at the start, of 'temperature'.")
+    head_learning_rate: float = opt(
+        1e-2, "Soft masks: learning rate of the head, without weight decay."
+    )
+    eval_decode_rows: int = opt(
+        256, "Held-out rows decoded for the accuracy of an evaluation; 0 for none."
+    )
+    eval_steps_decoded: int = opt(8, "Forwards in which an evaluation decodes a row.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("noise", self.noise, NOISES)
+        check_choice("normalise", self.normalise, NORMALISATIONS)
+        check_choice("head_algorithm", self.head_algorithm, ALGORITHMS)
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("uniform_loss", self.uniform_loss, UNIFORM_LOSSES)
+        if not 0 <= self.time_low <= self.time_high <= 1:
+            raise ValueError(
+                f"time_low={self.time_low}, time_high={self.time_high}: need 0 <= low <= high <= 1"
+            )
+        if not 0 < self.noise_eps < 1:
+            raise ValueError(f"noise_eps={self.noise_eps} must lie in (0, 1)")
+        if not 0 <= self.softmasking_prob <= 1:
+            raise ValueError(f"softmasking_prob={self.softmasking_prob} must lie in [0, 1]")
+        check_least(self, head_learning_rate=0, eval_decode_rows=0, eval_steps_decoded=1)
+        self._check_uniform()
+        if self.softmasking_prob:
+            self.head()
+
+    def _check_uniform(self):
+        if not 0 <= self.curriculum <= 1:
+            raise ValueError(
+                f"curriculum={self.curriculum} must lie in [0, 1]: a share of the training"
+            )
+        if self.objective == "masked":
+            idle = (("uniform_loss", "nelbo"), ("curriculum", 0.0))
+            remedy = "set objective='uniform', or leave it at"
+        else:
+            idle = (("softmasking_prob", 0.0), ("noise", "rate"))
+            remedy = "there are no masks to show or count, set it to"
+            if self.normalise == "masks":
+                raise ValueError(
+                    "normalise='masks' does not go with objective='uniform': set it to 'tokens' or 'answer'"
+                )
+        for name, value in idle:
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not go with objective={self.objective!r}: "
+                    f"{remedy} {value!r}"
+                )
+        if self.curriculum:
+            if self.uniform_loss != "nelbo":
+                raise ValueError(
+                    f"curriculum={self.curriculum} needs uniform_loss='nelbo', not {self.uniform_loss!r}"
+                )
+            tau_at(0.0, self.tau_start, self.tau_end, self.curriculum)
+            self.gaussian(2)
+
+    def gaussian(self, vocab_size: int) -> GaussianToDiscrete:
+        """The schedule of the curriculum."""
+        return GaussianToDiscrete(vocab_size, self.gamma_min, self.gamma_max)
+
+    def head(self) -> SoftMaskHead:
+        return SoftMaskHead(
+            k=self.head_k,
+            scale=self.head_scale,
+            centre=self.head_centre,
+            steepness=self.head_steepness,
+            temperature=self.head_temperature,
+            algorithm=self.head_algorithm,
+        )
