@@ -109,9 +109,9 @@ class DreamForMaskedDiffusion(Qwen2ForCausalLM):
 def check_settings(settings: dict, needs: dict) -> None:
     """Raise ValueError naming a field of a configuration that makes it another architecture."""
     for field, value in needs.items():
-        found = settings.get(field)
-        if found is not None and found != value:
-            raise ValueError(f"{field}={found!r} is not supported, only {value!r}")
+        actual = settings.get(field)
+        if actual is not None and actual != value:
+            raise ValueError(f"{field}={actual!r} is not supported, only {value!r}")
     rows = settings.get("embedding_size")
     if rows is not None and rows != settings.get("vocab_size"):
         raise ValueError(
@@ -121,6 +121,6 @@ def check_settings(settings: dict, needs: dict) -> None:
 
 def llama_name(name: str) -> str:
     """LLaDA's name of a parameter -> Llama's."""
-    for theirs, ours in LLADA_NAMES.items():
-        name = re.sub(theirs, ours, name)
+    for llada, llama in LLADA_NAMES.items():
+        name = re.sub(llada, llama, name)
     return name

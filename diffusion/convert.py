@@ -25,8 +25,8 @@ KINDS = {
     LlamaForCausalLM: (LladaForMaskedDiffusion, LLAMA_NEEDS, {"logits_shift": 1}),
     Qwen2ForCausalLM: (DreamForMaskedDiffusion, DREAM_NEEDS, {}),
 }
-# Fields that are the new model's own.
-OWN = (
+# Fields that the new model's configuration sets by itself.
+REPLACED = (
     "model_type",
     "architectures",
     "transformers_version",
@@ -44,8 +44,8 @@ def convert(
     next token, which is what the weights know. It has to be trained before it is of use
     (`softar.diffusion.sft`).
 
-    The weights are taken over, not copied, and the tokenizer is changed in place: what was given is
-    used up.
+    The weights are taken over, not copied, and the tokenizer is changed in place: neither
+    can be used for anything else afterwards.
 
     Args:
         model: a LlamaForCausalLM, which becomes a LladaForMaskedDiffusion with logits_shift 1, or a
@@ -76,13 +76,13 @@ def convert(
         raise ValueError(
             "model is quantised, and its weights cannot be taken over: load it de-quantised"
         )
-    known, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
-    if known > rows:
+    words, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
+    if words > rows:
         raise ValueError(
-            f"the tokenizer's {known} tokens do not fit the embedding's {rows} rows: is it this model's?"
+            f"the tokenizer's {words} tokens do not fit the embedding's {rows} rows: is it this model's?"
         )
 
-    fields = {name: value for name, value in settings.items() if name not in OWN}
+    fields = {name: value for name, value in settings.items() if name not in REPLACED}
     config = new_class.config_class(**fields, **changes)
     config._attn_implementation = model.config._attn_implementation
     new = _take_over(model, new_class, config)
@@ -98,7 +98,7 @@ def convert(
         # which would draw the row at random
         new.resize_token_embeddings(rows + 1, mean_resizing=False)
     if is_new or mask_id == rows:
-        _set_to_mean(new, mask_id, known)
+        _set_to_mean(new, mask_id, words)
     new.config.mask_token_id = mask_id
     new.name_or_path = new.config._name_or_path = model.name_or_path
     introduce(new, tokenizer)
@@ -126,8 +126,8 @@ def _name_mask(tokenizer: PreTrainedTokenizerBase, mask_token: str) -> bool:
 
 
 @torch.no_grad()
-def _set_to_mean(model: PreTrainedModel, row: int, known: int) -> None:
-    """Row `row` of the embedding and of the head becomes the mean of the first `known` rows, [D].
+def _set_to_mean(model: PreTrainedModel, row: int, words: int) -> None:
+    """Row `row` of the embedding and of the head becomes the mean of the first `words` rows, [D].
 
     A spare row was never trained, and the first norm would blow up whatever is in it. The mean is
     an embedding of about the size and direction that the layers have met, and as an input it says
@@ -135,5 +135,5 @@ def _set_to_mean(model: PreTrainedModel, row: int, known: int) -> None:
     head it gives the mask an average logit.
     """
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-        # row >= known
-        part.weight[row] = part.weight[:known].mean(0, dtype=torch.float32).to(part.weight.dtype)
+        # row >= words
+        part.weight[row] = part.weight[:words].mean(0, dtype=torch.float32).to(part.weight.dtype)

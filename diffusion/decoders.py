@@ -39,8 +39,8 @@ class DiffusionDecoder:
         seed: of what it draws. It keeps its generator, so that a second call draws other numbers.
         trace: also give each answer's softar.show.trace.Canvas; making it does not count as
             decoding time.
-        columns: decoder, model, setting, ... for a table's rows, beside those known from model and
-            config.
+        columns: decoder, model, setting, ... for a table's rows, beside those that follow from
+            model and config.
     """
 
     def __init__(
@@ -55,17 +55,17 @@ class DiffusionDecoder:
         columns=None,
     ):
         try:
-            self.known = facts(model)
+            self.facts = facts(model)
         except ValueError:
             check_model(model, "diffusion", name or "hard")
             raise
-        decided = config.as_trained(self.known.soft_mask)
-        if self.known.uniform is not None:
+        decided = config.as_trained(self.facts.soft_mask)
+        if self.facts.uniform is not None:
             check_uniform(decided)
         self.model, self.tokenizer, self.config, self.trace = model, tokenizer, config, trace
-        self.ends = self.known.end_ids if config.end_ids is None else config.end_ids
+        self.ends = self.facts.end_ids if config.end_ids is None else config.end_ids
         decoder = decided.soften if isinstance(decided.soften, str) else "softener"
-        training = "duo" if self.known.uniform else "soft-mask" if self.known.soft_mask else "hard"
+        training = "duo" if self.facts.uniform else "soft-mask" if self.facts.soft_mask else "hard"
         self.columns = (
             columns_of(decoder, model, "diffusion") | {"training": training} | (columns or {})
         )
@@ -79,7 +79,7 @@ class DiffusionDecoder:
         inputs = read_prompts(self.tokenizer, prompts).to(self.model.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         fills = self.config.gen_length == 0
-        if fills and (bare := (~(ids == self.known.mask_id).any(1)).nonzero()[:, 0].tolist()):
+        if fills and (bare := (~(ids == self.facts.mask_id).any(1)).nonzero()[:, 0].tolist()):
             raise ValueError(
                 f"prompt {bare[0]} holds no {self.tokenizer.mask_token} and no masks follow it (gen_length=0): give "
                 f"max_new_tokens >= 1, or templates"
@@ -87,7 +87,7 @@ class DiffusionDecoder:
         tracer = None
         if self.trace:
             tracer = Tracer(
-                self.tokenizer, self.known, ids, mask, gen_length=self.config.gen_length
+                self.tokenizer, self.facts, ids, mask, gen_length=self.config.gen_length
             )
         with evaluating(self.model):
             out = denoise(self.model, ids, mask, config=self.config, rng=self.rng, callback=tracer)
@@ -105,7 +105,7 @@ class DiffusionDecoder:
 
     def _forwards(self, out: DenoiseOutput, row: int) -> float:
         """Of a row: those up to its last decision; a uniform-state model redraws in all of them."""
-        if self.known.uniform is not None:
+        if self.facts.uniform is not None:
             return float(out.num_forwards)
         return float(out.committed_at[row].max() + 1)
 
@@ -118,7 +118,7 @@ class DiffusionDecoder:
             begin = out.prompt_length
             stop = next((i for i in range(begin, stop) if ids[i] in self.ends), stop)
         text = self.tokenizer.decode(ids[begin:stop], skip_special_tokens=True)
-        return text, tuple(i for i, known in zip(ids[: stop + 1], decided) if known)
+        return text, tuple(i for i, is_decided in zip(ids[: stop + 1], decided) if is_decided)
 
 
 @functools.cache

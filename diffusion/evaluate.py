@@ -79,12 +79,12 @@ def nll_bound(model, tokenizer, rows: Dataset, *, samples: int = 128, seed: int 
     rng, total, tokens = torch.Generator().manual_seed(seed), 0.0, 0
     with evaluating(model), torch.no_grad():
         for row in rows:
-            given = tokenizer(row["prompt"])["input_ids"]
+            prompt = tokenizer(row["prompt"])["input_ids"]
             answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [
                 tokenizer.eos_token_id
             ]
-            ids = torch.tensor(given + answer, device=model.device)
-            asked = torch.arange(len(ids), device=model.device) >= len(given)
+            ids = torch.tensor(prompt + answer, device=model.device)
+            asked = torch.arange(len(ids), device=model.device) >= len(prompt)
             total -= log_likelihood(model, ids, asked, samples=samples, rng=rng)
             tokens += len(answer)
     return total / tokens
@@ -92,5 +92,9 @@ def nll_bound(model, tokenizer, rows: Dataset, *, samples: int = 128, seed: int 
 
 def has_texts(rows: Dataset) -> bool:
     """Are there rows of a prompt and a completion, both text?"""
-    known = {"prompt", "completion"} <= set(rows.column_names) and len(rows)
-    return bool(known) and all(isinstance(rows[0][name], str) for name in ("prompt", "completion"))
+    columns = ("prompt", "completion")
+    return (
+        {*columns} <= {*rows.column_names}
+        and len(rows) > 0
+        and all(isinstance(rows[0][name], str) for name in columns)
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from softar.checks import check_choice, check_least
 from softar.soft import Soft
 
 from .net import plain
@@ -49,12 +50,8 @@ class SoftMaskHead(nn.Module):
                 f"scale={scale}, centre={centre}, steepness={steepness}, temperature={temperature}: start inside "
                 f"(0, 1), below 0, above 0 and above 0"
             )
-        if algorithm not in ALGORITHMS:
-            raise ValueError(
-                f"algorithm={algorithm!r} is unknown: choose one of {sorted(ALGORITHMS)}"
-            )
-        if k < 1:
-            raise ValueError(f"k={k} must be at least 1")
+        check_choice("algorithm", algorithm, sorted(ALGORITHMS))
+        check_least({"k": k}, k=1)
         self.k, self.algorithm = k, algorithm
         raw = dict(
             scale=math.log(scale / (1 - scale)),
@@ -107,37 +104,27 @@ def load_head(folder: str | Path) -> dict | None:
     try:
         named = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
-    known = {"transparency_alg", *FIELDS.values()}
-    if not isinstance(named, dict) or (unknown := sorted(set(named) - known)):
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    fields = {"transparency_alg", *FIELDS.values()}
+    if not isinstance(named, dict) or (unknown := sorted(set(named) - fields)):
         raise ValueError(
-            f"{file} holds {unknown if isinstance(named, dict) else type(named).__name__}: known are {sorted(known)}"
+            f"{file} holds {unknown if isinstance(named, dict) else type(named).__name__}: known are {sorted(fields)}"
         )
-    needed = {
-        "transparency_alg",
-        "transparency_scale",
-        "transparency_centre",
-        "transparency_steepness",
-    }
+    needed = {"transparency_alg", *(FIELDS[name] for name in ("scale", "centre", "steepness"))}
     if missing := sorted(needed - set(named)):
         raise ValueError(f"{file} lacks {missing}")
     if named["transparency_alg"] == "none":
         return None
     algorithms = {public: name for name, public in ALGORITHMS.items()}
-    if named["transparency_alg"] not in algorithms:
-        raise ValueError(
-            f"{file}: transparency_alg={named['transparency_alg']!r} is none of {sorted(algorithms)}"
-        )
     settings = {name: named[field] for name, field in FIELDS.items() if field in named}
-    settings["algorithm"] = algorithms[named["transparency_alg"]]
-    for name in ("scale", "centre", "steepness", "temperature"):
-        if name in settings and not isinstance(settings[name], (int, float)):
-            raise ValueError(f"{file}: {FIELDS[name]}={settings[name]!r} must be a number")
-    if settings.get("scheduling", "none") not in SCALE_SCHEDULES:
-        raise ValueError(
-            f"{file}: transparency_scheduling={settings['scheduling']!r} is none of {SCALE_SCHEDULES}"
-        )
     try:
+        check_choice("transparency_alg", named["transparency_alg"], sorted(algorithms))
+        for name in ("scale", "centre", "steepness", "temperature"):
+            if name in settings and not isinstance(settings[name], (int, float)):
+                raise ValueError(f"{FIELDS[name]}={settings[name]!r} must be a number")
+        if "scheduling" in settings:
+            check_choice("transparency_scheduling", settings["scheduling"], SCALE_SCHEDULES)
+        settings["algorithm"] = algorithms[named["transparency_alg"]]
         mk_softener("soft-mask", **settings)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

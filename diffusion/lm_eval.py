@@ -12,6 +12,7 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 from tqdm import tqdm
 
+from softar.checks import check_least
 from softar.decoders.options import check_options
 from softar.evals.lm_eval import SAMPLING, BadArgument, LoadedLM, model_name, split_args
 
@@ -35,10 +36,7 @@ class Bound:
     check_greedy: bool = True
 
     def __post_init__(self):
-        if min(self.samples, self.samples_batch) < 1:
-            raise ValueError(
-                f"samples={self.samples}, samples_batch={self.samples_batch} must be at least 1"
-            )
+        check_least(self, samples=1, samples_batch=1)
 
 
 BOUND = tuple(field.name for field in dataclasses.fields(Bound))

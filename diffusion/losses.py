@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from softar.checks import check_least
+
 from .net import facts, parts
 
 NORMALISATIONS = ("answer", "tokens", "masks")
@@ -88,10 +90,9 @@ def log_likelihood(
         raise ValueError(
             f"answer of shape {tuple(answer.shape)} must mark tokens of input_ids, {tuple(input_ids.shape)}"
         )
-    if samples < 1 or batch_size < 1:
-        raise ValueError(f"samples={samples} and batch_size={batch_size} must be at least 1")
-    known, net = facts(model), parts(model)
-    if known.uniform is not None:
+    check_least({"samples": samples, "batch_size": batch_size}, samples=1, batch_size=1)
+    model_facts, net = facts(model), parts(model)
+    if model_facts.uniform is not None:
         raise ValueError(
             "the model's diffusion_process is uniform: a bound by masks says nothing about it"
         )
@@ -105,9 +106,8 @@ def log_likelihood(
         masked[:, answer.cpu()] = order < k[:, None]
         masked = masked.to(input_ids.device)
         ids = input_ids.expand(n, -1)
-        rows, logits = forward_masked(
-            net, known, net.embedding(ids.masked_fill(masked, known.mask_id)), None, masked
-        )
+        noisy = ids.masked_fill(masked, model_facts.mask_id)
+        rows, logits = forward_masked(net, model_facts, net.embedding(noisy), None, masked)
         ce = masked_ce(logits, ids[masked])
         total -= float((ce * (A / k.to(ce.device))[rows]).sum())
         done += n
@@ -115,7 +115,7 @@ def log_likelihood(
 
 
 def forward_masked(
-    net, known, embeds: Tensor, attention_mask: Tensor | None, asked: Tensor
+    net, facts, embeds: Tensor, attention_mask: Tensor | None, asked: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Logits about the positions `asked` and no others: [B, T, D], [B, T] bool -> their rows [n],
     logits [n, V]."""
@@ -124,7 +124,7 @@ def forward_masked(
         None if attention_mask is None else (attention_mask.long().cumsum(1) - 1).clamp_min(0)
     )
     hidden = net.body(embeds, attention_mask, positions)
-    return rows, net.head(hidden[rows, (cols - known.shift).clamp_min(0)])
+    return rows, net.head(hidden[rows, (cols - facts.shift).clamp_min(0)])
 
 
 def uniform_rows(seed: int, step: int, rows: list[int], columns: int, *, stream: int = 0) -> Tensor:

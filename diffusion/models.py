@@ -59,7 +59,7 @@ TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # end an answer as the end-of-text tok
 # Also for a model made from a configuration: it is saved under the original names.
 register_checkpoint_conversion_mapping(
     "LladaForMaskedDiffusion",
-    [WeightRenaming(theirs, ours) for theirs, ours in LLADA_NAMES.items()],
+    [WeightRenaming(llada, llama) for llada, llama in LLADA_NAMES.items()],
     overwrite=True,
 )
 
@@ -202,19 +202,18 @@ def _adapter(folder: Path, *, dtype, device, **model_kwargs):
         config.base_model_name_or_path, dtype=dtype, device=device, **model_kwargs
     )
     kind = model.config.model_type
-    own = _tokenizer(str(folder), kind, {})
-    if own is not None:
-        tokenizer = own
+    if (of_adapter := _tokenizer(str(folder), kind, {})) is not None:
+        tokenizer = of_adapter
         introduce(model, tokenizer)
     # An adapter trained on the remote code has LLaDA's names, of which PEFT would drop unknown ones
     # without a word.
     wrapped = get_peft_model(model, config)
-    found = wrapped.load_adapter(
+    keys = wrapped.load_adapter(
         str(folder), "default", key_mapping=LLADA_NAMES if kind == "llada" else None
     )
-    if found.unexpected_keys:
-        raise ValueError(f"the adapter's {sorted(found.unexpected_keys)[:3]} are not in the model")
-    if missing := [key for key in found.missing_keys if "lora_" in key]:
+    if keys.unexpected_keys:
+        raise ValueError(f"the adapter's {sorted(keys.unexpected_keys)[:3]} are not in the model")
+    if missing := [key for key in keys.missing_keys if "lora_" in key]:
         raise ValueError(
             f"the adapter lacks {sorted(missing)[:3]} of the model: it was trained on another base"
         )
@@ -271,15 +270,15 @@ def introduce(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    known = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()
     if (
         isinstance(config, LladaConfig)
         and tokenizer.chat_template is None
-        and "<|start_header_id|>" in known
+        and "<|start_header_id|>" in vocabulary
     ):
         tokenizer.chat_template = LLADA_CHAT
     if model.can_generate():
-        turn_ends = [known[end] for end in TURN_ENDS if end in known]
+        turn_ends = [vocabulary[end] for end in TURN_ENDS if end in vocabulary]
         model.generation_config.eos_token_id = (
             list(dict.fromkeys([*end_tokens(model), *turn_ends])) or None
         )
@@ -324,8 +323,8 @@ def _embedded(name: str, words: list[str], size: dict, *, dtype, seed: int | Non
         eos_token_id=2,
         mask_token_id=len(words) - 1,
     )
-    known = {*LladaConfig().to_dict(), *LladaConfig.attribute_map.values()}
-    if unknown := sorted(set(config) - known):
+    names = {*LladaConfig().to_dict(), *LladaConfig.attribute_map.values()}
+    if unknown := sorted(set(config) - names):
         raise ValueError(f"it does not take {unknown}: give fields of LladaConfig")
     settings = LladaConfig(**(fields | config))
     # weights are drawn on the CPU: the same on every device

@@ -29,23 +29,23 @@ def read_noise(named: dict | None, mask_id: int, vocab_size: int) -> UniformNois
     range."""
     if named is None or named == {"kind": "masked"}:
         return None
-    said = f"diffusion_process={named!r}"
+    what = f"diffusion_process={named!r}"
     if not isinstance(named, dict) or named.get("kind") != "uniform" or set(named) != FIELDS:
         raise ValueError(
-            f"{said} is unknown: it is {{'kind': 'masked'}}, or of kind 'uniform' with {sorted(FIELDS)}"
+            f"{what} is unknown: it is {{'kind': 'masked'}}, or of kind 'uniform' with {sorted(FIELDS)}"
         )
     eps, left_out = named["eps"], named["left_out"]
     if not isinstance(eps, (int, float)) or not 0 <= eps < 1:
-        raise ValueError(f"{said}: eps must be in [0, 1)")
+        raise ValueError(f"{what}: eps must be in [0, 1)")
     if not isinstance(left_out, list) or not all(
         isinstance(i, int) and 0 <= i < vocab_size for i in left_out
     ):
         raise ValueError(
-            f"{said}: left_out must be a list of ids below {vocab_size}, the vocabulary"
+            f"{what}: left_out must be a list of ids below {vocab_size}, the vocabulary"
         )
     if mask_id not in left_out or vocab_size - len(set(left_out)) < 2:
         raise ValueError(
-            f"{said}: left_out must hold the mask token (id {mask_id}) and leave 2 tokens or more"
+            f"{what}: left_out must hold the mask token (id {mask_id}) and leave 2 tokens or more"
         )
     return UniformNoise(float(eps), tuple(sorted(set(left_out))))
 
@@ -67,4 +67,4 @@ def load_noise(folder: str | Path) -> dict | None:
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
+        raise ValueError(f"{file} is not JSON: {error}") from None

@@ -170,7 +170,7 @@ class DiffusionSFTTrainer(MicroBatches, SFTTrainer):
     ) -> tuple:
         """As `_masked_loss`, about every maskable position, each of weight 1."""
         letters = self._letters
-        if bool((wrong := letters.place[ids].lt(0) & maskable).any()):
+        if bool((wrong := letters.number[ids].lt(0) & maskable).any()):
             raise ValueError(
                 f"a completion holds token {int(ids[wrong][0])}, which objective='uniform' leaves out (the mask, or "
                 f"padding): take it out of the data, or pad with another token"
@@ -181,8 +181,8 @@ class DiffusionSFTTrainer(MicroBatches, SFTTrainer):
             net = parts(unwrapped)
             embeds = net.embedding(input_ids)
             if noisy.soft is not None:
-                shown = soft_embed(noisy.soft, net.embedding).to(embeds.dtype)
-                embeds = embeds.masked_scatter(maskable[..., None], shown)
+                mixed = soft_embed(noisy.soft, net.embedding).to(embeds.dtype)
+                embeds = embeds.masked_scatter(maskable[..., None], mixed)
             return forward_masked(net, self._facts, embeds, mask, maskable)
 
         rows, logits = inside_forward(model, unwrapped, forward, noisy.ids)
@@ -201,8 +201,8 @@ class DiffusionSFTTrainer(MicroBatches, SFTTrainer):
         """An evaluation is always about hard tokens: its losses can be compared over the
         training."""
         args = self.args
-        step, _, places = self._place(len(ids))
-        numbers = uniform_rows(args.seed, step, places, ids.shape[1] + 1).to(ids.device)
+        step, _, rows = self._place(len(ids))
+        numbers = uniform_rows(args.seed, step, rows, ids.shape[1] + 1).to(ids.device)
         t = args.time_low + (args.time_high - args.time_low) * numbers[:, 0]
         tau = 0.0
         if self.model.training and args.curriculum:
@@ -211,11 +211,9 @@ class DiffusionSFTTrainer(MicroBatches, SFTTrainer):
             )
         if tau:
             U = len(letters.ids)
-            noise = normal_rows(args.seed, step, places, maskable, U, stream=GAUSSIAN).to(
-                ids.device
-            )
+            noise = normal_rows(args.seed, step, rows, maskable, U, stream=GAUSSIAN).to(ids.device)
             return draw_soft(ids, maskable, t, noise, tau, args.gaussian(U), letters)
-        tokens = uniform_rows(args.seed, step, places, ids.shape[1], stream=REPLACEMENT).to(
+        tokens = uniform_rows(args.seed, step, rows, ids.shape[1], stream=REPLACEMENT).to(
             ids.device
         )
         return draw_hard(ids, maskable, t, numbers[:, 1:], tokens, letters, self.uniform.eps)
@@ -245,8 +243,8 @@ class DiffusionSFTTrainer(MicroBatches, SFTTrainer):
         seed, the step and the row's place in the global batch: a resumed run or another number of
         processes draws the same."""
         args = self.args
-        step, micro, places = self._place(len(maskable))
-        numbers = uniform_rows(args.seed, step, places, maskable.shape[1] + 1).to(maskable.device)
+        step, micro, rows = self._place(len(maskable))
+        numbers = uniform_rows(args.seed, step, rows, maskable.shape[1] + 1).to(maskable.device)
         time = args.time_low + (args.time_high - args.time_low) * numbers[:, 0]
         twice = self.head is not None
         if self.model.training and twice:

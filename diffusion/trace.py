@@ -20,17 +20,17 @@ class Tracer:
     def __init__(
         self,
         tokenizer,
-        known: Facts,
+        facts: Facts,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
         gen_length: int,
         top: int = TOP,
     ):
-        """known: `facts(model)`. input_ids, attention_mask [B, P] and gen_length: as `denoise` gets
+        """facts: `facts(model)`. input_ids, attention_mask [B, P] and gen_length: as `denoise` gets
         them."""
-        self.words, self.mask_id, self.top = Words(tokenizer), known.mask_id, top
-        tail = [known.mask_id] * gen_length
+        self.words, self.mask_id, self.top = Words(tokenizer), facts.mask_id, top
+        tail = [facts.mask_id] * gen_length
         self.start = [row + tail for row in input_ids.tolist()]  # B lists of L ids
         # The column where each row begins: padding is on the left
         self.first = (
@@ -48,8 +48,8 @@ class Tracer:
         if soft is not None and soft.ids.shape[-1] > MANY:
             weights, order = soft.weights.topk(self.top)
             soft = Soft(soft.ids.gather(-1, order), weights)
-        kept = {key: seen[key] for key in ("sequences", "committed", "confidence", "where")}
-        self.seen.append(kept | {"soft": soft})
+        part = {key: seen[key] for key in ("sequences", "committed", "confidence", "where")}
+        self.seen.append(part | {"soft": soft})
 
     def canvas(self, row: int = 0, output: DenoiseOutput | None = None, title: str = "") -> Canvas:
         """What was seen of one row, padding left out. With `denoise`'s output also what was filled

@@ -50,14 +50,14 @@ class Alphabet(NamedTuple):
     """The tokens of a uniform process, numbered from 0 as the functions in `duo` want them."""
 
     ids: Tensor  # [U] token id of each
-    place: Tensor  # [V] number of each token id; -1 for those left out
+    number: Tensor  # [V] number of each token id; -1 for those left out
 
 
 def alphabet(noise: UniformNoise, vocab_size: int, device: torch.device) -> Alphabet:
     inside = torch.ones(vocab_size, dtype=torch.bool)
     inside[list(noise.left_out)] = False
-    place = torch.where(inside, inside.cumsum(0) - 1, -1)
-    return Alphabet(inside.nonzero()[:, 0].to(device), place.to(device))
+    number = torch.where(inside, inside.cumsum(0) - 1, -1)
+    return Alphabet(inside.nonzero()[:, 0].to(device), number.to(device))
 
 
 # -- training
@@ -84,7 +84,7 @@ def draw_hard(
     """Tokens replaced at rate 1 - alpha of `log_linear` at t [B]; `uniform` and `replacement` as
     `corrupt` has them."""
     alpha, dalpha = log_linear(t, eps)
-    z = corrupt(letters.place[ids], alpha, maskable, uniform, replacement, len(letters.ids))
+    z = corrupt(letters.number[ids], alpha, maskable, uniform, replacement, len(letters.ids))
     return Noisy(torch.where(maskable, letters.ids[z.clamp_min(0)], ids), alpha, dalpha, None)
 
 
@@ -100,12 +100,12 @@ def draw_soft(
     """Soft tokens at temperature tau, and the hard ones that they stand for, off the same Gaussian
     noise [n, U]."""
     rows = maskable.nonzero()[:, 0]
-    z, soft = gaussian_corrupt(letters.place[ids[maskable]], schedule.gamma(t)[rows], noise, tau)
+    z, soft = gaussian_corrupt(letters.number[ids[maskable]], schedule.gamma(t)[rows], noise, tau)
     # In the order of the model's vocabulary, so that the mixture is one product with the table.
-    weights = soft.weights.new_zeros(len(rows), len(letters.place)).scatter_(
+    weights = soft.weights.new_zeros(len(rows), len(letters.number)).scatter_(
         1, letters.ids[soft.ids], soft.weights
     )
-    everything = torch.arange(len(letters.place), device=ids.device).expand_as(weights)
+    everything = torch.arange(len(letters.number), device=ids.device).expand_as(weights)
     alpha, dalpha = schedule(t)
     return Noisy(
         ids.masked_scatter(maskable, letters.ids[z]), alpha, dalpha, Soft(everything, weights)
@@ -125,8 +125,8 @@ def uniform_loss(
     [n]."""
     log_probs = logits.index_select(-1, letters.ids).float().log_softmax(-1)
     if kind == "symmetric_kl":
-        return symmetric_kl(log_probs, letters.place[x])
-    return nelbo(log_probs, letters.place[x], letters.place[z], alpha, dalpha)
+        return symmetric_kl(log_probs, letters.number[x])
+    return nelbo(log_probs, letters.number[x], letters.number[z], alpha, dalpha)
 
 
 # -- decoding
@@ -224,7 +224,7 @@ class Redraw:
         """logits [n, V] float32, z [n] the slots' token ids, rows [n], uniform [n] in [0, 1) -> [n]
         the next token ids, and [n] their probabilities."""
         c, letters = self.config, self.letters
-        logits, z = logits.index_select(-1, letters.ids), letters.place[z]
+        logits, z = logits.index_select(-1, letters.ids), letters.number[z]
         dist = mk_proba_dist(logits, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p)
         probs = torch.zeros_like(logits).scatter_add(-1, dist.ids, dist.weights)
         steps = self.steps.double()

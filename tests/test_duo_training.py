@@ -174,7 +174,7 @@ def test_the_best_prediction_is_the_belief_of_the_others():
     letters = alphabet(noise, 5, torch.device("cpu"))
     ids, frequency = letters.ids.tolist(), torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
     alpha, dalpha = log_linear((torch.arange(16, dtype=torch.float64) + 0.5) / 16)
-    assert ids == [1, 3, 4] and letters.place.tolist() == [-1, 0, -1, 1, 2]
+    assert ids == [1, 3, 4] and letters.number.tolist() == [-1, 0, -1, 1, 2]
     cases = list(itertools.product(range(3), range(3), range(16)))
     x, z, s = (torch.tensor(column) for column in zip(*cases))
     weight = frequency[x] * (alpha[s] * (x == z) + (1 - alpha[s]) / 3)
@@ -272,9 +272,9 @@ def test_what_a_token_becomes_says_nothing_of_its_neighbours(tmp_path, runs):
     ids = torch.full((16, 1500), LETTERS[0])
     letters = alphabet(trainer.uniform, len(WORDS), ids.device)
     z = trainer._corrupt(ids, torch.ones_like(ids, dtype=torch.bool), letters).ids
-    place, left = letters.place[z][:, 1:].float(), (z != ids)[:, :-1]
+    number, left = letters.number[z][:, 1:].float(), (z != ids)[:, :-1]
     replaced = z[:, 1:] != LETTERS[0]
-    one, other = place[replaced & left], place[replaced & ~left]
+    one, other = number[replaced & left], number[replaced & ~left]
     error = math.sqrt(one.var() / len(one) + other.var() / len(other))
     assert min(len(one), len(other)) > 2000 and abs(one.mean() - other.mean()) < 5 * error
 

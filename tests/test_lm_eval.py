@@ -285,11 +285,7 @@ def test_names_and_the_config_beside_a_model(folder, tmp_path):
             "model=mnns-diffusion-tiny,mixer=soft",
             "['mixer'] are unknown to --model softar-diffusion",
         ),
-        (
-            "softar-diffusion",
-            "model=mnns-diffusion-tiny,samples=0",
-            "samples=0, samples_batch=32 must be at least 1",
-        ),
+        ("softar-diffusion", "model=mnns-diffusion-tiny,samples=0", "samples=0 must be at least 1"),
         (
             "softar-diffusion",
             "model=mnns-diffusion-tiny,threshold=2",
