@@ -8,6 +8,7 @@ import math
 import random
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -65,10 +66,9 @@ def denoiser(family="llada", dtype=torch.float32, **changes):
 
 def run(model, rows=PROMPTS, **knobs) -> DenoiseOutput:
     """denoise() on left-padded rows; settings of DenoiseConfig and of denoise side by side."""
-    own = {k: knobs.pop(k) for k in [*knobs] if k in DenoiseConfig.__dataclass_fields__}
-    return denoise(
-        model, *left_padded(rows), config=DenoiseConfig(**{"gen_length": 8, **own}), **knobs
-    )
+    settings = {k: knobs.pop(k) for k in [*knobs] if k in DenoiseConfig.__dataclass_fields__}
+    config = DenoiseConfig(**{"gen_length": 8, **settings})
+    return denoise(model, *left_padded(rows), config=config, **knobs)
 
 
 # -- every combination of the parts
@@ -127,122 +127,162 @@ def combination(seed):
     return r.choice(FAMILIES), rows, knobs
 
 
-def shares(masks, block_length, steps):
-    """What one row may use: {block end, from the right: (masks, steps)}, by arithmetic of its
-    own."""
-    counts = {}
-    for from_right in masks:
-        end = from_right // block_length * block_length
-        counts[end] = counts.get(end, 0) + 1
-    return {end: (n, n if steps is None else steps // len(counts)) for end, n in counts.items()}
+class Combined(NamedTuple):
+    """One combination, run: what was asked, and what came of it."""
+
+    family: str
+    rows: list[list[int]]
+    knobs: dict
+    canvas: torch.Tensor  # [B, L] before the first forward
+    out: DenoiseOutput
+    calls: list[dict]  # of the callback
+    sizes: list[tuple[int, int]]  # rows and columns of each forward
+
+    @property
+    def fixed(self):
+        return self.canvas != MASK
+
+    @property
+    def decided(self):
+        return self.out.committed_at >= 0
 
 
-@pytest.mark.parametrize("seed", range(COMBINATIONS))
-def test_any_combination(seed):
+@functools.cache
+def combined(seed) -> Combined | None:
+    """None where the combination is refused: by a ValueError that names a value, before the first
+    forward. The caller's tensors are never written to."""
     family, rows, knobs = combination(seed)
     model = denoiser(family, torch.float64)
     ids, mask = left_padded(rows)
-    before = ids.clone(), mask.clone()
-    calls = []
+    before, calls = (ids.clone(), mask.clone()), []
     try:
-        with counted(model.model) as forwards:
-            out = run(
+        with counted(model.model) as sizes:
+            out = denoise(
                 model,
-                rows,
-                **knobs,
+                ids,
+                mask,
+                config=DenoiseConfig(**knobs),
                 rng=[seeded(s) for s in range(3)],
                 callback=calls.append,
                 history=True,
             )
     except ValueError as refusal:
-        assert "=" in str(refusal) and not forwards, refusal
-        return
-
-    # What was given stays, no mask is left, the caller's tensors are untouched.
-    canvas = torch.cat([ids, torch.full((3, knobs["gen_length"]), MASK)], 1)
-    given, L = canvas != MASK, canvas.shape[1]
+        assert "=" in str(refusal) and not sizes, refusal
+        return None
     assert torch.equal(ids, before[0]) and torch.equal(mask, before[1])
-    assert out.sequences.dtype == torch.int64 and (out.sequences != MASK).all()
-    assert torch.equal(out.sequences[given], canvas[given])
-    assert torch.equal(out.completions, out.sequences[:, ids.shape[1] :])
-    if knobs["ban_eos"] and not knobs["early_stop"]:
-        assert (out.sequences[~given] != EOS).all()
+    canvas = torch.cat([ids, torch.full((3, knobs["gen_length"]), MASK)], 1)
+    return Combined(family, rows, knobs, canvas, out, calls, sizes)
 
-    # The record is what the callback saw.
-    decided_at, certain = torch.full_like(canvas, -1), torch.full(canvas.shape, torch.nan)
-    for n, call in enumerate(calls):
+
+def every_combination(check):
+    """A test of what holds for whatever is combined: check(Combined)."""
+
+    @pytest.mark.parametrize("seed", range(COMBINATIONS))
+    def test(seed):
+        if (combination := combined(seed)) is not None:
+            check(combination)
+
+    return test
+
+
+@every_combination
+def test_what_was_given_stays_and_no_mask_is_left(c):
+    out = c.out
+    assert out.sequences.dtype == torch.int64 and (out.sequences != MASK).all()
+    assert torch.equal(out.sequences[c.fixed], c.canvas[c.fixed])
+    assert torch.equal(out.completions, out.sequences[:, max(map(len, c.rows)) :])
+    if c.knobs["ban_eos"] and not c.knobs["early_stop"]:
+        assert (out.sequences[~c.fixed] != EOS).all()
+    assert torch.equal(out.states[0], c.canvas) and torch.equal(out.states[-1], out.sequences)
+
+
+@every_combination
+def test_the_record_is_what_the_callback_saw(c):
+    out = c.out
+    decided_at, certain = torch.full_like(c.canvas, -1), torch.full(c.canvas.shape, torch.nan)
+    for n, call in enumerate(c.calls):
         assert call["step"] == n
         decided_at[call["committed"]] = n
         certain[call["committed"]] = call["confidence"][call["committed"]]
     assert torch.equal(out.committed_at, decided_at)
     assert torch.equal(out.confidence.nan_to_num(-1), certain.nan_to_num(-1))
-    decided = decided_at >= 0
-    assert not (decided & given).any() and (decided | given | knobs["early_stop"]).all()
-    assert ((out.confidence[decided] > 0) & (out.confidence[decided] <= 1.001)).all()
-    if knobs["early_stop"]:
-        ends = knobs["end_ids"] or (EOS,)
-        rest = ~decided & ~given
-        assert (out.sequences[rest] == ends[0]).all()
-        ended = (torch.isin(out.sequences, torch.tensor(ends)) & decided).any(1)
-        assert (~rest.any(1) | ended).all()
-    assert len(out.states) == len(calls) + 1
-    assert torch.equal(out.states[0], canvas) and torch.equal(out.states[-1], out.sequences)
+    assert not (c.decided & c.fixed).any()
+    assert ((out.confidence[c.decided] > 0) & (out.confidence[c.decided] <= 1.001)).all()
+    assert len(out.states) == len(c.calls) + 1
 
-    # Forwards, and the positions computed in them.
-    B, twice, shift = 3, 2 if knobs["cfg_scale"] else 1, family == "dream"
-    assert out.num_forwards == len(calls) == len(forwards)
-    widths = [t for _, t in forwards]
-    assert all(b == B * twice for b, _ in forwards)
-    assert out.token_forwards == sum(widths) * B * twice
-    by_block = [
-        [*group]
-        for _, group in itertools.groupby(zip(calls, widths), key=lambda pair: pair[0]["block"])
-    ]
+
+@every_combination
+def test_undecided_is_only_what_lies_behind_an_end(c):
+    ends = c.knobs["end_ids"] or (EOS,)
+    rest = ~c.decided & ~c.fixed
+    assert c.knobs["early_stop"] or not rest.any()
+    assert (c.out.sequences[rest] == ends[0]).all()
+    ended = (torch.isin(c.out.sequences, torch.tensor(ends)) & c.decided).any(1)
+    assert (~rest.any(1) | ended).all()
+
+
+@every_combination
+def test_forwards_are_as_wide_and_as_many_as_they_should(c):
+    out, knobs = c.out, c.knobs
+    B, L = c.canvas.shape
+    assert out.num_forwards == len(c.calls) == len(c.sizes)
+    assert all(b == (2 * B if knobs["cfg_scale"] else B) for b, _ in c.sizes)
+    assert out.token_forwards == sum(b * t for b, t in c.sizes)
     b = knobs["block_length"] or knobs["gen_length"] or L
-    mine = [
-        shares([L - 1 - i for i in range(L) if canvas[r, i] == MASK], b, knobs["steps"])
-        for r in range(B)
-    ]
-    for group in by_block:
-        (start, end), n = group[0][0]["block"], len(group)
-        lo, hi = max(start - shift, 0), end if knobs["cache"] == "dual" else L
-        assert [t for _, t in group] == [L] + [hi - lo if knobs["cache"] else L] * (n - 1)
-        share = [row[L - end] for row in mine if L - end in row]
-        most = max(count for count, _ in share)
-        if "remask" in knobs:
-            expected = max(steps for _, steps in share), max(steps for _, steps in share)
-        elif knobs["schedule"] == "uniform":
-            expected = (max(min(pair) for pair in share),) * 2
-        elif knobs["schedule"] == "pyramid":
-            each = knobs["schedule_args"]["dilation"]
-            exact = next(k for k in range(99) if sum(i // each + 1 for i in range(k)) >= most)
-            expected = exact, exact
-        elif knobs["schedule"] in ("threshold", "factor"):
-            expected = 1, most
-        else:
-            expected = 1, max(steps for _, steps in share)
-        assert knobs["early_stop"] or expected[0] <= n
-        assert n <= expected[1]
-    if not knobs["early_stop"]:
-        assert {L - group[0][0]["block"][1] for group in by_block} == {
-            end for row in mine for end in row
-        }
+    rows = [shares(row, b, knobs["steps"]) for row in (~c.fixed).tolist()]
+    at_end = set()
+    pairs = zip(c.calls, c.sizes, strict=True)
+    for (start, end), group in itertools.groupby(pairs, key=lambda pair: pair[0]["block"]):
+        widths = [t for _, (_, t) in group]
+        lo, hi = max(start - (c.family == "dream"), 0), end if knobs["cache"] == "dual" else L
+        later = hi - lo if knobs["cache"] else L
+        assert widths == [L] + [later] * (len(widths) - 1)
+        least, most = forwards_of(knobs, [row[L - end] for row in rows if L - end in row])
+        assert len(widths) <= most and (knobs["early_stop"] or least <= len(widths))
+        at_end.add(L - end)
+    assert knobs["early_stop"] or at_end == {end for row in rows for end in row}
 
-    # The same generators give the same output in any order, and each row decodes alone as it does
-    # here.
-    again = run(model, rows[::-1], **knobs, rng=[seeded(s) for s in (2, 1, 0)])
-    assert (
-        torch.equal(again.sequences.flip(0), out.sequences)
-        and again.num_forwards == out.num_forwards
-    )
-    for r, row in enumerate(rows):
-        if not knobs["gen_length"] and MASK not in row:
+
+def shares(is_mask, block_length, steps):
+    """What one row may use: {block end, from the right: (masks, steps)}, by arithmetic of its
+    own."""
+    counts = {}
+    for from_right, mask in enumerate(reversed(is_mask)):
+        if mask:
+            end = from_right // block_length * block_length
+            counts[end] = counts.get(end, 0) + 1
+    return {end: (n, n if steps is None else steps // len(counts)) for end, n in counts.items()}
+
+
+def forwards_of(knobs, share):
+    """The least and the most forwards of a block; share: (masks, steps) of each row in it."""
+    masks, steps = max(n for n, _ in share), max(s for _, s in share)
+    if "remask" in knobs:
+        return steps, steps
+    if knobs["schedule"] == "uniform":
+        return (max(min(pair) for pair in share),) * 2
+    if knobs["schedule"] == "pyramid":
+        each = knobs["schedule_args"]["dilation"]
+        exact = next(k for k in range(99) if sum(i // each + 1 for i in range(k)) >= masks)
+        return exact, exact
+    return 1, masks if knobs["schedule"] in ("threshold", "factor") else steps
+
+
+@every_combination
+def test_a_row_decodes_alone_as_in_any_batch(c):
+    """With generators of their own, in any order."""
+    model, out = denoiser(c.family, torch.float64), c.out
+    again = run(model, c.rows[::-1], **c.knobs, rng=[seeded(s) for s in (2, 1, 0)])
+    assert torch.equal(again.sequences.flip(0), out.sequences)
+    assert again.num_forwards == out.num_forwards
+    for r, row in enumerate(c.rows):
+        if not c.knobs["gen_length"] and MASK not in row:
             continue  # alone it is refused
-        alone = run(model, [row], **knobs, rng=[seeded(r)])
+        alone = run(model, [row], **c.knobs, rng=[seeded(r)])
         T = alone.sequences.shape[1]
-        assert torch.equal(alone.sequences[0], out.sequences[r, L - T :]), r
+        assert torch.equal(alone.sequences[0], out.sequences[r, -T:]), r
         torch.testing.assert_close(
-            alone.confidence[0], out.confidence[r, L - T :], rtol=0, atol=1e-4, equal_nan=True
+            alone.confidence[0], out.confidence[r, -T:], rtol=0, atol=1e-4, equal_nan=True
         )
 
 
@@ -781,10 +821,9 @@ def read(model):
         hook.remove()
 
 
-@pytest.mark.parametrize("cache", [None, *CACHES])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("soften", SOFTENERS)
-def test_the_callback_tells_what_the_next_forward_reads(soften, family, cache):
+@functools.cache
+def watched(soften, family, cache):
+    """-> what the callback was told, what each forward read [B, T, D], and the output."""
     model, calls = denoiser(family), []
     with read(model) as reads:
         out = run(
@@ -796,43 +835,82 @@ def test_the_callback_tells_what_the_next_forward_reads(soften, family, cache):
             callback=calls.append,
             history=True,
         )
-    L, shift = out.sequences.shape[1], family == "dream"
-    assert torch.equal(reads[0], model.model.embed_tokens(out.states[0]))
-    for n, call in enumerate(calls):
+    return calls, reads, out
+
+
+def with_each(softeners):
+    """A test of these softeners in each kind of model, with and without caches."""
+
+    def parametrize(test):
+        for name, values in dict(soften=softeners, family=FAMILIES, cache=(None, *CACHES)).items():
+            test = pytest.mark.parametrize(name, values)(test)
+        return test
+
+    return parametrize
+
+
+@with_each(SOFTENERS)
+def test_the_callback_is_told_of_each_forward(soften, family, cache):
+    calls, reads, out = watched(soften, family, cache)
+    assert torch.equal(reads[0], denoiser(family).model.embed_tokens(out.states[0]))
+    assert len(calls) == len(reads) == out.num_forwards
+    for call, state in zip(calls, out.states[1:], strict=True):
         assert {*call} == {"step", "block", "sequences", "committed", "confidence", "where", "soft"}
-        assert torch.equal(call["sequences"], out.states[n + 1])
-        if soften == "hard":
-            assert call["where"] is None and call["soft"] is None
-            continue
+        assert torch.equal(call["sequences"], state)
+
+
+@with_each(["hard"])
+def test_hard_decoding_tells_of_no_mixtures(soften, family, cache):
+    calls, _, _ = watched(soften, family, cache)
+    assert all(call["where"] is None and call["soft"] is None for call in calls)
+
+
+@with_each([name for name in SOFTENERS if name != "hard"])
+def test_mixtures_are_told_one_by_one(soften, family, cache):
+    calls, _, _ = watched(soften, family, cache)
+    for call in calls:
         where, soft = call["where"], call["soft"]
         assert soft.ids.shape == soft.weights.shape and len(soft.ids) == where.sum()
-        masked = call["sequences"] == MASK
-        start, end = call["block"]
-        if soften == "evolving":
-            assert not (where & ~masked)[:, :start].any() and not (where & ~masked)[:, end:].any()
-        else:
-            assert (
-                not (where & ~masked).any()
-                and not where[:, :start].any()
-                and not where[:, end:].any()
-            )
-        if soften != "slerp":
+        if soften != "slerp":  # it turns a vector, which no weights that sum to 1 would
             torch.testing.assert_close(soft.weights.sum(-1), torch.ones(len(soft.ids)))
-        goes_on = n + 1 < len(calls) and (
-            calls[n + 1]["block"] == (start, end) or SOFTENERS[soften].carries
-        )
-        if goes_on:
-            whole = cache is None or calls[n + 1]["block"] != (start, end)
-            lo, hi = (0, L) if whole else (max(start - shift, 0), end if cache == "dual" else L)
-            vectors = model.model.embed_tokens(soft.ids)
-            mixed = (soft.weights[..., None] * vectors).sum(-2)
-            expected = model.model.embed_tokens(call["sequences"])
-            expected[where] = mixed
-            at = where[:, lo:hi] if soften == "evolving" else torch.ones_like(where[:, lo:hi])
-            torch.testing.assert_close(
-                reads[n + 1][at], expected[:, lo:hi][at], rtol=1e-4, atol=1e-5
-            )
-    assert soften == "hard" or sum(int(call["where"].sum()) for call in calls) > 20
+    assert sum(int(call["where"].sum()) for call in calls) > 20
+
+
+@with_each([name for name in SOFTENERS if name not in ("hard", "evolving")])
+def test_mixtures_stand_on_the_masks_of_the_block(soften, family, cache):
+    for call in watched(soften, family, cache)[0]:
+        start, end = call["block"]
+        where, masked = call["where"], call["sequences"] == MASK
+        assert not (where & ~masked).any()
+        assert not where[:, :start].any() and not where[:, end:].any()
+
+
+@with_each(["evolving"])
+def test_evolving_mixtures_stand_on_masks_and_on_what_the_block_decoded(soften, family, cache):
+    for call in watched(soften, family, cache)[0]:
+        start, end = call["block"]
+        on_tokens = call["where"] & (call["sequences"] != MASK)
+        assert not on_tokens[:, :start].any() and not on_tokens[:, end:].any()
+
+
+@with_each([name for name in SOFTENERS if name != "hard"])
+def test_the_next_forward_reads_the_mixtures(soften, family, cache):
+    calls, reads, out = watched(soften, family, cache)
+    embed, L = denoiser(family).model.embed_tokens, out.sequences.shape[1]
+    for call, following, inputs in zip(calls, calls[1:], reads[1:]):
+        start, end = call["block"]
+        same_block = following["block"] == (start, end)
+        if not (same_block or SOFTENERS[soften].carries):
+            continue
+        lo, hi = 0, L
+        if cache is not None and same_block:
+            lo, hi = max(start - (family == "dream"), 0), end if cache == "dual" else L
+        where, soft = call["where"], call["soft"]
+        expected = embed(call["sequences"])
+        expected[where] = (soft.weights[..., None] * embed(soft.ids)).sum(-2)
+        # what carries over is also read where this forward put nothing
+        at = where[:, lo:hi] if SOFTENERS[soften].carries else torch.ones_like(where[:, lo:hi])
+        torch.testing.assert_close(inputs[at], expected[:, lo:hi][at], rtol=1e-4, atol=1e-5)
 
 
 def test_a_softened_block_starts_hard_unless_the_state_carries():
