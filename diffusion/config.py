@@ -10,7 +10,7 @@ from softar.soft import check_dist
 from .knobs import check_knobs
 from .parity import DEFAULT, PARITY, Quirks
 from .remask import REMASKS, check_remask
-from .schedules import RANGES, Schedule, mk_schedule
+from .schedules import SCHEDULE_KNOBS, Schedule, mk_schedule
 from .select import SELECTORS, mk_selector
 from .soften import Softener, mk_softener
 
@@ -131,7 +131,9 @@ class DenoiseConfig:
             option = "schedule" if self.quirks.rule is None else "parity"
             takes = self.scheduler.fn.__kwdefaults__ or {}
             method = name if self.quirks.rule is None else self.parity
-            check_knobs(option, method, self.schedule_args, takes, RANGES, args="schedule_args")
+            check_knobs(
+                option, method, self.schedule_args, takes, SCHEDULE_KNOBS, args="schedule_args"
+            )
 
     def _check_remask(self, softener: Softener):
         if self.remask is None:

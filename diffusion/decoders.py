@@ -21,7 +21,7 @@ from .knobs import gather_knobs
 from .loop import DenoiseOutput, denoise
 from .models import load
 from .net import facts
-from .schedules import RANGES as SCHEDULE_KNOBS
+from .schedules import SCHEDULE_KNOBS
 from .soften import SOFTENERS
 from .trace import Tracer
 from .uniform import check_uniform
@@ -104,7 +104,7 @@ class DiffusionDecoder:
         ]
 
     def _forwards(self, out: DenoiseOutput, row: int) -> float:
-        """Of a row: those up to its last decision; a uniform-state model redraws in all of them."""
+        """Forwards of a row: those up to its last decision; a uniform-state model needs all."""
         if self.facts.uniform is not None:
             return float(out.num_forwards)
         return float(out.committed_at[row].max() + 1)

@@ -26,7 +26,8 @@ def check_knobs(
 
 
 def gather_knobs(options: dict, args: str, knobs: Iterable[str]) -> dict:
-    """Options by name, in which knobs stand beside fields -> the knobs within the field `args`."""
+    """Options by name, knobs of a method among them -> the same with those knobs in the field
+    `args`."""
     inside = {knob: options[knob] for knob in knobs if knob in options}
     rest = {name: value for name, value in options.items() if name not in inside}
     return rest | {args: rest.get(args, {}) | inside}

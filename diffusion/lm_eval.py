@@ -22,7 +22,7 @@ from .loop import denoise
 from .losses import log_likelihood
 from .models import load
 from .net import facts
-from .schedules import RANGES as SCHEDULE_KNOBS
+from .schedules import SCHEDULE_KNOBS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ class SoftarDiffusionLM(LoadedLM):
         return self.padded(context, [up_to(row[:keep], ends) for row in out.completions.tolist()])
 
     def _check_asked(self, asked: dict) -> None:
-        """Tasks name what a sampler of tokens needs; here model_args say how to denoise."""
+        """Raise BadArgument for what a task asks of a sampler: here model_args say how to denoise."""
         if asked.get("do_sample") and not self.how.temperature:
             raise BadArgument(
                 f"gen_kwargs do_sample=True, and the model is denoised greedily: give model_args temperature=, or "

@@ -40,7 +40,7 @@ class Parts(NamedTuple):
 
 
 def facts(model: nn.Module) -> Facts:
-    """Raises ValueError for a model that is no masked-diffusion model, or whose mask token is not
+    """Raises ValueError for a model that is not a masked-diffusion model, or whose mask token is not
     known."""
     config = plain(model).config
     mask_id = config.mask_token_id if "mask_token_id" in config else None

@@ -1,7 +1,7 @@
 """The public samplers, defects included, as substitutions in the loop's places.
 
-Nothing here is needed to denoise; it is what the conformance tests run, and who wants the published
-numbers. Each entry of PARITY names the implementation and what it does otherwise than the default.
+Nothing here is needed to denoise: it is for the conformance tests, and for those who want the
+published numbers. Each entry of PARITY names the implementation and what it does otherwise than the default.
 
 Shapes: B rows, L columns of the canvas.
 """

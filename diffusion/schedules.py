@@ -205,7 +205,7 @@ def mk_schedule(schedule: str | Callable | Schedule) -> Schedule:
 
 
 # what the knobs of schedules may be, and how that is said
-RANGES = {
+SCHEDULE_KNOBS = {
     "dilation": (
         lambda x: isinstance(x, int) and x >= 1,
         "must be a whole number, at least 1: how often each number of tokens comes",

@@ -104,7 +104,8 @@ class DiffusionSFTTrainer(MicroBatches, SFTTrainer):
             self._letters = alphabet(self.uniform, self._facts.vocab_size, self.accelerator.device)
 
     def _uniform_noise(self) -> UniformNoise:
-        """Without the mask, padding, and rows of the embedding that belong to no token."""
+        """The noise of this training. It leaves out the mask, padding, and rows of the embedding that
+        belong to no token."""
         facts, tokenizer = self._facts, self.processing_class
         left_out = {facts.mask_id, *range(len(tokenizer), facts.vocab_size)}
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in facts.end_ids:
@@ -323,12 +324,12 @@ class DiffusionSFTTrainer(MicroBatches, SFTTrainer):
         if self.head is not None:
             folder = Path(output_dir or self.args.output_dir)
             save_head(self.head.settings(), folder)
-            # what resuming goes on from, to the bit
+            # a resumed training goes on from these, to the bit
             save_file(self.head.state_dict(), folder / RAW_HEAD)
         if plain(self.model) is not self.model and self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             (folder / NOISE_FILE).unlink(missing_ok=True)
-            # or the adapter would take over its base's
+            # without the file the adapter would have the noise of its base
             if self.uniform is not None or self._was_uniform:
                 save_noise(self.uniform, folder)
 

@@ -57,8 +57,7 @@ class Tracer:
         first, now, forwards = self.first[row], self.start[row], []
 
         def fill(tokens: list[int]) -> None:
-            """What no forward decided was filled in by a rule, when the last forward had been told
-            of."""
+            """Take note of tokens that a rule filled in after the last forward."""
             for column, (token, before) in enumerate(zip(tokens, now, strict=True)):
                 if token not in (before, self.mask_id):
                     forwards[-1].committed[column - first] = (self.words[token], None)

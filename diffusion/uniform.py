@@ -34,8 +34,8 @@ from .schedules import Block
 from .select import Draws
 
 UNIFORM_LOSSES = ("nelbo", "symmetric_kl")
-# What a decoding may say to a uniform-state model, beside the defaults; None allows every value.
-SAYS = {
+# Options that mean something to a uniform-state model, and their values; None allows every value.
+OPTIONS = {
     "gen_length": None,
     "steps": None,
     "temperature": None,
@@ -138,7 +138,9 @@ def check_uniform(config: DenoiseConfig) -> None:
     idle = DenoiseConfig()
     for name in (field.name for field in fields(config)):
         value, default = getattr(config, name), getattr(idle, name)
-        if value == default or (name in SAYS and (SAYS[name] is None or value in SAYS[name])):
+        if value == default or (
+            name in OPTIONS and (OPTIONS[name] is None or value in OPTIONS[name])
+        ):
             continue
         if name == "block_length" and value == config.gen_length:
             continue

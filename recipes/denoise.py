@@ -31,7 +31,9 @@ from rich.text import Text
 
 from softar.decoders.options import json_or_text
 from softar.diffusion import DenoiseConfig, denoise, load
+from softar.diffusion.knobs import gather_knobs
 from softar.diffusion.net import facts
+from softar.diffusion.schedules import SCHEDULE_KNOBS
 from softar.show.terminal import colour_of
 
 DEMO = dict(gen_length=5, soften="soft-mask")  # what the embedded model answers in
@@ -174,16 +176,17 @@ def parse(argv=None):
     parser.add_argument(
         "--delay", type=float, default=0.0, help="seconds to wait after each forward"
     )
-    names = [f.name for f in dataclasses.fields(DenoiseConfig)]
+    names = [*(f.name for f in dataclasses.fields(DenoiseConfig)), *SCHEDULE_KNOBS]
     for name in names:
         parser.add_argument(
             f"--{name}",
             type=json_or_text,
             default=argparse.SUPPRESS,
-            help="this field of softar.diffusion.DenoiseConfig",
+            help="this field of softar.diffusion.DenoiseConfig, or knob of a schedule",
         )
     args = parser.parse_args(argv)
     chosen = {name: vars(args)[name] for name in names if name in args}
+    chosen = gather_knobs(chosen, "schedule_args", SCHEDULE_KNOBS)
     is_demo = args.model == "mnns-diffusion-tiny" and args.prompt is None
     return args, DenoiseConfig(**((DEMO if is_demo else {}) | chosen))
 

@@ -557,7 +557,7 @@ def test_the_last_step_is_greedy_and_the_others_draw_from_the_posterior(tmp_path
     best = logits_of(model, middle, slots)[:, inside].argmax(-1)
     assert torch.equal(end[slots], inside[best])
     # the mean of the posteriors is the share of each token: 2400 draws, five standard errors
-    place = alphabet(facts(model).uniform, len(WORDS), torch.device("cpu")).place
+    place = alphabet(facts(model).uniform, len(WORDS), torch.device("cpu")).number
     alphas = [log_linear(torch.tensor(t, dtype=torch.float64), 1e-3)[0] for t in (0.5, 1.0)]
     logits = logits_of(model, start, slots)[:, inside].double()
     if options["temperature"] == 0:
