@@ -21,11 +21,12 @@ class Process(Protocol):
     reader: Reader
 
     def blocks(self) -> Iterable[Block]:
-        """What is decoded together, in its order; each is made when its turn comes. Raises
-        ValueError for what does not fit the canvas, before the first."""
+        """What is decoded together, one after the other; each is made when its turn comes, so that
+        it may depend on what was decoded. Raises ValueError for what does not fit the canvas,
+        before the first."""
 
     def begin(self, block: Block) -> None:
-        """Whatever a block needs before its first step."""
+        """Whatever a block needs before its first step: a rule, a prefill."""
 
     def more(self, block: Block, index: int) -> bool:
         """Is a step `index`, from 0, wanted?"""
@@ -34,7 +35,7 @@ class Process(Protocol):
         """One forward, and what follows from it -> what the callback is told (`report`)."""
 
     def end(self, block: Block) -> None:
-        """Whatever is to be done when a block is decoded."""
+        """Whatever a decoded block needs: rows that stop, keys and values that are stored."""
 
 
 def report(

@@ -208,7 +208,7 @@ class Uniform:
         return report(self, block, asked, changed, certain)
 
     def end(self, block: Block) -> None:
-        """Nothing: all was redrawn."""
+        """Nothing: the last step left no slot open."""
 
 
 class Redraw:

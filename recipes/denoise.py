@@ -8,8 +8,9 @@ python recipes/denoise.py
 python recipes/denoise.py --model GSAI-ML/LLaDA-8B-Instruct --chat --prompt "Why is the sky blue?" \
     --gen_length 128 --block_length 32 --threshold 0.9 --cache dual --soften soft-token
 
-# Infilling: the mask token, or a run of underscores, is filled python recipes/denoise.py --model
-answerdotai/ModernBERT-large --gen_length 0 --prompt "Paris is the _ of France."
+# Infilling: the mask token, or a run of underscores, is filled
+python recipes/denoise.py --model answerdotai/ModernBERT-large --gen_length 0 \
+    --prompt "Paris is the _ of France."
 
 A token's colour is the probability it had when it was committed, red to green. A mask is a dot; a
 soft slot shows the likeliest token of its mixture, in italics, and below are the mixtures of the

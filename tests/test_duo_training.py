@@ -557,7 +557,7 @@ def test_the_last_step_is_greedy_and_the_others_draw_from_the_posterior(tmp_path
     best = logits_of(model, middle, slots)[:, inside].argmax(-1)
     assert torch.equal(end[slots], inside[best])
     # the mean of the posteriors is the share of each token: 2400 draws, five standard errors
-    place = alphabet(facts(model).uniform, len(WORDS), torch.device("cpu")).number
+    number = alphabet(facts(model).uniform, len(WORDS), torch.device("cpu")).number
     alphas = [log_linear(torch.tensor(t, dtype=torch.float64), 1e-3)[0] for t in (0.5, 1.0)]
     logits = logits_of(model, start, slots)[:, inside].double()
     if options["temperature"] == 0:
@@ -567,11 +567,11 @@ def test_the_last_step_is_greedy_and_the_others_draw_from_the_posterior(tmp_path
         probs = (logits.masked_fill(logits < least, -torch.inf) / options["temperature"]).softmax(
             -1
         )
-    want = posterior(probs, place[start[slots]], *alphas)
+    want = posterior(probs, number[start[slots]], *alphas)
     found = (middle[slots][:, None] == inside).double()
     error = (want * (1 - want)).sum(0).sqrt() / len(want)
     assert ((found.mean(0) - want.mean(0)).abs() < 5 * error).all()
-    stays = want.gather(1, place[start[slots]][:, None]).mean()
+    stays = want.gather(1, number[start[slots]][:, None]).mean()
     assert abs((middle == start)[slots].double().mean() - stays) < 5 * 0.5 / math.sqrt(len(want))
 
 
