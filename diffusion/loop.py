@@ -53,7 +53,7 @@ class DenoiseOutput:
         return self.sequences[:, self.prompt_length :]
 
 
-@delegates(DenoiseConfig)
+@delegates(DenoiseConfig, but=["dilation", "eps"])
 @torch.no_grad()
 def denoise(
     model: nn.Module,
