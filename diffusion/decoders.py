@@ -12,15 +12,15 @@ from collections.abc import Callable
 import torch
 
 from softar.decoders.answer import Decoded, Decoder
-from softar.decoders.kinds import check_model, columns_of, open_model
-from softar.decoders.options import check_options, format_options
+from softar.decoders.card import Card, check_model, columns_of, open_model
+from softar.decoders.options import Common, check_options, format_options
 from softar.evaluate import evaluating, read_prompts
 
 from .config import DenoiseConfig
 from .knobs import gather_knobs
 from .loop import DenoiseOutput, denoise
 from .models import load
-from .net import facts
+from .net import Facts, facts
 from .schedules import SCHEDULE_KNOBS
 from .soften import SOFTENERS
 from .trace import Tracer
@@ -65,10 +65,8 @@ class DiffusionDecoder:
         self.model, self.tokenizer, self.config, self.trace = model, tokenizer, config, trace
         self.ends = self.facts.end_ids if config.end_ids is None else config.end_ids
         decoder = decided.soften if isinstance(decided.soften, str) else "softener"
-        training = "duo" if self.facts.uniform else "soft-mask" if self.facts.soft_mask else "hard"
-        self.columns = (
-            columns_of(decoder, model, "diffusion") | {"training": training} | (columns or {})
-        )
+        self.columns = columns_of(decoder, model, "diffusion")
+        self.columns |= {"training": training_of(self.facts)} | (columns or {})
         self.name = name or decoder
         self.rng = torch.Generator().manual_seed(seed)
 
@@ -93,14 +91,16 @@ class DiffusionDecoder:
             out = denoise(self.model, ids, mask, config=self.config, rng=self.rng, callback=tracer)
         texts, tokens = zip(*(self._read(out, row) for row in range(len(prompts))), strict=True)
         seconds = (time.perf_counter() - started) / len(prompts)
-        cost = out.token_forwards / len(prompts), seconds
-        traces = [
-            tracer and tracer.canvas(row, out, title=self.name) for row in range(len(prompts))
-        ]
-        forwards = [self._forwards(out, row) for row in range(len(prompts))]
         return [
-            Decoded(*row, *cost, None, trace)
-            for *row, trace in zip(texts, tokens, forwards, traces, strict=True)
+            Decoded(
+                text=texts[row],
+                tokens=tokens[row],
+                num_forwards=self._forwards(out, row),
+                token_forwards=out.token_forwards / len(prompts),
+                seconds=seconds,
+                trace=tracer and tracer.canvas(row, out, title=self.name),
+            )
+            for row in range(len(prompts))
         ]
 
     def _forwards(self, out: DenoiseOutput, row: int) -> float:
@@ -121,9 +121,26 @@ class DiffusionDecoder:
         return text, tuple(i for i, is_decided in zip(ids[: stop + 1], decided) if is_decided)
 
 
-@functools.cache
-def _open(model: str, dtype: str, device: str | None):
-    return load(model, dtype=dtype, device=device)
+_load = functools.cache(load)
+
+
+def _open(decoder: str, card: Card, dtype: str, device: str | None):
+    opener = functools.partial(_load, card.name, dtype=dtype, device=device)
+    return open_model(card, "diffusion", decoder, opener)
+
+
+def training_of(model_facts: Facts) -> str:
+    """What a model was trained with, for a table's rows."""
+    if model_facts.uniform is not None:
+        return "duo"
+    return "soft-mask" if model_facts.soft_mask else "hard"
+
+
+def own_decoder(card: Card, dtype: str, device: str | None) -> str:
+    """The model is opened, once for all decoders: its configuration can say so, a file beside it,
+    or its base's."""
+    model, _ = _open("hard", card, dtype, device)
+    return "soft-mask" if training_of(facts(model)) == "soft-mask" else "hard"
 
 
 def denoise_config(decoder: str, options: dict) -> DenoiseConfig:
@@ -140,18 +157,13 @@ def denoise_config(decoder: str, options: dict) -> DenoiseConfig:
     return DenoiseConfig(**options, soften=decoder)
 
 
-def _make(
-    decoder, model, *, max_new_tokens, seed=0, trace=False, dtype="auto", device=None, **options
-):
-    """A DiffusionDecoder; options: fields of DenoiseConfig and knobs of the softener. gen_length is
-    max_new_tokens."""
-    config = denoise_config(decoder, {"gen_length": max_new_tokens} | options)
-    net, tokenizer = open_model(model, "diffusion", decoder, lambda: _open(model, dtype, device))
-    setting = format_options(options, " ")
-    columns = {"decoder": decoder, "model": model, "setting": setting}
-    name = " ".join(filter(None, [decoder, setting]))
+def _make(decoder: str, card: Card, common: Common, /, **options) -> DiffusionDecoder:
+    """options: fields of DenoiseConfig and knobs of the softener. gen_length is max_new_tokens."""
+    config = denoise_config(decoder, {"gen_length": common.max_new_tokens} | options)
+    model, tokenizer = _open(decoder, card, common.dtype, common.device)
+    labels = common.labels(decoder, card.name, format_options(options, " "))
     return DiffusionDecoder(
-        net, tokenizer, config, name=name, seed=seed, trace=trace, columns=columns
+        model, tokenizer, config, seed=common.seed, trace=common.trace, **labels
     )
 
 

@@ -82,9 +82,8 @@ class SoftarDiffusionLM(LoadedLM):
         to its end."""
         self._check_asked(asked)
         room = max_length - context.shape[1]
-        length = self.how.gen_length or -(-room // (self.how.block_length or 1)) * (
-            self.how.block_length or 1
-        )
+        block = self.how.block_length or 1
+        length = self.how.gen_length or -(-room // block) * block
         try:
             config = dataclasses.replace(self.how, gen_length=length)
             out = denoise(
@@ -113,7 +112,7 @@ class SoftarDiffusionLM(LoadedLM):
             )
         if unknown := sorted(set(asked) - {*SAMPLING, "do_sample"}):
             raise BadArgument(
-                f"gen_kwargs {unknown} say nothing to softar-diffusion: give model_args"
+                f"gen_kwargs {unknown} mean nothing to softar-diffusion: give model_args"
             )
 
     def _loglikelihood_tokens(

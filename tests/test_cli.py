@@ -15,8 +15,8 @@ import pytest
 import typer
 
 from softar.cli import app as cli
-from softar.cli import inputs as cli_work
-from softar.cli import output as cli_format
+from softar.cli import inputs, streams
+from softar.decoders.card import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = typer.main.get_command(cli.app)
@@ -93,8 +93,8 @@ def test_examples_parse(name, words):
     for spec in [
         s for key in ("decoder", "soft", "baseline") for s in listed(context.params.get(key))
     ]:
-        assert cli_work.family(spec)
-    assert context.params.get("model") in (None, *cli_work.MODELS, "answerdotai/ModernBERT-base")
+        assert inputs.family(spec)
+    assert context.params.get("model") in (None, *inputs.MODELS, "answerdotai/ModernBERT-base")
     assert context.params.get("config") is None or (ROOT / context.params["config"]).is_file()
 
 
@@ -165,7 +165,7 @@ def test_models_are_all_there_are(softar):
 
 
 def test_models_say_what_is_not_installed(softar, monkeypatch):
-    monkeypatch.setattr(cli_format, "is_installed", lambda package: False)
+    monkeypatch.setattr(streams, "is_installed", lambda package: False)
     found = {m["name"]: m["installed"] for m in json.loads(softar("models", "--json")[1])}
     assert [name for name, installed in found.items() if not installed] == ["smollm2-135m"]
     assert softar("models")[1].count("not installed") == 1
@@ -183,19 +183,18 @@ def test_tasks_are_all_there_are(softar):
 
 
 def test_default_models_and_decoders(monkeypatch):
-    monkeypatch.setattr(cli_work.importlib.util, "find_spec", lambda name: None)
-    assert cli_work.default_model(None) == "mnns-soft-tiny"
-    assert cli_work.default_model("soft-token") == "mnns-diffusion-tiny"
-    common = dict(seed=0, dtype="float32", device=None)
+    monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
+    assert inputs.default_model(None) == "mnns-soft-tiny"
+    assert inputs.default_model("soft-token") == "mnns-diffusion-tiny"
     specs = {
-        name: cli_work.default_spec(name, common)
-        for name in cli_work.MODELS
+        name: inputs.default_spec(describe(name), "float32", None)
+        for name in inputs.MODELS
         if name != "smollm2-135m"
     }
     assert specs == {
         "mnns-soft-tiny": "soft",
         "mnns-discrete-tiny": "discrete",
-        "mnns-tiny": cli_work.UNTRAINED,
+        "mnns-tiny": inputs.UNTRAINED,
         "mnns-diffusion-tiny": "soft-mask",
         "latin-diffusion-tiny": "soft-mask",
     }
@@ -205,7 +204,7 @@ def test_default_models_and_decoders(monkeypatch):
 
 
 def test_generate(softar):
-    cli_work.quiet()
+    inputs.quiet()
     from softar.decoders.registry import make_decoder
 
     (found,) = make_decoder("soft", model="mnns-soft-tiny", max_new_tokens=6).decode([PROMPT])
@@ -229,9 +228,9 @@ def test_generate(softar):
 
 def test_generate_options_reach_the_decoder(softar, monkeypatch):
     made = []
-    plain = cli_work.answer
+    plain = inputs.answer
     monkeypatch.setattr(
-        cli_work, "answer", lambda decoder, *rest: made.append(decoder) or plain(decoder, *rest)
+        inputs, "answer", lambda decoder, *rest: made.append(decoder) or plain(decoder, *rest)
     )
     words = (
         "--temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.01 --alpha 0.25 --answer-temperature 0.7"
@@ -267,7 +266,7 @@ def test_generate_by_other_decoders(softar, spec):
     code, out, _ = softar("generate", PROMPT, "-d", spec, "-m", "mnns-discrete-tiny", "--json")
     answer = json.loads(out)
     assert code == 0 and answer["text"].split()[-1].startswith("S") and "S" in answer["completion"]
-    assert answer["decoder"] == cli_work.family(spec) or answer["decoder"] in spec
+    assert answer["decoder"] == inputs.family(spec) or answer["decoder"] in spec
 
 
 class Terminal(io.StringIO):
@@ -282,17 +281,17 @@ def test_generate_streams_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    made = cli_work.open_decoder(
+    made = inputs.open_decoder(
         None, "mnns-soft-tiny", {}, max_new_tokens=None, seed=0, dtype="float32", device=None
     )
     seen = []
-    plain = cli_format.Printer.__call__
+    plain = streams.Printer.__call__
     monkeypatch.setattr(
-        cli_format.Printer,
+        streams.Printer,
         "__call__",
         lambda self, step: (plain(self, step), seen.append(screen.getvalue()))[0],
     )
-    cli_work.answer(made, PROMPT, PROMPT, False)
+    inputs.answer(made, PROMPT, PROMPT, False)
     monkeypatch.undo()
     (found,) = made.decode([PROMPT])
     assert len(seen) == len(found.tokens) and all(a != b for a, b in itertools.pairwise(seen[:4]))
@@ -304,14 +303,14 @@ def test_generate_streams_on_a_terminal(monkeypatch, capsys):
 
 
 def test_stream_counts_as_decode_does(monkeypatch):
-    made = cli_work.open_decoder(
+    made = inputs.open_decoder(
         "gumbel", "mnns-soft-tiny", {}, max_new_tokens=6, seed=3, dtype="float32", device=None
     )
-    twin = cli_work.open_decoder(
+    twin = inputs.open_decoder(
         "gumbel", "mnns-soft-tiny", {}, max_new_tokens=6, seed=3, dtype="float32", device=None
     )
     monkeypatch.setattr(sys, "stdout", Terminal())
-    streamed = cli_work.stream(made, PROMPT)
+    streamed = inputs.stream(made, PROMPT)
     monkeypatch.undo()
     (plain,) = twin.decode([PROMPT])
     assert (streamed.text, streamed.tokens) == (plain.text, plain.tokens)
@@ -334,7 +333,7 @@ def test_a_character_of_several_tokens_is_printed_whole(monkeypatch):
 
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
-    printer = cli_format.Printer(Bytes(), SoftConfig())
+    printer = streams.Printer(Bytes(), SoftConfig())
     shown = []
     for byte in "aé!".encode():
         printer({"record": Record(None, None, torch.tensor([byte]), torch.tensor([1]), None, None)})
@@ -357,14 +356,10 @@ class Plain(Chatty):
 def test_chat_where_the_tokenizer_has_a_template():
     user, system = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be brief."}
     assert (
-        cli_work.as_prompt(Chatty(), "Hi", None)
-        == [user]
-        == cli_work.as_prompt(Chatty(), "Hi", True)
+        inputs.as_prompt(Chatty(), "Hi", None) == [user] == inputs.as_prompt(Chatty(), "Hi", True)
     )
-    assert cli_work.as_prompt(Chatty(), "Hi", None, "Be brief.") == [system, user]
-    assert (
-        cli_work.as_prompt(Plain(), "Hi", None) == "Hi" == cli_work.as_prompt(Chatty(), "Hi", False)
-    )
+    assert inputs.as_prompt(Chatty(), "Hi", None, "Be brief.") == [system, user]
+    assert inputs.as_prompt(Plain(), "Hi", None) == "Hi" == inputs.as_prompt(Chatty(), "Hi", False)
 
 
 # -- fill
@@ -559,15 +554,15 @@ def test_ctrl_c_keeps_what_a_comparison_has_done(softar, monkeypatch, tmp_path):
 def test_the_default_comparison(softar, task):
     code, out, _ = softar("compare", "--task", task, "--limit", 3, "--json")
     found = json.loads(out)["rows"]
-    assert code == 0 and len(found) == len(cli_work.COMPARED[task])
+    assert code == 0 and len(found) == len(inputs.COMPARED[task])
     families = {row["family"] for row in found}
     assert families == ({"autoregressive", "diffusion"} if task == "mnns" else {"diffusion"})
 
 
 def test_decoders_of_a_comparison_by_its_model():
-    assert cli_work.compared("mnns", "mnns-diffusion-tiny") == ["hard", "soft-mask"]
-    assert cli_work.compared("mnns", "mnns-tiny")[:2] == ["discrete", "soft"]
-    assert cli_work.compared("reasoning_gym:chain_sum", None)[:2] == ["discrete", "soft"]
+    assert inputs.compared("mnns", "mnns-diffusion-tiny") == ["hard", "soft-mask"]
+    assert inputs.compared("mnns", "mnns-tiny")[:2] == ["discrete", "soft"]
+    assert inputs.compared("reasoning_gym:chain_sum", None)[:2] == ["discrete", "soft"]
 
 
 def test_chats_of_a_comparison():
@@ -581,20 +576,20 @@ def test_chats_of_a_comparison():
 
     rows, chatty, plain = Dataset.from_dict({"prompt": ["Hi"]}), Decoder(Chatty()), Decoder(Plain())
     chat = [[{"role": "user", "content": "Hi"}]]
-    assert [*cli_work.with_chat(rows, [chatty], None)["prompt"]] == chat
-    assert [*cli_work.with_chat(rows, [chatty], False)["prompt"]] == ["Hi"]
-    assert [*cli_work.with_chat(rows, [chatty, plain], None)["prompt"]] == ["Hi"]
+    assert [*inputs.with_chat(rows, [chatty], None)["prompt"]] == chat
+    assert [*inputs.with_chat(rows, [chatty], False)["prompt"]] == ["Hi"]
+    assert [*inputs.with_chat(rows, [chatty, plain], None)["prompt"]] == ["Hi"]
     with pytest.raises(ValueError, match="model='some' has no chat template"):
-        cli_work.with_chat(rows, [chatty, plain], True)
+        inputs.with_chat(rows, [chatty, plain], True)
 
 
 def test_length_of_an_answer():
     from softar.tasks import load_task
 
     rows = {name: load_task(name, size=10).test for name in ("mnns", "latin")}
-    assert cli_work.answer_length(rows["mnns"], "soft", None) == 5
-    assert cli_work.answer_length(rows["mnns"], "hard", 7) == 7
-    assert cli_work.answer_length(rows["latin"], "hard", 7) == 0
+    assert inputs.answer_length(rows["mnns"], "soft", None) == 5
+    assert inputs.answer_length(rows["mnns"], "hard", 7) == 7
+    assert inputs.answer_length(rows["latin"], "hard", 7) == 0
 
 
 # -- trace
@@ -700,7 +695,7 @@ def test_serve(softar, monkeypatch):
     body = json.loads(shlex.split(curl)[-1])
     assert url == server.url and f"{url}/v1/completions" in curl and body["model"] == "mnns-tiny"
     words = shlex.split(again)
-    assert words[:2] == ["softar", "generate"] and cli_work.family(words[-1]) == "vllm"
+    assert words[:2] == ["softar", "generate"] and inputs.family(words[-1]) == "vllm"
     out = softar("serve", "mnns-tiny", "--soft")[1]
     assert [how["soft"] for _, how in asked] == [False, False, True] and "vllm_xargs" in out
     server.end = 3
@@ -765,7 +760,7 @@ BAD = [
         ["sweep", "--plot", "foreign"],
         "foreign/summary.json is no results file of a sweep (KeyError('run')): delete",
     ),
-    (["sweep", "--plot", "nowhere", "-t", "mnns"], "--plot FOLDER goes by itself"),
+    (["sweep", "--plot", "nowhere", "-t", "mnns"], "--plot FOLDER stands alone"),
     (["sweep", "--config", "nowhere.yaml"], "nowhere.yaml"),
     (
         ["sweep", "-t", "latin", "--soft", "hard", "--vary", "threshold"],
@@ -791,7 +786,7 @@ def test_an_error_that_nobody_expects_keeps_its_traceback(monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli_work, "open_decoder", broken)
+    monkeypatch.setattr(inputs, "open_decoder", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["generate", PROMPT])
 
@@ -800,7 +795,7 @@ def test_errors_of_several_lines_become_one(softar, monkeypatch):
     def broken(*args, **kwargs):
         raise ValueError("one\n  two\n\nthree")
 
-    monkeypatch.setattr(cli_work, "open_decoder", broken)
+    monkeypatch.setattr(inputs, "open_decoder", broken)
     assert softar("generate", PROMPT) == (2, "", "softar: error: one two three\n")
 
 
@@ -808,7 +803,7 @@ def test_ctrl_c(softar, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_work, "open_decoder", interrupted)
+    monkeypatch.setattr(inputs, "open_decoder", interrupted)
     assert softar("generate", PROMPT) == (130, "", "")
     monkeypatch.setattr(cli, "app", interrupted)  # outside of typer, too
     assert softar("generate", PROMPT) == (130, "", "")
@@ -818,20 +813,20 @@ def test_ctrl_c(softar, monkeypatch):
 
 
 def test_only_json_on_stdout_whatever_libraries_print(softar, monkeypatch):
-    plain = cli_work.open_decoder
+    plain = inputs.open_decoder
 
     def chatty(*args, **kwargs):
         print("loading...")
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(cli_work, "open_decoder", chatty)
+    monkeypatch.setattr(inputs, "open_decoder", chatty)
     code, out, err = softar("generate", PROMPT, *SOFT, "--json")
     assert code == 0 and json.loads(out)["text"] and err == "loading...\n"
 
 
 def test_only_results_holds_children_too():
     code = (
-        "import os, subprocess; from softar.cli.output import only_results\n"
+        "import os, subprocess; from softar.cli.streams import only_results\n"
         "print('before')\n"
         "with only_results(): print('python'); os.system('echo child'); subprocess.run(['echo', 'another'])\n"
         "print('after')"
@@ -869,13 +864,13 @@ def test_a_whole_process():
 
 
 def test_json_has_no_nan():
-    assert cli_format._plain(
+    assert streams._plain(
         {"a": [float("nan"), 1.5, Path("x"), None, True], 2: (float("inf"),)}
     ) == {"a": [None, 1.5, "x", None, True], "2": [None]}
 
 
 def test_masks_are_whole():
-    assert cli_work.with_masks("a ___ b _", "<mask>") == "a <mask> b <mask>"
+    assert inputs.with_masks("a ___ b _", "<mask>") == "a <mask> b <mask>"
     assert (
-        cli_work.with_masks("a <|mdm_mask|> b _", "<|mdm_mask|>") == "a <|mdm_mask|> b <|mdm_mask|>"
+        inputs.with_masks("a <|mdm_mask|> b _", "<|mdm_mask|>") == "a <|mdm_mask|> b <|mdm_mask|>"
     )

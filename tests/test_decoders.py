@@ -17,8 +17,8 @@ from transformers import BertConfig, BertForMaskedLM
 import softar
 from softar import Kind, SoftConfig
 from softar.decoders.answer import Decoded
-from softar.decoders.beam import BeamDecoder
-from softar.decoders.kinds import family_of
+from softar.decoders.beam import BeamDecoder, BeamOptions
+from softar.decoders.card import Card, describe
 from softar.decoders.options import format_options
 from softar.decoders.registry import FAMILIES, decoders_of, find, make_decoder, parse_spec
 from softar.decoders.soft import (
@@ -183,7 +183,7 @@ def test_names_and_columns_tell_settings():
     )
 
 
-def test_a_spec_goes_before_the_arguments():
+def test_a_spec_overrides_the_arguments():
     decoder = make_decoder(
         "mnns-tiny=sampled:max_new_tokens=2,seed=5", model="nothing", max_new_tokens=9
     )
@@ -199,7 +199,7 @@ def test_a_spec_goes_before_the_arguments():
 
 def test_options_become_the_configuration():
     def made(name, **options):
-        return soft_config("mnns-tiny", name, options)
+        return soft_config(None, name, options)
 
     assert made("gumbel", tau=0.3, top_k=4, think_end=[5, 6]) == SoftConfig(
         mixer="gumbel", mixer_args={"tau": 0.3}, top_k=4, think_end=(5, 6)
@@ -231,20 +231,23 @@ def test_a_models_own_configuration_is_the_default(tmp_path):
         mixer="gumbel", mixer_args={"tau": 0.7}, alpha=0.0, temperature=0.6, budget=2, top_k=None
     )
     own.save(tmp_path)
-    model = str(tmp_path)
+    model, card = str(tmp_path), describe(str(tmp_path))
+    assert card == Card(model, tmp_path, "autoregressive", own)
     change = dict(mixer="gumbel", mixer_args={"tau": 0.7}, alpha=1.0)
-    assert soft_config(model, "gumbel", {}) == dataclasses.replace(own, **change)
+    assert soft_config(own, "gumbel", {}) == dataclasses.replace(own, **change)
     assert soft_config(
-        model, "gumbel", {"budget": 1, "tau": 2.0, "alpha": 0.0}
+        own, "gumbel", {"budget": 1, "tau": 2.0, "alpha": 0.0}
     ) == dataclasses.replace(own, budget=1, mixer_args={"tau": 2.0})
     # knobs of another mixer are not its own
-    assert soft_config(model, "dirichlet", {}).mixer_args == {}
-    assert soft_config(model, "discrete", {}) == dataclasses.replace(
+    assert soft_config(own, "dirichlet", {}).mixer_args == {}
+    assert soft_config(own, "discrete", {}) == dataclasses.replace(
         own, mixer="hard", mixer_args={}, alpha=0.0
     )
     decoder = make_decoder("beam:num_beams=2", model=model, max_new_tokens=6)
     assert decoder.thought.budget == 2 and decoder.settings.max_new_tokens == 6
-    assert soft_config("mnns-soft-tiny", "soft", {}) == SoftConfig.load(folder_of("mnns-soft-tiny"))
+    shipped = describe("mnns-soft-tiny")
+    assert shipped.config == SoftConfig.load(folder_of("mnns-soft-tiny"))
+    assert soft_config(shipped.config, "soft", {}) == shipped.config
     (tmp_path / "soft_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"its soft_config.json cannot be read"):
         make_decoder("soft", model=model, max_new_tokens=6)
@@ -296,7 +299,7 @@ def test_beam_is_transformers_beam_search(how, tiny, recwarn):
     ):
         expected, calls = plain_generate(model, tokenizer, **how)
         recwarn.clear()
-        found = BeamDecoder(model, tokenizer, max_new_tokens=N, **how).decode(PROMPTS)
+        found = BeamDecoder(model, tokenizer, BeamOptions(N, **how)).decode(PROMPTS)
     assert not recwarn
     assert [d.tokens for d in found] == expected
     assert {d.num_forwards for d in found} == {len(calls) * how["num_beams"]}
@@ -311,8 +314,7 @@ def test_beam_options_matter(tiny):
     with edited_logits(tiny[0], lambda step, logits: logits + 3 * (torch.arange(VOCAB) == EOS)):
         found = {
             tuple(
-                d.tokens
-                for d in BeamDecoder(*tiny, beams, N, length_penalty=penalty).decode(PROMPTS)
+                d.tokens for d in BeamDecoder(*tiny, BeamOptions(N, beams, penalty)).decode(PROMPTS)
             )
             for beams, penalty in [(2, 1.0), (4, 3.0), (3, -4.0)]
         }
@@ -321,12 +323,14 @@ def test_beam_options_matter(tiny):
 
 def test_beam_ignores_the_sampling_of_the_model(tiny):
     model = model_of()
-    expected = BeamDecoder(*tiny, 3, N).decode(PROMPTS)
+    expected = BeamDecoder(*tiny, BeamOptions(N, 3)).decode(PROMPTS)
     model.generation_config.update(
         do_sample=True, temperature=3.0, top_k=2, max_length=7, num_return_sequences=2
     )
     before = model.generation_config.to_dict()
-    assert answers(BeamDecoder(model, tiny[1], 3, N).decode(PROMPTS)) == answers(expected)
+    assert answers(BeamDecoder(model, tiny[1], BeamOptions(N, 3)).decode(PROMPTS)) == answers(
+        expected
+    )
     assert model.generation_config.to_dict() == before
 
 
@@ -359,27 +363,24 @@ def test_where_the_answer_begins(where, answer, tiny):
             ["<bos> w20"]
         )[0]
     with scripted(model, words):
-        beam = BeamDecoder(model, tokenizer, 2, 20, config=SoftConfig(**where)).decode(
-            ["<bos> w20"]
-        )[0]
+        beam = BeamDecoder(model, tokenizer, BeamOptions(20, 2, **where)).decode(["<bos> w20"])[0]
     assert soft.text == beam.text == answer
     assert soft.tokens == beam.tokens == tuple(words)
 
 
 def test_an_opened_thought_hides_the_answer_until_it_ends(tiny):
     model, tokenizer = tiny
-    where = SoftConfig(think_start="<think>", think_end="</think>")
+    where = dict(think_start="<think>", think_end="</think>")
     for prompt, words, answer in [
         ("<bos> <think>", [10, 11, EOS], ""),
         ("<bos> <think> w9 </think>", [10, 11, EOS], "w10 w11"),
         ("<bos>", [3, 10, END, 11, END, 12, EOS], "w11 </think> w12"),  # 3 is <think>
     ]:
         with scripted(model, words):
-            assert (
-                BeamDecoder(model, tokenizer, 2, 9, config=where).decode([prompt])[0].text == answer
-            )
+            beam = BeamDecoder(model, tokenizer, BeamOptions(9, 2, **where))
+            assert beam.decode([prompt])[0].text == answer
         with scripted(model, words):
-            hard = dataclasses.replace(where, mixer="hard", max_new_tokens=9)
+            hard = SoftConfig(mixer="hard", max_new_tokens=9, **where)
             assert SoftDecoder(model, tokenizer, hard).decode([prompt])[0].text == answer
 
 
@@ -448,7 +449,7 @@ def test_a_row_of_a_batch_is_the_row_alone(name, tiny, filler):
         config = DenoiseConfig(gen_length=6, steps=3, soften=name)
         decoder, prompts = DiffusionDecoder(*filler, config), [*MNNS, "<bos> D1 D2 ->"]
     elif name == "beam":
-        decoder, prompts = BeamDecoder(*tiny, 3, N), PROMPTS
+        decoder, prompts = BeamDecoder(*tiny, BeamOptions(N, 3)), PROMPTS
     else:  # in a net as wide as the others' mixtures amplify rounding until tokens part
         decoder = SoftDecoder(
             model_of(initializer_range=0.2),
@@ -466,7 +467,10 @@ def test_a_row_of_a_batch_is_the_row_alone(name, tiny, filler):
 
 
 def test_seconds_are_those_of_the_call(tiny):
-    for decoder in (SoftDecoder(*tiny, SoftConfig(max_new_tokens=40)), BeamDecoder(*tiny, 2, 40)):
+    for decoder in (
+        SoftDecoder(*tiny, SoftConfig(max_new_tokens=40)),
+        BeamDecoder(*tiny, BeamOptions(40, 2)),
+    ):
         started = time.perf_counter()
         found = decoder.decode(PROMPTS)
         whole = time.perf_counter() - started
@@ -644,7 +648,7 @@ def test_chats_are_read_by_the_template(tiny, filler):
     tokenizer.chat_template = template
     for make in (
         lambda: SoftDecoder(model, tokenizer, SoftConfig()),
-        lambda: BeamDecoder(model, tokenizer, 2, N),
+        lambda: BeamDecoder(model, tokenizer, BeamOptions(N, 2)),
     ):
         assert answers(make().decode(chats)) == answers(make().decode(PROMPTS))
 
@@ -653,13 +657,13 @@ def test_models_are_in_eval_mode_meanwhile():
     tokenizer = tokenizer_of()
     model = model_of(attention_dropout=0.5)
     expected = answers(SoftDecoder(model, tokenizer, SoftConfig(max_new_tokens=N)).decode(PROMPTS))
-    beams = answers(BeamDecoder(model, tokenizer, 2, N).decode(PROMPTS))
+    beams = answers(BeamDecoder(model, tokenizer, BeamOptions(N, 2)).decode(PROMPTS))
     model.train()
     assert (
         answers(SoftDecoder(model, tokenizer, SoftConfig(max_new_tokens=N)).decode(PROMPTS))
         == expected
     )
-    assert answers(BeamDecoder(model, tokenizer, 2, N).decode(PROMPTS)) == beams
+    assert answers(BeamDecoder(model, tokenizer, BeamOptions(N, 2)).decode(PROMPTS)) == beams
     assert model.training
     model.eval()
     SoftDecoder(model, tokenizer, SoftConfig(max_new_tokens=2)).decode(PROMPTS)
@@ -668,8 +672,8 @@ def test_models_are_in_eval_mode_meanwhile():
 
 def test_adapters_decode():
     tokenizer, model = tokenizer_of(), with_lora(model_of())
-    plain = BeamDecoder(model_of(), tokenizer, 2, N).decode(PROMPTS)
-    found = BeamDecoder(model, tokenizer, 2, N).decode(PROMPTS)
+    plain = BeamDecoder(model_of(), tokenizer, BeamOptions(N, 2)).decode(PROMPTS)
+    found = BeamDecoder(model, tokenizer, BeamOptions(N, 2)).decode(PROMPTS)
     assert answers(found) != answers(plain) and found[0].num_forwards == plain[0].num_forwards
     assert SoftDecoder(model, tokenizer, SoftConfig()).decode(PROMPTS)[0].num_forwards > 1
 
@@ -727,7 +731,7 @@ def test_a_canvas_is_made_outside_the_clock(monkeypatch):
 def test_a_trace_begins_with_the_prompt_alone(tiny):
     for decoder in (
         SoftDecoder(*tiny, SoftConfig(), trace=True),
-        BeamDecoder(*tiny, 2, N, trace=True),
+        BeamDecoder(*tiny, BeamOptions(N, 2), trace=True),
     ):
         assert [d.trace.prompt for d in decoder.decode(PROMPTS)] == PROMPTS
 
@@ -796,7 +800,7 @@ def decoder_tokenizer(decoder):
         ("mnns-tiny=self-consistency:votes=x", "votes='x' must be a whole number"),
         (
             "mnns-tiny=self-consistency:of=soft",
-            "of='soft' is no decoder that draws: choose one of ['sampled', ",
+            "of='soft' is not a decoder that draws: choose one of ['sampled', ",
         ),
         (
             "mnns-tiny=self-consistency:tau=1",
@@ -876,7 +880,7 @@ def test_models_of_the_other_kind(tiny, filler, tmp_path):
     with pytest.raises(
         ValueError, match="LladaForMaskedDiffusion is a masked-diffusion model, and decoder 'beam'"
     ):
-        BeamDecoder(*filler, 2, 4)
+        BeamDecoder(*filler, BeamOptions(4, 2))
     for model in (tiny[0], with_lora(model_of())):
         with pytest.raises(
             ValueError,
@@ -903,13 +907,15 @@ def test_models_of_the_other_kind(tiny, filler, tmp_path):
     (adapter / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(tmp_path / "bert")})
     )
-    kinds = {n: family_of(str(tmp_path / n)) for n in ("llama", "llada", "bert", "adapter", "none")}
+    names = ("llama", "llada", "bert", "adapter", "none")
+    kinds = {name: describe(str(tmp_path / name)).kind for name in names}
     diffusion, autoregressive = "diffusion", "autoregressive"
     assert kinds == dict(
         llama=autoregressive, llada=diffusion, bert=diffusion, adapter=diffusion, none=None
     )
-    assert family_of("x/y.gguf") == family_of("mnns-soft-tiny") == autoregressive
-    assert family_of("latin-diffusion-tiny") == diffusion and family_of("owner/unknown") is None
+    assert describe("x/y.gguf").kind == describe("mnns-soft-tiny").kind == autoregressive
+    assert describe("latin-diffusion-tiny").kind == diffusion
+    assert describe("owner/unknown") == Card("owner/unknown", None, None, None)
     with pytest.raises(
         ValueError, match=r"bert' is a masked-diffusion model, and decoder 'gumbel'"
     ):

@@ -286,7 +286,7 @@ def test_softar_names_diffusion_in_three_strings():
     lm-eval's second model."""
     homes = {
         "softar/decoders/registry.py": "softar.diffusion.decoders",
-        "softar/decoders/kinds.py": "softar.diffusion.models",
+        "softar/decoders/card.py": "softar.diffusion.models",
         "softar/evals/lm_eval.py": "softar.diffusion.lm_eval",
     }
     named = {}

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM
 
 import softar.vllm.export
 import softar.vllm.server
+from softar.decoders.card import describe
+from softar.decoders.options import Common
 from softar.models import load
 from softar.vllm.client import ServerDecoder
 from softar.vllm.completions import MODES, Sampling
@@ -50,7 +52,10 @@ ALL = {
 OFFLINE = """
 import dataclasses, json, os, sys
 import psutil
-from softar.vllm import DECODERS, VLLMDecoder
+from softar.decoders.card import describe
+from softar.decoders.options import Common
+from softar.vllm import VLLMDecoder
+from softar.vllm.decoders import DECODERS
 
 def main(folder, out, prompts, chat, all, new):
     decoders = {key: VLLMDecoder(folder, max_new_tokens=new, seed=3, **how) for key, how in all.items()}
@@ -70,7 +75,7 @@ def main(folder, out, prompts, chat, all, new):
         out["long"] = str(error)
     crowd = decoders["sampled"].decode(["w5 " * 200] * 80)  # more at once than the engine computes in a step
     out["crowd"] = [len(row.tokens) for row in crowd]
-    traced = DECODERS["vllm-greedy"](folder, max_new_tokens=new, trace=True)
+    traced = DECODERS["vllm-greedy"](describe(folder), Common(new, trace=True))
     out["trace"] = [step.token for step in traced.decode(prompts[:1])[0].trace.steps]
     tree = psutil.Process().children(recursive=True)
     others = [p for p in tree if "resource_tracker" not in str(p.cmdline())]
@@ -675,10 +680,10 @@ def test_without_vllm(folder, monkeypatch):
 def test_registry(server, folder):
     assert list(DECODERS) == [f"vllm-{mode}" for mode in MODES]
     made = [
-        DECODERS["vllm-sampled"](folder, max_new_tokens=2, top_p=0.5),
-        DECODERS["vllm-beam"](folder, max_new_tokens=2, num_beams=2, max_model_len=64),
+        DECODERS["vllm-sampled"](describe(folder), Common(2), top_p=0.5),
+        DECODERS["vllm-beam"](describe(folder), Common(2), num_beams=2, max_model_len=64),
         DECODERS["vllm-greedy"](
-            folder, max_new_tokens=2, device="cuda" if torch.cuda.is_available() else "cpu"
+            describe(folder), Common(2, device="cuda" if torch.cuda.is_available() else "cpu")
         ),
     ]
     assert [d.name for d in made] == [
@@ -690,9 +695,9 @@ def test_registry(server, folder):
         decoder="vllm-beam", model=folder, setting="num_beams=2", family="vllm"
     )
     assert all(isinstance(d, VLLMDecoder) for d in made)
-    remote = DECODERS["vllm-greedy"](folder, max_new_tokens=2, url=server.url, timeout=60)
+    remote = DECODERS["vllm-greedy"](describe(folder), Common(2), url=server.url, timeout=60)
     assert isinstance(remote, ServerDecoder) and len(remote.decode(PROMPTS)[0].tokens) <= 2
-    embedded = DECODERS["vllm-greedy"]("mnns-tiny", max_new_tokens=2, url=server.url)
+    embedded = DECODERS["vllm-greedy"](describe("mnns-tiny"), Common(2), url=server.url)
     assert embedded.tokenizer("<bos> D1")["input_ids"] == [1, 7]
 
 
@@ -735,7 +740,7 @@ def test_registry(server, folder):
 def test_bad_options(options, said, folder):
     name, options = options.get("name", "greedy"), {k: v for k, v in options.items() if k != "name"}
     with pytest.raises(ValueError, match=said) as caught:
-        DECODERS[f"vllm-{name}"](folder, max_new_tokens=2, **options)
+        DECODERS[f"vllm-{name}"](describe(folder), Common(2), **options)
     assert "\n" not in str(caught.value)
 
 
@@ -743,7 +748,7 @@ def test_options_that_are_not_set():
     sampled = ServerDecoder("http://x", mode="sampled", top_p=None, num_beams=None)
     assert sampled.sampling == Sampling("sampled", num_beams=None)
     assert DECODERS["vllm-soft"](
-        "mnns-soft-tiny", max_new_tokens=2, url="http://x", answer_temperature=0
+        describe("mnns-soft-tiny"), Common(2), url="http://x", answer_temperature=0
     ).soft["top_k"]
 
 

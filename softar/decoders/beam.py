@@ -5,15 +5,18 @@ import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import nn
+from transformers import BatchEncoding
 
-from ..config import SoftConfig
+from ..checks import check_least
+from ..config import Ids, SoftConfig
 from ..evaluate import evaluating, read_prompts, resolve
 from ..models import plain
 from ..show.trace import Step, Trace, Words
 from .answer import Decoded
-from .kinds import check_model, columns_of
+from .card import check_model, columns_of
 
 # Sampling is off, with neutral values: what is None generate fills from the model's configuration,
 # and it warns of what beam search does not use.
@@ -34,58 +37,62 @@ NEUTRAL = dict(
 )
 
 
+@dataclass(frozen=True)
+class BeamOptions:
+    """How beam search goes, and where its answer begins."""
+
+    max_new_tokens: int
+    num_beams: int = 4
+    length_penalty: float = 1.0  # hypotheses are compared by log-probability / length ** this
+    early_stopping: bool | str = False  # as in transformers; "never" is the text
+    # As in SoftConfig
+    think_start: Ids = None
+    think_end: Ids = None
+    budget: int | None = None
+
+    def __post_init__(self):
+        if self.num_beams < 2:
+            raise ValueError(
+                f"num_beams={self.num_beams} must be at least 2; decoder 'discrete' is greedy"
+            )
+        check_least(self, max_new_tokens=1)
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(
+                f"early_stopping={self.early_stopping!r} is unknown: give true, false or 'never'"
+            )
+
+
 class BeamDecoder:
     """Beam search by transformers' own `model.generate`: the likeliest completion of those that the
     beams find.
 
-    NFE and positions count every beam. Hypotheses are compared by log-probability / length **
-    length_penalty.
+    NFE and positions count every beam.
 
-    Args:
-        config: says where the answer begins (think_start, think_end, budget), and nothing else.
-        early_stopping: as in transformers: False, True or "never".
-        Others as for SoftDecoder. A trace knows the tokens, and no entropy.
+    Args: as for SoftDecoder. A trace knows the tokens, and no entropy.
     """
 
     def __init__(
-        self,
-        model,
-        tokenizer,
-        num_beams: int,
-        max_new_tokens: int,
-        *,
-        length_penalty: float = 1.0,
-        early_stopping: bool | str = False,
-        config: SoftConfig | None = None,
-        name=None,
-        trace=False,
-        columns=None,
+        self, model, tokenizer, options: BeamOptions, *, name=None, trace=False, columns=None
     ):
         check_model(model, "autoregressive", name or "beam")
-        for option, value, least in (
-            ("num_beams", num_beams, 2),
-            ("max_new_tokens", max_new_tokens, 1),
-        ):
-            if value < least:
-                why = "; decoder 'discrete' is greedy" if option == "num_beams" else ""
-                raise ValueError(f"{option}={value} must be at least {least}{why}")
-        if early_stopping not in (True, False, "never"):
-            raise ValueError(
-                f"early_stopping={early_stopping!r} is unknown: give true, false or 'never'"
-            )
-        self.model, self.tokenizer, self.num_beams, self.trace = model, tokenizer, num_beams, trace
-        self.thought = resolve(config or SoftConfig(), tokenizer)
+        self.model, self.tokenizer, self.trace = model, tokenizer, trace
+        self.num_beams = options.num_beams
+        self.thought = resolve(
+            SoftConfig(
+                think_start=options.think_start, think_end=options.think_end, budget=options.budget
+            ),
+            tokenizer,
+        )
         self.settings = copy.deepcopy(plain(model).generation_config)
         self.settings.update(
             **NEUTRAL,
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
+            num_beams=options.num_beams,
+            max_new_tokens=options.max_new_tokens,
+            length_penalty=options.length_penalty,
+            early_stopping=options.early_stopping,
         )
-        self.columns = columns_of("beam", model, "autoregressive", f"num_beams={num_beams}") | (
-            columns or {}
-        )
+        setting = f"num_beams={options.num_beams}"
+        self.columns = columns_of("beam", model, "autoregressive", setting) | (columns or {})
         self.name = name or f"beam {self.columns['setting']}"
 
     def decode(self, prompts: list) -> list[Decoded]:
@@ -101,21 +108,28 @@ class BeamDecoder:
                 tokenizer=self.tokenizer,
             ).tolist()
         width = inputs["input_ids"].shape[1]
-        tokens = [self._unpadded(row[width:]) for row in sequences]
-        given = [
-            ids[mask.bool()].tolist()
-            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])
+        rows = [self._unpadded(sequence[width:]) for sequence in sequences]
+        starts = [
+            self._answer_start(ids[mask.bool()].tolist(), row)
+            for ids, mask, row in zip(
+                inputs["input_ids"], inputs["attention_mask"], rows, strict=True
+            )
         ]
         texts = [
-            self.tokenizer.decode(row[self._answer_start(prompt, row) :], skip_special_tokens=True)
-            for prompt, row in zip(given, tokens, strict=True)
+            self.tokenizer.decode(row[start:], skip_special_tokens=True)
+            for row, start in zip(rows, starts, strict=True)
         ]
-        positions = sum(rows * columns for rows, columns in shapes) / len(prompts)
         seconds = (time.perf_counter() - started) / len(prompts)
-        forwards = float(len(shapes) * self.num_beams)
         return [
-            Decoded(text, tuple(row), forwards, positions, seconds, None, self._trace(prompt, row))
-            for text, row, prompt in zip(texts, tokens, given, strict=True)
+            Decoded(
+                text=texts[i],
+                tokens=tuple(rows[i]),
+                num_forwards=float(len(shapes) * self.num_beams),
+                token_forwards=sum(n * columns for n, columns in shapes) / len(prompts),
+                seconds=seconds,
+                trace=self._trace(inputs, i, rows[i], starts[i]) if self.trace else None,
+            )
+            for i in range(len(prompts))
         ]
 
     def _unpadded(self, row: list[int]) -> list[int]:
@@ -142,12 +156,10 @@ class BeamDecoder:
         ends = [end for end in range(1, len(row) + 1) if _last(row[:end], c.think_end) == end]
         return ends[0] if ends else len(row)
 
-    def _trace(self, prompt: list[int], row: list[int]) -> Trace | None:
-        if not self.trace:
-            return None
+    def _trace(self, inputs: BatchEncoding, i: int, row: list[int], start: int) -> Trace:
         words = Words(self.tokenizer)
         steps = [Step("hard", words[token], None, [(words[token], 1.0)]) for token in row]
-        start = self._answer_start(prompt, row)
+        prompt = inputs["input_ids"][i][inputs["attention_mask"][i].bool()]
         return Trace(self.tokenizer.decode(prompt), steps, title=self.name, answer_start=start)
 
 
@@ -157,10 +169,8 @@ def counted(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
     shapes = []
 
     def note(module, args, kwargs):
-        ids = (
-            kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        )
-        shapes.append(tuple(ids.shape[:2]))
+        embeds = kwargs.get("inputs_embeds")
+        shapes.append(tuple((kwargs["input_ids"] if embeds is None else embeds).shape[:2]))
 
     handle = plain(model).register_forward_pre_hook(note, with_kwargs=True)
     try:

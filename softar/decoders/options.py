@@ -5,11 +5,34 @@ import json
 import types
 import typing
 from collections.abc import Iterable
+from typing import ClassVar
 
 from ..checks import did_you_mean
 
-# of Python, where JSON has null, true and false
-WORDS = {"None": None, "True": True, "False": False}
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """What every decoder is made with."""
+
+    OPTIONS: ClassVar = ("max_new_tokens", "seed", "trace", "dtype", "device")  # all but the prefix
+
+    max_new_tokens: int
+    seed: int = 0
+    trace: bool = False
+    dtype: str = "auto"
+    device: str | None = None
+    prefix: str = ""  # of its name: "mnns-soft-tiny=" where the spec names a model
+
+    def overridden(self, decoder: str, options: dict) -> "Common":
+        """Changed by those of a decoder's options that are named as its fields. Raises ValueError
+        for a value of another type than the field's."""
+        overrides = {key: options[key] for key in self.OPTIONS if key in options}
+        return Common(**check_options(Common, decoder, dataclasses.asdict(self) | overrides))
+
+    def labels(self, decoder: str, model: str, setting: str) -> dict:
+        """A decoder's name in tables, and its columns there."""
+        name = self.prefix + " ".join(filter(None, [decoder, setting]))
+        return {"name": name, "columns": dict(decoder=decoder, model=model, setting=setting)}
 
 
 def format_options(options: dict, separator: str = ",") -> str:
@@ -28,7 +51,8 @@ def _format(value) -> str:
 
 
 def parse_options(text: str) -> dict:
-    found, at = {}, 0
+    """Reads "key=value,key=value"."""
+    options, at = {}, 0
     while at < len(text):
         key, equals, _ = text[at:].partition("=")
         if not equals or not key.strip().isidentifier():
@@ -38,10 +62,10 @@ def parse_options(text: str) -> dict:
             )
         at += len(key) + 1
         key = key.strip()
-        if key in found:
+        if key in options:
             raise ValueError(f"option {key!r} is given twice")
-        found[key], at = _value(text, at)
-    return found
+        options[key], at = _value(text, at)
+    return options
 
 
 def _value(text: str, at: int) -> tuple[typing.Any, int]:
@@ -85,11 +109,11 @@ def check_options(
             than the field's.
     """
     kinds = {f.name: f.type for f in dataclasses.fields(config) if f.name not in fixed}
-    known = sorted({*kinds, *also})
+    names = sorted({*kinds, *also})
     for name in options:
-        if name not in known:
+        if name not in names:
             raise ValueError(
-                f"decoder {decoder!r} takes no {name!r}{did_you_mean(name, known)}: it takes {known}"
+                f"decoder {decoder!r} takes no {name!r}{did_you_mean(name, names)}: it takes {names}"
             )
     return {k: _fitted(decoder, k, v, kinds[k]) if k in kinds else v for k, v in options.items()}
 
@@ -97,7 +121,7 @@ def check_options(
 def _fitted(decoder: str, name: str, value, kind):
     value = tuple(value) if isinstance(value, list) else value
     if not _fits(value, kind):
-        raise ValueError(f"decoder {decoder!r}: {name}={value!r} must be {_say(kind)}")
+        raise ValueError(f"decoder {decoder!r}: {name}={value!r} must be {_words(kind)}")
     return value
 
 
@@ -114,15 +138,22 @@ def _fits(value, kind) -> bool:
     return isinstance(value, origin or kind)
 
 
-def _say(kind) -> str:
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(filter(None, map(_say, typing.get_args(kind))))
-    said = {
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-        type(None): "null",
-    }
-    wide = {tuple: "a list of whole numbers", dict: "an object"}
-    return said.get(kind) or wide.get(typing.get_origin(kind), "")
+def _words(kind) -> str:
+    """What a value of this type is called in an error."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(filter(None, map(_words, typing.get_args(kind))))
+    return TYPES.get(origin or kind, "")
+
+
+# of Python, where JSON has null, true and false
+WORDS = {"None": None, "True": True, "False": False}
+TYPES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+    tuple: "a list of whole numbers",
+    dict: "an object",
+}

@@ -4,17 +4,19 @@ A family is a module with a table DECODERS of factories, loaded when one of its 
 this module imports none of them.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable
 from importlib import import_module
+from typing import NamedTuple
 
 from ..checks import did_you_mean
 from .answer import Decoder
-from .options import check_options, parse_options
+from .card import Card, describe
+from .options import Common, parse_options
 
-# Each has DECODERS: name -> factory(model, *, max_new_tokens, seed, trace, dtype, device,
-# **options) -> Decoder
+# Each has DECODERS: name -> factory(card, common, **options) -> Decoder; those of a kind of model
+# also own_decoder(card, dtype, device) -> the name in DECODERS that the model was trained for, None
+# where it does not say
 FAMILIES = {
     "autoregressive": "softar.decoders.soft",
     "diffusion": "softar.diffusion.decoders",
@@ -22,15 +24,22 @@ FAMILIES = {
 }
 
 
-@dataclasses.dataclass
-class Common:
-    """What every factory takes."""
+class Spec(NamedTuple):
+    """A decoder as it is asked for: `[MODEL=]DECODER[:key=value,key=value]`."""
 
-    max_new_tokens: int
-    seed: int
-    trace: bool
-    dtype: str
-    device: str | None
+    model: str | None
+    decoder: str
+    options: dict
+
+    @property
+    def family(self) -> str:
+        """Of the decoder, a key of FAMILIES."""
+        return find(self.decoder)[0]
+
+    @property
+    def prefix(self) -> str:
+        """What the decoder's name begins with, where several models are compared."""
+        return "" if self.model is None else f"{self.model}="
 
 
 def make_decoder(
@@ -48,35 +57,44 @@ def make_decoder(
     Args:
         spec: NAME is in the DECODERS of a family; the options are fields of its configuration
             (SoftConfig, DenoiseConfig, Sampling) and knobs of its mixer or softener. Options named
-            as the arguments below go before these. A model in the spec becomes part of the
+            as the arguments below override these. A model in the spec becomes part of the
             decoder's name.
         model: where the spec names none. Opened once for all decoders of a family.
         max_new_tokens: length of the completion; of diffusion the masks appended, 0 to fill
             templates.
         seed: of what the decoder draws; it keeps its generator, so that a second call draws other
             numbers.
-        trace: keep what each answer was made of, in Decoded.trace.
+        trace: record each answer's steps, in Decoded.trace.
         dtype, device: as for softar.load.
 
     Raises:
         ValueError: naming what is unknown or does not fit.
     """
-    own, name, options = parse_spec(spec)
-    if own is None and model is None:
+    asked = parse_spec(spec)
+    if asked.model is None and model is None:
         raise ValueError(f"{spec!r} names no model: write MODEL={spec}, or pass model=")
-    common = dict(max_new_tokens=max_new_tokens, seed=seed, trace=trace, dtype=dtype, device=device)
-    named = {key: options.pop(key) for key in common if key in options}
-    common = check_options(Common, name, common | named)
-    decoder = find(name)[1](own or model, **common, **options)
-    if own is not None:
-        decoder.name = f"{own}={decoder.name}"
-    return decoder
+    common = Common(max_new_tokens, seed, trace, dtype, device, asked.prefix)
+    return build(asked.decoder, describe(asked.model or model), common, asked.options)
 
 
-def parse_spec(spec: str) -> tuple[str | None, str, dict]:
-    """`[MODEL=]NAME[:key=value,key=value]` -> model, name, options. A value is JSON where it is,
-    else text up to the next comma; text with commas is a JSON string. A model may hold ":" and "=":
-    the first NAME that is known counts.
+def build(decoder: str, card: Card, common: Common, options: dict) -> Decoder:
+    """The decoder of that name on a model that is described already. Options named as fields of
+    Common override it."""
+    common = common.overridden(decoder, options)
+    others = {key: value for key, value in options.items() if key not in Common.OPTIONS}
+    return find(decoder)[1](card, common, **others)
+
+
+def own_decoder(card: Card, dtype: str, device: str | None) -> str | None:
+    """The decoder that a model was trained for; None where the model does not say."""
+    family = import_module(FAMILIES[card.kind or "autoregressive"])
+    return family.own_decoder(card, dtype, device)
+
+
+def parse_spec(spec: str) -> Spec:
+    """Reads `[MODEL=]NAME[:key=value,key=value]`. A value is JSON where it is, else text up to the
+    next comma; text with commas is a JSON string. A model may hold ":" and "=": the first NAME that
+    is known counts.
 
     Raises:
         ValueError: for a name that no family knows (the message lists them), or options that cannot
@@ -89,7 +107,7 @@ def parse_spec(spec: str) -> tuple[str | None, str, dict]:
             continue
         if at == 0:
             raise ValueError(f"{spec!r} begins with '=': write MODEL={spec[1:]}")
-        return (spec[:at] if at > 0 else None), name.strip(), parse_options(options)
+        return Spec(spec[:at] if at > 0 else None, name.strip(), parse_options(options))
     asked = spec.partition(":")[0].rpartition("=")[2].strip()
     names = [name for family in FAMILIES for name in decoders_of(family)]
     raise ValueError(
@@ -104,6 +122,6 @@ def decoders_of(family: str) -> dict[str, Callable[..., Decoder]]:
 def find(name: str) -> tuple[str, Callable[..., Decoder]] | None:
     """Family and factory of a decoder's name; None where no family knows it."""
     for family in FAMILIES:
-        if name in (known := decoders_of(family)):
-            return family, known[name]
+        if name in (decoders := decoders_of(family)):
+            return family, decoders[name]
     return None

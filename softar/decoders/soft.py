@@ -16,17 +16,17 @@ from dataclasses import dataclass, fields, replace
 import torch
 from transformers import BatchEncoding
 
-from ..config import CONFIG_FILE, SoftConfig
+from ..config import SoftConfig
 from ..decode import SoftOutput, generate
 from ..evaluate import evaluating, read_prompts, resolve
 from ..mixers import MIXERS, mk_mixer
-from ..models import folder_of, load
+from ..models import load
 from ..show.trace import Trace, thought
 from ..thought import Kind
 from .answer import Decoded, Decoder
-from .beam import BeamDecoder
-from .kinds import check_model, columns_of, open_model
-from .options import check_options, format_options
+from .beam import BeamDecoder, BeamOptions
+from .card import Card, check_model, columns_of, open_model
+from .options import Common, check_options, format_options
 
 
 class SoftDecoder:
@@ -48,12 +48,8 @@ class SoftDecoder:
     ):
         decoder = _name_of(config)
         check_model(model, "autoregressive", name or decoder)
-        self.model, self.tokenizer, self.config, self.trace = (
-            model,
-            tokenizer,
-            resolve(config, tokenizer),
-            trace,
-        )
+        self.model, self.tokenizer, self.trace = model, tokenizer, trace
+        self.config = resolve(config, tokenizer)
         self.columns = columns_of(decoder, model, "autoregressive") | (columns or {})
         self.name = name or decoder
         self.rng = torch.Generator().manual_seed(seed)
@@ -66,7 +62,7 @@ class SoftDecoder:
     def decode(
         self, prompts: list, callback: Callable[[dict], None] | None = None
     ) -> list[Decoded]:
-        """callback: that of `softar.generate`, told of each step."""
+        """callback: as for `softar.generate`, called with each step."""
         if not prompts:
             return []
         started = time.perf_counter()
@@ -82,30 +78,29 @@ class SoftDecoder:
                 tokenizer=self.tokenizer,
             )
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.answers]
-        real = out.record.kind != Kind.PAD
-        tokens = [
-            tuple(ids[keep].tolist()) for ids, keep in zip(out.completions, real, strict=True)
-        ]
-        entropy = (out.record.entropy.masked_fill(~real, 0.0).sum(1) / real.sum(1)).tolist()
+        is_step = out.record.kind != Kind.PAD  # [B, T]; padding stands at the end
+        lengths = is_step.sum(1).tolist()
+        tokens = [tuple(ids[:n].tolist()) for ids, n in zip(out.completions, lengths, strict=True)]
+        entropy = (out.record.entropy.masked_fill(~is_step, 0.0).sum(1) / is_step.sum(1)).tolist()
         seconds = (time.perf_counter() - started) / len(prompts)
-        cost = out.token_forwards / len(prompts), seconds
-        prefill = out.num_forwards - real.shape[1]  # forwards before the first token, but one
-        traces = self._traces(out, inputs) if self.trace else [None] * len(prompts)
+        prefill = out.num_forwards - is_step.shape[1]  # forwards before the first token, but one
         return [
-            Decoded(text, row, float(prefill + len(row)), *cost, h, t)
-            for text, row, h, t in zip(texts, tokens, entropy, traces, strict=True)
+            Decoded(
+                text=texts[row],
+                tokens=tokens[row],
+                num_forwards=float(prefill + lengths[row]),
+                token_forwards=out.token_forwards / len(prompts),
+                seconds=seconds,
+                entropy=entropy[row],
+                trace=self._trace(out, inputs, row) if self.trace else None,
+            )
+            for row in range(len(prompts))
         ]
 
-    def _traces(self, out: SoftOutput, inputs: BatchEncoding) -> list[Trace]:
-        given = [
-            ids[mask.bool()]
-            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        ]
-        traces = [thought(out, self.tokenizer, row, title=self.name) for row in range(len(given))]
-        return [
-            replace(t, prompt=self.tokenizer.decode(ids))
-            for t, ids in zip(traces, given, strict=True)
-        ]
+    def _trace(self, out: SoftOutput, inputs: BatchEncoding, row: int) -> Trace:
+        prompt = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        trace = thought(out, self.tokenizer, row, title=self.name)
+        return replace(trace, prompt=self.tokenizer.decode(prompt))
 
 
 class SelfConsistency:
@@ -132,7 +127,7 @@ class SelfConsistency:
         columns=None,
     ):
         if votes < 2:
-            raise ValueError(f"votes={votes} must be at least 2: one is the decoder itself")
+            raise ValueError(f"votes={votes} must be at least 2: one vote is the decoder itself")
         if isinstance(decoder, SoftDecoder) and not decoder.draws:
             raise ValueError(
                 f"decoder {decoder.name!r} draws nothing, so that all votes would agree: take 'sampled'"
@@ -147,9 +142,9 @@ class SelfConsistency:
         self.agreement: list[float] = []
 
     def decode(self, prompts: list) -> list[Decoded]:
-        found = self.decoder.decode([prompt for prompt in prompts for _ in range(self.votes)])
-        groups = [found[i : i + self.votes] for i in range(0, len(found), self.votes)]
-        elected = [elect(group, self.normalise) for group in groups]
+        votes = self.decoder.decode([prompt for prompt in prompts for _ in range(self.votes)])
+        ballots = [votes[i : i + self.votes] for i in range(0, len(votes), self.votes)]
+        elected = [elect(ballot, self.normalise) for ballot in ballots]
         self.agreement = [share for _, share in elected]
         return [winner for winner, _ in elected]
 
@@ -198,30 +193,26 @@ def _name_of(config: SoftConfig) -> str:
 HARD = {"discrete": {}, "sampled": {"sample": True}}
 
 
-@functools.cache
-def _open(model: str, dtype: str, device: str | None):
-    return load(model, dtype=dtype, device=device)
+_load = functools.cache(load)
 
 
-def _opened(decoder: str, model: str, dtype: str, device: str | None):
-    return open_model(model, "autoregressive", decoder, lambda: _open(model, dtype, device))
+def _open(decoder: str, card: Card, common: Common):
+    opener = functools.partial(_load, card.name, dtype=common.dtype, device=common.device)
+    return open_model(card, "autoregressive", decoder, opener)
 
 
-def own_config(model: str) -> SoftConfig:
-    """What a model's soft_config.json says; SoftConfig's defaults where it has none."""
-    folder = folder_of(model)
-    if folder is None or not (folder / CONFIG_FILE).is_file():
-        return SoftConfig()
-    try:
-        return SoftConfig.load(folder)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"model={model!r}: its {CONFIG_FILE} cannot be read: {error}") from error
+def own_decoder(card: Card, dtype: str, device: str | None) -> str | None:
+    """As its soft_config.json says."""
+    if card.config is None:
+        return None
+    return "discrete" if mk_mixer(card.config.mixer).single else card.config.mixer
 
 
-def soft_config(model: str, decoder: str, options: dict) -> SoftConfig:
-    """The model's own configuration with the decoder's mixer, changed by the options; the mixer's
-    knobs are options, too. Raises ValueError for options that are unknown or do not fit."""
-    base = own_config(model)
+def soft_config(base: SoftConfig | None, decoder: str, options: dict) -> SoftConfig:
+    """The model's own configuration (None: the defaults) with the decoder's mixer, changed by the
+    options; the mixer's knobs are options, too. Raises ValueError for options that are unknown or
+    do not fit."""
+    base = base or SoftConfig()
     if decoder in HARD:
         changes = check_options(
             SoftConfig, decoder, options, fixed=("mixer", "mixer_args", "alpha", "rescale")
@@ -231,51 +222,31 @@ def soft_config(model: str, decoder: str, options: dict) -> SoftConfig:
     changes = check_options(SoftConfig, decoder, options, also=knobs, fixed=("mixer",))
     args = (base.mixer_args if base.mixer == decoder else {}) | changes.pop("mixer_args", {})
     args |= {knob: changes.pop(knob) for knob in knobs if knob in changes}
-    # A model's own configuration may be hard; a decoder that is asked for by the name of a mixer is
-    # not
+    # A model's own configuration may be hard; a decoder that is named after a mixer is not
     alpha = {"alpha": base.alpha or 1.0}
     return replace(base, **(alpha | changes), mixer=decoder, mixer_args=args)
 
 
-def _make_soft(
-    decoder, model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, **options
-):
-    """A SoftDecoder; options: fields of SoftConfig and knobs of the mixer."""
-    config = soft_config(model, decoder, options | {"max_new_tokens": max_new_tokens})
-    net, tokenizer = _opened(decoder, model, dtype, device)
-    setting = format_options(options, " ")
-    columns = {"decoder": decoder, "model": model, "setting": setting}
-    name = " ".join(filter(None, [decoder, setting]))
-    return SoftDecoder(net, tokenizer, config, name=name, seed=seed, trace=trace, columns=columns)
+def _make_soft(decoder: str, card: Card, common: Common, /, **options) -> SoftDecoder:
+    """options: fields of SoftConfig and knobs of the mixer."""
+    config = soft_config(card.config, decoder, options | {"max_new_tokens": common.max_new_tokens})
+    model, tokenizer = _open(decoder, card, common)
+    labels = common.labels(decoder, card.name, format_options(options, " "))
+    return SoftDecoder(model, tokenizer, config, seed=common.seed, trace=common.trace, **labels)
 
 
-@dataclass(frozen=True)
-class BeamOptions:
-    max_new_tokens: int
-    num_beams: int = 4
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    think_start: int | str | tuple[int, ...] | None = None
-    think_end: int | str | tuple[int, ...] | None = None
-    budget: int | None = None
-
-
-def _make_beam(
-    model, *, max_new_tokens, seed=0, trace=False, dtype="float32", device=None, **options
-):
-    """A BeamDecoder; options: those of BeamOptions. Nothing is drawn, so seed says nothing."""
-    given = check_options(BeamOptions, "beam", options | {"max_new_tokens": max_new_tokens})
-    where = {
-        name: given.pop(name) for name in ("think_start", "think_end", "budget") if name in given
-    }
-    config = replace(own_config(model), **where)
-    given = {"num_beams": BeamOptions.num_beams} | given
-    net, tokenizer = _opened("beam", model, dtype, device)
-    setting = format_options({"num_beams": given["num_beams"]} | options, " ")
-    columns = {"model": model, "setting": setting}
-    return BeamDecoder(
-        net, tokenizer, **given, config=config, name=f"beam {setting}", trace=trace, columns=columns
+def _make_beam(card: Card, common: Common, /, **options) -> BeamDecoder:
+    """options: those of BeamOptions. Nothing is drawn, so the seed has no effect."""
+    changes = check_options(
+        BeamOptions, "beam", options | {"max_new_tokens": common.max_new_tokens}
     )
+    thought = card.config or SoftConfig()
+    trained = {name: getattr(thought, name) for name in ("think_start", "think_end", "budget")}
+    search = BeamOptions(**trained | changes)
+    model, tokenizer = _open("beam", card, common)
+    setting = format_options({"num_beams": search.num_beams} | options, " ")
+    labels = common.labels("beam", card.name, setting)
+    return BeamDecoder(model, tokenizer, search, trace=common.trace, **labels)
 
 
 @dataclass(frozen=True)
@@ -285,24 +256,21 @@ class VoteOptions:
     pattern: str | None = None  # regular expression: its last match in the text is what is voted on
 
 
-def _make_self_consistency(model, *, max_new_tokens, **options):
-    """A SelfConsistency; options: those of VoteOptions and of the decoder that votes."""
-    own = [field.name for field in fields(VoteOptions)]
-    chosen = check_options(
-        VoteOptions, "self-consistency", {k: options.pop(k) for k in own if k in options}
-    )
-    o = VoteOptions(**chosen)
-    if o.of not in VOTERS:
-        raise ValueError(f"of={o.of!r} is no decoder that draws: choose one of {VOTERS}")
+def _make_self_consistency(card: Card, common: Common, /, **options) -> SelfConsistency:
+    """options: those of VoteOptions and of the decoder that votes."""
+    voting = {f.name: options.pop(f.name) for f in fields(VoteOptions) if f.name in options}
+    voting = check_options(VoteOptions, "self-consistency", voting)
+    vote = VoteOptions(**voting)
+    if vote.of not in VOTERS:
+        raise ValueError(f"of={vote.of!r} is not a decoder that draws: choose one of {VOTERS}")
     try:
-        voter = DECODERS[o.of](model, max_new_tokens=max_new_tokens, **options)
+        voter = DECODERS[vote.of](card, replace(common, prefix=""), **options)
     except ValueError as error:
-        raise ValueError(f"self-consistency of {o.of!r}: {error}") from None
-    normalise = None if o.pattern is None else last_match(o.pattern)
-    shown = {"votes": o.votes} | chosen
-    setting = " ".join(filter(None, [format_options(shown, " "), voter.columns["setting"]]))
-    name = f"self-consistency {setting}"
-    return SelfConsistency(voter, o.votes, normalise, name=name, columns={"setting": setting})
+        raise ValueError(f"self-consistency of {vote.of!r}: {error}") from None
+    settings = [format_options({"votes": vote.votes} | voting, " "), voter.columns["setting"]]
+    labels = common.labels("self-consistency", card.name, " ".join(filter(None, settings)))
+    normalise = None if vote.pattern is None else last_match(vote.pattern)
+    return SelfConsistency(voter, vote.votes, normalise, **labels)
 
 
 DECODERS: dict[str, Callable[..., Decoder]] = {

@@ -24,9 +24,8 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from ..config import SoftConfig
 from ..decode import generate
-from ..decoders.kinds import open_model
+from ..decoders.card import describe, open_model
 from ..decoders.options import check_options
-from ..decoders.soft import own_config
 from ..mixers import mk_mixer
 from ..models import load
 
@@ -64,7 +63,7 @@ LOADING = (
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 NO_TASKS = ("Tasks not found", "No tasks specified")  # how lm-eval's errors about --tasks begin
 
-# family -> what lm-eval calls its model
+# kind of model -> what lm-eval calls it
 LABELS = {"autoregressive": "softar", "diffusion": "softar-diffusion"}
 
 
@@ -76,17 +75,18 @@ class LoadedLM(HFLM):
     """HFLM around a model that softar opens, by any name it knows; every model_arg is checked."""
 
     def __init__(
-        self, name: str, family: str, opener, harness: dict, loading: dict, seed: int | None
+        self, name: str, kind: str, opener, harness: dict, loading: dict, seed: int | None
     ):
-        """family: of softar.decoders, that the model must be of. opener: (name, **loading) ->
-        model, tokenizer. seed: of every draw; None is what lm-eval's --seed set."""
+        """kind: that the model must be of, a key of LABELS. opener: (name, **loading) -> model,
+        tokenizer. seed: of every draw; None is what lm-eval's --seed set."""
         shared = int(os.environ.get("WORLD_SIZE", 1)) > 1
         if shared and str(loading.get("device")).startswith("cuda"):
             del loading["device"]  # each process takes its own
         try:
             loading = {"dtype": "auto"} | loading
+            self.card = describe(name)
             model, tokenizer = open_model(
-                name, family, LABELS[family], lambda: opener(name, **loading)
+                self.card, kind, LABELS[kind], lambda: opener(name, **loading)
             )
         except ValueError as error:
             raise BadArgument(error) from error
@@ -108,18 +108,13 @@ class LoadedLM(HFLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None):
-        """What --model_args say goes before lm-eval's own options; of these --device is cuda:0 by
-        default, with or without a GPU, so that it counts only where it fits."""
-        own = {
-            k: v
-            for k, v in (additional_config or {}).items()
-            if v is not None and k not in arg_dict
-        }
-        if str(own.get("device")).startswith("cuda") and (
-            "device_map" in arg_dict or not torch.cuda.is_available()
-        ):
-            del own["device"]
-        return cls(**arg_dict, **own)
+        """--model_args override lm-eval's own options; of these --device is cuda:0 by default, with
+        or without a GPU, so that it counts only where it fits."""
+        others = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        has_gpu = torch.cuda.is_available() and "device_map" not in arg_dict
+        if str(others.get("device")).startswith("cuda") and not has_gpu:
+            del others["device"]
+        return cls(**others | arg_dict)
 
     def _share(self) -> None:
         """Under accelerate launch or torchrun each process takes its part of the requests."""
@@ -171,20 +166,20 @@ class SoftarLM(LoadedLM):
 
     def __init__(self, pretrained=None, *, model=None, seed=None, **options):
         name = model_name(pretrained, model)
-        harness, loading, given = split_args("softar", SoftConfig, options)
+        harness, loading, changes = split_args("softar", SoftConfig, options)
         super().__init__(name, "autoregressive", load, harness, loading, seed)
         try:
-            base = own_config(name)
+            base = self.card.config or SoftConfig()
             # where neither model nor task says how long, lm-eval's own default
             if base == SoftConfig():
                 base = SoftConfig(max_new_tokens=256)
-            given = check_options(SoftConfig, "softar", given)
-            if "mixer" in given:
-                given = {"mixer_args": {}} | given
-            self.soft = dataclasses.replace(base, **given).resolve(self.tokenizer)
+            changes = check_options(SoftConfig, "softar", changes)
+            if "mixer" in changes:
+                changes = {"mixer_args": {}} | changes
+            self.soft = dataclasses.replace(base, **changes).resolve(self.tokenizer)
         except ValueError as error:
             raise BadArgument(error) from error
-        self.given = given
+        self.changes = changes  # what model_args say, which overrides a task's arguments
 
     @property
     def max_gen_toks(self) -> int:
@@ -207,8 +202,8 @@ class SoftarLM(LoadedLM):
         return self.padded(context, [answer.tolist() for answer in out.answers])
 
     def _settings(self, asked: dict, max_new_tokens: int):
-        """A task's generation arguments -> SoftConfig, GenerationConfig. The user's model_args go
-        before the task's."""
+        """A task's generation arguments -> SoftConfig, GenerationConfig. The user's model_args
+        override the task's."""
         asked = dict(asked)
         config = dataclasses.replace(self.soft, max_new_tokens=max_new_tokens)
         samples, how = asked.pop("do_sample", False), {k: asked.pop(k, None) for k in SAMPLING}
@@ -224,11 +219,10 @@ class SoftarLM(LoadedLM):
 
     def _sampling(self, config: SoftConfig, how: dict) -> dict:
         if config.has_answer:
-            return {f"answer_{k}": v for k, v in how.items() if f"answer_{k}" not in self.given}
+            return {f"answer_{k}": v for k, v in how.items() if f"answer_{k}" not in self.changes}
         if mk_mixer(config.mixer).single:
-            return {"mixer_args": {"sample": True}} | {
-                k: v for k, v in how.items() if k not in self.given
-            }
+            filters = {k: v for k, v in how.items() if k not in self.changes}
+            return {"mixer_args": {"sample": True}} | filters
         raise BadArgument(
             f"gen_kwargs temperature={how['temperature']} samples a discrete answer, and with mixer={config.mixer!r} "
             "the whole text is the thought: give model_args budget= or think_end=, or --gen_kwargs do_sample=False"
@@ -259,12 +253,9 @@ class StopStrings(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
         """[B, P + t] -> [B] bool."""
-        made = input_ids[:, self.prompt_length :].tolist()
-        found = [
-            any(text in tail for text in self.stop)
-            for tail in map(self._tail, range(len(made)), made)
-        ]
-        return torch.tensor(found, device=input_ids.device)
+        tails = map(self._tail, range(len(input_ids)), input_ids[:, self.prompt_length :].tolist())
+        ends = [any(text in tail for text in self.stop) for tail in tails]
+        return torch.tensor(ends, device=input_ids.device)
 
     def _tail(self, row: int, tokens: list[int]) -> str:
         """The last few tokens of the answer as text."""
@@ -288,15 +279,15 @@ def model_name(pretrained: str | None, model: str | None) -> str:
 
 
 def split_args(
-    label: str, config, options: dict, own: tuple[str, ...] = ()
+    label: str, config, options: dict, also: tuple[str, ...] = ()
 ) -> tuple[dict, dict, dict]:
-    """model_args -> those of HFLM, of `load`, and fields of the dataclass `config`; `own` are taken
-    with the last."""
-    fields = {f.name for f in dataclasses.fields(config)} | {*own}
-    known = {*HARNESS, *LOADING, *fields, "pretrained", "model", "seed"}
-    if unknown := sorted(set(options) - known):
+    """model_args -> those of HFLM, of `load`, and fields of the dataclass `config`, together with
+    those named in `also`."""
+    fields = {f.name for f in dataclasses.fields(config)} | {*also}
+    names = {*HARNESS, *LOADING, *fields, "pretrained", "model", "seed"}
+    if unknown := sorted(set(options) - names):
         raise BadArgument(
-            f"model_args {unknown} are unknown to --model {label}; known: {', '.join(sorted(known))}"
+            f"model_args {unknown} are unknown to --model {label}; known: {', '.join(sorted(names))}"
         )
     parts = [
         {k: v for k, v in options.items() if k in names} for names in (HARNESS, LOADING, fields)
@@ -315,12 +306,12 @@ def main():
     try:
         cli_evaluate()
     except ValueError as error:
-        said = str(error)
-        if said.startswith(NO_TASKS):
-            said = f"{said.rstrip('.')}; `softar-eval ls tasks` lists all there are"
+        message = str(error)
+        if message.startswith(NO_TASKS):
+            message = f"{message.rstrip('.')}; `softar-eval ls tasks` lists all there are"
         elif not isinstance(error, BadArgument):
             raise
-        print(f"softar-eval: error: {said}", file=sys.stderr)
+        print(f"softar-eval: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(

@@ -83,12 +83,20 @@ class ServerDecoder(CompletionDecoder):
         seed: int = 0,
         trace: bool = False,
         name: str | None = None,
+        columns: dict | None = None,
         **options,
     ):
         sampling, connection = split_options(options, CONNECTION)
         self.connection = Connection(**connection)
         self.url, self.wanted = url.rstrip("/").removesuffix("/v1"), model
-        super().__init__(model or self.url, Sampling(**sampling), name, seed, trace)
+        super().__init__(
+            model or self.url,
+            Sampling(**sampling),
+            seed=seed,
+            trace=trace,
+            name=name,
+            columns=columns,
+        )
         self.tokenizer = tokenizer
         thinking = self.sampling.thinking
         if tokenizer is None and thinking is not None and thinking.has_answer:

@@ -127,7 +127,9 @@ class CompletionDecoder:
     """What the decoder with an engine here and the one over HTTP share: prompts to ids, completions
     to the row that counts."""
 
-    def __init__(self, model: str, sampling: Sampling, name: str | None, seed: int, trace: bool):
+    def __init__(
+        self, model: str, sampling: Sampling, *, seed: int, trace: bool, name=None, columns=None
+    ):
         self.model, self.sampling, self.trace = model, sampling, trace
         self.rng = random.Random(seed)
         self.tokenizer = None
@@ -139,7 +141,7 @@ class CompletionDecoder:
             "model": model,
             "setting": sampling.setting,
             "family": "vllm",
-        }
+        } | (columns or {})
         self.name = name or " ".join(filter(None, [decoder, sampling.setting]))
 
     def __enter__(self):

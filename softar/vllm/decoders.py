@@ -5,57 +5,42 @@ from collections.abc import Callable
 import torch
 from transformers import AutoTokenizer
 
-from ..decoders.options import format_options
+from ..decoders.card import Card
+from ..decoders.options import Common, format_options
+from ..decoders.soft import soft_config
 from ..mixers import mk_mixer
-from ..models import folder_of, load
+from ..models import load
 from .client import CONNECTION, ServerDecoder
-from .completions import MODES, ends_unseen
+from .completions import MODES, CompletionDecoder, Sampling, ends_unseen, split_options
 from .engine import ENGINE, VLLMDecoder
 from .machine import on_cpu
 from .request import LIMIT, fields_of
 
 
-def _factory(mode: str) -> Callable[..., VLLMDecoder | ServerDecoder]:
-    def make(
-        model,
-        *,
-        max_new_tokens,
-        seed=0,
-        trace=False,
-        dtype="auto",
-        device=None,
-        url=None,
-        **options,
-    ):
-        """A vLLM decoder; with url= over HTTP, else with an engine here. options: Sampling's
-        fields, and the engine's (ENGINE) or ServerDecoder's (timeout, connect, retries,
-        concurrency, api_key)."""
+def _factory(mode: str) -> Callable[..., CompletionDecoder]:
+    def make(card: Card, common: Common, /, *, url=None, **options) -> CompletionDecoder:
+        """options: Sampling's fields, and the engine's (ENGINE) or with url= the client's
+        (CONNECTION)."""
         if "mode" in options:
             raise ValueError(
                 f"mode={options['mode']!r} is not an option: name the decoder, one of {sorted(DECODERS)}"
             )
-        options |= dict(mode=mode, max_new_tokens=max_new_tokens, seed=seed, trace=trace)
-        if url is not None:
-            return ServerDecoder(url, model, tokenizer=_tokenizer(model), **options)
-        here = "cpu" if on_cpu() else "cuda"
-        if device is not None and torch.device(device).type != here:
-            raise ValueError(f"device={device!r}: vLLM here runs on {here!r}")
-        return VLLMDecoder(model, dtype=dtype, **options)
+        options |= {"mode": mode, "max_new_tokens": common.max_new_tokens}
+        sampling, _ = split_options(options, ENGINE if url is None else CONNECTION)
+        labels = common.labels(f"vllm-{mode}", card.name, Sampling(**sampling).setting)
+        return _decoder(card, common, url, **labels, **options)
 
     return make
 
 
-def _make_soft(
-    model, *, max_new_tokens, seed=0, trace=False, dtype="auto", device=None, url=None, **options
-):
+def _make_soft(card: Card, common: Common, /, *, url=None, **options) -> CompletionDecoder:
     """Soft decoding inside the engine; options: fields of SoftConfig and knobs of its mixer (the
     answer is greedy), and the engine's or the client's."""
-    from ..decoders.soft import own_config, soft_config
-
     others = {name: options.pop(name) for name in (*ENGINE, *CONNECTION) if name in options}
-    trained = own_config(model).mixer  # on its own single tokens, it gets its belief
+    # a model that was trained on its own single tokens gets its belief
+    trained = "soft" if card.config is None else card.config.mixer
     mixer = options.pop("mixer", "soft" if mk_mixer(trained).single else trained)
-    config = soft_config(model, mixer, options)
+    config = soft_config(card.config, mixer, options)
     if idle := [
         f"{k}={v!r}" for k, v in options.items() if k.startswith("answer_") and v not in (0, None)
     ]:
@@ -64,32 +49,33 @@ def _make_soft(
         )
     soft = fields_of(config)
     # all of a small vocabulary
-    if config.top_k is None and len(tokenizer := _tokenizer(model)) <= LIMIT:
-        records = trace or ends_unseen(soft)  # which have room for all but one
+    if config.top_k is None and len(tokenizer := _tokenizer(card)) <= LIMIT:
+        records = common.trace or ends_unseen(soft)  # which have room for all but one
         soft["top_k"] = len(tokenizer) - (1 + (config.alpha < 1) if records else 0)
-    others |= {"soft": soft} if url is not None else {"soft": soft, "enable_prompt_embeds": True}
-    decoder = _factory("soft")(
-        model,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        trace=trace,
-        dtype=dtype,
-        device=device,
-        url=url,
-        **others,
-    )
+    if url is None:
+        others["enable_prompt_embeds"] = True
     setting = format_options(({} if mixer == "soft" else {"mixer": mixer}) | options, " ")
-    decoder.columns["setting"] = setting
-    decoder.name = " ".join(filter(None, ["vllm-soft", setting]))
-    return decoder
+    others |= common.labels("vllm-soft", card.name, setting)
+    others |= {"mode": "soft", "max_new_tokens": common.max_new_tokens, "soft": soft}
+    return _decoder(card, common, url, **others)
 
 
-def _tokenizer(model: str):
+def _decoder(card: Card, common: Common, url: str | None, **options) -> CompletionDecoder:
+    """With a url over HTTP, else with an engine here."""
+    options |= {"seed": common.seed, "trace": common.trace}
+    if url is not None:
+        return ServerDecoder(url, card.name, tokenizer=_tokenizer(card), **options)
+    here = "cpu" if on_cpu() else "cuda"
+    if common.device is not None and torch.device(common.device).type != here:
+        raise ValueError(f"device={common.device!r}: vLLM here runs on {here!r}")
+    return VLLMDecoder(card.name, dtype=common.dtype, **options)
+
+
+def _tokenizer(card: Card):
     """Without the weights where the model is a folder."""
-    folder = folder_of(model)
-    if folder is not None and (folder / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return load(model, device="cpu")[1]
+    if card.folder is not None and (card.folder / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(card.folder, trust_remote_code=False)
+    return load(card.name, device="cpu")[1]
 
 
 DECODERS = {f"vllm-{mode}": _factory(mode) for mode in MODES if mode != "soft"} | {

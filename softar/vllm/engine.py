@@ -61,10 +61,18 @@ class VLLMDecoder(CompletionDecoder):
         trace: bool = False,
         dtype: str = "auto",
         name=None,
+        columns=None,
         **options,
     ):
         sampling, engine = split_options(options, ENGINE)
-        super().__init__(os.fspath(model), Sampling(**sampling), name, seed, trace)
+        super().__init__(
+            os.fspath(model),
+            Sampling(**sampling),
+            seed=seed,
+            trace=trace,
+            name=name,
+            columns=columns,
+        )
         self.key = (self.model, dtype, tuple(sorted(engine.items())))
         self._engine: _Engine | None = None
 

@@ -1,5 +1,4 @@
-"""What the commands of softar.cli.app read and print: stdin, results on stdout, remarks on stderr,
-tables, JSON."""
+"""What the commands read and print: text from stdin, results on stdout, remarks on stderr."""
 
 import contextlib
 import importlib.util
@@ -15,15 +14,15 @@ if TYPE_CHECKING:
     from ..decoders.answer import Decoded
     from ..evals.compare import Comparison
 
-FAILURES = 5  # that are named on stderr
-TABLE_WIDTH = 84  # below, the columns of a comparison are cut
+FAILURES = 5  # so many are named on stderr
+TABLE_WIDTH = 84  # in a narrower window the columns of a comparison would be cut
 
 
-def read_text(given: str | None) -> str:
-    """The argument; for none and for "-" what comes through the pipe, without the line end."""
-    if given is None and sys.stdin.isatty():
+def read_text(argument: str | None) -> str:
+    """The argument; for None and for "-" what comes through the pipe, without the line end."""
+    if argument is None and sys.stdin.isatty():
         raise ValueError("no text: give it as an argument, or through a pipe")
-    text = sys.stdin.read().rstrip("\r\n") if given in (None, "-") else given
+    text = sys.stdin.read().rstrip("\r\n") if argument in (None, "-") else argument
     if not text.strip():
         raise ValueError("the text is empty")
     return text
@@ -37,10 +36,10 @@ def only_results() -> Iterator[None]:
         with contextlib.suppress(OSError):  # streams that are no files: under test, in a notebook
             out, err = sys.stdout.fileno(), sys.stderr.fileno()
             sys.stdout.flush()
-            kept = os.dup(out)
+            stdout = os.dup(out)
             os.dup2(err, out)
-            stack.callback(os.close, kept)
-            stack.callback(os.dup2, kept, out)
+            stack.callback(os.close, stdout)
+            stack.callback(os.dup2, stdout, out)
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         yield
 
@@ -65,11 +64,8 @@ def console(*, stderr: bool = False):
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(
-        file=stream,
-        highlight=False,
-        width=None if stream.isatty() or "COLUMNS" in os.environ else 200,
-    )
+    has_width = stream.isatty() or "COLUMNS" in os.environ
+    return Console(file=stream, highlight=False, width=None if has_width else 200)
 
 
 def say(text: str) -> None:
@@ -108,36 +104,33 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def answer_json(decoder, tokenizer, prompt: str, found: "Decoded") -> dict:
+def answer_json(decoder, tokenizer, prompt: str, answer: "Decoded") -> dict:
     """An answer as one JSON document."""
     return {
         "model": decoder.columns["model"],
         "decoder": decoder.columns["decoder"],
         "setting": decoder.columns["setting"],
         "prompt": prompt,
-        "text": found.text,
+        "text": answer.text,
         # Of an autoregressive model with its thought, special tokens included
-        "completion": tokenizer.decode(list(found.tokens)),
-        "tokens": list(found.tokens),
-        "num_forwards": found.num_forwards,
-        "token_forwards": found.token_forwards,
-        "seconds": found.seconds,
-        "entropy": found.entropy,
+        "completion": tokenizer.decode(list(answer.tokens)),
+        "tokens": list(answer.tokens),
+        "num_forwards": answer.num_forwards,
+        "token_forwards": answer.token_forwards,
+        "seconds": answer.seconds,
+        "entropy": answer.entropy,
     }
 
 
-def status(decoder, found: "Decoded") -> str:
+def status(decoder, answer: "Decoded") -> str:
     """An answer's cost in a line."""
-    sure = "" if found.entropy is None else f", mean entropy {found.entropy:.2f} nats"
-    name = (
-        decoder.name
-        if "=" in decoder.name.split(" ")[0]
-        else f"{decoder.columns['model']}, {decoder.name}"
-    )
-    rate = len(found.tokens) / max(found.seconds, 1e-9)
+    name, n = decoder.name, len(answer.tokens)
+    if "=" not in name.split(" ")[0]:  # without its model
+        name = f"{decoder.columns['model']}, {name}"
+    entropy = "" if answer.entropy is None else f", mean entropy {answer.entropy:.2f} nats"
     return (
-        f"{name}: {len(found.tokens)} tokens in {found.num_forwards:g} forwards, {found.seconds:.2f} s, "
-        f"{rate:.1f} tokens/s{sure}"
+        f"{name}: {n} tokens in {answer.num_forwards:g} forwards, {answer.seconds:.2f} s, "
+        f"{n / max(answer.seconds, 1e-9):.1f} tokens/s{entropy}"
     )
 
 
@@ -149,24 +142,20 @@ class Printer:
         self.tokenizer, self.console = tokenizer, console()
         # Without an end of the thought its steps are the answer
         self.thinks = config.has_answer
-        self.ids, self.shown = [], ""
+        self.ids, self.printed = [], ""
 
-    def __call__(self, seen: dict) -> None:
+    def __call__(self, step: dict) -> None:
         from ..thought import Kind
 
-        self.ids.append(int(seen["record"].token[0]))
+        self.ids.append(int(step["record"].token[0]))
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
         if text.endswith("\ufffd"):  # part of a character: the next token has the rest
             return
-        is_thought = self.thinks and int(seen["record"].kind[0]) == Kind.SOFT
-        self.console.out(
-            text[len(self.shown) :],
-            style="dim italic" if is_thought else None,
-            highlight=False,
-            end="",
-        )
+        is_thought = self.thinks and int(step["record"].kind[0]) == Kind.SOFT
+        style = "dim italic" if is_thought else None
+        self.console.out(text[len(self.printed) :], style=style, highlight=False, end="")
         self.console.file.flush()
-        self.shown = text
+        self.printed = text
 
     def end(self) -> None:
         self.console.out("")
@@ -176,13 +165,12 @@ def report(comparison: "Comparison", as_json: bool) -> int:
     """Print a comparison -> exit code: 0, 1 where a decoder or a row failed, 130 after Ctrl-C."""
     c = comparison
     if as_json:
-        failures = [failure._asdict() for failure in c.failures]
         print_json(
             {
                 "task": c.rows[0]["task"] if c.rows else None,
                 "baseline": c.baseline,
                 "rows": c.rows,
-                "failures": failures,
+                "failures": [failure._asdict() for failure in c.failures],
                 "left_out": c.left_out,
                 "interrupted": c.interrupted,
                 "overhead": c.overhead,
@@ -190,7 +178,7 @@ def report(comparison: "Comparison", as_json: bool) -> int:
         )
     else:
         print_table(c)
-    # `compare` has told of these
+    # `compare` has printed the first of each decoder
     firsts = {failure.decoder: failure for failure in reversed(c.failures)}.values()
     others = [failure for failure in c.failures if failure not in firsts]
     for failure in others[:FAILURES]:
@@ -212,34 +200,31 @@ def print_table(c: "Comparison") -> None:
         screen.print(rows[0]["task"], style="italic", markup=False)
     for row in rows:
         model = f"{row['model']}, " if several and row["model"] else ""
-        screen.print(
-            model + row["name"] + ("" if row["complete"] else " (cut short)"),
-            style="bold",
-            markup=False,
-        )
-        found = [
-            f"{key} {row[key]:{sign}.3f} ({row[f'{key}_low']:{sign}.3f}…{row[f'{key}_high']:{sign}.3f})"
-            for key, sign in (("accuracy", ""), ("gain", "+"))
-            if row[key] is not None
-        ]
-        screen.print(f"  {', '.join(found) or 'no score'}")
+        name = model + row["name"] + ("" if row["complete"] else " (cut short)")
+        screen.print(name, style="bold", markup=False)
+        scores = [_with_interval(row, "accuracy", ""), _with_interval(row, "gain", "+")]
+        screen.print(f"  {', '.join(filter(None, scores)) or 'no score'}")
         cost = f"{row['nfe']:.3g} forwards, {row['seconds_per_row'] * 1000:.3g} ms an answer"
         screen.print(f"  {row['n']} rows, {cost}")
     if notes := c.notes():
         screen.print("; ".join(notes), style="italic", markup=False)
 
 
+def _with_interval(row: dict, key: str, sign: str) -> str:
+    if row[key] is None:
+        return ""
+    low, high = row[f"{key}_low"], row[f"{key}_high"]
+    return f"{key} {row[key]:{sign}.3f} ({low:{sign}.3f}…{high:{sign}.3f})"
+
+
 def how_to_ask(server, soft: bool = False) -> str:
     """Where a server listens, and commands that ask it."""
     prompt = "<bos> D4 D8 D1 D3 ->" if server.model.startswith("mnns") else "Once upon a time"
-    body = json.dumps(
-        {"model": server.model, "prompt": prompt, "max_tokens": 16}
-        | (
-            {"temperature": 0, "vllm_xargs": {"soft": json.dumps({"top_k": 10, "budget": 3})}}
-            if soft
-            else {}
-        )
-    )
-    curl = f"curl {server.url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    request = {"model": server.model, "prompt": prompt, "max_tokens": 16}
+    if soft:
+        thought = json.dumps({"top_k": 10, "budget": 3})
+        request |= {"temperature": 0, "vllm_xargs": {"soft": thought}}
+    body = shlex.quote(json.dumps(request))
+    curl = f"curl {server.url}/v1/completions -H 'Content-Type: application/json' -d {body}"
     spec = shlex.quote(f"{server.model}=vllm-{'soft' if soft else 'greedy'}:url={server.url}")
     return f"{server.url}\n{curl}\nsoftar generate {shlex.quote(prompt)} -d {spec}"

@@ -1,0 +1,115 @@
+"""What a model's name stands for, answered once by `describe`, and which decoders fit its kind.
+
+It does not stand in softar.models, which is below SoftConfig and knows no other kind of model.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
+from ..config import CONFIG_FILE, SoftConfig
+from ..models import MODELS, folder_of, plain
+
+DIFFUSION_MODELS = "softar.diffusion.models"  # by name: imports point the other way
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a model before it is opened."""
+
+    name: str
+    folder: Path | None  # where its files lie; None: not in a folder of this machine
+    kind: str | None  # of KINDS; None: not known, as of a hub id that is not in the cache
+    config: SoftConfig | None  # what its soft_config.json says; None where it has none
+
+
+def describe(name: str) -> Card:
+    """Raises ValueError for a soft_config.json that cannot be read."""
+    folder, kind = folder_of(name), _kind_of(name)
+    config = None
+    if kind != "diffusion" and folder is not None and (folder / CONFIG_FILE).is_file():
+        try:
+            config = SoftConfig.load(folder)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"model={name!r}: its {CONFIG_FILE} cannot be read: {error}"
+            ) from error
+    return Card(name, folder, kind, config)
+
+
+def open_model(card: Card, kind: str, decoder: str, opener: Callable[[], tuple]) -> tuple:
+    """Model and tokenizer from `opener()`. Raises ValueError for a model of another kind, one that
+    cannot be opened, and one without a tokenizer."""
+    _check_kind(card.kind, kind, decoder, f"model={card.name!r}")
+    try:
+        model, tokenizer = opener()
+    except ValueError:
+        # of a hub id known since this try
+        _check_kind(_kind_of(card.name), kind, decoder, f"model={card.name!r}")
+        raise
+    if tokenizer is None:
+        raise ValueError(f"model={card.name!r} holds no tokenizer, so there is no text to decode")
+    return model, tokenizer
+
+
+def check_model(model, kind: str, decoder: str) -> None:
+    """Raise ValueError for an open model, plain or wrapped by PEFT, of another kind than the
+    decoder is for."""
+    class_name = type(plain(model)).__name__
+    config = {"model_type": plain(model).config.model_type, "architectures": [class_name]}
+    _check_kind(_kind_of_config(config), kind, decoder, class_name)
+
+
+def columns_of(decoder: str, model, kind: str, setting: str = "") -> dict:
+    """What a decoder says of itself in a table's rows."""
+    return {"decoder": decoder, "model": model.name_or_path, "setting": setting, "family": kind}
+
+
+def _check_kind(kind: str | None, needed: str, decoder: str, what: str) -> None:
+    if kind not in (None, needed):
+        raise ValueError(
+            f"{what} is {KINDS[kind]}, and decoder {decoder!r} needs {KINDS[needed]}: give another model, or one of "
+            f"its decoders (softar compare --help lists them)"
+        )
+
+
+def _kind_of(name: str) -> str | None:
+    if name in MODELS or name.endswith(".gguf"):
+        return "autoregressive"
+    if name in import_module(DIFFUSION_MODELS).MODELS:
+        return "diffusion"
+    base = _read_json(name, "adapter_config.json").get("base_model_name_or_path")
+    if base and base != name:
+        return _kind_of(base)
+    return _kind_of_config(_read_json(name, "config.json"))
+
+
+def _kind_of_config(config: dict) -> str | None:
+    if config.get("model_type") in import_module(DIFFUSION_MODELS).FAMILIES:
+        return "diffusion"
+    for architecture in config.get("architectures") or []:
+        if architecture.endswith("ForMaskedLM"):
+            return "diffusion"
+        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+            return "autoregressive"
+    return None
+
+
+def _read_json(name: str, file: str) -> dict:
+    """A JSON file of a folder, or of a hub id as far as it is in the cache; {} where there is
+    none."""
+    folder = folder_of(name)
+    try:
+        path = folder / file if folder is not None else try_to_load_from_cache(name, file)
+        if not isinstance(path, (str, Path)) or not Path(path).is_file():
+            return {}
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):  # no hub id; what cannot be read is for `load` to say
+        return {}
+
+
+KINDS = {"autoregressive": "an autoregressive model", "diffusion": "a masked-diffusion model"}
