@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from softar.checks import check_choice, check_least
+from softar.results import write_whole
 from softar.soft import Soft
 
 from .net import plain
@@ -88,10 +89,7 @@ def save_head(settings: dict, folder: str | Path) -> None:
     named = {"transparency_alg": ALGORITHMS[settings["algorithm"]]}
     named |= {field: settings[name] for name, field in FIELDS.items() if name in settings}
     named.setdefault("transparency_scheduling", "none")
-    file = Path(folder) / HEAD_FILE
-    draft = file.with_suffix(".partial")
-    draft.write_text(json.dumps(named, indent=1) + "\n")
-    draft.replace(file)
+    write_whole(Path(folder) / HEAD_FILE, json.dumps(named, indent=1) + "\n")
 
 
 def load_head(folder: str | Path) -> dict | None:

@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .checks import shorten
 from .placement import to_device, to_dtype, to_machine
 
 MNNS_WORDS = [
@@ -69,8 +70,8 @@ def load(
     The tokenizer pads on the left; where it has no pad token the end-of-sequence token stands in.
 
     Args:
-        name: one of MODELS ("mnns-tiny", "mnns-soft-tiny", "smollm2-135m", ...; they go before
-            folders of the same name), a local folder (a model, or a PEFT adapter: its base is
+        name: one of MODELS ("mnns-tiny", "mnns-soft-tiny", "smollm2-135m", ...; they take
+            precedence over folders of the same name), a local folder (a model, or a PEFT adapter: its base is
             loaded by the name recorded in it), a .gguf file, or a hub id.
         dtype: of the weights: "float32", "bfloat16", "float16", "float64", or "auto": as stored,
             but float32 where they are made or de-quantised here, and on a CPU that computes the
@@ -94,10 +95,10 @@ def load(
         try:
             model, tokenizer = _open(name, dtype=dtype, device=device, seed=seed, **kwargs)
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-            why = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"model={name!r} could not be loaded: {why} -- give one of {sorted(MODELS)}, a folder with a model in "
-                f"safetensors or a PEFT adapter, a .gguf file, or a hub id that can be reached"
+                f"model={name!r} could not be loaded: {shorten(str(error))} -- give one of "
+                f"{sorted(MODELS)}, a folder with a model in safetensors or a PEFT adapter, "
+                f"a .gguf file, or a hub id that can be reached"
             ) from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:

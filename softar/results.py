@@ -1,13 +1,15 @@
-"""results.json: the rows of a run with what they were made on."""
+"""results.json: the rows of a run with what they were made on. And files that are whole or not
+there."""
 
+import csv
 import importlib.metadata
+import io
 import json
+import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
-
-import torch
 
 PACKAGES = ("softar", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -16,8 +18,7 @@ def write_results(
     file: str | Path, rows: list[dict], *, command: str | None = None, made_at: str | None = None
 ) -> Path:
     """Write the rows with what they were made with: command, commit (`made_at`, where given),
-    device, versions. Whole or not at all."""
-    file = Path(file)
+    device, versions."""
     content = {
         "schema": 1,
         "command": " ".join(sys.argv) if command is None else command,
@@ -26,10 +27,25 @@ def write_results(
         "versions": versions(),
         "rows": rows,
     }
-    draft = file.with_suffix(".partial")
-    draft.write_text(json.dumps(content, indent=1) + "\n")
-    draft.replace(file)
-    return file
+    return write_whole(file, json.dumps(content, indent=1) + "\n")
+
+
+def write_csv(file: str | Path, rows: list[dict]) -> Path:
+    """Every key of any row is a column."""
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_whole(file, out.getvalue())
+
+
+def write_whole(file: str | Path, text: str) -> Path:
+    """Write a file whole or not at all, though the program is ended in the middle or another
+    process writes the same file meanwhile. -> the file."""
+    file = Path(file)
+    draft = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    draft.write_text(text, encoding="utf-8", newline="")
+    return draft.replace(file)
 
 
 def commit() -> str | None:
@@ -49,16 +65,18 @@ def commit() -> str | None:
 
 
 def device() -> str:
+    import torch  # here, so that what only writes a file does without it
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            numbers[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            numbers[name] = "not installed"
+    return numbers

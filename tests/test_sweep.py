@@ -117,7 +117,7 @@ def test_goes_on_where_it_stopped(whole, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sweep(grid, tmp_path, console=console)
     assert (
-        f"3 of 16 runs are whole in {tmp_path}: the same command goes on" in console.export_text()
+        f"3 of 16 runs are whole in {tmp_path}: the same command resumes" in console.export_text()
     )
     assert not (tmp_path / "summary.json").exists() and len(results(tmp_path)) == 3
     kept = [file.stat().st_mtime_ns for file in results(tmp_path)]
@@ -239,7 +239,8 @@ def test_a_folder_without_a_readable_grid_is_refused(whole, tmp_path):
         ),
         (dict(vary={"threshold": 0.5}), "vary threshold=0.5 must be a list"),
         (dict(vary=["threshold"]), "give mappings"),
-        (dict(limit=0), "limit=0 must be a whole number, at least 1"),
+        (dict(limit=0), "limit=0 must be at least 1"),
+        (dict(limit="3"), "limit='3' must be a whole number"),
         (dict(batch_size=0), "batch_size=0 must be"),
         (dict(models={"sudoku": "x"}), r"models names \['sudoku'\]"),
         (dict(tasks=["sudoku"]), "task='sudoku' is unknown"),
@@ -457,7 +458,7 @@ def test_two_processes_interrupted_and_resumed(whole, tmp_path, capsys):
     child.send_signal(signal.SIGINT)  # the launcher hands it on
     child.wait(timeout=60)
     assert (
-        f"of 16 runs are whole in {folder}: the same command goes on"
+        f"of 16 runs are whole in {folder}: the same command resumes"
         in (tmp_path / "log").read_text()
     )
     early = {file.parent.name: file.stat().st_mtime_ns for file in results(folder)}

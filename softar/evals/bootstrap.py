@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Pass:
-    """One decoder once over the rows; cut short where not all of them are `done`."""
+    """One decoder once over the rows; it was cut short where not all of them are `done`."""
 
     answers: list["Decoded | None"]  # by row
     scores: np.ndarray  # [n] float, nan where there is none
     done: np.ndarray  # [n] bool: the scorer has seen it
-    read: list[str | None]  # by row, what of the text is compared with other decoders'
+    read: list[str | None]  # by row: the answer in the text, for the agreement of two decoders
 
 
 def bootstrap_means(values: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
     """Means over rows drawn with replacement, the same draws for all columns.
 
-    values: [n, k], nan left out -> [draws, k], nan where a draw holds no known value.
+    values: [n, k], nan left out -> [draws, k], nan where a draw holds nothing else.
     """
     n, rng = len(values), np.random.default_rng(seed)
-    known = np.isfinite(values)
-    filled, known = np.where(known, values, 0.0), known.astype(float)
+    finite = np.isfinite(values)
+    filled, counted = np.where(finite, values, 0.0), finite.astype(float)
     means, size = [], max(1, 2**22 // n)  # draws at a time: at most 32 MB
     for begin in range(0, draws, size):
         m = min(size, draws - begin)
@@ -37,7 +37,7 @@ def bootstrap_means(values: np.ndarray, draws: int, seed: int = 0) -> np.ndarray
         # how often each row is in
         counts = np.bincount(drawn.ravel(), minlength=m * n).reshape(m, n).astype(float)
         with np.errstate(invalid="ignore"):
-            means.append(counts @ filled / (counts @ known))
+            means.append(counts @ filled / (counts @ counted))
     return np.concatenate(means)
 
 
@@ -87,20 +87,21 @@ def summarise(
 
 
 def _costs(passes: list[Pass]) -> dict:
-    by_pass = [[a for a in p.answers if a is not None] for p in passes]
-    answers = [a for mine in by_pass for a in mine]
-    seconds = [float(sum(a.seconds for a in mine)) for mine in by_pass]
+    by_pass = [[answer for answer in p.answers if answer is not None] for p in passes]
+    answers = [answer for answers in by_pass for answer in answers]
+    seconds = [float(sum(answer.seconds for answer in answers)) for answers in by_pass]
+    whole, tokens = sum(seconds), sum(len(answer.tokens) for answer in answers)
     entropies = [
-        float(a.entropy) for a in answers if a.entropy is not None and math.isfinite(a.entropy)
+        float(answer.entropy)
+        for answer in answers
+        if answer.entropy is not None and math.isfinite(answer.entropy)
     ]
     return dict(
-        nfe=statistics.fmean(a.num_forwards for a in answers),
-        token_forwards=statistics.fmean(a.token_forwards for a in answers),
-        tokens_per_s=sum(len(a.tokens) for a in answers) / sum(seconds)
-        if sum(seconds) > 0
-        else None,
+        nfe=statistics.fmean(answer.num_forwards for answer in answers),
+        token_forwards=statistics.fmean(answer.token_forwards for answer in answers),
+        tokens_per_s=tokens / whole if whole > 0 else None,
         seconds=statistics.fmean(seconds),
-        seconds_per_row=sum(seconds) / len(answers),
+        seconds_per_row=whole / len(answers),
         seconds_sd=_spread(seconds),
         entropy=statistics.fmean(entropies) if entropies else None,
     )
@@ -117,15 +118,15 @@ def _agreement(passes: list[Pass], others: list[Pass]) -> float | None:
 
 
 def _mean(values, axis: int | None = None):
-    """Over what is finite; nan where nothing is."""
+    """Of the finite values; nan where there are none."""
     values = np.asarray(values)
     with np.errstate(invalid="ignore"):
         return np.nansum(values, axis) / np.isfinite(values).sum(axis)
 
 
 def _spread(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.stdev(known) if len(known) > 1 else None
+    numbers = [value for value in values if value is not None]
+    return statistics.stdev(numbers) if len(numbers) > 1 else None
 
 
 def number(value: float) -> float | None:

@@ -3,22 +3,23 @@
 Knows no model family: a decoder is anything that turns prompts into `Decoded`.
 """
 
-import csv
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..decoders.answer import Decoded, Decoder, NamedDecoder, Unfinished
+from ..checks import check_choice, check_least
+from ..decoders.answer import Decoder, NamedDecoder
+from ..results import write_csv, write_results, write_whole
 from .bootstrap import Pass, number, summarise
 from .chart import comparison_table, plot_frontier
+from .contest import Contest, Failure
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,29 +27,24 @@ if TYPE_CHECKING:
 COSTS = ("nfe", "token_forwards")
 
 
-class Failure(NamedTuple):
-    row: int | None  # index of the row whose score is missing; None: the decoder itself failed
-    decoder: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.decoder}{'' if self.row is None else f', row {self.row}'}: {self.message}"
-
-
 @dataclass
 class Comparison:
     """What `compare` found. `rows` are those of results.json, one for each decoder that answered
     anything:
 
-    task, model, decoder, setting, family, name, stage (None), seed, and what else its decoder's
-    `columns` hold; n: rows that have a score. repeats: whole passes, or 1 that was cut short.
-    complete: there is a whole pass. accuracy: mean score, a row's being its mean over the repeats;
-    accuracy_low, accuracy_high: 95 % percentile bootstrap over rows; accuracy_sd: over repeats,
-    None for one. gain, gain_low, gain_high: accuracy less the baseline's on the rows that both
-    have, paired; None for the baseline. agreement: share of rows with the baseline's answer, as
-    `extract` reads it out of the text. nfe, token_forwards, seconds_per_row: per answer. seconds:
-    decoding of one pass, mean over repeats; seconds_sd: over repeats. tokens_per_s: returned
-    tokens. entropy: mean nats per step. None where not known.
+    * task, model, decoder, setting, family, name, stage (None), seed, and what else its decoder's
+      `columns` hold
+    * n: rows that have a score; repeats: whole passes, or 1 that was cut short; complete: there is
+      a whole pass
+    * accuracy: mean score, a row's being its mean over the repeats; accuracy_low, accuracy_high:
+      95 % percentile bootstrap over rows; accuracy_sd: over repeats, None for one
+    * gain, gain_low, gain_high: accuracy less the baseline's on the rows that both have, paired;
+      None for the baseline
+    * agreement: share of rows with the baseline's answer, as `extract` reads it out of the text
+    * nfe, token_forwards, seconds_per_row: per answer
+    * seconds: decoding of one pass, mean over repeats; seconds_sd: over repeats; tokens_per_s:
+      returned tokens
+    * entropy: mean nats per step, None where not known
     """
 
     rows: list[dict]
@@ -71,8 +67,7 @@ class Comparison:
 
         by: "nfe" or "token_forwards".   budget: per answer.
         """
-        if by not in COSTS:
-            raise ValueError(f"by={by!r} must be one of {COSTS}")
+        check_choice("by", by, COSTS)
         if not budget > 0:
             raise ValueError(f"budget={budget} must be > 0 {by} per answer")
         settings: dict[tuple, list[dict]] = {}
@@ -82,19 +77,17 @@ class Comparison:
         for group, rows in settings.items():
             inside = [row for row in rows if row["complete"] and row[by] <= budget]
             picks[group] = max(inside, key=lambda row: row[by]) if inside else None
-        kept = [row for row in self.rows if any(row is pick for pick in picks.values())]
-        own = next(
-            ((row["model"], row["decoder"]) for row in self.rows if row["name"] == self.baseline),
-            None,
-        )
-        baseline = picks[own]["name"] if picks.get(own) else None
+        picked = {
+            row["name"]: row for row in self.rows if any(row is pick for pick in picks.values())
+        }
+        groups = {row["name"]: (row["model"], row["decoder"]) for row in self.rows}
+        of_baseline = picks.get(groups.get(self.baseline))
+        baseline = of_baseline and of_baseline["name"]
         left_out = self.left_out + [
             "=".join(filter(None, group)) for group, pick in picks.items() if pick is None
         ]
-        passes = {row["name"]: self.passes[row["name"]] for row in kept}
-        rows = summarise(
-            passes, {row["name"]: row for row in kept}, baseline, self.bootstrap, self.seed
-        )
+        passes = {name: self.passes[name] for name in picked}
+        rows = summarise(passes, picked, baseline, self.bootstrap, self.seed)
         return replace(self, rows=rows, baseline=baseline, left_out=left_out, passes=passes)
 
     def table(self):
@@ -116,7 +109,7 @@ class Comparison:
     def notes(self) -> list[str]:
         """What else one must know of `rows`; failures are named where they happen, and in
         `failures`."""
-        short = {row["name"]: seen["name"] for row, seen in zip(self.rows, self.shown())}
+        short = {row["name"]: line["name"] for row, line in zip(self.rows, self.shown())}
         several = len({row["model"] for row in self.rows}) > 1
         base = self.baseline if several else short.get(self.baseline)
         notes = [f"gain over {base}"] if base and len(self.rows) > 1 else []
@@ -135,47 +128,32 @@ class Comparison:
         """Write results.json and results.csv (`rows`), rows.jsonl (a line for each answer: row,
         decoder, repeat, text, score, num_forwards, seconds), and failures.jsonl if there are any;
         each file whole or not at all -> folder."""
-        from ..results import write_results
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        answers = (
-            (name, r, p) for name, passes in self.passes.items() for r, p in enumerate(passes)
-        )
-        lines = (
-            dict(
-                row=i,
-                decoder=name,
-                repeat=repeat,
-                text=answer.text,
-                score=number(taken.scores[i]),
-                num_forwards=float(answer.num_forwards),
-                seconds=float(answer.seconds),
-            )
-            for name, repeat, taken in answers
-            for i, answer in enumerate(taken.answers)
-            if answer is not None
-        )
-        _write(
-            folder / "rows.jsonl",
-            lambda out: out.writelines(json.dumps(line) + "\n" for line in lines),
-        )
+        write_whole(folder / "rows.jsonl", _json_lines(self._answers()))
         if self.failures:
-            failures = [json.dumps(failure._asdict()) + "\n" for failure in self.failures]
-            _write(folder / "failures.jsonl", lambda out: out.writelines(failures))
+            failures = (failure._asdict() for failure in self.failures)
+            write_whole(folder / "failures.jsonl", _json_lines(failures))
         else:  # of an earlier comparison
             (folder / "failures.jsonl").unlink(missing_ok=True)
-
-        def table(out):
-            writer = csv.DictWriter(
-                out, list(dict.fromkeys(key for row in self.rows for key in row))
-            )
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-        _write(folder / "results.csv", table)
+        write_csv(folder / "results.csv", self.rows)
         write_results(folder / "results.json", self.rows)
         return folder
+
+    def _answers(self) -> Iterator[dict]:
+        for name, passes in self.passes.items():
+            for repeat, taken in enumerate(passes):
+                for i, answer in enumerate(taken.answers):
+                    if answer is not None:
+                        yield dict(
+                            row=i,
+                            decoder=name,
+                            repeat=repeat,
+                            text=answer.text,
+                            score=number(taken.scores[i]),
+                            num_forwards=float(answer.num_forwards),
+                            seconds=float(answer.seconds),
+                        )
 
     def plot(self, file: str | Path, title: str = "") -> Path:
         """Accuracy against NFE and against seconds per answer
@@ -183,6 +161,7 @@ class Comparison:
         return plot_frontier(self.rows, file, title)
 
 
+# Wide because it asks one question, with every way to ask it
 def compare(
     decoders: dict[str, Decoder] | list[NamedDecoder],
     rows: "Dataset | list[dict]",
@@ -215,7 +194,7 @@ def compare(
         console: rich's, for the progress bar (only on a terminal) and the first failure of each
             decoder; None: stderr.
 
-    A scorer that fails on a row, or gives no finite number, leaves that row out of the accuracy; a
+    A scorer that fails on a row, or gives a number that is not finite, leaves that row out of the accuracy; a
     decoder that fails is left with what it has, and the others go on. Both are in `failures`.
     Ctrl-C ends the decoding and what is done is kept. A decoder with a whole pass counts by its
     whole passes, one without by the rows that it did (then `complete` is False).
@@ -224,142 +203,43 @@ def compare(
         ValueError: before anything is decoded, for arguments that do not fit; at the end, if no row
             could be scored.
     """
-    entered = time.perf_counter()
-    named = _named(decoders)
-    items = _items(rows)
-    n = len(items)
-    if n == 0:
+    started = time.perf_counter()
+    named, items = _named(decoders), _items(rows)
+    if not items:
         raise ValueError("the dataset is empty: there is nothing to compare on")
-    for label, value, least in (
-        ("batch_size", batch_size, 1),
-        ("repeats", repeats, 1),
-        ("warmup", warmup, 0),
-        ("bootstrap", bootstrap, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{label}={value} must be at least {least}")
+    sizes = dict(batch_size=batch_size, repeats=repeats, warmup=warmup, bootstrap=bootstrap)
+    check_least(sizes, batch_size=1, repeats=1, warmup=0, bootstrap=1)
     column = column or ("template" if "template" in items[0] else "prompt")
     if bare := [i for i, item in enumerate(items) if column not in item]:
         raise ValueError(f"column={column!r} is missing: row {bare[0]} has {list(items[bare[0]])}")
     baseline = next(iter(named)) if baseline is None else baseline
-    if baseline not in named:
-        raise ValueError(f"baseline={baseline!r} is unknown: choose one of {list(named)}")
+    check_choice("baseline", baseline, named)
     console = Console(stderr=True) if console is None else console
-    prompts = [item[column] for item in items]
-    passes: dict[str, list[Pass]] = {name: [] for name in named}
-    # a set in order: a row that fails in every repeat is listed once
-    failures: dict[Failure, None] = {}
-    told: set[str] = set()
-    # seconds in decoders, and of those in the warm-up
-    decoding, warming, interrupted = 0.0, 0.0, False
-
-    def fail(row: int | None, name: str, error: Exception) -> None:
-        failure = Failure(row, name, " ".join(f"{type(error).__name__}: {error}".split()))
-        if name not in told:
-            told.add(name)
-            console.print(f"failed: {failure}", markup=False, highlight=False, soft_wrap=True)
-        failures[failure] = None
-
-    def answer(name: str, begin: int, end: int) -> list[Decoded] | None:
-        nonlocal decoding
-        before = time.perf_counter()
-        try:
-            return _decode(named[name], prompts[begin:end])
-        except Exception as error:  # whatever it is, the others go on
-            fail(None, name, error)
-            if isinstance(error, Unfinished) and passes[name]:
-                for i, decoded in sorted(error.done.items()):
-                    take(passes[name][-1], name, begin + i, decoded)
-            return None
-        finally:
-            decoding += time.perf_counter() - before
-
-    def take(taken: Pass, name: str, i: int, decoded: Decoded) -> None:
-        taken.answers[i] = decoded
-        try:
-            taken.scores[i] = _score(score, decoded.text, items[i])
-            taken.read[i] = extract(decoded.text)
-        except Exception as error:
-            fail(i, name, error)
-        taken.done[i] = True
-
-    def warm_up(name: str) -> bool:
-        """False where the decoder failed."""
-        nonlocal warming
-        progress.update(bar, description=f"{name}, warm-up")
-        before = decoding
-        try:
-            return all(
-                answer(name, begin, min(begin + batch_size, warmup)) is not None
-                for begin in range(0, min(warmup, n), batch_size)
-            )
-        finally:
-            warming += decoding - before
-
-    def take_turn(name: str) -> bool:
-        """One pass; False where the decoder failed."""
-        taken = Pass([None] * n, np.full(n, np.nan), np.zeros(n, dtype=bool), [None] * n)
-        passes[name].append(taken)
-        for begin in range(0, n, batch_size):
-            batch = answer(name, begin, begin + batch_size)
-            if batch is None:
-                return False
-            # at once: Ctrl-C may come while they are scored
-            taken.answers[begin : begin + len(batch)] = batch
-            for i, decoded in enumerate(batch, begin):
-                take(taken, name, i, decoded)
-            progress.update(bar, description=name, advance=len(batch))
-        return True
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    try:
-        with Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
-        ) as progress:
-            bar = progress.add_task("", total=repeats * len(named) * n)
-            alive = [name for name in named if warm_up(name) and take_turn(name)]
-            for _ in range(1, repeats):
-                alive = [name for name in alive if take_turn(name)]
-    except KeyboardInterrupt:
-        interrupted = True
-    passes = {
-        name: kept
-        for name, taken in passes.items()
-        if (kept := [p for p in taken if any(p.answers)])
-    }
-    used = {name: taken for name, taken in passes.items() if any(p.done.any() for p in taken)}
-    if (
-        used
-        and not interrupted
-        and not any(np.isfinite(p.scores).any() for taken in used.values() for p in taken)
-    ):
-        first = next(failure for failure in failures if failure.row is not None)
-        raise ValueError(f"the scorer failed on every row, first: {first}")
-    labels = {
-        name: dict(
-            task=task, model=None, decoder=name, setting="", family=None, stage=None, seed=seed
-        )
-        | (decoder.columns if isinstance(decoder, NamedDecoder) else {})
-        for name, decoder in named.items()
-    }
-    found = summarise(used, labels, baseline if baseline in used else None, bootstrap, seed)
-    whole = time.perf_counter() - entered
+    contest = Contest(named, items, column, score, extract, batch_size=batch_size, console=console)
+    contest.run(repeats, warmup)
+    passes = contest.answered()
+    scored = {name: taken for name, taken in passes.items() if any(p.done.any() for p in taken)}
+    if scored and not contest.interrupted:
+        _check_scores(scored, contest.failures)
+    baseline = baseline if baseline in scored else None
+    labels = {name: _labels(name, decoder, task, seed) for name, decoder in named.items()}
+    summary = summarise(scored, labels, baseline, bootstrap, seed)
+    whole = time.perf_counter() - started
     return Comparison(
-        rows=found,
-        baseline=baseline if baseline in used else None,
-        failures=list(failures),
-        interrupted=interrupted,
-        overhead=(whole - decoding) / (whole - warming),
-        left_out=[name for name in named if name not in used],
+        rows=summary,
+        baseline=baseline,
+        failures=list(contest.failures),
+        interrupted=contest.interrupted,
+        overhead=(whole - contest.decoding) / (whole - contest.warming),
+        left_out=[name for name in named if name not in scored],
         passes=passes,
         bootstrap=bootstrap,
         seed=seed,
     )
+
+
+def _json_lines(values: Iterable[dict]) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
 
 
 def _items(rows: "Dataset | list[dict]") -> list[dict]:
@@ -395,27 +275,15 @@ def _named(decoders: dict[str, Decoder] | list[NamedDecoder]) -> dict[str, Decod
     return named
 
 
-def _decode(decoder: Decoder, prompts: list) -> list[Decoded]:
-    found = decoder.decode(prompts)
-    if len(found) != len(prompts):
-        raise ValueError(f"{len(found)} results for {len(prompts)} prompts")
-    for result in found:
-        if not isinstance(result, Decoded):
-            raise ValueError(f"a result is a {type(result).__name__}, not a Decoded")
-    return found
+def _check_scores(passes: dict[str, list[Pass]], failures: Iterable[Failure]) -> None:
+    if not any(np.isfinite(p.scores).any() for taken in passes.values() for p in taken):
+        first = next(failure for failure in failures if failure.row is not None)
+        raise ValueError(f"the scorer failed on every row, first: {first}")
 
 
-def _score(score: Callable[[str, dict], float], text: str, row: dict) -> float:
-    # its own: what a scorer writes into it stays away from the next decoder's
-    value = score(text, dict(row))
-    if isinstance(value, (str, bytes)) or not math.isfinite(value):
-        raise ValueError(f"the score {value!r} is no finite number")
-    return float(value)
-
-
-def _write(file: Path, write: Callable) -> None:
-    """Whole or not at all."""
-    draft = file.with_name(file.name + ".partial")
-    with open(draft, "w", newline="", encoding="utf-8") as out:
-        write(out)
-    draft.replace(file)
+def _labels(name: str, decoder: Decoder, task: str, seed: int) -> dict:
+    """What a decoder's row says beside its numbers."""
+    labels = dict(
+        task=task, model=None, decoder=name, setting="", family=None, stage=None, seed=seed
+    )
+    return labels | (decoder.columns if isinstance(decoder, NamedDecoder) else {})

@@ -1,4 +1,4 @@
-"""A grid of tasks x decoders x settings x seeds, shared by several processes, gone on with after an
+"""A grid of tasks x decoders x settings x seeds, shared by several processes, resumed after an
 interruption.
 
 The grid is data. Each of its runs writes `runs/NAME/results.json` when it is whole; what is there
@@ -10,15 +10,16 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_least
 from ..decoders.options import format_options
-from ..decoders.registry import find, make_decoder, parse_spec
+from ..decoders.registry import make_decoder, parse_spec
+from ..results import write_results, write_whole
 from ..tasks import GYM, MODELS, TASKS, load_task
 from .sweep_summary import GRID_FILE, read_rows, write_summary
 
@@ -31,10 +32,9 @@ class Grid:
     seed."""
 
     tasks: tuple[str, ...]  # names for softar.load_task
-    soft: tuple[
-        str, ...
-    ]  # decoders as softar.decoders.registry.parse_spec reads them: "[MODEL=]NAME[:key=value,key=value]"
-    baseline: tuple[str, ...] = ()  # decoders that these are held against
+    # decoders, "[MODEL=]NAME[:key=value,key=value]" (softar.decoders.registry.parse_spec)
+    soft: tuple[str, ...]
+    baseline: tuple[str, ...] = ()  # decoders that these are compared with
     # option -> values, for the decoders of both roles
     vary: dict[str, tuple] = field(default_factory=dict)
     # task -> model of the decoders that name none
@@ -62,10 +62,10 @@ class Grid:
                 raise ValueError(f"{name}: the grid needs at least one value")
         if not self.soft + self.baseline:
             raise ValueError("soft and baseline are empty: the grid needs at least one decoder")
-        for name, least in (("limit", 1), ("max_new_tokens", 0), ("batch_size", 1), ("repeats", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+        for name in ("limit", "max_new_tokens", "batch_size", "repeats"):
+            if not isinstance(getattr(self, name), int | None):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number")
+        check_least(self, limit=1, max_new_tokens=0, batch_size=1, repeats=1)
         if unknown := sorted(set(self.models) - set(self.tasks)):
             raise ValueError(
                 f"models names {unknown}, which are not among the tasks {list(self.tasks)}"
@@ -77,17 +77,17 @@ class Grid:
             tuple(zip(self.vary, values)) for values in itertools.product(*self.vary.values())
         ]
         decoders = [(role, decoder) for role in ROLES for decoder in getattr(self, role)]
-        names = {}
+        runs = {}
         for task, (role, decoder), setting, seed in itertools.product(
             self.tasks, decoders, settings, self.seeds
         ):
             run = Run(task, role, decoder, setting, seed)
-            other = names.setdefault(run.name, run)
+            other = runs.setdefault(run.name, run)
             if other != run:
                 raise ValueError(
                     f"{other.spec!r} and {run.spec!r} would share the folder {run.name!r}: leave one out"
                 )
-        return list(names.values())
+        return list(runs.values())
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Run:
         """The decoder with its setting, for softar.decoders.registry.make_decoder."""
         if not self.setting:
             return self.decoder
-        joint = "," if parse_spec(self.decoder)[2] else ":"
+        joint = "," if parse_spec(self.decoder).options else ":"
         return self.decoder + joint + format_options(dict(self.setting))
 
     @property
@@ -115,9 +115,9 @@ class Run:
 def read_grid(values: dict) -> Grid:
     """A Grid of what a YAML or JSON file holds; ValueError names what is no field of it, or
     missing."""
-    known = {f.name for f in dataclasses.fields(Grid)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"the grid does not have {unknown}; known: {sorted(known)}")
+    names = {f.name for f in dataclasses.fields(Grid)}
+    if unknown := sorted(set(values) - names):
+        raise ValueError(f"the grid does not have {unknown}; known: {sorted(names)}")
     if missing := [name for name in ("tasks", "soft") if name not in values]:
         raise ValueError(
             f"the grid lacks {missing}: give for example tasks: [latin], soft: [soft-mask]"
@@ -126,7 +126,8 @@ def read_grid(values: dict) -> Grid:
 
 
 def sweep(grid: Grid, folder: str | Path, *, console=None) -> list[dict]:
-    """Run what is not finished -> all rows, in the order of the grid; off the main process, [].
+    """Run what is not finished -> all rows, in the order of the grid; [] where this is not the main
+    process.
 
     Args:
         folder: of one grid. What an earlier call finished there is kept; a run that was cut short
@@ -137,7 +138,7 @@ def sweep(grid: Grid, folder: str | Path, *, console=None) -> list[dict]:
         ValueError: before anything is decoded, for a folder of another grid, an unknown task, or a
             decoder that does not exist or does not take its options; at the end if runs failed
             (they are named, and are tried again by the next call; all others are done).
-        KeyboardInterrupt: after saying how to go on.
+        KeyboardInterrupt: after a remark on how to resume.
     """
     import torch
     from accelerate import PartialState
@@ -153,39 +154,39 @@ def sweep(grid: Grid, folder: str | Path, *, console=None) -> list[dict]:
     state = PartialState(cpu=on_cpu, timeout=timedelta(weeks=52))
     if state.num_processes > 1:  # bars of several processes would overwrite each other
         console = Console(file=console.file, force_terminal=False)
-    mine = [
-        run
-        for run in runs[state.process_index :: state.num_processes]
-        if _finished(folder, run) is None
-    ]
+    share = runs[state.process_index :: state.num_processes]
+    share = [run for run in share if _finished(folder, run) is None]
     try:
         # a wrong option is found before anything is decoded; models stay open, so no time is lost
-        for run in mine:
+        for run in share:
             _decoder(grid, run)
-        for run in mine:
+        for run in share:
             _perform(grid, run, folder, console, f"[{runs.index(run) + 1}/{len(runs)}]")
         state.wait_for_everyone()
     except KeyboardInterrupt:
         done = sum(_finished(folder, run) is not None for run in runs)
-        said = f"interrupted; {done} of {len(runs)} runs are whole in {folder}: the same command goes on"
+        remark = f"interrupted; {done} of {len(runs)} runs are whole in {folder}: the same command resumes"
         if state.is_main_process:
-            console.print(said, markup=False, soft_wrap=True)
+            console.print(remark, markup=False, soft_wrap=True)
         raise
-    rows = []
-    if state.is_main_process:
-        found = [_finished(folder, run) for run in runs]
-        rows = [row for mine in found for row in mine or []]
-        if rows:
-            write_summary(rows, folder)
-        if failed := [run.name for run, mine in zip(runs, found) if mine is None]:
-            raise ValueError(
-                f"{len(failed)} of {len(runs)} runs failed, {failed[:3]}; the same command tries them again"
-            )
+    return _gather(runs, folder) if state.is_main_process else []
+
+
+def _gather(runs: list[Run], folder: Path) -> list[dict]:
+    """Write the summary -> all rows. Raises ValueError where runs failed."""
+    results = [_finished(folder, run) for run in runs]
+    rows = [row for result in results for row in result or []]
+    if rows:
+        write_summary(rows, folder)
+    if failed := [run.name for run, result in zip(runs, results) if result is None]:
+        raise ValueError(
+            f"{len(failed)} of {len(runs)} runs failed, {failed[:3]}; the same command tries them again"
+        )
     return rows
 
 
 def _check(grid: Grid, runs: list[Run]) -> None:
-    """Raise ValueError for what is wrong with a grid and can be told before a model is opened."""
+    """Raise ValueError for what is wrong with a grid, as far as it shows before a model is opened."""
     for task in grid.tasks:
         if task not in TASKS and not task.startswith(GYM):
             raise ValueError(
@@ -196,7 +197,7 @@ def _check(grid: Grid, runs: list[Run]) -> None:
                 f"task={task!r} needs max_new_tokens: how long its answers are is not known"
             )
     for run in runs:
-        if twice := sorted(set(parse_spec(run.decoder)[2]) & set(grid.vary)):
+        if twice := sorted(set(parse_spec(run.decoder).options) & set(grid.vary)):
             raise ValueError(
                 f"decoder {run.decoder!r} sets {twice}, which the grid varies: leave it out of one of them"
             )
@@ -206,20 +207,21 @@ def _check(grid: Grid, runs: list[Run]) -> None:
 def _model_of(grid: Grid, run: Run) -> str:
     """The model of a run: the decoder's own, the grid's for the task, or the embedded one of a
     diffusion decoder."""
-    model, name, _ = parse_spec(run.spec)
-    default = MODELS.get(run.task, {}).get("diffusion") if find(name)[0] == "diffusion" else None
-    found = model or grid.models.get(run.task) or default
-    if found is None:
+    asked = parse_spec(run.spec)
+    embedded = MODELS.get(run.task, {})
+    default = embedded.get("diffusion") if asked.family == "diffusion" else None
+    model = asked.model or grid.models.get(run.task) or default
+    if model is None:
         raise ValueError(
             f"decoder {run.decoder!r} on task {run.task!r} has no model: say MODEL={run.decoder}"
         )
-    return found
+    return model
 
 
 def _claim(grid: Grid, folder: Path) -> None:
     """Keep the grid in its folder, or raise ValueError where another one is: its results would be
     mixed up."""
-    file, mine = folder / GRID_FILE, json.loads(json.dumps(dataclasses.asdict(grid)))
+    file, ours = folder / GRID_FILE, json.loads(json.dumps(dataclasses.asdict(grid)))
     # before the file: another process may write both meanwhile
     has_runs = any(folder.glob("runs/*/results.json"))
     # a grid of which nothing was finished, with a typo say, makes way
@@ -229,9 +231,7 @@ def _claim(grid: Grid, folder: Path) -> None:
                 f"{folder} holds runs without a {GRID_FILE}, of an unknown grid: take another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(mine, indent=1) + "\n")
-        draft.replace(file)
+        write_whole(file, json.dumps(ours, indent=1) + "\n")
         return
     try:
         theirs = json.loads(file.read_text())
@@ -239,19 +239,17 @@ def _claim(grid: Grid, folder: Path) -> None:
         raise ValueError(
             f"{file} cannot be read ({error}): take another folder, or delete this one"
         ) from None
-    for name in dict.fromkeys([*mine, *theirs]):
-        if mine.get(name) != theirs.get(name):
+    for name in dict.fromkeys([*ours, *theirs]):
+        if ours.get(name) != theirs.get(name):
             raise ValueError(
-                f"{folder} is of another grid, with {name}={theirs.get(name)!r} and not {mine.get(name)!r}: "
+                f"{folder} is of another grid, with {name}={theirs.get(name)!r} and not {ours.get(name)!r}: "
                 "take another folder, or delete this one"
             )
 
 
 def _perform(grid: Grid, run: Run, folder: Path, console, count: str) -> None:
-    """Decode and write results.json. A run that fails says so and leaves no file; the others go
-    on."""
-    from ..results import write_results
-
+    """Decode and write results.json. Of a run that fails the console says so, and no file is left;
+    the others go on."""
     try:
         row = measure(grid, run, console)
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
@@ -261,11 +259,11 @@ def _perform(grid: Grid, run: Run, folder: Path, console, count: str) -> None:
             soft_wrap=True,
         )
         return
-    place = _place(folder, run)
-    place.mkdir(parents=True, exist_ok=True)
-    write_results(place / "results.json", [row])
-    said = f"accuracy {row['accuracy']:.3f}, {row['nfe']:.1f} forwards, {row['seconds']:.2f} s"
-    console.print(f"{count} {run.name}: {said}", markup=False, soft_wrap=True)
+    file = _file(folder, run)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_results(file, [row])
+    result = f"accuracy {row['accuracy']:.3f}, {row['nfe']:.1f} forwards, {row['seconds']:.2f} s"
+    console.print(f"{count} {run.name}: {result}", markup=False, soft_wrap=True)
 
 
 def measure(grid: Grid, run: Run, console=None) -> dict:
@@ -275,7 +273,7 @@ def measure(grid: Grid, run: Run, console=None) -> dict:
 
     task, rows = _held_out(grid, run)
     decoder = _decoder(grid, run)
-    found = compare(
+    comparison = compare(
         [decoder],
         rows,
         task.score,
@@ -286,18 +284,18 @@ def measure(grid: Grid, run: Run, console=None) -> dict:
         extract=task.extract,
         console=console,
     )
-    if found.interrupted:
+    if comparison.interrupted:
         raise KeyboardInterrupt
-    if not found.rows or not found.rows[0]["complete"]:
+    if not comparison.rows or not comparison.rows[0]["complete"]:
         raise ValueError("its decoder failed, as said above")  # by compare
-    own = dict(
+    columns = dict(
         run=run.name,
         role=run.role,
         spec=run.decoder,
         varied=format_options(dict(run.setting), " "),
         seed=run.seed,
     )
-    return found.rows[0] | own | dict(run.setting)
+    return comparison.rows[0] | columns | dict(run.setting)
 
 
 def _decoder(grid: Grid, run: Run):
@@ -318,31 +316,28 @@ def _task(name: str):
 
 def _held_out(grid: Grid, run: Run):
     task = _task(run.task)
-    return task, task.test if grid.limit is None else task.test.select(
-        range(min(grid.limit, len(task.test)))
-    )
+    n = len(task.test) if grid.limit is None else min(grid.limit, len(task.test))
+    return task, task.test.select(range(n))
 
 
 def _length(grid: Grid, run: Run) -> int:
     """How many tokens to generate: none where a diffusion model fills a template."""
     _, rows = _held_out(grid, run)
-    if "template" in rows.column_names and find(parse_spec(run.spec)[1])[0] == "diffusion":
+    if "template" in rows.column_names and parse_spec(run.spec).family == "diffusion":
         return 0
-    return (
-        len(rows[0]["completion"].split()) + 1
-        if grid.max_new_tokens is None
-        else grid.max_new_tokens
-    )
+    if grid.max_new_tokens is not None:
+        return grid.max_new_tokens
+    return len(rows[0]["completion"].split()) + 1
 
 
-def _place(folder: Path, run: Run) -> Path:
-    return folder / "runs" / run.name
+def _file(folder: Path, run: Run) -> Path:
+    return folder / "runs" / run.name / "results.json"
 
 
 def _finished(folder: Path, run: Run) -> list[dict] | None:
     """The rows of a run that is whole, else None."""
     try:
-        return read_rows(_place(folder, run) / "results.json")
+        return read_rows(_file(folder, run))
     except (FileNotFoundError, ValueError):
         return None
 

@@ -1,13 +1,12 @@
 """The summary of a sweep: files, aggregation over seeds, table and plot."""
 
-import csv
-import itertools
 import json
-import os
 import statistics
 from pathlib import Path
 
-from .chart import log_ticks
+from ..results import write_csv, write_results
+from ..show.plots import plot
+from .chart import PANELS, log_ticks
 
 GRID_FILE, SUMMARY_FILE, PLOT_FILE = "grid.json", "summary.json", "sweep.png"
 
@@ -29,38 +28,29 @@ def read_rows(file: Path) -> list[dict]:
 
 def write_summary(rows: list[dict], folder: str | Path) -> None:
     """summary.json and summary.csv."""
-    from ..results import write_results
-
     write_results(Path(folder, SUMMARY_FILE), rows)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    draft = Path(folder, f"summary.csv.{os.getpid()}")
-    with open(draft, "w", newline="") as out:
-        writer = csv.DictWriter(out, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    draft.replace(Path(folder, "summary.csv"))
+    write_csv(Path(folder, "summary.csv"), rows)
 
 
 def aggregate(rows: list[dict]) -> list[dict]:
     """One point for each task, decoder and setting, over its seeds: task, role, spec, model, varied
     (text), n_seeds, accuracy, accuracy_sd (0 for one seed), nfe, seconds_per_row, tokens_per_s. In
     the order of the rows."""
-    groups = {}
+    groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["task"], row["role"], row["run"].rsplit("-seed", 1)[0]), []).append(
-            row
-        )
-    return [_point(mine) for mine in groups.values()]
+        setting = row["run"].rsplit("-seed", 1)[0]
+        groups.setdefault((row["task"], row["role"], setting), []).append(row)
+    return [_point(seeds) for seeds in groups.values()]
 
 
-def _point(mine: list[dict]) -> dict:
+def _point(seeds: list[dict]) -> dict:
     means = {
-        name: statistics.mean(row[name] for row in mine)
+        name: statistics.mean(row[name] for row in seeds)
         for name in ("accuracy", "nfe", "seconds_per_row", "tokens_per_s")
     }
-    spread = statistics.stdev(row["accuracy"] for row in mine) if len(mine) > 1 else 0.0
-    common = {name: mine[0][name] for name in ("task", "role", "spec", "model", "varied")}
-    return common | means | dict(accuracy_sd=spread, n_seeds=len(mine))
+    spread = statistics.stdev(row["accuracy"] for row in seeds) if len(seeds) > 1 else 0.0
+    common = {name: seeds[0][name] for name in ("task", "role", "spec", "model", "varied")}
+    return common | means | dict(accuracy_sd=spread, n_seeds=len(seeds))
 
 
 def read_sweep(folder: str | Path) -> list[dict]:
@@ -81,70 +71,74 @@ def plot_sweep(folder: str | Path, file: str | Path | None = None) -> Path:
     A line joins the settings of a decoder by increasing forwards: means over the seeds, bars of one
     standard deviation. Soft decoders are drawn in full, baselines dashed.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     points = aggregate(read_sweep(folder))
-    tasks, lines = (list(dict.fromkeys(map(key, points))) for key in (lambda p: p["task"], _line))
-    varied = {p["varied"].partition("=")[0] for p in points}
-    only = (
-        varied.pop()
-        if len(varied) == 1 and all(p["varied"].count("=") == 1 for p in points)
-        else ""
-    )
-    costs = {"nfe": "forward passes per answer", "seconds_per_row": "seconds per answer"}
-    figure, axes = plt.subplots(
-        len(tasks), 2, figsize=(9, 3.2 * len(tasks) + 0.6), squeeze=False, layout="constrained"
-    )
-    for (task, (cost, label)), axis in zip(itertools.product(tasks, costs.items()), axes.flat):
-        for i, line in enumerate(lines):
-            mine = sorted(
-                (p for p in points if (p["task"], _line(p)) == (task, line)), key=lambda p: p["nfe"]
-            )
-            if not mine:
-                continue
-            is_soft = line[0] == "soft"
-            axis.errorbar(
-                [p[cost] for p in mine],
-                [p["accuracy"] for p in mine],
-                [p["accuracy_sd"] for p in mine],
-                color=f"C{i}",
-                marker="o" if is_soft else "s",
-                markersize=4,
-                capsize=2,
-                linestyle="-" if is_soft else "--",
-                label=f"{line[1]} ({line[0]})",
-            )
-            for p in mine if cost == "nfe" else []:
-                value = p["varied"].partition("=")[2] if only else p["varied"]
-                axis.annotate(
-                    value,
-                    (p[cost], p["accuracy"]),
-                    xytext=(4, -9 if is_soft else 4),
-                    textcoords="offset points",
-                    fontsize=6,
-                    color=f"C{i}",
-                )
-        axis.set(
-            xscale="log",
-            xlabel=label,
-            ylabel="held-out accuracy" if cost == "nfe" else "",
-            title=task,
-            ylim=(-0.05, 1.08),
-        )
-        log_ticks(axis, [p[cost] for p in points if p["task"] == task])
-        axis.spines[["top", "right"]].set_visible(False)
-    handles = {text: h for axis in axes.flat for h, text in zip(*axis.get_legend_handles_labels())}
-    note = f"labels: {only}" if only else None
-    figure.legend(
-        handles.values(), handles, title=note, frameon=False, loc="outside lower center", ncols=3
-    )
+    tasks = list(dict.fromkeys(point["task"] for point in points))
+    lines = list(dict.fromkeys(map(_line, points)))
+    option = _only_option(points)
     file = Path(folder, PLOT_FILE) if file is None else Path(file)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    size = (9, 3.2 * len(tasks) + 0.6)
+    with plot(file, len(tasks), len(PANELS), figsize=size) as (figure, panels):
+        for task, row in zip(tasks, panels, strict=True):
+            in_task = [point for point in points if point["task"] == task]
+            for axes, (cost, label) in zip(row, PANELS.items(), strict=True):
+                for i, line in enumerate(lines):
+                    settings = [point for point in in_task if _line(point) == line]
+                    if settings:
+                        settings.sort(key=lambda point: point["nfe"])
+                        _draw(axes, settings, cost, f"C{i}")
+                        if cost == "nfe":
+                            _annotate(axes, settings, option, f"C{i}")
+                axes.set(xscale="log", xlabel=label, title=task, ylim=(-0.05, 1.08))
+                log_ticks(axes, [point[cost] for point in in_task])
+            row[0].set_ylabel("held-out accuracy")
+        handles = {}
+        for axes in panels.flat:
+            handles |= {text: h for h, text in zip(*axes.get_legend_handles_labels())}
+        figure.legend(
+            handles.values(),
+            handles,
+            title=f"labels: {option}" if option else None,
+            frameon=False,
+            loc="outside lower center",
+            ncols=3,
+        )
     return file
+
+
+def _only_option(points: list[dict]) -> str:
+    """The one option that varies, "" where it is another number of them."""
+    options = {point["varied"].partition("=")[0] for point in points}
+    is_one = len(options) == 1 and all(point["varied"].count("=") == 1 for point in points)
+    return options.pop() if is_one else ""
+
+
+def _draw(axes, points: list[dict], cost: str, color: str) -> None:
+    """The settings of one decoder."""
+    role, spec = _line(points[0])
+    axes.errorbar(
+        [point[cost] for point in points],
+        [point["accuracy"] for point in points],
+        [point["accuracy_sd"] for point in points],
+        color=color,
+        marker="o" if role == "soft" else "s",
+        markersize=4,
+        capsize=2,
+        linestyle="-" if role == "soft" else "--",
+        label=f"{spec} ({role})",
+    )
+
+
+def _annotate(axes, points: list[dict], option: str, color: str) -> None:
+    """Each setting's value beside its point, under a soft decoder's and over a baseline's."""
+    for point in points:
+        axes.annotate(
+            point["varied"].partition("=")[2] if option else point["varied"],
+            (point["nfe"], point["accuracy"]),
+            xytext=(4, -9 if point["role"] == "soft" else 4),
+            textcoords="offset points",
+            fontsize=6,
+            color=color,
+        )
 
 
 def sweep_table(points: list[dict]):

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..decode import SoftOutput
+from .plots import plot
 from .trace import thought
 
 
@@ -21,21 +22,16 @@ def results_table(rows: list[dict], title: str | None = None) -> Table:
     for column in ("forwards", "train steps", "train s", "decode s"):
         table.add_column(column, justify="right")
     for decoder in dict.fromkeys(row["decoder"] for row in rows):
-        mine = [row for row in rows if row["decoder"] == decoder]
-        cells = [
-            _spread([row["accuracy"] for row in mine if row["readout"] == r], 3) for r in readouts
+        of_decoder = [row for row in rows if row["decoder"] == decoder]
+        accuracies = [
+            [row["accuracy"] for row in of_decoder if row["readout"] == readout]
+            for readout in readouts
         ]
-        own = [row for row in mine if row["readout"] == mine[0]["readout"]]
-        cells += [
-            _spread([row[key] for row in own], digits)
-            for key, digits in (
-                ("nfe", 0),
-                ("train_steps", 0),
-                ("train_seconds", 0),
-                ("seconds", 2),
-            )
-        ]
-        table.add_row(decoder, *cells)
+        # its training is the same for all read-outs
+        first = [row for row in of_decoder if row["readout"] == of_decoder[0]["readout"]]
+        digits = {"nfe": 0, "train_steps": 0, "train_seconds": 0, "seconds": 2}
+        costs = [_spread([row[key] for row in first], n) for key, n in digits.items()]
+        table.add_row(decoder, *(_spread(values, 3) for values in accuracies), *costs)
     return table
 
 
@@ -47,49 +43,39 @@ def gain_table(rows: list[dict], title: str | None = None) -> Table:
     for column in ("before", "after", "gain", "forwards"):
         table.add_column(column, justify="right", no_wrap=True)
     for decoder in dict.fromkeys(row["decoder"] for row in rows):
-        mine = {
-            stage: [row for row in rows if (row["decoder"], row["stage"]) == (decoder, stage)]
+        before, after = (
+            {row["seed"]: row for row in rows if (row["decoder"], row["stage"]) == (decoder, stage)}
             for stage in ("before", "after")
-        }
-        values = {
-            stage: {row["seed"]: row["accuracy"] for row in lines} for stage, lines in mine.items()
-        }
-        gains = [after - values["before"][seed] for seed, after in values["after"].items()]
-        cells = [
-            _spread(list(values["before"].values()), 3),
-            _spread(list(values["after"].values()), 3),
-        ]
-        cells += [_spread(gains, 3, sign="+"), _spread([row["nfe"] for row in mine["after"]], 0)]
-        table.add_row(decoder, *cells)
+        )
+        table.add_row(
+            decoder,
+            _spread([row["accuracy"] for row in before.values()], 3),
+            _spread([row["accuracy"] for row in after.values()], 3),
+            _spread([after[seed]["accuracy"] - before[seed]["accuracy"] for seed in after], 3, "+"),
+            _spread([row["nfe"] for row in after.values()], 0),
+        )
     return table
 
 
 def plot_rewards(rows: list[dict], file: str | Path, title: str = "") -> Path:
     """The reward of the rollouts over the training steps: a thin line per seed, the mean thick, a
     colour per policy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
-    for i, decoder in enumerate(dict.fromkeys(row["decoder"] for row in rows)):
-        curves = [
-            dict(row["rewards"]) for row in rows if row["decoder"] == decoder and "rewards" in row
-        ]
-        if len(curves) > 1:
-            for curve in curves:
-                axes.plot(
-                    list(curve), list(curve.values()), color=f"C{i}", linewidth=0.6, alpha=0.5
-                )
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))  # logged by every seed
-        mean = [statistics.mean(curve[step] for curve in curves) for step in steps]
-        axes.plot(steps, mean, color=f"C{i}", linewidth=1.8, label=decoder)
-    axes.set(xlabel="training step", ylabel="mean reward of the rollouts", title=title)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="policy", frameon=False)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    with plot(file, figsize=(5.6, 3.6)) as (_, panels):
+        axes = panels[0, 0]
+        for i, decoder in enumerate(dict.fromkeys(row["decoder"] for row in rows)):
+            curves = [
+                dict(row["rewards"])
+                for row in rows
+                if row["decoder"] == decoder and "rewards" in row
+            ]
+            for curve in curves if len(curves) > 1 else []:
+                steps, rewards = list(curve), list(curve.values())
+                axes.plot(steps, rewards, color=f"C{i}", linewidth=0.6, alpha=0.5)
+            steps = sorted(set.intersection(*map(set, curves)))  # logged by every seed
+            mean = [statistics.mean(curve[step] for curve in curves) for step in steps]
+            axes.plot(steps, mean, color=f"C{i}", linewidth=1.8, label=decoder)
+        axes.set(xlabel="training step", ylabel="mean reward of the rollouts", title=title)
+        axes.legend(title="policy", frameon=False)
     return Path(file)
 
 
@@ -102,43 +88,30 @@ def _spread(values: list[float], digits: int, sign: str = "") -> str:
 
 def plot_accuracy(rows: list[dict], file: str | Path, title: str = "") -> Path:
     """Bars of accuracy per decoder and read-out, with one dot per seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     decoders = list(dict.fromkeys(row["decoder"] for row in rows))
     readouts = list(dict.fromkeys(row["readout"] for row in rows))
     width = 0.8 / len(readouts)
-    figure, axes = plt.subplots(figsize=(1.6 + 1.4 * len(decoders), 3.6), layout="constrained")
-    for i, readout in enumerate(readouts):
-        label = readout
-        for x, decoder in enumerate(decoders):
-            values = [
-                row["accuracy"]
-                for row in rows
-                if (row["decoder"], row["readout"]) == (decoder, readout)
-            ]
-            if not values:
-                continue
-            at = x + (i - (len(readouts) - 1) / 2) * width
-            axes.bar(at, statistics.mean(values), width * 0.92, color=f"C{i}", label=label)
-            label = None  # one entry of the legend
-            axes.text(
-                at,
-                statistics.mean(values) + 0.01,
-                f"{statistics.mean(values):.2f}",
-                ha="center",
-                fontsize=8,
-            )
-            if len(values) > 1:
-                axes.plot([at] * len(values), values, "k.", markersize=3)
-    axes.set_xticks(range(len(decoders)), decoders)
-    axes.set(ylabel="held-out accuracy", ylim=(0, 1.08), title=title)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="read-out", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    with plot(file, figsize=(1.6 + 1.4 * len(decoders), 3.6)) as (_, panels):
+        axes = panels[0, 0]
+        for i, readout in enumerate(readouts):
+            label = readout
+            for x, decoder in enumerate(decoders):
+                seeds = [
+                    row["accuracy"]
+                    for row in rows
+                    if (row["decoder"], row["readout"]) == (decoder, readout)
+                ]
+                if not seeds:
+                    continue
+                at, mean = x + (i - (len(readouts) - 1) / 2) * width, statistics.mean(seeds)
+                axes.bar(at, mean, width * 0.92, color=f"C{i}", label=label)
+                label = None  # one entry of the legend
+                axes.text(at, mean + 0.01, f"{mean:.2f}", ha="center", fontsize=8)
+                if len(seeds) > 1:
+                    axes.plot([at] * len(seeds), seeds, "k.", markersize=3)
+        axes.set_xticks(range(len(decoders)), decoders)
+        axes.set(ylabel="held-out accuracy", ylim=(0, 1.08), title=title)
+        axes.legend(title="read-out", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return Path(file)
 
 
@@ -155,76 +128,55 @@ def nfe_table(rows: list[dict], title: str | None = None) -> Table:
     for budget in budgets:
         table.add_column(f"{budget:g}", justify="right", no_wrap=True)
     for line in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
-        mine = [row for row in rows if tuple(row[key] for key in keys) == line]
-        table.add_row(
-            *line,
-            *(_spread([row["accuracy"] for row in mine if row["budget"] == b], 3) for b in budgets),
-        )
+        accuracies = {budget: [] for budget in budgets}
+        for row in rows:
+            if tuple(row[key] for key in keys) == line:
+                accuracies[row["budget"]].append(row["accuracy"])
+        table.add_row(*line, *(_spread(values, 3) for values in accuracies.values()))
     return table
 
 
 def plot_nfe(rows: list[dict], file: str | Path, title: str = "") -> Path:
     """Accuracy over measured forward passes, a line per training and decoder with one standard
     deviation over the seeds; a panel per schedule."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-
     schedules = list(dict.fromkeys(row["schedule"] for row in rows))
     trainings = list(dict.fromkeys(row["training"] for row in rows))
     decoders = list(dict.fromkeys(row["decoder"] for row in rows))
-    figure, panels = plt.subplots(
-        1,
-        len(schedules),
-        figsize=(2 + 3.6 * len(schedules), 3.6),
-        layout="constrained",
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
+    size = (2 + 3.6 * len(schedules), 3.6)
     lines = {}  # by label: a panel need not hold all of them
-    for axes, schedule in zip(panels[0], schedules, strict=True):
-        shown = [row for row in rows if row["schedule"] == schedule]
-        for training, decoder in dict.fromkeys((row["training"], row["decoder"]) for row in shown):
-            mine = [
-                row for row in shown if (row["training"], row["decoder"]) == (training, decoder)
-            ]
-            label = f"{training}, {decoder}"
-            look = dict(
-                color=f"C{trainings.index(training)}",
-                **_NFE_LOOKS[decoders.index(decoder) % len(_NFE_LOOKS)],
-            )
-            lines[label] = axes.errorbar(
-                *_nfe_points(mine), label=label, capsize=2, markersize=4, linewidth=1.2, **look
-            )
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set(
-            xlabel="forward passes (mean NFE)",
-            ylim=(0, 1.08),
-            title=schedule if len(schedules) > 1 else title,
-        )
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("held-out accuracy")
-    if len(schedules) > 1:
-        figure.suptitle(title)
-    figure.legend(
-        lines.values(), lines, title="training, decoder", frameon=False, loc="outside right upper"
-    )
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    with plot(file, 1, len(schedules), figsize=size, sharex=True, sharey=True) as (figure, panels):
+        for axes, schedule in zip(panels[0], schedules, strict=True):
+            groups: dict[tuple, list[dict]] = {}
+            for row in rows:
+                if row["schedule"] == schedule:
+                    groups.setdefault((row["training"], row["decoder"]), []).append(row)
+            for (training, decoder), group in groups.items():
+                label = f"{training}, {decoder}"
+                lines[label] = axes.errorbar(
+                    *_nfe_points(group),
+                    label=label,
+                    color=f"C{trainings.index(training)}",
+                    **_NFE_LOOKS[decoders.index(decoder) % len(_NFE_LOOKS)],
+                    capsize=2,
+                    markersize=4,
+                    linewidth=1.2,
+                )
+            _nfe_axes(axes, schedule if len(schedules) > 1 else title)
+        panels[0, 0].set_ylabel("held-out accuracy")
+        if len(schedules) > 1:
+            figure.suptitle(title)
+        legend = dict(title="training, decoder", frameon=False, loc="outside right upper")
+        figure.legend(lines.values(), lines, **legend)
     return Path(file)
 
 
-_NFE_LOOKS = [
-    dict(fmt="o", linestyle="-"),
-    dict(fmt="s", linestyle="--"),
-    dict(fmt="^", linestyle=":"),
-    dict(fmt="D", linestyle="-."),
-]
+def _nfe_axes(axes, title: str) -> None:
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="forward passes (mean NFE)", ylim=(0, 1.08), title=title)
 
 
 def _nfe_points(rows: list[dict]) -> tuple[list[float], list[float], list[float]]:
@@ -232,12 +184,11 @@ def _nfe_points(rows: list[dict]) -> tuple[list[float], list[float], list[float]
     increasing NFE."""
     points = []
     for budget in dict.fromkeys(row["budget"] for row in rows):
-        mine = [row for row in rows if row["budget"] == budget]
-        values = [row["accuracy"] for row in mine]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        points.append(
-            (statistics.mean(row["nfe"] for row in mine), statistics.mean(values), spread)
-        )
+        seeds = [row for row in rows if row["budget"] == budget]
+        accuracies = [row["accuracy"] for row in seeds]
+        spread = statistics.stdev(accuracies) if len(seeds) > 1 else 0.0
+        nfe = statistics.mean(row["nfe"] for row in seeds)
+        points.append((nfe, statistics.mean(accuracies), spread))
     x, y, error = zip(*sorted(points), strict=True)
     return list(x), list(y), list(error)
 
@@ -260,3 +211,11 @@ def thought_table(out: SoftOutput, tokenizer, row: int = 0, top: int = 5) -> Tab
             str(number), step.kind, Text(step.token), f"{step.entropy:.2f}", Text(mixture)
         )
     return table
+
+
+_NFE_LOOKS = [
+    dict(fmt="o", linestyle="-"),
+    dict(fmt="s", linestyle="--"),
+    dict(fmt="^", linestyle=":"),
+    dict(fmt="D", linestyle="-."),
+]

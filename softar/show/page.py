@@ -2,11 +2,11 @@
 
 import html
 import json
-import os
 import re
 from importlib.resources import files
 from pathlib import Path
 
+from ..results import write_whole
 from .trace import Canvas, Trace, to_json
 
 # Of the numbers in packed mixtures: what JSON and a script around it take as it is
@@ -43,14 +43,14 @@ def pack(canvas: Canvas) -> str:
         for mixture in forward.soft.values()
         for token, _ in mixture
     )
-    place = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    wide = 2 if len(place) <= len(DIGITS) ** 2 else 3
+    numbers = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    wide = 2 if len(numbers) <= len(DIGITS) ** 2 else 3
     forwards, last = [], {}
     for forward in canvas.forwards:
         soft = {}
         for column, mixture in forward.soft.items():
             packed = "".join(
-                _digits(place[token], wide) + _digits(round(1000 * w), 2) for token, w in mixture
+                _digits(numbers[token], wide) + _digits(round(1000 * w), 2) for token, w in mixture
             )
             soft[column] = 0 if last.get(column) == packed else packed
             last[column] = packed
@@ -61,7 +61,7 @@ def pack(canvas: Canvas) -> str:
         "mask": canvas.mask,
         "cells": canvas.cells,
     }
-    whole |= {"words": list(place), "wide": wide, "forwards": forwards}
+    whole |= {"words": list(numbers), "wide": wide, "forwards": forwards}
     return json.dumps(whole, allow_nan=False, separators=(",", ":"))
 
 
@@ -74,8 +74,4 @@ def _digits(number: int, count: int) -> str:
 
 def write_page(file: str | Path, traces: list[Trace | Canvas], title: str = "softar") -> Path:
     """Write `page` to a file, whole or not at all. -> the file."""
-    file = Path(file)
-    draft = file.with_name(file.name + ".partial")
-    draft.write_text(page(traces, title), encoding="utf-8")
-    os.replace(draft, file)
-    return file
+    return write_whole(file, page(traces, title))

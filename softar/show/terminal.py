@@ -104,8 +104,8 @@ def _view_canvas(canvas: Canvas) -> Group:
         waiting = [column for column in forward.soft if state[column][0] is None]
         for column in sorted(waiting, key=lambda c: _surest(forward.soft[c], canvas.mask))[:SLOTS]:
             mixture = forward.soft[column]
-            shown = bar(mixture, mask=canvas.mask), "  ", listed(mixture, canvas.mask)
-            table.add_row("", Text.assemble((f"{column:>4} ", "dim"), *shown))
+            parts = bar(mixture, mask=canvas.mask), "  ", listed(mixture, canvas.mask)
+            table.add_row("", Text.assemble((f"{column:>4} ", "dim"), *parts))
         if len(waiting) > SLOTS:
             table.add_row(
                 "",

@@ -90,12 +90,12 @@ class Words:
     """The text of single tokens, special ones included."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.known = tokenizer, {}
+        self.tokenizer, self.texts = tokenizer, {}
 
     def __getitem__(self, token: int) -> str:
-        if token not in self.known:
-            self.known[token] = self.tokenizer.decode([token])
-        return self.known[token]
+        if token not in self.texts:
+            self.texts[token] = self.tokenizer.decode([token])
+        return self.texts[token]
 
     def mixtures(
         self, ids: "Tensor", weights: "Tensor", top: int
@@ -168,7 +168,4 @@ def _forward(committed: dict, soft: dict, dropped: list) -> Forward:
 
 
 def _pairs(mixture: list) -> Mixture:
-    return [(token, weight) for token, weight in mixture]
-
-
-# The terminal view
+    return [tuple(pair) for pair in mixture]

@@ -1,0 +1,152 @@
+"""Decoders that take turns over the same rows, whatever fails and whenever Ctrl-C comes."""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..decoders.answer import Decoded, Decoder, Unfinished
+from .bootstrap import Pass
+
+
+class Failure(NamedTuple):
+    row: int | None  # index of the row whose score is missing; None: the decoder itself failed
+    decoder: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.decoder}{'' if self.row is None else f', row {self.row}'}: {self.message}"
+
+
+class Contest:
+    """What each decoder gave so far, what failed, and where the time went."""
+
+    def __init__(
+        self,
+        decoders: dict[str, Decoder],
+        items: list[dict],
+        column: str,
+        score: Callable[[str, dict], float],
+        extract: Callable[[str], str],
+        *,
+        batch_size: int,
+        console: Console,
+    ):
+        self.decoders, self.items = decoders, items
+        self.prompts = [item[column] for item in items]
+        self.score, self.extract, self.batch_size = score, extract, batch_size
+        self.console, self.progress = console, None
+        self.passes: dict[str, list[Pass]] = {name: [] for name in decoders}
+        # a set in order: a row that fails in every repeat is listed once
+        self.failures: dict[Failure, None] = {}
+        self.failed: set[str] = set()  # decoders; the first failure of each is printed
+        self.interrupted = False
+        self.decoding = self.warming = 0.0  # seconds in decoders, and of those in the warm-up
+
+    def run(self, repeats: int, warmup: int) -> None:
+        """Each decoder is warmed up right before its first turn, so that it is warm when it counts.
+        Ctrl-C ends it all, and what is done is kept."""
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        hidden = not self.console.is_terminal
+        total = repeats * len(self.decoders) * len(self.items)
+        try:
+            with Progress(*columns, console=self.console, transient=True, disable=hidden) as bars:
+                self.progress = functools.partial(bars.update, bars.add_task("", total=total))
+                alive = [n for n in self.decoders if self.warm_up(n, warmup) and self.turn(n)]
+                for _ in range(1, repeats):
+                    alive = [name for name in alive if self.turn(name)]
+        except KeyboardInterrupt:
+            self.interrupted = True
+
+    def answered(self) -> dict[str, list[Pass]]:
+        """The passes that hold an answer, of the decoders that have any."""
+        passes = {name: [p for p in taken if any(p.answers)] for name, taken in self.passes.items()}
+        return {name: taken for name, taken in passes.items() if taken}
+
+    def warm_up(self, name: str, rows: int) -> bool:
+        """False where the decoder failed."""
+        self.progress(description=f"{name}, warm-up")
+        before, size = self.decoding, self.batch_size
+        try:
+            return all(
+                self.answer(name, begin, min(begin + size, rows)) is not None
+                for begin in range(0, min(rows, len(self.items)), size)
+            )
+        finally:
+            self.warming += self.decoding - before
+
+    def turn(self, name: str) -> bool:
+        """One pass over the rows; False where the decoder failed."""
+        n = len(self.items)
+        taken = Pass([None] * n, np.full(n, np.nan), np.zeros(n, dtype=bool), [None] * n)
+        self.passes[name].append(taken)
+        for begin in range(0, n, self.batch_size):
+            batch = self.answer(name, begin, begin + self.batch_size)
+            if batch is None:
+                return False
+            # at once: Ctrl-C may come while they are scored
+            taken.answers[begin : begin + len(batch)] = batch
+            for i, decoded in enumerate(batch, begin):
+                self.take(name, i, decoded)
+            self.progress(description=name, advance=len(batch))
+        return True
+
+    def answer(self, name: str, begin: int, end: int) -> list[Decoded] | None:
+        """What a decoder gives for some of the rows; None where it failed. A pass keeps what it did
+        before that."""
+        before = time.perf_counter()
+        try:
+            return _decode(self.decoders[name], self.prompts[begin:end])
+        except Exception as error:  # whatever it is, the others go on
+            self.fail(None, name, error)
+            if isinstance(error, Unfinished) and self.passes[name]:
+                for i, decoded in sorted(error.done.items()):
+                    self.take(name, begin + i, decoded)
+            return None
+        finally:
+            self.decoding += time.perf_counter() - before
+
+    def take(self, name: str, i: int, decoded: Decoded) -> None:
+        """Score an answer into the decoder's latest pass."""
+        taken = self.passes[name][-1]
+        taken.answers[i] = decoded
+        try:
+            # a copy, so that what a scorer writes into its row does not reach the next decoder's
+            taken.scores[i] = _checked(self.score(decoded.text, dict(self.items[i])))
+            taken.read[i] = self.extract(decoded.text)
+        except Exception as error:
+            self.fail(i, name, error)
+        taken.done[i] = True
+
+    def fail(self, row: int | None, name: str, error: Exception) -> None:
+        failure = Failure(row, name, " ".join(f"{type(error).__name__}: {error}".split()))
+        if name not in self.failed:
+            self.failed.add(name)
+            self.console.print(f"failed: {failure}", markup=False, highlight=False, soft_wrap=True)
+        self.failures[failure] = None
+
+
+def _decode(decoder: Decoder, prompts: list) -> list[Decoded]:
+    answers = decoder.decode(prompts)
+    if len(answers) != len(prompts):
+        raise ValueError(f"{len(answers)} results for {len(prompts)} prompts")
+    for answer in answers:
+        if not isinstance(answer, Decoded):
+            raise ValueError(f"a result is a {type(answer).__name__}, not a Decoded")
+    return answers
+
+
+def _checked(score) -> float:
+    if isinstance(score, (str, bytes)) or not math.isfinite(score):
+        raise ValueError(f"the score {score!r} is not a finite number")
+    return float(score)
