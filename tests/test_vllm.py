@@ -24,6 +24,7 @@ import softar.vllm.export
 import softar.vllm.server
 from softar.decoders.card import describe
 from softar.decoders.options import Common
+from softar.decoders.registry import build
 from softar.models import load
 from softar.vllm.client import ServerDecoder
 from softar.vllm.completions import MODES, Sampling
@@ -668,7 +669,7 @@ def test_program_without_a_guard(tmp_path):
 
 
 def test_without_vllm(folder, monkeypatch):
-    monkeypatch.setattr(softar.vllm.server.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("softar.vllm.machine.importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         ImportError, match=r'^vLLM is not installed: `pip install "softar\[vllm\]"`, or `make vllm`'
     ):
@@ -740,7 +741,7 @@ def test_registry(server, folder):
 def test_bad_options(options, said, folder):
     name, options = options.get("name", "greedy"), {k: v for k, v in options.items() if k != "name"}
     with pytest.raises(ValueError, match=said) as caught:
-        DECODERS[f"vllm-{name}"](describe(folder), Common(2), **options)
+        build(f"vllm-{name}", describe(folder), Common(2), options)
     assert "\n" not in str(caught.value)
 
 
