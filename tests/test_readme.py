@@ -61,12 +61,20 @@ def blocks(*languages):
 
 
 def commands():
-    """Every line of every shell block, with what it goes on in."""
+    """Every command of every shell block, with the lines that a backslash or a quote goes on in."""
     for block in BLOCKS:
         if block.language == "bash":
+            pending = ""
             for line in re.sub(r"\\\n", " ", block.text).splitlines():
-                if line.strip() and not line.startswith(("#", "  ")):
-                    yield block, line
+                pending = f"{pending} {line.strip()}".strip()
+                try:
+                    words = shlex.split(pending, comments=True)
+                except ValueError:  # an open quote
+                    continue
+                if words:
+                    yield block, pending
+                pending = ""
+            assert not pending, pending
 
 
 def marks_of(text):
@@ -210,7 +218,8 @@ def softar_command(words, request, monkeypatch, capsys, **_):
     name, options = words[1], [*words[2:], *SMALLEST.get(words[1], [])]
     command = typer.main.get_command(cli.app).commands[name]
     context = command.make_context(name, list(options))
-    for spec in context.params.get("decoder") or []:
+    specs = context.params.get("decoder") or []
+    for spec in [specs] if isinstance(specs, str) else specs:
         parse_spec(spec)
     if name == "serve":  # the fixture `server` runs it
         assert context.params["model"] in cli.work.MODELS
