@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choice
-
 RESCALES = (None, "l2", "norm")
 
 
@@ -123,7 +121,8 @@ def soft_embed(soft: Soft, embedding: nn.Module, *, rescale: str | None = None) 
     Returns:
         [..., D] in the embedding's dtype.
     """
-    check_choice("rescale", rescale, RESCALES)
+    if rescale not in RESCALES:
+        raise ValueError(f"rescale={rescale!r} is unknown: choose one of {[*RESCALES]}")
     ids, weights = soft
     # PEFT wraps it
     table = next((m for m in embedding.modules() if isinstance(m, nn.Embedding)), None)

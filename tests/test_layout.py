@@ -175,8 +175,7 @@ def test_imports_point_one_way(folder):
 # softar/ from the ground up: a module or room may import, inside a function too, only what stands
 # on a lower floor.
 FLOORS = [
-    ("_lazy", "checks"),
-    ("soft", "placement"),
+    ("_lazy", "checks", "placement", "soft"),
     ("mixers", "models", "tasks", "results", "training"),
     ("config",),
     ("thought",),
@@ -257,6 +256,66 @@ def test_no_import_circle():
         for name in free:
             del left[name]
     assert not left, f"each of these needs another of them: {left}"
+
+
+MOST_LINES, MOST_STATEMENT_LINES, MOST_PARAMETERS = 400, 60, 8
+
+
+def functions(tree):
+    return (n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+def lines_of(function):
+    """How long it is, its docstring left out."""
+    first = function.body[0]
+    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    docstring = first.end_lineno - first.lineno + 1 if is_docstring else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+def parameters_of(function):
+    """How many it has, self and cls left out."""
+    arguments = function.args
+    names = [a.arg for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+def reason_above(function, lines):
+    """The comments that end right above its `def` and above its decorators, as one text."""
+    comment = []
+    for line in {function.lineno, *(d.lineno for d in function.decorator_list)}:
+        at = line - 2
+        while lines[at].strip().startswith("#"):
+            comment.insert(0, lines[at].strip(" #"))
+            at -= 1
+    return " ".join(comment)
+
+
+def test_files_and_functions_are_of_a_size_to_read():
+    """A longer or wider function says why in the comment above it: `# Long because ...`."""
+    wrong = []
+    for folder in [*PACKAGES, "recipes"]:
+        for path in files(folder):
+            if path.suffix != ".py":
+                continue
+            text = path.read_text(encoding="utf-8")
+            lines, where = text.splitlines(), path.relative_to(ROOT)
+            if len(lines) > MOST_LINES:
+                wrong.append(f"{where} has {len(lines)} lines, more than {MOST_LINES}")
+            for function in functions(ast.parse(text)):
+                reason = reason_above(function, lines)
+                for count, most, word, what in (
+                    (lines_of(function), MOST_STATEMENT_LINES, "Long( and wide)? because", "lines"),
+                    (
+                        parameters_of(function),
+                        MOST_PARAMETERS,
+                        "(Wide|Long and wide) because",
+                        "parameters",
+                    ),
+                ):
+                    if count > most and not re.search(word, reason):
+                        wrong.append(f"{where}: {function.name} has {count} {what}, over {most}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_no_module_takes_anothers_private_name():

@@ -181,7 +181,7 @@ def serve(
 
 
 @command
-# Long because each parameter is an option of the command, with its help. Wide for the same reason.
+# Long and wide because each parameter is an option of the command, with its help.
 def sweep(
     config: Annotated[
         Path | None, typer.Option(help="YAML or JSON file of the grid; the options override it.")

@@ -232,7 +232,7 @@ def trace(
             streams.console().print(view(each))
 
 
-# Long because each parameter is an option of the command, with its help. Wide for the same reason.
+# Long and wide because each parameter is an option of the command, with its help.
 def compare(
     task: Annotated[str, typer.Option("--task", "-t", help="A name of `softar tasks`.")] = "mnns",
     decoder: Specs = None,
