@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 import random
+import re
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -1161,7 +1162,9 @@ BAD_CONFIGS = [
 
 
 @pytest.mark.parametrize(
-    ("knobs", "told"), BAD_CONFIGS, ids=[str(knobs) for knobs, _ in BAD_CONFIGS]
+    ("knobs", "told"),
+    BAD_CONFIGS,
+    ids=[re.sub(" at 0x[0-9a-f]+", "", str(knobs)) for knobs, _ in BAD_CONFIGS],
 )
 def test_bad_configurations_are_errors_that_name_the_value(knobs, told):
     with pytest.raises(ValueError, match=told):

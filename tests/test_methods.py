@@ -12,7 +12,7 @@ import softar.rl
 from softar import diffusion
 from softar.diffusion import duo
 from softar.diffusion.convert import convert
-from softar.diffusion.schedules import REMASKS
+from softar.diffusion.remask import REMASKS
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.mixers import GUIDES
 from softar.rl import actions
