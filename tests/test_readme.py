@@ -7,6 +7,7 @@ without a check fails.
 import argparse
 import functools
 import json
+import os
 import re
 import runpy
 import shlex
@@ -121,9 +122,19 @@ def test_python_runs(block, stand_ins, request, tmp_path, monkeypatch, capsys):
         code = code.replace("http://127.0.0.1:8000", request.getfixturevalue("server"))
     if "vllm import" in code:  # an engine needs a program of its own
         pytest.importorskip("vllm")
-        (tmp_path / "program.py").write_text(code.replace("max_tokens=512", "max_tokens=8"))
-        command = [sys.executable, "program.py"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        from softar.vllm.machine import settings
+
+        smaller = {"max_tokens=512": "max_tokens=8", "_embeds=True": f"_embeds=True, {EAGER}"}
+        for words, fewer in smaller.items():
+            code = code.replace(words, fewer)
+        (tmp_path / "program.py").write_text(code)
+        done = subprocess.run(
+            [sys.executable, "program.py"],
+            env=os.environ | settings(str(tmp_path)),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         output = done.stdout
     else:
@@ -134,6 +145,8 @@ def test_python_runs(block, stand_ins, request, tmp_path, monkeypatch, capsys):
     assert bool(output) == bool(re.search(r"print\(|train\(", code)), output
 
 
+# as in the tests of the plug-in: no compiler is needed, and little memory
+EAGER = 'enforce_eager=True, max_model_len=128, dtype="float32"'
 EXPECTED = {  # what a block with these words prints
     "the second step read": r"\['SOFT', 'SOFT', 'SOFT', 'HARD', 'HARD'\]\nanswer: S0\n.*S-?12 with weight 0.2",
     "Why is the sky blue? Answer": r"[Ss]ky.*\d forwards",
@@ -268,7 +281,7 @@ def curl(words, request, **_):
     assert options.keys() == {"-H", "-d"}
     address = address.replace("http://127.0.0.1:8000", request.getfixturevalue("server"))
     answer = httpx.post(address, json=json.loads(options["-d"]), timeout=60)
-    assert answer.json()["choices"][0]["text"].strip() == "S0", answer.text
+    assert answer.json()["choices"][0]["text"].split()[-1] == "S0", answer.text
 
 
 def source(words, **_):
