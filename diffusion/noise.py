@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from softar.results import write_whole
+
 NOISE_FILE = "diffusion_process.json"
 FIELDS = {"kind", "eps", "left_out"}
 
@@ -52,10 +54,8 @@ def read_noise(named: dict | None, mask_id: int, vocab_size: int) -> UniformNois
 
 def save_noise(noise: UniformNoise | None, folder: str | Path) -> None:
     """Write diffusion_process.json."""
-    file = Path(folder) / NOISE_FILE
-    draft = file.with_suffix(".partial")
-    draft.write_text(json.dumps({"kind": "masked"} if noise is None else noise.settings()) + "\n")
-    draft.replace(file)
+    settings = {"kind": "masked"} if noise is None else noise.settings()
+    write_whole(Path(folder, NOISE_FILE), json.dumps(settings) + "\n")
 
 
 def load_noise(folder: str | Path) -> dict | None:

@@ -43,10 +43,12 @@ def train_rows(
     """
     from accelerate import PartialState
 
-    from .results import write_results
+    from .results import write_results, write_whole
 
     output = Path(training.output_dir)
     is_child, is_main = APART in os.environ, PartialState().is_main_process
+    if is_child:  # its parent ends it by SIGINT, which a shell may have told both to ignore
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     seeds = range(training.seed, training.seed + num_seeds)
     folders = {(name, seed): output / f"{name}-seed{seed}" for seed in seeds for name in names}
     if [*folders] == [(CUSTOM, training.seed)] and not is_child:
@@ -67,7 +69,7 @@ def train_rows(
             file.unlink(missing_ok=True)
             lines = train(row[0], configs[row])
             if lines is not None:  # the main process
-                file.write_text(json.dumps(lines))
+                write_whole(file, json.dumps(lines))
         results += lines or []
         if is_main and not is_child and results:
             write_results(output / "results.json", results)

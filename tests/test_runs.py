@@ -1,6 +1,7 @@
 """What the training recipes share, without any training."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +215,18 @@ def test_a_child_trains_its_row_and_leaves_the_report_to_its_parent(tmp_path, mo
     assert results == [] and child.done == [("a", 42)]
     assert (folders["a", 42] / "row.json").exists() and (folders["a", 42] / "checkpoint-2").exists()
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_child_ends_by_its_parents_signal_where_the_shell_ignores_it(tmp_path, monkeypatch):
+    monkeypatch.setenv(APART, "1")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in `nohup` and a script's background
+    child = Trained(tmp_path)
+    child.train = lambda *row: signal.raise_signal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            child.run(["a"])
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_several_jobs_train_what_is_left_apart(tmp_path, monkeypatch):
