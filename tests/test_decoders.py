@@ -840,10 +840,7 @@ def decoder_tokenizer(decoder):
             "mnns-diffusion-tiny=hard:steps=many",
             "decoder 'hard': steps='many' must be a whole number or null",
         ),
-        (
-            "mnns-diffusion-tiny=hard:max_new_tokens=-1",
-            "gen_length=-1 must be a whole number, at least 0",
-        ),
+        ("mnns-diffusion-tiny=hard:max_new_tokens=-1", "gen_length=-1 must be at least 0"),
         ("./nowhere=soft", "model='./nowhere' could not be loaded: there is no such folder"),
         ("./nowhere=hard", "model='./nowhere' could not be loaded: there is no such folder"),
         ("no/where/at-all=soft", "model='no/where/at-all' could not be loaded"),

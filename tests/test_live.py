@@ -82,12 +82,12 @@ def test_a_soft_slot_shows_its_belief():
     view, shown = frames(DenoiseConfig(gen_length=4, soften="soft-token"))
     assert [frame.count("·") for frame in shown] == [4, 0, 0, 0, 0]
     assert "mask 0." in shown[1] and "slot" not in shown[-1]
-    assert int((view.sure > 0).sum()) == 4
+    assert int((view.confidence > 0).sum()) == 4
 
 
 def test_colour_is_the_confidence():
     view, _ = frames(DenoiseConfig(gen_length=4))
-    view.sure[-1], view.sure[-2] = 1.0, 0.0
+    view.confidence[-1], view.confidence[-2] = 1.0, 0.0
     styles = [str(span.style) for span in view.text({}).spans]
     assert styles[-1] == "rgb(20,230,60)" and styles[-2] == "rgb(250,40,60)"
     assert styles[:6] == ["bold"] * 6

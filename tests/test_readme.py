@@ -25,6 +25,7 @@ import yaml
 
 import softar
 import softar.cli.app as cli
+from softar.cli.inputs import MODELS
 from softar.decoders.registry import parse_spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,7 +236,7 @@ def softar_command(words, request, monkeypatch, capsys, **_):
     for spec in [specs] if isinstance(specs, str) else specs:
         parse_spec(spec)
     if name == "serve":  # the fixture `server` runs it
-        assert context.params["model"] in cli.work.MODELS
+        assert context.params["model"] in MODELS
         return
     if name not in ("models", "tasks") and not re.search(SHIPPED, " ".join(options)):
         return
@@ -359,6 +360,7 @@ def test_output_is_what_the_command_prints(block, monkeypatch, capsys):
     (line,) = [
         line for other, line in commands() if other.page == block.page and other.line < block.line
     ][-1:]
+    monkeypatch.setenv("COLUMNS", "120")  # nothing of a line is cut, whatever the terminal's width
     with pytest.raises(SystemExit):
         cli.main(shlex.split(line)[1:])
     printed = capsys.readouterr().out.splitlines()

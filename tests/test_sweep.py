@@ -356,7 +356,7 @@ def test_plot(whole, tmp_path, monkeypatch):
         ('{"rows": []}', "no rows"),
         ('{"rows": "text"}', "TypeError"),
         # a comparison's
-        ('{"rows": [{"task": "mnns", "name": "soft", "accuracy": 0.5}]}', "KeyError('role')"),
+        ('{"rows": [{"task": "mnns", "name": "soft", "accuracy": 0.5}]}', "KeyError('run')"),
         (
             json.dumps({"rows": [rows_of("soft", "s", "", (0.5, 4))[0] | dict(accuracy="high")]}),
             "TypeError",
