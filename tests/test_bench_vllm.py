@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+from engine_script import model_of
 from test_vllm import alive
-from test_vllm_soft import model_of
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent

@@ -16,8 +16,8 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator, PartialState
+from engine_script import model_of
 from test_rl_trainers import ROWS, config, logged, lora, trainer, weights
-from test_vllm_soft import model_of
 
 from softar.config import SoftConfig
 from softar.rl.rollout import decode_by_loop

@@ -6,22 +6,19 @@ Triton's interpreter runs the same kernels, slowly. This file is also the script
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_vllm_soft import (
+from engine_script import (
     ARCHS,
     BAD,
     DRAWN,
     ENGINE,
     HERE,
     LONG,
-    SETTINGS,
     TIGHT,
     after,
     answers,
@@ -32,6 +29,7 @@ from test_vllm_soft import (
     inside,
     model_of,
     refused,
+    run_script,
     runner,
     same,
     save_models,
@@ -43,82 +41,73 @@ import softar
 NUMBER = {"llama": 60, "qwen3": 12, "gemma": 12}
 
 
-def main(place):
+def main(folder):
     from triton.backends import backends
 
     # what vLLM asks of the compiler
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     out = {}
     for arch in ARCHS:
-        llm = LLM(str(place / arch), **ENGINE, **(TIGHT if arch == "llama" else {}))
-        state = runner(llm).model_state
+        llm = LLM(str(folder / arch), **ENGINE, **(TIGHT if arch == "llama" else {}))
         if arch == "llama":
-            out["kind"] = [
-                type(state).__name__,
-                type(state).__base__.__name__,
-                type(runner(llm).sampler).__name__,
-            ]
-            before = answers(llm, [case for case in cases(NUMBER[arch]) if case[1] is None])
-            out["idle"] = state.softar is None
-            out["places"] = watched(state)
+            out |= before_any_soft_request(llm)
+            addresses = watched(runner(llm).model_state)
         out[arch] = answers(llm, cases(NUMBER[arch]))
         if arch == "llama":
-            out["discrete"] = before
-            out |= inside(llm)
-            out["cached"] = cached(llm)
-            few = [BAD[0], BAD[33]]
-            out["bad"] = [[refused(llm, soft, more), after(llm), says] for soft, more, says in few]
-            beside = ask([BOS, 9], None, 0, 9, False, logprobs=2)
-            outs = llm.generate(
-                *map(list, zip(ask([BOS, 11, 12, 13], 0, 0, 9, True), beside)), use_tqdm=False
-            )
-            out["logprobs"] = [len(step) for step in outs[1].outputs[0].logprobs]
-            params = SamplingParams(
-                temperature=1.0, seed=3, n=3, max_tokens=8, extra_args={"soft": DRAWN}
-            )
-            (answer,) = llm.generate([{"prompt_token_ids": [BOS, 9]}], params, use_tqdm=False)
-            out["n"] = [list(o.token_ids) for o in answer.outputs]
-            # those that ended leave with the next step
-            answers(llm, [([BOS, 9], None, 0, 1, False)])
-            out["rows"] = len(state.softar.rows) + len(state.softar.groups)
-        del llm, state
-    out["places"] = sorted(out["places"])
-    (place / "out.json").write_text(json.dumps(out))
+            out |= tricks(llm)
+        del llm
+    out["addresses"] = sorted(addresses)
+    (folder / "out.json").write_text(json.dumps(out))
+
+
+def before_any_soft_request(llm):
+    state, sampler = runner(llm).model_state, runner(llm).sampler
+    kind = [type(state).__name__, type(state).__base__.__name__, type(sampler).__name__]
+    discrete = answers(llm, [case for case in cases(NUMBER["llama"]) if case[1] is None])
+    return {"kind": kind, "discrete": discrete, "idle": state.softar is None}
+
+
+def tricks(llm):
+    from vllm import SamplingParams
+
+    out = {**inside(llm), "cached": cached(llm)}
+    few = [BAD[0], BAD[33]]
+    out["bad"] = [[refused(llm, soft, more), after(llm), says] for soft, more, says in few]
+    beside = ask([BOS, 9], None, 0, 9, False, logprobs=2)
+    outs = llm.generate(
+        *map(list, zip(ask([BOS, 11, 12, 13], 0, 0, 9, True), beside)), use_tqdm=False
+    )
+    out["logprobs"] = [len(step) for step in outs[1].outputs[0].logprobs]
+    params = SamplingParams(temperature=1.0, seed=3, n=3, max_tokens=8, extra_args={"soft": DRAWN})
+    (answer,) = llm.generate([{"prompt_token_ids": [BOS, 9]}], params, use_tqdm=False)
+    out["n"] = [list(o.token_ids) for o in answer.outputs]
+    # those that ended leave with the next step
+    answers(llm, [([BOS, 9], None, 0, 1, False)])
+    state = runner(llm).model_state.softar
+    out["rows"] = len(state.rows) + len(state.groups)
+    return out
 
 
 def watched(state):
     """Where the model reads its inputs, from now on, and where it would in a CUDA graph."""
-    found, whole = set(), state.prepare_inputs_embeds
+    addresses, plain = set(), state.prepare_inputs_embeds
 
     def prepare(*args):
-        embeds = whole(*args)
-        found.add((embeds.data_ptr(), state.dummy_inputs_embeds(1).data_ptr()))
+        embeds = plain(*args)
+        addresses.add((embeds.data_ptr(), state.dummy_inputs_embeds(1).data_ptr()))
         return embeds
 
     state.prepare_inputs_embeds = prepare
-    return found
+    return addresses
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    place = tmp_path_factory.mktemp("second")
-    save_models(place)
-    return place
-
-
-@pytest.fixture(scope="module")
-def made(place):
-    settings = SETTINGS | HERE | dict(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
-    ended = subprocess.run(
-        [sys.executable, __file__, str(place)],
-        env={**os.environ, **settings},
-        capture_output=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, (ended.stdout + ended.stderr).decode()[-4000:]
-    return json.loads((place / "out.json").read_text())
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("second")
+    save_models(folder)
+    return run_script(__file__, folder, **HERE, TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
 
 
 @pytest.fixture(scope="module")
@@ -129,19 +118,19 @@ def models():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_requests_of_all_kinds_equal_the_loop(made, models, arch):
-    wanted = cases(NUMBER[arch])
-    for case, (tokens, read), (own, record) in zip(
-        wanted, made[arch], expected(models[arch], wanted), strict=True
+    requests = cases(NUMBER[arch])
+    for request, (tokens, steps), (loops, record) in zip(
+        requests, made[arch], expected(models[arch], requests), strict=True
     ):
-        assert tokens == own, case
-        if read is not None:
-            same(read, record)
+        assert tokens == loops, request
+        if steps is not None:
+            same(steps, record)
 
 
 @pytest.mark.slow
 def test_it_is_the_second_runner_by_its_hook(made):
     assert made["kind"] == ["SoftModelState", "DefaultModelState", "SoftSampler"] and made["idle"]
-    ((read, captured),) = made["places"]  # one address, step after step
+    ((read, captured),) = made["addresses"]  # one address, step after step
     assert read == captured
 
 
@@ -155,7 +144,7 @@ def test_discrete_requests_do_not_notice_soft_ones(made):
 
 @pytest.mark.slow
 def test_thrown_out_of_the_cache_a_request_reads_its_mixtures_again(made, models):
-    wanted = [tuple(case) for case in made["wanted"]]
+    wanted = [tuple(case) for case in made["requests"]]
     assert sum(n > 0 for n in made["preempted"]) > 8
     own = {
         str(i): tokens for i, (tokens, _) in enumerate(expected(models["llama"], wanted)) if i != 3

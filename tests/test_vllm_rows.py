@@ -1,0 +1,125 @@
+"""The rows that think inside vLLM, under a toy that schedules them as it likes."""
+
+import random
+
+import pytest
+import tiny
+import torch
+from engine_script import SOFT
+from tiny import BOS, EOS, VOCAB
+
+import softar
+from softar.vllm.rows import CHUNK, Rows
+
+
+class Engine:
+    """A recurrent toy in vLLM's place, which schedules as it likes: some requests, some of their
+    positions."""
+
+    def __init__(self, seed, unruly):
+        torch.manual_seed(0)
+        self.table, self.inner, self.out = (
+            torch.randn(VOCAB, 8),
+            torch.randn(8, 8) * 0.3,
+            torch.randn(VOCAB, 8),
+        )
+        self.rows = Rows(lambda ids: self.table[ids], torch.device("cpu"), 0)
+        self.draw, self.unruly, self.state, self.tokens, self.done = (
+            random.Random(seed),
+            unruly,
+            {},
+            {},
+            {},
+        )
+
+    def add(self, name, prompt, fields, seed):
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        config = softar.SoftConfig(**fields).resolve(tiny.tokenizer_of())
+        self.rows.add(name, config, prompt, seed, (EOS,), False)
+        self.tokens[name], self.done[name], self.state[name] = list(prompt), 0, torch.zeros(8)
+
+    def forget(self, name):
+        """As when it is thrown out of the cache."""
+        self.done[name], self.state[name] = 0, torch.zeros(8)
+
+    def step(self):
+        names, draw = list(self.tokens), self.draw
+        if self.unruly:
+            names = draw.sample(names, draw.randint(1, len(names)))
+            for name in names:
+                prompt = len(self.rows.rows[name].prompt)
+                if draw.random() < 0.05:
+                    self.forget(name)
+                # sampled for nothing
+                if draw.random() < 0.05 and len(self.tokens[name]) - prompt > 3:
+                    del self.tokens[name][-draw.randint(1, 2) :]
+                    self.forget(name)
+        left = [len(self.tokens[name]) - self.done[name] for name in names]
+        counts = [draw.randint(1, n) if self.unruly and draw.random() < 0.5 else n for n in left]
+        computed = [self.done[name] for name in names]
+        ids = [self.tokens[name][c : c + n] for name, c, n in zip(names, computed, counts)]
+        embeds = self.table[torch.tensor([i for part in ids for i in part])].clone()
+        self.rows.feed(embeds, names, computed, counts)
+        for name, part, count in zip(names, embeds.split(counts), counts):
+            for x in part:
+                self.state[name] = torch.tanh(self.inner @ self.state[name] + x)
+            self.done[name] += count
+        logits = torch.stack([self.out @ self.state[name] for name in names])
+        ends = [self.done[name] for name in names]
+        skipped = [self.done[name] < len(self.tokens[name]) for name in names]
+        turns = self.rows.think(logits, names, ends, skipped)
+        sampled = logits.argmax(-1, keepdim=True).int()
+        self.rows.choose(turns, sampled)
+        for name, skip, token in zip(names, skipped, sampled[:, 0].tolist()):
+            if not skip:
+                self.tokens[name].append(token)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_however_they_are_scheduled_rows_do_the_same(seed):
+    draw = random.Random(seed)
+    wanted = [
+        (
+            f"r{i}",
+            [BOS, *draw.choices(range(3, VOCAB), k=draw.randint(1, 7))],
+            *draw.choice(SOFT),
+            i,
+        )
+        for i in range(9)
+    ]
+    lengths = {name: draw.choice([5, 20, 60]) for name, *_ in wanted}
+    lengths["r0"] = 2 * CHUNK + 30
+    together = Engine(seed, unruly=True)
+    waiting, found = list(wanted), {}
+    while len(found) < len(wanted):
+        if waiting and draw.random() < 0.3:
+            name, prompt, fields, draws, own = waiting.pop()
+            together.add(name, prompt, fields, own if draws else None)
+        if together.tokens:
+            together.step()
+        for name in list(together.tokens):
+            new = together.tokens[name][len(together.rows.rows[name].prompt) :]
+            if len(new) >= lengths[name]:
+                found[name] = new
+                together.rows.drop([name])
+                del together.tokens[name]
+    assert not together.rows.rows and not together.rows.groups
+    for name, prompt, fields, draws, own in wanted:
+        alone = Engine(0, unruly=False)
+        alone.add(name, prompt, fields, own if draws else None)
+        while len(alone.tokens[name]) < len(prompt) + lengths[name]:
+            alone.step()
+        assert found[name] == alone.tokens[name][len(prompt) :], (name, fields)
+
+
+def test_mixtures_gathered_a_few_rows_at_a_time_are_the_same(monkeypatch):
+    made = []
+    for piece in (4096, 20):  # of three mixtures of ten tokens: all, two and one
+        monkeypatch.setattr("softar.vllm.rows.PIECE", piece)
+        engine = Engine(0, unruly=False)
+        for i in range(3):
+            engine.add(f"r{i}", [BOS, 9 + i], dict(top_k=10), None)
+        for _ in range(12):
+            engine.step()
+        made.append(engine.tokens)
+    assert made[0] == made[1] and len({tuple(t[2:]) for t in made[0].values()}) == 3
