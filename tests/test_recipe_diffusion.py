@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from datasets import Dataset
-from launched import ACCELERATE, PYTHON, argv, assert_fails, recipe, results_of, run
+from launched import PYTHON, argv, assert_fails, recipe, results_of, run
 from launched import losses_of as losses_at
 
 from softar.diffusion import load
@@ -42,7 +42,7 @@ def losses_of(folder):
 
 @pytest.mark.slow
 def test_the_demo_ends_with_table_results_and_plot(tmp_path):
-    out = train(ACCELERATE, tmp_path).stdout
+    out = train(PYTHON, tmp_path).stdout
     head, *lines = [
         [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
         for line in out.splitlines()

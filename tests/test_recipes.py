@@ -67,7 +67,8 @@ def options(output_dir, **changes):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "runs"
-    return folder, run(*ACCELERATE, RECIPE, *options(folder)).stdout
+    # one row after the other; rows in processes of their own have tests below
+    return folder, run(*ACCELERATE, RECIPE, *options(folder, jobs=1)).stdout
 
 
 @pytest.mark.slow
@@ -155,7 +156,9 @@ def test_the_demos_checkpoints_decode_as_they_were_trained(demo):
 
 @pytest.mark.slow
 def test_all_rows(tmp_path):
-    out = run(*PYTHON, RECIPE, *options(tmp_path, rows="all", max_steps=2, jobs=1)).stdout
+    out = run(
+        *PYTHON, RECIPE, *options(tmp_path, rows="all", max_steps=2, jobs=1, eval_rows=50)
+    ).stdout
     names = [
         "no-cot",
         "discrete",
@@ -300,7 +303,7 @@ LONGER = {
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken") / "runs"
-    run(*PYTHON, RECIPE, *options(folder, **LONGER))
+    run(*PYTHON, RECIPE, *options(folder, **LONGER, jobs=1))
     return folder
 
 
