@@ -2,11 +2,13 @@
 one process or two.
 
 This file is also the script that trains: `python tests/test_rl_vllm.py FOLDER` writes what happened
-to FOLDER/out.pt, and torchrun with two processes to FOLDER/two.pt.
+to FOLDER/out.pt, and to FOLDER/two.pt what happened in two processes that find each other as those of
+torchrun do. They are forked once vLLM and trl are imported, which takes longer than their run.
 """
 
 import dataclasses
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from engine_script import model_of
 from test_rl_trainers import ROWS, config, logged, lora, trainer, weights
+from warm import ranks
 
 from softar.config import SoftConfig
 from softar.rl.rollout import decode_by_loop
@@ -27,7 +30,6 @@ from softar.thought import Kind
 from softar.vllm.record import Read
 
 ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
 # Plain gradient descent: Adam's first update is the sign of a gradient that may be rounding noise
 SGD = dict(
     optim="sgd", learning_rate=0.05, max_grad_norm=0.0, max_steps=3, lr_scheduler_type="constant"
@@ -211,8 +213,9 @@ def narrow(folder):
     return pairs
 
 
-def two(folder):
-    made = run(folder, "grpo", "vllm", per_device_train_batch_size=2)
+def two(folder, rank):
+    os.environ.update(rank)
+    made = run(folder / "two", "grpo", "vllm", per_device_train_batch_size=2)
     pairs = pair(made)
     made.train()
     made.close()
@@ -225,17 +228,17 @@ def two(folder):
 # --- the tests ---
 
 
-def start(folder, command):
+def start(folder):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
     env |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(
-        [*map(str, command), __file__, folder],
+        [sys.executable, __file__, folder],
         env=env,
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -243,8 +246,9 @@ def start(folder, command):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rl")
-    start(folder, [sys.executable])
-    return torch.load(folder / "out.pt", weights_only=False)
+    start(folder)
+    two = torch.load(folder / "two.pt", weights_only=False)
+    return torch.load(folder / "out.pt", weights_only=False) | {"two": two}
 
 
 def apart(out, own):
@@ -371,9 +375,8 @@ def test_a_prompt_that_is_too_long_says_so(made):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(made, tmp_path):
-    start(tmp_path, [BIN / "torchrun", "--standalone", "--nproc_per_node", "2"])
-    theirs = torch.load(tmp_path / "two.pt", weights_only=False)
+def test_two_processes_are_one(made):
+    theirs = made["two"]
     assert [apart(*pair) for pair in theirs["pairs"]] == [0] * 3
     for (mine, _), (all_rows, _) in zip(theirs["pairs"], made["grpo"]["pairs"], strict=True):
         width = mine.completions.shape[1]
@@ -471,5 +474,13 @@ def test_a_quantised_model_is_refused(tmp_path):
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    two(place) if "RANK" in os.environ else main(place)
+    import vllm  # noqa: F401
+
+    folder, fork = Path(sys.argv[1]), multiprocessing.get_context("fork")
+    jobs = [fork.Process(target=two, args=(folder, rank)) for rank in ranks(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0, 0]
+    main(folder)
