@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -108,6 +109,13 @@ SETTINGS = dict(  # of an engine in a script
     OMP_NUM_THREADS="1",
 )
 HERE = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0")  # in the script's own process
+# Engines and workers as forks of the process that starts them; tests/forking says why. The README's
+# blocks have them as vLLM starts them.
+FORKING = dict(
+    PYTHONPATH=os.pathsep.join(
+        filter(None, [str(Path(__file__).with_name("forking")), os.environ.get("PYTHONPATH")])
+    )
+)
 DRAWN = dict(mixer="gumbel", budget=8, think_end=END)
 # Numbers of drawn requests that do not survive `tiny.perturbed` on all three nets, for seeds 0 to 4:
 # their tokens part, or a mixture moves by more than 1e-3. With other kernels they may differ too

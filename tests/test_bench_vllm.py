@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
-from engine_script import model_of
+from engine_script import FORKING, model_of
 from test_vllm import alive
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "bench_vllm.py"
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+ENV = os.environ | FORKING | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 QUICK = ["--concurrency", "4", "--tokens", "6", "--prompt_tokens", "5", "--pause", "0"]
 
 

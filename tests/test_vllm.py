@@ -17,6 +17,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from engine_script import FORKING
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -120,7 +121,10 @@ def script(folder, tmp_path_factory):
     given = json.dumps(dict(folder=folder, prompts=PROMPTS, chat=CHAT, all=ALL, new=NEW))
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     with subprocess.Popen(
-        [sys.executable, "offline.py", given, "out.json"], cwd=place, **pipes
+        [sys.executable, "offline.py", given, "out.json"],
+        cwd=place,
+        env=os.environ | FORKING,
+        **pipes,
     ) as process:
         yield process, place / "out.json"
         with contextlib.suppress(ProcessLookupError):  # where it hangs, its engine is not to stay
@@ -129,8 +133,11 @@ def script(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder, script):
-    with serve(folder) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "PYTHONPATH", FORKING["PYTHONPATH"])
+        with serve(folder) as running:
+            patch.undo()
+            yield running
     assert alive(running.process.pid) == []
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from engine_script import ENGINE, answers, cases, expected, model_of, run_script, same
+from engine_script import ENGINE, FORKING, answers, cases, expected, model_of, run_script, same
 
 NUMBER = 24
 RANKS = 2
@@ -29,7 +29,7 @@ def test_split_over_two_processes_requests_of_all_kinds_equal_the_loop(tmp_path)
     model, requests = model_of("llama"), cases(NUMBER)
     model.save_pretrained(tmp_path)
     tiny.tokenizer_of().save_pretrained(tmp_path)
-    rows = run_script(__file__, tmp_path, VLLM_CPU_OMP_THREADS_BIND="nobind")
+    rows = run_script(__file__, tmp_path, **FORKING, VLLM_CPU_OMP_THREADS_BIND="nobind")
     loop = expected(model, requests)
     assert [tokens for tokens, _ in rows] == [tokens for tokens, _ in loop]
     records = [(steps, record) for (_, steps), (_, record) in zip(rows, loop) if steps is not None]

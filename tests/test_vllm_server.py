@@ -2,6 +2,7 @@
 ask it, beside softar.generate."""
 
 import json
+import os
 import random
 
 import httpx
@@ -10,6 +11,7 @@ import tiny
 import torch
 from engine_script import (
     DRAWN,
+    FORKING,
     SOFT,
     TO_TRACE,
     TRACED,
@@ -43,10 +45,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with softar.vllm.server.serve(
-        folder / "llama", max_model_len=128, soft=True, extra=["--chat-template", TEMPLATE]
-    ) as running:
-        yield running
+    more = ["--chat-template", TEMPLATE]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "PYTHONPATH", FORKING["PYTHONPATH"])
+        with softar.vllm.server.serve(
+            folder / "llama", max_model_len=128, soft=True, extra=more
+        ) as running:
+            patch.undo()
+            yield running
 
 
 @pytest.fixture(scope="module")
