@@ -4,7 +4,7 @@ import re
 import subprocess
 
 import pytest
-from launched import ENV, PYTHON, assert_fails, run_here
+from launched import ENV, PYTHON, assert_fails, run, run_here
 from test_recipes import RECIPE, options
 from tiny import model_of, tokenizer_of
 
@@ -126,10 +126,10 @@ def test_rows_in_processes_of_their_own_say_what_went_wrong(tmp_path, bad_input)
     (broken / "trainer_state.json").write_text("")  # and no weights: the training itself finds out
     changes = dict(freeze_layers=3) if bad_input else dict(resume_from_checkpoint="true")
     args = options(tmp_path, rows="no-cot,discrete", jobs=2, **changes)
-    done = subprocess.run([*PYTHON, RECIPE, *args], env=ENV, capture_output=True, text=True)
+    done = run(*PYTHON, RECIPE, *args, code=2 if bad_input else 1)
     assert re.search(r"^sft_soft.py: error: row '.*', seed 42, failed:$", done.stderr, re.M), (
         done.stderr
     )
-    assert done.returncode == (2 if bad_input else 1) and ("Traceback" in done.stderr) != bad_input
+    assert ("Traceback" in done.stderr) != bad_input
     says = "freeze_layers=3 but" if bad_input else f"valid checkpoint at {broken}"
     assert says in done.stderr.strip().splitlines()[-1]
