@@ -15,6 +15,9 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # on models this small more threads only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# `make test` hands its own flags on, and a make that a test starts would print their messages too
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+    os.environ.pop(name, None)
 # `nohup make test`, or a background job of a script, ignores Ctrl-C, and so would every program
 # started here: those whose end by Ctrl-C is tested too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
