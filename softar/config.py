@@ -2,8 +2,10 @@
 soft_config.json."""
 
 import dataclasses
+import functools
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +18,36 @@ from .soft import RESCALES, check_dist
 Ids = int | str | tuple[int, ...] | None
 CONFIG_FILE = "soft_config.json"
 TAGS = ("think_start", "think_end")
+RENAMED = {"alpha": "softness"}  # SFT has an alpha too: there it is the gold token's share
 
 
+def renamed(fields: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """Fields of SoftConfig with their names of today; old ones are taken for a release, and warned
+    of. where: how the warning begins."""
+    for old, new in RENAMED.items():
+        if old in fields:
+            message = (
+                f"{where}{old}={fields[old]!r} is called {new} now: write {new}={fields[old]!r}"
+            )
+            warnings.warn(message, FutureWarning, stacklevel=3)
+            fields = {**fields, new: fields[old]}
+            del fields[old]
+    return fields
+
+
+def takes_old_names(config: type) -> type:
+    """The dataclass, whose constructor takes the names of RENAMED as well."""
+    init = config.__init__
+
+    @functools.wraps(init)
+    def __init__(self, *args, **fields):
+        init(self, *args, **renamed(fields))
+
+    config.__init__ = __init__
+    return config
+
+
+@takes_old_names
 @dataclass(frozen=True)
 class SoftConfig:
     """How to decode. The defaults think softly, deterministically, in the whole completion."""
@@ -26,7 +56,7 @@ class SoftConfig:
     mixer: str | Callable[..., Mixed] = "soft"
     mixer_args: dict[str, Any] = field(default_factory=dict)  # its knobs, e.g. {"tau": 0.5}
     # share of the mixture in what is fed back, the rest is its token; 0 is hard decoding
-    alpha: float = 1.0
+    softness: float = 1.0
     temperature: float = 1.0  # of the thought; 0 is the argmax
     top_k: int | None = 10  # tokens kept in a mixture; None keeps the vocabulary
     top_p: float | None = None
@@ -56,9 +86,9 @@ class SoftConfig:
         check_dist(None, **self.filters)
         check_dist(None, **self.answer_filters)
         mk_mixer(self.mixer, **self.mixer_args)
-        if not 0 <= self.alpha <= 1:
+        if not 0 <= self.softness <= 1:
             raise ValueError(
-                f"alpha={self.alpha} must lie in [0, 1]: 0 feeds the token alone, 1 the mixture alone"
+                f"softness={self.softness} must lie in [0, 1]: 0 feeds the token alone, 1 the mixture alone"
             )
         check_choice("rescale", self.rescale, RESCALES)
         check_least(self, max_new_tokens=1, cold_stop_steps=1, budget=0)
@@ -97,7 +127,7 @@ class SoftConfig:
     def is_soft(self) -> bool:
         """Is an embedding ever mixed? A thought of single tokens is an ordinary chain of
         thought."""
-        return self.alpha > 0 and self.temperature > 0 and not mk_mixer(self.mixer).single
+        return self.softness > 0 and self.temperature > 0 and not mk_mixer(self.mixer).single
 
     @property
     def draws(self) -> bool:
@@ -118,7 +148,7 @@ class SoftConfig:
         mixer = mk_mixer(self.mixer, **self.mixer_args)
         limits = [k for k in (self.top_k, self.keep, math.inf) if k is not None]
         filtered = 1 if self.temperature == 0 else min(limits)
-        return mixer.width(mixer.knobs, filtered) + (self.alpha < 1)
+        return mixer.width(mixer.knobs, filtered) + (self.softness < 1)
 
     def resolve(self, tokenizer) -> "SoftConfig":
         """The same configuration with think_start and think_end given as text turned into token
@@ -147,6 +177,7 @@ class SoftConfig:
     def load(cls, folder: str | Path) -> "SoftConfig":
         """Read the soft_config.json of a checkpoint."""
         values = json.loads(Path(folder, CONFIG_FILE).read_text())
+        values = renamed(values, f"{CONFIG_FILE} in {folder}: ")
         fields = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - fields):
             raise ValueError(

@@ -37,7 +37,7 @@ from transformers.generation.logits_process import (
 )
 
 from .checks import override
-from .config import TAGS, SoftConfig
+from .config import TAGS, SoftConfig, renamed
 from .mixers import Rng
 from .soft import Soft, check_dist, entropy, soft_embed
 from .thought import Draws, Kind, Record, begin, decide, look, mk_propose, mk_rules, stack
@@ -141,7 +141,7 @@ def generate(
         ValueError, TypeError: bad configuration or inputs, before the first forward.
         FloatingPointError: NaN or infinite logits; names the step and the rows.
     """
-    config = override(config or SoftConfig(), kwargs, generate).resolve(tokenizer)
+    config = override(config or SoftConfig(), renamed(kwargs), generate).resolve(tokenizer)
     _check_inputs(input_ids, attention_mask)
     settings = copy.deepcopy(generation_config or model.generation_config)
     settings.update(**OVERRIDES, max_new_tokens=config.max_new_tokens)

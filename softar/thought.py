@@ -292,7 +292,7 @@ def mk_think(config: SoftConfig) -> Callable[[Tensor, Rng], Mixed]:
     def think(logits: Tensor, rng: Rng) -> Mixed:
         soft, token, logp = mixer(mk_proba_dist(logits, **filters), rng=rng)
         if is_soft:
-            soft = guide(soft, token, 1 - config.alpha)
+            soft = guide(soft, token, 1 - config.softness)
         return Mixed(
             soft, token, torch.full_like(logits[:, 0], torch.nan) if logp is None else logp
         )

@@ -232,13 +232,11 @@ def test_generate_options_reach_the_decoder(softar, monkeypatch):
     monkeypatch.setattr(
         inputs, "answer", lambda decoder, *rest: made.append(decoder) or plain(decoder, *rest)
     )
-    words = (
-        "--temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.01 --alpha 0.25 --answer-temperature 0.7"
-    )
+    words = "--temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.01 --softness 0.25 --answer-temperature 0.7"
     words += " --max-new-tokens 4 --budget 2 --seed 7 --think-end ->"
     assert softar("generate", PROMPT, *SOFT, "-d", "gumbel:tau=0.5", *words.split())[0] == 0
     c = made[0].config
-    assert (c.temperature, c.top_k, c.top_p, c.min_p, c.alpha, c.budget) == (
+    assert (c.temperature, c.top_k, c.top_p, c.min_p, c.softness, c.budget) == (
         0.5,
         3,
         0.9,
@@ -731,10 +729,10 @@ BAD = [
     (["generate", PROMPT, "-m", "./nowhere"], "there is no such folder"),
     (["generate", PROMPT, *SOFT, "-d", "sof"], "did you mean 'soft'?"),
     (["generate", PROMPT, *SOFT, "-d", "soft:top_j=3"], "takes no 'top_j'"),
-    (["generate", PROMPT, *SOFT, "-d", "soft:alpha=2"], "alpha=2 must lie in [0, 1]"),
+    (["generate", PROMPT, *SOFT, "-d", "soft:softness=2"], "softness=2 must lie in [0, 1]"),
     (
-        ["generate", PROMPT, *SOFT, "-d", "soft:alpha=0.5", "--alpha", "0.7"],
-        "--alpha is in --decoder",
+        ["generate", PROMPT, *SOFT, "-d", "soft:softness=0.5", "--softness", "0.7"],
+        "--softness is in --decoder",
     ),
     (["generate", PROMPT, *SOFT, "-d", "beam", "--top-k", "3"], "takes no 'top_k'"),
     (["generate", PROMPT, *SOFT, "-d", "hard"], "needs a masked-diffusion model"),
@@ -750,7 +748,7 @@ BAD = [
     (["compare", "--task", "sudoku"], "task='sudoku' is unknown"),
     (["compare", "--limit", "0"], "--limit 0 must be at least 1"),
     (["compare", *FEW, "-d", "soft"], "--decoder soft is given twice"),
-    (["compare", *FEW, "--baseline", "soft:alpha=1"], "baseline='soft:alpha=1'"),
+    (["compare", *FEW, "--baseline", "soft:softness=1"], "baseline='soft:softness=1'"),
     (["compare", *FEW, "--repeats", "0"], "repeats=0"),
     (["compare", *FEW, "--nfe", "0"], "must be > 0"),
     (["trace", PROMPT, *SOFT, "--html", "nowhere/page.html"], "nowhere"),

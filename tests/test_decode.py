@@ -2,6 +2,8 @@
 record by replay."""
 
 import copy
+import dataclasses
+import inspect
 import json
 import logging
 import math
@@ -46,7 +48,7 @@ from softar.thought import Record, begin, join, mk_rules, replay
 
 N = 12  # new tokens
 HARD_WAYS = {
-    "alpha 0": dict(alpha=0.0),
+    "softness 0": dict(softness=0.0),
     "mixer hard": dict(mixer="hard"),
     "temperature 0": dict(temperature=0.0),
     "full vocabulary": dict(mixer="hard", top_k=None),
@@ -99,7 +101,7 @@ def test_hard_decoding_is_greedy_decoding_of_transformers(arch):
             out = decode(model, **knobs)
             assert torch.equal(out.sequences, expected), name
             assert set(out.record.kind.unique().tolist()) <= {HARD, ENDED}
-        config = SoftConfig(alpha=0.0)
+        config = SoftConfig(softness=0.0)
         plugged = greedy(model, ids, mask, custom_generate=softar.soft_decode, soft_config=config)
         assert torch.equal(plugged, expected)
     assert len(expected[:, ids.shape[1] :].unique()) > 4  # guards against a test on repeated tokens
@@ -118,7 +120,7 @@ def test_hard_decoding_with_a_static_cache(arch):
     settings = copy.deepcopy(model.generation_config)
     settings.cache_implementation = "static"
     expected = greedy(model, ids, mask)
-    assert torch.equal(decode(model, alpha=0.0, generation_config=settings).sequences, expected)
+    assert torch.equal(decode(model, softness=0.0, generation_config=settings).sequences, expected)
     # Soft decoding does not mind the kind of cache either.
     a, b = (
         decode(model, generation_config=settings, max_new_tokens=4),
@@ -289,7 +291,7 @@ def test_budget_puts_the_end_in_and_the_answer_follows(llama, end):
 
 def test_the_answer_is_what_transformers_says_after_the_same_tokens(endless):
     """With a hard thought the forced tokens and the greedy answer are an ordinary continuation."""
-    out = decode(endless, alpha=0.0, think_end=(END, 40), budget=3)
+    out = decode(endless, softness=0.0, think_end=(END, 40), budget=3)
     ids, mask = left_padded(PROMPTS)
     thought = out.sequences[:, : ids.shape[1] + 5]
     assert torch.equal(thought[:, -5:-2], greedy(endless, ids, mask, max_new_tokens=3)[:, -3:])
@@ -605,13 +607,13 @@ def test_penalties_of_the_generation_configuration_are_honoured(llama):
     knobs = dict(repetition_penalty=3.0, no_repeat_ngram_size=2, min_new_tokens=6)
     expected = greedy(llama, ids, mask, **knobs)
     assert not torch.equal(expected, greedy(llama, ids, mask))
-    assert torch.equal(decode(llama, alpha=0.0, generation_config=settings).sequences, expected)
+    assert torch.equal(decode(llama, softness=0.0, generation_config=settings).sequences, expected)
     plugged = greedy(
         llama,
         ids,
         mask,
         custom_generate=softar.soft_decode,
-        soft_config=SoftConfig(alpha=0),
+        soft_config=SoftConfig(softness=0),
         **knobs,
     )
     assert torch.equal(plugged, expected)
@@ -621,7 +623,7 @@ def test_the_models_own_generation_configuration_counts_when_none_is_given():
     model = model_of("llama")
     ids, mask = left_padded(PROMPTS)
     model.generation_config.repetition_penalty = 3.0
-    assert torch.equal(decode(model, alpha=0.0).sequences, greedy(model, ids, mask))
+    assert torch.equal(decode(model, softness=0.0).sequences, greedy(model, ids, mask))
     assert (
         model.generation_config.max_new_tokens is None and model.generation_config.use_cache is True
     )
@@ -664,7 +666,7 @@ def test_sampling_settings_of_the_model_do_not_count_and_warn_of_nothing(samplin
     expected, soft = greedy(model, ids, mask), decode(model, top_k=20)
     model.generation_config.update(do_sample=True, **sampling)
     for _ in range(2):
-        assert torch.equal(decode(model, alpha=0.0).sequences, expected)
+        assert torch.equal(decode(model, softness=0.0).sequences, expected)
     out = decode(model, top_k=20)
     assert torch.equal(out.sequences, soft.sequences) and torch.equal(
         out.record.weights, soft.record.weights
@@ -677,7 +679,7 @@ def test_sampling_settings_of_the_model_do_not_count_and_warn_of_nothing(samplin
             attention_mask=mask,
             max_new_tokens=N,
             custom_generate=softar.soft_decode,
-            soft_config=SoftConfig(alpha=0.0),
+            soft_config=SoftConfig(softness=0.0),
         )
         assert torch.equal(plugged, expected)
     assert model.generation_config.do_sample is True  # the caller's settings are as they were
@@ -702,14 +704,14 @@ def test_stopping_criteria_end_rows_one_by_one(endless):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize("alpha", [1.0, 0.4])
-def test_the_record(llama, mixer, alpha):
+@pytest.mark.parametrize("softness", [1.0, 0.4])
+def test_the_record(llama, mixer, softness):
     with edited_logits(llama, script([None, None, EOS], [None] * 3 + [END])):
         out = decode(
             llama,
             mixer=mixer,
             mixer_args=MIXER_ARGS[mixer],
-            alpha=alpha,
+            softness=softness,
             think_end=(END, 40),
             budget=6,
             top_p=0.95,
@@ -747,12 +749,12 @@ def test_the_record(llama, mixer, alpha):
     # The token that stands for a step is among what was fed.
     fed = torch.zeros(B, T, VOCAB).scatter_add(-1, r.ids, r.weights)
     assert (fed.gather(-1, r.token[..., None])[r.kind != ENDED] > 0).all()
-    if alpha < 1 and mixer in ("soft", "gumbel", "dirichlet"):
-        assert (fed.gather(-1, r.token[..., None])[r.kind == SOFT] >= 1 - alpha - 1e-5).all()
+    if softness < 1 and mixer in ("soft", "gumbel", "dirichlet"):
+        assert (fed.gather(-1, r.token[..., None])[r.kind == SOFT] >= 1 - softness - 1e-5).all()
 
 
-def test_alpha_between_is_the_mixture_and_its_token(llama):
-    a, b = decode(llama, alpha=0.25, max_new_tokens=1), decode(llama, max_new_tokens=1)
+def test_softness_between_is_the_mixture_and_its_token(llama):
+    a, b = decode(llama, softness=0.25, max_new_tokens=1), decode(llama, max_new_tokens=1)
     fed = lambda r: torch.zeros(3, VOCAB).scatter_add(-1, r.ids[:, 0], r.weights[:, 0])  # noqa: E731
     one = torch.nn.functional.one_hot(b.record.token[:, 0], VOCAB)
     torch.testing.assert_close(fed(a.record), 0.25 * fed(b.record) + 0.75 * one)
@@ -795,7 +797,12 @@ def test_the_record_replays_in_one_forward(arch, mixer):
 
 
 def test_forwards_are_counted(llama):
-    for knobs in (dict(), dict(alpha=0.0), dict(think_end=END, budget=3), dict(max_new_tokens=1)):
+    for knobs in (
+        dict(),
+        dict(softness=0.0),
+        dict(think_end=END, budget=3),
+        dict(max_new_tokens=1),
+    ):
         with counted(llama) as calls:
             out = decode(llama, **knobs)
         assert out.num_forwards == len(calls) == out.completions.shape[1]
@@ -920,9 +927,9 @@ def test_a_step_writes_nothing_of_the_tables_size(mixer):
         ({"answer_top_p": 2}, "top_p=2"),
         ({"answer_min_p": 2}, "min_p=2"),
         ({"banned": (-1,)}, r"banned=\(-1,\)"),
-        ({"alpha": 1.1}, r"alpha=1\.1"),
-        ({"alpha": -0.1}, r"alpha=-0\.1"),
-        ({"alpha": math.nan}, "alpha=nan"),
+        ({"softness": 1.1}, r"softness=1\.1"),
+        ({"softness": -0.1}, r"softness=-0\.1"),
+        ({"softness": math.nan}, "softness=nan"),
         ({"mixer": "gumble"}, "mixer='gumble'.*gumbel"),
         ({"mixer": "gumbel", "mixer_args": {"taw": 1}}, "taw"),
         ({"mixer": "gumbel", "mixer_args": {"tau": -1}}, "tau=-1"),
@@ -1048,7 +1055,7 @@ def test_without_a_cache_or_with_checkpointing_it_cannot_work():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("step", [0, 3])
-@pytest.mark.parametrize("knobs", [{}, {"alpha": 0.0}, {"budget": 2}])
+@pytest.mark.parametrize("knobs", [{}, {"softness": 0.0}, {"budget": 2}])
 def test_broken_logits_stop_the_decode_and_the_step_is_named(endless, value, step, knobs):
     def edit(at, logits):
         out = logits.clone()
@@ -1086,7 +1093,7 @@ def test_configurations_are_saved_and_loaded(tmp_path):
     config = SoftConfig(
         mixer="mixture-of-inputs",
         mixer_args={"beta": math.inf},
-        alpha=0.7,
+        softness=0.7,
         top_k=None,
         top_p=0.9,
         min_p=0.01,
@@ -1107,8 +1114,8 @@ def test_configurations_are_saved_and_loaded(tmp_path):
     (tmp_path / "soft_config.json").write_text(json.dumps(saved | {"tempature": 1}))
     with pytest.raises(ValueError, match=r"unknown fields.*tempature"):
         SoftConfig.load(tmp_path)
-    (tmp_path / "soft_config.json").write_text(json.dumps(saved | {"alpha": 3}))
-    with pytest.raises(ValueError, match="alpha=3"):
+    (tmp_path / "soft_config.json").write_text(json.dumps(saved | {"softness": 3}))
+    with pytest.raises(ValueError, match="softness=3"):
         SoftConfig.load(tmp_path)
     with pytest.raises(ValueError, match="function"):
         SoftConfig(mixer=MIXERS["soft"]).save(tmp_path)
@@ -1141,8 +1148,8 @@ def test_ids_are_tuples_however_they_are_given(tmp_path):
         ({"budget": 0}, True, True, False, 10),
         ({"think_end": END, "answer_temperature": 0.5}, True, True, True, 10),
         ({"answer_temperature": 0.5}, False, True, False, 10),
-        ({"cold_stop_entropy": 0.0, "alpha": 0.5, "keep": 4}, True, True, False, 5),
-        ({"mixer": "gumbel", "alpha": 0.0, "top_k": None}, False, False, True, math.inf),
+        ({"cold_stop_entropy": 0.0, "softness": 0.5, "keep": 4}, True, True, False, 5),
+        ({"mixer": "gumbel", "softness": 0.0, "top_k": None}, False, False, True, math.inf),
         ({"mixer": "gumbel", "temperature": 0.0}, False, False, False, 1),
         ({"mixer": "hard"}, False, False, False, 1),
         ({"mixer": "hard", "mixer_args": {"sample": True}}, False, False, True, 1),
@@ -1163,7 +1170,7 @@ def test_what_a_configuration_says(knobs, has_answer, is_soft, draws, width):
 
 def test_configurations_are_frozen():
     with pytest.raises(AttributeError):
-        SoftConfig().alpha = 0.5
+        SoftConfig().softness = 0.5
 
 
 SPANS = [
@@ -1255,3 +1262,20 @@ def test_a_prompt_of_embeddings_alone_is_refused(llama):
     embeds = llama.get_input_embeddings()(torch.tensor([[BOS, 9, 10]]))
     with pytest.raises(ValueError, match="empty prompt"):
         llama.generate(inputs_embeds=embeds, max_new_tokens=2, custom_generate=softar.soft_decode)
+
+
+def test_softness_is_taken_by_its_old_name(tmp_path, llama):
+    with pytest.warns(FutureWarning, match="alpha=0.5 is called softness now"):
+        config = SoftConfig(alpha=0.5)
+    assert config == SoftConfig(softness=0.5)
+    config.save(tmp_path)
+    file = tmp_path / "soft_config.json"
+    assert "alpha" not in json.loads(file.read_text())
+    file.write_text(file.read_text().replace("softness", "alpha"))
+    with pytest.warns(FutureWarning, match=f"soft_config.json in {tmp_path}: alpha=0.5"):
+        assert SoftConfig.load(tmp_path) == config
+    with pytest.warns(FutureWarning, match="softness"):
+        out = decode(llama, alpha=0.0)
+    assert torch.equal(out.sequences, decode(llama, softness=0.0).sequences)
+    assert "alpha" not in {f.name for f in dataclasses.fields(SoftConfig)}
+    assert list(inspect.signature(SoftConfig).parameters)[:3] == ["mixer", "mixer_args", "softness"]

@@ -36,6 +36,7 @@ from softar.diffusion.decoders import DiffusionDecoder, denoise_config
 from softar.evaluate import encode, evaluate
 from softar.models import folder_of
 from softar.tasks import load_task
+from softar.vllm.request import parse as parse_request
 
 N = 10  # new tokens
 PROMPTS = ["<bos> w11 w12 w13 w14", "<bos> w21", "<bos> w31 w32"]
@@ -208,11 +209,15 @@ def test_options_become_the_configuration():
         "k": 5,
         "weighting": "uniform",
     }
-    assert made("discrete", budget=2) == SoftConfig(mixer="hard", alpha=0.0, budget=2)
+    assert made("discrete", budget=2) == SoftConfig(mixer="hard", softness=0.0, budget=2)
     assert made("sampled", top_k=None) == SoftConfig(
-        mixer="hard", mixer_args={"sample": True}, alpha=0.0, top_k=None
+        mixer="hard", mixer_args={"sample": True}, softness=0.0, top_k=None
     )
-    assert made("soft", alpha=0.5).alpha == 0.5
+    assert made("soft", softness=0.5).softness == 0.5
+    with pytest.warns(FutureWarning, match="alpha=0.5 is called softness now"):
+        assert made("soft", alpha=0.5) == made("soft", softness=0.5)
+    with pytest.warns(FutureWarning, match="soft: alpha=0.5 is called softness now"):
+        assert parse_request({"alpha": 0.5}) == {"softness": 0.5}
     assert denoise_config(
         "soft-token", {"k": 2, "threshold": 0.9, "gen_length": 8, "soften_args": {"bias": 1}}
     ) == (
@@ -228,20 +233,20 @@ def test_a_models_own_configuration_is_the_default(tmp_path):
     softar.load("mnns-tiny")[0].save_pretrained(tmp_path)
     softar.load("mnns-tiny")[1].save_pretrained(tmp_path)
     own = SoftConfig(
-        mixer="gumbel", mixer_args={"tau": 0.7}, alpha=0.0, temperature=0.6, budget=2, top_k=None
+        mixer="gumbel", mixer_args={"tau": 0.7}, softness=0.0, temperature=0.6, budget=2, top_k=None
     )
     own.save(tmp_path)
     model, card = str(tmp_path), describe(str(tmp_path))
     assert card == Card(model, tmp_path, "autoregressive", own)
-    change = dict(mixer="gumbel", mixer_args={"tau": 0.7}, alpha=1.0)
+    change = dict(mixer="gumbel", mixer_args={"tau": 0.7}, softness=1.0)
     assert soft_config(own, "gumbel", {}) == dataclasses.replace(own, **change)
     assert soft_config(
-        own, "gumbel", {"budget": 1, "tau": 2.0, "alpha": 0.0}
+        own, "gumbel", {"budget": 1, "tau": 2.0, "softness": 0.0}
     ) == dataclasses.replace(own, budget=1, mixer_args={"tau": 2.0})
     # knobs of another mixer are not its own
     assert soft_config(own, "dirichlet", {}).mixer_args == {}
     assert soft_config(own, "discrete", {}) == dataclasses.replace(
-        own, mixer="hard", mixer_args={}, alpha=0.0
+        own, mixer="hard", mixer_args={}, softness=0.0
     )
     decoder = make_decoder("beam:num_beams=2", model=model, max_new_tokens=6)
     assert decoder.thought.budget == 2 and decoder.settings.max_new_tokens == 6
@@ -770,11 +775,11 @@ def decoder_tokenizer(decoder):
         ("mnns-tiny=soft:banned=[1,x]", "option 'x]' has no form key=value; text with commas"),
         (
             "mnns-tiny=gumbel:tua=1",
-            "decoder 'gumbel' takes no 'tua', did you mean 'tau'?: it takes ['alpha', ",
+            "decoder 'gumbel' takes no 'tua', did you mean 'tau'?: it takes ['answer_min_p', ",
         ),
         ("mnns-tiny=soft:tau=1", "decoder 'soft' takes no 'tau'"),
         ("mnns-tiny=soft:mixer=gumbel", "decoder 'soft' takes no 'mixer'"),
-        ("mnns-tiny=discrete:alpha=0.5", "decoder 'discrete' takes no 'alpha'"),
+        ("mnns-tiny=discrete:softness=0.5", "decoder 'discrete' takes no 'softness'"),
         ("mnns-tiny=soft:top_k=2.5", "decoder 'soft': top_k=2.5 must be a whole number or null"),
         ("mnns-tiny=soft:top_k=true", "decoder 'soft': top_k=True must be a whole number or null"),
         ("mnns-tiny=soft:temperature=hot", "decoder 'soft': temperature='hot' must be a number"),

@@ -23,7 +23,7 @@ def loop(request):
     """A loop, what it needs, its configuration, settings that matter and others over them."""
     if request.param == "generate":
         model, tokenizer = softar.load("mnns-soft-tiny")
-        few = dict(mixer="hard", max_new_tokens=3, alpha=0.0)
+        few = dict(mixer="hard", max_new_tokens=3, softness=0.0)
         more = dict(mixer="k-samples", mixer_args={"k": 2}, max_new_tokens=5)
         return softar.generate, (model, tokenizer), softar.SoftConfig, few, more
     model, tokenizer = load_diffusion("mnns-diffusion-tiny")

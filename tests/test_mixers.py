@@ -459,7 +459,7 @@ def test_a_plain_function_may_be_registered(monkeypatch):
         return Mixed(Soft(dist.ids, weights), dist.ids[..., 0], None)
 
     monkeypatch.setitem(MIXERS, "uniform", uniform)
-    config = SoftConfig(mixer="uniform", mixer_args={"share": 0.5}, top_k=7, alpha=0.5)
+    config = SoftConfig(mixer="uniform", mixer_args={"share": 0.5}, top_k=7, softness=0.5)
     assert config.is_soft and config.draws and config.width == 8
     assert mk_mixer("uniform", share=0.5)(dist_of(2)).soft.weights.sum(-1).tolist() == [0.5, 0.5]
     with pytest.raises(ValueError, match="mixer='uniform' does not take"):

@@ -73,10 +73,12 @@ def generate(
         float | None,
         typer.Option(help="Least probability in a mixture, as a share of the likeliest token's."),
     ] = None,
-    alpha: Annotated[
+    softness: Annotated[
         float | None,
         typer.Option(help="Share of the mixture in what is fed back; 0 is hard decoding."),
     ] = None,
+    # softness's old name
+    alpha: Annotated[float | None, typer.Option(hidden=True)] = None,
     budget: Annotated[
         int | None, typer.Option(help="Most soft steps before the discrete answer.")
     ] = None,
@@ -113,6 +115,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        softness=softness,
         alpha=alpha,
         budget=budget,
         think_end=think_end,
@@ -279,7 +282,7 @@ def compare(
     \b
     Examples:
       softar compare --task mnns --limit 200
-      softar compare -d mnns-soft-tiny=soft -d mnns-soft-tiny=soft:alpha=0.5 --limit 200
+      softar compare -d mnns-soft-tiny=soft -d mnns-soft-tiny=soft:softness=0.5 --limit 200
       softar compare -m mnns-discrete-tiny -d discrete -d self-consistency:votes=4 --repeats 3
       softar compare --task latin --limit 100 --plot --output runs/latin
       softar compare --task latin --limit 100 --nfe 10

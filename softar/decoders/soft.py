@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from transformers import BatchEncoding
 
-from ..config import SoftConfig
+from ..config import SoftConfig, renamed
 from ..decode import SoftOutput, generate
 from ..evaluate import evaluating, read_prompts, resolve
 from ..mixers import MIXERS, mk_mixer
@@ -212,19 +212,19 @@ def soft_config(base: SoftConfig | None, decoder: str, options: dict) -> SoftCon
     """The model's own configuration (None: the defaults) with the decoder's mixer, changed by the
     options; the mixer's knobs are options, too. Raises ValueError for options that are unknown or
     do not fit."""
-    base = base or SoftConfig()
+    base, options = base or SoftConfig(), renamed(options)
     if decoder in HARD:
         changes = check_options(
-            SoftConfig, decoder, options, fixed=("mixer", "mixer_args", "alpha", "rescale")
+            SoftConfig, decoder, options, fixed=("mixer", "mixer_args", "softness", "rescale")
         )
-        return replace(base, mixer="hard", mixer_args=HARD[decoder], alpha=0.0, **changes)
+        return replace(base, mixer="hard", mixer_args=HARD[decoder], softness=0.0, **changes)
     knobs = [*mk_mixer(decoder).knobs]
     changes = check_options(SoftConfig, decoder, options, also=knobs, fixed=("mixer",))
     args = (base.mixer_args if base.mixer == decoder else {}) | changes.pop("mixer_args", {})
     args |= {knob: changes.pop(knob) for knob in knobs if knob in changes}
     # A model's own configuration may be hard; a decoder that is named after a mixer is not
-    alpha = {"alpha": base.alpha or 1.0}
-    return replace(base, **(alpha | changes), mixer=decoder, mixer_args=args)
+    softness = {"softness": base.softness or 1.0}
+    return replace(base, **(softness | changes), mixer=decoder, mixer_args=args)
 
 
 def _make_soft(decoder: str, card: Card, common: Common, /, **options) -> SoftDecoder:

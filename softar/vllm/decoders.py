@@ -51,7 +51,7 @@ def _make_soft(card: Card, common: Common, /, *, url=None, **options) -> Complet
     # all of a small vocabulary
     if config.top_k is None and len(tokenizer := _tokenizer(card)) <= LIMIT:
         records = common.trace or ends_unseen(soft)  # which have room for all but one
-        soft["top_k"] = len(tokenizer) - (1 + (config.alpha < 1) if records else 0)
+        soft["top_k"] = len(tokenizer) - (1 + (config.softness < 1) if records else 0)
     if url is None:
         others["enable_prompt_embeds"] = True
     setting = format_options(({} if mixer == "soft" else {"mixer": mixer}) | options, " ")

@@ -3,7 +3,7 @@
 import json
 
 from ..checks import shorten
-from ..config import TAGS, SoftConfig
+from ..config import TAGS, SoftConfig, renamed
 from ..soft import check_dist
 
 LIMIT = 256  # tokens in a mixture
@@ -19,7 +19,7 @@ NUMBER, COUNT, IDS = (int, float), (int, type(None)), (list, tuple)
 FIELDS = {
     "mixer": (str,),
     "mixer_args": (dict,),
-    "alpha": NUMBER,
+    "softness": NUMBER,
     "temperature": NUMBER,
     "top_k": COUNT,
     "top_p": (*NUMBER, type(None)),
@@ -76,6 +76,7 @@ def parse(asked) -> dict:
         raise ValueError(
             f"soft: {_quote(asked)} must be an object of fields, e.g. {{}} or {{'mixer': 'gumbel'}}"
         )
+    asked = renamed(asked, "soft: ")
     if unknown := [name for name in asked if name not in FIELDS]:
         raise ValueError(f"soft: unknown fields {_quote(unknown)}; known are {', '.join(FIELDS)}")
     for name, value in asked.items():
