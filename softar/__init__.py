@@ -23,7 +23,7 @@ _HOME = {
     "Kind": "softar.thought",
     "generate": "softar.decode",
     "soft_decode": "softar.decode",
-    "load": "softar.models",
+    "load": "softar.models.opener",
     "load_task": "softar.tasks",
     "compare": "softar.evals.compare",
     "Comparison": "softar.evals.compare",

@@ -39,6 +39,7 @@ from transformers.generation.logits_process import (
 from .checks import override
 from .config import TAGS, SoftConfig, renamed
 from .mixers import Rng
+from .models.kind import check_autoregressive
 from .soft import Soft, check_dist, entropy, soft_embed
 from .thought import Draws, Kind, Record, begin, decide, look, mk_propose, mk_rules, stack
 
@@ -291,6 +292,7 @@ def _check_model(model: PreTrainedModel, config: SoftConfig, model_kwargs: dict)
         raise ValueError(
             f"{name} is in training mode with gradient checkpointing, which drops the cache: call eval()"
         )
+    check_autoregressive(model)
     vocab = model.config.get_text_config(decoder=True).vocab_size
     check_dist(vocab, **config.filters)
     check_dist(vocab, **config.answer_filters)

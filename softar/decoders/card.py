@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from ..config import CONFIG_FILE, SoftConfig
-from ..models import MODELS, folder_of, plain
+from ..models import MODELS, diffusion_sign, folder_of, plain
 
 DIFFUSION_MODELS = "softar.diffusion.models"  # by name: imports point the other way
 
@@ -89,11 +89,9 @@ def _kind_of(name: str) -> str | None:
 
 
 def _kind_of_config(config: dict) -> str | None:
-    if config.get("model_type") in import_module(DIFFUSION_MODELS).FAMILIES:
+    if diffusion_sign(config):
         return "diffusion"
     for architecture in config.get("architectures") or []:
-        if architecture.endswith("ForMaskedLM"):
-            return "diffusion"
         if architecture.endswith(("ForCausalLM", "LMHeadModel")):
             return "autoregressive"
     return None

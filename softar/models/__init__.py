@@ -1,0 +1,22 @@
+"""Models by name: what opens them, which ones have a name, and what kind of model one is.
+
+A name is loaded when it is first used.
+"""
+
+from .._lazy import lazy
+
+_HOME = {
+    "load": "softar.models.opener",
+    "MODELS": "softar.models.embedded",
+    "CHECKPOINTS": "softar.models.embedded",
+    "MNNS_WORDS": "softar.models.embedded",
+    "folder_of": "softar.models.embedded",
+    "word_tokenizer": "softar.models.embedded",
+    "FETCH": "softar.models.source",
+    "check_fixed": "softar.models.source",
+    "check_autoregressive": "softar.models.kind",
+    "diffusion_sign": "softar.models.kind",
+    "plain": "softar.models.kind",
+}
+
+__getattr__, __dir__ = lazy(__name__, _HOME)

@@ -1,0 +1,117 @@
+"""`softar.load`: embedded models, local folders, GGUF files, adapters and hub ids, by one
+function."""
+
+import difflib
+import os
+from pathlib import Path
+
+import torch
+from fastcore.meta import delegates
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checks import shorten
+from ..placement import to_device, to_dtype, to_machine
+from .embedded import MODELS, named
+from .gguf_file import load_gguf
+from .kind import ELSEWHERE
+from .source import check_fixed, pretrained
+
+
+@delegates(PreTrainedModel.from_pretrained, keep=True, but=["use_safetensors", "weights_only"])
+def load(
+    name: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    **kwargs,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, in eval mode, ready for batches.
+
+    The tokenizer pads on the left; where it has no pad token the end-of-sequence token stands in.
+
+    Args:
+        name: one of MODELS ("mnns-tiny", "mnns-soft-tiny", "smollm2-135m", ...; they take
+            precedence over folders of the same name), a local folder (a model, or a PEFT adapter: its base is
+            loaded by the name recorded in it), a .gguf file, or a hub id.
+        dtype: of the weights: "float32", "bfloat16", "float16", "float64", or "auto": as stored,
+            but float32 where they are made or de-quantised here, and on a CPU that computes the
+            stored one slowly (`computed_in`). torch_dtype, transformers' old name, is the same.
+        device: None is this process's CUDA device where there is one, else the CPU.
+        seed: of the weights of "mnns-tiny", which come untrained; the global random state stays as
+            it is.
+        kwargs: for `from_pretrained` (revision=, attn_implementation=, device_map=,
+            gguf_file=, ...); for "mnns-tiny" fields of its LlamaConfig.
+
+    Raises:
+        ValueError: naming `name`, where it is none of these or cannot be read; what transformers
+            said is the cause. For keywords that contradict each other or are not to be changed.
+    """
+    name = os.fspath(name)
+    dtype, device = to_dtype(dtype, kwargs), to_device(device, kwargs)
+    check_fixed(kwargs)
+    if name in MODELS:
+        model, tokenizer = MODELS[name](dtype=dtype, seed=seed, **kwargs)
+    else:
+        try:
+            model, tokenizer = _open(name, dtype=dtype, device=device, seed=seed, **kwargs)
+        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+            raise ValueError(
+                f"model={name!r} could not be loaded: {shorten(str(error))} -- give one of "
+                f"{sorted(MODELS)}, a folder with a model in safetensors or a PEFT adapter, "
+                f"a .gguf file, or a hub id that can be reached"
+            ) from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"model={name!r}: its tokenizer has neither a pad nor an end-of-sequence token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return to_machine(model, dtype, device).eval(), tokenizer
+
+
+def _open(name: str, *, dtype, device, seed: int, **model_kwargs):
+    """Dispatch on what `name` is: a GGUF file, an adapter folder, or a model folder or hub id."""
+    path = Path(name)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {name}")
+        if "gguf_file" in model_kwargs:
+            raise ValueError(f"gguf_file={model_kwargs['gguf_file']!r}: the name is a file itself")
+        model, tokenizer = load_gguf(path.parent, dtype=dtype, gguf_file=path.name, **model_kwargs)
+        return named(name, model, tokenizer)
+    if "gguf_file" in model_kwargs:
+        return load_gguf(name, dtype=dtype, **model_kwargs)
+    if (path / "adapter_config.json").is_file():
+        return _adapter(path, dtype=dtype, device=device, seed=seed, **model_kwargs)
+    if path.is_dir() and not (path / model_kwargs.get("subfolder", "") / "config.json").is_file():
+        raise FileNotFoundError("the folder holds no config.json, so no model")
+    if not path.is_dir() and "/" not in name and "diffusion" in name:
+        raise FileNotFoundError(f"if it is a masked-diffusion model, {ELSEWHERE}")
+    if not path.is_dir() and (name.startswith(".") or path.is_absolute() or len(path.parts) > 2):
+        raise FileNotFoundError("there is no such folder, and a hub id has the form owner/name")
+    close = difflib.get_close_matches(name.lower(), MODELS, cutoff=0.7)
+    # offline, the hub's retries take most of a minute
+    if close and "/" not in name and not path.is_dir():
+        raise FileNotFoundError(f"did you mean {close[0]!r}?")
+    return pretrained(name, dtype=dtype, **model_kwargs)
+
+
+def _adapter(folder: Path, *, dtype, device, seed: int, **model_kwargs):
+    """The base that an adapter folder names, wrapped as a PeftModel; the folder's own tokenizer
+    where it has one."""
+    from peft import PeftConfig, PeftModel  # slow to import
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(f"there is no adapter_model.safetensors in {folder}")
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base:
+        raise ValueError("its adapter_config.json does not name a base model")
+    model, tokenizer = load(base, dtype=dtype, device=device, seed=seed, **model_kwargs)
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return PeftModel.from_pretrained(model, str(folder)), tokenizer
