@@ -22,7 +22,7 @@ from trl import SFTTrainer
 from softar.checks import check_writable
 from softar.sft.data import SoftCollator
 from softar.soft import soft_embed
-from softar.training import MicroBatches, inside_forward, no_interrupt
+from softar.training import MicroBatches, WatchedLosses, inside_forward, no_interrupt
 
 from .architectures import LladaForMaskedDiffusion, llama_name
 from .config import DenoiseConfig
@@ -41,7 +41,7 @@ RAW_HEAD = "soft_mask_head.safetensors"
 REPLACEMENT, GAUSSIAN = 1, 2  # streams of random numbers
 
 
-class DiffusionSFTTrainer(MicroBatches, SFTTrainer):
+class DiffusionSFTTrainer(WatchedLosses, MicroBatches, SFTTrainer):
     """TRL's SFTTrainer with a diffusion loss in `compute_loss`.
 
     Takes the datasets that TRL takes, prompt-completion or language modelling; prompts are never

@@ -13,7 +13,7 @@ from trl import GRPOConfig
 
 from softar.checks import check_choice, check_writable
 from softar.config import CONFIG_FILE, SoftConfig
-from softar.training import opt
+from softar.training import check_filter, opt
 from softar.vllm.machine import require_vllm
 from softar.vllm.request import LIMIT
 
@@ -83,6 +83,9 @@ class SoftGRPOConfig(GRPOConfig):
     answer.
     """
 
+    logging_nan_inf_filter: bool = opt(
+        False, "Not there: a NaN or infinite loss ends the training."
+    )
     gradient_checkpointing: bool = opt(False, "Recompute activations to save memory.")
     soft_mixer: str = opt(
         "k-samples", "What a think step reads back: 'k-samples', or 'hard' (its one drawn token)."
@@ -122,6 +125,7 @@ class SoftGRPOConfig(GRPOConfig):
                 f"groups, and GRPO and RLOO compare within them"
             )
         super().__post_init__()
+        check_filter(self)
         for name, neutral, why in NEUTRAL + (VLLM_NEUTRAL if self.rollout == "vllm" else ()):
             value = getattr(self, name)
             if value not in neutral:

@@ -20,7 +20,7 @@ from trl.trainer.utils import create_model_from_path, pad, use_adapter
 from softar.decode import SoftOutput
 from softar.soft import entropy
 from softar.thought import Kind
-from softar.training import inside_forward, no_interrupt
+from softar.training import WatchedLosses, inside_forward, no_interrupt
 
 from .actions import ACTIONS, replay
 from .config import SoftGRPOConfig, check_arguments, check_model, check_origin, check_resume
@@ -41,7 +41,7 @@ from .rollout import (
 ROLLOUTS = "rollouts-{rank}.safetensors"
 
 
-class SoftGRPOTrainer(GRPOTrainer):
+class SoftGRPOTrainer(WatchedLosses, GRPOTrainer):
     """TRL's GRPOTrainer with soft rollouts and their replay.
 
     Takes the models, reward functions and datasets that TRL takes, text only. A reward function

@@ -19,7 +19,7 @@ from trl import ScriptArguments
 
 from softar.checks import check_least
 from softar.recipe import Recipe, RecipeArguments, fit, one_line_errors, thought_fields
-from softar.rows import checkpoint_of, resumes
+from softar.resume import checkpoint_of, resumes
 from softar.training import opt
 
 from .config import check_resume

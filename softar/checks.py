@@ -1,8 +1,10 @@
 """Checks of input, each said once: one clear `ValueError` that names the value and the remedy."""
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -67,6 +69,17 @@ def override(config, fields: dict, function: Callable):
             f"{did_you_mean(unknown[0], known)}: it takes its own and {type(config).__name__}'s"
         )
     return dataclasses.replace(config, **fields)
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str, kind: type[Exception] = ValueError, *, code: int = 2):
+    """Errors of this kind end the program in one line. ValueError is for what checks the input:
+    elsewhere it is a bug, and needs its traceback."""
+    try:
+        yield
+    except kind as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(code)
 
 
 def shorten(text: str, most: int = 300) -> str:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checks import check_least, check_writable
-from .rows import CUSTOM, Row, check_resume, checkpoint_of, jobs_of, parse_rows, train_rows
+from .checks import check_least, check_writable, one_line_errors
+from .resume import checkpoint_of
+from .rows import CUSTOM, Row, check_resume, jobs_of, parse_rows, train_rows
 
 if TYPE_CHECKING:
     from .tasks import Task
@@ -94,7 +95,8 @@ def run(recipe: Recipe) -> None:
     with interruptible():
         with one_line_errors(recipe.program):
             inputs = read(recipe, sys.argv[1:])
-        train(recipe, inputs)
+        with one_line_errors(recipe.program, FloatingPointError, code=1):
+            train(recipe, inputs)
 
 
 def read(recipe: Recipe, argv: list[str]) -> Inputs:
@@ -297,16 +299,6 @@ def with_default_config(
         return ["--config", str(demo), *argv]
     task = argv[argv.index("--task") + 1] if "--task" in argv[:-1] else None
     return ["--config", str(task_demos[task]), *argv] if task in task_demos else argv
-
-
-@contextlib.contextmanager
-def one_line_errors(program: str):
-    """For what checks the input. Elsewhere a ValueError is a bug, and needs its traceback."""
-    try:
-        yield
-    except ValueError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 @contextlib.contextmanager

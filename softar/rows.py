@@ -16,6 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from .checks import one_line_errors
+from .resume import ANY_WHOLE, STATE, check_whole, checkpoint_of, resumes
+
 CUSTOM = "custom"  # one run, exactly as the options say
 # set for a process that trains one row and leaves table and plot to its parent
 APART = "SOFTAR_TRAIN_APART"
@@ -59,6 +62,9 @@ def train_rows(
     configs = {row: configure(*row, folder) for row, folder in folders.items()}
     lines_of = {row: saved_row(folder, configs[row]) for row, folder in folders.items()}
     left = [row for row, lines in lines_of.items() if lines is None]
+    with one_line_errors(program):
+        for row in left:
+            checkpoint_of(configs[row])  # before hours of training, not when the row's turn comes
     if jobs > 1 and len(left) > 1 and not is_child:
         train_apart({row: folders[row] for row in left}, jobs, console, program)
         lines_of |= {row: json.loads((folders[row] / "row.json").read_text()) for row in left}
@@ -153,37 +159,20 @@ def saved_row(folder: Path, training) -> list[dict] | None:
     return lines if training.max_steps in (-1, lines[0]["train_steps"]) else None
 
 
-def resumes(training) -> bool:
-    return str(training.resume_from_checkpoint or "false").lower() != "false"
-
-
-def checkpoint_of(training) -> str | None:
-    """What to go on from: "true" is the newest whole checkpoint of the output folder, a path that
-    checkpoint."""
-    if not resumes(training):
-        return None
-    wanted = str(training.resume_from_checkpoint)
-    return last_checkpoint(training.output_dir) if wanted.lower() == "true" else wanted
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end (trainer_state.json comes last)."""
-    whole = [p.parent for p in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda p: int(p.name.split("-")[1]))) if whole else None
-
-
 def check_resume(training, is_single: bool) -> None:
     """A checkpoint named by its path is whole, and that of a single run in the output folder
     itself."""
     wanted = training.resume_from_checkpoint
-    if not resumes(training) or str(wanted).lower() == "true":
+    if not resumes(training) or str(wanted).lower() in ("true", ANY_WHOLE):
         return
     if not is_single:
         raise ValueError(
-            f"resume_from_checkpoint={wanted!r}: with several rows or seeds give true, for the newest"
+            f"resume_from_checkpoint={wanted!r}: with several rows or seeds give true, for the newest, or "
+            f"{ANY_WHOLE}, for the newest that is not damaged"
         )
-    if not Path(wanted, "trainer_state.json").is_file():
+    if not Path(wanted, STATE).is_file():
         raise ValueError(f"resume_from_checkpoint={wanted!r} holds no whole checkpoint")
+    check_whole(wanted)
 
 
 def parse_rows(text: str | None, rows: dict, groups: dict[str, list[str]]) -> list[str]:

@@ -1,6 +1,7 @@
 """What all trainers share: options with their help texts, checks before training."""
 
 import contextlib
+import math
 import signal
 import threading
 from collections.abc import Callable
@@ -8,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from trl import SFTConfig
 from trl.models.utils import _ForwardRedirection
+
+from .resume import check_whole, last_checkpoint, last_whole
 
 
 @contextlib.contextmanager
@@ -57,8 +60,94 @@ class MicroBatches:
         return super().evaluate(*args, **kwargs)
 
 
+class WatchedLosses:
+    """Mixin of a trainer, first among its bases. It stops at a loss or a gradient that is NaN or
+    infinite, before the weights take it (transformers would log 0 and go on), and its train_loss is
+    that of all steps, those before a resume too."""
+
+    _step_loss: Tensor | float = 0.0  # of the micro-batches of this step, on this process
+    _losses, _loss_steps = 0.0, 0  # their sum since the start of the training, and of how many
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """True is the newest checkpoint of the output folder, a path that one.
+
+        Raises:
+            ValueError: the checkpoint is damaged. FloatingPointError: a loss or a gradient is.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, str):
+            check_whole(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except FloatingPointError as error:  # of a rollout
+            raise FloatingPointError(self._stopped(str(error))) from error
+        self._step_loss = self._step_loss + loss
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)  # comes right before the optimiser's step
+        loss, self._step_loss = self._step_loss, 0.0
+        if self.accelerator.num_processes > 1:  # a NaN of one is a NaN of all: they stop together
+            loss = self.accelerator.reduce(loss, "mean")
+        loss, size = float(loss), 0.0 if norm is None else float(norm)
+        # in float16 gradients overflow until the scale of the loss has come down, without harm
+        scaler = self.accelerator.scaler
+        skips = scaler is not None and scaler.get_scale() > 1
+        if not math.isfinite(loss) or not (math.isfinite(size) or skips):
+            what = f"the loss is {loss:.4g} and the norm of the gradient {size:.4g}"
+            raise FloatingPointError(self._stopped(what))
+        self._losses, self._loss_steps = self._losses + loss, self._loss_steps + 1
+        return norm
+
+    def _stopped(self, what: str) -> str:
+        folder = last_whole(self.args.output_dir)
+        rest = (
+            "there is no checkpoint yet" if folder is None else f"{folder!r} is the last checkpoint"
+        )
+        return (
+            f"step {self.state.global_step + 1}: {what}, so training stops before the weights are "
+            f"changed; {rest}. Lower learning_rate or max_grad_norm, or look at the data of this step"
+        )
+
+    # -- the sum of the losses goes with the checkpoints, in trainer_state.json
+
+    def _init_training_state(self, *args, **kwargs):
+        place = super()._init_training_state(*args, **kwargs)
+        before = self.state.stateful_callbacks.get(LOSSES, {})
+        self._step_loss = 0.0
+        self._losses, self._loss_steps = before.get("sum", 0.0), before.get("steps", 0)
+        return place
+
+    def _save_checkpoint(self, model, trial):
+        self.state.stateful_callbacks[LOSSES] = {"sum": self._losses, "steps": self._loss_steps}
+        super()._save_checkpoint(model, trial)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        if self._loss_steps:
+            # transformers adds what was not logged yet and divides by the steps since the resume
+            steps = max(self.state.global_step - self._initial_global_step, 0.001)
+            self._total_loss_scalar = self._losses / self._loss_steps * steps - self._tr_loss.item()
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+
+LOSSES = "softar_losses"
+
+
 def opt(default: Any, text: str):
     return field(default=default, metadata={"help": text})
+
+
+def check_filter(args) -> None:
+    """Raise ValueError for the option of transformers that hides NaN losses."""
+    if args.logging_nan_inf_filter:
+        raise ValueError(
+            f"logging_nan_inf_filter=True hides NaN losses, {type(args).__name__} stops at them: "
+            f"leave it at False"
+        )
 
 
 @dataclass
@@ -66,11 +155,16 @@ class PlainSFTConfig(SFTConfig):
     """TRL's SFTConfig for a loss of our own on an example a row: CPU where there is nothing else,
     no packing."""
 
+    logging_nan_inf_filter: bool = opt(
+        False, "Not there: a NaN or infinite loss ends the training."
+    )
+
     def __post_init__(self):
         if not torch.accelerator.is_available():
             self.use_cpu = True
             self.bf16 = bool(self.bf16)
         super().__post_init__()
+        check_filter(self)
         if self.packing or self.padding_free:
             given = f"packing={self.packing}, padding_free={self.padding_free}"
             raise ValueError(f"{given}: {type(self).__name__} needs an example a row")

@@ -59,6 +59,23 @@ def train(folder, name, processes):
     }
 
 
+def stop(folder):
+    """A loss is NaN in one process, its gradient is not: all stop."""
+    done, rank = trainer(folder / "nan", **SGD), int(os.environ["RANK"])
+    compute = done.compute_loss
+
+    def poisoned(*args, **kwargs):
+        return compute(*args, **kwargs) + (
+            float("nan") if rank == done.state.global_step == 1 else 0.0
+        )
+
+    done.compute_loss = poisoned
+    try:
+        done.train()
+    except FloatingPointError as error:
+        (folder / f"stopped-{rank}").write_text(str(error))
+
+
 def main(folder):
     for name in CASES:
         found = train(folder, name, int(os.environ["WORLD_SIZE"]))
@@ -67,6 +84,7 @@ def main(folder):
                 {key: value.contiguous() for key, value in found.items()},
                 folder / f"{name}.safetensors",
             )
+    stop(folder)
     PartialState().wait_for_everyone()
     # a process that leaves while gloo's threads run may abort
     PartialState().destroy_process_group()
@@ -88,6 +106,12 @@ def test_two_processes_are_one(two, tmp_path, name):
     assert theirs.keys() == ours.keys()
     for key in ours:
         assert torch.allclose(theirs[key], ours[key], atol=1e-5), key
+
+
+@pytest.mark.slow
+def test_both_stop_where_one_has_a_bad_loss(two):
+    for rank in (0, 1):
+        assert (two / f"stopped-{rank}").read_text().startswith("step 2: the loss is nan and")
 
 
 if __name__ == "__main__":

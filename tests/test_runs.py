@@ -11,18 +11,8 @@ import pytest
 
 from softar import rows as softar_rows
 from softar.recipe import interruptible, named_model, one_line_errors, with_default_config
-from softar.rows import (
-    APART,
-    CUSTOM,
-    check_resume,
-    checkpoint_of,
-    last_checkpoint,
-    parse_rows,
-    resumes,
-    saved_row,
-    set_apart,
-    train_rows,
-)
+from softar.resume import checkpoint_of, last_checkpoint, resumes
+from softar.rows import APART, CUSTOM, check_resume, parse_rows, saved_row, set_apart, train_rows
 
 ROWS = {"a": {}, "b": {}, "c": {}}
 GROUPS = {"demo": ["a", "c"], "all": list(ROWS)}
@@ -35,6 +25,9 @@ def training_of(**changes):
 
 def checkpoint_at(folder, step, is_whole=True):
     (checkpoint := folder / f"checkpoint-{step}").mkdir(parents=True)
+    header = b"{}"  # of no tensors
+    weights = len(header).to_bytes(8, "little") + header
+    (checkpoint / "model.safetensors").write_bytes(weights)
     if is_whole:
         (checkpoint / "trainer_state.json").write_text("{}")
     return checkpoint
@@ -85,7 +78,7 @@ def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path):
     newest = checkpoint_at(tmp_path, 10)
     checkpoint_at(tmp_path, 11, is_whole=False)
     assert last_checkpoint(tmp_path) == str(newest)
-    for value, expected in ((None, None), ("true", str(newest)), ("some/place", "some/place")):
+    for value, expected in ((None, None), ("true", str(newest)), (str(newest), str(newest))):
         assert (
             checkpoint_of(training_of(resume_from_checkpoint=value, output_dir=tmp_path))
             == expected
@@ -118,7 +111,7 @@ def test_a_finished_row_counts_if_the_run_goes_on_from_it(tmp_path):
 
 def test_a_checkpoint_to_go_on_from_is_whole_and_of_a_single_run(tmp_path):
     whole, broken = checkpoint_at(tmp_path, 2), checkpoint_at(tmp_path, 4, is_whole=False)
-    for value in (None, "false", "true"):
+    for value in (None, "false", "true", "whole"):
         check_resume(training_of(resume_from_checkpoint=value), is_single=False)
     check_resume(training_of(resume_from_checkpoint=str(whole)), is_single=True)
     with pytest.raises(ValueError, match=r"checkpoint-2'.*several rows or seeds give true"):

@@ -21,7 +21,7 @@ from ..config import TAGS, SoftConfig
 from ..evaluate import evaluate, tag_ids
 from ..mixers import guide, mk_mixer
 from ..soft import Soft, check_dist, mk_proba_dist
-from ..training import MicroBatches, inside_forward, no_interrupt
+from ..training import MicroBatches, WatchedLosses, inside_forward, no_interrupt
 from .config import SoftSFTConfig
 from .data import (
     SoftCollator,
@@ -36,7 +36,7 @@ from .forward import mixed_forward, soft_forward
 from .loss import soft_loss
 
 
-class SoftSFTTrainer(MicroBatches, SFTTrainer):
+class SoftSFTTrainer(WatchedLosses, MicroBatches, SFTTrainer):
     """TRL's SFTTrainer with soft teacher forcing in `compute_loss`.
 
     Takes the datasets that TRL takes, prompt-completion or language modelling, and a column

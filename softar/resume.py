@@ -1,0 +1,111 @@
+"""The checkpoints of a training: which of them are whole, and what to go on from."""
+
+import json
+import zipfile
+from pathlib import Path
+
+STATE = "trainer_state.json"  # comes last in a checkpoint
+PICKLES = (".pt", ".pth", ".bin")
+WEIGHTS = ("*model*.safetensors", "*model*.bin")
+ANY_WHOLE = "whole"
+
+
+def resumes(training) -> bool:
+    return str(training.resume_from_checkpoint or "false").lower() != "false"
+
+
+def checkpoint_of(training) -> str | None:
+    """What to go on from: "true" is the newest checkpoint of the output folder, "whole" the newest
+    that is not damaged, anything else the path of one. None: from the start.
+
+    Raises:
+        ValueError: the checkpoint is damaged; names the whole one before it.
+    """
+    if not resumes(training):
+        return None
+    wanted = str(training.resume_from_checkpoint)
+    if wanted.lower() == ANY_WHOLE:
+        return last_whole(training.output_dir)
+    path = last_checkpoint(training.output_dir) if wanted.lower() == "true" else wanted
+    if path is not None:
+        check_whole(path)
+    return path
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Those that were written to their end, the newest first."""
+    ended = [p.parent for p in Path(folder).glob(f"checkpoint-*/{STATE}")]
+    return sorted(ended, key=lambda p: int(p.name.split("-")[1]), reverse=True)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    return next(map(str, checkpoints(folder)), None)
+
+
+def last_whole(folder: str | Path) -> str | None:
+    """The newest checkpoint without a damaged file."""
+    return next((str(path) for path in checkpoints(folder) if damage(path) is None), None)
+
+
+def check_whole(path: str | Path) -> None:
+    """Raise ValueError for a damaged checkpoint, in the name of the whole one before it."""
+    what = damage(path)
+    if what is None:
+        return
+    folder = Path(path).parent
+    before = next((p for p in checkpoints(folder) if p != Path(path) and damage(p) is None), None)
+    remedy = (
+        "there is no other, start anew"
+        if before is None
+        else f"{str(before)!r} is whole, go on from it with resume_from_checkpoint={ANY_WHOLE!r}"
+    )
+    raise ValueError(f"resume_from_checkpoint={str(path)!r} is damaged: {what}; {remedy}")
+
+
+def damage(checkpoint: str | Path) -> str | None:
+    """What is wrong with the files of a checkpoint, None where nothing is: as far as their ends and
+    beginnings tell, without reading the weights."""
+    if not Path(checkpoint).is_dir():
+        return "there is no such folder"
+    files = sorted(path for path in Path(checkpoint).iterdir() if path.is_file())
+    folders = any(path.is_dir() for path in Path(checkpoint).iterdir())  # of sharded weights
+    if not folders and not any(path.match(pattern) for path in files for pattern in WEIGHTS):
+        return "it holds no weights"
+    for path in files:
+        check = CHECKS.get(path.suffix)
+        if check is not None and (what := check(path)) is not None:
+            return f"{path.name} {what}"
+    return None
+
+
+def _json(path: Path) -> str | None:
+    try:
+        json.loads(path.read_text())
+    except ValueError as error:
+        return f"is no JSON ({error})"
+    return None
+
+
+def _safetensors(path: Path) -> str | None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= size - 8:
+            return f"is cut off after {size} bytes"
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for k, entry in header.items() if k != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return "has a broken header"
+    needs = 8 + length + max(ends, default=0)
+    return None if size == needs else f"has {size} bytes of {needs}"
+
+
+def _pickle(path: Path) -> str | None:
+    """torch.save writes a zip archive, whose table of contents comes last."""
+    is_whole = zipfile.is_zipfile(path)
+    return None if is_whole else f"is cut off after {path.stat().st_size} bytes"
+
+
+CHECKS = {".json": _json, ".safetensors": _safetensors, **dict.fromkeys(PICKLES, _pickle)}

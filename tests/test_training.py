@@ -1,0 +1,149 @@
+"""What all trainers share: they stop at NaN, sum their losses over resumes and know a damaged
+checkpoint."""
+
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import test_rl_trainers as rl
+import test_sft as sft
+import torch
+from safetensors.torch import load_file
+
+from softar.checks import one_line_errors
+from softar.resume import checkpoint_of, damage, last_checkpoint, last_whole
+
+SAVING = dict(save_strategy="steps", save_steps=1, max_steps=4, gradient_accumulation_steps=2)
+KINDS = {
+    "sft": lambda folder, **kw: sft.trainer_of(folder, **kw),
+    "grpo": lambda folder, **kw: rl.trainer(folder, "grpo", **kw),
+    "rloo": lambda folder, **kw: rl.trainer(folder, "rloo", **kw),
+    "ppo": lambda folder, **kw: rl.trainer(folder, "ppo", **kw),
+}
+
+
+def poison(trainer, step, loss=1.0, gradient=1.0):
+    """Multiply loss or gradients of the second micro-batch of this step."""
+    compute, calls = trainer.compute_loss, []
+
+    def poisoned(*args, **kwargs):
+        calls.append(None)
+        value = compute(*args, **kwargs)
+        if len(calls) == 2 * step:
+            value = value * loss
+            value.register_hook(lambda grad: grad * gradient)
+        return value
+
+    trainer.compute_loss = poisoned
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "factor", [dict(loss=math.nan), dict(loss=math.inf), dict(gradient=math.nan)]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_stops_before_a_bad_loss_reaches_the_weights(tmp_path, kind, factor):
+    trainer = poison(KINDS[kind](tmp_path, **SAVING), 3, **factor)
+    with pytest.raises(
+        FloatingPointError, match=r"^step 3: the loss is .*checkpoint-2' is the last"
+    ):
+        trainer.train()
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    held = dict(trainer.model.named_parameters())
+    assert all(torch.equal(held[name], value) for name, value in saved.items() if name in held)
+
+
+def test_too_large_a_learning_rate_names_the_step_of_the_rollout(tmp_path):
+    options = dict(max_steps=4, learning_rate=1e30, max_grad_norm=0.0, optim="sgd")
+    with pytest.raises(FloatingPointError, match=r"^step \d: .*there is no checkpoint yet"):
+        rl.trainer(tmp_path, **options).train()
+
+
+@pytest.mark.parametrize(("scale", "stops"), [(65536.0, False), (1.0, True)])
+def test_gradients_of_float16_may_overflow_while_the_scale_comes_down(tmp_path, scale, stops):
+    trainer = poison(sft.trainer_of(tmp_path, **SAVING), 3, gradient=math.inf)
+    trainer.accelerator.scaler = SimpleNamespace(get_scale=lambda: scale)
+    trainer._step_loss, calm = 1.0, torch.tensor(math.inf)
+    check = trainer._get_grad_norm
+    if not stops:
+        assert check(trainer.model, calm) == math.inf
+        return
+    with pytest.raises(FloatingPointError, match=r"step 1: the loss is 1 and the norm .* inf"):
+        check(trainer.model, calm)
+
+
+def test_the_filter_of_transformers_is_off_and_stays_off(tmp_path):
+    assert not sft.config_of(tmp_path).logging_nan_inf_filter
+    for make in (sft.config_of, rl.config):
+        with pytest.raises(ValueError, match="logging_nan_inf_filter=True hides NaN"):
+            make(tmp_path, logging_nan_inf_filter=True)
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_train_loss_is_of_all_steps_whenever_it_was_resumed(tmp_path, kind):
+    """Losses that were not logged yet when the checkpoint was written count too."""
+    options = dict(save_strategy="steps", save_steps=3, logging_steps=2, max_steps=5)
+    unbroken = KINDS[kind](tmp_path / "a", **options)
+    whole = unbroken.train().training_loss
+    shutil.copytree(tmp_path / "a" / "checkpoint-3", tmp_path / "b" / "checkpoint-3")
+    resumed = KINDS[kind](tmp_path / "b", **options)
+    assert resumed.train(resume_from_checkpoint=True).training_loss == pytest.approx(
+        whole, rel=1e-6
+    )
+    logs = [e["loss"] for e in unbroken.state.log_history if "loss" in e]
+    assert min(logs) < whole < max(logs)
+    assert resumed.state.log_history[-1]["train_loss"] == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    sft.trained(folder, **SAVING | dict(max_steps=2), **sft.ADAM)
+    return folder
+
+
+HARM = {
+    "empty": lambda file: file.write_bytes(b""),
+    "half": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "a byte short": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "junk": lambda file: file.write_bytes(b"\0\xff" * 50),
+}
+FILES = ["model.safetensors", "optimizer.pt", "trainer_state.json", "scheduler.pt", "rng_state.pth"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("harm", HARM)
+def test_a_damaged_checkpoint_names_itself_and_the_whole_one_before(
+    tmp_path, two_checkpoints, file, harm
+):
+    if (file, harm) == ("trainer_state.json", "a byte short"):
+        return  # its last byte is a line's end
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    assert damage(tmp_path / "checkpoint-2") is None
+    HARM[harm](tmp_path / "checkpoint-2" / file)
+    training = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint="true")
+    says = rf"checkpoint-2' is damaged: {file} .*checkpoint-1' is whole.*='whole'"
+    with pytest.raises(ValueError, match=says):
+        checkpoint_of(training)
+    training.resume_from_checkpoint = "whole"
+    before = str(tmp_path / "checkpoint-1")
+    assert checkpoint_of(training) == last_whole(tmp_path) == before
+
+
+def test_trainers_refuse_a_damaged_checkpoint_in_one_line(tmp_path, two_checkpoints):
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    for name in ("checkpoint-1", "checkpoint-2"):
+        (tmp_path / name / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="is damaged: it holds no weights; there is no other"):
+        sft.trainer_of(tmp_path, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_a_training_that_stopped_is_one_line_of_the_recipe(capsys):
+    with pytest.raises(SystemExit) as end, one_line_errors("some.py", FloatingPointError, code=1):
+        raise FloatingPointError("step 3: the loss is nan")
+    assert (
+        end.value.code == 1
+        and capsys.readouterr().err == "some.py: error: step 3: the loss is nan\n"
+    )
