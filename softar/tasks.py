@@ -31,7 +31,8 @@ class Task:
 
     name: str
     # columns prompt, completion, answer (str); maybe traces (list[str], alternatives to the
-    # completion)
+    # completion), and group (str): rows of one group succeed and fail together, so that intervals
+    # count groups
     train: Dataset
     test: Dataset  # the same columns, held out
     # (text generated after the thought, row) -> [0, 1]; special tokens stripped
@@ -97,7 +98,8 @@ def mnns(
     first sign tuple in the order of itertools.product((1, -1), repeat=digits) is gold. `traces`
     holds one completion for each signing of all digits but the last: its partial sums, then the
     gold answer. Their marginals are the exact frontier of the search. Every whitespace-separated
-    word is one token of the model's vocabulary. `digits` is a column too.
+    word is one token of the model's vocabulary. `digits` is a column too; rows of a multiset are a
+    `group`.
 
     Args:
         digits: how many, at least 2.   low, high: the range of a digit, 0 <= low < high.
@@ -148,6 +150,7 @@ def _mnns_row(sequence: tuple[int, ...]) -> dict:
         # the rest.
         "traces": [say([*p[:-1], gold[-1]]) for p in paths[::2]],
         "digits": list(sequence),
+        "group": " ".join(map(str, sorted(sequence))),  # the orders of one multiset
     }
 
 

@@ -17,9 +17,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from softar.decoders.answer import Decoded, Unfinished
-from softar.evals.bootstrap import bootstrap_means, interval
 from softar.evals.chart import comparison_table, frontier, legend_label, plot_frontier, side_by_side
 from softar.evals.compare import Comparison, Failure, compare
+from softar.evals.intervals import (
+    bootstrap_means,
+    gain_interval,
+    interval,
+    number_groups,
+    share_interval,
+)
 
 QUIET = dict(bootstrap=200, console=Console(file=StringIO()))
 
@@ -111,10 +117,9 @@ def test_rows():
     assert {k: second[k] for k in ("model", "decoder", "setting", "family", "seed")} == dict(
         model=None, decoder="full", setting="", family=None, seed=3
     )
-    assert (
-        first["accuracy"] == 0.5
-        and second["accuracy"] == second["accuracy_low"] == second["accuracy_high"] == 1
-    )
+    assert first["accuracy"] == 0.5 and second["accuracy"] == second["accuracy_high"] == 1
+    assert second["accuracy_low"] == pytest.approx(10 / (10 + 1.96**2), abs=1e-4)  # Wilson's
+    assert first["groups"] == 10
     assert first["accuracy_low"] < 0.5 < first["accuracy_high"]
     assert first["gain"] is first["gain_low"] is first["gain_high"] is None
     assert second["gain"] == 0.5 and 0 < second["gain_low"] < 0.5 < second["gain_high"] < 1
@@ -241,11 +246,13 @@ def test_seconds_unknown():
 
 
 def test_identical_decoders_gain_exactly_nothing():
-    for repeats in (1, 3):
+    """And how sure that is depends on the number of rows: nobody won or lost a pair, as yet."""
+    for repeats, n in itertools.product((1, 3), (5, 50)):
         draw = np.random.default_rng(0).random((50, 3))
         a, b = (Fake(name, lambda i, asked, draw=draw: draw[i, asked] < 0.3) for name in "ab")
-        row = compare([a, b], questions(50), score, repeats=repeats, warmup=0, **QUIET).rows[1]
-        assert (row["gain"], row["gain_low"], row["gain_high"], row["agreement"]) == (0, 0, 0, 1)
+        row = compare([a, b], questions(n), score, repeats=repeats, warmup=0, **QUIET).rows[1]
+        assert (row["gain"], row["agreement"]) == (0, 1)
+        assert row["gain_high"] == -row["gain_low"] == pytest.approx(1.96 * 2**0.5 / (n + 2), 1e-3)
 
 
 def test_pairs_see_what_two_samples_cannot():
@@ -258,7 +265,7 @@ def test_pairs_see_what_two_samples_cannot():
     assert b_row["accuracy"] < a_row["accuracy_high"] and a_row["accuracy"] > b_row["accuracy_low"]
     assert (
         b_row["gain"] == pytest.approx(0.04)
-        and 0.01 < b_row["gain_low"] < 0.022
+        and 0.008 < b_row["gain_low"] < 0.022
         and 0.058 < b_row["gain_high"] < 0.075
     )
     swapped = by_name(compare([a, b], questions(200), score, baseline="b", **QUIET))["a"]
@@ -274,9 +281,10 @@ def test_interval_of_a_known_case():
 
 
 def test_coverage():
-    """On simulated pairs the interval of the gain holds the true one about 95 times in 100."""
+    """On simulated pairs the interval of the gain holds the true one about 95 times in 100, by
+    resampling and by the formula for scores of 0 and 1."""
     rng, trials, n = np.random.default_rng(1), 600, 120
-    hits = 0
+    hits = {"bootstrap": 0, "formula": 0}
     for trial in range(trials):
         hard = rng.random(n)  # a row's difficulty is shared, so the two are correlated
         a, b = (
@@ -284,8 +292,130 @@ def test_coverage():
             (hard + rng.normal(0, 0.1, n) < 0.6) * 1.0,
         )
         low, high = interval(bootstrap_means((b - a)[:, None], 400, seed=trial)[:, 0])
-        hits += low <= 0.1 <= high
-    assert 0.92 < hits / trials < 0.975
+        hits["bootstrap"] += low <= 0.1 <= high
+        low, high = gain_interval(b - a, np.arange(n))
+        hits["formula"] += low <= 0.1 <= high
+    assert all(0.92 < hit / trials < 0.975 for hit in hits.values()), hits
+
+
+def simulated(rng, groups, size, p, correlation):
+    """Rows of 0 and 1 in groups of about `size`: values [n], the number of each row's group [n].
+    The share of rows that are right is p, and rows of a group are correlated so much."""
+    sizes = rng.integers(size - size // 2, size + size // 2 + 1, groups)
+    share = np.full(groups, p)
+    if correlation:
+        known = (1 - correlation) / correlation
+        share = rng.beta(p * known, (1 - p) * known, groups)
+    of_row = np.repeat(np.arange(groups), sizes)
+    return (rng.random(len(of_row)) < share[of_row]) * 1.0, of_row
+
+
+@pytest.mark.parametrize("correlation", [0, 0.3, 0.8])
+@pytest.mark.parametrize("p", [0.5, 0.87, 0.97, 0.995])
+@pytest.mark.parametrize("groups, size", [(99, 14), (20, 10), (60, 1)])
+def test_groups_are_covered(groups, size, p, correlation):
+    """Whatever rows of a group have in common, the intervals of an accuracy and of a paired gain
+    hold the truth 95 times in 100, and seldom less often near 1, where a bootstrap of 20 rows that
+    are all right says (1, 1)."""
+    rng, trials, hits = np.random.default_rng(7), 400, np.zeros(3)
+    for _ in range(trials):
+        values, of_row = simulated(rng, groups, size, p, correlation)
+        low, high = share_interval(values, of_row, len(values))
+        hits[0] += low <= p <= high
+        assert low < 1 and high > 0 and low < high
+        # the other decoder is right on half of what this one is right on, and nowhere else
+        other = values * (rng.random(groups) < 0.5)[of_row]
+        low, high = gain_interval(other - values, of_row)
+        hits[1] += low <= -p / 2 <= high
+        hits[2] += share_interval(values, np.arange(len(values)), len(values))[0] <= p
+    assert (hits[:2] / trials > 0.9).all(), hits / trials
+    if size > 1 and correlation == 0.8 and p == 0.87:  # and taken one by one they are not covered
+        assert hits[2] / trials < 0.9
+
+
+@pytest.mark.parametrize("n", [1, 4, 20, 200])
+def test_all_right_is_not_certain(n):
+    """Wilson's interval of n of n, and the same of n groups however many rows they have: 20 of 20
+    is (.83, 1), not (1, 1)."""
+    low = n / (n + 1.959964**2)
+    for p in (0.0, 1.0):
+        ends = share_interval(np.full(n, p), np.arange(n), n)
+        assert ends == pytest.approx((low, 1) if p else (0, 1 - low), abs=1e-6)
+        if n > 1:
+            groups = np.repeat(np.arange(n), 12)
+            wide = share_interval(np.full(12 * n, p), groups, 12 * n)
+            inner = abs(wide[0] - wide[1])
+            assert 1 - low - 1e-9 <= inner < min(1, 1.4 * (1 - low) + 1.2 * (n == 4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=40), st.data())
+def test_intervals_of_groups(rows, data):
+    """Copies of a row in its group tell nothing new; a group of its own for each row is Wilson's;
+    neither the order of the rows nor the groups' names count; wrong for right mirrors it all."""
+    groups, right = np.array([g for g, _ in rows]), np.array([r for _, r in rows]) * 1.0
+    n = len(rows)
+    of = share_interval(right, groups, n)
+    order = np.array(data.draw(st.permutations(range(n))))
+    assert share_interval(right[order], 9 - groups[order], n) == pytest.approx(of)
+    assert share_interval(1 - right, groups, n) == pytest.approx((1 - of[1], 1 - of[0]))
+    doubled = share_interval(np.tile(right, 2), np.tile(groups, 2), 2 * n)
+    assert doubled == pytest.approx(share_interval(np.tile(right, 3), np.tile(groups, 3), 3 * n))
+    gain = gain_interval(right, groups)
+    assert gain_interval(-right, groups) == pytest.approx((-gain[1], -gain[0]))
+    assert gain[0] <= right.mean() or gain[1] >= right.mean()
+
+
+def test_groups_of_rows():
+    """Of Task and of own rows: drawn together in every interval, also when decoders are matched;
+    a row without one stands alone."""
+    assert number_groups(["a", None, "b", "a", None]).tolist() == [0, 1, 2, 0, 3]
+    decoders = [Fake("a", lambda i, _: i % 12 < 6), Fake("b", lambda i, _: i % 12 < 9)]
+    rows = {
+        name: compare(decoders, questions(120, **columns), score, group=group, **QUIET)
+        for name, columns, group in (
+            ("alone", {}, None),
+            ("together", {"group": [i % 12 for i in range(120)]}, None),
+            ("named", {"multiset": [[i % 12] for i in range(120)]}, "multiset"),
+        )
+    }
+    assert [found.rows[0]["groups"] for found in rows.values()] == [120, 12, 12]
+    assert rows["together"].rows == rows["named"].rows
+
+    def width(row, key):
+        return row[f"{key}_high"] - row[f"{key}_low"]
+
+    for key, i in (("accuracy", 0), ("accuracy", 1), ("gain", 1)):
+        assert width(rows["together"].rows[i], key) > 2 * width(rows["alone"].rows[i], key)
+    matched = rows["together"].matched()
+    assert [row["accuracy_low"] for row in matched.rows] == [
+        row["accuracy_low"] for row in rows["together"].rows
+    ]
+    graded = compare(
+        decoders, questions(120, group=[i % 12 for i in range(120)]), graded_score, **QUIET
+    )
+    alone = compare(decoders, questions(120), graded_score, **QUIET)
+    assert width(graded.rows[0], "accuracy") > 2 * width(alone.rows[0], "accuracy")
+    text = StringIO()
+    Console(file=text, width=100).print(rows["together"].table())
+    assert "120 rows in 12 groups" in text.getvalue()
+    with pytest.raises(ValueError, match="group='nobody' is no column: row 0 has"):
+        compare(decoders, questions(4), score, group="nobody", **QUIET)
+
+
+def graded_score(text, row):
+    return 0.75 if text == row["answer"] else 0.25
+
+
+def test_repeats_count_as_verdicts():
+    """Asking the same rows again tells less than new rows, and no less than asking once."""
+    draw = np.random.default_rng(0).random((100, 8))
+    widths = {}
+    for repeats in (1, 8):
+        fake = Fake("a", lambda i, asked: draw[i, asked] < 0.5)
+        row = compare([fake], questions(100), score, repeats=repeats, warmup=0, **QUIET).rows[0]
+        widths[repeats] = row["accuracy_high"] - row["accuracy_low"]
+    assert widths[8] < 0.6 * widths[1] and widths[8] > widths[1] / 8
 
 
 @settings(max_examples=40, deadline=None)
@@ -314,7 +444,7 @@ def test_bootstrap_means_are_means_of_the_known(rows, seed):
 def test_seed_of_the_bootstrap(monkeypatch):
     def gain(seed):
         a, b = Fake("a", lambda i, _: i % 3 == 0), Fake("b", lambda i, _: i % 4 > 0)
-        row = compare([a, b], questions(37), score, seed=seed, **QUIET).rows[1]
+        row = compare([a, b], questions(37), graded_score, seed=seed, **QUIET).rows[1]
         return row["gain_low"], row["gain_high"], row["accuracy_low"]
 
     assert gain(1) == gain(1) != gain(2)

@@ -23,7 +23,7 @@ def comparison_table(rows: list[dict], notes: str = "") -> Table:
     accuracy and gain. 100 columns wide at the most; from 84 on only the names wrap."""
     with_model = len({row["model"] for row in rows}) > 1
     sizes = {row["n"] for row in rows}
-    parts = [rows[0]["task"] if rows else "", f"{max(sizes)} rows" if len(sizes) == 1 else ""]
+    parts = [rows[0]["task"] if rows else "", _counted(rows) if len(sizes) == 1 else ""]
     table = Table(
         title=Text(", ".join(filter(None, parts))),
         caption=Text(notes),
@@ -54,6 +54,12 @@ def comparison_table(rows: list[dict], notes: str = "") -> Table:
         lines = [name, row["model"]] if with_model and row["model"] else [name]
         table.add_row(Text("\n".join(lines)), *(cell(row) for cell in columns.values()))
     return table
+
+
+def _counted(rows: list[dict]) -> str:
+    """How many rows, and in how many groups, where they belong together."""
+    n, groups = rows[0]["n"], {row.get("groups", row["n"]) for row in rows}
+    return f"{n} rows" + (f" in {max(groups)} groups" if groups != {n} else "")
 
 
 def _with_interval(row: dict, key: str, sign: str) -> str:

@@ -17,14 +17,16 @@ from rich.console import Console
 from ..checks import check_choice, check_least
 from ..decoders.answer import Decoder, NamedDecoder
 from ..results import write_csv, write_results, write_whole
-from .bootstrap import Pass, number, summarise
 from .chart import comparison_table, plot_frontier
 from .contest import Contest, Failure
+from .intervals import number_groups
+from .summary import Pass, number, summarise
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 COSTS = ("nfe", "token_forwards")
+GROUP = "group"  # column of rows that belong together
 
 
 @dataclass
@@ -34,12 +36,13 @@ class Comparison:
 
     * task, model, decoder, setting, family, name, stage (None), seed, and what else its decoder's
       `columns` hold
-    * n: rows that have a score; repeats: whole passes, or 1 that was cut short; complete: there is
-      a whole pass
+    * n: rows that have a score; groups: of rows that belong together, n where each stands alone;
+      repeats: whole passes, or 1 that was cut short; complete: there is a whole pass
     * accuracy: mean score, a row's being its mean over the repeats; accuracy_low, accuracy_high:
-      95 % percentile bootstrap over rows; accuracy_sd: over repeats, None for one
-    * gain, gain_low, gain_high: accuracy less the baseline's on the rows that both have, paired;
-      None for the baseline
+      95 % interval over the groups, Wilson's where all scores are 0 or 1, else by percentiles of a
+      bootstrap (softar.evals.intervals); accuracy_sd: over repeats, None for one
+    * gain, gain_low, gain_high: accuracy less the baseline's on the rows that both have, paired,
+      its interval Bonett and Price's or by bootstrap; None for the baseline
     * agreement: share of rows with the baseline's answer, as `extract` reads it out of the text
     * nfe, token_forwards, seconds_per_row: per answer
     * seconds: decoding of one pass, mean over repeats; seconds_sd: over repeats; tokens_per_s:
@@ -58,6 +61,7 @@ class Comparison:
     passes: dict[str, list[Pass]] = field(default_factory=dict, repr=False)
     bootstrap: int = 1000
     seed: int = 0
+    groups: "np.ndarray | None" = field(default=None, repr=False)  # [n] the number of a row's group
 
     def matched(self, by: str = "nfe", budget: float = math.inf) -> "Comparison":
         """The decoders at equal cost: of each decoder and model the setting that uses most of the
@@ -87,7 +91,7 @@ class Comparison:
             "=".join(filter(None, group)) for group, pick in picks.items() if pick is None
         ]
         passes = {name: self.passes[name] for name in picked}
-        rows = summarise(passes, picked, baseline, self.bootstrap, self.seed)
+        rows = summarise(passes, picked, baseline, self.bootstrap, self.seed, self.groups)
         return replace(self, rows=rows, baseline=baseline, left_out=left_out, passes=passes)
 
     def table(self):
@@ -168,6 +172,7 @@ def compare(
     score: Callable[[str, dict], float],
     *,
     column: str | None = None,
+    group: str | None = None,
     baseline: str | None = None,
     batch_size: int = 64,
     repeats: int = 1,
@@ -187,10 +192,14 @@ def compare(
         extract: what of a text is the answer, for the agreement of two decoders; a Task has its
             own.
         column: of `rows`, what is decoded; None: `template` if there is one, else `prompt`.
+        group: column that says which rows belong together, as the wordings of one problem do: they
+            are drawn together in every interval. None: `group` if there is one; a row without it,
+            or with None there, stands alone.
         baseline: label of the decoder that gains are over; None: the first.
         repeats: passes over the rows; in each all decoders take their turn.
         warmup: rows that each decoder decodes before its first pass, outside the clock.
-        bootstrap: resamples of the rows, the same ones for all decoders.   seed: of the resampling.
+        bootstrap: resamples for scores between 0 and 1, the same ones for all decoders.   seed: of
+            the resampling.
         console: rich's, for the progress bar (only on a terminal) and the first failure of each
             decoder; None: stderr.
 
@@ -212,6 +221,9 @@ def compare(
     column = column or ("template" if "template" in items[0] else "prompt")
     if bare := [i for i, item in enumerate(items) if column not in item]:
         raise ValueError(f"column={column!r} is missing: row {bare[0]} has {list(items[bare[0]])}")
+    if group is not None and not any(group in item for item in items):
+        raise ValueError(f"group={group!r} is no column: row 0 has {list(items[0])}")
+    groups = number_groups([_group(item.get(group or GROUP)) for item in items])
     baseline = next(iter(named)) if baseline is None else baseline
     check_choice("baseline", baseline, named)
     console = Console(stderr=True) if console is None else console
@@ -223,7 +235,7 @@ def compare(
         _check_scores(scored, contest.failures)
     baseline = baseline if baseline in scored else None
     labels = {name: _labels(name, decoder, task, seed) for name, decoder in named.items()}
-    summary = summarise(scored, labels, baseline, bootstrap, seed)
+    summary = summarise(scored, labels, baseline, bootstrap, seed, groups)
     whole = time.perf_counter() - started
     return Comparison(
         rows=summary,
@@ -235,7 +247,13 @@ def compare(
         passes=passes,
         bootstrap=bootstrap,
         seed=seed,
+        groups=groups,
     )
+
+
+def _group(value):
+    """Of a row, as something that can be a key."""
+    return json.dumps(value) if isinstance(value, (list, dict)) else value
 
 
 def _json_lines(values: Iterable[dict]) -> str:

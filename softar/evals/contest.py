@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..decoders.answer import Decoded, Decoder, Unfinished
-from .bootstrap import Pass
+from .summary import Pass
 
 
 class Failure(NamedTuple):

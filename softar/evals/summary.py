@@ -1,5 +1,5 @@
-"""From answers and scores to the rows of a comparison: means, what they cost, and bootstrap
-intervals."""
+"""From answers and scores to the rows of a comparison: means, their intervals, and what they
+cost."""
 
 import math
 import statistics
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .intervals import bootstrap_means, gain_interval, interval, share_interval
 
 if TYPE_CHECKING:
     from ..decoders.answer import Decoded
@@ -22,39 +24,15 @@ class Pass:
     read: list[str | None]  # by row: the answer in the text, for the agreement of two decoders
 
 
-def bootstrap_means(values: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
-    """Means over rows drawn with replacement, the same draws for all columns.
-
-    values: [n, k], nan left out -> [draws, k], nan where a draw holds nothing else.
-    """
-    n, rng = len(values), np.random.default_rng(seed)
-    finite = np.isfinite(values)
-    filled, counted = np.where(finite, values, 0.0), finite.astype(float)
-    means, size = [], max(1, 2**22 // n)  # draws at a time: at most 32 MB
-    for begin in range(0, draws, size):
-        m = min(size, draws - begin)
-        drawn = rng.integers(n, size=(m, n)) + n * np.arange(m)[:, None]
-        # how often each row is in
-        counts = np.bincount(drawn.ravel(), minlength=m * n).reshape(m, n).astype(float)
-        with np.errstate(invalid="ignore"):
-            means.append(counts @ filled / (counts @ counted))
-    return np.concatenate(means)
-
-
-def interval(means: np.ndarray) -> tuple[float | None, float | None]:
-    """95 %, by percentiles."""
-    means = means[np.isfinite(means)]
-    return tuple(map(float, np.quantile(means, [0.025, 0.975]))) if len(means) else (None, None)
-
-
 def summarise(
     passes: dict[str, list[Pass]],
     labels: dict[str, dict],
     baseline: str | None,
     draws: int,
     seed: int,
+    groups: np.ndarray,
 ) -> list[dict]:
-    """The rows of results.json."""
+    """The rows of results.json. groups: [n] the number of each row's group."""
     if not passes:
         return []
     used = {
@@ -65,25 +43,46 @@ def summarise(
     scores = np.stack([_mean([p.scores for p in taken], 0) for taken in used.values()], 1)
     base = scores[:, list(used).index(baseline)] if baseline else np.full(len(scores), np.nan)
     gains = scores - base[:, None]
-    means = bootstrap_means(np.concatenate([scores, gains], 1), draws, seed)
+    intervals, gain_intervals = _intervals(used, baseline, scores, gains, (draws, seed, groups))
     rows = []
     for i, (name, taken) in enumerate(used.items()):
-        row = labels[name] | dict(
-            name=name, n=int(np.isfinite(scores[:, i]).sum()), repeats=len(taken)
-        )
+        scored = np.isfinite(scores[:, i])
+        row = labels[name] | dict(name=name, n=int(scored.sum()))
+        row |= dict(groups=len(np.unique(groups[scored])), repeats=len(taken))
         row["accuracy"] = number(_mean(scores[:, i]))
-        row["accuracy_low"], row["accuracy_high"] = interval(means[:, i])
+        row["accuracy_low"], row["accuracy_high"] = intervals[i]
         row["accuracy_sd"] = _spread([number(_mean(p.scores)) for p in taken])
         is_other = baseline not in (None, name)
         row["gain"] = number(_mean(gains[:, i])) if is_other else None
-        row["gain_low"], row["gain_high"] = (
-            interval(means[:, len(used) + i]) if is_other else (None, None)
-        )
+        row["gain_low"], row["gain_high"] = gain_intervals[i] if is_other else (None, None)
         row |= _costs(taken)
         row["agreement"] = _agreement(taken, used[baseline]) if baseline else None
         row["complete"] = bool(taken[0].done.all())
         rows.append(row)
     return rows
+
+
+def _intervals(
+    used: dict[str, list[Pass]], baseline: str | None, scores, gains, how: tuple
+) -> tuple[list, list]:
+    """Of each decoder's accuracy and of its gain: by formula where all its verdicts (and the
+    baseline's) are 0 or 1, else by resampling. scores, gains: [n, decoders]."""
+    draws, seed, groups = how
+    verdicts = {name: np.concatenate([p.scores for p in taken]) for name, taken in used.items()}
+    verdicts = {name: values[np.isfinite(values)] for name, values in verdicts.items()}
+    binary = [bool(np.isin(values, (0, 1)).all()) for values in verdicts.values()]
+    both = [each and binary[list(used).index(baseline or name)] for each, name in zip(binary, used)]
+    accuracies, differences = [None] * len(used), [None] * len(used)
+    if not all(both):
+        means = bootstrap_means(np.concatenate([scores, gains], 1), draws, seed, groups)
+        accuracies = [interval(column) for column in means.T[: len(used)]]
+        differences = [interval(column) for column in means.T[len(used) :]]
+    for i, values in enumerate(verdicts.values()):
+        if binary[i]:
+            accuracies[i] = share_interval(scores[:, i], groups, len(values))
+        if both[i]:
+            differences[i] = gain_interval(gains[:, i], groups)
+    return accuracies, differences
 
 
 def _costs(passes: list[Pass]) -> dict:
