@@ -108,8 +108,9 @@ def soft_embed(soft: Soft, embedding: nn.Module, *, rescale: str | None = None) 
 
     Calls `embedding` on the ids, so that whatever the module does (Gemma's scale, LoRA, sharding,
     hooks) is in the result; memory is O(... x K x D). Only for K >= V it is one dense product with
-    the table. The sum is taken in float32 and returned in the table's dtype; weights and table both
-    get gradients. One id of weight 1 gives that token's embedding bit for bit.
+    the table. The sum is taken in float32, or in float64 where weights or table are, and returned
+    in the table's dtype; weights and table both get gradients. One id of weight 1 gives that
+    token's embedding bit for bit.
 
     Args:
         soft: ids and weights [..., K].
@@ -127,27 +128,26 @@ def soft_embed(soft: Soft, embedding: nn.Module, *, rescale: str | None = None) 
     # PEFT wraps it
     table = next((m for m in embedding.modules() if isinstance(m, nn.Embedding)), None)
     is_dense = table is not None and weights.shape[-1] >= table.num_embeddings
+    vectors = embedding(torch.arange(table.num_embeddings, device=ids.device) if is_dense else ids)
+    wide = torch.float64 if torch.float64 in (weights.dtype, vectors.dtype) else torch.float32
+    dtype, vectors, weights = vectors.dtype, vectors.to(wide), weights.to(wide)
     if is_dense:
-        vectors = embedding(torch.arange(table.num_embeddings, device=ids.device))
-        weights = dense(soft, table.num_embeddings)
-        mixed = (weights @ vectors.float()).to(vectors.dtype)
+        weights = dense(Soft(ids, weights), table.num_embeddings)
+        mixed = weights @ vectors
     else:
-        vectors = embedding(ids)
-        mixed = (weights.unsqueeze(-2) @ vectors.float()).squeeze(-2).to(vectors.dtype)
+        mixed = (weights.unsqueeze(-2) @ vectors).squeeze(-2)
     if rescale is None:
-        return mixed
+        return mixed.to(dtype)
     if rescale == "l2":
         if is_dense:
             square = weights.square().sum(-1)
         else:  # weights of one id are one entry of the vector
             same = ids[..., :, None] == ids[..., None, :]
             square = (weights[..., :, None] * weights[..., None, :] * same).sum((-2, -1))
-        return (mixed.float() / square.sqrt()[..., None]).to(mixed.dtype)
-    lengths = vectors.float().norm(dim=-1)
+        return (mixed / square.sqrt()[..., None]).to(dtype)
+    lengths = vectors.norm(dim=-1)
     target = weights @ lengths if lengths.dim() == 1 else (weights * lengths).sum(-1)
-    return (mixed.float() * (target / mixed.float().norm(dim=-1).clamp_min(1e-12))[..., None]).to(
-        mixed.dtype
-    )
+    return (mixed * (target / mixed.norm(dim=-1).clamp_min(1e-12))[..., None]).to(dtype)
 
 
 def dense(soft: Soft, vocab_size: int) -> Tensor:
@@ -199,6 +199,11 @@ def check_dist(
                 f"{name}={k} must lie in 1..{vocab_size or 'V'}, V the vocabulary; None keeps every token"
             )
     for name, p in (("top_p", top_p), ("min_p", min_p)):
+        if torch.is_tensor(p) and p.requires_grad:
+            raise ValueError(
+                f"{name}={p.tolist()} wants a gradient, and a filter only selects, so it would get "
+                f"none: pass a number"
+            )
         if p is not None and not 0 <= p <= 1:
             raise ValueError(f"{name}={p} must lie in [0, 1]; None switches the filter off")
     if any(not 0 <= i < V for i in banned) or len(set(banned)) >= V:

@@ -552,6 +552,33 @@ def test_low_precision_tables_are_mixed_in_float32(K):
     assert torch.equal(got, exact.float().to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("rescale", [None, "l2", "norm"])
+@pytest.mark.parametrize("kind", ["few", "all"])
+@pytest.mark.parametrize("wide", ["weights", "table", "both"])
+def test_float64_is_mixed_in_float64_and_returned_in_the_tables_dtype(wide, kind, rescale):
+    ids, weights = random_soft(kind, VOCAB)
+    exact, table = Soft(ids, weights.double()), table_of(VOCAB, dtype=torch.float64)
+    expected = soft_embed(exact, table, rescale=rescale)
+    whole = dense(exact, VOCAB) @ table.weight
+    if rescale is None:
+        torch.testing.assert_close(expected, whole, rtol=1e-14, atol=1e-14)
+    soft = exact if wide != "table" else Soft(exact.ids, exact.weights.float())
+    got = soft_embed(soft, table if wide != "weights" else table.float(), rescale=rescale)
+    assert got.dtype == (torch.float32 if wide == "weights" else torch.float64)
+    tolerance = 1e-14 if wide == "both" else 1e-5
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["top_p", "min_p"])
+def test_a_filter_that_wants_a_gradient_is_refused(name):
+    """It only selects: the weights would come without a graph, and nothing would be learnt."""
+    logits, p = torch.randn(2, VOCAB), torch.tensor(0.5)
+    same = mk_proba_dist(logits, **{name: p}), mk_proba_dist(logits, **{name: 0.5})
+    assert torch.equal(same[0].weights, same[1].weights)
+    with pytest.raises(ValueError, match=rf"{name}=0\.5 wants a gradient.*pass a number"):
+        mk_proba_dist(logits, **{name: p.requires_grad_()})
+
+
 def test_gradients_through_a_wrapped_embedding_equal_the_dense_formula():
     module = lora_embedding()
     trained = [p for p in module.parameters() if p.requires_grad]
