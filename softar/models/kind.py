@@ -16,10 +16,11 @@ def diffusion_sign(settings: dict) -> str | None:
     """What says that the model fills masks, as in "model_type='llada'"; None where nothing does.
 
     Args:
-        settings: fields of config.json, and mask_token_id of generation_config.json where it is
-            there.
+        settings: fields of config.json, damaged or not, and mask_token_id of
+            generation_config.json where it is there.
     """
-    kind, classes = settings.get("model_type"), settings.get("architectures") or []
+    kind, classes = settings.get("model_type"), settings.get("architectures")
+    classes = classes if isinstance(classes, list) else []
     signs = {
         "model_type": TYPES.match(str(kind)),
         "architectures": classes and all(CLASSES.fullmatch(str(name)) for name in classes),

@@ -7,18 +7,27 @@ from pathlib import Path
 
 import torch
 from fastcore.meta import delegates
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import shorten
 from ..placement import to_device, to_dtype, to_machine
+from .adapter import base_of, wrap
 from .embedded import MODELS, named
+from .errors import opening
 from .gguf_file import load_gguf
 from .kind import ELSEWHERE
 from .source import check_fixed, pretrained
 
+REMEDY = (
+    f" -- give one of {sorted(MODELS)}, a folder with a model in safetensors or a PEFT adapter, "
+    f"a .gguf file, or a hub id that can be reached"
+)
 
-@delegates(PreTrainedModel.from_pretrained, keep=True, but=["use_safetensors", "weights_only"])
+
+@delegates(
+    PreTrainedModel.from_pretrained,
+    keep=True,
+    but=["ignore_mismatched_sizes", "use_safetensors", "weights_only"],
+)
 def load(
     name: str | os.PathLike,
     *,
@@ -51,17 +60,11 @@ def load(
     name = os.fspath(name)
     dtype, device = to_dtype(dtype, kwargs), to_device(device, kwargs)
     check_fixed(kwargs)
-    if name in MODELS:
-        model, tokenizer = MODELS[name](dtype=dtype, seed=seed, **kwargs)
-    else:
-        try:
+    with opening(name, "" if name in MODELS else REMEDY, kwargs):
+        if name in MODELS:
+            model, tokenizer = MODELS[name](dtype=dtype, seed=seed, **kwargs)
+        else:
             model, tokenizer = _open(name, dtype=dtype, device=device, seed=seed, **kwargs)
-        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-            raise ValueError(
-                f"model={name!r} could not be loaded: {shorten(str(error))} -- give one of "
-                f"{sorted(MODELS)}, a folder with a model in safetensors or a PEFT adapter, "
-                f"a .gguf file, or a hub id that can be reached"
-            ) from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -104,14 +107,7 @@ def _open(name: str, *, dtype, device, seed: int, **model_kwargs):
 def _adapter(folder: Path, *, dtype, device, seed: int, **model_kwargs):
     """The base that an adapter folder names, wrapped as a PeftModel; the folder's own tokenizer
     where it has one."""
-    from peft import PeftConfig, PeftModel  # slow to import
-
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise FileNotFoundError(f"there is no adapter_model.safetensors in {folder}")
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    if not base:
-        raise ValueError("its adapter_config.json does not name a base model")
-    model, tokenizer = load(base, dtype=dtype, device=device, seed=seed, **model_kwargs)
+    model, tokenizer = load(base_of(folder), dtype=dtype, device=device, seed=seed, **model_kwargs)
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return PeftModel.from_pretrained(model, str(folder)), tokenizer
+    return wrap(model, folder), tokenizer

@@ -1,9 +1,12 @@
 """A folder or a hub id of transformers, opened safely: no remote code is run and no pickle is read."""
 
+import os
+
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from .errors import check_fit
 from .kind import ELSEWHERE, check_autoregressive, diffusion_sign
 
 # What says where and how to fetch, and so concerns the tokenizer as much as the model.
@@ -17,25 +20,64 @@ FETCH = (
     "subfolder",
     "token",
 )
-FIXED = {"trust_remote_code", "use_safetensors", "weights_only", "output_loading_info"}
-FIXED_BECAUSE = (
-    "softar runs no remote code, reads no pickle and returns the model and its tokenizer"
+SIZES = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
 )
+FIXED = {
+    "trust_remote_code": "softar runs no remote code",
+    "use_safetensors": "softar reads no pickle",
+    "weights_only": "softar reads no pickle",
+    "ignore_mismatched_sizes": "softar takes only weights that fit",
+    "output_loading_info": "softar returns the model and its tokenizer",
+}
 
 
 def pretrained(source, **model_kwargs):
     """A folder or a hub id. Raises OSError where there is none or its weights are pickled."""
     fetch = {key: model_kwargs[key] for key in FETCH if key in model_kwargs}
     if "gguf_file" not in model_kwargs:
-        _check_causal(PreTrainedConfig.get_config_dict(source, **fetch)[0])
+        _check_causal(settings_of(source, **fetch))
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **fetch)
     # A GGUF is not looked for as safetensors
     safe = {} if "gguf_file" in model_kwargs else {"use_safetensors": True}
-    model = AutoModelForCausalLM.from_pretrained(
-        source, trust_remote_code=False, **safe, **model_kwargs
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **safe,
+        **model_kwargs,
     )
+    check_fit(info, model)
     check_autoregressive(model, ELSEWHERE)  # generation_config.json may name a mask token too
     return model, tokenizer
+
+
+def settings_of(source: str | os.PathLike, **fetch) -> dict:
+    """The fields of config.json, "model_type" (a text or None) and "architectures" (texts) among
+    them.
+
+    Raises ValueError for one of no sense that transformers would build a model of, or trip over.
+    """
+    settings, _ = PreTrainedConfig.get_config_dict(source, **fetch)
+    if not isinstance(settings, dict):
+        raise ValueError(f"its config.json holds {settings!r} instead of fields")
+    kind, classes = settings.get("model_type"), settings.get("architectures") or []
+    if not isinstance(kind, str | None):
+        raise ValueError(f"its config.json says model_type={kind!r}, which is no text")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(
+            f"its config.json says architectures={classes!r}, which is no list of texts"
+        )
+    for field in SIZES:
+        size = settings.get(field)
+        if isinstance(size, int) and size < 1:
+            raise ValueError(f"its config.json says {field}={size}, which must be at least 1")
+    return settings | {"model_type": kind, "architectures": classes}
 
 
 def _check_causal(settings: dict) -> None:
@@ -44,7 +86,7 @@ def _check_causal(settings: dict) -> None:
         raise ValueError(
             f"its config.json says {sign}, so it is a masked-diffusion model: {ELSEWHERE}"
         )
-    kind = settings.get("model_type")
+    kind = settings["model_type"]
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"its config.json says model_type={kind!r}, which is not a causal language model of transformers: if it is "
@@ -54,7 +96,6 @@ def _check_causal(settings: dict) -> None:
 
 def check_fixed(model_kwargs: dict) -> None:
     """Raise ValueError for what `from_pretrained` takes and softar decides."""
-    if fixed := sorted(FIXED & model_kwargs.keys()):
-        raise ValueError(
-            f"{fixed[0]}={model_kwargs[fixed[0]]!r} is not to be changed: {FIXED_BECAUSE}"
-        )
+    if fixed := sorted(FIXED.keys() & model_kwargs.keys()):
+        name = fixed[0]
+        raise ValueError(f"{name}={model_kwargs[name]!r} is not to be changed: {FIXED[name]}")

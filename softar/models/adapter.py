@@ -1,0 +1,115 @@
+"""An adapter of PEFT on its base, whose vocabulary is made the one that the adapter was trained on."""
+
+import re
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+# How the tensors of an embedding are called in an adapter, and along which of their axes the tokens
+# lie; those of WHOLE are the table itself.
+WHOLE = {"weight": 0, "base_layer.weight": 0}
+TOKENS = WHOLE | {"lora_embedding_A": 1, "lora_B.weight": 0}
+# PEFT makes these of others when it loads.
+DERIVED = ("prompt_encoder", "vector_bank", ".tinylora_v.", "unilora_theta_d")
+# Beside a table that it saves for its size PEFT lays copies, which it does not read.
+COPIES = (".modules_to_save.weight", ".original_module.weight", ".trainable_tokens_delta")
+
+
+def base_of(folder: Path) -> str:
+    """The name of the base that an adapter's folder records. Raises ValueError where it has none."""
+    from peft import PeftConfig  # slow to import
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(f"there is no adapter_model.safetensors in {folder}")
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base:
+        raise ValueError("its adapter_config.json does not name a base model")
+    if Path(base, "adapter_config.json").is_file():
+        raise ValueError(f"its base model {base!r} is an adapter too: merge that one first")
+    return base
+
+
+def wrap(model: PreTrainedModel, folder: Path, key_mapping: dict[str, str] | None = None):
+    """The base with the adapter of a folder, as a PeftModel.
+
+    A vocabulary that was grown (think tags) or cut before the adapter was trained is so here, too.
+
+    Args:
+        key_mapping: regular expressions of parameter names in the adapter -> the model's own.
+
+    Raises:
+        ValueError: naming tensors, where the adapter is of another base, and where it leaves open
+            what the rows are that it added.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    config = PeftConfig.from_pretrained(str(folder))
+    _fit_vocabulary(model, folder, config, key_mapping or {})
+    wrapped = get_peft_model(model, config)
+    keys = wrapped.load_adapter(str(folder), "default", key_mapping=key_mapping)
+    # PEFT drops the one and draws the other without a word
+    if foreign := [key for key in keys.unexpected_keys if not key.endswith(COPIES)]:
+        raise ValueError(f"the adapter's {sorted(foreign)[:3]} are not in the model")
+    missing = [key for key in keys.missing_keys if not any(part in key for part in DERIVED)]
+    if missing:
+        raise ValueError(
+            f"the adapter lacks {sorted(missing)[:3]} of the model: it was trained on another base"
+        )
+    return wrapped
+
+
+def _fit_vocabulary(model: PreTrainedModel, folder: Path, config, renamed: dict[str, str]) -> None:
+    """Give the base as many rows as the adapter's tensors have. Where they are more, the adapter
+    has to hold them, of either embedding."""
+    rows, held = _rows(model, folder, config, renamed)
+    before, trained = model.get_input_embeddings().weight.shape[0], _trained_tokens(config)
+    if not rows and trained and max(trained) >= before:
+        rows = {"trainable_token_indices": max(trained) + 1}
+    if {*rows.values()} <= {before}:
+        return
+    told = ", ".join(f"{count} in {key}" for key, count in rows.items())
+    if len({*rows.values()}) > 1:
+        raise ValueError(f"the adapter's vocabulary has several sizes: {told}")
+    after = rows.popitem()[1]
+    if trained >= {*range(before, after)}:  # of a tied model PEFT trains both
+        held |= {"input", "both"}
+    if model.config.get_text_config(decoder=True).tie_word_embeddings and "both" in held:
+        held |= {"input", "output"}
+    if after > before and (lacking := {"input", "output"} - held):
+        raise ValueError(
+            f"the adapter was trained on {after} tokens ({told}), its base has {before}, and it holds nothing of "
+            f"the rows added to its {' and '.join(sorted(lacking))} embedding: save it with save_embedding_layers=True"
+        )
+    model.resize_token_embeddings(after, mean_resizing=False)
+
+
+def _rows(model, folder: Path, config, renamed: dict[str, str]) -> tuple[dict[str, int], set[str]]:
+    """The number of tokens by each tensor of the adapter's that has one, and of which embedding it
+    holds the table: "input", "output", and "both" where a tied model has it twice."""
+    ends = (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings()))
+    names = {n: end for end, module in ends for n, m in model.named_modules() if m is module}
+    # of these PEFT trains a copy, which is tied to nothing
+    copied = config.to_dict().get("modules_to_save") or []
+    rows, held = {}, set()
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        for key in file.keys():
+            own = key
+            for pattern, name in renamed.items():
+                own = re.sub(pattern, name, own)
+            for name, end in names.items():
+                part = own.rpartition(f".{name}.")[2]
+                if part in TOKENS and part != own:
+                    rows[key] = file.get_slice(key).get_shape()[TOKENS[part]]
+                if part in WHOLE and part != own:
+                    is_copy = any(name.endswith(module) for module in copied)
+                    held |= {end} if is_copy else {end, "both"}
+    return rows, held
+
+
+def _trained_tokens(config) -> set[int]:
+    """The rows that a config of PEFT trains one by one."""
+    fields = config.to_dict()
+    listed = fields.get("trainable_token_indices") or fields.get("token_indices") or []
+    lists = listed.values() if isinstance(listed, dict) else [listed]
+    return {index for indices in lists for index in indices}
