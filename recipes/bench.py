@@ -1,17 +1,19 @@
 """
 Measurements behind RESULTS.md; each prints its conditions and a table, and writes its rows to a JSON file.
 
+Examples:
+
 # Tokens per second, softar.generate beside model.generate, interleaved in one run
-python recipes/bench.py decode
+softar bench decode
 
 # Soft SFT: parallel refreshes beside sequential steps, at T = 128
-python recipes/bench.py sft
+softar bench sft
 
 # How far R refreshes are from the sequential pass, on a trained model
-python recipes/bench.py agreement --model_path runs/demo/guided-soft-seed0
+softar bench agreement --model_path runs/demo/guided-soft-seed0
 
 # Peak memory of a soft step against the batch, the kept tokens and the vocabulary
-python recipes/bench.py memory
+softar bench memory
 """
 
 import argparse

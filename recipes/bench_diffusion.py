@@ -35,7 +35,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from bench import (
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from softar.diffusion import SOFTENERS, DenoiseConfig, denoise
+from softar.diffusion.select import Belief
+from softar.diffusion.soften import Slots, mk_softener
+from softar.recipes.bench import (
     console,
     interleaved,
     largest,
@@ -46,14 +52,17 @@ from bench import (
     synchronise,
     timed,
 )
-from bench_diffusion_training import softeners, training
-from bench_llada import CACHES, SIZES, build, floor_ms, prompt_of, public, samplers, tokens
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention as sdpa
-
-from softar.diffusion import SOFTENERS, DenoiseConfig, denoise
-from softar.diffusion.select import Belief
-from softar.diffusion.soften import Slots, mk_softener
+from softar.recipes.bench_diffusion_training import softeners, training
+from softar.recipes.bench_llada import (
+    CACHES,
+    SIZES,
+    build,
+    floor_ms,
+    prompt_of,
+    public,
+    samplers,
+    tokens,
+)
 from softar.soft import soft_embed
 
 

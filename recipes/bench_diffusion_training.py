@@ -3,10 +3,10 @@
 from tempfile import TemporaryDirectory
 
 import torch
-from bench import console, largest, show, spread
 
 from softar.diffusion import DenoiseConfig, load
 from softar.diffusion.evaluate import evaluate
+from softar.recipes.bench import console, largest, show, spread
 from softar.tasks import load_task
 
 STEPS = 20

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-from bench import interleaved
 from torch import Tensor
 
 from softar.diffusion import DenoiseConfig, denoise
@@ -17,6 +16,7 @@ from softar.diffusion.architectures import (
     LladaForMaskedDiffusion,
     llama_name,
 )
+from softar.recipes.bench import interleaved
 
 LLADA = dict(vocab_size=126_464, mask_token_id=126_336, eos_token_id=126_081, bos_token_id=126_080)
 TINY = dict(vocab_size=512, mask_token_id=511, eos_token_id=510, bos_token_id=509)

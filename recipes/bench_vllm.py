@@ -29,8 +29,8 @@ import time
 from pathlib import Path
 
 import psutil
-from bench import console, parser_of, run_bench, show, spread, timed
 
+from softar.recipes.bench import console, parser_of, run_bench, show, spread, timed
 from softar.vllm.export import exported
 from softar.vllm.machine import on_cpu, require_vllm, settings
 

@@ -4,10 +4,13 @@
 """The whole picture on a laptop: discrete and soft thought, votes, beams, vLLM, and masked
 diffusion beside them.
 
-# `make demo` trains three tiny models first (recipes/sft_soft.py) and compares those
-python recipes/demo.py --trained runs/demo --output_dir runs/demo
-# Without --trained: the models that the package brings
-python recipes/demo.py --output_dir runs/quick --limit 300
+Examples:
+
+# With the models that the package brings
+softar demo --output_dir runs/quick --limit 300
+# `make demo` trains three tiny models first and compares those
+softar sft --output_dir runs/demo
+softar demo --trained runs/demo --output_dir runs/demo
 
 Leaves under --output_dir the folders mnns/ and latin/ (results.json, results.csv, rows.jsonl,
 plot.png) and page.html, in which every step of a few decodes can be looked at.
@@ -24,7 +27,7 @@ from rich.console import Console
 from softar.checks import check_least
 from softar.recipe import one_line_errors
 
-PROGRAM = "demo.py"
+PROGRAM = Path(sys.argv[0]).name  # demo.py, or softar demo
 LENGTH = 6  # tokens of an MNNS answer: three partial sums, the answer, the end, and one to spare
 STEPS = (4, 8, 12, 20)  # forwards for the 20 open cells of a Latin square
 VOTES, BEAMS, DRAWS = 8, 4, 3
@@ -51,7 +54,7 @@ def thoughts(trained: Path | None, seed: int) -> dict[str, str]:
             str(folder) for folder in models.values() if not (folder / "config.json").is_file()
         ]:
             raise ValueError(
-                f"trained={str(trained)!r}: there is no {missing[0]}; recipes/sft_soft.py --rows demo makes it"
+                f"trained={str(trained)!r}: there is no {missing[0]}; softar sft --rows demo makes it"
             )
     discrete, soft = models["discrete"], models["trace-soft"]
     specs = {"discrete": f"{discrete}=discrete"}
@@ -140,7 +143,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--trained",
-        help="folder that recipes/sft_soft.py --rows demo wrote; default: the models of the package",
+        help="folder that softar sft --rows demo wrote; default: the models of the package",
     )
     parser.add_argument(
         "--output_dir", default="runs/demo", help="folder for tables, plots and page"

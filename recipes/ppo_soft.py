@@ -1,28 +1,32 @@
 # /// script
 # dependencies = ["softar[rewards]"]
 # ///
-"""
+r"""
 PPO on a soft policy: it thinks in means of k sampled tokens, writes a discrete answer and learns from its reward.
 
+Examples:
+
 # The demo: MNNS from a briefly trained policy; before and after, soft (3 draws) against discrete (1) at equal forwards
-accelerate launch recipes/ppo_soft.py
-accelerate launch recipes/ppo_soft.py --rows soft,hard --num_seeds 3
+softar ppo
+softar ppo --rows soft,hard --num_seeds 3
 
 # An instruct model of 1.5B on one GPU, with LoRA; SmolLM2-135M on a CPU for a few steps
-accelerate launch recipes/ppo_soft.py --config recipes/configs/ppo_instruct_1b.yaml
-accelerate launch recipes/grpo_soft.py --config recipes/configs/grpo_smollm2_cpu.yaml
+softar ppo --config ppo_instruct_1b.yaml
+softar grpo --config grpo_smollm2_cpu.yaml
 
 # Rollouts by vLLM's engine in the place of the model's own loop (make vllm), in the same process, on the newest weights
-accelerate launch recipes/ppo_soft.py --rollout vllm
+softar ppo --rollout vllm
 
 # Any causal LM on any dataset with a column 'prompt', rewarded by one of TRL's functions or one of yours
-accelerate launch recipes/ppo_soft.py \
+softar ppo \
     --model_name_or_path deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --dataset_name trl-lib/DeepMath-103K \
     --reward_funcs accuracy_reward --think_end '</think>' --think_steps 1024 --max_completion_length 1536 \
     --use_peft --learning_rate 1e-5 --output_dir runs/ppo-deepmath
 
 # Go on where an interrupted run stopped; without this a run starts anew and moves old checkpoints into _earlier
-accelerate launch recipes/ppo_soft.py --resume_from_checkpoint true
+softar ppo --resume_from_checkpoint true
+
+From a checkout `accelerate launch recipes/ppo_soft.py` and `python recipes/ppo_soft.py` do the same.
 """
 
 from dataclasses import dataclass
@@ -39,7 +43,7 @@ class RecipeConfig(SoftPPOConfig):
     output_dir: str | None = opt("runs/ppo_soft", "Folder for checkpoints, results.json and plot.")
 
 
-RECIPE = rl_recipe(__file__, RecipeConfig, lambda: rl.SoftPPOTrainer, "mnns_ppo.yaml")
+RECIPE = rl_recipe(__file__, __doc__, RecipeConfig, lambda: rl.SoftPPOTrainer, "mnns_ppo.yaml")
 
 if __name__ == "__main__":
     run(RECIPE)

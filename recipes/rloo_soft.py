@@ -1,18 +1,22 @@
 # /// script
 # dependencies = ["softar[rewards]"]
 # ///
-"""
+r"""
 RLOO on a soft policy: each completion's reward beside the mean of the others to its prompt (arXiv:2402.14740).
 
-# The demo: MNNS from a briefly trained policy; before and after, soft (3 draws) against discrete (1) at equal forwards
-accelerate launch recipes/rloo_soft.py
-accelerate launch recipes/rloo_soft.py --rows soft,hard --num_seeds 3
+Examples:
 
-# Any model, data and reward: the options of recipes/grpo_soft.py, and its configurations
-accelerate launch recipes/rloo_soft.py --config recipes/configs/grpo_smollm2_cpu.yaml --output_dir runs/rloo_smollm2
+# The demo: MNNS from a briefly trained policy; before and after, soft (3 draws) against discrete (1) at equal forwards
+softar rloo
+softar rloo --rows soft,hard --num_seeds 3
+
+# Any model, data and reward: the options of `softar grpo`, and its configurations
+softar rloo --config grpo_smollm2_cpu.yaml --output_dir runs/rloo_smollm2
 
 # Go on where an interrupted run stopped; without this a run starts anew and moves old checkpoints into _earlier
-accelerate launch recipes/rloo_soft.py --resume_from_checkpoint true
+softar rloo --resume_from_checkpoint true
+
+From a checkout `accelerate launch recipes/rloo_soft.py` and `python recipes/rloo_soft.py` do the same.
 """
 
 from dataclasses import dataclass
@@ -29,7 +33,7 @@ class RecipeConfig(SoftGRPOConfig):
     output_dir: str | None = opt("runs/rloo_soft", "Folder for checkpoints, results.json and plot.")
 
 
-RECIPE = rl_recipe(__file__, RecipeConfig, lambda: rl.SoftRLOOTrainer, "mnns_rloo.yaml")
+RECIPE = rl_recipe(__file__, __doc__, RecipeConfig, lambda: rl.SoftRLOOTrainer, "mnns_rloo.yaml")
 
 if __name__ == "__main__":
     run(RECIPE)

@@ -1,23 +1,27 @@
 # /// script
 # dependencies = ["softar"]
 # ///
-"""
+r"""
 Masked-diffusion SFT, hard or with soft masks: LLaDA, Dream, BERT-like models, and the embedded tiny ones.
 
+Examples:
+
 # The demo: a tiny model on Latin squares, training x decoding at several numbers of forwards
-accelerate launch recipes/sft_diffusion.py
-accelerate launch recipes/sft_diffusion.py --task mnns
-accelerate launch recipes/sft_diffusion.py --rows all --num_seeds 5 --schedules uniform,pyramid,threshold
+softar diffusion-sft
+softar diffusion-sft --task mnns
+softar diffusion-sft --rows all --num_seeds 5 --schedules uniform,pyramid,threshold
 
 # Dream-7B or LLaDA-8B with DoRA and a soft-mask head, as published
-accelerate launch recipes/sft_diffusion.py --config recipes/configs/dream7b_softmask_dora.yaml
+softar diffusion-sft --config dream7b_softmask_dora.yaml
 
 # Any causal Llama or Qwen2, made a diffusion LM first, as Dream was
-accelerate launch recipes/sft_diffusion.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --from_causal true \
+softar diffusion-sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --from_causal true \
     --dataset_name your/chats --output_dir runs/qwen-diffusion
 
 # Go on where an interrupted run stopped; without this a run starts anew and moves old checkpoints into _earlier
-accelerate launch recipes/sft_diffusion.py --resume_from_checkpoint true
+softar diffusion-sft --resume_from_checkpoint true
+
+From a checkout `accelerate launch recipes/sft_diffusion.py` and `python recipes/sft_diffusion.py` do the same.
 """
 
 import dataclasses
@@ -148,7 +152,7 @@ def train_row(inputs, name, args):
     from softar.diffusion.sft import DiffusionSFTTrainer
 
     script, task = inputs.script, inputs.task
-    with one_line_errors(inputs.program):
+    with one_line_errors(inputs.program.name):
         model, tokenizer = open_model(inputs, args.seed)
         trainer = supervised(DiffusionSFTTrainer, model, tokenizer, inputs, task, args)
     common = fit_supervised(inputs, trainer, args, training=name)
@@ -214,7 +218,8 @@ def report(inputs, lines, folders, console):
 
 
 RECIPE = Recipe(
-    program=Path(__file__).name,
+    file=Path(__file__),
+    about=__doc__,
     arguments=DiffusionScriptArguments,
     config=RecipeConfig,
     demo=CONFIGS / "latin.yaml",

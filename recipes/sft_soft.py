@@ -1,24 +1,28 @@
 # /// script
 # dependencies = ["softar[rewards]"]
 # ///
-"""
+r"""
 Guided soft SFT: teach a causal LM to think in its own mixtures of tokens.
 
+Examples:
+
 # The demo: a tiny model on MNNS, a table of no-CoT, discrete CoT and soft thought
-accelerate launch recipes/sft_soft.py
-accelerate launch recipes/sft_soft.py --rows all --num_seeds 5
+softar sft
+softar sft --rows all --num_seeds 5
 
 # Any causal LM on a task by name, here SmolLM2-135M with LoRA
-accelerate launch recipes/sft_soft.py --config recipes/configs/smollm2_chain_sum.yaml --max_steps 5
+softar sft --config smollm2_chain_sum.yaml --max_steps 5
 
 # Any dataset in TRL's prompt-completion format; the thought stands in tags
-accelerate launch recipes/sft_soft.py \
+softar sft \
     --model_name_or_path Qwen/Qwen3-0.6B --dataset_name my/cot-data \
     --think_start '<think>' --think_end '</think>' --soft_passes 2 --soft_top_k 10 \
     --use_peft --learning_rate 1e-4 --output_dir runs/qwen3-soft
 
 # Go on where an interrupted run stopped; without this a run starts anew and moves old checkpoints into _earlier
-accelerate launch recipes/sft_soft.py --resume_from_checkpoint true
+softar sft --resume_from_checkpoint true
+
+From a checkout `accelerate launch recipes/sft_soft.py` and `python recipes/sft_soft.py` do the same.
 """
 
 from dataclasses import dataclass
@@ -93,7 +97,7 @@ def train_row(inputs, name, args):
     from softar.tasks import no_thought
 
     task = no_thought(inputs.task) if name == "no-cot" else inputs.task
-    with one_line_errors(inputs.program):
+    with one_line_errors(inputs.program.name):
         model, tokenizer = open_model(inputs, args.seed)
         trainer = supervised(SoftSFTTrainer, model, tokenizer, inputs, task, args)
 
@@ -140,7 +144,8 @@ def thought_of(folder, task):
 
 
 RECIPE = Recipe(
-    program=Path(__file__).name,
+    file=Path(__file__),
+    about=__doc__,
     arguments=SoftScriptArguments,
     config=RecipeConfig,
     demo=Path(__file__).parent / "configs" / "mnns.yaml",

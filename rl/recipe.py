@@ -8,6 +8,7 @@ steps.
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -18,9 +19,11 @@ from pathlib import Path
 from trl import ScriptArguments
 
 from softar.checks import check_least
+from softar.progress import duration
 from softar.recipe import Recipe, RecipeArguments, fit, one_line_errors, thought_fields
 from softar.resume import checkpoint_of, resumes
-from softar.training import opt
+from softar.rows import APART
+from softar.training import opt, tell_progress
 
 from .config import check_resume
 from .rewards import REWARDS, as_chats, check_columns, rewards_of, score_of
@@ -67,14 +70,18 @@ class RLScriptArguments(RecipeArguments, ScriptArguments):
     )
 
 
-def rl_recipe(file: str, config: type, trainer: Callable[[], type], demo: str) -> Recipe:
+def rl_recipe(
+    file: str, about: str, config: type, trainer: Callable[[], type], demo: str
+) -> Recipe:
     """The recipe that lies in `file`.
 
-    config: its dataclass of training options. trainer: gives the class of its trainer, which is
-        slow to import: not before the input has been checked. demo: the name of the demo's YAML.
+    about: its help. config: its dataclass of training options. trainer: gives the class of its
+        trainer, which is slow to import: not before the input has been checked. demo: the name of
+        the demo's YAML.
     """
     return Recipe(
-        program=Path(file).name,
+        file=Path(file),
+        about=about,
         arguments=RLScriptArguments,
         config=config,
         demo=Path(file).parent / "configs" / demo,
@@ -115,7 +122,7 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
     started = time.perf_counter()
     model = sft_policy(args, task, script) if starts_anew else inputs.model
     sft_seconds = time.perf_counter() - started if starts_anew else 0.0
-    with one_line_errors(inputs.program):
+    with one_line_errors(inputs.program.name):
         if checkpoint := checkpoint_of(args):
             check_resume(checkpoint, args)
         model, tokenizer = softar.load(model, seed=args.seed, **inputs.model_options)
@@ -139,10 +146,12 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
         return evaluate(plain, tokenizer, task.test, score, args, script.eval_draws)
 
     decoder, before = decoder_of(args), measure()
-    accelerator.print(f"{decoder}: {before.get('accuracy', float('nan')):.3f} before")
+    if before:
+        accelerator.print(f"{name}, seed {args.seed}: accuracy {before['accuracy']:.3f} before")
     accelerator.wait_for_everyone()
-    seconds = fit(trainer, args)
+    seconds = fit(trainer, args, name)
     trainer.close()
+    accelerator.print(f"{name}, seed {args.seed}: trained in {duration(seconds)}")
     after = measure()
     accelerator.wait_for_everyone()
     common = dict(
@@ -268,7 +277,7 @@ def make_start(start: Path, made_with: dict, args, task) -> None:
     )
     model, tokenizer = softar.load(task.model, seed=args.seed)
     trainer = SoftSFTTrainer(model, settings, train_dataset=task.train, processing_class=tokenizer)
-    trainer.accelerator.print(f"start: {made_with['sft_steps']} steps of SFT")
+    tell_progress(trainer, f"SFT before RL, seed {args.seed}", to_log=APART in os.environ)
     trainer.train()
     trainer.save_model()
     if trainer.accelerator.is_main_process:

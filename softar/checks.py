@@ -4,10 +4,16 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+# Seconds. Of several processes the first says what is wrong, and the launcher ends the others before
+# they say it again.
+PATIENCE = 5.0
 
 
 def check_least(values, **least: float) -> None:
@@ -78,6 +84,8 @@ def one_line_errors(program: str, kind: type[Exception] = ValueError, *, code: i
     try:
         yield
     except kind as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(PATIENCE)
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(code)
 

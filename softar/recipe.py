@@ -3,6 +3,7 @@ and to report them. A recipe says what differs, as a Recipe, and calls `run`."""
 
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checks import check_least, check_writable, one_line_errors
+from .checks import check_least, check_writable, did_you_mean, one_line_errors
+from .launch import Program, default_accelerate_config, is_launched, launch, split_processes
+from .progress import duration
 from .resume import checkpoint_of
-from .rows import CUSTOM, Row, check_resume, jobs_of, parse_rows, train_rows
+from .rows import APART, CUSTOM, Row, check_resume, jobs_of, parse_rows, train_rows
 
 if TYPE_CHECKING:
     from .tasks import Task
@@ -50,7 +53,7 @@ class RecipeArguments:
 class Inputs:
     """What a recipe was asked for, read and checked."""
 
-    program: str  # name of the recipe's file, for errors
+    program: Program
     argv: list[str]
     names: list[str]  # of the rows to train
     script: Any  # the recipe's RecipeArguments
@@ -69,7 +72,8 @@ class Recipe:
     else (data, steps, size) is common to all rows.
     """
 
-    program: str  # name of the file, for errors
+    file: Path  # that the recipe lies in
+    about: str  # what it is for, with commands: above the options in its help
     arguments: type  # a dataclass of RecipeArguments and TRL's ScriptArguments
     config: type  # a dataclass of training arguments, with a default output_dir
     demo: Path  # the YAML file that is read where no task, data, model or configuration is named
@@ -89,29 +93,57 @@ class Recipe:
     # tasks named without anything else -> their YAML file
     task_demos: dict[str, Path] = field(default_factory=dict)
 
+    @property
+    def program(self) -> Program:
+        """Its file, where no command runs it."""
+        return Program(self.file.name, [str(self.file)])
 
-def run(recipe: Recipe) -> None:
-    """The command line of a recipe, from its options to the table and the plot."""
+
+def run(recipe: Recipe, program: Program | None = None) -> None:
+    """The command line of a recipe, from its options to the table and the plot.
+
+    program: what runs it as one of its commands; by default its file is the program.
+    """
+    argv, is_command = sys.argv[1:], program is not None
+    program = program or recipe.program
     with interruptible():
-        with one_line_errors(recipe.program):
-            inputs = read(recipe, sys.argv[1:])
-        with one_line_errors(recipe.program, FloatingPointError, code=1):
+        if {"-h", "--help", "--help_all"} & {*argv}:
+            show_help(recipe, program, everything="--help_all" in argv)
+            return
+        with one_line_errors(program.name):
+            processes, argv = split_processes(argv)
+            if is_command and not is_launched() and processes.accelerate_config is None:
+                processes = processes._replace(accelerate_config=default_accelerate_config())
+        if processes.launches and not is_launched():
+            sys.exit(launch(program, processes, argv))
+        with one_line_errors(program.name):
+            inputs = read(recipe, argv, program)
+        with one_line_errors(program.name, FloatingPointError, code=1):
             train(recipe, inputs)
 
 
-def read(recipe: Recipe, argv: list[str]) -> Inputs:
+def show_help(recipe: Recipe, program: Program, everything: bool) -> None:
+    from .arguments import RecipeParser
+
+    options = RecipeParser(recipe.arguments, recipe.config).help(everything)
+    print(f"usage: {program.name} [--option value ...]\n{recipe.about.rstrip()}\n{options}")
+
+
+def read(recipe: Recipe, argv: list[str], program: Program | None = None) -> Inputs:
     """The options, and all that can be found to be wrong with them before a model is opened.
 
     Raises:
         ValueError: with one line that names the option and its value.
     """
+    argv = with_found_config(argv, recipe.demo.parent)
     argv = with_default_config(argv, recipe.demo, recipe.task_demos)
     script, training, model_args, mixture = parse(recipe, argv)
     names = parse_rows(script.rows, recipe.rows, recipe.groups)
     check_least(script, num_seeds=1, eval_rows=1)
     task = recipe.prepare(script, open_task(script, mixture))
     model, options = named_model(model_args, task, task.models.get(recipe.model_kind))
-    inputs = Inputs(recipe.program, argv, names, script, training, model_args, task, model, options)
+    program = program or recipe.program
+    inputs = Inputs(program, argv, names, script, training, model_args, task, model, options)
     output = training.output_dir
     configs = {name: row_config(recipe, inputs, name, training.seed, output) for name in names}
     recipe.check(inputs, configs)
@@ -123,9 +155,10 @@ def read(recipe: Recipe, argv: list[str]) -> Inputs:
 def parse(recipe: Recipe, argv: list[str]) -> tuple:
     """-> the recipe's arguments, its training arguments, TRL's ModelConfig and
     DatasetMixtureConfig."""
-    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+    from .arguments import RecipeParser
 
-    parser = TrlParser((recipe.arguments, recipe.config, ModelConfig, DatasetMixtureConfig))
+    parser = RecipeParser(recipe.arguments, recipe.config)
+    parser.check_names(argv)
     return parser.parse_args_and_config(argv)
 
 
@@ -143,6 +176,7 @@ def train(recipe: Recipe, inputs: Inputs) -> None:
     from rich.console import Console
 
     console, training = Console(), inputs.training
+    quiet(bars=sys.stderr.isatty())
     is_tiny = inputs.model in inputs.task.models.values()
     if is_tiny:
         import torch
@@ -156,11 +190,21 @@ def train(recipe: Recipe, inputs: Inputs) -> None:
         configure=lambda *row: row_config(recipe, inputs, *row),
         train=lambda name, args: recipe.train_row(inputs, name, args),
         console=console,
-        program=recipe.program,
+        program=inputs.program,
     )
     plot = recipe.report(inputs, results, folders, console) if results else None
     if plot is not None:
         console.print(f"results: {Path(training.output_dir, 'results.json')}   plot: {plot}")
+
+
+def quiet(bars: bool) -> None:
+    """No bars for the reading and writing of weights, and none for data where nobody sees them."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not bars:
+        disable_progress_bars()
 
 
 # -- what a row's training is made of
@@ -189,9 +233,13 @@ def supervised(trainer: type, model, tokenizer, inputs: Inputs, task: "Task", ar
     )
 
 
-def fit(trainer, args) -> float:
-    """Train, from the checkpoint that `args` names, and save -> seconds of the training."""
+def fit(trainer, args, name: str) -> float:
+    """Train, from the checkpoint that `args` names, and save -> seconds of the training. name: of
+    the row, for what is said meanwhile."""
+    from .training import tell_progress
+
     checkpoint = checkpoint_of(args)
+    tell_progress(trainer, f"{name}, seed {args.seed}", to_log=APART in os.environ)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
@@ -202,9 +250,7 @@ def fit(trainer, args) -> float:
 def fit_supervised(inputs: Inputs, trainer, args, **name: str) -> dict:
     """`fit` for SFT -> the columns that all lines of the row share. name: the column that names the
     row."""
-    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs
-    trainer.accelerator.print(f"{next(iter(name.values()))}: {steps} steps")
-    seconds = fit(trainer, args)
+    seconds = fit(trainer, args, *name.values())
     return dict(
         task=inputs.task.name,
         model=inputs.model,
@@ -220,8 +266,12 @@ def fit_supervised(inputs: Inputs, trainer, args, **name: str) -> dict:
 def measured(trainer, task: "Task", common: dict, decode: Callable) -> list[dict] | None:
     """The lines of a trained row: `common` with each of `decode(model)`, or with the trainer's own
     evaluation where the task has no scorer. None off the main process."""
-    accelerator = trainer.accelerator
-    lines = []
+    accelerator, lines = trainer.accelerator, []
+    if task.test is not None:
+        title = f"{common.get('decoder', common.get('training'))}, seed {common['seed']}"
+        seconds = duration(common["train_seconds"])
+        does = "evaluates" if task.score is None else "decodes"
+        accelerator.print(f"{title}: trained in {seconds}, {does} {len(task.test)} held-out rows")
     if task.score is None:
         lines = [common | (trainer.evaluate() if task.test is not None else {})]
     elif accelerator.is_main_process:
@@ -285,13 +335,32 @@ def named_model(model_args, task: "Task", default: str | None) -> tuple[str, dic
     return name, options
 
 
+def with_found_config(argv: list[str], folder: Path) -> list[str]:
+    """The path behind --config, which may name a file of `folder` alone, or as in a checkout.
+
+    Raises:
+        ValueError: where there is no such file.
+    """
+    argv = [part for arg in argv for part in (arg.split("=", 1) if "--config=" in arg else [arg])]
+    if "--config" not in argv[:-1]:
+        return argv
+    at = argv.index("--config") + 1
+    file, ours = argv[at], folder / Path(argv[at]).name
+    if not Path(file).is_file():
+        if not ours.is_file() or file not in (ours.name, f"recipes/configs/{ours.name}"):
+            names = sorted(path.name for path in folder.glob("*.yaml"))
+            raise ValueError(
+                f"config={file!r}: there is no such file{did_you_mean(file, names)}; the package has {', '.join(names)}"
+            )
+        file = str(ours)
+    return [*argv[:at], file, *argv[at + 1 :]]
+
+
 def with_default_config(
     argv: list[str], demo: str | Path, task_demos: dict[str, Path]
 ) -> list[str]:
     """The demo's configuration where no task, data, model or configuration is named; that of a task
     in `task_demos` where this is all that is named."""
-    if "--config" in argv[:-1] and not Path(file := argv[argv.index("--config") + 1]).is_file():
-        raise ValueError(f"config={file!r}: there is no such file")
     options = {arg.split("=")[0] for arg in argv}
     if options & {"--config", "--dataset_name", "--model_name_or_path"}:
         return argv

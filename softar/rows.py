@@ -7,7 +7,6 @@ these three.
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -17,11 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .checks import one_line_errors
+from .launch import Program
 from .resume import ANY_WHOLE, STATE, check_whole, checkpoint_of, resumes
 
 CUSTOM = "custom"  # one run, exactly as the options say
 # set for a process that trains one row and leaves table and plot to its parent
 APART = "SOFTAR_TRAIN_APART"
+LOG = "train.log"  # what such a process says, in the row's folder
 
 Row = tuple[str, int]
 
@@ -35,7 +36,7 @@ def train_rows(
     configure: Callable,
     train: Callable,
     console,
-    program: str,
+    program: Program,
 ) -> tuple[list[dict], dict[Row, Path]]:
     """Train what is not finished -> the lines of results.json, and the folder of each row, inside
     training.output_dir.
@@ -62,7 +63,7 @@ def train_rows(
     configs = {row: configure(*row, folder) for row, folder in folders.items()}
     lines_of = {row: saved_row(folder, configs[row]) for row, folder in folders.items()}
     left = [row for row, lines in lines_of.items() if lines is None]
-    with one_line_errors(program):
+    with one_line_errors(program.name):
         for row in left:
             checkpoint_of(configs[row])  # before hours of training, not when the row's turn comes
     if jobs > 1 and len(left) > 1 and not is_child:
@@ -91,47 +92,45 @@ def jobs_of(jobs: int, is_tiny: bool) -> int:
     return jobs or (os.cpu_count() if is_tiny and PartialState().num_processes == 1 else 1)
 
 
-def train_apart(folders: dict[Row, Path], jobs: int, console, program: str) -> None:
+def train_apart(folders: dict[Row, Path], jobs: int, console, program: Program) -> None:
     """Train rows in processes of their own, `jobs` at a time; each writes row.json, its output goes
-    to train.log."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+    to LOG."""
+    from .progress import Bars, Lines
 
-    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     waiting, running = list(folders), {}
-    with Progress(*columns, console=console) as progress:
+    with (Bars if console.is_terminal else Lines)(console) as display:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     row = waiting.pop(0)
-                    bar = progress.add_task(f"{row[0]}, seed {row[1]}", total=None)
-                    running[row] = start_apart(row, folders[row]), bar
+                    running[row] = start_apart(row, folders[row], program)
+                    display.start(row, folders[row] / LOG)
                 time.sleep(0.3)
-                for row, (child, bar) in list(running.items()):
+                for row, child in list(running.items()):
                     code = child.poll()
-                    log = (folders[row] / "train.log").read_text(errors="replace")
-                    # The trainer's own bar; "1/1" is that of a file being written.
-                    counts = re.findall(r"(\d+)/(\d+) \[", log[-2000:])
-                    if steps := [(int(n), int(of)) for n, of in counts if of != "1"]:
-                        progress.update(bar, completed=steps[-1][0], total=steps[-1][1])
-                    if code is not None:
-                        del running[row]
+                    log = (folders[row] / LOG).read_text(errors="replace")
+                    display.update(row, log[-2000:])
+                    if code is None:
+                        continue
+                    del running[row]
                     if code:
                         failed = f"row {row[0]!r}, seed {row[1]}, failed:\n{log[-3000:]}"
-                        print(f"{program}: error: {failed}", file=sys.stderr)
+                        print(f"{program.name}: error: {failed}", file=sys.stderr)
                         sys.exit(code)
+                    display.end(row)
         finally:  # after Ctrl-C or a failure let the others save what they write
-            for child, _ in running.values():
+            for child in running.values():
                 child.send_signal(signal.SIGINT)
-            for child, _ in running.values():
+            for child in running.values():
                 child.wait()
 
 
-def start_apart(row: Row, folder: Path) -> subprocess.Popen:
+def start_apart(row: Row, folder: Path, program: Program) -> subprocess.Popen:
     (folder / "row.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     options = f"--rows={row[0]}", f"--seed={row[1]}", "--num_seeds=1"
-    command = [sys.executable, *sys.argv, *options]
-    with open(folder / "train.log", "w") as log:
+    command = [sys.executable, *program.start, *sys.argv[1:], *options]
+    with open(folder / LOG, "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {APART: "1"})
 
 

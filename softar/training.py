@@ -3,16 +3,20 @@
 import contextlib
 import math
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from trl import SFTConfig
 from trl.models.utils import _ForwardRedirection
 
+from .progress import Pace, step_line
 from .resume import check_whole, last_checkpoint, last_whole
 
 
@@ -173,3 +177,46 @@ class PlainSFTConfig(SFTConfig):
             raise ValueError(
                 f"{given}: {type(self).__name__} has a loss of its own, leave them at 'nll' and 0"
             )
+
+
+class ProgressLines(TrainerCallback):
+    """Says how far the training is, in lines of softar.progress, every so often; in the place of a
+    bar."""
+
+    def __init__(self, title: str, pace: Pace):
+        self.title, self.pace, self.values = title, pace, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started, self.first = time.monotonic(), state.global_step
+        self.say(state, f"starts at step {self.first} of {state.max_steps}")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.values = self.values | {k: logs[k] for k in ("loss", "reward") if k in logs}
+        scores = [
+            f"{k} {v:.4g}" for k, v in logs.items() if k.startswith("eval_") and "_per_" not in k
+        ]
+        if scores:
+            self.say(state, f"at step {state.global_step}: {', '.join(scores)}")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        step, steps = state.global_step, state.max_steps
+        if step == steps or self.pace.is_due(step / steps):
+            seconds = (time.monotonic() - self.started) / (step - self.first) * (steps - step)
+            self.say(state, step_line(step, steps, self.values, seconds))
+
+    def say(self, state, text: str) -> None:
+        if state.is_world_process_zero:
+            print(f"{self.title}: {text}", flush=True)
+
+
+def tell_progress(trainer: Trainer, title: str, *, to_log: bool) -> None:
+    """Lines in the place of the trainer's bar, where no terminal would draw it. to_log: for the log of
+    a process of its own: oftener, and all that is logged beside."""
+    if sys.stderr.isatty() and not (to_log or trainer.args.disable_tqdm):
+        return
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    pace = Pace(seconds=5, share=0.01) if to_log else Pace()
+    trainer.add_callback(ProgressLines(title, pace))
+    if to_log:
+        trainer.add_callback(PrinterCallback())

@@ -47,7 +47,7 @@ def softar(capsys, monkeypatch):
 def environment(monkeypatch):
     """What `main` sets for its process does not outlive a test; no colours, no width but the tests'
     own."""
-    for name, value in cli.QUIET.items():
+    for name, value in (cli.QUIET | cli.NO_BARS).items():
         monkeypatch.setenv(name, value)
     for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
@@ -81,6 +81,14 @@ def test_the_commands():
         "sweep",
         "models",
         "tasks",
+        "tour",
+        "sft",
+        "diffusion-sft",
+        "grpo",
+        "ppo",
+        "rloo",
+        "demo",
+        "bench",
     ]
     assert {e.values[0] for e in examples()} == {"", *GROUP.commands}  # each has some
 

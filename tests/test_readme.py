@@ -26,7 +26,9 @@ import yaml
 import softar
 import softar.cli.app as cli
 from softar.cli.inputs import MODELS
+from softar.cli.programs import PROGRAMS, run_program
 from softar.decoders.registry import parse_spec
+from softar.launch import LAUNCHED
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (".", "softar", "softar/vllm", "diffusion", "rl", "recipes")
@@ -230,6 +232,10 @@ SHIPPED = "mnns|latin"
 def softar_command(words, request, monkeypatch, capsys, **_):
     """Parsed by the command itself and, where it needs no model that does not come along, run."""
     name, options = words[1], [*words[2:], *SMALLEST.get(words[1], [])]
+    if name in PROGRAMS:
+        monkeypatch.setenv(LAUNCHED, "1")  # so that none is started in its place
+        check_options(functools.partial(run_program, name, options), words, monkeypatch)
+        return
     command = typer.main.get_command(cli.app).commands[name]
     context = command.make_context(name, list(options))
     specs = context.params.get("decoder") or []
@@ -342,6 +348,9 @@ def test_command_is_right(line, request, tmp_path, monkeypatch, capsys):
         "accelerate launch recipes/sft_soft.py --config recipes/configs/none.yaml",
         "accelerate launch recipes/grpo_soft.py --soft_mixer gumbel",
         "accelerate lunch recipes/sft_soft.py",
+        "softar sft --max_stepz 3",
+        "softar grpo --soft_mixer gumbel",
+        "softar demo --limits 3",
         "torchrun --nproc 2 recipes/sft_soft.py --rows",
         "softar-eval --modle softar --tasks gsm8k",
         "pytest tests/test_none.py",

@@ -4,13 +4,21 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from softar import rows as softar_rows
-from softar.recipe import interruptible, named_model, one_line_errors, with_default_config
+from softar.launch import LAUNCHED, Processes, Program, launch, split_processes
+from softar.recipe import (
+    interruptible,
+    named_model,
+    one_line_errors,
+    with_default_config,
+    with_found_config,
+)
 from softar.resume import checkpoint_of, last_checkpoint, resumes
 from softar.rows import APART, CUSTOM, check_resume, parse_rows, saved_row, set_apart, train_rows
 
@@ -133,8 +141,83 @@ def test_the_demos_configuration_stands_in_where_nothing_is_named(tmp_path):
     ):
         before = [] if config is None else ["--config", config]
         assert with_default_config(argv, *demos) == [*before, *argv]
-    with pytest.raises(ValueError, match=r"config='no\.yaml': there is no such file"):
-        with_default_config(["--config", "no.yaml"], *demos)
+
+
+def test_a_configuration_of_the_package_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (ours := tmp_path / "configs").mkdir()
+    (ours / "mnns.yaml").write_text("")
+    (mine := tmp_path / "mine.yaml").write_text("")
+    for file, expected in (
+        ("mnns.yaml", str(ours / "mnns.yaml")),
+        ("recipes/configs/mnns.yaml", str(ours / "mnns.yaml")),
+        ("mine.yaml", "mine.yaml"),
+        (str(mine), str(mine)),
+    ):
+        for argv in (["--config", file, "--seed", "1"], [f"--config={file}", "--seed", "1"]):
+            assert with_found_config(argv, ours) == ["--config", expected, "--seed", "1"]
+    assert with_found_config(["--seed=1"], ours) == ["--seed=1"]
+    for file in ("nnns.yaml", "elsewhere/mnns.yaml"):
+        with pytest.raises(ValueError, match=f"config='{file}': there is no such file.*mnns.yaml"):
+            with_found_config(["--config", file], ours)
+
+
+# -- processes
+
+
+def test_options_about_processes_are_split_from_the_others(tmp_path):
+    (file := tmp_path / "a.yaml").write_text("")
+    argv = ["--rows", "all", "--num_processes=3", "--accelerate_config", str(file), "--seed", "1"]
+    processes, others = split_processes(argv)
+    assert processes == (3, str(file)) and others == ["--rows", "all", "--seed", "1"]
+    assert split_processes(others)[0] == (None, None)
+    for argv, says in (
+        (["--num_processes", "two"], "--num_processes: invalid int value: 'two'"),
+        (["--num_processes", "0"], "num_processes=0 must be at least 1"),
+        (["--accelerate_config", "/no/such"], "accelerate_config='/no/such': there is no such"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            split_processes(argv)
+
+
+@pytest.mark.parametrize("config", [None, "a.yaml"])
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_launch_ends_with_the_programs_code(monkeypatch, tmp_path, config, code):
+    """With what accelerate would otherwise guess and warn of; the launchers' tracebacks say nothing
+    about the program."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    started = []
+
+    def torchrun(args):
+        started.append((args.nproc_per_node, args.training_script, args.training_script_args))
+        failure = ProcessFailure(local_rank=1, pid=1, exitcode=code, error_file="")
+        if code:
+            raise ChildFailedError("some", {1: failure})
+
+    def accelerate(args):
+        assert args.config_file == config
+        started.append((str(args.num_processes), args.training_script, args.training_script_args))
+        if code:
+            raise subprocess.CalledProcessError(code, "some")
+
+    monkeypatch.setattr("torch.distributed.run.run", torchrun)
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", accelerate)
+    monkeypatch.setenv(LAUNCHED, "")  # so that it is taken back
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    program = Program("softar sft", ["-m", "softar.cli.app", "sft"])
+    assert launch(program, Processes(2, config), ["--seed", "1"]) == code
+    assert started == [("2", "softar.cli.app", ["sft", "--seed", "1"])]
+
+
+def test_of_several_processes_the_first_says_what_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr("softar.checks.PATIENCE", 0.3)
+    for rank, least in (("0", 0.0), ("1", 0.3)):
+        monkeypatch.setenv("RANK", rank)
+        started = time.monotonic()
+        with pytest.raises(SystemExit), one_line_errors("some.py"):
+            raise ValueError("wrong")
+        assert least <= time.monotonic() - started < least + 0.3
 
 
 def test_an_input_error_is_one_line_and_code_2(capsys):
@@ -178,7 +261,7 @@ class Trained:
             configure=self.configure,
             train=self.train,
             console=None,
-            program="some.py",
+            program=Program("some.py", ["some.py"]),
         )
 
 
@@ -226,7 +309,7 @@ def test_several_jobs_train_what_is_left_apart(tmp_path, monkeypatch):
     started = []
 
     def apart(folders, jobs, console, program):
-        started.append(([*folders], jobs, program))
+        started.append(([*folders], jobs, program.name))
         for (name, seed), folder in folders.items():
             folder.mkdir(parents=True)
             (folder / "row.json").write_text(json.dumps([dict(row=name, seed=seed, train_steps=4)]))

@@ -6,6 +6,7 @@ stderr and exit code 2; Ctrl-C is 130. Torch is imported by the commands that ne
 
 import inspect
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import typer
 from .. import __version__
 from . import inputs, streams
 from .commands import Dtype, Json, Length, compare, fill, generate, trace
+from .programs import PROGRAMS, QUIET, add_programs, run_program
 
 # Elsewhere than in a bug these say what is wrong with the input, or with the machine.
 EXPECTED = (
@@ -29,9 +31,7 @@ EXPECTED = (
     PermissionError,
 )
 
-# Read when the libraries are imported: no bars that nobody asked for, no threads that a fork would
-# warn of
-QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
+NO_BARS = {"TQDM_DISABLE": "1"}  # that nobody asked for; read when tqdm is imported
 
 app = typer.Typer(
     add_completion=False,
@@ -44,7 +44,10 @@ app = typer.Typer(
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command, and leave with its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    for name, value in QUIET.items():
+    if argv[:1] and argv[0] in PROGRAMS:  # they say themselves what is wrong
+        run_program(argv[0], argv[1:])
+        sys.exit(0)
+    for name, value in (QUIET | NO_BARS).items():
         os.environ.setdefault(name, value)
     try:
         code = app(argv, standalone_mode=False, prog_name="softar")
@@ -219,7 +222,7 @@ def sweep(
 ) -> None:
     """Run a grid of tasks, decoders and settings, soft beside baseline, and plot accuracy against cost.
 
-    After an interruption the same command resumes. For several processes: accelerate launch recipes/sweep.py.
+    After an interruption the same command resumes. For several processes: accelerate launch -m softar.recipes.sweep.
 
     \b
     Examples:
@@ -303,6 +306,20 @@ def tasks(as_json: Json = False) -> None:
         [(name, text + hint * (name not in inputs.TASKS and not installed)) for name, text in rows]
     )
 
+
+@command
+def tour() -> None:
+    """See what softar is about, in twenty seconds: a belief, its trace, a mixer by hand, a Latin
+    square, two decoders compared.
+
+    \b
+    Examples:
+      softar tour
+    """
+    runpy.run_module("softar.recipes.tour", run_name="__main__")
+
+
+add_programs(app)
 
 if __name__ == "__main__":
     main()
