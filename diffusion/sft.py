@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 
 from softar.checks import check_writable
+from softar.model_card import OwnCard, changes_of, decode_command
 from softar.sft.data import SoftCollator
 from softar.soft import soft_embed
 from softar.training import MicroBatches, WatchedLosses, inside_forward, no_interrupt
@@ -28,7 +29,7 @@ from .architectures import LladaForMaskedDiffusion, llama_name
 from .config import DenoiseConfig
 from .duo import tau_at
 from .evaluate import evaluate
-from .head import learn_head, save_head
+from .head import HEAD_FILE, learn_head, save_head
 from .losses import forward_masked, masked_ce, normal_rows, uniform_rows, weighted_sum
 from .net import facts, parts, plain
 from .noise import NOISE_FILE, UniformNoise, save_noise
@@ -41,7 +42,7 @@ RAW_HEAD = "soft_mask_head.safetensors"
 REPLACEMENT, GAUSSIAN = 1, 2  # streams of random numbers
 
 
-class DiffusionSFTTrainer(WatchedLosses, MicroBatches, SFTTrainer):
+class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
     """TRL's SFTTrainer with a diffusion loss in `compute_loss`.
 
     Takes the datasets that TRL takes, prompt-completion or language modelling; prompts are never
@@ -53,6 +54,7 @@ class DiffusionSFTTrainer(WatchedLosses, MicroBatches, SFTTrainer):
     """
 
     _tag_names = ["trl", "sft", "softar", "masked-diffusion"]
+    card_method = "that fills masks, trained by masked diffusion"
     loss_is_scaled_for_ga = False  # each row weighs the same, whatever its length
 
     def __init__(
@@ -311,6 +313,15 @@ class DiffusionSFTTrainer(WatchedLosses, MicroBatches, SFTTrainer):
         return DenoiseConfig(
             **({"soften": "soft-mask", "soften_args": self.head.settings()} | changes)
         )
+
+    def card_command(self, folder: str | Path) -> str:
+        template = self._facts.mask_id in self.processing_class(self.origin.prompt)["input_ids"]
+        length = "" if template else f" --gen-length {self.origin.new_tokens or 32}"
+        return decode_command("fill", folder, self.origin, length)
+
+    def card_config(self) -> tuple[str | None, dict]:
+        file = None if self.head is None else HEAD_FILE
+        return file, changes_of(self.decoding())
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         if self.head is not None:

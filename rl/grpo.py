@@ -18,6 +18,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import create_model_from_path, pad, use_adapter
 
 from softar.decode import SoftOutput
+from softar.model_card import OwnCard
 from softar.soft import entropy
 from softar.thought import Kind
 from softar.training import WatchedLosses, inside_forward, no_interrupt
@@ -41,7 +42,7 @@ from .rollout import (
 ROLLOUTS = "rollouts-{rank}.safetensors"
 
 
-class SoftGRPOTrainer(WatchedLosses, GRPOTrainer):
+class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
     """TRL's GRPOTrainer with soft rollouts and their replay.
 
     Takes the models, reward functions and datasets that TRL takes, text only. A reward function

@@ -8,6 +8,7 @@ steps.
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from trl import ScriptArguments
 
 from softar.checks import check_least
-from softar.progress import duration
+from softar.model_card import example_of
 from softar.recipe import Recipe, RecipeArguments, fit, one_line_errors, thought_fields
 from softar.resume import checkpoint_of, resumes
 from softar.rows import APART
@@ -136,6 +137,7 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
             processing_class=tokenizer,
             peft_config=get_peft_config(inputs.model_args),
         )
+    trainer.origin = example_of(task, tokenizer)
     accelerator, score = trainer.accelerator, score_of(rewards[0], task)
 
     def measure() -> dict:
@@ -146,12 +148,10 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
         return evaluate(plain, tokenizer, task.test, score, args, script.eval_draws)
 
     decoder, before = decoder_of(args), measure()
-    if before:
-        accelerator.print(f"{name}, seed {args.seed}: accuracy {before['accuracy']:.3f} before")
+    accelerator.print(f"{name}, seed {args.seed}: {before.get('accuracy', math.nan):.3f} before")
     accelerator.wait_for_everyone()
     seconds = fit(trainer, args, name)
     trainer.close()
-    accelerator.print(f"{name}, seed {args.seed}: trained in {duration(seconds)}")
     after = measure()
     accelerator.wait_for_everyone()
     common = dict(

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checks import check_least, check_writable, did_you_mean, one_line_errors
+from .checks import check_least, check_writable, one_line_errors
 from .launch import Program, default_accelerate_config, is_launched, launch, split_processes
 from .progress import duration
+from .recipe_config import with_default_config, with_found_config
 from .resume import checkpoint_of
 from .rows import APART, CUSTOM, Row, check_resume, jobs_of, parse_rows, train_rows
 
@@ -195,6 +196,24 @@ def train(recipe: Recipe, inputs: Inputs) -> None:
     plot = recipe.report(inputs, results, folders, console) if results else None
     if plot is not None:
         console.print(f"results: {Path(training.output_dir, 'results.json')}   plot: {plot}")
+    if results:
+        say_where(results, folders)
+
+
+def say_where(results: list[dict], folders: dict[Row, Path]) -> None:
+    """Where the trained models lie, what an evaluation found, and how one is decoded."""
+    from .model_card import command_of
+
+    (name, seed), folder = [*folders.items()][-1]
+    if "eval_loss" in results[-1]:
+        print(f"{name}, seed {seed}: held-out loss {results[-1]['eval_loss']:.4g}")
+    print(
+        f"saved to {folder}"
+        if len(folders) == 1
+        else f"saved in the folders {folder.parent}/*-seed*"
+    )
+    if command := command_of(folder):
+        print(f"decode {'it' if len(folders) == 1 else 'the last'} with: {command}")
 
 
 def quiet(bars: bool) -> None:
@@ -221,8 +240,10 @@ def supervised(trainer: type, model, tokenizer, inputs: Inputs, task: "Task", ar
     nothing else could measure it."""
     from trl import get_peft_config
 
+    from .model_card import example_of
+
     evaluates = args.eval_strategy != "no" or task.score is None
-    return trainer(
+    made = trainer(
         model,
         args,
         train_dataset=task.train,
@@ -231,6 +252,8 @@ def supervised(trainer: type, model, tokenizer, inputs: Inputs, task: "Task", ar
         score=task.score,
         peft_config=get_peft_config(inputs.model_args),
     )
+    made.origin = example_of(task, tokenizer)
+    return made
 
 
 def fit(trainer, args, name: str) -> float:
@@ -239,10 +262,12 @@ def fit(trainer, args, name: str) -> float:
     from .training import tell_progress
 
     checkpoint = checkpoint_of(args)
-    tell_progress(trainer, f"{name}, seed {args.seed}", to_log=APART in os.environ)
+    title = f"{name}, seed {args.seed}"
+    tell_progress(trainer, title, to_log=APART in os.environ)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
+    trainer.accelerator.print(f"{title}: trained in {duration(seconds)}")
     trainer.save_model(args.output_dir)
     return seconds
 
@@ -269,9 +294,8 @@ def measured(trainer, task: "Task", common: dict, decode: Callable) -> list[dict
     accelerator, lines = trainer.accelerator, []
     if task.test is not None:
         title = f"{common.get('decoder', common.get('training'))}, seed {common['seed']}"
-        seconds = duration(common["train_seconds"])
         does = "evaluates" if task.score is None else "decodes"
-        accelerator.print(f"{title}: trained in {seconds}, {does} {len(task.test)} held-out rows")
+        accelerator.print(f"{title}: {does} {len(task.test)} held-out rows")
     if task.score is None:
         lines = [common | (trainer.evaluate() if task.test is not None else {})]
     elif accelerator.is_main_process:
@@ -333,41 +357,6 @@ def named_model(model_args, task: "Task", default: str | None) -> tuple[str, dic
     if model_args.model_revision not in (None, "main"):
         options["revision"] = model_args.model_revision
     return name, options
-
-
-def with_found_config(argv: list[str], folder: Path) -> list[str]:
-    """The path behind --config, which may name a file of `folder` alone, or as in a checkout.
-
-    Raises:
-        ValueError: where there is no such file.
-    """
-    argv = [part for arg in argv for part in (arg.split("=", 1) if "--config=" in arg else [arg])]
-    if "--config" not in argv[:-1]:
-        return argv
-    at = argv.index("--config") + 1
-    file, ours = argv[at], folder / Path(argv[at]).name
-    if not Path(file).is_file():
-        if not ours.is_file() or file not in (ours.name, f"recipes/configs/{ours.name}"):
-            names = sorted(path.name for path in folder.glob("*.yaml"))
-            raise ValueError(
-                f"config={file!r}: there is no such file{did_you_mean(file, names)}; the package has {', '.join(names)}"
-            )
-        file = str(ours)
-    return [*argv[:at], file, *argv[at + 1 :]]
-
-
-def with_default_config(
-    argv: list[str], demo: str | Path, task_demos: dict[str, Path]
-) -> list[str]:
-    """The demo's configuration where no task, data, model or configuration is named; that of a task
-    in `task_demos` where this is all that is named."""
-    options = {arg.split("=")[0] for arg in argv}
-    if options & {"--config", "--dataset_name", "--model_name_or_path"}:
-        return argv
-    if "--task" not in options:
-        return ["--config", str(demo), *argv]
-    task = argv[argv.index("--task") + 1] if "--task" in argv[:-1] else None
-    return ["--config", str(task_demos[task]), *argv] if task in task_demos else argv
 
 
 @contextlib.contextmanager

@@ -185,7 +185,7 @@ FLOORS = [
     ("_lazy", "checks", "placement", "progress", "resume", "soft"),
     ("mixers", "models", "tasks", "results", "training"),
     ("config",),
-    ("thought",),
+    ("thought", "model_card"),
     ("decode",),
     ("evaluate", "show"),
     ("sft", "decoders"),
@@ -195,7 +195,9 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # what the recipes share stands on no floor
 BESIDE = {
-    "recipe": {"checks", "tasks", "resume", "rows", "launch", "progress", "arguments", "training"},
+    "recipe": {"checks", "tasks", "resume", "rows", "launch", "progress", "arguments", "training"}
+    | {"model_card", "recipe_config"},
+    "recipe_config": {"checks"},
     "rows": {"checks", "launch", "progress", "resume", "results"},
     "launch": {"checks"},
     "arguments": {"checks"},

@@ -12,13 +12,8 @@ import pytest
 
 from softar import rows as softar_rows
 from softar.launch import LAUNCHED, Processes, Program, launch, split_processes
-from softar.recipe import (
-    interruptible,
-    named_model,
-    one_line_errors,
-    with_default_config,
-    with_found_config,
-)
+from softar.recipe import interruptible, named_model, one_line_errors
+from softar.recipe_config import with_default_config, with_found_config
 from softar.resume import checkpoint_of, last_checkpoint, resumes
 from softar.rows import APART, CUSTOM, check_resume, parse_rows, saved_row, set_apart, train_rows
 

@@ -17,9 +17,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 
 from ..checks import check_writable
-from ..config import TAGS, SoftConfig
+from ..config import CONFIG_FILE, TAGS, SoftConfig
 from ..evaluate import evaluate, tag_ids
 from ..mixers import guide, mk_mixer
+from ..model_card import OwnCard, changes_of
 from ..soft import Soft, check_dist, mk_proba_dist
 from ..training import MicroBatches, WatchedLosses, inside_forward, no_interrupt
 from .config import SoftSFTConfig
@@ -36,7 +37,7 @@ from .forward import mixed_forward, soft_forward
 from .loss import soft_loss
 
 
-class SoftSFTTrainer(WatchedLosses, MicroBatches, SFTTrainer):
+class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
     """TRL's SFTTrainer with soft teacher forcing in `compute_loss`.
 
     Takes the datasets that TRL takes, prompt-completion or language modelling, and a column
@@ -288,6 +289,9 @@ class SoftSFTTrainer(WatchedLosses, MicroBatches, SFTTrainer):
         return self.args.decoding(
             readout, temperature.item() if torch.is_tensor(temperature) else temperature
         )
+
+    def card_config(self):
+        return CONFIG_FILE, changes_of(self.decoding())
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         if self.args.learn_temperature:  # belongs to the decoding, not to the model

@@ -1,0 +1,155 @@
+"""The README.md of a trained folder: what it was trained from, on what, and how it is decoded."""
+
+import dataclasses
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import __version__
+from .config import CONFIG_FILE
+from .models import plain
+from .results import versions, write_whole
+
+PROMPT = "your prompt"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a trainer does not know of its data: whoever makes it may set `trainer.origin`."""
+
+    data: str | None = None  # name of the task, file or hub id
+    prompt: str = PROMPT  # an example, for the command
+    new_tokens: int | None = None  # of a completion: masks that a diffusion model is given
+
+
+class OwnCard:
+    """Mixin of a trainer, before TRL's among its bases: a model card of its own, in checkpoints and
+    in the output folder. TRL's shows a pipeline, which would decode it as any other model."""
+
+    origin = Origin()
+    card_method = "trained to think in mixtures of tokens"
+
+    def card_command(self, folder: str | Path) -> str:
+        """The command that decodes what lies in the folder."""
+        return decode_command("generate", folder, self.origin)
+
+    def card_config(self) -> tuple[str | None, dict]:
+        """The file of the folder that says how it is decoded, and what it says."""
+        return CONFIG_FILE, changes_of(self.args.decoding())
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "README.md", model_card(self, folder, dataset_name, tags))
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        # over the one that PEFT writes beside an adapter
+        write_whole(folder / "README.md", model_card(self, folder))
+
+
+def model_card(trainer, folder: Path, data: str | None = None, tags=None) -> str:
+    """The text of it, with the front matter that the hub reads."""
+    args, state, model = (
+        trainer.args,
+        trainer.state,
+        trainer.accelerator.unwrap_model(trainer.model),
+    )
+    base, adapter = plain(model).name_or_path or "", plain(model) is not model
+    data = data or trainer.origin.data
+    file, settings = trainer.card_config()
+    name = trainer.hub_model_id or folder
+    method = type(trainer).__name__.removesuffix("Trainer")
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    facts = {
+        "trained from": base or "weights without a name",
+        "what was trained": "an adapter (PEFT)" if adapter else "the whole model",
+        "data": f"{data or 'without a name'}, {rows_of(trainer.train_dataset)}",
+        "by": f"softar {__version__}, {method}, step {state.global_step} of {state.max_steps}, {batch} rows a step",
+        "learning rate, seed": f"{args.learning_rate:g}, {args.seed}",
+    } | {key: f"{value:.4g}" for key, value in last_numbers(state.log_history).items()}
+    packages = ", ".join(f"{package} {version}" for package, version in versions().items())
+    front = {
+        "library_name": "peft" if adapter else "transformers",
+        "tags": sorted({*trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])}),
+    } | ({"base_model": base} if base.count("/") == 1 and not Path(base).is_dir() else {})
+    told = f"`{file}` says how; " if file else ""
+    return "\n".join(
+        [
+            "---",
+            *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+            "---",
+            "",
+            f"# {Path(name).name}",
+            "",
+            f"A language model {trainer.card_method}.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {key} | {value} |" for key, value in facts.items()),
+            "",
+            "## Decode",
+            "",
+            "```bash",
+            trainer.card_command(name),
+            "```",
+            "",
+            f"{told}the `softar` command follows it: {json.dumps(settings) if settings else 'the defaults'}.",
+            "",
+            f"Made with {packages}.",
+            "",
+        ]
+    )
+
+
+def decode_command(tool: str, folder: str | Path, origin: Origin, options: str = "") -> str:
+    return f"softar {tool} {shlex.quote(origin.prompt)} -m {shlex.quote(str(folder))}{options}"
+
+
+def changes_of(config) -> dict:
+    """The fields of a configuration that are not its defaults."""
+    default = type(config)()
+    fields = (field.name for field in dataclasses.fields(config))
+    return {f: v for f in fields if (v := getattr(config, f)) != getattr(default, f)}
+
+
+def last_numbers(log: list[dict]) -> dict[str, float]:
+    """The last loss, reward and evaluation that a trainer has logged."""
+    numbers = {}
+    for entry in log:
+        shown = {k: v for k, v in entry.items() if k in ("loss", "reward") or k.startswith("eval_")}
+        numbers |= {k: v for k, v in shown.items() if "_per_second" not in k and "runtime" not in k}
+    return numbers
+
+
+def rows_of(dataset) -> str:
+    try:
+        return f"{len(dataset)} rows"
+    except TypeError:  # a stream
+        return "a stream"
+
+
+def command_of(folder: Path) -> str | None:
+    """The command in a trained folder's card."""
+    file = folder / "README.md"
+    found = re.search(r"```bash\n(.*)\n", file.read_text()) if file.is_file() else None
+    return found and found[1]
+
+
+def example_of(task, tokenizer) -> Origin:
+    """What the rows of a task say: a prompt that stands on a line, and the length of a
+    completion."""
+    rows = task.train if task.test is None else task.test
+    row = next(iter(rows.take(1) if hasattr(rows, "take") else rows), {})
+    prompt = row.get("template", row.get("prompt", PROMPT))
+    if isinstance(prompt, list):  # a chat
+        prompt = prompt[-1].get("content") or PROMPT
+    prompt = prompt.strip() if isinstance(prompt, str) else PROMPT
+    is_short = "\n" not in prompt and 0 < len(prompt) <= 120
+    answer = row.get("completion")
+    length = len(tokenizer(answer)["input_ids"]) + 1 if isinstance(answer, str) else None
+    return Origin(task.name, prompt if is_short else PROMPT, length)
