@@ -143,6 +143,8 @@ def read(recipe: Recipe, argv: list[str], program: Program | None = None) -> Inp
     check_least(script, num_seeds=1, eval_rows=1)
     task = recipe.prepare(script, open_task(script, mixture))
     model, options = named_model(model_args, task, task.models.get(recipe.model_kind))
+    if model != task.models.get(recipe.model_kind):
+        check_model(model, recipe.model_kind, script, options)
     program = program or recipe.program
     inputs = Inputs(program, argv, names, script, training, model_args, task, model, options)
     output = training.output_dir
@@ -357,6 +359,28 @@ def named_model(model_args, task: "Task", default: str | None) -> tuple[str, dic
     if model_args.model_revision not in (None, "main"):
         options["revision"] = model_args.model_revision
     return name, options
+
+
+def check_model(name: str, kind: str, script, options: dict) -> None:
+    """Raise ValueError for a model that is nowhere, or of the wrong kind, before anything else is
+    touched."""
+    from .decoders.card import describe
+    from .models import MODELS, check_there
+    from .tasks import MODELS as OF_TASKS
+
+    known = {*MODELS, *(name for models in OF_TASKS.values() for name in models.values())}
+    check_there(name, sorted(known), **{k: v for k, v in options.items() if k == "revision"})
+    has = describe(name).kind
+    needs = "diffusion" if kind == "diffusion" and not script.from_causal else "autoregressive"
+    if has not in (None, needs):
+        raise ValueError(f"model={name!r}: {OTHER_KIND[has]}")
+
+
+OTHER_KIND = {
+    "diffusion": "it fills masks: `softar diffusion-sft` trains it, without --from_causal",
+    "autoregressive": "it reads from left to right: `softar sft` trains it; --from_causal true makes a diffusion "
+    "model of a Llama or Qwen2 first",
+}
 
 
 @contextlib.contextmanager

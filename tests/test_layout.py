@@ -196,7 +196,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # what the recipes share stands on no floor
 BESIDE = {
     "recipe": {"checks", "tasks", "resume", "rows", "launch", "progress", "arguments", "training"}
-    | {"model_card", "recipe_config"},
+    | {"decoders", "model_card", "models", "recipe_config"},
     "recipe_config": {"checks"},
     "rows": {"checks", "launch", "progress", "resume", "results"},
     "launch": {"checks"},

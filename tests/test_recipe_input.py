@@ -4,7 +4,7 @@ import re
 import subprocess
 
 import pytest
-from launched import ENV, PYTHON, assert_fails, run, run_here
+from launched import ENV, PYTHON, ROOT, assert_fails, run, run_here
 from test_recipes import RECIPE, options
 from tiny import model_of, tokenizer_of
 
@@ -34,6 +34,14 @@ def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
         (dict(task="mnns", task_size=0), "size=0"),
         (dict(task="mnns", dataset_name="x"), "exactly one of --task"),
         (dict(model_name_or_path="mnns-tinny", task="mnns"), "model='mnns-tinny'.*'mnns-tiny'"),
+        (dict(model_name_or_path="no/such", task="mnns"), "model='no/such' is not there"),
+        (dict(model_name_or_path="/no/such", task="mnns"), "model='/no/such' is not there"),
+        (dict(model_name_or_path="no.gguf", task="mnns"), "model='no.gguf': there is no such file"),
+        (dict(model_name_or_path=ROOT, task="mnns"), "folder holds no config.json"),
+        (
+            dict(model_name_or_path="mnns-diffusion-tiny", task="mnns"),
+            "it fills masks: `softar diffusion-sft`",
+        ),
         (dict(dataset_name="/no/such", model_name_or_path="mnns-tiny"), "/no/such"),
         (dict(dataset_name="no/such"), "no/such"),
         (dict(config="/no/such.yaml"), "config='/no/such.yaml'"),
@@ -74,7 +82,10 @@ def test_bad_input_is_named_before_any_training(tmp_path, monkeypatch, capsys, c
         pytest.importorskip("reasoning_gym")
     if changes.get("dataset_name") and "task" not in changes:
         changes = changes | {"task_size": None}
+    before = tmp_path / "out" / "checkpoint-2"
+    before.mkdir(parents=True)
     assert_fails(monkeypatch, capsys, RECIPE, options(tmp_path / "out", **changes), says)
+    assert before.is_dir()  # not among the earlier ones
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("results.json"))
 
 

@@ -19,6 +19,7 @@ _HOME = {
     "wrap": "softar.models.adapter",
     "settings_of": "softar.models.source",
     "check_fixed": "softar.models.source",
+    "check_there": "softar.models.there",
     "check_autoregressive": "softar.models.kind",
     "diffusion_sign": "softar.models.kind",
     "plain": "softar.models.kind",
