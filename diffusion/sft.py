@@ -315,7 +315,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         )
 
     def card_command(self, folder: str | Path) -> str:
-        template = self._facts.mask_id in self.processing_class(self.origin.prompt)["input_ids"]
+        template = bool(mask := self.processing_class.mask_token) and mask in self.origin.prompt
         length = "" if template else f" --gen-length {self.origin.new_tokens or 32}"
         return decode_command("fill", folder, self.origin, length)
 

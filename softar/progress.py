@@ -10,17 +10,20 @@ LINE = re.compile(r"step (\d+)/(\d+)(.*)")
 
 @dataclass
 class Pace:
-    """Says when to speak again: after so many seconds, or such a share of the whole."""
+    """Says when to speak again: after so many seconds, or such a share of the whole, but not before
+    `gap` seconds."""
 
     seconds: float = 30.0
     share: float = 0.05
+    gap: float = 2.0
     spoke_at: float = -1e9
     spoke_of: float = -1.0
 
     def is_due(self, part: float) -> bool:
         """part: of the whole, in [0, 1]. Speaking is taken for granted where it says yes."""
         now = time.monotonic()
-        due = now - self.spoke_at >= self.seconds or part - self.spoke_of >= self.share
+        since = now - self.spoke_at
+        due = since >= self.seconds or (part - self.spoke_of >= self.share and since >= self.gap)
         if due:
             self.spoke_at, self.spoke_of = now, part
         return due

@@ -216,7 +216,7 @@ def tell_progress(trainer: Trainer, title: str, *, to_log: bool) -> None:
         return
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    pace = Pace(seconds=5, share=0.01) if to_log else Pace()
+    pace = Pace(seconds=5, share=0.01, gap=0.2) if to_log else Pace()
     trainer.add_callback(ProgressLines(title, pace))
     if to_log:
         trainer.add_callback(PrinterCallback())

@@ -1,0 +1,117 @@
+"""The README.md of a trained folder: what it says follows the run."""
+
+import re
+import shlex
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+
+import softar
+from softar.cli.app import main
+from softar.config import SoftConfig
+from softar.diffusion.head import HEAD_FILE
+from softar.diffusion.models import load
+from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
+from softar.model_card import PROMPT, Origin, changes_of, command_of, decode_command, example_of
+from softar.sft.config import SoftSFTConfig
+from softar.sft.trainer import SoftSFTTrainer
+from softar.tasks import load_task
+
+TASK = load_task("mnns", size=8)
+
+
+def read(folder):
+    """The front matter, and the rows of the table."""
+    text = (folder / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    for foreign in ("time machine", "pipeline", "Model Card for", "More Information Needed"):
+        assert foreign not in text
+    return yaml.safe_load(front), dict(re.findall(r"^\| (.+?) \| (.+) \|$", body, re.MULTILINE))
+
+
+def settings(folder, cls, **changes):
+    common = dict(
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        save_steps=1,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    return cls(**common | changes)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_card_of_a_soft_model_follows_the_run(tmp_path, adapter, capsys):
+    model, tokenizer = softar.load("mnns-tiny")
+    args = settings(tmp_path / "mine", SoftSFTConfig, think_steps=3, soft_top_k=5, seed=7)
+    trainer = SoftSFTTrainer(
+        model,
+        args,
+        train_dataset=TASK.train,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if adapter else None,
+    )
+    trainer.origin = example_of(TASK, tokenizer)
+    trainer.train()
+    trainer.save_model()
+    for folder, step in ((tmp_path / "mine", 2), (tmp_path / "mine" / "checkpoint-1", 1)):
+        front, facts = read(folder)
+        assert front["library_name"] == ("peft" if adapter else "transformers")
+        assert "softar" in front["tags"] and "base_model" not in front  # mnns-tiny is no hub id
+        assert facts["trained from"] == "mnns-tiny" and facts["data"] == "mnns, 8 rows"
+        assert ("adapter" in facts["what was trained"]) == adapter
+        assert f"SoftSFT, step {step} of 2, 4 rows a step" in facts["by"]
+        assert facts["learning rate, seed"] == "2e-05, 7" and float(facts["loss"]) > 0
+        text = (folder / "README.md").read_text()
+        assert str(changes_of(SoftConfig.load(folder))).replace("'", '"') in text
+        assert '"top_k": 5, "budget": 3' in text
+    command = shlex.split(command_of(tmp_path / "mine"))
+    assert command == ["softar", "generate", TASK.test["prompt"][0], "-m", str(tmp_path / "mine")]
+    with pytest.raises(SystemExit) as end:
+        main(command[1:])
+    assert end.value.code == 0 and capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_card_of_a_diffusion_model_follows_the_run(tmp_path, soft, capsys):
+    model, tokenizer = load("mnns-diffusion-tiny", seed=0)
+    args = settings(
+        tmp_path / "mine", DiffusionSFTConfig, max_steps=1, softmasking_prob=0.5 if soft else 0.0
+    )
+    trainer = DiffusionSFTTrainer(model, args, train_dataset=TASK.train, processing_class=tokenizer)
+    trainer.origin = example_of(TASK, tokenizer)
+    trainer.train()
+    trainer.save_model()
+    _, facts = read(tmp_path / "mine")
+    text = (tmp_path / "mine" / "README.md").read_text()
+    assert (HEAD_FILE in text) == soft == (tmp_path / "mine" / HEAD_FILE).is_file()
+    assert "DiffusionSFT" in facts["by"]
+    command = shlex.split(command_of(tmp_path / "mine"))
+    assert command[:2] == ["softar", "fill"] and command[-2:] == ["--gen-length", "5"]
+    with pytest.raises(SystemExit) as end:
+        main(command[1:])
+    assert end.value.code == 0 and capsys.readouterr().out.strip()
+
+
+def test_the_example_is_a_prompt_that_stands_on_a_line():
+    tokenizer = softar.load("mnns-tiny")[1]
+    chat = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]
+    for row, prompt in (
+        ({"prompt": "it's <bos>"}, "it's <bos>"),
+        ({"prompt": chat, "completion": [{"role": "assistant", "content": "So."}]}, "Why?"),
+        ({"prompt": "two\nlines"}, PROMPT),
+        ({"prompt": "long " * 99}, PROMPT),
+        ({"text": "no prompt at all"}, PROMPT),
+    ):
+        task = SimpleNamespace(name="mine", train=Dataset.from_list([row]), test=None)
+        origin = example_of(task, tokenizer)
+        assert (origin.data, origin.prompt) == ("mine", prompt)
+        command = decode_command("generate", "a folder", origin)
+        assert shlex.split(command) == ["softar", "generate", prompt, "-m", "a folder"]
+    stream = SimpleNamespace(name="s", train=TASK.train.to_iterable_dataset(), test=None)
+    assert example_of(stream, tokenizer) == Origin("s", TASK.train[0]["prompt"], 5)
