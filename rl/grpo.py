@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import create_model_from_path, pad, use_adapter
 
@@ -38,6 +37,7 @@ from .rollout import (
     save_rollouts,
     switch_off_dropout,
 )
+from .trl_trainer import GRPOTrainer
 
 ROLLOUTS = "rollouts-{rank}.safetensors"
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,6 +225,9 @@ def quiet(bars: bool) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # of adapters over a model that softar brings, and of a run without network
+    for remark in ("Could not find a config file in", "Unable to fetch remote file"):
+        warnings.filterwarnings("ignore", remark)
     if not bars:
         disable_progress_bars()
 

@@ -162,9 +162,9 @@ def fill(
 
     \b
     Examples:
-      softar fill "<bos> D4 D8 _ D3 -> _ _ _ S0"
+      softar fill "<bos> D4 D8 D1 D3 -> _ _ _ S0"
       softar fill "<bos> D4 D8 D1 D3 ->" --gen-length 5 --steps 2
-      softar fill "<bos> D4 D8 _ D3 -> _ _ _ S0" -d hard:threshold=0.9 --json
+      softar fill "<bos> D4 D8 D1 D3 -> _ _ _ S0" -d hard:threshold=0.9 --json
       softar fill "Paris is the _ of France." -m answerdotai/ModernBERT-base
     """
     text = streams.read_text(text)
@@ -208,7 +208,7 @@ def trace(
     Examples:
       softar trace "<bos> D4 D8 D1 D3 ->" --model mnns-soft-tiny
       softar trace "<bos> D4 D8 D1 D3 ->" -d mnns-soft-tiny=soft -d mnns-diffusion-tiny=soft-mask --html belief.html
-      softar trace "<bos> D4 D8 _ D3 -> _ _ _ S0" -m mnns-diffusion-tiny --max-new-tokens 0
+      softar trace "<bos> D4 D8 D1 D3 -> _ _ _ S0" -m mnns-diffusion-tiny --max-new-tokens 0
       softar trace "<bos> D4 D8 D1 D3 ->" -m mnns-soft-tiny --json
     """
     text, traces = streams.read_text(prompt), []
