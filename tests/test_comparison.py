@@ -740,8 +740,15 @@ def test_a_decoder_need_not_have_a_name():
         def decode(self, prompts):
             return Fake().decode(prompts)
 
-    (row,) = compare({"bare": Bare()}, questions(2), score, **QUIET).rows
-    assert (row["name"], row["decoder"], row["accuracy"]) == ("bare", "bare", 1)
+    for bare in (Bare(), Bare().decode, lambda prompts: Fake().decode(prompts)):
+        (row,) = compare({"bare": bare}, questions(2), score, **QUIET).rows
+        assert (row["name"], row["decoder"], row["accuracy"]) == ("bare", "bare", 1)
+
+
+@pytest.mark.parametrize("wrong", ["soft", None, Fake, {"decode": 1}])
+def test_what_decodes_nothing_is_named(wrong):
+    with pytest.raises(ValueError, match=r"decoders\['mine'\]=.* give decode\(prompts\)"):
+        compare({"mine": wrong}, questions(2), score, **QUIET)
 
 
 # Matched budgets

@@ -1,5 +1,6 @@
 """What a decoder is and what it answers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -30,10 +31,27 @@ class Unfinished(ValueError):
         self.done = done or {}
 
 
+@runtime_checkable
 class Decoder(Protocol):
     def decode(self, prompts: list) -> list[Decoded]:
         """Prompts, text or chat messages, to as many answers in their order."""
         ...
+
+
+@dataclass(frozen=True)
+class FunctionDecoder:
+    """A function prompts -> answers as a decoder."""
+
+    decode: Callable[[list], list[Decoded]]
+
+
+def as_decoder(value, name: str) -> Decoder:
+    """A decoder as it is, a function made one. name: of the argument, for the error."""
+    if isinstance(value, type) or not (isinstance(value, Decoder) or callable(value)):
+        raise ValueError(
+            f"{name}={value!r} decodes nothing: give decode(prompts) -> [softar.Decoded], a function or a method"
+        )
+    return value if isinstance(value, Decoder) else FunctionDecoder(value)
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from ..checks import check_choice, check_least
-from ..decoders.answer import Decoder, NamedDecoder
+from ..decoders.answer import Decoder, NamedDecoder, as_decoder
 from ..results import write_csv, write_results, write_whole
 from .chart import comparison_table, plot_frontier
 from .contest import Contest, Failure
@@ -278,7 +278,10 @@ def _named(decoders: dict[str, Decoder] | list[NamedDecoder]) -> dict[str, Decod
     if not decoders:
         raise ValueError("decoders is empty: give at least one")
     if isinstance(decoders, dict):
-        return dict(decoders)
+        return {
+            label: as_decoder(decoder, f"decoders[{label!r}]")
+            for label, decoder in decoders.items()
+        }
     named: dict[str, Decoder] = {}
     for i, decoder in enumerate(decoders):
         if not isinstance(decoder, NamedDecoder):
