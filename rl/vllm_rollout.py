@@ -24,6 +24,7 @@ from softar.decode import SoftOutput
 from softar.models import plain
 from softar.thought import Kind, Record, begin, check_finite, mk_rules, replay
 from softar.vllm.export import check_heads, is_narrow, widened
+from softar.vllm.finite import check_ended
 from softar.vllm.hooks import VERSIONS
 from softar.vllm.machine import environment, on_cpu, settings
 from softar.vllm.plugin import register
@@ -242,6 +243,8 @@ class VLLMRollout(VLLMGeneration):
             outs = self.llm.generate(
                 [{"prompt_token_ids": row} for row in prompts], params, use_tqdm=False
             )
+        for o in outs:
+            check_ended(o.outputs[0])
         out = output_of(
             prompts, [record_of(o.outputs[0]) for o in outs], self.decoding, self.eos, self.pad
         )

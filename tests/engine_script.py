@@ -251,6 +251,61 @@ def cached(llm):
     return rows
 
 
+def spoiled(llm):
+    """Requests that read a token whose embedding is NaN, beside others, which must not notice: how
+    they ended, what the others were answered before, meanwhile and after, and their own answer once
+    the embedding is whole."""
+    from vllm import SamplingParams
+
+    word = VOCAB - 1
+    row = runner(llm).get_model().model.embed_tokens.weight.data[word]
+    others = [case for case in cases(200) if case[1] is None and case[3] < 20][:12]
+    before = answers(llm, others)
+    others = [case for case, (tokens, _) in zip(others, before) if word not in (*case[0], *tokens)]
+    before, whole = answers(llm, others), row.clone()
+    ills = [[*LONG, *LONG, word, 9], [BOS, word]]
+    wide = dict(top_k=None, keep=None, mixer="k-samples", mixer_args={"k": 64})
+    fields = [None, {"top_k": 64}, wide, {**wide, "mixer": "gumbel", "mixer_args": {}, "keep": 64}]
+    asked = [(prompt, soft) for prompt in ills for soft in fields]
+    asked += [([BOS, 9], {"top_k": 64})]  # which reads it in a mixture
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=12,
+            seed=1,
+            extra_args=None if soft is None else {"soft": soft},
+        )
+        for _, soft in asked
+    ]
+    beside = [ask(*case) for case in others]
+    prompts = [{"prompt_token_ids": prompt} for prompt, _ in asked]
+    row.fill_(torch.nan)
+    outs = llm.generate(
+        prompts + [prompt for prompt, _ in beside], params + [p for _, p in beside], use_tqdm=False
+    )
+    row.copy_(whole)
+    later, n = answers(llm, others), len(asked)
+    layers = runner(llm).compilation_config.static_forward_context.values()
+    (again,) = llm.generate(prompts[:1], params[:1], use_tqdm=False)
+    return {
+        "ends": [[o.outputs[0].finish_reason, len(o.outputs[0].token_ids)] for o in outs[:n]],
+        "others": [before, [[list(o.outputs[0].token_ids), None] for o in outs[n:]], later],
+        "again": [ills[0], list(again.outputs[0].token_ids), again.num_cached_tokens],
+        "finite": all(bool(layer.kv_cache.isfinite().all()) for layer in layers),
+    }
+
+
+def ends_alone(made, model):
+    """What `spoiled` must have found."""
+    *alone, mixed = made["ends"]
+    assert alone == [["error", 0]] * 8 and mixed == ["error", 1]
+    before, meanwhile, later = made["others"]
+    assert len(before) > 5 and meanwhile == before and later == before
+    prompt, tokens, num_cached = made["again"]
+    ((own, _),) = expected(model, [(prompt, None, 0, 12, False)])
+    assert tokens == own and num_cached == 0 and made["finite"]
+
+
 def refused(llm, soft, more):
     from vllm import SamplingParams
 

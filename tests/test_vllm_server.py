@@ -1,6 +1,8 @@
 """Soft decoding by vLLM's server on loopback: answers, streams, refusals, and the decoders that
 ask it, beside softar.generate."""
 
+import base64
+import io
 import json
 import os
 import random
@@ -238,6 +240,34 @@ def test_the_decoder_for_comparisons_is_the_loops(server, folder):
         softar.make_decoder(
             f"{folder / 'llama'}=vllm-soft:url={server.url},tempratur=1", max_new_tokens=12
         )
+
+
+def in_base64(tensor):
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.slow
+def test_nobody_spoils_the_answers_of_others(server, model):
+    asked = [dict(prompt=[BOS, 11, 12, 13]), dict(prompt=[BOS, 11, 12], soft={"budget": 3})]
+
+    def said():
+        return [post(server, **body).json()["choices"][0]["token_ids"] for body in asked]
+
+    before = said()
+    for value in (0.1, torch.nan, torch.inf):
+        embeds = in_base64(torch.full((100, model.config.hidden_size), value))
+        part = {"type": "prompt_embeds", "data": embeds}
+        for path, body in (
+            ("completions", {"prompt_embeds": embeds}),
+            ("completions", {"prompt_embeds": [embeds, embeds], "prompt": [BOS, 11]}),
+            ("chat/completions", {"messages": [{"role": "user", "content": [part]}]}),
+        ):
+            answer = post(server, path, **body)
+            assert answer.status_code == 400 and len(answer.text) < 400, answer.text
+            assert "--enable-prompt-embeds" in answer.json()["error"]["message"]
+    assert said() == before
 
 
 @pytest.mark.slow

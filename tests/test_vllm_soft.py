@@ -32,6 +32,7 @@ from engine_script import (
     ask,
     cached,
     cases,
+    ends_alone,
     expected,
     inside,
     mixture_of,
@@ -42,6 +43,7 @@ from engine_script import (
     same,
     same_trace,
     save_models,
+    spoiled,
 )
 from http_script import FIELD, over_http
 from tiny import BOS
@@ -85,7 +87,7 @@ def main(folder):
             discrete = [case for case in cases(NUMBER[arch]) if case[1] is None]
             out |= {"discrete": answers(llm, discrete), **inside(llm), **tricks(llm)}
             out["bad"] = [[refused(llm, soft, more), after(llm)] for soft, more, _ in BAD]
-            out["cached"] = cached(llm)
+            out |= {"cached": cached(llm), "spoiled": spoiled(llm)}
             out["traced"] = traced(llm, folder)
             # those that ended leave with the next step
             answers(llm, [([BOS, 9], None, 0, 1, False)])
@@ -242,6 +244,11 @@ def test_soft_positions_are_never_taken_for_hard_ones(made, models):
     # Of 36 + 50 positions two blocks of 32 are whole. Only what discrete requests computed is found
     assert [count for *_, count in made["cached"]] == [0, 64, 32, 64, 64, 64]
     assert len({tuple(said) for said, *_ in made["cached"]}) == 3
+
+
+@pytest.mark.slow
+def test_numbers_that_are_not_finite_end_their_request_alone(made, models):
+    ends_alone(made["spoiled"], models["llama"])
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from engine_script import (
     ask,
     cached,
     cases,
+    ends_alone,
     expected,
     inside,
     model_of,
@@ -33,6 +34,7 @@ from engine_script import (
     runner,
     same,
     save_models,
+    spoiled,
 )
 from tiny import BOS
 
@@ -72,7 +74,7 @@ def before_any_soft_request(llm):
 def tricks(llm):
     from vllm import SamplingParams
 
-    out = {**inside(llm), "cached": cached(llm)}
+    out = {**inside(llm), "cached": cached(llm), "spoiled": spoiled(llm)}
     few = [BAD[0], BAD[33]]
     out["bad"] = [[refused(llm, soft, more), after(llm), says] for soft, more, says in few]
     beside = ask([BOS, 9], None, 0, 9, False, logprobs=2)
@@ -159,6 +161,11 @@ def test_soft_positions_are_never_taken_for_hard_ones(made, models):
         ((own, _),) = expected(models["llama"], [(LONG + said, None, 0, 9, False)])
         assert tokens == own
     assert [count for *_, count in made["cached"]] == [0, 64, 32, 64, 64, 64]
+
+
+@pytest.mark.slow
+def test_numbers_that_are_not_finite_end_their_request_alone(made, models):
+    ends_alone(made["spoiled"], models["llama"])
 
 
 @pytest.mark.slow

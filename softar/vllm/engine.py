@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 from ..decoders.answer import Decoded
 from .completions import Completion, CompletionDecoder, Sampling, split_options, token_ids
 from .export import exported, served_dtype
+from .finite import check_ended
 from .machine import environment, on_cpu, require_vllm, settings
 from .record import record_of, to_record
 
@@ -132,6 +133,8 @@ class VLLMDecoder(CompletionDecoder):
             for seed in self.seeds(len(ids))
         ]
         outs = llm.generate([{"prompt_token_ids": row} for row in ids], params, use_tqdm=False)
+        for output in (output for out in outs for output in out.outputs):
+            check_ended(output)
         if s.soft is not None and self.soft["record"]:
             return [[self._recorded(out.outputs[0])] for out in outs]
         return [[self._completion(o.token_ids, o.logprobs) for o in out.outputs] for out in outs]

@@ -5,14 +5,15 @@ vLLM calls `register` in each of its processes (entry point `vllm.general_plugin
 request with `SamplingParams(extra_args={"soft": {...}})`, over HTTP `"vllm_xargs": {"soft":
 "{...}"}` with the object as JSON text, thinks as `softar.generate` does with a SoftConfig of these
 fields, beside requests that do not. SamplingParams decides on what is softar's answer: its
-temperature, top_k, ... and max_tokens. The engine has to take embeddings
-(`--enable-prompt-embeds`). With `"record": true` the output tells what was read: `record_of`, over
-HTTP the field "soft" of each choice (softar.vllm.http).
+temperature, top_k, ... and max_tokens. The engine has to be told to (softar.vllm.switches). With
+`"record": true` the output tells what was read: `record_of`, over HTTP the field "soft" of each
+choice (softar.vllm.http).
 """
 
 import secrets
 
 from ..config import SoftConfig
+from .finite import check_embeds, schedule, update_from_output
 from .hooks import VERSIONS, patch, refusing
 from .request import OWN, check_request, soft_of
 from .runners import init_device
@@ -30,6 +31,7 @@ def register() -> None:
         )
         init_logger("vllm.softar").warning(message, __version__, ".*, ".join(VERSIONS))
         return
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -39,6 +41,9 @@ def register() -> None:
     patch(InputProcessor, "__init__", init_processor)
     patch(InputProcessor, "process_inputs", process_inputs)
     patch(EngineCore, "preprocess_add_request", preprocess_add_request)
+    Scheduler.softar_blocks = ()  # to be set to zero
+    patch(Scheduler, "schedule", schedule)
+    patch(Scheduler, "update_from_output", update_from_output)
     patch(WorkerWrapperBase, "init_device", init_device)
 
 
@@ -61,12 +66,13 @@ def process_inputs(
                 raise ValueError("soft: not in a session whose prompt grows; send the whole prompt")
     kwargs |= dict(lora_request=lora_request, resumable=resumable)
     request = method(self, request_id, prompt, params, *args, **kwargs)
+    with refusing():
+        check_embeds(request.prompt_embeds, self.vllm_config.model_config)
+        if asked is not None and (request.prompt_embeds is not None or request.mm_features):
+            raise ValueError(
+                "soft: not with prompt_embeds, images or sound; send text or token ids"
+            )
     if asked is not None:
-        with refusing():
-            if request.prompt_embeds is not None or request.mm_features:
-                raise ValueError(
-                    "soft: not with prompt_embeds, images or sound; send text or token ids"
-                )
         params = request.sampling_params  # the engine's copy
         params.extra_args = {**params.extra_args, OWN: soft}
         if soft["record"]:  # travels as log-probabilities; the columns are those of log_columns

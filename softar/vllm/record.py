@@ -5,7 +5,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from ..mixers import TINY
 from ..thought import Kind, Record
 
 
@@ -44,6 +46,24 @@ def record_of(output) -> list[Read]:
             )
         )
     return steps
+
+
+def log_columns(record: Record, width: int) -> tuple[Tensor, Tensor]:
+    """A step as vLLM sends log-probabilities: ids and values [G, width].
+
+    Column 0 holds the token and its log-probability, 1 the entropy, the rest the mixture, equal ids
+    summed.
+    """
+    ids, weights, token = record.ids, record.weights, record.token[:, None]
+    same = ids[:, :, None] == ids[:, None, :]  # [G, K, K]
+    weights = (weights[:, None, :] * same).sum(-1)  # all slots of an id carry its sum
+    of_token = (weights * (ids == token)).amax(-1, keepdim=True)  # [G, 1]
+    is_dropped = weights == 0  # by a filter
+    ids, weights = torch.where(is_dropped, token, ids), torch.where(is_dropped, of_token, weights)
+    more = width - 2 - ids.shape[1]
+    ids = torch.cat([token, token, ids, token.expand(-1, more)], 1)
+    logs = torch.cat([weights, of_token.expand(-1, more)], 1).clamp_min(TINY).log()
+    return ids, torch.cat([record.logp[:, None], record.entropy[:, None], logs], 1)
 
 
 def to_record(steps: Sequence[Read]) -> Record:

