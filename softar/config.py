@@ -160,7 +160,13 @@ class SoftConfig:
                 continue
             if tokenizer is None:
                 raise ValueError(f"{name}={text!r} is text: pass tokenizer=, or its token ids")
-            ids[name] = tuple(tokenizer.encode(text, add_special_tokens=False))
+            try:
+                ids[name] = tuple(tokenizer.encode(text, add_special_tokens=False))
+            except Exception as error:  # tokenizers raises no class of its own
+                raise ValueError(
+                    f"{name}={text!r} cannot be read by the tokenizer ({error}): give words of its "
+                    "vocabulary, or token ids"
+                ) from error
             if not ids[name]:
                 raise ValueError(f"{name}={text!r} is empty for this tokenizer")
         return dataclasses.replace(self, **ids)

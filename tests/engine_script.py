@@ -61,10 +61,10 @@ SOFT = [  # fields, does it draw
 BAD = [  # soft, other settings, what the one line says
     ({"foo": 1}, {}, "unknown fields ['foo']; known are mixer, mixer_args"),
     ("{", {}, "'{' is not JSON"),
-    ("[" * 100_000, {}, "is not JSON"),
+    ("[" * 60_000, {}, "is not JSON"),
     ([1], {}, "[1] must be an object"),
     (7, {}, "7 must be an object"),
-    ({"mixer": "nope"}, {}, "mixer='nope' is unknown"),
+    ({"mixer": "nope"}, {}, "mixer='nope' is unknown: choose one of"),
     ({"mixer": 3}, {}, "mixer=3 must be text"),
     ({"mixer_args": {"tau": 1}}, {}, "does not take"),
     ({"mixer": "gumbel", "mixer_args": {"tau": "x"}}, {}, "does not take"),
@@ -99,6 +99,7 @@ BAD = [  # soft, other settings, what the one line says
     ({}, {"bad_words": ["w5"]}, "not together with bad_words"),
     ({}, {"min_tokens": 2}, "not together with min_tokens"),
     ({}, {"allowed_token_ids": [5]}, "not together with allowed_token_ids"),
+    ("[" * 100_000, {}, "the object has 100000 characters, and at most 65536 are read"),
 ]
 SETTINGS = dict(  # of an engine in a script
     VLLM_CPU_KVCACHE_SPACE="1",

@@ -1,5 +1,6 @@
 """Requests on their way into vLLM, without an engine: what is refused, and how shortly."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -7,8 +8,10 @@ import pytest
 import tiny
 import torch
 
+from softar.models import word_tokenizer
 from softar.vllm.finite import check_embeds, count_broken, update_from_output, zero_blocks
 from softar.vllm.plugin import process_inputs
+from softar.vllm.request import FIELDS
 from softar.vllm.switches import thinks
 
 PARALLEL = dict(
@@ -50,10 +53,10 @@ def _no_vllm(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.exceptions", errors)
 
 
-def send(soft=None, embeds=None, config=None):
+def send(soft=None, embeds=None, config=None, tokenizer=None):
     """What process_inputs makes of a request: its extra_args."""
     config = config or config_of()
-    processor = SimpleNamespace(vllm_config=config, tokenizer=tiny.tokenizer_of())
+    processor = SimpleNamespace(vllm_config=config, tokenizer=tokenizer or tiny.tokenizer_of())
     params = SimpleNamespace(**PARAMS, extra_args=None if soft is None else {"soft": soft})
 
     def method(self, request_id, prompt, params, *args, **kwargs):
@@ -86,6 +89,55 @@ def test_who_thinks_takes_no_embeddings():
         send({}, config=config_of(embeds=False))
     assert send({"budget": 3}, config=config_of(embeds=False, soft=True))["softar"]
     assert thinks(config_of()) and not thinks(config_of(embeds=False))
+
+
+LONG = {  # of each type that a field may have
+    str: "x" * 1_000_000,
+    dict: {"tau": "x" * 1_000_000},
+    int: int("1" * 4000),
+    float: 1e300,
+    list: [5] * 300_000,
+    bool: True,
+}
+VALUES = [
+    (name, value)
+    for name, kinds in FIELDS.items()
+    for value in (*LONG.values(), {"x" * 1_000_000: 1}, {"tau": [[1] * 9] * 9999}, ["é" * 10**6])
+]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_no_refusal_is_long_whatever_a_field_holds(as_text):
+    bodies = [{name: value} for name, value in VALUES]
+    bodies += [{"x" * 1_000_000: 1}, {f"x{i}": i for i in range(100_000)}, "x" * 1_000_000]
+    said = []
+    for body in bodies:
+        try:
+            asked = json.dumps(body) if as_text and not isinstance(body, str) else body
+        except ValueError:  # Python writes no number so long
+            continue
+        try:
+            send(asked)
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 0.7 * len(bodies)
+    assert all(text.startswith("soft: ") and len(text) <= 390 for text in said), max(said, key=len)
+    assert not any("\n" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    "soft, says",
+    [
+        ({"mixer": "m" * 1001}, "field 'mixer' has 1010 characters, and at most 1000 are read"),
+        ({"banned": [5] * 20_000}, "field 'banned' has 60008 characters, and at most 32768"),
+        ({"mixer": "gumbell"}, r"did you mean 'gumbel'\?: choose one of \[[^]]*\]$"),
+        ({"think_end": "</think>"}, r"think_end='</think>' cannot be read by the tokenizer \("),
+    ],
+)
+def test_what_is_wrong_is_said(soft, says):
+    with pytest.raises(ValueError, match=says):
+        send(soft, tokenizer=word_tokenizer(["<pad>", "<bos>", "<eos>", "word"]))
+    assert send({"banned": [5] * 9000})["softar"]["config"]["banned"] == (5,) * 9000
 
 
 def test_what_is_broken_is_counted_by_row():

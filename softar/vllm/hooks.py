@@ -5,9 +5,12 @@ import contextlib
 import functools
 from collections.abc import Callable
 
+from ..checks import shorten
+
 # Of vLLM, tested. 0.33 was only read: the methods patched have the same signatures there, but it has
 # no build for CPU to run them on.
 VERSIONS = ("0.32",)
+LONGEST = 390  # characters of an error
 
 
 def patch(owner, name: str, around: Callable) -> None:
@@ -27,7 +30,7 @@ def patch(owner, name: str, around: Callable) -> None:
 @contextlib.contextmanager
 def refusing():
     """A ValueError, for those who call vLLM from Python, is vLLM's error of the client too: the
-    server answers 400."""
+    server answers 400, in one line that sends nobody's megabytes back."""
     from vllm.exceptions import VLLMValidationError
 
     class SoftError(VLLMValidationError, ValueError):
@@ -36,4 +39,4 @@ def refusing():
     try:
         yield
     except ValueError as error:
-        raise SoftError(str(error)) from None
+        raise SoftError(shorten(str(error), LONGEST)) from None

@@ -2,13 +2,16 @@
 
 import json
 
-from ..checks import shorten
+from ..checks import check_choice, shorten
 from ..config import TAGS, SoftConfig, renamed
+from ..mixers import MIXERS
 from ..soft import check_dist
 from .switches import thinks
 
 LIMIT = 256  # tokens in a mixture
 LONGEST = 64  # tokens of think_start and think_end
+# characters, as JSON: of a request's "soft", of one of its fields, of its banned ids
+SIZES = {"soft": 2**16, "field": 1000, "banned": 2**15}
 MOST = 2**31  # steps
 OWN = "softar"  # what a request's "soft" becomes on its way to the workers
 ENABLE = (
@@ -70,6 +73,7 @@ def parse(asked) -> dict:
         ValueError: naming the field, its value and the types that fit.
     """
     if isinstance(asked, str):  # as HTTP has it
+        _check_size("the object", len(asked), SIZES["soft"])
         try:
             asked = json.loads(asked)
         except (ValueError, RecursionError) as error:
@@ -78,6 +82,9 @@ def parse(asked) -> dict:
         raise ValueError(
             f"soft: {_quote(asked)} must be an object of fields, e.g. {{}} or {{'mixer': 'gumbel'}}"
         )
+    for name, value in asked.items():
+        size = len(repr(name)) + len(repr(value))
+        _check_size(f"field {_quote(name)}", size, SIZES.get(name, SIZES["field"]))
     asked = renamed(asked, "soft: ")
     if unknown := [name for name in asked if name not in FIELDS]:
         raise ValueError(f"soft: unknown fields {_quote(unknown)}; known are {', '.join(FIELDS)}")
@@ -93,12 +100,19 @@ def parse(asked) -> dict:
     return dict(asked)
 
 
+def _check_size(what: str, size: int, most: int) -> None:
+    if size > most:
+        raise ValueError(f"soft: {what} has {size} characters, and at most {most} are read")
+
+
 def _resolve(fields: dict, vocab: int, tokenizer) -> SoftConfig:
     # before a mixer tries it
     count = fields.get("mixer_args", {}).get("k", 1)
     if isinstance(count, NUMBER) and count > LIMIT:
         raise ValueError(f"soft: k={_quote(count)} must be at most {LIMIT}")
     try:
+        # here, where SoftConfig would propose a function too
+        check_choice("mixer", fields.get("mixer", SoftConfig.mixer), sorted(MIXERS))
         config = SoftConfig(**fields)
         check_dist(vocab, **config.filters)
         return config.resolve(tokenizer)
