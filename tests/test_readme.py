@@ -107,11 +107,12 @@ def stand_ins(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server():
-    """What `softar serve mnns-soft-tiny --soft --port 8000` starts, at a free port."""
+    """What `softar serve mnns-soft-tiny --soft --port 8000 ...` starts, at a free port."""
     pytest.importorskip("vllm")
     from softar.vllm import serve
 
-    with serve("mnns-soft-tiny", soft=True) as running:
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with serve("mnns-soft-tiny", soft=True, extra=["--chat-template", template]) as running:
         yield running.url
 
 
@@ -158,6 +159,7 @@ EXPECTED = {  # what a block with these words prints
     "result.matched": r"within 6 forwards: \[.*soft-tiny=soft.*\]",
     "soften=": r"\['S4 S-4 S-3 S0'\] 3 forwards",
     "S0 <eos>": r"^D4 D8 D1 D3 -> S-?\d+ S-?\d+ S-?\d+ S0$",
+    "client.chat": r"S0$",
     "OpenAI": r"S0\n\[\[",
     "record_of": r"Read\(token=",
 }

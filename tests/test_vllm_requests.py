@@ -1,5 +1,6 @@
 """Requests on their way into vLLM, without an engine: what is refused, and how shortly."""
 
+import asyncio
 import json
 import sys
 from types import SimpleNamespace
@@ -9,10 +10,13 @@ import tiny
 import torch
 
 from softar.models import word_tokenizer
+from softar.vllm.client import Connection
+from softar.vllm.export import check_served
 from softar.vllm.finite import check_embeds, count_broken, update_from_output, zero_blocks
+from softar.vllm.http import generate
 from softar.vllm.plugin import process_inputs
 from softar.vllm.request import FIELDS
-from softar.vllm.switches import thinks
+from softar.vllm.switches import Switches, thinks
 
 PARALLEL = dict(
     pipeline_parallel_size=1, prefill_context_parallel_size=1, enable_batch_sharded_sampling=False
@@ -173,3 +177,75 @@ def test_an_engine_that_does_not_think_ends_nothing():
         "scheduled",
         out,
     )
+
+
+def test_soft_answers_count_while_they_are_under_way():
+    """However they end: read to the end, left early, cancelled or failed."""
+    engine = SimpleNamespace(vllm_config=config_of(soft=True, max_soft=3), softar_count=0)
+    errors = sys.modules["vllm.exceptions"]
+    errors.GracefulHTTPError = type("Refused", (Exception,), {})
+
+    async def method(self, prompt, params):
+        for step in range(3):
+            await asyncio.sleep(0)
+            if prompt == "fails" and step == 1:
+                raise RuntimeError
+            yield step
+
+    def ask(prompt, n=1, soft="{}"):
+        params = SimpleNamespace(n=n, extra_args=soft and {"soft": soft})
+        return generate(method, engine, prompt, sampling_params=params)
+
+    async def main():
+        first, second = ask("a"), ask("b", n=2)
+        assert [await anext(first), await anext(second), engine.softar_count] == [0, 0, 3]
+        with pytest.raises(errors.GracefulHTTPError, match=r"3 answers .* at most 3"):
+            await anext(ask("c"))
+        assert [step async for step in ask("d", n=9, soft=None)] == [0, 1, 2]
+        await second.aclose()
+        assert engine.softar_count == 1 and [step async for step in first] == [1, 2]
+        with pytest.raises(RuntimeError):
+            [step async for step in ask("fails", n=3)]
+        task = asyncio.create_task(anext(ask("e")))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.sleep(0.01)
+        return engine.softar_count
+
+    assert asyncio.run(main()) == 0
+
+
+def test_the_limit_is_checked_before_a_server_starts():
+    with pytest.raises(ValueError, match="max_soft=3 needs soft=True"):
+        Switches(max_soft=3)
+    with pytest.raises(ValueError, match="max_soft=0 must be at least 1"):
+        Switches(soft=True, max_soft=0)
+    assert Switches().arguments == []
+    assert Switches(soft=True, max_soft=3).arguments[1] == '{"soft": true, "max_soft": 3}'
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        (
+            "mnns-diffusion-tiny",
+            "is a masked-diffusion model, and vLLM serves none: .* `softar fill",
+        ),
+        ("mnns-sfot-tiny", "the hub does not give it .*, did you mean 'mnns-soft-tiny'"),
+        ("nobody/nothing", "is no folder and not in the hub's cache, .* reached or one of"),
+    ],
+)
+def test_what_cannot_be_served_is_said_at_once(name, says):
+    with pytest.raises(ValueError, match=says):
+        check_served(name)
+    check_served("mnns-soft-tiny")
+
+
+@pytest.mark.parametrize("given, sent", [(None, "Bearer e"), ("k", "Bearer k"), ("", None)])
+def test_a_decoder_sends_the_key(monkeypatch, given, sent):
+    monkeypatch.setenv("VLLM_API_KEY", "e")
+    client = Connection(api_key=given).client("http://127.0.0.1:1")
+    assert client.headers.get("Authorization") == sent
+    monkeypatch.delenv("VLLM_API_KEY")
+    assert "Authorization" not in Connection().client("http://127.0.0.1:1").headers

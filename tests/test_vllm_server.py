@@ -35,7 +35,14 @@ from softar.vllm.client import ServerDecoder
 from softar.vllm.decoders import DECODERS
 from softar.vllm.record import from_json, to_record
 
+KEY = "not for everybody"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+ASKED = dict(headers={"Authorization": f"Bearer {KEY}"}, timeout=60, trust_env=False)
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +58,7 @@ def server(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "PYTHONPATH", FORKING["PYTHONPATH"])
         with softar.vllm.server.serve(
-            folder / "llama", max_model_len=128, soft=True, extra=more
+            folder / "llama", max_model_len=128, soft=True, max_soft=16, api_key=KEY, extra=more
         ) as running:
             patch.undo()
             yield running
@@ -76,9 +83,7 @@ def body_of(server, **body):
 
 
 def post(server, path="completions", **body):
-    return httpx.post(
-        f"{server.url}/v1/{path}", json=body_of(server, **body), timeout=60, trust_env=False
-    )
+    return httpx.post(f"{server.url}/v1/{path}", json=body_of(server, **body), **ASKED)
 
 
 def chunks(server, path="completions", **body):
@@ -171,7 +176,7 @@ def test_the_client_of_the_readme(server):
     from openai import DefaultHttpxClient, OpenAI
 
     with OpenAI(
-        base_url=f"{server.url}/v1", api_key="-", http_client=DefaultHttpxClient(trust_env=False)
+        base_url=f"{server.url}/v1", api_key=KEY, http_client=DefaultHttpxClient(trust_env=False)
     ) as client:
         soft = {"top_k": 10, "budget": 3, "record": True}
         answer = client.completions.create(
@@ -179,7 +184,7 @@ def test_the_client_of_the_readme(server):
             prompt="<bos> w11 w12",
             max_tokens=6,
             temperature=0,
-            extra_body={"vllm_xargs": {"soft": json.dumps(soft)}},
+            extra_body={"vllm_xargs": {"soft": soft}},
         )
     read = answer.choices[0].soft
     assert (
@@ -271,6 +276,31 @@ def test_nobody_spoils_the_answers_of_others(server, model):
 
 
 @pytest.mark.slow
+def test_who_may_ask_and_how_much(server):
+    prompt, soft = [BOS, 11, 12], {"budget": 3, "record": True}
+    as_text = post(server, prompt=prompt, soft=soft).json()["choices"]
+    for path, asked in (
+        ("completions", {"prompt": prompt}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "<bos> w11 w12"}]}),
+    ):
+        (choice,) = post(server, path, **asked, vllm_xargs={"soft": soft}).json()["choices"]
+        assert choice["soft"] == as_text[0]["soft"]
+        for bad in (None, True, {"a": {}}, [{}], {"mixer": "x" * 1_000_000}):
+            answer = post(server, path, **asked, vllm_xargs={"soft": bad})
+            said = answer.json()["error"]["message"]
+            assert answer.status_code == 400 and said.startswith("soft: ") and len(said) < 400
+    answer = httpx.post(
+        f"{server.url}/v1/completions", json=body_of(server, prompt=prompt), trust_env=False
+    )
+    assert answer.status_code == 401
+    crowd = dict(prompt=prompt, n=17, temperature=1, soft={})
+    answer = post(server, **crowd)
+    assert answer.status_code == 503 and "at most 16 (--max-soft)" in answer.text
+    assert '"code":503' in post(server, **crowd, stream=True).text.replace(" ", "")
+    assert len(post(server, **{**crowd, "n": 16}).json()["choices"]) == 16
+
+
+@pytest.mark.slow
 def test_the_server_refuses_and_lives_on(server):
     prompt = [BOS, 11, 12, 13]
     before = post(server, prompt=prompt, soft={}).json()["choices"][0]["token_ids"]
@@ -301,8 +331,6 @@ def test_the_server_refuses_and_lives_on(server):
     # clients that go away while it thinks
     for record in ("{}", '{"record": true}', '{"record": true}'):
         body["vllm_xargs"] = {"soft": record}
-        with httpx.stream(
-            "POST", f"{server.url}/v1/completions", json=body, timeout=60, trust_env=False
-        ) as stream:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, **ASKED) as stream:
             assert next(stream.iter_lines()).startswith("data: ")
     assert post(server, prompt=prompt, soft={}).json()["choices"][0]["token_ids"] == before

@@ -137,6 +137,17 @@ def serve(
     soft: Annotated[
         bool, typer.Option("--soft", help="Let requests think softly (vllm_xargs.soft).")
     ] = False,
+    max_soft: Annotated[
+        int | None,
+        typer.Option(help="Answers to soft requests at a time; one more gets 503.  [default: any]"),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="VLLM_API_KEY",
+            help="What clients have to send for /v1, as a bearer token; better in the environment.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Serve a model with vLLM, OpenAI-compatible, with --soft for soft requests beside discrete
@@ -154,7 +165,9 @@ def serve(
     inputs.quiet()
     from ..vllm import ServerError
     from ..vllm import serve as start
+    from ..vllm.export import check_served
 
+    check_served(model)
     streams.say(f"starting vllm serve for {model}; it takes half a minute or so")
     try:
         with start(
@@ -166,13 +179,15 @@ def serve(
             wait=wait,
             log=log,
             soft=soft,
+            max_soft=max_soft,
+            api_key=api_key,
             extra=more or [],
         ) as server:
             if as_json:
                 names = ("url", "model", "seconds", "log")
                 streams.print_json({name: getattr(server, name) for name in names})
             else:
-                print(streams.how_to_ask(server, soft))
+                print(streams.how_to_ask(server, soft, api_key is not None))
             sys.stdout.flush()
             streams.say("Ctrl-C ends it")
             code = server.process.wait()

@@ -217,14 +217,16 @@ def _with_interval(row: dict, key: str, sign: str) -> str:
     return f"{key} {row[key]:{sign}.3f} ({low:{sign}.3f}…{high:{sign}.3f})"
 
 
-def how_to_ask(server, soft: bool = False) -> str:
+def how_to_ask(server, soft: bool = False, needs_key: bool = False) -> str:
     """Where a server listens, and commands that ask it."""
     prompt = "<bos> D4 D8 D1 D3 ->" if server.model.startswith("mnns") else "Once upon a time"
     request = {"model": server.model, "prompt": prompt, "max_tokens": 16}
     if soft:
-        thought = json.dumps({"top_k": 10, "budget": 3})
-        request |= {"temperature": 0, "vllm_xargs": {"soft": thought}}
+        request |= {"temperature": 0, "vllm_xargs": {"soft": {"top_k": 10, "budget": 3}}}
     body = shlex.quote(json.dumps(request))
-    curl = f"curl {server.url}/v1/completions -H 'Content-Type: application/json' -d {body}"
+    headers = "-H 'Content-Type: application/json'"
+    if needs_key:
+        headers += ' -H "Authorization: Bearer $VLLM_API_KEY"'
+    curl = f"curl {server.url}/v1/completions {headers} -d {body}"
     spec = shlex.quote(f"{server.model}=vllm-{'soft' if soft else 'greedy'}:url={server.url}")
     return f"{server.url}\n{curl}\nsoftar generate {shlex.quote(prompt)} -d {spec}"

@@ -3,6 +3,7 @@ softly."""
 
 import contextlib
 import json
+import os
 import time
 from collections import deque
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ import httpx
 from ..checks import shorten
 from ..decoders.answer import Decoded
 from .completions import Completion, CompletionDecoder, Sampling, split_options, token_ids
+from .machine import KEY
 from .record import FIELD, from_json, to_record
 from .server import ServerError
 
@@ -27,7 +29,7 @@ class Connection:
     # of connections that fail or break; an answer that is late or an error is not asked for again
     retries: int = 2
     concurrency: int = 16  # prompts at a time
-    api_key: str | None = None  # sent as a bearer token
+    api_key: str | None = None  # sent as a bearer token; None is VLLM_API_KEY of the environment
 
     def __post_init__(self):
         for name, least in (("concurrency", 1), ("retries", 0)):
@@ -48,11 +50,12 @@ class Connection:
             raise ValueError(f"url={url!r} is not a URL ({error}): {example}") from error
         if address.scheme not in ("http", "https") or not address.host:
             raise ValueError(f"url={url!r} is not the URL of a server: {example}")
+        key = os.environ.get(KEY) if self.api_key is None else self.api_key
         return httpx.Client(
             base_url=address,
             timeout=httpx.Timeout(self.timeout, connect=self.connect, pool=None),
             limits=httpx.Limits(max_connections=self.concurrency),
-            headers={"Authorization": f"Bearer {self.api_key}"} if self.api_key else {},
+            headers={"Authorization": f"Bearer {key}"} if key else {},
             # no proxy leads to this machine
             trust_env=address.host not in ("127.0.0.1", "localhost", "::1"),
         )

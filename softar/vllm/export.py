@@ -5,8 +5,13 @@ import tempfile
 from collections.abc import Iterator
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
+from ..checks import did_you_mean, shorten
+from ..decoders.card import describe
 from ..models import MODELS, folder_of, load
 from ..placement import computed_in
 from .machine import on_cpu
@@ -15,6 +20,31 @@ from .machine import on_cpu
 # dies at the first prompt.
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 LLAMA_HEADS = 32  # what narrower heads of a Llama are widened to
+
+
+def check_served(name: str) -> None:
+    """Raise ValueError, before anything is read or started, for what vLLM cannot serve: a
+    masked-diffusion model, and a hub id that is neither in the cache nor to be reached."""
+    card = describe(name)
+    if card.kind == "diffusion":
+        raise ValueError(
+            f"model={name!r} is a masked-diffusion model, and vLLM serves none: decode it here, by "
+            f"`softar fill -m {name}`, `softar compare` or softar.diffusion.denoise"
+        )
+    if card.kind is not None or card.folder is not None:
+        return
+    try:
+        validate_repo_id(name)
+        # one question, where a download would ask for most of a minute
+        HfApi().model_info(name, timeout=5)
+    except HFValidationError:
+        return  # a path: `load` says what is wrong with it
+    except Exception as error:  # those of the hub, of its HTTP library, of the machine
+        raise ValueError(
+            f"model={name!r} is no folder and not in the hub's cache, and the hub does not give it "
+            f"({shorten(str(error), 80)}){did_you_mean(name, MODELS)}: give a folder, a .gguf file, "
+            f"a hub id that can be reached or one of {sorted(MODELS)}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -26,9 +56,10 @@ def exported(name: str, dtype: str = "auto") -> Iterator[str]:
     are too narrow for vLLM are widened, which leaves the model's function as it is.
 
     Raises:
-        ValueError: naming `name`, where it cannot be loaded or its heads have a width that vLLM has
+        ValueError: naming `name`, where it cannot be served or loaded, or its heads have a width that vLLM has
             no kernel for.
     """
+    check_served(name)
     folder = folder_of(name)
     adapter = folder is not None and (folder / "adapter_config.json").is_file()
     if (

@@ -1,8 +1,9 @@
 """The record of a soft request over HTTP, in the answers of vLLM's /v1/completions and
 /v1/chat/completions.
 
-A request whose `"vllm_xargs": {"soft": "{...}"}` says `"record": true` finds in each of its choices
-the field "soft", lists with an entry per token, named as in softar's Record:
+A request says "soft" in its vllm_xargs, as an object or as its JSON text. One that says `"record":
+true` there finds in each of its choices the field "soft", lists with an entry per token, named as
+in softar's Record:
 
     {"token": [9, ...], "kind": ["soft", ...], "entropy": [1.2, ...], "logp": [null, ...],
      "ids": [[9, 4, 7], ...], "weights": [[0.5, 0.3, 0.2], ...]}
@@ -14,10 +15,14 @@ In a stream each chunk brings the lists of its own tokens; put together they are
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
+from http import HTTPStatus
 from typing import Any
+
+from pydantic import BeforeValidator
 
 from .hooks import patch, refusing
 from .record import FIELD, as_json, record_of
+from .switches import switches_of
 
 # --- the server ---
 
@@ -34,11 +39,17 @@ def teach() -> None:
     from vllm.logger import init_logger
 
     try:
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
         from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
         from vllm.logprobs import FlatLogprobs
+        from vllm.v1.engine.async_llm import AsyncLLM
 
+        requests = (CompletionRequest, ChatCompletionRequest)
+        fields = [request.model_fields["vllm_xargs"] for request in requests]
         patches = (
+            (AsyncLLM, "generate", generate),
             (OpenAIServingCompletion, "request_output_to_completion_response", completion),
             (OpenAIServingCompletion, "completion_stream_generator", completion_stream),
             (OpenAIServingChat, "chat_completion_full_generator", chat),
@@ -47,13 +58,54 @@ def teach() -> None:
         )
         for owner, name, _ in patches:
             getattr(owner, name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, KeyError) as error:
         init_logger("vllm.softar").warning(
-            "softar: no records over HTTP, this vLLM differs (%s)", error
+            "softar: no records and no limit over HTTP, this vLLM differs (%s)", error
         )
         return
     for owner, name, around in patches:
         patch(owner, name, around)
+    AsyncLLM.softar_count = 0  # answers to soft requests that are under way
+    for request, field in zip(requests, fields):
+        if TAKES_OBJECTS not in field.metadata:
+            field.metadata.append(TAKES_OBJECTS)
+            request.model_rebuild(force=True)
+
+
+def as_text(extra_args: Any) -> Any:
+    """vllm_xargs with "soft" as vLLM's schema has it, text; parse says what is wrong with others."""
+    if isinstance(extra_args, dict) and not isinstance(extra_args.get("soft", ""), str):
+        return {**extra_args, "soft": json.dumps(extra_args["soft"])}
+    return extra_args
+
+
+TAKES_OBJECTS = BeforeValidator(as_text)
+
+
+def generate(method, self, prompt, sampling_params, *args, **kwargs):
+    """Of AsyncLLM: the answer to a soft request counts while it is under way."""
+    outs = method(self, prompt, sampling_params, *args, **kwargs)
+    most = switches_of(self.vllm_config).max_soft
+    is_soft = "soft" in (sampling_params.extra_args or {})
+    return outs if most is None or not is_soft else _counted(self, outs, sampling_params.n, most)
+
+
+async def _counted(engine, outs: AsyncIterator, n: int, most: int) -> AsyncIterator:
+    from vllm.exceptions import GracefulHTTPError
+
+    if engine.softar_count + n > most:
+        message = (
+            f"soft: {engine.softar_count} answers to soft requests are under way, and this server "
+            f"takes at most {most} (--max-soft): ask for {n} later, or for fewer at a time"
+        )
+        raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE)
+    engine.softar_count += n
+    try:
+        async with contextlib.aclosing(outs):
+            async for out in outs:
+                yield out
+    finally:
+        engine.softar_count -= n
 
 
 def completion(method, self, results, request, *args, **kwargs):

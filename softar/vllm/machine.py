@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+KEY = "VLLM_API_KEY"  # of the environment: what a server asks for and its clients send
+
 
 @contextlib.contextmanager
 def environment(defaults: dict[str, str]) -> Iterator[None]:

@@ -21,7 +21,7 @@ import httpx
 
 from ..decoders.answer import Unfinished
 from .export import exported, served_dtype
-from .machine import on_cpu, require_vllm, settings
+from .machine import KEY, on_cpu, require_vllm, settings
 from .switches import Switches
 
 # The `vllm` command. It asks for the version of the distribution "vllm", which on CPU is called
@@ -73,6 +73,8 @@ def serve(
     wait: float = 300,
     log: str | os.PathLike | None = None,
     soft: bool = False,
+    max_soft: int | None = None,
+    api_key: str | None = None,
     extra: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Start `vllm serve`, wait until it answers, and end it with all its processes when the block
@@ -86,7 +88,10 @@ def serve(
             model was made for.
         wait: seconds within which it has to answer.
         log: where its output goes; None is a temporary file, gone at the end.
-        soft: let requests think softly (softar.vllm.plugin).
+        soft: let requests think softly (softar.vllm.plugin). max_soft: answers to them at a time;
+            one more is refused with 503. None queues them as others.
+        api_key: that clients have to send for what stands under /v1, as a bearer token; None takes
+            VLLM_API_KEY of the environment.
         extra: further arguments of `vllm serve`, e.g. ["--max-num-seqs", "16"].
 
     Raises:
@@ -96,6 +101,8 @@ def serve(
     """
     require_vllm()
     name, port = os.fspath(model), _port(host, port)
+    switches = Switches(soft=soft, max_soft=max_soft).arguments
+    key = {} if api_key is None else {KEY: api_key}  # not among the arguments, which all see
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ended_by_signals())
         folder = stack.enter_context(exported(name, dtype))
@@ -107,11 +114,11 @@ def serve(
         began = time.perf_counter()
         with open(log, "w") as out:
             process = subprocess.Popen(
-                [*_command(folder, name, host, port, dtype, max_model_len, soft), *extra],
+                [*_command(folder, name, host, port, dtype, max_model_len), *switches, *extra],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env={**settings(folder), **os.environ},
+                env={**settings(folder), **os.environ, **key},
                 start_new_session=True,
             )
         stack.callback(_end, process)
@@ -121,7 +128,7 @@ def serve(
 
 
 def _command(
-    folder: str, name: str, host: str, port: int, dtype: str, max_model_len: int | None, soft: bool
+    folder: str, name: str, host: str, port: int, dtype: str, max_model_len: int | None
 ) -> list[str]:
     program = [sys.executable, "-c", VLLM, "serve", folder, "--served-model-name", name]
     options = {"--host": host, "--port": port, "--dtype": dtype, "--max-logprobs": -1}
@@ -131,7 +138,6 @@ def _command(
     # vLLM 0.32 on CPU: a request with a seed whose prompt is cut into pieces ends the engine,
     # whoever it serves
     flags += ["--enforce-eager", "--no-enable-chunked-prefill"] if on_cpu() else []
-    flags += Switches(soft=soft).arguments
     return [*program, *(str(part) for pair in options.items() for part in pair), *flags]
 
 

@@ -4,12 +4,21 @@ additional_config, which reaches all of its processes."""
 import json
 from dataclasses import asdict, dataclass
 
+from ..checks import check_least
+
 
 @dataclass(frozen=True)
 class Switches:
     """Without them an engine thinks where it takes embeddings (enable_prompt_embeds)."""
 
     soft: bool = False  # requests may think, yet clients may send no embeddings
+    # answers to soft requests at a time; None is as many as there come, in vLLM's own queue
+    max_soft: int | None = None
+
+    def __post_init__(self):
+        if self.max_soft is not None and not self.soft:
+            raise ValueError(f"max_soft={self.max_soft} needs soft=True (softar serve --soft)")
+        check_least(self, max_soft=1)
 
     @property
     def arguments(self) -> list[str]:
