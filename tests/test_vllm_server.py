@@ -144,7 +144,7 @@ def test_chat_and_streams_bring_the_record_too(server, model):
         ("chat/completions", {"messages": chat}),
     ):
         found = chunks(server, path, **prompt, soft=soft)
-        assert len(found) >= 12 and joined(found) == choice["soft"]
+        assert len(found) > 1 and joined(found) == choice["soft"]
         hidden = chunks(server, path, **prompt, soft=soft, return_token_ids=False)
         assert {
             name: [x for c in hidden for x in c.get("soft", {}).get(name, [])]

@@ -329,6 +329,7 @@ def test_engines_that_cannot_are_named(change, says):
         kv_transfer_config=None,
         parallel_config=SimpleNamespace(**PARALLEL),
         model_config=SimpleNamespace(**MODEL),
+        additional_config={},
     )
     check_engine(SimpleNamespace(**fits))
     with pytest.raises(ValueError, match=says):

@@ -113,7 +113,7 @@ for function in (generate, fill, compare, trace):
 
 
 @command
-# Wide because each parameter is an option of the command.
+# Long and wide because each parameter is an option of the command, with its help.
 def serve(
     model: Annotated[
         str, typer.Argument(help="A name of `softar models`, a folder, a .gguf file or a hub id.")

@@ -60,7 +60,7 @@ def teach() -> None:
             getattr(owner, name)
     except (ImportError, AttributeError, KeyError) as error:
         init_logger("vllm.softar").warning(
-            "softar: no records and no limit over HTTP, this vLLM differs (%s)", error
+            "softar: no records over HTTP and no limit there, this vLLM differs (%s)", error
         )
         return
     for owner, name, around in patches:
