@@ -41,6 +41,7 @@ from softar.models import (
 )
 from softar.models import MODELS as AUTOREGRESSIVE
 from softar.placement import to_device, to_dtype, to_machine
+from softar.progress import without_bars
 
 from .architectures import (
     DREAM_NEEDS,
@@ -286,7 +287,8 @@ def _embedded(name: str, words: list[str], size: dict, *, dtype, seed: int | Non
     """Untrained with a seed; without one the checkpoint that lies beside this file."""
     folder = CHECKPOINTS / name
     if seed is None and not config and folder.is_dir():
-        model, tokenizer = load(folder, dtype=dtype, device="cpu")
+        with without_bars():
+            model, tokenizer = load(folder, dtype=dtype, device="cpu")
         model.name_or_path = model.config._name_or_path = name
         return model, tokenizer
     fields = size | dict(

@@ -1,6 +1,7 @@
-"""Lines that tell how far a training is, for where no terminal draws bars: in a log, a pipe, a
-notebook."""
+"""How far something is: in lines where no terminal draws bars (a log, a pipe, a notebook), in bars,
+or not at all."""
 
+import contextlib
 import re
 import time
 from dataclasses import dataclass
@@ -46,6 +47,20 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+@contextlib.contextmanager
+def without_bars():
+    """transformers draws none meanwhile: over in a second, they would only tear the output."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class Lines:

@@ -8,8 +8,12 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
+from transformers.utils import logging
 
+import softar
 from softar import progress
+from softar.diffusion import load
+from softar.models import CHECKPOINTS
 from softar.progress import Bars, Lines, Pace, duration, last_step, step_line
 from softar.training import ProgressLines, tell_progress
 
@@ -96,6 +100,20 @@ def test_the_callback_says_step_loss_and_seconds_left(clock, capsys):
     state.is_world_process_zero = False
     lines.on_train_begin(None, state, None)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_models_that_come_along_open_without_a_bar_and_leave_the_switch(shown, capfd):
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    try:
+        softar.load("mnns-soft-tiny")
+        load("mnns-diffusion-tiny")
+        assert "Loading weights" not in capfd.readouterr().err
+        assert logging.is_progress_bar_enabled() is shown
+        softar.load(CHECKPOINTS / "mnns-soft-tiny")  # as any folder
+        assert ("Loading weights" in capfd.readouterr().err) is shown
+    finally:
+        logging.enable_progress_bar()
 
 
 @pytest.mark.parametrize(

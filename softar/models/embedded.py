@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..progress import without_bars
 from .gguf_file import load_gguf
 from .source import pretrained
 
@@ -67,7 +68,8 @@ def folder_of(name: str | os.PathLike) -> Path | None:
 def _shipped(name: str, *, dtype: torch.dtype | str = torch.float32, seed: int = 0, **model_kwargs):
     """A model that the package brings, trained: its training.json names the command, the seed and
     the log."""
-    return named(name, *pretrained(str(CHECKPOINTS / name), dtype=dtype, **model_kwargs))
+    with without_bars():
+        return named(name, *pretrained(str(CHECKPOINTS / name), dtype=dtype, **model_kwargs))
 
 
 def word_tokenizer(words: list[str], **kwargs) -> PreTrainedTokenizerFast:
