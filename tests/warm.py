@@ -5,6 +5,7 @@ That process computes nothing, so that no thread is lost in a fork. What concern
 program itself, launchers and Ctrl-C is tested on programs of their own.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -67,6 +68,7 @@ def ranks(processes):
 
 
 def work(file, arguments, env, cwd, out, err):
+    gc.freeze()  # as in conftest.py
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
