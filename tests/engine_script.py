@@ -6,14 +6,12 @@ import itertools
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import warm
 from tiny import BOS, END, THINK, VOCAB
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
 
@@ -152,21 +150,8 @@ def save_models(folder):
 
 def run_script(file, folder, **settings):
     """What the script of a test file, `python FILE FOLDER`, leaves in FOLDER/out.json."""
-    log = folder / "script.log"
-    with open(log, "w") as out:
-        process = subprocess.Popen(
-            [sys.executable, file, str(folder)],
-            env=os.environ | SETTINGS | settings,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
-    try:
-        code = process.wait(timeout=900)
-    finally:
-        if process.poll() is None:  # its engine and workers are not to stay
-            os.killpg(process.pid, signal.SIGKILL)
-    assert code == 0, log.read_text()[-4000:]
+    done = warm.run(file, [folder], os.environ | SETTINGS | settings, timeout=900)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return json.loads((folder / "out.json").read_text())
 
 

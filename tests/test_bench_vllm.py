@@ -5,7 +5,6 @@ import json
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+import warm
 from engine_script import FORKING, model_of
 from test_vllm import alive
 
@@ -32,10 +32,7 @@ def folder(tmp_path_factory):
 
 
 def start(folder, output, *more):
-    command = [sys.executable, RECIPE, "--model", folder, *QUICK, "--output", output, *more]
-    return subprocess.Popen(
-        command, env=ENV, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return warm.Program(RECIPE, ["--model", folder, *QUICK, "--output", output, *more], ENV)
 
 
 def test_every_mode_is_timed_beside_its_own_base(folder, tmp_path):

@@ -10,17 +10,16 @@ import dataclasses
 import importlib.util
 import multiprocessing
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import warm
 from accelerate import Accelerator, PartialState
 from engine_script import model_of
 from test_rl_trainers import ROWS, config, logged, lora, trainer, weights
-from warm import ranks
 
 from softar.config import SoftConfig
 from softar.rl.rollout import decode_by_loop
@@ -232,14 +231,7 @@ def start(folder):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
     env |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, folder],
-        env=env,
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = warm.run(__file__, [folder], env)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -477,7 +469,7 @@ if __name__ == "__main__":
     import vllm  # noqa: F401
 
     folder, fork = Path(sys.argv[1]), multiprocessing.get_context("fork")
-    jobs = [fork.Process(target=two, args=(folder, rank)) for rank in ranks(2)]
+    jobs = [fork.Process(target=two, args=(folder, rank)) for rank in warm.ranks(2)]
     for job in jobs:
         job.start()
     for job in jobs:
