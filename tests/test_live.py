@@ -1,6 +1,7 @@
 """recipes/denoise.py as a user runs it, and what its picture says."""
 
 import importlib.util
+import os
 import runpy
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from rich.console import Console
 
 from softar.diffusion import DenoiseConfig, denoise, load
@@ -19,13 +21,14 @@ spec.loader.exec_module(recipe)
 
 
 def run(*args):
-    return subprocess.run(
-        [sys.executable, "recipes/denoise.py", *args], cwd=ROOT, capture_output=True, text=True
-    )
+    return warm.run("recipes/denoise.py", args, os.environ, cwd=ROOT)
 
 
 def test_demo():
-    done = run()
+    """In a program of its own."""
+    done = subprocess.run(
+        [sys.executable, "recipes/denoise.py"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "masks 0" in done.stdout and "5 tokens in 5 forwards" in done.stdout
 

@@ -5,12 +5,11 @@ import json
 import re
 import runpy
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+import warm
 from datasets import Dataset
 from launched import ACCELERATE, ENV, PYTHON, ROOT, argv, recipe, results_of, run, run_here
 from safetensors.torch import load_file
@@ -81,7 +80,7 @@ def history_of(folder, step):
 @pytest.mark.parametrize("algorithm", RECIPES)
 def test_the_demo_ends_with_table_results_and_plot(tmp_path, algorithm):
     # One in processes of their own, as the demo does by itself, and one row after the other
-    command, jobs = (ACCELERATE, 2) if algorithm == "grpo" else (PYTHON, 1)
+    command, jobs = ([*PYTHON, *ACCELERATE], 2) if algorithm == "grpo" else (PYTHON, 1)
     out = run(*command, RECIPES[algorithm], *options(tmp_path / "runs", jobs=jobs)).stdout
     folder = tmp_path / "runs"
     results = results_of(folder)
@@ -166,20 +165,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_here(monkeypatch, RECIPES[algorithm], *options(whole, **changes))
     row_folder = cut / "soft-seed42"
-    process = subprocess.Popen(
-        [sys.executable, RECIPES[algorithm], *options(cut, **changes)],
-        env=ENV,
-        cwd="/",
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
     deadline = time.monotonic() + 120
     last = row_folder / "checkpoint-3" / "trainer_state.json"  # says that a checkpoint is whole
-    while not (last.exists() and last.read_text().endswith("}\n")) and time.monotonic() < deadline:
-        assert process.poll() in (None, 0)
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with warm.Program(RECIPES[algorithm], options(cut, **changes), ENV) as process:
+        while (
+            not (last.exists() and last.read_text().endswith("}\n")) and time.monotonic() < deadline
+        ):
+            assert process.poll() in (None, 0)
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
     # if the signal came late
     for late in [p for p in row_folder.glob("checkpoint-*") if p.name != "checkpoint-3"]:
         late.rename(row_folder / f"late-{late.name}")

@@ -4,23 +4,12 @@ import contextlib
 import json
 import re
 import signal
-import subprocess
 import time
 
 import pytest
 import torch
-from launched import (
-    ACCELERATE,
-    ENV,
-    PYTHON,
-    TWO,
-    argv,
-    losses_of,
-    recipe,
-    results_of,
-    run,
-    run_here,
-)
+import warm
+from launched import ACCELERATE, ENV, PYTHON, argv, losses_of, recipe, results_of, run, run_here
 
 import softar
 import softar.sft.trainer
@@ -197,18 +186,13 @@ def test_several_seeds(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroken, jobs):
     folder = tmp_path / "runs"
-    process = subprocess.Popen(
-        [*PYTHON, RECIPE, *options(folder, **LONGER, jobs=jobs)],
-        env=ENV,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
     first = folder / "trace-soft-seed42" / "checkpoint-20" / "trainer_state.json"
     deadline = time.monotonic() + 120
-    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    stderr = process.communicate(timeout=60)[1]
+    with warm.Program(RECIPE, options(folder, **LONGER, jobs=jobs), ENV) as process:
+        while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 130, stderr[-3000:]
     assert "--resume_from_checkpoint true" in stderr and "Traceback" not in stderr
     checkpoints = list(folder.glob("*/checkpoint-*"))
@@ -320,9 +304,8 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
         learn_temperature="true",
         per_device_eval_batch_size=512,
     )
-    out = run(
-        *TWO, RECIPE, *options(tmp_path / "two", **changes, per_device_train_batch_size=8)
-    ).stdout
+    two = options(tmp_path / "two", **changes, per_device_train_batch_size=8)
+    out = run(*PYTHON, RECIPE, *two, processes=2).stdout
     assert out.count("results: ") == 1  # the main process alone reports
     run(*PYTHON, RECIPE, *options(tmp_path / "one", **changes, per_device_train_batch_size=16))
     for name in ("trace-soft", "guided-soft"):

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from rich.console import Console
 from trl import TrlParser
 
@@ -467,9 +468,7 @@ def test_two_processes_interrupted_and_resumed(whole, tmp_path, capsys):
     victim, *others = early
     broken = folder / "runs" / victim / "results.json"
     broken.write_text(broken.read_text()[:100])  # as if it had been killed while it wrote
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"COLUMNS": "200"}
-    )
+    done = warm.run(RECIPE, command[7:], os.environ | {"COLUMNS": "200"}, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((folder / "summary.json").read_text())["rows"]
     assert timeless(rows) == timeless(whole[1])

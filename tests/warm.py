@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from operator import attrgetter
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def become(args, env, cwd):
     """This process is `python *args` from now on."""
     if "setproctitle" in sys.modules:  # vLLM's processes have names; it looks at the environment
         sys.modules["setproctitle"].setproctitle(" ".join(["python", *args]))
+    weakref.finalize._registry.clear()  # temporary folders and the like are the parent's
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
@@ -158,7 +160,7 @@ def fork(popen, *given):
     """In place of Popen._execute_child."""
     call = SIGNATURE.bind(popen, *given).arguments
     args = [os.fsdecode(arg) for arg in call["args"]]
-    if args[0] != sys.executable or not args[1].endswith(".py"):
+    if args[0] != sys.executable or not Path(args[1]).is_file():
         return EXECUTE(popen, *given)
     pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
     read, write, out_read, out, err_read, err = ends = [call[name] for name in pipes]
