@@ -1,6 +1,7 @@
 """What every test runs under, and the subprocesses that it starts: no network, no chatter, few
 threads."""
 
+import atexit
 import gc
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+gc.disable()  # until all is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -64,12 +66,10 @@ class Recorder:
 def pytest_collection_finish():
     """The imports stay to the end. Taken out of the garbage collector's sight they are not walked at
     each of its rounds, of which every run of a trainer asks for one: half of its time."""
+    gc.enable()
     gc.collect()
     gc.freeze()
-
-
-def pytest_unconfigure():
-    gc.unfreeze()  # or libraries complain at the end of what they left
+    atexit.register(gc.unfreeze)  # or libraries complain of what they left
 
 
 def pytest_collection_modifyitems(items):

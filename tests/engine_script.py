@@ -148,9 +148,9 @@ def save_models(folder):
         tiny.tokenizer_of().save_pretrained(folder / arch)
 
 
-def run_script(file, folder, **settings):
+def run_script(file, folder, run=warm.run, **settings):
     """What the script of a test file, `python FILE FOLDER`, leaves in FOLDER/out.json."""
-    done = warm.run(file, [folder], os.environ | SETTINGS | settings, timeout=900)
+    done = run(file, [folder], os.environ | SETTINGS | settings)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return json.loads((folder / "out.json").read_text())
 
@@ -229,11 +229,11 @@ def cached(llm):
     theirs, how many positions came out of the cache)."""
     rows = []
     for soft, prompt in ((1, LONG), (5, LONG), (None, LONG)):
-        ((tokens, _),) = answers(llm, [(prompt, soft, 0, 60, False)])
+        ((tokens, _),) = answers(llm, [(prompt, soft, 0, 50, False)])
         for _ in range(2):
-            case = ({"prompt_token_ids": LONG + tokens[:50]}, ask([], None, 0, 9, False)[1])
+            case = ({"prompt_token_ids": LONG + tokens}, ask([], None, 0, 9, False)[1])
             (out,) = llm.generate(*map(list, zip(case)), use_tqdm=False)
-            rows.append([tokens[:50], list(out.outputs[0].token_ids), out.num_cached_tokens])
+            rows.append([tokens, list(out.outputs[0].token_ids), out.num_cached_tokens])
     return rows
 
 

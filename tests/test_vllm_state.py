@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 from engine_script import (
     ARCHS,
     BAD,
@@ -109,7 +110,8 @@ def watched(state):
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("second")
     save_models(folder)
-    return run_script(__file__, folder, **HERE, TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
+    kernels = dict(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
+    return run_script(__file__, folder, warm.cold, **HERE, **kernels)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ a program itself, and launchers, is tested on programs of their own.
 """
 
 import atexit
+import contextlib
 import gc
 import inspect
 import logging
@@ -60,10 +61,8 @@ class Program:
 
     def __exit__(self, *error):
         """Nothing that it started is to stay."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.join()
         self.folder.cleanup()
 
@@ -101,6 +100,20 @@ def run(file, arguments, env, cwd="/", processes=1, timeout=600):
     return subprocess.CompletedProcess(
         programs[0].args, code, said[0][0], "".join(err for _, err in said)
     )
+
+
+def cold(file, arguments, env, timeout=600):
+    """The same with imports of its own, where the environment decides what they do."""
+    command = [sys.executable, str(file), *map(str, arguments)]
+    with subprocess.Popen(
+        command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        try:
+            said = process.communicate(timeout=timeout)[0].decode()
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # what it started is not to stay
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, said, "")
 
 
 def ranks(processes):
