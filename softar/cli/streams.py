@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ..evals.compare import Comparison
 
 FAILURES = 5  # so many are named on stderr
-TABLE_WIDTH = 84  # in a narrower window the columns of a comparison would be cut
 
 
 def read_text(argument: str | None) -> str:
@@ -190,6 +189,8 @@ def report(comparison: "Comparison", as_json: bool) -> int:
 
 def print_table(c: "Comparison") -> None:
     """The table where it fits, else a few short lines for each decoder."""
+    from ..evals.chart import TABLE_WIDTH
+
     screen = console()
     if screen.width >= TABLE_WIDTH:
         screen.print(c.table())

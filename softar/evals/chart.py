@@ -11,10 +11,10 @@ from ..show.plots import plot
 
 PANELS = {"nfe": "forward passes per answer (NFE)", "seconds_per_row": "seconds per answer"}
 MARKERS = "os^Dv<>PX"
-SAME = 0.01  # costs that differ by no more than this share are drawn side by side
-APART = 0.018  # how far from each other, as a share of the axis, which is a logarithm ...
-LEAST_SPAN = 0.5  # ... and taken to span this at least, from cheapest to dearest
+SAME = 0.01  # costs that differ by no more than this share are equal to the frontier
+LARGEST, SMALLEST = 8.0, 4.0  # markers, from the first decoder to the last: none hides another
 MARGIN = 1.2  # by this factor an axis goes beyond its points
+TABLE_WIDTH = 84  # in a narrower window the columns of a comparison would be cut
 MANY_SETTINGS = 7  # from so many on a legend leaves out those in the middle
 
 
@@ -40,6 +40,10 @@ def comparison_table(rows: list[dict], notes: str = "") -> Table:
         "token-\nfwds": (True, lambda row: _short(row["token_forwards"])),
         "tokens\n/s": (True, lambda row: _short(row["tokens_per_s"])),
         "ms\n/row": (True, lambda row: _short(row["seconds_per_row"] * 1000)),
+        "peak\nMB": (
+            any(row.get("peak_memory") for row in rows),
+            lambda row: _short((row.get("peak_memory") or 0) / 2**20),
+        ),
         "nats": (
             any(row["entropy"] is not None for row in rows),
             lambda row: _fixed(row["entropy"]),
@@ -80,15 +84,15 @@ def _fixed(value: float | None) -> str:
 
 
 def frontier(rows: list[dict], cost: str) -> list[dict]:
-    """The whole rows that no other is both as cheap and as accurate as, by cost. Equals stay
-    together."""
+    """The whole rows than which no other is more accurate for as little, or as accurate for less,
+    by cost. Costs within SAME of each other are equal: a decoder that ends a step earlier in one row
+    of a hundred is no cheaper. Equals stay together."""
     points = [row for row in rows if row["complete"] and _drawable(row, cost)]
 
     def is_beaten(p: dict) -> bool:
         return any(
-            q[cost] <= p[cost]
-            and q["accuracy"] >= p["accuracy"]
-            and (q[cost], q["accuracy"]) != (p[cost], p["accuracy"])
+            (q[cost] <= p[cost] * (1 + SAME) and q["accuracy"] > p["accuracy"])
+            or (q[cost] * (1 + SAME) < p[cost] and q["accuracy"] == p["accuracy"])
             for q in points
         )
 
@@ -98,32 +102,29 @@ def frontier(rows: list[dict], cost: str) -> list[dict]:
 def plot_frontier(rows: list[dict], file: str | Path, title: str = "") -> Path:
     """Accuracy with its 95 % interval against NFE and against seconds per answer, both on log axes.
 
-    A colour and marker per decoder (and model and training, where there are several), a line
-    through its settings. Frontier points are ringed and joined by a step line. What was cut short
-    is hollow. Points of equal cost are drawn side by side.
+    A colour and marker per decoder (and model and training, where there are several), the later
+    ones smaller, a line through its settings. Frontier points are ringed and joined by a step line.
+    What was cut short is hollow. A point stands where its numbers say.
     """
     if not any(_drawable(row, cost) for row in rows for cost in PANELS):
         raise ValueError("there is nothing to plot: no decoder has an accuracy and a cost above 0")
     series = _series(rows)
-    handles, rings, is_moved = {}, None, False
+    handles, rings = {}, None
     size = (9.6, 3.6 + 0.2 * math.ceil(len(series) / 2))  # two series on each line of the legend
     with plot(file, 1, len(PANELS), figsize=size, sharey=True) as (figure, panels):
         for axes, (cost, label) in zip(panels[0], PANELS.items(), strict=True):
             axes.set(xscale="log", xlabel=label)
             axes.grid(axis="y", color="0.92")
             axes.set_axisbelow(True)
-            at = side_by_side([row for row in rows if _drawable(row, cost)], cost)
-            is_moved |= any(at[id(row)] != row[cost] for row in rows if id(row) in at)
             for i, (name, settings) in enumerate(series):
-                settings = [row for row in settings if id(row) in at]
+                settings = [row for row in settings if _drawable(row, cost)]
                 if settings:
                     settings.sort(key=lambda row: row[cost])
-                    look = dict(color=f"C{i % 10}", marker=MARKERS[i % len(MARKERS)])
-                    handles[name] = _draw(axes, settings, at, look)
+                    handles[name] = _draw(axes, settings, cost, _look(i, len(series)))
             if best := frontier(rows, cost):
-                rings = _draw_frontier(axes, best, at)
-            if at:
-                log_ticks(axes, list(at.values()))
+                rings = _draw_frontier(axes, best, cost)
+            if drawn := [row[cost] for row in rows if _drawable(row, cost)]:
+                log_ticks(axes, drawn)
         if rings is not None:
             handles["frontier: nothing as cheap is more accurate"] = rings
         panels[0, 0].set_ylabel("accuracy (95 % interval)")
@@ -131,8 +132,6 @@ def plot_frontier(rows: list[dict], file: str | Path, title: str = "") -> Path:
         figure.legend(
             handles.values(),
             handles,
-            title="points of equal cost are drawn side by side" if is_moved else None,
-            title_fontsize=8,
             fontsize=8,
             frameon=False,
             loc="outside lower center",
@@ -142,25 +141,43 @@ def plot_frontier(rows: list[dict], file: str | Path, title: str = "") -> Path:
 
 
 def _series(rows: list[dict]) -> list[tuple[str, list[dict]]]:
-    """The settings of each decoder (and model and training, where there are several), under its
+    """The settings of each decoder (and model, and training where one model's differ), under its
     label in the legend."""
-    several = [key for key in ("model", "training") if len({row.get(key) for row in rows}) > 1]
     groups: dict[tuple, list[dict]] = {}
+    has_models = len({row.get("model") for row in rows}) > 1
     for row in rows:
-        groups.setdefault(tuple(row.get(key) for key in ["decoder", *several]), []).append(row)
+        key = row["decoder"], row.get("model") if has_models else None, row.get("training")
+        groups.setdefault(key, []).append(row)
+    trainings: dict[tuple, set] = {}
+    for decoder, model, training in groups:
+        trainings.setdefault((decoder, model), set()).add(training)
     return [
-        (legend_label(group, sorted(settings, key=lambda row: row["nfe"])), settings)
-        for group, settings in groups.items()
+        (
+            legend_label(
+                decoder,
+                model,
+                training if len(trainings[decoder, model]) > 1 else None,
+                sorted(settings, key=lambda row: row["nfe"]),
+            ),
+            settings,
+        )
+        for (decoder, model, training), settings in groups.items()
     ]
+
+
+def _look(i: int, n: int) -> dict:
+    """Colour, marker and its size of the i-th of n decoders."""
+    size = LARGEST - (LARGEST - SMALLEST) * i / max(n - 1, 1)
+    return dict(color=f"C{i % 10}", marker=MARKERS[i % len(MARKERS)], markersize=size)
 
 
 def _drawable(row: dict, cost: str) -> bool:
     return row["accuracy"] is not None and row[cost] is not None and row[cost] > 0
 
 
-def _draw(axes, rows: list[dict], at: dict[int, float], look: dict):
-    """The settings of one decoder -> what stands for it in the legend. look: colour and marker."""
-    x, y = [at[id(row)] for row in rows], [row["accuracy"] for row in rows]
+def _draw(axes, rows: list[dict], cost: str, look: dict):
+    """The settings of one decoder -> what stands for it in the legend."""
+    x, y = [row[cost] for row in rows], [row["accuracy"] for row in rows]
     below = [row["accuracy"] - row["accuracy_low"] for row in rows]
     above = [row["accuracy_high"] - row["accuracy"] for row in rows]
     axes.errorbar(
@@ -173,39 +190,24 @@ def _draw(axes, rows: list[dict], at: dict[int, float], look: dict):
         capsize=2,
         alpha=0.6,
     )
-    (line,) = axes.plot(x, y, **look, markersize=5, linewidth=1.2)
+    (line,) = axes.plot(x, y, **look, linewidth=1.2)
     cut = [row for row in rows if not row["complete"]]
     axes.plot(
-        [at[id(row)] for row in cut],
+        [row[cost] for row in cut],
         [row["accuracy"] for row in cut],
         **look,
-        markersize=5,
         markerfacecolor="white",
         linestyle="none",
     )
     return line
 
 
-def _draw_frontier(axes, best: list[dict], at: dict[int, float]):
+def _draw_frontier(axes, best: list[dict], cost: str):
     """-> what stands for it in the legend."""
-    x, y = [at[id(row)] for row in best], [row["accuracy"] for row in best]
+    x, y = [row[cost] for row in best], [row["accuracy"] for row in best]
     axes.step(x, y, where="post", color="0.6", linewidth=1, linestyle=":", zorder=1)
     (rings,) = axes.plot(x, y, "o", markersize=12, markerfacecolor="none", markeredgecolor="0.35")
     return rings
-
-
-def side_by_side(rows: list[dict], cost: str) -> dict[int, float]:
-    """Where each row (by id) is drawn: at its cost, or a little beside it if another costs the
-    same."""
-    rows, at = sorted(rows, key=lambda row: row[cost]), {}
-    span = math.log(rows[-1][cost] / rows[0][cost]) if rows else 0.0
-    step = APART * max(span, LEAST_SPAN)
-    while rows:
-        same = [row for row in rows if row[cost] <= rows[0][cost] * (1 + SAME)]
-        for i, row in enumerate(same):
-            at[id(row)] = row[cost] * math.exp(step * (i - (len(same) - 1) / 2))
-        rows = rows[len(same) :]
-    return at
 
 
 def log_ticks(axes, values: list[float]) -> None:
@@ -220,10 +222,11 @@ def log_ticks(axes, values: list[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def legend_label(group: tuple, rows: list[dict]) -> str:
-    """Decoder and what tells it from others, its settings from cheap to dear, what they share last:
-    "sampled: votes=2, 4, 8, temperature=1.0"."""
-    name = ", ".join(str(part) for part in group if part is not None)
+def legend_label(decoder: str, model: str | None, training: str | None, rows: list[dict]) -> str:
+    """A decoder, its model and that one's training where they tell it from others, its settings from
+    cheap to dear, what they share last: "m-tiny=sampled: votes=2, 4, 8, temperature=1.0"."""
+    name = "=".join(filter(None, [model, decoder]))
+    name += f" (model trained for {training})" if training else ""
     settings = [row["setting"].split() for row in rows if row["setting"]]
     shared = []
     if len(settings) > 1:

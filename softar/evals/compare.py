@@ -5,9 +5,11 @@ Knows no model family: a decoder is anything that turns prompts into `Decoded`.
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,7 @@ from rich.console import Console
 from ..checks import check_choice, check_least
 from ..decoders.answer import Decoder, NamedDecoder, as_decoder
 from ..results import write_csv, write_results, write_whole
-from .chart import comparison_table, plot_frontier
+from .chart import TABLE_WIDTH, comparison_table, plot_frontier
 from .contest import Contest, Failure
 from .intervals import number_groups
 from .summary import Pass, number, summarise
@@ -29,10 +31,14 @@ COSTS = ("nfe", "token_forwards")
 GROUP = "group"  # column of rows that belong together
 
 
-@dataclass
+class NoAnswers(ValueError):
+    """No decoder gave any."""
+
+
+@dataclass(repr=False)
 class Comparison:
-    """What `compare` found. `rows` are those of results.json, one for each decoder that answered
-    anything:
+    """What `compare` found; printed it is its table. `rows` are those of results.json, one for each
+    decoder that answered anything:
 
     * task, model, decoder, setting, family, name, stage (None), seed, and what else its decoder's
       `columns` hold
@@ -47,7 +53,8 @@ class Comparison:
     * nfe, token_forwards, seconds_per_row: per answer
     * seconds: decoding of one pass, mean over repeats; seconds_sd: over repeats; tokens_per_s:
       returned tokens
-    * entropy: mean nats per step, None where not known
+    * entropy: mean nats per step, None where not known; peak_memory: bytes that the decoder held on
+      a GPU at most, the model's included, None elsewhere
     """
 
     rows: list[dict]
@@ -93,6 +100,14 @@ class Comparison:
         passes = {name: self.passes[name] for name in picked}
         rows = summarise(passes, picked, baseline, self.bootstrap, self.seed, self.groups)
         return replace(self, rows=rows, baseline=baseline, left_out=left_out, passes=passes)
+
+    def __str__(self) -> str:
+        text = StringIO()
+        width = max(TABLE_WIDTH, shutil.get_terminal_size((TABLE_WIDTH, 24)).columns)
+        Console(file=text, width=min(width, 100)).print(self.table())
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+    __repr__ = __str__
 
     def table(self):
         """rich.table.Table, one line per decoder, 95 % intervals below accuracy and gain."""
@@ -231,10 +246,13 @@ def compare(
     contest.run(repeats, warmup)
     passes = contest.answered()
     scored = {name: taken for name, taken in passes.items() if any(p.done.any() for p in taken)}
-    if scored and not contest.interrupted:
+    if not contest.interrupted:
         _check_scores(scored, contest.failures)
     baseline = baseline if baseline in scored else None
-    labels = {name: _labels(name, decoder, task, seed) for name, decoder in named.items()}
+    labels = {
+        name: _labels(name, decoder, task, seed) | dict(peak_memory=contest.memory.get(name))
+        for name, decoder in named.items()
+    }
     summary = summarise(scored, labels, baseline, bootstrap, seed, groups)
     whole = time.perf_counter() - started
     return Comparison(
@@ -297,6 +315,8 @@ def _named(decoders: dict[str, Decoder] | list[NamedDecoder]) -> dict[str, Decod
 
 
 def _check_scores(passes: dict[str, list[Pass]], failures: Iterable[Failure]) -> None:
+    if not passes:
+        raise NoAnswers(f"every decoder failed, first: {next(iter(failures))}")
     if not any(np.isfinite(p.scores).any() for taken in passes.values() for p in taken):
         first = next(failure for failure in failures if failure.row is not None)
         raise ValueError(f"the scorer failed on every row, first: {first}")

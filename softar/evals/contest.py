@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -46,6 +47,7 @@ class Contest:
         self.failures: dict[Failure, None] = {}
         self.failed: set[str] = set()  # decoders; the first failure of each is printed
         self.interrupted = False
+        self.memory: dict[str, int] = {}  # bytes at most on a GPU, by decoder
         self.decoding = self.warming = 0.0  # seconds in decoders, and of those in the warm-up
 
     def run(self, repeats: int, warmup: int) -> None:
@@ -105,6 +107,9 @@ class Contest:
         """What a decoder gives for some of the rows; None where it failed. A pass keeps what it did
         before that."""
         before = time.perf_counter()
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         try:
             return _decode(self.decoders[name], self.prompts[begin:end])
         except Exception as error:  # whatever it is, the others go on
@@ -115,6 +120,9 @@ class Contest:
             return None
         finally:
             self.decoding += time.perf_counter() - before
+            if on_gpu:
+                peak = torch.cuda.max_memory_allocated()
+                self.memory[name] = max(peak, self.memory.get(name, 0))
 
     def take(self, name: str, i: int, decoded: Decoded) -> None:
         """Score an answer into the decoder's latest pass."""

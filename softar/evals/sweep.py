@@ -269,25 +269,28 @@ def _perform(grid: Grid, run: Run, folder: Path, console, count: str) -> None:
 def measure(grid: Grid, run: Run, console=None) -> dict:
     """Decode one run -> its row of results.json, with columns for the run, its role, and each
     option that varies."""
-    from .compare import compare
+    from .compare import NoAnswers, compare
 
     task, rows = _held_out(grid, run)
-    decoder = _decoder(grid, run)
-    comparison = compare(
-        [decoder],
-        rows,
-        task.score,
-        batch_size=grid.batch_size,
-        repeats=grid.repeats,
-        seed=run.seed,
-        task=task.name,
-        extract=task.extract,
-        console=console,
-    )
+    decoder, failed = _decoder(grid, run), "its decoder failed, as said above"  # by compare
+    try:
+        comparison = compare(
+            [decoder],
+            rows,
+            task.score,
+            batch_size=grid.batch_size,
+            repeats=grid.repeats,
+            seed=run.seed,
+            task=task.name,
+            extract=task.extract,
+            console=console,
+        )
+    except NoAnswers:
+        raise ValueError(failed) from None
     if comparison.interrupted:
         raise KeyboardInterrupt
-    if not comparison.rows or not comparison.rows[0]["complete"]:
-        raise ValueError("its decoder failed, as said above")  # by compare
+    if not comparison.rows[0]["complete"]:
+        raise ValueError(failed)
     columns = dict(
         run=run.name,
         role=run.role,
