@@ -30,12 +30,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from softar.decoders.options import json_or_text
 from softar.diffusion import DenoiseConfig, denoise, load
 from softar.diffusion.knobs import gather_knobs
 from softar.diffusion.net import facts
 from softar.diffusion.schedules import SCHEDULE_KNOBS
 from softar.show.terminal import colour_of
+from softar.specs import json_or_text
 
 DEMO = dict(gen_length=5, soften="soft-mask")  # what the embedded model answers in
 SLOTS = 4  # soft slots whose mixtures are listed

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from trl import TrlParser
 
-from softar.decoders.options import json_or_text, lists_by_key
 from softar.recipe import one_line_errors
+from softar.specs import json_or_text, lists_by_key
 from softar.training import opt
 
 PROGRAM = "sweep.py"

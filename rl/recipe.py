@@ -92,6 +92,7 @@ def rl_recipe(
         prepare=lambda script, task: as_chats(task, script.system_prompt),
         fields=lambda name, training, task: thought_fields(training, task),
         check=check,
+        formats=(("prompt",),),
         train_row=partial(train_row, trainer),
         report=report,
     )

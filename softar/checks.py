@@ -78,9 +78,10 @@ def override(config, fields: dict, function: Callable):
 
 
 @contextlib.contextmanager
-def one_line_errors(program: str, kind: type[Exception] = ValueError, *, code: int = 2):
-    """Errors of this kind end the program in one line. ValueError is for what checks the input:
-    elsewhere it is a bug, and needs its traceback."""
+def one_line_errors(program: str, kind=(ValueError, OSError), *, code: int = 2):
+    """Errors of this class, or of these, end the program in one line. ValueError is for what checks
+    the input: elsewhere it is a bug, and needs its traceback. OSError is the machine's: a full
+    disk."""
     try:
         yield
     except kind as error:

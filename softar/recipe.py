@@ -2,7 +2,6 @@
 and to report them. A recipe says what differs, as a Recipe, and calls `run`."""
 
 import contextlib
-import dataclasses
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ from .checks import check_least, check_writable, one_line_errors
 from .launch import Program, default_accelerate_config, is_launched, launch, split_processes
 from .progress import duration
 from .recipe_config import with_default_config, with_found_config
+from .recipe_data import SFT_FORMATS, open_task
 from .resume import checkpoint_of
 from .rows import APART, CUSTOM, Row, check_resume, jobs_of, parse_rows, train_rows
 
@@ -29,7 +29,10 @@ class RecipeArguments:
 
     task: str | None = field(
         default=None,
-        metadata={"help": "A task by name, instead of a dataset: mnns, or reasoning_gym:NAME."},
+        metadata={
+            "help": "A task instead of a dataset: mnns, reasoning_gym:NAME, a folder with train.jsonl and test.jsonl "
+            "(FOLDER:score=number), or module:function of your own."
+        },
     )
     task_size: int | None = field(
         default=None,
@@ -92,6 +95,8 @@ class Recipe:
     # (name, training, task) -> the row's fields that depend on the others
     fields: Callable[[str, Any, "Task"], dict] = lambda name, training, task: {}
     prepare: Callable[[Any, "Task"], "Task"] = lambda script, task: task  # script, task -> the same
+    # what the rows may look like: one of these sets of columns
+    formats: tuple[tuple[str, ...], ...] = SFT_FORMATS
     # tasks named without anything else -> their YAML file
     task_demos: dict[str, Path] = field(default_factory=dict)
 
@@ -142,7 +147,7 @@ def read(recipe: Recipe, argv: list[str], program: Program | None = None) -> Inp
     script, training, model_args, mixture = parse(recipe, argv)
     names = parse_rows(script.rows, recipe.rows, recipe.groups)
     check_least(script, num_seeds=1, eval_rows=1)
-    task = recipe.prepare(script, open_task(script, mixture))
+    task = recipe.prepare(script, open_task(script, mixture, recipe.formats))
     model, options = named_model(model_args, task, task.models.get(recipe.model_kind))
     if model != task.models.get(recipe.model_kind):
         check_model(model, recipe.model_kind, script, options)
@@ -311,44 +316,6 @@ def measured(trainer, task: "Task", common: dict, decode: Callable) -> list[dict
 
 
 # -- input
-
-
-def open_task(script, mixture) -> "Task":
-    """A task by name, or a dataset in TRL's formats as a task without a scorer; of its held-out
-    rows `eval_rows`."""
-    from .tasks import load_task
-
-    if sum(map(bool, (script.task, script.dataset_name, mixture.datasets))) != 1:
-        raise ValueError("give exactly one of --task, --dataset_name and (in a YAML file) datasets")
-    try:
-        if script.task:
-            task = load_task(script.task, size=script.task_size)
-        else:
-            task = open_dataset(script, mixture)
-    except (OSError, ImportError) as error:
-        raise ValueError(f"the data cannot be loaded: {error}") from error
-    if script.eval_rows is None or task.test is None:
-        return task
-    rows = range(min(script.eval_rows, len(task.test)))
-    return dataclasses.replace(task, test=task.test.select(rows))
-
-
-def open_dataset(script, mixture) -> "Task":
-    from datasets import load_dataset
-    from trl import get_dataset
-
-    from .tasks import Task
-
-    if script.dataset_name:
-        name, data = script.dataset_name, load_dataset(script.dataset_name, script.dataset_config)
-    else:
-        name, data = ",".join(d.path for d in mixture.datasets), get_dataset(mixture)
-    if script.dataset_train_split not in data:
-        raise ValueError(
-            f"dataset_train_split={script.dataset_train_split!r} is not among {sorted(data)}"
-        )
-    test = data[script.dataset_test_split] if script.dataset_test_split in data else None
-    return Task(name, data[script.dataset_train_split], test, score=None, think_steps=None)
 
 
 def named_model(model_args, task: "Task", default: str | None) -> tuple[str, dict]:

@@ -177,16 +177,18 @@ def test_models_say_what_is_not_installed(softar, monkeypatch):
     found = {m["name"]: m["installed"] for m in json.loads(softar("models", "--json")[1])}
     assert [name for name, installed in found.items() if not installed] == ["smollm2-135m"]
     assert softar("models")[1].count("not installed") == 1
-    assert softar("tasks")[1].count("not installed") == 1
-    assert [t["installed"] for t in json.loads(softar("tasks", "--json")[1])] == [True, True, False]
+    assert softar("tasks")[1].count("not installed") == 2
+    installed = [t["installed"] for t in json.loads(softar("tasks", "--json")[1])]
+    assert installed == [True, True, True, False, False]
 
 
 def test_tasks_are_all_there_are(softar):
-    from softar.tasks import GYM, TASKS, load_task
+    from softar.tasks import GYM, HARNESS, TASKS, load_task
 
     found = json.loads(softar("tasks", "--json")[1])
-    assert [task["name"] for task in found] == [*TASKS, f"{GYM}NAME"]
-    for task in found[:-1]:
+    others = ["FILE[:score=NAME]", f"{GYM}NAME", f"{HARNESS}NAME"]
+    assert [task["name"] for task in found] == [*TASKS, *others]
+    for task in found[: len(TASKS)]:
         assert f"{len(load_task(task['name']).test)} held-out rows" in task["description"]
 
 
@@ -498,7 +500,7 @@ def test_compare_says_what_failed(softar):
 def test_compare_says_each_failure_once(softar, monkeypatch, width):
     """The first of a decoder when it happens, the others behind the table, which has their
     number."""
-    from softar import tasks
+    from softar.tasks import embedded
 
     def picky(text, row):
         if len(asked) < 4:
@@ -506,8 +508,8 @@ def test_compare_says_each_failure_once(softar, monkeypatch, width):
             raise RuntimeError(f"no score for <{len(asked)}>")
         return plain(text, row)
 
-    asked, plain = [], tasks._score_mnns
-    monkeypatch.setattr(tasks, "_score_mnns", picky)
+    asked, plain = [], embedded._score_mnns
+    monkeypatch.setattr(embedded, "_score_mnns", picky)
     monkeypatch.setenv("COLUMNS", width)
     code, out, err = softar("compare", *FEW)
     assert code == 1 and "4 failures" in out
@@ -592,10 +594,10 @@ def test_chats_of_a_comparison():
 def test_length_of_an_answer():
     from softar.tasks import load_task
 
-    rows = {name: load_task(name, size=10).test for name in ("mnns", "latin")}
-    assert inputs.answer_length(rows["mnns"], "soft", None) == 5
-    assert inputs.answer_length(rows["mnns"], "hard", 7) == 7
-    assert inputs.answer_length(rows["latin"], "hard", 7) == 0
+    tasks = {name: load_task(name, size=10) for name in ("mnns", "latin")}
+    assert inputs.answer_length(tasks["mnns"], "soft", None) == 5
+    assert inputs.answer_length(tasks["mnns"], "hard", 7) == 7
+    assert inputs.answer_length(tasks["latin"], "hard", 7) == 0
 
 
 # -- trace

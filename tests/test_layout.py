@@ -182,7 +182,8 @@ def test_imports_point_one_way(folder):
 # softar/ from the ground up: a module or room may import, inside a function too, only what stands
 # on a lower floor.
 FLOORS = [
-    ("_lazy", "checks", "placement", "progress", "resume", "soft"),
+    ("_lazy", "checks", "placement", "progress", "resume", "soft", "specs"),
+    ("files", "names"),
     ("mixers", "models", "tasks", "results", "training"),
     ("config",),
     ("thought", "model_card"),
@@ -196,7 +197,8 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # what the recipes share stands on no floor
 BESIDE = {
     "recipe": {"checks", "tasks", "resume", "rows", "launch", "progress", "arguments", "training"}
-    | {"decoders", "model_card", "models", "recipe_config"},
+    | {"decoders", "model_card", "models", "recipe_config", "recipe_data"},
+    "recipe_data": {"files", "tasks"},
     "recipe_config": {"checks"},
     "rows": {"checks", "launch", "progress", "resume", "results"},
     "launch": {"checks"},

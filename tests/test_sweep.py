@@ -15,10 +15,10 @@ import warm
 from rich.console import Console
 from trl import TrlParser
 
-from softar.decoders.options import json_or_text
 from softar.evals import sweep as module
 from softar.evals.sweep import Grid, read_grid, sweep
 from softar.evals.sweep_summary import aggregate, plot_sweep, read_sweep, sweep_table
+from softar.specs import json_or_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "sweep.py"

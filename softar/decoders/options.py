@@ -1,7 +1,6 @@
-"""The options of a decoder's spec: reading, writing, and the check against a configuration."""
+"""The options of a decoder's spec: what all share, and the check against a configuration."""
 
 import dataclasses
-import json
 import types
 import typing
 from collections.abc import Iterable
@@ -14,13 +13,20 @@ from ..checks import did_you_mean
 class Common:
     """What every decoder is made with."""
 
-    OPTIONS: ClassVar = ("max_new_tokens", "seed", "trace", "dtype", "device")  # all but the prefix
+    OPTIONS: ClassVar = (
+        "max_new_tokens",
+        "seed",
+        "trace",
+        "dtype",
+        "device",
+    )  # what a spec may say
 
     max_new_tokens: int
     seed: int = 0
     trace: bool = False
     dtype: str = "auto"
     device: str | None = None
+    stop: tuple[str, ...] = ()  # an answer ends with any of these
     prefix: str = ""  # of its name: "mnns-soft-tiny=" where the spec names a model
 
     def overridden(self, decoder: str, options: dict) -> "Common":
@@ -33,69 +39,6 @@ class Common:
         """A decoder's name in tables, and its columns there."""
         name = self.prefix + " ".join(filter(None, [decoder, setting]))
         return {"name": name, "columns": dict(decoder=decoder, model=model, setting=setting)}
-
-
-def format_options(options: dict, separator: str = ",") -> str:
-    """The reverse of what follows NAME: in a spec; other separators for people to read."""
-    return separator.join(f"{key}={_format(value)}" for key, value in options.items())
-
-
-def _format(value) -> str:
-    if isinstance(value, str):
-        try:
-            if parse_options(f"k={value}") == {"k": value}:
-                return value
-        except ValueError:
-            pass
-    return json.dumps(value)
-
-
-def parse_options(text: str) -> dict:
-    """Reads "key=value,key=value"."""
-    options, at = {}, 0
-    while at < len(text):
-        key, equals, _ = text[at:].partition("=")
-        if not equals or not key.strip().isidentifier():
-            wrong = text[at:].partition(",")[0]
-            raise ValueError(
-                f"option {wrong!r} has no form key=value; text with commas must stand in double quotes"
-            )
-        at += len(key) + 1
-        key = key.strip()
-        if key in options:
-            raise ValueError(f"option {key!r} is given twice")
-        options[key], at = _value(text, at)
-    return options
-
-
-def _value(text: str, at: int) -> tuple[typing.Any, int]:
-    """What begins at `at`, and where the next option does."""
-    at += len(text[at:]) - len(text[at:].lstrip())
-    try:
-        value, end = json.JSONDecoder().raw_decode(text, at)
-        rest = text[end:].lstrip()
-        if not rest or rest[0] == ",":
-            return value, len(text) - len(rest) + 1
-    except (ValueError, RecursionError):
-        pass
-    word = text[at:].partition(",")[0]
-    return WORDS.get(word.strip(), word.strip()), at + len(word) + 1
-
-
-def json_or_text(value):
-    """true, null, 0.5, {"k": 5} as JSON has them, else the text itself; what is not text is
-    returned as it is."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
-        return value
-
-
-def lists_by_key(option: str, items: list[str]) -> dict[str, list[str]]:
-    """["key=a,b"] -> {"key": ["a", "b"]}. option: how an error begins."""
-    if wrong := [item for item in items if not item.partition("=")[2]]:
-        raise ValueError(f"{option}{wrong[0]!r} must be key=value,value")
-    return {key: values.split(",") for key, _, values in (item.partition("=") for item in items)}
 
 
 def check_options(
@@ -146,8 +89,6 @@ def _words(kind) -> str:
     return TYPES.get(origin or kind, "")
 
 
-# of Python, where JSON has null, true and false
-WORDS = {"None": None, "True": True, "False": False}
 TYPES = {
     int: "a whole number",
     float: "a number",

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import check_least
-from ..decoders.options import format_options
 from ..decoders.registry import make_decoder, parse_spec
 from ..results import write_results, write_whole
-from ..tasks import GYM, MODELS, TASKS, load_task
+from ..specs import format_options
+from ..tasks import MODELS, load_task
 from .sweep_summary import GRID_FILE, read_rows, write_summary
 
 ROLES = ("soft", "baseline")
@@ -41,8 +41,7 @@ class Grid:
     models: dict[str, str] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)  # of what a decoder draws; the held-out rows are always the same
     limit: int | None = None  # held-out rows of each task, the first ones; None is all
-    # None: a token for each word of the first held-out completion and one for the end, as the
-    # embedded models want
+    # None: what the task says, as the embedded ones and lm-eval's do
     max_new_tokens: int | None = None
     batch_size: int = 64
     repeats: int = 1  # passes over the rows in each run
@@ -188,11 +187,7 @@ def _gather(runs: list[Run], folder: Path) -> list[dict]:
 def _check(grid: Grid, runs: list[Run]) -> None:
     """Raise ValueError for what is wrong with a grid, as far as it shows before a model is opened."""
     for task in grid.tasks:
-        if task not in TASKS and not task.startswith(GYM):
-            raise ValueError(
-                f"task={task!r} is unknown: choose one of {sorted(TASKS)} or '{GYM}NAME'"
-            )
-        if task.startswith(GYM) and grid.max_new_tokens is None:
+        if _task(task).max_new_tokens is None and grid.max_new_tokens is None:
             raise ValueError(
                 f"task={task!r} needs max_new_tokens: how long its answers are is not known"
             )
@@ -204,14 +199,14 @@ def _check(grid: Grid, runs: list[Run]) -> None:
         _model_of(grid, run)
 
 
-def _model_of(grid: Grid, run: Run) -> str:
+def _model_of(grid: Grid, run: Run) -> str | None:
     """The model of a run: the decoder's own, the grid's for the task, or the embedded one of a
     diffusion decoder."""
     asked = parse_spec(run.spec)
     embedded = MODELS.get(run.task, {})
     default = embedded.get("diffusion") if asked.family == "diffusion" else None
     model = asked.model or grid.models.get(run.task) or default
-    if model is None:
+    if model is None and asked.family != "own":
         raise ValueError(
             f"decoder {run.decoder!r} on task {run.task!r} has no model: say MODEL={run.decoder}"
         )
@@ -309,12 +304,13 @@ def _decoder(grid: Grid, run: Run):
         seed=run.seed,
         dtype=grid.dtype,
         device=grid.device,
+        stop=_task(run.task).stop,
     )
 
 
 @functools.cache
 def _task(name: str):
-    return load_task(name)  # the embedded ones take seconds to make
+    return load_task(name)  # takes seconds
 
 
 def _held_out(grid: Grid, run: Run):
@@ -330,7 +326,7 @@ def _length(grid: Grid, run: Run) -> int:
         return 0
     if grid.max_new_tokens is not None:
         return grid.max_new_tokens
-    return len(rows[0]["completion"].split()) + 1
+    return _task(run.task).max_new_tokens
 
 
 def _file(folder: Path, run: Run) -> Path:

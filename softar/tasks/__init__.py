@@ -1,0 +1,79 @@
+"""Tasks: what to train on, what to hold out, and how to score an answer. Nothing is downloaded,
+but by lm-eval's tasks.
+
+A task is two datasets in TRL's prompt-completion format and a scorer. `load_task("mnns")` makes an
+embedded one, `load_task("rows.jsonl")` reads your own rows, `load_task("reasoning_gym:chain_sum")`
+and `load_task("lm_eval:gsm8k")` wrap others' data with their own scorers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from ..checks import check_least
+from ..names import lookup
+from .embedded import MODELS, latin, mnns
+from .gym import GYM, freeze, gym_task, thaw
+from .harness import HARNESS, harness_task, is_known
+from .own import is_own, own_task
+from .task import Task, no_thought
+
+__all__ = [
+    "GYM",
+    "HARNESS",
+    "MODELS",
+    "TASKS",
+    "Task",
+    "freeze",
+    "latin",
+    "load_task",
+    "mnns",
+    "no_thought",
+    "thaw",
+]
+GROUP = "softar.tasks"  # of entry points
+TASKS: dict[str, Callable[..., Task]] = {"mnns": mnns, "latin": latin}
+
+
+def load_task(name: str, *, seed: int = 0, size: int | None = None) -> Task:
+    """The task of that name.
+
+    Args:
+        name: one of TASKS; a file of rows, "rows.jsonl[:score=number,prompt=COLUMN,...]"
+            (softar.tasks.own; .json, .csv, .parquet, or a folder with test.* and maybe train.*);
+            "reasoning_gym:NAME" (`pip install softar[rewards]`); "lm_eval:NAME[:num_fewshot=5,...]",
+            or the bare name, for what lm-eval generates (`pip install softar[eval]`);
+            "module:function" of your own, or what a package registered in the entry points
+            softar.tasks, called with seed and size.
+        seed: selects what is held out (mnns) or what is generated (reasoning-gym); same seed, same
+            rows.
+        size: at most this many training rows; for reasoning-gym the number generated. None: all, or
+            1000 generated.
+
+    Raises:
+        ValueError: for an unknown name (the message lists the known ones), rows that cannot be read
+            (it names the line) or a size below 1.
+        ImportError: where reasoning-gym or lm-eval is asked for and not installed.
+    """
+    check_least({"size": size}, size=1)
+    if name.startswith(GYM):
+        return gym_task(name.removeprefix(GYM), seed=seed, size=size)
+    if name.startswith(HARNESS):
+        return harness_task(name.removeprefix(HARNESS))
+    if name not in TASKS and is_own(name):
+        task = own_task(name)
+        if size is not None and task.train is not None:
+            rows = task.train.select(range(min(size, len(task.train))))
+            return dataclasses.replace(task, train=rows)
+        return task
+    try:
+        make = lookup(
+            "task", name, TASKS, GROUP, hint=f", a file of rows (.jsonl, ...), '{GYM}NAME'"
+        )
+    except ValueError:
+        if is_known(name):  # looked for last: to read lm-eval's names takes seconds
+            return harness_task(name)
+        raise
+    task = make(seed=seed, size=size)
+    if not isinstance(task, Task):
+        raise ValueError(f"task={name!r} gave a {type(task).__name__}, and not a softar.tasks.Task")
+    return task

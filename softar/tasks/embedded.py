@@ -1,0 +1,170 @@
+"""The tasks that come with the package, made here and now: MNNS and Latin squares."""
+
+import itertools
+import random
+import re
+
+from datasets import Dataset
+
+from .task import Task
+
+LATIN_SIZE, LATIN_TEST = 40_000, 1000
+
+
+def mnns(
+    digits: int = 4, low: int = 1, high: int = 9, *, seed: int = 0, size: int | None = None
+) -> Task:
+    """Minimum non-negative sum (CoT2, arXiv:2505.23648): sign each digit so that the sum is the
+    smallest one >= 0.
+
+    All (high - low + 1) ** digits sequences. A fifth of the multisets is held out, so that no test
+    row is a permutation of a training row. The prompt is `<bos> D5 D3 D2 D4 ->`, the completion the
+    partial sums along the best signs, ` S5 S2 S4 S0`; the last is the answer. Of equal totals the
+    first sign tuple in the order of itertools.product((1, -1), repeat=digits) is gold. `traces`
+    holds one completion for each signing of all digits but the last: its partial sums, then the
+    gold answer. Their marginals are the exact frontier of the search. Every whitespace-separated
+    word is one token of the model's vocabulary. `digits` is a column too; rows of a multiset are a
+    `group`.
+
+    Args:
+        digits: how many, at least 2.   low, high: the range of a digit, 0 <= low < high.
+        seed: selects the multisets held out.   size: at most this many training rows (a fixed
+            random choice).
+    """
+    if digits < 2 or not 0 <= low < high:
+        raise ValueError(
+            f"digits={digits}, low={low}, high={high}: needs digits >= 2 and 0 <= low < high"
+        )
+    span = range(low, high + 1)
+    rng = random.Random(seed)  # Python keeps its stream across versions
+    bags = list(itertools.combinations_with_replacement(span, digits))
+    rng.shuffle(bags)
+    held_out = set(bags[: max(1, len(bags) // 5)])
+    train, test = [], []
+    for sequence in itertools.product(span, repeat=digits):
+        (test if tuple(sorted(sequence)) in held_out else train).append(sequence)
+    rng.shuffle(train)  # so that the first `size` are a fair choice
+    fits = high <= 9 and digits * high <= 36  # its vocabulary: D0..D9, S-36..S36
+    return Task(
+        name="mnns",
+        train=Dataset.from_list([_mnns_row(s) for s in train[:size]]),
+        test=Dataset.from_list([_mnns_row(s) for s in test]),
+        score=_score_mnns,
+        think_steps=digits - 1,
+        models=MODELS["mnns"] if fits else {},
+        extract=_last_sum,
+        max_new_tokens=digits + 1,
+    )
+
+
+def _mnns_row(sequence: tuple[int, ...]) -> dict:
+    paths = [
+        list(itertools.accumulate(sign * d for sign, d in zip(signs, sequence, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(sequence))
+    ]
+    # min keeps the first of equals
+    gold = min((p for p in paths if p[-1] >= 0), key=lambda p: p[-1])
+
+    def say(sums):
+        return "".join(f" S{s}" for s in sums)
+
+    return {
+        "prompt": " ".join(["<bos>", *(f"D{d}" for d in sequence), "->"]),
+        "completion": say(gold),
+        "answer": f"S{gold[-1]}",
+        # Paths come in pairs that differ in the last sign alone: every other one is each signing of
+        # the rest.
+        "traces": [say([*p[:-1], gold[-1]]) for p in paths[::2]],
+        "digits": list(sequence),
+        "group": " ".join(map(str, sorted(sequence))),  # the orders of one multiset
+    }
+
+
+def _score_mnns(answer: str, row: dict) -> float:
+    """1 if the last sum named before the end of the sequence is the gold one."""
+    return float(_last_sum(answer) == row["answer"])
+
+
+def _last_sum(text: str) -> str:
+    sums = [word for word in text.split("<eos>")[0].split() if re.fullmatch(r"S-?\d+", word)]
+    return sums[-1] if sums else ""
+
+
+def latin(n: int = 5, givens: int = 5, *, seed: int = 0, size: int | None = None) -> Task:
+    """Complete an n x n Latin square: every symbol once in each row and each column. Any valid
+    completion counts.
+
+    Squares are the cyclic one with rows, columns and symbols shuffled. The prompt is `<bos>`, the
+    completion the whole square, row by row, ` 3 1 2 5 4 ...`; held-out rows also have a `template`,
+    the text with all but `givens` cells masked. For models that fill masks; every cell is one
+    token.
+
+    Args:
+        n: 2 to 9.   givens: cells of a template that are shown.
+        seed: selects the squares; no training square is a held-out one.   size: training rows,
+            default 40000.
+    """
+    if not 2 <= n <= 9 or not 0 <= givens < n * n:
+        raise ValueError(f"n={n}, givens={givens}: needs 2 <= n <= 9 and 0 <= givens < n * n")
+    rng = random.Random(seed)
+    held_out = [_latin_square(n, rng) for _ in range(LATIN_TEST)]
+    excluded = set(map(tuple, held_out))
+    squares = (_latin_square(n, rng) for _ in range(LATIN_SIZE if size is None else size))
+
+    def say(cells) -> str:
+        return "".join(f" {c}" for c in cells)
+
+    def template(cells) -> str:
+        givens_at = set(rng.sample(range(n * n), givens))
+        return "<bos>" + say(c if i in givens_at else "<mask>" for i, c in enumerate(cells))
+
+    train = [
+        {"prompt": "<bos>", "completion": say(s), "answer": say(s).strip()}
+        for s in squares
+        if tuple(s) not in excluded
+    ]
+    test = [
+        {"prompt": "<bos>", "completion": say(s), "answer": say(s).strip(), "template": template(s)}
+        for s in held_out
+    ]
+    return Task(
+        "latin",
+        Dataset.from_list(train),
+        Dataset.from_list(test),
+        _score_latin,
+        think_steps=None,
+        models=MODELS["latin"],
+        max_new_tokens=n * n + 1,
+    )
+
+
+def _latin_square(n: int, rng: random.Random) -> list[int]:
+    rows, cols, symbols = (rng.sample(range(n), n) for _ in range(3))
+    return [symbols[(r + c) % n] + 1 for r in rows for c in cols]
+
+
+def _score_latin(text: str, row: dict) -> float:
+    """1 where the text is a Latin square that agrees with the template."""
+    cells, template = text.split(), row["template"].removeprefix("<bos>").split()
+    n = round(len(template) ** 0.5)
+    if len(cells) != len(template) or any(
+        t not in ("<mask>", c) for c, t in zip(cells, template, strict=True)
+    ):
+        return 0.0
+    lines = [cells[r * n : (r + 1) * n] for r in range(n)] + [cells[c::n] for c in range(n)]
+    symbols = {str(s) for s in range(1, n + 1)}
+    return float(all(set(line) == symbols for line in lines))
+
+
+# Which embedded model is for which task. `untrained` is what causal training starts from; `discrete`
+# and `soft` are causal models trained on discrete thoughts and to think in soft tokens; `diffusion`
+# fills masks, trained.
+MODELS = {
+    "mnns": {
+        "untrained": "mnns-tiny",
+        "discrete": "mnns-discrete-tiny",
+        "soft": "mnns-soft-tiny",
+        "diffusion": "mnns-diffusion-tiny",
+    },
+    "latin": {"diffusion": "latin-diffusion-tiny"},
+}

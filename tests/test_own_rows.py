@@ -1,0 +1,232 @@
+"""Rows of one's own: files as tasks and as training data, what is wrong named by its line."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+
+import softar
+from softar.files import read_dataset, read_rows
+from softar.recipe_data import open_task
+from softar.tasks import load_task
+
+ROWS = [
+    {"prompt": "<bos> D4 D8 D1 D3 ->", "answer": "S0", "group": "a"},
+    {"prompt": "<bos> D8 D4 D1 D3 ->", "answer": "S0", "group": "a"},
+    {"prompt": "<bos> D9 D1 D1 D1 ->", "answer": "S6", "group": None},
+]
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def csv_of(rows):
+    head = [*rows[0]]
+    return "\n".join([",".join(head), *(",".join(str(r[k] or "") for k in head) for r in rows)])
+
+
+def write(folder, name, rows=ROWS):
+    file = folder / name
+    if name.endswith("parquet"):
+        Dataset.from_list(rows).to_parquet(file)
+    else:
+        text = {"jsonl": lines, "json": json.dumps, "csv": csv_of}[file.suffix[1:]](rows)
+        file.write_text(text)
+    return str(file)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
+def test_a_file_is_a_task_and_training_data(tmp_path, ending):
+    file = write(tmp_path, f"rows.{ending}")
+    task = load_task(file)
+    assert task.name == file and task.train is None and task.max_new_tokens is None
+    assert task.test["prompt"] == [row["prompt"] for row in ROWS]
+    assert task.test["group"][:2] == ["a", "a"]
+    assert [task.score(text, task.test[0]) for text in ("S0 ", "S1", "")] == [1, 0, 0]
+    assert read_dataset(file)["answer"] == ["S0", "S0", "S6"]
+    decoder = softar.make_decoder("mnns-soft-tiny=soft", max_new_tokens=5)
+    (row,) = softar.compare([decoder], task.test, task.score, extract=task.extract).rows
+    assert (row["n"], row["groups"], task.test["group"][2]) == (3, 2, None)
+
+
+def test_a_folder_has_both(tmp_path):
+    write(tmp_path, "train.csv", ROWS[:1])
+    write(tmp_path, "test.jsonl", ROWS[1:])
+    task = load_task(f"{tmp_path}:score=number")
+    assert (len(task.train), len(task.test)) == (1, 2)
+    assert len(load_task(str(tmp_path), size=1).train) == 1
+    (tmp_path / "test.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"holds no rows to answer: test\.jsonl"):
+        load_task(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "score, answer, right, wrong",
+    [
+        ("exact", "two  words", ["two words", " two words\n"], ["Two words", "two", ""]),
+        (
+            "number",
+            "72",
+            ["so 72.", "3 + 69 = 72.0", "$72", "#### 72"],
+            ["72 - 1", "71", "", "none"],
+        ),
+        ("number", "#### 1,234.5", ["1234.50", "it is 1,234.5"], ["1234", "12345"]),
+        ("number", -3, ["-3", "x = -3.0", "-3."], ["3"]),
+        (
+            r'regex,pattern="Answer: (\\w+)"',
+            "blue",
+            ["Answer: red. Answer: blue"],
+            ["blue", "Answer: red"],
+        ),
+        (r'regex,pattern="S-?\\d+"', "S0", ["S4 S1 S0"], ["S0 S4", "0"]),
+        (f"{__name__}:half", "x", ["x"], []),
+    ],
+)
+def test_scorers(tmp_path, score, answer, right, wrong):
+    file = write(tmp_path, "rows.jsonl", [{"prompt": "q", "answer": answer}])
+    task = load_task(f"{file}:score={score}")
+    row, full = task.test[0], 0.5 if "half" in score else 1.0
+    assert [task.score(text, row) for text in right] == [full] * len(right)
+    assert [task.score(text, row) for text in wrong] == [0] * len(wrong)
+
+
+def half(text, row):
+    return 0.5 * (text == row["answer"])
+
+
+def test_other_names_of_columns_and_chats(tmp_path):
+    rows = [
+        {"question": [{"role": "user", "content": "2 + 2"}], "gold": 4, "kind": "sum", "more": [1]},
+        {"question": [{"role": "user", "content": "2 - 2"}], "gold": 0, "kind": "sum", "more": []},
+    ]
+    file = write(tmp_path, "rows.jsonl", rows)
+    task = load_task(f"{file}:prompt=question,answer=gold,group=kind,score=number")
+    assert task.test["answer"] == ["4", "0"] and task.test["group"] == ["sum", "sum"]
+    assert task.test[0]["prompt"] == rows[0]["question"] and task.test[0]["more"] == [1]
+
+
+@pytest.mark.parametrize(
+    "name, text, spec, says",
+    [
+        (
+            "r.jsonl",
+            '{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n',
+            "",
+            "line 2: no 'answer', it has ['prompt']: add it, or say which column it is with answer=COLUMN",
+        ),
+        (
+            "r.jsonl",
+            '{"prompt": "a", "answer": "b"}\n\n{oops}\n',
+            "",
+            "line 3: no JSON (Expecting property",
+        ),
+        ("r.jsonl", "[1]\n", "", 'line 1: [1] is no object: give {"prompt": ..., "answer": ...}'),
+        ("r.jsonl", '{"prompt": " ", "answer": "b"}\n', "", "line 1: prompt=' ' must be a text"),
+        ("r.jsonl", '{"prompt": 3, "answer": "b"}\n', "", "line 1: prompt=3 must be a text"),
+        (
+            "r.jsonl",
+            '{"prompt": "a", "answer": ["b"]}\n',
+            "",
+            "line 1: answer=['b'] must be a text or a number",
+        ),
+        (
+            "r.jsonl",
+            '{"prompt": "a", "answer": "b"}\n{"prompt": [{"role": "user", "content": "x"}], "answer": "b"}',
+            "",
+            "line 2: texts and chats in one file",
+        ),
+        (
+            "r.jsonl",
+            '{"prompt": "a", "answer": "b", "x": 1}\n{"prompt": "a", "answer": "b", "x": [1]}',
+            "",
+            "a column holds values of different kinds",
+        ),
+        ("r.jsonl", "\n", "", "holds no row"),
+        ("r.json", '{"prompt": "a"}', "", "is no list of objects"),
+        ("r.json", '[{"prompt": "a",\n "answer"}]', "", "line 2: no JSON"),
+        ("r.json", '{"prompt": ["a"], "answer": []}', "", "its columns have [0, 1] values"),
+        ("r.csv", "prompt,answer\na,b\nc\n", "", "line 3: fewer fields than the header's 2"),
+        ("r.csv", "prompt,answer\na,b,c\n", "", "line 2: more fields than the header's 2"),
+        ("r.csv", "prompt,prompt\na,b\n", "", "are no names of columns"),
+        ("r.parquet", "no", "", "is no parquet file"),
+        (
+            "r.jsonl",
+            '{"prompt": "a", "answer": "b"}',
+            ":scor=number",
+            "takes no 'scor', did you mean 'score'",
+        ),
+        (
+            "r.jsonl",
+            '{"prompt": "a", "answer": "b"}',
+            ":score=numbr",
+            "score='numbr' is unknown, did you mean 'number'?",
+        ),
+        ("r.jsonl", '{"prompt": "a", "answer": "b"}', ":score=regex", "score=regex needs one"),
+        (
+            "r.jsonl",
+            '{"prompt": "a", "answer": "b"}',
+            ":pattern=x",
+            "a pattern goes with score=regex",
+        ),
+        (
+            "r.jsonl",
+            '{"prompt": "a", "answer": "b"}',
+            ":score=regex,pattern=(",
+            "pattern='(' is no regular expression",
+        ),
+        ("r.jsonl", '{"prompt": "a", "answer": "b"}', ":group=kind", "line 1: no 'kind'"),
+        (
+            "r.jsonl",
+            '{"prompt": "a", "answer": "b"}',
+            ":score=nomodule:f",
+            "module 'nomodule' cannot be imported",
+        ),
+        (
+            "r.jsonl",
+            '{"prompt": "a", "answer": "b"}',
+            f":score={__name__}:ROWS",
+            "is a list, no function",
+        ),
+        ("r.jsonl", None, "", "there is no such file"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_line(tmp_path, name, text, spec, says):
+    file = tmp_path / name
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        load_task(f"{file}{spec}")
+    assert "\n" not in str(error.value)
+
+
+def test_lines_of_a_csv_with_line_ends_in_it(tmp_path):
+    (tmp_path / "r.csv").write_text('prompt,answer\n"a\nb",c\nd,e\n')
+    assert [line for line, _ in read_rows(tmp_path / "r.csv")] == [2, 4]
+
+
+def script(**given):
+    names = dict(task=None, dataset_name=None, dataset_config=None, task_size=None, eval_rows=None)
+    splits = dict(dataset_train_split="train", dataset_test_split="test")
+    return SimpleNamespace(**names | splits | given), SimpleNamespace(datasets=[])
+
+
+def test_a_recipe_takes_a_file(tmp_path):
+    """--dataset_name FILE, in every ending; columns that do not fit are told with those there are."""
+    rows = [{"prompt": r["prompt"], "completion": " " + r["answer"]} for r in ROWS]
+    for ending in ("jsonl", "json", "csv", "parquet"):
+        task = open_task(*script(dataset_name=write(tmp_path, f"rows.{ending}", rows)))
+        assert len(task.train) == 3 and task.test is None and task.score is None
+    file = write(tmp_path, "own.jsonl", ROWS)
+    with pytest.raises(
+        ValueError, match=r"has columns \['prompt', 'answer', 'group'\], and rows need"
+    ) as error:
+        open_task(*script(dataset_name=file))
+    assert "prompt and completion, or messages, or conversations, or text" in str(error.value)
+    assert open_task(*script(dataset_name=file), formats=(("prompt",),)).train.num_rows == 3
+    with pytest.raises(ValueError, match="has no rows to train on: --dataset_name FILE"):
+        open_task(*script(task=file))
+    with pytest.raises(ValueError, match=r"there is no such file"):
+        open_task(*script(dataset_name=str(tmp_path / "gone.jsonl")))
