@@ -10,7 +10,7 @@ from softar.soft import check_dist
 from .knobs import check_knobs
 from .parity import DEFAULT, PARITY, Quirks
 from .remask import REMASKS, check_remask
-from .schedules import SCHEDULE_KNOBS, Schedule, mk_schedule
+from .schedules import SCHEDULE_KNOBS, SCHEDULES, Schedule, mk_schedule
 from .select import SELECTORS, mk_selector
 from .soften import Softener, mk_softener
 
@@ -25,7 +25,7 @@ class DenoiseConfig:
     # blocks are decoded from left to right; None is one block of all
     block_length: int | None = None
     steps: int | None = None  # forwards in all, shared by the blocks; None is one for each mask
-    # name in SCHEDULES; None is uniform, or what `threshold` or `factor` asks for
+    # name in SCHEDULES, or "module:function"; None is uniform, or what `threshold` or `factor` asks for
     schedule: str | Callable | None = None
     # dilation (pyramid): how often each number of tokens comes; eps (linear): the time of its end
     schedule_args: dict[str, Any] = field(default_factory=dict)
@@ -33,8 +33,8 @@ class DenoiseConfig:
     factor: float | None = None  # > 0, of schedule "factor"
     select: str | Callable = "confidence"  # name in SELECTORS: which positions are the best
     alg_temp: float = 0.0  # > 0 draws the positions from softmax(score / alg_temp)
-    # name in SOFTENERS: what a masked slot shows; None is as the model was trained: its soft masks,
-    # or hard
+    # name in SOFTENERS, or "module:function": what a masked slot shows; None is as the model was
+    # trained: its soft masks, or hard
     soften: str | Callable | Softener | None = None
     # the softener's knobs; of "soft-mask" they override what the model learnt
     soften_args: dict[str, Any] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class DenoiseConfig:
                 f"schedule={name!r} compares probabilities: alg_temp={self.alg_temp} must be 0"
             )
         # what a function of the user's takes is its own affair
-        if self.quirks.rule is not None or isinstance(name, str):
+        if self.quirks.rule is not None or name in SCHEDULES:
             option = "schedule" if self.quirks.rule is None else "parity"
             takes = self.scheduler.fn.__kwdefaults__ or {}
             method = name if self.quirks.rule is None else self.parity

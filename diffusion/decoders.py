@@ -13,8 +13,10 @@ import torch
 
 from softar.decoders.answer import Decoded, Decoder
 from softar.decoders.card import Card, check_model, columns_of, open_model
-from softar.decoders.options import Common, check_options, format_options
+from softar.decoders.options import Common, check_options
 from softar.evaluate import evaluating, read_prompts
+from softar.names import registered as registered_names
+from softar.specs import format_options
 
 from .config import DenoiseConfig
 from .knobs import gather_knobs
@@ -22,9 +24,11 @@ from .loop import DenoiseOutput, denoise
 from .models import load
 from .net import Facts, facts
 from .schedules import SCHEDULE_KNOBS
-from .soften import SOFTENERS
+from .soften import GROUP, SOFTENERS, mk_softener
 from .trace import Tracer
 from .uniform import check_uniform
+
+ANY = "denoise"  # the decoder that takes any softener, as an option
 
 
 class DiffusionDecoder:
@@ -89,25 +93,20 @@ class DiffusionDecoder:
             )
         with evaluating(self.model):
             out = denoise(self.model, ids, mask, config=self.config, rng=self.rng, callback=tracer)
+        forwards = forwards_of(out, self.facts)
         texts, tokens = zip(*(self._read(out, row) for row in range(len(prompts))), strict=True)
         seconds = (time.perf_counter() - started) / len(prompts)
         return [
             Decoded(
                 text=texts[row],
                 tokens=tokens[row],
-                num_forwards=self._forwards(out, row),
+                num_forwards=forwards[row],
                 token_forwards=out.token_forwards / len(prompts),
                 seconds=seconds,
                 trace=tracer and tracer.canvas(row, out, title=self.name),
             )
             for row in range(len(prompts))
         ]
-
-    def _forwards(self, out: DenoiseOutput, row: int) -> float:
-        """Forwards of a row: those up to its last decision; a uniform-state model needs all."""
-        if self.facts.uniform is not None:
-            return float(out.num_forwards)
-        return float(out.committed_at[row].max() + 1)
 
     def _read(self, out: DenoiseOutput, row: int) -> tuple[str, tuple[int, ...]]:
         """Text and tokens of a row."""
@@ -129,6 +128,13 @@ def _open(decoder: str, card: Card, dtype: str, device: str | None):
     return open_model(card, "diffusion", decoder, opener)
 
 
+def forwards_of(out: DenoiseOutput, model_facts: Facts) -> list[float]:
+    """Of each row: those up to its last decision; a uniform-state model needs all."""
+    if model_facts.uniform is not None:
+        return [float(out.num_forwards)] * len(out.sequences)
+    return (out.committed_at.amax(1) + 1).float().tolist()
+
+
 def training_of(model_facts: Facts) -> str:
     """What a model was trained with, for a table's rows."""
     if model_facts.uniform is not None:
@@ -145,16 +151,21 @@ def own_decoder(card: Card, dtype: str, device: str | None) -> str:
 
 def denoise_config(decoder: str, options: dict) -> DenoiseConfig:
     """The softener of that name and the options: fields of DenoiseConfig, and the knobs of the
-    softener and of schedules where no field has their name. Raises ValueError for options that are
-    unknown or do not fit."""
-    fn = SOFTENERS[decoder].fn
+    softener and of schedules where no field has their name. `denoise` takes the softener as an
+    option, `denoise:soften=module:function`, and is without it as the model was trained. Raises
+    ValueError for options that are unknown or do not fit."""
+    soften = decoder
+    if decoder == ANY:
+        soften = options.get("soften")
+        options = {name: value for name, value in options.items() if name != "soften"}
+    fn = None if soften is None else mk_softener(soften).fn
     fields = {field.name for field in dataclasses.fields(DenoiseConfig)}
-    knobs = [knob for knob in (fn.__kwdefaults__ if fn else ()) if knob not in fields]
+    knobs = [knob for knob in (fn.__kwdefaults__ or () if fn else ()) if knob not in fields]
     also = [*knobs, *SCHEDULE_KNOBS]
     options = check_options(DenoiseConfig, decoder, options, also=also, fixed=("soften",))
     options = gather_knobs(options, "soften_args", knobs)
     options = gather_knobs(options, "schedule_args", SCHEDULE_KNOBS)
-    return DenoiseConfig(**options, soften=decoder)
+    return DenoiseConfig(**options, soften=soften)
 
 
 def _make(decoder: str, card: Card, common: Common, /, **options) -> DiffusionDecoder:
@@ -167,6 +178,13 @@ def _make(decoder: str, card: Card, common: Common, /, **options) -> DiffusionDe
     )
 
 
+def registered(name: str) -> Callable[..., Decoder] | None:
+    """The decoder of a softener that is not softar's own: put into SOFTENERS, or registered by a
+    package."""
+    known = name in SOFTENERS or name in registered_names(GROUP)
+    return functools.partial(_make, name) if known else None
+
+
 DECODERS: dict[str, Callable[..., Decoder]] = {
-    name: functools.partial(_make, name) for name in SOFTENERS
+    name: functools.partial(_make, name) for name in (*SOFTENERS, ANY)
 }

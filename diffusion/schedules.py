@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from softar.checks import check_choice
+from softar.names import lookup
 
 from .select import Draws, best
 
@@ -195,13 +195,14 @@ class Schedule(NamedTuple):
 
 
 def mk_schedule(schedule: str | Callable | Schedule) -> Schedule:
-    """The schedule of that name, or a function as one of which nothing more is known."""
-    if isinstance(schedule, Schedule):
-        return schedule
-    if not isinstance(schedule, str):
-        return Schedule(schedule, takes_steps=None)
-    check_choice("schedule", schedule, sorted(SCHEDULES))
-    return SCHEDULES[schedule]
+    """The schedule of that name (of SCHEDULES, of an entry point in the group softar.schedules, or
+    "module:function"), or a function as one of which nothing more is known."""
+    method = schedule
+    if isinstance(schedule, str):
+        method = lookup("schedule", schedule, SCHEDULES, "softar.schedules")
+    if not isinstance(method, Schedule) and not callable(method):
+        raise ValueError(f"schedule={schedule!r} is a {type(method).__name__}, and no function")
+    return method if isinstance(method, Schedule) else Schedule(method, takes_steps=None)
 
 
 # what the knobs of schedules may be, and how that is said

@@ -16,12 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from softar.checks import check_choice
+from softar.names import lookup
 from softar.soft import Soft
 
 from .knobs import check_knobs
 from .select import Belief
 
+GROUP = "softar.softeners"  # of entry points
 SCALE_SCHEDULES = ("none", "linear", "stepwise")
 
 
@@ -147,22 +148,22 @@ def slerp(slots: Slots, *, k: int = 3, strength: float = 0.3) -> Soft:
 
 
 def mk_softener(name: str | Callable | Softener, **knobs) -> Softener:
-    """The softener of that name, or a function as one that softens the masks of the block; with its
-    knobs bound."""
-    if isinstance(name, Softener):
-        softener = name
-    elif callable(name):
-        softener = Softener(name)
-    else:
-        check_choice("soften", name, sorted(SOFTENERS), hint=" or pass a function")
-        softener = SOFTENERS[name]
+    """The softener of that name (of SOFTENERS, of an entry point in the group softar.softeners, or
+    "module:function"), or a function as one that softens the masks of the block; with its knobs
+    bound."""
+    method = name
+    if isinstance(name, str):
+        method = lookup("soften", name, SOFTENERS, GROUP, hint=" or pass a function")
+    if not isinstance(method, Softener) and not callable(method):
+        raise ValueError(f"soften={name!r} is a {type(method).__name__}, and no function")
+    softener = method if isinstance(method, Softener) else Softener(method)
     if not knobs:
         return softener
     if softener.fn is None:
         raise ValueError(
             f"soften='hard' takes no options, not {knobs}: choose a soft one, or leave soften_args out"
         )
-    if isinstance(name, str):  # what a function of the user's takes is its own affair
+    if isinstance(name, str) and name in SOFTENERS:  # what a user's takes is its own affair
         check_knobs("soften", name, knobs, softener.fn.__kwdefaults__, RANGES)
     return softener._replace(fn=functools.partial(softener.fn, **knobs))
 

@@ -18,6 +18,8 @@ _HOME = {
     "soft_embed": "softar.soft",
     "entropy": "softar.soft",
     "MIXERS": "softar.mixers",
+    "Mixed": "softar.mixers",
+    "Mixer": "softar.mixers",
     "SoftConfig": "softar.config",
     "SoftOutput": "softar.decode",
     "Kind": "softar.thought",

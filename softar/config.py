@@ -13,6 +13,7 @@ from typing import Any
 
 from .checks import check_choice, check_least
 from .mixers import Mixed, mk_mixer
+from .names import check_not_code
 from .soft import RESCALES, check_dist
 
 Ids = int | str | tuple[int, ...] | None
@@ -52,7 +53,7 @@ def takes_old_names(config: type) -> type:
 class SoftConfig:
     """How to decode. The defaults think softly, deterministically, in the whole completion."""
 
-    # name in softar.MIXERS, or a function of its signature
+    # name in softar.MIXERS, "module:function", or a function of its signature
     mixer: str | Callable[..., Mixed] = "soft"
     mixer_args: dict[str, Any] = field(default_factory=dict)  # its knobs, e.g. {"tau": 0.5}
     # share of the mixture in what is fed back, the rest is its token; 0 is hard decoding
@@ -175,7 +176,7 @@ class SoftConfig:
         """Write soft_config.json beside a checkpoint."""
         if callable(self.mixer):
             raise ValueError(
-                f"mixer={self.mixer!r} is a function and cannot be saved: register it in softar.MIXERS"
+                f"mixer={self.mixer!r} is a function and cannot be saved: name it, 'module:function'"
             )
         Path(folder, CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
@@ -189,6 +190,7 @@ class SoftConfig:
             raise ValueError(
                 f"{CONFIG_FILE} in {folder} has unknown fields {unknown}; known: {sorted(fields)}"
             )
+        check_not_code("mixer", values.get("mixer"), f"{CONFIG_FILE} in {folder}")
         return cls(**values)
 
 

@@ -38,7 +38,7 @@ from transformers.generation.logits_process import (
 
 from .checks import override
 from .config import TAGS, SoftConfig, renamed
-from .mixers import Rng
+from .mixers import Rng, mk_mixer
 from .models.kind import check_autoregressive
 from .soft import Soft, check_dist, entropy, soft_embed
 from .thought import Draws, Kind, Record, begin, decide, look, mk_propose, mk_rules, stack
@@ -187,6 +187,8 @@ def soft_decode(
     config = (soft_config or SoftConfig()).resolve(None)
     _check_inputs(input_ids, model_kwargs.get("attention_mask"))
     embedding = _check_model(model, config, model_kwargs)
+    if wants_hidden := mk_mixer(config.mixer).hidden:
+        model_kwargs["output_hidden_states"] = True
     processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, SAMPLING))
     propose = mk_propose(config, Draws(rng, len(input_ids)))
     pad, eos = generation_config._pad_token_tensor, generation_config._eos_token_tensor
@@ -206,7 +208,8 @@ def soft_decode(
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
         h = entropy(logits, config.temperature or 1.0)
         scores = processors(input_ids, logits)
-        thought, answer = propose(scores, step, any_thinking)
+        hidden = outputs.hidden_states[-1][:, -1] if wants_hidden else None
+        thought, answer = propose(scores, step, any_thinking, hidden)
         progress, record = decide(rules, progress, h, thought, answer)
         records.append(record)
         input_ids = torch.cat([input_ids, record.token[:, None]], 1)

@@ -4,6 +4,8 @@ All share one signature, `mixer(dist, *, rng=None, **knobs) -> Mixed`, any leadi
 differentiable in the weights where the method is. `rng` is one generator for all rows, or one per
 row (leading dim): then a row draws the same numbers alone as in a batch. What decoders have to know
 of a method stands in MIXERS beside its function: a new mixer is a function here and an entry there.
+One of your own is named "module:function" or "module:MIXER", a Mixer that states its facts; what it
+must keep to is said by `check_mixed`.
 
 Shapes: ... any leading dims, K tokens kept.
 """
@@ -17,12 +19,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_choice
+from .checks import check_choice, shorten
+from .names import lookup
 from .soft import Soft
 from .soft import hard as one_token
 
 Rng = torch.Generator | Sequence[torch.Generator] | None
 TINY = torch.finfo(torch.float32).tiny
+TOLERANCE = 1e-3  # of the sum of a mixture's weights
+GROUP = "softar.mixers"  # of entry points
 LEAST, MOST = 1e-30, 1e30  # a knob beyond these is its limit in float32, and would only overflow
 
 
@@ -45,6 +50,7 @@ class Mixer(NamedTuple):
     draws: Callable[[dict[str, Any]], bool] = lambda knobs: True
     # its knobs, tokens that the filters keep -> tokens in its mixture
     width: Callable[[dict[str, Any], float], float] = lambda knobs, filtered: filtered
+    hidden: bool = False  # also gets hidden=, [..., D] the last hidden state of the step
 
     def __call__(self, dist: Soft, *, rng: Rng = None, **knobs) -> Mixed:
         return self.fn(dist, rng=rng, **knobs)
@@ -59,7 +65,7 @@ class Mixer(NamedTuple):
         """Name -> value, or the function's default."""
         parameters = inspect.signature(self.fn).parameters.values()
         knobs = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-        return {name: value for name, value in knobs.items() if name != "rng"}
+        return {name: value for name, value in knobs.items() if name not in ("rng", "hidden")}
 
 
 def hard(dist: Soft, *, rng: Rng = None, sample: bool = False) -> Mixed:
@@ -197,23 +203,76 @@ def _coin(had: Tensor, alpha: float, rng: Rng):
 
 
 def mk_mixer(name: str | Callable, **knobs) -> Mixer:
-    """The mixer of that name, or a function as one that draws and does not narrow the mixture; with
-    its knobs bound. Unknown names and knobs are errors."""
-    if not callable(name):
-        check_choice("mixer", name, sorted(MIXERS), hint=" or pass a function")
-    method = name if callable(name) else MIXERS[name]
+    """The mixer of that name (of MIXERS, of an entry point in the group softar.mixers, or
+    "module:function"), or a function as one that draws and does not narrow the mixture; with its
+    knobs bound. Unknown names and knobs are errors."""
+    is_named = not callable(name)
+    if is_named:
+        method = lookup("mixer", name, MIXERS, GROUP, hint=" or pass a function")
+        if not callable(method):
+            raise ValueError(f"mixer={name!r} is a {type(method).__name__}, and no function")
+    else:
+        method = name
     mixer = method if isinstance(method, Mixer) else Mixer(method)
     if not knobs:
         return mixer
-    if not callable(name):
+    if is_named and mixer.hidden:  # its width is not known here
+        check_choice(f"knob of mixer {name!r}", next(iter(knobs)), mixer.knobs)
+    elif is_named:
         # One step on two made-up tokens: a misspelt or impossible knob fails here, not in the
         # middle of a decode.
-        trial = Soft(torch.tensor([0, 1]), torch.tensor([0.5, 0.5]))
+        trial = Soft(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
         try:
             mixer(trial, rng=torch.Generator(), **knobs)
         except TypeError as error:
             raise ValueError(f"mixer={name!r} does not take {knobs}: {error}") from None
     return mixer._replace(fn=functools.partial(mixer.fn, **knobs))
+
+
+def name_of(mixer: str | Callable) -> str:
+    """What errors and tables call it."""
+    while isinstance(mixer, (Mixer, functools.partial)):
+        mixer = mixer.fn if isinstance(mixer, Mixer) else mixer.func
+    if isinstance(mixer, str):
+        return mixer
+    return mixer.__name__ if inspect.isfunction(mixer) else type(mixer).__name__
+
+
+def check_mixed(mixed: Mixed, rows: int, vocab: int, name: str) -> None:
+    """Raise ValueError where a mixer's Mixed is none that can be fed back: weights
+    [rows, K] float that sum to 1, none negative; ids [rows, K] int64 and a token [rows] int64 inside
+    the vocabulary; logp [rows], or None where nothing was drawn.
+
+    NaN is left to the loop, which names step and rows. A synchronisation.
+    """
+    if not (isinstance(mixed, Mixed) and isinstance(mixed.soft, Soft)):
+        raise ValueError(
+            f"mixer {name!r} gave a {type(mixed).__name__}: give softar.Mixed(softar.Soft(ids, weights), "
+            "token, logp)"
+        )
+    (ids, weights), token, logp = mixed
+    shapes = [tuple(t.shape) for t in (ids, weights, token)]
+    is_shaped = ids.dim() == 2 and shapes == [(rows, ids.shape[1])] * 2 + [(rows,)]
+    if not is_shaped or (logp is not None and tuple(logp.shape) != (rows,)):
+        shapes.append(logp if logp is None else tuple(logp.shape))
+        raise ValueError(
+            f"mixer {name!r} gave ids, weights, token and logp of shapes {shapes}: of {rows} rows they "
+            "are [rows, K], [rows, K], [rows] and [rows] or None"
+        )
+    if ids.dtype != torch.int64 or token.dtype != torch.int64 or not weights.is_floating_point():
+        raise ValueError(
+            f"mixer {name!r} gave ids, weights and token of {ids.dtype}, {weights.dtype}, {token.dtype}: "
+            "they are int64, float32 and int64"
+        )
+    for is_wrong, shown, what in (
+        (weights < 0, weights, "negative weights"),
+        ((weights.sum(-1) - 1).abs() > TOLERANCE, weights, "weights that do not sum to 1"),
+        ((ids < 0) | (ids >= vocab), ids, f"ids outside the vocabulary of {vocab}"),
+        ((token < 0) | (token >= vocab), token, f"a token outside the vocabulary of {vocab}"),
+    ):
+        if wrong := is_wrong.reshape(rows, -1).any(1).nonzero()[:, 0].tolist():
+            value = shorten(str(shown[wrong[0]].tolist()), 80)
+            raise ValueError(f"mixer {name!r} gave {what} in rows {wrong}, first {value}")
 
 
 def exponential(like: Tensor, rng: Rng) -> Tensor:
@@ -284,3 +343,4 @@ MIXERS: dict[str, Mixer | Callable[..., Mixed]] = {
     "dirichlet": Mixer(dirichlet),
 }
 GUIDES = {"mix": _mix, "clamp": _clamp, "coin": _coin}
+BUILT_IN = frozenset(MIXERS)  # whose mixtures need no check

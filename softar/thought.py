@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import SoftConfig
-from .mixers import Mixed, Rng, guide, hard, mk_mixer
+from .mixers import BUILT_IN, Mixed, Rng, check_mixed, guide, hard, mk_mixer, name_of
 from .soft import Soft, mk_proba_dist
 
 
@@ -281,16 +281,26 @@ class Draws:
         return [row.at(step, purpose) for row in self.rows]
 
 
-def mk_think(config: SoftConfig) -> Callable[[Tensor, Rng], Mixed]:
-    """A function of logits [B, V] float32 and random numbers: what each row would do thinking."""
+def mk_think(config: SoftConfig) -> Callable[..., Mixed]:
+    """A function of logits [B, V] float32, random numbers, and the last hidden state [B, D] where
+    the mixer wants it: what each row would do thinking. Of a mixer that is not softar's the first
+    mixture is looked at (check_mixed)."""
     mixer, is_soft = mk_mixer(config.mixer, **config.mixer_args), config.is_soft
-    filters = config.filters
+    filters, wants_hidden = config.filters, mixer.hidden
+    is_known = isinstance(config.mixer, str) and config.mixer in BUILT_IN
     if not is_soft and not config.mixer_draws:
         # whatever the filters are, the argmax passes them
         mixer, filters = hard, dict(temperature=0.0, banned=config.banned)
+        wants_hidden, is_known = False, True
 
-    def think(logits: Tensor, rng: Rng) -> Mixed:
-        soft, token, logp = mixer(mk_proba_dist(logits, **filters), rng=rng)
+    def think(logits: Tensor, rng: Rng, hidden: Tensor | None = None) -> Mixed:
+        nonlocal is_known
+        more = {"hidden": hidden} if wants_hidden else {}
+        mixed = mixer(mk_proba_dist(logits, **filters), rng=rng, **more)
+        if not is_known:
+            check_mixed(mixed, *logits.shape, name_of(config.mixer))
+            is_known = True
+        soft, token, logp = mixed
         if is_soft:
             soft = guide(soft, token, 1 - config.softness)
         return Mixed(
@@ -301,19 +311,22 @@ def mk_think(config: SoftConfig) -> Callable[[Tensor, Rng], Mixed]:
 
 
 def mk_propose(config: SoftConfig, draws: Draws) -> Callable[..., tuple[Mixed, Mixed | None]]:
-    """A function of logits [B, V] float32, the step, and whether anybody is thinking: what each row
-    would do thinking, and answering (None where nobody can)."""
+    """A function of logits [B, V] float32, the step, whether anybody is thinking, and maybe the
+    last hidden state [B, D]: what each row would do thinking, and answering (None where nobody
+    can)."""
     think, thought_draws = mk_think(config), config.mixer_draws
     filters, answer_draws = config.answer_filters, config.answer_temperature > 0
 
-    def propose(logits: Tensor, step: int, any_thinking: bool) -> tuple[Mixed, Mixed | None]:
+    def propose(
+        logits: Tensor, step: int, any_thinking: bool, hidden: Tensor | None = None
+    ) -> tuple[Mixed, Mixed | None]:
         answer = None
         if config.has_answer or not any_thinking:
             rng = draws.at(step, ANSWER) if answer_draws else None
             answer = hard(mk_proba_dist(logits, **filters), rng=rng, sample=answer_draws)
         if not any_thinking:
             return answer, answer
-        return think(logits, draws.at(step, THOUGHT) if thought_draws else None), answer
+        return think(logits, draws.at(step, THOUGHT) if thought_draws else None, hidden), answer
 
     return propose
 

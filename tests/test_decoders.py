@@ -19,7 +19,6 @@ from softar import Kind, SoftConfig
 from softar.decoders.answer import Decoded
 from softar.decoders.beam import BeamDecoder, BeamOptions
 from softar.decoders.card import Card, describe
-from softar.decoders.options import format_options
 from softar.decoders.registry import FAMILIES, decoders_of, find, make_decoder, parse_spec
 from softar.decoders.soft import (
     DECODERS,
@@ -29,12 +28,13 @@ from softar.decoders.soft import (
     last_match,
     soft_config,
 )
+from softar.diffusion import SOFTENERS as DIFFUSION
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion import load as load_diffusion
-from softar.diffusion.decoders import DECODERS as DIFFUSION
 from softar.diffusion.decoders import DiffusionDecoder, denoise_config
 from softar.evaluate import encode, evaluate
 from softar.models import folder_of
+from softar.specs import format_options
 from softar.tasks import load_task
 from softar.vllm.request import parse as parse_request
 
@@ -778,7 +778,8 @@ def decoder_tokenizer(decoder):
             "decoder 'gumbel' takes no 'tua', did you mean 'tau'?: it takes ['answer_min_p', ",
         ),
         ("mnns-tiny=soft:tau=1", "decoder 'soft' takes no 'tau'"),
-        ("mnns-tiny=soft:mixer=gumbel", "decoder 'soft' takes no 'mixer'"),
+        ("mnns-tiny=gumbel:mixer=soft", "decoder 'gumbel' takes no 'mixer'"),
+        ("mnns-tiny=soft:mixer=gumbl", "mixer='gumbl' is unknown, did you mean 'gumbel'"),
         ("mnns-tiny=discrete:softness=0.5", "decoder 'discrete' takes no 'softness'"),
         ("mnns-tiny=soft:top_k=2.5", "decoder 'soft': top_k=2.5 must be a whole number or null"),
         ("mnns-tiny=soft:top_k=true", "decoder 'soft': top_k=True must be a whole number or null"),

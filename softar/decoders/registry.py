@@ -4,19 +4,23 @@ A family is a module with a table DECODERS of factories, loaded when one of its 
 this module imports none of them.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple
 
 from ..checks import did_you_mean
+from ..names import CODE, HINT, is_code, load_code, lookup, registered
+from ..specs import parse_options
 from .answer import Decoder
 from .card import Card, describe
-from .options import Common, parse_options
+from .options import Common
+from .own import GROUP, OWN, make_own
 
 # Each has DECODERS: name -> factory(card, common, **options) -> Decoder; those of a kind of model
 # also own_decoder(card, dtype, device) -> the name in DECODERS that the model was trained for, None
-# where it does not say
+# where it does not say. And registered(name) -> the factory of a method that was added to its tables
 FAMILIES = {
     "autoregressive": "softar.decoders.soft",
     "diffusion": "softar.diffusion.decoders",
@@ -51,6 +55,7 @@ def make_decoder(
     trace: bool = False,
     dtype: str = "auto",
     device: str | None = None,
+    stop: tuple[str, ...] = (),
 ) -> Decoder:
     """The decoder of a spec, `[MODEL=]NAME[:key=value,key=value]`.
 
@@ -66,15 +71,27 @@ def make_decoder(
             numbers.
         trace: record each answer's steps, in Decoded.trace.
         dtype, device: as for softar.load.
+        stop: strings at which an answer of softar's own autoregressive decoders ends early.
 
     Raises:
         ValueError: naming what is unknown or does not fit.
     """
     asked = parse_spec(spec)
-    if asked.model is None and model is None:
+    if asked.model is None and model is None and asked.family != OWN:
         raise ValueError(f"{spec!r} names no model: write MODEL={spec}, or pass model=")
-    common = Common(max_new_tokens, seed, trace, dtype, device, asked.prefix)
-    return build(asked.decoder, describe(asked.model or model), common, asked.options)
+    common = Common(max_new_tokens, seed, trace, dtype, device, tuple(stop), asked.prefix)
+    return build(asked.decoder, card_of(asked, model), common, asked.options)
+
+
+def card_of(asked: Spec, model: str | None) -> Card:
+    """Of the model of a spec, else of the other one; of a decoder of one's own there need be none."""
+    mixer = asked.options.get("mixer")
+    if isinstance(mixer, str) and is_code(mixer):
+        load_code(
+            "mixer", mixer
+        )  # asked for by the user, so that the model's file may name it, too
+    name = asked.model or model
+    return Card("", None, None, None) if name is None else describe(name)
 
 
 def build(decoder: str, card: Card, common: Common, options: dict) -> Decoder:
@@ -94,25 +111,37 @@ def own_decoder(card: Card, dtype: str, device: str | None) -> str | None:
 def parse_spec(spec: str) -> Spec:
     """Reads `[MODEL=]NAME[:key=value,key=value]`. A value is JSON where it is, else text up to the
     next comma; text with commas is a JSON string. A model may hold ":" and "=": the first NAME that
-    is known counts.
+    is known counts. NAME may be "module:function" of your own (softar.decoders.own).
 
     Raises:
         ValueError: for a name that no family knows (the message lists them), or options that cannot
             be read.
     """
     starts = [-1, *(m.start() for m in re.finditer("=", spec))]
-    for at in starts:
-        name, _, options = spec[at + 1 :].partition(":")
-        if find(name.strip()) is None:
-            continue
-        if at == 0:
-            raise ValueError(f"{spec!r} begins with '=': write MODEL={spec[1:]}")
-        return Spec(spec[:at] if at > 0 else None, name.strip(), parse_options(options))
+    for of_code in (False, True):  # softar's own names come first
+        for at in starts:
+            name, options = _split(spec[at + 1 :], of_code)
+            if name is None or (not of_code and find(name) is None):
+                continue
+            if at == 0:
+                raise ValueError(f"{spec!r} begins with '=': write MODEL={spec[1:]}")
+            find(name)  # what cannot be imported is found now
+            return Spec(spec[:at] if at > 0 else None, name, parse_options(options))
     asked = spec.partition(":")[0].rpartition("=")[2].strip()
     names = [name for family in FAMILIES for name in decoders_of(family)]
     raise ValueError(
-        f"decoder {asked!r} is unknown{did_you_mean(asked, names)}: choose one of {names}"
+        f"decoder {asked!r} is unknown{did_you_mean(asked, names)}: choose one of {names}{HINT}"
     )
+
+
+def _split(text: str, of_code: bool) -> tuple[str | None, str]:
+    """NAME and its options, of a spec without its model; no name for a text that has none of the
+    form asked for."""
+    if not of_code:
+        name, _, options = text.partition(":")
+        return name.strip(), options
+    match = re.match(rf"\s*({CODE.pattern})\s*(?::(.*))?$", text, re.DOTALL)
+    return (match[1], match[4] or "") if match else (None, "")
 
 
 def decoders_of(family: str) -> dict[str, Callable[..., Decoder]]:
@@ -124,4 +153,9 @@ def find(name: str) -> tuple[str, Callable[..., Decoder]] | None:
     for family in FAMILIES:
         if name in (decoders := decoders_of(family)):
             return family, decoders[name]
+    for family, module in FAMILIES.items():
+        if (factory := import_module(module).registered(name)) is not None:
+            return family, factory
+    if is_code(name) or name in registered(GROUP):
+        return OWN, functools.partial(make_own, name, lookup("decoder", name, {}, GROUP))
     return None

@@ -19,14 +19,17 @@ from transformers import BatchEncoding
 from ..config import SoftConfig, renamed
 from ..decode import SoftOutput, generate
 from ..evaluate import evaluating, read_prompts, resolve
-from ..mixers import MIXERS, mk_mixer
+from ..mixers import GROUP, MIXERS, mk_mixer, name_of
 from ..models import load
+from ..names import registered as registered_names
 from ..show.trace import Trace, thought
+from ..specs import format_options
 from ..thought import Kind
 from .answer import Decoded, Decoder
 from .beam import BeamDecoder, BeamOptions
 from .card import Card, check_model, columns_of, open_model
-from .options import Common, check_options, format_options
+from .options import Common, check_options
+from .stop import StopStrings
 
 
 class SoftDecoder:
@@ -41,17 +44,27 @@ class SoftDecoder:
             time.
         columns: decoder, model, setting, ... for a table's rows, beside those known from model and
             config.
+        stop: strings with which an answer ends, too; a thought is not searched.
     """
 
     def __init__(
-        self, model, tokenizer, config: SoftConfig, *, name=None, seed=0, trace=False, columns=None
+        self,
+        model,
+        tokenizer,
+        config: SoftConfig,
+        *,
+        name=None,
+        seed=0,
+        trace=False,
+        columns=None,
+        stop: tuple[str, ...] = (),
     ):
-        decoder = _name_of(config)
+        decoder = decoder_name(config)
         check_model(model, "autoregressive", name or decoder)
         self.model, self.tokenizer, self.trace = model, tokenizer, trace
         self.config = resolve(config, tokenizer)
         self.columns = columns_of(decoder, model, "autoregressive") | (columns or {})
-        self.name = name or decoder
+        self.name, self.stop = name or decoder, [*stop]
         self.rng = torch.Generator().manual_seed(seed)
 
     @property
@@ -67,6 +80,10 @@ class SoftDecoder:
             return []
         started = time.perf_counter()
         inputs = read_prompts(self.tokenizer, prompts).to(self.model.device)
+        width = inputs["input_ids"].shape[1]
+        criteria = (
+            [StopStrings(self.tokenizer, self.stop, width, self.config)] if self.stop else None
+        )
         with evaluating(self.model):
             out = generate(
                 self.model,
@@ -76,6 +93,7 @@ class SoftDecoder:
                 rng=self.rng,
                 callback=callback,
                 tokenizer=self.tokenizer,
+                stopping_criteria=criteria,
             )
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.answers]
         is_step = out.record.kind != Kind.PAD  # [B, T]; padding stands at the end
@@ -179,12 +197,11 @@ def last_match(pattern: str) -> Callable[[str], str]:
     return lambda text: squeezed([text, *(match.group() for match in compiled.finditer(text))][-1])
 
 
-def _name_of(config: SoftConfig) -> str:
-    if callable(config.mixer):
-        return config.mixer.__name__
+def decoder_name(config: SoftConfig) -> str:
+    """The decoder in DECODERS, or the function, that decodes like this."""
     if mk_mixer(config.mixer).single:
         return "sampled" if config.mixer_draws else "discrete"
-    return config.mixer
+    return name_of(config.mixer)
 
 
 # -- by name
@@ -210,21 +227,25 @@ def own_decoder(card: Card, dtype: str, device: str | None) -> str | None:
 
 def soft_config(base: SoftConfig | None, decoder: str, options: dict) -> SoftConfig:
     """The model's own configuration (None: the defaults) with the decoder's mixer, changed by the
-    options; the mixer's knobs are options, too. Raises ValueError for options that are unknown or
-    do not fit."""
+    options; the mixer's knobs are options, too. Decoder `soft` takes another mixer as an option,
+    `soft:mixer=module:function`. Raises ValueError for options that are unknown or do not fit."""
     base, options = base or SoftConfig(), renamed(options)
     if decoder in HARD:
         changes = check_options(
             SoftConfig, decoder, options, fixed=("mixer", "mixer_args", "softness", "rescale")
         )
         return replace(base, mixer="hard", mixer_args=HARD[decoder], softness=0.0, **changes)
-    knobs = [*mk_mixer(decoder).knobs]
+    mixer = decoder
+    if decoder == "soft" and "mixer" in options:
+        mixer = options["mixer"]
+        options = {k: v for k, v in options.items() if k != "mixer"}
+    knobs = [*mk_mixer(mixer).knobs]
     changes = check_options(SoftConfig, decoder, options, also=knobs, fixed=("mixer",))
-    args = (base.mixer_args if base.mixer == decoder else {}) | changes.pop("mixer_args", {})
+    args = (base.mixer_args if base.mixer == mixer else {}) | changes.pop("mixer_args", {})
     args |= {knob: changes.pop(knob) for knob in knobs if knob in changes}
     # A model's own configuration may be hard; a decoder that is named after a mixer is not
     softness = {"softness": base.softness or 1.0}
-    return replace(base, **(softness | changes), mixer=decoder, mixer_args=args)
+    return replace(base, **(softness | changes), mixer=mixer, mixer_args=args)
 
 
 def _make_soft(decoder: str, card: Card, common: Common, /, **options) -> SoftDecoder:
@@ -232,7 +253,8 @@ def _make_soft(decoder: str, card: Card, common: Common, /, **options) -> SoftDe
     config = soft_config(card.config, decoder, options | {"max_new_tokens": common.max_new_tokens})
     model, tokenizer = _open(decoder, card, common)
     labels = common.labels(decoder, card.name, format_options(options, " "))
-    return SoftDecoder(model, tokenizer, config, seed=common.seed, trace=common.trace, **labels)
+    how = dict(seed=common.seed, trace=common.trace, stop=common.stop)
+    return SoftDecoder(model, tokenizer, config, **how, **labels)
 
 
 def _make_beam(card: Card, common: Common, /, **options) -> BeamDecoder:
@@ -271,6 +293,13 @@ def _make_self_consistency(card: Card, common: Common, /, **options) -> SelfCons
     labels = common.labels("self-consistency", card.name, " ".join(filter(None, settings)))
     normalise = None if vote.pattern is None else last_match(vote.pattern)
     return SelfConsistency(voter, vote.votes, normalise, **labels)
+
+
+def registered(name: str) -> Callable[..., Decoder] | None:
+    """The decoder of a mixer that is not softar's own: put into MIXERS, or registered by a
+    package."""
+    known = name in MIXERS or name in registered_names(GROUP)
+    return functools.partial(_make_soft, name) if known else None
 
 
 DECODERS: dict[str, Callable[..., Decoder]] = {

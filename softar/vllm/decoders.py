@@ -6,10 +6,11 @@ import torch
 from transformers import AutoTokenizer
 
 from ..decoders.card import Card
-from ..decoders.options import Common, format_options
+from ..decoders.options import Common
 from ..decoders.soft import soft_config
 from ..mixers import mk_mixer
 from ..models import load
+from ..specs import format_options
 from .client import CONNECTION, ServerDecoder
 from .completions import MODES, CompletionDecoder, Sampling, ends_unseen, split_options
 from .engine import ENGINE, VLLMDecoder
@@ -76,6 +77,11 @@ def _tokenizer(card: Card):
     if card.folder is not None and (card.folder / "tokenizer_config.json").is_file():
         return AutoTokenizer.from_pretrained(card.folder, trust_remote_code=False)
     return load(card.name, device="cpu")[1]
+
+
+def registered(name: str) -> None:
+    """A method that a package registered is a decoder of another family."""
+    return None
 
 
 DECODERS = {f"vllm-{mode}": _factory(mode) for mode in MODES if mode != "soft"} | {

@@ -2,9 +2,10 @@
 
 import json
 
-from ..checks import check_choice, shorten
+from ..checks import did_you_mean, shorten
 from ..config import TAGS, SoftConfig, renamed
-from ..mixers import MIXERS
+from ..mixers import GROUP, MIXERS, mk_mixer
+from ..names import is_code, registered
 from ..soft import check_dist
 from .switches import thinks
 
@@ -13,6 +14,8 @@ LONGEST = 64  # tokens of think_start and think_end
 # characters, as JSON: of a request's "soft", of one of its fields, of its banned ids
 SIZES = {"soft": 2**16, "field": 1000, "banned": 2**15}
 MOST = 2**31  # steps
+# of an engine's additional_config: the mixers that requests may name beside softar's own
+ALLOW = "softar_mixers"
 OWN = "softar"  # what a request's "soft" becomes on its way to the workers
 ENABLE = (
     "start it so: softar serve --soft, vllm serve --enable-prompt-embeds, "
@@ -48,6 +51,7 @@ def check_request(asked, params, vllm_config, tokenizer) -> dict:
     fields = parse(asked)
     record = fields.pop("record", False)
     check_params(params)
+    check_mixer(fields.get("mixer", SoftConfig.mixer), allowed(vllm_config))
     vocab = vllm_config.model_config.get_vocab_size()
     config = _resolve(fields, vocab, tokenizer)
     limit = min(LIMIT, vocab - 1) if record else LIMIT
@@ -64,6 +68,32 @@ def check_request(asked, params, vllm_config, tokenizer) -> dict:
                 f"soft: {name}={_quote(ids)} must be token ids below {vocab}, the model's vocabulary"
             )
     return {"config": fields_of(config), "record": record}
+
+
+def allowed(vllm_config) -> list[str]:
+    """The mixers of its owner's own that a server was started with, "module:name" each:
+    --additional-config '{"softar_mixers": ["module:name"]}'."""
+    config = vllm_config.additional_config
+    names = config.get(ALLOW, []) if isinstance(config, dict) else []
+    if not isinstance(names, list) or not all(isinstance(n, str) and is_code(n) for n in names):
+        raise ValueError(f"soft: {ALLOW}={_quote(names)} must be a list of 'module:name'")
+    return names
+
+
+def check_mixer(name: str, allow: list[str]) -> None:
+    """Raise ValueError for a mixer that a request may not name: what it says must never decide which
+    code is imported."""
+    known = sorted({*MIXERS, *registered(GROUP), *allow})
+    if name not in known:
+        raise ValueError(
+            f"soft: mixer={_quote(name)} is unknown here{did_you_mean(name[:80], known)}: choose one of "
+            f"{known}; one of your own is let in by --additional-config '{{\"{ALLOW}\": [...]}}'"
+        )
+    if mk_mixer(name).hidden:
+        raise ValueError(
+            f"soft: mixer={_quote(name)} asks for hidden states, which vLLM does not hand out: decode "
+            "with softar.generate"
+        )
 
 
 def parse(asked) -> dict:
@@ -112,7 +142,6 @@ def _resolve(fields: dict, vocab: int, tokenizer) -> SoftConfig:
         raise ValueError(f"soft: k={_quote(count)} must be at most {LIMIT}")
     try:
         # here, where SoftConfig would propose a function too
-        check_choice("mixer", fields.get("mixer", SoftConfig.mixer), sorted(MIXERS))
         config = SoftConfig(**fields)
         check_dist(vocab, **config.filters)
         return config.resolve(tokenizer)

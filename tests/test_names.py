@@ -1,0 +1,266 @@
+"""Methods of one's own by "module:name" or entry point, wherever a name goes; what a mixer must keep
+to, and what a checkpoint may not say."""
+
+import json
+import re
+from importlib.metadata import EntryPoint
+
+import pytest
+import torch
+from tiny import PROMPTS, left_padded, model_of, seeded
+
+import softar
+from softar import Decoded, Mixed, Mixer, Soft, SoftConfig, make_decoder, names
+from softar.diffusion import DenoiseConfig
+from softar.diffusion.schedules import mk_schedule
+from softar.diffusion.soften import mk_softener
+from softar.mixers import mk_mixer
+from softar.tasks import Task, load_task, mnns
+
+MNNS = ["<bos> D4 D8 D1 D3 ->"]
+
+
+def flat(dist, *, rng=None, power=0.5):
+    weights = dist.weights**power
+    return Mixed(Soft(dist.ids, weights / weights.sum(-1, keepdim=True)), dist.ids[..., 0], None)
+
+
+def second(slots, *, k=1):
+    values, ids = slots.belief.top(k)
+    return Soft(ids, values.softmax(-1))
+
+
+def all_at_once(block, config, draws):
+    from softar.diffusion.schedules import Quota
+
+    return Quota(lambda i, n: n)
+
+
+def few(*, seed=0, size=None):
+    task = mnns(digits=2, seed=seed, size=size)
+    return Task("few", task.train, task.test, task.score, None)
+
+
+class Parrot:
+    def __init__(self, word):
+        self.word = word
+
+    def decode(self, prompts):
+        return [Decoded(self.word, (1,), 1.0, 1.0, 0.001) for _ in prompts]
+
+
+def parrot(model, *, max_new_tokens, seed, word="S0"):
+    return Parrot(word)
+
+
+def dumb(model, *, max_new_tokens, seed):
+    return object()
+
+
+HERE = __name__
+
+
+def generate(mixer, model=None, **changes):
+    ids, mask = left_padded(PROMPTS)
+    config = SoftConfig(mixer=mixer, **{"max_new_tokens": 4, "top_k": 5} | changes)
+    return softar.generate(model or model_of(), ids, mask, config=config, rng=seeded(3))
+
+
+# wherever a name goes
+
+
+def test_a_mixer_by_name_is_the_function():
+    by_name, by_function = generate(f"{HERE}:flat"), generate(flat)
+    assert torch.equal(by_name.record.weights, by_function.record.weights)
+    decoders = [
+        make_decoder(f"mnns-soft-tiny={spec}", max_new_tokens=5)
+        for spec in (f"soft:mixer={HERE}:flat,power=0.25", "soft:mixer=hard", "discrete")
+    ]
+    assert decoders[0].config.mixer_args == {"power": 0.25}
+    assert decoders[0].name == f"mnns-soft-tiny=soft mixer={HERE}:flat power=0.25"
+    answers = [decoder.decode(MNNS)[0] for decoder in decoders]
+    assert answers[1].tokens == answers[2].tokens  # hard, under the name of soft
+    with pytest.raises(ValueError, match="takes no 'powr', did you mean 'power'"):
+        make_decoder(f"mnns-soft-tiny=soft:mixer={HERE}:flat,powr=1", max_new_tokens=5)
+
+
+def test_softeners_and_schedules():
+    assert mk_softener(f"{HERE}:second").fn is second
+    assert mk_schedule(f"{HERE}:all_at_once").fn is all_at_once
+    DenoiseConfig(soften=f"{HERE}:second", schedule=f"{HERE}:all_at_once", soften_args={"k": 2})
+    spec = f"mnns-diffusion-tiny=denoise:soften={HERE}:second,k=2,schedule={HERE}:all_at_once"
+    decoder = make_decoder(spec, max_new_tokens=5)
+    assert decoder.config.soften_args == {"k": 2} and decoder.decode(MNNS)[0].num_forwards == 1
+    plain, trained = (
+        make_decoder(f"mnns-diffusion-tiny={name}", max_new_tokens=5).decode(MNNS)[0].tokens
+        for name in ("denoise", "soft-mask")
+    )
+    assert plain == trained  # denoise is as the model was trained
+
+
+def test_tasks_and_decoders():
+    task = load_task(f"{HERE}:few", size=7)
+    assert (task.name, len(task.train)) == ("few", 7)
+    for spec, model, word in (
+        (f"{HERE}:parrot", None, "S0"),
+        (f"some/model={HERE}:parrot:word=S5", "some/model", "S5"),
+    ):
+        decoder = make_decoder(spec, max_new_tokens=3)
+        assert decoder.columns["model"] == model and decoder.decode(MNNS)[0].text == word
+        assert softar.compare([decoder], task.test.select(range(4)), task.score, warmup=0).rows
+    with pytest.raises(ValueError, match=r"gave a object, which has no decode"):
+        make_decoder(f"{HERE}:dumb", max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"cannot be made .*unexpected keyword argument 'wrd'"):
+        make_decoder(f"{HERE}:parrot:wrd=1", max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"gave a Parrot, and not a softar.tasks.Task"):
+        load_task(f"{HERE}:parrot_task")
+
+
+def parrot_task(*, seed=0, size=None):
+    return Parrot("S0")
+
+
+def test_entry_points(monkeypatch):
+    """What a package registers is known by its name, as softar's own are."""
+    points = {
+        "softar.mixers": {"flat": f"{HERE}:flat", "gone": "no_such_package:flat"},
+        "softar.softeners": {"second": f"{HERE}:second"},
+        "softar.schedules": {"all": f"{HERE}:all_at_once"},
+        "softar.tasks": {"few": f"{HERE}:few"},
+        "softar.decoders": {"parrot": f"{HERE}:parrot"},
+    }
+
+    def entry_points(group):
+        return [EntryPoint(name, value, group) for name, value in points.get(group, {}).items()]
+
+    names.registered.cache_clear()
+    monkeypatch.setattr(names, "entry_points", entry_points)
+    try:
+        assert mk_mixer("flat").fn is flat and mk_softener("second").fn is second
+        assert mk_schedule("all").fn is all_at_once and load_task("few", size=2).name == "few"
+        for spec in ("mnns-soft-tiny=flat:power=2", "mnns-diffusion-tiny=second", "x=parrot"):
+            assert make_decoder(spec, max_new_tokens=5).decode(MNNS)[0].tokens
+        with pytest.raises(
+            ValueError, match="registered as no_such_package:flat, cannot be loaded"
+        ):
+            mk_mixer("gone")
+        with pytest.raises(
+            ValueError, match=r"choose one of \['dirichlet', 'flat', 'gone', 'gumbel'"
+        ):
+            mk_mixer("fla")
+    finally:
+        names.registered.cache_clear()
+
+
+def test_a_mixer_put_into_the_table(monkeypatch):
+    monkeypatch.setitem(softar.MIXERS, "flat", flat)
+    assert make_decoder("mnns-soft-tiny=flat:top_k=4", max_new_tokens=5).decode(MNNS)[0].tokens
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("no_such_module:flat", "module 'no_such_module' cannot be imported (ModuleNotFoundError"),
+        (f"{HERE}:nothing", "there is no 'nothing' in it, but "),
+        (f"{HERE}:MNNS", "is a list, and no function"),
+        ("gumbl", "did you mean 'gumbel'?"),
+    ],
+)
+def test_what_cannot_be_found_is_named(name, says):
+    for make in (lambda: SoftConfig(mixer=name), lambda: mk_mixer(name)):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            make()
+
+
+def test_modules_of_the_working_folder(tmp_path, monkeypatch):
+    """A console script does not have it on its path, and what breaks there is said in one line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    (tmp_path / "mixers_of_mine.py").write_text("value = 3\ndef mine(dist, *, rng=None): pass\n")
+    assert mk_mixer("mixers_of_mine:mine").fn.__name__ == "mine"
+    (tmp_path / "broken_of_mine.py").write_text("1 / 0\n")
+    with pytest.raises(ValueError, match=r"cannot be imported .ZeroDivisionError"):
+        mk_mixer("broken_of_mine:mine")
+
+
+def test_a_checkpoint_does_not_say_what_is_run(tmp_path):
+    """Unless the user has named the same."""
+    (tmp_path / "soft_config.json").write_text(json.dumps({"mixer": f"{HERE}:only_in_a_file"}))
+    with pytest.raises(ValueError, match=r"names code, .*a file does not say what is run"):
+        SoftConfig.load(tmp_path)
+    SoftConfig(mixer=f"{HERE}:flat").save(tmp_path)
+    assert SoftConfig.load(tmp_path).mixer == f"{HERE}:flat"
+
+
+def only_in_a_file(dist, *, rng=None):
+    raise AssertionError("never called")
+
+
+# what a mixer keeps to
+
+
+def returns(change):
+    def mixer(dist, *, rng=None):
+        return change(dist.ids, dist.weights)
+
+    return mixer
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda i, w: Soft(i, w), "gave a Soft: give softar.Mixed(softar.Soft(ids, weights)"),
+        (lambda i, w: Mixed(Soft(i, w * 7), i[:, 0], None), "weights that do not sum to 1"),
+        (lambda i, w: Mixed(Soft(i, w - 0.3), i[:, 0], None), "negative weights"),
+        (lambda i, w: Mixed(Soft(i + 99, w), i[:, 0], None), "ids outside the vocabulary of 64"),
+        (lambda i, w: Mixed(Soft(i, w), i[:, 0] - 99, None), "a token outside the vocabulary"),
+        (lambda i, w: Mixed(Soft(i, w[:, :1]), i[:, 0], None), "of shapes [(3, 5), (3, 1), (3,)"),
+        (lambda i, w: Mixed(Soft(i, w), i[:, 0], w), "and [rows] or None"),
+        (lambda i, w: Mixed(Soft(i.int(), w), i[:, 0], None), "gave ids, weights and token of"),
+    ],
+)
+def test_a_mixers_contract(change, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        generate(returns(change))
+
+
+def test_a_mixer_may_ask_for_hidden_states():
+    """It gets the state that the step's logits were made from, for each row."""
+    model, seen = model_of(), []
+
+    def look(dist, *, rng=None, hidden):
+        seen.append((hidden, dist))
+        return Mixed(dist, dist.ids[..., 0], None)
+
+    out = generate(Mixer(look, hidden=True), model)
+    assert len(seen) == out.num_forwards
+    for hidden, dist in seen:
+        logits = model.lm_head(hidden)
+        again = softar.mk_proba_dist(logits.float(), top_k=5)
+        assert torch.equal(again.ids, dist.ids)
+        assert torch.allclose(again.weights, dist.weights, atol=1e-5)
+    assert torch.equal(out.sequences, generate("soft", model).sequences)
+
+
+def test_a_request_names_no_code():
+    """What comes over HTTP decides neither what is imported nor what is run, but for what the
+    server was started with."""
+    from softar.vllm.request import ALLOW, allowed, check_mixer
+
+    def server(config):
+        return type("Config", (), {"additional_config": config})
+
+    assert allowed(server({})) == allowed(server(None)) == []
+    for name in (f"{HERE}:never_asked_for", "os:system"):
+        with pytest.raises(ValueError, match=r"is unknown here.*choose one of"):
+            check_mixer(name, allowed(server({})))
+        assert name not in names.NAMED
+    check_mixer(f"{HERE}:flat", allowed(server({ALLOW: [f"{HERE}:flat"]})))
+    check_mixer("gumbel", [])
+    with pytest.raises(ValueError, match="asks for hidden states, which vLLM does not hand out"):
+        check_mixer(f"{HERE}:gated", [f"{HERE}:gated"])
+    with pytest.raises(ValueError, match="must be a list of 'module:name'"):
+        allowed(server({ALLOW: "os"}))
+
+
+gated = Mixer(flat, hidden=True)
