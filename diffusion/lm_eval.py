@@ -17,6 +17,7 @@ from softar.decoders.options import check_options
 from softar.evals.lm_eval import SAMPLING, BadArgument, LoadedLM, model_name, split_args
 
 from .config import DenoiseConfig
+from .decoders import forwards_of
 from .knobs import gather_knobs
 from .loop import denoise
 from .losses import log_likelihood
@@ -65,6 +66,7 @@ class SoftarDiffusionLM(LoadedLM):
         try:
             options = check_options(DenoiseConfig, "softar-diffusion", options, also=SCHEDULE_KNOBS)
             options = gather_knobs(options, "schedule_args", SCHEDULE_KNOBS)
+            self.settings = {name: value for name, value in options.items() if value != {}}
             self.how = DenoiseConfig(**({"gen_length": 0} | options))
             self.bound = Bound(**check_options(Bound, "softar-diffusion", bound))
         except ValueError as error:
@@ -72,6 +74,11 @@ class SoftarDiffusionLM(LoadedLM):
         super().__init__(
             name, "diffusion", load, harness | {"batch_size": int(batch_size)}, loading, seed
         )
+        soften = self.how.as_trained(facts(self.model).soft_mask).soften
+        self.decoder = soften if isinstance(soften, str) else "softener"
+        self.is_soft = self.decoder != "hard"
+        fields = {f.name: getattr(self.how, f.name) for f in dataclasses.fields(self.how)}
+        self.decoding = fields | {"soften": self.decoder} | dataclasses.asdict(self.bound)
 
     @property
     def max_gen_toks(self) -> int:
@@ -101,7 +108,9 @@ class SoftarDiffusionLM(LoadedLM):
             [s for s in stop if s in self.tokenizer.all_special_tokens]
         )
         ends = {*facts(self.model).end_ids, *special}
-        return self.padded(context, [up_to(row[:keep], ends) for row in out.completions.tolist()])
+        answers = [up_to(row[:keep], ends) for row in out.completions.tolist()]
+        self.count(forwards_of(out, facts(self.model)), sum(map(len, answers)), out)
+        return self.padded(context, answers)
 
     def _check_asked(self, asked: dict) -> None:
         """Raise BadArgument for what a task asks of a sampler: here model_args say how to denoise."""
@@ -120,6 +129,7 @@ class SoftarDiffusionLM(LoadedLM):
     ) -> list[tuple[float, bool]]:
         """(texts, context tokens, continuation tokens) -> (bound of its log-probability in nats, is
         it greedy)."""
+        self.note_likelihoods()
         out = []
         for texts, context, continuation in tqdm(
             requests, disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests"

@@ -15,10 +15,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import softar
-from softar import diffusion
+from softar import diffusion, make_decoder
 from softar.diffusion.lm_eval import SoftarDiffusionLM
 from softar.diffusion.losses import log_likelihood
-from softar.evals.lm_eval import BadArgument, SoftarLM, main
+from softar.evals.lm_eval import BadArgument, SoftarLM, main, with_device
+from softar.evals.sweep_summary import aggregate, plot_sweep, read_sweep
+from softar.tasks import load_task
+from softar.tasks.harness import is_known
 from tests.test_models import write_gguf
 from tests.tiny import model_of, tokenizer_of
 
@@ -438,7 +441,100 @@ def test_command(tasks, tmp_path):
     assert get_model("softar") is SoftarLM and get_model("softar-diffusion") is SoftarDiffusionLM
 
 
+def evaluated(lm, manager, place=None, tasks=("generated", "chosen")):
+    """The results as `softar-eval` writes them."""
+    results = simple_evaluate(
+        lm, tasks=[*tasks], task_manager=manager, bootstrap_iters=0, limit=3, log_samples=False
+    )
+    text = json.dumps(results, default=str)
+    if place is not None:
+        place.write_text(text)
+    return json.loads(text)
+
+
+def test_results_say_what_they_cost_and_how_they_were_decoded(folder, manager, tmp_path, caplog):
+    """Costs as `compare` counts them, the whole configuration, the true device; and that answers of
+    multiple choice know nothing of it. `sweep --plot` reads them."""
+    kinds = {"soft": {"top_k": 4}, "softer": {"top_k": 8}, "hard": {"mixer": "hard"}}
+    for name, options in kinds.items():
+        lm = SoftarLM(folder, device="cpu", batch_size=2, seed=3, **options)
+        results = evaluated(lm, manager, tmp_path / f"results_{name}.json")
+        own = results["config"]["softar"]
+        assert own["device"] == "cpu" and own["model"] == folder and own["settings"] == options
+        assert (
+            own["decoding"]["max_new_tokens"] == 256 and own["decoding"].items() >= options.items()
+        )
+        cost = own["costs"]["generated"]
+        assert [*own["costs"]] == ["generated"] and cost["n"] == 3 and 1 <= cost["nfe"] <= 8
+        assert cost["tokens_per_s"] > 0 and cost["token_forwards"] >= cost["nfe"]
+        assert "discrete model" in own["likelihoods"]
+        assert sum("log-likelihoods" in r.message for r in caplog.records) == 1
+        caplog.clear()
+        # the same by a decoder of compare
+        spec = make_decoder(
+            f"{folder}={own['decoder']}:top_k={options.get('top_k', 10)}",
+            max_new_tokens=8,
+            stop=("w49",),
+        )
+        answers = spec.decode(PROMPTS[:3])
+        assert cost["nfe"] == pytest.approx(sum(a.num_forwards for a in answers) / 3)
+    rows = {row["run"]: row for row in read_sweep(tmp_path)}
+    assert sorted((r["role"], r["varied"]) for r in rows.values()) == [
+        ("baseline", ""),
+        ("soft", "top_k=4"),
+        ("soft", "top_k=8"),
+    ]
+    points = aggregate([*rows.values()])
+    assert all(point["accuracy"] == 0 and point["nfe"] >= 1 for point in points)
+    assert plot_sweep(tmp_path, tmp_path / "plot.png").is_file()
+
+
+def test_a_harness_task_is_a_task(tasks, folder, manager):
+    """By its name in compare and sweep, with the prompts, filters, metric and lengths of lm-eval:
+    the accuracy is that of `softar-eval`."""
+    task = load_task(f"lm_eval:generated:include={tasks}")
+    assert (task.max_new_tokens, task.stop, task.train) == (8, ("w49",), None)
+    assert task.test["prompt"] == PROMPTS
+    assert [task.score(text, task.test[3]) for text in ("w3", "w3w49 w1", "w4")] == [1, 1, 0]
+    for name, says in (
+        ("generatd", "is unknown to lm-eval, did you mean 'generated'"),
+        ("chosen", "is scored by likelihoods .multiple_choice., and decoders generate"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            load_task(f"lm_eval:{name}:include={tasks}")
+    with pytest.raises(ValueError, match="takes no 'fewshot', did you mean 'num_fewshot'"):
+        load_task(f"lm_eval:generated:include={tasks},fewshot=2")
+    with pytest.raises(ValueError, match=r"filter='x' is unknown.*it has \['none'\]"):
+        load_task(f"lm_eval:generated:include={tasks},filter=x")
+    assert not is_known("no_such_task") and is_known("gsm8k") and is_known("mbpp:num_fewshot=3")
+
+
+@pytest.mark.parametrize(
+    "argv, adds",
+    [
+        (["softar-eval", "--model", "softar"], True),
+        (["softar-eval", "--model=softar"], True),
+        (["softar-eval", "--model", "softar", "--device", "cuda"], False),
+        (["softar-eval", "ls", "tasks"], False),
+    ],
+)
+def test_the_device_is_the_true_one(argv, adds, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert with_device(argv) == argv + ["--device", "cpu"] * adds
+
+
 # Diffusion
+
+
+def test_diffusion_results_say_what_they_cost(manager, tasks):
+    lm = SoftarDiffusionLM("mnns-diffusion-tiny", device="cpu", batch_size=2, threshold=0.5)
+    prompts = asked(MNNS, max_gen_toks=5)
+    lm.generate_until(prompts, disable_tqdm=True)
+    own = lm.get_model_info()["softar"]
+    assert own["settings"] == {"threshold": 0.5} and own["decoding"]["threshold"] == 0.5
+    assert (own["decoder"], own["is_soft"], own["kind"]) == ("soft-mask", True, "diffusion")
+    (cost,) = own["costs"].values()
+    assert cost["n"] == 3 and 1 <= cost["nfe"] <= 5 and "likelihoods" not in own
 
 
 def test_diffusion_generates_as_denoise_does():

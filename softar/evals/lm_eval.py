@@ -20,14 +20,17 @@ from importlib import import_module
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from ..config import SoftConfig
 from ..decode import generate
 from ..decoders.card import describe, open_model
 from ..decoders.options import check_options
+from ..decoders.soft import decoder_name
+from ..decoders.stop import StopStrings
 from ..mixers import mk_mixer
 from ..models import load
+from ..thought import Kind
+from .costs import Costs
 
 try:
     from lm_eval.api.registry import register_model
@@ -63,6 +66,11 @@ LOADING = (
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 NO_TASKS = ("Tasks not found", "No tasks specified")  # how lm-eval's errors about --tasks begin
 
+# kind of model -> whose log-likelihoods are given
+LIKELIHOODS = {
+    "autoregressive": "those of the discrete model",
+    "diffusion": "the Monte-Carlo bound of the model without guidance, mixtures or schedule",
+}
 # kind of model -> what lm-eval calls it
 LABELS = {"autoregressive": "softar", "diffusion": "softar-diffusion"}
 
@@ -72,13 +80,23 @@ class BadArgument(ValueError):
 
 
 class LoadedLM(HFLM):
-    """HFLM around a model that softar opens, by any name it knows; every model_arg is checked."""
+    """HFLM around a model that softar opens, by any name it knows; every model_arg is checked.
+
+    A class of it says `settings` (what model_args say of the generation), `decoding` (all of its
+    configuration, as JSON has it), `decoder` (its name) and `is_soft`.
+    """
+
+    settings: dict
+    decoding: dict
+    decoder: str
+    is_soft: bool
 
     def __init__(
         self, name: str, kind: str, opener, harness: dict, loading: dict, seed: int | None
     ):
         """kind: that the model must be of, a key of LABELS. opener: (name, **loading) -> model,
         tokenizer. seed: of every draw; None is what lm-eval's --seed set."""
+        self.kind = kind
         shared = int(os.environ.get("WORLD_SIZE", 1)) > 1
         if shared and str(loading.get("device")).startswith("cuda"):
             del loading["device"]  # each process takes its own
@@ -99,6 +117,9 @@ class LoadedLM(HFLM):
         finally:
             logger.setLevel(level)
         self.seed, self.seen = seed, Counter()
+        self.costs: dict[str, Costs] = {}  # by task
+        self.asked_task = ""  # whose answers are decoded
+        self.has_chosen = False  # a log-likelihood was asked for
         if shared:
             self._share()
 
@@ -125,6 +146,48 @@ class LoadedLM(HFLM):
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Task by task, so that each has its own costs."""
+        texts: list[str | None] = [None] * len(requests)
+        for task in dict.fromkeys(request.task_name for request in requests):
+            where = [i for i, request in enumerate(requests) if request.task_name == task]
+            self.asked_task = task or ""
+            answers = super().generate_until([requests[i] for i in where], disable_tqdm)
+            for i, text in zip(where, answers, strict=True):
+                texts[i] = text
+        return texts
+
+    def count(self, forwards: list[float], tokens: int, out) -> None:
+        """Add a batch to the costs of the task. out: of the decoder."""
+        cost = self.costs.setdefault(self.asked_task, Costs())
+        cost.add(forwards, out.token_forwards, tokens, out.seconds)
+
+    def note_likelihoods(self) -> None:
+        """Say once that what shapes the generation leaves a log-likelihood as it is."""
+        if not self.has_chosen and self.settings:
+            logging.getLogger("lm_eval").warning(
+                f"softar: model_args {[*self.settings]} shape what is generated; log-likelihoods, and so "
+                f"answers of multiple choice, are the same without: {LIKELIHOODS[self.kind]}"
+            )
+        self.has_chosen = True
+
+    def get_model_info(self) -> dict:
+        """With all that makes the numbers what they are, under "softar" in the results' config."""
+        own = dict(
+            model=self.card.name,
+            kind=self.kind,
+            device=str(self.model.device),  # lm-eval's own says what was asked for
+            decoder=self.decoder,
+            is_soft=self.is_soft,
+            settings=self.settings,
+            decoding=self.decoding,
+            seed=self.seed,
+            costs={task: cost.row() for task, cost in self.costs.items()},
+        )
+        if self.has_chosen:
+            own["likelihoods"] = LIKELIHOODS[self.kind]
+        return super().get_model_info() | {"softar": own}
 
     def generator(self, *key) -> torch.Generator:
         """A generator for one request, known by `key`: neither the batch size, nor the order, nor
@@ -180,6 +243,9 @@ class SoftarLM(LoadedLM):
         except ValueError as error:
             raise BadArgument(error) from error
         self.changes = changes  # what model_args say, which overrides a task's arguments
+        self.settings = {name: value for name, value in changes.items() if value != {}}
+        self.decoder, self.is_soft = decoder_name(self.soft), self.soft.is_soft
+        self.decoding = dataclasses.asdict(self.soft)
 
     @property
     def max_gen_toks(self) -> int:
@@ -199,7 +265,16 @@ class SoftarLM(LoadedLM):
             stopping_criteria=[criterion],
             generation_config=settings,
         )
+        lengths = (out.record.kind != Kind.PAD).sum(1)
+        prefill = (
+            out.num_forwards - out.record.kind.shape[1]
+        )  # forwards before the first token, but one
+        self.count([float(prefill + n) for n in lengths.tolist()], int(lengths.sum()), out)
         return self.padded(context, [answer.tolist() for answer in out.answers])
+
+    def _loglikelihood_tokens(self, *args, **kwargs):
+        self.note_likelihoods()
+        return super()._loglikelihood_tokens(*args, **kwargs)
 
     def _settings(self, asked: dict, max_new_tokens: int):
         """A task's generation arguments -> SoftConfig, GenerationConfig. The user's model_args
@@ -227,47 +302,6 @@ class SoftarLM(LoadedLM):
             f"gen_kwargs temperature={how['temperature']} samples a discrete answer, and with mixer={config.mixer!r} "
             "the whole text is the thought: give model_args budget= or think_end=, or --gen_kwargs do_sample=False"
         )
-
-
-class StopStrings(StoppingCriteria):
-    """Ends each row by itself as soon as its answer holds one of the strings; a thought is not
-    searched."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        stop: list[str],
-        prompt_length: int,
-        config: SoftConfig,
-    ):
-        """config: resolved. Where its thought may end at any step (cold stop without think_end),
-        rows run on to the budget or to the end: HFLM cuts the text at the string anyway."""
-        self.tokenizer, self.prompt_length = tokenizer, prompt_length
-        self.stop = [text for text in stop if text]
-        # Tokens that are looked at: no token but the added ones is shorter than a byte
-        self.window = max((len(text.encode()) for text in self.stop), default=0) + 2
-        self.end = None if config.think_end is None else list(config.think_end)
-        # step at which an answer without think_end begins
-        self.first = 0 if not config.has_answer else config.budget
-        self.starts: dict[int, int] = {}  # row -> step at which its answer begins
-
-    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
-        """[B, P + t] -> [B] bool."""
-        tails = map(self._tail, range(len(input_ids)), input_ids[:, self.prompt_length :].tolist())
-        ends = [any(text in tail for text in self.stop) for tail in tails]
-        return torch.tensor(ends, device=input_ids.device)
-
-    def _tail(self, row: int, tokens: list[int]) -> str:
-        """The last few tokens of the answer as text."""
-        if self.end is not None:
-            if tokens[-len(self.end) :] == self.end:
-                self.starts.setdefault(row, len(tokens))
-            start = self.starts.get(row)
-        else:
-            start = self.first
-        if start is None or start >= len(tokens):
-            return ""
-        return self.tokenizer.decode(tokens[max(start, len(tokens) - self.window) :])
 
 
 def model_name(pretrained: str | None, model: str | None) -> str:
@@ -298,8 +332,17 @@ def split_args(
     return tuple(parts)
 
 
+def with_device(argv: list[str]) -> list[str]:
+    """Where there is no GPU, lm-eval's default, cuda:0, would be what the results say."""
+    options = {arg.split("=")[0] for arg in argv}
+    if "--model" not in options or options & {"--device", "--config"} or torch.cuda.is_available():
+        return argv
+    return [*argv, "--device", "cpu"]
+
+
 def main():
     """lm-eval's command with softar's models. A wrong argument is one line and exit status 2."""
+    sys.argv = with_device(sys.argv)
     import_module("softar.diffusion.lm_eval")  # by name: softar imports nothing of softar.diffusion
     from lm_eval.__main__ import cli_evaluate
 

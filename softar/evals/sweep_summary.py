@@ -7,6 +7,7 @@ from pathlib import Path
 from ..results import write_csv, write_results
 from ..show.plots import plot
 from .chart import PANELS, log_ticks
+from .costs import read_harness
 
 GRID_FILE, SUMMARY_FILE, PLOT_FILE = "grid.json", "summary.json", "sweep.png"
 
@@ -54,13 +55,18 @@ def _point(seeds: list[dict]) -> dict:
 
 
 def read_sweep(folder: str | Path) -> list[dict]:
-    """The rows of a sweep's summary, or while it is not finished those of the runs that are."""
+    """The rows of a sweep's summary, or while it is not finished those of the runs that are; of a
+    folder of `softar-eval`'s results, the rows of these."""
     folder = Path(folder)
     if (folder / SUMMARY_FILE).is_file():
         return read_rows(folder / SUMMARY_FILE)
     rows = [row for file in sorted(folder.glob("runs/*/results.json")) for row in read_rows(file)]
+    rows = rows or read_harness(folder)
     if not rows:
-        raise ValueError(f"{folder} holds no sweep: neither {SUMMARY_FILE} nor runs/*/results.json")
+        raise ValueError(
+            f"{folder} holds no sweep: neither {SUMMARY_FILE} nor runs/*/results.json, nor results_*.json "
+            "of softar-eval with generated answers"
+        )
     return rows
 
 
