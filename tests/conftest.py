@@ -39,6 +39,16 @@ def pytest_addoption(parser):
         action="store_true",
         help="write what each file took to tests/seconds.json; later runs begin with the longest",
     )
+    parser.addoption(
+        "--fuzz-seconds",
+        type=float,
+        help="so long each test of tests/fuzz looks for a failure, in other cases every time",
+    )
+
+
+@pytest.fixture
+def fuzz_seconds(request):
+    return request.config.getoption("--fuzz-seconds")
 
 
 def pytest_configure(config):
