@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import typer
 
+from softar.arguments import PROCESSES, TITLES, RecipeParser
 from softar.cli import app as cli
 from softar.cli import inputs, streams
+from softar.cli.programs import PACKAGE, TRAINING
 from softar.decoders.card import describe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +117,52 @@ def test_help(softar, name):
     code, out, err = softar(*filter(None, [name]), "--help")
     assert (code, err) == (0, "") and "Examples:" in out and "\x1b" not in out
     assert softar(*filter(None, [name]), "-h")[1] == out
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_help_of_a_training_begins_with_its_own_options(softar, name):
+    recipe = import_module(f"{PACKAGE}.{TRAINING[name].module}").RECIPE
+    parser = RecipeParser(recipe.arguments, recipe.config)
+    short, everything = (softar(name, word)[1] for word in ("--help", "--help_all"))
+    for text, titles in ((short, [*TITLES.values()][:2]), (everything, [*TITLES.values()])):
+        assert [line[:-1] for line in text.splitlines() if line[:-1] in TITLES.values()] == titles
+        assert f"usage: softar {name} " in text and f"softar {name}\n" in text
+    own, listed = (
+        re.findall(r"^  (--\w+)[, ]", text, re.MULTILINE) for text in (short, everything)
+    )
+    options = {f"--{action.dest}" for action in parser._actions}  # a --no_x is said with its --x
+    assert sorted(listed) == sorted([*options, *(re.match(r"--\w+", w)[0] for w in PROCESSES)])
+    assert {f"--{field}" for field in recipe.arguments.__annotations__} < {*own} < {*listed}
+    assert len(short.splitlines()) < 250 < len(everything.splitlines())
+
+
+def test_what_is_wrong_with_a_trainings_options_is_one_line(softar):
+    for words, says in (
+        (["--max_stepz", "3"], "option '--max_stepz' is unknown, did you mean '--max_steps'?"),
+        (["--num_seeds=two"], "argument --num_seeds/--num-seeds: invalid int value: 'two'"),
+        (["--rows", "demoo"], "'demoo' is unknown; choose demo, all"),
+        (["--config", "mnnns.yaml"], "there is no such file, did you mean 'mnns.yaml'?"),
+    ):
+        code, out, err = softar("sft", *words)
+        assert (code, out) == (2, "") and err.startswith("softar sft: error: "), err
+        assert says in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("softar ge", "generate"),
+        ("softar diff", "diffusion-sft"),
+        ("softar compare --ta", "--task"),
+        ("softar generate -m mnns-so", "mnns-soft-tiny"),
+    ],
+)
+def test_the_shell_completes(softar, monkeypatch, typed, offered):
+    monkeypatch.setenv("_SOFTAR_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    code, out, _ = softar()
+    assert code == 0 and out.split() == [offered]
 
 
 def test_without_a_command_it_helps(softar):

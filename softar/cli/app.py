@@ -25,7 +25,6 @@ EXPECTED = (ValueError, ImportError, FloatingPointError, OSError)
 NO_BARS = {"TQDM_DISABLE": "1"}  # that nobody asked for; read when tqdm is imported
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},

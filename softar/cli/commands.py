@@ -1,5 +1,6 @@
 """The commands of `softar` that decode: generate, fill, trace, compare."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -7,13 +8,22 @@ import typer
 
 from . import inputs, streams
 
+
+def starting(incomplete: str, names: Iterable[str]) -> list[str]:
+    """For the shell's completion."""
+    return [name for name in names if name.startswith(incomplete)]
+
+
 Text = Annotated[
     str | None, typer.Argument(metavar="TEXT", help="Left out, or -: read from the pipe (stdin).")
 ]
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="A name of `softar models`, a folder, a .gguf file or a hub id."
+        "--model",
+        "-m",
+        help="A name of `softar models`, a folder, a .gguf file or a hub id.",
+        autocompletion=lambda incomplete: starting(incomplete, inputs.MODELS),
     ),
 ]
 Spec = Annotated[

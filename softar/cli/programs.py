@@ -31,6 +31,7 @@ def add_programs(app: typer.Typer) -> None:
             name,
             help=f"{entry.about}\n\n\b\nExamples:\n{examples}",
             add_help_option=False,
+            rich_help_panel="Training" if name in TRAINING else None,
             context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         )(command)
 
