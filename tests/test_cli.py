@@ -754,9 +754,10 @@ def test_serve(softar, monkeypatch):
     assert words[:2] == ["softar", "generate"] and inputs.family(words[-1]) == "vllm"
     out = softar("serve", "mnns-tiny", "--soft")[1]
     assert [how["soft"] for _, how in asked] == [False, False, True] and "vllm_xargs" in out
-    options = ["--soft", "--max-soft", 4, "--api-key", "secret"]
+    options = ["--soft", "--max-soft", 4, "--api-key", "secret", "--allow-mixer", "a:b"]
     out = softar("serve", "mnns-tiny", *options)[1]
-    assert (asked[-1][1]["max_soft"], asked[-1][1]["api_key"]) == (4, "secret")
+    how = asked[-1][1]
+    assert (how["max_soft"], how["api_key"], how["mixers"]) == (4, "secret", ["a:b"])
     assert "Bearer $VLLM_API_KEY" in out and "secret" not in out
     code, out, err = softar("serve", "mnns-diffusion-tiny")
     assert code == 2 and "starting" not in err and "masked-diffusion model" in err

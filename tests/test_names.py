@@ -245,22 +245,21 @@ def test_a_mixer_may_ask_for_hidden_states():
 def test_a_request_names_no_code():
     """What comes over HTTP decides neither what is imported nor what is run, but for what the
     server was started with."""
-    from softar.vllm.request import ALLOW, allowed, check_mixer
+    from softar.vllm.request import check_mixer
+    from softar.vllm.switches import Switches
 
-    def server(config):
-        return type("Config", (), {"additional_config": config})
-
-    assert allowed(server({})) == allowed(server(None)) == []
     for name in (f"{HERE}:never_asked_for", "os:system"):
-        with pytest.raises(ValueError, match=r"is unknown here.*choose one of"):
-            check_mixer(name, allowed(server({})))
+        with pytest.raises(ValueError, match=r"is unknown here.*choose one of.*--allow-mixer"):
+            check_mixer(name, [])
         assert name not in names.NAMED
-    check_mixer(f"{HERE}:flat", allowed(server({ALLOW: [f"{HERE}:flat"]})))
+    allow = Switches(soft=True, mixers=[f"{HERE}:flat", f"{HERE}:gated"]).mixers
+    check_mixer(f"{HERE}:flat", allow)
     check_mixer("gumbel", [])
     with pytest.raises(ValueError, match="asks for hidden states, which vLLM does not hand out"):
-        check_mixer(f"{HERE}:gated", [f"{HERE}:gated"])
-    with pytest.raises(ValueError, match="must be a list of 'module:name'"):
-        allowed(server({ALLOW: "os"}))
+        check_mixer(f"{HERE}:gated", allow)
+    for wrong in ("os", ["os"], "os:system", [3]):
+        with pytest.raises(ValueError, match="must be a list of 'module:function'"):
+            Switches(soft=True, mixers=wrong)
 
 
 gated = Mixer(flat, hidden=True)

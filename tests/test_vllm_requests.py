@@ -9,8 +9,10 @@ import pytest
 import tiny
 import torch
 
+from softar.mixers import Mixed
 from softar.models import word_tokenizer
 from softar.vllm.client import Connection
+from softar.vllm.engine import VLLMDecoder
 from softar.vllm.export import check_served
 from softar.vllm.finite import check_embeds, count_broken, update_from_output, zero_blocks
 from softar.vllm.http import generate
@@ -21,6 +23,11 @@ from softar.vllm.switches import Switches, thinks
 PARALLEL = dict(
     pipeline_parallel_size=1, prefill_context_parallel_size=1, enable_batch_sharded_sampling=False
 )
+
+
+def flat(dist, *, rng=None):
+    return Mixed(dist, dist.ids[..., 0], None)
+
 
 NONE = """structured_outputs logprobs logprob_token_ids prompt_logprobs prompt_logprob_token_ids
     logit_bias allowed_token_ids bad_words thinking_token_budget trace_decode_token_ids"""
@@ -134,7 +141,8 @@ def test_no_refusal_is_long_whatever_a_field_holds(as_text):
     [
         ({"mixer": "m" * 1001}, "field 'mixer' has 1010 characters, and at most 1000 are read"),
         ({"banned": [5] * 20_000}, "field 'banned' has 60008 characters, and at most 32768"),
-        ({"mixer": "gumbell"}, r"did you mean 'gumbel'\?: choose one of \[[^]]*\]$"),
+        ({"mixer": "gumbell"}, r"did you mean 'gumbel'\?: choose one of \[[^]]*\] \(the server's"),
+        ({"mixer": "os:system"}, "mixer='os:system' is unknown here"),
         ({"think_end": "</think>"}, r"think_end='</think>' cannot be read by the tokenizer \("),
     ],
 )
@@ -214,6 +222,16 @@ def test_soft_answers_count_while_they_are_under_way():
         return engine.softar_count
 
     assert asyncio.run(main()) == 0
+
+
+def test_mixers_of_ones_own_are_those_that_the_server_was_started_with():
+    own = f"{__name__}:flat"
+    config = config_of(soft=True, mixers=[own])
+    assert send({"mixer": own}, config=config)["softar"]["config"]["mixer"] == own
+    with pytest.raises(ValueError, match="is unknown here"):
+        send({"mixer": f"{__name__}:send"}, config=config)
+    assert VLLMDecoder("m", mode="soft", soft={"mixer": own}).key[2] == (("mixers", (own,)),)
+    assert Switches(soft=True, mixers=[own]).entry == {"softar": {"soft": True, "mixers": (own,)}}
 
 
 def test_the_limit_is_checked_before_a_server_starts():

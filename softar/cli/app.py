@@ -131,6 +131,10 @@ def serve(
         int | None,
         typer.Option(help="Answers to soft requests at a time; one more gets 503.  [default: any]"),
     ] = None,
+    allow_mixer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Mixer that requests may name; repeatable."),
+    ] = None,
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -170,6 +174,7 @@ def serve(
             log=log,
             soft=soft,
             max_soft=max_soft,
+            mixers=allow_mixer or [],
             api_key=api_key,
             extra=more or [],
         ) as server:

@@ -24,11 +24,13 @@ import torch
 from transformers import AutoTokenizer
 
 from ..decoders.answer import Decoded
+from ..names import is_code
 from .completions import Completion, CompletionDecoder, Sampling, split_options, token_ids
 from .export import exported, served_dtype
 from .finite import check_ended
 from .machine import environment, on_cpu, require_vllm, settings
 from .record import record_of, to_record
+from .switches import Switches
 
 # Options of an engine, by vLLM's own names
 ENGINE = (
@@ -74,6 +76,8 @@ class VLLMDecoder(CompletionDecoder):
             name=name,
             columns=columns,
         )
+        if is_code(mixer := (self.sampling.soft or {}).get("mixer", "soft")):
+            engine["mixers"] = (mixer,)  # its requests name what this program has named
         self.key = (self.model, dtype, tuple(sorted(engine.items())))
         self._engine: _Engine | None = None
 
@@ -177,11 +181,14 @@ class _Engine:
                 plain = dict(enable_prefix_caching=False, max_logprobs=-1, seed=0)
                 # see server.py
                 plain |= dict(enforce_eager=True, enable_chunked_prefill=False) if on_cpu() else {}
+                given = dict(options)
+                if mixers := given.pop("mixers", ()):
+                    plain["additional_config"] = Switches(soft=True, mixers=mixers).entry
                 self.llm = LLM(
                     folder,
                     dtype=served_dtype(folder, dtype),
                     disable_log_stats=True,
-                    **{**plain, **dict(options)},
+                    **{**plain, **given},
                 )
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             self.max_model_len = self.llm.llm_engine.model_config.max_model_len

@@ -1,21 +1,20 @@
 """A soft request: what it may ask, the checks, and the configuration it becomes."""
 
 import json
+from collections.abc import Sequence
 
 from ..checks import did_you_mean, shorten
 from ..config import TAGS, SoftConfig, renamed
 from ..mixers import GROUP, MIXERS, mk_mixer
-from ..names import is_code, registered
+from ..names import registered
 from ..soft import check_dist
-from .switches import thinks
+from .switches import switches_of, thinks
 
 LIMIT = 256  # tokens in a mixture
 LONGEST = 64  # tokens of think_start and think_end
 # characters, as JSON: of a request's "soft", of one of its fields, of its banned ids
 SIZES = {"soft": 2**16, "field": 1000, "banned": 2**15}
 MOST = 2**31  # steps
-# of an engine's additional_config: the mixers that requests may name beside softar's own
-ALLOW = "softar_mixers"
 OWN = "softar"  # what a request's "soft" becomes on its way to the workers
 ENABLE = (
     "start it so: softar serve --soft, vllm serve --enable-prompt-embeds, "
@@ -51,7 +50,7 @@ def check_request(asked, params, vllm_config, tokenizer) -> dict:
     fields = parse(asked)
     record = fields.pop("record", False)
     check_params(params)
-    check_mixer(fields.get("mixer", SoftConfig.mixer), allowed(vllm_config))
+    check_mixer(fields.get("mixer", SoftConfig.mixer), switches_of(vllm_config).mixers)
     vocab = vllm_config.model_config.get_vocab_size()
     config = _resolve(fields, vocab, tokenizer)
     limit = min(LIMIT, vocab - 1) if record else LIMIT
@@ -70,24 +69,14 @@ def check_request(asked, params, vllm_config, tokenizer) -> dict:
     return {"config": fields_of(config), "record": record}
 
 
-def allowed(vllm_config) -> list[str]:
-    """The mixers of its owner's own that a server was started with, "module:name" each:
-    --additional-config '{"softar_mixers": ["module:name"]}'."""
-    config = vllm_config.additional_config
-    names = config.get(ALLOW, []) if isinstance(config, dict) else []
-    if not isinstance(names, list) or not all(isinstance(n, str) and is_code(n) for n in names):
-        raise ValueError(f"soft: {ALLOW}={_quote(names)} must be a list of 'module:name'")
-    return names
-
-
-def check_mixer(name: str, allow: list[str]) -> None:
+def check_mixer(name: str, allow: Sequence[str]) -> None:
     """Raise ValueError for a mixer that a request may not name: what it says must never decide which
-    code is imported."""
+    code is imported. allow: those of its owner's own that the engine was started with."""
     known = sorted({*MIXERS, *registered(GROUP), *allow})
     if name not in known:
         raise ValueError(
             f"soft: mixer={_quote(name)} is unknown here{did_you_mean(name[:80], known)}: choose one of "
-            f"{known}; one of your own is let in by --additional-config '{{\"{ALLOW}\": [...]}}'"
+            f"{known} (the server's --allow-mixer lets in others)"
         )
     if mk_mixer(name).hidden:
         raise ValueError(
@@ -141,7 +130,6 @@ def _resolve(fields: dict, vocab: int, tokenizer) -> SoftConfig:
     if isinstance(count, NUMBER) and count > LIMIT:
         raise ValueError(f"soft: k={_quote(count)} must be at most {LIMIT}")
     try:
-        # here, where SoftConfig would propose a function too
         config = SoftConfig(**fields)
         check_dist(vocab, **config.filters)
         return config.resolve(tokenizer)

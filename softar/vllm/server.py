@@ -74,6 +74,7 @@ def serve(
     log: str | os.PathLike | None = None,
     soft: bool = False,
     max_soft: int | None = None,
+    mixers: Sequence[str] = (),
     api_key: str | None = None,
     extra: Sequence[str] = (),
 ) -> Iterator[Server]:
@@ -89,7 +90,8 @@ def serve(
         wait: seconds within which it has to answer.
         log: where its output goes; None is a temporary file, gone at the end.
         soft: let requests think softly (softar.vllm.plugin). max_soft: answers to them at a time;
-            one more is refused with 503. None queues them as others.
+            one more is refused with 503. None queues them as others. mixers: of one's own that
+            requests may name, "module:function" each.
         api_key: that clients have to send for what stands under /v1, as a bearer token; None takes
             VLLM_API_KEY of the environment.
         extra: further arguments of `vllm serve`, e.g. ["--max-num-seqs", "16"].
@@ -101,7 +103,7 @@ def serve(
     """
     require_vllm()
     name, port = os.fspath(model), _port(host, port)
-    switches = Switches(soft=soft, max_soft=max_soft).arguments
+    switches = Switches(soft=soft, max_soft=max_soft, mixers=mixers).arguments
     key = {} if api_key is None else {KEY: api_key}  # not among the arguments, which all see
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ended_by_signals())
