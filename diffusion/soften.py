@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from softar.names import lookup
-from softar.soft import Soft
+from softar.soft import NEVER, Soft, tempered
 
 from .knobs import check_knobs
 from .select import Belief
@@ -91,11 +91,7 @@ def soft_mask(
         values, ids = slots.belief.top(k)
         probs, negative_entropy = values.softmax(-1), slots.belief.negative_entropy
     else:
-        logp = (
-            (slots.belief.logits / temperature)
-            .log_softmax(-1)
-            .clamp_min(torch.finfo(torch.float32).min)
-        )
+        logp = tempered(slots.belief.logits, temperature).log_softmax(-1).clamp_min(NEVER)
         probs = logp.exp()
         ids, negative_entropy = (
             torch.arange(probs.shape[-1], device=probs.device),

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 RESCALES = (None, "l2", "norm")
+# A log-probability that stands for that of what cannot come: its exp is 0 in float64 too, and no
+# loss that multiplies it overflows.
+NEVER = -1e4
 
 
 class Soft(NamedTuple):
@@ -83,7 +86,7 @@ def mk_proba_dist(
         # Equal logits come in any order; the one that argmax takes leads, so that slot 0 is the
         # greedy token.
         ids = torch.cat([top, ids[..., 1:].where(ids[..., 1:] != top, ids[..., :1])], -1)
-    scaled = _divide(x, temperature)
+    scaled = tempered(x, temperature)
     if top_p is not None or min_p is not None:
         probs = (x if temperature_last else scaled).softmax(-1)
         if top_p is not None and top_p < 1:
@@ -162,15 +165,14 @@ def entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     -inf logits count as probability 0, with a clean gradient. A row holding NaN or +inf, or nothing
     but -inf, gives NaN: the decoding loop uses that as its check.
     """
-    logp = _divide(logits.float(), temperature).log_softmax(-1)
+    logp = tempered(logits.float(), temperature).log_softmax(-1)
     probs = logp.exp()
     # Every term is >= 0, so nothing cancels; the clamp makes 0 log 0 a 0 whose gradient is 0, and
     # lets NaN through.
-    least = torch.finfo(logp.dtype).min
     if probs.requires_grad:
-        return -(probs * logp.clamp_min(least)).sum(-1)
+        return -(probs * logp.clamp_min(NEVER)).sum(-1)
     # in a decode, [B, V] at every step, allocating costs most
-    return -probs.mul_(logp.clamp_min_(least)).sum(-1)
+    return -probs.mul_(logp.clamp_min_(NEVER)).sum(-1)
 
 
 def check_dist(
@@ -212,8 +214,10 @@ def check_dist(
         )
 
 
-def _divide(x: Tensor, temperature: float | Tensor) -> Tensor:
-    """x / T, where rows with T = 0 become 0 at their argmax and -inf elsewhere."""
+def tempered(x: Tensor, temperature: float | Tensor) -> Tensor:
+    """Logits [..., V] / T up to a constant of each row; rows with T = 0 become 0 at their argmax
+    and -inf elsewhere. Finite gradients for logits and T, also where a logit is -inf or the least
+    number."""
     if not torch.is_tensor(temperature):
         if temperature == 1:
             return x
@@ -222,7 +226,8 @@ def _divide(x: Tensor, temperature: float | Tensor) -> Tensor:
         return (x - x.amax(-1, keepdim=True)) / max(temperature, torch.finfo(x.dtype).tiny)
     zero = temperature == 0
     hot = torch.full_like(x, -torch.inf).scatter(-1, x.argmax(-1, keepdim=True), 0.0)
-    gone = x == -torch.inf  # kept out of the division: its gradient for T would be 0 x inf
+    # kept out of the division: its gradient for T would be 0 x inf
+    gone = x <= torch.finfo(x.dtype).min
     shifted = (x - x.amax(-1, keepdim=True)).masked_fill(gone, 0.0)
     return torch.where(
         zero, hot, (shifted / temperature.masked_fill(zero, 1.0)).masked_fill(gone, -torch.inf)

@@ -229,6 +229,38 @@ def test_head_starts_where_told_and_learns(algorithm):
     )
 
 
+@pytest.mark.parametrize(
+    "temperature", [1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0, 1.01, 1.5, 4.0, 10.0]
+)
+@pytest.mark.parametrize("forbidden", ["least", "-inf"])
+def test_gradients_of_the_temperature_head_are_those_of_finite_differences(temperature, forbidden):
+    """The mask is never believed in: its logit is the least number, divided by any temperature."""
+    logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).double() * 2
+    logits[:, 7] = -torch.inf if forbidden == "-inf" else torch.finfo(torch.float32).min
+    made = dict(scale=0.3, centre=-1.2, steepness=4.0, temperature=temperature)
+    probe = torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).double() * 50
+
+    def loss_of(head, logits):
+        slots = slots_of(logits, 7)._replace(share=torch.ones(5, dtype=logits.dtype))
+        return (head(slots).weights * probe.to(logits.dtype)).sum()
+
+    head = SoftMaskHead(algorithm="temperature", **made).double()
+    loss_of(head, logits).backward()
+    for name, raw in head.raw.items():
+        values, h = [], 1e-6
+        for sign in (1, -1):
+            with torch.no_grad():
+                raw += sign * h
+                values.append(float(loss_of(head, logits)))
+                raw -= sign * h
+        slope = (values[0] - values[1]) / (2 * h)
+        assert float(raw.grad) == pytest.approx(slope, rel=1e-4, abs=1e-6), name
+    single = SoftMaskHead(algorithm="temperature", **made)
+    loss_of(single, logits.float().clamp_min(torch.finfo(torch.float32).min)).backward()
+    for name, raw in single.raw.items():
+        assert float(raw.grad) == pytest.approx(float(head.raw[name].grad), rel=1e-3, abs=1e-3)
+
+
 def test_head_near_zero_is_the_hard_model():
     soft = SoftMaskHead()(slots_of(torch.randn(3, 8), 7))
     assert soft.ids[:, -1].tolist() == [7, 7, 7] and (soft.weights[:, -1] > 1 - 1e-5).all()

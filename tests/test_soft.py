@@ -669,11 +669,16 @@ def test_entropy_at_its_ends():
 
 
 @pytest.mark.parametrize("T", [1.0, 0.5, "tensor"])
-def test_entropy_gradient_is_finite_and_right_beside_minus_infinity(T):
+@pytest.mark.parametrize("never", [-INF, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("weight", [1.0, 50.0])
+def test_entropy_gradient_is_finite_and_right_beside_minus_infinity(T, never, weight):
     T = torch.tensor(0.5, requires_grad=True) if T == "tensor" else T
-    logits = torch.tensor([[1.0, -INF, 0.2, -3.0], [0.0, 0.0, -INF, -INF]], requires_grad=True)
-    entropy(logits, T).sum().backward()
-    finite = logits.detach() > -INF
+    logits = torch.tensor([[1.0, never, 0.2, -3.0], [0.0, 0.0, never, never]], requires_grad=True)
+    (weight * entropy(logits, T).sum()).backward()
+    logits.grad /= weight
+    if torch.is_tensor(T):
+        T.grad /= weight
+    finite = logits.detach() > never
     assert logits.grad.isfinite().all() and (logits.grad[~finite] == 0).all()
     x = logits.detach()[0, [0, 2, 3]].double().requires_grad_()
     t = 0.5 if torch.is_tensor(T) else T
