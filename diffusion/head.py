@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from softar.checks import check_choice, check_least
 from softar.results import write_whole
-from softar.soft import Soft
+from softar.soft import Soft, soft_embed
 
-from .net import plain
+from .losses import forward_masked
+from .net import Facts, Parts, plain
+from .select import Belief
 from .soften import SCALE_SCHEDULES, Slots, mk_softener, soft_mask
 
 HEAD_FILE = "transparency_config.json"
@@ -82,6 +84,28 @@ class SoftMaskHead(nn.Module):
         """What `soften_args` of soft-mask decoding takes."""
         numbers = {name: value.item() for name, value in self.values().items()}
         return numbers | {"k": self.k, "algorithm": self.algorithm}
+
+
+def mix_belief(
+    head: SoftMaskHead,
+    net: Parts,
+    facts: Facts,
+    embeds: Tensor,
+    attention_mask: Tensor | None,
+    masked: Tensor,
+) -> Tensor:
+    """What masked slots show in training: the belief of a forward without gradient, mixed by the
+    head with one. embeds [B, T, D], masked [B, T] bool, n of them -> [n, D]."""
+    with torch.no_grad():
+        rows, logits = forward_masked(net, facts, embeds, attention_mask, masked)
+        logits = logits.float()
+        logits[:, facts.mask_id] = torch.finfo(logits.dtype).min
+        belief = Belief(logits, with_entropy=True)
+    n = len(rows)
+    ids = torch.full((n,), facts.mask_id, device=logits.device)
+    is_mask, share = torch.ones_like(ids, dtype=torch.bool), torch.ones(n, device=logits.device)
+    slots = Slots(belief, ids, is_mask, share, facts.mask_id, net.embedding)
+    return soft_embed(head(slots), net.embedding)
 
 
 def save_head(settings: dict, folder: str | Path) -> None:

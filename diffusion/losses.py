@@ -15,16 +15,20 @@ NORMALISATIONS = ("answer", "tokens", "masks")
 
 
 def mask_at_rate(maskable: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
-    """Each token is masked with its row's probability (LLaDA, arXiv:2502.09992, section 2.1).
+    """Each token is masked with its row's probability (LLaDA, arXiv:2502.09992, section 2.1); a row
+    may stay whole.
 
-    maskable: [B, T] bool, never the prompt; rate: [B]; uniform: [B, T] in [0, 1) -> [B, T] bool. A
-    row that would stay whole gets one mask, where its number is lowest, so that none is without a
-    target.
+    maskable: [B, T] bool, never the prompt; rate: [B]; uniform: [B, T] in [0, 1) -> [B, T] bool.
     """
-    uniform = uniform.masked_fill(~maskable, 2.0)
-    masked = uniform < rate[:, None]
-    lowest = torch.zeros_like(masked).scatter_(1, uniform.argmin(1, keepdim=True), True) & maskable
-    return masked | (lowest & ~masked.any(1, keepdim=True))
+    return (uniform < rate[:, None]) & maskable
+
+
+def at_least_one(masked: Tensor, maskable: Tensor, uniform: Tensor) -> Tensor:
+    """With one mask more in the rows that stayed whole, where their number is lowest. Only for a
+    loss that weighs all masks the same: 1 / rate says nothing about a mask that was not drawn."""
+    lowest = uniform.masked_fill(~maskable, 2.0).argmin(1, keepdim=True)
+    first = torch.zeros_like(masked).scatter_(1, lowest, True) & maskable
+    return masked | (first & ~masked.any(1, keepdim=True))
 
 
 def mask_share(maskable: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
@@ -40,10 +44,8 @@ def masked_ce(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def weighted_sum(
-    ce: Tensor, rows: Tensor, rate: Tensor, lengths: Tensor, normalise: str
-) -> tuple[Tensor, Tensor]:
-    """The loss as a sum and what it is divided by, so that batches can be added up.
+def weighted_sum(ce: Tensor, rows: Tensor, rate: Tensor, lengths: Tensor, normalise: str) -> Tensor:
+    """The loss of a batch, to be divided by its `divisor`: apart, so that batches can be added up.
 
     Args:
         ce: [n]; rows: [n] the row of each; rate: [B] probability of a mask; lengths: [B] maskable
@@ -54,17 +56,21 @@ def weighted_sum(
             mean over masked tokens (BERT).
 
     Returns:
-        sum [] and divisor [], float32. Their expected ratio for the first two bounds -log p(answer
-            | prompt) per token.
+        [] float32. Where masks are drawn by `mask_at_rate` alone, the expected ratio to the divisor
+            bounds -log p(answer | prompt) per token for the first two.
     """
     if normalise == "masks":
-        return ce.sum(), torch.tensor(float(len(ce)), device=ce.device)
-    weights = 1 / rate
+        return ce.sum()
+    weights = 1 / rate if normalise == "tokens" else 1 / (rate * lengths)
+    return (ce * weights[rows]).sum()
+
+
+def divisor(maskable: Tensor, masked: Tensor, normalise: str) -> Tensor:
+    """What `weighted_sum` is divided by: of several batches, the sum of theirs. maskable, masked:
+    [B, T] bool -> [] int64."""
     if normalise == "answer":
-        return (ce * (weights / lengths)[rows]).sum(), torch.tensor(
-            float(len(rate)), device=ce.device
-        )
-    return (ce * weights[rows]).sum(), lengths.sum().float()
+        return torch.tensor(len(maskable), device=maskable.device)
+    return (maskable if normalise == "tokens" else masked).sum()
 
 
 @torch.no_grad()

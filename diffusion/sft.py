@@ -29,14 +29,20 @@ from .architectures import LladaForMaskedDiffusion, llama_name
 from .config import DenoiseConfig
 from .duo import tau_at
 from .evaluate import evaluate
-from .head import HEAD_FILE, learn_head, save_head
-from .losses import forward_masked, masked_ce, normal_rows, uniform_rows, weighted_sum
+from .head import HEAD_FILE, learn_head, mix_belief, save_head
+from .losses import (
+    at_least_one,
+    divisor,
+    forward_masked,
+    masked_ce,
+    normal_rows,
+    uniform_rows,
+    weighted_sum,
+)
 from .net import facts, parts, plain
-from .noise import NOISE_FILE, UniformNoise, save_noise
-from .select import Belief
+from .noise import NOISE_FILE, save_noise
 from .sft_config import NOISES, DiffusionSFTConfig
-from .soften import Slots
-from .uniform import Noisy, alphabet, draw_hard, draw_soft, uniform_loss
+from .uniform import Noisy, alphabet, draw_hard, draw_soft, noise_for, uniform_loss
 
 RAW_HEAD = "soft_mask_head.safetensors"
 REPLACEMENT, GAUSSIAN = 1, 2  # streams of random numbers
@@ -55,7 +61,8 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
 
     _tag_names = ["trl", "sft", "softar", "masked-diffusion"]
     card_method = "that fills masks, trained by masked diffusion"
-    loss_is_scaled_for_ga = False  # each row weighs the same, whatever its length
+    # the loss is divided by what is counted over the whole accumulated batch
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -98,34 +105,56 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
                 "soft_mask_head", self.head
             )  # so that DDP, the optimiser and checkpoints see it
         self._was_uniform = self._facts.uniform is not None
-        self.uniform = self._uniform_noise() if args.objective == "uniform" else None
+        self.uniform = None
+        if args.objective == "uniform":
+            self.uniform = noise_for(self._facts, processing_class, args.noise_eps)
+        self._evaluated = torch.zeros(2, device=self.accelerator.device)  # loss, and its divisor
         plain(self.model).config.diffusion_process = (
             None if self.uniform is None else self.uniform.settings()
         )
         if self.uniform is not None:
             self._letters = alphabet(self.uniform, self._facts.vocab_size, self.accelerator.device)
 
-    def _uniform_noise(self) -> UniformNoise:
-        """The noise of this training. It leaves out the mask, padding, and rows of the embedding that
-        belong to no token."""
-        facts, tokenizer = self._facts, self.processing_class
-        left_out = {facts.mask_id, *range(len(tokenizer), facts.vocab_size)}
-        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in facts.end_ids:
-            left_out.add(tokenizer.pad_token_id)
-        if facts.vocab_size - len(left_out) < 2:
-            raise ValueError(
-                f"objective='uniform' needs 2 tokens or more beside {sorted(left_out)}, mask and padding"
-            )
-        return UniformNoise(self.args.noise_eps, tuple(sorted(left_out)))
-
     # -- loss
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Draw the masks of the whole accumulated batch here, so that what the loss is divided by
+        is counted over it, in all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.zeros((), dtype=torch.long, device=device)
+        for batch in batches:
+            maskable, _ = self._maskable(batch)
+            if self.uniform is None:
+                batch["rate"], batch["masked"] = self._draw(maskable, training=True)
+            count = count + divisor(maskable, batch.get("masked", maskable), self.args.normalise)
+        return batches, self.accelerator.reduce(count)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        args, training = self.args, self.model.training
+        """num_items_in_batch: as `get_batch_samples` counts it; an evaluation has a sum of its
+        own."""
+        training = self.model.training
         unwrapped = plain(self.accelerator.unwrap_model(model, keep_torch_compile=False))
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        maskable = inputs["labels"] != -100
-        if args.train_padding:
+        maskable, mask = self._maskable(inputs)
+        compute = self._masked_loss if self.uniform is None else self._uniform_loss
+        each, rows, rate, changed, logits, nothing = compute(
+            model, unwrapped, inputs, mask, maskable
+        )
+        total = weighted_sum(each, rows, rate, maskable.sum(1), self.args.normalise)
+        count = divisor(maskable, changed, self.args.normalise)
+        if training and num_items_in_batch is not None:
+            # DDP takes the mean of the processes' losses
+            total, count = total * self.accelerator.num_processes, num_items_in_batch
+        loss = total / count + nothing
+        if not training:
+            self._evaluated += torch.stack([total, count]).detach()
+        self._note(training, changed.float().mean() if training else None)
+        return (loss, CausalLMOutput(logits=logits)) if return_outputs else loss
+
+    def _maskable(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """-> [B, T] bool, the tokens that are trained; and the attention mask, None where there is
+        no padding to hide."""
+        maskable, mask = inputs["labels"] != -100, inputs["attention_mask"]
+        if self.args.train_padding:
             maskable, mask = maskable | (mask == 0), None
         elif bool(mask.all()):
             mask = None
@@ -133,22 +162,18 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             raise ValueError(
                 f"row {int((~maskable.any(1)).nonzero()[0])} of the batch has no token to mask: no completion"
             )
-        compute = self._masked_loss if self.uniform is None else self._uniform_loss
-        each, rows, rate, changed, logits, nothing = compute(model, unwrapped, ids, mask, maskable)
-        total, divisor = weighted_sum(each, rows, rate, maskable.sum(1), args.normalise)
-        # DDP takes the mean of the processes' losses
-        if training and self.accelerator.num_processes > 1:
-            divisor = self.accelerator.reduce(divisor, "mean")
-        loss = total / divisor + nothing
-        self._note(training, changed.float().mean() if training else None)
-        return (loss, CausalLMOutput(logits=logits)) if return_outputs else loss
+        return maskable, mask
 
     def _masked_loss(
-        self, model, unwrapped, ids: Tensor, mask: Tensor | None, maskable: Tensor
+        self, model, unwrapped, inputs: dict[str, Tensor], mask: Tensor | None, maskable: Tensor
     ) -> tuple:
         """-> losses [n] and their rows [n], rate [B], the masks [B, T], logits [n, V], 0."""
-        rate, noise, twice = self._draw(maskable)
-        masked = NOISES[self.args.noise](maskable, rate, noise)
+        ids = inputs["input_ids"]
+        if "masked" in inputs:
+            rate, masked = inputs["rate"], inputs["masked"]
+        else:
+            rate, masked = self._draw(maskable, training=self.model.training)
+        twice = self._reads_twice()
         noisy = ids.masked_fill(masked, self._facts.mask_id)
 
         # PEFT hands its argument on by the name that a model has for it, with others beside.
@@ -157,9 +182,8 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             net = parts(unwrapped)
             embeds = net.embedding(input_ids)
             if twice:
-                embeds = embeds.masked_scatter(
-                    masked[..., None], self._mix(net, embeds, mask, masked).to(embeds.dtype)
-                )
+                mixed = mix_belief(self.head, net, self._facts, embeds, mask, masked)
+                embeds = embeds.masked_scatter(masked[..., None], mixed.to(embeds.dtype))
             rows, logits = forward_masked(net, self._facts, embeds, mask, masked)
             # DDP wants each parameter in what the forward returns, the head's in a hard step too.
             nothing = 0.0 if self.head is None else sum(0.0 * p for p in self.head.parameters())
@@ -169,10 +193,10 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         return masked_ce(logits, ids[masked]), rows, rate, masked, logits, nothing
 
     def _uniform_loss(
-        self, model, unwrapped, ids: Tensor, mask: Tensor | None, maskable: Tensor
+        self, model, unwrapped, inputs: dict[str, Tensor], mask: Tensor | None, maskable: Tensor
     ) -> tuple:
         """As `_masked_loss`, about every maskable position, each of weight 1."""
-        letters = self._letters
+        letters, ids = self._letters, inputs["input_ids"]
         if bool((wrong := letters.number[ids].lt(0) & maskable).any()):
             raise ValueError(
                 f"a completion holds token {int(ids[wrong][0])}, which objective='uniform' leaves out (the mask, or "
@@ -204,7 +228,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         """An evaluation is always about hard tokens: its losses can be compared over the
         training."""
         args = self.args
-        step, _, rows = self._place(len(ids))
+        step, rows = self._place(len(ids), self.model.training)
         numbers = uniform_rows(args.seed, step, rows, ids.shape[1] + 1).to(ids.device)
         t = args.time_low + (args.time_high - args.time_low) * numbers[:, 0]
         tau = 0.0
@@ -221,50 +245,34 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         )
         return draw_hard(ids, maskable, t, numbers[:, 1:], tokens, letters, self.uniform.eps)
 
-    def _mix(self, net, embeds: Tensor, mask: Tensor | None, masked: Tensor) -> Tensor:
-        """[n, D] what the masked slots show: the belief of a pass without gradient, mixed by the
-        head with one."""
-        with torch.no_grad():
-            rows, logits = forward_masked(net, self._facts, embeds, mask, masked)
-            logits = logits.float()
-            logits[:, self._facts.mask_id] = torch.finfo(logits.dtype).min
-            belief = Belief(logits, with_entropy=True)
-        n = len(rows)
-        ids = torch.full((n,), self._facts.mask_id, device=logits.device)
-        slots = Slots(
-            belief,
-            ids,
-            torch.ones_like(ids, dtype=torch.bool),
-            torch.ones(n, device=logits.device),
-            self._facts.mask_id,
-            net.embedding,
-        )
-        return soft_embed(self.head(slots), net.embedding)
-
-    def _draw(self, maskable: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """Rates [B], uniform numbers [B, T], and whether this step reads twice. They depend on the
-        seed, the step and the row's place in the global batch: a resumed run or another number of
-        processes draws the same."""
+    def _draw(self, maskable: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
+        """Rates [B] and masks [B, T]. They depend on the seed, the step and the row's place in the
+        global batch: a resumed run or another number of processes draws the same."""
         args = self.args
-        step, micro, rows = self._place(len(maskable))
+        step, rows = self._place(len(maskable), training)
         numbers = uniform_rows(args.seed, step, rows, maskable.shape[1] + 1).to(maskable.device)
         time = args.time_low + (args.time_high - args.time_low) * numbers[:, 0]
-        twice = self.head is not None
-        if self.model.training and twice:
-            twice = (
-                float(uniform_rows(args.seed, step, [2**31 - 1 - micro], 1)) < args.softmasking_prob
-            )
-        return (1 - args.noise_eps) * time + args.noise_eps, numbers[:, 1:], twice
+        rate = (1 - args.noise_eps) * time + args.noise_eps
+        masked = NOISES[args.noise](maskable, rate, numbers[:, 1:])
+        if args.normalise == "masks":
+            masked = at_least_one(masked, maskable, numbers[:, 1:])
+        return rate, masked
 
-    def _place(self, B: int) -> tuple[int, int, list[int]]:
-        """The step, the number of the micro-batch in it, and where the micro-batch's rows lie in
-        the step's global batch."""
-        args, training, micro = self.args, self.model.training, self.next_micro()
+    def _reads_twice(self) -> bool:
+        """Does this step read its rows twice? All of its micro-batches do, or none."""
+        if self.head is None or not self.model.training:
+            return self.head is not None
+        coin = uniform_rows(self.args.seed, self.state.global_step, [2**31 - 1], 1)
+        return float(coin) < self.args.softmasking_prob
+
+    def _place(self, B: int, training: bool) -> tuple[int, list[int]]:
+        """The step, and where the rows of the next micro-batch lie in the step's global batch."""
+        args, micro = self.args, self.next_micro()
         rows = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
         first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * rows
         # An evaluation always sees the same noise.
         step = self.state.global_step if training else 2**31
-        return step, micro, list(range(first, first + B))
+        return step, list(range(first, first + B))
 
     def _note(self, training: bool, share: Tensor | None) -> None:
         if not training or (self.state.global_step + 1) % max(1, int(self.state.logging_steps)):
@@ -288,6 +296,15 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
                 {"params": learnt, "lr": self.args.head_learning_rate, "weight_decay": 0.0}
             )
         return made
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """The loss is that of all rows at once, whatever the size of a batch."""
+        self._evaluated.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = self.accelerator.reduce(self._evaluated).tolist()
+        if count:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return output
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

@@ -48,10 +48,12 @@ class DiffusionSFTConfig(PlainSFTConfig):
         "answer", "Weights of the loss: 'answer' (LLaDA's SFT), 'tokens' (pre-training), 'masks'."
     )
     train_padding: bool = opt(
-        False, "Pad with end-of-text and train it as part of the answer, as LLaDA does."
+        False,
+        "Pad with end-of-text and train it as part of the answer, as LLaDA does. How much of it there "
+        "is depends on the longest row of a micro-batch.",
     )
     softmasking_prob: float = opt(
-        0.0, "Share of the steps that read the row twice; 0 is hard training."
+        0.0, "Share of the steps that read their rows twice; 0 is hard training."
     )
     head_k: int = opt(3, "Soft masks: tokens in a mixture.")
     head_algorithm: str = opt(
@@ -95,6 +97,11 @@ class DiffusionSFTConfig(PlainSFTConfig):
                 f"curriculum={self.curriculum} must lie in [0, 1]: a share of the training"
             )
         if self.objective == "masked":
+            if self.noise == "share" and self.normalise != "masks":
+                raise ValueError(
+                    f"noise='share' does not go with normalise={self.normalise!r}, which weighs by the rate: set "
+                    f"normalise='masks', or noise='rate'"
+                )
             idle = (("uniform_loss", "nelbo"), ("curriculum", 0.0))
             remedy = "set objective='uniform', or leave it at"
         else:

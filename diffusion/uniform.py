@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from softar.soft import Soft, mk_proba_dist
 
@@ -61,6 +62,19 @@ def alphabet(noise: UniformNoise, vocab_size: int, device: torch.device) -> Alph
 
 
 # -- training
+
+
+def noise_for(facts: Facts, tokenizer: PreTrainedTokenizerBase, eps: float) -> UniformNoise:
+    """The noise to train a model with. It leaves out the mask, padding, and rows of the embedding
+    that belong to no token."""
+    left_out = {facts.mask_id, *range(len(tokenizer), facts.vocab_size)}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in facts.end_ids:
+        left_out.add(tokenizer.pad_token_id)
+    if facts.vocab_size - len(left_out) < 2:
+        raise ValueError(
+            f"objective='uniform' needs 2 tokens or more beside {sorted(left_out)}, mask and padding"
+        )
+    return UniformNoise(eps, tuple(sorted(left_out)))
 
 
 class Noisy(NamedTuple):

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -14,6 +15,8 @@ from softar.diffusion.architectures import LladaConfig, LladaForMaskedDiffusion
 from softar.diffusion.evaluate import evaluate, nll_bound
 from softar.diffusion.head import HEAD_FILE, SoftMaskHead, load_head, save_head
 from softar.diffusion.losses import (
+    at_least_one,
+    divisor,
     forward_masked,
     log_likelihood,
     mask_at_rate,
@@ -41,17 +44,19 @@ def test_masks_at_a_rate():
     maskable = torch.ones(2000, 20, dtype=torch.bool)
     maskable[:, :5] = False
     masked = mask_at_rate(maskable, torch.linspace(0.1, 0.9, 2000), uniform(2000, 20))
-    assert not masked[:, :5].any() and masked.any(1).all()
+    assert not masked[:, :5].any()
     # 30,000 draws of mean rate .5: five standard errors are .0145
     assert abs(masked[:, 5:].float().mean() - 0.5) < 0.0145
     assert masked[:200].float().mean() < masked[-200:].float().mean() - 0.4
 
 
-def test_no_row_stays_whole():
-    masked = mask_at_rate(
-        torch.tensor([[False, True, True]]), torch.tensor([0.0]), torch.tensor([[0.1, 0.7, 0.4]])
-    )
-    assert masked.tolist() == [[False, False, True]]
+def test_at_least_one():
+    maskable = torch.tensor([[False, True, True], [False, True, True]])
+    numbers = torch.tensor([[0.1, 0.7, 0.4], [0.1, 0.7, 0.8]])
+    masked = mask_at_rate(maskable, torch.tensor([0.0, 0.75]), numbers)
+    assert masked.tolist() == [[False, False, False], [False, True, False]]
+    masked = at_least_one(masked, maskable, numbers)
+    assert masked.tolist() == [[False, False, True], [False, True, False]]
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 1), (0.26, 2), (0.5, 4), (1.0, 8)])
@@ -154,31 +159,37 @@ def test_the_bound_of_a_dataset_is_the_mean_per_token():
 
 
 @pytest.mark.parametrize("normalise", ["answer", "tokens"])
-def test_expected_loss_is_the_bound_per_token(normalise):
-    """Masking at rate t with weights 1 / t has the likelihood bound as its mean, divided by the
-    tokens."""
-    model, ids = tiny(), torch.tensor([[0, 1, 3, 2, 1, 0]])
-    maskable = torch.tensor([[False, False, True, True, True, True]])
-    n = 6000
-    numbers = uniform(n, 7, seed=3)
-    # No row is made to hold a mask here: that would add a little to the mean.
-    rate = (torch.arange(n) + numbers[:, 0]) / n
-    masked = (numbers[:, 1:] < rate[:, None]) & maskable
-    with torch.no_grad():
-        rows, ce = ce_of(model, ids.expand(n, -1), masked)
-        total, divisor = weighted_sum(ce, rows, rate, maskable.expand(n, -1).sum(1), normalise)
-        each = torch.zeros(n).index_add(0, rows, ce / rate[rows]) / 4
-    exact = -brute_force_bound(model, ids[0], maskable[0]) / 4
-    assert float(total / divisor) == pytest.approx(float(each.mean()), rel=1e-4)
-    assert abs(float(total / divisor) - exact) < 5 * float(each.std()) / math.sqrt(n)
+@pytest.mark.parametrize("A", [1, 2, 3, 5, 7])
+def test_expected_loss_is_the_bound_per_token(normalise, A):
+    """By the sum over all masks and the exact integral over the rates, of which the loss is a
+    polynomial of degree A - 1."""
+    model, ids = tiny(), torch.tensor([[0, 1, *([3, 2, 1, 0, 2, 2, 1][:A])]])
+    maskable = torch.arange(2 + A)[None] >= 2
+    chosen = torch.tensor([*itertools.product([False, True], repeat=A)])  # [2^A, A]
+    rows, lengths = len(chosen), torch.full((len(chosen),), A)
+    k, expected = chosen.sum(1), 0.0
+    points, weights = np.polynomial.legendre.leggauss(A)
+    for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
+        # numbers whose draw at this rate is each mask in turn
+        numbers = torch.cat([torch.zeros(rows, 2), torch.where(chosen, 0.0, 1.0)], 1)
+        rate = torch.full((rows,), float(point), dtype=torch.float64)
+        masked = mask_at_rate(maskable.expand(rows, -1), rate, numbers)
+        with torch.no_grad():
+            which, ce = ce_of(model, ids.expand(rows, -1), masked)
+        for row in range(rows):
+            here = which == row
+            total = weighted_sum(ce[here], which[here], rate, lengths, normalise)
+            loss = total / divisor(maskable, masked[row : row + 1], normalise)
+            expected += weight * point ** int(k[row]) * (1 - point) ** int(A - k[row]) * float(loss)
+    exact = -brute_force_bound(model, ids[0], maskable[0]) / A
+    assert expected == pytest.approx(exact, rel=1e-5)
 
 
 def test_plain_mean_of_masked_tokens():
-    ce = torch.tensor([1.0, 2.0, 6.0])
-    total, divisor = weighted_sum(
-        ce, torch.tensor([0, 0, 1]), torch.tensor([0.1, 0.9]), torch.tensor([2, 2]), "masks"
-    )
-    assert float(total / divisor) == 3.0
+    ce, masked = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([[True, True], [False, True]])
+    rows, lengths = masked.nonzero()[:, 0], torch.tensor([2, 2])
+    total = weighted_sum(ce, rows, torch.tensor([0.1, 0.9]), lengths, "masks")
+    assert float(total / divisor(torch.ones_like(masked), masked, "masks")) == 3.0
 
 
 def test_shifted_logits():
@@ -368,7 +379,7 @@ def test_prompts_are_never_masked_and_masks_never_proposed(tmp_path, task):
     for ids in (s for s in seen if s.dim() == 2):
         place = (ids == arrow).int().argmax(1, keepdim=True)
         masked = ids == tokenizer.mask_token_id
-        assert masked.any(1).all() and not (masked & (torch.arange(ids.shape[1]) <= place)).any()
+        assert masked.any() and not (masked & (torch.arange(ids.shape[1]) <= place)).any()
 
 
 def test_resume_is_exact(tmp_path, task):
