@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from softar.checks import check_least
+from softar.checks import check_choice, check_least
 
 from .net import facts, parts
 
@@ -82,21 +82,29 @@ def log_likelihood(
     samples: int = 128,
     batch_size: int = 32,
     rng: torch.Generator | None = None,
+    parity: str | None = None,
 ) -> float:
     """A lower bound of log p(answer | rest), nats, by Monte Carlo (arXiv:2502.09992, appendix B.4;
-    LLaDA's get_log_likelihood).
-
-    Exactly k of the A answer tokens are masked, k stratified over 1..A within each batch of
-    samples; with samples a multiple of A times a batch the estimate is exact for A = 1.
+    LLaDA's get_log_likelihood). Its mean over the draws is the bound, for any number of samples;
+    for one token it is exact.
 
     Args:
         input_ids: [T]; answer: [T] bool, the tokens whose likelihood is asked for.
+        samples: draws of masks, `batch_size` of them in a forward: each masks k of the A tokens,
+            with k spread evenly over 1..A within a batch.
+        parity: "llada" rounds k as LLaDA's script does, which makes some k likelier than others: up
+            to 5 % off at 16 tokens, at 3 no bound at all.
+
+    Raises:
+        ValueError: for an `answer` that marks no token, and a sequence longer than the model's
+            positions.
     """
     if input_ids.dim() != 1 or answer.shape != input_ids.shape or not answer.any():
         raise ValueError(
             f"answer of shape {tuple(answer.shape)} must mark tokens of input_ids, {tuple(input_ids.shape)}"
         )
     check_least({"samples": samples, "batch_size": batch_size}, samples=1, batch_size=1)
+    check_choice("parity", parity, (None, "llada"))
     model_facts, net = facts(model), parts(model)
     if model_facts.uniform is not None:
         raise ValueError(
@@ -106,7 +114,7 @@ def log_likelihood(
     while done < samples:
         n = min(batch_size, samples - done)
         first = int(torch.randint(1, A + 1, (), generator=rng))
-        k = ((first + torch.arange(n) * A / n).round().long() - 1) % A + 1
+        k = mask_counts(A, n, first, parity)
         order = torch.rand(n, A, generator=rng).argsort(1).argsort(1)
         masked = torch.zeros(n, len(input_ids), dtype=torch.bool)
         masked[:, answer.cpu()] = order < k[:, None]
@@ -118,6 +126,14 @@ def log_likelihood(
         total -= float((ce * (A / k.to(ce.device))[rows]).sum())
         done += n
     return total / samples
+
+
+def mask_counts(A: int, n: int, first: int, parity: str | None = None) -> Tensor:
+    """[n] int64, how many of A tokens each of n draws masks, from `first` in 1..A on. Over the A
+    values of `first` each count comes n times."""
+    if parity == "llada":  # half to even
+        return ((first + torch.arange(n) * A / n).round().long() - 1) % A + 1
+    return (first - 1 + torch.arange(n) * A // n) % A + 1
 
 
 def forward_masked(

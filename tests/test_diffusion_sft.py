@@ -20,6 +20,7 @@ from softar.diffusion.losses import (
     forward_masked,
     log_likelihood,
     mask_at_rate,
+    mask_counts,
     mask_share,
     masked_ce,
     uniform_rows,
@@ -134,6 +135,34 @@ def test_likelihood_is_the_brute_force_sum():
     ]
     mean, error = sum(runs) / 24, torch.tensor(runs).std().item() / math.sqrt(24)
     assert abs(mean - exact) < 5 * error and error < 0.02 * abs(exact)
+
+
+@pytest.mark.parametrize("A", [1, 2, 3, 5, 6, 8, 16])
+@pytest.mark.parametrize("n", [1, 2, 3, 6, 7, 32, 33])
+def test_the_likelihoods_numbers_of_masks_are_all_as_likely(A, n):
+    counts = torch.stack([mask_counts(A, n, first) for first in range(1, A + 1)])  # [A, n]
+    assert (counts.sort(0).values == torch.arange(1, A + 1)[:, None]).all()
+    each = torch.stack([counts == k for k in range(1, A + 1)]).sum(-1)  # [A counts, A firsts]
+    # and they are spread evenly within a batch
+    assert (each >= n // A).all() and (each <= -(-n // A)).all()
+
+
+def test_likelihood_with_parity_rounds_as_llada_does():
+    counts = [
+        [int(round(first + i * 3 / 6) - 1) % 3 + 1 for i in range(6)] for first in range(1, 4)
+    ]
+    assert [mask_counts(3, 6, first, "llada").tolist() for first in range(1, 4)] == counts
+    model, ids = tiny(), torch.tensor([0, 1, 3, 2])
+    answer = torch.tensor([False, True, True, True])
+    one, other = (
+        log_likelihood(
+            model, ids, answer, samples=6, rng=torch.Generator().manual_seed(2), parity=p
+        )
+        for p in (None, "llada")
+    )
+    assert one != other
+    with pytest.raises(ValueError, match="parity='dream' is unknown"):
+        log_likelihood(model, ids, answer, parity="dream")
 
 
 def test_likelihood_of_one_token_is_exact():
