@@ -1,9 +1,10 @@
 """ReMDM (arXiv:2503.00307): decoded tokens are masked again with probability sigma, and so many
 more commit.
 
-A way to remask is a function `fn(step, largest, t, **knobs) -> sigma`, of each decoded position:
-[B, L], or what expands to it. largest: [B, 1] the most that the clock allows, min(1, (1 - alpha_s)
-/ alpha_t), where alpha is the share decoded and t -> s one step of S equal ones; t: [B].
+A way to remask is a function `fn(step, largest, t, **knobs) -> sigma`, of each position: [B, L], or
+what expands to it. A masked one is drawn as if it were masked again with its sigma. largest:
+[B, 1] the most that the clock allows, min(1, (1 - alpha_s) / alpha_t), where alpha is the share
+decoded and t -> s one step of S equal ones; t: [B].
 
 Shapes: B rows, L columns of the canvas.
 """
@@ -32,7 +33,9 @@ def rescale(step: Step, largest: Tensor, t: Tensor, *, eta: float = 0.02) -> Ten
 
 
 def conf(step: Step, largest: Tensor, t: Tensor) -> Tensor:
-    """largest, shared out by softmax(-confidence) over the decoded."""
+    """largest, shared out by softmax(-confidence) over the decoded; 0 at masks. So with positions
+    drawn at random fewer are decoded than the clock says, as in the paper; where the selector
+    chooses them, the clock is kept."""
     doubt = (-step.confidence).masked_fill(~step.decoded, -torch.inf)
     return torch.nan_to_num(doubt.softmax(-1)) * largest
 
@@ -95,22 +98,21 @@ class Remask:
         return self.remasking.alpha(time_left(index, self.block.steps), **self.knobs)
 
     def sigma(self, step: Step, now: Tensor, then: Tensor) -> Tensor:
-        """[B, L] chance of each decoded position to be masked again."""
+        """[B, L] chance of each position to be masked again, or to stay masked for that."""
         largest = ((1 - then) / now.clamp_min(1e-9)).clamp_max(1.0)[:, None]
         t = time_left(step.index, self.block.steps)
-        return self.remasking.fn(step, largest, t, **self.knobs).expand_as(step.score)
+        sigma = self.remasking.fn(step, largest, t, **self.knobs).expand_as(step.score)
+        return sigma.masked_fill((then >= 1)[:, None], 0.0)
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
         now, then = self.alpha(step.index), self.alpha(step.index + 1)
         sigma = self.sigma(step, now, then)
-        sigma = sigma.masked_fill(~step.decoded | (then >= 1)[:, None], 0.0)
         drop = torch.zeros_like(step.open)
         # a row past its steps draws nothing
         may = step.decoded & (step.index < self.steps)[:, None]
         drop[may] = self.draws.at(may) < sigma[may]
         if self.at_random:
-            mean = sigma.sum(-1) / step.decoded.sum(-1).clamp_min(1)
-            return drawn(step.open, now, then, self.draws, back=mean), drop
+            return drawn(step.open, now, then, self.draws, back=sigma), drop
         goal = torch.round(self.block.count * (1 - then)).long()  # masks that are to be left
         count = (step.open.sum(-1) + drop.sum(-1) - goal).clamp_min(0)
         return best(step.score, step.open, count), drop

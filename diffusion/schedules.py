@@ -167,9 +167,10 @@ def time_left(index: int, steps: Tensor) -> Tensor:
 
 def drawn(is_open: Tensor, now: Tensor, then: Tensor, draws: Draws, back: Tensor | float = 0.0):
     """[B, L] bool: open positions, each drawn with the chance that leads from a share `now` decoded
-    to `then` [B], if a share `back` [B] of the decoded is masked again; all at the end."""
-    chance = (then - now + back * now) / (1 - now).clamp_min(1e-9)
-    chance = chance.masked_fill(then >= 1, 1.0)[:, None].expand(is_open.shape)
+    to `then` [B], if decoded ones are masked again with chance `back` [B, L]; all at the end."""
+    now, then = now[:, None], then[:, None]
+    chance = ((then - now + back * now) / (1 - now).clamp_min(1e-9)).expand(is_open.shape)
+    chance = chance.masked_fill(then >= 1, 1.0)
     commit = torch.zeros_like(is_open)
     commit[is_open] = draws.at(is_open) < chance[is_open]
     return commit

@@ -764,12 +764,36 @@ def test_remasking_has_the_probabilities_of_the_paper(strategy, at_random):
     assert not (commit & ~is_open).any()
     left = (is_open & ~commit | drop).sum(1)
     if at_random:
-        chance = (then - (1 - sigma.mean()) * now) / (1 - now)
+        # at a mask the paper's sigma is the same, but of "conf" 0
+        at_masks = 0 if strategy == "conf" else sigma.mean()
+        chance = torch.as_tensor((then - (1 - at_masks) * now) / (1 - now))
         rate = commit.sum() / is_open.sum()
         assert abs(rate - chance) < 5.5 * (chance * (1 - chance) / is_open.sum()).sqrt()
     else:
         # So many commit that the clock is kept, as far as there are masks.
         assert torch.equal(left, drop.sum(1).clamp_min(round(n * (1 - then))))
+
+
+@pytest.mark.parametrize("strategy", REMASKS)
+def test_the_chances_at_a_mask_are_the_papers_at_every_step(strategy):
+    """Also where nothing is decoded yet: alpha_s - (1 - sigma) alpha_t over 1 - alpha_t."""
+    B, n, S = 4000, 5, 10
+    block = Block(0, n, torch.full((B,), n), torch.full((B,), S))
+    args = {} if strategy == "conf" else {"eta": ETA}
+    config = DenoiseConfig(steps=S, schedule="ancestral", remask=strategy, remask_args=args)
+    rule = remask(block, config, Draws(seeded(), B, torch.device("cpu")))
+    is_open, none = torch.ones(B, n, dtype=torch.bool), torch.zeros(B, n, dtype=torch.bool)
+    for index in range(S):
+        now, then = float(rule.alpha(index)[0]), float(rule.alpha(index + 1)[0])
+        most = min(1.0, (1 - then) / max(now, 1e-9))
+        is_on = 0.05 - 1e-6 <= 1 - index / S <= 0.55
+        eta = {"cap": min(ETA, most), "rescale": ETA * most, "conf": 0.0}
+        eta["loop"] = min(ETA, most) if is_on else 0.0
+        sigma = eta[strategy] if then < 1 else 0.0
+        chance = 1.0 if then >= 1 else (then - (1 - sigma) * now) / (1 - now)
+        step = Step(index, torch.zeros(B, n), is_open, none, torch.full((B, n), torch.nan))
+        rate = float(rule(step)[0].float().mean())
+        assert abs(rate - chance) < 5.5 * math.sqrt(chance * (1 - chance) / (B * n)) + 1e-9, index
 
 
 def test_the_loop_of_remdm_rises_stays_and_ends():
