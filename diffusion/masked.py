@@ -57,6 +57,8 @@ class Masked:
         self.rule = mk_rule(self.config, block, self.draws)
         if not self.softener.carries:
             self.reader.forget()
+        elif not self.quirks.stays_soft:
+            self.reader.forget(~self.canvas.masked)
 
     def more(self, block: Block, index: int) -> bool:
         return self.rule.more(index, self.canvas.has_masks(block, self.reader.forwards))

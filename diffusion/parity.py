@@ -36,6 +36,8 @@ class Quirks(NamedTuple):
     # ends_last drops the end tokens from the softmax instead of the order
     renormalised_ends: bool = False
     waits: bool = False  # a row with nothing to commit stays as it is while others go on
+    # what a block has decoded softly is read so once more, by the first forward of the next
+    stays_soft: bool = False
 
 
 # the intended thing, and no substitution
@@ -240,7 +242,7 @@ PARITY: dict[str, Quirks] = {
     # Les1a/SoftTokenForMaskedDLM at a4bb7dc
     "soft_token": Quirks(rule=fast_dllm, competes="before"),
     # aim-uofa/EvoTokenDLM at f80e9ac
-    "evotoken": Quirks(rule=fast_dllm, competes="before", proposes_mask=False),
+    "evotoken": Quirks(rule=fast_dllm, competes="before", proposes_mask=False, stays_soft=True),
     # Dream's generation_utils.py, and IBM's soft masking on it at 091695d
     "dream": Quirks(rule=dream, competes="canvas", one_block=True, filtered_score=True),
     # NVlabs/Fast-dLLM's Dream at 24cc59e, without and with a cache

@@ -129,5 +129,9 @@ class Reader:
         self.mixed[rows[shows], cols[shows]] = mixed
         return put, soft
 
-    def forget(self) -> None:
-        self.where = None
+    def forget(self, slots: Tensor | None = None) -> None:
+        """Show no mixtures any more, at the `slots` [B, L] bool; None: nowhere."""
+        if slots is None:
+            self.where = None
+        elif self.where is not None:
+            self.where = self.where & ~slots

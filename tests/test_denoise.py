@@ -931,6 +931,10 @@ def test_the_next_forward_reads_the_mixtures(soften, family, cache):
         if cache is not None and same_block:
             lo, hi = max(start - (family == "dream"), 0), end if cache == "dual" else L
         where, soft = call["where"], call["soft"]
+        if not same_block:  # what is decoded is tokens from now on
+            is_mask = call["sequences"][where] == MASK
+            where = where & (call["sequences"] == MASK)
+            soft = Soft(soft.ids[is_mask], soft.weights[is_mask])
         expected = embed(call["sequences"])
         expected[where] = (soft.weights[..., None] * embed(soft.ids)).sum(-2)
         # what carries over is also read where this forward put nothing
@@ -951,6 +955,53 @@ def test_a_softened_block_starts_hard_unless_the_state_carries():
             out = run(model, block_length=4, soften=soften, history=True)
         is_hard = torch.equal(reads[4], model.model.embed_tokens(out.states[4]))
         assert is_hard != SOFTENERS.get(soften, soften).carries
+
+
+@pytest.mark.parametrize("early_stop", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cache", [None, "prefix", "dual"])
+def test_a_finished_block_is_read_as_tokens(family, cache, early_stop):
+    """By every later forward, so that no cache keeps its mixtures, for any softener."""
+    model = denoiser(family)
+    embed = model.model.embed_tokens
+    everything = dict(everywhere=True, decoded=True, carries=True)
+    softeners = [*SOFTENERS, Softener(evolving, **everything, revises=True)]
+    softeners += [Softener(SOFTENERS["soft-token"].fn, **everything)]
+    ends = dict(early_stop=True, end_ids=tuple(range(12))) if early_stop else {}
+    for soften in softeners:
+        calls = []
+        with read(model) as reads:
+            out = run(
+                model,
+                block_length=4,
+                gen_length=12,
+                soften=soften,
+                cache=cache,
+                history=True,
+                callback=calls.append,
+                **ends,
+            )
+        for call, inputs, state in zip(calls, reads, out.states):
+            start, end = call["block"]
+            begin = next(i for i, c in enumerate(calls) if c["block"] == (start, end))
+            tokens = out.states[begin] != MASK  # when the block began
+            is_whole = inputs.shape[1] == out.sequences.shape[1]
+            lo = 0 if is_whole else max(start - (family == "dream"), 0)
+            hi = lo + inputs.shape[1]
+            at = tokens[:, lo:hi]
+            assert torch.equal(inputs[at], embed(state)[:, lo:hi][at]), soften
+
+
+def test_evotoken_reads_them_softly_once_more():
+    model, first = denoiser(), {}
+    for parity in (None, "evotoken"):
+        with read(model) as reads:
+            out = run(
+                model, block_length=4, soften="evolving", history=True, steps=8, parity=parity
+            )
+        embeds = model.model.embed_tokens(out.states[4])
+        first[parity] = torch.equal(reads[4][:, 5:9], embeds[:, 5:9])
+    assert first == {None: True, "evotoken": False}
 
 
 def test_a_row_that_is_done_with_its_block_waits_as_it_is():
