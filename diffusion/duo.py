@@ -256,12 +256,21 @@ def prior_kl(alpha: Tensor, vocab_size: int) -> Tensor:
     )
 
 
+def view_scale(alpha: Tensor, vocab_size: int) -> Tensor:
+    """(1 - alpha) / (V alpha + 1 - alpha): how likely a token that is right was drawn by chance,
+    from 0 at alpha = 1 to 1 at alpha = 0. As a weight of rows it makes those count little that a
+    model solves by copying. alpha: [...] -> [...]."""
+    _check_vocab(vocab_size)
+    return (1 - alpha) / (vocab_size * alpha + 1 - alpha)
+
+
 def symmetric_kl(log_probs: Tensor, x: Tensor, smoothing: float = 1e-3) -> Tensor:
     """KL(y || p) + KL(p || y) against y = (1 - smoothing) onehot(x) + smoothing / V; without
     smoothing the second is infinite.
 
     log_probs: [n, V] finite; x: [n] -> [n] nats, float32 or log_probs' wider type. No bound on a
-    likelihood.
+    likelihood. Its best probs are p(x | every z), what z itself says about x included, which
+    `posterior` then counts twice: the sampler does not return the data's law (see `nelbo`).
     """
     if not 0 < smoothing < 1:
         raise ValueError(f"smoothing={smoothing} must be in (0, 1)")

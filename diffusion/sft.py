@@ -221,6 +221,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             noisy.alpha[rows],
             noisy.dalpha[rows],
             letters,
+            scaled=self.args.view_scale,
         )
         return each, rows, torch.ones_like(noisy.alpha), noisy.ids != ids, logits, 0.0
 

@@ -24,13 +24,22 @@ class DiffusionSFTConfig(PlainSFTConfig):
         "masked", "Noise to undo: 'masked' tokens, or 'uniform'ly random ones (Duo)."
     )
     uniform_loss: str = opt(
-        "nelbo", "Uniform: 'nelbo', a bound on the likelihood (Duo), or 'symmetric_kl'."
+        "nelbo",
+        "Uniform: 'nelbo', a bound on the likelihood (Duo), or 'symmetric_kl': no bound, and it trains the belief "
+        "given the noisy token too, which the sampler then counts twice, so that samples are not quite the data's.",
+    )
+    view_scale: bool = opt(
+        False,
+        "Symmetric KL: weigh a row by (1 - alpha) / (V alpha + 1 - alpha), the share of noise in what is right, so "
+        "that rows which copying solves count little.",
     )
     curriculum: float = opt(
         0.0, "Uniform: share of the training, from its start, on Gaussian soft tokens."
     )
-    tau_start: float = opt(1e-1, "Curriculum: temperature of the soft tokens at the start.")
-    tau_end: float = opt(1e-2, "Curriculum: temperature at its end; then the tokens are hard.")
+    tau_start: float = opt(1e-3, "Curriculum: temperature of the soft tokens at the start.")
+    tau_end: float = opt(
+        1e-3, "Curriculum: temperature at its end, down to 1e-8; then the tokens are hard."
+    )
     gamma_min: float = opt(
         -3.5, "Curriculum: log noise-to-signal ratio at t = 0; Duo's, for 30,000 tokens."
     )
@@ -102,7 +111,7 @@ class DiffusionSFTConfig(PlainSFTConfig):
                     f"noise='share' does not go with normalise={self.normalise!r}, which weighs by the rate: set "
                     f"normalise='masks', or noise='rate'"
                 )
-            idle = (("uniform_loss", "nelbo"), ("curriculum", 0.0))
+            idle = (("uniform_loss", "nelbo"), ("curriculum", 0.0), ("view_scale", False))
             remedy = "set objective='uniform', or leave it at"
         else:
             idle = (("softmasking_prob", 0.0), ("noise", "rate"))
@@ -117,11 +126,12 @@ class DiffusionSFTConfig(PlainSFTConfig):
                     f"{name}={getattr(self, name)!r} does not go with objective={self.objective!r}: "
                     f"{remedy} {value!r}"
                 )
+        if self.view_scale and self.uniform_loss == "nelbo":
+            raise ValueError(
+                "view_scale=True does not go with uniform_loss='nelbo', which has its own weights: set "
+                "uniform_loss='symmetric_kl'"
+            )
         if self.curriculum:
-            if self.uniform_loss != "nelbo":
-                raise ValueError(
-                    f"curriculum={self.curriculum} needs uniform_loss='nelbo', not {self.uniform_loss!r}"
-                )
             tau_at(0.0, self.tau_start, self.tau_end, self.curriculum)
             self.gaussian(2)
 

@@ -26,6 +26,7 @@ from .duo import (
     log_linear,
     nelbo,
     symmetric_kl,
+    view_scale,
 )
 from .net import Facts, Parts
 from .noise import UniformNoise
@@ -134,12 +135,15 @@ def uniform_loss(
     alpha: Tensor,
     dalpha: Tensor,
     letters: Alphabet,
-):
+    *,
+    scaled: bool = False,
+) -> Tensor:
     """Nats [n]: logits [n, V] at the maskable positions, x and z [n] token ids, alpha and dalpha
-    [n]."""
+    [n]. scaled: the symmetric KL times `view_scale`."""
     log_probs = logits.index_select(-1, letters.ids).float().log_softmax(-1)
     if kind == "symmetric_kl":
-        return symmetric_kl(log_probs, letters.number[x])
+        each = symmetric_kl(log_probs, letters.number[x])
+        return each * view_scale(alpha, len(letters.ids)) if scaled else each
     return nelbo(log_probs, letters.number[x], letters.number[z], alpha, dalpha)
 
 

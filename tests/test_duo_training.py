@@ -250,6 +250,50 @@ def test_the_curriculum_goes_from_soft_to_hard(tmp_path, runs):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("normalise", ["answer", "tokens"])
+@pytest.mark.parametrize("view_scale", [False, True])
+def test_the_symmetric_kl_goes_with_soft_tokens_and_weights_of_rows(
+    tmp_path, runs, normalise, view_scale
+):
+    """Both KLs against the smoothed clean token, term by term; soft tokens down to a temperature of
+    1e-8."""
+    model, tokenizer = tiny(tmp_path)
+    options = CURRICULUM | dict(curriculum=1.0, tau_start=1e-3, tau_end=1e-8, normalise=normalise)
+    options |= dict(uniform_loss="symmetric_kl", view_scale=view_scale, learning_rate=1e-2)
+    trainer = trainer_of(model, tokenizer, runs, tmp_path, max_steps=40, **options)
+    corrupt, compute, losses, told = trainer._corrupt, trainer._uniform_loss, [], []
+
+    def recorded(ids, maskable, letters):
+        told.append((corrupt(ids, maskable, letters), ids, maskable, letters))
+        return told[-1][0]
+
+    def computed(*args):
+        losses.append(compute(*args))
+        return losses[-1]
+
+    trainer._corrupt, trainer._uniform_loss = recorded, computed
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(logged[-5:]) < 0.8 * sum(logged[:5])
+    for loss, (noisy, ids, maskable, letters), (_, rows, _, _, logits, _) in zip(
+        logged, told, losses, strict=True
+    ):
+        assert noisy.soft is not None
+        p, U = logits[:, letters.ids].double().softmax(-1).detach(), len(letters.ids)
+        y = torch.full_like(p, 1e-3 / U)
+        y[torch.arange(len(p)), letters.number[ids[maskable]]] += 1 - 1e-3
+        each = (y * (y / p).log()).sum(-1) + (p * (p / y).log()).sum(-1)
+        if view_scale:
+            alpha = noisy.alpha.double()
+            each = each * ((1 - alpha) / (U * alpha + 1 - alpha))[rows]
+        count = maskable.sum(1)
+        if normalise == "answer":
+            want = (each / count[rows]).sum() / len(ids)
+        else:
+            want = each.mean()
+        assert float(loss) == pytest.approx(float(want), rel=1e-3)
+
+
 def test_soft_tokens_keep_what_their_alpha_says():
     """Off the Gaussian, a token is its own with chance alpha + (1 - alpha) / U of the alpha that
     the loss is told."""
@@ -406,9 +450,10 @@ def test_a_process_that_does_not_fit(tmp_path, named, says):
         (dict(curriculum=1.5), r"curriculum=1.5 must lie in \[0, 1\]"),
         (dict(curriculum=0.5, tau_end=0.0), "tau_end=0.0"),
         (dict(curriculum=0.5, gamma_min=1.0), "gamma_min=1.0"),
+        (dict(view_scale=True), "view_scale=True does not go with uniform_loss='nelbo'"),
         (
-            dict(curriculum=0.5, uniform_loss="symmetric_kl"),
-            "curriculum=0.5 needs uniform_loss='nelbo'",
+            dict(objective="masked", view_scale=True),
+            "view_scale=True does not go with objective='masked'",
         ),
         (
             dict(objective="masked", curriculum=0.5),
