@@ -65,6 +65,12 @@ REMEDY = (
     " -- give a folder with a LLaDA, Dream or BERT-like model in safetensors, or a hub id that can be "
     "reached"
 )
+# For BERT-like models, as tommyp111/modernbert-dllm-tulu was trained: "User: q [SEP] Assistant: a".
+BERT_CHAT = (
+    "{{ cls_token }}{% for message in messages %}{{ '' if loop.first else ' ' }}{{ message['role'] | capitalize }}: "
+    "{{ message['content'] | trim }}{{ '' if message['role'] == 'assistant' else ' ' }}{{ sep_token }}{% endfor %}"
+    "{% if add_generation_prompt %} Assistant:{% endif %}"
+)
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # end an answer as the end-of-text token does
 
 
@@ -245,15 +251,16 @@ def introduce(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
         config.eos_token_id = (
             tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
         )
+    if tokenizer.eos_token is None:  # BERT's, which knows its end by another name
+        tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     vocabulary = tokenizer.get_vocab()
-    if (
-        isinstance(config, LladaConfig)
-        and tokenizer.chat_template is None
-        and "<|start_header_id|>" in vocabulary
-    ):
-        tokenizer.chat_template = LLADA_CHAT
+    if tokenizer.chat_template is None:
+        if isinstance(config, LladaConfig) and "<|start_header_id|>" in vocabulary:
+            tokenizer.chat_template = LLADA_CHAT
+        elif config.model_type not in FAMILIES and tokenizer.sep_token is not None:
+            tokenizer.chat_template = BERT_CHAT
     if model.can_generate():
         turn_ends = [vocabulary[end] for end in TURN_ENDS if end in vocabulary]
         model.generation_config.eos_token_id = (

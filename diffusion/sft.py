@@ -41,6 +41,7 @@ from .losses import (
 )
 from .net import facts, parts, plain
 from .noise import NOISE_FILE, save_noise
+from .rows import close_rows
 from .sft_config import NOISES, DiffusionSFTConfig
 from .uniform import Noisy, alphabet, draw_hard, draw_soft, noise_for, uniform_loss
 
@@ -87,6 +88,10 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             raise ValueError(
                 f"train_padding={args.train_padding}: the model has no such token to pad with"
             )
+        train_dataset, eval_dataset = (
+            close_rows(rows, processing_class, args.dataset_text_field)
+            for rows in (train_dataset, eval_dataset)
+        )
         super().__init__(
             model,
             args,
