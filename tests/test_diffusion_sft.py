@@ -390,9 +390,10 @@ SOFT = dict(softmasking_prob=0.8, head_scale=0.3, head_centre=-1.0, head_steepne
 )
 def test_training_learns(tmp_path, task, options):
     trainer, _ = trainer_of(tmp_path, task, max_steps=30, learning_rate=1e-2, **options)
+    # on the same noise, of which a step's few masks hold too much
+    before = trainer.evaluate(trainer.train_dataset)["eval_loss"]
     trainer.train()
-    losses = losses_of(trainer)
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < 0.8 * before
     if options.get("softmasking_prob"):
         assert trainer.head.settings()["scale"] != pytest.approx(0.3, abs=1e-4)
 
