@@ -423,6 +423,41 @@ def test_resume_is_exact(tmp_path, task):
     assert again.head.settings() == whole.head.settings()
 
 
+SAVING = dict(save_strategy="steps", save_steps=1, max_steps=4)
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(SOFT, head_algorithm="temperature", normalise="masks"),
+        dict(objective="uniform", normalise="tokens"),
+    ],
+)
+def test_training_stops_before_a_bad_loss_reaches_the_weights(tmp_path, task, options, factor):
+    trainer, _ = trainer_of(tmp_path, task, gradient_accumulation_steps=2, **SAVING, **options)
+    compute, calls = trainer.compute_loss, []
+
+    def poisoned(*args, **kwargs):
+        calls.append(None)
+        return compute(*args, **kwargs) * (factor if len(calls) == 6 else 1.0)
+
+    trainer.compute_loss = poisoned
+    with pytest.raises(
+        FloatingPointError, match=r"^step 3: the loss is .*checkpoint-2' is the las"
+    ):
+        trainer.train()
+    stopped, (saved, _) = trainer.model.state_dict(), load(tmp_path / "checkpoint-2")
+    assert all(torch.equal(stopped[name], value) for name, value in saved.state_dict().items())
+
+
+def test_a_learning_rate_out_of_all_measure_ends_training(tmp_path, task):
+    options = dict(learning_rate=1e30, max_grad_norm=0.0, optim="sgd")
+    with pytest.raises(FloatingPointError, match=r"^step \d: .*there is no checkpoint yet"):
+        trainer_of(tmp_path, task, **options)[0].train()
+
+
 def test_a_checkpoint_is_a_plain_model_with_a_head_file(tmp_path, task):
     trainer, tokenizer = trainer_of(tmp_path, task, **SOFT)
     trainer.train()
