@@ -23,23 +23,29 @@ class Canvas:
         self.committed_at = torch.full_like(self.ids, -1)
         self.confidence = torch.full(self.ids.shape, torch.nan, device=self.ids.device)
         self.decoded = torch.zeros_like(self.masked)  # in the current block
-        # [] bool, the last forward gave NaN. A step only sets it and the next `has_masks` raises
-        # it, so that one wait for the device answers both questions.
-        self.bad = self.masked.new_zeros(())
+        # [B] int64, positions of which the last forward said nothing. A step only sets it and the
+        # next `has_masks` raises it, so that one wait for the device answers both questions.
+        self.bad = torch.zeros_like(self.at_start)
 
     def block(self, start: int, end: int, steps: Tensor) -> Block:
         return Block(start, end, self.masked[:, start:end].sum(-1), steps)
 
     def has_masks(self, block: Block, forwards: int) -> bool:
         """Has the block masks? The one synchronisation of a step. Raises FloatingPointError where
-        the last of so many forwards gave NaN."""
+        the last of so many forwards gave NaN, or -inf for all tokens."""
         masks = self.masked[:, block.start : block.end]
-        left, bad = torch.stack([masks.any(), self.bad]).tolist()
+        left, bad = torch.stack([masks.any(), self.bad.any()]).tolist()
         if bad:
+            rows = self.bad.nonzero()[:, 0].tolist()
             raise FloatingPointError(
-                f"the logits of forward {forwards - 1} are NaN: check the weights and the dtype, try float32"
+                f"the logits of forward {forwards - 1} are NaN, or -inf for every token, in rows {rows}: check the "
+                f"weights and the dtype, try float32"
             )
         return left
+
+    def watch(self, certain: Tensor, rows: Tensor) -> None:
+        """Note positions [n] in rows [n] that are certain to a NaN degree."""
+        self.bad = torch.zeros_like(self.bad).index_add(0, rows, certain.isnan().long())
 
     def columns(self, lo: int, hi: int) -> Tensor:
         """[L] bool, true in [lo, hi)."""

@@ -20,12 +20,14 @@ from transformers.generation.streamers import TextDiffusionStreamer
 
 from softar.checks import override
 from softar.mixers import Rng
+from softar.placement import evaluating
 from softar.soft import check_dist
 
 from .canvas import Canvas
 from .config import DenoiseConfig
+from .inputs import check_ids
 from .masked import Masked
-from .net import Facts, Parts, facts, parts
+from .net import READS_PADDING, Facts, Parts, facts, parts, plain, room
 from .process import Process
 from .schedules import Block
 from .select import Draws
@@ -70,7 +72,8 @@ def denoise(
     """Fill masks.
 
     Args:
-        model: from `softar.diffusion.load`, plain or wrapped by PEFT. A uniform-state model (Duo,
+        model: from `softar.diffusion.load`, plain or wrapped by PEFT; in eval mode for the call,
+            so that no dropout takes part. A uniform-state model (Duo,
             arXiv:2506.10892) begins with random tokens in place of the masks and redraws them all
             in each of `steps` forwards, the last time greedily; `temperature` is that of its belief
             about the clean token, 1 the process itself.
@@ -94,14 +97,20 @@ def denoise(
 
     Raises:
         ValueError, TypeError: bad configuration or inputs, before the first forward.
-        FloatingPointError: NaN logits; names the forward.
+        FloatingPointError: logits that are NaN, or -inf for every token; names the forward and the
+            rows.
     """
     started = time.perf_counter()
     model_facts, net = facts(model), parts(model)
+    check_ids("input_ids", input_ids, 2, model_facts.vocab_size)
     config = override(config or DenoiseConfig(), kwargs, denoise)
     config = config.as_trained(model_facts.soft_mask)
     _check(model, model_facts, net, config, input_ids)
     real = _real(model_facts, config, input_ids, attention_mask)
+    if plain(model).config.model_type in READS_PADDING and not real.all():
+        raise ValueError(
+            f"{type(plain(model)).__name__} reads padding as if it were text: give rows of one length"
+        )
     canvas = Canvas(input_ids, config.gen_length, model_facts.mask_id)
     draws = Draws(rng, len(input_ids), input_ids.device)
     make = Masked if model_facts.uniform is None else Uniform
@@ -110,14 +119,15 @@ def denoise(
 
     audience = Audience(canvas, callback, streamer, history)
     audience.begin(input_ids)
-    for block in blocks:
-        process.begin(block)
-        index = 0
-        while process.more(block, index):
-            audience.after_step(process.step(block, index))
-            index += 1
-        process.end(block)
-        audience.after_block(block)
+    with evaluating(model):
+        for block in blocks:
+            process.begin(block)
+            index = 0
+            while process.more(block, index):
+                audience.after_step(process.step(block, index))
+                index += 1
+            process.end(block)
+            audience.after_block(block)
     audience.end()
     return DenoiseOutput(
         canvas.ids,
@@ -147,16 +157,17 @@ class Audience:
     def after_step(self, report: dict) -> None:
         if self.states is not None:
             self.states.append(self.canvas.ids)
-        if self.callback is not None:
-            self.callback(report)
+        if self.callback is not None:  # whatever it writes into, the canvas stays as it is
+            self.callback(report | {"sequences": report["sequences"].clone()})
         if isinstance(self.streamer, TextDiffusionStreamer):
-            self.streamer.put_draft(self.canvas.ids[:, self.tail :].cpu())
+            self.streamer.put_draft(self.canvas.ids[:, self.tail :].clone().cpu())
 
     def after_block(self, block: Block) -> None:
         if self.states is not None:  # its end may have filled what was left of a row
             self.states[-1] = self.canvas.ids
         if self.streamer is not None and block.end > self.tail:
-            self.streamer.put(self.canvas.ids[:, max(block.start, self.tail) : block.end].cpu())
+            new = self.canvas.ids[:, max(block.start, self.tail) : block.end]
+            self.streamer.put(new.clone().cpu())
 
     def end(self) -> None:
         if self.streamer is not None:
@@ -166,19 +177,16 @@ class Audience:
 def _check(model, facts: Facts, net: Parts, config: DenoiseConfig, input_ids: Tensor) -> None:
     """Raise ValueError for what the model cannot do with these inputs."""
     shape = tuple(input_ids.shape)
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
-        raise ValueError(f"input_ids of shape {shape}, {input_ids.dtype}: need [B, P] integers")
     if not config.gen_length and not (input_ids == facts.mask_id).any():
         raise ValueError(
             f"gen_length=0 and no mask in input_ids: put the mask token (id {facts.mask_id}) where text is wanted"
         )
     if shape[1] == 0 and facts.shift:
         raise ValueError(f"input_ids of shape {shape} is an empty prompt: start from a BOS token")
-    L = shape[1] + config.gen_length
-    room = model.config.max_position_embeddings if "max_position_embeddings" in model.config else L
-    if L > room:
+    most = room(model)
+    if most is not None and shape[1] + config.gen_length > most:
         raise ValueError(
-            f"a prompt of {shape[1]} and gen_length={config.gen_length} do not fit into the model's {room} positions"
+            f"a prompt of {shape[1]} and gen_length={config.gen_length} do not fit into the model's {most} positions"
         )
     check_dist(facts.vocab_size, config.temperature, config.top_k, config.top_p)
     if config.cache is not None and not net.can_cache:
@@ -203,9 +211,10 @@ def _real(
     real = torch.ones((B, P + config.gen_length), dtype=torch.bool, device=input_ids.device)
     if attention_mask is None:
         return real
-    if attention_mask.shape != input_ids.shape:
+    if not torch.is_tensor(attention_mask) or attention_mask.shape != input_ids.shape:
+        what = tuple(attention_mask.shape) if torch.is_tensor(attention_mask) else "none"
         raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit input_ids of {(B, P)}"
+            f"attention_mask of shape {what} does not fit input_ids of {(B, P)}: give a tensor like it"
         )
     mask = attention_mask.bool()
     if facts.shift and (empty := (~mask.any(1)).nonzero()[:, 0].tolist()):

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from softar.checks import check_choice, check_least
+from softar.placement import evaluating
 
-from .net import facts, parts
+from .inputs import check_ids, check_width
+from .net import Facts, facts, parts, room
 
 NORMALISATIONS = ("answer", "tokens", "masks")
 
@@ -99,13 +101,10 @@ def log_likelihood(
         ValueError: for an `answer` that marks no token, and a sequence longer than the model's
             positions.
     """
-    if input_ids.dim() != 1 or answer.shape != input_ids.shape or not answer.any():
-        raise ValueError(
-            f"answer of shape {tuple(answer.shape)} must mark tokens of input_ids, {tuple(input_ids.shape)}"
-        )
+    model_facts, net = facts(model), parts(model)
+    _check_likelihood(model_facts, room(model), input_ids, answer)
     check_least({"samples": samples, "batch_size": batch_size}, samples=1, batch_size=1)
     check_choice("parity", parity, (None, "llada"))
-    model_facts, net = facts(model), parts(model)
     if model_facts.uniform is not None:
         raise ValueError(
             "the model's diffusion_process is uniform: a bound by masks says nothing about it"
@@ -121,11 +120,23 @@ def log_likelihood(
         masked = masked.to(input_ids.device)
         ids = input_ids.expand(n, -1)
         noisy = ids.masked_fill(masked, model_facts.mask_id)
-        rows, logits = forward_masked(net, model_facts, net.embedding(noisy), None, masked)
+        with evaluating(model):
+            rows, logits = forward_masked(net, model_facts, net.embedding(noisy), None, masked)
         ce = masked_ce(logits, ids[masked])
         total -= float((ce * (A / k.to(ce.device))[rows]).sum())
         done += n
     return total / samples
+
+
+def _check_likelihood(facts: Facts, room: int | None, ids: Tensor, answer: Tensor) -> None:
+    check_ids("input_ids", ids, 1, facts.vocab_size)
+    is_mask = torch.is_tensor(answer) and answer.dtype == torch.bool
+    if not is_mask or answer.shape != ids.shape or not answer.any():
+        what = f"shape {tuple(answer.shape)}, {answer.dtype}" if torch.is_tensor(answer) else "none"
+        raise ValueError(
+            f"answer of {what} must mark tokens of input_ids, {tuple(ids.shape)}: give torch.bool of that shape"
+        )
+    check_width(ids[None], room)
 
 
 def mask_counts(A: int, n: int, first: int, parity: str | None = None) -> Tensor:

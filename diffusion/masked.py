@@ -81,7 +81,7 @@ class Masked:
             surer = canvas.decoded & (certain > canvas.confidence)
             commit = commit | (surer & (proposal != canvas.mask_id))
         canvas.commit(block, commit, drop, proposal, certain, reader.forwards - 1)
-        canvas.bad = (score + prob).isnan().any()  # some selectors look at no logit
+        canvas.watch(score + prob, rows)  # some selectors look at no logit
         where, soft = self._soften(belief, rows, cols, window, busy)
         return report(self, block, asked, commit, certain, where=where, soft=soft)
 

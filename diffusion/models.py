@@ -247,7 +247,7 @@ def introduce(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
         config.mask_token_id = tokenizer.mask_token_id
     if tokenizer.mask_token is None and config.mask_token_id is not None:
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(config.mask_token_id)
-    if config.eos_token_id is None:
+    if "eos_token_id" not in config or config.eos_token_id is None:
         config.eos_token_id = (
             tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
         )

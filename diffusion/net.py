@@ -13,6 +13,9 @@ from softar.models import plain
 from .architectures import DreamConfig, LladaConfig
 from .noise import UniformNoise, read_noise
 
+# Their convolutions, pools and Fourier transforms mix padding into the tokens beside it.
+READS_PADDING = ("convbert", "fnet", "funnel", "mobilebert")
+
 
 class Facts(NamedTuple):
     """What a sampler has to know of a model."""
@@ -42,7 +45,12 @@ class Parts(NamedTuple):
 def facts(model: nn.Module) -> Facts:
     """Raises ValueError for a model that is not a masked-diffusion model, or whose mask token is not
     known."""
-    config = plain(model).config
+    try:
+        config = plain(model).config
+    except AttributeError:
+        raise ValueError(
+            f"{type(model).__name__} is no language model of transformers: open one with softar.diffusion.load"
+        ) from None
     mask_id = config.mask_token_id if "mask_token_id" in config else None
     if mask_id is None:
         raise ValueError(
@@ -65,8 +73,12 @@ def facts(model: nn.Module) -> Facts:
 
 def parts(model: nn.Module) -> Parts:
     """How to run a model's embedding, body and head apart; PEFT's wrapper is seen through, its
-    layers are not."""
+    layers are not. Raises ValueError for a model without a head."""
     inner = plain(model)
+    if inner.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(inner).__name__} has no head that predicts tokens: open the model with softar.diffusion.load"
+        )
     embedding = inner.get_input_embeddings()
     if isinstance(inner, (LlamaForCausalLM, Qwen2ForCausalLM)):
 
@@ -97,21 +109,39 @@ def parts(model: nn.Module) -> Parts:
         return inner(inputs_embeds=embeds, attention_mask=attention_mask, **positions).logits
 
     takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
-    # RoBERTa and its kin keep the rows of the table up to the pad token's index for padding.
-    tables = [
-        module for name, module in inner.named_modules() if name.endswith("position_embeddings")
-    ]
-    pads = [
-        table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None
-    ]
-    first = pads[0] + 1 if pads else 0
+    first = max((_first(table, inner.config) for table in _tables(inner)), default=0)
     return Parts(embedding, whole, lambda logits: logits, can_cache=False)
+
+
+def room(model: nn.Module) -> int | None:
+    """How many positions a sequence may have: RoBERTa's 512 of a table of 514. None where nothing
+    limits them."""
+    inner = plain(model)
+    config = inner.config
+    rooms = [table.num_embeddings - _first(table, config) for table in _tables(inner)]
+    if not rooms and "max_position_embeddings" in config:
+        rooms = [config.max_position_embeddings]
+    return min(rooms, default=None)
+
+
+def _tables(inner: PreTrainedModel) -> list[nn.Embedding]:
+    """Its learnt positions."""
+    named = ((name.rpartition(".")[2], module) for name, module in inner.named_modules())
+    return [m for name, m in named if name == "position_embeddings" and isinstance(m, nn.Embedding)]
+
+
+def _first(table: nn.Embedding, config) -> int:
+    """The row of the first position. RoBERTa and its kin keep the rows up to the pad token's index
+    for padding, Nystromformer and YOSO two rows more than they say."""
+    if table.padding_idx is not None:
+        return table.padding_idx + 1
+    return table.num_embeddings - config.max_position_embeddings
 
 
 def end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     """The tokens that end a text, by the model's two configurations, each of which names none, one
     or several."""
-    named = [model.config.eos_token_id]
+    named = [model.config.eos_token_id if "eos_token_id" in model.config else None]
     if model.can_generate():
         named.append(model.generation_config.eos_token_id)
     flat = [i for ids in named for i in (ids if isinstance(ids, list) else [ids])]

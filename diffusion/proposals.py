@@ -21,7 +21,8 @@ class Proposals(NamedTuple):
     belief: Belief  # of the model, about each of n positions
     token: Tensor  # [n]
     score: Tensor  # [n] float32, of the selector
-    prob: Tensor  # [n] float32, the belief's probability of each token
+    # [n] float32, the belief's probability of each token; NaN where it has none to propose
+    prob: Tensor
 
 
 class Proposer:
@@ -61,6 +62,8 @@ class Proposer:
             scored = Belief(logits.index_fill(-1, token.new_tensor(ends), -torch.inf))
         score = self.select(scored, token, lambda: self._uniform(asked)).float()
         prob = score if self.select.is_confidence else belief.prob(token[:, None])[:, 0]
+        # where nothing can be proposed the most likely token is one that was forbidden
+        prob = prob.masked_fill(belief.largest[:, 0] <= torch.finfo(logits.dtype).min, torch.nan)
         if orders_ends and not quirks.renormalised_ends:
             is_end = torch.isin(token, token.new_tensor(self.end_ids))
             score = score.masked_fill(is_end, torch.finfo(score.dtype).min)

@@ -70,23 +70,24 @@ class Belief:
         """[n, K] some of the logits -> their probabilities [n, K]."""
         # Not exp(z - log Z): near 1, where the surest are told apart, the rounding of log Z would
         # decide.
-        return (logits - self._largest).exp() / self._moments[0]
+        return (logits - self.largest).exp() / self._moments[0]
 
     @cached_property
     def negative_entropy(self) -> Tensor:
         """[n] sum of p log p, nats, in [-log V, 0]."""
         total, weighted = (
-            self._moments if self.with_entropy else _moments(self.logits, self._largest, True)
+            self._moments if self.with_entropy else _moments(self.logits, self.largest, True)
         )
         return (weighted / total - total.log())[:, 0]
 
     @cached_property
-    def _largest(self) -> Tensor:
+    def largest(self) -> Tensor:
+        """[n, 1] the logit of the most likely token."""
         return self.logits.gather(-1, self.top_token[:, None])
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
-        return _moments(self.logits, self._largest, self.with_entropy)
+        return _moments(self.logits, self.largest, self.with_entropy)
 
 
 def _moments(logits: Tensor, largest: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
@@ -211,7 +212,15 @@ class Draws:
     alone as batched."""
 
     def __init__(self, rng: Rng, rows: int, device: torch.device):
-        if rng is not None and not isinstance(rng, torch.Generator) and len(rng) != rows:
+        one_each = isinstance(rng, (list, tuple)) and all(
+            isinstance(one, torch.Generator) for one in rng
+        )
+        if rng is not None and not isinstance(rng, torch.Generator) and not one_each:
+            raise ValueError(
+                f"rng={rng!r:.80} is no torch.Generator and no list of them: give "
+                f"torch.Generator().manual_seed(0), or one for each row"
+            )
+        if one_each and len(rng) != rows:
             raise ValueError(
                 f"rng holds {len(rng)} generators for {rows} rows: pass one per row, or a single one"
             )

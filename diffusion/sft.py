@@ -30,6 +30,7 @@ from .config import DenoiseConfig
 from .duo import tau_at
 from .evaluate import evaluate
 from .head import HEAD_FILE, learn_head, mix_belief, save_head
+from .inputs import check_width
 from .losses import (
     at_least_one,
     divisor,
@@ -39,9 +40,9 @@ from .losses import (
     uniform_rows,
     weighted_sum,
 )
-from .net import facts, parts, plain
+from .net import facts, parts, plain, room
 from .noise import NOISE_FILE, save_noise
-from .rows import close_rows
+from .rows import check_rows, close_rows
 from .sft_config import NOISES, DiffusionSFTConfig
 from .uniform import Noisy, alphabet, draw_hard, draw_soft, noise_for, uniform_loss
 
@@ -101,6 +102,10 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             data_collator=SoftCollator(self._fill),
             **kwargs,
         )
+        self._room = room(self.model)
+        for rows in (self.train_dataset, self.eval_dataset):
+            for some in rows.values() if isinstance(rows, dict) else [rows]:
+                check_rows(some, self._room, self._facts.vocab_size)
         self.head = None
         # what an earlier training taught it; set again when this one is saved
         plain(self.model).config.soft_mask = None
@@ -159,6 +164,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         """-> [B, T] bool, the tokens that are trained; and the attention mask, None where there is
         no padding to hide."""
         maskable, mask = inputs["labels"] != -100, inputs["attention_mask"]
+        check_width(maskable, self._room)
         if self.args.train_padding:
             maskable, mask = maskable | (mask == 0), None
         elif bool(mask.all()):

@@ -222,7 +222,7 @@ class Uniform:
         certain = canvas.spread(prob, rows, cols)
         changed = asked if index == 0 else asked & (proposal != canvas.ids)
         canvas.put(changed, proposal, certain, reader.forwards - 1)
-        canvas.bad = prob.isnan().any()
+        canvas.watch(prob, rows)
         return report(self, block, asked, changed, certain)
 
     def end(self, block: Block) -> None:

@@ -1,16 +1,15 @@
 """Decode held-out rows and score the answers: the accuracy of a model under one way of decoding."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import BatchEncoding
 
 from .checks import shorten
 from .config import TAGS, SoftConfig
 from .decode import SoftOutput, generate
+from .placement import evaluating
 from .thought import Kind
 
 
@@ -113,19 +112,6 @@ def read_prompts(tokenizer, prompts: list) -> BatchEncoding:
         raise ValueError(
             f"the tokenizer cannot read the prompts: {shorten(str(error), 200)}"
         ) from error
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode meanwhile."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
 
 
 def resolve(config: SoftConfig, tokenizer) -> SoftConfig:

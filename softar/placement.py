@@ -1,10 +1,13 @@
-"""In which dtype and on which device a model is opened."""
+"""In which dtype and on which device a model is opened, and in which mode it runs."""
 
 import functools
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 DTYPES = {
     "auto": "auto",
@@ -86,3 +89,16 @@ def to_device(device: str | torch.device | None, model_kwargs: dict) -> torch.de
             f"device={str(device)!r}: there is no CUDA device that torch can use here; give 'cpu'"
         )
     return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode meanwhile."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
