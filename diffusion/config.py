@@ -1,13 +1,13 @@
 """How to denoise, as data: checked when it is made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 from softar.checks import check_choice, check_least
 from softar.soft import check_dist
 
-from .knobs import check_knobs
+from .knobs import check_allowed, check_knobs
 from .parity import DEFAULT, PARITY, Quirks
 from .remask import REMASKS, check_remask
 from .schedules import SCHEDULE_KNOBS, SCHEDULES, Schedule, mk_schedule
@@ -52,6 +52,12 @@ class DenoiseConfig:
     end_ids: tuple[int, ...] | None = None  # the end tokens; None is the model's own
     # a row is over when a finished block holds an end token; the rest becomes end-of-text
     early_stop: bool = False
+    # token ids that a slot may take: {column of the canvas: ids} for the masks there in all rows, or
+    # {(row, column): ids}, which goes before; columns from -1 count from the end
+    allowed: dict[int | tuple[int, int], Sequence[int]] | None = None
+    # a LogitsProcessor of transformers, or a list of them: called in each forward with the canvas's
+    # row of each slot [n, L] and its scores [n, V]
+    logits_processor: Callable | None = None
     # name in PARITY: a public implementation to reproduce, defects included
     parity: str | None = None
     dilation: InitVar[None] = None  # no option any more; what to write instead is said
@@ -80,6 +86,15 @@ class DenoiseConfig:
         if self.steps is not None and self.steps % max(blocks, 1) and not self.quirks.lenient:
             raise ValueError(
                 f"steps={self.steps} cannot be shared by {blocks} blocks: choose a multiple of {blocks}"
+            )
+        check_allowed(self.allowed)
+        if self.allowed and self.early_stop:
+            raise ValueError(
+                "early_stop=True fills slots with an end token, and allowed says what they take: leave one out"
+            )
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise ValueError(
+                f"logits_processor={self.logits_processor!r:.80} must be callable with ids and scores"
             )
         self._check_schedule()
         softener = mk_softener("hard" if self.soften is None else self.soften, **self.soften_args)

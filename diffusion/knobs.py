@@ -31,3 +31,23 @@ def gather_knobs(options: dict, args: str, knobs: Iterable[str]) -> dict:
     inside = {knob: options[knob] for knob in knobs if knob in options}
     rest = {name: value for name, value in options.items() if name not in inside}
     return rest | {args: rest.get(args, {}) | inside}
+
+
+def check_allowed(allowed: dict | None) -> None:
+    """Raise ValueError for what is not slots and their ids."""
+    if allowed is None:
+        return
+    form = "give {column: ids} for all rows, or {(row, column): ids}"
+    if not isinstance(allowed, dict):
+        raise ValueError(f"allowed={allowed!r:.80}: {form}")
+    for key, ids in allowed.items():
+        numbers = key if is_pair(key) else (key,)
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in numbers):
+            raise ValueError(f"allowed has the slot {key!r}: {form}")
+        if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise ValueError(f"allowed[{key}]={ids!r:.80} must be token ids, at least one")
+
+
+def is_pair(key) -> bool:
+    """A row and a column, not a column."""
+    return isinstance(key, tuple) and len(key) == 2

@@ -157,7 +157,11 @@ def forward_masked(
         None if attention_mask is None else (attention_mask.long().cumsum(1) - 1).clamp_min(0)
     )
     hidden = net.body(embeds, attention_mask, positions)
-    return rows, net.head(hidden[rows, (cols - facts.shift).clamp_min(0)])
+    source = (cols - facts.shift).clamp_min(0)
+    if attention_mask is not None:
+        # with shifted logits nothing is about a row's first token, whose own output stands in
+        source = torch.maximum(source, attention_mask.long().argmax(1)[rows])
+    return rows, net.head(hidden[rows, source])
 
 
 def uniform_rows(seed: int, step: int, rows: list[int], columns: int, *, stream: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ from softar.soft import Soft
 
 from .canvas import Canvas
 from .config import DenoiseConfig
+from .constraints import Constraints
 from .net import Facts, Parts
 from .process import report
 from .proposals import Proposer
@@ -44,6 +45,7 @@ class Masked:
         self.end_ids = facts.end_ids if config.end_ids is None else config.end_ids
         self.softener = mk_softener(config.soften, **config.soften_args)
         self.reader = Reader(net, facts, config, real, canvas.fixed)
+        self.constrain = Constraints(config.allowed, config.logits_processor, canvas, facts)
         self.propose = Proposer(
             config, facts, self.end_ids, draws, with_entropy=self.softener.wants_entropy
         )
@@ -71,6 +73,7 @@ class Masked:
         asked = self._asked(is_open, window) & busy[:, None]
         rows, cols = asked.nonzero(as_tuple=True)
         logits = reader(canvas.ids, *window, rows, cols)
+        logits = self.constrain(logits, canvas.ids, rows, cols)
         belief, token, score, prob = self.propose(logits, asked)
 
         proposal = canvas.ids.index_put((rows, cols), token)

@@ -18,6 +18,7 @@ from softar.soft import Soft, mk_proba_dist
 
 from .canvas import Canvas
 from .config import DenoiseConfig
+from .constraints import Constraints
 from .duo import (
     GaussianToDiscrete,
     ancestral_step,
@@ -45,6 +46,8 @@ OPTIONS = {
     "top_p": None,
     "schedule": ("uniform",),
     "soften": ("hard",),
+    "allowed": None,
+    "logits_processor": None,
 }
 
 
@@ -194,6 +197,7 @@ class Uniform:
         check_uniform(config)
         self.config, self.facts, self.canvas, self.draws = config, facts, canvas, draws
         self.reader = Reader(net, facts, config, real, canvas.fixed)
+        self.constrain = Constraints(config.allowed, config.logits_processor, canvas, facts)
         canvas.ids = random_tokens(
             canvas.ids, canvas.masked, facts.uniform, facts.vocab_size, draws
         )
@@ -216,6 +220,7 @@ class Uniform:
         asked = canvas.masked & (index < block.steps)[:, None]
         rows, cols = asked.nonzero(as_tuple=True)
         logits = reader(canvas.ids, block.start, block.end, rows, cols)
+        logits = self.constrain(logits, canvas.ids, rows, cols)
         uniform = self.draws.at(asked)
         token, prob = self.redraw(index, logits, canvas.ids[rows, cols], rows, uniform)
         proposal = canvas.ids.index_put((rows, cols), token)
