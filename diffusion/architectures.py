@@ -2,7 +2,9 @@
 weights."""
 
 import re
+from pathlib import Path
 
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 # Regular expressions of LLaDA's parameter names, and Llama's in their place (read backwards when
@@ -124,3 +126,21 @@ def llama_name(name: str) -> str:
     for llada, llama in LLADA_NAMES.items():
         name = re.sub(llada, llama, name)
     return name
+
+
+def load_original(model: LladaForMaskedDiffusion, folder: str | Path) -> None:
+    """The weights of a checkpoint of the trainer, which is under the original names: transformers
+    would take them for unknown ones, and go on with what the model has. Raises ValueError for what
+    does not fit."""
+    saved = {}
+    for file in sorted(Path(folder).glob("model*.safetensors")):
+        saved |= {llama_name(name): value for name, value in load_file(file).items()}
+    keys = model.load_state_dict(saved, strict=False)
+    tied = ["lm_head."] if model.config.tie_word_embeddings else []
+    elsewhere = ("soft_mask_head.", *tied)
+    missing = [name for name in keys.missing_keys if not name.startswith(elsewhere)]
+    if keys.unexpected_keys or missing:
+        raise ValueError(
+            f"resume_from_checkpoint={str(folder)!r} does not fit the model: missing {missing[:3]}, unexpected "
+            f"{keys.unexpected_keys[:3]}"
+        )

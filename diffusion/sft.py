@@ -25,7 +25,7 @@ from softar.sft.data import SoftCollator
 from softar.soft import soft_embed
 from softar.training import MicroBatches, WatchedLosses, inside_forward, no_interrupt
 
-from .architectures import LladaForMaskedDiffusion, llama_name
+from .architectures import LladaForMaskedDiffusion, load_original
 from .config import DenoiseConfig
 from .duo import tau_at
 from .evaluate import evaluate
@@ -376,22 +376,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         inner = plain(self.model)
         if inner is self.model and isinstance(inner, LladaForMaskedDiffusion):
-            # The trainer would take the original names for unknown ones, and go on with the weights
-            # it has.
-            saved = {}
-            for file in sorted(Path(resume_from_checkpoint).glob("model*.safetensors")):
-                saved |= {llama_name(name): value for name, value in load_file(file).items()}
-            keys = inner.load_state_dict(saved, strict=False)
-            elsewhere = (
-                "soft_mask_head.",
-                *(["lm_head."] if inner.config.tie_word_embeddings else []),
-            )
-            missing = [name for name in keys.missing_keys if not name.startswith(elsewhere)]
-            if keys.unexpected_keys or missing:
-                raise ValueError(
-                    f"resume_from_checkpoint={str(resume_from_checkpoint)!r} does not fit the model: "
-                    f"missing {missing[:3]}, unexpected {keys.unexpected_keys[:3]}"
-                )
+            load_original(inner, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.head is not None:
