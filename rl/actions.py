@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from softar.soft import Soft, entropy, soft_embed
+from softar.soft import Soft, entropy, soft_inputs, token_inputs
 
 CHUNK = 1 << 24  # elements of [..., V] widened to float32 at a time
 
@@ -206,15 +206,19 @@ def replay(
         raise ValueError(
             "mask has a hole: pass which steps happened (kind != PAD), not which ones the loss counts"
         )
-    embedding = model.get_input_embeddings()
     fed = Soft(soft.ids[:, :-1], soft.weights[:, :-1].detach())
-    mixed = soft_embed(fed, embedding, rescale=rescale)
+    mixed = soft_inputs(model, fed, rescale=rescale)
     if not embedding_grad:
-        is_mixture = ((fed.weights > 0).sum(-1) > 1)[..., None]
-        mixed = torch.where(is_mixture, mixed.detach(), mixed)
+        is_mixture = (fed.weights > 0).sum(-1) > 1
+        for name, values in mixed.items():
+            over = is_mixture[(...,) + (None,) * (values.dim() - 2)]
+            mixed[name] = torch.where(over, values.detach(), values)
     attention_mask = torch.cat([prompt_mask, mask[:, :-1].to(prompt_mask.dtype)], 1)
     outputs = model(
-        inputs_embeds=torch.cat([embedding(prompt_ids), mixed], 1),
+        **{
+            name: torch.cat([tokens, mixed[name]], 1)
+            for name, tokens in token_inputs(model, prompt_ids).items()
+        },
         attention_mask=attention_mask,
         position_ids=(attention_mask.long().cumsum(1) - 1).clamp_min(0),
         use_cache=False,

@@ -39,8 +39,8 @@ from transformers.generation.logits_process import (
 from .checks import override
 from .config import TAGS, SoftConfig, renamed
 from .mixers import Rng, mk_mixer
-from .models.kind import check_autoregressive
-from .soft import Soft, check_dist, entropy, soft_embed
+from .models.reading import check_reads_mixtures, check_rows
+from .soft import Soft, check_dist, entropy, soft_inputs
 from .thought import Draws, Kind, Record, begin, decide, look, mk_propose, mk_rules, stack
 
 # What generate's own settings must not decide: `SoftConfig` does. Sampling is switched on, with
@@ -186,7 +186,7 @@ def soft_decode(
     started = time.perf_counter()
     config = (soft_config or SoftConfig()).resolve(None)
     _check_inputs(input_ids, model_kwargs.get("attention_mask"))
-    embedding = _check_model(model, config, model_kwargs)
+    _check_model(model, config, input_ids, model_kwargs)
     if wants_hidden := mk_mixer(config.mixer).hidden:
         model_kwargs["output_hidden_states"] = True
     processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, SAMPLING))
@@ -221,8 +221,8 @@ def soft_decode(
             callback({"step": step, "record": record, "sequences": input_ids})
         if finished:
             break
-        embeds = _mix(record, embedding, config.rescale) if any_soft else None
-        outputs = _forward(model, input_ids, embeds, model_kwargs)
+        mixed = _mix(model, record, config.rescale) if any_soft else None
+        outputs = _forward(model, input_ids, mixed, model_kwargs)
         forwards, positions = forwards + 1, positions + len(input_ids)
     if soft_streamer is not None:
         soft_streamer.end()
@@ -232,21 +232,19 @@ def soft_decode(
     return SoftOutput(input_ids, stack(records), prompt_length, progress.answer_start, *cost)
 
 
-def _mix(record: Record, embedding: torch.nn.Module, rescale: str | None) -> Tensor:
-    """What a step reads next, [B, 1, D]."""
-    return soft_embed(Soft(record.ids, record.weights), embedding, rescale=rescale)[:, None]
+def _mix(model, record: Record, rescale: str | None) -> dict[str, Tensor]:
+    """What a step reads next, as arguments of the forward, [B, 1, ...]."""
+    soft = Soft(record.ids[:, None], record.weights[:, None])
+    return soft_inputs(model, soft, rescale=rescale)
 
 
-def _forward(model, input_ids: Tensor, embeds: Tensor | None, model_kwargs: dict):
-    """Of the last token or, where there are any, of embeddings [B, 1, D] in its place."""
-    # is_first_iteration makes transformers take the embeddings
+def _forward(model, input_ids: Tensor, mixed: dict[str, Tensor] | None, model_kwargs: dict):
+    """Of the last token or, where there are any, of mixtures [B, 1, ...] in its place."""
     inputs = model.prepare_inputs_for_generation(
-        input_ids,
-        next_sequence_length=1,
-        inputs_embeds=embeds,
-        is_first_iteration=embeds is not None,
-        **model_kwargs,
+        input_ids, next_sequence_length=1, is_first_iteration=False, **model_kwargs
     )
+    if mixed is not None:  # the step is prepared as one of a token: Mamba's cache is told by it
+        inputs = inputs | {"input_ids": None} | mixed
     return model(**inputs, return_dict=True)
 
 
@@ -276,17 +274,11 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         )
 
 
-def _check_model(model: PreTrainedModel, config: SoftConfig, model_kwargs: dict) -> torch.nn.Module:
-    """-> the input embedding; raises ValueError for a model that cannot read mixtures."""
-    name = type(model).__name__
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:
-        embedding = None
-    if embedding is None or model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{name} is not a decoder with input embeddings: soft decoding needs a causal LM"
-        )
+def _check_model(model, config: SoftConfig, input_ids: Tensor, model_kwargs: dict) -> None:
+    """Raise ValueError for a model that cannot read mixtures, or these rows."""
+    name, mask = type(model).__name__, model_kwargs.get("attention_mask")
+    check_reads_mixtures(model)
+    check_rows(model, torch.ones_like(input_ids) if mask is None else mask)
     if not model_kwargs["use_cache"]:
         raise ValueError(
             "use_cache=False: soft inputs live in the KV cache only; set use_cache=True"
@@ -295,7 +287,6 @@ def _check_model(model: PreTrainedModel, config: SoftConfig, model_kwargs: dict)
         raise ValueError(
             f"{name} is in training mode with gradient checkpointing, which drops the cache: call eval()"
         )
-    check_autoregressive(model)
     vocab = model.config.get_text_config(decoder=True).vocab_size
     check_dist(vocab, **config.filters)
     check_dist(vocab, **config.answer_filters)
@@ -305,4 +296,3 @@ def _check_model(model: PreTrainedModel, config: SoftConfig, model_kwargs: dict)
             raise ValueError(
                 f"{name}={ids} must be token ids below {vocab}, the model's vocabulary"
             )
-    return embedding

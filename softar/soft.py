@@ -153,6 +153,50 @@ def soft_embed(soft: Soft, embedding: nn.Module, *, rescale: str | None = None) 
     return (mixed * (target / mixed.norm(dim=-1).clamp_min(1e-12))[..., None]).to(dtype)
 
 
+def soft_inputs(model, soft: Soft, *, rescale: str | None = None) -> dict[str, Tensor]:
+    """What a causal LM is given to read mixtures: arguments of its forward.
+
+    Gemma 3n and 4 embed a token once more for every layer. What they read there is the mixture of
+    those embeddings, by the same weights; `rescale` concerns the first embedding only.
+
+    Args:
+        model: of transformers, plain or wrapped by PEFT.
+        soft: ids and weights [..., K].
+
+    Returns:
+        inputs_embeds [..., D], and per_layer_inputs [..., layers, width of each] where the model
+        has them.
+    """
+    inputs = {"inputs_embeds": soft_embed(soft, model.get_input_embeddings(), rescale=rescale)}
+    if sizes := per_layer_sizes(model):
+        rows, *shape = sizes
+        ids = soft.ids.where(soft.ids < rows, 0)  # as for tokens
+        mixed = soft_embed(Soft(ids, soft.weights), model.get_per_layer_input_embeddings())
+        inputs["per_layer_inputs"] = mixed.unflatten(-1, shape)
+    return inputs
+
+
+def token_inputs(model, ids: Tensor) -> dict[str, Tensor]:
+    """`soft_inputs` of tokens, ids [...]: what the model makes of input_ids itself."""
+    inputs = {"inputs_embeds": model.get_input_embeddings()(ids)}
+    if sizes := per_layer_sizes(model):
+        rows, *shape = sizes
+        # tokens of images and sounds have no row there
+        vectors = model.get_per_layer_input_embeddings()(ids.where(ids < rows, 0))
+        inputs["per_layer_inputs"] = vectors.unflatten(-1, shape)
+    return inputs
+
+
+def per_layer_sizes(model) -> tuple[int, int, int] | None:
+    """Tokens, layers and width of embeddings that a model has for each layer; None where it has
+    none."""
+    config = model.config.get_text_config(decoder=True)
+    width = config.hidden_size_per_layer_input if "hidden_size_per_layer_input" in config else 0
+    if not width:
+        return None
+    return config.vocab_size_per_layer_input, config.num_hidden_layers, width
+
+
 def dense(soft: Soft, vocab_size: int) -> Tensor:
     """The mixture as a distribution over the vocabulary, [..., V] float32; repeated ids add up."""
     zeros = soft.weights.new_zeros(*soft.weights.shape[:-1], vocab_size)

@@ -21,6 +21,8 @@ _HOME = {
     "check_fixed": "softar.models.source",
     "check_there": "softar.models.there",
     "check_autoregressive": "softar.models.kind",
+    "check_rows": "softar.models.reading",
+    "check_reads_mixtures": "softar.models.reading",
     "diffusion_sign": "softar.models.kind",
     "plain": "softar.models.kind",
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..checks import check_choice, check_least
-from ..soft import Soft, soft_embed
+from ..soft import Soft, soft_inputs, token_inputs
 
 # (logits [..., V], gold [...]) -> the mixture that is read next
 Feed = Callable[[Tensor, Tensor], Soft]
@@ -115,8 +115,7 @@ def soft_forward(
 
 
 def _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_passes):
-    embedding = model.get_input_embeddings()
-    gold = inputs = embedding(input_ids)
+    gold = inputs = token_inputs(model, input_ids)
     if passes is None:
         passes = int(soft_mask.sum(1).max())
     rows, cols = soft_mask.nonzero(as_tuple=True)
@@ -127,18 +126,18 @@ def _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_pa
     for r in range(passes + 1):
         with torch.set_grad_enabled(torch.is_grad_enabled() and r >= first_with_grad):
             logits = model(
-                inputs_embeds=inputs,
-                attention_mask=attention_mask,
-                position_ids=positions,
-                use_cache=False,
+                **inputs, attention_mask=attention_mask, position_ids=positions, use_cache=False
             ).logits
             if r < passes:
                 # Only the marked positions pay for the softmax, the mixing and the lookup.
                 soft = feed(logits[rows, cols - 1], input_ids[rows, cols])
-                mixed = soft_embed(soft, embedding).to(gold.dtype)
+                mixed = soft_inputs(model, soft)
         if r < passes:
             # with a graph in any case: gold keeps its gradient
-            inputs = gold.index_put((rows, cols), mixed)
+            inputs = {
+                name: tokens.index_put((rows, cols), mixed[name].to(tokens.dtype))
+                for name, tokens in gold.items()
+            }
     return logits
 
 
@@ -148,17 +147,16 @@ def _sequential(model, input_ids, attention_mask, soft_mask, feed, window):
             "sequential soft teacher forcing needs gradient_checkpointing=False: checkpointed layers drop the "
             "KV cache. Switch it off or use mode='parallel'"
         )
-    embedding = model.get_input_embeddings()
-    gold = embedding(input_ids)
+    gold = token_inputs(model, input_ids)
     positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp_min(0)
     cache = DynamicCache(config=model.config)
     columns = soft_mask.any(0).nonzero()[:, 0].tolist()
 
-    def advance(inputs: Tensor) -> Tensor:  # [B, t, D] -> [B, t, V]
+    def advance(inputs: dict[str, Tensor]) -> Tensor:  # [B, t, ...] -> [B, t, V]
         begin = cache.get_seq_length()
-        end = begin + inputs.shape[1]
+        end = begin + inputs["inputs_embeds"].shape[1]
         return model(
-            inputs_embeds=inputs,
+            **inputs,
             attention_mask=None if attention_mask is None else attention_mask[:, :end],
             position_ids=None if positions is None else positions[:, begin:end],
             past_key_values=cache,
@@ -166,16 +164,20 @@ def _sequential(model, input_ids, attention_mask, soft_mask, feed, window):
         ).logits
 
     ends = [*columns, input_ids.shape[1]]
-    logits = [advance(gold[:, : ends[0]])]
+    logits = [advance({name: tokens[:, : ends[0]] for name, tokens in gold.items()})]
     for step, (t, end) in enumerate(zip(columns, ends[1:], strict=True), 1):
         last = logits[-1][:, -1]
         if window is not None and step > 1 and (step - 1) % window == 0:
             last = last.detach()
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
-        mixed = soft_embed(feed(last, input_ids[:, t]), embedding).to(gold.dtype)
-        first = torch.where(soft_mask[:, t, None], mixed, gold[:, t])
-        logits.append(advance(torch.cat([first[:, None], gold[:, t + 1 : end]], 1)))
+        inputs = {name: tokens[:, t:end] for name, tokens in gold.items()}
+        rows = soft_mask[:, t]
+        for name, mixed in soft_inputs(model, feed(last, input_ids[:, t])).items():
+            tokens = inputs[name]
+            first = torch.where(_over(rows, mixed), mixed.to(tokens.dtype), tokens[:, 0])
+            inputs[name] = torch.cat([first[:, None], tokens[:, 1:]], 1)
+        logits.append(advance(inputs))
     return torch.cat(logits, 1)
 
 
@@ -188,11 +190,17 @@ def mixed_forward(
 ) -> Tensor:
     """Logits [B, T, V] of a forward pass in which marked positions read these mixtures, ids and
     weights [B, T, K], in place of their tokens; otherwise as for soft_forward."""
-    embedding = model.get_input_embeddings()
-    mixed = soft_embed(Soft(mixtures.ids[soft_mask], mixtures.weights[soft_mask]), embedding)
-    embeds = embedding(input_ids)
-    embeds = embeds.masked_scatter(soft_mask[..., None], mixed.to(embeds.dtype))
-    return model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).logits
+    mixed = soft_inputs(model, Soft(mixtures.ids[soft_mask], mixtures.weights[soft_mask]))
+    inputs = {
+        name: tokens.masked_scatter(_over(soft_mask, tokens), mixed[name].to(tokens.dtype))
+        for name, tokens in token_inputs(model, input_ids).items()
+    }
+    return model(**inputs, attention_mask=attention_mask, use_cache=False).logits
+
+
+def _over(mask: Tensor, values: Tensor) -> Tensor:
+    """The mask with an axis of 1 for each further axis of the values."""
+    return mask[(...,) + (None,) * (values.dim() - mask.dim())]
 
 
 MODES = ("parallel", "sequential")

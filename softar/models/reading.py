@@ -1,0 +1,79 @@
+"""Which causal models can read mixtures, and which of them rows of different lengths.
+
+tests/test_architectures.py decodes with every causal architecture of transformers and holds these
+tables: what is not named here satisfies both.
+"""
+
+import inspect
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .kind import check_autoregressive, plain
+
+# Parameters of a forward by which a model takes its state from step to step.
+CACHES = ("past_key_values", "cache_params", "state")
+# What mixtures have no answer to.
+NEED_TOKENS = {
+    "deepseek_v4": "it chooses experts by the token's id",
+    "gemma3n": "its forward takes no mixtures for the layers; open its text model, Gemma3nForCausalLM",
+}
+# transformers counts the positions of these from the left edge, or lets their state run over the
+# padding, so that a padded row is decoded in another way than by itself.
+BLIND_TO_PADDING = (
+    "bart",
+    "bigbird_pegasus",
+    "blenderbot",
+    "blenderbot-small",
+    "git",
+    "marian",
+    "mbart",
+    "mvp",
+    "pegasus",
+    "plbart",
+    "prophetnet",
+    "recurrent_gemma",
+    "roformer",
+    "trocr",
+    "whisper",
+)
+ONE_ROW = ("rwkv",)  # reads, after the prompt, the rows of a batch into each other
+# Their classes are causal whatever is_decoder says.
+DECODERS = ("gpt_neox", "gpt_neox_japanese")
+
+
+def check_reads_mixtures(model) -> None:
+    """Raise ValueError for a model, plain or wrapped by PEFT, that is not a causal LM of
+    transformers with input embeddings and a cache."""
+    model = plain(model)
+    name, config = type(model).__name__, model.config
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    if embedding is None or config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is not a decoder with input embeddings: soft decoding needs a causal LM"
+        )
+    check_autoregressive(model)
+    if "is_decoder" in config and not config.is_decoder and config.model_type not in DECODERS:
+        raise ValueError(
+            f"{name} reads in both directions: load it with is_decoder=True if it was trained so"
+        )
+    if config.model_type in NEED_TOKENS:
+        raise ValueError(f"{name} cannot read mixtures: {NEED_TOKENS[config.model_type]}")
+    takes = inspect.signature(model.forward).parameters
+    if "inputs_embeds" not in takes:
+        raise ValueError(f"{name} cannot read mixtures: its forward takes no inputs_embeds")
+    if not any(cache in takes for cache in CACHES):
+        raise ValueError(f"{name} has no cache, in which soft inputs live: take another model")
+
+
+def check_rows(model: PreTrainedModel, attention_mask: Tensor) -> None:
+    """Raise ValueError for rows [B, P] that a model would not decode as it does by themselves."""
+    model = plain(model)
+    name, kind = type(model).__name__, model.config.model_type
+    if kind in ONE_ROW and len(attention_mask) > 1:
+        raise ValueError(f"{name} does not keep the rows of a batch apart: decode them one by one")
+    if kind in BLIND_TO_PADDING and not attention_mask.all():
+        raise ValueError(f"{name} does not see padding: decode rows of one length, or one by one")

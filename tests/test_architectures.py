@@ -1,0 +1,261 @@
+"""Every causal architecture of transformers, tiny: it decodes softly as it should, or is refused by
+name before its first forward.
+
+H: a mixture of one token is that token, so top_k=1 equals hard decoding equals `model.generate`.
+R: a row of a ragged batch is decoded as by itself.
+
+Weights are float64 and all drawn, also those that start as 0, behind which an error could hide. What
+is compared agrees to 2e-5 where a layer computes in float32, and to 1e-12 elsewhere; the faults that
+this is for make .1 and more.
+"""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from tiny import PAD, counted, left_padded, seeded
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import softar
+from softar.models.reading import BLIND_TO_PADDING, DECODERS, NEED_TOKENS, ONE_ROW
+from softar.rl.actions import k_samples_logp, replay
+from softar.sft.forward import mixed_forward, soft_forward
+from softar.soft import Soft, hard, mk_proba_dist, soft_inputs, token_inputs
+
+VOCAB, STEPS = 40, 3
+ROWS = ([5, 11, 12, 13, 14], [5, 21])
+CLOSE = dict(rtol=0, atol=1e-3)
+
+# Fields of configurations, by the names that architectures give them.
+SIZES = {
+    VOCAB: "vocab_size vocab_size_per_layer_input pronunciation_vocab_size shape_vocab_size",
+    64: "max_position_embeddings n_positions max_target_positions n_ctx rel_extent",
+    32: """hidden_size d_model n_embd dim emb_dim intermediate_size ffn_dim n_inner d_ff dff ffn_hidden_size
+        feed_forward_size decoder_ffn_dim encoder_ffn_dim shared_intermediate_size intermediate_size_mlp lru_width
+        embedding_size mlp_dim image_size mm_embed_dim output_proj_dims mm_posemb_size""",
+    16: """moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size q_lora_rank
+        kv_lora_rank expert_ffn_hidden_size output_channels""",
+    8: """head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim state_size mamba_d_state mamba_n_heads mamba_d_head
+        mamba_chunk_size chunk_size linear_key_head_dim linear_value_head_dim linear_head_dim sliding_window
+        attention_window_size hidden_size_per_layer_input rotary_dim patch_size nemo_conv_channels swa_head_dim""",
+    4: """num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads
+        num_decoder_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts conv_kernel
+        time_step_rank mamba_dt_rank linear_num_value_heads laurel_rank swa_num_attention_heads""",
+    2: """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers
+        num_key_value_heads num_kv_heads num_experts_per_tok moe_k moe_topk num_experts_per_token expand
+        linear_num_key_heads swa_num_key_value_heads altup_num_inputs eos_token_id zero_expert_num""",
+    1: "n_group topk_group n_shared_experts first_k_dense_replace mamba_n_groups bos_token_id",
+    0: "num_kv_shared_layers pad_token_id",
+    0.3: "initializer_range",
+    # tokens of images and sounds, out of the way
+    39: "image_token_id audio_token_id",
+    38: "boi_token_id eoi_token_id",
+    37: "video_token_id boa_token_id eoa_token_id eoa_token_index",
+}
+FIELDS = {name: size for size, names in SIZES.items() for name in names.split()}
+FIELDS |= {"is_decoder": True}
+ALL_HEADS = dict(num_key_value_heads=4)
+LINEAR = dict(layer_types=["linear_attention", "full_attention"])
+MAMBA = dict(layer_types=["mamba", "attention"])
+MORE = {
+    **dict.fromkeys(
+        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 youtu".split(),
+        ALL_HEADS,
+    ),
+    **dict.fromkeys("qwen3_next qwen3_5_text qwen3_5_moe_text".split(), LINEAR),
+    "bamba": dict(attn_layer_indices=[1]),
+    "falcon_h1": dict(mamba_d_ssm=64),
+    "gemma3n_text": dict(
+        layer_types=["sliding_attention", "full_attention"], activation_sparsity_pattern=[0.0, 0.0]
+    ),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=8),
+    "granitemoehybrid": MAMBA,
+    "jamba": dict(
+        attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, use_mamba_kernels=False
+    ),
+    "kimi_linear": LINEAR | ALL_HEADS,
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "mamba2": dict(num_heads=8),
+    "nemotron_h": dict(
+        layers_block_type=["mamba", "attention"],
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        ssm_state_size=8,
+        n_groups=1,
+    ),
+    "recurrent_gemma": dict(num_hidden_layers=3),
+    "reformer": dict(axial_pos_embds_dim=(8, 24), axial_pos_shape=(8, 8)),
+    "xmod": dict(languages=["en"], default_language="en"),
+    "zamba2": dict(
+        layer_types=["mamba", "hybrid"],
+        hybrid_layer_ids=[1],
+        n_mamba_heads=8,
+        mamba_headdim=8,
+        mamba_ngroups=1,
+        num_mem_blocks=1,
+    ),
+    "zaya": dict(num_experts_per_tok=1),
+}
+NOT_BUILT = {
+    "blt": "reads bytes through three nets of their own",
+    "cohere_compass_text": "its configuration has no default that builds",
+    "dbrx": "transformers 5.19 cannot build it: its attention's configuration has no rope_theta",
+    "gemma3n": "needs timm; as a text model it is gemma3n_text",
+    "gemma4_assistant": "drafts for a Gemma 4 and reads its cache",
+    "gemma4_unified_assistant": "drafts for a Gemma 4 and reads its cache",
+    "got_ocr2": "its image encoder cannot be made small; its text model is Qwen 2",
+    "musicgen": "needs an encoder of texts; it answers sounds",
+    "musicgen_melody": "needs an encoder of texts; it answers sounds",
+    "qwen4_exp": "transformers 5.19 has no defaults that build",
+    "qwen4_exp_text": "transformers 5.19 has no defaults that build",
+    "xlstm": "transformers 5.19 cannot run it in these sizes",
+    "zamba": "transformers 5.19 ties its layers by names of two digits",
+}
+# transformers' own code cannot run these in float64
+FLOAT32 = "bloom granite_swa granitemoe_swa mpt prophetnet xglm xlnet".split()
+REFUSED = {*NEED_TOKENS, "cpmant", "openai-gpt", "reformer", "xlm", "xlnet"} - {*NOT_BUILT}
+
+
+def tiny_config(config_class, **more):
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    parts = {
+        name: tiny_config(part)
+        for name, part in config_class.sub_configs.items()
+        if part.__name__ != "AutoConfig"
+    }
+    sizes = {name: size for name, size in FIELDS.items() if name in fields}
+    return config_class(**sizes | MORE.get(config_class.model_type, {}) | parts | more)
+
+
+def build(kind, **more):
+    config = tiny_config(CONFIG_MAPPING[kind], **more)
+    dtype = torch.float32 if kind in FLOAT32 else torch.float64
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        # the grouped kernels of experts are not made for float64
+        config._experts_implementation = "eager"
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    rng = seeded()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3, generator=rng)
+            else:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, PAD
+    return model
+
+
+def decode(model, rows, **settings):
+    return softar.generate(model, *left_padded(rows), max_new_tokens=STEPS, **settings)
+
+
+def check_soft_is_hard(model, rows):
+    """H, and that a mixture of more than one token is another input."""
+    ids, mask = left_padded(rows)
+    one, other = decode(model, rows, mixer="soft", top_k=1), decode(model, rows, mixer="hard")
+    greedy = model.generate(ids, attention_mask=mask, max_new_tokens=STEPS, do_sample=False)
+    assert one.sequences.tolist() == other.sequences.tolist() == greedy.tolist()
+    assert_close(one.record.entropy, other.record.entropy, **CLOSE)
+
+
+def check_row_alone_is_row_in_batch(model, rows):
+    """R, of the last row, which is the padded one."""
+    batch = decode(model, rows, mixer="soft", top_k=5)
+    alone = decode(model, rows[-1:], mixer="soft", top_k=5)
+    assert alone.completions[0].tolist() == batch.completions[-1].tolist()
+    assert_close(alone.record.entropy[0], batch.record.entropy[-1], **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def test_architecture_is_right_or_refused(kind):
+    if kind in NOT_BUILT:
+        pytest.skip(NOT_BUILT[kind])
+    try:
+        model = build(kind)
+    except Exception as error:
+        pytest.fail(f"{kind} is new here: add sizes for it to SIZES or MORE ({error!r})")
+    rows = ROWS
+    with counted(model) as calls:
+        if kind in REFUSED:
+            with pytest.raises(ValueError, match=type(model).__name__):
+                decode(model, rows[:1])
+        if kind in BLIND_TO_PADDING:
+            with pytest.raises(ValueError, match=f"{type(model).__name__} does not see padding"):
+                decode(model, rows)
+            rows = [[5, 11, 12], [5, 21, 22]]
+        if kind in ONE_ROW:
+            with pytest.raises(ValueError, match=f"{type(model).__name__} does not keep the rows"):
+                decode(model, [[5, 11, 12], [5, 21, 22]])
+            rows = rows[:1]
+        assert not calls
+    if kind not in REFUSED:
+        check_soft_is_hard(model, rows)
+        check_row_alone_is_row_in_batch(model, rows)
+
+
+def test_tables_name_what_there_is():
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    assert {
+        *NOT_BUILT,
+        *REFUSED,
+        *FLOAT32,
+        *BLIND_TO_PADDING,
+        *ONE_ROW,
+        *NEED_TOKENS,
+        *DECODERS,
+    } <= known
+
+
+@pytest.fixture(params=["gemma3n_text", "gemma4_text"])
+def layered(request):
+    return build(request.param)
+
+
+def test_layers_read_the_mixture_of_their_own_embeddings(layered):
+    """By the definition; and what tokens are given is what the model makes of input_ids."""
+    ids = torch.tensor([[5, 11, 12]])
+    with torch.no_grad():
+        assert_close(layered(**token_inputs(layered, ids)).logits, layered(input_ids=ids).logits)
+        inputs = token_inputs(layered, torch.arange(VOCAB))
+        soft = mk_proba_dist(torch.randn(2, 3, VOCAB, generator=seeded()), top_k=4)
+        for k in (4, VOCAB):  # few tokens, and the dense product
+            some = soft if k == 4 else mk_proba_dist(torch.randn(2, 3, VOCAB, generator=seeded()))
+            for name, table in inputs.items():
+                rows = table[some.ids].double()
+                weights = some.weights.double()[(...,) + (None,) * (table.dim() - 1)]
+                mixed = soft_inputs(layered, some)[name]
+                assert_close(mixed, (weights * rows).sum(2).to(mixed.dtype), rtol=0, atol=1e-6)
+        assert {*inputs} == {"inputs_embeds", "per_layer_inputs"}
+
+
+def test_layers_read_it_in_training_and_replay(layered):
+    """The first ratio of RL is 1, parallel soft SFT is sequential soft SFT, hard mixtures are
+    tokens."""
+    prompt = torch.tensor([[5, 11, 12, 13], [5, 6, 21, 22]])
+    out = softar.generate(
+        layered, prompt, mixer="k-samples", max_new_tokens=5, rng=seeded(), top_k=None
+    )
+    soft, ones = Soft(out.record.ids, out.record.weights), torch.ones_like(out.record.token)
+    logits = replay(layered, prompt, torch.ones_like(prompt), soft, ones)
+    logp = k_samples_logp(logits, soft)
+    assert_close(logp.sum(-1).float(), out.record.logp, rtol=0, atol=1e-4)
+
+    mask = torch.zeros_like(out.sequences, dtype=torch.bool)
+    mask[:, 4:7] = True
+    modes = [
+        soft_forward(
+            layered, out.sequences, None, mask, lambda x, gold: mk_proba_dist(x, top_k=3), mode=mode
+        )
+        for mode in ("parallel", "sequential")
+    ]
+    assert_close(*modes, rtol=0, atol=1e-4)
+    tokens = mixed_forward(layered, out.sequences, None, mask, hard(out.sequences))
+    assert_close(tokens, layered(input_ids=out.sequences).logits, rtol=0, atol=1e-6)
