@@ -242,6 +242,21 @@ def test_a_mixer_may_ask_for_hidden_states():
     assert torch.equal(out.sequences, generate("soft", model).sequences)
 
 
+def test_soft_sft_trains_through_a_mixer_by_name(tmp_path):
+    """And refuses one that wants what training does not have."""
+    config = softar.SoftSFTConfig(
+        output_dir=str(tmp_path),
+        soft_mixer=f"{HERE}:flat",
+        soft_mixer_args={"power": 2},
+        think_steps=3,
+    )
+    assert config.soft_mixer == f"{HERE}:flat"
+    with pytest.raises(
+        ValueError, match="asks for hidden states, which training does not hand out"
+    ):
+        softar.SoftSFTConfig(output_dir=str(tmp_path), soft_mixer=f"{HERE}:gated", think_steps=3)
+
+
 def test_a_request_names_no_code():
     """What comes over HTTP decides neither what is imported nor what is run, but for what the
     server was started with."""

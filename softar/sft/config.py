@@ -41,7 +41,9 @@ class SoftSFTConfig(PlainSFTConfig):
     soft_window: int | None = opt(
         None, "Sequential: cut the gradient through time every so many steps."
     )
-    soft_mixer: str = opt("soft", "What is fed back: a name in softar.MIXERS.")
+    soft_mixer: str = opt(
+        "soft", "What is fed back: a name in softar.MIXERS, or module:function of your own."
+    )
     soft_mixer_args: dict | str | None = opt(None, "The mixer's knobs, e.g. {'tau': 0.5}.")
     soft_temperature: float = opt(1.0, "Temperature of the mixtures.")
     soft_top_k: int | None = opt(None, "Tokens kept in a mixture. Default: the whole vocabulary.")
@@ -85,7 +87,7 @@ class SoftSFTConfig(PlainSFTConfig):
         super().__post_init__()
         if not isinstance(self.soft_mixer, str):
             raise ValueError(
-                f"soft_mixer={self.soft_mixer!r} must be a name: register yours in softar.MIXERS"
+                f"soft_mixer={self.soft_mixer!r} must be a name: give yours as 'module:function'"
             )
         if isinstance(self.soft_mixer_args, str):
             raise ValueError(f"soft_mixer_args={self.soft_mixer_args!r} is no JSON object")
@@ -108,7 +110,11 @@ class SoftSFTConfig(PlainSFTConfig):
                 f"think_start={self.think_start!r} needs a think_end that closes the thought"
             )
         check_dist(None, **self.filters)
-        mk_mixer(self.soft_mixer, **(self.soft_mixer_args or {}))
+        if mk_mixer(self.soft_mixer, **(self.soft_mixer_args or {})).hidden:
+            raise ValueError(
+                f"soft_mixer={self.soft_mixer!r} asks for hidden states, which training does not hand "
+                "out: decode with it"
+            )
         self.alpha()
         if self.learn_temperature and self.soft_temperature == 0:
             raise ValueError(
