@@ -170,6 +170,21 @@ def test_without_a_command_it_helps(softar):
     assert (code, err) == (0, "") and out.strip() == softar("--help")[1].strip()
 
 
+def test_a_full_disk_is_one_line(softar, monkeypatch, tmp_path):
+    import errno
+
+    from softar.evals import sweep
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sweep, "write_whole", full)
+    words = ["-t", "latin", "--soft", "soft-mask", "--limit", 2, "--output", tmp_path / "sweep"]
+    code, out, err = softar("sweep", *words)
+    assert (code, out) == (2, "") and err.strip().splitlines()[-1].startswith("softar: error: ")
+    assert "No space left on device" in err and "Traceback" not in err
+
+
 def test_compare_lists_all_decoders():
     from softar.decoders.registry import FAMILIES, decoders_of
 

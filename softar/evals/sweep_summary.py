@@ -135,12 +135,17 @@ def _draw(axes, points: list[dict], cost: str, color: str) -> None:
 
 
 def _annotate(axes, points: list[dict], option: str, color: str) -> None:
-    """Each setting's value beside its point, under a soft decoder's and over a baseline's."""
+    """Each setting's value beside its point, under a soft decoder's and over a baseline's; of
+    settings at one place all values together."""
+    places: dict[tuple, list[str]] = {}
     for point in points:
+        text = point["varied"].partition("=")[2] if option else point["varied"]
+        places.setdefault((point["nfe"], point["accuracy"]), []).append(text)
+    for place, texts in places.items():
         axes.annotate(
-            point["varied"].partition("=")[2] if option else point["varied"],
-            (point["nfe"], point["accuracy"]),
-            xytext=(4, -9 if point["role"] == "soft" else 4),
+            ", ".join(texts),
+            place,
+            xytext=(4, -9 if points[0]["role"] == "soft" else 4),
             textcoords="offset points",
             fontsize=6,
             color=color,
