@@ -23,13 +23,13 @@ from dataclasses import dataclass
 
 from softar import rl
 from softar.recipe import run
-from softar.rl.config import SoftGRPOConfig
+from softar.rl.config import SoftRLOOConfig
 from softar.rl.recipe import rl_recipe
 from softar.training import opt
 
 
 @dataclass
-class RecipeConfig(SoftGRPOConfig):
+class RecipeConfig(SoftRLOOConfig):
     output_dir: str | None = opt("runs/rloo_soft", "Folder for checkpoints, results.json and plot.")
 
 

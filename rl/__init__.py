@@ -5,6 +5,7 @@ from softar._lazy import lazy
 _HOME = {
     "SoftGRPOConfig": "softar.rl.config",
     "SoftPPOConfig": "softar.rl.config",
+    "SoftRLOOConfig": "softar.rl.config",
     "SoftGRPOTrainer": "softar.rl.grpo",
     "SoftPPOTrainer": "softar.rl.ppo",
     "SoftRLOOTrainer": "softar.rl.rloo",

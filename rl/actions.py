@@ -33,6 +33,8 @@ class Action(NamedTuple):
     logp: Callable[..., Tensor]  # (logits [..., V], Soft [..., K], **knobs) -> [..., J]
     # (logits [..., V], ref_logits [..., V], Soft [..., K], **knobs) -> [...], nats
     kl: Callable[..., Tensor]
+    # (logits [..., V], Soft [..., K]) -> [...], nats, of what was drawn; None: of no use here
+    entropy: Callable[..., Tensor] | None = None
 
 
 def k_samples_logp(logits: Tensor, soft: Soft) -> Tensor:
@@ -349,8 +351,8 @@ def _rows(x: Tensor) -> int:
 
 
 ACTIONS: dict[str, Action] = {
-    "hard": Action(token_logp, token_kl),
-    "k-samples": Action(k_samples_logp, k_samples_kl),
+    "hard": Action(token_logp, token_kl, lambda logits, soft: entropy(logits)),
+    "k-samples": Action(k_samples_logp, k_samples_kl, k_samples_entropy),
     "mixture-of-inputs": Action(token_logp, token_kl),
     "gumbel": Action(gumbel_logp, gumbel_kl),
 }

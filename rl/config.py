@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig
 
-from softar.checks import check_choice, check_writable
+from softar.checks import check_choice, check_idle, check_writable
 from softar.config import CONFIG_FILE, SoftConfig
 from softar.training import check_filter, opt
 from softar.vllm.machine import require_vllm
@@ -19,53 +19,12 @@ from softar.vllm.request import LIMIT
 
 from .discretise import WAYS
 from .losses import LOSS_TYPES, RATIOS
+from .neutral import IDLE, PPO_IDLE, RLOO_IDLE, check_neutral
 
 logger = logging.getLogger(__name__)
 BACKENDS = ("loop", "vllm")
 COLDEST = 0.01  # vLLM samples at no lower temperature
 MIXERS = ("k-samples", "hard")  # of actions.ACTIONS, those whose action a decode records in full
-
-# What would let the rollout draw from another distribution than the replay scores: (option, neutral
-# values, why).
-SUPPORT = (
-    "the replayed log-probabilities are of the whole vocabulary, so the gradient would be wrong"
-)
-NEUTRAL = (
-    ("top_p", (1.0,), SUPPORT),
-    ("top_k", (0, None), SUPPORT),
-    ("min_p", (None, 0.0), SUPPORT),
-    ("repetition_penalty", (1.0,), SUPPORT),
-    ("generation_kwargs", (None, {}), "the rollout is softar's own and takes no other settings"),
-    (
-        "use_vllm",
-        (False,),
-        "TRL's engine reads back tokens only, no mixtures; rollout='vllm' decodes softly on vLLM",
-    ),
-    (
-        "use_transformers_continuous_batching",
-        (False,),
-        "its engine reads back tokens only, no mixtures",
-    ),
-    ("use_liger_kernel", (False,), "its loss and kernels take token ids, no mixtures"),
-    ("cast_lm_head_to_fp32", (False,), "the reference would keep its own head"),
-    ("importance_sampling_level", ("token",), "soft_ratio says how a soft step is weighted"),
-    ("top_entropy_quantile", (1.0,), "entropies of soft and discrete steps do not rank together"),
-    (
-        "off_policy_mask_threshold",
-        (None,),
-        "it reads one log-probability a token, a soft step has several",
-    ),
-    ("delta", (None,), "only the two-sided clip of epsilon and epsilon_high is there"),
-    ("use_adaptive_entropy", (False,), "give a constant entropy_coef"),
-    ("sync_ref_model", (False,), "the reference is the model that training started from"),
-)
-# The same for rollout="vllm".
-VLLM_NEUTRAL = (
-    ("vllm_mode", ("colocate",), "the engine runs in the trainer's process"),
-    ("vllm_tensor_parallel_size", (1,), "each process has an engine of its own"),
-    ("vllm_enable_sleep_mode", (False,), "the engine stays awake"),
-    ("vllm_structured_outputs_regex", (None,), SUPPORT),
-)
 
 
 @dataclass
@@ -74,8 +33,9 @@ class SoftGRPOConfig(GRPOConfig):
     by itself.
 
     `temperature` is one for thought, answer, replay and reference; top_p, top_k and min_p have to
-    stay neutral. `use_bias_correction_kl` has no effect: the KL is exact at each step and needs no
-    estimator.
+    stay neutral. KL and entropy are of all draws of a step, in nats: beta and entropy_coef weigh the
+    same units. The KL of a step is exact in value and needs no estimator; its gradient leaves out
+    that the states depend on the policy too.
 
     The thought ends at `think_end` or after `think_steps`, when think_end is put in, outside the
     loss. A row that never closes its thought has no answer: with reward_sees="answer" its reward
@@ -83,6 +43,11 @@ class SoftGRPOConfig(GRPOConfig):
     answer.
     """
 
+    _idle = IDLE
+
+    vllm_importance_sampling_correction: bool = opt(
+        False, "Not there: the log-probabilities of vLLM's answers are not recorded."
+    )
     logging_nan_inf_filter: bool = opt(
         False, "Not there: a NaN or infinite loss ends the training."
     )
@@ -126,13 +91,7 @@ class SoftGRPOConfig(GRPOConfig):
             )
         super().__post_init__()
         check_filter(self)
-        for name, neutral, why in NEUTRAL + (VLLM_NEUTRAL if self.rollout == "vllm" else ()):
-            value = getattr(self, name)
-            if value not in neutral:
-                raise ValueError(
-                    f"{name}={value!r} is not supported by {type(self).__name__}: {why}. Leave it at "
-                    f"{neutral[0]!r}"
-                )
+        check_neutral(self)
         for name, choices in (
             ("soft_mixer", MIXERS),
             ("soft_ratio", RATIOS),
@@ -147,6 +106,9 @@ class SoftGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"temperature={self.temperature} must be > 0 and finite: the policy has to be sampled"
             )
+        check_idle(self, self._idle)
+        if self.delta is not None and not self.delta > 0:
+            raise ValueError(f"delta={self.delta} must be > 0, the bound of a ratio; None is none")
         if self.beta < 0:
             raise ValueError(f"beta={self.beta} must be >= 0; 0 is for no reference")
         if self.think_steps is not None and not 0 <= self.think_steps < self.max_completion_length:
@@ -190,6 +152,17 @@ class SoftGRPOConfig(GRPOConfig):
         )
 
 
+@dataclass
+class SoftRLOOConfig(SoftGRPOConfig):
+    """SoftGRPOConfig for leave-one-out advantages. The default loss_type is the one whose expected
+    gradient is the policy gradient times a constant: the others divide by the number of steps, which
+    the policy has a part in."""
+
+    _idle = RLOO_IDLE
+
+    loss_type: str = opt("dr_grpo", "Normalisation of the loss; 'dr_grpo' is RLOO's own.")
+
+
 # PPO's name, TRL's name of the same thing, and PPO's default (None: TRL's own way to a default).
 ALIASES = (
     ("num_ppo_epochs", "num_iterations", 4),
@@ -204,8 +177,10 @@ class SoftPPOConfig(SoftGRPOConfig):
     """SoftGRPOConfig with a value function, under PPO's familiar names or TRL's: give one of the
     two.
 
-    The KL to the reference is exact and part of the loss, not of the reward.
+    The KL to the reference is exact in value and part of the loss, not of the reward.
     """
+
+    _idle = PPO_IDLE
 
     loss_type: str = opt(
         "bnpo", "Normalisation of the policy loss; PPO's is the mean over steps, 'bnpo'."
@@ -240,14 +215,13 @@ class SoftPPOConfig(SoftGRPOConfig):
             setattr(self, name, value)
         super().__post_init__()
         self.num_mini_batches = self.steps_per_generation
-        for name, most in (
-            ("gamma", 1.0),
-            ("lam", 1.0),
-            ("vf_coef", float("inf")),
-            ("cliprange_value", float("inf")),
-        ):
+        for name, most in (("gamma", 1.0), ("lam", 1.0), ("vf_coef", float("inf"))):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, {most}]")
+        if not self.cliprange_value > 0:
+            raise ValueError(
+                f"cliprange_value={self.cliprange_value} must be > 0; inf does not clip"
+            )
         if self.value_learning_rate is not None and not self.value_learning_rate >= 0:
             raise ValueError(f"value_learning_rate={self.value_learning_rate} must be >= 0")
 

@@ -18,7 +18,6 @@ from trl.trainer.utils import create_model_from_path, pad, use_adapter
 
 from softar.decode import SoftOutput
 from softar.model_card import OwnCard
-from softar.soft import entropy
 from softar.thought import Kind
 from softar.training import WatchedLosses, inside_forward, no_interrupt
 
@@ -292,21 +291,21 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
     def _policy_loss(
         self, logits: Tensor, reference: Tensor | None, inputs: dict[str, Tensor]
     ) -> Tensor:
-        """The clipped surrogate, plus beta times the exact KL, minus entropy_coef times the
-        entropy."""
+        """The clipped surrogate, plus beta times the KL, minus entropy_coef times the entropy, both
+        exact in value and of all draws of a step."""
         args, mask, soft = self.args, inputs["loss_mask"], mixture(inputs)
         new = self._action.logp(logits, soft)  # [B, C, J]
         old = inputs.get("old_per_token_logps", new.detach())
         drawn = soft.weights[..., : new.shape[-1]] > 0
         clip = inputs["advantages"], self.epsilon_low, self.epsilon_high
-        per_step = surrogate(new, old, *clip, ratio=args.soft_ratio, draws=drawn)
+        per_step = surrogate(new, old, *clip, ratio=args.soft_ratio, draws=drawn, delta=args.delta)
         if reference is not None:
             kl = self._action.kl(logits, reference, soft)
             per_step = per_step + args.beta * kl
             self._note({"kl": self._mean(kl, mask)})
         loss = self._normalised(per_step, mask, inputs["num_items_in_batch"])
         with torch.set_grad_enabled(bool(args.entropy_coef) and torch.is_grad_enabled()):
-            h = entropy(logits)
+            h = self._action.entropy(logits, soft)
         if args.entropy_coef:
             mean = (h * mask).sum() / mask.sum().clamp(min=1)
             loss = loss - args.entropy_coef * mean / self._accumulation

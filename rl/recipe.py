@@ -29,8 +29,11 @@ from softar.training import opt, tell_progress
 from .config import check_resume
 from .rewards import REWARDS, as_chats, check_columns, rewards_of, score_of
 
-# Fields that make a row of the table what it is; soft_k stays as given for `soft`.
-ROWS = {"soft": dict(soft_mixer="k-samples"), "hard": dict(soft_mixer="hard")}
+# Fields that make a row of the table what it is: options of several draws go to `soft` alone.
+ROWS = {
+    "soft": dict(soft_mixer="k-samples"),
+    "hard": dict(soft_mixer="hard", soft_k=3, soft_ratio="per_draw", embedding_grad=True),
+}
 GROUPS = {"demo": ["soft", "hard"], "all": ["soft", "hard"]}
 # How the policy to start from is trained on sampled traces where the task brings its own, untrained
 # model.

@@ -1,6 +1,7 @@
 """RLOO on a soft policy: each completion is compared with the mean of the others to its prompt
 (arXiv:2402.14740)."""
 
+from .config import SoftRLOOConfig
 from .grpo import SoftGRPOTrainer
 from .losses import leave_one_out
 
@@ -8,12 +9,20 @@ from .losses import leave_one_out
 class SoftRLOOTrainer(SoftGRPOTrainer):
     """SoftGRPOTrainer with leave-one-out advantages, neither scaled nor normalised.
 
-    `scale_rewards` has no part in it. Every completion needs a reward, a number from at least one
-    function.
+    Exact in expectation, with the KL in the loss: TRL's RLOOTrainer has it in the reward, and the
+    ratio of a whole row in place of each step's. Every completion needs a reward, a number from at
+    least one function.
     """
 
     _tag_names = ["trl", "rloo", "softar"]
     _scores_each_row = True
+
+    def __init__(
+        self, model, reward_funcs=None, args: SoftRLOOConfig | None = None, *rest, **kwargs
+    ):
+        if not isinstance(args, SoftRLOOConfig):
+            raise ValueError(f"args={args!r}: {type(self).__name__} needs a SoftRLOOConfig")
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
 
     def _with_advantages(self, batch, rollout):
         group = self.num_generations if self.model.training else self.num_generations_eval

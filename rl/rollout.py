@@ -80,9 +80,7 @@ def decode_by_loop(trainer, ids: Tensor, mask: Tensor, rng: list[torch.Generator
     the model has for its own generation."""
     training, args = trainer.model.training, trainer.args
     settings = GenerationConfig(
-        pad_token_id=trainer._tokenizer.pad_token_id,
-        eos_token_id=trainer.eos_token_ids,
-        cache_implementation=args.cache_implementation,
+        pad_token_id=trainer._tokenizer.pad_token_id, eos_token_id=trainer.eos_token_ids
     )
     with (
         unwrap_model_for_generation(

@@ -8,8 +8,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 # Seconds. Of several processes the first says what is wrong, and the launcher ends the others before
 # they say it again.
@@ -34,6 +35,36 @@ def check_choice(name: str, value, known: Iterable, *, hint: str = "") -> None:
         raise ValueError(
             f"{name}={value!r} is unknown{did_you_mean(value, known)}: choose one of {known}{hint}"
         )
+
+
+class Idle(NamedTuple):
+    """Options of a configuration that do nothing while others stand as they do."""
+
+    options: str  # their names, a space between
+    when: Callable[[Any], bool]  # of the configuration's fields
+    why: str  # goes on after "does nothing"
+    remedy: str  # what makes them act
+
+
+def check_idle(config, rules: Iterable[Idle]) -> None:
+    """Raise ValueError for an option of a dataclass that is away from its default and does
+    nothing."""
+    for name, value, default, rule in idle_options(config, rules):
+        raise ValueError(
+            f"{name}={value!r} does nothing {rule.why}: {rule.remedy}, or leave it at {default!r}"
+        )
+
+
+def idle_options(config, rules: Iterable[Idle]) -> Iterator[tuple[str, Any, Any, Idle]]:
+    """Those that were set -> name, value, default and the rule that finds them idle."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for rule in rules:
+        for name in rule.options.split() if rule.when(config) else ():
+            field, value = fields[name], getattr(config, name)
+            is_made = field.default is dataclasses.MISSING
+            default = field.default_factory() if is_made else field.default
+            if value != default:
+                yield name, value, default, rule
 
 
 def check_writable(folder: str | Path) -> None:

@@ -160,3 +160,37 @@ def test_value_loss_takes_the_worse():
     # unclipped errors 1 and 0; held to .2 the second is .8 away
     assert value_loss(values, old, returns, mask, 0.2).item() == pytest.approx(0.5 * (1 + 0.64) / 2)
     assert value_loss(values, old, returns, mask, 2.0).item() == pytest.approx(0.5 * 1 / 2)
+
+
+def test_dr_grpo_alone_has_the_policy_gradient_in_expectation():
+    """All pairs of rows of a two-step problem whose first token may end the row, exactly: RLOO's
+    expected gradient is the policy gradient times a constant with dr_grpo, and with no other."""
+    table = numbers(3, 3).double().requires_grad_()  # logits of step 1, and of step 2 after 0 or 1
+    rows = [(2, None)] + [(a, b) for a in (0, 1) for b in range(3)]  # 2 ends the row
+    rewards = torch.tensor([0.3, 1.0, -0.5, 0.2, 0.0, 2.0, -1.0], dtype=torch.float64)
+    logp = table.log_softmax(-1)
+    steps = [[logp[0, a], logp[a + 1, b] if b is not None else 0 * logp[0, 0]] for a, b in rows]
+    new = torch.stack([torch.stack(row) for row in steps])[..., None]  # [7, 2, 1]
+    mask = torch.tensor([[1.0, b is not None] for _, b in rows])
+    chance = (new[..., 0] * mask).sum(1).exp()
+    exact = torch.autograd.grad((chance * rewards).sum(), table, retain_graph=True)[0]
+    angle = {}
+    for loss_type in LOSS_TYPES:
+        total = 0.0
+        for i in range(len(rows)):
+            for j in range(len(rows)):
+                pair = torch.tensor([i, j])
+                loss = aggregate(
+                    surrogate(new[pair], new[pair].detach(), leave_one_out(rewards[pair], 2)),
+                    mask[pair],
+                    loss_type,
+                    max_length=2,
+                    num_items=mask[pair].sum(),
+                )
+                total = total - (chance[i] * chance[j]).detach() * loss
+        gradient = torch.autograd.grad(total, table, retain_graph=True)[0]
+        angle[loss_type] = torch.cosine_similarity(
+            gradient.flatten(), exact.flatten(), dim=0
+        ).item()
+    assert 1 - angle.pop("dr_grpo") < 1e-9
+    assert all(1 - value > 1e-4 for value in angle.values()), angle

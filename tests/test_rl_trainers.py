@@ -1,8 +1,10 @@
 """RL on a soft policy: TRL's loss at one draw, exact replay, resuming, PPO and RLOO, and what is
 refused."""
 
+import dataclasses
 import inspect
 import json
+import math
 import shutil
 import types
 
@@ -15,14 +17,18 @@ from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from tiny import END, EOS, model_of, tokenizer_of, with_lora
 from torch import nn
+from transformers import TrainingArguments
 
 from softar.rl import (
     SoftGRPOConfig,
     SoftGRPOTrainer,
     SoftPPOConfig,
     SoftPPOTrainer,
+    SoftRLOOConfig,
     SoftRLOOTrainer,
 )
+from softar.rl.neutral import IDLE, NEUTRAL
+from softar.rl.rollout import mixture
 from softar.thought import Kind
 from softar.training import WatchedLosses
 
@@ -41,6 +47,7 @@ QUICK = dict(
     think_steps=3,
     think_end="</think>",
 )
+CONFIGS = {"grpo": SoftGRPOConfig, "ppo": SoftPPOConfig, "rloo": SoftRLOOConfig}
 TRAINERS = {"grpo": SoftGRPOTrainer, "ppo": SoftPPOTrainer, "rloo": SoftRLOOTrainer}
 
 
@@ -57,7 +64,7 @@ def words(completions, **columns):
 
 
 def config(folder, kind="grpo", **options):
-    return (SoftPPOConfig if kind == "ppo" else SoftGRPOConfig)(str(folder), **{**QUICK, **options})
+    return CONFIGS[kind](str(folder), **{**QUICK, **options})
 
 
 def trainer(
@@ -556,7 +563,7 @@ def test_reward_sees(tmp_path, sees):
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence'"),
         ({"top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5"),
         ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold=0.5"),
-        ({"delta": 2.0}, "delta=2.0"),
+        ({"delta": 0.0}, "delta=0.0"),
         ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model=True"),
         ({"beta": -1.0}, "beta=-1.0"),
         ({"num_generations": 1}, "num_generations=1"),
@@ -588,11 +595,91 @@ def test_bad_options(tmp_path, options, message):
         ({"lam": -0.1}, "lam=-0.1"),
         ({"vf_coef": -1.0}, "vf_coef=-1.0"),
         ({"value_learning_rate": -1.0}, "value_learning_rate=-1.0"),
+        ({"cliprange_value": 0.0}, "cliprange_value=0.0"),
+        (
+            {"cliprange_value": 0.3, "vf_coef": 0.0},
+            "cliprange_value=0.3 does nothing with vf_coef=0",
+        ),
     ],
 )
 def test_bad_ppo_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, "ppo", **options)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_options_that_do_nothing_are_refused(tmp_path, kind):
+    """One by one, at a value that is not neutral; what they go with makes them act."""
+    for name, neutral, _ in NEUTRAL:
+        other = {bool: not neutral[0], int: 7, float: 0.125, str: "other", type(None): "other"}
+        with pytest.raises(ValueError, match=rf"{name}|deprecated"):
+            config(tmp_path, kind, **{name: other[type(neutral[0])]})
+    for options, says in (
+        (dict(vllm_max_model_length=64), "vllm_max_model_length=64 .*rollout='vllm'"),
+        (dict(soft_mixer="hard", soft_k=2), "soft_k=2 does nothing"),
+        (dict(soft_k=1, soft_ratio="joint"), "soft_ratio='joint' does nothing with one draw"),
+        (dict(soft_mixer="hard", embedding_grad=False), "embedding_grad=False does nothing"),
+        (dict(num_completions_to_print=2), "num_completions_to_print=2 .*log_completions"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            config(tmp_path, kind, **options)
+    config(tmp_path, kind, soft_k=2, soft_ratio="joint", embedding_grad=False)
+    config(tmp_path, kind, log_completions=True, num_completions_to_print=2)
+    if kind == "grpo":
+        config(tmp_path, kind, scale_rewards="none")
+    else:
+        with pytest.raises(ValueError, match="scale_rewards='none' does nothing with"):
+            config(tmp_path, kind, scale_rewards="none")
+
+
+# TRL's own options that act on soft policies as on others
+ACTS = (
+    "model_init_kwargs trust_remote_code router_aux_loss_coef num_generations num_generations_eval "
+    "max_completion_length ds3_gather_for_generation shuffle_dataset pad_to_multiple_of generation_batch_size "
+    "steps_per_generation temperature chat_template_kwargs beta num_iterations epsilon epsilon_high delta "
+    "reward_weights multi_objective_aggregation scale_rewards loss_type mask_truncated_completions entropy_coef "
+    "log_completions log_completions_hub_repo use_transformers_paged vllm_importance_sampling_cap"
+)
+
+
+def test_each_option_of_trl_acts_or_is_refused():
+    """The last two are other names of options that are refused. A new one needs a look."""
+    base = {field.name for field in dataclasses.fields(TrainingArguments)}
+    theirs = {field.name for field in dataclasses.fields(trl.GRPOConfig)} - base
+    refused = {name for name, *_ in NEUTRAL} | {n for rule in IDLE for n in rule.options.split()}
+    assert theirs - refused == {*ACTS.split()} and not refused & {*ACTS.split()}
+
+
+def test_entropy_and_kl_count_the_same_draws(tmp_path):
+    """The gradient of loss(entropy_coef) and of loss(beta), per nat: with a uniform reference KL is
+    K log V less the joint entropy."""
+    made = trainer(tmp_path, think_end=None, think_steps=None, loss_type="bnpo", soft_k=3)
+    batch = rollout(made)
+    batch["advantages"] = torch.zeros_like(batch["advantages"])
+    logits, _ = made._replay(made.model, batch)
+    made.args.entropy_coef = 1.0
+    entropy = -made._policy_loss(logits, None, batch)
+    made.args.entropy_coef, made.args.beta = 0.0, 1.0
+    kl = made._policy_loss(logits, torch.zeros_like(logits), batch)
+    draws = (batch["soft_weights"] > 0).sum(-1)
+    most = (draws * math.log(logits.shape[-1]))[batch["loss_mask"].bool()].mean()
+    assert (draws == 3).any() and (entropy + kl).item() == pytest.approx(most.item(), rel=1e-5)
+
+
+def test_delta_bounds_the_ratio(tmp_path):
+    made = trainer(tmp_path, delta=1.5, loss_type="bnpo", soft_ratio="joint")
+    batch = rollout(made)
+    logits, _ = made._replay(made.model, batch)
+    new = made._action.logp(logits, mixture(batch)).detach()
+    batch["advantages"] = -torch.ones_like(batch["advantages"])
+    far = batch | {"old_per_token_logps": new - 10.0}
+    assert made._policy_loss(logits, None, far).item() == pytest.approx(1.5)
+
+
+def test_rloos_default_is_the_exact_gradient(tmp_path):
+    assert config(tmp_path, "rloo").loss_type == "dr_grpo"
+    with pytest.raises(ValueError, match="SoftRLOOTrainer needs a SoftRLOOConfig"):
+        SoftRLOOTrainer(model_of(), words, config(tmp_path), ROWS, None, tokenizer_of())
 
 
 def test_ppo_names(tmp_path):

@@ -1,0 +1,122 @@
+"""TRL's options that a soft policy has no use for: each is refused where it is not what does
+nothing."""
+
+from softar.checks import Idle
+
+SUPPORT = (
+    "the replayed log-probabilities are of the whole vocabulary, so the gradient would be wrong"
+)
+MIXTURES = "its engine reads back tokens only, no mixtures"
+OTHER_LOSS = "it belongs to a loss_type that is not there"
+ONE_TURN = "a rollout is a single soft turn"
+CONSTANT = "give a constant entropy_coef"
+START = "the reference is the model that training started from"
+WEIGHTS = (
+    "the log-probabilities are the model's own replay, and those of vLLM's answers are not recorded, "
+    "so there is no ratio to correct by"
+)
+# (option, neutral values, why)
+NEUTRAL = (
+    ("top_p", (1.0,), SUPPORT),
+    ("top_k", (0, None), SUPPORT),
+    ("min_p", (None, 0.0), SUPPORT),
+    ("repetition_penalty", (1.0,), SUPPORT),
+    ("generation_kwargs", (None, {}), "the rollout is softar's own and takes no other settings"),
+    ("cache_implementation", (None,), "the rollout is softar's own and has a cache of its own"),
+    ("use_vllm", (False,), f"{MIXTURES}; rollout='vllm' decodes softly on vLLM"),
+    ("use_transformers_continuous_batching", (False,), MIXTURES),
+    ("transformers_continuous_batching_config", (None,), MIXTURES),
+    ("use_liger_kernel", (False,), "its loss and kernels take token ids, no mixtures"),
+    ("cast_lm_head_to_fp32", (False,), "the reference would keep its own head"),
+    ("importance_sampling_level", ("token",), "soft_ratio says how a soft step is weighted"),
+    ("top_entropy_quantile", (1.0,), "entropies of soft and discrete steps do not rank together"),
+    (
+        "off_policy_mask_threshold",
+        (None,),
+        "it reads one log-probability a token, a soft step has several",
+    ),
+    ("use_bias_correction_kl", (True,), "the KL is exact in value and needs no estimator"),
+    ("use_adaptive_entropy", (False,), CONSTANT),
+    ("entropy_coef_min", (0.0,), CONSTANT),
+    ("entropy_coef_max", (1.0,), CONSTANT),
+    ("entropy_coef_delta", (0.005,), CONSTANT),
+    ("entropy_target", (0.2,), CONSTANT),
+    ("sync_ref_model", (False,), START),
+    ("ref_model_mixup_alpha", (0.6,), START),
+    ("ref_model_sync_steps", (512,), START),
+    ("sapo_temperature_neg", (1.05,), OTHER_LOSS),
+    ("sapo_temperature_pos", (1.0,), OTHER_LOSS),
+    ("vespo_k_pos", (2.0,), OTHER_LOSS),
+    ("vespo_lambda_pos", (3.0,), OTHER_LOSS),
+    ("vespo_k_neg", (3.0,), OTHER_LOSS),
+    ("vespo_lambda_neg", (2.0,), OTHER_LOSS),
+    ("max_tool_calling_iterations", (None,), ONE_TURN),
+    ("log_multimodal", (True,), "there are no images"),
+    ("disable_dropout", (False,), "dropout is off in rollout and replay anyway"),
+    ("neftune_noise_alpha", (None,), "the replay must score the policy that was rolled out"),
+    ("label_smoothing_factor", (0.0,), "there are no labels"),
+    ("vllm_importance_sampling_correction", (False,), WEIGHTS),
+    ("vllm_importance_sampling_mode", ("sequence_mask",), WEIGHTS),
+    ("vllm_importance_sampling_clip_max", (3.0,), WEIGHTS),
+    ("vllm_importance_sampling_clip_min", (None,), WEIGHTS),
+    ("vllm_mode", ("colocate",), "the engine runs in the trainer's process"),
+    ("vllm_server_base_url", (None,), "the engine runs in the trainer's process"),
+    ("vllm_server_host", ("0.0.0.0",), "the engine runs in the trainer's process"),
+    ("vllm_server_port", (8000,), "the engine runs in the trainer's process"),
+    ("vllm_server_timeout", (240.0,), "the engine runs in the trainer's process"),
+    ("vllm_group_port", (51216,), "the engine runs in the trainer's process"),
+    ("vllm_tensor_parallel_size", (1,), "each process has an engine of its own"),
+    ("vllm_enable_sleep_mode", (False,), "the engine stays awake"),
+    ("vllm_structured_outputs_regex", (None,), SUPPORT),
+)
+
+IDLE = (
+    Idle(
+        "vllm_gpu_memory_utilization vllm_max_model_length vllm_model_impl",
+        lambda c: c.rollout != "vllm",
+        "without an engine",
+        "set rollout='vllm'",
+    ),
+    Idle(
+        "soft_k",
+        lambda c: c.soft_mixer == "hard",
+        "with one token a step",
+        "set soft_mixer='k-samples'",
+    ),
+    Idle(
+        "soft_ratio embedding_grad",
+        lambda c: c.soft_mixer == "hard" or c.soft_k == 1,
+        "with one draw a step",
+        "set soft_mixer='k-samples' and soft_k above 1",
+    ),
+    Idle(
+        "num_completions_to_print log_unique_prompts",
+        lambda c: not c.log_completions,
+        "where no completions are shown",
+        "set log_completions=True",
+    ),
+)
+BY_GROUP = "scale_rewards multi_objective_aggregation"  # of GRPO's advantages alone
+NO_GROUP = "rewards are weighted and summed as they are; use SoftGRPOConfig"
+RLOO_IDLE = (*IDLE, Idle(BY_GROUP, lambda c: True, "with leave-one-out advantages", NO_GROUP))
+PPO_IDLE = (
+    *IDLE,
+    Idle(BY_GROUP, lambda c: True, "with a value function", NO_GROUP),
+    Idle(
+        "value_learning_rate cliprange_value",
+        lambda c: c.vf_coef == 0,
+        "with vf_coef=0",
+        "give the value loss a weight",
+    ),
+)
+
+
+def check_neutral(args) -> None:
+    """Raise ValueError for an option of TRL's that a soft policy has no use for."""
+    for name, neutral, why in NEUTRAL:
+        value = getattr(args, name)
+        if value not in neutral:
+            raise ValueError(
+                f"{name}={value!r} is not supported by {type(args).__name__}: {why}. Leave it at "
+                f"{neutral[0]!r}"
+            )
