@@ -15,15 +15,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 
-from softar.checks import check_writable
 from softar.model_card import OwnCard, changes_of, decode_command
 from softar.sft.data import SoftCollator
 from softar.soft import soft_embed
-from softar.training import MicroBatches, WatchedLosses, inside_forward, no_interrupt
+from softar.training import (
+    MicroBatches,
+    WatchedLosses,
+    check_adapter,
+    check_arguments,
+    check_data,
+    give_own_rate,
+    inside_forward,
+    no_interrupt,
+)
 
 from .architectures import LladaForMaskedDiffusion, load_original
 from .config import DenoiseConfig
@@ -77,11 +84,8 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         score: Callable[[str, dict], float] | None = None,
         **kwargs,
     ):
-        if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise ValueError(
-                f"processing_class={processing_class!r}: DiffusionSFTTrainer needs the model's tokenizer"
-            )
-        check_writable(args.output_dir)
+        check_arguments(type(self).__name__, DiffusionSFTConfig, args, processing_class)
+        check_data(train_dataset, "train_dataset")
         self._facts = facts(model)
         self._score, self._decode_rows = score, eval_dataset
         self._fill = self._facts.eos_id if args.train_padding else processing_class.pad_token_id
@@ -102,6 +106,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             data_collator=SoftCollator(self._fill),
             **kwargs,
         )
+        check_adapter(type(self).__name__, self.model)
         self._room = room(self.model)
         for rows in (self.train_dataset, self.eval_dataset):
             for some in rows.values() if isinstance(rows, dict) else [rows]:
@@ -300,13 +305,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
     def create_optimizer(self, *args, **kwargs):
         made = super().create_optimizer(*args, **kwargs)
         if self.head is not None:
-            of_head = {id(p) for p in self.head.parameters()}
-            for group in self.optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in of_head]
-            learnt = [p for p in self.head.parameters() if p.requires_grad]
-            self.optimizer.add_param_group(
-                {"params": learnt, "lr": self.args.head_learning_rate, "weight_decay": 0.0}
-            )
+            give_own_rate(self, [*self.head.parameters()], self.args.head_learning_rate)
         return made
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):

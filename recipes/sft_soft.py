@@ -45,14 +45,24 @@ from softar.training import opt
 
 # Fields that make a row of the table what it is; everything else (data, steps, size) is common to
 # all.
+MOVE = dict(alpha_end=0.0, alpha_hold=0.0, alpha_span=0.6)  # the defaults: a constant does not move
+GOLD = dict(alpha_schedule="constant", alpha_start=1.0, **MOVE)
 ROWS = {
-    "no-cot": dict(alpha_schedule="constant", alpha_start=1.0),
-    "discrete": dict(alpha_schedule="constant", alpha_start=1.0),
-    "discrete-traces": dict(alpha_schedule="constant", alpha_start=1.0, targets="traces"),
+    "no-cot": GOLD,
+    "discrete": GOLD,
+    "discrete-traces": dict(targets="traces", **GOLD),
     "scheduled-sampling": dict(soft_mixer="hard", guidance="coin", thought_loss="alpha"),
     "guided-soft": dict(thought_loss="alpha"),
-    "trace-soft": dict(alpha_schedule="constant", alpha_start=0.0, targets="traces"),
-    "oracle-soft": dict(targets="oracle"),
+    "trace-soft": dict(alpha_schedule="constant", alpha_start=0.0, targets="traces", **MOVE),
+    "oracle-soft": dict(
+        targets="oracle",
+        soft_mode="parallel",
+        soft_mixer="soft",
+        guidance="mix",
+        alpha_schedule="linear",
+        alpha_start=1.0,
+        **MOVE,
+    ),
 }
 GROUPS = {"demo": ["no-cot", "discrete", "trace-soft"], "all": list(ROWS)}
 

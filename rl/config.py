@@ -3,16 +3,12 @@ is loaded."""
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from accelerate.utils import is_peft_model
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig
 
-from softar.checks import check_choice, check_idle, check_writable
-from softar.config import CONFIG_FILE, SoftConfig
+from softar.checks import check_choice, check_idle
+from softar.config import SoftConfig
 from softar.training import check_filter, opt
 from softar.vllm.machine import require_vllm
 from softar.vllm.request import LIMIT
@@ -224,69 +220,3 @@ class SoftPPOConfig(SoftGRPOConfig):
             )
         if self.value_learning_rate is not None and not self.value_learning_rate >= 0:
             raise ValueError(f"value_learning_rate={self.value_learning_rate} must be >= 0")
-
-
-def check_arguments(trainer: str, args, tokenizer, reward_funcs, others: dict) -> None:
-    """Raise ValueError for what a soft trainer of this name cannot work with. others: the arguments
-    that go on to TRL's trainer."""
-    if not isinstance(args, SoftGRPOConfig):
-        raise ValueError(f"args={args!r}: {trainer} needs a SoftGRPOConfig")
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"processing_class={tokenizer!r}: {trainer} needs the model's tokenizer")
-    for key in ("tools", "rollout_func", "environment_factory"):
-        if others.get(key) is not None:
-            raise ValueError(
-                f"{key}={others[key]!r}: {trainer} rolls out a single soft turn, leave it out"
-            )
-    if not reward_funcs:
-        raise ValueError(f"reward_funcs={reward_funcs!r}: give at least one")
-    check_writable(args.output_dir)
-
-
-def check_model(trainer: str, model: nn.Module, aux_loss_coef: float | None) -> None:
-    """Raise ValueError for a model that the trainer of this name cannot train. aux_loss_coef: of a
-    mixture of experts whose load-balancing loss is asked for."""
-    if aux_loss_coef is not None:
-        raise ValueError(
-            f"router_aux_loss_coef={aux_loss_coef}: {trainer} leaves out the experts' load-balancing "
-            f"loss, set it to 0 to agree"
-        )
-    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            f"peft_type={model.active_peft_config.peft_type.value}: {trainer} replays mixtures, "
-            f"virtual tokens are not tried; use LoRA"
-        )
-    dropouts = (m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p)
-    if rates := sorted({*dropouts}):
-        logger.warning(
-            "dropout %s stays off: the replay must score the policy that was rolled out", rates
-        )
-
-
-def check_origin(model, args: SoftGRPOConfig) -> None:
-    """Raise ValueError where the model's folder says that its policy draws another number of
-    tokens."""
-    name = model if isinstance(model, str) else model.name_or_path
-    if not name or not Path(name, CONFIG_FILE).is_file():
-        return
-    theirs, ours = SoftConfig.load(name), args.decoding()
-    if theirs.mixer == ours.mixer == "k-samples" and theirs.mixer_args.get("k") != args.soft_k:
-        raise ValueError(
-            f"soft_k={args.soft_k}, but {CONFIG_FILE} in {name} says k={theirs.mixer_args.get('k')}: give the same, or "
-            f"remove the file to train on with another number of draws"
-        )
-
-
-def check_resume(folder: str, args: SoftGRPOConfig) -> None:
-    """Raise ValueError where the checkpoint was trained as another policy: its optimiser would go
-    on elsewhere."""
-    if not Path(folder, CONFIG_FILE).is_file():
-        raise ValueError(
-            f"resume_from_checkpoint={folder!r} holds no {CONFIG_FILE}: it is of another trainer"
-        )
-    theirs, ours = vars(SoftConfig.load(folder)), vars(args.decoding())
-    if other := [f"{k}={ours[k]!r}, not {theirs[k]!r}" for k in ours if ours[k] != theirs[k]]:
-        raise ValueError(
-            f"resume_from_checkpoint={folder!r} was trained as another policy: now {'; '.join(other)}. Give the same "
-            f"options, or start a new run from its weights"
-        )

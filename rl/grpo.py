@@ -14,22 +14,25 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from trl.data_utils import is_conversational
-from trl.trainer.utils import create_model_from_path, pad, use_adapter
+from trl.trainer.utils import pad, use_adapter
 
 from softar.decode import SoftOutput
 from softar.model_card import OwnCard
+from softar.models import plain
 from softar.thought import Kind
-from softar.training import WatchedLosses, inside_forward, no_interrupt
+from softar.training import WatchedLosses, check_arguments, inside_forward, no_interrupt
 
 from .actions import ACTIONS, replay
-from .config import SoftGRPOConfig, check_arguments, check_model, check_origin, check_resume
+from .config import SoftGRPOConfig
 from .discretise import discretise
+from .guards import check_model, check_origin, check_prompts, check_resume, check_room, check_turn
 from .losses import aggregate, surrogate
 from .metrics import ratio_metrics, rollout_metrics
 from .rewards import check_scored, with_checks
 from .rollout import (
     Rollout,
     decode_by_loop,
+    frozen_copy,
     generators,
     load_rollouts,
     mixture,
@@ -53,6 +56,7 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
     """
 
     _tag_names = ["trl", "grpo", "softar"]
+    _config = SoftGRPOConfig
     _scores_each_row = False  # or may the reward functions leave a completion without a score?
 
     def __init__(
@@ -67,13 +71,16 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
         peft_config=None,
         **kwargs,
     ):
-        check_arguments(type(self).__name__, args, processing_class, reward_funcs, kwargs)
+        name = type(self).__name__
+        check_arguments(name, self._config, args, processing_class)
+        check_turn(name, reward_funcs, kwargs)
+        check_prompts(name, train_dataset, "train_dataset")
         self.decoding = args.decoding().resolve(processing_class)
         check_origin(model, args)
         adapted = peft_config is not None or (isinstance(model, nn.Module) and is_peft_model(model))
         args = copy.copy(args)
         beta, args.beta = args.beta, args.beta if adapted else 0.0
-        reference = None if adapted or not beta else _frozen_copy(model, args)
+        reference = None if adapted or not beta else frozen_copy(model, args.model_init_kwargs)
         super().__init__(
             model,
             reward_funcs,
@@ -88,7 +95,10 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
         # TRL would replay the reference on token ids, `_compute_loss` does it on the mixtures
         self.beta = 0.0
         aux_coef = self.router_aux_loss_coef if self.aux_loss_enabled else None
-        check_model(type(self).__name__, self.model, aux_coef)
+        check_model(name, self.model, aux_coef)
+        check_room(
+            plain(self.model), processing_class, self.train_dataset, args.max_completion_length
+        )
         if reference is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
@@ -385,14 +395,3 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
             )
         self._step, rest = load_rollouts(path, self.accelerator.device)
         self._buffered_inputs = rest or None
-
-
-def _frozen_copy(model, args: SoftGRPOConfig) -> nn.Module:
-    """The model as it is before training. TRL would load it again by the policy's name: an embedded
-    model has none on the hub, and one in memory need not be what the name says. Made before TRL
-    patches the policy's forward."""
-    if isinstance(model, str):
-        model = create_model_from_path(model, **(args.model_init_kwargs or {}))
-    else:
-        model = copy.deepcopy(model)
-    return model.requires_grad_(False).eval()

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from softar.training import give_own_rate
+
 from .config import SoftPPOConfig
 from .grpo import SoftGRPOTrainer
 from .losses import gae, value_loss, whiten
@@ -32,12 +34,11 @@ class SoftPPOTrainer(SoftGRPOTrainer):
 
     _tag_names = ["trl", "ppo", "softar"]
     _scores_each_row = True
+    _config = SoftPPOConfig
 
     def __init__(
         self, model, reward_funcs=None, args: SoftPPOConfig | None = None, *rest, **kwargs
     ):
-        if not isinstance(args, SoftPPOConfig):
-            raise ValueError(f"args={args!r}: {type(self).__name__} needs a SoftPPOConfig")
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         # On the outermost module: DDP and the optimiser find it there, and PEFT does not freeze it.
         width = self.model.get_output_embeddings().weight.shape[-1]
@@ -102,11 +103,7 @@ class SoftPPOTrainer(SoftGRPOTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         rate = self.args.value_learning_rate
         if rate is not None and rate != self.args.learning_rate:
-            head = list(self.model.v_head.parameters())
-            in_head = {id(p) for p in head}
-            for group in self.optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in in_head]
-            self.optimizer.add_param_group({"params": head, "lr": rate, "weight_decay": 0.0})
+            give_own_rate(self, [*self.model.v_head.parameters()], rate)
         return optimizer
 
     # -- checkpoints

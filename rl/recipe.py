@@ -26,7 +26,7 @@ from softar.resume import checkpoint_of, resumes
 from softar.rows import APART
 from softar.training import opt, tell_progress
 
-from .config import check_resume
+from .guards import check_resume
 from .rewards import REWARDS, as_chats, check_columns, rewards_of, score_of
 
 # Fields that make a row of the table what it is: options of several draws go to `soft` alone.
@@ -41,6 +41,7 @@ SFT = dict(
     targets="traces",
     alpha_schedule="constant",
     soft_mode="sequential",
+    soft_top_k=0,  # the whole vocabulary
     learning_rate=3e-3,
     weight_decay=0.01,
     lr_scheduler_type="cosine",

@@ -16,13 +16,7 @@ class SoftRLOOTrainer(SoftGRPOTrainer):
 
     _tag_names = ["trl", "rloo", "softar"]
     _scores_each_row = True
-
-    def __init__(
-        self, model, reward_funcs=None, args: SoftRLOOConfig | None = None, *rest, **kwargs
-    ):
-        if not isinstance(args, SoftRLOOConfig):
-            raise ValueError(f"args={args!r}: {type(self).__name__} needs a SoftRLOOConfig")
-        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+    _config = SoftRLOOConfig
 
     def _with_advantages(self, batch, rollout):
         group = self.num_generations if self.model.training else self.num_generations_eval

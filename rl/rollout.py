@@ -3,6 +3,7 @@
 Shapes: B rows, P prompt length, C completion steps, K draws of a step.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.utils import create_model_from_path
 
 from softar.decode import SoftOutput, generate
 from softar.models import plain
@@ -132,3 +134,14 @@ def switch_off_dropout(model: nn.Module) -> None:
     for module in model.modules():
         module.training = isinstance(module, GradientCheckpointingLayer)
     model.training = True
+
+
+def frozen_copy(model, init_kwargs: dict | None) -> nn.Module:
+    """The model as it is before training. TRL would load it again by the policy's name: an embedded
+    model has none on the hub, and one in memory need not be what the name says. Made before TRL
+    patches the policy's forward."""
+    if isinstance(model, str):
+        model = create_model_from_path(model, **(init_kwargs or {}))
+    else:
+        model = copy.deepcopy(model)
+    return model.requires_grad_(False).eval()

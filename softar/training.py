@@ -11,11 +11,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+)
 from trl import SFTConfig
 from trl.models.utils import _ForwardRedirection
 
+from .checks import check_writable
 from .progress import Pace, step_line
 from .resume import check_whole, last_checkpoint, last_whole
 
@@ -141,8 +150,56 @@ class WatchedLosses:
 LOSSES = "softar_losses"
 
 
+def give_own_rate(trainer, parameters: list[nn.Parameter], rate: float) -> None:
+    """Move parameters of a trainer's optimiser, when it has been made, into a group of their own,
+    with this learning rate and without weight decay."""
+    moved = {id(p) for p in parameters}
+    for group in trainer.optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in moved]
+    learnt = [p for p in parameters if p.requires_grad]
+    trainer.optimizer.add_param_group({"params": learnt, "lr": rate, "weight_decay": 0.0})
+
+
 def opt(default: Any, text: str):
     return field(default=default, metadata={"help": text})
+
+
+TEXTS = ("messages", "text", "input_ids")  # columns of which TRL's SFT needs one, or the pair
+PAIR = ("prompt", "completion")
+
+
+def check_arguments(trainer: str, kind: type, args, tokenizer) -> None:
+    """Raise ValueError for arguments that no trainer of this name can work with. kind: the class of
+    its configuration."""
+    if not isinstance(args, kind):
+        raise ValueError(f"args={args!r}: {trainer} needs a {kind.__name__}")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"processing_class={tokenizer!r}: {trainer} needs the model's tokenizer")
+    check_writable(args.output_dir)
+
+
+def check_adapter(trainer: str, model: nn.Module) -> None:
+    """Raise ValueError for virtual tokens, which nothing that feeds embeddings puts before a
+    prompt."""
+    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"peft_type={model.active_peft_config.peft_type.value}: {trainer} feeds mixtures of tokens, "
+            f"virtual tokens are not there; use LoRA"
+        )
+
+
+def check_data(dataset, name: str) -> None:
+    """Raise ValueError for rows that TRL's SFT would fail on without saying what they lack."""
+    if not isinstance(dataset, Dataset):
+        return
+    columns = dataset.column_names
+    if not any(column in columns for column in TEXTS) and not {*PAIR} <= {*columns}:
+        raise ValueError(
+            f"{name} has the columns {columns}: name yours 'prompt' and 'completion', or 'messages', "
+            f"or 'text'"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: give at least one row")
 
 
 def check_filter(args) -> None:

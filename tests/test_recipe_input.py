@@ -135,7 +135,9 @@ def test_an_error_of_the_training_keeps_its_traceback(tmp_path, monkeypatch, whe
 def test_rows_in_processes_of_their_own_say_what_went_wrong(tmp_path, bad_input):
     broken = tmp_path / "no-cot-seed42" / "checkpoint-2"
     broken.mkdir(parents=True)
-    (broken / "trainer_state.json").write_text("")  # and no weights: the training itself finds out
+    # whole files of another make: the training itself finds out
+    (broken / "trainer_state.json").write_text('{"bogus": 1}')
+    (broken / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     changes = dict(freeze_layers=3) if bad_input else dict(resume_from_checkpoint="true")
     args = options(tmp_path, rows="no-cot,discrete", jobs=2, **changes)
     done = run(*PYTHON, RECIPE, *args, code=2 if bad_input else 1)
@@ -143,5 +145,5 @@ def test_rows_in_processes_of_their_own_say_what_went_wrong(tmp_path, bad_input)
         done.stderr
     )
     assert ("Traceback" in done.stderr) != bad_input
-    says = "freeze_layers=3 but" if bad_input else f"valid checkpoint at {broken}"
+    says = "freeze_layers=3 but" if bad_input else "unexpected keyword argument 'bogus'"
     assert says in done.stderr.strip().splitlines()[-1]

@@ -17,7 +17,7 @@ from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from tiny import END, EOS, model_of, tokenizer_of, with_lora
 from torch import nn
-from transformers import TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from softar.rl import (
     SoftGRPOConfig,
@@ -124,7 +124,8 @@ def test_one_draw_is_trls_grpo(tmp_path, loss_type, mixer):
         gradient_accumulation_steps=2,
         steps_per_generation=4,
     )
-    span = dict(think_steps=None, think_end=None, soft_mixer=mixer, soft_k=1, entropy_coef=0.01)
+    span = dict(think_steps=None, think_end=None, soft_mixer=mixer, entropy_coef=0.01)
+    span |= dict(soft_k=1) if mixer == "k-samples" else {}
     ours = trainer(tmp_path, **options, **span)
     plain = {k: v for k, v in (QUICK | options).items() if not k.startswith("think")}
     plain |= dict(use_cpu=True, bf16=False, entropy_coef=0.01, gradient_checkpointing=False)
@@ -611,7 +612,7 @@ def test_bad_ppo_options(tmp_path, options, message):
 def test_options_that_do_nothing_are_refused(tmp_path, kind):
     """One by one, at a value that is not neutral; what they go with makes them act."""
     for name, neutral, _ in NEUTRAL:
-        other = {bool: not neutral[0], int: 7, float: 0.125, str: "other", type(None): "other"}
+        other = {bool: not neutral[0], int: 7, float: 0.125, str: "other", type(None): 0.125}
         with pytest.raises(ValueError, match=rf"{name}|deprecated"):
             config(tmp_path, kind, **{name: other[type(neutral[0])]})
     for options, says in (
@@ -814,6 +815,31 @@ def test_bad_constructor(tmp_path, given):
     bad = {"args": None, "processing_class": None, "reward_funcs": [], "tools": [words]}[given]
     with pytest.raises(ValueError, match=given):
         SoftGRPOTrainer(**good | {given: bad})
+
+
+def test_rows_and_models_that_cannot_be_trained_are_named(tmp_path):
+    for rows, says in (
+        (
+            Dataset.from_dict({"question": ["a"]}),
+            r"columns \['question'\]: SoftGRPOTrainer needs 'prompt'",
+        ),
+        (Dataset.from_dict({"prompt": []}), "train_dataset is empty"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            trainer(tmp_path, rows=rows)
+    settings = dict(vocab_size=64, n_positions=12, n_embd=32, n_layer=1, n_head=2)
+    table = GPT2LMHeadModel(GPT2Config(**settings, bos_token_id=1, eos_token_id=2))
+    long = Dataset.from_dict({"prompt": ["<bos> w5", "<bos>" + " w6" * 4]})
+    with pytest.raises(ValueError, match="prompt 1 has 5 tokens, and with max_completion_length=8"):
+        trainer(tmp_path, rows=long, model=table)
+    trainer(tmp_path, rows=long.select([0]), model=table)
+    diffusion = model_of()
+    diffusion.config.mask_token_id = 7
+    for kind in TRAINERS:
+        with pytest.raises(
+            ValueError, match=r"is a masked-diffusion model .*RL of masked-diffusion"
+        ):
+            trainer(tmp_path, kind, model=diffusion)
 
 
 # -- TRL

@@ -4,15 +4,17 @@ models."""
 import copy
 import math
 import random
+import re
 import signal
 import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from datasets import Dataset, DatasetDict
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from tiny import BOS, EOS, PAD, model_of, tokenizer_of
 from tokenizers import Tokenizer
@@ -20,6 +22,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     HfArgumentParser,
     MixtralConfig,
     PreTrainedTokenizerFast,
@@ -87,7 +90,10 @@ def data(n=8, seed=0, traces=(), tags=False):
 
 
 def config_of(folder, cls=SoftSFTConfig, **settings):
+    exact = settings.get("soft_mode") != "sequential" and settings.get("targets") != "oracle"
+    whole = dict(soft_top_k=None) | (dict(soft_passes=None) if exact else {})
     common = dict(
+        **whole if issubclass(cls, SoftSFTConfig) else {},
         output_dir=str(folder),
         max_steps=4,
         per_device_train_batch_size=4,
@@ -333,7 +339,7 @@ def test_teacher_forcing_equals_trls_trainer_step_by_step(tmp_path, kind, accumu
 )
 def test_the_loss_is_normalised_over_the_whole_accumulated_batch(tmp_path, settings):
     train = data(16, traces=(3, 1))
-    fixed = dict(alpha_schedule="constant", alpha_start=0.3, **settings)
+    fixed = dict(alpha_schedule="constant", alpha_start=0.3, thought_loss="alpha", **settings)
     one = trained(tmp_path / "1", train, per_device_train_batch_size=4, **fixed)
     two = trained(
         tmp_path / "2", train, per_device_train_batch_size=2, gradient_accumulation_steps=2, **fixed
@@ -639,10 +645,14 @@ def test_weight_decay_leaves_the_temperature_alone(tmp_path, peft):
         weight_decay=0.5,
         peft_config=lora() if peft else None,
     )
-    # nothing else moves the temperature
-    teacher_forced = dict(alpha_schedule="constant", alpha_start=1.0)
-    trainer = trained(tmp_path, **kw, **teacher_forced, **ADAM)
+    trainer = trained(tmp_path, **kw, temperature_learning_rate=0.0, **ADAM)
     assert logged(trainer, "soft_temperature") == [pytest.approx(2.0, abs=1e-6)] * 4
+    (group,) = [
+        group
+        for group in trainer.optimizer.param_groups
+        if any(p is trainer.model.soft_log_temperature for p in group["params"])
+    ]
+    assert len(group["params"]) == 1 and group["weight_decay"] == 0.0
     decayed = trainer.get_decay_parameter_names(trainer.model)
     assert any(
         name.endswith("lora_A.default.weight" if peft else "q_proj.weight") for name in decayed
@@ -716,10 +726,42 @@ def test_thought_weight_follows_alpha(tmp_path, spy):
     trainer = trained(
         tmp_path, data(), eval_dataset=data(4), eval_strategy="steps", eval_steps=2, **kw
     )
-    # evaluations: 1
-    assert [seen["thought_weight"] for seen in spy] == [1.0, 0.75, 1.0, 0.5, 0.25, 1.0]
+    # evaluations: 1, and once more on gold inputs
+    weights = [seen.get("thought_weight") for seen in spy]
+    assert weights == [1.0, 0.75, 1.0, None, 0.5, 0.25, 1.0, None]
     assert logged(trainer, "alpha") == [1.0, 0.75, 0.5, 0.25]
-    assert logged(trainer, "eval_alpha") == [0.0, 0.0]  # evaluated as it will be decoded
+    assert logged(trainer, "eval_alpha") == [0.5, 0.0]  # on what it is trained to read by then
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(alpha_schedule="constant", alpha_start=alpha) for alpha in (1.0, 0.4, 0.0)]
+    + [dict(targets="oracle"), dict(soft_mode="sequential", alpha_span=1.0)],
+)
+def test_eval_loss_is_of_what_it_is_trained_to_read_and_gold_stands_beside_it(tmp_path, settings):
+    rows = data(4, traces=(3,))
+    trainer = trainer_of(
+        tmp_path, rows, eval_dataset=rows, think_steps=2, per_device_eval_batch_size=4, **settings
+    )
+    trainer.state.global_step, trainer.state.max_steps = 1, 4  # a quarter of the training is done
+    found = trainer.evaluate()
+    gold = trainer_of(
+        tmp_path,
+        rows,
+        eval_dataset=rows,
+        per_device_eval_batch_size=4,
+        alpha_schedule="constant",
+        alpha_start=1.0,
+    ).evaluate()
+    assert gold["eval_loss"] == pytest.approx(gold["eval_gold_loss"], rel=1e-6)
+    assert found["eval_gold_loss"] == pytest.approx(gold["eval_loss"], rel=1e-6)
+    same_inputs = settings.get("alpha_start") == 1.0
+    assert (found["eval_loss"] == pytest.approx(gold["eval_loss"], rel=1e-6)) == same_inputs
+    trainer.model.train()
+    batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(4)])
+    if "soft_mixer" not in settings and settings.get("targets") != "oracle":
+        loss = trainer.compute_loss(trainer.model, batch).item()
+        assert found["eval_loss"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_gradients_reach_the_thought_through_the_answer_alone(tmp_path):
@@ -807,7 +849,7 @@ def test_evaluation_leaves_the_training_as_it_is(tmp_path):
         (dict(alpha_schedule="constant"), dict(mixer="hard", budget=2)),
         # scheduled sampling: discrete
         (dict(soft_mixer="hard", guidance="coin"), dict(mixer="hard")),
-        (dict(targets="oracle", alpha_schedule="constant"), dict(mixer="soft")),
+        (dict(targets="oracle"), dict(mixer="soft")),
         (
             dict(think_steps=None, think_start="<bos>", think_end="</think>"),
             dict(think_start="<bos>", think_end="</think>", budget=None),
@@ -872,7 +914,7 @@ def test_a_resumed_run_goes_on_exactly(tmp_path, name):
         (dict(alpha_start=1.5), r"alpha_start=1\.5"),
         (dict(alpha_end=-0.1), r"alpha_end=-0\.1"),
         (dict(alpha_hold=0.6, alpha_span=0.6), r"alpha_hold=0\.6"),
-        (dict(soft_top_k=0), "top_k=0"),
+        (dict(soft_top_k=-1), "soft_top_k=-1"),
         (dict(soft_top_p=1.1), r"top_p=1\.1"),
         (dict(soft_min_p=-0.1), r"min_p=-0\.1"),
         (dict(soft_min_p=2.0), r"min_p=2\.0"),
@@ -1112,3 +1154,158 @@ def test_entropy_of_the_log_is_that_of_the_thoughts_steps(tmp_path):
         # alpha = 1 at step 0: gold inputs
         found += entropy(model(ids).logits[0, begin - 1 : begin + 1]).tolist()
     assert logged(trainer, "thought_entropy")[0] == pytest.approx(sum(found) / len(found), rel=1e-5)
+
+
+# -- options that do nothing, defaults, and what is said before the first step
+
+SETTINGS = {
+    "soft_passes": 3,
+    "soft_grad_passes": 1,
+    "soft_window": 4,
+    "soft_mixer": "gumbel",
+    "soft_temperature": 0.5,
+    "guidance": "clamp",
+    "alpha_start": 0.5,
+    "alpha_end": 0.5,
+    "alpha_hold": 0.1,
+    "alpha_span": 0.2,
+    "temperature_learning_rate": 0.1,
+}
+CASES = [
+    (dict(soft_mode="sequential"), "soft_passes soft_grad_passes temperature_learning_rate"),
+    (dict(soft_mode="parallel"), "soft_window temperature_learning_rate"),
+    (
+        dict(alpha_schedule="constant"),
+        "alpha_end alpha_hold alpha_span soft_window temperature_learning_rate",
+    ),
+    (dict(targets="oracle"), " ".join(SETTINGS)),
+]
+
+
+@pytest.mark.parametrize(("settings", "idle"), CASES)
+def test_an_option_that_does_nothing_is_refused_and_every_other_is_taken(tmp_path, settings, idle):
+    for name, value in SETTINGS.items():
+        make = lambda n=name, v=value: SoftSFTConfig(str(tmp_path), **settings | {n: v})  # noqa: E731
+        if name in idle.split():
+            with pytest.raises(ValueError, match=rf"{name}={value!r} does nothing w.*leave it at"):
+                make()
+        else:
+            make()
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (dict(soft_mixer="hard"), "no mixture is ever read"),
+        (dict(soft_mixer="k-samples"), "mixtures of soft_mixer='k-samples'"),
+        (dict(alpha_schedule="constant"), "alpha stays 1"),
+        (dict(targets="oracle"), "targets='oracle'"),
+        (dict(soft_grad_passes=1), "as constants"),
+        (dict(soft_passes=0), "as constants"),
+        (dict(soft_top_k=1), "with these filters"),
+        (dict(soft_min_p=1.0), "with these filters"),
+    ],
+)
+def test_a_temperature_without_gradient_is_refused(tmp_path, settings, why):
+    with pytest.raises(ValueError, match=rf"learn_temperature=True gets no gradient: .*{why}"):
+        SoftSFTConfig(str(tmp_path), learn_temperature=True, **settings)
+
+
+@pytest.mark.parametrize("mixer", ["soft", "gumbel", "mixture-of-inputs"])
+def test_the_temperature_moves_at_a_rate_of_its_own(tmp_path, mixer):
+    options = dict(learn_temperature=True, soft_mixer=mixer, think_steps=2, alpha_start=0.0)
+    options |= dict(ADAM, learning_rate=1e-7, alpha_schedule="constant")
+    trainer = trained(tmp_path, **options)
+    assert abs(trainer.model.soft_log_temperature.item()) > 5e-3
+    # log T moves by about the rate in each of Adam's steps
+    slow = trained(tmp_path, **options, temperature_learning_rate=1e-5)
+    assert 0 < abs(slow.model.soft_log_temperature.item()) < 5e-5
+
+
+def test_the_defaults_are_two_refreshes_of_narrow_mixtures(tmp_path):
+    args = SoftSFTConfig(str(tmp_path))
+    assert (args.soft_mode, args.soft_passes, args.filters["top_k"]) == ("parallel", 2, 10)
+    assert SoftSFTConfig(str(tmp_path), soft_top_k=0).filters["top_k"] is None
+    assert args.decoding().top_k == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            dict(soft_mode="sequential"),
+            "5 forwards, one for each column of thought, of 4 x 10 tokens",
+        ),
+        (dict(soft_passes=2), "3 forwards of 4 x 10 tokens"),
+        (dict(soft_passes=None), "5 forwards of 4 x 10 tokens"),
+        (dict(targets="oracle"), "1 forward of 4 x 10 tokens"),
+        (dict(think_steps=None, soft_passes=1), r"whole completion is soft\).*2 forwards"),
+        (dict(alpha_schedule="constant"), None),
+    ],
+)
+def test_what_a_step_costs_is_said_before_the_first(tmp_path, capsys, settings, says):
+    train = data(8, traces=(2,))
+    with tiny.counted(model := calm()) as calls:
+        trainer_of(
+            tmp_path, train, model=model, **dict(think_steps=4, max_steps=1) | settings
+        ).train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("soft SFT")]
+    assert len(lines) == (says is not None)
+    if says is not None:
+        assert re.search(says, lines[0]), lines[0]
+        most = int(re.search(r"(\d+) forward", lines[0])[1])
+        assert 1 <= len(calls) - 1 <= most  # the trainer's call is a forward around them
+
+
+def test_rows_that_cannot_be_trained_on_are_named_before_the_first_step(tmp_path):
+    for columns, says in (
+        ({"question": ["a"], "answer": ["b"]}, r"columns \['question', 'answer'\]: name yours"),
+        ({"prompt": [], "completion": []}, "train_dataset is empty"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            trainer_of(tmp_path, Dataset.from_dict(columns))
+    with pytest.raises(ValueError, match="max_length=3 leaves no row"):
+        trainer_of(
+            tmp_path,
+            Dataset.from_list([{"prompt": "<bos> w5 w6 w7", "completion": " w8"}]),
+            max_length=3,
+        )
+
+
+def test_a_tag_that_the_tokenizer_merges_is_refused_by_row(tmp_path):
+    core = Tokenizer(
+        WordLevel(
+            {w: i for i, w in enumerate(["<pad>", "<eos>", "a", "b", "</t>", "b</t>"])},
+            unk_token="<pad>",
+        )
+    )
+    core.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    rows = [{"prompt": "a", "completion": text} for text in (" b </t> a", " b</t> a")]
+    with pytest.raises(ValueError, match=r"row 1 holds think_end='</t>', but the tokenizer merges"):
+        trainer_of(tmp_path, Dataset.from_list(rows), tokenizer=tokenizer, think_end="</t>")
+    trainer_of(tmp_path, Dataset.from_list(rows[:1] * 2), tokenizer=tokenizer, think_end="</t>")
+
+
+def test_rows_beyond_the_table_of_positions_are_refused(tmp_path):
+    settings = dict(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2)
+    model = AutoModelForCausalLM.from_config(GPT2Config(**settings, bos_token_id=1, eos_token_id=2))
+    long = Dataset.from_list([{"prompt": "<bos> w5", "completion": " w6" * n} for n in (3, 20)])
+    with pytest.raises(
+        ValueError, match="row 1 has 23 tokens, and the model a table of 16 positions"
+    ):
+        trainer_of(tmp_path, long, model=model)
+    trainer_of(tmp_path, long, model=model, max_length=16)
+    trainer_of(tmp_path, long)  # computed positions
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_and_masked_diffusion_are_refused(tmp_path, kind):
+    with pytest.raises(
+        ValueError, match=r"peft_type=P\w+: SoftSFTTrainer feeds mixtures.*use LoRA"
+    ):
+        trainer_of(tmp_path, peft_config=kind(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    model = calm()
+    model.config.mask_token_id = 7
+    with pytest.raises(ValueError, match="is a masked-diffusion model"):
+        trainer_of(tmp_path, model=model)

@@ -7,15 +7,59 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..checks import check_choice, check_least
+from ..checks import Idle, check_choice, check_idle, check_least
 from ..config import SoftConfig
 from ..mixers import GUIDES, mk_mixer
 from ..soft import check_dist
 from ..training import PlainSFTConfig, opt
 from .forward import MODES, mk_alpha
+from .preflight import check_learnable
 
 TARGETS = ("gold", "traces", "oracle")
 THOUGHT_LOSSES = ("constant", "alpha")
+
+
+SOFT_INPUTS = "soft_mode soft_passes soft_grad_passes soft_window"
+ALPHA = "alpha_schedule alpha_start alpha_end alpha_hold alpha_span"
+MOVE = "alpha_end alpha_hold alpha_span"
+IDLE = (
+    Idle(
+        "soft_passes soft_grad_passes",
+        lambda c: c.soft_mode == "sequential",
+        "with soft_mode='sequential'",
+        "set soft_mode='parallel'",
+    ),
+    Idle(
+        "soft_window",
+        lambda c: c.soft_mode == "parallel",
+        "with soft_mode='parallel'",
+        "set soft_mode='sequential'",
+    ),
+    Idle(
+        f"{SOFT_INPUTS} soft_mixer soft_mixer_args soft_temperature guidance",
+        lambda c: c.targets == "oracle",
+        "with targets='oracle', which reads the traces' mixtures",
+        "choose other targets",
+    ),
+    Idle(
+        ALPHA,
+        lambda c: c.targets == "oracle" and c.thought_loss != "alpha",
+        "with targets='oracle', which reads no gold token",
+        "choose other targets",
+    ),
+    Idle(
+        MOVE,
+        lambda c: c.alpha_schedule == "constant",
+        "with alpha_schedule='constant', where alpha stays at alpha_start",
+        "choose another alpha_schedule",
+    ),
+    Idle(
+        "temperature_learning_rate",
+        lambda c: not c.learn_temperature,
+        "without a temperature to learn",
+        "set learn_temperature=True",
+    ),
+)
 
 
 @dataclass
@@ -30,10 +74,13 @@ class SoftSFTConfig(PlainSFTConfig):
         False, "Recompute activations to save memory. Not with soft_mode='sequential'."
     )
     soft_mode: str = opt(
-        "parallel", "How the soft inputs are computed: 'parallel' refreshes, or 'sequential' steps."
+        "parallel",
+        "How the soft inputs are computed: 'parallel' refreshes of all, or 'sequential' steps: exact, and as many "
+        "forwards as the thought is long.",
     )
     soft_passes: int | None = opt(
-        None, "Parallel: refreshes of the soft inputs. Default: the longest thought (exact)."
+        2,
+        "Parallel: refreshes of the soft inputs; the first n of a thought are exact after n. None: all.",
     )
     soft_grad_passes: int | None = opt(
         None, "Parallel: how many of the last forwards carry gradient. Default: all."
@@ -46,10 +93,16 @@ class SoftSFTConfig(PlainSFTConfig):
     )
     soft_mixer_args: dict | str | None = opt(None, "The mixer's knobs, e.g. {'tau': 0.5}.")
     soft_temperature: float = opt(1.0, "Temperature of the mixtures.")
-    soft_top_k: int | None = opt(None, "Tokens kept in a mixture. Default: the whole vocabulary.")
+    soft_top_k: int | None = opt(
+        10,
+        "Tokens kept in a mixture, in training and decoding; 0 or None keeps the whole vocabulary.",
+    )
     soft_top_p: float | None = opt(None, "Nucleus of a mixture.")
     soft_min_p: float | None = opt(None, "Least probability in a mixture, relative to its largest.")
     learn_temperature: bool = opt(False, "Train the mixtures' temperature with the model.")
+    temperature_learning_rate: float = opt(
+        1e-2, "Learning rate of the temperature (of its logarithm), without weight decay."
+    )
     guidance: str = opt(
         "mix", "How the gold token enters a mixture: 'mix', 'clamp' or 'coin' (scheduled sampling)."
     )
@@ -95,6 +148,7 @@ class SoftSFTConfig(PlainSFTConfig):
         check_choice("guidance", self.guidance, GUIDES)
         check_choice("targets", self.targets, TARGETS)
         check_choice("thought_loss", self.thought_loss, THOUGHT_LOSSES)
+        check_least(self, soft_top_k=0, temperature_learning_rate=0)
         check_least(self, soft_passes=0, soft_grad_passes=1, soft_window=1, think_steps=0)
         check_least(self, freeze_layers=0, eval_decode_rows=0, eval_new_tokens=1)
         if self.soft_mode == "sequential" and self.gradient_checkpointing:
@@ -116,10 +170,9 @@ class SoftSFTConfig(PlainSFTConfig):
                 "out: decode with it"
             )
         self.alpha()
-        if self.learn_temperature and self.soft_temperature == 0:
-            raise ValueError(
-                f"soft_temperature={self.soft_temperature} cannot be learnt from: start above 0"
-            )
+        check_idle(self, IDLE)
+        if self.learn_temperature:
+            check_learnable(self)
 
     def alpha(self) -> Callable[[float], float]:
         """The guidance schedule, progress in [0, 1] -> alpha."""
@@ -135,7 +188,8 @@ class SoftSFTConfig(PlainSFTConfig):
     def filters(self) -> dict[str, Any]:
         """What shapes the mixtures, as mk_proba_dist and check_dist take it."""
         names = ("temperature", "top_k", "top_p", "min_p")
-        return {name: getattr(self, f"soft_{name}") for name in names}
+        filters = {name: getattr(self, f"soft_{name}") for name in names}
+        return filters | {"top_k": self.soft_top_k or None}
 
     @property
     def is_soft(self) -> bool:

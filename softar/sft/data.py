@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..evaluate import tag_ids
 from ..soft import Soft
 
 
@@ -48,14 +49,21 @@ def _starts(labels: Tensor, pattern: list[int]) -> Tensor:
     return hit
 
 
-def check_tag(dataset: Dataset, name: str, text: str, ids: list[int], targets: str) -> None:
-    """Raise ValueError for a tag that stands nowhere in the tokenised rows: whole completions would
-    be thought, and nothing would say so. One row that holds it is enough. "think_start" may stand
-    in a prompt too."""
-    in_prompts = name == "think_start"
-    if not any(
-        _holds(tokens, ids) for row in dataset for tokens in _texts(row, targets, in_prompts)
-    ):
+def check_tag(dataset: Dataset, name: str, text: str, targets: str, tokenizer) -> None:
+    """Raise ValueError for a tag that stands nowhere in the tokenised rows, and for a row in which
+    the tokenizer merges it with its neighbours: whole completions would be thought, and nothing
+    would say so. A row may lack it. "think_start" may stand in a prompt too."""
+    ids, in_prompts, stands = [*tag_ids(tokenizer, text)], name == "think_start", False
+    for number, row in enumerate(dataset):
+        for tokens in _texts(row, targets, in_prompts):
+            if _holds(tokens, ids):
+                stands = True
+            elif text in tokenizer.decode([token for token in tokens if token >= 0]):
+                raise ValueError(
+                    f"row {number} holds {name}={text!r}, but the tokenizer merges it with its neighbours, so its "
+                    f"tokens {ids} are not there: put a space or a line break around it, or add it as a special token"
+                )
+    if not stands:
         where = "prompt or completion" if in_prompts else "completion"
         raise ValueError(
             f"{name}={text!r}, tokens {ids}, stands in no {where} of the training data (cut to max_length): name a "
@@ -77,7 +85,8 @@ def _texts(row: dict[str, Any], targets: str, in_prompts: bool) -> list[list[int
 
 
 def _holds(tokens: list[int], ids: list[int]) -> bool:
-    return any(tokens[i : i + len(ids)] == ids for i in range(len(tokens) - len(ids) + 1))
+    starts = (i for i, token in enumerate(tokens) if token == ids[0])
+    return any(tokens[i : i + len(ids)] == ids for i in starts)
 
 
 @dataclass

@@ -12,17 +12,25 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 
-from ..checks import check_writable
 from ..config import CONFIG_FILE, TAGS, SoftConfig
 from ..evaluate import evaluate, tag_ids
 from ..mixers import guide, mk_mixer
 from ..model_card import OwnCard, changes_of
+from ..models import check_autoregressive, plain
 from ..soft import Soft, check_dist, mk_proba_dist
-from ..training import MicroBatches, WatchedLosses, inside_forward, no_interrupt
+from ..training import (
+    MicroBatches,
+    WatchedLosses,
+    check_adapter,
+    check_arguments,
+    check_data,
+    give_own_rate,
+    inside_forward,
+    no_interrupt,
+)
 from .config import SoftSFTConfig
 from .data import (
     SoftCollator,
@@ -35,6 +43,7 @@ from .data import (
 )
 from .forward import mixed_forward, soft_forward
 from .loss import soft_loss
+from .preflight import check_left, check_room, forecast, room_of
 
 
 class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
@@ -62,11 +71,8 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         score: Callable[[str, dict], float] | None = None,
         **kwargs,
     ):
-        if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise ValueError(
-                f"processing_class={processing_class!r}: SoftSFTTrainer needs the model's tokenizer"
-            )
-        check_writable(args.output_dir)
+        check_arguments(type(self).__name__, SoftSFTConfig, args, processing_class)
+        check_data(train_dataset, "train_dataset")
         self._score, self._decode_rows = score, eval_dataset
         _check_rows(args, train_dataset, eval_dataset, score)
         if args.targets != "gold":
@@ -93,6 +99,10 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
                 f"router_aux_loss_coef={self.router_aux_loss_coef}: soft SFT leaves out the experts' "
                 f"load-balancing loss, set it to 0 to agree"
             )
+        check_adapter(type(self).__name__, self.model)
+        check_autoregressive(self.model, "train it with softar.diffusion's DiffusionSFTTrainer")
+        check_left(self.train_dataset, args.max_length)
+        check_room(self.train_dataset, room_of(plain(self.model)))
         vocab = self.model.config.get_text_config(decoder=True).vocab_size
         check_dist(vocab, **args.filters)
         _freeze(
@@ -114,8 +124,16 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         if isinstance(self.train_dataset, Dataset):  # a stream shows its rows only once
             for name, tokens in ids.items():
                 if tokens:
-                    check_tag(self.train_dataset, name, tags[name], tokens, args.targets)
+                    check_tag(
+                        self.train_dataset, name, tags[name], args.targets, self.processing_class
+                    )
         return dict(start=ids["think_start"], end=ids["think_end"], steps=args.think_steps)
+
+    def train(self, *args, **kwargs):
+        """Says first what a step will cost."""
+        if line := forecast(self.args, self.train_dataset, self._span):
+            self.accelerator.print(line)
+        return super().train(*args, **kwargs)
 
     # -- data
 
@@ -153,66 +171,71 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
 
     def _seeded(self, micro: int, *, shared: bool) -> torch.Generator:
         rank = 0 if shared else 1 + self.accelerator.process_index
-        seed = np.random.SeedSequence([self.args.seed, self.state.global_step, micro, rank])
+        # an evaluation always sees the same noise; between two steps the model may be in either mode
+        step = self.state.global_step if shared or self.model.training else 2**31
+        seed = np.random.SeedSequence([self.args.seed, step, micro, rank])
         return self._rng.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Decay would pull the temperature to 1, where its logarithm is 0."""
-        return [
-            name
-            for name in super().get_decay_parameter_names(model)
-            if not name.endswith("soft_log_temperature")
-        ]
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.learn_temperature:
+            # decay would pull it to 1, where its logarithm is 0
+            rate = self.args.temperature_learning_rate
+            give_own_rate(self, [self.model.soft_log_temperature], rate)
+        return optimizer
 
     # -- loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        training = self.model.training
-        alpha = self._alpha(self._progress() if training else 1.0)
-        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        ids, labels = inputs["input_ids"], inputs["labels"]
+        """At the current alpha, in an evaluation too: there the loss on gold inputs is a metric of
+        its own, gold_loss."""
+        training, alpha = self.model.training, self._alpha(self._progress())
+        labels = inputs["labels"]
         thought = thought_mask(labels, **self._span)
         thought[:, 0] = False  # a text without a prompt: its first token has no belief before it
-        micro = self.next_micro()
-
         oracle = None
         if self.args.targets == "oracle":
-            oracle = frontier(inputs["trace_ids"], inputs["trace_mask"], ids)
-
-        def logits_of(ids: Tensor) -> Tensor:
-            """-> [B, T, V]. Runs inside the wrapper's forward, where DDP and FSDP have the
-            parameters at hand."""
-            mask = inputs["attention_mask"]
-            if oracle is not None:
-                return mixed_forward(unwrapped, ids, mask, thought, oracle)
-            return soft_forward(
-                unwrapped,
-                ids,
-                mask,
-                thought if alpha < 1 else torch.zeros_like(thought),
-                self._mk_feed(alpha, micro),
-                mode=self.args.soft_mode,
-                passes=self.args.soft_passes,
-                grad_passes=self.args.soft_grad_passes,
-                window=self.args.soft_window,
-            )
-
-        def forward(ids: Tensor) -> tuple[Tensor, Tensor | float]:
-            # DDP wants each parameter in what the forward returns, the temperature at alpha = 1
-            # too.
-            return logits_of(ids), 0.0 * self._temperature()
-
-        logits, nothing = inside_forward(model, unwrapped, forward, ids)
+            oracle = frontier(inputs["trace_ids"], inputs["trace_mask"], inputs["input_ids"])
+        logits, nothing = self._logits(model, inputs, thought, alpha, oracle)
         count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        count = torch.as_tensor(count, device=logits.device).clamp(min=1)
         weight = alpha if self.args.thought_loss == "alpha" and training else 1.0
         loss, h = soft_loss(logits, labels, thought, thought_weight=weight, soft_labels=oracle)
-        count = torch.as_tensor(count, device=loss.device).clamp(min=1)
         loss = (loss + self.args.entropy_coef * h.sum()) / count + nothing
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP averages, the count is of all processes
             loss = loss * self.accelerator.num_processes
         self._note(training, alpha, h)
+        if not training:
+            gold = logits
+            if alpha < 1 or oracle is not None:
+                gold, _ = self._logits(model, inputs, thought, 1.0, None)
+            total, _ = soft_loss(gold, labels, thought)
+            self._metrics["eval"]["gold_loss"].append((total / count).item())
         return (loss, CausalLMOutput(logits=logits)) if return_outputs else loss
+
+    def _logits(self, model, inputs, thought: Tensor, alpha: float, oracle: Soft | None) -> tuple:
+        """[B, T, V] at this share of the gold tokens, or reading the oracle's mixtures; and a 0 with
+        the temperature in its graph, as DDP wants each parameter in what the forward returns."""
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        args, mask = self.args, inputs["attention_mask"]
+        marked = thought if alpha < 1 else torch.zeros_like(thought)
+        feed = self._mk_feed(alpha, self.next_micro())
+
+        def forward(ids: Tensor) -> tuple[Tensor, Tensor | float]:
+            """Inside the wrapper's forward, where DDP and FSDP have the parameters at hand."""
+            nothing = 0.0 * self._temperature()
+            if oracle is not None:
+                return mixed_forward(unwrapped, ids, mask, thought, oracle), nothing
+            soft = dict(
+                mode=args.soft_mode,
+                passes=args.soft_passes,
+                grad_passes=args.soft_grad_passes,
+                window=args.soft_window,
+            )
+            return soft_forward(unwrapped, ids, mask, marked, feed, **soft), nothing
+
+        return inside_forward(model, unwrapped, forward, inputs["input_ids"])
 
     def _mk_feed(self, alpha: float, micro: int):
         args, rng = self.args, self._seeded(micro, shared=False)

@@ -1,0 +1,107 @@
+"""What a trainer of soft policies refuses before it starts: arguments, rows, models, folders."""
+
+import logging
+from pathlib import Path
+
+from datasets import Dataset
+from torch import nn
+
+from softar.config import CONFIG_FILE, SoftConfig
+from softar.models import check_autoregressive
+from softar.sft.preflight import room_of
+from softar.training import check_adapter
+
+from .config import SoftGRPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+def check_turn(trainer: str, reward_funcs, others: dict) -> None:
+    """Raise ValueError for what goes beyond a rewarded turn. others: the arguments that go on to
+    TRL's trainer."""
+    for key in ("tools", "rollout_func", "environment_factory"):
+        if others.get(key) is not None:
+            raise ValueError(
+                f"{key}={others[key]!r}: {trainer} rolls out a single soft turn, leave it out"
+            )
+    if not reward_funcs:
+        raise ValueError(f"reward_funcs={reward_funcs!r}: give at least one")
+
+
+def check_prompts(trainer: str, dataset, name: str) -> None:
+    """Raise ValueError for rows without prompts, or no rows, where TRL would end without a step."""
+    if not isinstance(dataset, Dataset):
+        return
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"{name} has the columns {dataset.column_names}: {trainer} needs 'prompt', rename yours"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: give at least one row")
+
+
+def check_room(model: nn.Module, tokenizer, dataset, most: int) -> None:
+    """Raise ValueError for a prompt that leaves no room for `most` steps in the model's table of
+    positions, where it has one."""
+    room = room_of(model)
+    if room is None or not isinstance(dataset, Dataset):
+        return
+    for number, prompt in enumerate(dataset["prompt"]):
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            ids = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_dict=True
+            )
+            ids = ids["input_ids"]
+        if len(ids) + most > room:
+            raise ValueError(
+                f"prompt {number} has {len(ids)} tokens, and with max_completion_length={most} that is "
+                f"more than the {room} positions in the model's table: shorten one of them"
+            )
+
+
+def check_model(trainer: str, model: nn.Module, aux_loss_coef: float | None) -> None:
+    """Raise ValueError for a model that the trainer of this name cannot train. aux_loss_coef: of a
+    mixture of experts whose load-balancing loss is asked for."""
+    if aux_loss_coef is not None:
+        raise ValueError(
+            f"router_aux_loss_coef={aux_loss_coef}: {trainer} leaves out the experts' load-balancing "
+            f"loss, set it to 0 to agree"
+        )
+    check_adapter(trainer, model)
+    check_autoregressive(model, "RL of masked-diffusion models is not there")
+    dropouts = (m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p)
+    if rates := sorted({*dropouts}):
+        logger.warning(
+            "dropout %s stays off: the replay must score the policy that was rolled out", rates
+        )
+
+
+def check_origin(model, args: SoftGRPOConfig) -> None:
+    """Raise ValueError where the model's folder says that its policy draws another number of
+    tokens."""
+    name = model if isinstance(model, str) else model.name_or_path
+    if not name or not Path(name, CONFIG_FILE).is_file():
+        return
+    theirs, ours = SoftConfig.load(name), args.decoding()
+    if theirs.mixer == ours.mixer == "k-samples" and theirs.mixer_args.get("k") != args.soft_k:
+        raise ValueError(
+            f"soft_k={args.soft_k}, but {CONFIG_FILE} in {name} says k={theirs.mixer_args.get('k')}: give the same, or "
+            f"remove the file to train on with another number of draws"
+        )
+
+
+def check_resume(folder: str, args: SoftGRPOConfig) -> None:
+    """Raise ValueError where the checkpoint was trained as another policy: its optimiser would go
+    on elsewhere."""
+    if not Path(folder, CONFIG_FILE).is_file():
+        raise ValueError(
+            f"resume_from_checkpoint={folder!r} holds no {CONFIG_FILE}: it is of another trainer"
+        )
+    theirs, ours = vars(SoftConfig.load(folder)), vars(args.decoding())
+    if other := [f"{k}={ours[k]!r}, not {theirs[k]!r}" for k in ours if ours[k] != theirs[k]]:
+        raise ValueError(
+            f"resume_from_checkpoint={folder!r} was trained as another policy: now {'; '.join(other)}. Give the same "
+            f"options, or start a new run from its weights"
+        )
