@@ -38,13 +38,14 @@ COMMON = (
 )
 HELP = {
     "model_name_or_path": "A name of `softar models`, a folder, a .gguf file or a hub id.",
-    "dataset_name": "Your data, instead of a task: a hub id or a folder with train and test files.",
+    "dataset_name": "Your data, instead of a task: a .jsonl, .json, .csv or .parquet file, a folder with train and "
+    "test files, or a hub id.",
     "dataset_config": "Configuration of a dataset of the hub.",
     "dataset_train_split": "Name of the rows to train on.",
     "dataset_test_split": "Name of the held-out rows.",
-    "report_to": "Where the numbers go beside the terminal, with commas out of tensorboard (files in OUTPUT_DIR/runs), "
-    "wandb, trackio, each a package of its own: loss, gradient norm, learning rate, and the trainer's own, such as "
-    "alpha, thought_entropy and accuracies.",
+    "report_to": "Where the numbers go beside the terminal: tensorboard (files in OUTPUT_DIR/runs), wandb or trackio, "
+    "each a package of its own, or all that are installed: loss, gradient norm, learning rate, and the trainer's own, "
+    "such as alpha, thought_entropy and accuracies.",
     "resume_from_checkpoint": "true goes on from the newest whole checkpoint of the output folder, a path from that "
     "one. Default: start anew.",
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checks import check_least, check_writable, one_line_errors
+from .checks import check_choice, check_least, check_writable, one_line_errors
 from .launch import Program, default_accelerate_config, is_launched, launch, split_processes
 from .progress import duration
 from .recipe_config import with_default_config, with_found_config
@@ -145,6 +145,7 @@ def read(recipe: Recipe, argv: list[str], program: Program | None = None) -> Inp
     argv = with_found_config(argv, recipe.demo.parent)
     argv = with_default_config(argv, recipe.demo, recipe.task_demos)
     script, training, model_args, mixture = parse(recipe, argv)
+    quiet(bars=sys.stderr.isatty())
     names = parse_rows(script.rows, recipe.rows, recipe.groups)
     check_least(script, num_seeds=1, eval_rows=1)
     task = recipe.prepare(script, open_task(script, mixture, recipe.formats))
@@ -156,6 +157,7 @@ def read(recipe: Recipe, argv: list[str], program: Program | None = None) -> Inp
     output = training.output_dir
     configs = {name: row_config(recipe, inputs, name, training.seed, output) for name in names}
     recipe.check(inputs, configs)
+    check_loggers(training.report_to)
     check_writable(output)
     check_resume(training, is_single=names == [CUSTOM] and script.num_seeds == 1)
     return inputs
@@ -185,7 +187,6 @@ def train(recipe: Recipe, inputs: Inputs) -> None:
     from rich.console import Console
 
     console, training = Console(), inputs.training
-    quiet(bars=sys.stderr.isatty())
     is_tiny = inputs.model in inputs.task.models.values()
     if is_tiny:
         import torch
@@ -330,6 +331,16 @@ def named_model(model_args, task: "Task", default: str | None) -> tuple[str, dic
     if model_args.model_revision not in (None, "main"):
         options["revision"] = model_args.model_revision
     return name, options
+
+
+def check_loggers(names: list[str]) -> None:
+    """Raise ValueError for a logger of --report_to that is not there or not installed."""
+    from transformers.integrations import integration_utils as loggers
+
+    for name in names:
+        check_choice("report_to", name, [*sorted(loggers.INTEGRATION_TO_CALLBACK), "none"])
+        if name not in ("none", *loggers.get_available_reporting_integrations()):
+            raise ValueError(f"report_to={name!r} is not installed: pip install {name}")
 
 
 def check_model(name: str, kind: str, script, options: dict) -> None:

@@ -165,6 +165,12 @@ def test_the_shell_completes(softar, monkeypatch, typed, offered):
     assert code == 0 and out.split() == [offered]
 
 
+def test_a_model_that_is_nowhere_fills_no_holes_and_is_named(softar, tmp_path):
+    for model in (tmp_path, "no/such"):
+        code, _, err = softar("fill", "a _ b", "-m", model)
+        assert code == 2 and f"model={str(model)!r} could not be loaded" in err, err
+
+
 def test_without_a_command_it_helps(softar):
     code, out, err = softar()
     assert (code, err) == (0, "") and out.strip() == softar("--help")[1].strip()

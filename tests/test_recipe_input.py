@@ -46,6 +46,8 @@ def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
         (dict(dataset_name="no/such"), "no/such"),
         (dict(config="/no/such.yaml"), "config='/no/such.yaml'"),
         (dict(bogus=1), "'--bogus'"),
+        (dict(report_to="tensorbord"), "report_to='tensorbord' is unknown, did you mean 'tensorb"),
+        (dict(report_to="clearml"), "report_to='clearml' is not installed: pip install clearml"),
         (dict(num_seeds=0), "num_seeds=0"),
         (dict(packing="true"), "packing=True"),
         (

@@ -104,7 +104,9 @@ def open_decoder(
         card = describe(model) if asked is None else card_of(asked, model)
         if fills:
             check_fills(spec, card)
-        spec = default_spec(card, common["dtype"], common["device"]) if spec is None else spec
+        if spec is None:  # of a hub id that is not in the cache the kind is not known yet
+            is_new = fills and card.kind is None
+            spec = "hard" if is_new else default_spec(card, common["dtype"], common["device"])
         asked = parse_spec(with_options(spec, options))
         length = default_length(card, asked.family) if max_new_tokens is None else max_new_tokens
         common = Common(length, prefix=asked.prefix, **common)
