@@ -310,6 +310,23 @@ def test_gguf_file_is_dequantised_and_saveable(tmp_path):
     assert torch.equal(logits(twin, tokenizer, "abba"), logits(model, tokenizer, "abba"))
 
 
+@pytest.mark.parametrize("bos", [None, False, True])
+@pytest.mark.parametrize("eos", [None, False, True])
+def test_gguf_says_how_a_text_begins_and_ends(bos, eos, tmp_path):
+    """transformers reads over it; the saved tokenizer does so, too."""
+    write_gguf(tmp_path / "m.gguf", bos=bos, eos=eos)
+    tokenizer = load(tmp_path / "m.gguf")[1]
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for same in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        for text, ids in (("abba", [4, 3, 2]), ("", [])):
+            assert same(text)["input_ids"] == [0] * bool(bos) + ids + [1] * bool(eos)
+            assert same(text, add_special_tokens=False)["input_ids"] == ids
+        assert same.decode(same("abba")["input_ids"], skip_special_tokens=True) == "abba"
+        assert same.chat_template == "{{ bos_token }}{{ messages[0]['content'] }}"
+        chat = [{"role": "user", "content": "ab"}]
+        assert same.apply_chat_template(chat, return_dict=False) == [0, 4]
+
+
 def check_saveable(model, tokenizer, text, path):
     for part in (model, tokenizer):
         part.save_pretrained(path)
@@ -320,7 +337,7 @@ def check_saveable(model, tokenizer, text, path):
     )
 
 
-def write_gguf(path, width=32, layers=1):
+def write_gguf(path, width=32, layers=1, bos=None, eos=None):
     """A small Llama with Q8_0 matrices and a byte-level vocabulary of a few letters."""
     words = ["<s>", "</s>", "a", "b", "ab"]
     out = gguf.GGUFWriter(path, "llama")
@@ -343,6 +360,11 @@ def write_gguf(path, width=32, layers=1):
     out.add_token_merges(["a b"])
     out.add_bos_token_id(0)
     out.add_eos_token_id(1)
+    out.add_chat_template("{{ bos_token }}{{ messages[0]['content'] }}")
+    if bos is not None:
+        out.add_add_bos_token(bos)
+    if eos is not None:
+        out.add_add_eos_token(eos)
     draw = torch.Generator().manual_seed(0)
     shapes = {
         "token_embd": (len(words), width),

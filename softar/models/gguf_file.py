@@ -4,9 +4,11 @@ import functools
 from contextlib import contextmanager
 
 import torch
+from tokenizers import processors
 from transformers import GgufConfig
+from transformers.utils import cached_file
 
-from .source import pretrained
+from .source import FETCH, pretrained
 
 
 def load_gguf(source, *, dtype, **model_kwargs):
@@ -19,7 +21,51 @@ def load_gguf(source, *, dtype, **model_kwargs):
     # fine-tuning
     plain = GgufConfig(dequantize=True)
     with _read_once():
-        return pretrained(source, dtype=dtype, quantization_config=plain, **model_kwargs)
+        model, tokenizer = pretrained(
+            source, dtype=dtype, quantization_config=plain, **model_kwargs
+        )
+        _add_ends(tokenizer, _metadata(source, model_kwargs))
+    return model, tokenizer
+
+
+def _metadata(source, model_kwargs: dict) -> dict:
+    """The file's fields on its tokenizer."""
+    import gguf
+
+    fetch = {key: model_kwargs[key] for key in FETCH if key in model_kwargs and key != "gguf_file"}
+    path = cached_file(source, model_kwargs["gguf_file"], **fetch)
+    names = ("model", "add_bos_token", "add_eos_token")
+    fields = gguf.GGUFReader(path).fields
+    return {
+        name: fields[key].contents()
+        for name in names
+        if (key := f"tokenizer.ggml.{name}") in fields
+    }
+
+
+def _add_ends(tokenizer, metadata: dict) -> None:
+    """Let the tokenizer begin and end a text as the file says: transformers 5.19 reads over it, and
+    without its BOS a Gemma answers nonsense.
+
+    Where the file does not say, SentencePiece's vocabularies ("llama") begin with BOS, as in
+    llama.cpp.
+    """
+    wanted = {
+        "bos": metadata.get("add_bos_token", metadata.get("model") == "llama"),
+        "eos": metadata.get("add_eos_token", False),
+    }
+    tokens = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
+    if unknown := [end for end, is_wanted in wanted.items() if is_wanted and not tokens[end]]:
+        raise ValueError(f"its metadata says add_{unknown[0]}_token and names no such token")
+    bos, eos = ([tokens[end]] if wanted[end] else [] for end in ("bos", "eos"))
+    core = tokenizer.backend_tokenizer
+    before = [part for part in [core.post_processor] if isinstance(part, processors.ByteLevel)]
+    first, second = [*bos, "$A", *eos], [f"{part}:1" for part in (*bos, "$B", *eos)]
+    ends = {token: tokenizer.convert_tokens_to_ids(token) for token in (*bos, *eos)}
+    template = processors.TemplateProcessing(
+        single=first, pair=first + second, special_tokens=[*ends.items()]
+    )
+    core.post_processor = processors.Sequence([*before, template])
 
 
 @contextmanager
