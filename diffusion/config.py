@@ -69,9 +69,9 @@ class DenoiseConfig:
                 raise ValueError(
                     f"{knob}={value} belongs to one schedule: give schedule_args={{{knob!r}: {value}}}"
                 )
-        for name in ("gen_length", "block_length", "steps"):
+        for name in ("gen_length", "block_length", "steps", "top_k"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, int):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValueError(f"{name}={value!r} must be a whole number")
         check_least(self, gen_length=0, block_length=1, steps=1)
         if self.gen_length and self.block_length and self.gen_length % self.block_length:
@@ -96,6 +96,7 @@ class DenoiseConfig:
             raise ValueError(
                 f"logits_processor={self.logits_processor!r:.80} must be callable with ids and scores"
             )
+        self._check_idle()
         self._check_schedule()
         softener = mk_softener("hard" if self.soften is None else self.soften, **self.soften_args)
         self._check_remask(softener)
@@ -105,6 +106,27 @@ class DenoiseConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be >= 0 and finite; 0 switches it off"
                 )
+
+    def _check_idle(self):
+        """Raise ValueError for options that change nothing beside the others."""
+        if self.quirks.lenient:
+            return
+        is_random = mk_selector(self.select).is_random
+        one_block = self.block_length in (None, self.gen_length or None)
+        no_blocks = "has finished blocks to look at: give a block_length below gen_length"
+        for name, idle, needs in (
+            ("top_k", self.temperature == 0, "filters what is drawn: give a temperature above 0"),
+            ("top_p", self.temperature == 0, "filters what is drawn: give a temperature above 0"),
+            ("alg_temp", is_random, "draws by score: choose a select that has one"),
+            ("early_stop", one_block, no_blocks),
+            (
+                "cache",
+                not self.gen_length and self.block_length is None,
+                "keeps what is outside of a block, here the whole canvas: give block_length",
+            ),
+        ):
+            if idle and getattr(self, name) not in (None, False, 0.0):
+                raise ValueError(f"{name}={getattr(self, name)!r} changes nothing; it {needs}")
 
     def _check_schedule(self):
         name, schedule = self.schedule_name, mk_schedule(self.schedule_name)
@@ -128,10 +150,11 @@ class DenoiseConfig:
                 f"steps={self.steps} does not go with schedule={name!r}, which takes as many as it needs"
             )
         if schedule.is_random and not lenient:
-            if self.alg_temp or not (selector.is_confidence or selector.is_random):
+            scores = selector.is_confidence or selector.is_random
+            if self.alg_temp or self.ends_last or not scores:
                 raise ValueError(
                     f"schedule={name!r} draws each position by itself: select={self.select!r}, "
-                    f"alg_temp={self.alg_temp} say nothing to it"
+                    f"alg_temp={self.alg_temp}, ends_last={self.ends_last} say nothing to it"
                 )
         if schedule.compares and not (selector.is_probability or lenient):
             raise ValueError(

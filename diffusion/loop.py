@@ -196,6 +196,14 @@ def _check(model, facts: Facts, net: Parts, config: DenoiseConfig, input_ids: Te
     k = config.soften_args.get("k", 1)
     if isinstance(config.soften, str) and k > facts.vocab_size:
         raise ValueError(f"soften_args k={k} must be at most {facts.vocab_size}, the vocabulary")
+    if not config.quirks.lenient:
+        known = facts.end_ids if config.end_ids is None else config.end_ids
+        for name, has in (("ban_eos", facts.eos_id), ("ends_last", known), ("early_stop", known)):
+            if getattr(config, name) and not has and has != 0:
+                raise ValueError(
+                    f"{name}=True changes nothing: {type(model).__name__} names no end token, give end_ids or set "
+                    f"model.config.eos_token_id"
+                )
     ends = config.end_ids or ()
     if any(not 0 <= i < facts.vocab_size or i == facts.mask_id for i in ends):
         raise ValueError(

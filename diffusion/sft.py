@@ -9,6 +9,7 @@ answer is predicted: the right ones do not show.
 Shapes: B rows, T positions, V vocabulary, D width; n masked positions, flat, row by row.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,10 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
     ):
         check_arguments(type(self).__name__, DiffusionSFTConfig, args, processing_class)
         check_data(train_dataset, "train_dataset")
+        if args.idle_head:
+            warnings.warn(
+                f"{', '.join(args.idle_head)} change nothing with softmasking_prob=0", stacklevel=2
+            )
         self._facts = facts(model)
         self._score, self._decode_rows = score, eval_dataset
         self._fill = self._facts.eos_id if args.train_padding else processing_class.pad_token_id
@@ -103,7 +108,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=SoftCollator(self._fill),
+            data_collator=SoftCollator(self._fill, pad_to_multiple_of=args.pad_to_multiple_of),
             **kwargs,
         )
         check_adapter(type(self).__name__, self.model)

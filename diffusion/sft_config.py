@@ -99,6 +99,39 @@ class DiffusionSFTConfig(PlainSFTConfig):
         self._check_uniform()
         if self.softmasking_prob:
             self.head()
+        self._check_idle()
+
+    def _check_idle(self):
+        """Raise ValueError for options that change nothing beside the others."""
+        by_algorithm = {"top-k": ["head_temperature"], "temperature": ["head_k"]}
+        for names, idle, because in (
+            (
+                ("tau_start", "tau_end", "gamma_min", "gamma_max"),
+                not self.curriculum,
+                "without a curriculum",
+            ),
+            (
+                by_algorithm[self.head_algorithm],
+                self.softmasking_prob > 0,
+                f"with head_algorithm={self.head_algorithm!r}",
+            ),
+            (["pad_token"], True, "here: set the tokenizer's"),
+            (["average_tokens_across_devices"], True, "here: targets are counted in all processes"),
+        ):
+            for name in names:
+                default = self.__dataclass_fields__[name].default
+                if idle and getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} changes nothing {because}; leave it at {default!r}"
+                    )
+
+    @property
+    def idle_head(self) -> list[str]:
+        """The options of a head that is not there. A file shared by rows with and without one may
+        name them, so that they are no error but told of when training begins."""
+        fields = self.__dataclass_fields__
+        names = [name for name in fields if name.startswith("head_") and not self.softmasking_prob]
+        return [name for name in names if getattr(self, name) != fields[name].default]
 
     def _check_uniform(self):
         if not 0 <= self.curriculum <= 1:

@@ -48,13 +48,19 @@ CONFIGS = Path(__file__).parent / "configs"
 TWICE = 0.8  # share of the steps that read a row twice (arXiv:2510.17206 finds 80 % best)
 # Fields that make a row of the table what it is; everything else (data, steps, size) is common to
 # all.
+# Without a head its options are at their defaults: they would change nothing.
+HEADLESS = dict(softmasking_prob=0.0) | {
+    field.name: field.default
+    for field in dataclasses.fields(DiffusionSFTConfig)
+    if field.name.startswith("head_")
+}
 ROWS = {
-    "hard": dict(objective="masked", softmasking_prob=0.0),
+    "hard": dict(objective="masked", **HEADLESS),
     # As many forwards as soft-mask: 1 + TWICE times the steps
-    "hard-long": dict(objective="masked", softmasking_prob=0.0),
+    "hard-long": dict(objective="masked", **HEADLESS),
     "soft-mask": dict(objective="masked", softmasking_prob=TWICE),
     # Every token of the answer is predicted, none is a mask: the mean is over all of them.
-    "duo": dict(objective="uniform", softmasking_prob=0.0, normalise="tokens"),
+    "duo": dict(objective="uniform", normalise="tokens", **HEADLESS),
 }
 GROUPS = {"demo": ["hard", "soft-mask"], "all": list(ROWS)}
 SCHEDULES = {  # name -> how a budget of it is said to DenoiseConfig

@@ -1233,6 +1233,17 @@ BAD_CONFIGS = [
     (dict(schedule="ancestral", alg_temp=0.1), "schedule='ancestral' draws.*alg_temp=0.1"),
     (dict(schedule="ancestral", select="margin"), "schedule='ancestral' draws.*select='margin'"),
     (dict(remask_args={"eta": 0.1}), "remask_args={'eta': 0.1} without remask"),
+    (dict(schedule="ancestral", ends_last=True), "schedule='ancestral' draws.*ends_last=True"),
+    # what changes nothing
+    (dict(top_k=5), "top_k=5 changes nothing; it filters what is drawn"),
+    (dict(top_p=0.9), "top_p=0.9 changes nothing; it filters what is drawn"),
+    (dict(select="random", alg_temp=0.5), "alg_temp=0.5 changes nothing; it draws by score"),
+    (dict(early_stop=True), "early_stop=True changes nothing; it has finished blocks"),
+    (dict(early_stop=True, block_length=8), "early_stop=True changes nothing"),
+    (dict(gen_length=0, cache="dual"), "cache='dual' changes nothing.*give block_length"),
+    (dict(gen_length=True), "gen_length=True must be a whole number"),
+    (dict(top_k=2.0, temperature=1.0), "top_k=2.0 must be a whole number"),
+    (dict(top_k=True, temperature=1.0), "top_k=True must be a whole number"),
 ]
 
 
@@ -1302,6 +1313,8 @@ BAD_INPUTS = {
         ),
         r"attention_mask leaves rows \[1\] an empty prompt",
     ),
+    "no end to ban": (dict(eos_token_id=None, ban_eos=True), "ban_eos=True changes nothing"),
+    "no end to wait for": (dict(eos_token_id=None, ends_last=True), "ends_last=True changes"),
     "an end that is none": (dict(end_ids=(VOCAB,)), r"end_ids=\(48,\) must be ids below 48"),
     "the mask as an end": (dict(end_ids=(MASK,)), r"end_ids=\(46,\).*mask"),
 }
@@ -1311,7 +1324,8 @@ BAD_INPUTS = {
 def test_bad_inputs_are_errors_that_name_the_value(name):
     knobs, told = BAD_INPUTS[name]
     knobs = {"gen_length": 8, "input_ids": IDS, **knobs}
-    model = denoiser(knobs.pop("family", "llada"))
+    changes = {k: knobs.pop(k) for k in [*knobs] if k == "eos_token_id"}
+    model = denoiser(knobs.pop("family", "llada"), **changes)
     inputs = {k: knobs.pop(k) for k in [*knobs] if k in ("input_ids", "attention_mask", "rng")}
     with counted(model.model) as calls, pytest.raises(ValueError, match=told):
         denoise(model, **inputs, config=DenoiseConfig(**knobs))

@@ -33,7 +33,7 @@ SETTINGS = [
     dict(temperature=1.0),
     dict(temperature=1.0, top_k=3, top_p=0.9),
     dict(cfg_scale=1.0),
-    dict(ban_eos=True, ends_last=True, early_stop=True),
+    dict(ban_eos=True, ends_last=True, early_stop=True, block_length=4),
     dict(alg_temp=1.0),
 ]
 

@@ -570,11 +570,29 @@ def test_a_head_file_that_does_not_fit_the_model(tmp_path, field, value):
         (dict(packing=True), "packing=True"),
         (dict(normalise="rows"), "normalise='rows'"),
         (dict(softmasking_prob=0.5, head_k=0), "k=0"),
+        (dict(noise="share"), "noise='share' does not go with normalise='answer'"),
+        # what changes nothing
+        (dict(SOFT, head_temperature=2.0), "head_temperature=2.0 .* head_algorithm='top-k'"),
+        (dict(SOFT, head_algorithm="temperature", head_k=4), "head_k=4 .*'temperature'"),
+        (dict(tau_start=0.1), "tau_start=0.1 changes nothing without a curriculum"),
+        (dict(gamma_max=0.0), "gamma_max=0.0 changes nothing without a curriculum"),
+        (dict(pad_token="<eos>"), "pad_token='<eos>' changes nothing here"),
+        (dict(average_tokens_across_devices=False), "average_tokens_across_devices=False changes"),
     ],
 )
 def test_bad_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         DiffusionSFTConfig(output_dir=str(tmp_path), **options)
+
+
+def test_options_of_a_head_that_is_not_there_are_told_of(tmp_path, task):
+    with pytest.warns(UserWarning, match="^head_k, head_scale change nothing with softmasking_pr"):
+        trainer_of(tmp_path, task, head_k=4, head_scale=0.1)
+
+
+def test_batches_are_padded_to_a_multiple(tmp_path, task):
+    trainer, _ = trainer_of(tmp_path, task, pad_to_multiple_of=16)
+    assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[1] == 16
 
 
 def test_a_causal_model_is_refused(tmp_path, task):

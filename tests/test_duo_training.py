@@ -493,7 +493,6 @@ def test_a_completion_with_a_token_that_is_left_out(tmp_path):
         dict(alg_temp=0.5),
         dict(remask="conf"),
         dict(cfg_scale=1.0),
-        dict(early_stop=True),
         dict(ban_eos=True),
         dict(parity="llada"),
     ],
