@@ -45,7 +45,9 @@ def many(text: str, *default):
 
 @dataclass
 class SweepArguments:
-    tasks: list[str] = many("Tasks by name: latin, mnns, reasoning_gym:NAME.")
+    tasks: list[str] = many(
+        "Tasks: latin, mnns, reasoning_gym:NAME, lm_eval:NAME, rows.jsonl:score=number, module:function."
+    )
     soft: list[str] = many(
         "Decoders, [MODEL=]NAME[:key=value,key=value]; `softar compare --help` lists the names."
     )
