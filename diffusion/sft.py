@@ -9,6 +9,7 @@ answer is predicted: the right ones do not show.
 Shapes: B rows, T positions, V vocabulary, D width; n masked positions, flat, row by row.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -348,9 +349,12 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         )
 
     def card_command(self, folder: str | Path) -> str:
-        template = bool(mask := self.processing_class.mask_token) and mask in self.origin.prompt
-        length = "" if template else f" --gen-length {self.origin.new_tokens or 32}"
-        return decode_command("fill", folder, self.origin, length)
+        mask, origin = self.processing_class.mask_token, self.origin
+        if mask and mask in origin.prompt:
+            origin = dataclasses.replace(origin, prompt=origin.prompt.replace(mask, "_"))
+            return decode_command("fill", folder, origin)
+        length = f" --gen-length {origin.new_tokens or 32}"
+        return decode_command("fill", folder, origin, length)
 
     def card_config(self) -> tuple[str | None, dict]:
         file = None if self.head is None else HEAD_FILE

@@ -8,7 +8,6 @@ steps.
 
 import dataclasses
 import json
-import math
 import os
 import shutil
 import time
@@ -145,19 +144,20 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
     trainer.origin = example_of(task, tokenizer)
     accelerator, score = trainer.accelerator, score_of(rewards[0], task)
 
-    def measure() -> dict:
+    def measure(stage: str) -> dict:
         """On the main process; nothing where there are no held-out rows."""
         if task.test is None or not accelerator.is_main_process:
             return {}
         plain = accelerator.unwrap_model(trainer.model)
-        return evaluate(plain, tokenizer, task.test, score, args, script.eval_draws)
+        found = evaluate(plain, tokenizer, task.test, score, args, script.eval_draws)
+        print(f"{name}, seed {args.seed}: accuracy {found['accuracy']:.3f} {stage}", flush=True)
+        return found
 
-    decoder, before = decoder_of(args), measure()
-    accelerator.print(f"{name}, seed {args.seed}: {before.get('accuracy', math.nan):.3f} before")
+    decoder, before = decoder_of(args), measure("before")
     accelerator.wait_for_everyone()
     seconds = fit(trainer, args, name)
     trainer.close()
-    after = measure()
+    after = measure("after")
     accelerator.wait_for_everyone()
     common = dict(
         task=task.name,
@@ -171,8 +171,7 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
         train_steps=trainer.state.global_step,
         train_seconds=seconds,
     )
-    log = trainer.state.log_history
-    curve = [[entry["step"], entry["reward"]] for entry in log if "reward" in entry]
+    curve = [[e["step"], e["reward"]] for e in trainer.state.log_history if "reward" in e]
     lines = [
         common | {"stage": "before"} | before,
         common | {"stage": "after"} | after | {"rewards": curve},

@@ -150,7 +150,8 @@ def example_of(task, tokenizer) -> Origin:
     if isinstance(prompt, list):  # a chat
         prompt = prompt[-1].get("content") or PROMPT
     prompt = prompt.strip() if isinstance(prompt, str) else PROMPT
-    is_short = "\n" not in prompt and 0 < len(prompt) <= 120
+    most = 400 if "template" in row else 120  # its masks are shown as underscores
+    is_short = "\n" not in prompt and 0 < len(prompt) <= most
     answer = row.get("completion")
     length = len(tokenizer(answer)["input_ids"]) + 1 if isinstance(answer, str) else None
     return Origin(task.name, prompt if is_short else PROMPT, length)

@@ -77,6 +77,17 @@ def test_the_card_of_a_soft_model_follows_the_run(tmp_path, adapter, capsys):
     assert end.value.code == 0 and capsys.readouterr().out.strip()
 
 
+def test_a_template_is_shown_with_its_holes(tmp_path):
+    task = load_task("latin", size=4)
+    model, tokenizer = load("latin-diffusion-tiny", seed=0)
+    args = settings(tmp_path, DiffusionSFTConfig, max_steps=1)
+    trainer = DiffusionSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer)
+    trainer.origin = example_of(task, tokenizer)
+    words = shlex.split(trainer.card_command("a folder"))
+    assert words[:2] == ["softar", "fill"] and words[3:] == ["-m", "a folder"]
+    assert words[2].replace("_", "<mask>") == task.test["template"][0]
+
+
 @pytest.mark.parametrize("soft", [False, True])
 def test_the_card_of_a_diffusion_model_follows_the_run(tmp_path, soft, capsys):
     model, tokenizer = load("mnns-diffusion-tiny", seed=0)
