@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
-from softar.checks import check_choice, check_least
+from softar.checks import Idle, check_choice, check_idle, check_least
 from softar.soft import check_dist
 
 from .knobs import check_allowed, check_knobs
@@ -15,6 +15,33 @@ from .select import SELECTORS, mk_selector
 from .soften import Softener, mk_softener
 
 CACHES = (None, "prefix", "dual")
+
+IDLE = (
+    Idle(
+        "top_k top_p",
+        lambda c: c.temperature == 0,
+        "at temperature=0, where nothing is drawn",
+        "give a temperature",
+    ),
+    Idle(
+        "alg_temp",
+        lambda c: mk_selector(c.select).is_random,
+        "with a select that scores at random",
+        "choose another select",
+    ),
+    Idle(
+        "early_stop",
+        lambda c: c.block_length in (None, c.gen_length or None),
+        "in a single block, behind which nothing is left",
+        "give a block_length below gen_length",
+    ),
+    Idle(
+        "cache",
+        lambda c: not c.gen_length and c.block_length is None,
+        "where the block is the whole canvas",
+        "give a block_length",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +123,8 @@ class DenoiseConfig:
             raise ValueError(
                 f"logits_processor={self.logits_processor!r:.80} must be callable with ids and scores"
             )
-        self._check_idle()
+        if not self.quirks.lenient:
+            check_idle(self, IDLE)
         self._check_schedule()
         softener = mk_softener("hard" if self.soften is None else self.soften, **self.soften_args)
         self._check_remask(softener)
@@ -106,27 +134,6 @@ class DenoiseConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be >= 0 and finite; 0 switches it off"
                 )
-
-    def _check_idle(self):
-        """Raise ValueError for options that change nothing beside the others."""
-        if self.quirks.lenient:
-            return
-        is_random = mk_selector(self.select).is_random
-        one_block = self.block_length in (None, self.gen_length or None)
-        no_blocks = "has finished blocks to look at: give a block_length below gen_length"
-        for name, idle, needs in (
-            ("top_k", self.temperature == 0, "filters what is drawn: give a temperature above 0"),
-            ("top_p", self.temperature == 0, "filters what is drawn: give a temperature above 0"),
-            ("alg_temp", is_random, "draws by score: choose a select that has one"),
-            ("early_stop", one_block, no_blocks),
-            (
-                "cache",
-                not self.gen_length and self.block_length is None,
-                "keeps what is outside of a block, here the whole canvas: give block_length",
-            ),
-        ):
-            if idle and getattr(self, name) not in (None, False, 0.0):
-                raise ValueError(f"{name}={getattr(self, name)!r} changes nothing; it {needs}")
 
     def _check_schedule(self):
         name, schedule = self.schedule_name, mk_schedule(self.schedule_name)

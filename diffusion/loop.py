@@ -201,7 +201,7 @@ def _check(model, facts: Facts, net: Parts, config: DenoiseConfig, input_ids: Te
         for name, has in (("ban_eos", facts.eos_id), ("ends_last", known), ("early_stop", known)):
             if getattr(config, name) and not has and has != 0:
                 raise ValueError(
-                    f"{name}=True changes nothing: {type(model).__name__} names no end token, give end_ids or set "
+                    f"{name}=True does nothing: {type(model).__name__} names no end token, give end_ids or set "
                     f"model.config.eos_token_id"
                 )
     ends = config.end_ids or ()

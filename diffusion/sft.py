@@ -90,7 +90,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         check_data(train_dataset, "train_dataset")
         if args.idle_head:
             warnings.warn(
-                f"{', '.join(args.idle_head)} change nothing with softmasking_prob=0", stacklevel=2
+                f"{', '.join(args.idle_head)} do nothing with softmasking_prob=0", stacklevel=2
             )
         self._facts = facts(model)
         self._score, self._decode_rows = score, eval_dataset

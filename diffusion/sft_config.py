@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from softar.checks import check_choice, check_least
+from softar.checks import Idle, check_choice, check_idle, check_least, idle_options
 from softar.training import PlainSFTConfig, opt
 
 from .duo import GaussianToDiscrete, tau_at
@@ -12,6 +12,40 @@ from .uniform import UNIFORM_LOSSES
 
 NOISES = {"rate": mask_at_rate, "share": mask_share}
 OBJECTIVES = ("masked", "uniform")
+
+HEADLESS = Idle(
+    "head_k head_algorithm head_scale head_centre head_steepness head_temperature head_learning_rate",
+    lambda c: not c.softmasking_prob,
+    "with softmasking_prob=0",
+    "give a softmasking_prob",
+)
+IDLE = (
+    Idle(
+        "tau_start tau_end gamma_min gamma_max",
+        lambda c: not c.curriculum,
+        "without a curriculum",
+        "give one",
+    ),
+    Idle(
+        "head_temperature",
+        lambda c: c.softmasking_prob and c.head_algorithm == "top-k",
+        "with head_algorithm='top-k'",
+        "choose 'temperature'",
+    ),
+    Idle(
+        "head_k",
+        lambda c: c.softmasking_prob and c.head_algorithm == "temperature",
+        "with head_algorithm='temperature', which mixes the whole vocabulary",
+        "choose 'top-k'",
+    ),
+    Idle("pad_token", lambda c: True, "here", "set the tokenizer's"),
+    Idle(
+        "average_tokens_across_devices",
+        lambda c: True,
+        "here, where targets are counted in all processes",
+        "drop it",
+    ),
+)
 
 
 @dataclass
@@ -99,39 +133,13 @@ class DiffusionSFTConfig(PlainSFTConfig):
         self._check_uniform()
         if self.softmasking_prob:
             self.head()
-        self._check_idle()
-
-    def _check_idle(self):
-        """Raise ValueError for options that change nothing beside the others."""
-        by_algorithm = {"top-k": ["head_temperature"], "temperature": ["head_k"]}
-        for names, idle, because in (
-            (
-                ("tau_start", "tau_end", "gamma_min", "gamma_max"),
-                not self.curriculum,
-                "without a curriculum",
-            ),
-            (
-                by_algorithm[self.head_algorithm],
-                self.softmasking_prob > 0,
-                f"with head_algorithm={self.head_algorithm!r}",
-            ),
-            (["pad_token"], True, "here: set the tokenizer's"),
-            (["average_tokens_across_devices"], True, "here: targets are counted in all processes"),
-        ):
-            for name in names:
-                default = self.__dataclass_fields__[name].default
-                if idle and getattr(self, name) != default:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} changes nothing {because}; leave it at {default!r}"
-                    )
+        check_idle(self, IDLE)
 
     @property
     def idle_head(self) -> list[str]:
         """The options of a head that is not there. A file shared by rows with and without one may
         name them, so that they are no error but told of when training begins."""
-        fields = self.__dataclass_fields__
-        names = [name for name in fields if name.startswith("head_") and not self.softmasking_prob]
-        return [name for name in names if getattr(self, name) != fields[name].default]
+        return [name for name, *_ in idle_options(self, [HEADLESS])]
 
     def _check_uniform(self):
         if not 0 <= self.curriculum <= 1:

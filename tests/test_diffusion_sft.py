@@ -574,10 +574,10 @@ def test_a_head_file_that_does_not_fit_the_model(tmp_path, field, value):
         # what changes nothing
         (dict(SOFT, head_temperature=2.0), "head_temperature=2.0 .* head_algorithm='top-k'"),
         (dict(SOFT, head_algorithm="temperature", head_k=4), "head_k=4 .*'temperature'"),
-        (dict(tau_start=0.1), "tau_start=0.1 changes nothing without a curriculum"),
-        (dict(gamma_max=0.0), "gamma_max=0.0 changes nothing without a curriculum"),
-        (dict(pad_token="<eos>"), "pad_token='<eos>' changes nothing here"),
-        (dict(average_tokens_across_devices=False), "average_tokens_across_devices=False changes"),
+        (dict(tau_start=0.1), "tau_start=0.1 does nothing without a curriculum"),
+        (dict(gamma_max=0.0), "gamma_max=0.0 does nothing without a curriculum"),
+        (dict(pad_token="<eos>"), "pad_token='<eos>' does nothing here"),
+        (dict(average_tokens_across_devices=False), "average_tokens_across_devices=False does"),
     ],
 )
 def test_bad_options(tmp_path, options, message):
@@ -586,7 +586,7 @@ def test_bad_options(tmp_path, options, message):
 
 
 def test_options_of_a_head_that_is_not_there_are_told_of(tmp_path, task):
-    with pytest.warns(UserWarning, match="^head_k, head_scale change nothing with softmasking_pr"):
+    with pytest.warns(UserWarning, match="^head_k, head_scale do nothing with softmasking_pr"):
         trainer_of(tmp_path, task, head_k=4, head_scale=0.1)
 
 
