@@ -681,6 +681,34 @@ def test_adapter_folder_loads_base_and_adapter(kind, own_tokenizer, tmp_path):
     assert load(adapter, dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("arch", ["llada", "Dream", "bert", "roberta"])
+@pytest.mark.parametrize("saved", [True, False], ids=["modules to save", "saved for its size"])
+def test_an_adapter_over_a_grown_vocabulary_is_the_same_again(arch, saved, tmp_path):
+    folder, is_bert = tmp_path / "base", arch in BERTS
+    if is_bert:
+        write_bert(folder, arch)
+    else:
+        write(folder, stock(arch), arch)
+        llada_tokenizer().save_pretrained(folder) if arch == "llada" else dream_tokenizer(folder)
+    model, tokenizer = load(folder)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    grown = max(model.config.vocab_size, len(tokenizer)) + 1
+    model.resize_token_embeddings(grown, mean_resizing=False)
+    tables = ["word_embeddings"] if is_bert else ["embed_tokens", "lm_head"]
+    inside = ["query", "value"] if is_bert else ["q_proj", "v_proj"]
+    config = LoraConfig(r=2, target_modules=inside, modules_to_save=tables if saved else None)
+    wrapped = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for p in (p for p in wrapped.parameters() if p.requires_grad):
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    again, _ = load(tmp_path / "adapter")
+    assert facts(again).vocab_size == grown
+    x = torch.tensor([[5, 6, grown - 1, 7, facts(again).mask_id]])
+    assert torch.equal(by_parts(again, x), by_parts(wrapped, x))
+
+
 def test_adapter_with_the_published_names(tmp_path):
     """As trained on LLaDA's own code: every parameter takes its place, or the folder is refused."""
     base, adapter = write(tmp_path / "base", stock()), tmp_path / "adapter"
