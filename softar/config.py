@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checks import check_choice, check_least
+from .checks import Idle, check_choice, check_idle, check_least
 from .mixers import Mixed, mk_mixer
 from .names import check_not_code
 from .soft import RESCALES, check_dist
@@ -46,6 +46,22 @@ def takes_old_names(config: type) -> type:
 
     config.__init__ = __init__
     return config
+
+
+IDLE = (
+    Idle(
+        "cold_stop_steps",
+        lambda c: c.cold_stop_entropy is None,
+        "without a cold stop",
+        "set cold_stop_entropy",
+    ),
+    Idle(
+        "softness",
+        lambda c: mk_mixer(c.mixer, **c.mixer_args).single,
+        "with a mixer of single tokens",
+        "choose a mixer that mixes",
+    ),
+)
 
 
 @takes_old_names
@@ -91,6 +107,7 @@ class SoftConfig:
             raise ValueError(
                 f"softness={self.softness} must lie in [0, 1]: 0 feeds the token alone, 1 the mixture alone"
             )
+        check_idle(self, IDLE)
         check_choice("rescale", self.rescale, RESCALES)
         check_least(self, max_new_tokens=1, cold_stop_steps=1, budget=0)
         if self.cold_stop_entropy is not None and not self.cold_stop_entropy >= 0:

@@ -95,6 +95,10 @@ def cases(draw):
     fields["max_new_tokens"] = FIELDS["max_new_tokens"][0]
     for name in draw(st.sets(st.sampled_from([*FIELDS]), max_size=6)):
         fields[name] = draw(st.sampled_from(FIELDS[name][1:]))
+    if mixer == "hard":  # they do nothing there, and are refused
+        fields.pop("softness", None)
+    if "cold_stop_entropy" not in fields:
+        fields.pop("cold_stop_steps", None)
     start, end = draw(st.sampled_from(TAGS)) or (None, None)
     fields |= {"think_start": start, "think_end": end} if end is not None else {}
     word = st.integers(1, VOCAB - 1)
