@@ -144,6 +144,8 @@ def generate(
     """
     config = override(config or SoftConfig(), renamed(kwargs), generate).resolve(tokenizer)
     _check_inputs(input_ids, attention_mask)
+    if attention_mask is not None:
+        check_rows(model, attention_mask)  # the loop below sees nothing of PEFT's wrapper
     settings = copy.deepcopy(generation_config or model.generation_config)
     settings.update(**OVERRIDES, max_new_tokens=config.max_new_tokens)
     stopping_criteria = StoppingCriteriaList(stopping_criteria or [])

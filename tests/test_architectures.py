@@ -14,7 +14,8 @@ import warnings
 
 import pytest
 import torch
-from tiny import PAD, counted, left_padded, seeded
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from tiny import PAD, counted, left_padded, model_of, seeded
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -24,7 +25,7 @@ import softar
 from softar.models.reading import BLIND_TO_PADDING, DECODERS, NEED_TOKENS, ONE_ROW
 from softar.rl.actions import k_samples_logp, replay
 from softar.sft.forward import mixed_forward, soft_forward
-from softar.soft import Soft, hard, mk_proba_dist, soft_inputs, token_inputs
+from softar.soft import Soft, entropy, hard, mk_proba_dist, soft_inputs, token_inputs
 
 VOCAB, STEPS = 40, 3
 ROWS = ([5, 11, 12, 13, 14], [5, 21])
@@ -259,3 +260,42 @@ def test_layers_read_it_in_training_and_replay(layered):
     assert_close(*modes, rtol=0, atol=1e-4)
     tokens = mixed_forward(layered, out.sequences, None, mask, hard(out.sequences))
     assert_close(tokens, layered(input_ids=out.sequences).logits, rtol=0, atol=1e-6)
+
+
+VIRTUAL = {
+    "prompt": PromptTuningConfig,
+    "prompt encoder": PromptEncoderConfig,
+    "prefix": PrefixTuningConfig,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("way", VIRTUAL)
+def test_virtual_tokens_of_peft_are_read(way):
+    """H, R, and the forward without cache; where PEFT does not see padding that is said."""
+    settings = VIRTUAL[way](task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(model_of(), settings).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(0, 0.5)
+    model.get_base_model().generation_config.eos_token_id = None
+    rows = [[1, 11, 12], [1, 21, 22]]
+    ids, mask = left_padded(rows)
+    greedy = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=STEPS, do_sample=False
+    )
+    one, other = decode(model, rows, mixer="soft", top_k=1), decode(model, rows, mixer="hard")
+    assert one.sequences.tolist() == other.sequences.tolist() == greedy.tolist()
+    check_row_alone_is_row_in_batch(model, rows)
+    soft = decode(model, rows, mixer="soft", top_k=5)
+    fed = soft_inputs(model, Soft(soft.record.ids[:, :-1], soft.record.weights[:, :-1]))
+    embeds = torch.cat([model.get_input_embeddings()(ids), fed["inputs_embeds"]], 1)
+    logits = model(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2])).logits
+    assert_close(entropy(logits[:, -STEPS:]), soft.record.entropy, **CLOSE)
+    if way == "prefix":
+        check_row_alone_is_row_in_batch(model, ROWS)
+    else:
+        with pytest.raises(ValueError, match="by PEFT does not see padding"):
+            decode(model, ROWS)

@@ -7,7 +7,6 @@ tables: what is not named here satisfies both.
 import inspect
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .kind import check_autoregressive, plain
 
@@ -37,6 +36,8 @@ BLIND_TO_PADDING = (
     "trocr",
     "whisper",
 )
+# PEFT puts virtual tokens before the padding, and counts positions across it.
+VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 ONE_ROW = ("rwkv",)  # reads, after the prompt, the rows of a batch into each other
 # Their classes are causal whatever is_decoder says.
 DECODERS = ("gpt_neox", "gpt_neox_japanese")
@@ -69,10 +70,15 @@ def check_reads_mixtures(model) -> None:
         raise ValueError(f"{name} has no cache, in which soft inputs live: take another model")
 
 
-def check_rows(model: PreTrainedModel, attention_mask: Tensor) -> None:
-    """Raise ValueError for rows [B, P] that a model would not decode as it does by themselves."""
-    model = plain(model)
-    name, kind = type(model).__name__, model.config.model_type
+def check_rows(model, attention_mask: Tensor) -> None:
+    """Raise ValueError for rows [B, P] that a model, plain or wrapped by PEFT, would not decode as
+    it does by themselves."""
+    name, kind = type(plain(model)).__name__, plain(model).config.model_type
+    tuned = None if model is plain(model) else model.active_peft_config.peft_type
+    if tuned in VIRTUAL and not attention_mask.all():
+        raise ValueError(
+            f"{tuned} by PEFT does not see padding: decode rows of one length, or one by one"
+        )
     if kind in ONE_ROW and len(attention_mask) > 1:
         raise ValueError(f"{name} does not keep the rows of a batch apart: decode them one by one")
     if kind in BLIND_TO_PADDING and not attention_mask.all():
