@@ -32,6 +32,7 @@ from softar.models import (
     FETCH,
     MNNS_WORDS,
     base_of,
+    cached_if_offline,
     check_fit,
     check_fixed,
     opening,
@@ -139,6 +140,7 @@ def load(
 def _open(name: str, *, dtype, **model_kwargs):
     """A folder or a hub id; raises what transformers raises, and ValueError for weights that do not
     fit."""
+    model_kwargs = cached_if_offline(name, model_kwargs)
     fetch = {key: model_kwargs[key] for key in FETCH if key in model_kwargs}
     if Path(name).is_dir() and not Path(name, fetch.get("subfolder", ""), "config.json").is_file():
         raise FileNotFoundError("the folder holds no config.json, so no model")

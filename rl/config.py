@@ -135,6 +135,7 @@ class SoftGRPOConfig(GRPOConfig):
         """The policy as a configuration: how rollouts are decoded, and what soft_config.json
         records."""
         hard = self.soft_mixer == "hard"
+        has_answer = (self.think_end, self.think_steps) != (None, None)
         return SoftConfig(
             mixer=self.soft_mixer,
             mixer_args={"sample": True} if hard else {"k": self.soft_k},
@@ -144,7 +145,7 @@ class SoftGRPOConfig(GRPOConfig):
             think_start=self.think_start,
             think_end=self.think_end,
             budget=self.think_steps,
-            answer_temperature=self.temperature,
+            answer_temperature=self.temperature if has_answer else 0.0,
         )
 
 

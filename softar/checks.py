@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import numbers
 import os
 import sys
 import tempfile
 import time
+import types
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +29,20 @@ def check_least(values, **least: float) -> None:
         value = values[name] if isinstance(values, dict) else getattr(values, name)
         if value is not None and not value >= low:
             raise ValueError(f"{name}={value} must be at least {low}")
+
+
+def check_types(config) -> None:
+    """Raise ValueError unless each field of a dataclass that is annotated as int, float or bool (or
+    None) holds one: True is no number, and 2.5 no count that may be rounded without a word."""
+    for field in dataclasses.fields(config):
+        kinds, value = {*(typing.get_args(field.type) or [field.type])}, getattr(config, field.name)
+        if not kinds <= TYPES.keys() or (value is None and types.NoneType in kinds):
+            continue
+        fits = not isinstance(value, bool) and any(isinstance(value, TYPES[k][0]) for k in kinds)
+        if not (isinstance(value, bool) if bool in kinds else fits):
+            words = " or ".join(TYPES[kind][1] for kind in kinds if kind is not types.NoneType)
+            none = " or None" if types.NoneType in kinds else ""
+            raise ValueError(f"{field.name}={value!r} must be {words}{none}")
 
 
 def check_choice(name: str, value, known: Iterable, *, hint: str = "") -> None:
@@ -88,24 +105,29 @@ def did_you_mean(value, known: Iterable) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def override(config, fields: dict, function: Callable):
-    """The dataclass `config` with `fields` in place of its own, which are keywords of `function`.
-    The zeros that some tokenizers call token_type_ids are dropped.
+def check_fields(config: type, fields: dict, function: Callable) -> dict:
+    """`fields`, which are keywords of `function`, without the zeros that some tokenizers call
+    token_type_ids. config: the dataclass whose fields they are.
 
-    Raises TypeError, as Python does, for a keyword that is not a field.
+    Raises TypeError, as Python does, for a keyword that is no field.
     """
     segments = fields.get("token_type_ids")
     if segments is not None and any(map(any, segments.tolist())):
         raise ValueError("token_type_ids holds a second segment, and softar reads one: give zeros")
     fields = {name: value for name, value in fields.items() if name != "token_type_ids"}
+    known = inspect.signature(function).parameters
     names = [field.name for field in dataclasses.fields(config)]
     if unknown := [name for name in fields if name not in names]:
-        known = inspect.signature(function).parameters
         raise TypeError(
             f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}"
-            f"{did_you_mean(unknown[0], known)}: it takes its own and {type(config).__name__}'s"
+            f"{did_you_mean(unknown[0], known)}: it takes its own and {config.__name__}'s"
         )
-    return dataclasses.replace(config, **fields)
+    return fields
+
+
+def override(config, fields: dict, function: Callable):
+    """The dataclass `config` with `fields` in place of its own, see `check_fields`."""
+    return dataclasses.replace(config, **check_fields(type(config), fields, function))
 
 
 @contextlib.contextmanager
@@ -126,3 +148,11 @@ def shorten(text: str, most: int = 300) -> str:
     """On one line, and cut where it is longer than `most` characters: for what others said."""
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+TYPES = {
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    bool: (bool, "True or False"),
+    types.NoneType: (types.NoneType, "None"),
+}

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checks import Idle, check_choice, check_idle, check_least
+from .checks import Idle, check_choice, check_idle, check_least, check_types, idle_options
 from .mixers import Mixed, mk_mixer
 from .names import check_not_code
 from .soft import RESCALES, check_dist
+from .tags import Moves, blanks, moves_of_ids, moves_of_text
 
 Ids = int | str | tuple[int, ...] | None
 CONFIG_FILE = "soft_config.json"
@@ -48,22 +49,6 @@ def takes_old_names(config: type) -> type:
     return config
 
 
-IDLE = (
-    Idle(
-        "cold_stop_steps",
-        lambda c: c.cold_stop_entropy is None,
-        "without a cold stop",
-        "set cold_stop_entropy",
-    ),
-    Idle(
-        "softness",
-        lambda c: mk_mixer(c.mixer, **c.mixer_args).single,
-        "with a mixer of single tokens",
-        "choose a mixer that mixes",
-    ),
-)
-
-
 @takes_old_names
 @dataclass(frozen=True)
 class SoftConfig:
@@ -86,11 +71,17 @@ class SoftConfig:
     # a tuple; text stays text until `resolve`.
     think_start: Ids = None  # opens the thought; None: the completion starts inside it
     think_end: Ids = None  # closes it for good
+    # made by `resolve`: how tokens spell the two where they are texts (softar.tags), and which
+    # tokens are white space
+    spelling: tuple = field(default=(), repr=False, compare=False)
     # soft steps at most, then think_end is put in (or, without one, the answer starts)
     budget: int | None = None
     # nats; the same after `cold_stop_steps` consecutive steps below it
     cold_stop_entropy: float | None = None
     cold_stop_steps: int = 256
+    # The answer is what follows the thought; False: the text of both, as of a model that begins its
+    # reply at once
+    hide_thought: bool = True
     # The answer, always discrete.
     answer_temperature: float = 0.0  # 0 is greedy
     answer_top_k: int | None = None
@@ -100,6 +91,8 @@ class SoftConfig:
     def __post_init__(self):
         for name in (*TAGS, "banned"):
             object.__setattr__(self, name, _as_ids(getattr(self, name)))
+        object.__setattr__(self, "spelling", _as_tuples(self.spelling))
+        check_types(self)
         check_dist(None, **self.filters)
         check_dist(None, **self.answer_filters)
         mk_mixer(self.mixer, **self.mixer_args)
@@ -107,7 +100,6 @@ class SoftConfig:
             raise ValueError(
                 f"softness={self.softness} must lie in [0, 1]: 0 feeds the token alone, 1 the mixture alone"
             )
-        check_idle(self, IDLE)
         check_choice("rescale", self.rescale, RESCALES)
         check_least(self, max_new_tokens=1, cold_stop_steps=1, budget=0)
         if self.cold_stop_entropy is not None and not self.cold_stop_entropy >= 0:
@@ -122,6 +114,32 @@ class SoftConfig:
             raise ValueError(
                 f"think_start={self.think_start!r} needs a think_end that closes the thought"
             )
+        if self.think_start is not None and self.think_start == self.think_end:
+            raise ValueError(
+                f"think_start={self.think_start!r} closes the thought as well: give another think_end"
+            )
+        check_idle(self, IDLE)
+
+    def changed(self, **changes) -> "SoftConfig":
+        """With these fields in place of its own; fields of its own that would say nothing beside
+        them go back to their defaults. Raises ValueError for changes that say nothing."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | changes
+        if "mixer" in changes and "mixer_args" not in changes and changes["mixer"] != self.mixer:
+            values["mixer_args"] = {}  # knobs of the other
+        if changes.keys() & {*TAGS}:
+            values["spelling"] = ()  # of the others
+        draft = object.__new__(type(self))  # not checked yet
+        vars(draft).update(values)
+        for name in {name for name, *_ in idle_options(draft, IDLE)} - changes.keys():
+            del values[name]
+        return type(self)(**values)
+
+    @property
+    def shown(self) -> str:
+        """For people: the fields that are not at their defaults."""
+        plain, names = SoftConfig(), [f.name for f in dataclasses.fields(self) if f.repr]
+        own = [n for n in names if getattr(self, n) != getattr(plain, n)]
+        return f"SoftConfig({', '.join(f'{n}={getattr(self, n)!r}' for n in own)})"
 
     @property
     def filters(self) -> dict[str, Any]:
@@ -136,6 +154,11 @@ class SoftConfig:
         return {name: getattr(self, f"answer_{name}") for name in names}
 
     @property
+    def is_single(self) -> bool:
+        """Does its mixer give one token, so that no embedding is ever mixed?"""
+        return mk_mixer(self.mixer).single
+
+    @property
     def has_answer(self) -> bool:
         """Does something end the thought, so that an answer follows?"""
         ends = (self.think_end, self.budget, self.cold_stop_entropy)
@@ -145,7 +168,7 @@ class SoftConfig:
     def is_soft(self) -> bool:
         """Is an embedding ever mixed? A thought of single tokens is an ordinary chain of
         thought."""
-        return self.softness > 0 and self.temperature > 0 and not mk_mixer(self.mixer).single
+        return self.softness > 0 and self.temperature > 0 and not self.is_single
 
     @property
     def draws(self) -> bool:
@@ -171,8 +194,8 @@ class SoftConfig:
     def resolve(self, tokenizer) -> "SoftConfig":
         """The same configuration with think_start and think_end given as text turned into token
         ids."""
-        ids = {}
-        for name in TAGS:
+        ids, moves = {}, [*self.spelling[:2]] or [(), ()]
+        for i, name in enumerate(TAGS):
             text = getattr(self, name)
             if not isinstance(text, str):
                 continue
@@ -187,7 +210,19 @@ class SoftConfig:
                 ) from error
             if not ids[name]:
                 raise ValueError(f"{name}={text!r} is empty for this tokenizer")
-        return dataclasses.replace(self, **ids)
+            moves[i] = moves_of_text(tokenizer, text)
+        if not ids:
+            return self
+        return dataclasses.replace(self, **ids, spelling=(*moves, blanks(tokenizer)))
+
+    @property
+    def moves(self) -> tuple[Moves | None, Moves | None]:
+        """How think_start and think_end are spelled, see softar.tags; None for none. Of a resolved
+        configuration."""
+        ids = [getattr(self, name) for name in TAGS]
+        texts = self.spelling[:2] or ((), ())
+        pairs = zip(texts, ids, strict=True)
+        return tuple(None if own is None else text or moves_of_ids(own) for text, own in pairs)
 
     def save(self, folder: str | Path) -> None:
         """Write soft_config.json beside a checkpoint."""
@@ -195,7 +230,9 @@ class SoftConfig:
             raise ValueError(
                 f"mixer={self.mixer!r} is a function and cannot be saved: name it, 'module:function'"
             )
-        Path(folder, CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        values = dataclasses.asdict(self)
+        del values["spelling"]
+        Path(folder, CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "SoftConfig":
@@ -211,7 +248,75 @@ class SoftConfig:
         return cls(**values)
 
 
+def _as_tuples(value):
+    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
 def _as_ids(ids: int | str | list[int] | tuple[int, ...] | None) -> str | tuple[int, ...] | None:
     if isinstance(ids, int):
         return (ids,)
     return tuple(ids) if isinstance(ids, list) else ids
+
+
+def _draws(c: SoftConfig) -> bool:
+    mixer = mk_mixer(c.mixer, **c.mixer_args)
+    return mixer.draws(mixer.knobs)
+
+
+IDLE = (
+    Idle(
+        "hide_thought answer_temperature answer_top_k answer_top_p answer_min_p",
+        lambda c: (c.think_end, c.budget, c.cold_stop_entropy) == (None, None, None),
+        "where nothing ends the thought",
+        "give think_end, budget or cold_stop_entropy",
+    ),
+    Idle(
+        "answer_top_k answer_top_p answer_min_p",
+        lambda c: c.answer_temperature == 0,
+        "at answer_temperature=0, which is greedy",
+        "give another",
+    ),
+    Idle(
+        "cold_stop_steps",
+        lambda c: c.cold_stop_entropy is None,
+        "without a cold stop",
+        "set cold_stop_entropy",
+    ),
+    Idle(
+        "softness rescale",
+        lambda c: mk_mixer(c.mixer).single,
+        "with a mixer of single tokens, which mixes nothing",
+        "choose another mixer",
+    ),
+    Idle(
+        "top_p min_p keep",
+        lambda c: mk_mixer(c.mixer).single and not _draws(c),
+        "with mixer='hard', which is greedy",
+        "choose another mixer",
+    ),
+    Idle(
+        "top_k",  # None is no filter
+        lambda c: c.top_k is not None and mk_mixer(c.mixer).single and not _draws(c),
+        "with mixer='hard', which is greedy",
+        "choose another mixer",
+    ),
+    Idle("rescale", lambda c: c.softness == 0, "at softness=0, which mixes nothing", "raise it"),
+    Idle(
+        "softness rescale mixer_args top_p min_p keep",
+        lambda c: c.temperature == 0,
+        "at temperature=0, which leaves one token",
+        "raise it",
+    ),
+    Idle(
+        "top_k",
+        lambda c: c.temperature == 0 and c.top_k is not None,
+        "at temperature=0, which leaves one token",
+        "raise it",
+    ),
+    Idle(
+        "mixer",
+        lambda c: c.temperature == 0 and not mk_mixer(c.mixer).single,
+        "at temperature=0, which leaves one token",
+        "raise it",
+    ),
+)

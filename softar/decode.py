@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
+    MaxLengthCriteria,
     PreTrainedModel,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -36,16 +37,19 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from .checks import override
-from .config import TAGS, SoftConfig, renamed
+from . import guard
+from .checks import check_fields
+from .config import SoftConfig, renamed
+from .defaults import chosen, recall
 from .mixers import Rng, mk_mixer
-from .models.reading import check_reads_mixtures, check_rows
-from .soft import Soft, check_dist, entropy, soft_inputs
+from .models.kind import plain
+from .models.origin import origin_of
+from .models.reading import check_rows
+from .placement import evaluating
+from .soft import Soft, entropy, soft_inputs
 from .thought import Draws, Kind, Record, begin, decide, look, mk_propose, mk_rules, stack
 
-# What generate's own settings must not decide: `SoftConfig` does. Sampling is switched on, with
-# neutral values: what is None generate fills from the model's configuration, and without do_sample
-# it warns of it; the loop drops the warpers.
+# They choose tokens, which `SoftConfig` does
 SAMPLING = (
     TemperatureLogitsWarper,
     TopHLogitsWarper,
@@ -56,26 +60,12 @@ SAMPLING = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
 )
-OVERRIDES = dict(
-    max_length=None,
-    min_length=None,
-    do_sample=True,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    typical_p=1.0,
-    epsilon_cutoff=0.0,
-    eta_cutoff=0.0,
-    num_beams=1,
-    num_return_sequences=1,
-    use_cache=True,
-    return_dict_in_generate=True,
-)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SoftOutput:
+    """What was decoded, and what each step read."""
+
     sequences: Tensor  # [B, P + T] int64: the prompt and the tokens that stand for the steps
     record: Record
     prompt_length: int
@@ -84,6 +74,20 @@ class SoftOutput:
     num_forwards: int  # NFE: forward passes of the model, the prompt's included
     token_forwards: int  # positions computed in them, over all rows, padding included
     seconds: float
+    config: SoftConfig | None = None  # by which it was decoded; None: not known
+    why: str = ""  # this one, for people
+
+    def __repr__(self) -> str:
+        """Short: shapes and counts, not the tensors."""
+        kinds = {kind.name: int((self.record.kind == kind).sum()) for kind in Kind}
+        counts = ", ".join(f"{n} {name}" for name, n in kinds.items() if n)
+        rows, width = self.sequences.shape
+        how = None if self.config is None else self.config.shown
+        return (
+            f"SoftOutput({rows} x {width} ids, the prompt's {self.prompt_length} included; "
+            f"steps: {counts}; answers from step {self.answer_start.tolist()}; {self.num_forwards} "
+            f"forwards, {self.seconds:.2f} s; {self.why}: {how})"
+        )
 
     @property
     def completions(self) -> Tensor:
@@ -104,7 +108,7 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    config: SoftConfig | None = None,
+    config: SoftConfig | dict | None = None,
     rng: Rng = None,
     callback: Callable[[dict], None] | None = None,
     tokenizer=None,
@@ -120,36 +124,48 @@ def generate(
         model: a causal LM of transformers, plain or wrapped by PEFT.
         input_ids: [B, P] prompts, padded on the left. attention_mask: [B, P]; None means no
             padding.
-        config: what is fed back, where, and for how long. Default: SoftConfig().
+        config: what is fed back, where, and for how long, as a SoftConfig or a dict of its fields.
+            Default: as the model's soft_config.json says; without one softly between its think
+            tags; else in narrow, noisy mixtures for the first half, then discretely
+            (softar.defaults). `config` and `why` of the output say which it was.
         rng: torch.Generator for every draw, or one per row; a row with its own generator decodes
             the same alone and in a batch. None uses torch's global one.
         callback: called after each step with {"step", "record" (Record of [B, ...]), "sequences"
             ([B, P + step + 1])}.
-        tokenizer: needed only where config names think_start or think_end as text, or for stop
-            strings.
+        tokenizer: for think_start and think_end as text, for stop strings, and to find think tags;
+            only of a model that `softar.load` did not open, which remembers its own.
         streamer: a transformers streamer; gets the tokens that stand for the steps.
         logits_processor, stopping_criteria: lists of transformers', applied as in `model.generate`.
         generation_config: end-of-sequence and pad ids, penalties, cache implementation; default the
-            model's own. Its sampling settings and lengths do not count: `config` alone says how a
-            step is chosen.
-        kwargs: fields of SoftConfig by name, which override those of `config`:
+            model's own. What is set there and not followed (beams, sampling, lengths, scores, ...)
+            is an error; of the model's own, `config` alone says how a step is chosen.
+        kwargs: fields of SoftConfig by name, which override those of `config` or of the default:
             generate(model, **inputs, mixer="gumbel", top_k=10).
 
     Returns:
-        SoftOutput. Rows end at their EOS token and are padded to the longest.
+        SoftOutput. Rows end at their EOS token and are padded to the longest. The model decodes
+        without dropout, whatever mode it is in.
 
     Raises:
         ValueError, TypeError: bad configuration or inputs, before the first forward.
         FloatingPointError: NaN or infinite logits; names the step and the rows.
     """
-    config = override(config or SoftConfig(), renamed(kwargs), generate).resolve(tokenizer)
-    _check_inputs(input_ids, attention_mask)
+    guard.check_causal(model)
+    guard.check_ids(input_ids, attention_mask)
     if attention_mask is not None:
         check_rows(model, attention_mask)  # the loop below sees nothing of PEFT's wrapper
-    settings = copy.deepcopy(generation_config or model.generation_config)
-    settings.update(**OVERRIDES, max_new_tokens=config.max_new_tokens)
+    own, tokenizer = plain(model).generation_config, tokenizer or origin_of(model).tokenizer
+    config, why = chosen(
+        config, check_fields(SoftConfig, renamed(kwargs), generate), recall(model, tokenizer)
+    )
+    config = config.resolve(tokenizer)
+    settings = copy.deepcopy(generation_config or own)
+    guard.check_settings(settings, own, also=guard.ALONE)
+    settings.update(**guard.OVERRIDES, max_new_tokens=config.max_new_tokens)
     stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
     if settings.stop_strings is not None:  # generate keeps the tokenizer from a custom loop
+        if tokenizer is None:
+            raise ValueError(f"stop_strings={settings.stop_strings!r} are text: pass tokenizer=")
         stopping_criteria.append(StopStringCriteria(tokenizer, settings.stop_strings))
         settings.stop_strings = None
     return model.generate(
@@ -159,43 +175,60 @@ def generate(
         logits_processor=LogitsProcessorList(logits_processor or []),
         stopping_criteria=stopping_criteria,
         custom_generate=functools.partial(
-            soft_decode, soft_config=config, rng=rng, callback=callback, soft_streamer=streamer
+            soft_decode,
+            soft_config=config,
+            rng=rng,
+            callback=callback,
+            soft_streamer=streamer,
+            why=why,
         ),
     )
 
 
-# Wide because transformers calls it with these.
+# Long and wide because transformers calls it with these, and it is the loop.
 def soft_decode(
     model: PreTrainedModel,
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    soft_config: SoftConfig | None = None,
+    soft_config: SoftConfig | dict | None = None,
     rng: Rng = None,
     callback: Callable[[dict], None] | None = None,
     soft_streamer=None,
+    why: str | None = None,
     **model_kwargs,
 ) -> SoftOutput | Tensor:
     """The loop, for `model.generate(**inputs, custom_generate=softar.soft_decode,
     soft_config=SoftConfig(...))`.
 
-    Length, EOS, processors and criteria come from generate's own arguments; sampling settings do
-    not count. Returns the sequences, or the SoftOutput with return_dict_in_generate=True. A
-    streamer has to be passed as soft_streamer: generate keeps the one named streamer from a custom
-    loop.
+    Length, EOS, processors and criteria come from generate's own arguments; where these give no
+    length, soft_config's counts. What of them is not followed (beams, an assistant, scores, ...) is
+    an error. Returns the sequences, or the SoftOutput with return_dict_in_generate=True. Without
+    soft_config it is the model's default, see `generate`; a streamer may be soft_streamer's, too.
     """
     started = time.perf_counter()
-    config = (soft_config or SoftConfig()).resolve(None)
-    _check_inputs(input_ids, model_kwargs.get("attention_mask"))
-    _check_model(model, config, input_ids, model_kwargs)
+    asked = guard.callers_arguments()
+    guard.check_call(model, input_ids, generation_config, model_kwargs, asked)
+    guard.check_rng(rng)
+    config, reason = chosen(soft_config, {}, recall(model))
+    config = config.resolve(origin_of(model).tokenizer)
+    guard.check_model(model, config, input_ids, model_kwargs)
+    guard.check_vocabulary(input_ids, model.get_input_embeddings())
+    # nobody gave generate a length
+    if asked.get("has_default_max_length") and generation_config.max_new_tokens is None:
+        length = generation_config.max_length = input_ids.shape[1] + config.max_new_tokens
+        others = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
+        stopping_criteria = StoppingCriteriaList([*others, MaxLengthCriteria(length)])
+    guard.check_room(model, input_ids, generation_config, model_kwargs)
     if wants_hidden := mk_mixer(config.mixer).hidden:
         model_kwargs["output_hidden_states"] = True
     processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, SAMPLING))
     propose = mk_propose(config, Draws(rng, len(input_ids)))
     pad, eos = generation_config._pad_token_tensor, generation_config._eos_token_tensor
     rules, progress = mk_rules(config, input_ids.device, pad, eos), begin(config, input_ids)
-    if soft_streamer is not None:
+    streamers = [each for each in (soft_streamer, asked.get("streamer")) if each is not None]
+    if soft_streamer is not None:  # generate has put the prompt into its own
         soft_streamer.put(input_ids.cpu())
 
     prompt_length, positions = input_ids.shape[1], input_ids.numel()
@@ -203,35 +236,39 @@ def soft_decode(
     records: list[Record] = []
     any_thinking = bool(progress.thinking.any())
     # The underscored methods are how transformers' own loops prefill and go on
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    while True:
-        step = len(records)
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        h = entropy(logits, config.temperature or 1.0)
-        scores = processors(input_ids, logits)
-        hidden = outputs.hidden_states[-1][:, -1] if wants_hidden else None
-        thought, answer = propose(scores, step, any_thinking, hidden)
-        progress, record = decide(rules, progress, h, thought, answer)
-        records.append(record)
-        input_ids = torch.cat([input_ids, record.token[:, None]], 1)
-        progress = progress._replace(done=progress.done | stopping_criteria(input_ids, None))
-        finished, any_soft, any_thinking = look(progress, record, step)
-        if soft_streamer is not None:
-            soft_streamer.put(record.token.cpu())
-        if callback is not None:
-            callback({"step": step, "record": record, "sequences": input_ids})
-        if finished:
-            break
-        mixed = _mix(model, record, config.rescale) if any_soft else None
-        outputs = _forward(model, input_ids, mixed, model_kwargs)
-        forwards, positions = forwards + 1, positions + len(input_ids)
-    if soft_streamer is not None:
-        soft_streamer.end()
+    with evaluating(model):
+        outputs = model._prefill(input_ids, generation_config, model_kwargs)
+        while True:
+            step = len(records)
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+            logits = outputs.logits[:, -1].to(
+                copy=True, dtype=torch.float32, device=input_ids.device
+            )
+            h = entropy(logits, config.temperature or 1.0)
+            scores = processors(input_ids, logits)
+            hidden = outputs.hidden_states[-1][:, -1] if wants_hidden else None
+            thought, answer = propose(scores, step, any_thinking, hidden)
+            progress, record = decide(rules, progress, h, thought, answer)
+            records.append(record)
+            input_ids = torch.cat([input_ids, record.token[:, None]], 1)
+            progress = progress._replace(done=progress.done | stopping_criteria(input_ids, None))
+            finished, any_soft, any_thinking = look(progress, record, step)
+            for each in streamers:
+                each.put(record.token.cpu())
+            if callback is not None:
+                callback({"step": step, "record": record, "sequences": input_ids})
+            if finished:
+                break
+            mixed = _mix(model, record, config.rescale) if any_soft else None
+            outputs = _forward(model, input_ids, mixed, model_kwargs)
+            forwards, positions = forwards + 1, positions + len(input_ids)
+    for each in streamers:
+        each.end()
     if not generation_config.return_dict_in_generate:
         return input_ids
     cost = forwards, positions, time.perf_counter() - started
-    return SoftOutput(input_ids, stack(records), prompt_length, progress.answer_start, *cost)
+    how = config, why or reason
+    return SoftOutput(input_ids, stack(records), prompt_length, progress.answer_start, *cost, *how)
 
 
 def _mix(model, record: Record, rescale: str | None) -> dict[str, Tensor]:
@@ -248,53 +285,3 @@ def _forward(model, input_ids: Tensor, mixed: dict[str, Tensor] | None, model_kw
     if mixed is not None:  # the step is prepared as one of a token: Mamba's cache is told by it
         inputs = inputs | {"input_ids": None} | mixed
     return model(**inputs, return_dict=True)
-
-
-def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
-        raise ValueError(
-            f"input_ids of shape {tuple(input_ids.shape)}, {input_ids.dtype}: need [B, P] integers"
-        )
-    if input_ids.numel() == 0:  # a prompt given as inputs_embeds alone looks the same
-        raise ValueError(
-            f"input_ids of shape {tuple(input_ids.shape)} is an empty prompt: start from a BOS token"
-        )
-    if attention_mask is None:
-        return
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit input_ids of {tuple(input_ids.shape)}"
-        )
-    mask = attention_mask.bool()
-    if empty := (~mask.any(1)).nonzero()[:, 0].tolist():
-        raise ValueError(
-            f"attention_mask leaves rows {empty} an empty prompt: start from a BOS token"
-        )
-    if holed := (mask[:, :-1] & ~mask[:, 1:]).any(1).nonzero()[:, 0].tolist():
-        raise ValueError(
-            f"attention_mask has padding on the right in rows {holed}: set tokenizer.padding_side='left'"
-        )
-
-
-def _check_model(model, config: SoftConfig, input_ids: Tensor, model_kwargs: dict) -> None:
-    """Raise ValueError for a model that cannot read mixtures, or these rows."""
-    name, mask = type(model).__name__, model_kwargs.get("attention_mask")
-    check_reads_mixtures(model)
-    check_rows(model, torch.ones_like(input_ids) if mask is None else mask)
-    if not model_kwargs["use_cache"]:
-        raise ValueError(
-            "use_cache=False: soft inputs live in the KV cache only; set use_cache=True"
-        )
-    if model.training and model.is_gradient_checkpointing:
-        raise ValueError(
-            f"{name} is in training mode with gradient checkpointing, which drops the cache: call eval()"
-        )
-    vocab = model.config.get_text_config(decoder=True).vocab_size
-    check_dist(vocab, **config.filters)
-    check_dist(vocab, **config.answer_filters)
-    for name in TAGS:
-        ids = getattr(config, name)
-        if any(not 0 <= i < vocab for i in ids or ()):
-            raise ValueError(
-                f"{name}={ids} must be token ids below {vocab}, the model's vocabulary"
-            )

@@ -93,12 +93,12 @@ def to_device(device: str | torch.device | None, model_kwargs: dict) -> torch.de
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode meanwhile."""
-    training = model.training
-    if training:
-        model.eval()
+    """The model without dropout meanwhile; then each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        if training:
-            model.train()
+        for module in training:
+            module.training = True

@@ -16,6 +16,7 @@ from torch import Tensor
 from .config import SoftConfig
 from .mixers import BUILT_IN, Mixed, Rng, check_mixed, guide, hard, mk_mixer, name_of
 from .soft import Soft, mk_proba_dist
+from .tags import Speller, mk_speller, scan
 
 
 class Kind(IntEnum):
@@ -55,7 +56,7 @@ class Progress(NamedTuple):
     forced: Tensor  # [B] int64, tokens of think_end put in so far
     steps: Tensor  # [B] int64
     answer_start: Tensor  # [B] int64, steps before the answer begins
-    recent: Tensor  # [B, n] int64, the last tokens: as many as a tag can begin with; -1 is none
+    spelled: Tensor  # [B, 2] int64, how much of think_start and think_end the last tokens have
 
     def select(self, rows: Tensor) -> "Progress":
         """Of these rows [b] int64, in this order."""
@@ -73,14 +74,16 @@ def join(parts: Sequence[Progress]) -> Progress:
 class Rules(NamedTuple):
     """What a configuration says about who thinks, with its ids as tensors on the batch's device."""
 
-    start: Tensor | None  # [n] int64
-    end: Tensor | None  # [n] int64
+    start: Speller | None
+    end: Speller | None
+    end_ids: Tensor | None  # [n] int64, what a rule puts in
     pad: Tensor  # [] int64
     eos: Tensor  # [n] int64
     budget: int | None
     cold_stop_entropy: float | None
     cold_stop_steps: int
     has_answer: bool
+    hide_thought: bool
     is_soft: bool
 
 
@@ -90,41 +93,43 @@ def mk_rules(
     """config: resolved. pad: [] the token of rows that have ended, None is 0. eos: [n] tokens that
     end a row; None is none."""
 
+    start, end = (None if m is None else mk_speller(m, device) for m in config.moves)
+
     def move(ids: Tensor | tuple[int, ...] | None) -> Tensor | None:
         return None if ids is None else torch.as_tensor(ids).to(device, non_blocking=True)
 
     return Rules(
-        start=move(config.think_start),
-        end=move(config.think_end),
+        start=start,
+        end=end,
+        end_ids=move(config.think_end),
         pad=move(torch.tensor(0) if pad is None else pad),
         eos=move(torch.zeros(0, dtype=torch.long) if eos is None else eos),
         budget=config.budget,
         cold_stop_entropy=config.cold_stop_entropy,
         cold_stop_steps=config.cold_stop_steps,
         has_answer=config.has_answer,
+        hide_thought=config.hide_thought,
         is_soft=config.is_soft,
     )
 
 
 def begin(config: SoftConfig, input_ids: Tensor) -> Progress:
     """Where rows start that have read their prompts. input_ids: [B, P], its device is theirs."""
-    B, P = input_ids.shape
+    B = len(input_ids)
     no = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
     zero = torch.zeros(B, dtype=torch.long, device=input_ids.device)
-    tags = config.think_start, config.think_end
-    n = max(len(tag) for tag in (*tags, (0,)) if tag is not None) - 1
-    # a prompt that is shorter ends in no tag
-    nothing = input_ids.new_full((B, max(n - P, 0)), -1)
+    opened, closed, spelled, shut = _read(config, input_ids)
+    thinking = ~no if config.think_start is None else opened > closed
     return Progress(
         done=no,
-        thinking=~no if config.think_start is None else _is_open(input_ids, *tags),
-        closed=no,
+        thinking=thinking & ~shut,
+        closed=shut,
         thoughts=zero,
         cold=zero,
         forced=zero,
         steps=zero,
         answer_start=zero,
-        recent=torch.cat([nothing, input_ids[:, max(P - n, 0) :]], 1),
+        spelled=spelled,
     )
 
 
@@ -137,7 +142,7 @@ def decide(
         h: [B] entropy, see Record. thought, answer: [B, ...] what each row would do thinking and
             answering; of an answer token and logp count; None where nobody answers.
     """
-    done, thinking, closed, thoughts, cold, forced, steps, answer_start, recent = progress
+    done, thinking, closed, thoughts, cold, forced, steps, answer_start, spelled = progress
     thinking, steps = thinking & ~done, steps + 1
 
     forcing = closing = torch.zeros_like(thinking)
@@ -151,14 +156,14 @@ def decide(
         logp = torch.where(thinking, logp, answer.logp)
         if rules.end is not None:
             forcing = over | (thinking & (forced > 0))
-            token = torch.where(forcing, rules.end[forced.clamp_max(len(rules.end) - 1)], token)
+            n = len(rules.end_ids)
+            token = torch.where(forcing, rules.end_ids[forced.clamp_max(n - 1)], token)
             forced = forced + forcing.long()
-            is_whole = torch.where(
-                forcing, forced == len(rules.end), _ends_with(recent, token, rules.end)
-            )
-            closing = thinking & is_whole
+            end_state, is_whole = rules.end(spelled[:, 1], token)
+            closing = thinking & torch.where(forcing, forced == n, is_whole)
             closed = closed | closing
-        answer_start = torch.where(thinking, steps, answer_start)
+        if rules.hide_thought:
+            answer_start = torch.where(thinking, steps, answer_start)
     thoughts = thoughts + thinking.long()
 
     token = torch.where(done, rules.pad, token)
@@ -170,14 +175,18 @@ def decide(
     logp = logp.masked_fill(forcing | done, torch.nan)
     thinking = thinking & ~closing
     if rules.start is not None:
-        thinking = thinking | (_ends_with(recent, token, rules.start) & ~closed)
-    if recent.shape[1]:
-        recent = torch.cat([recent[:, 1:], token[:, None]], 1)
+        start_state, is_whole = rules.start(spelled[:, 0], token)
+        thinking = thinking | (is_whole & ~closed)
+    if rules.end is not None:
+        first = spelled[:, 0] if rules.start is None else start_state
+        spelled = torch.stack([first, end_state], 1)
     single = torch.zeros_like(thought.soft.weights)
     single[:, 0] = 1.0
     ids = torch.where(mixes[:, None], thought.soft.ids, token[:, None])
     weights = torch.where(mixes[:, None], thought.soft.weights, single)
-    progress = Progress(done, thinking, closed, thoughts, cold, forced, steps, answer_start, recent)
+    progress = Progress(
+        done, thinking, closed, thoughts, cold, forced, steps, answer_start, spelled
+    )
     return progress, Record(ids, weights, token, kind, logp, h.masked_fill(done, 0.0))
 
 
@@ -354,22 +363,21 @@ def _is_over(rules: Rules, thoughts: Tensor, cold: Tensor) -> Tensor:
     return over
 
 
-def _ends_with(recent: Tensor, token: Tensor, tag: Tensor) -> Tensor:
-    """Does each row, with its new token, end in the tag? [B, t], [B], [n] -> [B] bool."""
-    tail = torch.cat([recent[:, recent.shape[1] - len(tag) + 1 :], token[:, None]], 1)
-    return (tail == tag).all(1)
-
-
-def _is_open(input_ids: Tensor, start: tuple[int, ...], end: tuple[int, ...]) -> Tensor:
-    """Has the prompt opened a thought that it did not close? [B, P] -> [B] bool."""
-    return _last_match(input_ids, start) > _last_match(input_ids, end)
-
-
-def _last_match(input_ids: Tensor, tag: tuple[int, ...]) -> Tensor:
-    """Column where the last occurrence of the tag ends, -1 for none. [B, t] -> [B]."""
-    n = len(tag)
-    if n > input_ids.shape[1]:
-        return input_ids.new_full((len(input_ids),), -1)
-    hit = (input_ids.unfold(1, n, 1) == torch.tensor(tag, device=input_ids.device)).all(-1)
-    columns = torch.arange(n - 1, input_ids.shape[1], device=input_ids.device)
-    return torch.where(hit, columns, -1).amax(1)
+def _read(config: SoftConfig, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the prompts [B, P] say of their thoughts: the columns [B] where think_start and think_end
+    were last whole (-1: never), how much of them the last tokens have spelled [B, 2], and where the
+    end of the thought is the end of the prompt [B] bool: a chat template closes the thought that it
+    does not want, and white space may follow."""
+    B = len(input_ids)
+    columns, states = [[-1] * B, [-1] * B], [[0] * B, [0] * B]
+    shut = [False] * B
+    if config.think_end is not None:
+        rows, space = input_ids.tolist(), {*(config.spelling[2] if config.spelling else ())}
+        for i, moves in enumerate(config.moves):
+            if moves is not None:
+                columns[i], states[i] = scan(moves, rows)
+        both = enumerate(zip(*columns, strict=True))
+        shut = [end > start and space.issuperset(rows[b][end + 1 :]) for b, (start, end) in both]
+    where = dict(device=input_ids.device)
+    spelled = torch.tensor(states, **where).T.contiguous()
+    return *torch.tensor(columns, **where), spelled, torch.tensor(shut, **where)

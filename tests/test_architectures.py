@@ -154,7 +154,8 @@ def build(kind, **more):
 
 
 def decode(model, rows, **settings):
-    return softar.generate(model, *left_padded(rows), max_new_tokens=STEPS, **settings)
+    config = softar.SoftConfig(max_new_tokens=STEPS, **settings)
+    return softar.generate(model, *left_padded(rows), config=config)
 
 
 def check_soft_is_hard(model, rows):
@@ -241,9 +242,8 @@ def test_layers_read_it_in_training_and_replay(layered):
     """The first ratio of RL is 1, parallel soft SFT is sequential soft SFT, hard mixtures are
     tokens."""
     prompt = torch.tensor([[5, 11, 12, 13], [5, 6, 21, 22]])
-    out = softar.generate(
-        layered, prompt, mixer="k-samples", max_new_tokens=5, rng=seeded(), top_k=None
-    )
+    config = softar.SoftConfig(mixer="k-samples", top_k=None, max_new_tokens=5)
+    out = softar.generate(layered, prompt, config=config, rng=seeded())
     soft, ones = Soft(out.record.ids, out.record.weights), torch.ones_like(out.record.token)
     logits = replay(layered, prompt, torch.ones_like(prompt), soft, ones)
     logp = k_samples_logp(logits, soft)

@@ -274,7 +274,7 @@ def test_default_models_and_decoders(monkeypatch):
     assert specs == {
         "mnns-soft-tiny": "soft",
         "mnns-discrete-tiny": "discrete",
-        "mnns-tiny": inputs.UNTRAINED,
+        "mnns-tiny": "gumbel",
         "mnns-diffusion-tiny": "soft-mask",
         "latin-diffusion-tiny": "soft-mask",
     }
@@ -290,7 +290,8 @@ def test_generate(softar):
     (found,) = make_decoder("soft", model="mnns-soft-tiny", max_new_tokens=6).decode([PROMPT])
     code, out, err = softar("generate", PROMPT, *SOFT)
     assert (code, out) == (0, f"{found.text.strip()}\n") and err.startswith(
-        "mnns-soft-tiny, soft: 5 tokens in 5 "
+        "mnns-soft-tiny is decoded as its soft_config.json says\n"
+        "mnns-soft-tiny, soft: 5 tokens (3 soft) in 5 "
     )
     for words in (["generate"], ["generate", "-"]):
         assert softar(*words, *SOFT, stdin=PROMPT + "\n")[1] == out

@@ -28,6 +28,7 @@ from softar.decoders.soft import (
     last_match,
     soft_config,
 )
+from softar.defaults import default_of
 from softar.diffusion import SOFTENERS as DIFFUSION
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion import load as load_diffusion
@@ -200,7 +201,7 @@ def test_a_spec_overrides_the_arguments():
 
 def test_options_become_the_configuration():
     def made(name, **options):
-        return soft_config(None, name, options)
+        return soft_config(default_of(SoftConfig()), name, options)
 
     assert made("gumbel", tau=0.3, top_k=4, think_end=[5, 6]) == SoftConfig(
         mixer="gumbel", mixer_args={"tau": 0.3}, top_k=4, think_end=(5, 6)
@@ -209,9 +210,9 @@ def test_options_become_the_configuration():
         "k": 5,
         "weighting": "uniform",
     }
-    assert made("discrete", budget=2) == SoftConfig(mixer="hard", softness=0.0, budget=2)
+    assert made("discrete", budget=2) == SoftConfig(mixer="hard", budget=2)
     assert made("sampled", top_k=None) == SoftConfig(
-        mixer="hard", mixer_args={"sample": True}, softness=0.0, top_k=None
+        mixer="hard", mixer_args={"sample": True}, top_k=None
     )
     assert made("soft", softness=0.5).softness == 0.5
     with pytest.warns(FutureWarning, match="alpha=0.5 is called softness now"):
@@ -239,20 +240,21 @@ def test_a_models_own_configuration_is_the_default(tmp_path):
     model, card = str(tmp_path), describe(str(tmp_path))
     assert card == Card(model, tmp_path, "autoregressive", own)
     change = dict(mixer="gumbel", mixer_args={"tau": 0.7}, softness=1.0)
-    assert soft_config(own, "gumbel", {}) == dataclasses.replace(own, **change)
+    default = default_of(own)
+    assert soft_config(default, "gumbel", {}) == dataclasses.replace(own, **change)
     assert soft_config(
-        own, "gumbel", {"budget": 1, "tau": 2.0, "softness": 0.0}
+        default, "gumbel", {"budget": 1, "tau": 2.0, "softness": 0.0}
     ) == dataclasses.replace(own, budget=1, mixer_args={"tau": 2.0})
     # knobs of another mixer are not its own
-    assert soft_config(own, "dirichlet", {}).mixer_args == {}
-    assert soft_config(own, "discrete", {}) == dataclasses.replace(
-        own, mixer="hard", mixer_args={}, softness=0.0
+    assert soft_config(default, "dirichlet", {}).mixer_args == {}
+    assert soft_config(default, "discrete", {}) == dataclasses.replace(
+        own, mixer="hard", mixer_args={}, softness=1.0
     )
     decoder = make_decoder("beam:num_beams=2", model=model, max_new_tokens=6)
     assert decoder.thought.budget == 2 and decoder.settings.max_new_tokens == 6
     shipped = describe("mnns-soft-tiny")
     assert shipped.config == SoftConfig.load(folder_of("mnns-soft-tiny"))
-    assert soft_config(shipped.config, "soft", {}) == shipped.config
+    assert soft_config(default_of(shipped.config), "soft", {}) == shipped.config
     (tmp_path / "soft_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"its soft_config.json cannot be read"):
         make_decoder("soft", model=model, max_new_tokens=6)
@@ -573,9 +575,9 @@ def test_what_is_drawn(tiny):
     for c, draws in [
         (SoftConfig(mixer="hard"), False),
         (SoftConfig(), False),
-        (SoftConfig(mixer="hard", answer_temperature=1.0), False),  # there is no separate answer
+        (SoftConfig(mixer="hard", budget=1), False),
         (SoftConfig(budget=1, answer_temperature=1.0), True),
-        (SoftConfig(mixer="gumbel", temperature=0.0), False),
+        (SoftConfig(temperature=0.0), False),
         (SoftConfig(mixer="hard", mixer_args={"sample": True}), True),
     ]:
         assert SoftDecoder(*tiny, c).draws == draws, c
@@ -814,7 +816,7 @@ def decoder_tokenizer(decoder):
         ),
         (
             "mnns-tiny=self-consistency:temperature=0",
-            "draws nothing, so that all votes would agree",
+            "mixer_args={'sample': True} does nothing at temperature=0",
         ),
         ("mnns-tiny=self-consistency:pattern=(", "pattern='(' is no regular expression"),
         ("mnns-tiny=soft:think_end=</x>", "think_end='</x>' is not in the tokenizer's vocabulary"),

@@ -129,9 +129,7 @@ def test_a_decode_with_a_thought_and_an_answer(way, dtype):
     model = model_of("llama", dtype=dtype).to(DEVICE)
     ids, mask = inputs()
     mixer, knobs = WAYS[way]
-    config = SoftConfig(
-        mixer=mixer, mixer_args=knobs, budget=4, think_end=4, max_new_tokens=8, answer_top_k=5
-    )
+    config = SoftConfig(mixer=mixer, mixer_args=knobs, budget=4, think_end=4, max_new_tokens=8)
     out = softar.generate(
         model, ids, mask, config=config, rng=torch.Generator(DEVICE).manual_seed(0)
     )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import softar
 import softar.vllm
 from softar.cli import commands
+from softar.defaults import own_config
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion import load as load_diffusion
 
@@ -23,7 +24,7 @@ def loop(request):
     """A loop, what it needs, its configuration, settings that matter and others over them."""
     if request.param == "generate":
         model, tokenizer = softar.load("mnns-soft-tiny")
-        few = dict(mixer="hard", max_new_tokens=3, softness=0.0)
+        few = dict(mixer="hard", max_new_tokens=3)
         more = dict(mixer="k-samples", mixer_args={"k": 2}, max_new_tokens=5)
         return softar.generate, (model, tokenizer), softar.SoftConfig, few, more
     model, tokenizer = load_diffusion("mnns-diffusion-tiny")
@@ -40,11 +41,17 @@ def test_keywords_are_fields_and_override_the_configuration(loop):
     _, (_, tokenizer), Config, few, more = loop
     inputs = tokenizer([PROMPT], return_tensors="pt")
     inputs.pop("token_type_ids", None)
-    expected = run(loop, inputs, config=Config(**few | more))
-    for out in (run(loop, inputs, **few | more), run(loop, inputs, config=Config(**few), **more)):
+    # where there is no configuration they override the model's own
+    default = own.changed if (own := own_config(loop[1][0].name_or_path)) else Config
+    for base, config in (
+        ({}, default(**few | more)),
+        ({"config": Config(**few)}, Config(**few | more)),
+    ):
+        expected = run(loop, inputs, config=config)
+        out = run(loop, inputs, **base, **(more if base else few | more))
         assert torch.equal(out.sequences, expected.sequences)
         assert out.num_forwards == expected.num_forwards
-    plain = run(loop, inputs, config=Config(**few))
+    plain = run(loop, inputs, config=default(**few))
     assert torch.equal(run(loop, inputs, **few).sequences, plain.sequences)
     assert plain.sequences.shape != expected.sequences.shape
 

@@ -182,11 +182,11 @@ def test_imports_point_one_way(folder):
 # softar/ from the ground up: a module or room may import, inside a function too, only what stands
 # on a lower floor.
 FLOORS = [
-    ("_lazy", "checks", "placement", "progress", "resume", "soft", "specs"),
+    ("_lazy", "checks", "placement", "progress", "resume", "soft", "specs", "tags"),
     ("files", "names"),
     ("mixers", "models", "tasks", "results", "training"),
     ("config",),
-    ("thought", "model_card"),
+    ("thought", "defaults", "guard", "model_card"),
     ("decode",),
     ("evaluate", "show"),
     ("sft", "decoders"),

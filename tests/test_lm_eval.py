@@ -43,6 +43,7 @@ def folder(tmp_path_factory):
     tokenizer = tokenizer_of()
     tokenizer.chat_template, tokenizer.eos_token = CHAT, "w63"
     tokenizer.save_pretrained(place)
+    softar.SoftConfig(max_new_tokens=256).save(place)
     return str(place)
 
 
@@ -254,6 +255,10 @@ def test_names_and_the_config_beside_a_model(folder, tmp_path):
     own = tmp_path / "own"
     plain.model.save_pretrained(own)
     plain.tokenizer.save_pretrained(own)
+    # lm-eval's own length, and half of it for the thought
+    tagged = SoftarLM(str(own)).soft
+    assert (tagged.mixer, tagged.max_new_tokens, tagged.budget) == ("gumbel", 256, 128)
+    assert (tagged.think_start, tagged.think_end) == ((3,), (4,))
     saved = softar.SoftConfig(
         mixer="gumbel", mixer_args={"tau": 0.1}, think_end="</think>", max_new_tokens=9
     )

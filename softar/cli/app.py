@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"softar: error: {' '.join(message.split())}", file=sys.stderr)
+    message = streams.shown(" ".join(message.split()), sys.stderr)
+    print(f"softar: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 

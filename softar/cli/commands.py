@@ -133,8 +133,11 @@ def generate(
     )
     with streams.only_results():
         common = dict(max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device)
-        opened = inputs.open_decoder(decoder, model, options, **common)
+        opened = inputs.open_decoder(decoder, model, options, fills=False, **common)
         messages = inputs.as_prompt(inputs.tokenizer_of(opened), text, chat, system)
+        inputs.check_length(opened, messages)
+    if decoder is None and not as_json:
+        inputs.tell_default(opened)
     inputs.answer(opened, text, messages, as_json)
 
 
@@ -230,6 +233,7 @@ def trace(
             if opened.columns["family"] == "diffusion":
                 template = inputs.with_masks(text, tokenizer.mask_token)
             messages = inputs.as_prompt(tokenizer, template, chat, system)
+            inputs.check_length(opened, messages)
             traces.append(opened.decode([messages])[0].trace)
     from ..show.page import write_page
     from ..show.terminal import view
@@ -243,6 +247,8 @@ def trace(
     elif html is None:
         for each in traces:
             streams.console().print(view(each))
+    if not decoder and not as_json:
+        inputs.tell_default(opened)
 
 
 # Long and wide because each parameter is an option of the command, with its help.

@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from ..decoders.answer import Decoded
     from ..decoders.card import Card
 
-# Of a model without a soft_config.json: mixtures that are narrow and noisy, which a model can read
-# without training
-UNTRAINED = "gumbel:temperature=0.6,top_k=10,top_p=0.95"
-NEW_TOKENS = 128
+NEW_TOKENS = 128  # where neither the model nor its default says how many
 # What `softar models` and `softar tasks` list; tests hold it against the tables of the package,
 # which need torch.
 MODELS = {
@@ -92,14 +89,14 @@ def open_decoder(
     options: dict,
     *,
     max_new_tokens: int | None,
-    fills: bool = False,
+    fills: bool | None = None,
     **common,
 ):
     """The decoder of a spec, or the default one of the model, with what the command's own options
     say.
 
-    max_new_tokens: None is what the model's soft_config.json says, else NEW_TOKENS. fills: it has
-    to fill masks. common: fields of Common.
+    max_new_tokens: None is the model's default, see softar.defaults. fills: does
+    it have to fill masks? None: it may. common: fields of Common.
     """
     with streams.waiting("loading"):
         quiet()
@@ -113,6 +110,11 @@ def open_decoder(
         card = describe(model) if asked is None else card_of(asked, model)
         if fills:
             check_fills(spec, card)
+        if fills is False and spec is None and card.kind == "diffusion":
+            raise ValueError(
+                f"model={card.name!r} fills masks, it does not go on: `softar fill` is for it, with "
+                f"underscores in the text or --gen-length"
+            )
         if spec is None:  # of a hub id that is not in the cache the kind is not known yet
             is_new = fills and card.kind is None
             spec = "hard" if is_new else default_spec(card, common["dtype"], common["device"])
@@ -160,10 +162,13 @@ def default_spec(card: "Card", dtype: str, device: str | None) -> str:
     """The decoder that the model was trained for."""
     from ..decoders.registry import own_decoder
 
-    return own_decoder(card, dtype, device) or UNTRAINED
+    return own_decoder(card, dtype, device)
 
 
-def default_length(card: "Card", family: str) -> int:
+def default_length(card: "Card", family: str) -> int | None:
+    """None: the decoder takes its model's default."""
+    if family == "autoregressive":
+        return None
     if family == "diffusion":
         return DIFFUSION_LENGTH.get(card.name, NEW_TOKENS)
     return NEW_TOKENS if card.config is None else card.config.max_new_tokens
@@ -211,6 +216,35 @@ def as_prompt(
     ]
 
 
+def check_length(decoder, prompt: str | list[dict]) -> None:
+    """Raises ValueError for a prompt that is longer than an autoregressive model was made for: it
+    would compute for minutes, and then say nothing of sense."""
+    from ..decoders.beam import BeamDecoder
+    from ..decoders.soft import SelfConsistency, SoftDecoder
+    from ..evaluate import read_prompts
+
+    decoder = decoder.decoder if isinstance(decoder, SelfConsistency) else decoder
+    if not isinstance(decoder, (SoftDecoder, BeamDecoder)):
+        return
+    settings = decoder.model.config.get_text_config(decoder=True).to_dict()
+    room, n = settings.get("max_position_embeddings"), None
+    if room is not None:
+        n = read_prompts(decoder.tokenizer, [prompt])["input_ids"].shape[1]
+    if n is not None and n > room:
+        raise ValueError(
+            f"the prompt has {n} tokens, more than the {room} positions of "
+            f"{decoder.columns['model']}: shorten it"
+        )
+
+
+def tell_default(decoder) -> None:
+    """Says of a decoder that nobody named why it is this one."""
+    from ..decoders.soft import SoftDecoder
+
+    if isinstance(decoder, SoftDecoder):
+        streams.say(f"{decoder.columns['model']} is decoded {decoder.why}")
+
+
 def check_words(tokenizer, text: str) -> None:
     try:
         tokenizer(text)
@@ -235,7 +269,7 @@ def answer(decoder, text: str, prompt: str | list[dict], as_json: bool) -> None:
         if as_json:
             streams.print_json(streams.answer_json(decoder, tokenizer_of(decoder), text, decoded))
             return
-        print(decoded.text.strip())
+        print(streams.shown(decoded.text.strip()))
     streams.say(streams.status(decoder, decoded))
 
 
@@ -257,7 +291,7 @@ def compared(task: str, model: str | None) -> list[str]:
 
     if model and describe(model).kind == "diffusion":
         return ["hard", "soft-mask"]
-    return ["discrete", "soft", UNTRAINED]
+    return ["discrete", "soft", "gumbel"]
 
 
 def answer_length(task, spec: str, max_new_tokens: int | None) -> int:

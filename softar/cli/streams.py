@@ -67,8 +67,17 @@ def console(*, stderr: bool = False):
     return Console(file=stream, highlight=False, width=None if has_width else 200)
 
 
+def shown(text: str, stream=None) -> str:
+    """What may stand on a terminal, see softar.show.terminal.harmless; for a file or a pipe the
+    text itself. stream: None is stdout."""
+    from ..show.terminal import harmless
+
+    return harmless(text) if (stream or sys.stdout).isatty() else text
+
+
 def say(text: str) -> None:
     """A remark, on stderr."""
+    text = shown(text, sys.stderr)
     console(stderr=True).print(text, style="dim", markup=False, soft_wrap=True)
 
 
@@ -118,6 +127,7 @@ def answer_json(decoder, tokenizer, prompt: str, answer: "Decoded") -> dict:
         "token_forwards": answer.token_forwards,
         "seconds": answer.seconds,
         "entropy": answer.entropy,
+        "soft_steps": answer.soft_steps,
     }
 
 
@@ -126,9 +136,10 @@ def status(decoder, answer: "Decoded") -> str:
     name, n = decoder.name, len(answer.tokens)
     if "=" not in name.split(" ")[0]:  # without its model
         name = f"{decoder.columns['model']}, {name}"
+    soft = "" if answer.soft_steps is None else f" ({answer.soft_steps} soft)"
     entropy = "" if answer.entropy is None else f", mean entropy {answer.entropy:.2f} nats"
     return (
-        f"{name}: {n} tokens in {answer.num_forwards:g} forwards, {answer.seconds:.2f} s, "
+        f"{name}: {n} tokens{soft} in {answer.num_forwards:g} forwards, {answer.seconds:.2f} s, "
         f"{n / max(answer.seconds, 1e-9):.1f} tokens/s{entropy}"
     )
 
@@ -152,7 +163,8 @@ class Printer:
             return
         is_thought = self.thinks and int(step["record"].kind[0]) == Kind.SOFT
         style = "dim italic" if is_thought else None
-        self.console.out(text[len(self.printed) :], style=style, highlight=False, end="")
+        piece = shown(text[len(self.printed) :], self.console.file)
+        self.console.out(piece, style=style, highlight=False, end="")
         self.console.file.flush()
         self.printed = text
 

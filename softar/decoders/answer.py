@@ -20,6 +20,7 @@ class Decoded:
     seconds: float  # this row's share of the batch's decoding time; the sum over rows is wall time
     entropy: float | None = None  # mean nats over the row's steps; None where not known
     trace: Trace | Canvas | None = None  # only where the decoder was made to keep it
+    soft_steps: int | None = None  # that fed back a mixture; None where not known
 
 
 class Unfinished(ValueError):

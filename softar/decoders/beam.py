@@ -15,6 +15,7 @@ from ..config import Ids, SoftConfig
 from ..evaluate import evaluating, read_prompts, resolve
 from ..models import plain
 from ..show.trace import Step, Trace, Words
+from ..tags import matches, scan
 from .answer import Decoded
 from .card import check_model, columns_of
 
@@ -150,11 +151,15 @@ class BeamDecoder:
         c = self.thought
         if c.think_end is None:
             return min(c.budget or 0, len(row))
-        if c.think_start is not None and _last(prompt, c.think_start) <= _last(prompt, c.think_end):
-            if _last(row, c.think_start) < 0:
+        opens, closes = c.moves
+        if opens is not None:
+            (opened,), _ = scan(opens, [prompt])
+            (closed,), _ = scan(closes, [prompt])
+            if opened <= closed and not matches(opens, row):
                 return 0  # it never thought
-        ends = [end for end in range(1, len(row) + 1) if _last(row[:end], c.think_end) == end]
-        return ends[0] if ends else len(row)
+        # a tag that the prompt has begun is whole in the row
+        ends = [n - len(prompt) for n in matches(closes, [*prompt, *row]) if n >= len(prompt)]
+        return ends[0] + 1 if ends else len(row)
 
     def _trace(self, inputs: BatchEncoding, i: int, row: list[int], start: int) -> Trace:
         words = Words(self.tokenizer)
@@ -177,10 +182,3 @@ def counted(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
         yield shapes
     finally:
         handle.remove()
-
-
-def _last(row: list[int], pattern: tuple[int, ...]) -> int:
-    """Where the last occurrence of the pattern ends; -1 for none."""
-    pattern = list(pattern)
-    ends = range(len(row), len(pattern) - 1, -1)
-    return next((end for end in ends if row[end - len(pattern) : end] == pattern), -1)

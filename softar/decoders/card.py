@@ -11,7 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from ..config import CONFIG_FILE, SoftConfig
+from ..config import SoftConfig
+from ..defaults import own_config
 from ..models import MODELS, diffusion_sign, folder_of, plain
 
 DIFFUSION_MODELS = "softar.diffusion.models"  # by name: imports point the other way
@@ -30,14 +31,7 @@ class Card:
 def describe(name: str) -> Card:
     """Raises ValueError for a soft_config.json that cannot be read."""
     folder, kind = folder_of(name), _kind_of(name)
-    config = None
-    if kind != "diffusion" and folder is not None and (folder / CONFIG_FILE).is_file():
-        try:
-            config = SoftConfig.load(folder)
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"model={name!r}: its {CONFIG_FILE} cannot be read: {error}"
-            ) from error
+    config = None if kind == "diffusion" else own_config(name)
     return Card(name, folder, kind, config)
 
 

@@ -21,7 +21,7 @@ class Common:
         "device",
     )  # what a spec may say
 
-    max_new_tokens: int
+    max_new_tokens: int | None  # None: as long as the model is decoded by default
     seed: int = 0
     trace: bool = False
     dtype: str = "auto"

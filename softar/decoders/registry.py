@@ -19,8 +19,8 @@ from .options import Common
 from .own import GROUP, OWN, make_own
 
 # Each has DECODERS: name -> factory(card, common, **options) -> Decoder; those of a kind of model
-# also own_decoder(card, dtype, device) -> the name in DECODERS that the model was trained for, None
-# where it does not say. And registered(name) -> the factory of a method that was added to its tables
+# also own_decoder(card, dtype, device) -> the name in DECODERS that the model is decoded by where
+# nobody says how. And registered(name) -> the factory of a method that was added to its tables
 FAMILIES = {
     "autoregressive": "softar.decoders.soft",
     "diffusion": "softar.diffusion.decoders",
@@ -102,8 +102,8 @@ def build(decoder: str, card: Card, common: Common, options: dict) -> Decoder:
     return find(decoder)[1](card, common, **others)
 
 
-def own_decoder(card: Card, dtype: str, device: str | None) -> str | None:
-    """The decoder that a model was trained for; None where the model does not say."""
+def own_decoder(card: Card, dtype: str, device: str | None) -> str:
+    """The decoder of a model where nobody says which."""
     family = import_module(FAMILIES[card.kind or "autoregressive"])
     return family.own_decoder(card, dtype, device)
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from transformers import BatchEncoding
 
-from ..config import SoftConfig, renamed
+from ..config import TAGS, SoftConfig, renamed
 from ..decode import SoftOutput, generate
+from ..defaults import Default, default_of
 from ..evaluate import evaluating, read_prompts, resolve
 from ..mixers import GROUP, MIXERS, mk_mixer, name_of
 from ..models import load
@@ -45,8 +46,10 @@ class SoftDecoder:
         columns: decoder, model, setting, ... for a table's rows, beside those known from model and
             config.
         stop: strings with which an answer ends, too; a thought is not searched.
+        why: where the configuration comes from, for people.
     """
 
+    # Wide because each is an option of the decoder
     def __init__(
         self,
         model,
@@ -58,6 +61,7 @@ class SoftDecoder:
         trace=False,
         columns=None,
         stop: tuple[str, ...] = (),
+        why="as configured",
     ):
         decoder = decoder_name(config)
         check_model(model, "autoregressive", name or decoder)
@@ -65,7 +69,7 @@ class SoftDecoder:
         self.config = resolve(config, tokenizer)
         self.columns = columns_of(decoder, model, "autoregressive") | (columns or {})
         self.name, self.stop = name or decoder, [*stop]
-        self.rng = torch.Generator().manual_seed(seed)
+        self.rng, self.why = torch.Generator().manual_seed(seed), why
 
     @property
     def draws(self) -> bool:
@@ -100,6 +104,7 @@ class SoftDecoder:
         lengths = is_step.sum(1).tolist()
         tokens = [tuple(ids[:n].tolist()) for ids, n in zip(out.completions, lengths, strict=True)]
         entropy = (out.record.entropy.masked_fill(~is_step, 0.0).sum(1) / is_step.sum(1)).tolist()
+        soft_steps = (out.record.kind == Kind.SOFT).sum(1).tolist()
         seconds = (time.perf_counter() - started) / len(prompts)
         prefill = out.num_forwards - is_step.shape[1]  # forwards before the first token, but one
         return [
@@ -110,6 +115,7 @@ class SoftDecoder:
                 token_forwards=out.token_forwards / len(prompts),
                 seconds=seconds,
                 entropy=entropy[row],
+                soft_steps=soft_steps[row],
                 trace=self._trace(out, inputs, row) if self.trace else None,
             )
             for row in range(len(prompts))
@@ -218,23 +224,22 @@ def _open(decoder: str, card: Card, common: Common):
     return open_model(card, "autoregressive", decoder, opener)
 
 
-def own_decoder(card: Card, dtype: str, device: str | None) -> str | None:
-    """As its soft_config.json says."""
-    if card.config is None:
-        return None
-    return "discrete" if mk_mixer(card.config.mixer).single else card.config.mixer
+def own_decoder(card: Card, dtype: str, device: str | None) -> str:
+    """As its soft_config.json says, see softar.defaults."""
+    mixer = default_of(card.config).config.mixer
+    return "discrete" if mk_mixer(mixer).single else mixer
 
 
-def soft_config(base: SoftConfig | None, decoder: str, options: dict) -> SoftConfig:
-    """The model's own configuration (None: the defaults) with the decoder's mixer, changed by the
-    options; the mixer's knobs are options, too. Decoder `soft` takes another mixer as an option,
-    `soft:mixer=module:function`. Raises ValueError for options that are unknown or do not fit."""
-    base, options = base or SoftConfig(), renamed(options)
+def soft_config(default: Default, decoder: str, options: dict) -> SoftConfig:
+    """The model's default with the decoder's mixer, changed by the options; the mixer's knobs are
+    options, too. Decoder `soft` takes another mixer as an option, `soft:mixer=module:function`.
+    Raises ValueError for options that are unknown or do not fit."""
+    base, options = default.config, renamed(options)
     if decoder in HARD:
         changes = check_options(
             SoftConfig, decoder, options, fixed=("mixer", "mixer_args", "softness", "rescale")
         )
-        return replace(base, mixer="hard", mixer_args=HARD[decoder], softness=0.0, **changes)
+        return default.changed({"mixer": "hard", "mixer_args": HARD[decoder]} | changes)
     mixer = decoder
     if decoder == "soft" and "mixer" in options:
         mixer = options["mixer"]
@@ -245,27 +250,34 @@ def soft_config(base: SoftConfig | None, decoder: str, options: dict) -> SoftCon
     args |= {knob: changes.pop(knob) for knob in knobs if knob in changes}
     # A model's own configuration may be hard; a decoder that is named after a mixer is not
     softness = {"softness": base.softness or 1.0}
-    return replace(base, **(softness | changes), mixer=mixer, mixer_args=args)
+    return default.changed(softness | changes | {"mixer": mixer, "mixer_args": args})
 
 
 def _make_soft(decoder: str, card: Card, common: Common, /, **options) -> SoftDecoder:
     """options: fields of SoftConfig and knobs of the mixer."""
-    config = soft_config(card.config, decoder, options | {"max_new_tokens": common.max_new_tokens})
+    length = common.max_new_tokens
+    asked = options | ({} if length is None else {"max_new_tokens": length})
+    soft_config(
+        default_of(card.config), decoder, asked
+    )  # what is wrong is said before it is opened
     model, tokenizer = _open(decoder, card, common)
+    default = default_of(card.config, tokenizer)
+    config = soft_config(default, decoder, asked)
     labels = common.labels(decoder, card.name, format_options(options, " "))
-    how = dict(seed=common.seed, trace=common.trace, stop=common.stop)
+    how = dict(seed=common.seed, trace=common.trace, stop=common.stop, why=default.why)
     return SoftDecoder(model, tokenizer, config, **how, **labels)
 
 
 def _make_beam(card: Card, common: Common, /, **options) -> BeamDecoder:
     """options: those of BeamOptions. Nothing is drawn, so the seed has no effect."""
-    changes = check_options(
-        BeamOptions, "beam", options | {"max_new_tokens": common.max_new_tokens}
-    )
-    thought = card.config or SoftConfig()
-    trained = {name: getattr(thought, name) for name in ("think_start", "think_end", "budget")}
-    search = BeamOptions(**trained | changes)
+    length = common.max_new_tokens
+    BeamOptions(max_new_tokens=length or 1, **check_options(BeamOptions, "beam", options))
     model, tokenizer = _open("beam", card, common)
+    default = default_of(card.config, tokenizer)
+    names = {"own": (*TAGS, "budget"), "tags": TAGS, "plain": ()}[default.kind]
+    trained = {name: getattr(default.config, name) for name in ("max_new_tokens", *names)}
+    asked = {} if length is None else {"max_new_tokens": length}
+    search = BeamOptions(**trained | asked | check_options(BeamOptions, "beam", options))
     setting = format_options({"num_beams": search.num_beams} | options, " ")
     labels = common.labels("beam", card.name, setting)
     return BeamDecoder(model, tokenizer, search, trace=common.trace, **labels)

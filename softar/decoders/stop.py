@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from ..config import SoftConfig
+from ..tags import matches
 
 
 class StopStrings(StoppingCriteria):
@@ -24,9 +25,10 @@ class StopStrings(StoppingCriteria):
         self.stop = [text for text in stop if text]
         # Tokens that are looked at: no token but the added ones is shorter than a byte
         self.window = max((len(text.encode()) for text in self.stop), default=0) + 2
-        self.end = None if config.think_end is None else list(config.think_end)
+        self.end = config.moves[1] if config.hide_thought else None
         # step at which an answer without think_end begins
-        self.first = 0 if not config.has_answer else config.budget
+        apart = config.has_answer and config.hide_thought
+        self.first = config.budget if apart else 0
         self.starts: dict[int, int] = {}  # row -> step at which its answer begins
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
@@ -38,8 +40,8 @@ class StopStrings(StoppingCriteria):
     def _tail(self, row: int, tokens: list[int]) -> str:
         """The last few tokens of the answer as text."""
         if self.end is not None:
-            if tokens[-len(self.end) :] == self.end:
-                self.starts.setdefault(row, len(tokens))
+            if row not in self.starts and len(tokens) - 1 in matches(self.end, tokens):
+                self.starts[row] = len(tokens)
             start = self.starts.get(row)
         else:
             start = self.first

@@ -21,12 +21,13 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from ..config import SoftConfig
+from ..config import SoftConfig, renamed
 from ..decode import generate
 from ..decoders.card import describe, open_model
 from ..decoders.options import check_options
 from ..decoders.soft import decoder_name
 from ..decoders.stop import StopStrings
+from ..defaults import default_of
 from ..mixers import mk_mixer
 from ..models import load
 from ..thought import Kind
@@ -41,6 +42,7 @@ except ImportError as error:
 
 # What of HFLM's own arguments has a meaning for a model that is already open, and what goes to
 # `load`.
+HARNESS_LENGTH = 256  # lm-eval's own, in tokens
 HARNESS = (
     "add_bos_token",
     "batch_size",
@@ -232,20 +234,20 @@ class SoftarLM(LoadedLM):
         harness, loading, changes = split_args("softar", SoftConfig, options)
         super().__init__(name, "autoregressive", load, harness, loading, seed)
         try:
-            base = self.card.config or SoftConfig()
+            self.default = default_of(self.card.config, self.tokenizer)
+            changes = check_options(SoftConfig, "softar", renamed(changes))
             # where neither model nor task says how long, lm-eval's own default
-            if base == SoftConfig():
-                base = SoftConfig(max_new_tokens=256)
-            changes = check_options(SoftConfig, "softar", changes)
-            if "mixer" in changes:
-                changes = {"mixer_args": {}} | changes
-            self.soft = dataclasses.replace(base, **changes).resolve(self.tokenizer)
+            length = {} if self.default.kind == "own" else {"max_new_tokens": HARNESS_LENGTH}
+            self.soft = self._configured(length | changes)
         except ValueError as error:
             raise BadArgument(error) from error
         self.changes = changes  # what model_args say, which overrides a task's arguments
         self.settings = {name: value for name, value in changes.items() if value != {}}
         self.decoder, self.is_soft = decoder_name(self.soft), self.soft.is_soft
         self.decoding = dataclasses.asdict(self.soft)
+
+    def _configured(self, fields: dict) -> SoftConfig:
+        return self.default.changed(fields).resolve(self.tokenizer)
 
     @property
     def max_gen_toks(self) -> int:
@@ -280,11 +282,11 @@ class SoftarLM(LoadedLM):
         """A task's generation arguments -> SoftConfig, GenerationConfig. The user's model_args
         override the task's."""
         asked = dict(asked)
-        config = dataclasses.replace(self.soft, max_new_tokens=max_new_tokens)
+        config = self._configured(self.changes | {"max_new_tokens": max_new_tokens})
         samples, how = asked.pop("do_sample", False), {k: asked.pop(k, None) for k in SAMPLING}
         if samples:
             how |= {"temperature": how["temperature"] or 1.0, "top_k": how["top_k"] or None}
-            config = dataclasses.replace(config, **self._sampling(config, how))
+            config = config.changed(**self._sampling(config, how))
         settings = copy.deepcopy(self.model.generation_config)
         if unknown := settings.update(**asked):
             raise BadArgument(

@@ -17,6 +17,7 @@ _HOME = {
     "opening": "softar.models.errors",
     "base_of": "softar.models.adapter",
     "wrap": "softar.models.adapter",
+    "cached_if_offline": "softar.models.source",
     "settings_of": "softar.models.source",
     "check_fixed": "softar.models.source",
     "check_there": "softar.models.there",
@@ -25,6 +26,8 @@ _HOME = {
     "check_reads_mixtures": "softar.models.reading",
     "diffusion_sign": "softar.models.kind",
     "plain": "softar.models.kind",
+    "Origin": "softar.models.origin",
+    "origin_of": "softar.models.origin",
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOME)

@@ -15,6 +15,7 @@ from .embedded import MODELS, named
 from .errors import opening
 from .gguf_file import load_gguf
 from .kind import ELSEWHERE
+from .origin import note_origin
 from .source import check_fixed, pretrained
 
 REMEDY = (
@@ -74,7 +75,9 @@ def load(
         tokenizer.pad_token = tokenizer.eos_token
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return to_machine(model, dtype, device).eval(), tokenizer
+    model = to_machine(model, dtype, device).eval()
+    note_origin(model, name, tokenizer)
+    return model, tokenizer
 
 
 def _open(name: str, *, dtype, device, seed: int, **model_kwargs):

@@ -1,7 +1,11 @@
 """A folder or a hub id of transformers, opened safely: no remote code is run and no pickle is read."""
 
 import os
+import socket
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -38,6 +42,7 @@ FIXED = {
 
 def pretrained(source, **model_kwargs):
     """A folder or a hub id. Raises OSError where there is none or its weights are pickled."""
+    model_kwargs = cached_if_offline(source, model_kwargs)
     fetch = {key: model_kwargs[key] for key in FETCH if key in model_kwargs}
     if "gguf_file" not in model_kwargs:
         _check_causal(settings_of(source, **fetch))
@@ -55,6 +60,18 @@ def pretrained(source, **model_kwargs):
     check_fit(info, model)
     check_autoregressive(model, ELSEWHERE)  # generation_config.json may name a mask token too
     return model, tokenizer
+
+
+def cached_if_offline(source: str | os.PathLike, model_kwargs: dict) -> dict:
+    """The keywords of from_pretrained; of a hub id, where the hub has no address here, those that
+    look into the cache alone: the retries would take a minute to say so."""
+    if os.path.isdir(source) or "local_files_only" in model_kwargs or getproxies():
+        return model_kwargs
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return model_kwargs | {"local_files_only": True}
+    return model_kwargs
 
 
 def settings_of(source: str | os.PathLike, **fetch) -> dict:

@@ -1,6 +1,7 @@
 """Traces and canvases drawn for the terminal."""
 
 import math
+from unicodedata import category
 
 from rich.console import Group
 from rich.table import Table
@@ -34,6 +35,19 @@ def visible(text: str, limit: int = 20) -> str:
     text = "␣" * left + core + "␣" * (len(text) - left - len(core))
     text = "".join(SIGNS.get(c, c if c.isprintable() else f"⟨{ord(c):X}⟩") for c in text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+# What turns text round, and ends lines elsewhere than where it seems
+TURNS = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A)), "\u2028", "\u2029"}
+
+
+def harmless(text: str) -> str:
+    """Text of a model or of its vocabulary for a terminal, which would follow what controls are in
+    it (a title, the clipboard, the cursor): they are shown as signs, line breaks and tabs stay."""
+    return "".join(
+        f"⟨{ord(c):X}⟩" if c in TURNS or (category(c) == "Cc" and c not in "\n\t") else c
+        for c in text
+    )
 
 
 def view(trace: Trace | Canvas) -> Group:

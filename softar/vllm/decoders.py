@@ -8,8 +8,9 @@ from transformers import AutoTokenizer
 from ..decoders.card import Card
 from ..decoders.options import Common
 from ..decoders.soft import soft_config
+from ..defaults import default_of
 from ..mixers import mk_mixer
-from ..models import load
+from ..models import MODELS, load
 from ..specs import format_options
 from .client import CONNECTION, ServerDecoder
 from .completions import MODES, CompletionDecoder, Sampling, ends_unseen, split_options
@@ -39,9 +40,10 @@ def _make_soft(card: Card, common: Common, /, *, url=None, **options) -> Complet
     answer is greedy), and the engine's or the client's."""
     others = {name: options.pop(name) for name in (*ENGINE, *CONNECTION) if name in options}
     # a model that was trained on its own single tokens gets its belief
+    default = default_of(card.config, _tokenizer(card) if card.config is None else None)
     trained = "soft" if card.config is None else card.config.mixer
     mixer = options.pop("mixer", "soft" if mk_mixer(trained).single else trained)
-    config = soft_config(card.config, mixer, options)
+    config = soft_config(default, mixer, options | {"max_new_tokens": common.max_new_tokens})
     if idle := [
         f"{k}={v!r}" for k, v in options.items() if k.startswith("answer_") and v not in (0, None)
     ]:
@@ -76,6 +78,8 @@ def _tokenizer(card: Card):
     """Without the weights where the model is a folder."""
     if card.folder is not None and (card.folder / "tokenizer_config.json").is_file():
         return AutoTokenizer.from_pretrained(card.folder, trust_remote_code=False)
+    if card.folder is None and card.name not in MODELS and not card.name.endswith(".gguf"):
+        return AutoTokenizer.from_pretrained(card.name, trust_remote_code=False)  # a hub id
     return load(card.name, device="cpu")[1]
 
 

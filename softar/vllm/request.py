@@ -39,6 +39,7 @@ FIELDS = {
     "budget": COUNT,
     "cold_stop_entropy": (*NUMBER, type(None)),
     "cold_stop_steps": (int,),
+    "hide_thought": (bool,),
     "record": (bool,),
 }
 
@@ -66,7 +67,7 @@ def check_request(asked, params, vllm_config, tokenizer) -> dict:
             raise ValueError(
                 f"soft: {name}={_quote(ids)} must be token ids below {vocab}, the model's vocabulary"
             )
-    return {"config": fields_of(config), "record": record}
+    return {"config": fields_of(config) | {"spelling": config.spelling}, "record": record}
 
 
 def check_mixer(name: str, allow: Sequence[str]) -> None:

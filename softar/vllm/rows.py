@@ -196,7 +196,7 @@ class Rows:
         if config.budget is not None and config.think_start is None and not wants_record:
             lasts = config.budget + len(config.think_end or [None])
         draws = None if seed is None else RowDraws(torch.Generator().manual_seed(seed))
-        key = (repr(config), tuple(eos), seed is not None, wants_record)
+        key = (repr(config), config.spelling, tuple(eos), seed is not None, wants_record)
         self.rows[name] = Row(config, key, prompt, draws, tuple(eos), wants_record, lasts)
 
     def drop(self, names: Sequence[str]) -> None:

@@ -1,0 +1,148 @@
+"""How a model is decoded where nobody says how, decided once for Python, the command line,
+comparisons, lm-eval and vLLM.
+
+As its soft_config.json says; without one softly between its think tags, where its tokenizer or chat
+template has them; else in narrow, noisy mixtures for the first half of the text, which a model can
+read without training, and one token at a time from there.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .checks import did_you_mean, shorten
+from .config import CONFIG_FILE, SoftConfig, renamed
+from .mixers import mk_mixer
+from .models.embedded import folder_of
+from .models.origin import origin_of
+
+# Half of the length at most is thought, so that an answer follows
+NARROW = dict(mixer="gumbel", temperature=0.6, top_k=10, top_p=0.95)
+TAGGED_LENGTH = 1024  # thought and answer of a model that was trained to think
+PLAIN_LENGTH = 128
+# What opens and closes a thought: Qwen3, DeepSeek-R1, SmolLM3, ...; Seed-OSS; Magistral; Command A;
+# OpenThinker; Kimi-VL
+THINK_TAGS = (
+    ("<think>", "</think>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("◁think▷", "◁/think▷"),
+    ("<thinking>", "</thinking>"),
+)
+
+
+class Default(NamedTuple):
+    """How a model is decoded where nobody says how."""
+
+    config: SoftConfig
+    why: str  # for people
+    kind: str  # "own", "tags" or "plain": where it comes from
+
+    def changed(self, fields: dict[str, Any]) -> SoftConfig:
+        """With these fields in place of its own. A budget of its own is half of the length that
+        comes of it; a plain model that is given tags thinks apart from its answer; one that is
+        decoded in single tokens needs nothing that makes mixtures readable."""
+        fields, config = renamed(fields), self.config
+        if self.kind == "plain" and mk_mixer(fields.get("mixer", config.mixer)).single:
+            return SoftConfig(max_new_tokens=config.max_new_tokens).changed(**fields)
+        if self.kind == "plain" and fields.get("think_end") is not None:
+            fields = {"hide_thought": True} | fields
+        if self.kind != "own" and "budget" not in fields:
+            length = SoftConfig(max_new_tokens=fields.get("max_new_tokens", config.max_new_tokens))
+            fields = fields | {"budget": length.max_new_tokens // 2}
+        return config.changed(**fields)
+
+
+def default_of(own: SoftConfig | None, tokenizer=None) -> Default:
+    """own: of the model's soft_config.json, None where it has none. tokenizer: None where it is not
+    at hand, so that nobody can look for tags."""
+    if own is not None:
+        return Default(own, f"as its {CONFIG_FILE} says", "own")
+    tags = None if tokenizer is None else think_tags(tokenizer)
+    if tags is not None:
+        config = SoftConfig(
+            **NARROW,
+            max_new_tokens=TAGGED_LENGTH,
+            budget=TAGGED_LENGTH // 2,
+            think_start=tags[0],
+            think_end=tags[1],
+        )
+        return Default(config, f"softly between {tags[0]} and {tags[1]}, then discretely", "tags")
+    config = SoftConfig(
+        **NARROW, max_new_tokens=PLAIN_LENGTH, budget=PLAIN_LENGTH // 2, hide_thought=False
+    )
+    unknown = (
+        ", and no tokenizer= that may have think tags" if tokenizer is None else " or think tags"
+    )
+    why = f"in narrow, noisy mixtures, then discretely: it has no {CONFIG_FILE}{unknown}"
+    return Default(config, why, "plain")
+
+
+def recall(model, tokenizer=None) -> Default:
+    """How an open model, plain or wrapped by PEFT, is decoded by default. tokenizer: where
+    `softar.load` did not open the model."""
+    origin = origin_of(model)
+    return default_of(own_config(origin.name), tokenizer or origin.tokenizer)
+
+
+def own_config(name: str | Path) -> SoftConfig | None:
+    """What the soft_config.json says of a model in a folder, or of one that the package brings;
+    None where there is none.
+
+    Raises:
+        ValueError: naming `name`, for one that cannot be read.
+    """
+    folder = folder_of(name) if name else None
+    if folder is None or not (folder / CONFIG_FILE).is_file():
+        return None
+    try:
+        return SoftConfig.load(folder)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"model={str(name)!r}: its {CONFIG_FILE} cannot be read: {error}"
+        ) from error
+
+
+def think_tags(tokenizer) -> tuple[str, str] | None:
+    """What opens and closes a thought for this tokenizer: tags that are tokens of its own, or that
+    stand in its chat template; None where it has none."""
+    templates = tokenizer.chat_template or ""
+    text = templates if isinstance(templates, str) else " ".join(map(str, templates.values()))
+    for tags in THINK_TAGS:
+        if all(_is_token(tokenizer, tag) or tag in text for tag in tags):
+            return tags
+    return None
+
+
+def _is_token(tokenizer, text: str) -> bool:
+    return tokenizer.convert_tokens_to_ids(text) not in (None, tokenizer.unk_token_id)
+
+
+def chosen(config, fields: dict[str, Any], default: Default) -> tuple[SoftConfig, str]:
+    """The configuration that counts, and for people why.
+
+    config: a SoftConfig, a dict of its fields, or None, which is `default`. fields: those that
+    override it.
+    """
+    if config is None:
+        return default.changed(fields), default.why
+    if isinstance(config, dict):
+        config = _made(config)
+    if not isinstance(config, SoftConfig):
+        raise ValueError(
+            f"config={shorten(repr(config), 80)} must be a SoftConfig, or a dict of its fields"
+        )
+    return config.changed(**fields), "as configured"
+
+
+def _made(fields: dict[str, Any]) -> SoftConfig:
+    try:
+        return SoftConfig(**fields)
+    except TypeError:
+        known = [field.name for field in dataclasses.fields(SoftConfig)]
+        (name, *_) = [n for n in fields if n not in known]
+        raise ValueError(
+            f"config has no field {name!r}{did_you_mean(name, known)}: it has {known}"
+        ) from None

@@ -1,0 +1,254 @@
+"""What softar.generate and soft_decode refuse, and say, before the first forward.
+
+Shapes: B batch, P prompt length.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+
+from .checks import shorten
+from .config import TAGS, SoftConfig
+from .models.kind import check_autoregressive, plain
+from .models.reading import check_reads_mixtures, check_rows
+from .soft import check_dist
+
+# What generate's own settings must not decide: `SoftConfig` does. Sampling is switched on, with
+# neutral values: what is None generate fills from the model's configuration, and without do_sample
+# it warns of it; the loop drops the warpers.
+OVERRIDES = dict(
+    max_length=None,
+    min_length=None,
+    do_sample=True,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    typical_p=1.0,
+    epsilon_cutoff=0.0,
+    eta_cutoff=0.0,
+    num_beams=1,
+    num_return_sequences=1,
+    use_cache=True,
+    return_dict_in_generate=True,
+)
+_SAMPLING = "SoftConfig says how tokens are chosen (temperature=, answer_temperature=, ...)"
+_BEAMS = "there are no beams here: softar.make_decoder('beam:num_beams=4', ...) searches"
+_ASSISTED = "tokens are decoded one after the other here, by one model"
+_OUTPUTS = "callback= and the record of SoftOutput have what each step chose"
+_CFG = "its second prompt would read tokens where the thought reads mixtures"
+# The settings of transformers' generate that the loop does not follow -> why. What a model's own
+# file says of them is no wish of the user's.
+NOT_FOLLOWED: dict[str, str] = {
+    **dict.fromkeys(
+        "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff".split(), _SAMPLING
+    ),
+    **dict.fromkeys(
+        "num_beams num_beam_groups diversity_penalty length_penalty early_stopping constraints "
+        "force_words_ids low_memory".split(),
+        _BEAMS,
+    ),
+    **dict.fromkeys(
+        "penalty_alpha dola_layers use_mtp prompt_lookup_num_tokens max_matching_ngram_size "
+        "is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_early_exit "
+        "assistant_confidence_threshold assistant_lookbehind target_lookbehind "
+        "assistant_ensemble_weight speculation_type continuous_batching_config".split(),
+        _ASSISTED,
+    ),
+    **dict.fromkeys(
+        "output_scores output_logits output_attentions output_hidden_states".split(), _OUTPUTS
+    ),
+    "guidance_scale": _CFG,
+    "compile_config": "compile the model yourself: torch.compile(model.forward)",
+    "decoder_start_token_id": "a causal LM begins with its prompt",
+}
+# In softar.generate, which sets them itself, these as well
+LENGTHS = dict.fromkeys(["max_length", "max_new_tokens", "min_length"], "give max_new_tokens=")
+ALONE = LENGTHS | {"num_return_sequences": "repeat the prompt, with a generator for each row"}
+POSITIONS = re.compile("wpe|pos_encoding|(?!.*relative).*position.*")  # tables of learned positions
+
+
+def check_settings(settings: GenerationConfig, own: GenerationConfig, also: Mapping = {}) -> None:
+    """Raise ValueError for a setting of generate's that the loop would drop without a word.
+
+    own: the model's. also: further names -> why.
+    """
+    usual = GenerationConfig._get_default_generation_params()
+    theirs, wishes = own.to_dict(), settings.to_dict()
+    for name, why in (NOT_FOLLOWED | also).items():
+        value = wishes.get(name)
+        known = [None, usual.get(name), OVERRIDES.get(name), theirs.get(name)]
+        if not any(value is each or value == each for each in known):
+            raise ValueError(f"{name}={value!r} is not followed in soft decoding: {why}")
+    if wishes.get("num_beams") not in (None, 1):  # generate has multiplied the rows
+        raise ValueError(
+            f"num_beams={settings.num_beams} of the model: give num_beams=1 ({_BEAMS})"
+        )
+
+
+def callers_arguments() -> dict[str, Any]:
+    """Arguments of the `model.generate` that calls the function that calls this. transformers keeps
+    the named ones from a custom loop, which could then only drop them."""
+    frame = sys._getframe(2)
+    if frame.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
+        return {}
+    return dict(frame.f_locals)
+
+
+def check_call(
+    model, input_ids, settings: GenerationConfig, model_kwargs: dict, asked: dict
+) -> None:
+    """Raise ValueError for what a call of model.generate asks of the loop that it does not do.
+
+    asked: from `callers_arguments`.
+    """
+    if asked.get("assistant_model") is not None:
+        raise ValueError(f"assistant_model= is not followed in soft decoding: {_ASSISTED}")
+    if asked.get("synced_gpus"):
+        raise ValueError(
+            "synced_gpus=True is not followed in soft decoding: give each process a whole model"
+        )
+    check_causal(model)
+    check_ids(input_ids, model_kwargs.get("attention_mask"))
+    check_settings(settings, model.generation_config)
+
+
+def check_ids(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise ValueError for prompts that are no [B, P] integers, empty, or not padded on the left."""
+    _check_tensor("input_ids", input_ids)
+    if attention_mask is not None:
+        _check_tensor("attention_mask", attention_mask)
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"input_ids of shape {tuple(input_ids.shape)}, {input_ids.dtype}: need [B, P] integers, "
+            f"int64 or int32"
+        )
+    if input_ids.numel() == 0:  # a prompt given as inputs_embeds alone looks the same
+        raise ValueError(
+            f"input_ids of shape {tuple(input_ids.shape)} is an empty prompt: start from a BOS token"
+        )
+    if attention_mask is None:
+        return
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit input_ids of {tuple(input_ids.shape)}"
+        )
+    mask = attention_mask.bool()
+    if empty := (~mask.any(1)).nonzero()[:, 0].tolist():
+        raise ValueError(
+            f"attention_mask leaves rows {empty} an empty prompt: start from a BOS token"
+        )
+    if holed := (mask[:, :-1] & ~mask[:, 1:]).any(1).nonzero()[:, 0].tolist():
+        raise ValueError(
+            f"attention_mask has padding on the right in rows {holed}: set tokenizer.padding_side='left'"
+        )
+
+
+def _check_tensor(name: str, value) -> None:
+    if isinstance(value, Tensor):
+        return
+    if isinstance(value, Mapping):
+        hint = "write softar.generate(model, **inputs)"
+    elif isinstance(value, str):
+        hint = "write softar.generate(model, **tokenizer(text, return_tensors='pt'))"
+    else:
+        hint = "give a tensor of ids [B, P], as tokenizer(texts, return_tensors='pt') makes it"
+    raise ValueError(f"{name}={shorten(repr(value), 60)} of type {type(value).__name__}: {hint}")
+
+
+def check_rng(rng) -> None:
+    """Raise ValueError unless it is None, a torch.Generator, or a sequence of them."""
+    several = rng if isinstance(rng, Sequence) and not isinstance(rng, str) else [rng]
+    if rng is not None and not all(isinstance(each, torch.Generator) for each in several):
+        raise ValueError(
+            f"rng={shorten(repr(rng), 60)} must be a torch.Generator, such as torch.Generator().manual_seed(0), "
+            f"or one for each row"
+        )
+
+
+def check_causal(model) -> None:
+    """Raise ValueError for what is no causal LM of transformers, plain or wrapped by PEFT."""
+    name = type(model).__name__
+    if not isinstance(model, nn.Module) or not isinstance(
+        inner := model if isinstance(model, PreTrainedModel) else _base(model), PreTrainedModel
+    ):
+        raise ValueError(
+            f"model is a {name}: give a causal LM of transformers, such as softar.load opens"
+        )
+    name = type(inner).__name__
+    check_autoregressive(inner)
+    if not inner.can_generate():
+        raise ValueError(f"{name} cannot generate: give a causal LM (AutoModelForCausalLM)")
+
+
+def _base(model: nn.Module):
+    from peft import PeftModel  # slow to import
+
+    return plain(model) if isinstance(model, PeftModel) else None
+
+
+def check_model(model, config: SoftConfig, input_ids: Tensor, model_kwargs: dict) -> None:
+    """Raise ValueError for a model that cannot read mixtures, or these rows."""
+    mask = model_kwargs.get("attention_mask")
+    check_reads_mixtures(model)
+    check_rows(model, torch.ones_like(input_ids) if mask is None else mask)
+    if not model_kwargs["use_cache"]:
+        raise ValueError(
+            "use_cache=False: soft inputs live in the KV cache only; set use_cache=True"
+        )
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    check_dist(vocab, **config.filters)
+    check_dist(vocab, **config.answer_filters)
+    for name in TAGS:
+        ids = getattr(config, name)
+        if any(not 0 <= i < vocab for i in ids or ()):
+            raise ValueError(
+                f"{name}={ids} must be token ids below {vocab}, the model's vocabulary"
+            )
+
+
+def check_vocabulary(input_ids: Tensor, embedding: nn.Module) -> None:
+    """Raise ValueError for ids that the embedding does not have: on a GPU they would end the
+    process. Looks once, before the first forward."""
+    tables = [m.num_embeddings for m in embedding.modules() if isinstance(m, nn.Embedding)]
+    low, high = torch.stack([input_ids.min(), input_ids.max()]).tolist()
+    if tables and not (low >= 0 and high < max(tables)):
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"input_ids holds {wrong}, and the model has ids 0 to {max(tables) - 1}: was it another "
+            f"model's tokenizer?"
+        )
+
+
+def room(model: PreTrainedModel) -> int | None:
+    """Positions of a model that has a table of them; None for one that has none, as rotary ones."""
+    tables = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    tables += [name for name, _ in model.named_buffers()]
+    if not any(POSITIONS.fullmatch(name.rpartition(".")[2]) for name in tables):
+        return None
+    config = model.config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "max_target_positions")
+    return next((getattr(config, name) for name in names if name in config), None)
+
+
+def check_room(model, input_ids: Tensor, settings: GenerationConfig, model_kwargs: dict) -> None:
+    """Raise ValueError for more positions than the model has: those of the longest prompt and of
+    the new tokens, of which the last is not read."""
+    positions = room(model)
+    if positions is None:
+        return
+    width, mask = input_ids.shape[1], model_kwargs.get("attention_mask")
+    prompt = width if mask is None else int(mask.sum(-1).max())
+    left, new = positions - prompt + 1, settings.max_length - width
+    if new > left:
+        remedy = f"give max_new_tokens={left} at most" if left > 0 else "shorten the prompt"
+        raise ValueError(
+            f"{type(model).__name__} has {positions} positions, too few for {prompt} of the prompt "
+            f"and {new} new tokens: {remedy}"
+        )

@@ -1,0 +1,129 @@
+"""How tokens spell a tag such as </think>: as its own ids, or as a text that the tokenizer cuts in
+other ways beside other text (".</" and "think" and ">\n\n").
+
+A tag is an automaton over tokens. Its state says how much of the tag the last tokens have spelled;
+`moves` are the steps that do not lead to state 0. So a decode follows it on its device, without
+waiting, and vLLM's workers need no tokenizer.
+
+Shapes: B batch, P prompt length, M moves."""
+
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Moves = tuple[
+    tuple[int, int, int], ...
+]  # (state, token, next state, plus WHOLE where it is spelled)
+WHOLE = 2**20
+SHIFT = 2**40  # beyond any token
+KINDS = {"BPE", "Unigram"}  # tokenizers whose tokens stand one behind the other
+SPACES = {"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t"}  # how vocabularies write white space
+
+
+def moves_of_ids(ids: tuple[int, ...]) -> Moves:
+    """Of a tag that is these ids and no others (Knuth, Morris, Pratt 1977)."""
+    moves = []
+    for state in range(len(ids)):
+        for token in dict.fromkeys(ids):
+            step = _step(ids[:state], (token,), ids)
+            moves += [(state, token, step)] if step else []
+    return tuple(moves)
+
+
+@functools.lru_cache(maxsize=8)
+def _moves_of_text(tokenizer, size: int, text: str) -> Moves:
+    moves, n = [], len(text)
+    for piece, token in tokenizer.get_vocab().items():
+        for mark, space in SPACES.items():
+            piece = piece.replace(mark, space)
+        # begins the tag, or goes on with it: nothing else leads anywhere
+        if text[0] not in piece and not any(
+            piece == text[k : k + len(piece)] or piece.startswith(text[k:]) for k in range(1, n)
+        ):
+            continue
+        for state in range(n):
+            if step := _step(text[:state], piece, text):
+                moves.append((state, token, step))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return tuple(sorted(moves)) if scan(moves, [ids])[0] == [len(ids) - 1] else ()
+
+
+def moves_of_text(tokenizer, text: str) -> Moves:
+    """Of a tag that is this text, whatever tokens spell it; none where tokens do not simply stand
+    one behind the other, or where the text is an added token, which nothing merges with."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    is_joined = tokenizer.is_fast and KINDS >= {type(tokenizer.backend_tokenizer.model).__name__}
+    if text in added or not is_joined:
+        return ()
+    return _moves_of_text(tokenizer, len(tokenizer), text)
+
+
+def blanks(tokenizer) -> tuple[int, ...]:
+    """The tokens of white space that a chat template puts behind a thought which it closes."""
+    pieces = [tokenizer.encode(text, add_special_tokens=False) for text in ("\n\n", "\n", " ")]
+    return tuple(sorted({ids[0] for ids in pieces if len(ids) == 1}))
+
+
+def _step(done, piece, tag) -> int:
+    """From the part of the tag that is done, by one token's piece. All three are texts, or tuples of
+    ids."""
+    whole, n = done + piece, len(tag)
+    rest = next(
+        k for k in range(min(n - 1, len(whole)), -1, -1) if whole[len(whole) - k :] == tag[:k]
+    )
+    ends = range(max(n, len(done) + 1), len(whole) + 1)
+    return rest + WHOLE * any(whole[end - n : end] == tag for end in ends)
+
+
+def matches(moves: Iterable[tuple[int, int, int]], row: Iterable[int]) -> list[int]:
+    """Columns of a row of tokens at which the tag is whole."""
+    table, state, found = {(s, t): n for s, t, n in moves}, 0, []
+    for column, token in enumerate(row):
+        state = table.get((state, token), 0)
+        if state >= WHOLE:
+            found.append(column)
+            state -= WHOLE
+    return found
+
+
+class Speller(NamedTuple):
+    """A tag's moves on the batch's device, sorted."""
+
+    keys: Tensor  # [M] int64, state and token
+    steps: Tensor  # [M] int64
+
+    def __call__(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """[B] int64 and [B] -> the next state, and whether the tag is whole now, [B] bool."""
+        key = state * SHIFT + token
+        at = torch.searchsorted(self.keys, key).clamp_max(len(self.keys) - 1)
+        step = torch.where(self.keys[at] == key, self.steps[at], 0)
+        return step % WHOLE, step >= WHOLE
+
+
+def mk_speller(moves: Moves, device: torch.device) -> Speller:
+    keys = [state * SHIFT + token for state, token, _ in moves]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    columns = ([keys[i] for i in order], [moves[i][2] for i in order])
+    return Speller(
+        *(torch.tensor(c, dtype=torch.long).to(device, non_blocking=True) for c in columns)
+    )
+
+
+def scan(moves: Moves, rows: list[list[int]]) -> tuple[list[int], list[int]]:
+    """Of each row of tokens the column at which the tag was last whole (-1: never), and the state
+    behind it."""
+    table, columns, states = {(s, t): n for s, t, n in moves}, [], []
+    tokens = {token for _, token, _ in moves}
+    for row in rows:
+        state, last, before = 0, -1, -2
+        for column in (c for c, token in enumerate(row) if token in tokens):
+            state = table.get((state if column == before + 1 else 0, row[column]), 0)
+            if state >= WHOLE:
+                last, state = column, state - WHOLE
+            before = column
+        columns.append(last)
+        states.append(state if before == len(row) - 1 else 0)
+    return columns, states
