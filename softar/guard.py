@@ -234,6 +234,7 @@ def room(model: PreTrainedModel) -> int | None:
         return None
     config = model.config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "max_target_positions")
+    names = [config.attribute_map.get(name, name) for name in names]  # GPT-2 has n_positions
     return next((getattr(config, name) for name in names if name in config), None)
 
 
