@@ -77,7 +77,7 @@ def model_card(trainer, folder: Path, data: str | None = None, tags=None) -> str
         "library_name": "peft" if adapter else "transformers",
         "tags": sorted({*trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])}),
     } | ({"base_model": base} if base.count("/") == 1 and not Path(base).is_dir() else {})
-    told = f"`{file}` says how, and " if file else ""
+    told = f"`{file}` says how, and the" if file else "The"
     how = json.dumps(settings) if settings else "all defaults"
     return "\n".join(
         [
@@ -99,7 +99,7 @@ def model_card(trainer, folder: Path, data: str | None = None, tags=None) -> str
             trainer.card_command(name),
             "```",
             "",
-            f"{told}the `softar` command follows it: {how}.",
+            f"{told} `softar` command follows it: {how}.",
             "",
             f"Made with {packages}.",
             "",
