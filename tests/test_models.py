@@ -10,7 +10,7 @@ import gguf
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import model_of, tokenizer_of, with_lora
+from tiny import CONFIGS, SIZES, VOCAB, model_of, tokenizer_of, with_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from softar import placement
@@ -326,6 +326,70 @@ def test_gguf_says_how_a_text_begins_and_ends(bos, eos, tmp_path):
         assert same.chat_template == "{{ bos_token }}{{ messages[0]['content'] }}"
         chat = [{"role": "user", "content": "ab"}]
         assert same.apply_chat_template(chat, return_dict=False) == [0, 4]
+
+
+def write_model_as_gguf(path, model, arch):
+    """Every tensor of a small model in float32, as llama.cpp lays it out."""
+    config, out = model.config, gguf.GGUFWriter(path, arch)
+    heads = config.num_attention_heads, config.num_key_value_heads
+    for add, value in (
+        (out.add_context_length, config.max_position_embeddings),
+        (out.add_embedding_length, config.hidden_size),
+        (out.add_block_count, config.num_hidden_layers),
+        (out.add_feed_forward_length, config.intermediate_size),
+        (out.add_head_count, heads[0]),
+        (out.add_head_count_kv, heads[1]),
+        (out.add_key_length, 8),
+        (out.add_value_length, 8),
+        (out.add_layer_norm_rms_eps, config.rms_norm_eps),
+        (out.add_rope_freq_base, 10_000.0),
+        (out.add_sliding_window, 6),
+        (out.add_vocab_size, config.vocab_size),
+    ):
+        add(value)
+    words = ["<s>", "</s>", "a", "b", "ab"]
+    padding = [f"[PAD{i}]" for i in range(len(words), config.vocab_size)]
+    out.add_tokenizer_model("gpt2")
+    out.add_token_list(words + padding)
+    out.add_token_types([3, 3, 1, 1, 1] + [5] * len(padding))  # 5 unused
+    out.add_token_merges(["a b"])
+    out.add_bos_token_id(0)
+    out.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        tensor = tensor.float()
+        if arch == "gemma3" and "norm" in name:
+            tensor = tensor + 1
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            count = heads["k_proj" in name]
+            tensor = tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
+        out.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.numpy())
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_gguf_is_the_folder_that_it_was_made_of(arch, tied, tmp_path):
+    """The same logits, the vocabulary padded as the table is."""
+    config = CONFIGS[arch](vocab_size=VOCAB, **SIZES)
+    config.tie_word_embeddings = tied
+    if arch == "gemma3":  # what the format does not say
+        config.query_pre_attn_scalar, config.layer_types = 256, ["sliding_attention"] * 2
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    write_model_as_gguf(tmp_path / "m.gguf", model, arch)
+    again, tokenizer = load(tmp_path / "m.gguf")
+    assert again.config.tie_word_embeddings == tied and tokenizer.pad_token_id < VOCAB
+    assert all(i is None or i < VOCAB for i in tokenizer.all_special_ids)
+    assert tokenizer("abba")["input_ids"] == [4, 3, 2]
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
 
 
 def check_saveable(model, tokenizer, text, path):

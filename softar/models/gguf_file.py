@@ -24,7 +24,9 @@ def load_gguf(source, *, dtype, **model_kwargs):
         model, tokenizer = pretrained(
             source, dtype=dtype, quantization_config=plain, **model_kwargs
         )
-        _add_ends(tokenizer, _metadata(source, model_kwargs))
+        metadata = _metadata(source, model_kwargs)
+        _drop_invented(tokenizer, metadata["tokens"])
+        _add_ends(tokenizer, metadata)
     return model, tokenizer
 
 
@@ -36,11 +38,20 @@ def _metadata(source, model_kwargs: dict) -> dict:
     path = cached_file(source, model_kwargs["gguf_file"], **fetch)
     names = ("model", "add_bos_token", "add_eos_token")
     fields = gguf.GGUFReader(path).fields
-    return {
+    told = {
         name: fields[key].contents()
         for name in names
         if (key := f"tokenizer.ggml.{name}") in fields
     }
+    return told | {"tokens": len(fields["tokenizer.ggml.tokens"].data)}
+
+
+def _drop_invented(tokenizer, count: int) -> None:
+    """Special tokens that the tokenizer's class brings and the file does not have, such as Qwen's
+    <|endoftext|> for padding, have ids outside the model's vocabulary."""
+    for name, token in list(tokenizer.special_tokens_map.items()):
+        if isinstance(token, str) and tokenizer.convert_tokens_to_ids(token) >= count:
+            setattr(tokenizer, name, None)
 
 
 def _add_ends(tokenizer, metadata: dict) -> None:
