@@ -109,9 +109,9 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("normalise", ["masks", "answer"])
-def test_two_processes_train_as_one(tmp_path, normalise):
-    changes = dict(task="latin", rows="soft-mask", normalise=normalise, max_steps=4)
+def test_two_processes_train_as_one(tmp_path):
+    """Every objective and normalisation: tests/test_diffusion_batches.py."""
+    changes = dict(task="latin", rows="soft-mask", max_steps=4)
     train(PYTHON, tmp_path / "one", **changes)
     half = changes | {"per_device_train_batch_size": 16}
     train(PYTHON, tmp_path / "two", processes=2, **half)
@@ -120,23 +120,6 @@ def test_two_processes_train_as_one(tmp_path, normalise):
     )
     heads = [load_head(tmp_path / name / "soft-mask-seed42") for name in ("one", "two")]
     assert heads[0]["scale"] == pytest.approx(heads[1]["scale"], abs=1e-4) != 0.5
-
-
-@pytest.mark.slow
-def test_two_processes_train_a_uniform_model_as_one(tmp_path):
-    changes = dict(
-        task="latin",
-        rows="duo",
-        objective="uniform",
-        normalise="tokens",
-        curriculum=0.5,
-        max_steps=4,
-    )
-    train(PYTHON, tmp_path / "one", **changes)
-    half = changes | {"per_device_train_batch_size": 16}
-    train(PYTHON, tmp_path / "two", processes=2, **half)
-    one, two = (losses_of(tmp_path / name / "duo-seed42") for name in ("one", "two"))
-    assert len(one) == 4 and one == pytest.approx(two, rel=1e-4)
 
 
 @pytest.mark.slow
