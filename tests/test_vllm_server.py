@@ -1,6 +1,7 @@
 """Soft decoding by vLLM's server on loopback: answers, streams, refusals, and the decoders that
 ask it, beside softar.generate."""
 
+import asyncio
 import base64
 import io
 import json
@@ -23,6 +24,7 @@ from engine_script import (
     same_trace,
     save_models,
 )
+from fuzz.chaos import Chaos
 from tiny import BOS
 
 import softar
@@ -58,7 +60,13 @@ def server(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "PYTHONPATH", FORKING["PYTHONPATH"])
         with softar.vllm.server.serve(
-            folder / "llama", max_model_len=128, soft=True, max_soft=16, api_key=KEY, extra=more
+            folder / "llama",
+            max_model_len=128,
+            soft=True,
+            max_soft=48,
+            mixers=["own_mixer:flat"],
+            api_key=KEY,
+            extra=more,
         ) as running:
             patch.undo()
             yield running
@@ -276,6 +284,17 @@ def test_nobody_spoils_the_answers_of_others(server, model):
 
 
 @pytest.mark.slow
+def test_a_mixer_of_ones_own_is_the_function(server, model, monkeypatch):
+    monkeypatch.syspath_prepend(FORKING["PYTHONPATH"].split(os.pathsep)[0])
+    fields = dict(mixer="own_mixer:flat", mixer_args={"power": 0.25}, top_k=4)
+    prompt = [BOS, 11, 12, 13]
+    (choice,) = post(server, prompt=prompt, soft=fields).json()["choices"]
+    own = softar.generate(model, torch.tensor([prompt]), **fields, max_new_tokens=12)
+    assert choice["token_ids"] == own.completions[0].tolist()
+    assert post(server, prompt=prompt, soft={"mixer": "os:system"}).status_code == 400
+
+
+@pytest.mark.slow
 def test_who_may_ask_and_how_much(server):
     prompt, soft = [BOS, 11, 12], {"budget": 3, "record": True}
     as_text = post(server, prompt=prompt, soft=soft).json()["choices"]
@@ -293,11 +312,23 @@ def test_who_may_ask_and_how_much(server):
         f"{server.url}/v1/completions", json=body_of(server, prompt=prompt), trust_env=False
     )
     assert answer.status_code == 401
-    crowd = dict(prompt=prompt, n=17, temperature=1, soft={})
+    crowd = dict(prompt=prompt, n=49, temperature=1, soft={})
     answer = post(server, **crowd)
-    assert answer.status_code == 503 and "at most 16 (--max-soft)" in answer.text
+    assert answer.status_code == 503 and "at most 48 (--max-soft)" in answer.text
     assert '"code":503' in post(server, **crowd, stream=True).text.replace(" ", "")
-    assert len(post(server, **{**crowd, "n": 16}).json()["choices"]) == 16
+    assert len(post(server, **{**crowd, "n": 48}).json()["choices"]) == 48
+
+
+@pytest.mark.slow
+def test_a_crowd_that_comes_and_goes_changes_no_answer(server):
+    """tests/fuzz/chaos.py has more of them, for longer."""
+    prompts = [f"<bos> w{i} w{i + 9}" for i in (11, 17, 23)]
+    chaos = Chaos(server.url, server.model, prompts, max_tokens=12, key=KEY)
+    found = asyncio.run(chaos.run(8, 5, server.process.pid))
+    assert chaos.wrong == [] and found["lost"] == 0 and found["healthy"], found
+    assert min(found[what] for what in ("answers", "streams", "refused", "streams left")) > 0
+    before, *_, after = found["memory"]
+    assert after - before < 200
 
 
 @pytest.mark.slow
