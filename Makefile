@@ -27,7 +27,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 CAN_COMPILE := import os, shutil, sys, sysconfig as s; \
 	sys.exit(not (shutil.which(s.get_config_var("CC").split()[0]) and os.path.exists(s.get_path("include") + "/Python.h")))
 # Every module by its installed name: diffusion/loop.py is softar.diffusion.loop.
-MODULES = $(shell ls softar/*.py softar/*/__init__.py softar/vllm/*.py diffusion/*.py rl/*.py | \
+MODULES = $(shell ls softar/*.py softar/*/__init__.py softar/vllm/*.py softar/tasks/*.py diffusion/*.py rl/*.py | \
 	sed -E 's,^(diffusion|rl)/,softar/\1/,; s,(/__init__)?[.]py$$,,; y,/,.,' | sort -u)
 
 .DEFAULT_GOAL := help
