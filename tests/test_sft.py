@@ -17,8 +17,8 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from tiny import BOS, EOS, PAD, model_of, tokenizer_of
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
@@ -37,6 +37,7 @@ from softar.sft.config import SoftSFTConfig
 from softar.sft.data import SoftCollator, thought_mask
 from softar.sft.trainer import SoftSFTTrainer, soft_loss
 from softar.soft import Soft, entropy
+from softar.tags import moves_of_ids
 from softar.tasks import load_task
 from softar.training import no_interrupt
 
@@ -231,6 +232,8 @@ def test_loss_is_of_the_raw_logits_and_takes_low_precision():
 
 
 def mask_of(rows, **span):
+    """With tags as ids."""
+    span = {k: v if k == "steps" else moves_of_ids(tuple(v)) for k, v in span.items()}
     labels = torch.tensor([row + [OFF] * (max(map(len, rows)) - len(row)) for row in rows])
     return [[t for t, on in enumerate(row) if on] for row in thought_mask(labels, **span).tolist()]
 
@@ -1285,6 +1288,35 @@ def test_a_tag_that_the_tokenizer_merges_is_refused_by_row(tmp_path):
     with pytest.raises(ValueError, match=r"row 1 holds think_end='</t>', but the tokenizer merges"):
         trainer_of(tmp_path, Dataset.from_list(rows), tokenizer=tokenizer, think_end="</t>")
     trainer_of(tmp_path, Dataset.from_list(rows[:1] * 2), tokenizer=tokenizer, think_end="</t>")
+
+
+def test_a_tag_is_told_by_its_text_however_the_tokenizer_cuts_it(tmp_path):
+    """As a byte-level BPE without a token for it cuts "</think>": beside a full stop, a line break."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = ["< /", ". </", "< <", "t h", "i n", "th in", "thin k", "> Ċ", "o k"]
+    vocab = {p: i for i, p in enumerate([*letters, *(m.replace(" ", "") for m in merges)])}
+    core = Tokenizer(BPE(vocab=vocab, merges=[tuple(m.split()) for m in merges]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="~", pad_token="~")
+    thoughts = {
+        "<think>ok.</think>\nok": ["ok"],
+        "ok</think>ok": ["ok"],
+        "ok</</think>": ["ok", "</"],
+        "ok.</thin": ["ok", ".</", "thin"],
+        "ok<think>a<b</think>": ["a", "<", "b"],
+    }
+    tags = dict(think_start="<think>", think_end="</think>")
+    rows = [{"prompt": "a", "completion": text} for text in thoughts]
+    model = model_of(vocab_size=len(tokenizer))
+    trainer = trainer_of(
+        tmp_path, Dataset.from_list(rows), model=model, tokenizer=tokenizer, eos_token="~", **tags
+    )
+    for row, expected in zip(trainer.train_dataset, thoughts.values(), strict=True):
+        labels = torch.tensor([row["labels"]])
+        mask = thought_mask(labels, **trainer._span)
+        pieces = tokenizer.convert_ids_to_tokens(labels[mask].tolist())
+        assert [p for p in pieces if p != "~"] == expected
 
 
 def test_rows_beyond_the_table_of_positions_are_refused(tmp_path):

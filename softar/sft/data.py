@@ -9,65 +9,74 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..evaluate import tag_ids
 from ..soft import Soft
+from ..tags import Moves, matches, moves_of_ids, moves_of_text, spans
 
 
 def thought_mask(
-    labels: Tensor, *, start: list[int] = (), end: list[int] = (), steps: int | None = None
+    labels: Tensor, *, start: Moves = (), end: Moves = (), steps: int | None = None
 ) -> Tensor:
     """Which positions are thought, and so read mixtures: [B, T] labels (-100 off the completion) ->
     [B, T] bool.
 
-    With `end` the completion's tokens before its first occurrence (a row without it is thought
-    throughout) and, where the completion holds `start`, after that; with `steps` the first so many;
-    with neither the whole completion.
+    With `end` (how a tag is spelled, from `softar.tags`) the completion's tokens before its first
+    occurrence (a row without it is thought throughout) and, where the completion holds `start`,
+    after that; with `steps` the first so many; with neither the whole completion. A token that
+    holds a part of a tag is no thought.
     """
     inside = labels != -100
     if steps is not None:
         return inside & (inside.cumsum(1) <= steps)
-    if len(end):
-        inside = inside & (_starts(labels, end).cumsum(1) == 0)
-    if len(start):
-        opened = _starts(labels, start)
-        behind = nn.functional.pad(opened, (len(start), 0))[:, : labels.shape[1]].cumsum(1) > 0
-        # a start tag in the prompt has no label
-        inside = inside & (behind | ~opened.any(1, keepdim=True))
+    if not start and not end:
+        return inside
+    for thought, row in zip(
+        inside, labels.tolist(), strict=True
+    ):  # a tag in the prompt has no label
+        if ends := spans(end, row):
+            thought[ends[0][0] :] = False
+        if starts := spans(start, row):
+            thought[: starts[0][1] + 1] = False
     return inside
 
 
-def _starts(labels: Tensor, pattern: list[int]) -> Tensor:
-    """[B, T] -> [B, T] bool: does the pattern start here?"""
-    hit = torch.ones_like(labels, dtype=torch.bool)
-    for shift, token in enumerate(pattern):
-        ahead = torch.full_like(labels, -100)
-        ahead[:, : labels.shape[1] - shift] = labels[:, shift:]
-        hit = hit & (ahead == token)
-    return hit
+def spelled(tokenizer, text: str | None) -> Moves:
+    """How a tag is spelled in rows of this tokenizer. Raises ValueError for a text that it does not
+    know."""
+    if text is None:
+        return ()
+    ids = tag_ids(tokenizer, text)
+    if not ids:
+        raise ValueError(
+            f"the tokenizer has no tokens for {text!r}: name a text that the data really contains"
+        )
+    return moves_of_text(tokenizer, text) or moves_of_ids(ids)
 
 
 def check_tag(dataset: Dataset, name: str, text: str, targets: str, tokenizer) -> None:
     """Raise ValueError for a tag that stands nowhere in the tokenised rows, and for a row in which
-    the tokenizer merges it with its neighbours: whole completions would be thought, and nothing
-    would say so. A row may lack it. "think_start" may stand in a prompt too."""
-    ids, in_prompts, stands = [*tag_ids(tokenizer, text)], name == "think_start", False
+    the tokenizer merges it with its neighbours beyond recognition: whole completions would be
+    thought, and nothing would say so. A row may lack it. "think_start" may stand in a prompt
+    too."""
+    moves, in_prompts, stands = spelled(tokenizer, text), name == "think_start", False
     for number, row in enumerate(dataset):
         for tokens in _texts(row, targets, in_prompts):
-            if _holds(tokens, ids):
+            if matches(moves, tokens):
                 stands = True
             elif text in tokenizer.decode([token for token in tokens if token >= 0]):
                 raise ValueError(
                     f"row {number} holds {name}={text!r}, but the tokenizer merges it with its neighbours, so its "
-                    f"tokens {ids} are not there: put a space or a line break around it, or add it as a special token"
+                    f"tokens {[*tag_ids(tokenizer, text)]} are not there: put a space or a line break around it, or "
+                    "add it as a special token"
                 )
     if not stands:
         where = "prompt or completion" if in_prompts else "completion"
         raise ValueError(
-            f"{name}={text!r}, tokens {ids}, stands in no {where} of the training data (cut to max_length): name a "
-            "text that does, as the tokenizer cuts it there, or give think_steps instead"
+            f"{name}={text!r}, tokens {[*tag_ids(tokenizer, text)]}, stands in no {where} of the training data (cut to "
+            "max_length): name a text that does, or give think_steps instead"
         )
 
 
@@ -82,11 +91,6 @@ def _texts(row: dict[str, Any], targets: str, in_prompts: bool) -> list[list[int
         else next((i for i, label in enumerate(labels) if label != -100), len(labels))
     )
     return [trace[begin:] for trace in row["trace_ids"]]
-
-
-def _holds(tokens: list[int], ids: list[int]) -> bool:
-    starts = (i for i, token in enumerate(tokens) if token == ids[0])
-    return any(tokens[i : i + len(ids)] == ids for i in starts)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 
 from ..config import CONFIG_FILE, TAGS, SoftConfig
-from ..evaluate import evaluate, tag_ids
+from ..evaluate import evaluate
 from ..mixers import guide, mk_mixer
 from ..model_card import OwnCard, changes_of
 from ..models import check_autoregressive, plain
@@ -39,6 +39,7 @@ from .data import (
     check_tag,
     check_traces,
     frontier,
+    spelled,
     thought_mask,
 )
 from .forward import mixed_forward, soft_forward
@@ -120,14 +121,12 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         """What tells the thought in a completion, as thought_mask takes it."""
         args = self.args
         tags = {name: getattr(args, name) for name in TAGS}
-        ids = {name: _encode(self.processing_class, text) for name, text in tags.items()}
+        moves = {name: spelled(self.processing_class, text) for name, text in tags.items()}
         if isinstance(self.train_dataset, Dataset):  # a stream shows its rows only once
-            for name, tokens in ids.items():
-                if tokens:
-                    check_tag(
-                        self.train_dataset, name, tags[name], args.targets, self.processing_class
-                    )
-        return dict(start=ids["think_start"], end=ids["think_end"], steps=args.think_steps)
+            for name, text in tags.items():
+                if text is not None:
+                    check_tag(self.train_dataset, name, text, args.targets, self.processing_class)
+        return dict(start=moves["think_start"], end=moves["think_end"], steps=args.think_steps)
 
     def train(self, *args, **kwargs):
         """Says first what a step will cost."""
@@ -336,17 +335,6 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         if self.args.learn_temperature:
             temperature = SoftConfig.load(resume_from_checkpoint).temperature
             self.model.soft_log_temperature.data.fill_(math.log(temperature))
-
-
-def _encode(tokenizer, text: str | None) -> list[int]:
-    if text is None:
-        return []
-    ids = tag_ids(tokenizer, text)
-    if not ids:
-        raise ValueError(
-            f"the tokenizer has no tokens for {text!r}: name a text that the data really contains"
-        )
-    return [*ids]
 
 
 def _check_rows(args: SoftSFTConfig, train_dataset, eval_dataset, score) -> None:
