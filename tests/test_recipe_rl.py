@@ -316,12 +316,15 @@ def test_configurations_are_read_and_make_sense(file, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "datasets.load_dataset", lambda *args, **kw: {"train": Dataset.from_list(chats)}
     )
+    asked = []  # no hub is reachable here
+    monkeypatch.setattr("softar.models.check_there", lambda name, *args, **kw: asked.append(name))
     (algorithm,) = {*RECIPES} & {*file.split("_")}
     made = runpy.run_path(RECIPES[algorithm])["RECIPE"]
     inputs = read(
         made, ["--config", str(CONFIGS / f"{file}.yaml"), "--output_dir", str(tmp_path / "out")]
     )
     training, task = inputs.training, inputs.task
+    assert asked == [x for x in [inputs.model_args.model_name_or_path] if x]
     assert inputs.names == (["soft", "hard"] if "mnns" in file else ["custom"])
     assert training.soft_k == 3 and training.temperature == 1 and training.beta == 0
     assert training.generation_batch_size % training.num_generations == 0

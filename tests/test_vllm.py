@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 from engine_script import FORKING
+from huggingface_hub import HfApi
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -610,13 +611,15 @@ def test_widened_heads_compute_the_same(head_dim):
     assert (wide(ids).logits - wide(ids.flip(1)).logits).abs().max() > 0.1
 
 
-def test_exported(tmp_path):
+def test_exported(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(HfApi, "model_info", lambda self, name, **kw: asked.append(name))
     wide = tmp_path / "wide"
     tiny.model_of(head_dim=32).save_pretrained(wide)
     with exported(str(wide)) as place:
         assert place == str(wide)
     with exported("owner/name") as place:
-        assert place == "owner/name"
+        assert place == "owner/name" and asked == ["owner/name"]  # on the hub, by what it answers
     with exported("mnns-tiny") as place:
         copy, tokenizer = load(place)
         assert copy.config.head_dim == 32 and tokenizer("<bos> D1")["input_ids"] == [1, 7]
