@@ -62,7 +62,7 @@ BAD = [  # soft, other settings, what the one line says
     ("[" * 60_000, {}, "is not JSON"),
     ([1], {}, "[1] must be an object"),
     (7, {}, "7 must be an object"),
-    ({"mixer": "nope"}, {}, "mixer='nope' is unknown: choose one of"),
+    ({"mixer": "nope"}, {}, "mixer='nope' is unknown here: choose one of"),
     ({"mixer": 3}, {}, "mixer=3 must be text"),
     ({"mixer_args": {"tau": 1}}, {}, "does not take"),
     ({"mixer": "gumbel", "mixer_args": {"tau": "x"}}, {}, "does not take"),

@@ -27,7 +27,7 @@ from softar.diffusion.architectures import (
 from softar.diffusion.decoders import denoise_config
 from softar.diffusion.remask import REMASKS, remask
 from softar.diffusion.schedules import SCHEDULES, Block, Quota, Step
-from softar.diffusion.select import SELECTORS, Belief, Draws
+from softar.diffusion.select import SELECTORS, Belief, Draws, mk_selector
 from softar.diffusion.soften import SOFTENERS, Softener, evolving
 from softar.soft import Soft, dense
 
@@ -122,6 +122,15 @@ def combination(seed):
     if schedule in ("uniform", "linear", "ancestral") and knobs["steps"] and r.random() < 0.6:
         knobs["remask"] = r.choice([*REMASKS])
         knobs["remask_args"] = {} if knobs["remask"] == "conf" else r.choice([{}, {"eta": 0.5}])
+    # what does nothing is refused
+    if knobs["temperature"] == 0:
+        knobs |= dict(top_k=None, top_p=None)
+    if mk_selector(knobs["select"]).is_random:
+        knobs["alg_temp"] = 0.0
+    if knobs["block_length"] is None:
+        knobs["early_stop"] = False
+        if not gen_length:
+            knobs["cache"] = None
     rows = [[r.randrange(1, EOS) for _ in range(r.randint(1, 7))] for _ in range(3)]
     if gen_length == 0 or r.random() < 0.4:
         rows = [[MASK if r.random() < 0.5 else token for token in row] for row in rows]
@@ -363,7 +372,6 @@ IS_HARD = {
     "soft-mask when no mask counts": dict(soften="soft-mask", soften_args=dict(centre=1e4)),
     "slerp of strength 0": dict(soften="slerp", soften_args=dict(strength=0.0)),
     "guidance 0": dict(cfg_scale=0.0),
-    "filters without a temperature": dict(top_k=3, top_p=0.5),
     "steps for each mask": dict(steps=8),
     "a slow pyramid": dict(schedule="pyramid", schedule_args={"dilation": 99}),
     "threshold 1": dict(threshold=1.0),
@@ -480,7 +488,7 @@ def test_a_cache_renewed_at_each_forward_is_none(family, cache):
         same(a, b)
         assert a.num_forwards == b.num_forwards and a.token_forwards == b.token_forwards
     # So is one whose block is the whole canvas.
-    holed = dict(rows=HOLED, gen_length=0)
+    holed = dict(rows=HOLED, gen_length=0, block_length=max(map(len, HOLED)))
     same(run(model, **holed, cache=cache), run(model, **holed), atol=1e-5)
 
 

@@ -134,7 +134,7 @@ def test_two_processes_train_as_one(tmp_path):
         (dict(time_low=0.9, time_high=0.1), "time_low=0.9, time_high=0.1"),
         (dict(rows="soft-mask", head_scale=1.5), "scale=1.5"),
         (dict(task="reasoning_gym:chain_sum"), "has no model of its own"),
-        (dict(model_name_or_path="mnns-tiny", task="mnns"), "could not be loaded"),
+        (dict(model_name_or_path="mnns-tiny", task="mnns"), "it reads from left to right"),
     ],
 )
 def test_bad_input_ends_with_one_line(tmp_path, changes, says, monkeypatch, capsys):
