@@ -42,7 +42,7 @@ def draws(*ids):
 def test_one_draw_is_the_categorical():
     logits, ref, token = logits_of(2, 3, 7), logits_of(2, 3, 7, seed=1), torch.randint(7, (2, 3))
     expected = torch.distributions.Categorical(logits=logits)
-    for logp, kl in (ACTIONS["k-samples"], ACTIONS["hard"], (token_logp, token_kl)):
+    for logp, kl, *_ in (ACTIONS["k-samples"], ACTIONS["hard"], (token_logp, token_kl)):
         assert torch.allclose(
             logp(logits, hard(token))[..., 0], expected.log_prob(token), atol=1e-6
         )

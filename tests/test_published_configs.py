@@ -154,7 +154,7 @@ def folder_of(name, folder):
     kind, size, mask, eos, chat = PUBLISHED[name]
     fields = dict(mask_token_id=mask, eos_token_id=eos, pad_token_id=eos)
     sizes = dict(vocab_size=size, num_hidden_layers=1, pad_token_id=eos, eos_token_id=eos)
-    model = stock(kind, **sizes)
+    model = stock(kind, max_position_embeddings=128, **sizes)
     # a model that is sure of nothing shows hard masks, and its head has no gradient
     model.lm_head.weight.data *= 20
     write(folder, model, kind, **fields)

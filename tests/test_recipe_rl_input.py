@@ -75,7 +75,7 @@ def test_data_that_cannot_be_used(tmp_path, monkeypatch, capsys):
         changes = dict(
             task_size=None, model_name_or_path="mnns-tiny", dataset_name=tmp_path / "data"
         )
-        says = "needs a column 'prompt'" if split == "train" else "--reward_funcs"
+        says = "and rows need prompt" if split == "train" else "--reward_funcs"
         assert_fails(
             monkeypatch, capsys, RECIPES["grpo"], options(tmp_path / "out", **changes), says
         )

