@@ -231,7 +231,8 @@ def test_the_decoder_for_comparisons_is_the_loops(server, folder):
         " ".join(map(tiny.tokenizer_of().convert_ids_to_tokens, ids))
         for ids in ([BOS, 11, 12], [BOS, 20, 21, 22])
     ]
-    neutral = "temperature=1,top_p=none"  # in place of what a plain model is decoded with by default
+    # in place of what this model's tokenizer, which has think tags, would make the default
+    neutral = "temperature=1,top_p=None,think_start=None,think_end=None"
     for options in ("top_k=10,budget=4", "mixer=gumbel,tau=0.4,top_k=6,budget=5"):
         theirs = softar.make_decoder(
             f"{folder / 'llama'}=vllm-soft:url={server.url},{options},{neutral}",
