@@ -128,9 +128,7 @@ class SoftConfig:
             values["mixer_args"] = {}  # knobs of the other
         if changes.keys() & {*TAGS}:
             values["spelling"] = ()  # of the others
-        draft = object.__new__(type(self))  # not checked yet
-        vars(draft).update(values)
-        for name in {name for name, *_ in idle_options(draft, IDLE)} - changes.keys():
+        for name in _idle(values) - changes.keys():
             del values[name]
         return type(self)(**values)
 
@@ -236,7 +234,8 @@ class SoftConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> "SoftConfig":
-        """Read the soft_config.json of a checkpoint."""
+        """Read the soft_config.json of a checkpoint. Fields that say nothing, as earlier versions
+        wrote them, go back to their defaults with a warning."""
         values = json.loads(Path(folder, CONFIG_FILE).read_text())
         values = renamed(values, f"{CONFIG_FILE} in {folder}: ")
         fields = {f.name for f in dataclasses.fields(cls)}
@@ -245,6 +244,9 @@ class SoftConfig:
                 f"{CONFIG_FILE} in {folder} has unknown fields {unknown}; known: {sorted(fields)}"
             )
         check_not_code("mixer", values.get("mixer"), f"{CONFIG_FILE} in {folder}")
+        if idle := {name: values.pop(name) for name in sorted(_idle(values))}:
+            message = f"{CONFIG_FILE} in {folder}: {idle} say nothing beside its other fields"
+            warnings.warn(f"{message} and are left out", stacklevel=2)
         return cls(**values)
 
 
@@ -256,6 +258,13 @@ def _as_ids(ids: int | str | list[int] | tuple[int, ...] | None) -> str | tuple[
     if isinstance(ids, int):
         return (ids,)
     return tuple(ids) if isinstance(ids, list) else ids
+
+
+def _idle(values: dict[str, Any]) -> set[str]:
+    """Fields of SoftConfig, not checked yet, that say nothing beside the others."""
+    draft = object.__new__(SoftConfig)
+    vars(draft).update(vars(SoftConfig()) | values)
+    return {name for name, *_ in idle_options(draft, IDLE)}
 
 
 def _draws(c: SoftConfig) -> bool:

@@ -1277,3 +1277,24 @@ def test_softness_is_taken_by_its_old_name(tmp_path, llama):
     assert torch.equal(out.sequences, decode(llama, softness=0.0).sequences)
     assert "alpha" not in {f.name for f in dataclasses.fields(SoftConfig)}
     assert list(inspect.signature(SoftConfig).parameters)[:3] == ["mixer", "mixer_args", "softness"]
+
+
+@pytest.mark.parametrize(
+    "saved, idle",
+    [
+        (dict(mixer="hard", softness=0.0), ["softness"]),
+        (dict(mixer="soft", answer_temperature=1.0, answer_top_k=3), ["answer_t", "answer_top_k"]),
+        (dict(temperature=0.0, mixer="gumbel", mixer_args={"tau": 2.0}), ["mixer", "mixer_args"]),
+        (dict(think_end=[END], cold_stop_steps=3), ["cold_stop_steps"]),
+    ],
+)
+def test_a_file_of_before_may_hold_what_says_nothing(tmp_path, saved, idle):
+    """What a caller writes is refused; a checkpoint is none the worse for it."""
+    with pytest.raises(ValueError, match="does nothing"):
+        SoftConfig(**saved)
+    (tmp_path / "soft_config.json").write_text(json.dumps(saved))
+    with pytest.warns(UserWarning, match=f"{tmp_path}: .*{idle[0]}.*say nothing") as caught:
+        config = SoftConfig.load(tmp_path)
+    assert len(caught) == 1 and all(name in str(caught[0].message) for name in idle)
+    acting = {k: v for k, v in saved.items() if not any(k.startswith(name) for name in idle)}
+    assert config == SoftConfig(**acting)
