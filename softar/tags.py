@@ -102,6 +102,11 @@ def spans(moves: Iterable[tuple[int, int, int]], row: Sequence[int]) -> list[tup
     ]
 
 
+def single(moves: Moves) -> int | None:
+    """The token that alone is the tag, None for a tag of several."""
+    return moves[0][1] if len(moves) == 1 and moves[0][2] == WHOLE else None
+
+
 class Speller(NamedTuple):
     """A tag's moves on the batch's device, sorted."""
 

@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..evaluate import tag_ids
 from ..soft import Soft
-from ..tags import Moves, matches, moves_of_ids, moves_of_text, spans
+from ..tags import Moves, matches, moves_of_ids, moves_of_text, single, spans
 
 
 def thought_mask(
@@ -31,15 +31,28 @@ def thought_mask(
     inside = labels != -100
     if steps is not None:
         return inside & (inside.cumsum(1) <= steps)
-    if not start and not end:
-        return inside
-    for thought, row in zip(
-        inside, labels.tolist(), strict=True
-    ):  # a tag in the prompt has no label
+    tokens = [single(moves) for moves in (start, end)]
+    if all(
+        token is not None or not moves for token, moves in zip(tokens, (start, end), strict=True)
+    ):
+        return _between(labels, inside, *tokens)
+    # a tag in the prompt has no label
+    for thought, row in zip(inside, labels.tolist(), strict=True):
         if ends := spans(end, row):
             thought[ends[0][0] :] = False
         if starts := spans(start, row):
             thought[: starts[0][1] + 1] = False
+    return inside
+
+
+def _between(labels: Tensor, inside: Tensor, start: int | None, end: int | None) -> Tensor:
+    """thought_mask for tags of one token each, as most models have them: without leaving the
+    device."""
+    if end is not None:
+        inside = inside & ((labels == end).cumsum(1) == 0)
+    if start is not None:
+        opened = (labels == start).long()
+        inside = inside & ((opened.cumsum(1) > opened) | (opened.sum(1, keepdim=True) == 0))
     return inside
 
 
