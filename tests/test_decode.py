@@ -42,6 +42,7 @@ from transformers import (
 
 import softar
 from softar import Kind, SoftConfig, soft_embed
+from softar.decoders.stop import StopStrings, Thoughts
 from softar.mixers import MIXERS
 from softar.soft import Soft, entropy, mk_proba_dist
 from softar.thought import Record, begin, join, mk_rules, replay
@@ -1298,3 +1299,54 @@ def test_a_file_of_before_may_hold_what_says_nothing(tmp_path, saved, idle):
     assert len(caught) == 1 and all(name in str(caught[0].message) for name in idle)
     acting = {k: v for k, v in saved.items() if not any(k.startswith(name) for name in idle)}
     assert config == SoftConfig(**acting)
+
+
+STOP = 9  # the word w9
+
+
+@pytest.mark.parametrize(
+    "prompt, answer, first",  # first: the tokens read when the row stops; None: it does not
+    [
+        ([7, 8], [6, STOP, 6], 2),  # never thinks
+        ([THINK, 7, END], [6, STOP, 6], 2),  # the prompt closed its thought
+        ([THINK, 7, END], [THINK, STOP, 6], 2),  # and none opens again
+        ([7, THINK], [STOP, END, 6, STOP], 4),
+        ([7, THINK], [STOP, STOP, 6], None),
+        ([7, 8], [6, THINK, STOP, END, STOP, 6], 5),  # opens one by itself
+        ([7, 8], [STOP, THINK, 6, END], 1),
+    ],
+)
+def test_stop_strings_are_looked_for_outside_of_thoughts(prompt, answer, first):
+    config = SoftConfig(think_start=(THINK,), think_end=(END,))
+    stop = StopStrings(tokenizer_of(), ["w9"], len(prompt), config)
+    row = torch.tensor([prompt + answer])
+    ended = [stop(row[:, : len(prompt) + t], None).item() for t in range(1, len(answer) + 1)]
+    assert (ended.index(True) + 1 if True in ended else None) == first
+
+
+@pytest.mark.parametrize(
+    "start, end, budget",
+    [((THINK,), (END,), None), ((THINK,), (END, 7), 4), (None, (END,), 4), (None, None, 3)],
+)
+def test_where_a_thought_ends_is_told_by_its_tokens(start, end, budget):
+    model, prompts = model_of(), torch.tensor([[5, THINK], [THINK, END], [7, 8]] * 4)
+    prompts = torch.cat([torch.arange(5, 17)[:, None], prompts], 1)
+    settings = dict(temperature=3.0, answer_temperature=3.0, mixer="hard", max_new_tokens=24)
+    config = SoftConfig(think_start=start, think_end=end, budget=budget, **settings)
+    model.generation_config.eos_token_id = None
+    out = softar.generate(model, prompts, config=config, rng=seeded(0))
+    thoughts = Thoughts(config, prompts)
+    for column in out.record.token.T:
+        thoughts.read(column)
+    answers = [row[start:] for row, start in zip(out.completions.tolist(), thoughts.ends.tolist())]
+    assert answers == [answer.tolist() for answer in out.answers]
+
+
+def test_stop_strings_read_a_token_once(monkeypatch):
+    reads, read = [], Thoughts.read
+    monkeypatch.setattr(Thoughts, "read", lambda *args: (reads.append(None), read(*args)))
+    stop = StopStrings(tokenizer_of(), ["w9"], 1, SoftConfig(think_end=(END,)))
+    row = torch.full((1, 50), 7)
+    for t in range(2, 51):
+        stop(row[:, :t], None)
+    assert len(reads) == 49

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from ..config import SoftConfig
-from ..tags import matches
+from ..thought import begin, mk_rules
 
 
 class StopStrings(StoppingCriteria):
@@ -25,26 +25,52 @@ class StopStrings(StoppingCriteria):
         self.stop = [text for text in stop if text]
         # Tokens that are looked at: no token but the added ones is shorter than a byte
         self.window = max((len(text.encode()) for text in self.stop), default=0) + 2
-        self.end = config.moves[1] if config.hide_thought else None
-        # step at which an answer without think_end begins
-        apart = config.has_answer and config.hide_thought
-        self.first = config.budget if apart else 0
-        self.starts: dict[int, int] = {}  # row -> step at which its answer begins
+        self.config = config
+        self.thoughts = None  # how far each row's thought is, after the prompt has been read
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
-        """[B, P + t] -> [B] bool."""
-        tails = map(self._tail, range(len(input_ids)), input_ids[:, self.prompt_length :].tolist())
+        """[B, P + t] -> [B] bool. Asked at every step, from the first on."""
+        tokens = input_ids[:, self.prompt_length :]
+        starts = [0] * len(tokens)
+        if self.config.has_answer and self.config.hide_thought:
+            if self.thoughts is None:
+                self.thoughts = Thoughts(self.config, input_ids[:, : self.prompt_length])
+            for step in range(self.thoughts.steps, tokens.shape[1]):
+                self.thoughts.read(tokens[:, step])
+            starts = (self.thoughts.ends - tokens[:, : -self.window].shape[1]).tolist()
+        tails = map(self._tail, tokens[:, -self.window :].tolist(), starts)
         ends = [any(text in tail for text in self.stop) for tail in tails]
         return torch.tensor(ends, device=input_ids.device)
 
-    def _tail(self, row: int, tokens: list[int]) -> str:
-        """The last few tokens of the answer as text."""
-        if self.end is not None:
-            if row not in self.starts and len(tokens) - 1 in matches(self.end, tokens):
-                self.starts[row] = len(tokens)
-            start = self.starts.get(row)
-        else:
-            start = self.first
-        if start is None or start >= len(tokens):
-            return ""
-        return self.tokenizer.decode(tokens[max(start, len(tokens) - self.window) :])
+    def _tail(self, tokens: list[int], start: int) -> str:
+        """The last few tokens as text, from the answer's first on."""
+        return self.tokenizer.decode(tokens[max(start, 0) :]) if start < len(tokens) else ""
+
+
+class Thoughts:
+    """Where the thoughts of a batch end, told by the tokens alone: `thought.decide` without what
+    only the logits say, the cold stop."""
+
+    def __init__(self, config: SoftConfig, prompts: Tensor):
+        progress = begin(config, prompts)
+        self.rules, self.steps = mk_rules(config, prompts.device, None, None), 0
+        self.thinking, self.closed = progress.thinking, progress.closed
+        self.lengths = progress.thoughts
+        self.ends = progress.answer_start  # [B] steps before the answer; all so far in a thought
+        self.start, self.end = progress.spelled.unbind(1)
+
+    def read(self, token: Tensor) -> None:
+        """One step's tokens [B]."""
+        rules, self.steps = self.rules, self.steps + 1
+        if rules.end is None and rules.budget is not None:
+            over = self.thinking & (self.lengths >= rules.budget)
+            self.closed, self.thinking = self.closed | over, self.thinking & ~over
+        self.lengths = self.lengths + self.thinking
+        self.ends = torch.where(self.thinking, self.steps, self.ends)
+        if rules.end is not None:
+            self.end, is_whole = rules.end(self.end, token)
+            closing = self.thinking & is_whole
+            self.closed, self.thinking = self.closed | closing, self.thinking & ~closing
+        if rules.start is not None:
+            self.start, is_whole = rules.start(self.start, token)
+            self.thinking = self.thinking | (is_whole & ~self.closed)
