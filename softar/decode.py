@@ -155,9 +155,8 @@ def generate(
     if attention_mask is not None:
         check_rows(model, attention_mask)  # the loop below sees nothing of PEFT's wrapper
     own, tokenizer = plain(model).generation_config, tokenizer or origin_of(model).tokenizer
-    config, why = chosen(
-        config, check_fields(SoftConfig, renamed(kwargs), generate), recall(model, tokenizer)
-    )
+    fields = check_fields(SoftConfig, renamed(kwargs), generate)
+    config, why = chosen(config, fields, lambda: recall(model, tokenizer))
     config = config.resolve(tokenizer)
     settings = copy.deepcopy(generation_config or own)
     guard.check_settings(settings, own, also=guard.ALONE)
@@ -211,7 +210,7 @@ def soft_decode(
     asked = guard.callers_arguments()
     guard.check_call(model, input_ids, generation_config, model_kwargs, asked)
     guard.check_rng(rng)
-    config, reason = chosen(soft_config, {}, recall(model))
+    config, reason = chosen(soft_config, {}, lambda: recall(model))
     config = config.resolve(origin_of(model).tokenizer)
     guard.check_model(model, config, input_ids, model_kwargs)
     guard.check_vocabulary(input_ids, model.get_input_embeddings())

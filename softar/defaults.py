@@ -7,6 +7,7 @@ read without training, and one token at a time from there.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,14 +121,18 @@ def _is_token(tokenizer, text: str) -> bool:
     return tokenizer.convert_tokens_to_ids(text) not in (None, tokenizer.unk_token_id)
 
 
-def chosen(config, fields: dict[str, Any], default: Default) -> tuple[SoftConfig, str]:
+def chosen(
+    config, fields: dict[str, Any], default: Callable[[], Default]
+) -> tuple[SoftConfig, str]:
     """The configuration that counts, and for people why.
 
-    config: a SoftConfig, a dict of its fields, or None, which is `default`. fields: those that
-    override it.
+    config: a SoftConfig, a dict of its fields, or None, which is what `default` makes: nobody else
+    asks for it, so that a file that cannot be read harms nobody else. fields: those that override
+    it.
     """
     if config is None:
-        return default.changed(fields), default.why
+        known = default()
+        return known.changed(fields), known.why
     if isinstance(config, dict):
         config = _made(config)
     if not isinstance(config, SoftConfig):

@@ -115,6 +115,20 @@ def test_a_models_own_configuration_is_found_however_it_is_opened(tmp_path, endl
     assert make_decoder("dirichlet", model=str(tmp_path), max_new_tokens=5).config == own
 
 
+def test_a_configuration_counts_alone_beside_a_file_that_cannot_be_read(tmp_path):
+    model = model_of("llama", eos_token_id=None)
+    (tmp_path / "soft_config.json").write_text("{")
+    note_origin(model, str(tmp_path), tokenizer_of())
+    ids = torch.tensor([[BOS, 9]])
+    with pytest.raises(ValueError, match="cannot be read"):
+        softar.generate(model, ids, max_new_tokens=2)
+    how = dict(mixer="hard", max_new_tokens=2)
+    for config in (SoftConfig(**how), how):
+        assert softar.generate(model, ids, config=config).config == SoftConfig(**how)
+        plugged = dict(custom_generate=softar.soft_decode, soft_config=config)
+        assert model.generate(ids, **plugged).shape == (1, 4)
+
+
 def test_what_load_opened_needs_no_tokenizer_again(endless):
     model = model_of("llama", eos_token_id=None)
     note_origin(model, "nowhere", tokenizer_of())
