@@ -86,10 +86,6 @@ def check_settings(settings: GenerationConfig, own: GenerationConfig, also: Mapp
         known = [None, usual.get(name), OVERRIDES.get(name), theirs.get(name)]
         if not any(value is each or value == each for each in known):
             raise ValueError(f"{name}={value!r} is not followed in soft decoding: {why}")
-    if wishes.get("num_beams") not in (None, 1):  # generate has multiplied the rows
-        raise ValueError(
-            f"num_beams={settings.num_beams} of the model: give num_beams=1 ({_BEAMS})"
-        )
 
 
 def callers_arguments() -> dict[str, Any]:
@@ -117,6 +113,10 @@ def check_call(
     check_causal(model)
     check_ids(input_ids, model_kwargs.get("attention_mask"))
     check_settings(settings, model.generation_config)
+    if settings.num_beams not in (None, 1):  # the model's own, and generate has multiplied the rows
+        raise ValueError(
+            f"num_beams={settings.num_beams} of the model: give num_beams=1 ({_BEAMS})"
+        )
 
 
 def check_ids(input_ids: Tensor, attention_mask: Tensor | None) -> None:

@@ -104,6 +104,19 @@ def test_plugged_into_generate_it_drops_nothing(llama, asked):
     assert not calls
 
 
+def test_beams_of_the_models_own_file_are_no_wish():
+    """Plugged into generate they are refused: the rows are multiplied by then."""
+    model, plain = model_of("llama"), softar.generate(model_of("llama"), IDS, MASK, config=SHORT)
+    model.generation_config.update(num_beams=3, length_penalty=2.0, early_stopping=True)
+    out = softar.generate(model, IDS, MASK, config=SHORT)
+    assert torch.equal(out.sequences, plain.sequences)
+    how = dict(custom_generate=softar.soft_decode, soft_config=SHORT, max_new_tokens=3)
+    with pytest.raises(ValueError, match="num_beams=3 of the model: give num_beams=1"):
+        model.generate(IDS, attention_mask=MASK, **how)
+    alone = model.generate(IDS, attention_mask=MASK, num_beams=1, **how)
+    assert torch.equal(alone, plain.sequences)
+
+
 def test_plugged_into_generate_it_streams_and_the_configurations_length_counts(llama):
     class Heard:
         puts, ended = [], False
