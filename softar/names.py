@@ -66,12 +66,18 @@ def load_code(option: str, name: str) -> Any:
             f"({type(error).__name__}: {shorten(str(error))}); {where}"
         ) from error
     for part in path.split("."):
-        if part not in vars(value):
-            names = ", ".join(n for n in vars(value) if not n.startswith("_"))
+        try:
+            value = getattr(value, part)  # a module may make what it holds, a class inherits
+        except AttributeError as error:
+            names = ", ".join(n for n in dir(value) if not n.startswith("_"))
             raise ValueError(
                 f"{option}={name!r}: there is no {part!r} in it, but {shorten(names, 200)}"
-            )
-        value = vars(value)[part]
+            ) from error
+        except Exception as error:  # of a module that imports what it is asked for
+            raise ValueError(
+                f"{option}={name!r}: {part!r} cannot be imported "
+                f"({type(error).__name__}: {shorten(str(error))})"
+            ) from error
     NAMED.add(name)
     return value
 

@@ -183,6 +183,33 @@ def test_modules_of_the_working_folder(tmp_path, monkeypatch):
         mk_mixer("broken_of_mine:mine")
 
 
+@pytest.mark.parametrize("path", ["late", "Heir.mine", "Heir.late.real"])
+def test_a_name_is_what_python_imports(tmp_path, monkeypatch, path):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "lazy_of_mine.py").write_text(
+        "class Base:\n    late = 1\n    @staticmethod\n    def mine(dist): pass\n"
+        "class Heir(Base): pass\n"
+        "def __getattr__(name):\n"
+        "    if name == 'late': return Base.mine\n"
+        "    if name == 'broken': import no_such_module\n"
+        "    raise AttributeError(name)\n"
+    )
+    import lazy_of_mine
+
+    value = names.load_code("mixer", f"lazy_of_mine:{path}")
+    assert value == {"late": lazy_of_mine.Base.mine, "Heir.mine": lazy_of_mine.Base.mine}.get(
+        path, 1
+    )
+    for missing, says in (
+        ("nothing", "there is no 'nothing' in it, but .*Heir"),
+        ("Heir.nothing", "there is no 'nothing' in it, but late, mine"),
+        ("Heir.late.nothing", "there is no 'nothing' in it, but "),
+        ("broken", "'broken' cannot be imported .ModuleNotFoundError"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            names.load_code("mixer", f"lazy_of_mine:{missing}")
+
+
 def test_a_checkpoint_does_not_say_what_is_run(tmp_path):
     """Unless the user has named the same."""
     (tmp_path / "soft_config.json").write_text(json.dumps({"mixer": f"{HERE}:only_in_a_file"}))
