@@ -6,11 +6,13 @@ import unicodedata
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from softar import SoftConfig
 from softar.cli import app as cli
 from softar.cli import streams
 from softar.models.source import cached_if_offline
+from softar.models.there import check_there
 from softar.show.terminal import harmless
 
 PROMPT = "<bos> D4 D8 D1 D3 ->"
@@ -85,6 +87,11 @@ def test_offline_a_hub_id_is_looked_for_in_the_cache_at_once(monkeypatch, tmp_pa
     monkeypatch.setattr("socket.getaddrinfo", no_address)
     assert cached_if_offline("owner/name", {"dtype": 1}) == {"dtype": 1, "local_files_only": True}
     assert cached_if_offline(tmp_path, {}) == {}
+    # what a recipe asks before it reads its data
+    asked = []
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda *_, **kw: asked.append(kw))
+    check_there("owner/name", [], revision="main")
+    assert asked == [{"revision": "main", "local_files_only": True}]
     monkeypatch.setattr("socket.getaddrinfo", lambda *args: [])
     assert cached_if_offline("owner/name", {}) == {}
 

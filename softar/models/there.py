@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from ..checks import did_you_mean, shorten
+from .source import cached_if_offline
 
 
 def check_there(name: str, known: Iterable[str], **fetch) -> None:
@@ -24,7 +25,7 @@ def check_there(name: str, known: Iterable[str], **fetch) -> None:
         try:
             if "/" not in name and close:  # offline, the hub's retries take most of a minute
                 raise OSError("it is no folder")
-            PreTrainedConfig.get_config_dict(name, **fetch)
+            PreTrainedConfig.get_config_dict(name, **cached_if_offline(name, fetch))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"model={name!r} is not there{close}: {shorten(str(error))} -- give one of {known}, a "
