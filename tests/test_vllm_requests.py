@@ -260,6 +260,18 @@ def test_what_cannot_be_served_is_said_at_once(name, says):
     check_served("mnns-soft-tiny")
 
 
+def test_what_is_in_the_cache_is_served_without_a_question(monkeypatch, tmp_path):
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text('{"model_type": "llama"}')  # says no architecture
+    refs = tmp_path / "models--owner--name" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("softar.vllm.export.HfApi", lambda: pytest.fail("the hub was asked"))
+    check_served("owner/name")
+
+
 @pytest.mark.parametrize("given, sent", [(None, "Bearer e"), ("k", "Bearer k"), ("", None)])
 def test_a_decoder_sends_the_key(monkeypatch, given, sent):
     monkeypatch.setenv("VLLM_API_KEY", "e")

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
@@ -35,6 +35,8 @@ def check_served(name: str) -> None:
         return
     try:
         validate_repo_id(name)
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
         # one question, where a download would ask for most of a minute
         HfApi().model_info(name, timeout=5)
     except HFValidationError:
