@@ -42,7 +42,7 @@ from .checks import check_fields
 from .config import SoftConfig, renamed
 from .defaults import chosen, recall
 from .mixers import Rng, mk_mixer
-from .models.kind import plain
+from .models.kind import plain, uncompiled
 from .models.origin import origin_of
 from .models.reading import check_rows
 from .placement import evaluating
@@ -121,7 +121,8 @@ def generate(
     """Decode softly.
 
     Args:
-        model: a causal LM of transformers, plain or wrapped by PEFT.
+        model: a causal LM of transformers, plain or wrapped by PEFT. As in transformers, what
+            torch.compile(model) wraps is run uncompiled; model.forward may be compiled.
         input_ids: [B, P] prompts, padded on the left. attention_mask: [B, P]; None means no
             padding.
         config: what is fed back, where, and for how long, as a SoftConfig or a dict of its fields.
@@ -150,6 +151,7 @@ def generate(
         ValueError, TypeError: bad configuration or inputs, before the first forward.
         FloatingPointError: NaN or infinite logits; names the step and the rows.
     """
+    model = uncompiled(model)
     guard.check_causal(model)
     guard.check_ids(input_ids, attention_mask)
     if attention_mask is not None:

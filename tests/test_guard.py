@@ -4,7 +4,7 @@ is dropped without a word."""
 import numpy as np
 import pytest
 import torch
-from tiny import BOS, PROMPTS, counted, left_padded, model_of
+from tiny import BOS, PROMPTS, counted, left_padded, model_of, with_lora
 from torch import nn
 from transformers import (
     BatchEncoding,
@@ -115,6 +115,13 @@ def test_beams_of_the_models_own_file_are_no_wish():
         model.generate(IDS, attention_mask=MASK, **how)
     alone = model.generate(IDS, attention_mask=MASK, num_beams=1, **how)
     assert torch.equal(alone, plain.sequences)
+
+
+@pytest.mark.parametrize("wrapped", [model_of, lambda: with_lora(model_of())])
+def test_a_model_that_torch_compile_wraps_decodes(wrapped):
+    model = wrapped()
+    out = softar.generate(torch.compile(model, backend="eager"), IDS, MASK, config=SHORT)
+    assert torch.equal(out.sequences, softar.generate(model, IDS, MASK, config=SHORT).sequences)
 
 
 def test_plugged_into_generate_it_streams_and_the_configurations_length_counts(llama):

@@ -2,6 +2,7 @@
 
 import re
 
+from torch import nn
 from transformers import PreTrainedModel
 
 ELSEWHERE = "use softar.diffusion.load"  # what opens the other kind of models
@@ -53,3 +54,9 @@ def check_autoregressive(model, remedy: str = "decode it with softar.diffusion.d
 def plain(model) -> PreTrainedModel:
     """The model itself; PEFT's wrapper holds it."""
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+
+def uncompiled(model):
+    """What torch.compile wrapped, which `generate` of the wrapper runs as well; else the same."""
+    is_wrapper = isinstance(model, nn.Module) and "_orig_mod" in model._modules
+    return model._orig_mod if is_wrapper else model
