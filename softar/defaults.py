@@ -16,6 +16,7 @@ from .config import CONFIG_FILE, SoftConfig, renamed
 from .mixers import mk_mixer
 from .models.embedded import folder_of
 from .models.origin import origin_of
+from .names import note_named
 
 # Half of the length at most is thought, so that an answer follows
 NARROW = dict(mixer="gumbel", temperature=0.6, top_k=10, top_p=0.95)
@@ -131,6 +132,7 @@ def chosen(
     it.
     """
     if config is None:
+        note_named("mixer", fields.get("mixer"))
         known = default()
         return known.changed(fields), known.why
     if isinstance(config, dict):

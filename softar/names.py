@@ -10,6 +10,7 @@ in which the program runs.
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import sys
@@ -82,13 +83,22 @@ def load_code(option: str, name: str) -> Any:
     return value
 
 
+def note_named(option: str, value) -> None:
+    """What the user asks for, "module:name" or the function itself, a file may name from now on.
+    Raises ValueError where it cannot be imported."""
+    if isinstance(value, str) and is_code(value):
+        load_code(option, value)
+    elif inspect.isfunction(value):
+        NAMED.add(f"{value.__module__}:{value.__qualname__}")
+
+
 def check_not_code(option: str, name, where: str) -> None:
     """Raise ValueError for a "module:name" that a file brings and that nobody has asked for in this
     process: a checkpoint is data, and must not say what is run."""
     if isinstance(name, str) and is_code(name) and name not in NAMED:
         raise ValueError(
             f"{where} names code, {option}={name!r}, and a file does not say what is run: name it "
-            f"yourself ({option}={name} in the decoder's spec), or register it as an entry point"
+            f"yourself ({option}={name} in Python or in the decoder's spec), or register it as an entry point"
         )
 
 

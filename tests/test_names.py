@@ -15,6 +15,7 @@ from softar.diffusion import DenoiseConfig
 from softar.diffusion.schedules import mk_schedule
 from softar.diffusion.soften import mk_softener
 from softar.mixers import mk_mixer
+from softar.models.origin import note_origin
 from softar.tasks import Task, load_task, mnns
 
 MNNS = ["<bos> D4 D8 D1 D3 ->"]
@@ -217,6 +218,26 @@ def test_a_checkpoint_does_not_say_what_is_run(tmp_path):
         SoftConfig.load(tmp_path)
     SoftConfig(mixer=f"{HERE}:flat").save(tmp_path)
     assert SoftConfig.load(tmp_path).mixer == f"{HERE}:flat"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(mixer=f"{HERE}:flat"),
+        dict(mixer=flat),
+        dict(config={"mixer": f"{HERE}:flat", "max_new_tokens": 3}),
+    ],
+)
+def test_the_caller_in_python_may_name_what_the_file_names(tmp_path, monkeypatch, how):
+    saved = {"mixer": f"{HERE}:flat", "mixer_args": {"power": 0.25}, "max_new_tokens": 3}
+    (tmp_path / "soft_config.json").write_text(json.dumps(saved))
+    monkeypatch.setattr(names, "NAMED", set())
+    model, ids = model_of(), torch.tensor([[1, 9]])
+    note_origin(model, str(tmp_path), None)
+    with pytest.raises(ValueError, match="names code"):
+        softar.generate(model, ids)
+    config = softar.generate(model, ids, **how).config
+    assert config.max_new_tokens == 3 and config.mixer in (flat, f"{HERE}:flat")
 
 
 def only_in_a_file(dist, *, rng=None):

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from ..checks import did_you_mean
-from ..names import CODE, HINT, is_code, load_code, lookup, registered
+from ..names import CODE, HINT, is_code, lookup, note_named, registered
 from ..specs import parse_options
 from .answer import Decoder
 from .card import Card, describe
@@ -85,11 +85,7 @@ def make_decoder(
 
 def card_of(asked: Spec, model: str | None) -> Card:
     """Of the model of a spec, else of the other one; of a decoder of one's own there need be none."""
-    mixer = asked.options.get("mixer")
-    if isinstance(mixer, str) and is_code(mixer):
-        load_code(
-            "mixer", mixer
-        )  # asked for by the user, so that the model's file may name it, too
+    note_named("mixer", asked.options.get("mixer"))  # before the model's file is read
     name = asked.model or model
     return Card("", None, None, None) if name is None else describe(name)
 
