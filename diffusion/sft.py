@@ -87,7 +87,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         **kwargs,
     ):
         check_arguments(type(self).__name__, DiffusionSFTConfig, args, processing_class)
-        check_data(train_dataset, "train_dataset")
+        check_data(train_dataset, eval_dataset)
         if args.idle_head:
             warnings.warn(
                 f"{', '.join(args.idle_head)} do nothing with softmasking_prob=0", stacklevel=2

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -188,17 +188,23 @@ def check_adapter(trainer: str, model: nn.Module) -> None:
         )
 
 
-def check_data(dataset, name: str) -> None:
+def check_data(train_dataset, eval_dataset) -> None:
     """Raise ValueError for rows that TRL's SFT would fail on without saying what they lack."""
-    if not isinstance(dataset, Dataset):
-        return
-    columns = dataset.column_names
+    columns = train_dataset.column_names if isinstance(train_dataset, Dataset) else TEXTS
     if not any(column in columns for column in TEXTS) and not {*PAIR} <= {*columns}:
         raise ValueError(
-            f"{name} has the columns {columns}: name yours 'prompt' and 'completion', or 'messages', "
+            f"train_dataset has the columns {columns}: name yours 'prompt' and 'completion', or 'messages', "
             f"or 'text'"
         )
-    if len(dataset) == 0:
+    _check_not_empty(train_dataset, "train_dataset")
+    _check_not_empty(eval_dataset, "eval_dataset")
+
+
+def _check_not_empty(dataset, name: str) -> None:
+    if isinstance(dataset, dict):  # DatasetDict among them
+        for key, rows in dataset.items():
+            _check_not_empty(rows, f"{name}[{key!r}]")
+    elif isinstance(dataset, (Dataset, IterableDataset)) and next(iter(dataset), None) is None:
         raise ValueError(f"{name} is empty: give at least one row")
 
 

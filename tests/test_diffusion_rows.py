@@ -4,7 +4,7 @@ are asked later."""
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from launched import recipe, run_here
 from test_diffusion_models import BERT_SPECIALS, BERTS, ROBERTA_SPECIALS
 from tokenizers import Tokenizer
@@ -79,6 +79,21 @@ def test_a_row_is_what_is_asked_and_what_follows(tmp_path, arch, kind):
         assert encode(tokenizer, [row["prompt"]])["input_ids"][0].tolist() == ids[:length]
     if kind == "text":
         assert nll_bound(trainer.model, tokenizer, Dataset.from_list([row]), samples=2) > 0
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_data_without_a_row_is_named(tmp_path, name):
+    write(tmp_path, "bert")
+    model, tokenizer = load(tmp_path)
+    args = DiffusionSFTConfig(output_dir=str(tmp_path / "out"), report_to="none")
+    rows, none = (
+        Dataset.from_list([KINDS["text"]]),
+        Dataset.from_dict({k: [] for k in KINDS["text"]}),
+    )
+    for empty in (none, IterableDataset.from_generator(list), {"held": none}):
+        data = {"train_dataset": rows, name: empty}
+        with pytest.raises(ValueError, match=rf"^{name}.* is empty: give at least one row"):
+            DiffusionSFTTrainer(model, args, **data, processing_class=tokenizer)
 
 
 @pytest.mark.parametrize("arch", BERTS)

@@ -73,7 +73,7 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         **kwargs,
     ):
         check_arguments(type(self).__name__, SoftSFTConfig, args, processing_class)
-        check_data(train_dataset, "train_dataset")
+        check_data(train_dataset, eval_dataset)
         self._score, self._decode_rows = score, eval_dataset
         _check_rows(args, train_dataset, eval_dataset, score)
         if args.targets != "gold":
