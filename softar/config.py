@@ -228,9 +228,13 @@ class SoftConfig:
             raise ValueError(
                 f"mixer={self.mixer!r} is a function and cannot be saved: name it, 'module:function'"
             )
+        Path(folder, CONFIG_FILE).write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields as a user gives them, without what `resolve` makes of the tags' texts."""
         values = dataclasses.asdict(self)
         del values["spelling"]
-        Path(folder, CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
+        return values
 
     @classmethod
     def load(cls, folder: str | Path) -> "SoftConfig":
@@ -238,7 +242,7 @@ class SoftConfig:
         wrote them, go back to their defaults with a warning."""
         values = json.loads(Path(folder, CONFIG_FILE).read_text())
         values = renamed(values, f"{CONFIG_FILE} in {folder}: ")
-        fields = {f.name for f in dataclasses.fields(cls)}
+        fields = {f.name for f in dataclasses.fields(cls) if f.repr}
         if unknown := sorted(set(values) - fields):
             raise ValueError(
                 f"{CONFIG_FILE} in {folder} has unknown fields {unknown}; known: {sorted(fields)}"

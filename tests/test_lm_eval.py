@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 
 import softar
 from softar import diffusion, make_decoder
+from softar.decoders.options import check_options
 from softar.diffusion.lm_eval import SoftarDiffusionLM
 from softar.diffusion.losses import log_likelihood
 from softar.evals.lm_eval import BadArgument, SoftarLM, main, with_device
@@ -168,6 +169,18 @@ def test_a_task_sees_the_answer_and_its_stop_strings_do_not_cut_the_thought(fold
         assert lm.generate_until(asked(PROMPTS[i : i + 1], until=[stop]), disable_tqdm=True) == [
             cut
         ]
+
+
+def test_how_tags_are_spelled_is_nobodys_option(folder):
+    with pytest.raises(BadArgument, match="unknown to --model softar") as error:
+        SoftarLM(folder, speling=())
+    assert "spelling" not in str(error.value)
+    for options in ({"spelling": ((), (), ())}, {"bugdet": 3}):
+        with pytest.raises(ValueError, match=r"takes no .*: it takes") as error:
+            check_options(softar.SoftConfig, "soft", options)
+        assert "'spelling'" not in str(error.value).partition("it takes")[2]
+    decoding = SoftarLM(folder, think_end="</think>", batch_size=12).decoding
+    assert "spelling" not in decoding and decoding["think_end"] == (4,)
 
 
 def test_stop_strings_wait_for_the_end_of_the_thought(folder):

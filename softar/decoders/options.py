@@ -51,7 +51,8 @@ def check_options(
         ValueError: for an option that is unknown or in `fixed`, and for a value of another type
             than the field's.
     """
-    kinds = {f.name: f.type for f in dataclasses.fields(config) if f.name not in fixed}
+    fields = [f for f in dataclasses.fields(config) if f.repr]  # others are no user's
+    kinds = {f.name: f.type for f in fields if f.name not in fixed}
     names = sorted({*kinds, *also})
     for name in options:
         if name not in names:

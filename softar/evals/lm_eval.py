@@ -244,7 +244,7 @@ class SoftarLM(LoadedLM):
         self.changes = changes  # what model_args say, which overrides a task's arguments
         self.settings = {name: value for name, value in changes.items() if value != {}}
         self.decoder, self.is_soft = decoder_name(self.soft), self.soft.is_soft
-        self.decoding = dataclasses.asdict(self.soft)
+        self.decoding = self.soft.as_dict()
 
     def _configured(self, fields: dict) -> SoftConfig:
         return self.default.changed(fields).resolve(self.tokenizer)
@@ -319,7 +319,7 @@ def split_args(
 ) -> tuple[dict, dict, dict]:
     """model_args -> those of HFLM, of `load`, and fields of the dataclass `config`, together with
     those named in `also`."""
-    fields = {f.name for f in dataclasses.fields(config)} | {*also}
+    fields = {f.name for f in dataclasses.fields(config) if f.repr} | {*also}
     names = {*HARNESS, *LOADING, *fields, "pretrained", "model", "seed"}
     if unknown := sorted(set(options) - names):
         raise BadArgument(
