@@ -148,7 +148,7 @@ def _made(fields: dict[str, Any]) -> SoftConfig:
     try:
         return SoftConfig(**fields)
     except TypeError:
-        known = [field.name for field in dataclasses.fields(SoftConfig)]
+        known = [field.name for field in dataclasses.fields(SoftConfig) if field.repr]
         (name, *_) = [n for n in fields if n not in known]
         raise ValueError(
             f"config has no field {name!r}{did_you_mean(name, known)}: it has {known}"
