@@ -28,12 +28,13 @@ class Canvas:
         self.bad = torch.zeros_like(self.at_start)
 
     def block(self, start: int, end: int, steps: Tensor) -> Block:
-        return Block(start, end, self.masked[:, start:end].sum(-1), steps)
+        inside = self.columns(start, end)[None]
+        return Block(start, end, (self.masked & inside).sum(-1), steps, inside)
 
     def has_masks(self, block: Block, forwards: int) -> bool:
         """Has the block masks? The one synchronisation of a step. Raises FloatingPointError where
         the last of so many forwards gave NaN, or -inf for all tokens."""
-        masks = self.masked[:, block.start : block.end]
+        masks = self.masked & block.inside
         left, bad = torch.stack([masks.any(), self.bad.any()]).tolist()
         if bad:
             rows = self.bad.nonzero()[:, 0].tolist()
@@ -77,8 +78,7 @@ class Canvas:
         if drop is not None:
             self.ids = self.ids.masked_fill(drop, self.mask_id)
         self.masked = self.ids == self.mask_id
-        inside = self.columns(block.start, block.end)
-        self.decoded = (self.decoded | commit) & ~self.masked & inside
+        self.decoded = (self.decoded | commit) & ~self.masked & block.inside
 
     def share_left(self, *, of_batch: bool) -> Tensor:
         """[B] masks left, as a share of those at the start."""

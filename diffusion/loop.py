@@ -106,16 +106,15 @@ def denoise(
     config = override(config or DenoiseConfig(), kwargs, denoise)
     config = config.as_trained(model_facts.soft_mask)
     _check(model, model_facts, net, config, input_ids)
-    real = _real(model_facts, config, input_ids, attention_mask)
+    real = _real(model_facts, input_ids, attention_mask)
     if plain(model).config.model_type in READS_PADDING and not real.all():
         raise ValueError(
             f"{type(plain(model)).__name__} reads padding as if it were text: give rows of one length"
         )
-    canvas = Canvas(input_ids, config.gen_length, model_facts.mask_id)
     draws = Draws(rng, len(input_ids), input_ids.device)
     make = Masked if model_facts.uniform is None else Uniform
-    process: Process = make(config, net, model_facts, real, canvas, draws)
-    blocks = process.blocks()
+    process: Process = make(config, net, model_facts, input_ids, real, draws)
+    blocks, canvas = process.blocks(), process.canvas
 
     audience = Audience(canvas, callback, streamer, history)
     audience.begin(input_ids)
@@ -211,18 +210,14 @@ def _check(model, facts: Facts, net: Parts, config: DenoiseConfig, input_ids: Te
         )
 
 
-def _real(
-    facts: Facts, config: DenoiseConfig, input_ids: Tensor, attention_mask: Tensor | None
-) -> Tensor:
-    """[B, L] bool, what is not padding. Raises ValueError for padding that does not fit."""
-    B, P = input_ids.shape
-    real = torch.ones((B, P + config.gen_length), dtype=torch.bool, device=input_ids.device)
+def _real(facts: Facts, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """[B, P] bool, what is not padding. Raises ValueError for padding that does not fit."""
     if attention_mask is None:
-        return real
+        return torch.ones_like(input_ids, dtype=torch.bool)
     if not torch.is_tensor(attention_mask) or attention_mask.shape != input_ids.shape:
         what = tuple(attention_mask.shape) if torch.is_tensor(attention_mask) else "none"
         raise ValueError(
-            f"attention_mask of shape {what} does not fit input_ids of {(B, P)}: give a tensor like it"
+            f"attention_mask of shape {what} does not fit input_ids of {tuple(input_ids.shape)}: give a tensor like it"
         )
     mask = attention_mask.bool()
     if facts.shift and (empty := (~mask.any(1)).nonzero()[:, 0].tolist()):
@@ -237,5 +232,4 @@ def _real(
         raise ValueError(
             f"padding holds the mask token (id {facts.mask_id}): pad with another token"
         )
-    real[:, :P] = mask
-    return real
+    return mask

@@ -18,7 +18,7 @@ from .constraints import Constraints
 from .net import Facts, Parts
 from .process import report
 from .proposals import Proposer
-from .reader import Reader
+from .reader import Reader, Window, with_answer
 from .remask import remask
 from .schedules import Block, Rule, Step
 from .select import Belief, Draws
@@ -35,16 +35,17 @@ class Masked:
         config: DenoiseConfig,
         net: Parts,
         facts: Facts,
+        input_ids: Tensor,
         real: Tensor,
-        canvas: Canvas,
         draws: Draws,
     ):
-        """real: [B, L] bool, what is not padding."""
+        """input_ids: [B, P]; real: [B, P] bool, what is not padding."""
+        canvas = Canvas(input_ids, config.gen_length, facts.mask_id)
         self.config, self.canvas, self.draws = config, canvas, draws
         self.quirks = config.quirks
         self.end_ids = facts.end_ids if config.end_ids is None else config.end_ids
         self.softener = mk_softener(config.soften, **config.soften_args)
-        self.reader = Reader(net, facts, config, real, canvas.fixed)
+        self.reader = Reader(net, facts, config, with_answer(real, config), canvas.fixed)
         self.constrain = Constraints(config.allowed, config.logits_processor, canvas, facts)
         self.propose = Proposer(
             config, facts, self.end_ids, draws, with_entropy=self.softener.wants_entropy
@@ -68,11 +69,11 @@ class Masked:
     def step(self, block: Block, index: int) -> dict:
         canvas, reader = self.canvas, self.reader
         window = reader.window(block, whole=index == 0, look_back=self.quirks.looks_back)
-        is_open = canvas.masked & canvas.columns(*self._reach(block, window))
+        is_open = canvas.masked & self._reach(block, window)
         busy = is_open.any(-1) | (not self.quirks.waits)  # a row that waits for others stays as is
         asked = self._asked(is_open, window) & busy[:, None]
         rows, cols = asked.nonzero(as_tuple=True)
-        logits = reader(canvas.ids, *window, rows, cols)
+        logits = reader(canvas.ids, window, rows, cols)
         logits = self.constrain(logits, canvas.ids, rows, cols)
         belief, token, score, prob = self.propose(logits, asked)
 
@@ -92,16 +93,16 @@ class Masked:
         if self.config.early_stop and self.end_ids:
             self.canvas.stop(block.end, self.end_ids)
 
-    def _reach(self, block: Block, window: tuple[int, int]) -> tuple[int, int]:
-        """The columns whose masks may commit."""
-        before = window[0], block.end
-        return {"block": (block.start, block.end), "before": before, "canvas": window}[
-            self.quirks.competes
-        ]
+    def _reach(self, block: Block, window: Window) -> Tensor:
+        """[1 or B, L] bool, the columns whose masks may commit."""
+        if self.quirks.competes == "block":
+            return block.inside
+        before = self.canvas.columns(window.lo, block.end)
+        return before if self.quirks.competes == "before" else window.inside
 
-    def _asked(self, is_open: Tensor, window: tuple[int, int]) -> Tensor:
+    def _asked(self, is_open: Tensor, window: Window) -> Tensor:
         """[B, L] bool, the positions that somebody wants logits about."""
-        asked, inside = is_open, self.canvas.columns(*window)
+        asked, inside = is_open, window.inside
         if self.softener.everywhere or self.quirks.spills:
             asked = asked | (self.canvas.masked & inside)
         if self.softener.decoded:
@@ -109,7 +110,7 @@ class Masked:
         return asked
 
     def _soften(
-        self, belief: Belief, rows: Tensor, cols: Tensor, window: tuple[int, int], busy: Tensor
+        self, belief: Belief, rows: Tensor, cols: Tensor, window: Window, busy: Tensor
     ) -> tuple[Tensor | None, Soft | None]:
         """Give slots their mixtures -> where [B, L] bool, and which; None for none."""
         canvas, softener = self.canvas, self.softener

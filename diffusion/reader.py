@@ -1,6 +1,8 @@
 """Forward passes over a window of the canvas: the cache, and the mixtures that stand in place of
 masks."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,19 @@ from softar.soft import Soft, soft_embed
 from .config import DenoiseConfig
 from .net import Facts, Parts
 from .schedules import Block
+
+
+class Window(NamedTuple):
+    """The columns of a forward: [lo, hi), or in each row a part of that."""
+
+    lo: int
+    hi: int
+    inside: Tensor  # [1 or B, L] bool
+
+
+def with_answer(real: Tensor, config: DenoiseConfig) -> Tensor:
+    """[B, P] bool, what is not padding -> [B, P + gen_length]: masks are none."""
+    return torch.nn.functional.pad(real, (0, config.gen_length), value=True)
 
 
 class WindowCache:
@@ -69,16 +84,22 @@ class Reader:
         self.where: Tensor | None = None  # [B, L] bool, slots that show a mixture
         self.mixed: Tensor | None = None  # [B, L, D] their inputs
 
-    def window(self, block: Block, *, whole: bool, look_back: bool) -> tuple[int, int]:
+    def window(self, block: Block, *, whole: bool, look_back: bool) -> Window:
         """Columns of the next forward."""
-        if self.cache is None or whole:
-            return 0, self.length
-        # With shifted logits a position is predicted from the one before it.
-        lo = max(block.start - self.facts.shift, 0) if look_back else block.start
-        return lo, block.end if self.config.cache == "dual" else self.length
+        lo, hi = 0, self.length
+        if self.cache is not None and not whole:
+            # With shifted logits a position is predicted from the one before it.
+            lo = max(block.start - self.facts.shift, 0) if look_back else block.start
+            hi = block.end if self.config.cache == "dual" else self.length
+        return self.columns(lo, hi)
 
-    def __call__(self, canvas: Tensor, lo: int, hi: int, rows: Tensor, cols: Tensor) -> Tensor:
-        """-> logits [n, V] float32 about the positions (rows, cols), which lie in [lo, hi)."""
+    def columns(self, lo: int, hi: int) -> Window:
+        index = torch.arange(self.length, device=self.fixed.device)
+        return Window(lo, hi, ((index >= lo) & (index < hi))[None])
+
+    def __call__(self, canvas: Tensor, window: Window, rows: Tensor, cols: Tensor) -> Tensor:
+        """-> logits [n, V] float32 about the positions (rows, cols), which lie in the window."""
+        lo, hi, _ = window
         embeds = self._inputs(canvas, lo, hi)
         if self.twice:
             without = canvas.masked_fill(self.fixed, self.facts.mask_id)
@@ -106,13 +127,7 @@ class Reader:
         return torch.where(self.where[:, lo:hi, None], self.mixed[:, lo:hi], embeds)
 
     def soften(
-        self,
-        soft: Soft,
-        shows: Tensor,
-        rows: Tensor,
-        cols: Tensor,
-        window: tuple[int, int],
-        busy: Tensor,
+        self, soft: Soft, shows: Tensor, rows: Tensor, cols: Tensor, window: Window, busy: Tensor
     ) -> tuple[Tensor, Soft]:
         """From now on the positions (rows, cols) that `shows` names show these mixtures, and others
         of the window don't, in the rows that are busy. -> where mixtures were put [B, L], and
@@ -122,9 +137,9 @@ class Reader:
         if self.where is None:
             self.where = torch.zeros_like(self.fixed)
             self.mixed = mixed.new_zeros(*self.fixed.shape, mixed.shape[-1])
-        put, renewed = torch.zeros_like(self.where), torch.zeros_like(self.where)
+        put = torch.zeros_like(self.where)
         put[rows[shows], cols[shows]] = True
-        renewed[:, slice(*window)] = busy[:, None]
+        renewed = window.inside & busy[:, None]
         self.where = (self.where & ~renewed) | put
         self.mixed[rows[shows], cols[shows]] = mixed
         return put, soft

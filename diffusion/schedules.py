@@ -25,6 +25,8 @@ class Block(NamedTuple):
     end: int
     count: Tensor  # [B] int64 masks in it when it begins
     steps: Tensor  # [B] int64 forwards that a schedule which shares tokens out has for it
+    # [1 or B, L] bool, its columns: [start, end), or in each row a part of that
+    inside: Tensor | None = None
 
 
 class Step(NamedTuple):

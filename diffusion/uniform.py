@@ -32,7 +32,7 @@ from .duo import (
 from .net import Facts, Parts
 from .noise import UniformNoise
 from .process import report
-from .reader import Reader
+from .reader import Reader, with_answer
 from .schedules import Block
 from .select import Draws
 
@@ -189,14 +189,16 @@ class Uniform:
         config: DenoiseConfig,
         net: Parts,
         facts: Facts,
+        input_ids: Tensor,
         real: Tensor,
-        canvas: Canvas,
         draws: Draws,
     ):
-        """real: [B, L] bool, what is not padding. Fills the canvas with random tokens."""
+        """input_ids: [B, P]; real: [B, P] bool, what is not padding. Fills the canvas with random
+        tokens."""
         check_uniform(config)
+        canvas = Canvas(input_ids, config.gen_length, facts.mask_id)
         self.config, self.facts, self.canvas, self.draws = config, facts, canvas, draws
-        self.reader = Reader(net, facts, config, real, canvas.fixed)
+        self.reader = Reader(net, facts, config, with_answer(real, config), canvas.fixed)
         self.constrain = Constraints(config.allowed, config.logits_processor, canvas, facts)
         canvas.ids = random_tokens(
             canvas.ids, canvas.masked, facts.uniform, facts.vocab_size, draws
@@ -219,7 +221,7 @@ class Uniform:
         canvas, reader = self.canvas, self.reader
         asked = canvas.masked & (index < block.steps)[:, None]
         rows, cols = asked.nonzero(as_tuple=True)
-        logits = reader(canvas.ids, block.start, block.end, rows, cols)
+        logits = reader(canvas.ids, reader.columns(block.start, block.end), rows, cols)
         logits = self.constrain(logits, canvas.ids, rows, cols)
         uniform = self.draws.at(asked)
         token, prob = self.redraw(index, logits, canvas.ids[rows, cols], rows, uniform)
