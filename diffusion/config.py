@@ -15,6 +15,8 @@ from .select import SELECTORS, mk_selector
 from .soften import Softener, mk_softener
 
 CACHES = (None, "prefix", "dual")
+# options that a schedule of their name, with hyphens, compares scores with, and an example of each
+SHORTHANDS = {"threshold": 0.9, "factor": 1.0, "entropy_bound": 0.1}
 
 IDLE = (
     Idle(
@@ -52,12 +54,14 @@ class DenoiseConfig:
     # blocks are decoded from left to right; None is one block of all
     block_length: int | None = None
     steps: int | None = None  # forwards in all, shared by the blocks; None is one for each mask
-    # name in SCHEDULES, or "module:function"; None is uniform, or what `threshold` or `factor` asks for
+    # name in SCHEDULES, or "module:function"; None is uniform, or what `threshold`, `factor` or
+    # `entropy_bound` asks for
     schedule: str | Callable | None = None
     # dilation (pyramid): how often each number of tokens comes; eps (linear): the time of its end
     schedule_args: dict[str, Any] = field(default_factory=dict)
     threshold: float | None = None  # in (0, 1], of schedule "threshold"
     factor: float | None = None  # > 0, of schedule "factor"
+    entropy_bound: float | None = None  # > 0, nats, of schedule "entropy-bound"
     select: str | Callable = "confidence"  # name in SELECTORS: which positions are the best
     alg_temp: float = 0.0  # > 0 draws the positions from softmax(score / alg_temp)
     # name in SOFTENERS, or "module:function": what a masked slot shows; None is as the model was
@@ -142,9 +146,11 @@ class DenoiseConfig:
             above = 0 <= self.threshold if lenient else 0 < self.threshold
             if not (above and self.threshold <= 1):
                 raise ValueError(f"threshold={self.threshold} must lie in (0, 1]: a probability")
-        if self.factor is not None and not 0 < self.factor < float("inf"):
-            raise ValueError(f"factor={self.factor} must be > 0")
-        for option, example in (("threshold", 0.9), ("factor", 1.0)):
+        for option in ("factor", "entropy_bound"):
+            value = getattr(self, option)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{option}={value} must be > 0 and finite")
+        for option, example in SHORTHANDS.items():
             value = getattr(self, option)
             if schedule.compares == option and value is None:
                 raise ValueError(f"schedule={name!r} needs {option}=, for example {example}")
@@ -163,13 +169,16 @@ class DenoiseConfig:
                     f"schedule={name!r} draws each position by itself: select={self.select!r}, "
                     f"alg_temp={self.alg_temp}, ends_last={self.ends_last} say nothing to it"
                 )
-        if schedule.compares and not (selector.is_probability or lenient):
+        fits = {"probabilities": selector.is_probability, "entropies": selector.wants_entropy}
+        if schedule.compares and not (fits[schedule.scores] or lenient):
+            remedy = {"probabilities": "confidence", "entropies": "entropy"}[schedule.scores]
             raise ValueError(
-                f"schedule={name!r} compares probabilities, which select={self.select!r} does not give"
+                f"schedule={name!r} compares {schedule.scores}, which select={self.select!r} does not give: give "
+                f"select={remedy!r}"
             )
         if schedule.compares and self.alg_temp:
             raise ValueError(
-                f"schedule={name!r} compares probabilities: alg_temp={self.alg_temp} must be 0"
+                f"schedule={name!r} compares {schedule.scores}: alg_temp={self.alg_temp} must be 0"
             )
         # what a function of the user's takes is its own affair
         if self.quirks.rule is not None or name in SCHEDULES:
@@ -221,8 +230,8 @@ class DenoiseConfig:
     def schedule_name(self) -> str | Callable:
         if self.schedule is not None:
             return self.schedule
-        shorthands = [name for name in ("threshold", "factor") if getattr(self, name) is not None]
-        return (shorthands or ["uniform"])[0]
+        asked = [name for name in SHORTHANDS if getattr(self, name) is not None]
+        return asked[0].replace("_", "-") if asked else "uniform"
 
     @property
     def scheduler(self) -> Schedule:

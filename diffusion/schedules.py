@@ -142,6 +142,28 @@ def factor(block: Block, config, draws: Draws) -> Rule:
     return Factor(config.factor)
 
 
+class EntropyBound:
+    """Commit the surest, one more as long as the entropies of those before it sum to no more than
+    `bound`; in the last step all. That sum bounds what the tokens that are drawn at once could
+    still tell about each other (EB-Sampler, arXiv:2505.24857, section 3)."""
+
+    def __init__(self, bound: float, steps: Tensor):
+        self.bound, self.steps = bound, steps
+
+    def more(self, index: int, left: bool) -> bool:
+        return left
+
+    def __call__(self, step: Step) -> tuple[Tensor, None]:
+        entropy, order = (-step.score).masked_fill(~step.open, torch.inf).sort(-1)
+        first = entropy.cumsum(-1) - entropy <= self.bound
+        commit = torch.zeros_like(first).scatter(-1, order, first)
+        return step.open & (commit | (step.index >= self.steps - 1)[:, None]), None
+
+
+def entropy_bound(block: Block, config, draws: Draws) -> Rule:
+    return EntropyBound(config.entropy_bound, block.steps)
+
+
 class Ancestral:
     """Commit each open position by itself with the probability that keeps the clock."""
 
@@ -188,9 +210,10 @@ class Schedule(NamedTuple):
     """A schedule, and what goes with it."""
 
     fn: Callable[..., Rule]
-    # makes as many forwards as `steps` says, else as many as it needs; None: not known
+    # makes as many forwards as `steps` says, else as many as it needs; None: not known, or no more
     takes_steps: bool | None = False
-    compares: str | None = None  # the field of DenoiseConfig that it compares probabilities with
+    compares: str | None = None  # the field of DenoiseConfig that it compares scores with
+    scores: str = "probabilities"  # what those are: "probabilities", or "entropies" in nats
     is_random: bool = False  # draws each position by itself, whatever its score
 
     def __call__(self, block: Block, config, draws: Draws, **knobs) -> Rule:
@@ -222,5 +245,8 @@ SCHEDULES: dict[str, Schedule] = {
     "pyramid": Schedule(pyramid),
     "threshold": Schedule(threshold, compares="threshold"),
     "factor": Schedule(factor, compares="factor"),
+    "entropy-bound": Schedule(
+        entropy_bound, takes_steps=None, compares="entropy_bound", scores="entropies"
+    ),
     "ancestral": Schedule(ancestral, takes_steps=True, is_random=True),
 }

@@ -87,7 +87,7 @@ def combination(seed):
         schedule=schedule,
         block_length=r.choice([None, 1, 2, 4, 4]) if gen_length else r.choice([None, 2, 3]),
         steps=r.choice([None, 4, 8, 16])
-        if schedule in ("uniform", "linear", "ancestral") or r.random() < 0.1
+        if schedule in ("uniform", "linear", "ancestral", "entropy-bound") or r.random() < 0.1
         else None,
         select=r.choice([*SELECTORS]),
         cache=r.choice([None, "prefix", "dual"]),
@@ -113,6 +113,8 @@ def combination(seed):
         knobs["factor"] = r.choice([0.8, 2.0])
     if schedule in ("threshold", "factor") and r.random() < 0.9:
         knobs |= dict(select=r.choice(["confidence", "margin"]), alg_temp=0.0)
+    if schedule == "entropy-bound":
+        knobs |= dict(entropy_bound=r.choice([0.1, 4.0]), select="entropy", alg_temp=0.0)
     if schedule == "ancestral":
         knobs |= dict(select=r.choice(["confidence", "random"]), alg_temp=0.0)
     if knobs["soften"] == "soft-mask":
@@ -275,6 +277,8 @@ def forwards_of(knobs, share):
         each = knobs["schedule_args"]["dilation"]
         exact = next(k for k in range(99) if sum(i // each + 1 for i in range(k)) >= masks)
         return exact, exact
+    if knobs["schedule"] == "entropy-bound":
+        return 1, max(min(pair) for pair in share)
     return 1, masks if knobs["schedule"] in ("threshold", "factor") else steps
 
 
@@ -433,11 +437,14 @@ def test_softening_at_its_ends(family):
 
 
 @pytest.mark.parametrize(
-    "schedule", ["uniform", "linear", "threshold", "factor", "pyramid", "ancestral"]
+    "schedule",
+    ["uniform", "linear", "threshold", "factor", "pyramid", "ancestral", "entropy-bound"],
 )
 def test_one_seed_one_output(schedule):
     knobs = dict(schedule=schedule, temperature=1.0, threshold=0.5, factor=1.0)
     knobs = {k: v for k, v in knobs.items() if k not in ("threshold", "factor") or k == schedule}
+    if schedule == "entropy-bound":
+        knobs |= dict(entropy_bound=1.0, select="entropy")
     model = denoiser()
     state = torch.random.get_rng_state()
     a, b, c = (run(model, **knobs, rng=seeded(s)) for s in (1, 1, 2))
@@ -545,6 +552,30 @@ def test_guidance_leads_away_from_the_model_without_the_prompt(family):
     )
     assert (out.num_forwards, out.token_forwards) == (1, 2 * 13)
     assert (without - with_prompt).abs().nan_to_num().max() > 0.1
+
+
+def test_an_entropy_bound_commits_what_the_entropies_before_it_leave_room_for():
+    """By one position after the other; in the last step everything that is open."""
+    B, L, bound, generator = 50, 12, 0.7, seeded()
+    entropy = torch.rand(B, L, generator=generator) ** 3
+    is_open = torch.rand(B, L, generator=generator) < 0.7
+    block = Block(0, L, is_open.sum(-1), torch.full((B,), 5))
+    config = DenoiseConfig(entropy_bound=bound, select="entropy")
+    rule, none = config.scheduler(block, config, None), torch.zeros_like(is_open)
+    score = (-entropy).masked_fill(~is_open, -torch.inf)
+    commit, drop = rule(Step(0, score, is_open, none, entropy))
+    for row in range(B):
+        spent, expected = 0.0, set()
+        for col in sorted(
+            is_open[row].nonzero()[:, 0].tolist(), key=entropy[row].tolist().__getitem__
+        ):
+            if spent <= bound:
+                expected.add(col)
+            spent += float(entropy[row, col])
+        assert {*commit[row].nonzero()[:, 0].tolist()} == expected
+    assert drop is None and 0 < (commit.sum(-1) < is_open.sum(-1)).sum() < B
+    last, _ = rule(Step(4, score, is_open, none, entropy))
+    assert torch.equal(last, is_open)
 
 
 # -- forwards
@@ -1141,7 +1172,7 @@ BAD_CONFIGS = [
     (dict(schedule="linear", schedule_args={"eps": -0.1}), "schedule_args eps=-0.1 must lie in"),
     (
         dict(schedule="cosine"),
-        r"schedule='cosine' is unknown.*: choose one of \['ancestral', 'factor'",
+        r"schedule='cosine' is unknown.*: choose one of \['ancestral', 'entropy-bound', 'factor'",
     ),
     (dict(select="best"), r"select='best' is unknown: choose one of \['confidence', 'entropy'"),
     (dict(soften="blur"), r"soften='blur' is unknown: choose one of \['evolving', 'hard'"),
@@ -1162,9 +1193,12 @@ BAD_CONFIGS = [
     ),
     (
         dict(threshold=0.9, select="entropy"),
-        "schedule='threshold' compares probabilities.*select='entropy'",
+        "schedule='threshold' compares probabilities.*select='entropy'.*give select='confidence'",
     ),
     (dict(factor=1.0, alg_temp=0.5), "schedule='factor' compares probabilities: alg_temp=0.5"),
+    (dict(entropy_bound=0.1), "schedule='entropy-bound' compares entropies.*give select='entropy'"),
+    (dict(entropy_bound=0.0, select="entropy"), "entropy_bound=0.0 must be > 0"),
+    (dict(schedule="entropy-bound", select="entropy"), "'entropy-bound' needs entropy_bound="),
     (dict(alg_temp=-1.0), "alg_temp=-1.0"),
     (dict(alg_temp=math.nan), "alg_temp=nan"),
     (dict(cfg_scale=-0.5), "cfg_scale=-0.5"),

@@ -28,6 +28,7 @@ SETTINGS = [
     *(dict(parity=name) for name in ("llada", "fast_dllm", "evotoken")),
     dict(threshold=0.9),
     dict(factor=1.0),
+    dict(entropy_bound=1.0, select="entropy"),
     dict(schedule="pyramid"),
     dict(schedule="ancestral", steps=8),
     dict(temperature=1.0),
@@ -273,6 +274,10 @@ def test_a_callback_may_write_into_what_it_is_told():
 
 def test_no_schedule_of_softar_runs_without_an_end():
     for name in SCHEDULES:
-        needs = {"threshold": dict(threshold=0.9), "factor": dict(factor=1.0)}.get(name, {})
+        needs = {
+            "threshold": dict(threshold=0.9),
+            "factor": dict(factor=1.0),
+            "entropy-bound": dict(entropy_bound=1e-9, select="entropy"),
+        }.get(name, {})
         config = DenoiseConfig(gen_length=8, schedule=name, end_ids=(EOS,), **needs)
         assert denoise(denoiser(), IDS, config=config, rng=seeded()).num_forwards <= 8
