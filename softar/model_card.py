@@ -22,6 +22,7 @@ class Origin:
     data: str | None = None  # name of the task, file or hub id
     prompt: str = PROMPT  # an example, for the command
     new_tokens: int | None = None  # of a completion: masks that a diffusion model is given
+    chat: bool | None = None  # its rows are chats; None where the tokenizer has no template
 
 
 class OwnCard:
@@ -108,7 +109,13 @@ def model_card(trainer, folder: Path, data: str | None = None, tags=None) -> str
 
 
 def decode_command(tool: str, folder: str | Path, origin: Origin, options: str = "") -> str:
-    return f"softar {tool} {shlex.quote(origin.prompt)} -m {shlex.quote(str(folder))}{options}"
+    """For prompts like those of the training: `generate` makes a chat of a text where there is a
+    template, `fill` does not."""
+    form = {("generate", False): " --no-chat", ("fill", True): " --chat"}.get(
+        (tool, origin.chat), ""
+    )
+    prompt, model = shlex.quote(origin.prompt), shlex.quote(str(folder))
+    return f"softar {tool} {prompt} -m {model}{form}{options}"
 
 
 def changes_of(config) -> dict:
@@ -142,16 +149,22 @@ def command_of(folder: Path) -> str | None:
 
 
 def example_of(task, tokenizer) -> Origin:
-    """What the rows of a task say: a prompt that stands on a line, and the length of a
-    completion."""
+    """What the rows of a task say: a prompt that stands on a line, the length of a completion,
+    whether they are chats."""
     rows = task.train if task.test is None else task.test
     row = next(iter(rows.take(1) if hasattr(rows, "take") else rows), {})
     prompt = row.get("template", row.get("prompt", PROMPT))
-    if isinstance(prompt, list):  # a chat
+    chat = isinstance(prompt, list) or "messages" in row or "conversations" in row
+    if isinstance(prompt, list):
         prompt = prompt[-1].get("content") or PROMPT
     prompt = prompt.strip() if isinstance(prompt, str) else PROMPT
     most = 400 if "template" in row else 120  # its masks are shown as underscores
     is_short = "\n" not in prompt and 0 < len(prompt) <= most
     answer = row.get("completion")
     length = len(tokenizer(answer)["input_ids"]) + 1 if isinstance(answer, str) else None
-    return Origin(task.name, prompt if is_short else PROMPT, length)
+    return Origin(
+        task.name,
+        prompt if is_short else PROMPT,
+        length,
+        chat if tokenizer.chat_template is not None else None,
+    )

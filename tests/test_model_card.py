@@ -126,3 +126,27 @@ def test_the_example_is_a_prompt_that_stands_on_a_line():
         assert shlex.split(command) == ["softar", "generate", prompt, "-m", "a folder"]
     stream = SimpleNamespace(name="s", train=TASK.train.to_iterable_dataset(), test=None)
     assert example_of(stream, tokenizer) == Origin("s", TASK.train[0]["prompt"], 5)
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}"])
+@pytest.mark.parametrize("tool", ["generate", "fill"])
+@pytest.mark.parametrize(
+    ("row", "is_chat"),
+    [
+        ({"prompt": "Why?", "completion": "S0"}, False),
+        ({"text": "Why? So."}, False),
+        ({"prompt": [{"role": "user", "content": "Why?"}]}, True),
+        ({"messages": [{"role": "user", "content": "Why?"}]}, True),
+    ],
+)
+def test_the_command_gives_the_model_prompts_as_it_was_trained_on(row, is_chat, tool, template):
+    tokenizer = softar.load("mnns-tiny")[1]
+    tokenizer.chat_template = template
+    task = SimpleNamespace(name="mine", train=Dataset.from_list([row]), test=None)
+    options = shlex.split(decode_command(tool, "a folder", example_of(task, tokenizer)))[5:]
+    by_default = template is not None and tool == "generate"
+    assert options in ([], ["--chat"], ["--no-chat"])
+    assert (options != ["--no-chat"] and (by_default or options == ["--chat"])) == (
+        is_chat and template is not None
+    )
+    assert template is not None or not options
