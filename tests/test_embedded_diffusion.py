@@ -32,7 +32,7 @@ def test_what_is_shipped():
         )
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_model_solves_its_task_as_recorded(name):
     model, tokenizer = load(name)
@@ -49,7 +49,7 @@ def test_a_shipped_model_solves_its_task_as_recorded(name):
     assert max(r["accuracy"] for r in recorded) > 0.6
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.parametrize("name", NAMES)
 def test_the_recipe_that_is_named_makes_it(tmp_path, monkeypatch, name):
     """The first hundred steps again, out of two thousand: the same loss and the same head."""

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import warm
 
+pytestmark = pytest.mark.rest
+
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 GPU = RECIPES / "gpu.py"
@@ -44,7 +46,6 @@ def dry(tmp_path_factory):
     return folder, done.stdout
 
 
-@pytest.mark.slow
 def test_a_dry_run_goes_through_every_part(dry):
     folder, printed = dry
     content = json.loads((folder / "results.json").read_text())
@@ -60,7 +61,6 @@ def test_a_dry_run_goes_through_every_part(dry):
         assert "| soft GRPO | 2 |" in table
 
 
-@pytest.mark.slow
 def test_its_rows_are_measurements(dry):
     rows = rows_of(dry[0])
     tests = measured(rows, "tests")
@@ -89,7 +89,6 @@ def test_its_rows_are_measurements(dry):
     assert all(0 <= row["accuracy"] <= 1 and row["train_steps"] == 2 for row in mnns)
 
 
-@pytest.mark.slow
 def test_a_second_call_leaves_out_what_has_rows(dry):
     folder, _ = dry
     before = rows_of(folder)

@@ -103,7 +103,7 @@ def test_companion_of_torch_is_absent_or_usable(name):
         run(PROBES[name])
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_stack_imports():
     """With vLLM where it is installed: `make vllm` installs it and runs this."""
     run(

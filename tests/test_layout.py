@@ -87,7 +87,7 @@ def site(wheel, tmp_path_factory):
     return target
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_wheel_is_the_tree(wheel):
     def inside(path, folder, package):
         return f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}"
@@ -103,7 +103,7 @@ def test_wheel_is_the_tree(wheel):
     assert any(name.endswith("/LICENSE") for name in info)
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_regular_install(site, tmp_path):
     """-S: without the site-packages of this interpreter, where an editable softar would help
     out."""

@@ -24,6 +24,7 @@ def run(*args):
     return warm.run("recipes/denoise.py", args, os.environ, cwd=ROOT)
 
 
+@pytest.mark.rest
 def test_demo():
     """In a program of its own."""
     done = subprocess.run(

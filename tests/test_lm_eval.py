@@ -417,6 +417,7 @@ def test_other_errors_keep_their_traceback(monkeypatch):
         main()
 
 
+@pytest.mark.rest
 def test_command(tasks, tmp_path):
     """As its users call it, with one of each model; the names come from the import."""
     command = [

@@ -48,7 +48,7 @@ def evaluated(call):
 @pytest.mark.parametrize(
     "call",
     [
-        pytest.param(call, marks=[pytest.mark.slow] if "smollm2" in call else [])
+        pytest.param(call, marks=[pytest.mark.rest] if "smollm2" in call else [])
         for call in dict.fromkeys(CALLS)
     ],
 )

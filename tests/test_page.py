@@ -403,6 +403,7 @@ def wide_canvas(words):
     return Canvas([None] * 256, forwards, "wide")
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("words, most", [(3000, 1.75e6), (20000, 2.25e6)])
 def test_256_forwards_of_256_soft_slots_are_small(tmp_path, words, most):
     canvas = wide_canvas(words)
@@ -572,6 +573,7 @@ needs_browser = pytest.mark.skipif(
 )
 
 
+@pytest.mark.rest
 @needs_browser
 def test_a_browser_shows_a_wide_canvas(tmp_path):
     """Mixtures come out of their packing: with more words than two digits count, and as in an

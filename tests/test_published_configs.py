@@ -213,6 +213,7 @@ class Products(Largest):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
+@pytest.mark.rest
 @every_soft
 def test_two_steps_on_the_real_vocabulary(name, tmp_path):
     base = folder_of(name, tmp_path / "base")

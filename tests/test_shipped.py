@@ -59,7 +59,7 @@ def test_a_shipped_model_solves_its_task_as_recorded(name):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.parametrize("name", NAMES)
 def test_the_recipe_that_is_named_makes_it(tmp_path, monkeypatch, name):
     """The first hundred steps again, out of four thousand: the same loss and the same entropy of

@@ -420,6 +420,7 @@ def test_recipe_reads_command_line_and_yaml(tmp_path):
     assert [json_or_text(v) for v in ("0.5", "null", "soft", 3)] == [0.5, None, "soft", 3]
 
 
+@pytest.mark.rest
 def test_two_processes_interrupted_and_resumed(whole, tmp_path, capsys):
     """Interrupted in the middle, the sweep ends with the rows of the uninterrupted one; another
     grid is refused."""

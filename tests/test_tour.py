@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.rest
+
 TOUR = Path(__file__).resolve().parent.parent / "recipes" / "tour.py"
 
 
-@pytest.mark.slow
 def test_it_runs_and_shows_what_it_promises(tmp_path):
     done = subprocess.run([sys.executable, TOUR], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

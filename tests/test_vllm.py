@@ -536,6 +536,7 @@ def test_url(url):
 # ---- starting and ending a server
 
 
+@pytest.mark.rest
 def test_server_that_dies_at_its_start_shows_its_log(folder, tmp_path):
     log = tmp_path / "log"
     with pytest.raises(
@@ -571,6 +572,7 @@ def test_port_in_use(folder):
         raise AssertionError
 
 
+@pytest.mark.rest
 def test_signals_end_the_server_too(folder, tmp_path):
     code = "import sys; from softar.vllm.server import serve\nwith serve(sys.argv[1], log=sys.argv[2]): pass"
     logs = {sign: tmp_path / sign.name for sign in (signal.SIGINT, signal.SIGTERM)}
@@ -774,6 +776,7 @@ def test_bad_sampling():
         Sampling(max_new_tokens=0)
 
 
+@pytest.mark.rest
 def test_ctrl_c_does_not_wait_for_a_slow_server():
     class Slow(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

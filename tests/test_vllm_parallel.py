@@ -11,6 +11,8 @@ import pytest
 import tiny
 from engine_script import ENGINE, FORKING, answers, cases, expected, model_of, run_script, same
 
+pytestmark = pytest.mark.rest
+
 NUMBER = 24
 RANKS = 2
 
@@ -23,7 +25,6 @@ def main(folder):
     llm.llm_engine.engine_core.shutdown()
 
 
-@pytest.mark.slow
 def test_split_over_two_processes_requests_of_all_kinds_equal_the_loop(tmp_path):
     """Each holds half of the vocabulary's rows, so that a mixture is read from both."""
     model, requests = model_of("llama"), cases(NUMBER)

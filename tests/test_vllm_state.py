@@ -41,6 +41,8 @@ from tiny import BOS
 
 import softar
 
+pytestmark = pytest.mark.rest
+
 NUMBER = {"llama": 60, "qwen3": 12, "gemma": 12}
 
 
@@ -119,7 +121,6 @@ def models():
     return {arch: model_of(arch) for arch in ARCHS}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_requests_of_all_kinds_equal_the_loop(made, models, arch):
     requests = cases(NUMBER[arch])
@@ -131,14 +132,12 @@ def test_requests_of_all_kinds_equal_the_loop(made, models, arch):
             same(steps, record)
 
 
-@pytest.mark.slow
 def test_it_is_the_second_runner_by_its_hook(made):
     assert made["kind"] == ["SoftModelState", "DefaultModelState", "SoftSampler"] and made["idle"]
     ((read, captured),) = made["addresses"]  # one address, step after step
     assert read == captured
 
 
-@pytest.mark.slow
 def test_discrete_requests_do_not_notice_soft_ones(made):
     wanted = cases(NUMBER["llama"])
     beside = [row for row, case in zip(made["llama"], wanted) if case[1] is None]
@@ -146,7 +145,6 @@ def test_discrete_requests_do_not_notice_soft_ones(made):
     assert min(made["logprobs"]) >= 2
 
 
-@pytest.mark.slow
 def test_thrown_out_of_the_cache_a_request_reads_its_mixtures_again(made, models):
     wanted = [tuple(case) for case in made["requests"]]
     assert sum(n > 0 for n in made["preempted"]) > 8
@@ -157,7 +155,6 @@ def test_thrown_out_of_the_cache_a_request_reads_its_mixtures_again(made, models
     assert made["rows"] == 0
 
 
-@pytest.mark.slow
 def test_soft_positions_are_never_taken_for_hard_ones(made, models):
     for said, tokens, _ in made["cached"]:
         ((own, _),) = expected(models["llama"], [(LONG + said, None, 0, 9, False)])
@@ -165,12 +162,10 @@ def test_soft_positions_are_never_taken_for_hard_ones(made, models):
     assert [count for *_, count in made["cached"]] == [0, 64, 32, 64, 64, 64]
 
 
-@pytest.mark.slow
 def test_numbers_that_are_not_finite_end_their_request_alone(made, models):
     ends_alone(made["spoiled"], models["llama"])
 
 
-@pytest.mark.slow
 def test_draws_and_refusals_are_those_of_the_first_runner(made, models):
     config = softar.SoftConfig(**DRAWN, max_new_tokens=8)
     for i, tokens in enumerate(made["n"]):

@@ -29,6 +29,8 @@ from softar.diffusion.schedules import SCHEDULES
 from softar.diffusion.select import SELECTORS
 from softar.diffusion.soften import SOFTENERS
 
+pytestmark = pytest.mark.rest
+
 VOCAB, MASK = 61, 7
 SIZES = dict(
     tiny.SIZES,
@@ -194,6 +196,5 @@ def check_step(call, is_given, config):
         assert (call["sequences"][where] == MASK).all()
 
 
-@pytest.mark.slow
 def test_canvases(fuzz_seconds):
     fuzz(check, cases(), 80, fuzz_seconds)

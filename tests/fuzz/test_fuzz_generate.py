@@ -13,6 +13,8 @@ from tiny import BOS, END, EOS, PAD, THINK
 import softar
 from softar import Kind
 
+pytestmark = pytest.mark.rest
+
 VOCAB = 53
 SIZES = dict(tiny.SIZES, hidden_size=24, vocab_size=VOCAB, max_position_embeddings=128)
 OLD = dict(vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
@@ -193,6 +195,5 @@ def check_record(out, rows, config):
         assert out.answers[row].tolist() == tokens[start:end]
 
 
-@pytest.mark.slow
 def test_decodes(fuzz_seconds):
     fuzz(check, cases(), 60, fuzz_seconds)
