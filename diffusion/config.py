@@ -197,7 +197,13 @@ class DenoiseConfig:
                 )
             return
         check_remask(self.remask, self.remask_args)
-        if not mk_schedule(self.schedule_name).takes_steps:
+        schedule = mk_schedule(self.schedule_name)
+        if schedule.revises:
+            raise ValueError(
+                f"schedule={self.schedule_name!r} masks decoded tokens again itself: it does not go with "
+                f"remask={self.remask!r}"
+            )
+        if not schedule.takes_steps:
             raise ValueError(
                 f"remask={self.remask!r} needs a fixed number of steps: schedule={self.schedule_name!r} has none"
             )
@@ -237,4 +243,4 @@ class DenoiseConfig:
     def scheduler(self) -> Schedule:
         """What makes the rules of blocks, by the schedule's name or by `parity`."""
         rule = self.quirks.rule
-        return mk_schedule(self.schedule_name) if rule is None else Schedule(rule)
+        return mk_schedule(self.schedule_name if rule is None else rule)

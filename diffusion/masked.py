@@ -42,7 +42,7 @@ class Masked:
         """input_ids: [B, P]; real: [B, P] bool, what is not padding."""
         canvas = Canvas(input_ids, config.gen_length, facts.mask_id)
         self.config, self.canvas, self.draws = config, canvas, draws
-        self.quirks = config.quirks
+        self.quirks, self.revises = config.quirks, config.scheduler.revises
         self.end_ids = facts.end_ids if config.end_ids is None else config.end_ids
         self.softener = mk_softener(config.soften, **config.soften_args)
         self.reader = Reader(net, facts, config, with_answer(real, config), canvas.fixed)
@@ -71,7 +71,8 @@ class Masked:
         window = reader.window(block, whole=index == 0, look_back=self.quirks.looks_back)
         is_open = canvas.masked & self._reach(block, window)
         busy = is_open.any(-1) | (not self.quirks.waits)  # a row that waits for others stays as is
-        asked = self._asked(is_open, window) & busy[:, None]
+        candidates = is_open | canvas.decoded if self.revises else is_open
+        asked = self._asked(candidates, window) & busy[:, None]
         rows, cols = asked.nonzero(as_tuple=True)
         logits = reader(canvas.ids, window, rows, cols)
         logits = self.constrain(logits, canvas.ids, rows, cols)
@@ -79,8 +80,13 @@ class Masked:
 
         proposal = canvas.ids.index_put((rows, cols), token)
         certain = canvas.spread(prob, rows, cols)
-        order = self.propose.reorder(canvas.spread(score, rows, cols), is_open)
-        commit, drop = self.rule(Step(index, order, is_open, canvas.decoded, canvas.confidence))
+        order = self.propose.reorder(canvas.spread(score, rows, cols), candidates & asked)
+        step = Step(index, order, is_open, canvas.decoded, canvas.confidence)
+        if self.revises:
+            now = belief.prob(canvas.ids[rows, cols][:, None])[:, 0]
+            standing, differs = canvas.spread(now, rows, cols), proposal != canvas.ids
+            step = step._replace(prob=certain, standing=standing, differs=differs)
+        commit, drop = self.rule(step)
         if self.softener.revises:
             surer = canvas.decoded & (certain > canvas.confidence)
             commit = commit | (surer & (proposal != canvas.mask_id))

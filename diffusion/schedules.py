@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softar.names import lookup
 
-from .select import Draws, best
+from .select import Draws, best, mk_selector
 
 
 class Block(NamedTuple):
@@ -33,10 +33,15 @@ class Step(NamedTuple):
     """What a rule decides with."""
 
     index: int  # from 0 in each block
-    score: Tensor  # [B, L] float32 of the selector, -inf where nothing is open
+    score: Tensor  # [B, L] float32 of the selector, -inf where nothing was asked
     open: Tensor  # [B, L] bool, may commit now
     decoded: Tensor  # [B, L] bool, committed earlier in this block
     confidence: Tensor  # [B, L] float32 probability of each decoded token when it was committed
+    # What the model thinks by now of the open and the decoded positions, -inf and False elsewhere;
+    # only for a schedule that revises, else None.
+    prob: Tensor | None = None  # [B, L] float32 probability of each proposal
+    standing: Tensor | None = None  # [B, L] float32 probability of the token that stands there
+    differs: Tensor | None = None  # [B, L] bool, the proposal is another token than that
 
 
 class Rule(Protocol):
@@ -44,7 +49,7 @@ class Rule(Protocol):
         """Is another forward wanted, where `left` says whether the block has masks?"""
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor | None]:
-        """-> [B, L] bool: commit these; and mask these again (None: nothing)."""
+        """-> [B, L] bool: commit these, open or decoded; and mask these again (None: nothing)."""
 
 
 class Quota:
@@ -76,15 +81,50 @@ def uniform(block: Block, config, draws: Draws) -> Rule:
     )
 
 
-def linear(block: Block, config, draws: Draws, *, eps: float = 1e-3) -> Rule:
-    """Time from 1 to `eps` in equal steps t -> s: of n masks, floor(n (1 - s / t)); in the last
+def linear(
+    block: Block, config, draws: Draws, *, eps: float = 1e-3, rounding: str = "down"
+) -> Rule:
+    """Time from 1 to `eps` in equal steps t -> s: of n masks, n (1 - s / t), rounded; in the last
     step all (Dream, arXiv:2508.15487)."""
 
     def count(i: int, n: Tensor) -> Tensor:
-        due = (n * (1 - _time(i + 1, block.steps, eps) / _time(i, block.steps, eps))).long()
-        return torch.where(i < block.steps - 1, due, n)
+        due = n * (1 - _time(i + 1, block.steps, eps) / _time(i, block.steps, eps))
+        return torch.where(i < block.steps - 1, ROUND[rounding](due).long(), n)
 
     return Quota(count)
+
+
+def cosine(block: Block, config, draws: Draws, *, rounding: str = "even") -> Rule:
+    """A share cos(pi/2 (1 - t)) is masked at time t: few commit at first, more and more later
+    (MaskGIT, arXiv:2202.04200). Steps in which none would are left out."""
+    counts = plan(block.count, block.steps, MASKED["cosine"], rounding)
+    return Quota(lambda i, n: counts[:, i] if i < counts.shape[1] else n)
+
+
+def plan(count: Tensor, steps: Tensor, masked: Callable[[Tensor], Tensor], rounding: str) -> Tensor:
+    """[B], [B] -> [B, S], what commits in each step when time runs from 1 to 0 in equal ones and
+    masked(t) of a row are masks at t; without the steps of a row in which nothing does, zeros at
+    the end."""
+    rows = [
+        _counts(n, s, masked, ROUND[rounding])
+        for n, s in zip(count.tolist(), steps.tolist(), strict=True)
+    ]
+    width = max(map(len, rows), default=0)
+    padded = [row + [0] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.long, device=count.device)
+
+
+def _counts(left: int, steps: int, masked: Callable, rounded: Callable) -> list[int]:
+    """The numbers of one row, as github.com/ZHZisZZ/dllm computes them: shares of float32,
+    products of float64."""
+    share = masked((torch.arange(steps, -1, -1, dtype=torch.float64) / steps).float())
+    counts = []
+    for stays in (share[1:] / share[:-1]).double():
+        counts.append(min(int(rounded(left * (1 - stays))), left))
+        left -= counts[-1]
+    if counts:
+        counts[-1] += left
+    return [k for k in counts if k]
 
 
 def pyramid(block: Block, config, draws: Draws, *, dilation: int = 1) -> Rule:
@@ -184,6 +224,45 @@ def ancestral(block: Block, config, draws: Draws) -> Rule:
     return Ancestral(block.steps, draws)
 
 
+class PathPlanning:
+    """Of all positions that are not the caller's, the `left(index)` [B] lowest-scored are masks
+    after the step, whether they were decoded or not; what the others hold stands, or commits."""
+
+    def __init__(self, left: Callable[[int], Tensor], reorder: Callable[[Step], Tensor]):
+        self.left, self.reorder = left, reorder
+
+    def more(self, index: int, left: bool) -> bool:
+        return left
+
+    def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
+        among = step.open | step.decoded
+        stands = best(self.reorder(step), among, among.sum(-1) - self.left(step.index))
+        return step.open & stands, step.decoded & ~stands
+
+
+def p2(block: Block, config, draws: Draws, *, eta: float = 1.0) -> Rule:
+    """Path planning (P2, arXiv:2502.03540, self-planning): after step i of S, floor(n (S - i) / S)
+    of n positions are masks, those with the lowest score, a standing token's being that of the new
+    proposal in its place. eta multiplies that score, of a probability its logarithm: above 1 more
+    is masked again, and at 0 nothing."""
+    if eta != 1 and config.alg_temp:
+        raise ValueError(
+            f"schedule_args eta={eta} weighs scores, which alg_temp={config.alg_temp} makes a draw: leave one out"
+        )
+
+    def left(i: int) -> Tensor:
+        return block.count * (block.steps - 1 - i).clamp_min(0) // block.steps.clamp_min(1)
+
+    selector = mk_selector(config.select)
+    takes_log = selector.is_probability or selector.is_random
+
+    def weighed(step: Step) -> Tensor:
+        score = step.score.clamp_min(1e-30).log() if takes_log else step.score
+        return torch.where(step.decoded, eta * score, score)
+
+    return PathPlanning(left, weighed if eta != 1 else lambda step: step.score)
+
+
 def time_left(index: int, steps: Tensor) -> Tensor:
     """[B] from 1 at step 0 to 0 after the last of `steps` [B]."""
     return (1 - index / steps).clamp(0, 1)
@@ -215,6 +294,9 @@ class Schedule(NamedTuple):
     compares: str | None = None  # the field of DenoiseConfig that it compares scores with
     scores: str = "probabilities"  # what those are: "probabilities", or "entropies" in nats
     is_random: bool = False  # draws each position by itself, whatever its score
+    # looks at what is decoded in the block again, and may overwrite or mask it: its rules are told
+    # `prob`, `standing` and `differs` of those positions too
+    revises: bool = False
 
     def __call__(self, block: Block, config, draws: Draws, **knobs) -> Rule:
         return self.fn(block, config, draws, **knobs)
@@ -231,6 +313,12 @@ def mk_schedule(schedule: str | Callable | Schedule) -> Schedule:
     return method if isinstance(method, Schedule) else Schedule(method, takes_steps=None)
 
 
+# masks at time t, as a share of those at time 1; by the share decoded, as dllm rounds it
+MASKED: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda t: 1 - (1 - t),
+    "cosine": lambda t: 1 - (1 - torch.cos(torch.pi / 2 * (1 - t))),
+}
+ROUND: dict[str, Callable[[Tensor], Tensor]] = {"down": torch.floor, "even": torch.round}
 # what the knobs of schedules may be, and how that is said
 SCHEDULE_KNOBS = {
     "dilation": (
@@ -238,6 +326,8 @@ SCHEDULE_KNOBS = {
         "must be a whole number, at least 1: how often each number of tokens comes",
     ),
     "eps": (lambda x: 0 <= x < 1, "must lie in [0, 1): the time at which the schedule ends"),
+    "rounding": (lambda x: x in ROUND, f"is unknown: choose one of {[*ROUND]}"),
+    "eta": (lambda x: 0 <= x < float("inf"), "must be >= 0; 0 masks nothing again"),
 }
 SCHEDULES: dict[str, Schedule] = {
     "uniform": Schedule(uniform, takes_steps=True),
@@ -249,4 +339,6 @@ SCHEDULES: dict[str, Schedule] = {
         entropy_bound, takes_steps=None, compares="entropy_bound", scores="entropies"
     ),
     "ancestral": Schedule(ancestral, takes_steps=True, is_random=True),
+    "cosine": Schedule(cosine, takes_steps=True),
+    "p2": Schedule(p2, takes_steps=True, revises=True),
 }

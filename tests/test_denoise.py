@@ -87,15 +87,17 @@ def combination(seed):
         schedule=schedule,
         block_length=r.choice([None, 1, 2, 4, 4]) if gen_length else r.choice([None, 2, 3]),
         steps=r.choice([None, 4, 8, 16])
-        if schedule in ("uniform", "linear", "ancestral", "entropy-bound") or r.random() < 0.1
+        if SCHEDULES[schedule].takes_steps is not False or r.random() < 0.1
         else None,
         select=r.choice([*SELECTORS]),
         cache=r.choice([None, "prefix", "dual"]),
         soften=r.choice([*SOFTENERS]),
         schedule_args={"dilation": r.choice([1, 2])}
         if schedule == "pyramid"
-        else {"eps": r.choice([1e-3, 0.1])}
+        else {"eps": r.choice([1e-3, 0.1]), "rounding": r.choice(["down", "even"])}
         if schedule == "linear"
+        else {"eta": r.choice([0.0, 1.0, 2.0])}
+        if schedule == "p2" and r.random() < 0.5
         else {},
         temperature=r.choice([0.0, 0.0, 0.7, 1.5]),
         top_k=r.choice([None, None, 5]),
@@ -121,7 +123,8 @@ def combination(seed):
         knobs["soften_args"] = r.choice(
             [{}, dict(scheduling="linear"), dict(algorithm="temperature", temperature=0.5)]
         )
-    if schedule in ("uniform", "linear", "ancestral") and knobs["steps"] and r.random() < 0.6:
+    shares_out = SCHEDULES[schedule].takes_steps and not SCHEDULES[schedule].revises
+    if shares_out and knobs["steps"] and r.random() < 0.6:
         knobs["remask"] = r.choice([*REMASKS])
         knobs["remask_args"] = {} if knobs["remask"] == "conf" else r.choice([{}, {"eta": 0.5}])
     # what does nothing is refused
@@ -1171,8 +1174,8 @@ BAD_CONFIGS = [
     (dict(schedule="linear", schedule_args={"eps": 1.0}), "schedule_args eps=1.0 must lie in"),
     (dict(schedule="linear", schedule_args={"eps": -0.1}), "schedule_args eps=-0.1 must lie in"),
     (
-        dict(schedule="cosine"),
-        r"schedule='cosine' is unknown.*: choose one of \['ancestral', 'entropy-bound', 'factor'",
+        dict(schedule="sine"),
+        r"schedule='sine' is unknown.*: choose one of \['ancestral', 'cosine', 'entropy-bound'",
     ),
     (dict(select="best"), r"select='best' is unknown: choose one of \['confidence', 'entropy'"),
     (dict(soften="blur"), r"soften='blur' is unknown: choose one of \['evolving', 'hard'"),

@@ -31,6 +31,7 @@ SETTINGS = [
     dict(entropy_bound=1.0, select="entropy"),
     dict(schedule="pyramid"),
     dict(schedule="ancestral", steps=8),
+    dict(schedule="p2"),
     dict(temperature=1.0),
     dict(temperature=1.0, top_k=3, top_p=0.9),
     dict(cfg_scale=1.0),

@@ -1,0 +1,174 @@
+"""Rules that look at decoded tokens again, and schedules in time: what they are told, what they
+decide, and that it is what their papers say."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from test_denoise import MASK, PROMPTS, denoiser, logits_of, run
+from tiny import seeded
+
+from softar.diffusion import DenoiseConfig
+from softar.diffusion.schedules import MASKED, Block, Schedule, Step, plan
+from softar.diffusion.select import SELECTORS, Draws
+
+CPU = torch.device("cpu")
+
+
+def rule_of(config, count, steps):
+    block = Block(0, 12, torch.tensor(count), torch.tensor(steps))
+    return config.scheduler(block, config, Draws(None, len(count), CPU), **config.schedule_args)
+
+
+# -- path planning
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 3.0])
+def test_p2_masks_the_lowest_scored_of_all(eta):
+    """Against the definition, row by row, over random canvases."""
+    config = DenoiseConfig(gen_length=12, schedule="p2", schedule_args={"eta": eta})
+    draw = seeded()
+    for _ in range(40):
+        count, steps = torch.randint(0, 13, (2, 3), generator=draw).tolist()
+        rule, index = rule_of(config, count, [s + 1 for s in steps]), 2
+        mine = torch.arange(12) < torch.tensor(count)[:, None]
+        decoded = mine & (torch.rand(3, 12, generator=draw) < 0.5)
+        score = torch.rand(3, 12, generator=draw).masked_fill(~mine, -torch.inf)
+        commit, drop = rule(Step(index, score, mine & ~decoded, decoded, score))
+        for r in range(3):
+            n, S = count[r], steps[r] + 1
+            left = max(math.floor(n * (S - index - 1) / S + 1e-9), 0)
+            value = [
+                math.log(score[r, c]) * (eta if decoded[r, c] else 1) if mine[r, c] else None
+                for c in range(n)
+            ]
+            masks = sorted(range(n), key=lambda c: (value[c], -c))[:left]
+            after = (mine[r] & ~decoded[r] & ~commit[r]) | drop[r]
+            assert after.nonzero()[:, 0].tolist() == sorted(masks)
+            assert not (drop[r] & ~decoded[r]).any() and not (commit[r] & decoded[r]).any()
+
+
+@pytest.mark.parametrize("soften", ["hard", "soft-token"])
+@pytest.mark.parametrize("select", [*SELECTORS])
+def test_p2_keeps_the_clock_and_takes_tokens_back(select, soften):
+    out = run(
+        denoiser(), schedule="p2", steps=6, select=select, soften=soften, history=True, rng=seeded()
+    )
+    masks = [(state == MASK).sum(1).tolist() for state in out.states]
+    assert masks == [[8 * (6 - i) // 6] * 3 for i in range(7)] and out.num_forwards == 6
+    back = sum(int(((a != MASK) & (b == MASK)).sum()) for a, b in itertools.pairwise(out.states))
+    assert back > 0
+    # a token that stands is never another one
+    for a, b in itertools.pairwise(out.states):
+        both = (a != MASK) & (b != MASK)
+        assert torch.equal(a[both], b[both])
+
+
+def test_p2_of_eta_0_takes_nothing_back():
+    out = run(denoiser(), schedule="p2", schedule_args={"eta": 0.0}, history=True)
+    for a, b in itertools.pairwise(out.states):
+        assert torch.equal(a[a != MASK], b[a != MASK])
+
+
+# -- what any rule that revises is told, and may do
+
+
+def test_a_rule_is_told_what_the_model_thinks_now():
+    """Of every decoded token of the block, none of the caller's, none of other blocks."""
+    told, model = [], denoiser()
+
+    class Watch:
+        def more(self, index, left):
+            return index < 4
+
+        def __call__(self, step):
+            told.append(step)
+            return step.open & (step.open.cumsum(1) == 1), None
+
+    watch = Schedule(lambda block, config, draws: Watch(), revises=True)
+    out = run(model, [PROMPTS[0]], schedule=watch, block_length=4, history=True)
+    assert len(told) == 8
+    for i, (step, canvas) in enumerate(zip(told, out.states, strict=False)):
+        asked = torch.zeros_like(canvas, dtype=torch.bool)
+        asked[:, 5 + i // 4 * 4 : 9 + i // 4 * 4] = True
+        probs = logits_of(model, canvas).softmax(-1)
+        best, token = probs.max(-1)
+        stands = probs.gather(-1, canvas[..., None])[..., 0]
+        torch.testing.assert_close(step.prob[asked], best[asked], atol=1e-5, rtol=0)
+        torch.testing.assert_close(step.standing[asked], stands[asked], atol=1e-5, rtol=0)
+        assert torch.equal(step.differs, asked & (token != canvas))
+        assert torch.equal(step.decoded | step.open, asked)
+        assert (step.prob[~asked] == -torch.inf).all()
+
+
+def test_a_rule_may_overwrite():
+    """As LLaDA2.1's editing does: what the model thinks better of is replaced."""
+
+    class Edit:
+        def more(self, index, left):
+            return index < 12
+
+        def __call__(self, step):
+            return (step.open & (step.open.cumsum(1) == 1)) | (step.decoded & step.differs), None
+
+    model = denoiser()
+    out = run(model, schedule=Schedule(lambda *a: Edit(), revises=True), history=True)
+    assert any(((a != MASK) & (a != b)).any() for a, b in itertools.pairwise(out.states))
+    for n, (a, b) in enumerate(itertools.pairwise(out.states)):
+        gone = (a != b) & (out.committed_at <= n)
+        assert torch.equal(out.sequences[gone], b[gone])  # the last one to write is recorded
+
+
+# -- schedules in time
+
+
+def test_a_plan_is_its_definition():
+    for name, n, S in itertools.product(MASKED, (1, 7, 24, 100), (1, 2, 5, 32)):
+        got = plan(torch.tensor([n, 0]), torch.tensor([S, S]), MASKED[name], "even")
+        assert got[1].sum() == 0 and got[0].sum() == n and (got[0] > 0).all()
+        share, left, expected = {"linear": lambda t: t, "cosine": math.cos}[name], n, []
+        for i in range(S):
+            t, s = 1 - i / S, 1 - (i + 1) / S
+            if name == "cosine":
+                t, s = math.pi / 2 * (1 - t), math.pi / 2 * (1 - s)
+            due = left * (1 - share(s) / share(t))
+            if abs(due % 1 - 0.5) < 1e-3:
+                break  # a tie, that rounding decides
+            expected += [round(due)] if round(due) else []
+            left -= round(due)
+        assert got[0].tolist()[: len(expected)] == expected
+
+
+def test_halves_round_to_the_even_number():
+    def first(rounding, n):
+        args = {"eps": 0.0, "rounding": rounding}
+        out = run(denoiser(), gen_length=n, schedule="linear", steps=2, schedule_args=args)
+        return int((out.committed_at == 0).sum(1)[0])
+
+    assert [first("even", n) for n in (5, 7, 9)] == [2, 4, 4]
+    assert [first("down", n) for n in (5, 7, 9)] == [2, 3, 4]
+
+
+def test_cosine_begins_slowly_and_wastes_no_forward():
+    out = run(denoiser(), gen_length=16, schedule="cosine", steps=12)
+    counts = out.committed_at.flatten()[out.committed_at.flatten() >= 0].bincount() // 3
+    assert (counts > 0).all() and out.num_forwards == len(counts) < 12
+    assert counts[: len(counts) // 2].sum() <= 6 and counts[-1] >= 2
+
+
+# -- what does not go together
+
+
+@pytest.mark.parametrize(
+    ("knobs", "says"),
+    [
+        (dict(schedule="p2", remask="cap", steps=8), "remask='cap'"),
+        (dict(schedule="p2", schedule_args={"eta": -1.0}), "eta=-1.0 must be >= 0"),
+        (dict(schedule="p2", schedule_args={"eta": 2.0}, alg_temp=1.0), "eta=2.0 weighs scores"),
+        (dict(schedule="cosine", schedule_args={"rounding": "up"}), "rounding='up'"),
+    ],
+)
+def test_is_refused(knobs, says):
+    with pytest.raises(ValueError, match=says):
+        run(denoiser(), **knobs)
