@@ -48,12 +48,59 @@ LLADA_NEEDS = dict(
 DREAM_NEEDS = dict(hidden_act="silu", use_sliding_window=False, use_mrope=False)
 
 
-class LladaConfig(LlamaConfig):
+class Published:
+    """A configuration of transformers written to and read from its published field names, with what
+    it says of diffusion: `family`, a short name; `logits_shift`, 1 where the logits at a position
+    are about the next; `block_length`, None where the whole canvas is read in both directions."""
+
+    family: str
+    # published names of fields, in to_dict too
+    published: dict[str, str] = {}
+    # what the configuration must say, or not mention, for the stock class to be the model
+    needs: dict
+    # what the folder may leave to the caller of `load`, and what the mask token is called there
+    free: tuple[str, ...] = ("block_length",)
+    mask_tokens: tuple[str, ...] = ()
+    # the released models', for folders that name none
+    usual_mask_id: int | None = None
+    usual_eos_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.logits_shift not in (0, 1):
+            raise ValueError(
+                f"logits_shift={self.logits_shift!r} must be 0, as in LLaDA, or 1, as in Dream"
+            )
+        # The base derives head_dim before it would look at attribute_map.
+        for original, name in self.published.items():
+            if original in kwargs:
+                setattr(self, name, kwargs.pop(original))
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def originals(cls, field: str) -> list[str]:
+        """The published names of a field."""
+        return [original for original, name in cls.published.items() if name == field]
+
+    def to_dict(self) -> dict:
+        named = super().to_dict()
+        for original, name in self.published.items():
+            named[original] = named.pop(name)
+        rotation = ("rope_theta", "partial_rotary_factor")
+        named |= {
+            name: self.rope_parameters[name] for name in rotation if name in self.rope_parameters
+        }
+        return named
+
+
+class LladaConfig(Published, LlamaConfig):
     """LLaDA's configuration (arXiv:2502.09992), written to and read from its original field
     names."""
 
     model_type = "llada"
-    attribute_map = {
+    family = "llada"
+    needs = LLADA_NEEDS
+    free = ()
+    published = {
         "d_model": "hidden_size",
         "n_heads": "num_attention_heads",
         "n_kv_heads": "num_key_value_heads",
@@ -62,46 +109,28 @@ class LladaConfig(LlamaConfig):
         "max_sequence_length": "max_position_embeddings",
         "weight_tying": "tie_word_embeddings",
     }
-    # the logits at a position are about that position; 1: about the next (softar's convert)
-    logits_shift: int = 0
+    attribute_map = published
+    logits_shift: int = 0  # 1 of softar's convert
     is_causal: bool = False
     use_cache: bool = False
     mask_token_id: int | None = None
-
-    def __post_init__(self, **kwargs):
-        if self.logits_shift not in (0, 1):
-            raise ValueError(
-                f"logits_shift={self.logits_shift!r} must be 0, as in LLaDA, or 1, as in Dream"
-            )
-        # The base derives head_dim before it would look at attribute_map.
-        for original, name in self.attribute_map.items():
-            if original in kwargs:
-                setattr(self, name, kwargs.pop(original))
-        super().__post_init__(**kwargs)
-
-    def to_dict(self) -> dict:
-        named = super().to_dict()
-        for original, name in self.attribute_map.items():
-            named[original] = named.pop(name)
-        named["rope_theta"] = self.rope_parameters["rope_theta"]
-        return named
 
 
 class LladaForMaskedDiffusion(LlamaForCausalLM):
     config_class = LladaConfig
 
 
-class DreamConfig(Qwen2Config):
+class DreamConfig(Published, Qwen2Config):
     """Dream's configuration (arXiv:2508.15487)."""
 
     model_type = "Dream"
-    logits_shift = 1  # the logits at a position are about the next one
+    family = "dream"
+    needs = DREAM_NEEDS
+    free = ()
+    logits_shift: int = 1
     is_causal: bool = False
     use_cache: bool = False
     mask_token_id: int | None = None
-
-    def to_dict(self) -> dict:
-        return super().to_dict() | {"rope_theta": self.rope_parameters["rope_theta"]}
 
 
 class DreamForMaskedDiffusion(Qwen2ForCausalLM):

@@ -26,7 +26,6 @@ from transformers import (
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import cached_file
 
 from softar.models import (
     FETCH,
@@ -44,15 +43,9 @@ from softar.models import MODELS as AUTOREGRESSIVE
 from softar.placement import to_device, to_dtype, to_machine
 from softar.progress import without_bars
 
-from .architectures import (
-    DREAM_NEEDS,
-    LLADA_NAMES,
-    LLADA_NEEDS,
-    DreamForMaskedDiffusion,
-    LladaConfig,
-    LladaForMaskedDiffusion,
-    check_settings,
-)
+from .architectures import LLADA_NAMES, LladaConfig, LladaForMaskedDiffusion, check_settings
+from .families import FAMILIES, family_of
+from .folder import GENERATION, Stated, complete, find_file, read_fields
 from .head import HEAD_FILE, learn_head, load_head
 from .net import end_tokens, facts
 from .noise import NOISE_FILE, load_noise
@@ -83,6 +76,7 @@ register_checkpoint_conversion_mapping(
 )
 
 
+# Wide because each is something that only the caller may know of a folder.
 @delegates(
     PreTrainedModel.from_pretrained,
     keep=True,
@@ -94,18 +88,31 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     seed: int | None = None,
+    kind: str | None = None,
+    mask_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    block_length: int | None = None,
+    shift: int | None = None,
     **kwargs,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A masked-diffusion language model and its tokenizer, in eval mode.
 
     Args:
-        name: one of MODELS ("mnns-diffusion-tiny"), or a local folder or a hub id: LLaDA, Dream (or
-            DiffuCoder, Dream-Coder), any masked language model of transformers (ModernBERT, BERT,
+        name: one of MODELS ("mnns-diffusion-tiny"), or a local folder or a hub id: LLaDA, LLaDA2.0
+            and 2.1, Dream (or DiffuCoder, Dream-Coder), SDAR, Fast-dLLM v2, A2D (MDLM and BD3LM of
+            dllm), Open-dCoder, any masked language model of transformers (ModernBERT, BERT,
             RoBERTa, ...), a PEFT adapter. Weights are read as safetensors, shard by shard.
         dtype: of the weights; as for softar.load.
         device: None is this process's CUDA device where there is one, else the CPU.
         seed: None gives an embedded model as the package brings it, trained; a number draws
             untrained weights.
+        kind: the family, as `facts(model).family` names it, of a folder that says no more than the
+            causal model that it was made from: "open_dcoder" where generation_config.json names no
+            mask token, "a2d", ...
+        mask_token_id, eos_token_id, block_length, shift: what the folder does not say; None is what
+            it says, else the released models'. LLaDA2 names no mask (156895) and no end token
+            (its pad token), and its blocks are of 32; a BD3LM's block length is said nowhere, and an
+            A2D is unshifted unless shift=1 says that logits are about the next position.
         kwargs: for `from_pretrained` (revision=, device_map=, attn_implementation=, ...).
 
     Returns:
@@ -116,28 +123,31 @@ def load(
 
     Raises:
         ValueError: naming `name` and, where the model is of a kind that is not supported, the field
-            that says so.
+            that says so; a statement that contradicts the folder.
     """
     name = os.fspath(name)
     dtype, device = to_dtype(dtype, kwargs), to_device(device, kwargs)
     check_fixed(kwargs)
+    stated = Stated(kind, mask_token_id, eos_token_id, block_length, shift)
     with opening(name, REMEDY, kwargs):
         if name in AUTOREGRESSIVE or name.endswith(".gguf"):
             raise ValueError("it is an autoregressive model: use softar.load")
         if name in MODELS:
+            if any(value is not None for value in stated):
+                raise ValueError(f"it is embedded and known: it takes none of {Stated._fields}")
             model, tokenizer = MODELS[name](dtype=dtype, seed=seed, **kwargs)
         elif seed is not None:
             raise ValueError(f"seed={seed} draws the weights of {[*MODELS]}, these are stored")
         elif Path(name, "adapter_config.json").is_file():
-            model, tokenizer = _adapter(Path(name), dtype=dtype, device=device, **kwargs)
+            model, tokenizer = _adapter(Path(name), stated, dtype=dtype, device=device, **kwargs)
         else:
-            model, tokenizer = _open(name, dtype=dtype, **kwargs)
+            model, tokenizer = _open(name, stated, dtype=dtype, **kwargs)
         if name not in MODELS:  # an embedded one, trained, came through here by its folder
             learn_head(model, _head_file(name, kwargs))
     return to_machine(model, dtype, device).eval(), tokenizer
 
 
-def _open(name: str, *, dtype, **model_kwargs):
+def _open(name: str, stated: Stated, *, dtype, **model_kwargs):
     """A folder or a hub id; raises what transformers raises, and ValueError for weights that do not
     fit."""
     model_kwargs = cached_if_offline(name, model_kwargs)
@@ -147,55 +157,66 @@ def _open(name: str, *, dtype, **model_kwargs):
     if not Path(name).is_dir() and (name.startswith(".") or Path(name).is_absolute()):
         raise FileNotFoundError("there is no such folder, and a hub id has the form owner/name")
     settings = settings_of(name, **fetch)
-    kind, classes = settings["model_type"], settings["architectures"]
-    if kind not in FAMILIES and any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in classes):
-        raise ValueError(
-            f"its config.json says model_type={kind!r}, architectures={classes}, which is not a masked-diffusion "
-            f"model: use softar.load"
-        )
-    if kind not in FAMILIES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        raise ValueError(
-            f"its config.json says model_type={kind!r}, which is not a masked-diffusion model: neither "
-            f"{' nor '.join(FAMILIES)} nor a masked language model of transformers"
-        )
-    if kind in FAMILIES:
-        model_class, needs = FAMILIES[kind]
-        check_settings(settings, needs)
-        model, info = model_class.from_pretrained(
-            name,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **model_kwargs,
-        )
-    else:
+    family = family_of(settings, stated.kind, read_fields(name, GENERATION, fetch))
+    if family is None:
+        _check_masked_lm(settings, stated)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fetch)
         if config.is_encoder_decoder:
             raise ValueError(
-                f"its config.json says model_type={kind!r}, which is an encoder with a decoder"
+                f"its config.json says model_type={config.model_type!r}, which is an encoder with a decoder"
             )
-        model, info = AutoModelForMaskedLM.from_pretrained(
-            name,
-            config=config,
-            trust_remote_code=False,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **model_kwargs,
+        model_kwargs, opener = model_kwargs | {"trust_remote_code": False}, AutoModelForMaskedLM
+    else:
+        check_settings(settings, family.config.needs)
+        how = model_kwargs.pop("attn_implementation", None)
+        config, model_kwargs = family.config.from_pretrained(
+            name, return_unused_kwargs=True, **model_kwargs
         )
+        config._attn_implementation = how  # SDAR's folders ask for kernels of their training
+        complete(config, name, settings, stated, fetch)
+        model_kwargs, opener = model_kwargs | fetch, family.model
+    model, info = opener.from_pretrained(
+        name,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **model_kwargs,
+    )
     # A masked LM's checkpoint may carry other heads; for it only what is missing counts.
-    check_fit(info, model, is_head_of_many=kind not in FAMILIES)
-    tokenizer = _tokenizer(name, kind, fetch)
+    check_fit(info, model, is_head_of_many=family is None)
+    tokenizer = _tokenizer(name, config.model_type, fetch)
     introduce(model, tokenizer)
     return model, tokenizer
 
 
-def _adapter(folder: Path, *, dtype, device, **model_kwargs):
+def _check_masked_lm(settings: dict, stated: Stated) -> None:
+    """Raise ValueError for the config.json of a model that no family and no AutoModelForMaskedLM
+    opens."""
+    kind, classes = settings["model_type"], settings["architectures"]
+    if any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in classes):
+        raise ValueError(
+            f"its config.json says model_type={kind!r}, architectures={classes}, which is not a masked-diffusion "
+            f"model: use softar.load"
+        )
+    if kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise ValueError(
+            f"its config.json says model_type={kind!r}, which is not a masked-diffusion model: neither "
+            f"{' nor '.join(FAMILIES)} nor a masked language model of transformers"
+        )
+    if any(value is not None for value in stated):
+        raise ValueError(
+            f"a masked language model of transformers says all by itself, and takes none of {Stated._fields}"
+        )
+
+
+def _adapter(folder: Path, stated: Stated, *, dtype, device, **model_kwargs):
     """The base that an adapter folder names, wrapped as a PeftModel; the folder's own tokenizer
     where it has one."""
-    model, tokenizer = load(base_of(folder), dtype=dtype, device=device, **model_kwargs)
+    model, tokenizer = load(
+        base_of(folder), dtype=dtype, device=device, **stated._asdict(), **model_kwargs
+    )
     kind = model.config.model_type
     if (of_adapter := _tokenizer(str(folder), kind, {})) is not None:
         tokenizer = of_adapter
@@ -213,24 +234,16 @@ def _adapter(folder: Path, *, dtype, device, **model_kwargs):
 
 
 def _head_file(name: str, model_kwargs: dict) -> dict | None:
-    if Path(name).is_dir():
-        return load_head(Path(name, model_kwargs.get("subfolder", "")))
     fetch = {key: model_kwargs[key] for key in FETCH if key in model_kwargs}
-    file = cached_file(
-        name,
-        HEAD_FILE,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **fetch,
-    )
-    return None if file is None else load_head(Path(file).parent)
+    file = find_file(name, HEAD_FILE, fetch)
+    return None if file is None else load_head(file.parent)
 
 
 def _tokenizer(name: str, kind: str, fetch: dict) -> PreTrainedTokenizerBase | None:
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
-    if Path(name).is_dir() and not any(
-        Path(name, fetch.get("subfolder", ""), file).is_file() for file in files
-    ):
+    # of a family's, tokenizer_config.json alone names special tokens
+    files = [file for file in files if kind not in FAMILIES or file != "tokenizer_config.json"]
+    if Path(name).is_dir() and not any(find_file(name, file, fetch) for file in files):
         return None
     if kind == "Dream":  # its tokenizer_config.json names a class of its own, which is Qwen2's
         return Qwen2Tokenizer.from_pretrained(name, **fetch)
@@ -330,8 +343,4 @@ LATIN_WORDS = ["<pad>", "<bos>", "<eos>", *"123456789", "<mask>"]
 MODELS: dict[str, Callable] = {
     "mnns-diffusion-tiny": mnns_diffusion_tiny,
     "latin-diffusion-tiny": latin_diffusion_tiny,
-}
-FAMILIES = {
-    "llada": (LladaForMaskedDiffusion, LLADA_NEEDS),
-    "Dream": (DreamForMaskedDiffusion, DREAM_NEEDS),
 }

@@ -5,12 +5,13 @@ import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers import PreTrainedModel
 
 from softar.models import plain
 
-from .architectures import DreamConfig, LladaConfig
+from .architectures import Published
 from .noise import UniformNoise, read_noise
 
 # Their convolutions, pools and Fourier transforms mix padding into the tokens beside it.
@@ -29,14 +30,20 @@ class Facts(NamedTuple):
     # `soften_args` of "soft-mask" as the model learnt them; None is a hard model
     soft_mask: dict | None
     uniform: UniformNoise | None  # None is a model of masks
+    # of the blocks that it reads one after the other; None: it reads the whole canvas in both
+    # directions
+    block_length: int | None
+    family: str  # a short name, as "sdar"
 
 
 class Parts(NamedTuple):
     """A model taken apart, so that the loop computes logits only where it needs them."""
 
     embedding: nn.Module  # [B, T] ids -> [B, T, D]
-    # (embeds, attention_mask [B, L], position_ids [B, T], cache) -> hidden [B, T, D]; positions
-    # count from 0 and, where None, from the left edge
+    # (embeds, attention_mask, position_ids [B, T], cache) -> hidden [B, T, D]. attention_mask is
+    # [B, L], what is no padding, or [B, 1, T, K] bool, which of the K keys of the cache and the
+    # forward each position sees; None: all. Positions count from 0 and, where None, from the left
+    # edge
     body: Callable[..., Tensor]
     head: Callable[[Tensor], Tensor]  # hidden [n, D] -> logits [n, V]
     can_cache: bool
@@ -62,12 +69,21 @@ def facts(model: nn.Module) -> Facts:
             f"mask_token_id={mask_id} lies outside the vocabulary of {config.vocab_size}"
         )
     ends = end_tokens(plain(model))
-    shift = config.logits_shift if isinstance(config, (LladaConfig, DreamConfig)) else 0
+    shift = config.logits_shift if "logits_shift" in config else 0
     soft_mask = config.soft_mask if "soft_mask" in config else None
     named = config.diffusion_process if "diffusion_process" in config else None
     uniform = read_noise(named, mask_id, config.vocab_size)
+    family = config.family if isinstance(config, Published) else "masked_lm"
     return Facts(
-        mask_id, ends[0] if ends else None, ends, shift, config.vocab_size, soft_mask, uniform
+        mask_id,
+        ends[0] if ends else None,
+        ends,
+        shift,
+        config.vocab_size,
+        soft_mask,
+        uniform,
+        config.block_length if "block_length" in config else None,
+        family if uniform is None else "duo",
     )
 
 
@@ -80,14 +96,14 @@ def parts(model: nn.Module) -> Parts:
             f"{type(inner).__name__} has no head that predicts tokens: open the model with softar.diffusion.load"
         )
     embedding = inner.get_input_embeddings()
-    if isinstance(inner, (LlamaForCausalLM, Qwen2ForCausalLM)):
+    if isinstance(inner.config, Published):
 
         def body(
             embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache=None
         ) -> Tensor:
             return inner.model(
                 inputs_embeds=embeds,
-                attention_mask=attention_mask,
+                attention_mask=_for_attention(attention_mask, embeds, inner.config),
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -111,6 +127,20 @@ def parts(model: nn.Module) -> Parts:
     takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
     first = max((_first(table, inner.config) for table in _tables(inner)), default=0)
     return Parts(embedding, whole, lambda logits: logits, can_cache=False)
+
+
+def _for_attention(mask: Tensor | None, embeds: Tensor, config) -> Tensor | None:
+    """A mask as the model's attention takes it: of all implementations sdpa alone reads a 4-D one
+    of bool, the others add it to the scores."""
+    how = config._attn_implementation
+    if mask is None or mask.ndim == 2 or how == "sdpa":
+        return mask
+    if "flash" in how:
+        raise ValueError(
+            f"attn_implementation={how!r} takes no mask of blocks: load the model with 'sdpa'"
+        )
+    unseen = torch.finfo(embeds.dtype).min
+    return embeds.new_zeros(mask.shape).masked_fill(~mask, unseen)
 
 
 def room(model: nn.Module) -> int | None:

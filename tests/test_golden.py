@@ -1,7 +1,7 @@
 """Conformance: every recorded case of the public samplers, one test each, through the public API.
 
-    pytest tests/test_golden.py SOFTAR_GOLDEN=folder[:folder...] pytest tests/test_golden.py      #
-    other data of the same schema
+    pytest tests/test_golden.py
+    SOFTAR_GOLDEN=folder[:folder...] pytest tests/test_golden.py  # other data of the same schema
 
 A folder holds cases/<family>.json, tensors/<family>.safetensors and checkpoints/ (its README
 describes the fields). Nothing here knows these checkpoints: ids and sizes come from their
@@ -11,15 +11,14 @@ configurations.
 import json
 import os
 import re
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden_block import BLOCK_CHECKS, LATER
+from golden_folder import checkpoint, readme, tensor
 
 from softar.diffusion import DenoiseConfig, denoise
-from softar.diffusion.models import load
 from softar.diffusion.net import facts, parts
 from softar.diffusion.parity import PARITY, due, gumbel_scores
 from softar.diffusion.reader import WindowCache
@@ -28,12 +27,10 @@ from softar.diffusion.select import SELECTORS, Belief, Draws, believed, best, fi
 from softar.diffusion.soften import Slots, evolving, soft_mask, soft_token
 from softar.soft import Soft, dense, soft_embed
 
-FOLDERS = [
-    Path(p)
-    for p in os.environ.get("SOFTAR_GOLDEN", str(Path(__file__).parent / "golden")).split(
-        os.pathsep
-    )
-]
+HERE = Path(__file__).parent
+FOLDERS = [HERE / "golden", HERE / "golden-block"]
+if "SOFTAR_GOLDEN" in os.environ:
+    FOLDERS = [Path(p) for p in os.environ["SOFTAR_GOLDEN"].split(os.pathsep)]
 SELECT = {
     "low_confidence": "confidence",
     "random": "random",
@@ -62,6 +59,8 @@ def read_cases():
 
 @pytest.mark.parametrize(("folder", "family", "case"), list(read_cases()))
 def test_case(folder, family, case):
+    if family in LATER:
+        pytest.xfail(f"{family}: {LATER[family]}")
     assert family in CHECKS, f"no check for the family {family!r}"
     CHECKS[family](folder, family, case)
 
@@ -143,8 +142,7 @@ def llada_config(folder, case, **changes):
 
 def end_of_turn(folder, config):
     """The one id that no checkpoint names: the folder's README does."""
-    readme = folder / "README.md"
-    found = re.search(r"end-of-turn\W+(\d+)", readme.read_text()) if readme.is_file() else None
+    found = re.search(r"end-of-turn\W+(\d+)", readme(folder))
     return int(found[1]) if found else config.eos_token_id + 1
 
 
@@ -505,35 +503,7 @@ def check_evo_step(folder, family, case):
     torch.testing.assert_close(got[:, inside], want[:, inside], atol=1e-6, rtol=0)
 
 
-# -- reading
-
-
-@cache
-def checkpoint(folder, name):
-    return load(folder / "checkpoints" / name)[0]
-
-
-@cache
-def tensor_file(folder, family):
-    file = folder / "tensors" / f"{family}.safetensors"
-    return safe_open(file, "pt") if file.is_file() else None
-
-
-@cache
-def tensor_names(folder, family):
-    file = tensor_file(folder, family)
-    return frozenset(() if file is None else file.keys())
-
-
-def tensor(folder, family, name):
-    return (
-        tensor_file(folder, family).get_tensor(name)
-        if name in tensor_names(folder, family)
-        else None
-    )
-
-
-CHECKS = {
+CHECKS = BLOCK_CHECKS | {
     "dream_block": check_dream_block,
     "dream_conf": check_dream_conf,
     "dream_generate": check_dream,

@@ -1,0 +1,70 @@
+"""The checks of the block-causal families and the others of 2026 (golden-block/README.md)."""
+
+import torch
+from golden_folder import checkpoint, tensor
+from transformers import DynamicCache
+
+from softar.diffusion.net import parts
+
+
+def seen(length, block_length, real=None):
+    """[1 or B, 1, L, L] bool: blocks see themselves and those before them; without a block length
+    all. real: [B, L], what is no padding, which sees itself alone."""
+    columns = torch.arange(length)
+    blocks = columns // (block_length or length)
+    mask = (blocks[None] <= blocks[:, None])[None]
+    if real is not None:
+        mask = mask & real[:, None].bool() | torch.eye(length, dtype=torch.bool)
+    return mask[:, None]
+
+
+def check_logits(folder, family, case):
+    net, ids = parts(checkpoint(folder, case["checkpoint"])), torch.tensor(case["ids"])
+    want = tensor(folder, family, f"{case['id']}.logits")
+    real, positions = (
+        None if case.get(name) is None else torch.tensor(case[name])
+        for name in ("attention_mask", "position_ids")
+    )
+    block_length = case.get("block_length")
+    seen_by = seen(ids.shape[1], block_length, real)
+    keep = torch.ones(ids.shape, dtype=torch.bool) if real is None else real.bool()
+    with torch.no_grad():
+        embeds = net.embedding(ids)
+        masks = [seen_by]
+        if not block_length:  # then one of two dimensions, or none, says the same
+            masks += [real, None] if real is None or real.all() else [real]
+        for mask in masks:
+            got = net.head(net.body(embeds, mask, positions, None))
+            torch.testing.assert_close(got[keep], want[keep], atol=1e-3, rtol=0)
+        if "cached_window" in case:
+            lo, hi = case["cached_window"]
+            memory, columns = DynamicCache(), torch.arange(hi)[None]
+            net.body(embeds[:, :lo], seen_by[..., :lo, :lo], columns[:, :lo], memory)
+            window = net.body(embeds[:, lo:hi], seen_by[..., lo:hi, :hi], columns[:, lo:], memory)
+            torch.testing.assert_close(net.head(window), want[:, lo:hi], atol=1e-3, rtol=0)
+
+
+BLOCK_CHECKS = {
+    "a2d_logits": check_logits,
+    "fastv2_logits": check_logits,
+    "llada2_logits": check_logits,
+    "sdar_logits": check_logits,
+}
+# Families that nothing of softar carries out yet, and what is lacking.
+LATER = {
+    "a2d_generate": "dllm's MDLM sampler: its schedules, rows of different lengths",
+    "bd3lm_generate": "the block-causal process, dllm's BD3LM sampler",
+    "dmax_generate": "the block-causal process, DMax's soft parallel decoding",
+    "fastv2_batch": "the block-causal process, Fast-dLLM v2's sampler of batches",
+    "fastv2_generate": "the block-causal process, Fast-dLLM v2's sampler",
+    "llada21_generate": "the block-causal process, LLaDA2.1's token editing",
+    "llada2_generate": "the block-causal process, LLaDA2.0's sampler",
+    "opendcoder_generate": "Open-dCoder's samplers",
+    "sdar_eval": "the block-causal process, SDAR's rules",
+    "sdar_generate": "the block-causal process, SDAR's rules",
+    "sdar_generate_seeded": "the block-causal process, SDAR's rules",
+    "unit_bd3lm_train_mask": "training on doubled rows",
+    "unit_dllm_num_transfer": "dllm's schedules",
+    "unit_dmax_step": "DMax's soft parallel decoding",
+    "unit_sdar_train_inputs": "training on doubled rows",
+}
