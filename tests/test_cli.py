@@ -283,6 +283,13 @@ def test_default_models_and_decoders(monkeypatch):
 # -- generate
 
 
+@pytest.mark.parametrize("length", [2, 3, 6])
+def test_an_answer_that_never_began_is_told(softar, length):
+    """A thought is hidden, so a text that is nothing else prints as an empty line."""
+    code, out, err = softar("generate", PROMPT, *SOFT, "--max-new-tokens", length)
+    assert code == 0 and (not out.strip()) == ("the answer is empty" in err) == (length <= 3)
+
+
 def test_generate(softar):
     inputs.quiet()
     from softar.decoders.registry import make_decoder

@@ -138,10 +138,13 @@ def status(decoder, answer: "Decoded") -> str:
         name = f"{decoder.columns['model']}, {name}"
     soft = "" if answer.soft_steps is None else f" ({answer.soft_steps} soft)"
     entropy = "" if answer.entropy is None else f", mean entropy {answer.entropy:.2f} nats"
-    return (
+    cost = (
         f"{name}: {n} tokens{soft} in {answer.num_forwards:g} forwards, {answer.seconds:.2f} s, "
         f"{n / max(answer.seconds, 1e-9):.1f} tokens/s{entropy}"
     )
+    if answer.soft_steps and not answer.text.strip():
+        cost += "\nthe answer is empty: a thought that goes on too long is ended by --budget N"
+    return cost
 
 
 class Printer:
