@@ -31,6 +31,12 @@ class Canvas:
         inside = self.columns(start, end)[None]
         return Block(start, end, (self.masked & inside).sum(-1), steps, inside)
 
+    def block_of(self, inside: Tensor, steps: Tensor) -> Block:
+        """A block of other columns in each row, [B, L] bool."""
+        columns = inside.any(0).nonzero()[:, 0].tolist()
+        count = (self.masked & inside).sum(-1)
+        return Block(columns[0], columns[-1] + 1, count, steps, inside)
+
     def has_masks(self, block: Block, forwards: int) -> bool:
         """Has the block masks? The one synchronisation of a step. Raises FloatingPointError where
         the last of so many forwards gave NaN, or -inf for all tokens."""

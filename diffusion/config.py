@@ -37,6 +37,7 @@ IDLE = (
         "in a single block, behind which nothing is left",
         "give a block_length below gen_length",
     ),
+    Idle("cfg_keep_ids", lambda c: c.cfg_scale == 0, "without guidance", "give a cfg_scale"),
     Idle(
         "cache",
         lambda c: not c.gen_length and c.block_length is None,
@@ -78,6 +79,8 @@ class DenoiseConfig:
     top_p: float | None = None
     # guidance away from the model without the prompt (arXiv:2410.18514); 0 is none
     cfg_scale: float = 0.0
+    # tokens of the prompt that the model without it sees all the same, as those of a chat template
+    cfg_keep_ids: tuple[int, ...] | None = None
     ban_eos: bool = False  # never propose the end-of-text token
     ends_last: bool = False  # commit end tokens when nothing else is left to commit
     end_ids: tuple[int, ...] | None = None  # the end tokens; None is the model's own
@@ -105,13 +108,14 @@ class DenoiseConfig:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValueError(f"{name}={value!r} must be a whole number")
         check_least(self, gen_length=0, block_length=1, steps=1)
-        if self.gen_length and self.block_length and self.gen_length % self.block_length:
-            raise ValueError(
-                f"block_length={self.block_length} does not divide gen_length={self.gen_length}: choose a divisor"
-            )
         for name, known in (("select", SELECTORS), ("parity", PARITY)):
             if isinstance(getattr(self, name), str):
                 check_choice(name, getattr(self, name), sorted(known))
+        rest = self.gen_length % self.block_length if self.block_length else 0
+        if rest and self.quirks.grid is None:
+            raise ValueError(
+                f"block_length={self.block_length} does not divide gen_length={self.gen_length}: choose a divisor"
+            )
         check_choice("cache", self.cache, CACHES)
         blocks = self.gen_length // self.block_length if self.block_length else 1
         if self.steps is not None and self.steps % max(blocks, 1) and not self.quirks.lenient:

@@ -203,6 +203,10 @@ def _check(model, facts: Facts, net: Parts, config: DenoiseConfig, input_ids: Te
                     f"{name}=True does nothing: {type(model).__name__} names no end token, give end_ids or set "
                     f"model.config.eos_token_id"
                 )
+    if any(not 0 <= i < facts.vocab_size for i in config.cfg_keep_ids or ()):
+        raise ValueError(
+            f"cfg_keep_ids={config.cfg_keep_ids} must be ids below {facts.vocab_size}, the vocabulary"
+        )
     ends = config.end_ids or ()
     if any(not 0 <= i < facts.vocab_size or i == facts.mask_id for i in ends):
         raise ValueError(

@@ -52,6 +52,9 @@ class Masked:
         )
 
     def blocks(self) -> Iterable[Block]:
+        if self.quirks.grid is not None:
+            grid = self.quirks.grid(self.config, self.canvas.masked, self.reader.first)
+            return (self.canvas.block_of(*some) for some in grid)
         spans = list(spans_of(self.config, self.canvas.masked))
         return (self.canvas.block(*span) for span in spans)
 

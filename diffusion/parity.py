@@ -13,18 +13,38 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .schedules import Block, Factor, Quota, Rule, Step, Threshold, share_out
+from softar.checks import check_choice
+
+from .schedules import (
+    MASKED,
+    Block,
+    Factor,
+    PathPlanning,
+    Quota,
+    Rule,
+    Schedule,
+    Step,
+    Threshold,
+    linear,
+    plan,
+    share_out,
+)
 from .select import Draws, best
+
+# (config, masks [B, L], column of each row's first token [B]) -> columns [B, L] and steps [B] of
+# each block
+Grid = Callable[..., list[tuple[Tensor, Tensor]]]
 
 
 class Quirks(NamedTuple):
     """What an implementation does otherwise. The defaults are what most of them do."""
 
-    rule: Callable[..., Rule] | None = None  # a schedule, instead of the named one
+    rule: Callable[..., Rule] | Schedule | None = None  # a schedule, instead of the named one
     lenient: bool = True  # options that say nothing to it are let pass
     # blocks of the generated part, with the same steps each, whatever is masked in them
     even_blocks: bool = True
     one_block: bool = False  # the whole canvas is one block
+    grid: Grid | None = None  # blocks of its own, of which the last may be shorter
     # masks that may commit: of the "block", all "before" its end, or of the whole "canvas"
     competes: str = "block"
     spills: bool = False  # positions outside of the block commit, too
@@ -33,8 +53,9 @@ class Quirks(NamedTuple):
     looks_back: bool = False  # with shifted logits, a cached window begins one position early
     filtered_score: bool = False  # scores are of the tempered and filtered distribution
     whole_noise: bool = False  # noise is drawn for the whole canvas
-    # ends_last drops the end tokens from the softmax instead of the order
-    renormalised_ends: bool = False
+    # ends_last drops the end tokens from the softmax instead of the order; where tokens are drawn
+    # only those from this one on
+    renormalised_ends: int | None = None
     waits: bool = False  # a row with nothing to commit stays as it is while others go on
     # what a block has decoded softly is read so once more, by the first forward of the next
     stays_soft: bool = False
@@ -230,9 +251,68 @@ def dream_block(block: Block, config, draws: Draws, *, eps: float = 1e-3) -> Rul
     return DreamBlock(block, config.threshold, eps)
 
 
+def blocks_of_rows(config, masked: Tensor, first: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """dllm's: from each row's own first mask, or without any to append from its first token; the
+    steps of all are shared out upwards."""
+    L = masked.shape[1]
+    begin = first if config.gen_length == 0 else torch.full_like(first, L - config.gen_length)
+    width = L - int(begin.min())
+    b = min(config.block_length or width, width)
+    n = -(-width // b)
+    steps = torch.full_like(first, -(-(config.steps or width) // n))
+    number = (torch.arange(L, device=first.device) - begin[:, None]).div(b, rounding_mode="floor")
+    return [(number == k, steps) for k in range(n)]
+
+
+def dllm(block: Block, config, draws: Draws) -> Rule:
+    check_choice("schedule", name := config.schedule or "linear", sorted(MASKED))
+    counts = plan(block.count, block.steps, MASKED[name], "even")
+    return Fixed(counts.shape[1], lambda i: counts[:, i])
+
+
+def open_dcoder(block: Block, config, draws: Draws, *, eps: float = 1e-3) -> Rule:
+    return Until(linear(block, config, draws, eps=eps), most=int(block.steps.max()))
+
+
+class Origin:
+    """Each mask by itself, by one number of float32 for each in the batch."""
+
+    def __init__(self, steps: int, eps: float, draws: Draws):
+        self.steps, self.draws, self.time = steps, draws, torch.linspace(1, eps, steps + 1)
+
+    def more(self, index: int, left: bool) -> bool:
+        return left and index < self.steps
+
+    def __call__(self, step: Step) -> tuple[Tensor, None]:
+        i, commit = step.index, torch.zeros_like(step.open)
+        chance = 1 - self.time[i + 1] / self.time[i] if i < self.steps - 1 else 1
+        commit[step.open] = self.draws.whole((int(step.open.sum()),), torch.float32) < chance
+        return commit, None
+
+
+def open_dcoder_origin(block: Block, config, draws: Draws, *, eps: float = 1e-3) -> Rule:
+    return Origin(int(block.steps.max()), eps, draws)
+
+
+class AsSorted(PathPlanning):
+    """Of equal scores, which with top-p are often 1, those fall that torch's unstable sort puts
+    first in the whole row."""
+
+    def stands(self, score: Tensor, among: Tensor, left: Tensor) -> Tensor:
+        order = score.masked_fill(~among, torch.inf).argsort(dim=1)
+        is_lowest = torch.arange(score.shape[1], device=score.device) < left[:, None]
+        return among & ~torch.zeros_like(among).scatter(1, order, is_lowest)
+
+
+def open_dcoder_p2(block: Block, config, draws: Draws) -> Rule:
+    steps = int(block.steps.max())
+    rule = AsSorted(lambda i: (block.count.float() * (1 - (i + 1) / steps)).floor().long())
+    return Until(rule, most=steps)
+
+
 PARITY: dict[str, Quirks] = {
     # ML-GSAI/LLaDA generate.py at b7e6c35
-    "llada": Quirks(rule=llada, competes="before", whole_noise=True, renormalised_ends=True),
+    "llada": Quirks(rule=llada, competes="before", whole_noise=True, renormalised_ends=1),
     # the blog's pyramidal schedule, 2025-07-11
     "pyramid": Quirks(rule=pyramid, competes="before", spills=True),
     # NVlabs/Fast-dLLM's LLaDA at 0d6d48d, 24cc59e and a9b81e4
@@ -250,4 +330,20 @@ PARITY: dict[str, Quirks] = {
         rule=dream_threshold, competes="canvas", one_block=True, filtered_score=True
     ),
     "dream_block": Quirks(rule=dream_block, filtered_score=True),
+    # ZHZisZZ/dllm at ca17675: MDLMSampler's sample, and its infill of templates
+    "dllm": Quirks(
+        rule=dllm, grid=blocks_of_rows, competes="before", whole_noise=True, renormalised_ends=0
+    ),
+    "dllm_infill": Quirks(rule=dllm, grid=blocks_of_rows, whole_noise=True, renormalised_ends=0),
+    # pengzhangzhi/Open-dLLM at 8b38787: alg maskgit_plus, entropy or topk_margin; origin; p2
+    "open_dcoder": Quirks(rule=open_dcoder, competes="canvas", one_block=True, filtered_score=True),
+    "open_dcoder_origin": Quirks(
+        rule=open_dcoder_origin, competes="canvas", one_block=True, filtered_score=True
+    ),
+    "open_dcoder_p2": Quirks(
+        rule=Schedule(open_dcoder_p2, revises=True),
+        competes="canvas",
+        one_block=True,
+        filtered_score=True,
+    ),
 }

@@ -57,14 +57,14 @@ class Proposer:
             dist = self._filtered(logits) if dist is None else dist
             scored = believed(dist, self.facts.vocab_size)
         orders_ends = config.ends_last and self.end_ids
-        if orders_ends and quirks.renormalised_ends:
-            ends = self.end_ids if config.temperature == 0 else self.end_ids[1:]
+        if orders_ends and (since := quirks.renormalised_ends) is not None:
+            ends = self.end_ids if config.temperature == 0 else self.end_ids[since:]
             scored = Belief(logits.index_fill(-1, token.new_tensor(ends), -torch.inf))
         score = self.select(scored, token, lambda: self._uniform(asked)).float()
         prob = score if self.select.is_confidence else belief.prob(token[:, None])[:, 0]
         # where nothing can be proposed the most likely token is one that was forbidden
         prob = prob.masked_fill(belief.largest[:, 0] <= torch.finfo(logits.dtype).min, torch.nan)
-        if orders_ends and not quirks.renormalised_ends:
+        if orders_ends and quirks.renormalised_ends is None:
             is_end = torch.isin(token, token.new_tensor(self.end_ids))
             score = score.masked_fill(is_end, torch.finfo(score.dtype).min)
         return Proposals(belief, token, score, prob)

@@ -102,7 +102,11 @@ class Reader:
         lo, hi, _ = window
         embeds = self._inputs(canvas, lo, hi)
         if self.twice:
-            without = canvas.masked_fill(self.fixed, self.facts.mask_id)
+            hidden_from_one = self.fixed
+            if self.config.cfg_keep_ids:
+                keep = canvas.new_tensor(self.config.cfg_keep_ids)
+                hidden_from_one = self.fixed & ~torch.isin(canvas, keep)
+            without = canvas.masked_fill(hidden_from_one, self.facts.mask_id)
             embeds = torch.cat([embeds, self._inputs(without, lo, hi)])
         if self.cache is not None:
             self.cache.window = None if (lo, hi) == (0, self.length) else (lo, hi)

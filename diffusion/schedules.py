@@ -228,16 +228,21 @@ class PathPlanning:
     """Of all positions that are not the caller's, the `left(index)` [B] lowest-scored are masks
     after the step, whether they were decoded or not; what the others hold stands, or commits."""
 
-    def __init__(self, left: Callable[[int], Tensor], reorder: Callable[[Step], Tensor]):
-        self.left, self.reorder = left, reorder
+    def __init__(
+        self, left: Callable[[int], Tensor], score: Callable[[Step], Tensor] = lambda s: s.score
+    ):
+        self.left, self.score = left, score
 
     def more(self, index: int, left: bool) -> bool:
         return left
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
         among = step.open | step.decoded
-        stands = best(self.reorder(step), among, among.sum(-1) - self.left(step.index))
+        stands = self.stands(self.score(step), among, self.left(step.index))
         return step.open & stands, step.decoded & ~stands
+
+    def stands(self, score: Tensor, among: Tensor, left: Tensor) -> Tensor:
+        return best(score, among, among.sum(-1) - left)
 
 
 def p2(block: Block, config, draws: Draws, *, eta: float = 1.0) -> Rule:
@@ -260,7 +265,7 @@ def p2(block: Block, config, draws: Draws, *, eta: float = 1.0) -> Rule:
         score = step.score.clamp_min(1e-30).log() if takes_log else step.score
         return torch.where(step.decoded, eta * score, score)
 
-    return PathPlanning(left, weighed if eta != 1 else lambda step: step.score)
+    return PathPlanning(left) if eta == 1 else PathPlanning(left, weighed)
 
 
 def time_left(index: int, steps: Tensor) -> Tensor:

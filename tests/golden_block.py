@@ -1,6 +1,7 @@
 """The checks of the block-causal families and the others of 2026 (golden-block/README.md)."""
 
 import torch
+from golden_dllm import check_num_transfer, check_sample
 from golden_folder import checkpoint, tensor
 from transformers import DynamicCache
 
@@ -45,26 +46,25 @@ def check_logits(folder, family, case):
 
 
 BLOCK_CHECKS = {
+    "a2d_generate": check_sample,
     "a2d_logits": check_logits,
     "fastv2_logits": check_logits,
     "llada2_logits": check_logits,
     "sdar_logits": check_logits,
+    "unit_dllm_num_transfer": check_num_transfer,
 }
 # Families that nothing of softar carries out yet, and what is lacking.
 LATER = {
-    "a2d_generate": "dllm's MDLM sampler: its schedules, rows of different lengths",
     "bd3lm_generate": "the block-causal process, dllm's BD3LM sampler",
     "dmax_generate": "the block-causal process, DMax's soft parallel decoding",
     "fastv2_batch": "the block-causal process, Fast-dLLM v2's sampler of batches",
     "fastv2_generate": "the block-causal process, Fast-dLLM v2's sampler",
     "llada21_generate": "the block-causal process, LLaDA2.1's token editing",
     "llada2_generate": "the block-causal process, LLaDA2.0's sampler",
-    "opendcoder_generate": "Open-dCoder's samplers",
     "sdar_eval": "the block-causal process, SDAR's rules",
     "sdar_generate": "the block-causal process, SDAR's rules",
     "sdar_generate_seeded": "the block-causal process, SDAR's rules",
     "unit_bd3lm_train_mask": "training on doubled rows",
-    "unit_dllm_num_transfer": "dllm's schedules",
     "unit_dmax_step": "DMax's soft parallel decoding",
     "unit_sdar_train_inputs": "training on doubled rows",
 }

@@ -10,8 +10,8 @@ from softar.diffusion.models import load
 
 
 @cache
-def checkpoint(folder, name):
-    return load(folder / "checkpoints" / name, **unsaid(folder, name))[0]
+def checkpoint(folder, name, **said):
+    return load(folder / "checkpoints" / name, **unsaid(folder, name) | said)[0]
 
 
 def unsaid(folder, name):

@@ -104,6 +104,7 @@ def combination(seed):
         top_p=r.choice([None, None, 0.8]),
         alg_temp=r.choice([0.0, 0.0, 0.5]),
         cfg_scale=r.choice([0.0, 0.0, 1.5]),
+        cfg_keep_ids=r.choice([None, tuple(range(1, 30))]),
         ban_eos=r.random() < 0.2,
         ends_last=r.random() < 0.2,
         early_stop=r.random() < 0.3,
@@ -128,6 +129,8 @@ def combination(seed):
         knobs["remask"] = r.choice([*REMASKS])
         knobs["remask_args"] = {} if knobs["remask"] == "conf" else r.choice([{}, {"eta": 0.5}])
     # what does nothing is refused
+    if knobs["cfg_scale"] == 0:
+        knobs["cfg_keep_ids"] = None
     if knobs["temperature"] == 0:
         knobs |= dict(top_k=None, top_p=None)
     if mk_selector(knobs["select"]).is_random:
@@ -555,6 +558,24 @@ def test_guidance_leads_away_from_the_model_without_the_prompt(family):
     )
     assert (out.num_forwards, out.token_forwards) == (1, 2 * 13)
     assert (without - with_prompt).abs().nan_to_num().max() > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_guidance_keeps_is_seen_without_the_prompt_too(family):
+    """All of the prompt kept is no guidance; a part of it is guidance away from that part."""
+    model, plain = denoiser(family), run(denoiser(family), HOLED)
+    ids = tuple(range(MASK))
+    same(run(model, HOLED, cfg_scale=1.5, cfg_keep_ids=ids), plain, atol=1e-4)
+    calls = []
+    run(model, PROMPTS[:1], cfg_scale=1.5, cfg_keep_ids=(5, 13), callback=calls.append)
+    x = torch.tensor([[*PROMPTS[0]] + [MASK] * 8])
+    with_prompt = logits_of(model, x)
+    without = logits_of(model, torch.where(torch.isin(x, torch.tensor([5, 13])), x, MASK))
+    z = torch.nan_to_num(without + 2.5 * (with_prompt - without), nan=-torch.inf)
+    expected = z.softmax(-1).amax(-1)[:, 5:]
+    torch.testing.assert_close(calls[0]["confidence"][:, 5:], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=f"cfg_keep_ids=.*below {VOCAB}"):
+        run(model, cfg_scale=1.0, cfg_keep_ids=(VOCAB,))
 
 
 def test_an_entropy_bound_commits_what_the_entropies_before_it_leave_room_for():
@@ -1205,6 +1226,7 @@ BAD_CONFIGS = [
     (dict(alg_temp=-1.0), "alg_temp=-1.0"),
     (dict(alg_temp=math.nan), "alg_temp=nan"),
     (dict(cfg_scale=-0.5), "cfg_scale=-0.5"),
+    (dict(cfg_keep_ids=(5,)), r"cfg_keep_ids=\(5,\) does nothing without guidance"),
     (dict(cfg_scale=math.inf), "cfg_scale=inf"),
     (dict(temperature=-1.0), "temperature=-1.0"),
     (dict(top_k=0), "top_k=0"),

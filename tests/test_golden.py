@@ -224,7 +224,7 @@ def dream_config(case, **changes):
         temperature=p["temperature"],
         top_p=p.get("top_p"),
         top_k=p.get("top_k"),
-        select=SELECT[p["alg"]],
+        select=SELECT.get(p["alg"], "confidence"),
         alg_temp=p.get("alg_temp") or 0.0,
         schedule_args={"eps": p.get("eps", 1e-3)},
         parity="dream",
@@ -264,6 +264,15 @@ def check_dream_sm(folder, family, case):
         case,
         dream_config(case, soften="soft-mask", soften_args=soft_mask_knobs(case["params"])),
     )
+
+
+def check_open_dcoder(folder, family, case):
+    p = case["params"]
+    rule = {"origin": "open_dcoder_origin", "p2": "open_dcoder_p2"}.get(p["alg"], "open_dcoder")
+    knobs = {} if p["alg"] == "p2" else {"eps": p["eps"]}
+    rng = torch.Generator().manual_seed(p["seed"]) if "seed" in p else None
+    config = dream_config(case, parity=rule, schedule_args=knobs)
+    check_run(folder, family, case, config, rng=rng)
 
 
 def soft_mask_knobs(p):
@@ -519,6 +528,7 @@ CHECKS = BLOCK_CHECKS | {
     "llada_generate_seeded": check_llada_seeded,
     "llada_logits": check_logits,
     "llada_pyramidal": check_pyramidal,
+    "opendcoder_generate": check_open_dcoder,
     "soft_dual_norm": check_soft_dual,
     "soft_dual_raw": check_soft_dual,
     "unit_dream_confidence": check_dream_confidence,

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers
 from datasets import Dataset
 
 import softar
@@ -27,6 +28,7 @@ def evaluated(call):
     """What a call of METHODS.md gives, under the names that the page explains."""
     names = {name: getattr(softar, name) for name in softar.__all__} | {
         "softar": softar,
+        "transformers": transformers,
         "duo": duo,
         "convert": convert,
         "actions": actions,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_denoise import MASK, PROMPTS, denoiser, logits_of, run
+from test_denoise import HOLED, MASK, PROMPTS, denoiser, logits_of, run
 from tiny import seeded
 
 from softar.diffusion import DenoiseConfig
@@ -172,3 +172,9 @@ def test_cosine_begins_slowly_and_wastes_no_forward():
 def test_is_refused(knobs, says):
     with pytest.raises(ValueError, match=says):
         run(denoiser(), **knobs)
+
+
+def test_dllm_asks_for_its_own_schedules():
+    for parity, length in (("dllm", 8), ("dllm_infill", 0)):
+        with pytest.raises(ValueError, match=r"schedule='pyramid' is unknown.*cosine"):
+            run(denoiser(), HOLED, parity=parity, gen_length=length, schedule="pyramid")
