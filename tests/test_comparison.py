@@ -1206,3 +1206,12 @@ def test_an_answer_that_cannot_be_read_out_of_one_text_leaves_the_rest():
 
     found = compare([Fake("a"), Fake("b")], questions(4), score, extract=extract, **QUIET)
     assert [row["n"] for row in found.rows] == [4, 4] and {f.row for f in found.failures} == {1}
+
+
+@pytest.mark.parametrize("text", ["", " \n", "a0"])
+def test_decoders_that_answer_nothing_are_named(text):
+    def speak(prompts):
+        return [Decoded(text, (1,), 1, 1, 0.001) for _ in prompts]
+
+    found = compare({"speak": speak, "other": Fake()}, questions(3), score, **QUIET)
+    assert ("all answers are empty: speak" in found.notes()) == (not text.strip())

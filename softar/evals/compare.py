@@ -134,8 +134,14 @@ class Comparison:
         notes = [f"gain over {base}"] if base and len(self.rows) > 1 else []
         notes += ["interrupted: what was done is shown"] if self.interrupted else []
         notes += [f"without a row: {', '.join(self.left_out)}"] if self.left_out else []
+        mute = [short[row["name"]] for row in self.rows if self._is_mute(row["name"])]
+        notes += [f"all answers are empty: {', '.join(mute)}"] if mute else []
         n = len(self.failures)
         return notes + [f"{n} failure{'s' * (n > 1)}"] * (n > 0)
+
+    def _is_mute(self, name: str) -> bool:
+        """As a chat model is that is asked without its template, or a thought that never ends."""
+        return not any(a.text.strip() for p in self.passes.get(name, []) for a in p.answers if a)
 
     def to_pandas(self):
         """pandas.DataFrame of `rows`."""
