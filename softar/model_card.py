@@ -10,6 +10,7 @@ from pathlib import Path
 from . import __version__
 from .config import CONFIG_FILE
 from .models import plain
+from .names import is_code
 from .results import versions, write_whole
 
 PROMPT = "your prompt"
@@ -33,8 +34,11 @@ class OwnCard:
     card_method = "trained to think in mixtures of tokens"
 
     def card_command(self, folder: str | Path) -> str:
-        """The command that decodes what lies in the folder."""
-        return decode_command("generate", folder, self.origin)
+        """The command that decodes what lies in the folder. A mixer of one's own is named there, as
+        a file may not say what is run."""
+        mixer = self.card_config()[1].get("mixer", "")
+        spec = f" -d soft:mixer={mixer}" if is_code(mixer) else ""
+        return decode_command("generate", folder, self.origin, spec)
 
     def card_config(self) -> tuple[str | None, dict]:
         """The file of the folder that says how it is decoded, and what it says."""

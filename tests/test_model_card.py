@@ -150,3 +150,28 @@ def test_the_command_gives_the_model_prompts_as_it_was_trained_on(row, is_chat, 
         is_chat and template is not None
     )
     assert template is not None or not options
+
+
+def squared(dist, *, rng=None, power=1):
+    weights = dist.weights**power
+    weights = weights / weights.sum(-1, keepdim=True)
+    return softar.Mixed(softar.Soft(dist.ids, weights), dist.ids[..., 0], None)
+
+
+def test_the_command_names_a_mixer_of_ones_own(tmp_path, monkeypatch, capsys):
+    """In a new process nobody has named it, and a file may not say what is run."""
+    model, tokenizer = softar.load("mnns-tiny")
+    mixer = f"{__name__}:squared"
+    own = dict(soft_mixer=mixer, soft_mixer_args={"power": 2}, think_steps=3, soft_top_k=5)
+    args = settings(tmp_path / "mine", SoftSFTConfig, **own)
+    trainer = SoftSFTTrainer(model, args, train_dataset=TASK.train, processing_class=tokenizer)
+    trainer.origin = example_of(TASK, tokenizer)
+    trainer.save_model()
+    monkeypatch.setattr("softar.names.NAMED", set())
+    command = shlex.split(command_of(tmp_path / "mine"))
+    with pytest.raises(SystemExit) as end:
+        main([*command[1:], "--max-new-tokens", "5"])
+    assert end.value.code == 0 and "(3 soft)" in capsys.readouterr().err
+    folder = str(tmp_path / "mine")
+    decoder = softar.make_decoder(command[-1], model=folder, max_new_tokens=args.eval_new_tokens)
+    assert decoder.config == trainer.decoding()
