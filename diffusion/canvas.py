@@ -10,13 +10,28 @@ from .schedules import Block
 
 
 class Canvas:
-    """Prompts [B, P] with `gen_length` masks behind them."""
+    """Prompts [B, P] with `gen_length` masks behind them; behind those, where a process needs them,
+    columns that no result shows, up to `length`: masks before column `stop` [B], `filler` after."""
 
-    def __init__(self, input_ids: Tensor, gen_length: int, mask_id: int):
-        tail = input_ids.new_full((len(input_ids), gen_length), mask_id)
+    def __init__(
+        self,
+        input_ids: Tensor,
+        gen_length: int,
+        mask_id: int,
+        *,
+        length: int | None = None,
+        stop: Tensor | None = None,
+        filler: int = 0,
+    ):
         self.mask_id, self.prompt_length = mask_id, input_ids.shape[1]
+        self.width = self.prompt_length + gen_length  # columns of the result
+        length = self.width if length is None else length
+        tail = input_ids.new_full((len(input_ids), length - self.prompt_length), mask_id)
         # [B, L]; never written to, so that it can be handed out
         self.ids = torch.cat([input_ids, tail], 1).long()
+        if stop is not None:
+            column = torch.arange(length, device=self.ids.device)
+            self.ids = self.ids.masked_fill(column >= stop[:, None], filler)
         self.masked = self.ids == mask_id  # of a uniform-state model: what was a mask at the start
         self.fixed = ~self.masked  # what the caller gave
         self.at_start = self.masked.sum(-1)
@@ -91,6 +106,10 @@ class Canvas:
         if of_batch:
             return (self.masked.sum() / self.at_start.sum()).expand(len(self.ids))
         return self.masked.sum(-1) / self.at_start.clamp_min(1)
+
+    def ended(self, end_ids: tuple[int, ...]) -> Tensor:
+        """[B] bool, the rows that have generated an end token."""
+        return (torch.isin(self.ids, self.ids.new_tensor(end_ids)) & ~self.fixed).any(-1)
 
     def stop(self, end: int, end_ids: tuple[int, ...]) -> None:
         """Fill the rows that have generated an end token before column `end` with the first of

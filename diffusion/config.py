@@ -8,13 +8,14 @@ from softar.checks import Idle, check_choice, check_idle, check_least
 from softar.soft import check_dist
 
 from .knobs import check_allowed, check_knobs
-from .parity import DEFAULT, PARITY, Quirks
+from .parity import PARITY
+from .quirks import DEFAULT, Quirks
 from .remask import REMASKS, check_remask
 from .schedules import SCHEDULE_KNOBS, SCHEDULES, Schedule, mk_schedule
 from .select import SELECTORS, mk_selector
 from .soften import Softener, mk_softener
 
-CACHES = (None, "prefix", "dual")
+CACHES = (None, "off", "exact", "prefix", "dual")
 # options that a schedule of their name, with hyphens, compares scores with, and an example of each
 SHORTHANDS = {"threshold": 0.9, "factor": 1.0, "entropy_bound": 0.1}
 
@@ -31,16 +32,10 @@ IDLE = (
         "with a select that scores at random",
         "choose another select",
     ),
-    Idle(
-        "early_stop",
-        lambda c: c.block_length in (None, c.gen_length or None),
-        "in a single block, behind which nothing is left",
-        "give a block_length below gen_length",
-    ),
     Idle("cfg_keep_ids", lambda c: c.cfg_scale == 0, "without guidance", "give a cfg_scale"),
     Idle(
         "cache",
-        lambda c: not c.gen_length and c.block_length is None,
+        lambda c: c.cache in ("prefix", "dual") and not c.gen_length and c.block_length is None,
         "where the block is the whole canvas",
         "give a block_length",
     ),
@@ -70,7 +65,8 @@ class DenoiseConfig:
     soften: str | Callable | Softener | None = None
     # the softener's knobs; of "soft-mask" they override what the model learnt
     soften_args: dict[str, Any] = field(default_factory=dict)
-    # keys and values kept within a block: "prefix" what is left of it, "dual" both sides
+    # keys and values kept: within a block "prefix" those left of it, "dual" of both sides; "exact"
+    # those of finished blocks. None: "exact" with block-causal models, which alone can, else "off"
     cache: str | None = None
     remask: str | None = None  # ReMDM: "cap", "rescale", "conf" or "loop"
     remask_args: dict[str, Any] = field(default_factory=dict)  # eta, t_on, t_off, alpha_on
@@ -84,8 +80,9 @@ class DenoiseConfig:
     ban_eos: bool = False  # never propose the end-of-text token
     ends_last: bool = False  # commit end tokens when nothing else is left to commit
     end_ids: tuple[int, ...] | None = None  # the end tokens; None is the model's own
-    # a row is over when a finished block holds an end token; the rest becomes end-of-text
-    early_stop: bool = False
+    # a row is over when a finished block holds an end token; the rest becomes end-of-text. None: so
+    # with block-causal models only
+    early_stop: bool | None = None
     # token ids that a slot may take: {column of the canvas: ids} for the masks there in all rows, or
     # {(row, column): ids}, which goes before; columns from -1 count from the end
     allowed: dict[int | tuple[int, int], Sequence[int]] | None = None
@@ -111,13 +108,13 @@ class DenoiseConfig:
         for name, known in (("select", SELECTORS), ("parity", PARITY)):
             if isinstance(getattr(self, name), str):
                 check_choice(name, getattr(self, name), sorted(known))
-        rest = self.gen_length % self.block_length if self.block_length else 0
-        if rest and self.quirks.grid is None:
+        b = self.block_length
+        if b and self.gen_length % b and self.quirks.grid is None and not self.quirks.blocks:
             raise ValueError(
                 f"block_length={self.block_length} does not divide gen_length={self.gen_length}: choose a divisor"
             )
         check_choice("cache", self.cache, CACHES)
-        blocks = self.gen_length // self.block_length if self.block_length else 1
+        blocks = self.gen_length // b if b else 1
         if self.steps is not None and self.steps % max(blocks, 1) and not self.quirks.lenient:
             raise ValueError(
                 f"steps={self.steps} cannot be shared by {blocks} blocks: choose a multiple of {blocks}"

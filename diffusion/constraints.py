@@ -36,12 +36,13 @@ class Constraints:
         self.table: Tensor | None = None  # [sets, V] bool, true for what is forbidden
         if not allowed:
             return
+        masked = canvas.masked[:, : canvas.width]
         self.number = torch.full_like(canvas.ids, -1)  # [B, L] of each slot's set
         self.table = torch.ones(len(allowed), facts.vocab_size, dtype=torch.bool)
         out = {facts.mask_id} if facts.uniform is None else {*facts.uniform.left_out}
         # those of a single row come last, so that they count
         for number, (key, ids) in enumerate(sorted(allowed.items(), key=lambda it: is_pair(it[0]))):
-            rows, col = _place(key, canvas.masked)
+            rows, col = _place(key, masked)
             if wrong := sorted({i for i in ids if not 0 <= i < facts.vocab_size or i in out}):
                 raise ValueError(
                     f"allowed[{key}] holds {wrong}: give ids below {facts.vocab_size}, the vocabulary, that the "

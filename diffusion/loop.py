@@ -23,6 +23,7 @@ from softar.mixers import Rng
 from softar.placement import evaluating
 from softar.soft import check_dist
 
+from .block_causal import BlockCausal
 from .canvas import Canvas
 from .config import DenoiseConfig
 from .inputs import check_ids
@@ -112,7 +113,9 @@ def denoise(
             f"{type(plain(model)).__name__} reads padding as if it were text: give rows of one length"
         )
     draws = Draws(rng, len(input_ids), input_ids.device)
-    make = Masked if model_facts.uniform is None else Uniform
+    by_blocks = model_facts.block_length is not None or config.quirks.blocks
+    make = BlockCausal if by_blocks else Masked
+    make = make if model_facts.uniform is None else Uniform
     process: Process = make(config, net, model_facts, input_ids, real, draws)
     blocks, canvas = process.blocks(), process.canvas
 
@@ -121,22 +124,27 @@ def denoise(
     with evaluating(model):
         for block in blocks:
             process.begin(block)
+            audience.before_forwards(process.reader.forwards)
             index = 0
             while process.more(block, index):
+                audience.before_forwards(process.reader.forwards + 1)
                 audience.after_step(process.step(block, index))
                 index += 1
             process.end(block)
+            audience.before_forwards(process.reader.forwards)
             audience.after_block(block)
+    audience.before_forwards(process.reader.forwards + 1)
     audience.end()
+    width = canvas.width
     return DenoiseOutput(
-        canvas.ids,
+        canvas.ids[:, :width],
         canvas.prompt_length,
-        canvas.committed_at,
-        canvas.confidence,
+        canvas.committed_at[:, :width],
+        canvas.confidence[:, :width],
         process.reader.forwards,
         process.reader.positions,
         time.perf_counter() - started,
-        audience.states,
+        audience.states and [ids[:, :width] for ids in audience.states],
     )
 
 
@@ -147,25 +155,27 @@ class Audience:
         self.canvas, self.callback, self.streamer = canvas, callback, streamer
         # what is left of it is not streamed as generated
         self.tail = canvas.prompt_length
-        self.states = [canvas.ids] if history else None
+        self.states = [] if history else None
 
     def begin(self, input_ids: Tensor) -> None:
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
 
-    def after_step(self, report: dict) -> None:
-        if self.states is not None:
+    def before_forwards(self, forwards: int) -> None:
+        """So many forwards will have been made on the canvas as it is."""
+        while self.states is not None and len(self.states) < forwards:
             self.states.append(self.canvas.ids)
+
+    def after_step(self, report: dict) -> None:
         if self.callback is not None:  # whatever it writes into, the canvas stays as it is
             self.callback(report | {"sequences": report["sequences"].clone()})
         if isinstance(self.streamer, TextDiffusionStreamer):
-            self.streamer.put_draft(self.canvas.ids[:, self.tail :].clone().cpu())
+            self.streamer.put_draft(self.canvas.ids[:, self.tail : self.canvas.width].clone().cpu())
 
     def after_block(self, block: Block) -> None:
-        if self.states is not None:  # its end may have filled what was left of a row
-            self.states[-1] = self.canvas.ids
         if self.streamer is not None and block.end > self.tail:
-            new = self.canvas.ids[:, max(block.start, self.tail) : block.end]
+            end = min(block.end, self.canvas.width)
+            new = self.canvas.ids[:, max(block.start, self.tail) : end]
             self.streamer.put(new.clone().cpu())
 
     def end(self) -> None:
@@ -182,15 +192,22 @@ def _check(model, facts: Facts, net: Parts, config: DenoiseConfig, input_ids: Te
         )
     if shape[1] == 0 and facts.shift:
         raise ValueError(f"input_ids of shape {shape} is an empty prompt: start from a BOS token")
-    most = room(model)
-    if most is not None and shape[1] + config.gen_length > most:
+    most, b = room(model), facts.block_length or 1
+    if most is not None and -(-(shape[1] + config.gen_length) // b) * b > most:
+        blocks = f" in blocks of {b}" if b > 1 else ""
         raise ValueError(
-            f"a prompt of {shape[1]} and gen_length={config.gen_length} do not fit into the model's {most} positions"
+            f"a prompt of {shape[1]} and gen_length={config.gen_length} do not fit into the model's {most} "
+            f"positions{blocks}"
         )
     check_dist(facts.vocab_size, config.temperature, config.top_k, config.top_p)
-    if config.cache is not None and not net.can_cache:
+    if config.cache not in (None, "off") and not net.can_cache:
         raise ValueError(
-            f"cache={config.cache!r}: {type(model).__name__} keeps no keys and values; use cache=None"
+            f"cache={config.cache!r}: {type(model).__name__} keeps no keys and values; leave it out"
+        )
+    if config.cache == "exact" and facts.block_length is None:
+        raise ValueError(
+            f"cache='exact' is for block-causal models, and {type(model).__name__} reads the whole canvas: choose "
+            f"'prefix' or 'dual', which are approximate"
         )
     k = config.soften_args.get("k", 1)
     if isinstance(config.soften, str) and k > facts.vocab_size:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from softar.checks import Idle, check_idle
 from softar.soft import Soft
 
 from .canvas import Canvas
@@ -23,6 +24,15 @@ from .remask import remask
 from .schedules import Block, Rule, Step
 from .select import Belief, Draws
 from .soften import Slots, mk_softener
+
+IDLE = (
+    Idle(
+        "early_stop",
+        lambda c: not c.early_stop or c.block_length in (None, c.gen_length or None),
+        "in a single block, behind which nothing is left",
+        "give a block_length below gen_length",
+    ),
+)
 
 
 class Masked:
@@ -40,16 +50,23 @@ class Masked:
         draws: Draws,
     ):
         """input_ids: [B, P]; real: [B, P] bool, what is not padding."""
-        canvas = Canvas(input_ids, config.gen_length, facts.mask_id)
-        self.config, self.canvas, self.draws = config, canvas, draws
+        self.config, self.draws = config, draws
         self.quirks, self.revises = config.quirks, config.scheduler.revises
+        self.canvas = canvas = self._canvas(input_ids, facts)
         self.end_ids = facts.end_ids if config.end_ids is None else config.end_ids
         self.softener = mk_softener(config.soften, **config.soften_args)
-        self.reader = Reader(net, facts, config, with_answer(real, config), canvas.fixed)
+        self.reader = self._reader(net, facts, real)
         self.constrain = Constraints(config.allowed, config.logits_processor, canvas, facts)
         self.propose = Proposer(
             config, facts, self.end_ids, draws, with_entropy=self.softener.wants_entropy
         )
+
+    def _canvas(self, input_ids: Tensor, facts: Facts) -> Canvas:
+        return Canvas(input_ids, self.config.gen_length, facts.mask_id)
+
+    def _reader(self, net: Parts, facts: Facts, real: Tensor) -> Reader:
+        check_idle(self.config, IDLE if not self.quirks.lenient else ())
+        return Reader(net, facts, self.config, with_answer(real, self.config), self.canvas.fixed)
 
     def blocks(self) -> Iterable[Block]:
         if self.quirks.grid is not None:
@@ -71,7 +88,7 @@ class Masked:
 
     def step(self, block: Block, index: int) -> dict:
         canvas, reader = self.canvas, self.reader
-        window = reader.window(block, whole=index == 0, look_back=self.quirks.looks_back)
+        window = self._window(block, index)
         is_open = canvas.masked & self._reach(block, window)
         busy = is_open.any(-1) | (not self.quirks.waits)  # a row that waits for others stays as is
         candidates = is_open | canvas.decoded if self.revises else is_open
@@ -79,7 +96,7 @@ class Masked:
         rows, cols = asked.nonzero(as_tuple=True)
         logits = reader(canvas.ids, window, rows, cols)
         logits = self.constrain(logits, canvas.ids, rows, cols)
-        belief, token, score, prob = self.propose(logits, asked)
+        belief, token, score, prob = self.propose(logits, asked, block)
 
         proposal = canvas.ids.index_put((rows, cols), token)
         certain = canvas.spread(prob, rows, cols)
@@ -97,6 +114,10 @@ class Masked:
         canvas.watch(score + prob, rows)  # some selectors look at no logit
         where, soft = self._soften(belief, rows, cols, window, busy)
         return report(self, block, asked, commit, certain, where=where, soft=soft)
+
+    def _window(self, block: Block, index: int) -> Window:
+        """The columns of the next forward."""
+        return self.reader.window(block, whole=index == 0, look_back=self.quirks.looks_back)
 
     def end(self, block: Block) -> None:
         if self.config.early_stop and self.end_ids:

@@ -8,13 +8,14 @@ Shapes: B rows, L columns of the canvas.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from softar.checks import check_choice
 
+from .block_parity import BLOCK_PARITY
+from .quirks import Quirks
 from .schedules import (
     MASKED,
     Block,
@@ -30,46 +31,6 @@ from .schedules import (
     share_out,
 )
 from .select import Draws, best
-
-# (config, masks [B, L], column of each row's first token [B]) -> columns [B, L] and steps [B] of
-# each block
-Grid = Callable[..., list[tuple[Tensor, Tensor]]]
-
-
-class Quirks(NamedTuple):
-    """What an implementation does otherwise. The defaults are what most of them do."""
-
-    rule: Callable[..., Rule] | Schedule | None = None  # a schedule, instead of the named one
-    lenient: bool = True  # options that say nothing to it are let pass
-    # blocks of the generated part, with the same steps each, whatever is masked in them
-    even_blocks: bool = True
-    one_block: bool = False  # the whole canvas is one block
-    grid: Grid | None = None  # blocks of its own, of which the last may be shorter
-    # masks that may commit: of the "block", all "before" its end, or of the whole "canvas"
-    competes: str = "block"
-    spills: bool = False  # positions outside of the block commit, too
-    proposes_mask: bool = True  # the mask token may win, and the position stays masked
-    batch_share: bool = True  # the share of masks left is that of the batch
-    looks_back: bool = False  # with shifted logits, a cached window begins one position early
-    filtered_score: bool = False  # scores are of the tempered and filtered distribution
-    whole_noise: bool = False  # noise is drawn for the whole canvas
-    # ends_last drops the end tokens from the softmax instead of the order; where tokens are drawn
-    # only those from this one on
-    renormalised_ends: int | None = None
-    waits: bool = False  # a row with nothing to commit stays as it is while others go on
-    # what a block has decoded softly is read so once more, by the first forward of the next
-    stays_soft: bool = False
-
-
-# the intended thing, and no substitution
-DEFAULT = Quirks(
-    lenient=False,
-    even_blocks=False,
-    proposes_mask=False,
-    batch_share=False,
-    looks_back=True,
-    waits=True,
-)
 
 
 def gumbel_scores(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
@@ -310,9 +271,9 @@ def open_dcoder_p2(block: Block, config, draws: Draws) -> Rule:
     return Until(rule, most=steps)
 
 
-PARITY: dict[str, Quirks] = {
+PARITY: dict[str, Quirks] = BLOCK_PARITY | {
     # ML-GSAI/LLaDA generate.py at b7e6c35
-    "llada": Quirks(rule=llada, competes="before", whole_noise=True, renormalised_ends=1),
+    "llada": Quirks(rule=llada, competes="before", noise="canvas", renormalised_ends=1),
     # the blog's pyramidal schedule, 2025-07-11
     "pyramid": Quirks(rule=pyramid, competes="before", spills=True),
     # NVlabs/Fast-dLLM's LLaDA at 0d6d48d, 24cc59e and a9b81e4
@@ -324,26 +285,39 @@ PARITY: dict[str, Quirks] = {
     # aim-uofa/EvoTokenDLM at f80e9ac
     "evotoken": Quirks(rule=fast_dllm, competes="before", proposes_mask=False, stays_soft=True),
     # Dream's generation_utils.py, and IBM's soft masking on it at 091695d
-    "dream": Quirks(rule=dream, competes="canvas", one_block=True, filtered_score=True),
+    "dream": Quirks(
+        rule=dream, competes="canvas", one_block=True, filtered_score=True, top_p_first=True
+    ),
     # NVlabs/Fast-dLLM's Dream at 24cc59e, without and with a cache
     "dream_threshold": Quirks(
-        rule=dream_threshold, competes="canvas", one_block=True, filtered_score=True
+        rule=dream_threshold,
+        competes="canvas",
+        one_block=True,
+        filtered_score=True,
+        top_p_first=True,
     ),
-    "dream_block": Quirks(rule=dream_block, filtered_score=True),
+    "dream_block": Quirks(rule=dream_block, filtered_score=True, top_p_first=True),
     # ZHZisZZ/dllm at ca17675: MDLMSampler's sample, and its infill of templates
     "dllm": Quirks(
-        rule=dllm, grid=blocks_of_rows, competes="before", whole_noise=True, renormalised_ends=0
+        rule=dllm, grid=blocks_of_rows, competes="before", noise="canvas", renormalised_ends=0
     ),
-    "dllm_infill": Quirks(rule=dllm, grid=blocks_of_rows, whole_noise=True, renormalised_ends=0),
+    "dllm_infill": Quirks(rule=dllm, grid=blocks_of_rows, noise="canvas", renormalised_ends=0),
     # pengzhangzhi/Open-dLLM at 8b38787: alg maskgit_plus, entropy or topk_margin; origin; p2
-    "open_dcoder": Quirks(rule=open_dcoder, competes="canvas", one_block=True, filtered_score=True),
+    "open_dcoder": Quirks(
+        rule=open_dcoder, competes="canvas", one_block=True, filtered_score=True, top_p_first=True
+    ),
     "open_dcoder_origin": Quirks(
-        rule=open_dcoder_origin, competes="canvas", one_block=True, filtered_score=True
+        rule=open_dcoder_origin,
+        competes="canvas",
+        one_block=True,
+        filtered_score=True,
+        top_p_first=True,
     ),
     "open_dcoder_p2": Quirks(
         rule=Schedule(open_dcoder_p2, revises=True),
         competes="canvas",
         one_block=True,
         filtered_score=True,
+        top_p_first=True,
     ),
 }

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from softar.soft import Soft
+
 from .canvas import Canvas
 from .reader import Reader
 from .schedules import Block
@@ -49,12 +51,15 @@ def report(
     soft=None,
 ) -> dict:
     """A step as the callback is told of it. asked, committed: [B, L] bool; certain: [B, L]."""
+    width = process.canvas.width
+    if soft is not None and width < asked.shape[1]:
+        soft = Soft(*(part[where.nonzero()[:, 1] < width] for part in soft))
     return {
         "step": process.reader.forwards - 1,
-        "block": (block.start, block.end),
-        "sequences": process.canvas.ids,
-        "committed": committed,
-        "confidence": certain.masked_fill(~asked, torch.nan),
-        "where": where,
+        "block": (block.start, min(block.end, width)),
+        "sequences": process.canvas.ids[:, :width],
+        "committed": committed[:, :width],
+        "confidence": certain.masked_fill(~asked, torch.nan)[:, :width],
+        "where": None if where is None else where[:, :width],
         "soft": soft,
     }

@@ -14,6 +14,7 @@ from softar.soft import Soft
 from .config import DenoiseConfig
 from .net import Facts
 from .parity import gumbel_scores
+from .schedules import Block
 from .select import Belief, Draws, believed, filtered, mk_selector, perturb, propose
 
 
@@ -44,7 +45,7 @@ class Proposer:
             config.temperature > 0 or config.top_k is not None or config.top_p is not None
         )
 
-    def __call__(self, logits: Tensor, asked: Tensor) -> Proposals:
+    def __call__(self, logits: Tensor, asked: Tensor, block: Block) -> Proposals:
         """logits: [n, V] of the positions `asked` [B, L] bool, changed in place."""
         config, quirks = self.config, self.quirks
         if not quirks.proposes_mask:
@@ -52,7 +53,7 @@ class Proposer:
         if config.ban_eos and self.facts.eos_id is not None:
             logits[:, self.facts.eos_id] = torch.finfo(logits.dtype).min
         belief = scored = Belief(logits, with_entropy=self.with_entropy)
-        token, dist = self._propose(belief, asked)
+        token, dist = self._propose(belief, asked, block)
         if quirks.filtered_score and self.is_filtered:
             dist = self._filtered(logits) if dist is None else dist
             scored = believed(dist, self.facts.vocab_size)
@@ -69,24 +70,28 @@ class Proposer:
             score = score.masked_fill(is_end, torch.finfo(score.dtype).min)
         return Proposals(belief, token, score, prob)
 
-    def _propose(self, belief: Belief, asked: Tensor) -> tuple[Tensor, Soft | None]:
+    def _propose(self, belief: Belief, asked: Tensor, block: Block) -> tuple[Tensor, Soft | None]:
         """-> tokens [n], and the distribution that they were drawn from, None where it is the
         belief's own."""
         logits, temperature = belief.logits, self.config.temperature
-        if self.quirks.whole_noise and temperature > 0:
+        if self.quirks.noise == "canvas" and temperature > 0:
             uniform = self.draws.whole((*asked.shape, logits.shape[-1]))[asked]
             return gumbel_scores(logits, uniform, temperature).argmax(-1), None
         dist = self._filtered(logits) if temperature > 0 else None
+        if self.quirks.noise == "block" and dist is not None:
+            inside = block.inside.expand_as(asked)
+            noise = self.draws.exponential((int(inside.sum()), logits.shape[-1]))[asked[inside]]
+            return believed(dist, logits.shape[-1]).logits.exp().div(noise).argmax(-1), dist
         return propose(belief, dist, lambda: self.draws.at(asked)), dist
 
     def _filtered(self, logits: Tensor) -> Soft:
         c = self.config
         return filtered(
-            logits, c.temperature or 1.0, c.top_k, c.top_p, top_p_first=self.quirks.filtered_score
+            logits, c.temperature or 1.0, c.top_k, c.top_p, top_p_first=self.quirks.top_p_first
         )
 
     def _uniform(self, asked: Tensor) -> Tensor:
-        if self.quirks.whole_noise:
+        if self.quirks.noise == "canvas":
             return self.draws.whole(tuple(asked.shape), torch.float32)[asked]
         return self.draws.at(asked)
 

@@ -19,6 +19,7 @@ class Window(NamedTuple):
     lo: int
     hi: int
     inside: Tensor  # [1 or B, L] bool
+    span: tuple[int, int] | None = None  # its places on the grid of a block-causal model
 
 
 def with_answer(real: Tensor, config: DenoiseConfig) -> Tensor:
@@ -79,7 +80,7 @@ class Reader:
         if self.twice:
             self.positions_of = self.positions_of.repeat(2, 1)
             self.mask = None if self.mask is None else self.mask.repeat(2, 1)
-        self.cache = None if config.cache is None else WindowCache()
+        self.cache = WindowCache() if config.cache in ("prefix", "dual") else None
         self.forwards = self.positions = 0
         self.where: Tensor | None = None  # [B, L] bool, slots that show a mixture
         self.mixed: Tensor | None = None  # [B, L, D] their inputs
@@ -99,15 +100,10 @@ class Reader:
 
     def __call__(self, canvas: Tensor, window: Window, rows: Tensor, cols: Tensor) -> Tensor:
         """-> logits [n, V] float32 about the positions (rows, cols), which lie in the window."""
-        lo, hi, _ = window
+        lo, hi = window.lo, window.hi
         embeds = self._inputs(canvas, lo, hi)
         if self.twice:
-            hidden_from_one = self.fixed
-            if self.config.cfg_keep_ids:
-                keep = canvas.new_tensor(self.config.cfg_keep_ids)
-                hidden_from_one = self.fixed & ~torch.isin(canvas, keep)
-            without = canvas.masked_fill(hidden_from_one, self.facts.mask_id)
-            embeds = torch.cat([embeds, self._inputs(without, lo, hi)])
+            embeds = torch.cat([embeds, self._inputs(self.without_prompt(canvas), lo, hi)])
         if self.cache is not None:
             self.cache.window = None if (lo, hi) == (0, self.length) else (lo, hi)
         hidden = self.net.body(embeds, self.mask, self.positions_of[:, lo:hi], self.cache)
@@ -118,10 +114,24 @@ class Reader:
         # With shifted logits nothing is about the first token, whose own output stands in.
         source = torch.maximum(cols - self.facts.shift, self.first[rows]).clamp_min(lo) - lo
         chosen = hidden[rows, source]
+        if self.twice:
+            chosen = torch.cat([chosen, hidden[rows + len(canvas), source]])
+        return self.guided(self.net.head(chosen).float())
+
+    def without_prompt(self, canvas: Tensor) -> Tensor:
+        """[B, L] what the guided-away reading sees: masks where the caller gave tokens, but for those
+        to keep."""
+        hidden = self.fixed
+        if self.config.cfg_keep_ids:
+            keep = canvas.new_tensor(self.config.cfg_keep_ids)
+            hidden = hidden & ~torch.isin(canvas, keep)
+        return canvas.masked_fill(hidden, self.facts.mask_id)
+
+    def guided(self, logits: Tensor) -> Tensor:
+        """Logits [n, V]; with guidance [2 n, V], without the prompt in the second half -> [n, V]."""
         if not self.twice:
-            return self.net.head(chosen).float()
-        both = self.net.head(torch.cat([chosen, hidden[rows + len(canvas), source]])).float()
-        conditional, unconditional = both.chunk(2)
+            return logits
+        conditional, unconditional = logits.chunk(2)
         return unconditional + (self.config.cfg_scale + 1) * (conditional - unconditional)
 
     def _inputs(self, canvas: Tensor, lo: int, hi: int) -> Tensor:

@@ -27,6 +27,7 @@ class Block(NamedTuple):
     steps: Tensor  # [B] int64 forwards that a schedule which shares tokens out has for it
     # [1 or B, L] bool, its columns: [start, end), or in each row a part of that
     inside: Tensor | None = None
+    number: int = 0  # on the grid of a block-causal model
 
 
 class Step(NamedTuple):
@@ -146,6 +147,35 @@ class Threshold:
     def __call__(self, step: Step) -> tuple[Tensor, None]:
         first = best(step.score, step.open, step.open.any(-1).long())
         return first | (step.open & (step.score >= self.threshold)), None
+
+
+class Dynamic:
+    """Commit what is surer than a threshold if that is at least what is due, else the best that are
+    due (SDAR's low_confidence_dynamic, arXiv:2510.06303)."""
+
+    def __init__(self, count: Tensor, steps: Tensor, threshold: float):
+        self.count, self.steps, self.threshold = count, steps, threshold
+
+    def more(self, index: int, left: bool) -> bool:
+        return left
+
+    def __call__(self, step: Step) -> tuple[Tensor, None]:
+        due = share_out(self.count, self.steps, index=step.index).clamp_min(1)
+        return surest(step, due, self.threshold), None
+
+
+def surest(step: Step, due: Tensor, threshold: float | None) -> Tensor:
+    """[B, L] bool: the best `due` [B] open positions, or all above the threshold if those are at
+    least as many."""
+    commit = best(step.score, step.open, due)
+    if threshold is None:
+        return commit
+    above = step.open & (step.score > threshold)
+    return torch.where((above.sum(-1) >= due)[:, None], above, commit)
+
+
+def dynamic(block: Block, config, draws: Draws) -> Rule:
+    return Dynamic(block.count, block.steps, config.threshold)
 
 
 def threshold(block: Block, config, draws: Draws) -> Rule:
@@ -339,6 +369,7 @@ SCHEDULES: dict[str, Schedule] = {
     "linear": Schedule(linear, takes_steps=True),
     "pyramid": Schedule(pyramid),
     "threshold": Schedule(threshold, compares="threshold"),
+    "dynamic": Schedule(dynamic, compares="threshold", takes_steps=None),
     "factor": Schedule(factor, compares="factor"),
     "entropy-bound": Schedule(
         entropy_bound, takes_steps=None, compares="entropy_bound", scores="entropies"

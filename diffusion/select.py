@@ -151,6 +151,11 @@ def random(belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> Tens
     return uniform().float()
 
 
+def leftmost(belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
+    """From left to right: all alike, and of equal ones the leftmost is the best."""
+    return torch.zeros_like(token, dtype=torch.float32)
+
+
 def propose(belief: Belief, dist: Soft | None, uniform: Callable[[], Tensor]) -> Tensor:
     """[n] tokens: the most likely ones, or with a distribution (`filtered`) draws from it."""
     if dist is None:
@@ -237,6 +242,11 @@ class Draws:
         ]
         return torch.cat([n.to(self.device) for n in numbers])
 
+    def exponential(self, shape: tuple[int, ...]) -> Tensor:
+        """Exponential numbers, float32, as torch.multinomial draws them."""
+        source = self.device if self.rng is None else self.rng.device
+        return torch.empty(shape, device=source).exponential_(generator=self.rng).to(self.device)
+
     def whole(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
         source = self.device if self.rng is None else self.rng.device
         return torch.rand(shape, generator=self.rng, device=source, dtype=dtype).to(self.device)
@@ -254,4 +264,5 @@ SELECTORS: dict[str, Selector] = {
     "margin": Selector(margin, is_probability=True),
     "entropy": Selector(entropy, wants_entropy=True),
     "random": Selector(random, is_random=True),
+    "leftmost": Selector(leftmost),
 }

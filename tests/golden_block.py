@@ -3,6 +3,7 @@
 import torch
 from golden_dllm import check_num_transfer, check_sample
 from golden_folder import checkpoint, tensor
+from golden_sampler import SAMPLER_CHECKS
 from transformers import DynamicCache
 
 from softar.diffusion.net import parts
@@ -52,6 +53,7 @@ BLOCK_CHECKS = {
     "llada2_logits": check_logits,
     "sdar_logits": check_logits,
     "unit_dllm_num_transfer": check_num_transfer,
+    **SAMPLER_CHECKS,
 }
 # Families that nothing of softar carries out yet, and what is lacking.
 LATER = {
@@ -60,10 +62,6 @@ LATER = {
     "fastv2_batch": "the block-causal process, Fast-dLLM v2's sampler of batches",
     "fastv2_generate": "the block-causal process, Fast-dLLM v2's sampler",
     "llada21_generate": "the block-causal process, LLaDA2.1's token editing",
-    "llada2_generate": "the block-causal process, LLaDA2.0's sampler",
-    "sdar_eval": "the block-causal process, SDAR's rules",
-    "sdar_generate": "the block-causal process, SDAR's rules",
-    "sdar_generate_seeded": "the block-causal process, SDAR's rules",
     "unit_bd3lm_train_mask": "training on doubled rows",
     "unit_dmax_step": "DMax's soft parallel decoding",
     "unit_sdar_train_inputs": "training on doubled rows",

@@ -110,11 +110,11 @@ def combination(seed):
         early_stop=r.random() < 0.3,
         end_ids=r.choice([None, None, tuple(range(8))]),  # many ends, so that rows do end
     )
-    if schedule == "threshold":
+    if schedule in ("threshold", "dynamic"):
         knobs["threshold"] = r.choice([0.2, 0.9])
     if schedule == "factor":
         knobs["factor"] = r.choice([0.8, 2.0])
-    if schedule in ("threshold", "factor") and r.random() < 0.9:
+    if schedule in ("threshold", "dynamic", "factor") and r.random() < 0.9:
         knobs |= dict(select=r.choice(["confidence", "margin"]), alg_temp=0.0)
     if schedule == "entropy-bound":
         knobs |= dict(entropy_bound=r.choice([0.1, 4.0]), select="entropy", alg_temp=0.0)
@@ -1196,9 +1196,9 @@ BAD_CONFIGS = [
     (dict(schedule="linear", schedule_args={"eps": -0.1}), "schedule_args eps=-0.1 must lie in"),
     (
         dict(schedule="sine"),
-        r"schedule='sine' is unknown.*: choose one of \['ancestral', 'cosine', 'entropy-bound'",
+        r"schedule='sine' is unknown.*: choose one of \['ancestral', 'cosine', 'dynamic'",
     ),
-    (dict(select="best"), r"select='best' is unknown: choose one of \['confidence', 'entropy'"),
+    (dict(select="best"), r"select='best' is unknown.*: choose one of \['confidence', 'entropy'"),
     (dict(soften="blur"), r"soften='blur' is unknown: choose one of \['evolving', 'hard'"),
     (dict(parity="mine"), r"parity='mine' is unknown: choose one of \[.*'llada'"),
     (dict(cache="triple"), r"cache='triple' is unknown: choose one of .*'prefix', 'dual'"),
@@ -1308,8 +1308,6 @@ BAD_CONFIGS = [
         dict(select="random", alg_temp=0.5),
         "alg_temp=0.5 does nothing with a select that scores at random",
     ),
-    (dict(early_stop=True), "early_stop=True does nothing in a single block"),
-    (dict(early_stop=True, block_length=8), "early_stop=True does nothing"),
     (dict(gen_length=0, cache="dual"), "cache='dual' does nothing.*give a block_length"),
     (dict(gen_length=True), "gen_length=True must be a whole number"),
     (dict(top_k=2.0, temperature=1.0), "top_k=2.0 must be a whole number"),
@@ -1350,6 +1348,14 @@ BAD_INPUTS = {
     "no room": (
         dict(gen_length=62),
         "a prompt of 3 and gen_length=62 do not fit into the model's 64 positions",
+    ),
+    "an end of one block": (
+        dict(early_stop=True, gen_length=8),
+        "early_stop=True does nothing in a single block",
+    ),
+    "an end of one block, by its length": (
+        dict(early_stop=True, block_length=8, gen_length=8),
+        "early_stop=True does nothing",
     ),
     "no mask": (dict(gen_length=0), "gen_length=0 and no mask in input_ids.*id 46"),
     "a wide filter": (dict(top_k=VOCAB + 1, temperature=1.0), "top_k=49"),

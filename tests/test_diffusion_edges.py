@@ -277,6 +277,7 @@ def test_no_schedule_of_softar_runs_without_an_end():
     for name in SCHEDULES:
         needs = {
             "threshold": dict(threshold=0.9),
+            "dynamic": dict(threshold=0.9),
             "factor": dict(factor=1.0),
             "entropy-bound": dict(entropy_bound=1e-9, select="entropy"),
         }.get(name, {})

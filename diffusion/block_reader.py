@@ -1,0 +1,143 @@
+"""Forward passes of a block-causal model: a block at a time, over the keys and values of the blocks
+before it.
+
+What a finished block leaves depends on the blocks up to it and on nothing behind, so keeping it is
+exact, provided that it was computed from the block's final tokens: by a forward of its own, the
+store forward, before the next block begins. Forwards inside a block leave nothing.
+
+Shapes: B rows (2 B with guidance), L columns of the canvas, b block length, W places of the forward,
+U places up to its end, D width; n positions, flat, row by row.
+"""
+
+import torch
+from torch import Tensor
+
+from .config import DenoiseConfig
+from .grid import Grid
+from .net import Facts, Parts
+from .reader import Reader, Window
+from .schedules import Block
+
+CHUNK = 2048  # places of a store forward, whose attention mask has as many rows
+
+
+class PrefixCache:
+    """Keys and values of places [0, hi), in the order of the grid. A forward writes those of its own
+    places [lo, hi); whoever means them to stay writes them last. Grows by doubling."""
+
+    def __init__(self):
+        self.lo = self.hi = 0
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """keys, values [B, heads, W, head_dim] -> of all places up to hi, [B, heads, U, head_dim]."""
+        if layer not in self.layers or self.layers[layer][0].shape[2] < self.hi:
+            self.layers[layer] = self._grown(layer, keys), self._grown(layer, values, 1)
+        both = self.layers[layer]
+        for kept, new in zip(both, (keys, values), strict=True):
+            kept[:, :, self.lo : self.hi] = new
+        return both[0][:, :, : self.hi], both[1][:, :, : self.hi]
+
+    def _grown(self, layer: int, new: Tensor, which: int = 0) -> Tensor:
+        old = self.layers[layer][which] if layer in self.layers else new[:, :, :0]
+        room = max(self.hi, 2 * old.shape[2])
+        grown = new.new_empty(*new.shape[:2], room, new.shape[3])
+        grown[:, :, : old.shape[2]] = old
+        return grown
+
+    def get_mask_sizes(self, query_length: int, layer: int) -> tuple[int, int]:
+        return self.hi, 0
+
+    def get_query_offset(self, layer: int = 0) -> int:
+        return self.lo
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.lo
+
+
+class BlockReader(Reader):
+    """Reads the places of a grid."""
+
+    def __init__(self, net: Parts, facts: Facts, config: DenoiseConfig, grid: Grid, fixed: Tensor):
+        there = grid.inside(0, grid.number * grid.b)
+        super().__init__(net, facts, config, there, fixed)
+        self.grid, self.cache = grid, PrefixCache() if config.cache != "off" else None
+        self.stored = 0  # places whose keys and values are final
+        # [B, D] the output at the last of them: with shifted logits it is about the next place
+        self.last: Tensor | None = None
+
+    def block_window(self, block: Block) -> Window:
+        """The places of a block."""
+        b = self.grid.b
+        span = block.number * b, (block.number + 1) * b
+        return Window(block.start, block.end, block.inside, span)
+
+    def store(self, canvas: Tensor, hi: int) -> None:
+        """Keep keys and values of all places before `hi`, of the tokens that stand there."""
+        while self.cache is not None and self.stored < hi:
+            step = max(CHUNK // self.grid.b, 1) * self.grid.b
+            lo, self.stored = self.stored, min(self.stored + step, hi)
+            self.last = self._forward(canvas, lo, self.stored)[:, -1]
+
+    def __call__(self, canvas: Tensor, window: Window, rows: Tensor, cols: Tensor) -> Tensor:
+        """-> logits [n, V] float32 about the positions (rows, cols), which lie in the window."""
+        lo, hi = window.span
+        lo = lo if self.cache is not None else 0
+        hidden = self._forward(canvas, lo, hi)
+        # With shifted logits nothing is about a row's first token, whose own output stands in.
+        place = self.grid.place(rows, cols)
+        first = self.grid.place(rows, self.grid.begin[rows])
+        source = torch.maximum(place - self.facts.shift, first.minimum(place)) - lo
+        chosen = [hidden[rows + half, source.clamp_min(0)] for half in self._halves(canvas)]
+        if self.last is not None:  # what is about the first place was said before it
+            before = (source < 0)[:, None]
+            chosen = [
+                torch.where(before, self.last[rows + half], own)
+                for half, own in zip(self._halves(canvas), chosen, strict=True)
+            ]
+        return self.guided(self.net.head(torch.cat(chosen)).float())
+
+    def _halves(self, canvas: Tensor) -> list[int]:
+        """Where the rows of each reading begin in a batch: with the prompt, and without it."""
+        return [0, len(canvas)] if self.twice else [0]
+
+    def _forward(self, canvas: Tensor, lo: int, hi: int) -> Tensor:
+        """-> hidden [B, hi - lo, D] of places [lo, hi), which see all places of their block and of
+        those before."""
+        at, there = self.grid.places(lo, hi)
+        embeds = self._embedded(canvas, at)
+        if self.twice:
+            embeds = torch.cat([embeds, self._embedded(self.without_prompt(canvas), at)])
+        positions = (at - self.grid.begin[:, None]).clamp_min(0)
+        mask = self._mask(lo, hi, there)
+        if self.twice:
+            positions = positions.repeat(2, 1)
+            mask = mask if mask is None or len(mask) == 1 else mask.repeat(2, 1, 1, 1)
+        if self.cache is not None:
+            self.cache.lo, self.cache.hi = lo, hi
+        self.forwards += 1
+        self.positions += embeds.shape[0] * embeds.shape[1]
+        return self.net.body(embeds, mask, positions, self.cache)
+
+    def _mask(self, lo: int, hi: int, there: Tensor) -> Tensor | None:
+        """[1 or B, 1, hi - lo, hi] bool, which places see which; None: all see all."""
+        b, whole = self.grid.b, self.grid.is_whole
+        if whole and hi - lo // b * b <= b:
+            return None
+        place = torch.arange(hi, device=there.device)
+        sees = (place // b <= place[lo:, None] // b)[None, None]
+        if whole:
+            return sees
+        _, keys = self.grid.places(0, hi)
+        # A place that is none sees itself: a row of the softmax without a key would be NaN.
+        return (sees & keys[:, None, None, :]) | (place == place[lo:, None])
+
+    def _embedded(self, canvas: Tensor, at: Tensor) -> Tensor:
+        """[B, W, D] what stands in the columns `at` [B, W]."""
+        embeds = self.net.embedding(canvas.gather(1, at))
+        if self.where is None:
+            return embeds
+        mixed = self.mixed.gather(1, at[..., None].expand(-1, -1, self.mixed.shape[-1]))
+        return torch.where(self.where.gather(1, at)[..., None], mixed, embeds)

@@ -1,0 +1,63 @@
+"""What a public sampler does otherwise than the loop: the places where it can be told so. Which
+implementation does what stands in `parity`."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .schedules import Rule, Schedule
+
+# (config, masks [B, L], column of each row's first token [B]) -> columns [B, L] and steps [B] of
+# each block
+Grid = Callable[..., list[tuple[Tensor, Tensor]]]
+
+
+class Quirks(NamedTuple):
+    """What an implementation does otherwise. The defaults are what most of them do."""
+
+    rule: Callable[..., Rule] | Schedule | None = None  # a schedule, instead of the named one
+    lenient: bool = True  # options that say nothing to it are let pass
+    # blocks of the generated part, with the same steps each, whatever is masked in them
+    even_blocks: bool = True
+    one_block: bool = False  # the whole canvas is one block
+    grid: Grid | None = None  # blocks of its own, of which the last may be shorter
+    # masks that may commit: of the "block", all "before" its end, or of the whole "canvas"
+    competes: str = "block"
+    spills: bool = False  # positions outside of the block commit, too
+    proposes_mask: bool = True  # the mask token may win, and the position stays masked
+    batch_share: bool = True  # the share of masks left is that of the batch
+    looks_back: bool = False  # with shifted logits, a cached window begins one position early
+    filtered_score: bool = False  # scores are of the tempered and filtered distribution
+    top_p_first: bool = False  # the nucleus is cut before top-k
+    # where noise is drawn for: the "slots" asked about, the whole "canvas", or the "block", as
+    # torch.multinomial does over its rows
+    noise: str = "slots"
+    # ends_last drops the end tokens from the softmax instead of the order; where tokens are drawn
+    # only those from this one on
+    renormalised_ends: int | None = None
+    waits: bool = False  # a row with nothing to commit stays as it is while others go on
+    # what a block has decoded softly is read so once more, by the first forward of the next
+    stays_soft: bool = False
+    # of block-causal models
+    blocks: bool = False  # it decodes them, in blocks of the length that is asked for
+    grid_from: str = "start"  # where their blocks begin, one of GRIDS
+    short_last: bool = False  # the last block ends where the answer does
+    stores_last: bool = False  # the last block is stored, too
+    # who ends at an end token after a block: its "rows", or all where "any" row or where "all" have
+    # one; "never"
+    stop: str = "rows"
+    # with early_stop, a row also ends inside a block: "gapless" where no mask is left before the
+    # token, all rows' "block" where one has it
+    stops_inside: str | None = None
+
+
+# the intended thing, and no substitution
+DEFAULT = Quirks(
+    lenient=False,
+    even_blocks=False,
+    proposes_mask=False,
+    batch_share=False,
+    looks_back=True,
+    waits=True,
+)

@@ -1,0 +1,206 @@
+"""Block-causal models: a grid of blocks from each row's own first token, an exact cache of those that
+are finished, and every softener, rule and selector inside of the current one."""
+
+import functools
+import random
+
+import pytest
+import torch
+from test_denoise import EOS, MASK, VOCAB, denoiser, left_padded, seeded
+
+from softar.diffusion import DenoiseConfig, denoise
+from softar.diffusion.block_reader import PrefixCache
+from softar.diffusion.families import (
+    Fast_dLLM_QwenForCausalLM,
+    FastDllmConfig,
+    SdarConfig,
+    SDARForCausalLM,
+)
+from softar.diffusion.grid import Grid
+from softar.diffusion.soften import SOFTENERS
+
+
+@functools.cache
+def block_model(shift=0, block_length=4):
+    """A tiny random one in float64, where two ways to compute the same agree in every decision."""
+    sizes = dict(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        mask_token_id=MASK,
+        eos_token_id=EOS,
+        tie_word_embeddings=False,
+        initializer_range=0.4,
+        block_length=block_length,
+    )
+    kinds = ((SDARForCausalLM, SdarConfig), (Fast_dLLM_QwenForCausalLM, FastDllmConfig))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        make, config = kinds[shift]
+        head_dim = {} if shift else {"head_dim": 8}
+        return make(config(**sizes, **head_dim)).double().eval()
+
+
+def setting(seed):
+    """Rows, options and model of one case."""
+    r = random.Random(seed)
+    rows = [[r.randrange(1, EOS) for _ in range(r.randint(1, 9))] for _ in range(3)]
+    knobs = dict(gen_length=r.choice([1, 5, 8, 14]))
+    if r.random() < 0.4:  # holes, in the middle of a prompt too
+        for row in rows:
+            row[r.randrange(len(row))] = MASK
+        knobs["gen_length"] = r.choice([0, 6])
+    knobs |= r.choice(
+        [
+            {},
+            dict(threshold=0.3),
+            dict(schedule="dynamic", threshold=0.3),
+            dict(select="entropy", entropy_bound=1.0),
+            dict(select="leftmost"),
+            dict(temperature=1.0, top_k=9),
+            dict(schedule="pyramid", alg_temp=0.5),
+        ]
+    )
+    knobs |= dict(
+        soften=r.choice([*SOFTENERS]),
+        cfg_scale=r.choice([0.0, 0.0, 1.5]),
+        early_stop=r.choice([None, False]),
+        end_ids=tuple(range(r.choice([1, 6]))),
+    )
+    return rows, knobs, block_model(r.choice([0, 1]), r.choice([1, 3, 4, 8]))
+
+
+def decode(model, rows, seeds=None, **knobs):
+    rng = [seeded(s) for s in (range(len(rows)) if seeds is None else seeds)]
+    return denoise(model, *left_padded(rows), rng=rng, **knobs)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_row_of_a_batch_is_the_row_alone_and_the_cache_is_exact(seed):
+    rows, knobs, model = setting(seed)
+    out = decode(model, rows, history=True, **knobs)
+    width = max(map(len, rows))
+    assert out.sequences.shape == (3, width + knobs["gen_length"])
+    assert not (out.sequences == MASK).any()
+    assert len(out.states) == out.num_forwards + 1
+    assert torch.equal(out.states[-1], out.sequences)
+    for before, after in zip(out.states, out.states[1:], strict=False):
+        assert torch.equal(before.where(before == MASK, after), before) or knobs["soften"] == (
+            "evolving"
+        )  # nothing that stands is changed, but by what revises
+    again = decode(model, rows, cache="off", **knobs)
+    assert torch.equal(again.sequences, out.sequences)
+    torch.testing.assert_close(again.confidence, out.confidence, atol=1e-6, rtol=0, equal_nan=True)
+    assert again.num_forwards <= out.num_forwards  # which are store forwards more
+    for r, row in enumerate(rows):
+        if knobs["gen_length"] or MASK in row:
+            alone = decode(model, [row], [r], **knobs)
+            T = alone.sequences.shape[1]
+            assert torch.equal(alone.sequences[0], out.sequences[r, -T:]), r
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("soften", [*SOFTENERS])
+def test_later_blocks_read_final_tokens_only(soften, shift):
+    """What was decoded softly is read as the tokens that came of it: two blocks are one, and one
+    behind its result."""
+    model, rows = block_model(shift), [[3, 4, 5, 6], [7, 8, 9, 10]]
+    knobs = dict(soften=soften, early_stop=False)
+    two = decode(model, rows, gen_length=8, **knobs).sequences
+    one = decode(model, rows, gen_length=4, **knobs).sequences
+    assert torch.equal(two[:, :8], one)
+    assert torch.equal(decode(model, one.tolist(), gen_length=4, **knobs).sequences, two)
+
+
+@pytest.mark.parametrize("prompt", [3, 8, 40])
+def test_a_forward_costs_the_block_whatever_the_prompt(prompt):
+    """One forward that stores the prompt's whole blocks, one after each block but the last, and one
+    for each mask: all of a block's length but the first."""
+    model, widths = block_model(), []
+    hook = model.model.register_forward_hook(
+        lambda module, args, out: widths.append(out.last_hidden_state.shape[1])
+    )
+    try:
+        out = decode(model, [list(range(1, prompt + 1))], gen_length=12, early_stop=False)
+    finally:
+        hook.remove()
+    before = prompt // 4 * 4
+    blocks = -(-(prompt + 12) // 4) - prompt // 4
+    masks = 4 * blocks - prompt % 4
+    assert widths[: bool(before)] == [before] * bool(before)
+    assert set(widths[bool(before) :]) == {4}
+    assert out.num_forwards == len(widths) == bool(before) + blocks - 1 + masks
+    assert out.token_forwards == sum(widths)
+
+
+def test_forwards_inside_a_block_leave_nothing():
+    """Keys and values before the block are those of its prefix alone, after every forward."""
+    model, row = block_model(), list(range(1, 9))
+    kept = []
+    update = PrefixCache.update
+
+    def watched(self, keys, values, layer, *args, **kwargs):
+        both = update(self, keys, values, layer, *args, **kwargs)
+        if layer == 1 and self.lo >= 8:
+            kept.append(both[0][:, :, :8].clone())
+        return both
+
+    PrefixCache.update = watched
+    try:
+        decode(model, [row], gen_length=8, soften="soft-token", early_stop=False)
+    finally:
+        PrefixCache.update = update
+    assert len(kept) > 8 and all(torch.equal(one, kept[0]) for one in kept)
+
+
+def test_a_row_that_has_ended_is_filled_and_others_go_on():
+    model, rows = block_model(), [[3, 4, 5], [7, 8, 9, 10, 11]]
+    free = decode(model, rows, gen_length=12, early_stop=False)
+    first = free.completions[0, :4].tolist()
+    end = next(i for i in first if i not in free.completions[1].tolist())
+    out = decode(model, rows, gen_length=12, end_ids=(end,))
+    stop = -(-(3 + first.index(end) + 1) // 4) * 4 - 3  # the end of its block
+    assert out.completions[0, stop:].tolist() == [end] * (12 - stop)
+    assert torch.equal(out.sequences[1], free.sequences[1])
+    assert decode(model, rows[:1], gen_length=12, end_ids=(end,)).num_forwards < free.num_forwards
+
+
+def test_places_and_columns():
+    """By arithmetic of its own: each row's blocks from its first token, answers in one block."""
+    real = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    grid = Grid(real, 3, 2)
+    assert (grid.first, grid.number, grid.length) == (2, 4, 8)
+    columns, there = grid.places(0, 8)
+    tokens = [
+        [c for c, t in zip(cs, ts, strict=True) if t]
+        for cs, ts in zip(columns.tolist(), there.tolist(), strict=True)
+    ]
+    assert tokens == [[2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7]]
+    assert grid.inside(4, 6).nonzero().tolist() == [[0, 4], [0, 5], [1, 4], [1, 5]]
+    ended = Grid(real, 3, 2, at="end")
+    assert ended.inside(6, 8).nonzero().tolist() == [[0, 5], [0, 6], [1, 5], [1, 6]]
+
+
+ROW = [[3, 4, 5]]
+BAD = {
+    "another length": (dict(block_length=3, gen_length=6), "block_length=3 contradicts the model"),
+    "an approximate cache": (dict(cache="dual", gen_length=4), "cache='dual' is approximate"),
+    "too few steps": (dict(gen_length=8, steps=1), "steps=1 cannot be shared by the 3 blocks"),
+    "no room": (dict(gen_length=62), "do not fit into the model's 64 positions in blocks of 4"),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD])
+def test_what_a_block_causal_model_cannot_do(name):
+    knobs, told = BAD[name]
+    with pytest.raises(ValueError, match=told):
+        decode(block_model(), ROW, **knobs)
+
+
+def test_the_exact_cache_is_for_block_causal_models_alone():
+    with pytest.raises(ValueError, match="cache='exact' is for block-causal models"):
+        denoise(denoiser(), *left_padded(ROW), config=DenoiseConfig(gen_length=4, cache="exact"))
