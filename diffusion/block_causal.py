@@ -76,6 +76,7 @@ class BlockCausal(Masked):
 
     def begin(self, block: Block) -> None:
         super().begin(block)
+        self.reader.forget()  # later blocks read tokens
         self.halted = False
         self.reader.store(self.canvas.ids, block.number * self.grid.b)
 

@@ -12,6 +12,8 @@ U places up to its end, D width; n positions, flat, row by row.
 import torch
 from torch import Tensor
 
+from softar.soft import Soft, soft_embed
+
 from .config import DenoiseConfig
 from .grid import Grid
 from .net import Facts, Parts
@@ -107,9 +109,9 @@ class BlockReader(Reader):
         """-> hidden [B, hi - lo, D] of places [lo, hi), which see all places of their block and of
         those before."""
         at, there = self.grid.places(lo, hi)
-        embeds = self._embedded(canvas, at)
+        embeds = self._embedded(canvas, at, lo)
         if self.twice:
-            embeds = torch.cat([embeds, self._embedded(self.without_prompt(canvas), at)])
+            embeds = torch.cat([embeds, self._embedded(self.without_prompt(canvas), at, lo)])
         positions = (at - self.grid.begin[:, None]).clamp_min(0)
         mask = self._mask(lo, hi, there)
         if self.twice:
@@ -134,10 +136,30 @@ class BlockReader(Reader):
         # A place that is none sees itself: a row of the softmax without a key would be NaN.
         return (sees & keys[:, None, None, :]) | (place == place[lo:, None])
 
-    def _embedded(self, canvas: Tensor, at: Tensor) -> Tensor:
-        """[B, W, D] what stands in the columns `at` [B, W]."""
+    def _embedded(self, canvas: Tensor, at: Tensor, lo: int) -> Tensor:
+        """[B, W, D] what stands in the columns `at` [B, W], those of the places from `lo` on."""
         embeds = self.net.embedding(canvas.gather(1, at))
+        if self.where is not None:
+            span = slice(self.soft[0] - lo, self.soft[1] - lo)
+            shows = self.where.gather(1, at[:, span])[..., None]
+            embeds[:, span] = torch.where(shows, self.mixed, embeds[:, span])
+        return embeds
+
+    def soften(
+        self, soft: Soft, shows: Tensor, rows: Tensor, cols: Tensor, window: Window, busy: Tensor
+    ) -> tuple[Tensor, Soft]:
+        """As any reader does; keeps the mixtures of the block alone, [B, b, D], whatever the length
+        of the canvas."""
+        soft = Soft(soft.ids[shows], soft.weights[shows])
+        mixed = soft_embed(soft, self.net.embedding)
         if self.where is None:
-            return embeds
-        mixed = self.mixed.gather(1, at[..., None].expand(-1, -1, self.mixed.shape[-1]))
-        return torch.where(self.where.gather(1, at)[..., None], mixed, embeds)
+            b, self.where = self.grid.b, torch.zeros_like(self.fixed)
+            lo = window.span[0] // b * b
+            self.soft = lo, lo + b  # the places that may be soft
+            self.mixed = mixed.new_zeros(len(self.fixed), b, mixed.shape[-1])
+        rows, cols = rows[shows], cols[shows]
+        put = torch.zeros_like(self.where)
+        put[rows, cols] = True
+        self.where = (self.where & ~(window.inside & busy[:, None])) | put
+        self.mixed[rows, self.grid.place(rows, cols) - self.soft[0]] = mixed
+        return put, soft
