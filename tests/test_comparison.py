@@ -136,6 +136,8 @@ def test_rows():
         0.004
     )
     assert second["tokens_per_s"] == pytest.approx(20 / 0.04)
+    assert (first["tpf"], second["tpf"]) == (1, 0.25)  # two tokens in 2 and in 8 forwards
+    assert first["aup"] == pytest.approx(50) and second["aup"] == pytest.approx(25)
     assert first["accuracy_sd"] is first["seconds_sd"] is None and first["complete"] is True
     assert (
         found.baseline == "half"

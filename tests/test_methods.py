@@ -15,6 +15,7 @@ from softar.diffusion import duo
 from softar.diffusion.convert import convert
 from softar.diffusion.remask import REMASKS
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
+from softar.evals.parallelism import aup
 from softar.mixers import GUIDES
 from softar.rl import actions
 
@@ -32,6 +33,7 @@ def evaluated(call):
         "duo": duo,
         "convert": convert,
         "actions": actions,
+        "aup": aup,
         "DenoiseConfig": diffusion.DenoiseConfig,
         "DiffusionSFTConfig": DiffusionSFTConfig,
         "DiffusionSFTTrainer": DiffusionSFTTrainer,

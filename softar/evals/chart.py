@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..show.plots import plot
+from .parallelism import AR_TPF
 
 PANELS = {"nfe": "forward passes per answer (NFE)", "seconds_per_row": "seconds per answer"}
 MARKERS = "os^Dv<>PX"
@@ -32,11 +33,17 @@ def comparison_table(rows: list[dict], notes: str = "") -> Table:
         pad_edge=False,
     )
     table.add_column("decoder", overflow="fold", max_width=30)
+    is_parallel = any((row.get("tpf") or 0) > AR_TPF for row in rows)
     columns = {
         "n": (len(sizes) > 1, lambda row: str(row["n"])),
         "accuracy": (True, lambda row: _with_interval(row, "accuracy", "")),
         "gain": (True, lambda row: _with_interval(row, "gain", "+")),
         "NFE": (True, lambda row: _short(row["nfe"])),
+        "tokens\n/fwd": (is_parallel, lambda row: _short(row["tpf"])),
+        "AUP": (
+            is_parallel and len({row["setting"] for row in rows}) > 1,
+            lambda row: _short(row["aup"]),
+        ),
         "token-\nfwds": (True, lambda row: _short(row["token_forwards"])),
         "tokens\n/s": (True, lambda row: _short(row["tokens_per_s"])),
         "ms\n/row": (True, lambda row: _short(row["seconds_per_row"] * 1000)),

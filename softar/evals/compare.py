@@ -53,6 +53,8 @@ class Comparison:
     * nfe, token_forwards, seconds_per_row: per answer
     * seconds: decoding of one pass, mean over repeats; seconds_sd: over repeats; tokens_per_s:
       returned tokens
+    * tpf: returned tokens per forward; aup: accuracy under parallelism of the decoder over all of its
+      settings here, best of all decoders here (softar.evals.parallelism)
     * entropy: mean nats per step, None where not known; peak_memory: bytes that the decoder held on
       a GPU at most, the model's included, None elsewhere
     """

@@ -31,6 +31,7 @@ class Costs:
         return dict(
             n=self.answers,
             nfe=self.forwards / self.answers,
+            tpf=self.tokens / self.forwards if self.forwards else None,
             token_forwards=self.positions / self.answers,
             tokens_per_s=self.tokens / self.seconds,
             seconds=self.seconds,

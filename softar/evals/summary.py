@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .intervals import bootstrap_means, gain_interval, interval, share_interval
+from .parallelism import add_aup
 
 if TYPE_CHECKING:
     from ..decoders.answer import Decoded
@@ -59,6 +60,7 @@ def summarise(
         row["agreement"] = _agreement(taken, used[baseline]) if baseline else None
         row["complete"] = bool(taken[0].done.all())
         rows.append(row)
+    add_aup(rows, ("model", "decoder", "training"))
     return rows
 
 
@@ -90,13 +92,15 @@ def _costs(passes: list[Pass]) -> dict:
     answers = [answer for answers in by_pass for answer in answers]
     seconds = [float(sum(answer.seconds for answer in answers)) for answers in by_pass]
     whole, tokens = sum(seconds), sum(len(answer.tokens) for answer in answers)
+    forwards = sum(answer.num_forwards for answer in answers)
     entropies = [
         float(answer.entropy)
         for answer in answers
         if answer.entropy is not None and math.isfinite(answer.entropy)
     ]
     return dict(
-        nfe=statistics.fmean(answer.num_forwards for answer in answers),
+        nfe=forwards / len(answers),
+        tpf=tokens / forwards if forwards else None,
         token_forwards=statistics.fmean(answer.token_forwards for answer in answers),
         tokens_per_s=tokens / whole if whole > 0 else None,
         seconds=statistics.fmean(seconds),

@@ -8,6 +8,7 @@ from ..results import write_csv, write_results
 from ..show.plots import plot
 from .chart import PANELS, log_ticks
 from .costs import read_harness
+from .parallelism import AR_TPF, add_aup
 
 GRID_FILE, SUMMARY_FILE, PLOT_FILE = "grid.json", "summary.json", "sweep.png"
 
@@ -35,13 +36,16 @@ def write_summary(rows: list[dict], folder: str | Path) -> None:
 
 def aggregate(rows: list[dict]) -> list[dict]:
     """One point for each task, decoder and setting, over its seeds: task, role, spec, model, varied
-    (text), n_seeds, accuracy, accuracy_sd (0 for one seed), nfe, seconds_per_row, tokens_per_s. In
-    the order of the rows."""
+    (text), n_seeds, accuracy, accuracy_sd (0 for one seed), nfe, seconds_per_row, tokens_per_s, tpf
+    (tokens per forward), aup (of the decoder over its settings, softar.evals.parallelism). In the
+    order of the rows."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         setting = row["run"].rsplit("-seed", 1)[0]
         groups.setdefault((row["task"], row["role"], setting), []).append(row)
-    return [_point(seeds) for seeds in groups.values()]
+    points = [_point(seeds) for seeds in groups.values()]
+    add_aup(points, ("task", "role", "spec"), among=("task",))
+    return points
 
 
 def _point(seeds: list[dict]) -> dict:
@@ -49,6 +53,8 @@ def _point(seeds: list[dict]) -> dict:
         name: statistics.mean(row[name] for row in seeds)
         for name in ("accuracy", "nfe", "seconds_per_row", "tokens_per_s")
     }
+    tpf = [row.get("tpf") for row in seeds]  # which older files do not hold
+    means["tpf"] = None if None in tpf else statistics.mean(tpf)
     spread = statistics.stdev(row["accuracy"] for row in seeds) if len(seeds) > 1 else 0.0
     common = {name: seeds[0][name] for name in ("task", "role", "spec", "model", "varied")}
     return common | means | dict(accuracy_sd=spread, n_seeds=len(seeds))
@@ -160,7 +166,9 @@ def sweep_table(points: list[dict]):
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("task", "role", "decoder", "setting", "accuracy", "NFE", "s/row", "tokens/s"):
+    heads = ("task", "role", "decoder", "setting", "accuracy", "NFE", "s/row", "tokens/s")
+    parallel = any((p.get("tpf") or 0) > AR_TPF for p in points)
+    for name in (*heads, *(("TPF", "AUP") if parallel else ())):
         is_long = name in ("decoder", "setting")
         table.add_column(name, no_wrap=not is_long, overflow="fold" if is_long else "ellipsis")
     for p in points:
@@ -168,6 +176,8 @@ def sweep_table(points: list[dict]):
             f" ± {p['accuracy_sd']:.3f}" if p["n_seeds"] > 1 else ""
         )
         costs = f"{p['nfe']:.1f}", f"{p['seconds_per_row']:.4f}", f"{p['tokens_per_s']:.0f}"
+        if parallel:
+            costs += tuple("-" if p[name] is None else f"{p[name]:.2f}" for name in ("tpf", "aup"))
         table.add_row(p["task"], p["role"], Text(p["spec"]), Text(p["varied"]), accuracy, *costs)
     return table
 
