@@ -152,6 +152,13 @@ def command_of(folder: Path) -> str | None:
     return found and found[1]
 
 
+def prompt_of(folder: str | Path) -> str | None:
+    """The prompt in that command, where its training knew one."""
+    command = command_of(Path(folder)) or ""
+    prompt = shlex.split(command)[2] if command.startswith("softar generate ") else PROMPT
+    return None if prompt == PROMPT else prompt
+
+
 def example_of(task, tokenizer) -> Origin:
     """What the rows of a task say: a prompt that stands on a line, the length of a completion,
     whether they are chats."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -19,6 +20,7 @@ from softar.cli import app as cli
 from softar.cli import inputs, streams
 from softar.cli.programs import PACKAGE, TRAINING
 from softar.decoders.card import describe
+from softar.model_card import Origin, decode_command
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = typer.main.get_command(cli.app)
@@ -761,6 +763,23 @@ class Served:
         if isinstance(self.end, BaseException):
             raise self.end
         return self.end
+
+
+@pytest.mark.parametrize(
+    ("card", "prompt"),
+    [
+        (None, "Once upon a time"),
+        ("pip install 'some", "Once upon a time"),  # not written here
+        (decode_command("generate", "x", Origin()), "Once upon a time"),
+        (decode_command("generate", "x", Origin(prompt="it's <bos> D4 ->")), "it's <bos> D4 ->"),
+    ],
+)
+def test_a_server_is_asked_what_its_model_was_trained_on(tmp_path, card, prompt):
+    if card is not None:
+        (tmp_path / "README.md").write_text(f"```bash\n{card}\n```\n")
+    server = SimpleNamespace(model=str(tmp_path), url="http://127.0.0.1:9")
+    curl, again = streams.how_to_ask(server).splitlines()[1:]
+    assert json.loads(shlex.split(curl)[-1])["prompt"] == shlex.split(again)[2] == prompt
 
 
 def test_serve(softar, monkeypatch):

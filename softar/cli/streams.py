@@ -234,8 +234,12 @@ def _with_interval(row: dict, key: str, sign: str) -> str:
 
 
 def how_to_ask(server, soft: bool = False, needs_key: bool = False) -> str:
-    """Where a server listens, and commands that ask it."""
-    prompt = "<bos> D4 D8 D1 D3 ->" if server.model.startswith("mnns") else "Once upon a time"
+    """Where a server listens, and commands that ask it; with a prompt that the model knows, where
+    its folder or name tells one."""
+    from ..model_card import prompt_of
+
+    ours = "<bos> D4 D8 D1 D3 ->" if server.model.startswith("mnns") else "Once upon a time"
+    prompt = prompt_of(server.model) or ours
     request = {"model": server.model, "prompt": prompt, "max_tokens": 16}
     if soft:
         request |= {"temperature": 0, "vllm_xargs": {"soft": {"top_k": 10, "budget": 3}}}
