@@ -38,6 +38,12 @@ IDLE = (
         "with head_algorithm='temperature', which mixes the whole vocabulary",
         "choose 'top-k'",
     ),
+    Idle(
+        "eval_steps_decoded",
+        lambda c: c.eval_decode_rows == 0,
+        "with eval_decode_rows=0, where nothing is decoded",
+        "raise eval_decode_rows",
+    ),
     Idle("pad_token", lambda c: True, "here", "set the tokenizer's"),
     Idle(
         "average_tokens_across_devices",

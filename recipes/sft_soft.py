@@ -46,7 +46,11 @@ from softar.training import opt
 # Fields that make a row of the table what it is; everything else (data, steps, size) is common to
 # all.
 MOVE = dict(alpha_end=0.0, alpha_hold=0.0, alpha_span=0.6)  # the defaults: a constant does not move
-GOLD = dict(alpha_schedule="constant", alpha_start=1.0, **MOVE)
+# Of a row whose thoughts are gold tokens: options of mixtures are for the others
+HARD = dict(
+    soft_mode="parallel", soft_passes=2, soft_grad_passes=None, soft_window=None, guidance="mix"
+)
+GOLD = dict(alpha_schedule="constant", alpha_start=1.0, **MOVE, **HARD)
 ROWS = {
     "no-cot": GOLD,
     "discrete": GOLD,
@@ -56,12 +60,11 @@ ROWS = {
     "trace-soft": dict(alpha_schedule="constant", alpha_start=0.0, targets="traces", **MOVE),
     "oracle-soft": dict(
         targets="oracle",
-        soft_mode="parallel",
         soft_mixer="soft",
-        guidance="mix",
         alpha_schedule="linear",
         alpha_start=1.0,
         **MOVE,
+        **HARD,
     ),
 }
 GROUPS = {"demo": ["no-cot", "discrete", "trace-soft"], "all": list(ROWS)}

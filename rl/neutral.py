@@ -90,6 +90,12 @@ IDLE = (
         "set soft_mixer='k-samples' and soft_k above 1",
     ),
     Idle(
+        "reward_sees",
+        lambda c: (c.think_end, c.think_steps) == (None, None) and c.reward_sees == "stream",
+        "where nothing ends the thought, so that the whole stream is the answer",
+        "give think_end or think_steps",
+    ),
+    Idle(
         "num_completions_to_print log_unique_prompts",
         lambda c: not c.log_completions,
         "where no completions are shown",

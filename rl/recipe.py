@@ -39,7 +39,6 @@ GROUPS = {"demo": ["soft", "hard"], "all": ["soft", "hard"]}
 SFT = dict(
     targets="traces",
     alpha_schedule="constant",
-    soft_mode="sequential",
     soft_top_k=0,  # the whole vocabulary
     learning_rate=3e-3,
     weight_decay=0.01,

@@ -315,6 +315,12 @@ IDLE = (
     ),
     Idle("rescale", lambda c: c.softness == 0, "at softness=0, which mixes nothing", "raise it"),
     Idle(
+        "mixer_args",
+        lambda c: c.softness == 0 and mk_mixer(c.mixer).only_mixes,
+        "at softness=0, where its token alone is read, which they do not change",
+        "raise it",
+    ),
+    Idle(
         "softness rescale mixer_args top_p min_p keep",
         lambda c: c.temperature == 0,
         "at temperature=0, which leaves one token",

@@ -50,6 +50,8 @@ class Mixer(NamedTuple):
     draws: Callable[[dict[str, Any]], bool] = lambda knobs: True
     # its knobs, tokens that the filters keep -> tokens in its mixture
     width: Callable[[dict[str, Any], float], float] = lambda knobs, filtered: filtered
+    # do its knobs shape the mixture alone, and not the token that stands for it?
+    only_mixes: bool = False
     hidden: bool = False  # also gets hidden=, [..., D] the last hidden state of the step
 
     def __call__(self, dist: Soft, *, rng: Rng = None, **knobs) -> Mixed:
@@ -337,9 +339,9 @@ MIXERS: dict[str, Mixer | Callable[..., Mixed]] = {
         hard, single=True, draws=lambda knobs: knobs["sample"], width=lambda knobs, filtered: 1
     ),
     "soft": Mixer(soft, draws=lambda knobs: False),
-    "gumbel": Mixer(gumbel),
-    "k-samples": Mixer(k_samples, width=lambda knobs, filtered: knobs["k"]),
-    "mixture-of-inputs": Mixer(mixture_of_inputs),
+    "gumbel": Mixer(gumbel, only_mixes=True),
+    "k-samples": Mixer(k_samples, width=lambda knobs, filtered: knobs["k"], only_mixes=True),
+    "mixture-of-inputs": Mixer(mixture_of_inputs, only_mixes=True),
     "dirichlet": Mixer(dirichlet),
 }
 GUIDES = {"mix": _mix, "clamp": _clamp, "coin": _coin}

@@ -234,16 +234,18 @@ def test_a_models_own_configuration_is_the_default(tmp_path):
     softar.load("mnns-tiny")[0].save_pretrained(tmp_path)
     softar.load("mnns-tiny")[1].save_pretrained(tmp_path)
     own = SoftConfig(
-        mixer="gumbel", mixer_args={"tau": 0.7}, softness=0.0, temperature=0.6, budget=2, top_k=None
+        mixer="gumbel", mixer_args={"tau": 0.7}, softness=0.5, temperature=0.6, budget=2, top_k=None
     )
     own.save(tmp_path)
     model, card = str(tmp_path), describe(str(tmp_path))
     assert card == Card(model, tmp_path, "autoregressive", own)
-    change = dict(mixer="gumbel", mixer_args={"tau": 0.7}, softness=1.0)
     default = default_of(own)
-    assert soft_config(default, "gumbel", {}) == dataclasses.replace(own, **change)
+    assert soft_config(default, "gumbel", {}) == own
+    tokens = default_of(dataclasses.replace(own, mixer_args={}, softness=0.0))
+    soft = dataclasses.replace(own, mixer_args={}, softness=1.0)
+    assert soft_config(tokens, "gumbel", {}) == soft
     assert soft_config(
-        default, "gumbel", {"budget": 1, "tau": 2.0, "softness": 0.0}
+        default, "gumbel", {"budget": 1, "tau": 2.0, "softness": 0.5}
     ) == dataclasses.replace(own, budget=1, mixer_args={"tau": 2.0})
     # knobs of another mixer are not its own
     assert soft_config(default, "dirichlet", {}).mixer_args == {}

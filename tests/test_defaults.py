@@ -169,6 +169,10 @@ def test_keywords_override_the_default_and_what_they_silence_goes(fields, expect
         ),
         (dict(mixer="gumbel", temperature=0), "mixer='gumbel' does nothing at temperature=0"),
         (dict(softness=0, rescale="l2"), "rescale='l2' does nothing at softness=0"),
+        (
+            dict(mixer="gumbel", mixer_args={"tau": 2.0}, softness=0),
+            "mixer_args={'tau': 2.0} does nothing at softness=0",
+        ),
         (dict(hide_thought=False), "hide_thought=False does nothing where nothing ends"),
         (dict(max_new_tokens=2.5), "max_new_tokens=2.5 must be a whole number"),
         (dict(max_new_tokens=True), "max_new_tokens=True must be a whole number"),

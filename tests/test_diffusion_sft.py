@@ -576,6 +576,10 @@ def test_a_head_file_that_does_not_fit_the_model(tmp_path, field, value):
         (dict(SOFT, head_algorithm="temperature", head_k=4), "head_k=4 .*'temperature'"),
         (dict(tau_start=0.1), "tau_start=0.1 does nothing without a curriculum"),
         (dict(gamma_max=0.0), "gamma_max=0.0 does nothing without a curriculum"),
+        (
+            dict(eval_decode_rows=0, eval_steps_decoded=4),
+            "eval_steps_decoded=4 does nothing with eval_decode_rows=0",
+        ),
         (dict(pad_token="<eos>"), "pad_token='<eos>' does nothing here"),
         (dict(average_tokens_across_devices=False), "average_tokens_across_devices=False does"),
     ],

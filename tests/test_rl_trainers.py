@@ -618,6 +618,10 @@ def test_options_that_do_nothing_are_refused(tmp_path, kind):
     for options, says in (
         (dict(vllm_max_model_length=64), "vllm_max_model_length=64 .*rollout='vllm'"),
         (dict(soft_mixer="hard", soft_k=2), "soft_k=2 does nothing"),
+        (
+            dict(reward_sees="stream", think_end=None, think_steps=None),
+            "reward_sees='stream' does nothing where nothing ends",
+        ),
         (dict(soft_k=1, soft_ratio="joint"), "soft_ratio='joint' does nothing with one draw"),
         (dict(soft_mixer="hard", embedding_grad=False), "embedding_grad=False does nothing"),
         (dict(num_completions_to_print=2), "num_completions_to_print=2 .*log_completions"),

@@ -92,7 +92,8 @@ def data(n=8, seed=0, traces=(), tags=False):
 
 def config_of(folder, cls=SoftSFTConfig, **settings):
     exact = settings.get("soft_mode") != "sequential" and settings.get("targets") != "oracle"
-    whole = dict(soft_top_k=None) | (dict(soft_passes=None) if exact else {})
+    gold = settings.get("alpha_schedule") == "constant" and settings.get("alpha_start", 1.0) == 1
+    whole = dict(soft_top_k=None) | (dict(soft_passes=None) if exact and not gold else {})
     common = dict(
         **whole if issubclass(cls, SoftSFTConfig) else {},
         output_dir=str(folder),
@@ -1172,22 +1173,35 @@ SETTINGS = {
     "alpha_end": 0.5,
     "alpha_hold": 0.1,
     "alpha_span": 0.2,
+    "thought_loss": "alpha",
     "temperature_learning_rate": 0.1,
 }
 CASES = [
     (dict(soft_mode="sequential"), "soft_passes soft_grad_passes temperature_learning_rate"),
     (dict(soft_mode="parallel"), "soft_window temperature_learning_rate"),
     (
-        dict(alpha_schedule="constant"),
+        dict(alpha_schedule="constant", alpha_start=0.5),
         "alpha_end alpha_hold alpha_span soft_window temperature_learning_rate",
     ),
-    (dict(targets="oracle"), " ".join(SETTINGS)),
+    (
+        dict(alpha_schedule="constant", alpha_start=0.0),
+        "alpha_end alpha_hold alpha_span guidance soft_window temperature_learning_rate",
+    ),
+    (
+        dict(alpha_schedule="constant"),
+        "alpha_end alpha_hold alpha_span guidance soft_passes soft_grad_passes soft_window thought_loss "
+        "temperature_learning_rate",
+    ),
+    (dict(soft_passes=0), "soft_grad_passes soft_window temperature_learning_rate"),
+    (dict(targets="oracle"), " ".join(SETTINGS.keys() - {"thought_loss"})),
 ]
 
 
 @pytest.mark.parametrize(("settings", "idle"), CASES)
 def test_an_option_that_does_nothing_is_refused_and_every_other_is_taken(tmp_path, settings, idle):
     for name, value in SETTINGS.items():
+        if name in settings:
+            continue
         make = lambda n=name, v=value: SoftSFTConfig(str(tmp_path), **settings | {n: v})  # noqa: E731
         if name in idle.split():
             with pytest.raises(ValueError, match=rf"{name}={value!r} does nothing w.*leave it at"):

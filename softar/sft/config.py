@@ -54,6 +54,30 @@ IDLE = (
         "choose another alpha_schedule",
     ),
     Idle(
+        f"{SOFT_INPUTS} guidance",
+        lambda c: c.targets != "oracle" and c.alphas == {1.0},
+        "where alpha stays 1, so that no mixture is ever read",
+        "lower alpha_start, or choose another alpha_schedule",
+    ),
+    Idle(
+        "guidance",
+        lambda c: c.targets != "oracle" and c.alphas == {0.0},
+        "where alpha stays 0, so that no gold token is read",
+        "raise alpha_start",
+    ),
+    Idle(
+        "thought_loss",
+        lambda c: c.alphas == {1.0},
+        "where alpha stays 1, which is the weight",
+        "choose another alpha_schedule",
+    ),
+    Idle(
+        "soft_grad_passes",
+        lambda c: c.soft_passes == 0,
+        "with soft_passes=0, where one forward is all",
+        "raise soft_passes",
+    ),
+    Idle(
         "temperature_learning_rate",
         lambda c: not c.learn_temperature,
         "without a temperature to learn",
@@ -185,6 +209,12 @@ class SoftSFTConfig(PlainSFTConfig):
         )
 
     @property
+    def alphas(self) -> set[float]:
+        """Its values at the start and at the end of the training."""
+        schedule = self.alpha()
+        return {schedule(0.0), schedule(1.0)}
+
+    @property
     def filters(self) -> dict[str, Any]:
         """What shapes the mixtures, as mk_proba_dist and check_dist take it."""
         names = ("temperature", "top_k", "top_p", "min_p")
@@ -194,10 +224,8 @@ class SoftSFTConfig(PlainSFTConfig):
     @property
     def is_soft(self) -> bool:
         """Does the training ever show the model a mixture?"""
-        schedule = self.alpha()
-        return self.targets == "oracle" or (
-            not mk_mixer(self.soft_mixer).single and min(schedule(0.0), schedule(1.0)) < 1
-        )
+        is_single = mk_mixer(self.soft_mixer).single
+        return self.targets == "oracle" or (not is_single and min(self.alphas) < 1)
 
     def decoding(self, readout: str = "soft", temperature: float | None = None) -> SoftConfig:
         """How the trained model is decoded: 'soft' as it was trained, or 'discrete', greedy over
