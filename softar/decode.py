@@ -47,7 +47,18 @@ from .models.origin import origin_of
 from .models.reading import check_rows
 from .placement import evaluating
 from .soft import Soft, entropy, soft_inputs
-from .thought import Draws, Kind, Record, begin, decide, look, mk_propose, mk_rules, stack
+from .thought import (
+    Draws,
+    Kind,
+    Record,
+    begin,
+    decide,
+    look,
+    mk_propose,
+    mk_rules,
+    stack,
+    warn_unopened,
+)
 
 # They choose tokens, which `SoftConfig` does
 SAMPLING = (
@@ -265,6 +276,8 @@ def soft_decode(
             forwards, positions = forwards + 1, positions + len(input_ids)
     for each in streamers:
         each.end()
+    if config.think_start is not None:
+        warn_unopened(config, progress)
     if not generation_config.return_dict_in_generate:
         return input_ids
     cost = forwards, positions, time.perf_counter() - started

@@ -6,6 +6,7 @@ vLLM's plug-in (softar.vllm.rows) and what replays a finished decode go by it al
 
 Shapes: B batch, T steps, V vocabulary, K tokens kept."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
@@ -351,6 +352,17 @@ def stack(records: list[Record]) -> Record:
         return r._replace(ids=ids, weights=torch.nn.functional.pad(r.weights, (0, extra)))
 
     return Record(*(torch.stack(column, 1) for column in zip(*map(widen, records), strict=True)))
+
+
+def warn_unopened(config: SoftConfig, progress: Progress) -> None:
+    """Warn where no row of a decode has thought, nor closed a thought in its prompt, as a chat
+    template does where none is wanted: all was discrete, and nothing else would say so."""
+    if not bool(((progress.thoughts > 0) | progress.closed).any()):
+        warnings.warn(
+            f"no thought began, so all was decoded discretely: think_start={config.think_start!r} came neither in a "
+            f"prompt nor in what was decoded; end the prompts with it, or leave think_start out",
+            stacklevel=2,
+        )
 
 
 def _is_over(rules: Rules, thoughts: Tensor, cold: Tensor) -> Tensor:

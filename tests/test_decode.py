@@ -1350,3 +1350,19 @@ def test_stop_strings_read_a_token_once(monkeypatch):
     for t in range(2, 51):
         stop(row[:, :t], None)
     assert len(reads) == 49
+
+
+TOLD = "no thought began, so all was decoded discretely: think_start=.3,. came neither"
+
+
+def test_a_thought_that_never_begins_is_told_of(endless):
+    """Not where a row thinks, and not where a prompt has closed its thought, as a template does
+    that wants none."""
+    tags = dict(think_start=THINK, think_end=END)
+    with pytest.warns(UserWarning, match=TOLD):
+        out = decode(endless, [[BOS, 11], [BOS, 12]], **tags)
+    assert not (out.record.kind == Kind.SOFT).any()
+    for rows in ([[BOS, 11], [BOS, THINK]], [[BOS, 11], [BOS, THINK, END]]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            decode(endless, rows, **tags)
