@@ -4,10 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
-from softar.checks import Idle, check_choice, check_idle, check_least
+from transformers import LogitsProcessorList
+
+from softar.checks import Idle, as_ids, check_choice, check_idle, check_least, check_types
 from softar.soft import check_dist
 
 from .knobs import check_allowed, check_knobs
+from .own_schedule import checked
 from .parity import PARITY
 from .quirks import DEFAULT, Quirks
 from .remask import REMASKS, check_remask
@@ -88,7 +91,7 @@ class DenoiseConfig:
     allowed: dict[int | tuple[int, int], Sequence[int]] | None = None
     # a LogitsProcessor of transformers, or a list of them: called in each forward with the canvas's
     # row of each slot [n, L] and its scores [n, V]
-    logits_processor: Callable | None = None
+    logits_processor: Callable | list[Callable] | None = None
     # name in PARITY: a public implementation to reproduce, defects included
     parity: str | None = None
     dilation: InitVar[None] = None  # no option any more; what to write instead is said
@@ -100,10 +103,12 @@ class DenoiseConfig:
                 raise ValueError(
                     f"{knob}={value} belongs to one schedule: give schedule_args={{{knob!r}: {value}}}"
                 )
-        for name in ("gen_length", "block_length", "steps", "top_k"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"{name}={value!r} must be a whole number")
+        object.__setattr__(self, "end_ids", as_ids(self.end_ids))
+        check_allowed(self.allowed)
+        check_types(self)
+        if isinstance(self.logits_processor, list):
+            processors = LogitsProcessorList(self.logits_processor)
+            object.__setattr__(self, "logits_processor", processors)
         check_least(self, gen_length=0, block_length=1, steps=1)
         for name, known in (("select", SELECTORS), ("parity", PARITY)):
             if isinstance(getattr(self, name), str):
@@ -119,14 +124,9 @@ class DenoiseConfig:
             raise ValueError(
                 f"steps={self.steps} cannot be shared by {blocks} blocks: choose a multiple of {blocks}"
             )
-        check_allowed(self.allowed)
         if self.allowed and self.early_stop:
             raise ValueError(
                 "early_stop=True fills slots with an end token, and allowed says what they take: leave one out"
-            )
-        if self.logits_processor is not None and not callable(self.logits_processor):
-            raise ValueError(
-                f"logits_processor={self.logits_processor!r:.80} must be callable with ids and scores"
             )
         if not self.quirks.lenient:
             check_idle(self, IDLE)
@@ -244,4 +244,8 @@ class DenoiseConfig:
     def scheduler(self) -> Schedule:
         """What makes the rules of blocks, by the schedule's name or by `parity`."""
         rule = self.quirks.rule
-        return mk_schedule(self.schedule_name if rule is None else rule)
+        name = self.schedule_name if rule is None else rule
+        schedule = mk_schedule(name)
+        if rule is not None or (isinstance(name, str) and name in SCHEDULES):
+            return schedule
+        return schedule._replace(fn=checked(schedule.fn, f"{name!r:.80}"))

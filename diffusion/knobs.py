@@ -21,7 +21,11 @@ def check_knobs(
         )
     for knob, value in knobs.items():
         is_right, says = ranges[knob]
-        if not is_right(value):
+        try:
+            is_right = is_right(value)
+        except (TypeError, ValueError):  # of another type
+            is_right = False
+        if not is_right:
             raise ValueError(f"{args or option + '_args'} {knob}={value!r} {says}")
 
 

@@ -11,14 +11,15 @@ row by row.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 from transformers.generation.streamers import TextDiffusionStreamer
 
-from softar.checks import override
+from softar.checks import check_fields, check_values, made
+from softar.guard import Streamer
 from softar.mixers import Rng
 from softar.placement import evaluating
 from softar.soft import check_dist
@@ -63,10 +64,10 @@ def denoise(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    config: DenoiseConfig | None = None,
+    config: DenoiseConfig | dict | None = None,
     rng: Rng = None,
     callback: Callable[[dict], None] | None = None,
-    streamer=None,
+    streamer: Streamer | None = None,
     history: bool = False,
     **kwargs,
 ) -> DenoiseOutput:
@@ -80,7 +81,7 @@ def denoise(
             about the clean token, 1 the process itself.
         input_ids: [B, P] prompts, padded on the left; mask tokens in them are filled, too.
         attention_mask: [B, P]; None means no padding.
-        config: Default: DenoiseConfig().
+        config: a DenoiseConfig, or a dict of its fields. Default: DenoiseConfig().
         rng: torch.Generator for every draw, or one per row; a row with its own generator decodes
             the same alone and in a batch. None uses torch's global one.
         callback: called after each forward with {"step" (from 0), "block" (start, end), "sequences"
@@ -104,7 +105,10 @@ def denoise(
     started = time.perf_counter()
     model_facts, net = facts(model), parts(model)
     check_ids("input_ids", input_ids, 2, model_facts.vocab_size)
-    config = override(config or DenoiseConfig(), kwargs, denoise)
+    check_values(denoise, callback=callback, streamer=streamer, history=history)
+    fields = check_fields(DenoiseConfig, kwargs, denoise)
+    config = DenoiseConfig() if config is None else made(DenoiseConfig, config)
+    config = replace(config, **fields)
     config = config.as_trained(model_facts.soft_mask)
     _check(model, model_facts, net, config, input_ids)
     real = _real(model_facts, input_ids, attention_mask)

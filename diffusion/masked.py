@@ -151,7 +151,7 @@ class Masked:
         embedding = self.reader.net.embedding
         slots = Slots(belief, canvas.ids[rows, cols], masked, share, canvas.mask_id, embedding)
         shows = masked | (softener.decoded & canvas.decoded[rows, cols])
-        return self.reader.soften(softener.fn(slots), shows, rows, cols, window, busy)
+        return self.reader.soften(softener(slots), shows, rows, cols, window, busy)
 
 
 def mk_rule(config: DenoiseConfig, block: Block, draws: Draws) -> Rule:

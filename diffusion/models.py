@@ -27,6 +27,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from softar.checks import check_least, check_values
 from softar.models import (
     FETCH,
     MNNS_WORDS,
@@ -125,6 +126,8 @@ def load(
         ValueError: naming `name` and, where the model is of a kind that is not supported, the field
             that says so; a statement that contradicts the folder.
     """
+    check_values(load, name=name, seed=seed)
+    check_least({"seed": seed}, seed=0)
     name = os.fspath(name)
     dtype, device = to_dtype(dtype, kwargs), to_device(device, kwargs)
     check_fixed(kwargs)
@@ -329,7 +332,7 @@ def _embedded(name: str, words: list[str], size: dict, *, dtype, seed: int | Non
     settings = LladaConfig(**(fields | config))
     # weights are drawn on the CPU: the same on every device
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed or 0)
+        torch.random.default_generator.manual_seed(int(seed or 0))
         model = LladaForMaskedDiffusion(settings)
     tokenizer = word_tokenizer(
         words, mask_token="<mask>", model_max_length=settings.max_position_embeddings

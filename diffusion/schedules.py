@@ -8,7 +8,7 @@ Shapes: B rows, L columns of the canvas, S steps.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class Step(NamedTuple):
     differs: Tensor | None = None  # [B, L] bool, the proposal is another token than that
 
 
+@runtime_checkable
 class Rule(Protocol):
     def more(self, index: int, left: bool) -> bool:
         """Is another forward wanted, where `left` says whether the block has masks?"""

@@ -125,7 +125,19 @@ class Selector(NamedTuple):
     wants_entropy: bool = False  # reads the belief's entropy
 
     def __call__(self, belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
-        return self.fn(belief, token, uniform)
+        score = self.fn(belief, token, uniform)
+        if not torch.is_tensor(score) or score.shape != token.shape:
+            raise ValueError(
+                f"select={self.fn!r:.80} gave {shape_of(score)}: give scores [n] of the n={len(token)} positions"
+            )
+        return score
+
+
+def shape_of(value) -> str:
+    """What a method of the user's gave, for an error."""
+    if torch.is_tensor(value):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
+    return f"a value of type {type(value).__name__}"
 
 
 def confidence(belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> Tensor:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from softar.checks import Idle, check_choice, check_idle, check_least, idle_options
+from trl import SFTConfig
+
+from softar.checks import Idle, check_choice, check_idle, check_least, check_types, idle_options
 from softar.training import PlainSFTConfig, opt
 
 from .duo import GaussianToDiscrete, tau_at
@@ -122,6 +124,7 @@ class DiffusionSFTConfig(PlainSFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_types(self, besides=SFTConfig)
         check_choice("noise", self.noise, NOISES)
         check_choice("normalise", self.normalise, NORMALISATIONS)
         check_choice("head_algorithm", self.head_algorithm, ALGORITHMS)

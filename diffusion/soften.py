@@ -20,7 +20,7 @@ from softar.names import lookup
 from softar.soft import NEVER, Soft, tempered
 
 from .knobs import check_knobs
-from .select import Belief
+from .select import Belief, shape_of
 
 GROUP = "softar.softeners"  # of entry points
 SCALE_SCHEDULES = ("none", "linear", "stepwise")
@@ -46,6 +46,35 @@ class Softener(NamedTuple):
     carries: bool = False  # the state outlives its block
     revises: bool = False  # a decoded token of the block gives way to a more probable one
     wants_entropy: bool = False  # reads the belief's entropy
+    is_own: bool = False  # of the user's, so that what it gives is looked at
+
+    def __call__(self, slots: Slots) -> Soft:
+        soft = self.fn(slots)
+        if self.is_own:
+            check_softened(soft, slots, f"{self.fn!r:.80}")
+        return soft
+
+
+def check_softened(soft: Soft, slots: Slots, name: str) -> None:
+    """Raise ValueError for mixtures that cannot be shown: ids [n, K] int64 inside the vocabulary and
+    weights [n, K] float. name: of the softener. A synchronisation."""
+    n, V = slots.belief.logits.shape
+    if not isinstance(soft, Soft):
+        raise ValueError(
+            f"soften={name} gave {shape_of(soft)}: give softar.Soft(ids, weights), each [n, K]"
+        )
+    ids, weights = soft
+    if not (torch.is_tensor(ids) and torch.is_tensor(weights) and ids.shape == weights.shape):
+        shapes = f"ids: {shape_of(ids)}; weights: {shape_of(weights)}"
+        raise ValueError(f"soften={name} gave {shapes}: they are [n, K] of the n={n} slots")
+    is_right = ids.dim() == 2 and len(ids) == n and ids.dtype == torch.int64
+    if not is_right or not weights.is_floating_point():
+        raise ValueError(
+            f"soften={name} gave ids of shape {tuple(ids.shape)}, {ids.dtype}, and weights in {weights.dtype}: of "
+            f"n={n} slots they are [n, K], int64 and float32"
+        )
+    if wrong := ids[(ids < 0) | (ids >= V)][:1].tolist():
+        raise ValueError(f"soften={name} gave the id {wrong[0]}, outside the vocabulary of {V}")
 
 
 def soft_token(slots: Slots, *, k: int = 5, bias: float = 0.5, renormalise: bool = True) -> Soft:
@@ -152,14 +181,16 @@ def mk_softener(name: str | Callable | Softener, **knobs) -> Softener:
         method = lookup("soften", name, SOFTENERS, GROUP, hint=" or pass a function")
     if not isinstance(method, Softener) and not callable(method):
         raise ValueError(f"soften={name!r} is a {type(method).__name__}, and no function")
+    is_own = not (isinstance(name, str) and name in SOFTENERS)
     softener = method if isinstance(method, Softener) else Softener(method)
+    softener = softener._replace(is_own=is_own and softener.fn is not None)
     if not knobs:
         return softener
     if softener.fn is None:
         raise ValueError(
             f"soften='hard' takes no options, not {knobs}: choose a soft one, or leave soften_args out"
         )
-    if isinstance(name, str) and name in SOFTENERS:  # what a user's takes is its own affair
+    if not is_own:  # what a user's takes is its own affair
         check_knobs("soften", name, knobs, softener.fn.__kwdefaults__, RANGES)
     return softener._replace(fn=functools.partial(softener.fn, **knobs))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from trl import GRPOConfig
 
-from softar.checks import check_choice, check_idle
+from softar.checks import check_choice, check_idle, check_types
 from softar.config import SoftConfig
 from softar.training import check_filter, opt
 from softar.vllm.machine import require_vllm
@@ -77,6 +77,7 @@ class SoftGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        check_types(self, besides=GRPOConfig)
         if not torch.accelerator.is_available():
             self.use_cpu = True
             self.bf16 = bool(self.bf16)
@@ -201,6 +202,7 @@ class SoftPPOConfig(SoftGRPOConfig):
     whiten_advantages: bool = opt(True, "Shift and scale the advantages to mean 0, variance 1.")
 
     def __post_init__(self):
+        check_types(self, besides=GRPOConfig)
         for familiar, name, default in ALIASES:
             ours, theirs = getattr(self, familiar), getattr(self, name)
             if ours is not None and theirs is not None and ours != theirs:

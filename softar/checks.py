@@ -11,7 +11,7 @@ import tempfile
 import time
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,18 +31,73 @@ def check_least(values, **least: float) -> None:
             raise ValueError(f"{name}={value} must be at least {low}")
 
 
-def check_types(config) -> None:
-    """Raise ValueError unless each field of a dataclass that is annotated as int, float or bool (or
-    None) holds one: True is no number, and 2.5 no count that may be rounded without a word."""
-    for field in dataclasses.fields(config):
-        kinds, value = {*(typing.get_args(field.type) or [field.type])}, getattr(config, field.name)
-        if not kinds <= TYPES.keys() or (value is None and types.NoneType in kinds):
-            continue
-        fits = not isinstance(value, bool) and any(isinstance(value, TYPES[k][0]) for k in kinds)
-        if not (isinstance(value, bool) if bool in kinds else fits):
-            words = " or ".join(TYPES[kind][1] for kind in kinds if kind is not types.NoneType)
-            none = " or None" if types.NoneType in kinds else ""
-            raise ValueError(f"{field.name}={value!r} must be {words}{none}")
+def check_types(config, besides: type | None = None) -> None:
+    """Raise ValueError unless each field of a dataclass holds what its annotation says. besides: a
+    base of its class, whose fields are not looked at."""
+    others = set() if besides is None else {field.name for field in dataclasses.fields(besides)}
+    for name, kind in kinds_of(type(config)).items():
+        if name not in others:
+            check_value(name, getattr(config, name), kind)
+
+
+@functools.cache
+def kinds_of(config: type) -> dict[str, Any]:
+    """Of a dataclass the annotation of each field. Not `field.type`, where parsers of command lines
+    write what they make of it."""
+    kinds = {}
+    for each in reversed(config.__mro__):
+        kinds |= vars(each).get("__annotations__", {})
+    return {field.name: kinds[field.name] for field in dataclasses.fields(config)}
+
+
+def check_values(function: Callable, **values) -> None:
+    """Raise ValueError unless each argument of a function is what its annotation says."""
+    for name, value in values.items():
+        check_value(name, value, function.__annotations__[name])
+
+
+def check_value(name: str, value, kind) -> None:
+    if not fits(value, kind):
+        more = ", of at most 64 bits" if _is_wide(value) else ""
+        raise ValueError(f"{name}={shorten(repr(value), 80)} must be {words_of(kind)}{more}")
+
+
+def _is_wide(value) -> bool:
+    return isinstance(value, numbers.Integral) and not -(2**63) <= value < 2**63
+
+
+def fits(value, kind) -> bool:
+    """Is the value what the annotation says? True is no number, and 2.5 no count that may be
+    rounded without a word. Of a dict the keys are looked at, of a list or tuple all that is in it."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, each) for each in inner)
+    if kind in NUMBERS:
+        is_number = isinstance(value, NUMBERS[kind]) and not isinstance(value, bool)
+        return is_number and not _is_wide(value)
+    if not isinstance(value, origin or kind):
+        return False
+    if origin in (tuple, list):
+        return all(fits(each, inner[0]) for each in value)
+    return origin is not dict or all(fits(key, inner[0]) for key in value)
+
+
+def words_of(kind, words: Mapping | None = None) -> str:
+    """What a value of that annotation is called in an error. words: by class, instead of WORDS; ""
+    leaves one out."""
+    origin, words = typing.get_origin(kind), WORDS if words is None else words
+    if origin in (typing.Union, types.UnionType):
+        each = (words_of(part, words) for part in typing.get_args(kind))
+        return " or ".join(dict.fromkeys(filter(None, each)))
+    kind = origin or kind
+    return words.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def as_ids(ids):
+    """Token ids as a tuple, also of one id and of a list; anything else as it is."""
+    if isinstance(ids, numbers.Integral):
+        return (ids,)
+    return tuple(ids) if isinstance(ids, list) else ids
 
 
 def check_choice(name: str, value, known: Iterable, *, hint: str = "") -> None:
@@ -84,15 +139,15 @@ def idle_options(config, rules: Iterable[Idle]) -> Iterator[tuple[str, Any, Any,
                 yield name, value, default, rule
 
 
-def check_writable(folder: str | Path) -> None:
-    """Raise ValueError before any work where checkpoints could not be written."""
+def check_writable(folder: str | Path, name: str = "output_dir") -> None:
+    """Raise ValueError before any work where files could not be written. name: of the option."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ValueError(
-            f"output_dir={str(folder)!r} cannot be written ({error}): choose another folder"
+            f"{name}={str(folder)!r} cannot be written ({error}): choose another folder"
         ) from error
 
 
@@ -125,9 +180,23 @@ def check_fields(config: type, fields: dict, function: Callable) -> dict:
     return fields
 
 
-def override(config, fields: dict, function: Callable):
-    """The dataclass `config` with `fields` in place of its own, see `check_fields`."""
-    return dataclasses.replace(config, **check_fields(type(config), fields, function))
+def made(kind: type, config, name: str = "config"):
+    """The dataclass `kind` that an argument is, or a dict of its fields.
+
+    Raises ValueError for anything else, and for a dict with what is no field.
+    """
+    known = [field.name for field in dataclasses.fields(kind) if field.repr]
+    if isinstance(config, dict):
+        if unknown := [field for field in config if field not in known]:
+            raise ValueError(
+                f"{name} has no field {unknown[0]!r}{did_you_mean(unknown[0], known)}: it has {known}"
+            )
+        return kind(**config)
+    if not isinstance(config, kind):
+        raise ValueError(
+            f"{name}={shorten(repr(config), 80)} must be a {kind.__name__}, or a dict of its fields"
+        )
+    return config
 
 
 @contextlib.contextmanager
@@ -150,9 +219,15 @@ def shorten(text: str, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-TYPES = {
-    int: (numbers.Integral, "a whole number"),
-    float: (numbers.Real, "a number"),
-    bool: (bool, "True or False"),
-    types.NoneType: (types.NoneType, "None"),
+NUMBERS = {int: numbers.Integral, float: numbers.Real}
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+    types.NoneType: "None",
+    tuple: "a list of whole numbers",
+    list: "a list of functions",
+    dict: "a dict with names as keys",
+    Callable: "a function",
 }

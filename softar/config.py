@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checks import Idle, check_choice, check_idle, check_least, check_types, idle_options
+from .checks import Idle, as_ids, check_choice, check_idle, check_least, check_types, idle_options
 from .mixers import Mixed, mk_mixer
 from .names import check_not_code
 from .soft import RESCALES, check_dist
@@ -90,11 +90,11 @@ class SoftConfig:
 
     def __post_init__(self):
         for name in (*TAGS, "banned"):
-            object.__setattr__(self, name, _as_ids(getattr(self, name)))
+            object.__setattr__(self, name, as_ids(getattr(self, name)))
         object.__setattr__(self, "spelling", _as_tuples(self.spelling))
         check_types(self)
         check_dist(None, **self.filters)
-        check_dist(None, **self.answer_filters)
+        check_dist(None, **self.answer_filters, prefix="answer_")
         mk_mixer(self.mixer, **self.mixer_args)
         if not 0 <= self.softness <= 1:
             raise ValueError(
@@ -256,12 +256,6 @@ class SoftConfig:
 
 def _as_tuples(value):
     return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _as_ids(ids: int | str | list[int] | tuple[int, ...] | None) -> str | tuple[int, ...] | None:
-    if isinstance(ids, int):
-        return (ids,)
-    return tuple(ids) if isinstance(ids, list) else ids
 
 
 def _idle(values: dict[str, Any]) -> set[str]:

@@ -12,7 +12,7 @@ Shapes: B batch, P prompt length, T steps, V vocabulary, K tokens kept, D embedd
 import copy
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from transformers import (
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     StoppingCriteriaList,
     StopStringCriteria,
 )
@@ -38,7 +39,7 @@ from transformers.generation.logits_process import (
 )
 
 from . import guard
-from .checks import check_fields
+from .checks import check_fields, check_values
 from .config import SoftConfig, renamed
 from .defaults import chosen, recall
 from .mixers import Rng, mk_mixer
@@ -122,10 +123,10 @@ def generate(
     config: SoftConfig | dict | None = None,
     rng: Rng = None,
     callback: Callable[[dict], None] | None = None,
-    tokenizer=None,
-    streamer=None,
-    logits_processor: Sequence | None = None,
-    stopping_criteria: Sequence | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    streamer: guard.Streamer | None = None,
+    logits_processor: list[Callable] | None = None,
+    stopping_criteria: list[Callable] | None = None,
     generation_config: GenerationConfig | None = None,
     **kwargs,
 ) -> SoftOutput:
@@ -165,6 +166,9 @@ def generate(
     model = uncompiled(model)
     guard.check_causal(model)
     guard.check_ids(input_ids, attention_mask)
+    check_values(generate, callback=callback, tokenizer=tokenizer, streamer=streamer)
+    check_values(generate, logits_processor=logits_processor, stopping_criteria=stopping_criteria)
+    check_values(generate, generation_config=generation_config)
     if attention_mask is not None:
         check_rows(model, attention_mask)  # the loop below sees nothing of PEFT's wrapper
     own, tokenizer = plain(model).generation_config, tokenizer or origin_of(model).tokenizer
@@ -207,7 +211,7 @@ def soft_decode(
     soft_config: SoftConfig | dict | None = None,
     rng: Rng = None,
     callback: Callable[[dict], None] | None = None,
-    soft_streamer=None,
+    soft_streamer: guard.Streamer | None = None,
     why: str | None = None,
     **model_kwargs,
 ) -> SoftOutput | Tensor:
@@ -223,6 +227,7 @@ def soft_decode(
     asked = guard.callers_arguments()
     guard.check_call(model, input_ids, generation_config, model_kwargs, asked)
     guard.check_rng(rng)
+    check_values(soft_decode, callback=callback, soft_streamer=soft_streamer)
     config, reason = chosen(soft_config, {}, lambda: recall(model))
     config = config.resolve(origin_of(model).tokenizer)
     guard.check_model(model, config, input_ids, model_kwargs)

@@ -6,12 +6,11 @@ template has them; else in narrow, noisy mixtures for the first half of the text
 read without training, and one token at a time from there.
 """
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checks import did_you_mean, shorten
+from .checks import made
 from .config import CONFIG_FILE, SoftConfig, renamed
 from .mixers import mk_mixer
 from .models.embedded import folder_of
@@ -135,21 +134,5 @@ def chosen(
         note_named("mixer", fields.get("mixer"))
         known = default()
         return known.changed(fields), known.why
-    if isinstance(config, dict):
-        config = _made(config)
-    if not isinstance(config, SoftConfig):
-        raise ValueError(
-            f"config={shorten(repr(config), 80)} must be a SoftConfig, or a dict of its fields"
-        )
+    config = made(SoftConfig, renamed(config) if isinstance(config, dict) else config)
     return config.changed(**fields), "as configured"
-
-
-def _made(fields: dict[str, Any]) -> SoftConfig:
-    try:
-        return SoftConfig(**fields)
-    except TypeError:
-        known = [field.name for field in dataclasses.fields(SoftConfig) if field.repr]
-        (name, *_) = [n for n in fields if n not in known]
-        raise ValueError(
-            f"config has no field {name!r}{did_you_mean(name, known)}: it has {known}"
-        ) from None

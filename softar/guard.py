@@ -7,13 +7,13 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from .checks import shorten
+from .checks import check_least, check_value, shorten
 from .config import TAGS, SoftConfig
 from .models.kind import check_autoregressive, plain
 from .models.reading import check_reads_mixtures, check_rows
@@ -74,6 +74,15 @@ ALONE = LENGTHS | {"num_return_sequences": "repeat the prompt, with a generator 
 POSITIONS = re.compile("wpe|pos_encoding|(?!.*relative).*position.*")  # tables of learned positions
 
 
+@runtime_checkable
+class Streamer(Protocol):
+    """What transformers' streamers are."""
+
+    def put(self, value: Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
 def check_settings(settings: GenerationConfig, own: GenerationConfig, also: Mapping = {}) -> None:
     """Raise ValueError for a setting of generate's that the loop would drop without a word.
 
@@ -113,6 +122,8 @@ def check_call(
     check_causal(model)
     check_ids(input_ids, model_kwargs.get("attention_mask"))
     check_settings(settings, model.generation_config)
+    check_value("prefill_chunk_size", settings.prefill_chunk_size, int | None)
+    check_least(settings, prefill_chunk_size=1)
     if settings.num_beams not in (None, 1):  # the model's own, and generate has multiplied the rows
         raise ValueError(
             f"num_beams={settings.num_beams} of the model: give num_beams=1 ({_BEAMS})"
@@ -204,7 +215,7 @@ def check_model(model, config: SoftConfig, input_ids: Tensor, model_kwargs: dict
         )
     vocab = model.config.get_text_config(decoder=True).vocab_size
     check_dist(vocab, **config.filters)
-    check_dist(vocab, **config.answer_filters)
+    check_dist(vocab, **config.answer_filters, prefix="answer_")
     for name in TAGS:
         ids = getattr(config, name)
         if any(not 0 <= i < vocab for i in ids or ()):

@@ -216,6 +216,12 @@ def mk_mixer(name: str | Callable, **knobs) -> Mixer:
     else:
         method = name
     mixer = method if isinstance(method, Mixer) else Mixer(method)
+    try:
+        inspect.signature(mixer)
+    except ValueError as error:
+        raise ValueError(
+            f"mixer={name!r} is no function of Python's ({error}): give one of (dist, *, rng=None)"
+        ) from None
     if not knobs:
         return mixer
     if is_named and mixer.hidden:  # its width is not known here

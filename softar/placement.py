@@ -27,7 +27,7 @@ def to_dtype(dtype: str | torch.dtype, model_kwargs: dict) -> torch.dtype | str:
     )
     for value in asked:
         if not isinstance(value, (str, torch.dtype)) or value not in (*DTYPES, *DTYPES.values()):
-            raise ValueError(f"dtype={value!r} is unknown: choose one of {sorted(DTYPES)}")
+            raise ValueError(f"dtype={value!r:.80} is unknown: choose one of {sorted(DTYPES)}")
     dtypes = {DTYPES.get(value, value) for value in asked}
     if len(dtypes) > 1 and asked[0] != "auto":
         raise ValueError(f"dtype={asked[0]!r} and torch_dtype={asked[1]!r}: give one of them")
@@ -80,9 +80,9 @@ def to_device(device: str | torch.device | None, model_kwargs: dict) -> torch.de
         )
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"device={device!r} is unknown: give 'cpu', 'cuda', 'cuda:1', 'mps', ..."
+            f"device={device!r:.80} is unknown: give 'cpu', 'cuda', 'cuda:1', 'mps', ..."
         ) from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(

@@ -227,34 +227,38 @@ def check_dist(
     min_p=None,
     keep=None,
     banned=(),
+    *,
+    prefix: str = "",
 ) -> None:
     """Raise ValueError for a knob of `mk_proba_dist` out of its range; with vocab_size None as far
-    as can be told."""
+    as can be told. prefix: of the knobs' names where they are fields of a configuration."""
     V = float("inf") if vocab_size is None else vocab_size
     if torch.is_tensor(temperature):
         # Looking into a tensor on an accelerator would cost every step a synchronisation.
         if temperature.device.type == "cpu" and not (temperature >= 0).all():
             raise ValueError(
-                f"temperature={temperature.tolist()} must be >= 0 and finite; 0 is the argmax"
+                f"{prefix}temperature={temperature.tolist()} must be >= 0 and finite; 0 is the argmax"
             )
     elif not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} must be >= 0 and finite; 0 is the argmax")
+        raise ValueError(
+            f"{prefix}temperature={temperature} must be >= 0 and finite; 0 is the argmax"
+        )
     for name, k in (("top_k", top_k), ("keep", keep)):
         if k is not None and not 1 <= k <= V:
             raise ValueError(
-                f"{name}={k} must lie in 1..{vocab_size or 'V'}, V the vocabulary; None keeps every token"
+                f"{prefix}{name}={k} must lie in 1..{vocab_size or 'V'}, V the vocabulary; None keeps every token"
             )
     for name, p in (("top_p", top_p), ("min_p", min_p)):
         if torch.is_tensor(p) and p.requires_grad:
             raise ValueError(
-                f"{name}={p.tolist()} wants a gradient, and a filter only selects, so it would get "
+                f"{prefix}{name}={p.tolist()} wants a gradient, and a filter only selects, so it would get "
                 f"none: pass a number"
             )
         if p is not None and not 0 <= p <= 1:
-            raise ValueError(f"{name}={p} must lie in [0, 1]; None switches the filter off")
+            raise ValueError(f"{prefix}{name}={p} must lie in [0, 1]; None switches the filter off")
     if any(not 0 <= i < V for i in banned) or len(set(banned)) >= V:
         raise ValueError(
-            f"banned={tuple(banned)} must be ids below {vocab_size or 'V'} and leave at least one token"
+            f"{prefix}banned={tuple(banned)} must be ids below {vocab_size or 'V'} and leave at least one token"
         )
 
 

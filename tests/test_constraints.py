@@ -136,7 +136,7 @@ def test_slots_that_are_none_are_named(allowed, says):
 def test_what_does_not_go_together_is_said():
     with pytest.raises(ValueError, match="early_stop=True fills slots"):
         DenoiseConfig(allowed={-1: [3]}, early_stop=True)
-    with pytest.raises(ValueError, match="logits_processor='greedy' must be callable"):
+    with pytest.raises(ValueError, match="logits_processor='greedy' must be a function"):
         DenoiseConfig(logits_processor="greedy")
     with pytest.raises(FloatingPointError, match="forward 0"):
         run(denoiser(), allowed={-1: [EOS]}, ban_eos=True)

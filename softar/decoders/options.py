@@ -1,12 +1,10 @@
 """The options of a decoder's spec: what all share, and the check against a configuration."""
 
 import dataclasses
-import types
-import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
-from ..checks import did_you_mean
+from ..checks import WORDS, did_you_mean, fits, words_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,38 +62,10 @@ def check_options(
 
 def _fitted(decoder: str, name: str, value, kind):
     value = tuple(value) if isinstance(value, list) else value
-    if not _fits(value, kind):
-        raise ValueError(f"decoder {decoder!r}: {name}={value!r} must be {_words(kind)}")
+    if not fits(value, kind):
+        raise ValueError(f"decoder {decoder!r}: {name}={value!r} must be {words_of(kind, IN_JSON)}")
     return value
 
 
-def _fits(value, kind) -> bool:
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, k) for k in inner)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, inner[0]) for v in value)
-    if isinstance(value, bool):
-        return kind is bool
-    if kind is float:
-        return isinstance(value, (int, float))
-    return isinstance(value, origin or kind)
-
-
-def _words(kind) -> str:
-    """What a value of this type is called in an error."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(filter(None, map(_words, typing.get_args(kind))))
-    return TYPES.get(origin or kind, "")
-
-
-TYPES = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    type(None): "null",
-    tuple: "a list of whole numbers",
-    dict: "an object",
-}
+# A spec holds no function
+IN_JSON = WORDS | {bool: "true or false", type(None): "null", dict: "an object", Callable: ""}

@@ -52,7 +52,7 @@ def mnns_tiny(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **conf
     # weights are drawn on the CPU: the same on every device
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would reseed CUDA as well
-        torch.random.default_generator.manual_seed(seed)
+        torch.random.default_generator.manual_seed(int(seed))
         model = LlamaForCausalLM(settings)
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     tokenizer = word_tokenizer(MNNS_WORDS, model_max_length=settings.max_position_embeddings)

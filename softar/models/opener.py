@@ -9,6 +9,7 @@ import torch
 from fastcore.meta import delegates
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checks import check_least, check_values
 from ..placement import to_device, to_dtype, to_machine
 from .adapter import base_of, wrap
 from .embedded import MODELS, named
@@ -58,6 +59,8 @@ def load(
         ValueError: naming `name`, where it is none of these or cannot be read; what transformers
             said is the cause. For keywords that contradict each other or are not to be changed.
     """
+    check_values(load, name=name, seed=seed)
+    check_least({"seed": seed}, seed=0)
     name = os.fspath(name)
     dtype, device = to_dtype(dtype, kwargs), to_device(device, kwargs)
     check_fixed(kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..checks import Idle, check_choice, check_idle, check_least
+from ..checks import Idle, check_choice, check_idle, check_least, check_types
 from ..config import SoftConfig
 from ..mixers import GUIDES, mk_mixer
 from ..soft import check_dist
@@ -166,6 +166,7 @@ class SoftSFTConfig(PlainSFTConfig):
             raise ValueError(
                 f"soft_mixer={self.soft_mixer!r} must be a name: give yours as 'module:function'"
             )
+        check_types(self, besides=SFTConfig)
         if isinstance(self.soft_mixer_args, str):
             raise ValueError(f"soft_mixer_args={self.soft_mixer_args!r} is no JSON object")
         check_choice("soft_mode", self.soft_mode, MODES)
@@ -187,7 +188,7 @@ class SoftSFTConfig(PlainSFTConfig):
             raise ValueError(
                 f"think_start={self.think_start!r} needs a think_end that closes the thought"
             )
-        check_dist(None, **self.filters)
+        check_dist(None, **self.filters, prefix="soft_")
         if mk_mixer(self.soft_mixer, **(self.soft_mixer_args or {})).hidden:
             raise ValueError(
                 f"soft_mixer={self.soft_mixer!r} asks for hidden states, which training does not hand "

@@ -105,7 +105,7 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         check_left(self.train_dataset, args.max_length)
         check_room(self.train_dataset, room_of(plain(self.model)))
         vocab = self.model.config.get_text_config(decoder=True).vocab_size
-        check_dist(vocab, **args.filters)
+        check_dist(vocab, **args.filters, prefix="soft_")
         _freeze(
             self.accelerator.unwrap_model(self.model), args.freeze_embeddings, args.freeze_layers
         )
