@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import numbers
 import os
@@ -69,7 +70,7 @@ def _is_wide(value) -> bool:
 def fits(value, kind) -> bool:
     """Is the value what the annotation says? True is no number, and 2.5 no count that may be
     rounded without a word. Of a dict the keys are looked at, of a list or tuple all that is in it."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    origin, inner = _parts(kind)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, each) for each in inner)
     if kind in NUMBERS:
@@ -82,12 +83,18 @@ def fits(value, kind) -> bool:
     return origin is not dict or all(fits(key, inner[0]) for key in value)
 
 
+@functools.cache
+def _parts(kind) -> tuple:
+    """Of an annotation: list[int] -> list, (int,)."""
+    return typing.get_origin(kind), typing.get_args(kind)
+
+
 def words_of(kind, words: Mapping | None = None) -> str:
     """What a value of that annotation is called in an error. words: by class, instead of WORDS; ""
     leaves one out."""
-    origin, words = typing.get_origin(kind), WORDS if words is None else words
+    (origin, inner), words = _parts(kind), WORDS if words is None else words
     if origin in (typing.Union, types.UnionType):
-        each = (words_of(part, words) for part in typing.get_args(kind))
+        each = (words_of(part, words) for part in inner)
         return " or ".join(dict.fromkeys(filter(None, each)))
     kind = origin or kind
     return words.get(kind, f"a {getattr(kind, '__name__', kind)}")

@@ -123,6 +123,8 @@ class SoftConfig:
     def changed(self, **changes) -> "SoftConfig":
         """With these fields in place of its own; fields of its own that would say nothing beside
         them go back to their defaults. Raises ValueError for changes that say nothing."""
+        if not changes:
+            return self
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | changes
         if "mixer" in changes and "mixer_args" not in changes and changes["mixer"] != self.mixer:
             values["mixer_args"] = {}  # knobs of the other
@@ -135,7 +137,7 @@ class SoftConfig:
     @property
     def shown(self) -> str:
         """For people: the fields that are not at their defaults."""
-        plain, names = SoftConfig(), [f.name for f in dataclasses.fields(self) if f.repr]
+        plain, names = _defaults(), [f.name for f in dataclasses.fields(self) if f.repr]
         own = [n for n in names if getattr(self, n) != getattr(plain, n)]
         return f"SoftConfig({', '.join(f'{n}={getattr(self, n)!r}' for n in own)})"
 
@@ -261,8 +263,13 @@ def _as_tuples(value):
 def _idle(values: dict[str, Any]) -> set[str]:
     """Fields of SoftConfig, not checked yet, that say nothing beside the others."""
     draft = object.__new__(SoftConfig)
-    vars(draft).update(vars(SoftConfig()) | values)
+    vars(draft).update(vars(_defaults()) | values)
     return {name for name, *_ in idle_options(draft, IDLE)}
+
+
+@functools.cache
+def _defaults() -> SoftConfig:
+    return SoftConfig()
 
 
 def _draws(c: SoftConfig) -> bool:

@@ -215,26 +215,32 @@ def mk_mixer(name: str | Callable, **knobs) -> Mixer:
             raise ValueError(f"mixer={name!r} is a {type(method).__name__}, and no function")
     else:
         method = name
+        try:
+            inspect.signature(method)
+        except ValueError as error:
+            raise ValueError(
+                f"mixer={name!r} is no function of Python's ({error}): give one of (dist, *, rng=None)"
+            ) from None
     mixer = method if isinstance(method, Mixer) else Mixer(method)
-    try:
-        inspect.signature(mixer)
-    except ValueError as error:
-        raise ValueError(
-            f"mixer={name!r} is no function of Python's ({error}): give one of (dist, *, rng=None)"
-        ) from None
     if not knobs:
         return mixer
     if is_named and mixer.hidden:  # its width is not known here
         check_choice(f"knob of mixer {name!r}", next(iter(knobs)), mixer.knobs)
     elif is_named:
-        # One step on two made-up tokens: a misspelt or impossible knob fails here, not in the
-        # middle of a decode.
-        trial = Soft(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
         try:
-            mixer(trial, rng=torch.Generator(), **knobs)
+            is_plain = all(isinstance(value, (int, float, str)) for value in knobs.values())
+            (_try if is_plain else _try.__wrapped__)(mixer, **knobs)
         except TypeError as error:
             raise ValueError(f"mixer={name!r} does not take {knobs}: {error}") from None
     return mixer._replace(fn=functools.partial(mixer.fn, **knobs))
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _try(mixer: Mixer, **knobs) -> None:
+    """One step on two made-up tokens: a misspelt or impossible knob fails here, not in the middle of
+    a decode. Once for each, as configurations are made of one another all the time."""
+    trial = Soft(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
+    mixer(trial, rng=torch.Generator(), **knobs)
 
 
 def name_of(mixer: str | Callable) -> str:
