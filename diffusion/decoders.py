@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from softar.decoders.answer import Decoded, Decoder
-from softar.decoders.card import Card, check_model, columns_of, open_model
+from softar.decoders.card import Card, check_of_kind, columns_of, open_model
 from softar.decoders.options import Common, check_options
 from softar.evaluate import evaluating, read_prompts
 from softar.names import registered as registered_names
@@ -61,7 +61,7 @@ class DiffusionDecoder:
         try:
             self.facts = facts(model)
         except ValueError:
-            check_model(model, "diffusion", name or "hard")
+            check_of_kind(model, "diffusion", name or "hard")
             raise
         decided = config.as_trained(self.facts.soft_mask)
         if self.facts.uniform is not None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from softar.guard import check_range
+
 
 def check_ids(name: str, ids: Tensor, dims: int, vocab_size: int) -> None:
     """Raise ValueError unless `ids` is a tensor of so many dimensions that holds token ids."""
@@ -23,12 +25,4 @@ def check_width(ids: Tensor, room: int | None) -> None:
     if room is not None and ids.shape[1] > room:
         raise ValueError(
             f"a row of {ids.shape[1]} tokens does not fit into the model's {room} positions: cut it"
-        )
-
-
-def check_range(name: str, low: int, high: int, vocab_size: int) -> None:
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise ValueError(
-            f"{name} holds the id {wrong}, and the model's vocabulary has {vocab_size}: is the tokenizer its own?"
         )

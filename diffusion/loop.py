@@ -21,6 +21,7 @@ from transformers.generation.streamers import TextDiffusionStreamer
 from softar.checks import check_fields, check_values, made
 from softar.guard import Streamer
 from softar.mixers import Rng
+from softar.models import room_of
 from softar.placement import evaluating
 from softar.soft import check_dist
 
@@ -29,7 +30,7 @@ from .canvas import Canvas
 from .config import DenoiseConfig
 from .inputs import check_ids
 from .masked import Masked
-from .net import READS_PADDING, Facts, Parts, facts, parts, plain, room
+from .net import READS_PADDING, Facts, Parts, facts, parts, plain
 from .process import Process
 from .schedules import Block
 from .select import Draws
@@ -196,7 +197,7 @@ def _check(model, facts: Facts, net: Parts, config: DenoiseConfig, input_ids: Te
         )
     if shape[1] == 0 and facts.shift:
         raise ValueError(f"input_ids of shape {shape} is an empty prompt: start from a BOS token")
-    most, b = room(model), facts.block_length or 1
+    most, b = room_of(model, trained=True), facts.block_length or 1
     if most is not None and -(-(shape[1] + config.gen_length) // b) * b > most:
         blocks = f" in blocks of {b}" if b > 1 else ""
         raise ValueError(

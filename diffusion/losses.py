@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from softar.checks import check_choice, check_least
+from softar.models import room_of
 from softar.placement import evaluating
 
 from .inputs import check_ids, check_width
-from .net import Facts, facts, parts, room
+from .net import Facts, facts, parts
 
 NORMALISATIONS = ("answer", "tokens", "masks")
 
@@ -102,7 +103,7 @@ def log_likelihood(
             positions.
     """
     model_facts, net = facts(model), parts(model)
-    _check_likelihood(model_facts, room(model), input_ids, answer)
+    _check_likelihood(model_facts, room_of(model, trained=True), input_ids, answer)
     check_least({"samples": samples, "batch_size": batch_size}, samples=1, batch_size=1)
     check_choice("parity", parity, (None, "llada"))
     if model_facts.uniform is not None:

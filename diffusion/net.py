@@ -143,17 +143,6 @@ def _for_attention(mask: Tensor | None, embeds: Tensor, config) -> Tensor | None
     return embeds.new_zeros(mask.shape).masked_fill(~mask, unseen)
 
 
-def room(model: nn.Module) -> int | None:
-    """How many positions a sequence may have: RoBERTa's 512 of a table of 514. None where nothing
-    limits them."""
-    inner = plain(model)
-    config = inner.config
-    rooms = [table.num_embeddings - _first(table, config) for table in _tables(inner)]
-    if not rooms and "max_position_embeddings" in config:
-        rooms = [config.max_position_embeddings]
-    return min(rooms, default=None)
-
-
 def _tables(inner: PreTrainedModel) -> list[nn.Embedding]:
     """Its learnt positions."""
     named = ((name.rpartition(".")[2], module) for name, module in inner.named_modules())

@@ -21,7 +21,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 
 from softar.model_card import OwnCard, changes_of, decode_command
+from softar.models import room_of
 from softar.sft.data import SoftCollator
+from softar.sft.preflight import check_tokens
 from softar.soft import soft_embed
 from softar.training import (
     MicroBatches,
@@ -49,9 +51,9 @@ from .losses import (
     uniform_rows,
     weighted_sum,
 )
-from .net import facts, parts, plain, room
+from .net import facts, parts, plain
 from .noise import NOISE_FILE, save_noise
-from .rows import check_rows, close_rows
+from .rows import close_rows
 from .sft_config import NOISES, DiffusionSFTConfig
 from .uniform import Noisy, alphabet, draw_hard, draw_soft, noise_for, uniform_loss
 
@@ -113,10 +115,9 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             **kwargs,
         )
         check_adapter(type(self).__name__, self.model)
-        self._room = room(self.model)
-        for rows in (self.train_dataset, self.eval_dataset):
-            for some in rows.values() if isinstance(rows, dict) else [rows]:
-                check_rows(some, self._room, self._facts.vocab_size)
+        self._room = room_of(self.model, trained=True)
+        rows = {"train": self.train_dataset, "eval": self.eval_dataset}
+        check_tokens(rows, args, self._room, self._facts.vocab_size)
         self.head = None
         # what an earlier training taught it; set again when this one is saved
         plain(self.model).config.soft_mask = None
@@ -125,8 +126,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             plain(self.model).add_module(
                 "soft_mask_head", self.head
             )  # so that DDP, the optimiser and checkpoints see it
-        self._was_uniform = self._facts.uniform is not None
-        self.uniform = None
+        self._was_uniform, self.uniform = self._facts.uniform is not None, None
         if args.objective == "uniform":
             self.uniform = noise_for(self._facts, processing_class, args.noise_eps)
         self._evaluated = torch.zeros(2, device=self.accelerator.device)  # loss, and its divisor

@@ -22,10 +22,10 @@ from softar.models import plain
 from softar.thought import Kind
 from softar.training import WatchedLosses, check_arguments, inside_forward, no_interrupt
 
+from . import guards
 from .actions import ACTIONS, replay
 from .config import SoftGRPOConfig
 from .discretise import discretise
-from .guards import check_model, check_origin, check_prompts, check_resume, check_room, check_turn
 from .losses import aggregate, surrogate
 from .metrics import ratio_metrics, rollout_metrics
 from .rewards import check_scored, with_checks
@@ -73,10 +73,10 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
     ):
         name = type(self).__name__
         check_arguments(name, self._config, args, processing_class)
-        check_turn(name, reward_funcs, kwargs)
-        check_prompts(name, train_dataset, "train_dataset")
+        guards.check_turn(name, reward_funcs, kwargs)
+        guards.check_prompts(name, train_dataset, "train_dataset")
         self.decoding = args.decoding().resolve(processing_class)
-        check_origin(model, args)
+        guards.check_origin(model, args)
         adapted = peft_config is not None or (isinstance(model, nn.Module) and is_peft_model(model))
         args = copy.copy(args)
         beta, args.beta = args.beta, args.beta if adapted else 0.0
@@ -95,8 +95,8 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
         # TRL would replay the reference on token ids, `_compute_loss` does it on the mixtures
         self.beta = 0.0
         aux_coef = self.router_aux_loss_coef if self.aux_loss_enabled else None
-        check_model(name, self.model, aux_coef)
-        check_room(
+        guards.check_trainable(name, self.model, aux_coef)
+        guards.check_prompt_room(
             plain(self.model), processing_class, self.train_dataset, args.max_completion_length
         )
         if reference is not None:
@@ -385,7 +385,7 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
             super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        check_resume(resume_from_checkpoint, self.args)
+        guards.check_same_policy(resume_from_checkpoint, self.args)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint, ROLLOUTS.format(rank=self.accelerator.process_index))
         if not path.is_file():

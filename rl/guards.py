@@ -7,8 +7,7 @@ from datasets import Dataset
 from torch import nn
 
 from softar.config import CONFIG_FILE, SoftConfig
-from softar.models import check_autoregressive
-from softar.sft.preflight import room_of
+from softar.models import check_autoregressive, room_of
 from softar.training import check_adapter
 
 from .config import SoftGRPOConfig
@@ -40,7 +39,7 @@ def check_prompts(trainer: str, dataset, name: str) -> None:
         raise ValueError(f"{name} is empty: give at least one row")
 
 
-def check_room(model: nn.Module, tokenizer, dataset, most: int) -> None:
+def check_prompt_room(model: nn.Module, tokenizer, dataset, most: int) -> None:
     """Raise ValueError for a prompt that leaves no room for `most` steps in the model's table of
     positions, where it has one."""
     room = room_of(model)
@@ -61,7 +60,7 @@ def check_room(model: nn.Module, tokenizer, dataset, most: int) -> None:
             )
 
 
-def check_model(trainer: str, model: nn.Module, aux_loss_coef: float | None) -> None:
+def check_trainable(trainer: str, model: nn.Module, aux_loss_coef: float | None) -> None:
     """Raise ValueError for a model that the trainer of this name cannot train. aux_loss_coef: of a
     mixture of experts whose load-balancing loss is asked for."""
     if aux_loss_coef is not None:
@@ -92,7 +91,7 @@ def check_origin(model, args: SoftGRPOConfig) -> None:
         )
 
 
-def check_resume(folder: str, args: SoftGRPOConfig) -> None:
+def check_same_policy(folder: str, args: SoftGRPOConfig) -> None:
     """Raise ValueError where the checkpoint was trained as another policy: its optimiser would go
     on elsewhere."""
     if not Path(folder, CONFIG_FILE).is_file():

@@ -25,7 +25,7 @@ from softar.resume import checkpoint_of, resumes
 from softar.rows import APART
 from softar.training import opt, tell_progress
 
-from .guards import check_resume
+from .guards import check_same_policy
 from .rewards import REWARDS, as_chats, check_columns, rewards_of, score_of
 
 # Fields that make a row of the table what it is: options of several draws go to `soft` alone.
@@ -128,7 +128,7 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
     sft_seconds = time.perf_counter() - started if starts_anew else 0.0
     with one_line_errors(inputs.program.name):
         if checkpoint := checkpoint_of(args):
-            check_resume(checkpoint, args)
+            check_same_policy(checkpoint, args)
         model, tokenizer = softar.load(model, seed=args.seed, **inputs.model_options)
         rewards = rewards_of(script.reward_funcs, task)
         trainer = trainer_class()(

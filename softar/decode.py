@@ -45,7 +45,7 @@ from .defaults import chosen, recall
 from .mixers import Rng, mk_mixer
 from .models.kind import plain, uncompiled
 from .models.origin import origin_of
-from .models.reading import check_rows
+from .models.reading import check_ragged
 from .placement import evaluating
 from .soft import Soft, entropy, soft_inputs
 from .thought import (
@@ -170,13 +170,13 @@ def generate(
     check_values(generate, logits_processor=logits_processor, stopping_criteria=stopping_criteria)
     check_values(generate, generation_config=generation_config)
     if attention_mask is not None:
-        check_rows(model, attention_mask)  # the loop below sees nothing of PEFT's wrapper
+        check_ragged(model, attention_mask)  # the loop below sees nothing of PEFT's wrapper
     own, tokenizer = plain(model).generation_config, tokenizer or origin_of(model).tokenizer
     fields = check_fields(SoftConfig, renamed(kwargs), generate)
     config, why = chosen(config, fields, lambda: recall(model, tokenizer))
     config = config.resolve(tokenizer)
     settings = copy.deepcopy(generation_config or own)
-    guard.check_settings(settings, own, also=guard.ALONE)
+    guard.check_followed(settings, own, also=guard.ALONE)
     settings.update(**guard.OVERRIDES, max_new_tokens=config.max_new_tokens)
     stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
     if settings.stop_strings is not None:  # generate keeps the tokenizer from a custom loop
@@ -230,14 +230,14 @@ def soft_decode(
     check_values(soft_decode, callback=callback, soft_streamer=soft_streamer)
     config, reason = chosen(soft_config, {}, lambda: recall(model))
     config = config.resolve(origin_of(model).tokenizer)
-    guard.check_model(model, config, input_ids, model_kwargs)
+    guard.check_reads(model, config, input_ids, model_kwargs)
     guard.check_vocabulary(input_ids, model.get_input_embeddings())
     # nobody gave generate a length
     if asked.get("has_default_max_length") and generation_config.max_new_tokens is None:
         length = generation_config.max_length = input_ids.shape[1] + config.max_new_tokens
         others = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
         stopping_criteria = StoppingCriteriaList([*others, MaxLengthCriteria(length)])
-    guard.check_room(model, input_ids, generation_config, model_kwargs)
+    guard.check_positions(model, input_ids, generation_config, model_kwargs)
     if wants_hidden := mk_mixer(config.mixer).hidden:
         model_kwargs["output_hidden_states"] = True
     processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, SAMPLING))

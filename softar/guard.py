@@ -4,7 +4,6 @@ Shapes: B batch, P prompt length.
 """
 
 import inspect
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +15,8 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from .checks import check_least, check_value, shorten
 from .config import TAGS, SoftConfig
 from .models.kind import check_autoregressive, plain
-from .models.reading import check_reads_mixtures, check_rows
+from .models.reading import check_ragged, check_reads_mixtures
+from .models.room import room_of
 from .soft import check_dist
 
 # What generate's own settings must not decide: `SoftConfig` does. Sampling is switched on, with
@@ -71,7 +71,6 @@ NOT_FOLLOWED: dict[str, str] = {
 # In softar.generate, which sets them itself, these as well
 LENGTHS = dict.fromkeys(["max_length", "max_new_tokens", "min_length"], "give max_new_tokens=")
 ALONE = LENGTHS | {"num_return_sequences": "repeat the prompt, with a generator for each row"}
-POSITIONS = re.compile("wpe|pos_encoding|(?!.*relative).*position.*")  # tables of learned positions
 
 
 @runtime_checkable
@@ -83,7 +82,7 @@ class Streamer(Protocol):
     def end(self) -> None: ...
 
 
-def check_settings(settings: GenerationConfig, own: GenerationConfig, also: Mapping = {}) -> None:
+def check_followed(settings: GenerationConfig, own: GenerationConfig, also: Mapping = {}) -> None:
     """Raise ValueError for a setting of generate's that the loop would drop without a word.
 
     own: the model's. also: further names -> why.
@@ -121,7 +120,7 @@ def check_call(
         )
     check_causal(model)
     check_ids(input_ids, model_kwargs.get("attention_mask"))
-    check_settings(settings, model.generation_config)
+    check_followed(settings, model.generation_config)
     check_value("prefill_chunk_size", settings.prefill_chunk_size, int | None)
     check_least(settings, prefill_chunk_size=1)
     if settings.num_beams not in (None, 1):  # the model's own, and generate has multiplied the rows
@@ -204,11 +203,11 @@ def _base(model: nn.Module):
     return plain(model) if isinstance(model, PeftModel) else None
 
 
-def check_model(model, config: SoftConfig, input_ids: Tensor, model_kwargs: dict) -> None:
+def check_reads(model, config: SoftConfig, input_ids: Tensor, model_kwargs: dict) -> None:
     """Raise ValueError for a model that cannot read mixtures, or these rows."""
     mask = model_kwargs.get("attention_mask")
     check_reads_mixtures(model)
-    check_rows(model, torch.ones_like(input_ids) if mask is None else mask)
+    check_ragged(model, torch.ones_like(input_ids) if mask is None else mask)
     if not model_kwargs["use_cache"]:
         raise ValueError(
             "use_cache=False: soft inputs live in the KV cache only; set use_cache=True"
@@ -228,31 +227,25 @@ def check_vocabulary(input_ids: Tensor, embedding: nn.Module) -> None:
     """Raise ValueError for ids that the embedding does not have: on a GPU they would end the
     process. Looks once, before the first forward."""
     tables = [m.num_embeddings for m in embedding.modules() if isinstance(m, nn.Embedding)]
-    low, high = torch.stack([input_ids.min(), input_ids.max()]).tolist()
-    if tables and not (low >= 0 and high < max(tables)):
+    if tables:
+        check_range("input_ids", *(int(end) for end in input_ids.aminmax()), max(tables))
+
+
+def check_range(name: str, low: int, high: int, vocab_size: int) -> None:
+    """Raise ValueError unless ids from the lowest to the highest are inside the vocabulary."""
+    if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
         raise ValueError(
-            f"input_ids holds {wrong}, and the model has ids 0 to {max(tables) - 1}: was it another "
-            f"model's tokenizer?"
+            f"{name} holds the id {wrong}, and the model's vocabulary has {vocab_size}: is the tokenizer its own?"
         )
 
 
-def room(model: PreTrainedModel) -> int | None:
-    """Positions of a model that has a table of them; None for one that has none, as rotary ones."""
-    tables = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
-    tables += [name for name, _ in model.named_buffers()]
-    if not any(POSITIONS.fullmatch(name.rpartition(".")[2]) for name in tables):
-        return None
-    config = model.config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "max_target_positions")
-    names = [config.attribute_map.get(name, name) for name in names]  # GPT-2 has n_positions
-    return next((getattr(config, name) for name in names if name in config), None)
-
-
-def check_room(model, input_ids: Tensor, settings: GenerationConfig, model_kwargs: dict) -> None:
+def check_positions(
+    model, input_ids: Tensor, settings: GenerationConfig, model_kwargs: dict
+) -> None:
     """Raise ValueError for more positions than the model has: those of the longest prompt and of
     the new tokens, of which the last is not read."""
-    positions = room(model)
+    positions = room_of(model)
     if positions is None:
         return
     width, mask = input_ids.shape[1], model_kwargs.get("attention_mask")

@@ -151,7 +151,7 @@ def read(recipe: Recipe, argv: list[str], program: Program | None = None) -> Inp
     task = recipe.prepare(script, open_task(script, mixture, recipe.formats))
     model, options = named_model(model_args, task, task.models.get(recipe.model_kind))
     if model != task.models.get(recipe.model_kind):
-        check_model(model, recipe.model_kind, script, options)
+        check_named_model(model, recipe.model_kind, script, options)
     program = program or recipe.program
     inputs = Inputs(program, argv, names, script, training, model_args, task, model, options)
     output = training.output_dir
@@ -343,7 +343,7 @@ def check_loggers(names: list[str]) -> None:
             raise ValueError(f"report_to={name!r} is not installed: pip install {name}")
 
 
-def check_model(name: str, kind: str, script, options: dict) -> None:
+def check_named_model(name: str, kind: str, script, options: dict) -> None:
     """Raise ValueError for a model that is nowhere, or of the wrong kind, before anything else is
     touched."""
     from .decoders.card import describe

@@ -12,11 +12,12 @@ from transformers import AutoConfig, AutoModelForMaskedLM, BertModel
 
 from softar.diffusion import DenoiseConfig, denoise, load
 from softar.diffusion.losses import log_likelihood
-from softar.diffusion.net import READS_PADDING, parts, room
+from softar.diffusion.net import READS_PADDING, parts
 from softar.diffusion.schedules import SCHEDULES
 from softar.diffusion.select import SELECTORS
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.diffusion.soften import SOFTENERS
+from softar.models import room_of
 
 # -- logits that say nothing
 
@@ -185,7 +186,7 @@ def test_a_model_is_used_up_to_its_last_position_and_no_further(kind):
         model = denoiser(kind, max_position_embeddings=20)
     else:
         model = positioned(kind)
-    assert room(model) == most
+    assert room_of(model, trained=True) == most
     fits = denoise(model, IDS, gen_length=most - 3)
     assert (fits.sequences != MASK).all()
     row, answer = fits.sequences[0], torch.arange(most) >= 3
@@ -237,7 +238,12 @@ def test_training_stays_within_the_positions_and_the_vocabulary(tmp_path):
             trainer(Dataset.from_list(of(4, token=900)))
         with pytest.raises(ValueError, match="a row of 65 tokens does not fit"):
             trainer(rows.to_iterable_dataset()).train()
+        text = Dataset.from_list([{"prompt": "<bos> D1 D1 D1 ->", "completion": " D1"}])
+        args.max_length = 3
+        with pytest.raises(ValueError, match="max_length=3 leaves no row"):
+            trainer(text)
     assert not calls
+    args.max_length = 64
     trainer(Dataset.from_list(of(64))).train()
 
 

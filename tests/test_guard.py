@@ -11,6 +11,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -18,11 +20,14 @@ from transformers import (
     GPTJForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 
 import softar
 from softar import SoftConfig
-from softar.guard import ALONE, NOT_FOLLOWED, room
+from softar.guard import ALONE, NOT_FOLLOWED
+from softar.models import room_of
 from softar.placement import evaluating
 
 IDS, MASK = left_padded(PROMPTS)
@@ -153,8 +158,8 @@ def test_plugged_into_generate_it_streams_and_the_configurations_length_counts(l
         (np.array([[1, 2]]), "of type ndarray"),
         (IDS.to(torch.uint8), "torch.uint8: need [B, P] integers"),
         (IDS.bool(), "torch.bool: need [B, P] integers"),
-        (torch.tensor([[BOS, 64]]), "input_ids holds 64, and the model has ids 0 to 63"),
-        (torch.tensor([[-1, 5]]), "input_ids holds -1"),
+        (torch.tensor([[BOS, 64]]), "input_ids holds the id 64, and the model's vocabulary has 64"),
+        (torch.tensor([[-1, 5]]), "input_ids holds the id -1"),
     ],
 )
 def test_prompts_that_are_none(llama, ids, told):
@@ -233,14 +238,27 @@ def test_no_decode_beyond_the_models_positions(arch):
     model = TABLES[arch]().eval()
     ids, mask = left_padded(PROMPTS)  # the longest has 5
     out = softar.generate(model, ids, mask, config=SoftConfig(max_new_tokens=12))
-    assert out.completions.shape == (3, 12) and room(model) == 16  # the last token is not read
+    assert out.completions.shape == (3, 12) and room_of(model) == 16  # the last token is not read
     told = "has 16 positions, too few for 5 of the prompt and 13 new tokens: give max_new_tokens=12"
     refused(model, ids, mask, told=told, config=SoftConfig(max_new_tokens=13))
     refused(model, torch.ones(1, 17).long(), told="shorten the prompt", config=SHORT)
 
 
 def test_without_a_table_of_positions_there_is_no_end(llama):
-    assert room(llama) is None
+    assert room_of(llama) is None and room_of(llama, trained=True) == 256
+    assert room_of(with_lora(model_of()), trained=True) == 256
+
+
+def test_room_is_the_texts_own():
+    """Neither the positions of a picture count, nor the rows that RoBERTa keeps for its padding."""
+    sizes = dict(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8)
+    text = dict(vocab_size=64, head_dim=8, max_position_embeddings=40, num_key_value_heads=1)
+    config = Gemma3Config(text_config=sizes | text, vision_config=sizes | dict(image_size=28))
+    seeing = Gemma3ForConditionalGeneration(config)
+    assert any("position" in name for name, _ in seeing.named_parameters())
+    assert room_of(seeing) is None and room_of(seeing, trained=True) == 40
+    roberta = RobertaConfig(vocab_size=64, max_position_embeddings=20, is_decoder=True, **sizes)
+    assert room_of(RobertaForCausalLM(roberta)) == 18
 
 
 def test_decoding_is_without_dropout_and_leaves_each_module_in_its_mode():

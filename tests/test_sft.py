@@ -35,6 +35,7 @@ from softar.config import SoftConfig
 from softar.evaluate import evaluate
 from softar.sft.config import SoftSFTConfig
 from softar.sft.data import SoftCollator, thought_mask
+from softar.sft.preflight import check_tokens
 from softar.sft.trainer import SoftSFTTrainer, soft_loss
 from softar.soft import Soft, entropy
 from softar.tags import moves_of_ids
@@ -1338,11 +1339,29 @@ def test_rows_beyond_the_table_of_positions_are_refused(tmp_path):
     model = AutoModelForCausalLM.from_config(GPT2Config(**settings, bos_token_id=1, eos_token_id=2))
     long = Dataset.from_list([{"prompt": "<bos> w5", "completion": " w6" * n} for n in (3, 20)])
     with pytest.raises(
-        ValueError, match="row 1 has 23 tokens, and the model a table of 16 positions"
+        ValueError, match="row 1 of the data has 23 tokens, and the model's positions end at 16"
     ):
         trainer_of(tmp_path, long, model=model)
     trainer_of(tmp_path, long, model=model, max_length=16)
     trainer_of(tmp_path, long)  # computed positions
+
+
+def test_tokens_of_every_column_and_every_dataset_are_checked(tmp_path):
+    args = SoftSFTConfig(str(tmp_path), max_length=8)
+    rows = [{"input_ids": [1, 5]}] * 1500 + [{"input_ids": [1, 5, 6, 7]}, {"input_ids": [1]}]
+    traces = [{"input_ids": [1], "trace_ids": ids} for ids in ([[1, 2]], [[3], [4, 63]], [])]
+    rows, traces = Dataset.from_list(rows), Dataset.from_list(traces)
+    check_tokens({"a": rows, "b": traces, "c": rows.to_iterable_dataset()}, args, 4, 64)
+    with pytest.raises(
+        ValueError, match=r"row 1500 of the data has 4 tokens.* end at 3: set max_l"
+    ):
+        check_tokens({"a": traces, "b": rows}, args, 3, 64)
+    with pytest.raises(ValueError, match=r"row 0 of the data has 2 tokens.* end at 1: set max_l"):
+        check_tokens(traces, args, 1, 64)
+    with pytest.raises(ValueError, match=r"the data holds the id 63.* vocabulary has 63"):
+        check_tokens(traces, args, None, 63)
+    with pytest.raises(ValueError, match="max_length=8 leaves no row"):
+        check_tokens({"a": rows, "b": rows.select([])}, args, None, 64)
 
 
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])

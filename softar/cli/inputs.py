@@ -222,12 +222,12 @@ def check_length(decoder, prompt: str | list[dict]) -> None:
     from ..decoders.beam import BeamDecoder
     from ..decoders.soft import SelfConsistency, SoftDecoder
     from ..evaluate import read_prompts
+    from ..models import room_of
 
     decoder = decoder.decoder if isinstance(decoder, SelfConsistency) else decoder
     if not isinstance(decoder, (SoftDecoder, BeamDecoder)):
         return
-    settings = decoder.model.config.get_text_config(decoder=True).to_dict()
-    room, n = settings.get("max_position_embeddings"), None
+    room, n = room_of(decoder.model, trained=True), None
     if room is not None:
         n = read_prompts(decoder.tokenizer, [prompt])["input_ids"].shape[1]
     if n is not None and n > room:

@@ -17,7 +17,7 @@ from ..models import plain
 from ..show.trace import Step, Trace, Words
 from ..tags import matches, scan
 from .answer import Decoded
-from .card import check_model, columns_of
+from .card import check_of_kind, columns_of
 
 # Sampling is off, with neutral values: what is None generate fills from the model's configuration,
 # and it warns of what beam search does not use.
@@ -75,7 +75,7 @@ class BeamDecoder:
     def __init__(
         self, model, tokenizer, options: BeamOptions, *, name=None, trace=False, columns=None
     ):
-        check_model(model, "autoregressive", name or "beam")
+        check_of_kind(model, "autoregressive", name or "beam")
         self.model, self.tokenizer, self.trace = model, tokenizer, trace
         self.num_beams = options.num_beams
         self.thought = resolve(

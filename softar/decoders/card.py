@@ -50,7 +50,7 @@ def open_model(card: Card, kind: str, decoder: str, opener: Callable[[], tuple])
     return model, tokenizer
 
 
-def check_model(model, kind: str, decoder: str) -> None:
+def check_of_kind(model, kind: str, decoder: str) -> None:
     """Raise ValueError for an open model, plain or wrapped by PEFT, of another kind than the
     decoder is for."""
     class_name = type(plain(model)).__name__

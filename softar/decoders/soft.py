@@ -28,7 +28,7 @@ from ..specs import format_options
 from ..thought import Kind
 from .answer import Decoded, Decoder
 from .beam import BeamDecoder, BeamOptions
-from .card import Card, check_model, columns_of, open_model
+from .card import Card, check_of_kind, columns_of, open_model
 from .options import Common, check_options
 from .stop import StopStrings
 
@@ -64,7 +64,7 @@ class SoftDecoder:
         why="as configured",
     ):
         decoder = decoder_name(config)
-        check_model(model, "autoregressive", name or decoder)
+        check_of_kind(model, "autoregressive", name or decoder)
         self.model, self.tokenizer, self.trace = model, tokenizer, trace
         self.config = resolve(config, tokenizer)
         self.columns = columns_of(decoder, model, "autoregressive") | (columns or {})

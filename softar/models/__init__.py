@@ -22,12 +22,13 @@ _HOME = {
     "check_fixed": "softar.models.source",
     "check_there": "softar.models.there",
     "check_autoregressive": "softar.models.kind",
-    "check_rows": "softar.models.reading",
+    "check_ragged": "softar.models.reading",
     "check_reads_mixtures": "softar.models.reading",
     "diffusion_sign": "softar.models.kind",
     "plain": "softar.models.kind",
     "Origin": "softar.models.origin",
     "origin_of": "softar.models.origin",
+    "room_of": "softar.models.room",
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOME)

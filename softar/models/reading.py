@@ -70,7 +70,7 @@ def check_reads_mixtures(model) -> None:
         raise ValueError(f"{name} has no cache, in which soft inputs live: take another model")
 
 
-def check_rows(model, attention_mask: Tensor) -> None:
+def check_ragged(model, attention_mask: Tensor) -> None:
     """Raise ValueError for rows [B, P] that a model, plain or wrapped by PEFT, would not decode as
     it does by themselves."""
     name, kind = type(plain(model)).__name__, plain(model).config.model_type

@@ -144,7 +144,7 @@ def _pad(rows: list[list[int]], length: int, value: int) -> tuple[Tensor, Tensor
     return torch.from_numpy(out), torch.from_numpy(mask.astype(np.int64))
 
 
-def check_rows(dataset: Dataset, needs: str) -> None:
+def check_pickable(dataset: Dataset, needs: str) -> None:
     """Raise ValueError for a stream or a dict of datasets, in the name of what needs rows that can
     be picked."""
     if not isinstance(dataset, Dataset):
@@ -155,7 +155,7 @@ def check_rows(dataset: Dataset, needs: str) -> None:
 
 def check_traces(dataset: Dataset, targets: str) -> None:
     """Raise ValueError for data that `targets` "traces" or "oracle" cannot be taken from."""
-    check_rows(dataset, f"targets={targets!r}")
+    check_pickable(dataset, f"targets={targets!r}")
     if missing := sorted({"prompt", "traces"} - set(dataset.column_names)):
         raise ValueError(
             f"targets={targets!r} needs columns {missing}; the data has {dataset.column_names}"

@@ -2,10 +2,12 @@
 
 from itertools import islice
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from torch import nn
 
+from ..guard import check_range
 from ..mixers import mk_mixer
 from ..soft import mk_proba_dist
 from .data import thought_mask
@@ -13,42 +15,43 @@ from .data import thought_mask
 LOOKED_AT = 1000  # rows that the forecast is made from
 
 
-def check_left(dataset, max_length: int | None) -> None:
-    """Raise ValueError where TRL has dropped every row: it does so with prompts that fill
-    max_length."""
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError(
-            f"max_length={max_length} leaves no row: all prompts are as long; raise it or shorten them"
-        )
-
-
-def check_room(dataset, room: int | None) -> None:
-    """Raise ValueError for a row longer than the model's table of positions. room: its size, None
-    without one."""
-    if room is None or not isinstance(dataset, Dataset):
+def check_tokens(rows, args, room: int | None, vocab_size: int) -> None:
+    """Raise ValueError for tokenised rows of a Dataset that are none, longer than the model's
+    positions, or hold ids that it does not know, also where TRL has dropped all of them: it does so
+    with prompts that fill max_length. Of a dict each; streams are seen only once."""
+    if isinstance(rows, dict):
+        for some in rows.values():
+            check_tokens(some, args, room, vocab_size)
+    if not isinstance(rows, Dataset):
         return
-    for number, row in enumerate(dataset):
-        longest = max(map(len, [row["input_ids"], *row.get("trace_ids", [])]))
-        if longest > room:
-            raise ValueError(
-                f"row {number} has {longest} tokens, and the model a table of {room} positions: give "
-                f"max_length={room} or drop such rows"
-            )
+    if len(rows) == 0:
+        raise ValueError(
+            f"max_length={args.max_length} leaves no row: all prompts are as long; raise it or shorten them"
+        )
+    columns = [name for name in ("input_ids", "trace_ids") if name in rows.column_names]
+    done = 0
+    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        for name in columns:
+            _check_column(table[name], done, room, vocab_size)
+        done += len(table)
 
 
-def room_of(model: nn.Module) -> int | None:
-    """Positions in the model's learnt table of them; None where there is none, and any number of
-    positions can be computed."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in TABLES:
-            most = model.config.get_text_config(decoder=True).max_position_embeddings
-            # RoBERTa counts from behind its padding
-            behind = 0 if module.padding_idx is None else module.padding_idx + 1
-            return min(most, module.num_embeddings - behind)
-    return None
-
-
-TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+def _check_column(lists, first: int, room: int | None, vocab_size: int) -> None:
+    """lists: an arrow column of ids, or of lists of them, whose first row has this number."""
+    row_of = None
+    if pa.types.is_nested(lists.type.value_type):  # traces
+        row_of, lists = pc.list_parent_indices(lists), pc.list_flatten(lists)
+    lengths = pc.list_value_length(lists)
+    if room is not None and len(lengths) and (longest := pc.max(lengths).as_py()) > room:
+        at = pc.index(lengths, longest).as_py()
+        number = first + (at if row_of is None else row_of[at].as_py())
+        raise ValueError(
+            f"row {number} of the data has {longest} tokens, and the model's positions end at {room}: set "
+            f"max_length={room}, or drop such rows"
+        )
+    ends = pc.min_max(pc.list_flatten(lists)).as_py()
+    if ends["min"] is not None:
+        check_range("the data", ends["min"], ends["max"], vocab_size)
 
 
 def forecast(args, dataset, span: dict) -> str | None:

@@ -19,7 +19,7 @@ from ..config import CONFIG_FILE, TAGS, SoftConfig
 from ..evaluate import evaluate
 from ..mixers import guide, mk_mixer
 from ..model_card import OwnCard, changes_of
-from ..models import check_autoregressive, plain
+from ..models import check_autoregressive, room_of
 from ..soft import Soft, check_dist, mk_proba_dist
 from ..training import (
     MicroBatches,
@@ -35,7 +35,7 @@ from .config import SoftSFTConfig
 from .data import (
     SoftCollator,
     add_trace_ids,
-    check_rows,
+    check_pickable,
     check_tag,
     check_traces,
     frontier,
@@ -44,7 +44,7 @@ from .data import (
 )
 from .forward import mixed_forward, soft_forward
 from .loss import soft_loss
-from .preflight import check_left, check_room, forecast, room_of
+from .preflight import check_tokens, forecast
 
 
 class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
@@ -75,7 +75,7 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         check_arguments(type(self).__name__, SoftSFTConfig, args, processing_class)
         check_data(train_dataset, eval_dataset)
         self._score, self._decode_rows = score, eval_dataset
-        _check_rows(args, train_dataset, eval_dataset, score)
+        _check_columns(args, train_dataset, eval_dataset, score)
         if args.targets != "gold":
             train_dataset = add_trace_ids(train_dataset, processing_class, args.max_length)
         if args.targets == "oracle" and eval_dataset is not None:
@@ -102,9 +102,9 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             )
         check_adapter(type(self).__name__, self.model)
         check_autoregressive(self.model, "train it with softar.diffusion's DiffusionSFTTrainer")
-        check_left(self.train_dataset, args.max_length)
-        check_room(self.train_dataset, room_of(plain(self.model)))
         vocab = self.model.config.get_text_config(decoder=True).vocab_size
+        rows = {"train": self.train_dataset, "eval": self.eval_dataset}
+        check_tokens(rows, args, room_of(self.model), vocab)
         check_dist(vocab, **args.filters, prefix="soft_")
         _freeze(
             self.accelerator.unwrap_model(self.model), args.freeze_embeddings, args.freeze_layers
@@ -337,10 +337,10 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             self.model.soft_log_temperature.data.fill_(math.log(temperature))
 
 
-def _check_rows(args: SoftSFTConfig, train_dataset, eval_dataset, score) -> None:
+def _check_columns(args: SoftSFTConfig, train_dataset, eval_dataset, score) -> None:
     """Raise ValueError for data that lacks what the options need."""
     if score is not None and eval_dataset is not None:
-        check_rows(eval_dataset, "eval_dataset with score=")
+        check_pickable(eval_dataset, "eval_dataset with score=")
         if "prompt" not in eval_dataset.column_names:
             raise ValueError(
                 f"score= needs a column 'prompt' in the held-out rows, not {eval_dataset.column_names}"
