@@ -8,7 +8,7 @@ from torch import nn
 
 from softar.config import CONFIG_FILE, SoftConfig
 from softar.models import check_autoregressive, room_of
-from softar.training import check_adapter
+from softar.training import check_adapter, check_cells
 
 from .config import SoftGRPOConfig
 
@@ -37,6 +37,7 @@ def check_prompts(trainer: str, dataset, name: str) -> None:
         )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: give at least one row")
+    check_cells(dataset, ["prompt"], name)
 
 
 def check_prompt_room(model: nn.Module, tokenizer, dataset, most: int) -> None:

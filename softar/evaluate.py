@@ -1,5 +1,6 @@
 """Decode held-out rows and score the answers: the accuracy of a model under one way of decoding."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,8 @@ from .config import TAGS, SoftConfig
 from .decode import SoftOutput, generate
 from .placement import evaluating
 from .thought import Kind
+
+MOST = 1e100  # a score; the squares of larger ones have no sum
 
 
 def evaluate(
@@ -63,7 +66,9 @@ def tally(
         for begin in range(0, len(rows), batch_size):
             batch = [rows[i] for i in range(begin, min(begin + batch_size, len(rows)))]
             texts, out, made = answer(batch)
-            points += [score(text, row) for text, row in zip(texts, batch, strict=True)]
+            points += [
+                check_score(score(text, row)) for text, row in zip(texts, batch, strict=True)
+            ]
             forwards += out.num_forwards * len(batch)
             positions += out.token_forwards
             tokens += made
@@ -77,6 +82,20 @@ def tally(
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
     }
+
+
+def check_score(score) -> float:
+    """What a scorer gives, as a number. Raises ValueError for one that has no mean with others."""
+    try:
+        value = math.nan if isinstance(score, (str, bytes)) else float(score)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not abs(value) <= MOST:
+        raise ValueError(
+            f"the score {score!r:.80} is not a finite number: give 1 for right, 0 for wrong, or another up "
+            f"to {MOST:g}"
+        )
+    return value
 
 
 def encode(tokenizer, prompts: list):

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -196,16 +197,40 @@ def check_data(train_dataset, eval_dataset) -> None:
             f"train_dataset has the columns {columns}: name yours 'prompt' and 'completion', or 'messages', "
             f"or 'text'"
         )
-    _check_not_empty(train_dataset, "train_dataset")
-    _check_not_empty(eval_dataset, "eval_dataset")
+    _check_rows_of(train_dataset, "train_dataset")
+    _check_rows_of(eval_dataset, "eval_dataset")
 
 
-def _check_not_empty(dataset, name: str) -> None:
+def _check_rows_of(dataset, name: str) -> None:
     if isinstance(dataset, dict):  # DatasetDict among them
         for key, rows in dataset.items():
-            _check_not_empty(rows, f"{name}[{key!r}]")
+            _check_rows_of(rows, f"{name}[{key!r}]")
     elif isinstance(dataset, (Dataset, IterableDataset)) and next(iter(dataset), None) is None:
         raise ValueError(f"{name} is empty: give at least one row")
+    elif isinstance(dataset, Dataset):
+        columns = dataset.column_names
+        used = PAIR if {*PAIR} <= {*columns} else [name for name in TEXTS if name in columns][:1]
+        check_cells(dataset, [*used, *({"traces"} & {*columns})], name)
+
+
+def check_cells(dataset: Dataset, columns: list[str], name: str) -> None:
+    """Raise ValueError for cells of text that hold None, or numbers. name: of the dataset."""
+    for column in columns:
+        feature = dataset.features[column]
+        kind = feature.dtype if isinstance(feature, Value) else "text"
+        if kind not in ("text", "string", "large_string", "null"):
+            raise ValueError(
+                f"{name} holds {kind} in column {column!r}: give text, or a chat as a list of messages"
+            )
+    first = 0
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        for column in columns:
+            if table[column].null_count:
+                number = first + pc.index(pc.is_null(table[column]), True).as_py()
+                raise ValueError(
+                    f"row {number} of {name} holds None in column {column!r}: give text, or drop such rows"
+                )
+        first += len(table)
 
 
 def check_filter(args) -> None:

@@ -468,16 +468,17 @@ def test_scorer_failures():
             "a4": lambda: None,
             "a5": lambda: "1",
             "a6": lambda: math.inf,
+            "a8": lambda: -1e308,
         }
         return bad.get(row["answer"], lambda: text == row["answer"])()
 
     err = StringIO()
     a, b = Fake("a", lambda i, _: i % 2 == 0), Fake("b")
     found = compare(
-        [a, b], questions(8), picky, repeats=2, bootstrap=200, console=Console(file=err, width=200)
+        [a, b], questions(9), picky, repeats=2, bootstrap=200, console=Console(file=err, width=200)
     )
     assert [(f.row, f.decoder) for f in found.failures] == [
-        (i, name) for name in "ab" for i in (1, 3, 4, 5, 6)
+        (i, name) for name in "ab" for i in (1, 3, 4, 5, 6, 8)
     ]
     assert found.failures[0] == Failure(1, "a", "ZeroDivisionError: division by zero")
     assert "nan" in found.failures[1].message and "'1'" in found.failures[3].message
@@ -1097,6 +1098,21 @@ def test_frontier_climbs(points):
     )
     for x, y in points:
         assert any(p["nfe"] <= x and p["accuracy"] >= y / 5 for p in best)
+
+
+def test_files_that_cannot_be_written_are_named(tmp_path):
+    found = compare([Fake("a")], questions(3), score, **QUIET)
+    (tmp_path / "taken").write_text("x")
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(ValueError, match=f"folder='{folder}' cannot be written"):
+            found.save(folder)
+    for name in ("plot.zzz", "plot", "plot."):
+        with pytest.raises(ValueError, match=rf"{name}': plots are written as .png, .pdf or .svg"):
+            found.plot(tmp_path / name)
+    with pytest.raises(ValueError, match=r"the folder of file='.*taken' cannot be written"):
+        found.plot(tmp_path / "taken" / "plot.png")
+    assert found.plot(tmp_path / "new" / "plot.SVG").is_file()
+    assert not [*tmp_path.glob("plot*")]
 
 
 def test_plot(tmp_path, monkeypatch):

@@ -828,6 +828,7 @@ def test_rows_and_models_that_cannot_be_trained_are_named(tmp_path):
             r"columns \['question'\]: SoftGRPOTrainer needs 'prompt'",
         ),
         (Dataset.from_dict({"prompt": []}), "train_dataset is empty"),
+        (Dataset.from_dict({"prompt": ["a", None]}), "row 1 of train_dataset holds None in column"),
     ):
         with pytest.raises(ValueError, match=says):
             trainer(tmp_path, rows=rows)

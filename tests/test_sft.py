@@ -1279,6 +1279,13 @@ def test_rows_that_cannot_be_trained_on_are_named_before_the_first_step(tmp_path
     for columns, says in (
         ({"question": ["a"], "answer": ["b"]}, r"columns \['question', 'answer'\]: name yours"),
         ({"prompt": [], "completion": []}, "train_dataset is empty"),
+        (
+            {"prompt": ["a"] * 1200, "completion": ["b"] * 1100 + [None] * 100},
+            "row 1100 of train_dataset holds None in column 'completion'",
+        ),
+        ({"prompt": [None], "completion": ["b"]}, "row 0 of train_dataset holds None .* 'prompt'"),
+        ({"text": ["b", None]}, "row 1 of train_dataset holds None in column 'text'"),
+        ({"prompt": ["a"], "completion": [5]}, "train_dataset holds int64 in column 'completion'"),
     ):
         with pytest.raises(ValueError, match=says):
             trainer_of(tmp_path, Dataset.from_dict(columns))

@@ -310,6 +310,7 @@ def compare(
       softar compare --task latin --limit 100 --nfe 10
       softar compare --task rows.jsonl:score=number -m smollm2-135m -d discrete -d gumbel:budget=16
     """
+    from ..checks import check_writable
     from ..evals.compare import compare as run
     from ..tasks import load_task
 
@@ -319,7 +320,7 @@ def compare(
         inputs.quiet()
         loaded = load_task(task)
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            check_writable(folder, "--output")
         rows = inputs.first(loaded.test, limit)
         decoders = []
         for spec in inputs.distinct(decoder or inputs.compared(task, model)):

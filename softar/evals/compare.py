@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.console import Console
 
-from ..checks import check_choice, check_least
+from ..checks import check_choice, check_least, check_writable
 from ..decoders.answer import Decoder, NamedDecoder, as_decoder
 from ..results import write_csv, write_results, write_whole
 from .chart import TABLE_WIDTH, comparison_table, plot_frontier
@@ -156,7 +156,7 @@ class Comparison:
         decoder, repeat, text, score, num_forwards, seconds), and failures.jsonl if there are any;
         each file whole or not at all -> folder."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder, "folder")
         write_whole(folder / "rows.jsonl", _json_lines(self._answers()))
         if self.failures:
             failures = (failure._asdict() for failure in self.failures)

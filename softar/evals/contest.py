@@ -1,7 +1,6 @@
 """Decoders that take turns over the same rows, whatever fails and whenever Ctrl-C comes."""
 
 import functools
-import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..decoders.answer import Decoded, Decoder, Unfinished
+from ..evaluate import check_score
 from .summary import Pass
 
 
@@ -130,7 +130,7 @@ class Contest:
         taken.answers[i] = decoded
         try:
             # a copy, so that what a scorer writes into its row does not reach the next decoder's
-            taken.scores[i] = _checked(self.score(decoded.text, dict(self.items[i])))
+            taken.scores[i] = check_score(self.score(decoded.text, dict(self.items[i])))
             taken.read[i] = self.extract(decoded.text)
         except Exception as error:
             self.fail(i, name, error)
@@ -152,9 +152,3 @@ def _decode(decoder: Decoder, prompts: list) -> list[Decoded]:
         if not isinstance(answer, Decoded):
             raise ValueError(f"a result is a {type(answer).__name__}, not a Decoded")
     return answers
-
-
-def _checked(score) -> float:
-    if isinstance(score, (str, bytes)) or not math.isfinite(score):
-        raise ValueError(f"the score {score!r} is not a finite number")
-    return float(score)

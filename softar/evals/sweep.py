@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_least
+from ..checks import check_least, check_writable
 from ..decoders.registry import make_decoder, parse_spec
 from ..results import write_results, write_whole
 from ..specs import format_options
@@ -225,7 +225,7 @@ def _claim(grid: Grid, folder: Path) -> None:
             raise ValueError(
                 f"{folder} holds runs without a {GRID_FILE}, of an unknown grid: take another folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder, "folder")
         write_whole(file, json.dumps(ours, indent=1) + "\n")
         return
     try:
