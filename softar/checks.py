@@ -160,11 +160,16 @@ def check_writable(folder: str | Path, name: str = "output_dir") -> None:
 
 def did_you_mean(value, known: Iterable) -> str:
     """ ", did you mean 'gumbel'?", or "" where nothing known is close to the value."""
-    names = [name for name in known if isinstance(name, str)]
-    close = (
-        difflib.get_close_matches(value, names, n=1, cutoff=0.5) if isinstance(value, str) else []
-    )
+    close = close_names(value, known)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def close_names(value, known: Iterable, *, most: int = 1, cutoff: float = 0.5) -> list[str]:
+    """At most so many of those known that are spelled like the value, closest first; upper case or
+    lower does not count."""
+    names = {name.lower(): name for name in known if isinstance(name, str)}
+    value = value.lower() if isinstance(value, str) else ""
+    return [names[key] for key in difflib.get_close_matches(value, names, n=most, cutoff=cutoff)]
 
 
 def check_fields(config: type, fields: dict, function: Callable) -> dict:

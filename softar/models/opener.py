@@ -1,7 +1,6 @@
 """`softar.load`: embedded models, local folders, GGUF files, adapters and hub ids, by one
 function."""
 
-import difflib
 import os
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from fastcore.meta import delegates
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import check_least, check_values
+from ..checks import check_least, check_values, did_you_mean
 from ..placement import to_device, to_dtype, to_machine
 from .adapter import base_of, wrap
 from .embedded import MODELS, named
@@ -103,10 +102,10 @@ def _open(name: str, *, dtype, device, seed: int, **model_kwargs):
         raise FileNotFoundError(f"if it is a masked-diffusion model, {ELSEWHERE}")
     if not path.is_dir() and (name.startswith(".") or path.is_absolute() or len(path.parts) > 2):
         raise FileNotFoundError("there is no such folder, and a hub id has the form owner/name")
-    close = difflib.get_close_matches(name.lower(), MODELS, cutoff=0.7)
+    close = did_you_mean(name, MODELS)
     # offline, the hub's retries take most of a minute
     if close and "/" not in name and not path.is_dir():
-        raise FileNotFoundError(f"did you mean {close[0]!r}?")
+        raise FileNotFoundError(f"there is no such model{close}")
     return pretrained(name, dtype=dtype, **model_kwargs)
 
 

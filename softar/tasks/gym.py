@@ -1,11 +1,11 @@
 """Any dataset of reasoning-gym with its own scorer, as a task: "reasoning_gym:NAME"."""
 
-import difflib
 import json
 import random
 
 from datasets import Dataset
 
+from ..checks import close_names
 from .task import Task
 
 GYM = "reasoning_gym:"
@@ -29,7 +29,7 @@ def gym_task(name: str, *, seed: int, size: int | None) -> Task:
             f"task='{GYM}{name}' needs reasoning-gym: pip install softar[rewards]"
         ) from error
     if name not in DATASETS:
-        close = difflib.get_close_matches(name, DATASETS, n=5, cutoff=0.3) or sorted(DATASETS)[:5]
+        close = close_names(name, DATASETS, most=5, cutoff=0.3) or sorted(DATASETS)[:5]
         raise ValueError(f"task='{GYM}{name}' is unknown to reasoning-gym; close names: {close}")
     size = GYM_SIZE if size is None else size
 
