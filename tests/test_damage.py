@@ -70,3 +70,18 @@ def test_mistakes_of_softar_itself_are_not_taken_for_damage():
     with pytest.raises(ValueError, match="model='some' could not be loaded: ZeroDivisionError"):
         with opening("some"):
             fractions.Fraction(1, 0)
+
+
+@pytest.mark.parametrize("name", ["v_head.summary.weight", "value_head.weight"])
+def test_a_value_head_beside_the_weights_is_left_out_and_said_so(name, whole, tmp_path, caplog):
+    """As TRL's policies of PPO are saved; the model is the same without it."""
+    opener, path, wanted = whole
+    folder = shutil.copytree(path, tmp_path / "model")
+    damage.tensors(lambda state: state | {name: torch.zeros(1, 8)})(folder)
+    torch.testing.assert_close(opener(folder)[0](IDS).logits, wanted, rtol=0, atol=0)
+    told = [record.getMessage() for record in caplog.records if record.name == "softar"]
+    assert any(f"{folder}: its {name!r}, a value head of RL, is left out" == line for line in told)
+    damage.tensors(lambda state: state | {f"x_{name}": torch.zeros(1, 8)})(folder)
+    if opener is load:  # a masked LM's checkpoint may have other heads
+        with pytest.raises(ValueError, match=f"unexpected keys 'x_{name}'"):
+            opener(folder)

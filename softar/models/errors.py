@@ -1,5 +1,6 @@
 """What every loader says of a model that cannot be opened: one line that names it."""
 
+import logging
 import re
 import traceback
 from collections.abc import Collection, Iterator
@@ -10,6 +11,9 @@ from transformers import PreTrainedModel
 
 from ..checks import shorten
 
+logger = logging.getLogger("softar")
+# Of the value heads of TRL and of others, beside the weights of the policy
+EXTRAS = re.compile(r"(v_head|value_head)\.")
 UNKNOWN = re.compile(r"__init__\(\) got an unexpected keyword argument '(\w+)'")
 
 
@@ -53,17 +57,25 @@ def check_fit(loading_info: dict, model: PreTrainedModel, *, is_head_of_many: bo
             ignore_mismatched_sizes=True (without which it raises and does not say the names).
         is_head_of_many: the checkpoint may carry other heads (BERT's); only what is left over of
             the model's own kinds of layers counts.
+
+    What is known to be no part of a language model (EXTRAS) is left out, and said so.
     """
     wrong = {
         kind: sorted(loading_info[f"{kind}_keys"], key=str)
         for kind in ("missing", "mismatched", "unexpected")
     }
+    extras = [key for key in wrong["unexpected"] if EXTRAS.match(key)]
+    wrong["unexpected"] = [key for key in wrong["unexpected"] if key not in extras]
     if is_head_of_many:
         kinds = {_numberless(name) for name in model.state_dict()}
         wrong["unexpected"] = [key for key in wrong["unexpected"] if _numberless(key) in kinds]
     told = [f"{kind} keys {_listed(keys)}" for kind, keys in wrong.items() if keys]
     if told:
         raise ValueError(f"its weights do not fit its config.json: {', '.join(told)}")
+    if extras:
+        logger.warning(
+            "%s: its %s, a value head of RL, is left out", model.name_or_path, _listed(extras)
+        )
 
 
 def _numberless(name: str) -> str:
