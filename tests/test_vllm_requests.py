@@ -277,5 +277,13 @@ def test_a_decoder_sends_the_key(monkeypatch, given, sent):
     monkeypatch.setenv("VLLM_API_KEY", "e")
     client = Connection(api_key=given).client("http://127.0.0.1:1")
     assert client.headers.get("Authorization") == sent
+    # what is for this machine goes nowhere else, unless it is asked for
+    away = Connection(api_key=given).client("https://example.org/v1")
+    assert away.headers.get("Authorization") == (sent if given else None)
+    for url in ("https://example.org", "http://localhost:1"):
+        named = Connection(api_key="env").client(url)
+        assert named.headers.get("Authorization") == "Bearer e"
     monkeypatch.delenv("VLLM_API_KEY")
+    with pytest.raises(ValueError, match="api_key='env': VLLM_API_KEY is not in the environment"):
+        Connection(api_key="env").client("https://example.org")
     assert "Authorization" not in Connection().client("http://127.0.0.1:1").headers

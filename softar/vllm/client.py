@@ -19,6 +19,8 @@ from .machine import KEY
 from .record import FIELD, from_json, to_record
 from .server import ServerError
 
+HERE = ("127.0.0.1", "localhost", "::1")
+
 
 @dataclass(frozen=True)
 class Connection:
@@ -29,7 +31,9 @@ class Connection:
     # of connections that fail or break; an answer that is late or an error is not asked for again
     retries: int = 2
     concurrency: int = 16  # prompts at a time
-    api_key: str | None = None  # sent as a bearer token; None is VLLM_API_KEY of the environment
+    # sent as a bearer token; "env" is VLLM_API_KEY of the environment, and None the same for a
+    # server on this machine, but nothing for one elsewhere
+    api_key: str | None = None
 
     def __post_init__(self):
         for name, least in (("concurrency", 1), ("retries", 0)):
@@ -50,14 +54,18 @@ class Connection:
             raise ValueError(f"url={url!r} is not a URL ({error}): {example}") from error
         if address.scheme not in ("http", "https") or not address.host:
             raise ValueError(f"url={url!r} is not the URL of a server: {example}")
-        key = os.environ.get(KEY) if self.api_key is None else self.api_key
+        key, is_here = self.api_key, address.host in HERE
+        if key == "env" and not os.environ.get(KEY):
+            raise ValueError(f"api_key='env': {KEY} is not in the environment, set it")
+        if key == "env" or (key is None and is_here):
+            key = os.environ.get(KEY)
         return httpx.Client(
             base_url=address,
             timeout=httpx.Timeout(self.timeout, connect=self.connect, pool=None),
             limits=httpx.Limits(max_connections=self.concurrency),
             headers={"Authorization": f"Bearer {key}"} if key else {},
             # no proxy leads to this machine
-            trust_env=address.host not in ("127.0.0.1", "localhost", "::1"),
+            trust_env=not is_here,
         )
 
 
@@ -260,7 +268,10 @@ class ServerDecoder(CompletionDecoder):
                     f"{what}: no server answers ({error}): start one, `softar serve MODEL`"
                 ) from error
         if answer.status_code >= 400:
-            raise ServerError(f"{what}: the server says {answer.status_code}: {_message(answer)}")
+            hint = f"; {KEY} goes to it with api_key=env" if answer.status_code == 401 else ""
+            raise ServerError(
+                f"{what}: the server says {answer.status_code}: {_message(answer)}{hint}"
+            )
         try:
             return answer.json()
         except ValueError as error:
