@@ -34,7 +34,7 @@ from softar.diffusion import DenoiseConfig, denoise, load
 from softar.diffusion.knobs import gather_knobs
 from softar.diffusion.net import facts
 from softar.diffusion.schedules import SCHEDULE_KNOBS
-from softar.show.terminal import colour_of
+from softar.show.terminal import colour_of, harmless
 from softar.specs import json_or_text
 
 DEMO = dict(gen_length=5, soften="soft-mask")  # what the embedded model answers in
@@ -140,15 +140,17 @@ class View:
         for col, (ids, weights) in sorted(slots.items())[:SLOTS]:
             ranked = sorted(zip(weights, ids, strict=True), reverse=True)[:5]
             names = ["mask" if i == self.mask_id else self.word(i).strip() for _, i in ranked]
-            table.add_row(
-                str(col),
-                "  ".join(
-                    f"{n} {w:.2f}" for n, (w, _) in zip(names, ranked, strict=True) if w > 0.005
-                ),
-            )
+            parts = zip(names, ranked, strict=True)
+            # Text, as a token may look like rich's markup
+            shown = Text("  ".join(f"{n} {w:.2f}" for n, (w, _) in parts if w > 0.005))
+            table.add_row(str(col), shown)
         return table
 
     def word(self, token: int) -> str:
+        """A token as it may stand on a terminal."""
+        return harmless(self._word(token))
+
+    def _word(self, token: int) -> str:
         piece = self.tokenizer.convert_ids_to_tokens(token)
         text = self.tokenizer.convert_tokens_to_string([piece]) if piece is not None else ""
         # Where the tokenizer marks word starts, that mark is the space; else every token is a word.

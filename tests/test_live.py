@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -102,10 +103,15 @@ def test_words_of_a_subword_tokenizer():
         backend_tokenizer = type("B", (), {"decoder": object()})
 
         def convert_ids_to_tokens(self, i):
-            return ["▁Hello", "ing", "Ġthe"][i]
+            return ["▁Hello", "ing", "Ġthe", "\x1b]52;c;aGk=\x07", "[/b]"][i]
 
         def convert_tokens_to_string(self, pieces):
             return pieces[0].replace("▁", "").replace("Ġ", " ")
 
     view = recipe.View(Pieces(), 9, torch.tensor([[0]]), DenoiseConfig(gen_length=0), 0.0)
     assert [view.word(i) for i in range(3)] == [" Hello", "ing", " the"]
+    assert view.word(3) == "⟨1B⟩]52;c;aGk=⟨7⟩"  # a terminal would write it into the clipboard
+    console = Console(width=100, record=True, file=StringIO())
+    console.print(view.mixtures({0: ([3, 4], [0.5, 0.5])}))
+    text = console.export_text()
+    assert "⟨1B⟩" in text and "[/b] 0.50" in text
