@@ -55,27 +55,6 @@ def heaviest(record: Record) -> Tensor:
     return ids.gather(-1, slot)[..., 0]
 
 
-def retokenise(
-    rows: list[list[int]], tokenizer, reward_tokenizer
-) -> tuple[list[str], dict[str, Tensor]]:
-    """For a reward model of another vocabulary: the texts of the rows, and that model's inputs.
-
-    Special tokens of the policy stay out of the text; the other tokenizer adds its own.
-
-    Returns:
-        texts; input_ids and attention_mask [B, L], padded as the reward model's tokenizer pads.
-
-    Raises:
-        ValueError: the reward model's tokenizer has no pad token.
-    """
-    if reward_tokenizer.pad_token_id is None:
-        raise ValueError(
-            f"the reward model's tokenizer {reward_tokenizer.name_or_path!r} has no pad token: set its pad_token"
-        )
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return texts, dict(reward_tokenizer(texts, padding=True, return_tensors="pt"))
-
-
 def _tokens(record: Record, how: str) -> Tensor:
     if how != "argmax":
         return record.token

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import BOS, EOS, PAD, model_of, tokenizer_of
+from tiny import BOS, EOS, PAD, model_of
 
 import softar
-from softar.rl.discretise import discretise, heaviest, retokenise
+from softar.rl.discretise import discretise, heaviest
 from softar.thought import Kind, Record
 
 
@@ -56,18 +56,3 @@ def test_a_real_decode():
     assert answers == [row.tolist() for row in out.answers] and any(answers)
     streams = discretise(out.record, out.answer_start, "stream")
     assert [row[3:] for row in streams] == answers and all(len(row) > 3 for row in streams)
-
-
-def test_text_for_another_vocabulary():
-    policy, other = tokenizer_of(), tokenizer_of(vocab_size=40)
-    texts, inputs = retokenise([[BOS, 9, 10, EOS], [11]], policy, other)
-    assert (
-        texts == [policy.decode([9, 10]), policy.decode([11])] and PAD not in inputs["input_ids"][0]
-    )
-    assert (
-        inputs["input_ids"].shape == inputs["attention_mask"].shape
-        and inputs["attention_mask"].sum(1)[1] == 1
-    )
-    other.pad_token = None
-    with pytest.raises(ValueError, match="pad token"):
-        retokenise([[9]], policy, other)
