@@ -88,7 +88,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         score: Callable[[str, dict], float] | None = None,
         **kwargs,
     ):
-        check_arguments(type(self).__name__, DiffusionSFTConfig, args, processing_class)
+        check_arguments(type(self).__name__, model, DiffusionSFTConfig, args, processing_class)
         check_data(train_dataset, eval_dataset)
         if args.idle_head:
             warnings.warn(

@@ -72,7 +72,7 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
         **kwargs,
     ):
         name = type(self).__name__
-        check_arguments(name, self._config, args, processing_class)
+        check_arguments(name, model, self._config, args, processing_class)
         guards.check_turn(name, reward_funcs, kwargs)
         guards.check_prompts(name, train_dataset, "train_dataset")
         self.decoding = args.decoding().resolve(processing_class)

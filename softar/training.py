@@ -26,6 +26,7 @@ from trl import SFTConfig
 from trl.models.utils import _ForwardRedirection
 
 from .checks import check_writable
+from .models.kind import uncompiled
 from .progress import Pace, step_line
 from .resume import check_whole, last_checkpoint, last_whole
 
@@ -169,9 +170,13 @@ TEXTS = ("messages", "text", "input_ids")  # columns of which TRL's SFT needs on
 PAIR = ("prompt", "completion")
 
 
-def check_arguments(trainer: str, kind: type, args, tokenizer) -> None:
+def check_arguments(trainer: str, model, kind: type, args, tokenizer) -> None:
     """Raise ValueError for arguments that no trainer of this name can work with. kind: the class of
     its configuration."""
+    if uncompiled(model) is not model:
+        raise ValueError(
+            f"model is compiled, and {trainer} runs its parts one by one: hand over the model itself"
+        )
     if not isinstance(args, kind):
         raise ValueError(f"args={args!r}: {trainer} needs a {kind.__name__}")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):

@@ -265,6 +265,17 @@ def test_a_model_in_training_mode_decodes_without_dropout():
     assert calm[1] == wild[1]
 
 
+def test_a_model_that_torch_compile_wraps_decodes():
+    model, row = denoiser(), torch.tensor([5, 6, 7, 8])
+    same = torch.compile(model)
+    assert torch.equal(
+        denoise(same, IDS, gen_length=4).sequences, denoise(model, IDS, gen_length=4).sequences
+    )
+    answer = torch.tensor([False, True, True, True])
+    likelihoods = [log_likelihood(each, row, answer, rng=seeded()) for each in (model, same)]
+    assert likelihoods[0] == likelihoods[1]
+
+
 def test_a_callback_may_write_into_what_it_is_told():
     def vandal(told):
         for value in told.values():

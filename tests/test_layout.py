@@ -184,8 +184,8 @@ def test_imports_point_one_way(folder):
 FLOORS = [
     ("_lazy", "checks", "placement", "progress", "resume", "soft", "specs", "tags"),
     ("files", "names"),
-    ("mixers", "models", "tasks", "results", "training"),
-    ("config",),
+    ("mixers", "models", "tasks", "results"),
+    ("config", "training"),
     ("thought", "defaults", "guard", "model_card"),
     ("decode",),
     ("evaluate", "show"),

@@ -1275,6 +1275,11 @@ def test_what_a_step_costs_is_said_before_the_first(tmp_path, capsys, settings, 
         assert 1 <= len(calls) - 1 <= most  # the trainer's call is a forward around them
 
 
+def test_a_compiled_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"model is compiled, and SoftSFTTrainer .* model itself"):
+        trainer_of(tmp_path, data(4), model=torch.compile(model_of()))
+
+
 def test_rows_that_cannot_be_trained_on_are_named_before_the_first_step(tmp_path):
     for columns, says in (
         ({"question": ["a"], "answer": ["b"]}, r"columns \['question', 'answer'\]: name yours"),

@@ -52,7 +52,8 @@ def check_autoregressive(model, remedy: str = "decode it with softar.diffusion.d
 
 
 def plain(model) -> PreTrainedModel:
-    """The model itself; PEFT's wrapper holds it."""
+    """The model itself; the wrappers of PEFT and of torch.compile hold it."""
+    model = uncompiled(model)
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 

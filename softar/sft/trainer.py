@@ -72,7 +72,7 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         score: Callable[[str, dict], float] | None = None,
         **kwargs,
     ):
-        check_arguments(type(self).__name__, SoftSFTConfig, args, processing_class)
+        check_arguments(type(self).__name__, model, SoftSFTConfig, args, processing_class)
         check_data(train_dataset, eval_dataset)
         self._score, self._decode_rows = score, eval_dataset
         _check_columns(args, train_dataset, eval_dataset, score)
