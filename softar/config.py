@@ -239,9 +239,10 @@ class SoftConfig:
         return values
 
     @classmethod
-    def load(cls, folder: str | Path) -> "SoftConfig":
+    def load(cls, folder: str | Path, *, mixer: str | Callable | None = None) -> "SoftConfig":
         """Read the soft_config.json of a checkpoint. Fields that say nothing, as earlier versions
-        wrote them, go back to their defaults with a warning."""
+        wrote them, go back to their defaults with a warning. mixer: the caller's, which goes in place
+        of another in the file and its knobs."""
         values = json.loads(Path(folder, CONFIG_FILE).read_text())
         values = renamed(values, f"{CONFIG_FILE} in {folder}: ")
         fields = {f.name for f in dataclasses.fields(cls) if f.repr}
@@ -249,6 +250,8 @@ class SoftConfig:
             raise ValueError(
                 f"{CONFIG_FILE} in {folder} has unknown fields {unknown}; known: {sorted(fields)}"
             )
+        if mixer is not None and mixer != values.get("mixer"):
+            values = {k: v for k, v in values.items() if k != "mixer_args"} | {"mixer": mixer}
         check_not_code("mixer", values.get("mixer"), f"{CONFIG_FILE} in {folder}")
         if idle := {name: values.pop(name) for name in sorted(_idle(values))}:
             message = f"{CONFIG_FILE} in {folder}: {idle} say nothing beside its other fields"

@@ -173,7 +173,7 @@ def generate(
         check_ragged(model, attention_mask)  # the loop below sees nothing of PEFT's wrapper
     own, tokenizer = plain(model).generation_config, tokenizer or origin_of(model).tokenizer
     fields = check_fields(SoftConfig, renamed(kwargs), generate)
-    config, why = chosen(config, fields, lambda: recall(model, tokenizer))
+    config, why = chosen(config, fields, lambda: recall(model, tokenizer, fields.get("mixer")))
     config = config.resolve(tokenizer)
     settings = copy.deepcopy(generation_config or own)
     guard.check_followed(settings, own, also=guard.ALONE)

@@ -81,16 +81,17 @@ def default_of(own: SoftConfig | None, tokenizer=None) -> Default:
     return Default(config, why, "plain")
 
 
-def recall(model, tokenizer=None) -> Default:
+def recall(model, tokenizer=None, mixer=None) -> Default:
     """How an open model, plain or wrapped by PEFT, is decoded by default. tokenizer: where
-    `softar.load` did not open the model."""
+    `softar.load` did not open the model. mixer: the caller's, so that the one which the model's file
+    names counts no more: it may be code that nobody has asked for."""
     origin = origin_of(model)
-    return default_of(own_config(origin.name), tokenizer or origin.tokenizer)
+    return default_of(own_config(origin.name, mixer), tokenizer or origin.tokenizer)
 
 
-def own_config(name: str | Path) -> SoftConfig | None:
+def own_config(name: str | Path, mixer: str | Callable | None = None) -> SoftConfig | None:
     """What the soft_config.json says of a model in a folder, or of one that the package brings;
-    None where there is none.
+    None where there is none. mixer: as SoftConfig.load takes it.
 
     Raises:
         ValueError: naming `name`, for one that cannot be read.
@@ -99,7 +100,7 @@ def own_config(name: str | Path) -> SoftConfig | None:
     if folder is None or not (folder / CONFIG_FILE).is_file():
         return None
     try:
-        return SoftConfig.load(folder)
+        return SoftConfig.load(folder, mixer=mixer)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"model={str(name)!r}: its {CONFIG_FILE} cannot be read: {error}"

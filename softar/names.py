@@ -10,7 +10,6 @@ in which the program runs.
 import functools
 import importlib
 import importlib.util
-import inspect
 import os
 import re
 import sys
@@ -84,12 +83,10 @@ def load_code(option: str, name: str) -> Any:
 
 
 def note_named(option: str, value) -> None:
-    """What the user asks for, "module:name" or the function itself, a file may name from now on.
-    Raises ValueError where it cannot be imported."""
+    """What the user asks for as "module:name" a file may name from now on. Raises ValueError where
+    it cannot be imported."""
     if isinstance(value, str) and is_code(value):
         load_code(option, value)
-    elif inspect.isfunction(value):
-        NAMED.add(f"{value.__module__}:{value.__qualname__}")
 
 
 def check_not_code(option: str, name, where: str) -> None:
