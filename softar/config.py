@@ -89,10 +89,7 @@ class SoftConfig:
     answer_min_p: float | None = None
 
     def __post_init__(self):
-        for name in (*TAGS, "banned"):
-            object.__setattr__(self, name, as_ids(getattr(self, name)))
-        object.__setattr__(self, "spelling", _as_tuples(self.spelling))
-        check_types(self)
+        _settle_types(self)
         check_dist(None, **self.filters)
         check_dist(None, **self.answer_filters, prefix="answer_")
         mk_mixer(self.mixer, **self.mixer_args)
@@ -259,6 +256,14 @@ class SoftConfig:
         return cls(**values)
 
 
+def _settle_types(config: SoftConfig) -> None:
+    """Lists as tuples, one id as several; raises ValueError for values of another type."""
+    for name in (*TAGS, "banned"):
+        object.__setattr__(config, name, as_ids(getattr(config, name)))
+    object.__setattr__(config, "spelling", _as_tuples(config.spelling))
+    check_types(config)
+
+
 def _as_tuples(value):
     return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
@@ -267,6 +272,7 @@ def _idle(values: dict[str, Any]) -> set[str]:
     """Fields of SoftConfig, not checked yet, that say nothing beside the others."""
     draft = object.__new__(SoftConfig)
     vars(draft).update(vars(_defaults()) | values)
+    _settle_types(draft)  # the rules below take them for granted
     return {name for name, *_ in idle_options(draft, IDLE)}
 
 

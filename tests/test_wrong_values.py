@@ -1,6 +1,7 @@
 """Whatever is given for an option or an argument works, or is refused in a line that names it."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -47,10 +48,9 @@ def nets():
     return NETS
 
 
-def decode(loop, kind, fields):
-    config = kind(**fields)
+def decode(loop, config, **fields):
     more = {"tokenizer": tokenizer_of()} if loop is softar.generate else {}
-    loop(nets()[loop], PROMPT, config=config, rng=seeded(), **more)
+    loop(nets()[loop], PROMPT, config=config, rng=seeded(), **more, **fields)
 
 
 def options(kind, base=None):
@@ -59,12 +59,12 @@ def options(kind, base=None):
     return [f.name for f in dataclasses.fields(kind) if f.repr and f.name not in others]
 
 
-def works_or_is_named(name, value, loop, kind, base):
+def works_or_is_named(name, value, run):
     """A dict of knobs may be refused in the name of the method that does not take them, a number in
     that of its schedule."""
     names = f"{name}|{name.removesuffix('_args')}=|'{name.replace('_', '-')}'"
     try:
-        decode(loop, kind, base | {name: value})
+        run()
     except FloatingPointError:  # a number at the end of its range
         assert abs(value) > 1e300
     except (ValueError, TypeError) as error:
@@ -84,7 +84,10 @@ DECODED = [
 def test_a_field_of_a_decode(value):
     for kind, loop, base in DECODED:
         for name in options(kind):
-            works_or_is_named(name, value, loop, kind, base)
+            make = functools.partial(kind, **base | {name: value})
+            works_or_is_named(name, value, make)
+            config = kind(**base)
+            works_or_is_named(name, value, functools.partial(decode, loop, config, **{name: value}))
 
 
 TRAINED = [
