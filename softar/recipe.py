@@ -178,6 +178,10 @@ def row_config(recipe: Recipe, inputs: Inputs, name: str, seed: int, folder: str
     that they are checked as if they had been given there."""
     fields = recipe.rows.get(name, {}) | recipe.fields(name, inputs.training, inputs.task)
     fields |= dict(seed=seed, output_dir=folder)
+    if Path(folder) != Path(inputs.training.output_dir):  # else loggers would have to make one up
+        fields["run_name"] = "-".join(
+            filter(None, [inputs.training.run_name, f"{name}-seed{seed}"])
+        )
     argv = [*inputs.argv, *(f"--{key}={value}" for key, value in fields.items())]
     return parse(recipe, argv)[1]
 

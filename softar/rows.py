@@ -75,6 +75,7 @@ def train_rows(
             file = folders[row] / "row.json"
             file.unlink(missing_ok=True)
             lines = train(row[0], configs[row])
+            end_run()
             if lines is not None:  # the main process
                 write_whole(file, json.dumps(lines))
         results += lines or []
@@ -82,6 +83,13 @@ def train_rows(
             write_results(output / "results.json", results)
     PartialState().destroy_process_group()  # not earlier: the next row's trainer joins the same one
     return (results if is_main and not is_child else []), folders
+
+
+def end_run() -> None:
+    """wandb goes on with the run that is open: the next row would be drawn into this one's."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
 
 
 def jobs_of(jobs: int, is_tiny: bool) -> int:

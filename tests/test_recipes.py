@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import warm
 from launched import ACCELERATE, ENV, PYTHON, argv, losses_of, recipe, results_of, run, run_here
 
 import softar
+import softar.recipe
 import softar.sft.trainer
 from softar.config import SoftConfig
 from softar.evaluate import encode
@@ -49,6 +51,16 @@ ROW = {
 
 def options(output_dir, **changes):
     return argv({**QUICK, **changes, "output_dir": output_dir})
+
+
+@pytest.mark.parametrize("run_name", [None, "mine"])
+def test_a_row_has_a_name_for_loggers(tmp_path, run_name):
+    """Where there are several in a folder; a single run keeps its own."""
+    made = import_module("softar.recipes.sft_soft").RECIPE
+    inputs = softar.recipe.read(made, options(tmp_path, rows="no-cot", run_name=run_name))
+    name = softar.recipe.row_config(made, inputs, "no-cot", 7, tmp_path / "x").run_name
+    assert name == ("no-cot-seed7" if run_name is None else "mine-no-cot-seed7")
+    assert softar.recipe.row_config(made, inputs, "no-cot", 7, tmp_path).run_name == run_name
 
 
 # -- the demo

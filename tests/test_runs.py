@@ -260,6 +260,22 @@ class Trained:
         )
 
 
+def test_each_row_has_a_run_of_its_own_in_wandb(tmp_path, monkeypatch):
+    """Its callback goes on with a run that is open."""
+    wandb = SimpleNamespace(run=None, finish=lambda: vars(wandb).update(run=None))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    drawn = []
+
+    class Logged(Trained):
+        def train(self, name, args):
+            wandb.run = wandb.run or [name]
+            drawn.append((name, wandb.run))
+            return super().train(name, args)
+
+    Logged(tmp_path).run(["a", "b"])
+    assert drawn == [("a", ["a"]), ("b", ["b"])] and wandb.run is None
+
+
 def test_rows_and_seeds_are_trained_in_folders_of_their_own_and_once(tmp_path):
     first = Trained(tmp_path)
     results, folders = first.run(["a", "long"], num_seeds=2)
