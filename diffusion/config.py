@@ -91,7 +91,7 @@ class DenoiseConfig:
     allowed: dict[int | tuple[int, int], Sequence[int]] | None = None
     # a LogitsProcessor of transformers, or a list of them: called in each forward with the canvas's
     # row of each slot [n, L] and its scores [n, V]
-    logits_processor: Callable | list[Callable] | None = None
+    logits_processor: Callable | Sequence[Callable] | None = None
     # name in PARITY: a public implementation to reproduce, defects included
     parity: str | None = None
     dilation: InitVar[None] = None  # no option any more; what to write instead is said
@@ -106,7 +106,7 @@ class DenoiseConfig:
         object.__setattr__(self, "end_ids", as_ids(self.end_ids))
         check_allowed(self.allowed)
         check_types(self)
-        if isinstance(self.logits_processor, list):
+        if isinstance(self.logits_processor, (list, tuple)):
             processors = LogitsProcessorList(self.logits_processor)
             object.__setattr__(self, "logits_processor", processors)
         check_least(self, gen_length=0, block_length=1, steps=1)

@@ -12,7 +12,7 @@ import tempfile
 import time
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,8 +78,8 @@ def fits(value, kind) -> bool:
         return is_number and not _is_wide(value)
     if not isinstance(value, origin or kind):
         return False
-    if origin in (tuple, list):
-        return all(fits(each, inner[0]) for each in value)
+    if origin in (tuple, Sequence):
+        return not isinstance(value, str | bytes) and all(fits(each, inner[0]) for each in value)
     return origin is not dict or all(fits(key, inner[0]) for key in value)
 
 
@@ -239,7 +239,7 @@ WORDS = {
     str: "text",
     types.NoneType: "None",
     tuple: "a list of whole numbers",
-    list: "a list of functions",
+    Sequence: "a list of functions",
     dict: "a dict with names as keys",
     Callable: "a function",
 }

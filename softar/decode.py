@@ -12,7 +12,7 @@ Shapes: B batch, P prompt length, T steps, V vocabulary, K tokens kept, D embedd
 import copy
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,8 +125,8 @@ def generate(
     callback: Callable[[dict], None] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     streamer: guard.Streamer | None = None,
-    logits_processor: list[Callable] | None = None,
-    stopping_criteria: list[Callable] | None = None,
+    logits_processor: Sequence[Callable] | None = None,
+    stopping_criteria: Sequence[Callable] | None = None,
     generation_config: GenerationConfig | None = None,
     **kwargs,
 ) -> SoftOutput:

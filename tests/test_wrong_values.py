@@ -157,10 +157,17 @@ def test_what_a_configuration_takes_in_other_forms():
         called.append(1)
         return scores
 
-    denoise(model, PROMPT, config={"gen_length": 2, "steps": 1}, logits_processor=[note, note])
+    denoise(model, PROMPT, config={"gen_length": 2, "steps": 1}, logits_processor=(note, note))
     assert len(called) == 2
+    lists = dict(logits_processor=(note,), stopping_criteria=(nothing_stops,))
+    softar.generate(nets()[softar.generate], PROMPT, config=LM, **lists)
+    assert len(called) == 4
     with pytest.raises(ValueError, match="config has no field 'gen_lenth', did you mean 'gen_le"):
         denoise(model, PROMPT, config={"gen_lenth": 2})
+
+
+def nothing_stops(input_ids, scores):
+    return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
 def rule(gives):
