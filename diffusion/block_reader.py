@@ -81,6 +81,7 @@ class BlockReader(Reader):
         while self.cache is not None and self.stored < hi:
             step = max(CHUNK // self.grid.b, 1) * self.grid.b
             lo, self.stored = self.stored, min(self.stored + step, hi)
+            self.stores.append(self.forwards)
             self.last = self._forward(canvas, lo, self.stored)[:, -1]
 
     def __call__(self, canvas: Tensor, window: Window, rows: Tensor, cols: Tensor) -> Tensor:

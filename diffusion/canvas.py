@@ -85,6 +85,12 @@ class Canvas:
         self.confidence = torch.where(where, certain, self.confidence)
         self.committed_at = self.committed_at.masked_fill(where, forward)
 
+    def fill(self, where: Tensor, token: int) -> None:
+        """Write a token `where` [B, L] bool that no forward decided."""
+        self.ids = self.ids.masked_fill(where, token)
+        self.confidence = self.confidence.masked_fill(where, torch.nan)
+        self.committed_at = self.committed_at.masked_fill(where, -1)
+
     def commit(
         self,
         block: Block,

@@ -10,6 +10,7 @@ from softar.checks import Idle, as_ids, check_choice, check_idle, check_least, c
 from softar.soft import check_dist
 
 from .knobs import check_allowed, check_knobs
+from .net import Facts
 from .own_schedule import checked
 from .parity import PARITY
 from .quirks import DEFAULT, Quirks
@@ -17,6 +18,7 @@ from .remask import REMASKS, check_remask
 from .schedules import SCHEDULE_KNOBS, SCHEDULES, Schedule, mk_schedule
 from .select import SELECTORS, mk_selector
 from .soften import Softener, mk_softener
+from .stops import STOPS, mk_stop
 
 CACHES = (None, "off", "exact", "prefix", "dual")
 # options that a schedule of their name, with hyphens, compares scores with, and an example of each
@@ -25,7 +27,7 @@ SHORTHANDS = {"threshold": 0.9, "factor": 1.0, "entropy_bound": 0.1}
 IDLE = (
     Idle(
         "top_k top_p",
-        lambda c: c.temperature == 0,
+        lambda c: not c.temperature,
         "at temperature=0, where nothing is drawn",
         "give a temperature",
     ),
@@ -73,7 +75,9 @@ class DenoiseConfig:
     cache: str | None = None
     remask: str | None = None  # ReMDM: "cap", "rescale", "conf" or "loop"
     remask_args: dict[str, Any] = field(default_factory=dict)  # eta, t_on, t_off, alpha_on
-    temperature: float = 0.0  # of the proposals; 0 is the argmax
+    # of the proposals; 0 is the argmax. (first, last) is one that goes from the first towards the
+    # last, in equal steps. None is the model's own: 0, or of DiffusionGemma (0.8, 0.4)
+    temperature: float | tuple[float, ...] | None = None
     top_k: int | None = None  # of the proposals
     top_p: float | None = None
     # guidance away from the model without the prompt (arXiv:2410.18514); 0 is none
@@ -86,6 +90,10 @@ class DenoiseConfig:
     # a row is over when a finished block holds an end token; the rest becomes end-of-text. None: so
     # with block-causal models only
     early_stop: bool | None = None
+    # name in STOPS, or "module:function": when a row of a block is decoded though steps are left, of
+    # a model that redraws its slots; None is the model's own
+    stop: str | Callable | None = None
+    stop_args: dict[str, Any] = field(default_factory=dict)  # stability, confidence (stable)
     # token ids that a slot may take: {column of the canvas: ids} for the masks there in all rows, or
     # {(row, column): ids}, which goes before; columns from -1 count from the end
     allowed: dict[int | tuple[int, int], Sequence[int]] | None = None
@@ -133,7 +141,8 @@ class DenoiseConfig:
         self._check_schedule()
         softener = mk_softener("hard" if self.soften is None else self.soften, **self.soften_args)
         self._check_remask(softener)
-        check_dist(None, self.temperature, self.top_k, self.top_p)
+        self._check_stop()
+        self._check_temperature()
         for name in ("alg_temp", "cfg_scale"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(
@@ -190,6 +199,22 @@ class DenoiseConfig:
                 option, method, self.schedule_args, takes, SCHEDULE_KNOBS, args="schedule_args"
             )
 
+    def _check_temperature(self):
+        is_pair = isinstance(self.temperature, (tuple, list))
+        ends = self.temperature if is_pair else [self.temperature or 0.0]
+        if is_pair and not (len(ends) == 2 and all(0 < end < float("inf") for end in ends)):
+            raise ValueError(
+                f"temperature={self.temperature} must be a number, or (first, last), both > 0 and finite"
+            )
+        for end in ends:
+            check_dist(None, end, self.top_k, self.top_p)
+
+    def _check_stop(self):
+        if self.stop is not None:
+            mk_stop(self.stop, **self.stop_args)
+        elif self.stop_args:
+            raise ValueError(f"stop_args={self.stop_args} without stop: choose one of {[*STOPS]}")
+
     def _check_remask(self, softener: Softener):
         if self.remask is None:
             if self.remask_args:
@@ -215,18 +240,22 @@ class DenoiseConfig:
                 f"soften={self.soften!r} revises decoded tokens itself: it does not go with remask"
             )
 
-    def as_trained(self, learnt: dict[str, Any] | None) -> "DenoiseConfig":
-        """With `soften` decided: `learnt` are the soft-mask settings of the model, which
-        `soften_args` overrule."""
-        if self.soften is None:
+    def as_trained(self, facts: Facts) -> "DenoiseConfig":
+        """With `soften` and `temperature` of a model of masks decided; its soft-mask settings are
+        overruled by `soften_args`."""
+        if facts.mask_id is None:
+            return self
+        how = replace(self, temperature=0.0) if self.temperature is None else self
+        learnt = facts.soft_mask
+        if how.soften is None:
             # The public samplers know nothing of a head.
-            soft = learnt is not None and self.parity is None
+            soft = learnt is not None and how.parity is None
             return replace(
-                self, soften="soft-mask" if soft else "hard", soften_args=learnt if soft else {}
+                how, soften="soft-mask" if soft else "hard", soften_args=learnt if soft else {}
             )
-        if self.soften == "soft-mask" and learnt is not None and self.parity is None:
-            return replace(self, soften_args=learnt | self.soften_args)
-        return self
+        if how.soften == "soft-mask" and learnt is not None and how.parity is None:
+            return replace(how, soften_args=learnt | how.soften_args)
+        return how
 
     @property
     def quirks(self) -> Quirks:

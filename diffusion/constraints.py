@@ -17,7 +17,7 @@ from .canvas import Canvas
 from .inputs import check_ids, check_width
 from .knobs import is_pair
 from .losses import forward_masked
-from .net import Facts, facts, parts
+from .net import Facts, check_has_mask, facts, parts
 
 
 class Constraints:
@@ -103,7 +103,7 @@ def label_probs(
         ValueError: for a row without a mask, ids outside of the vocabulary, and a uniform-state
             model, which has no masks.
     """
-    known, net = facts(model), parts(model)
+    known, net = check_has_mask(facts(model), "label_probs"), parts(model)
     check_ids("input_ids", input_ids, 2, known.vocab_size)
     check_width(input_ids, room_of(model, trained=True))
     chosen = torch.as_tensor(list(labels), device=input_ids.device)

@@ -23,8 +23,10 @@ from .knobs import gather_knobs
 from .loop import DenoiseOutput, denoise
 from .models import load
 from .net import Facts, facts
+from .renoised import check_renoised
 from .schedules import SCHEDULE_KNOBS
 from .soften import GROUP, SOFTENERS, mk_softener
+from .stops import STOP_KNOBS
 from .trace import Tracer
 from .uniform import check_uniform
 
@@ -63,12 +65,14 @@ class DiffusionDecoder:
         except ValueError:
             check_of_kind(model, "diffusion", name or "hard")
             raise
-        decided = config.as_trained(self.facts.soft_mask)
-        if self.facts.uniform is not None:
+        decided = config.as_trained(self.facts)
+        if self.facts.mask_id is None:
+            check_renoised(decided, self.facts)
+        elif self.facts.uniform is not None:
             check_uniform(decided)
         self.model, self.tokenizer, self.config, self.trace = model, tokenizer, config, trace
         self.ends = self.facts.end_ids if config.end_ids is None else config.end_ids
-        decoder = decided.soften if isinstance(decided.soften, str) else "softener"
+        decoder = name_of(decided)
         self.columns = columns_of(decoder, model, "diffusion")
         self.columns |= {"training": training_of(self.facts)} | (columns or {})
         self.name = name or decoder
@@ -93,7 +97,7 @@ class DiffusionDecoder:
             )
         with evaluating(self.model):
             out = denoise(self.model, ids, mask, config=self.config, rng=self.rng, callback=tracer)
-        forwards = forwards_of(out, self.facts)
+        forwards = forwards_of(out)
         texts, tokens = zip(*(self._read(out, row) for row in range(len(prompts))), strict=True)
         seconds = (time.perf_counter() - started) / len(prompts)
         return [
@@ -128,15 +132,22 @@ def _open(decoder: str, card: Card, dtype: str, device: str | None):
     return open_model(card, "diffusion", decoder, opener)
 
 
-def forwards_of(out: DenoiseOutput, model_facts: Facts) -> list[float]:
-    """Of each row: those up to its last decision; a uniform-state model needs all."""
-    if model_facts.uniform is not None:
-        return [float(out.num_forwards)] * len(out.sequences)
-    return (out.committed_at.amax(1) + 1).float().tolist()
+def forwards_of(out: DenoiseOutput) -> list[float]:
+    """Of each row, those that store included."""
+    return out.row_forwards.float().tolist()
+
+
+def name_of(config: DenoiseConfig) -> str:
+    """What a decoder is called; config: decided (`as_trained`)."""
+    if config.soften is None:
+        return ANY
+    return config.soften if isinstance(config.soften, str) else "softener"
 
 
 def training_of(model_facts: Facts) -> str:
     """What a model was trained with, for a table's rows."""
+    if model_facts.mask_id is None:
+        return "self-conditioned"
     if model_facts.uniform is not None:
         return "duo"
     return "soft-mask" if model_facts.soft_mask else "hard"
@@ -146,7 +157,8 @@ def own_decoder(card: Card, dtype: str, device: str | None) -> str:
     """The model is opened, once for all decoders: its configuration can say so, a file beside it,
     or its base's."""
     model, _ = _open("hard", card, dtype, device)
-    return "soft-mask" if training_of(facts(model)) == "soft-mask" else "hard"
+    own = {"soft-mask": "soft-mask", "self-conditioned": ANY}
+    return own.get(training_of(facts(model)), "hard")
 
 
 def denoise_config(decoder: str, options: dict) -> DenoiseConfig:
@@ -161,10 +173,11 @@ def denoise_config(decoder: str, options: dict) -> DenoiseConfig:
     fn = None if soften is None else mk_softener(soften).fn
     fields = {field.name for field in dataclasses.fields(DenoiseConfig)}
     knobs = [knob for knob in (fn.__kwdefaults__ or () if fn else ()) if knob not in fields]
-    also = [*knobs, *SCHEDULE_KNOBS]
+    also = [*knobs, *SCHEDULE_KNOBS, *STOP_KNOBS]
     options = check_options(DenoiseConfig, decoder, options, also=also, fixed=("soften",))
     options = gather_knobs(options, "soften_args", knobs)
     options = gather_knobs(options, "schedule_args", SCHEDULE_KNOBS)
+    options = gather_knobs(options, "stop_args", STOP_KNOBS)
     return DenoiseConfig(**options, soften=soften)
 
 

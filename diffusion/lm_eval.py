@@ -17,7 +17,7 @@ from softar.decoders.options import check_options
 from softar.evals.lm_eval import SAMPLING, BadArgument, LoadedLM, model_name, split_args
 
 from .config import DenoiseConfig
-from .decoders import forwards_of
+from .decoders import forwards_of, name_of
 from .knobs import gather_knobs
 from .loop import denoise
 from .losses import log_likelihood
@@ -74,8 +74,8 @@ class SoftarDiffusionLM(LoadedLM):
         super().__init__(
             name, "diffusion", load, harness | {"batch_size": int(batch_size)}, loading, seed
         )
-        soften = self.how.as_trained(facts(self.model).soft_mask).soften
-        self.decoder = soften if isinstance(soften, str) else "softener"
+        self.known = facts(self.model)
+        self.decoder = name_of(self.how.as_trained(self.known))
         self.is_soft = self.decoder != "hard"
         fields = {f.name: getattr(self.how, f.name) for f in dataclasses.fields(self.how)}
         self.decoding = fields | {"soften": self.decoder} | dataclasses.asdict(self.bound)
@@ -109,12 +109,13 @@ class SoftarDiffusionLM(LoadedLM):
         )
         ends = {*facts(self.model).end_ids, *special}
         answers = [up_to(row[:keep], ends) for row in out.completions.tolist()]
-        self.count(forwards_of(out, facts(self.model)), sum(map(len, answers)), out)
+        self.count(forwards_of(out), sum(map(len, answers)), out)
         return self.padded(context, answers)
 
     def _check_asked(self, asked: dict) -> None:
         """Raise BadArgument for what a task asks of a sampler: here model_args say how to denoise."""
-        if asked.get("do_sample") and not self.how.temperature:
+        is_greedy = not self.how.temperature and self.known.mask_id is not None
+        if asked.get("do_sample") and is_greedy:
             raise BadArgument(
                 f"gen_kwargs do_sample=True, and the model is denoised greedily: give model_args temperature=, or "
                 f"--gen_kwargs do_sample=False (asked: {asked})"
@@ -157,7 +158,7 @@ class SoftarDiffusionLM(LoadedLM):
         return out
 
     def _is_greedy(self, ids: Tensor, answer: Tensor) -> bool:
-        masked = ids.masked_fill(answer, facts(self.model).mask_id)[None]
+        masked = ids.masked_fill(answer, self.known.mask_id)[None]
         out = denoise(self.model, masked, config=DenoiseConfig(gen_length=0, soften="hard"))
         return bool((out.sequences[0] == ids).all())
 

@@ -32,6 +32,8 @@ from .inputs import check_ids
 from .masked import Masked
 from .net import READS_PADDING, Facts, Parts, facts, parts, plain
 from .process import Process
+from .renoised import PARITY as RENOISED
+from .renoised import Renoised
 from .schedules import Block
 from .select import Draws
 from .uniform import Uniform
@@ -47,6 +49,10 @@ class DenoiseOutput:
     confidence: Tensor  # [B, L] float32, the probability it had then; NaN where none decided it
     # NFE: forward passes; one over conditional and unconditional rows together counts once
     num_forwards: int
+    store_forwards: int  # those of them that store keys and values and decide nothing
+    # [B] int64: of each row those that there were before it was decoded, and those of them that store
+    row_forwards: Tensor
+    row_stores: Tensor
     token_forwards: int  # positions computed in them, over all rows, padding included
     seconds: float
     # canvases [B, L] before each forward, and the last; with history=True
@@ -79,7 +85,8 @@ def denoise(
             so that no dropout takes part. A uniform-state model (Duo,
             arXiv:2506.10892) begins with random tokens in place of the masks and redraws them all
             in each of `steps` forwards, the last time greedily; `temperature` is that of its belief
-            about the clean token, 1 the process itself.
+            about the clean token, 1 the process itself. DiffusionGemma has no mask either: see
+            renoised.py.
         input_ids: [B, P] prompts, padded on the left; mask tokens in them are filled, too.
         attention_mask: [B, P]; None means no padding.
         config: a DenoiseConfig, or a dict of its fields. Default: DenoiseConfig().
@@ -110,7 +117,7 @@ def denoise(
     fields = check_fields(DenoiseConfig, kwargs, denoise)
     config = DenoiseConfig() if config is None else made(DenoiseConfig, config)
     config = replace(config, **fields)
-    config = config.as_trained(model_facts.soft_mask)
+    config = config.as_trained(model_facts)
     _check(model, model_facts, net, config, input_ids)
     real = _real(model_facts, input_ids, attention_mask)
     if plain(model).config.model_type in READS_PADDING and not real.all():
@@ -118,10 +125,7 @@ def denoise(
             f"{type(plain(model)).__name__} reads padding as if it were text: give rows of one length"
         )
     draws = Draws(rng, len(input_ids), input_ids.device)
-    by_blocks = model_facts.block_length is not None or config.quirks.blocks
-    make = BlockCausal if by_blocks else Masked
-    make = make if model_facts.uniform is None else Uniform
-    process: Process = make(config, net, model_facts, input_ids, real, draws)
+    process = _process_of(model_facts, config)(config, net, model_facts, input_ids, real, draws)
     blocks, canvas = process.blocks(), process.canvas
 
     audience = Audience(canvas, callback, streamer, history)
@@ -147,6 +151,9 @@ def denoise(
         canvas.committed_at[:, :width],
         canvas.confidence[:, :width],
         process.reader.forwards,
+        len(process.reader.stores),
+        process.row_forwards,
+        process.row_stores,
         process.reader.positions,
         time.perf_counter() - started,
         audience.states and [ids[:, :width] for ids in audience.states],
@@ -188,23 +195,41 @@ class Audience:
             self.streamer.end()
 
 
+def _process_of(facts: Facts, config: DenoiseConfig) -> Callable[..., Process]:
+    if facts.mask_id is None:
+        return Renoised
+    if facts.uniform is not None:
+        return Uniform
+    by_blocks = facts.block_length is not None or config.quirks.blocks
+    return BlockCausal if by_blocks else Masked
+
+
 def _check(model, facts: Facts, net: Parts, config: DenoiseConfig, input_ids: Tensor) -> None:
     """Raise ValueError for what the model cannot do with these inputs."""
     shape = tuple(input_ids.shape)
-    if not config.gen_length and not (input_ids == facts.mask_id).any():
+    has_mask = facts.mask_id is not None
+    if has_mask:
+        _check_masked(config)
+    elif (input_ids == (image := plain(model).config.image_token_id)).any():
+        raise ValueError(
+            f"input_ids hold the image token (id {image}), and softar reads text alone: leave it out"
+        )
+    if has_mask and not config.gen_length and not (input_ids == facts.mask_id).any():
         raise ValueError(
             f"gen_length=0 and no mask in input_ids: put the mask token (id {facts.mask_id}) where text is wanted"
         )
-    if shape[1] == 0 and facts.shift:
+    if shape[1] == 0 and (facts.shift or not has_mask):
         raise ValueError(f"input_ids of shape {shape} is an empty prompt: start from a BOS token")
     most, b = room_of(model, trained=True), facts.block_length or 1
-    if most is not None and -(-(shape[1] + config.gen_length) // b) * b > most:
+    # the grid begins with the prompt, canvases behind it
+    before, behind = (0, shape[1]) if has_mask else (shape[1], 0)
+    if most is not None and before - (-(behind + config.gen_length) // b) * b > most:
         blocks = f" in blocks of {b}" if b > 1 else ""
         raise ValueError(
             f"a prompt of {shape[1]} and gen_length={config.gen_length} do not fit into the model's {most} "
             f"positions{blocks}"
         )
-    check_dist(facts.vocab_size, config.temperature, config.top_k, config.top_p)
+    check_dist(facts.vocab_size, 1.0, config.top_k, config.top_p)
     if config.cache not in (None, "off") and not net.can_cache:
         raise ValueError(
             f"cache={config.cache!r}: {type(model).__name__} keeps no keys and values; leave it out"
@@ -236,6 +261,20 @@ def _check(model, facts: Facts, net: Parts, config: DenoiseConfig, input_ids: Te
         )
 
 
+def _check_masked(config: DenoiseConfig) -> None:
+    """Raise ValueError for what only a model without a mask can do."""
+    if isinstance(config.temperature, (tuple, list)):
+        raise ValueError(
+            f"temperature={config.temperature} is for models that redraw every slot: give one number"
+        )
+    if config.stop is not None:
+        raise ValueError(
+            f"stop={config.stop!r} does not go with a model of masks, which is done when none is left: leave it out"
+        )
+    if config.parity == RENOISED:
+        raise ValueError(f"parity={config.parity!r} is of a model without a mask: leave it out")
+
+
 def _real(facts: Facts, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """[B, P] bool, what is not padding. Raises ValueError for padding that does not fit."""
     if attention_mask is None:
@@ -246,7 +285,8 @@ def _real(facts: Facts, input_ids: Tensor, attention_mask: Tensor | None) -> Ten
             f"attention_mask of shape {what} does not fit input_ids of {tuple(input_ids.shape)}: give a tensor like it"
         )
     mask = attention_mask.bool()
-    if facts.shift and (empty := (~mask.any(1)).nonzero()[:, 0].tolist()):
+    has_mask = facts.mask_id is not None
+    if (facts.shift or not has_mask) and (empty := (~mask.any(1)).nonzero()[:, 0].tolist()):
         raise ValueError(
             f"attention_mask leaves rows {empty} an empty prompt: start from a BOS token"
         )
@@ -254,7 +294,7 @@ def _real(facts: Facts, input_ids: Tensor, attention_mask: Tensor | None) -> Ten
         raise ValueError(
             f"attention_mask has padding on the right in rows {holed}: pad on the left"
         )
-    if (input_ids == facts.mask_id).logical_and(~mask).any():
+    if has_mask and (input_ids == facts.mask_id).logical_and(~mask).any():
         raise ValueError(
             f"padding holds the mask token (id {facts.mask_id}): pad with another token"
         )

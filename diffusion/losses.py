@@ -12,7 +12,7 @@ from softar.models import room_of
 from softar.placement import evaluating
 
 from .inputs import check_ids, check_width
-from .net import Facts, facts, parts
+from .net import Facts, check_has_mask, facts, parts
 
 NORMALISATIONS = ("answer", "tokens", "masks")
 
@@ -102,7 +102,7 @@ def log_likelihood(
         ValueError: for an `answer` that marks no token, and a sequence longer than the model's
             positions.
     """
-    model_facts, net = facts(model), parts(model)
+    model_facts, net = check_has_mask(facts(model), "a bound by masks"), parts(model)
     _check_likelihood(model_facts, room_of(model, trained=True), input_ids, answer)
     check_least({"samples": samples, "batch_size": batch_size}, samples=1, batch_size=1)
     check_choice("parity", parity, (None, "llada"))

@@ -123,6 +123,16 @@ class Masked:
         if self.config.early_stop and self.end_ids:
             self.canvas.stop(block.end, self.end_ids)
 
+    @property
+    def row_forwards(self) -> Tensor:
+        """[B] forwards up to the row's last decision."""
+        return self.canvas.committed_at.amax(1) + 1
+
+    @property
+    def row_stores(self) -> Tensor:
+        """[B] those of them that store."""
+        return sum((self.row_forwards > at for at in self.reader.stores), 0 * self.canvas.at_start)
+
     def _reach(self, block: Block, window: Window) -> Tensor:
         """[1 or B, L] bool, the columns whose masks may commit."""
         if self.quirks.competes == "block":

@@ -16,12 +16,13 @@ from .noise import UniformNoise, read_noise
 
 # Their convolutions, pools and Fourier transforms mix padding into the tokens beside it.
 READS_PADDING = ("convbert", "fnet", "funnel", "mobilebert")
+CANVASES = "diffusion_gemma"  # the model type without a mask
 
 
 class Facts(NamedTuple):
     """What a sampler has to know of a model."""
 
-    mask_id: int
+    mask_id: int | None  # None: it has no mask, its slots hold random tokens
     eos_id: int | None
     # tokens after which nothing more belongs to the answer, eos_id among them
     end_ids: tuple[int, ...]
@@ -58,6 +59,8 @@ def facts(model: nn.Module) -> Facts:
         raise ValueError(
             f"{type(model).__name__} is no language model of transformers: open one with softar.diffusion.load"
         ) from None
+    if config.model_type == CANVASES:
+        return _facts_of_canvases(plain(model))
     mask_id = config.mask_token_id if "mask_token_id" in config else None
     if mask_id is None:
         raise ValueError(
@@ -87,6 +90,19 @@ def facts(model: nn.Module) -> Facts:
     )
 
 
+def _facts_of_canvases(model: PreTrainedModel) -> Facts:
+    ends, vocab_size = end_tokens(model), model.config.get_text_config().vocab_size
+    length = model.config.canvas_length
+    return Facts(None, ends[0] if ends else None, ends, 0, vocab_size, None, None, length, CANVASES)
+
+
+def check_has_mask(facts: Facts, what: str) -> Facts:
+    """The same. Raises ValueError for a model without a mask token, which `what` needs."""
+    if facts.mask_id is None:
+        raise ValueError(f"{what} needs a mask token, and {facts.family} has none")
+    return facts
+
+
 def parts(model: nn.Module) -> Parts:
     """How to run a model's embedding, body and head apart; PEFT's wrapper is seen through, its
     layers are not. Raises ValueError for a model without a head."""
@@ -95,6 +111,8 @@ def parts(model: nn.Module) -> Parts:
         raise ValueError(
             f"{type(inner).__name__} has no head that predicts tokens: open the model with softar.diffusion.load"
         )
+    if inner.config.model_type == CANVASES:
+        return _parts_of_canvases(inner)
     embedding = inner.get_input_embeddings()
     if isinstance(inner.config, Published):
 
@@ -143,6 +161,16 @@ def _for_attention(mask: Tensor | None, embeds: Tensor, config) -> Tensor | None
     return embeds.new_zeros(mask.shape).masked_fill(~mask, unseen)
 
 
+def _parts_of_canvases(inner: PreTrainedModel) -> Parts:
+    """The body is the module itself: its encoder and its decoder are run by turns."""
+    cap = inner.config.get_text_config().final_logit_softcapping
+
+    def head(hidden: Tensor) -> Tensor:
+        return inner.lm_head(hidden).float().div_(cap).tanh_().mul_(cap)
+
+    return Parts(inner.model.decoder.embed_tokens, inner.model, head, can_cache=True)
+
+
 def _tables(inner: PreTrainedModel) -> list[nn.Embedding]:
     """Its learnt positions."""
     named = ((name.rpartition(".")[2], module) for name, module in inner.named_modules())
@@ -160,7 +188,8 @@ def _first(table: nn.Embedding, config) -> int:
 def end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     """The tokens that end a text, by the model's two configurations, each of which names none, one
     or several."""
-    named = [model.config.eos_token_id if "eos_token_id" in model.config else None]
+    config = model.config.get_text_config()
+    named = [config.eos_token_id if "eos_token_id" in config else None]
     if model.can_generate():
         named.append(model.generation_config.eos_token_id)
     flat = [i for ids in named for i in (ids if isinstance(ids, list) else [ids])]

@@ -320,4 +320,7 @@ PARITY: dict[str, Quirks] = BLOCK_PARITY | {
         filtered_score=True,
         top_p_first=True,
     ),
+    # DiffusionGemma's `generate` in transformers 5.19: its draws, its positions, and it decodes rows
+    # on that have ended
+    "diffusion_gemma": Quirks(lenient=False),
 }

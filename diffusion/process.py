@@ -1,11 +1,12 @@
 """What `denoise` asks of a way to decode, one for each kind of model: `masked.Masked` fills masks,
-`uniform.Uniform` redraws every token.
+`uniform.Uniform` redraws every token, `renoised.Renoised` keeps the surest for the next forward.
 
 A process lives for one call. It holds the canvas, the reader that runs the model over it, and what
 decides in it; its constructor refuses what the kind of model cannot do.
 """
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from softar.soft import Soft
 
 from .canvas import Canvas
+from .config import DenoiseConfig
 from .reader import Reader
 from .schedules import Block
 
@@ -21,6 +23,9 @@ from .schedules import Block
 class Process(Protocol):
     canvas: Canvas
     reader: Reader
+    # [B] int64, forwards until the row was decoded, and those of them that store
+    row_forwards: Tensor
+    row_stores: Tensor
 
     def blocks(self) -> Iterable[Block]:
         """What is decoded together, one after the other; each is made when its turn comes, so that
@@ -38,6 +43,17 @@ class Process(Protocol):
 
     def end(self, block: Block) -> None:
         """Whatever a decoded block needs: rows that stop, keys and values that are stored."""
+
+
+def check_options(config: DenoiseConfig, options: dict[str, tuple | None], why: str) -> None:
+    """Raise ValueError for an option away from its default that is not among `options`, or has none
+    of the values there; None allows every value. why: goes on after "does not go with"."""
+    idle = DenoiseConfig()
+    for name in (field.name for field in fields(config)):
+        value, default = getattr(config, name), getattr(idle, name)
+        is_fine = name in options and (options[name] is None or value in options[name])
+        if value != default and not is_fine:
+            raise ValueError(f"{name}={value!r} does not go with {why}: leave it at {default!r}")
 
 
 def report(

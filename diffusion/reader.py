@@ -82,6 +82,7 @@ class Reader:
             self.mask = None if self.mask is None else self.mask.repeat(2, 1)
         self.cache = WindowCache() if config.cache in ("prefix", "dual") else None
         self.forwards = self.positions = 0
+        self.stores: list[int] = []  # the forwards that store and decide nothing, from 0
         self.where: Tensor | None = None  # [B, L] bool, slots that show a mixture
         self.mixed: Tensor | None = None  # [B, L, D] their inputs
 

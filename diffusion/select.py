@@ -72,6 +72,27 @@ class Belief:
         # decide.
         return (logits - self.largest).exp() / self._moments[0]
 
+    def draw(self, uniform: Tensor) -> Tensor:
+        """[n] numbers in [0, 1) -> [n] tokens, drawn from the belief: first a chunk of the
+        vocabulary, then a token of it."""
+        n, V = self.logits.shape
+        width = CHUNK if V % CHUNK == 0 else V
+        chunks = self.logits.view(n, V // width, width)
+        at = 0
+        if V > width:
+            tiles = self.logits.split(TILE, -1)
+            sums = [(t - self.largest).exp_().view(n, -1, width).sum(-1) for t in tiles]
+            mass = torch.cat(sums, -1).double()
+            cumulative = mass.cumsum(-1)
+            target = uniform[:, None] * cumulative[:, -1:]
+            at = torch.searchsorted(cumulative, target, right=True).clamp_max(V // width - 1)
+            rest = target - (cumulative.gather(-1, at) - mass.gather(-1, at))
+            uniform, at = (rest / mass.gather(-1, at)).clamp(0, 1)[:, 0], at[:, 0]
+        inside = (chunks[torch.arange(n, device=uniform.device), at] - self.largest).exp()
+        cumulative = inside.double().cumsum(-1)
+        slot = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+        return at * width + slot.clamp_max(width - 1)[:, 0]
+
     @cached_property
     def negative_entropy(self) -> Tensor:
         """[n] sum of p log p, nats, in [-log V, 0]."""
@@ -260,8 +281,14 @@ class Draws:
         return torch.empty(shape, device=source).exponential_(generator=self.rng).to(self.device)
 
     def whole(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
-        source = self.device if self.rng is None else self.rng.device
-        return torch.rand(shape, generator=self.rng, device=source, dtype=dtype).to(self.device)
+        return torch.rand(shape, generator=self.rng, device=self.source, dtype=dtype).to(
+            self.device
+        )
+
+    @property
+    def source(self) -> torch.device:
+        """Where the one generator draws."""
+        return self.device if self.rng is None else self.rng.device
 
 
 def mk_selector(select: "str | Callable | Selector") -> Selector:

@@ -51,7 +51,7 @@ from .losses import (
     uniform_rows,
     weighted_sum,
 )
-from .net import facts, parts, plain
+from .net import check_has_mask, facts, parts, plain
 from .noise import NOISE_FILE, save_noise
 from .rows import close_rows
 from .sft_config import NOISES, DiffusionSFTConfig
@@ -94,7 +94,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             warnings.warn(
                 f"{', '.join(args.idle_head)} do nothing with softmasking_prob=0", stacklevel=2
             )
-        self._facts = facts(model)
+        self._facts = check_has_mask(facts(model), type(self).__name__)
         self._score, self._decode_rows = score, eval_dataset
         self._fill = self._facts.eos_id if args.train_padding else processing_class.pad_token_id
         if self._fill is None:

@@ -133,9 +133,10 @@ def soft_mask(
             torch.cat([ids, slots.ids[:, None]], -1),
             torch.cat([strength * probs, 1 - strength], -1),
         )
-    return Soft(
-        ids.expand_as(probs), (strength * probs).scatter_add(-1, slots.ids[:, None], 1 - strength)
-    )
+    beyond = max(slots.mask_id + 1 - len(ids), 0)  # 1 where no token is the mask
+    weights = torch.nn.functional.pad(strength * probs, (0, beyond))
+    ids = torch.arange(len(ids) + beyond, device=ids.device).expand_as(weights)
+    return Soft(ids, weights.scatter_add(-1, slots.ids[:, None], 1 - strength))
 
 
 def evolving(slots: Slots, *, k: int = 3, alpha: float = 0.7) -> Soft:

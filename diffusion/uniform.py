@@ -7,7 +7,6 @@ process; n positions, flat, row by row.
 """
 
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ from .duo import (
 )
 from .net import Facts, Parts
 from .noise import UniformNoise
-from .process import report
+from .process import check_options, report
 from .reader import Reader, with_answer
 from .schedules import Block
 from .select import Draws
@@ -41,7 +40,7 @@ UNIFORM_LOSSES = ("nelbo", "symmetric_kl")
 OPTIONS = {
     "gen_length": None,
     "steps": None,
-    "temperature": None,
+    "temperature": None,  # a pair is refused in `denoise`
     "top_k": None,
     "top_p": None,
     "schedule": ("uniform",),
@@ -156,19 +155,9 @@ def uniform_loss(
 def check_uniform(config: DenoiseConfig) -> None:
     """Raise ValueError for options that mean nothing where every slot is redrawn in each of a fixed
     number of steps."""
-    idle = DenoiseConfig()
-    for name in (field.name for field in fields(config)):
-        value, default = getattr(config, name), getattr(idle, name)
-        if value == default or (
-            name in OPTIONS and (OPTIONS[name] is None or value in OPTIONS[name])
-        ):
-            continue
-        if name == "block_length" and value == config.gen_length:
-            continue
-        raise ValueError(
-            f"{name}={value!r} does not go with a uniform-state model, whose forwards redraw all slots at once, "
-            f"`steps` times: leave it at {default!r}"
-        )
+    options = OPTIONS | {"block_length": (config.gen_length,)}
+    why = "a uniform-state model, whose forwards redraw all slots at once, `steps` times"
+    check_options(config, options, why)
 
 
 def random_tokens(
@@ -234,6 +223,16 @@ class Uniform:
 
     def end(self, block: Block) -> None:
         """Nothing: the last step left no slot open."""
+
+    @property
+    def row_forwards(self) -> Tensor:
+        """[B] all: each redraws every row."""
+        return torch.full_like(self.canvas.at_start, self.reader.forwards)
+
+    @property
+    def row_stores(self) -> Tensor:
+        """[B] none."""
+        return torch.zeros_like(self.canvas.at_start)
 
 
 class Redraw:

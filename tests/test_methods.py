@@ -15,6 +15,7 @@ from softar.diffusion import duo
 from softar.diffusion.convert import convert
 from softar.diffusion.remask import REMASKS
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
+from softar.diffusion.stops import STOPS
 from softar.evals.parallelism import aup
 from softar.mixers import GUIDES
 from softar.rl import actions
@@ -73,6 +74,7 @@ def test_methods_are_complete():
     assert values("schedule") == {*diffusion.SCHEDULES}
     assert values("select") == {*diffusion.SELECTORS}
     assert values("remask") == {*REMASKS}
+    assert values("stop") == {*STOPS}
     assert values("parity") == {*diffusion.PARITY}
     text = "".join(CALLS)
     assert {*re.findall(r'ACTIONS\["([\w-]+)"\]', text)} == {*actions.ACTIONS}
