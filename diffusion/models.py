@@ -44,11 +44,12 @@ from softar.models import MODELS as AUTOREGRESSIVE
 from softar.placement import to_device, to_dtype, to_machine
 from softar.progress import without_bars
 
+from . import gemma
 from .architectures import LLADA_NAMES, LladaConfig, LladaForMaskedDiffusion, check_settings
 from .families import FAMILIES, family_of
 from .folder import GENERATION, Stated, complete, find_file, read_fields
 from .head import HEAD_FILE, learn_head, load_head
-from .net import end_tokens, facts
+from .net import CANVASES, end_tokens, facts
 from .noise import NOISE_FILE, load_noise
 
 LLADA_CHAT = (
@@ -101,8 +102,9 @@ def load(
     Args:
         name: one of MODELS ("mnns-diffusion-tiny"), or a local folder or a hub id: LLaDA, LLaDA2.0
             and 2.1, Dream (or DiffuCoder, Dream-Coder), SDAR, Fast-dLLM v2, A2D (MDLM and BD3LM of
-            dllm), Open-dCoder, any masked language model of transformers (ModernBERT, BERT,
-            RoBERTa, ...), a PEFT adapter. Weights are read as safetensors, shard by shard.
+            dllm), Open-dCoder, DiffusionGemma (its text part), any masked language model of
+            transformers (ModernBERT, BERT, RoBERTa, ...), a PEFT adapter. Weights are read as
+            safetensors, shard by shard.
         dtype: of the weights; as for softar.load.
         device: None is this process's CUDA device where there is one, else the CPU.
         seed: None gives an embedded model as the package brings it, trained; a number draws
@@ -161,7 +163,10 @@ def _open(name: str, stated: Stated, *, dtype, **model_kwargs):
         raise FileNotFoundError("there is no such folder, and a hub id has the form owner/name")
     settings = settings_of(name, **fetch)
     family = family_of(settings, stated.kind, read_fields(name, GENERATION, fetch))
-    if family is None:
+    if settings["model_type"] == CANVASES:
+        config = gemma.read_config(name, settings, stated, fetch)
+        opener = gemma.OPENER
+    elif family is None:
         _check_masked_lm(settings, stated)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fetch)
         if config.is_encoder_decoder:
@@ -188,7 +193,7 @@ def _open(name: str, stated: Stated, *, dtype, **model_kwargs):
         **model_kwargs,
     )
     # A masked LM's checkpoint may carry other heads; for it only what is missing counts.
-    check_fit(info, model, is_head_of_many=family is None)
+    check_fit(info, model, is_head_of_many=opener is AutoModelForMaskedLM)
     tokenizer = _tokenizer(name, config.model_type, fetch)
     introduce(model, tokenizer)
     return model, tokenizer
@@ -206,7 +211,7 @@ def _check_masked_lm(settings: dict, stated: Stated) -> None:
     if kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise ValueError(
             f"its config.json says model_type={kind!r}, which is not a masked-diffusion model: neither "
-            f"{' nor '.join(FAMILIES)} nor a masked language model of transformers"
+            f"{' nor '.join([*FAMILIES, CANVASES])} nor a masked language model of transformers"
         )
     if any(value is not None for value in stated):
         raise ValueError(
@@ -259,6 +264,9 @@ def introduce(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
     """Let model and tokenizer know of each other's special tokens."""
     config = model.config
     if tokenizer is None:
+        return
+    if config.model_type == CANVASES:
+        gemma.introduce(config, tokenizer)
         return
     tokenizer.padding_side = "left"
     if "mask_token_id" not in config or config.mask_token_id is None:

@@ -13,6 +13,8 @@ from softar.soft import Soft
 from .loop import DenoiseOutput
 from .net import Facts
 
+NOTHING = "<any>"  # the word for what stands for a mask where there is none: every token alike
+
 
 class Tracer:
     """The forwards of every row of one call of `denoise`."""
@@ -30,7 +32,11 @@ class Tracer:
         """facts: `facts(model)`. input_ids, attention_mask [B, P] and gen_length: as `denoise` gets
         them."""
         self.words, self.mask_id, self.top = Words(tokenizer), facts.mask_id, top
-        tail = [facts.mask_id] * gen_length
+        self.has_mask = facts.mask_id is not None
+        if not self.has_mask:  # what softeners mix in its place
+            self.mask_id = facts.vocab_size
+            self.words.texts[self.mask_id] = NOTHING
+        tail = [self.mask_id] * gen_length
         self.start = [row + tail for row in input_ids.tolist()]  # B lists of L ids
         # The column where each row begins: padding is on the left
         self.first = (
@@ -54,7 +60,10 @@ class Tracer:
     def canvas(self, row: int = 0, output: DenoiseOutput | None = None, title: str = "") -> Canvas:
         """What was seen of one row, padding left out. With `denoise`'s output also what was filled
         in behind an end token after the last forward."""
-        first, now, forwards = self.first[row], self.start[row], []
+        first, start, forwards = self.first[row], self.start[row], []
+        width = self.seen[0]["sequences"].shape[1] if self.seen else len(start)
+        start = start + [self.mask_id] * (width - len(start))  # whole canvases may be more
+        now = start
 
         def fill(tokens: list[int]) -> None:
             """Take note of tokens that a rule filled in after the last forward."""
@@ -66,6 +75,11 @@ class Tracer:
             tokens, committed, sure = (
                 seen[key][row].tolist() for key in ("sequences", "committed", "confidence")
             )
+            if not self.has_mask:  # what stands where nothing was decided yet is padding
+                is_open = zip(tokens, now, committed, strict=True)
+                tokens = [
+                    old if old == self.mask_id and not new else token for token, old, new in is_open
+                ]
             fill([old if new else token for token, old, new in zip(tokens, now, committed)])
             decided, dropped = {}, []
             for column, token in enumerate(tokens):
@@ -77,10 +91,7 @@ class Tracer:
             now = tokens
         if output is not None:
             fill(output.sequences[row].tolist())
-        cells = [
-            None if token == self.mask_id else self.words[token]
-            for token in self.start[row][first:]
-        ]
+        cells = [None if token == self.mask_id else self.words[token] for token in start[first:]]
         return Canvas(cells, forwards, title, self.words[self.mask_id])
 
     def _soft(self, seen: dict, row: int) -> dict:

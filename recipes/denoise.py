@@ -32,7 +32,7 @@ from rich.text import Text
 
 from softar.diffusion import DenoiseConfig, denoise, load
 from softar.diffusion.knobs import gather_knobs
-from softar.diffusion.net import facts
+from softar.diffusion.net import check_has_mask, facts
 from softar.diffusion.schedules import SCHEDULE_KNOBS
 from softar.show.terminal import colour_of, harmless
 from softar.specs import json_or_text
@@ -45,6 +45,7 @@ def main(args, config):
     model, tokenizer = load(args.model)
     if tokenizer is None:
         raise ValueError(f"model={args.model!r} holds no tokenizer, so there is no text to show")
+    known = check_has_mask(facts(model), "the view of a canvas")
     prompt = args.prompt or "<bos> D1 D1 D1 D2 ->"
     if args.chat:
         prompt = tokenizer.apply_chat_template(
@@ -54,7 +55,7 @@ def main(args, config):
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not args.chat).to(
         model.device
     )
-    view = View(tokenizer, facts(model).mask_id, inputs.input_ids, config, args.delay)
+    view = View(tokenizer, known.mask_id, inputs.input_ids, config, args.delay)
     console = Console()
     rng = torch.Generator().manual_seed(args.seed)
     with Live(console=console, refresh_per_second=30, transient=False) as live:

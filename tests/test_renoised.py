@@ -2,10 +2,13 @@
 process promises by itself."""
 
 import functools
+import json
 
 import pytest
 import torch
-from tiny import EOS, PAD
+from safetensors.torch import load_file
+from test_denoise import denoiser
+from tiny import EOS, PAD, tokenizer_of, with_lora
 from transformers import (
     DiffusionGemmaConfig,
     DiffusionGemmaForBlockDiffusion,
@@ -13,12 +16,15 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from softar.diffusion import SOFTENERS, DenoiseConfig, denoise
+from softar import make_decoder
+from softar.diffusion import SOFTENERS, DenoiseConfig, denoise, label_probs, load
+from softar.diffusion.losses import log_likelihood
 from softar.diffusion.net import facts
 from softar.diffusion.select import Belief
 from softar.diffusion.soften import Slots, Softener
 from softar.diffusion.stops import mk_stop
 from softar.diffusion.unmasked import Nothing, to_logits
+from softar.show.trace import to_json
 from softar.soft import Soft
 
 VOCAB, CANVAS = 64, 8
@@ -448,3 +454,128 @@ def test_facts_and_lengths():
     assert torch.equal(run(rng=seeded(), cache="exact").sequences, whole.sequences)
     free = run(end_ids=ENDS, early_stop=False, rng=seeded())
     assert torch.equal(free.sequences, whole.sequences)
+
+
+# -- from a folder, and everywhere else
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """As Gemma's are: a tokenizer with a mask token that the model knows nothing of."""
+    path = tmp_path_factory.mktemp("gemma")
+    gemma().save_pretrained(path, max_shard_size="20KB")
+    tokenizer = tokenizer_of(VOCAB)
+    tokenizer.add_special_tokens({"mask_token": tokenizer.convert_ids_to_tokens(4)})
+    tokenizer.padding_side = "right"
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_folder_opens_as_it_is_and_is_saved_so(folder, tmp_path):
+    model, tokenizer = load(folder)
+    assert type(model) is DiffusionGemmaForBlockDiffusion and not model.training
+    assert tokenizer.padding_side == "left" and tokenizer.mask_token is None
+    assert facts(model) == facts(gemma())
+    assert torch.equal(run(model, rng=seeded()).sequences, run(rng=seeded()).sequences)
+    again = tmp_path / "as transformers has it"
+    gemma().save_pretrained(again)
+    model.save_pretrained(tmp_path)
+    before, after = (load_file(path / "model.safetensors") for path in (again, tmp_path))
+    assert before.keys() == after.keys()
+    half, _ = load(folder, dtype="bfloat16")
+    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(vision_config=None), "says no vision_config"),
+        (
+            dict(text_config={"vocab_size": VOCAB}),
+            "text_config of its config.json says no hidden_size",
+        ),
+        (dict(canvas_length=0), "canvas_length=0: a whole number"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(folder, tmp_path, changes, words):
+    settings = json.loads((folder / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=words) as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="a DiffusionGemma says all by itself"):
+        load(folder, block_length=4)
+
+
+def test_an_adapter_decodes(folder, tmp_path):
+    targets = r".*(language_model|decoder)\.layers.*\.q_proj"
+    with_lora(load(folder)[0], target_modules=targets, task_type=None).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(folder)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    model, _ = load(tmp_path)
+    out = run(model, rng=seeded())
+    assert not torch.equal(out.sequences, run(rng=seeded()).sequences)
+
+
+def test_decoders_by_name_and_their_traces(folder):
+    specs = [
+        f"{folder}=denoise:steps=6",
+        f"{folder}=hard:steps=6",
+        f"{folder}=soft-token:k=2,bias=0,steps=6,stop=stable,stability=0,confidence=9.0",
+    ]
+    words = tokenizer_of(VOCAB).convert_ids_to_tokens([20, 21, 22])
+    prompts = [" ".join(words), words[0]]
+    for spec in specs:
+        decoder = make_decoder(spec, max_new_tokens=6, trace=True)
+        for answer in decoder.decode(prompts):
+            assert 0 < len(answer.tokens) <= 6
+            assert answer.num_forwards == (2 if "stop" in spec else 7)
+            cells = [*answer.trace.states()][-1]
+            assert all(text is not None for text, _ in cells)
+            assert [text for text, _ in cells[-6:]][: len(answer.tokens)] == [
+                decoder.tokenizer.decode([token]) for token in answer.tokens
+            ]
+            assert json.loads(to_json(answer.trace))
+            mixed = {
+                token
+                for forward in answer.trace.forwards
+                for soft in forward.soft.values()
+                for token, _ in soft
+            }
+            assert bool(mixed) == ("hard" not in spec)
+    assert (
+        make_decoder(f"{folder}=denoise", max_new_tokens=6).columns["training"]
+        == "self-conditioned"
+    )
+    with pytest.raises(ValueError, match="gen_length=0, and the model has no mask"):
+        make_decoder(f"{folder}=denoise", max_new_tokens=0)
+
+
+def test_fill_at_the_command_line(folder, capsys):
+    from softar.cli.commands import fill
+
+    words = " ".join(tokenizer_of(VOCAB).convert_ids_to_tokens([20, 21]))
+    fill(words, model=str(folder), gen_length=8, steps=4, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["decoder"] == "denoise" and told["num_forwards"] == 5
+    assert 0 < len(told["tokens"]) <= 8
+
+
+def test_what_needs_a_mask_says_so():
+    model = gemma()
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(
+        ValueError, match="label_probs needs a mask token, and diffusion_gemma has none"
+    ):
+        label_probs(model, ids, [3, 4])
+    with pytest.raises(ValueError, match="a bound by masks needs a mask token"):
+        log_likelihood(model, ids[0], torch.tensor([False, False, True]))
+    masked = denoiser()
+    for knobs, words in (
+        (dict(stop="never"), "stop='never' does not go with a model of masks"),
+        (dict(temperature=(0.8, 0.4)), "is for models that redraw every slot"),
+        (dict(parity="diffusion_gemma"), "is of a model without a mask"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            denoise(masked, ids, gen_length=8, **knobs)

@@ -189,7 +189,7 @@ def fill(
         opened = inputs.open_decoder(decoder, model, options, fills=True, **common)
         tokenizer = inputs.tokenizer_of(opened)
         template = inputs.with_masks(text, tokenizer.mask_token)
-        if tokenizer.mask_token not in template and opened.config.gen_length == 0:
+        if opened.config.gen_length == 0 and tokenizer.mask_token not in template:
             raise ValueError(
                 "there is nothing to fill: put underscores into the text, or give --gen-length"
             )

@@ -127,9 +127,11 @@ def open_decoder(
     return decoder
 
 
-def with_masks(text: str, mask: str) -> str:
+def with_masks(text: str, mask: str | None) -> str:
     """Runs of underscores as masks, each one token; a mask token that holds underscores stays
-    whole."""
+    whole. Without a mask they are text."""
+    if mask is None:
+        return text
     return mask.join(re.sub(r"_+", lambda _: mask, part) for part in text.split(mask))
 
 
