@@ -58,7 +58,8 @@ class DenoiseConfig:
     # name in SCHEDULES, or "module:function"; None is uniform, or what `threshold`, `factor` or
     # `entropy_bound` asks for
     schedule: str | Callable | None = None
-    # dilation (pyramid): how often each number of tokens comes; eps (linear): the time of its end
+    # dilation (pyramid), eps and rounding (linear), rounding (cosine), eta (p2), back (wino), kl and
+    # most (refine): see the function
     schedule_args: dict[str, Any] = field(default_factory=dict)
     threshold: float | None = None  # in (0, 1], of schedule "threshold"
     factor: float | None = None  # > 0, of schedule "factor"
@@ -140,6 +141,8 @@ class DenoiseConfig:
             check_idle(self, IDLE)
         self._check_schedule()
         softener = mk_softener("hard" if self.soften is None else self.soften, **self.soften_args)
+        if self.soften is not None:  # None is decided when the model is known
+            self._check_softness(softener)
         self._check_remask(softener)
         self._check_stop()
         self._check_temperature()
@@ -214,6 +217,15 @@ class DenoiseConfig:
             mk_stop(self.stop, **self.stop_args)
         elif self.stop_args:
             raise ValueError(f"stop_args={self.stop_args} without stop: choose one of {[*STOPS]}")
+
+    def _check_softness(self, softener: Softener):
+        if softener.fn is not None:
+            return
+        if mk_schedule(self.schedule_name).refines:
+            raise ValueError(
+                f"schedule={self.schedule_name!r} reads soft masks until the model has settled, and "
+                f"soften={self.soften!r} shows bare ones: choose another softener"
+            )
 
     def _check_remask(self, softener: Softener):
         if self.remask is None:

@@ -21,6 +21,7 @@ from .process import report
 from .proposals import Proposer
 from .reader import Reader, Window, with_answer
 from .remask import remask
+from .revise import Recall
 from .schedules import Block, Rule, Step
 from .select import Belief, Draws
 from .soften import Slots, mk_softener
@@ -51,7 +52,7 @@ class Masked:
     ):
         """input_ids: [B, P]; real: [B, P] bool, what is not padding."""
         self.config, self.draws = config, draws
-        self.quirks, self.revises = config.quirks, config.scheduler.revises
+        self.quirks, self.schedule = config.quirks, config.scheduler
         self.canvas = canvas = self._canvas(input_ids, facts)
         self.end_ids = facts.end_ids if config.end_ids is None else config.end_ids
         self.softener = mk_softener(config.soften, **config.soften_args)
@@ -77,7 +78,7 @@ class Masked:
 
     def begin(self, block: Block) -> None:
         self.canvas.decoded = torch.zeros_like(self.canvas.masked)
-        self.rule = mk_rule(self.config, block, self.draws)
+        self.rule, self.recall = mk_rule(self.config, block, self.draws), Recall()
         if not self.softener.carries:
             self.reader.forget()
         elif not self.quirks.stays_soft:
@@ -91,7 +92,7 @@ class Masked:
         window = self._window(block, index)
         is_open = canvas.masked & self._reach(block, window)
         busy = is_open.any(-1) | (not self.quirks.waits)  # a row that waits for others stays as is
-        candidates = is_open | canvas.decoded if self.revises else is_open
+        candidates = is_open | canvas.decoded if self.schedule.revises else is_open
         asked = self._asked(candidates, window) & busy[:, None]
         rows, cols = asked.nonzero(as_tuple=True)
         logits = reader(canvas.ids, window, rows, cols)
@@ -102,7 +103,10 @@ class Masked:
         certain = canvas.spread(prob, rows, cols)
         order = self.propose.reorder(canvas.spread(score, rows, cols), candidates & asked)
         step = Step(index, order, is_open, canvas.decoded, canvas.confidence)
-        if self.revises:
+        if self.schedule.refines:
+            change = self.recall.replace(rows, cols, belief, canvas.ids.shape)
+            step = step._replace(change=change)
+        if self.schedule.revises:
             now = belief.prob(canvas.ids[rows, cols][:, None])[:, 0]
             standing, differs = canvas.spread(now, rows, cols), proposal != canvas.ids
             step = step._replace(prob=certain, standing=standing, differs=differs)

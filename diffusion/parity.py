@@ -16,11 +16,11 @@ from softar.checks import check_choice
 
 from .block_parity import BLOCK_PARITY
 from .quirks import Quirks
+from .revise import PathPlanning
 from .schedules import (
     MASKED,
     Block,
     Factor,
-    PathPlanning,
     Quota,
     Rule,
     Schedule,

@@ -47,7 +47,11 @@ OPTIONS = dict.fromkeys(
         *("soften", "soften_args", "end_ids", "early_stop", "allowed", "logits_processor"),
     )
 ) | {"parity": (None, PARITY), "cache": ("exact",)}
-COMPARES = [name for name, schedule in SCHEDULES.items() if schedule.compares]
+COMPARES = [
+    name
+    for name, schedule in SCHEDULES.items()
+    if schedule.compares and not (schedule.revises or schedule.refines)
+]
 
 
 def check_renoised(config: DenoiseConfig, facts: Facts, rng: Rng = None) -> None:

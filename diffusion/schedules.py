@@ -8,50 +8,16 @@ Shapes: B rows, L columns of the canvas, S steps.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from softar.names import lookup
 
-from .select import Draws, best, mk_selector
-
-
-class Block(NamedTuple):
-    """A stretch of the canvas that is decoded before what is right of it."""
-
-    start: int
-    end: int
-    count: Tensor  # [B] int64 masks in it when it begins
-    steps: Tensor  # [B] int64 forwards that a schedule which shares tokens out has for it
-    # [1 or B, L] bool, its columns: [start, end), or in each row a part of that
-    inside: Tensor | None = None
-    number: int = 0  # on the grid of a block-causal model
-
-
-class Step(NamedTuple):
-    """What a rule decides with."""
-
-    index: int  # from 0 in each block
-    score: Tensor  # [B, L] float32 of the selector, -inf where nothing was asked
-    open: Tensor  # [B, L] bool, may commit now
-    decoded: Tensor  # [B, L] bool, committed earlier in this block
-    confidence: Tensor  # [B, L] float32 probability of each decoded token when it was committed
-    # What the model thinks by now of the open and the decoded positions, -inf and False elsewhere;
-    # only for a schedule that revises, else None.
-    prob: Tensor | None = None  # [B, L] float32 probability of each proposal
-    standing: Tensor | None = None  # [B, L] float32 probability of the token that stands there
-    differs: Tensor | None = None  # [B, L] bool, the proposal is another token than that
-
-
-@runtime_checkable
-class Rule(Protocol):
-    def more(self, index: int, left: bool) -> bool:
-        """Is another forward wanted, where `left` says whether the block has masks?"""
-
-    def __call__(self, step: Step) -> tuple[Tensor, Tensor | None]:
-        """-> [B, L] bool: commit these, open or decoded; and mask these again (None: nothing)."""
+from .revise import Refine, Wino, p2
+from .rules import Block, Rule, Step
+from .select import Draws, best
 
 
 class Quota:
@@ -183,6 +149,21 @@ def threshold(block: Block, config, draws: Draws) -> Rule:
     return Threshold(config.threshold)
 
 
+def wino(block: Block, config, draws: Draws, *, back: float = 0.9) -> Rule:
+    """Draft widely, verify strictly (WINO, arXiv:2507.18578, section 3): a token that was committed
+    at `threshold` is masked again where the model, which now sees more, gives it less than `back`.
+    It is verified by the same forward, in which it sees itself; the paper has masks in its place
+    for that."""
+    return Wino(config.threshold, back)
+
+
+def refine(block: Block, config, draws: Draws, *, kl: float = 0.1, most: int = 16) -> Rule:
+    """Latent refinement (LRD, arXiv:2510.11052): first all masks of the block are read softly and
+    none commits, until the model's beliefs change by less than `kl` from step to step, or `most`
+    times; then as by "threshold", while the rest stays soft."""
+    return Refine(Threshold(config.threshold), kl, most)
+
+
 class Factor:
     """Commit the n surest as long as (n + 1)(1 - c_n) < factor, c_n the n-th confidence, and the
     best in any case (Fast-dLLM, arXiv:2505.22618, section 3.3)."""
@@ -255,50 +236,6 @@ def ancestral(block: Block, config, draws: Draws) -> Rule:
     return Ancestral(block.steps, draws)
 
 
-class PathPlanning:
-    """Of all positions that are not the caller's, the `left(index)` [B] lowest-scored are masks
-    after the step, whether they were decoded or not; what the others hold stands, or commits."""
-
-    def __init__(
-        self, left: Callable[[int], Tensor], score: Callable[[Step], Tensor] = lambda s: s.score
-    ):
-        self.left, self.score = left, score
-
-    def more(self, index: int, left: bool) -> bool:
-        return left
-
-    def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
-        among = step.open | step.decoded
-        stands = self.stands(self.score(step), among, self.left(step.index))
-        return step.open & stands, step.decoded & ~stands
-
-    def stands(self, score: Tensor, among: Tensor, left: Tensor) -> Tensor:
-        return best(score, among, among.sum(-1) - left)
-
-
-def p2(block: Block, config, draws: Draws, *, eta: float = 1.0) -> Rule:
-    """Path planning (P2, arXiv:2502.03540, self-planning): after step i of S, floor(n (S - i) / S)
-    of n positions are masks, those with the lowest score, a standing token's being that of the new
-    proposal in its place. eta multiplies that score, of a probability its logarithm: above 1 more
-    is masked again, and at 0 nothing."""
-    if eta != 1 and config.alg_temp:
-        raise ValueError(
-            f"schedule_args eta={eta} weighs scores, which alg_temp={config.alg_temp} makes a draw: leave one out"
-        )
-
-    def left(i: int) -> Tensor:
-        return block.count * (block.steps - 1 - i).clamp_min(0) // block.steps.clamp_min(1)
-
-    selector = mk_selector(config.select)
-    takes_log = selector.is_probability or selector.is_random
-
-    def weighed(step: Step) -> Tensor:
-        score = step.score.clamp_min(1e-30).log() if takes_log else step.score
-        return torch.where(step.decoded, eta * score, score)
-
-    return PathPlanning(left) if eta == 1 else PathPlanning(left, weighed)
-
-
 def time_left(index: int, steps: Tensor) -> Tensor:
     """[B] from 1 at step 0 to 0 after the last of `steps` [B]."""
     return (1 - index / steps).clamp(0, 1)
@@ -333,6 +270,9 @@ class Schedule(NamedTuple):
     # looks at what is decoded in the block again, and may overwrite or mask it: its rules are told
     # `prob`, `standing` and `differs` of those positions too
     revises: bool = False
+    # reads beliefs for a while before anything commits: its rules are told their `change`, and masks
+    # have to show something
+    refines: bool = False
 
     def __call__(self, block: Block, config, draws: Draws, **knobs) -> Rule:
         return self.fn(block, config, draws, **knobs)
@@ -363,6 +303,12 @@ SCHEDULE_KNOBS = {
     ),
     "eps": (lambda x: 0 <= x < 1, "must lie in [0, 1): the time at which the schedule ends"),
     "rounding": (lambda x: x in ROUND, f"is unknown: choose one of {[*ROUND]}"),
+    "back": (lambda x: 0 <= x <= 1, "must lie in [0, 1]: a probability"),
+    "kl": (lambda x: 0 <= x < float("inf"), "must be >= 0 and finite, in nats"),
+    "most": (
+        lambda x: isinstance(x, int) and x >= 1,
+        "must be a whole number, at least 1: of forwards that commit nothing",
+    ),
     "eta": (lambda x: 0 <= x < float("inf"), "must be >= 0; 0 masks nothing again"),
 }
 SCHEDULES: dict[str, Schedule] = {
@@ -378,4 +324,6 @@ SCHEDULES: dict[str, Schedule] = {
     "ancestral": Schedule(ancestral, takes_steps=True, is_random=True),
     "cosine": Schedule(cosine, takes_steps=True),
     "p2": Schedule(p2, takes_steps=True, revises=True),
+    "wino": Schedule(wino, compares="threshold", revises=True),
+    "refine": Schedule(refine, compares="threshold", refines=True),
 }

@@ -133,6 +133,13 @@ def _moments(logits: Tensor, largest: Tensor, with_entropy: bool) -> tuple[Tenso
     return total[:, None], weighted[:, None]
 
 
+def divergence(now: Belief, before: Belief) -> Tensor:
+    """[n] nats, KL(now || before) of each position's distribution."""
+    p, q = now.logits.log_softmax(-1), before.logits.log_softmax(-1)
+    share = p.exp()
+    return torch.where(share > 0, share * (p - q), 0.0).sum(-1).clamp_min(0)
+
+
 class Selector(NamedTuple):
     """A score of positions, `fn(belief, token, uniform) -> [n]`, and what can be done with it.
 

@@ -110,11 +110,15 @@ def combination(seed):
         early_stop=r.random() < 0.3,
         end_ids=r.choice([None, None, tuple(range(8))]),  # many ends, so that rows do end
     )
-    if schedule in ("threshold", "dynamic"):
+    if schedule == "refine":
+        knobs["schedule_args"] = r.choice([{}, {"kl": 1.0, "most": 3}])
+        if r.random() < 0.9:
+            knobs["soften"] = r.choice([name for name in SOFTENERS if name != "hard"])
+    if SCHEDULES[schedule].compares == "threshold":
         knobs["threshold"] = r.choice([0.2, 0.9])
     if schedule == "factor":
         knobs["factor"] = r.choice([0.8, 2.0])
-    if schedule in ("threshold", "dynamic", "factor") and r.random() < 0.9:
+    if SCHEDULES[schedule].compares in ("threshold", "factor") and r.random() < 0.9:
         knobs |= dict(select=r.choice(["confidence", "margin"]), alg_temp=0.0)
     if schedule == "entropy-bound":
         knobs |= dict(entropy_bound=r.choice([0.1, 4.0]), select="entropy", alg_temp=0.0)
@@ -285,7 +289,9 @@ def forwards_of(knobs, share):
         return exact, exact
     if knobs["schedule"] == "entropy-bound":
         return 1, max(min(pair) for pair in share)
-    return 1, masks if knobs["schedule"] in ("threshold", "factor") else steps
+    if knobs["schedule"] == "refine":
+        return 2, masks + knobs["schedule_args"].get("most", 16)
+    return 1, masks if knobs["schedule"] in ("threshold", "factor", "wino") else steps
 
 
 @every_combination

@@ -33,6 +33,8 @@ SETTINGS = [
     dict(schedule="pyramid"),
     dict(schedule="ancestral", steps=8),
     dict(schedule="p2"),
+    dict(schedule="wino", threshold=0.9),
+    dict(schedule="refine", threshold=0.9, soften="soft-token"),
     dict(temperature=1.0),
     dict(temperature=1.0, top_k=3, top_p=0.9),
     dict(cfg_scale=1.0),
@@ -295,8 +297,11 @@ def test_no_schedule_of_softar_runs_without_an_end():
         needs = {
             "threshold": dict(threshold=0.9),
             "dynamic": dict(threshold=0.9),
+            "wino": dict(threshold=0.9),
+            "refine": dict(threshold=0.9, soften="soft-mask", schedule_args={"kl": 0.0}),
             "factor": dict(factor=1.0),
             "entropy-bound": dict(entropy_bound=1e-9, select="entropy"),
         }.get(name, {})
         config = DenoiseConfig(gen_length=8, schedule=name, end_ids=(EOS,), **needs)
-        assert denoise(denoiser(), IDS, config=config, rng=seeded()).num_forwards <= 8
+        held = 16 if name == "refine" else 0
+        assert denoise(denoiser(), IDS, config=config, rng=seeded()).num_forwards <= 8 + held

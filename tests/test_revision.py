@@ -10,8 +10,10 @@ from test_denoise import HOLED, MASK, PROMPTS, denoiser, logits_of, run
 from tiny import seeded
 
 from softar.diffusion import DenoiseConfig
-from softar.diffusion.schedules import MASKED, Block, Schedule, Step, plan
+from softar.diffusion.revise import Refine
+from softar.diffusion.schedules import MASKED, Block, Schedule, Step, Threshold, plan
 from softar.diffusion.select import SELECTORS, Draws
+from softar.diffusion.soften import soft_token
 
 CPU = torch.device("cpu")
 
@@ -58,7 +60,7 @@ def test_p2_keeps_the_clock_and_takes_tokens_back(select, soften):
     masks = [(state == MASK).sum(1).tolist() for state in out.states]
     assert masks == [[8 * (6 - i) // 6] * 3 for i in range(7)] and out.num_forwards == 6
     back = sum(int(((a != MASK) & (b == MASK)).sum()) for a, b in itertools.pairwise(out.states))
-    assert back > 0
+    assert (back > 0) == (select != "leftmost")
     # a token that stands is never another one
     for a, b in itertools.pairwise(out.states):
         both = (a != MASK) & (b != MASK)
@@ -120,6 +122,100 @@ def test_a_rule_may_overwrite():
         assert torch.equal(out.sequences[gone], b[gone])  # the last one to write is recorded
 
 
+# -- drafts that are verified
+
+
+def test_wino_drafts_and_verifies():
+    """Against the definition, row by row, over random canvases and two steps each."""
+    config = DenoiseConfig(schedule="wino", threshold=0.6, schedule_args={"back": 0.7})
+    draw = seeded()
+    for _ in range(40):
+        rule, gained = rule_of(config, [12] * 3, [12] * 3), [None] * 3
+        for index in range(3):
+            decoded = torch.rand(3, 12, generator=draw) < 0.5
+            decoded[:, 0] = False  # something is open
+            prob, standing = torch.rand(2, 3, 12, generator=draw)
+            told = dict(prob=prob, standing=standing, differs=decoded)
+            commit, drop = rule(Step(index, prob, ~decoded, decoded, prob, **told))
+            for r in range(3):
+                mine = (~decoded[r]).nonzero()[:, 0].tolist()
+                sure = {c for c in mine if prob[r, c] >= 0.6} | {
+                    max(mine, key=prob[r].tolist().__getitem__)
+                }
+                assert {*commit[r].nonzero()[:, 0].tolist()} == sure
+                doubted = [c for c in range(12) if decoded[r, c] and standing[r, c] < 0.7]
+                doubted.sort(key=standing[r].tolist().__getitem__)
+                most = 0 if gained[r] is None or len(sure) == 1 else gained[r] - 1
+                assert {*drop[r].nonzero()[:, 0].tolist()} == {*doubted[:most]}
+                gained[r] = len(sure)
+
+
+@pytest.mark.parametrize("soften", ["hard", "soft-token", "evolving"])
+@pytest.mark.parametrize("length", [8, 16])
+def test_wino_takes_no_more_forwards_than_there_are_masks(length, soften):
+    how = dict(schedule="wino", threshold=0.2, schedule_args={"back": 1.0})
+    out = run(denoiser(), gen_length=16, block_length=length, soften=soften, history=True, **how)
+    back = sum(int(((a != MASK) & (b == MASK)).sum()) for a, b in itertools.pairwise(out.states))
+    assert (
+        (back > 0 or length == 8) and out.num_forwards <= 16 and not (out.sequences == MASK).any()
+    )
+    trusting = how | dict(schedule_args={"back": 0.0})
+    same = run(denoiser(), gen_length=16, block_length=length, soften=soften, **trusting)
+    drafts = run(denoiser(), gen_length=16, block_length=length, soften=soften, threshold=0.2)
+    assert torch.equal(same.sequences, drafts.sequences)  # who doubts nothing takes nothing back
+
+
+# -- beliefs that settle
+
+
+def test_refining_waits_until_the_beliefs_have_settled():
+    """The change that the rule is told is KL(new || old) by the callback's softener, row by row."""
+    model, beliefs, changes = denoiser(dtype=torch.float64), [], []
+
+    def softener(slots):
+        beliefs.append(slots.belief.logits.log_softmax(-1))
+        return soft_token(slots)
+
+    class Watch(Refine):
+        def __call__(self, step):
+            changes.append(step.change())
+            return super().__call__(step)
+
+    make = lambda block, config, draws: Watch(Threshold(0.5), 0.05, 9)  # noqa: E731
+    out = run(
+        model, schedule=Schedule(make, refines=True), soften=softener, history=True, block_length=8
+    )
+    assert (changes[0] == torch.inf).all()
+    opens = [state == MASK for state in out.states]
+    held = torch.ones(3, dtype=torch.bool)
+    for i in range(out.num_forwards):
+        if i and torch.equal(opens[i], opens[0]):
+            p, q = beliefs[i], beliefs[i - 1]
+            kl = torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum(-1)
+            told = changes[i][opens[i]]
+            torch.testing.assert_close(told, kl.float(), atol=1e-5, rtol=1e-3)
+        held &= changes[i].where(opens[i], 0.0).sum(1) >= 0.05 * opens[i].sum(1)
+        committed = (opens[i] & ~opens[i + 1]).any(1)
+        if i < 9:
+            assert not (committed & held).any()
+    assert out.num_forwards > 2 and not opens[-1].any()
+
+
+def test_refining_at_its_ends():
+    """Whatever settles nothing is held for `most` forwards; then it is the rule that was held."""
+    how = dict(soften="soft-mask", threshold=0.3, block_length=4)
+    for most in (1, 3, 7):
+        args = {"kl": 0.0, "most": most}
+        out = run(denoiser(), schedule="refine", schedule_args=args, history=True, **how)
+        assert out.num_forwards > 2 * most
+        for i in range(most):
+            assert torch.equal(out.states[i + 1], out.states[0])
+        assert not torch.equal(out.states[most + 1], out.states[0])
+    calm = run(denoiser(), schedule="refine", schedule_args={"kl": 1e9}, history=True, **how)
+    assert torch.equal(calm.states[1], calm.states[0])  # the second has the first to compare with
+    assert not torch.equal(calm.states[2], calm.states[0])
+
+
 # -- schedules in time
 
 
@@ -167,6 +263,11 @@ def test_cosine_begins_slowly_and_wastes_no_forward():
         (dict(schedule="p2", schedule_args={"eta": -1.0}), "eta=-1.0 must be >= 0"),
         (dict(schedule="p2", schedule_args={"eta": 2.0}, alg_temp=1.0), "eta=2.0 weighs scores"),
         (dict(schedule="cosine", schedule_args={"rounding": "up"}), "rounding='up'"),
+        (dict(schedule="wino"), "needs threshold=, for example 0.9"),
+        (dict(schedule="wino", threshold=0.6, remask="cap", steps=8), "remask='cap'|steps=8"),
+        (dict(schedule="wino", threshold=0.6, schedule_args={"back": 2.0}), "back=2.0 must lie"),
+        (dict(schedule="refine", threshold=0.6), "soften='hard' shows bare ones"),
+        (dict(schedule="refine", threshold=0.6, soften="hard"), "soften='hard' shows bare ones"),
     ],
 )
 def test_is_refused(knobs, says):
