@@ -7,7 +7,7 @@ from typing import Any
 from transformers import LogitsProcessorList
 
 from softar.checks import Idle, as_ids, check_choice, check_idle, check_least, check_types
-from softar.soft import check_dist
+from softar.soft import RESCALES, check_dist
 
 from .knobs import check_allowed, check_knobs
 from .net import Facts
@@ -71,6 +71,7 @@ class DenoiseConfig:
     soften: str | Callable | Softener | None = None
     # the softener's knobs; of "soft-mask" they override what the model learnt
     soften_args: dict[str, Any] = field(default_factory=dict)
+    rescale: str | None = None  # the length of what a softener shows, see softar.soft.soft_embed
     # keys and values kept: within a block "prefix" those left of it, "dual" of both sides; "exact"
     # those of finished blocks. None: "exact" with block-causal models, which alone can, else "off"
     cache: str | None = None
@@ -112,7 +113,8 @@ class DenoiseConfig:
                 raise ValueError(
                     f"{knob}={value} belongs to one schedule: give schedule_args={{{knob!r}: {value}}}"
                 )
-        object.__setattr__(self, "end_ids", as_ids(self.end_ids))
+        for name in ("end_ids", "cfg_keep_ids"):
+            object.__setattr__(self, name, as_ids(getattr(self, name)))
         check_allowed(self.allowed)
         check_types(self)
         if isinstance(self.logits_processor, (list, tuple)):
@@ -128,6 +130,7 @@ class DenoiseConfig:
                 f"block_length={self.block_length} does not divide gen_length={self.gen_length}: choose a divisor"
             )
         check_choice("cache", self.cache, CACHES)
+        check_choice("rescale", self.rescale, RESCALES)
         blocks = self.gen_length // b if b else 1
         if self.steps is not None and self.steps % max(blocks, 1) and not self.quirks.lenient:
             raise ValueError(
@@ -225,6 +228,10 @@ class DenoiseConfig:
             raise ValueError(
                 f"schedule={self.schedule_name!r} reads soft masks until the model has settled, and "
                 f"soften={self.soften!r} shows bare ones: choose another softener"
+            )
+        if self.rescale is not None:
+            raise ValueError(
+                f"rescale={self.rescale!r} is of mixtures, and soften={self.soften!r} shows none: leave one out"
             )
 
     def _check_remask(self, softener: Softener):

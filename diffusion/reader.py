@@ -148,7 +148,7 @@ class Reader:
         of the window don't, in the rows that are busy. -> where mixtures were put [B, L], and
         which."""
         soft = Soft(soft.ids[shows], soft.weights[shows])
-        mixed = soft_embed(soft, self.net.embedding)
+        mixed = soft_embed(soft, self.net.embedding, rescale=self.config.rescale)
         if self.where is None:
             self.where = torch.zeros_like(self.fixed)
             self.mixed = mixed.new_zeros(*self.fixed.shape, mixed.shape[-1])

@@ -92,6 +92,7 @@ def combination(seed):
         select=r.choice([*SELECTORS]),
         cache=r.choice([None, "prefix", "dual"]),
         soften=r.choice([*SOFTENERS]),
+        rescale=r.choice([None, None, "l2", "norm"]),
         schedule_args={"dilation": r.choice([1, 2])}
         if schedule == "pyramid"
         else {"eps": r.choice([1e-3, 0.1]), "rounding": r.choice(["down", "even"])}
@@ -114,6 +115,8 @@ def combination(seed):
         knobs["schedule_args"] = r.choice([{}, {"kl": 1.0, "most": 3}])
         if r.random() < 0.9:
             knobs["soften"] = r.choice([name for name in SOFTENERS if name != "hard"])
+    if knobs["soften"] == "hard" and r.random() < 0.9:
+        knobs["rescale"] = None
     if SCHEDULES[schedule].compares == "threshold":
         knobs["threshold"] = r.choice([0.2, 0.9])
     if schedule == "factor":

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_denoise import HOLED, MASK, PROMPTS, denoiser, logits_of, run
+from test_denoise import HOLED, MASK, PROMPTS, denoiser, logits_of, read, run
 from tiny import seeded
 
 from softar.diffusion import DenoiseConfig
@@ -14,6 +14,7 @@ from softar.diffusion.revise import Refine
 from softar.diffusion.schedules import MASKED, Block, Schedule, Step, Threshold, plan
 from softar.diffusion.select import SELECTORS, Draws
 from softar.diffusion.soften import soft_token
+from softar.soft import soft_embed
 
 CPU = torch.device("cpu")
 
@@ -216,6 +217,25 @@ def test_refining_at_its_ends():
     assert not torch.equal(calm.states[2], calm.states[0])
 
 
+# -- the length of what a mask shows
+
+
+@pytest.mark.parametrize("soften", ["soft-token", "soft-mask", "evolving"])
+def test_rescaled_mixtures_have_the_length_that_is_asked_for(soften):
+    model = denoiser()
+    for rescale in ("l2", "norm"):
+        calls = []
+        with read(model) as inputs:
+            run(model, PROMPTS[:1], soften=soften, rescale=rescale, callback=calls.append)
+        for call, x in zip(calls, inputs[1:], strict=False):
+            if call["where"] is None or not call["where"].any():
+                continue
+            expected = soft_embed(call["soft"], model.get_input_embeddings(), rescale=rescale)
+            bare = soft_embed(call["soft"], model.get_input_embeddings())
+            torch.testing.assert_close(x[call["where"]], expected)
+            assert not torch.equal(expected, bare)
+
+
 # -- schedules in time
 
 
@@ -268,6 +288,8 @@ def test_cosine_begins_slowly_and_wastes_no_forward():
         (dict(schedule="wino", threshold=0.6, schedule_args={"back": 2.0}), "back=2.0 must lie"),
         (dict(schedule="refine", threshold=0.6), "soften='hard' shows bare ones"),
         (dict(schedule="refine", threshold=0.6, soften="hard"), "soften='hard' shows bare ones"),
+        (dict(rescale="l2"), "rescale='l2' is of mixtures"),
+        (dict(rescale="l1", soften="soft-token"), "rescale='l1' is unknown"),
     ],
 )
 def test_is_refused(knobs, says):
