@@ -202,6 +202,26 @@ def test_refining_waits_until_the_beliefs_have_settled():
     assert out.num_forwards > 2 and not opens[-1].any()
 
 
+def test_a_row_is_held_until_its_mean_change_is_small():
+    """By definition, over random canvases: once it is let go it stays so, the others wait."""
+    config = DenoiseConfig(schedule="refine", threshold=0.9, schedule_args={"kl": 0.5, "most": 4})
+    draw = seeded()
+    for _ in range(20):
+        rule, held = rule_of(config, [12] * 3, [12] * 3), [True] * 3
+        is_open = torch.rand(3, 12, generator=draw) < 0.6
+        is_open[:, 0] = True
+        for index in range(6):
+            change = torch.rand(3, 12, generator=draw) * (torch.rand(3, 1, generator=draw) + 0.5)
+            score = torch.rand(3, 12, generator=draw)
+            told = dict(change=lambda change=change: change)
+            commit, drop = rule(Step(index, score, is_open, ~is_open, score, **told))
+            for r in range(3):
+                settled = float(change[r][is_open[r]].mean()) < 0.5
+                held[r] = held[r] and index < 4 and (index == 0 or not settled)
+                assert bool(commit[r].any()) != held[r]
+            assert drop is None
+
+
 def test_refining_at_its_ends():
     """Whatever settles nothing is held for `most` forwards; then it is the rule that was held."""
     how = dict(soften="soft-mask", threshold=0.3, block_length=4)
