@@ -4,7 +4,7 @@ directions inside a block of its own fixed length and causally from block to blo
 Shapes: B rows, P prompt length, L columns of the canvas.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .grid import Grid
 from .masked import Masked
 from .net import Facts, Parts
 from .reader import Reader, Window
-from .schedules import Block
+from .schedules import Block, Quota
 from .select import Draws
 
 
@@ -40,10 +40,14 @@ class BlockCausal(Masked):
         check_blocks(config, facts)
         quirks = config.quirks
         length = config.block_length or facts.block_length
-        self.grid = Grid(
-            real, config.gen_length, length, at=quirks.grid_from, whole=not quirks.short_last
-        )
+        if quirks.mk_grid is not None:
+            self.grid = quirks.mk_grid(real, config.gen_length, length)
+        else:
+            self.grid = Grid(
+                real, config.gen_length, length, at=quirks.grid_from, whole=not quirks.short_last
+            )
         self.steps = config.steps
+        self.first_from_store = quirks.first_from_store and facts.shift == 1
         super().__init__(config, net, facts, input_ids, real, draws)
 
     def _canvas(self, input_ids: Tensor, facts: Facts) -> Canvas:
@@ -60,35 +64,64 @@ class BlockCausal(Masked):
     def blocks(self) -> Iterable[Block]:
         """Those that hold a mask when their turn comes. A row shares its steps among the blocks that
         it has masks in."""
-        steps = share_of_steps(self.config, self.grid, self.canvas.masked)
-        return self._blocks(steps)
+        masked, counts = self.canvas.masked & self.canvas.columns(0, self.canvas.width), []
+        for places, carried in self.pieces():
+            piece = self.grid.block(places, masked, self.canvas.at_start, carried=carried)
+            masked = masked & ~piece.inside
+            if not carried:
+                counts.append(piece.count)
+        return self._blocks(share_of_steps(self.config, torch.stack(counts, -1)))
 
     def _blocks(self, steps: Tensor | None) -> Iterable[Block]:
-        for number in range(self.grid.number):
-            ones = self.canvas.at_start.clamp(1, 1)
-            block = self.grid.block(number, self.canvas.masked, ones if steps is None else steps)
+        one = self.canvas.at_start.clamp(1, 1)
+        for places, carried in self.pieces():
+            share = one if carried or steps is None else steps
+            block = self.grid.block(places, self.canvas.masked, share, carried=carried)
             if steps is None:  # one for each mask
                 block = block._replace(steps=block.count.clamp_min(1))
-            if self.canvas.has_masks(block, self.reader.forwards):
+            is_seen = block.start < self.canvas.width
+            if is_seen and self.canvas.has_masks(block, self.reader.forwards):
                 yield block
             if self.over():
                 return
 
+    def pieces(self) -> Iterator[tuple[tuple[int, int], bool]]:
+        """The places that are decoded together, from left to right: sub-blocks; and before those of
+        a block its first place, if the forward that stores the places before it says what comes
+        there."""
+        b = self.grid.b
+        length = self.config.sub_block_length or b
+        for lo in range(0, self.grid.number * b, length):
+            if lo and lo % b == 0 and self.first_from_store:
+                yield (lo, lo + 1), True
+            yield (lo, lo + length), False
+
     def begin(self, block: Block) -> None:
         super().begin(block)
-        self.reader.forget()  # later blocks read tokens
         self.halted = False
-        self.reader.store(self.canvas.ids, block.number * self.grid.b)
+        lo, b = block.places[0], self.grid.b
+        if lo % b == 0:
+            self.reader.forget()  # later blocks read tokens
+        if block.carried:  # nothing more will be known of it
+            self.rule = Quota(lambda index, left: left)
+        else:
+            self.reader.store(self.canvas.ids, lo // b * b)
 
     def _window(self, block: Block, index: int) -> Window:
-        return self.reader.block_window(block)
+        whole = index == 0
+        if self.quirks.whole_for_first and not block.carried:
+            lo = block.places[0]
+            first = self.canvas.masked & self.grid.inside(lo, lo + 1)
+            whole = not self.reader.has_read(lo) or bool(first.any())
+        return self.reader.block_window(block, whole=whole, look_back=self.quirks.looks_back)
 
     def more(self, block: Block, index: int) -> bool:
         return super().more(block, index) and not self.halted
 
     def step(self, block: Block, index: int) -> dict:
         told = super().step(block, index)
-        if self.config.early_stop and self.quirks.stops_inside and self.end_ids:
+        how = self.quirks.stops_inside
+        if self.end_ids and (how == "answer" or (how and self.config.early_stop)):
             self.halted = self._halts(block, told["committed"])
         return told
 
@@ -98,14 +131,16 @@ class BlockCausal(Masked):
         is_end = torch.isin(canvas.ids, canvas.ids.new_tensor(self.end_ids))
         if self.quirks.stops_inside == "block":
             return bool((is_end & block.inside).any())
+        if self.quirks.stops_inside == "answer":
+            is_end, committed = is_end & ~canvas.fixed, is_end
         before = is_end.cumsum(-1) == 0
         whole = ~(canvas.masked & before).any(-1) & is_end.any(-1)
         return bool(((committed & is_end).any(-1) & whole).any())
 
     def end(self, block: Block) -> None:
-        if self.quirks.stores_last:
+        if self.quirks.stores_last and block.places[1] % self.grid.b == 0:
             self.reader.forget()
-            self.reader.store(self.canvas.ids, (block.number + 1) * self.grid.b)
+            self.reader.store(self.canvas.ids, block.places[1])
         if self.config.early_stop is not False and self.end_ids and self.quirks.stop == "rows":
             self.canvas.stop(block.end, self.end_ids)
 
@@ -126,20 +161,23 @@ def check_blocks(config: DenoiseConfig, facts: Facts) -> None:
             f"block_length={config.block_length} contradicts the model, whose blocks are of {facts.block_length}: "
             f"leave it out"
         )
-    if config.cache in ("prefix", "dual"):
+    b, sub = facts.block_length, config.sub_block_length
+    if sub is not None and b % sub:
         raise ValueError(
-            f"cache={config.cache!r} is approximate, and a block-causal model has an exact one: leave it out, or "
-            f"cache='off'"
+            f"sub_block_length={sub} does not divide the model's blocks of {b}: choose a divisor"
+        )
+    if config.cache in ("prefix", "dual") and sub in (None, b):
+        raise ValueError(
+            f"cache={config.cache!r} says nothing beyond the exact cache of a block-causal model where the whole "
+            f"block is decoded at once: give a sub_block_length below {b}"
         )
 
 
-def share_of_steps(config: DenoiseConfig, grid: Grid, masked: Tensor) -> Tensor | None:
-    """[B] steps of each block; None where each mask has one."""
+def share_of_steps(config: DenoiseConfig, counts: Tensor) -> Tensor | None:
+    """[B, blocks] masks -> [B] steps of each block that has some; None where each mask has one."""
     if config.steps is None:
         return None
-    b = grid.b
-    there = [(masked & grid.inside(n * b, (n + 1) * b)).any(1) for n in range(grid.number)]
-    blocks = sum(one.long() for one in there).clamp_min(1)
+    blocks = (counts > 0).sum(-1).clamp_min(1)
     if short := (config.steps < blocks).nonzero()[:, 0].tolist():
         most = int(blocks.max())
         raise ValueError(

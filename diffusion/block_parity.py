@@ -7,8 +7,9 @@ Shapes: B rows, L columns of the canvas.
 import torch
 from torch import Tensor
 
+from .grid import Grid
 from .quirks import Quirks
-from .schedules import Block, Rule, Step, share_out, surest
+from .schedules import Block, Dynamic, Rule, Step, share_out, surest
 from .select import Draws
 
 
@@ -32,6 +33,32 @@ def rounds(block: Block, config, draws: Draws) -> Rule:
     return Rounds(block.end - block.start, int(block.steps.max()), config.threshold)
 
 
+class FastGrid(Grid):
+    """Fast-dLLM v2's: so many whole blocks from the one in which the longest prompt ends, and one
+    token more. A block of one number is decoded in all rows at once, though it be a row's prompt.
+    Where the shortest prompt is one block, nobody reads the first."""
+
+    def __init__(self, real: Tensor, gen_length: int, b: int):
+        self.b, P = b, real.shape[1]
+        length = real.sum(1)
+        shortest, longest = length.min(), int(length.max())
+        blocks = gen_length // b + longest // b
+        if gen_length < b:
+            raise ValueError(
+                f"gen_length={gen_length} is no block, of which parity makes whole ones: give at least {b}"
+            )
+        unread = b * (shortest == b)
+        self.begin = P - length + unread
+        self.origin, self.stop = self.begin, P - length + blocks * b + 1
+        self.first, self.number, self.is_whole = 0, blocks + 1, False
+        self.length = int(self.stop.max())
+
+
+def above(block: Block, config, draws: Draws) -> Rule:
+    """All that is surer than the threshold, the best in any case."""
+    return Dynamic(torch.ones_like(block.count), 1, config.threshold)
+
+
 BLOCK_PARITY: dict[str, Quirks] = {
     # JetAstra/SDAR's generate.py at c2041a83, and its copy in the evaluation harness
     "sdar": Quirks(
@@ -42,6 +69,18 @@ BLOCK_PARITY: dict[str, Quirks] = {
         noise="block",
         stores_last=True,
         stop="any",
+    ),
+    # Fast-dLLM v2's generate, as the hub's modelling file has it
+    "fast_dllm_v2": Quirks(
+        rule=above,
+        blocks=True,
+        proposes_mask=True,
+        filtered_score=True,
+        mk_grid=FastGrid,
+        first_from_store=True,
+        whole_for_first=True,
+        stop="any",
+        stops_inside="answer",
     ),
     # LLaDA2.0's own generate, and dllm's LLaDA2Sampler at ca176752
     "llada2": Quirks(rule=rounds, blocks=True, stop="any", stops_inside="gapless"),

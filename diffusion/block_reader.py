@@ -24,33 +24,33 @@ CHUNK = 2048  # places of a store forward, whose attention mask has as many rows
 
 
 class PrefixCache:
-    """Keys and values of places [0, hi), in the order of the grid. A forward writes those of its own
+    """Keys and values of places [0, end), in the order of the grid. A forward writes those of its own
     places [lo, hi); whoever means them to stay writes them last. Grows by doubling."""
 
     def __init__(self):
-        self.lo = self.hi = 0
+        self.lo = self.hi = self.end = 0
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """keys, values [B, heads, W, head_dim] -> of all places up to hi, [B, heads, U, head_dim]."""
-        if layer not in self.layers or self.layers[layer][0].shape[2] < self.hi:
+        """keys, values [B, heads, W, head_dim] -> of all up to end, [B, heads, U, head_dim]."""
+        if layer not in self.layers or self.layers[layer][0].shape[2] < self.end:
             self.layers[layer] = self._grown(layer, keys), self._grown(layer, values, 1)
         both = self.layers[layer]
         for kept, new in zip(both, (keys, values), strict=True):
             kept[:, :, self.lo : self.hi] = new
-        return both[0][:, :, : self.hi], both[1][:, :, : self.hi]
+        return both[0][:, :, : self.end], both[1][:, :, : self.end]
 
     def _grown(self, layer: int, new: Tensor, which: int = 0) -> Tensor:
         old = self.layers[layer][which] if layer in self.layers else new[:, :, :0]
-        room = max(self.hi, 2 * old.shape[2])
+        room = max(self.end, 2 * old.shape[2])
         grown = new.new_empty(*new.shape[:2], room, new.shape[3])
         grown[:, :, : old.shape[2]] = old
         return grown
 
     def get_mask_sizes(self, query_length: int, layer: int) -> tuple[int, int]:
-        return self.hi, 0
+        return self.end, 0
 
     def get_query_offset(self, layer: int = 0) -> int:
         return self.lo
@@ -70,11 +70,25 @@ class BlockReader(Reader):
         # [B, D] the output at the last of them: with shifted logits it is about the next place
         self.last: Tensor | None = None
 
-    def block_window(self, block: Block) -> Window:
-        """The places of a block."""
-        b = self.grid.b
-        span = block.number * b, (block.number + 1) * b
-        return Window(block.start, block.end, block.inside, span)
+    def block_window(self, block: Block, *, whole: bool, look_back: bool) -> Window:
+        """The places of the next forward: of the whole block on the grid, or with an approximate
+        cache of a part of it."""
+        b, (lo, hi) = self.grid.b, block.places
+        first = lo // b * b
+        if block.carried:
+            span = lo, lo
+        elif whole or self.config.cache not in ("prefix", "dual"):
+            span = first, first + b
+        else:
+            lo = max(lo - self.facts.shift, first) if look_back else lo
+            span = lo, hi if self.config.cache == "dual" else first + b
+        is_own = span == block.places or block.carried
+        inside = block.inside if is_own else self.grid.inside(*span)
+        return Window(block.start, block.end, inside, span)
+
+    def has_read(self, place: int) -> bool:
+        """Does the cache hold keys and values of this place?"""
+        return self.cache is not None and place < self.cache.end
 
     def store(self, canvas: Tensor, hi: int) -> None:
         """Keep keys and values of all places before `hi`, of the tokens that stand there."""
@@ -87,14 +101,17 @@ class BlockReader(Reader):
     def __call__(self, canvas: Tensor, window: Window, rows: Tensor, cols: Tensor) -> Tensor:
         """-> logits [n, V] float32 about the positions (rows, cols), which lie in the window."""
         lo, hi = window.span
+        if lo == hi and self.cache is not None:
+            self.store(canvas, lo)
+            self.stores.pop()  # the last of them decides something
         lo = lo if self.cache is not None else 0
-        hidden = self._forward(canvas, lo, hi)
+        hidden = self._forward(canvas, lo, hi) if lo < hi else self.last[:, None]
         # With shifted logits nothing is about a row's first token, whose own output stands in.
         place = self.grid.place(rows, cols)
         first = self.grid.place(rows, self.grid.begin[rows])
         source = torch.maximum(place - self.facts.shift, first.minimum(place)) - lo
         chosen = [hidden[rows + half, source.clamp_min(0)] for half in self._halves(canvas)]
-        if self.last is not None:  # what is about the first place was said before it
+        if self.last is not None and lo % self.grid.b == 0:  # the first place's was said before it
             before = (source < 0)[:, None]
             chosen = [
                 torch.where(before, self.last[rows + half], own)
@@ -109,41 +126,44 @@ class BlockReader(Reader):
     def _forward(self, canvas: Tensor, lo: int, hi: int) -> Tensor:
         """-> hidden [B, hi - lo, D] of places [lo, hi), which see all places of their block and of
         those before."""
-        at, there = self.grid.places(lo, hi)
+        at, _ = self.grid.places(lo, hi)
         embeds = self._embedded(canvas, at, lo)
         if self.twice:
             embeds = torch.cat([embeds, self._embedded(self.without_prompt(canvas), at, lo)])
         positions = (at - self.grid.begin[:, None]).clamp_min(0)
-        mask = self._mask(lo, hi, there)
+        end = -(-hi // self.grid.b) * self.grid.b  # of the block
+        mask = self._mask(lo, hi, end)
         if self.twice:
             positions = positions.repeat(2, 1)
             mask = mask if mask is None or len(mask) == 1 else mask.repeat(2, 1, 1, 1)
         if self.cache is not None:
-            self.cache.lo, self.cache.hi = lo, hi
+            self.cache.lo, self.cache.hi, self.cache.end = lo, hi, end
         self.forwards += 1
         self.positions += embeds.shape[0] * embeds.shape[1]
         return self.net.body(embeds, mask, positions, self.cache)
 
-    def _mask(self, lo: int, hi: int, there: Tensor) -> Tensor | None:
-        """[1 or B, 1, hi - lo, hi] bool, which places see which; None: all see all."""
+    def _mask(self, lo: int, hi: int, end: int) -> Tensor | None:
+        """[1 or B, 1, hi - lo, end] bool, which places see which; None: all see all."""
         b, whole = self.grid.b, self.grid.is_whole
         if whole and hi - lo // b * b <= b:
             return None
-        place = torch.arange(hi, device=there.device)
-        sees = (place // b <= place[lo:, None] // b)[None, None]
+        place = torch.arange(end, device=self.grid.begin.device)
+        sees = (place // b <= place[lo:hi, None] // b)[None, None]
         if whole:
             return sees
-        _, keys = self.grid.places(0, hi)
+        _, keys = self.grid.places(0, end)
         # A place that is none sees itself: a row of the softmax without a key would be NaN.
-        return (sees & keys[:, None, None, :]) | (place == place[lo:, None])
+        return (sees & keys[:, None, None, :]) | (place == place[lo:hi, None])
 
     def _embedded(self, canvas: Tensor, at: Tensor, lo: int) -> Tensor:
         """[B, W, D] what stands in the columns `at` [B, W], those of the places from `lo` on."""
         embeds = self.net.embedding(canvas.gather(1, at))
         if self.where is not None:
-            span = slice(self.soft[0] - lo, self.soft[1] - lo)
+            first, end = max(lo, self.soft[0]), min(lo + at.shape[1], self.soft[1])
+            span = slice(first - lo, end - lo)
             shows = self.where.gather(1, at[:, span])[..., None]
-            embeds[:, span] = torch.where(shows, self.mixed, embeds[:, span])
+            mixed = self.mixed[:, first - self.soft[0] : end - self.soft[0]]
+            embeds[:, span] = torch.where(shows, mixed, embeds[:, span])
         return embeds
 
     def soften(

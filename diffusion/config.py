@@ -40,7 +40,11 @@ IDLE = (
     Idle("cfg_keep_ids", lambda c: c.cfg_scale == 0, "without guidance", "give a cfg_scale"),
     Idle(
         "cache",
-        lambda c: c.cache in ("prefix", "dual") and not c.gen_length and c.block_length is None,
+        lambda c: (
+            c.cache in ("prefix", "dual")
+            and not c.gen_length
+            and c.block_length is c.sub_block_length is None
+        ),
         "where the block is the whole canvas",
         "give a block_length",
     ),
@@ -54,6 +58,8 @@ class DenoiseConfig:
     gen_length: int = 128  # masks appended to each prompt; 0 fills the masks of a template
     # blocks are decoded from left to right; None is one block of all
     block_length: int | None = None
+    # of block-causal models, whose blocks are the model's own: what of one is decoded together
+    sub_block_length: int | None = None
     steps: int | None = None  # forwards in all, shared by the blocks; None is one for each mask
     # name in SCHEDULES, or "module:function"; None is uniform, or what `threshold`, `factor` or
     # `entropy_bound` asks for
@@ -73,7 +79,8 @@ class DenoiseConfig:
     soften_args: dict[str, Any] = field(default_factory=dict)
     rescale: str | None = None  # the length of what a softener shows, see softar.soft.soft_embed
     # keys and values kept: within a block "prefix" those left of it, "dual" of both sides; "exact"
-    # those of finished blocks. None: "exact" with block-causal models, which alone can, else "off"
+    # those of finished blocks; of block-causal models the other two keep those too, and "within" is
+    # within a block, around a sub-block. None: "exact" with block-causal models, which alone can, else "off"
     cache: str | None = None
     remask: str | None = None  # ReMDM: "cap", "rescale", "conf" or "loop"
     remask_args: dict[str, Any] = field(default_factory=dict)  # eta, t_on, t_off, alpha_on
@@ -120,7 +127,7 @@ class DenoiseConfig:
         if isinstance(self.logits_processor, (list, tuple)):
             processors = LogitsProcessorList(self.logits_processor)
             object.__setattr__(self, "logits_processor", processors)
-        check_least(self, gen_length=0, block_length=1, steps=1)
+        check_least(self, gen_length=0, block_length=1, sub_block_length=1, steps=1)
         for name, known in (("select", SELECTORS), ("parity", PARITY)):
             if isinstance(getattr(self, name), str):
                 check_choice(name, getattr(self, name), sorted(known))

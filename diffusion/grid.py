@@ -66,8 +66,15 @@ class Grid:
         start, stop = ends.clamp(0, self.length).tolist()
         return start, stop
 
-    def block(self, number: int, masked: Tensor, steps: Tensor) -> Block:
-        """A block of the canvas. masked: [B, L] bool; steps: [B]."""
-        places = number * self.b, (number + 1) * self.b
-        inside = self.inside(*places)
-        return Block(*self.hull(*places), (masked & inside).sum(-1), steps, inside, number)
+    def block(
+        self, places: tuple[int, int], masked: Tensor, steps: Tensor, *, carried: bool = False
+    ) -> Block:
+        """Some places of a block as a block of the canvas. masked: [B, L] bool; steps: [B]."""
+        inside = self.carried(places[0]) if carried else self.inside(*places)
+        count = (masked & inside).sum(-1)
+        return Block(*self.hull(*places), count, steps, inside, places, carried)
+
+    def carried(self, place: int) -> Tensor:
+        """[B, L] bool, the columns of a place in the rows that have one before it."""
+        column = torch.arange(self.length, device=self.origin.device)
+        return self.inside(place, place + 1) & (column > self.begin[:, None])

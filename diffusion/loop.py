@@ -234,6 +234,11 @@ def _check(model, facts: Facts, net: Parts, config: DenoiseConfig, input_ids: Te
         raise ValueError(
             f"cache={config.cache!r}: {type(model).__name__} keeps no keys and values; leave it out"
         )
+    if config.sub_block_length and facts.block_length is None and not config.quirks.blocks:
+        raise ValueError(
+            f"sub_block_length={config.sub_block_length} is for block-causal models, and {type(model).__name__} reads "
+            f"the whole canvas: give a block_length"
+        )
     if config.cache == "exact" and facts.block_length is None:
         raise ValueError(
             f"cache='exact' is for block-causal models, and {type(model).__name__} reads the whole canvas: choose "

@@ -41,14 +41,21 @@ class Quirks(NamedTuple):
     stays_soft: bool = False
     # of block-causal models
     blocks: bool = False  # it decodes them, in blocks of the length that is asked for
+    # (real [B, P], gen_length, block length) -> a grid.Grid of its own
+    mk_grid: Callable | None = None
     grid_from: str = "start"  # where their blocks begin, one of GRIDS
     short_last: bool = False  # the last block ends where the answer does
     stores_last: bool = False  # the last block is stored, too
+    # with shifted logits, the forward that stores a block decides the first token of the next
+    first_from_store: bool = False
+    # a cached window is the whole block as long as the first position of the sub-block is a mask;
+    # else only in a sub-block's first forward
+    whole_for_first: bool = False
     # who ends at an end token after a block: its "rows", or all where "any" row or where "all" have
     # one; "never"
     stop: str = "rows"
     # with early_stop, a row also ends inside a block: "gapless" where no mask is left before the
-    # token, all rows' "block" where one has it
+    # token, all rows' "block" where one has it; without as well: in the "answer", gapless
     stops_inside: str | None = None
 
 
@@ -60,4 +67,5 @@ DEFAULT = Quirks(
     batch_share=False,
     looks_back=True,
     waits=True,
+    first_from_store=True,
 )

@@ -18,7 +18,10 @@ class Block(NamedTuple):
     steps: Tensor  # [B] int64 forwards that a schedule which shares tokens out has for it
     # [1 or B, L] bool, its columns: [start, end), or in each row a part of that
     inside: Tensor | None = None
-    number: int = 0  # on the grid of a block-causal model
+    # of a block-causal model: its places on the grid
+    places: tuple[int, int] = (0, 0)
+    # one place, about which the forward that stores the places before it says all
+    carried: bool = False
 
 
 class Step(NamedTuple):

@@ -7,9 +7,10 @@ from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion.select import Selector, believed, filtered
 
 
-def decoded(folder, family, case, config, **options):
+def decoded(folder, family, case, config, cut=None, **options):
     """The run of a case: every canvas, the number of forwards and the first logits are as recorded.
-    -> its output."""
+    cut: row of the last canvas -> what is recorded of it, where a row is shorter at the end or
+    before. -> its output."""
     model = checkpoint(folder, case["checkpoint"])
     mask = case.get("attention_mask")
     hidden = []
@@ -23,7 +24,14 @@ def decoded(folder, family, case, config, **options):
         hook.remove()
     start = case["states_start"]
     assert output.num_forwards == case["nfe"]
-    assert [state[:, start:].tolist() for state in output.states] == case["states"]
+    states = [state[:, start:].tolist() for state in output.states]
+    if cut is not None:  # columns that a canvas had not yet, or not any more, are recorded as masks
+        width, mask_id = len(case["states"][0][0]), model.config.mask_token_id
+        states[-1] = [cut(row) for row in states[-1]]
+        states = [[row + [mask_id] * (width - len(row)) for row in state] for state in states]
+        assert all(i == mask_id for state in states for row in state for i in row[width:])
+        states = [[row[:width] for row in state] for state in states]
+    assert states == case["states"]
     want = tensor(folder, family, f"{case['id']}.logits0")
     if want is not None:
         got = model.lm_head(hidden[0]).detach()
@@ -112,7 +120,35 @@ def check_llada2(folder, family, case):
     check_returned(folder, case, rows)
 
 
+def fast_config(case, parity):
+    p = case["params"]
+    return DenoiseConfig(
+        parity=parity,
+        gen_length=p["max_new_tokens"],
+        block_length=p["block_size"],
+        sub_block_length=p["small_block_size"],
+        threshold=p["threshold"],
+        temperature=p["temperature"],
+        cache="dual" if p["use_block_cache"] else None,
+        end_ids=(p["stop_token"],),
+    )
+
+
+def check_fast_v2(folder, family, case):
+    """The public function returns what stands up to the first stop token, and the last state is
+    that."""
+    stop, width = case["params"]["stop_token"], len(case["prompt_ids"][0])
+
+    def cut(answer):
+        return answer[: answer.index(stop) + 1 if stop in answer else None]
+
+    output = decoded(folder, family, case, fast_config(case, "fast_dllm_v2"), cut)
+    rows = output.sequences.tolist()
+    check_returned(folder, case, [row[:width] + cut(row[width:]) for row in rows])
+
+
 SAMPLER_CHECKS = {
+    "fastv2_generate": check_fast_v2,
     "llada2_generate": check_llada2,
     "sdar_eval": check_sdar,
     "sdar_generate": check_sdar,

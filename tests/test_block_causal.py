@@ -83,7 +83,9 @@ def setting(seed):
         early_stop=r.choice([None, False]),
         end_ids=tuple(range(r.choice([1, 6]))),
     )
-    return rows, knobs, block_model(r.choice([0, 1]), r.choice([1, 3, 4, 8]))
+    b = r.choice([1, 3, 4, 8])
+    knobs["sub_block_length"] = r.choice([None] + [s for s in range(1, b + 1) if b % s == 0])
+    return rows, knobs, block_model(r.choice([0, 1]), b)
 
 
 def decode(model, rows, seeds=None, **knobs):
@@ -202,8 +204,18 @@ def test_places_and_columns():
 ROW = [[3, 4, 5]]
 BAD = {
     "another length": (dict(block_length=3, gen_length=6), "block_length=3 contradicts the model"),
-    "an approximate cache": (dict(cache="dual", gen_length=4), "cache='dual' is approximate"),
+    "an approximate cache": (dict(cache="dual", gen_length=4), "give a sub_block_length below 4"),
+    "of one sub-block": (
+        dict(cache="prefix", sub_block_length=4, gen_length=4),
+        "cache='prefix' says nothing beyond the exact cache",
+    ),
+    "sub-blocks that don't fit": (dict(sub_block_length=3, gen_length=4), "blocks of 4: choose"),
+    "no sub-blocks": (dict(sub_block_length=0, gen_length=4), "sub_block_length=0"),
     "too few steps": (dict(gen_length=8, steps=1), "steps=1 cannot be shared by the 3 blocks"),
+    "steps of sub-blocks": (
+        dict(gen_length=8, steps=4, sub_block_length=2),
+        "steps=4 cannot be shared by the 5 blocks",
+    ),
     "no room": (dict(gen_length=62), "do not fit into the model's 64 positions in blocks of 4"),
 }
 
@@ -215,6 +227,7 @@ def test_what_a_block_causal_model_cannot_do(name):
         decode(block_model(), ROW, **knobs)
 
 
-def test_the_exact_cache_is_for_block_causal_models_alone():
-    with pytest.raises(ValueError, match="cache='exact' is for block-causal models"):
-        denoise(denoiser(), *left_padded(ROW), config=DenoiseConfig(gen_length=4, cache="exact"))
+@pytest.mark.parametrize("knobs", [dict(cache="exact"), dict(sub_block_length=2)])
+def test_for_block_causal_models_alone(knobs):
+    with pytest.raises(ValueError, match=f"{next(iter(knobs))}=.* is for block-causal models"):
+        denoise(denoiser(), *left_padded(ROW), config=DenoiseConfig(gen_length=4, **knobs))

@@ -1,0 +1,148 @@
+"""Blocks of a block-causal model that are decoded in sub-blocks, with a cache around each, and the
+first token of a block, which the forward that stored the one before it decides."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from test_block_causal import block_model, decode, setting
+from test_denoise import MASK
+from transformers import SuppressTokensLogitsProcessor
+
+from softar.diffusion.net import parts
+from softar.soft import soft_embed
+
+
+def forwards_of(model, *args, **knobs):
+    """-> the output, and of each forward its inputs [B, W, D] and their positions [B, W]."""
+    calls = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(
+            (kwargs["inputs_embeds"], kwargs["position_ids"])
+        ),
+        with_kwargs=True,
+    )
+    try:
+        return decode(model, *args, **knobs), calls
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_sub_blocks_are_decoded_from_left_to_right(shift):
+    model, rows = block_model(shift, 8), [[3, 4, 5], [7, 8, 9, 10, 11, 12]]
+    out = decode(model, rows, gen_length=14, sub_block_length=2, early_stop=False)
+    for r, row in enumerate(rows):
+        when = out.committed_at[r, -14 - len(row) :].view(-1)
+        parts_of_row = [w[w >= 0] for w in when[: len(when) // 2 * 2].split(2)]
+        edges = [(int(w.min()), int(w.max())) for w in parts_of_row if len(w)]
+        assert all(a[1] < b[0] for a, b in pairwise(edges))
+
+
+def test_no_forward_is_spent_behind_the_answer():
+    """The model reads a whole block; of its sub-blocks those are decoded that are asked for."""
+    out = decode(block_model(0, 8), [[*range(1, 9)]], gen_length=3, sub_block_length=2)
+    assert out.num_forwards == 1 + 4
+
+
+def test_sub_blocks_share_the_steps():
+    model = block_model(0, 8)
+    out = decode(
+        model, [[*range(1, 9)]], gen_length=16, sub_block_length=4, steps=8, early_stop=False
+    )
+    assert out.num_forwards == 2 + 8
+    counts = out.committed_at[0, 8:].unique(return_counts=True)[1]
+    assert counts.tolist() == [2] * 8
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_row_alone_is_a_row_of_a_batch_with_an_approximate_cache(seed):
+    rows, knobs, _ = setting(seed)
+    model = block_model(seed % 2, 8)
+    knobs |= dict(cache=["dual", "prefix"][seed // 2 % 2], sub_block_length=[1, 2, 4][seed % 3])
+    out = decode(model, rows, **knobs)
+    assert not (out.sequences == MASK).any()
+    for r, row in enumerate(rows):
+        if knobs["gen_length"] or MASK in row:
+            alone = decode(model, [row], [r], **knobs)
+            assert torch.equal(alone.sequences[0], out.sequences[r, -alone.sequences.shape[1] :]), r
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("cache", ["dual", "prefix"])
+def test_a_window_is_what_the_cache_does_not_hold(cache, shift):
+    """First the block, then the sub-block, or all from there on; with shifted logits the position
+    before it too, which says what comes first. Where each sub-block is one forward, nothing is
+    approximate."""
+    model, row = block_model(shift, 8), [*range(1, 9)]
+    knobs = dict(gen_length=8, sub_block_length=4, early_stop=False)
+    out, calls = forwards_of(model, [row], cache=cache, **knobs)
+    spans = [(int(at[0, 0]), int(at[0, -1]) + 1) for _, at in calls]
+    second = (11 if shift else 12, 16)
+    first = (8, 12 if cache == "dual" else 16)
+    masks = [4 - shift, 4]  # the first token is the prefill's
+    assert spans == [(0, 8), (8, 16)] + [first] * (masks[0] - 1) + [(8, 16)] + [second] * 3
+    assert out.token_forwards == sum(hi - lo for lo, hi in spans)
+    at_once = [
+        decode(model, [row], cache=c, threshold=1e-9, **knobs).sequences for c in (cache, "exact")
+    ]
+    assert torch.equal(*at_once)
+
+
+@pytest.mark.parametrize("soften", ["soft-token", "soft-mask", "evolving"])
+@pytest.mark.parametrize("cache", ["exact", "dual"])
+def test_the_next_window_shows_the_mixtures_that_were_reported(cache, soften):
+    model, told = block_model(1, 8), []
+    knobs = dict(gen_length=12, sub_block_length=4, early_stop=False, soften=soften, cache=cache)
+    _, calls = forwards_of(model, [[*range(1, 12)], [5, 6, 7]], callback=told.append, **knobs)
+    begin, seen = torch.tensor([0, 8]), 0  # columns of the first tokens
+    for one, then in pairwise(told):
+        if one["where"] is None or one["block"] != then["block"]:
+            continue
+        embeds, positions = calls[then["step"]]
+        mixtures = soft_embed(one["soft"], model.get_input_embeddings())
+        rows, cols = one["where"].nonzero(as_tuple=True)
+        here = positions[rows] == (cols - begin[rows])[:, None]
+        shown = embeds[rows][here & (here.cumsum(-1) == here.sum(-1, keepdim=True))]
+        inside = here.any(-1)
+        torch.testing.assert_close(shown, mixtures[inside], atol=1e-6, rtol=0)
+        seen += len(shown)
+    assert seen > 10
+
+
+@pytest.mark.parametrize("prompt", [3, 8, 11])
+def test_a_block_begins_with_what_its_prefix_says(prompt):
+    """As an autoregressive model does, for no forward of its own."""
+    model = block_model(1, 4)
+    out = decode(model, [[*range(1, prompt + 1)]], gen_length=12, early_stop=False)
+    ids, net = out.sequences, parts(model)
+    place = torch.arange(ids.shape[1])
+    sees = (place // 4 <= place[:, None] // 4)[None, None]
+    with torch.no_grad():
+        logits = net.head(net.body(net.embedding(ids), sees, place[None], None))
+    logits[..., MASK] = -torch.inf
+    firsts = [c for c in range(-(-prompt // 4) * 4, prompt + 12, 4)]
+    assert ids[0, firsts].tolist() == logits[0, [c - 1 for c in firsts]].argmax(-1).tolist()
+    blocks = -(-(prompt + 12) // 4) - prompt // 4
+    masks = 4 * blocks - prompt % 4 - len(firsts)
+    assert out.num_forwards == bool(prompt // 4) + blocks - 1 + masks
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_as_the_published_sampler_where_that_has_no_defect(seed):
+    """But for tokens behind the answer, of which it has a block and one more."""
+    torch.manual_seed(seed)
+    prompt = [1, 3, 7, 9, 14, 16][seed]
+    row = torch.randint(1, MASK, (prompt,)).tolist()
+    model = block_model(1, 8)
+    no_mask = SuppressTokensLogitsProcessor([MASK])
+    knobs = dict(threshold=0.3, sub_block_length=4, end_ids=(0,), logits_processor=no_mask)
+    own = decode(model, [row], gen_length=16, **knobs)
+    public = (
+        decode(model, [row], gen_length=16, block_length=8, parity="fast_dllm_v2", **knobs)
+        .sequences[0, prompt:]
+        .tolist()
+    )
+    assert len(public) == 16 - prompt % 8 + 1
+    stop = public.index(0) + 1 if 0 in public else min(16, len(public))
+    assert own.completions[0, :stop].tolist() == public[:stop]
