@@ -112,8 +112,8 @@ def soft_embed(soft: Soft, embedding: nn.Module, *, rescale: str | None = None) 
     Calls `embedding` on the ids, so that whatever the module does (Gemma's scale, LoRA, sharding,
     hooks) is in the result; memory is O(... x K x D). Only for K >= V it is one dense product with
     the table. The sum is taken in float32, or in float64 where weights or table are, and returned
-    in the table's dtype; weights and table both get gradients. One id of weight 1 gives that
-    token's embedding bit for bit.
+    in the table's dtype; weights and table both get gradients, the latter but for the row that is
+    its padding index, as in any lookup. One id of weight 1 gives that token's embedding bit for bit.
 
     Args:
         soft: ids and weights [..., K].

@@ -579,6 +579,19 @@ def test_a_filter_that_wants_a_gradient_is_refused(name):
         mk_proba_dist(logits, **{name: p.requires_grad_()})
 
 
+@pytest.mark.parametrize("padding", [None, 0, 3])
+def test_the_whole_vocabulary_learns_as_lookups_do(padding):
+    """Every row of the table gets its weights' gradient, but for the padding index of a module."""
+    weights = torch.rand(5, VOCAB, generator=seeded(0)).softmax(-1)
+    ids = torch.arange(VOCAB).expand(5, -1)
+    table = nn.Embedding(VOCAB, 4, padding_idx=padding)
+    soft_embed(Soft(ids, weights), table).sum().backward()
+    expected = weights.sum(0)[:, None].expand(-1, 4).clone()
+    if padding is not None:
+        expected[padding] = 0
+    assert torch.allclose(table.weight.grad, expected, atol=1e-6)
+
+
 def test_gradients_through_a_wrapped_embedding_equal_the_dense_formula():
     module = lora_embedding()
     trained = [p for p in module.parameters() if p.requires_grad]
