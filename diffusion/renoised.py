@@ -63,7 +63,8 @@ def check_renoised(config: DenoiseConfig, facts: Facts, rng: Rng = None) -> None
             "temperature=0: the model reads its belief at this temperature, give one above 0, such as 0.01"
         )
     name = config.schedule_name
-    if config.schedule is not None and name in SCHEDULES and name not in COMPARES:
+    known = name not in SCHEDULES or config.schedule is None or name in COMPARES
+    if not known or config.scheduler.revises or config.scheduler.refines:
         raise ValueError(
             f"schedule={name!r} shares out what is committed, and here nothing is: choose one of {COMPARES}"
         )

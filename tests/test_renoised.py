@@ -20,6 +20,7 @@ from softar import make_decoder
 from softar.diffusion import SOFTENERS, DenoiseConfig, denoise, label_probs, load
 from softar.diffusion.losses import log_likelihood
 from softar.diffusion.net import facts
+from softar.diffusion.schedules import Schedule
 from softar.diffusion.select import Belief
 from softar.diffusion.soften import Slots, Softener
 from softar.diffusion.stops import mk_stop
@@ -207,6 +208,7 @@ VARIANTS = {
     "evolving": dict(soften="evolving"),
     "slerp": dict(soften="slerp"),
     "threshold": dict(threshold=0.3, steps=None, gen_length=8, **SOON),
+    "dynamic": dict(schedule="dynamic", threshold=0.3, gen_length=8, steps=6),
     "factor": dict(factor=2.0, select="margin", steps=None, gen_length=8, **SOON),
     "one temperature": dict(temperature=0.02),
     "with ends": dict(end_ids=ENDS, gen_length=24, steps=18),
@@ -416,6 +418,12 @@ BAD = [
         dict(schedule="linear"),
         "schedule='linear' shares out what is committed, and here nothing is",
     ),
+    (
+        dict(schedule=Schedule(lambda *_: None, revises=True)),
+        "shares out what is committed, and here nothing is",
+    ),
+    (dict(schedule="wino", threshold=0.5), "schedule='wino' shares out what is committed"),
+    (dict(rescale="l2", soften="soft-token"), "rescale='l2' does not go with DiffusionGemma"),
     (dict(select="margin"), "select='margin' does nothing: what is kept is bounded by entropies"),
     (dict(parity="llada"), "parity='llada' does not go with DiffusionGemma"),
     (dict(temperature=0.0), "temperature=0: the model reads its belief at this temperature"),
