@@ -72,11 +72,14 @@ FIELDS = dict(  # and values that each takes
     top_p=[0.01, 0.5, 0.95, 1.0],
     alg_temp=[0.2, 5.0],
     cfg_scale=[0.7, 1.5],
+    cfg_keep_ids=[tuple(range(3, 30))],
+    rescale=["l2", "norm"],
     ban_eos=[True],
     ends_last=[True],
     early_stop=[True],
     end_ids=[(EOS,), tuple(range(10, 40)), (EOS, 33)],
 )
+LONGER = ("linear", "ancestral", "p2", "refine")  # may take more forwards than there are masks
 SOFT_MASK = [{}, {"scheduling": "linear"}, {"algorithm": "temperature", "temperature": 0.5}]
 
 
@@ -101,6 +104,10 @@ def cases(draw):
     fields = {"gen_length": length, "schedule": schedule, "block_length": one([None, *sizes])}
     fields |= {name: one(FIELDS[name]) for name in draw(st.sets(st.sampled_from([*FIELDS])))}
     fields["soften"] = one(SOFTENERS)
+    if fields["soften"] == "hard":
+        fields.pop("rescale", None)
+    if "cfg_scale" not in fields:
+        fields.pop("cfg_keep_ids", None)
     if fields["soften"] == "soft-mask":
         fields["soften_args"] = one([*SOFT_MASK, {"k": 5, "scale": 1.0}, {"k": VOCAB}])
     if SCHEDULES[schedule].takes_steps:
@@ -111,6 +118,12 @@ def cases(draw):
                 fields["remask_args"] = one([{}, {"eta": 0.3}, {"eta": 1.0}])
     if schedule == "linear":
         fields["schedule_args"] = {"eps": one([1e-3, 0.0, 0.3, 0.9])}
+    if schedule == "p2":
+        fields["schedule_args"] = {"eta": one([0.0, 1.0, 3.0])}
+    if schedule == "wino":
+        fields["schedule_args"] = {"back": one([0.0, 0.3, 1.0])}
+    if schedule == "refine":
+        fields["schedule_args"] = {"kl": one([0.0, 0.1, 3.0]), "most": one([1, 3])}
     if schedule == "pyramid":
         fields["schedule_args"] = {"dilation": one([1, 2, 3, 7])}
     if compares := SCHEDULES[schedule].compares:
@@ -173,7 +186,7 @@ def check_output(out, canvas, config):
     assert torch.equal(out.sequences[is_given], canvas[is_given]), "a given token changed"
     assert (out.committed_at < out.num_forwards).all() and (out.committed_at[is_given] == -1).all()
     masks = int((~is_given).any(0).sum())
-    if config.remask is None and config.schedule not in ("linear", "ancestral"):
+    if config.remask is None and config.schedule not in LONGER:
         assert out.num_forwards <= masks
     if config.steps and config.gen_length and int((~is_given).sum()) == masks * len(canvas):
         assert out.num_forwards <= config.steps
