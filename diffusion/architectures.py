@@ -2,9 +2,7 @@
 weights."""
 
 import re
-from pathlib import Path
 
-from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 # Regular expressions of LLaDA's parameter names, and Llama's in their place (read backwards when
@@ -58,6 +56,13 @@ class Published:
     published: dict[str, str] = {}
     # what the configuration must say, or not mention, for the stock class to be the model
     needs: dict
+    # and these, for which transformers would take those of a model that it knows
+    sizes: tuple[str, ...] = (
+        "hidden_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "vocab_size",
+    )
     # what the folder may leave to the caller of `load`, and what the mask token is called there
     free: tuple[str, ...] = ("block_length",)
     mask_tokens: tuple[str, ...] = ()
@@ -85,10 +90,11 @@ class Published:
         named = super().to_dict()
         for original, name in self.published.items():
             named[original] = named.pop(name)
-        rotation = ("rope_theta", "partial_rotary_factor")
-        named |= {
-            name: self.rope_parameters[name] for name in rotation if name in self.rope_parameters
-        }
+        rotation = dict(self.rope_parameters)
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in rotation:
+                named[name] = rotation.pop(name)
+        named["rope_scaling"] = None if rotation == {"rope_type": "default"} else rotation
         return named
 
 
@@ -155,21 +161,3 @@ def llama_name(name: str) -> str:
     for llada, llama in LLADA_NAMES.items():
         name = re.sub(llada, llama, name)
     return name
-
-
-def load_original(model: LladaForMaskedDiffusion, folder: str | Path) -> None:
-    """The weights of a checkpoint of the trainer, which is under the original names: transformers
-    would take them for unknown ones, and go on with what the model has. Raises ValueError for what
-    does not fit."""
-    saved = {}
-    for file in sorted(Path(folder).glob("model*.safetensors")):
-        saved |= {llama_name(name): value for name, value in load_file(file).items()}
-    keys = model.load_state_dict(saved, strict=False)
-    tied = ["lm_head."] if model.config.tie_word_embeddings else []
-    elsewhere = ("soft_mask_head.", *tied)
-    missing = [name for name in keys.missing_keys if not name.startswith(elsewhere)]
-    if keys.unexpected_keys or missing:
-        raise ValueError(
-            f"resume_from_checkpoint={str(folder)!r} does not fit the model: missing {missing[:3]}, unexpected "
-            f"{keys.unexpected_keys[:3]}"
-        )

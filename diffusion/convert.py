@@ -16,7 +16,7 @@ from .architectures import (
     LladaForMaskedDiffusion,
     check_settings,
 )
-from .models import introduce
+from .tokenizer import introduce
 
 # What to make of a class, and what its configuration must say: the published layouts have no name
 # for anything else.

@@ -1,17 +1,13 @@
 """The diffusion models of 2026 as models of transformers: SDAR and Fast-dLLM v2 are Qwen3 and Qwen2
-read block by block, A2D is a Qwen3, Qwen2 or Llama read in both directions, LLaDA2 is GLM-4-MoE
-under other names, Open-dCoder a plain Qwen2.
+read block by block, A2D is a Qwen3, Qwen2 or Llama read in both directions, Open-dCoder a plain
+Qwen2.
 
 The classes bear the published names, so that what is saved names them as the originals do.
 """
 
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
 from transformers import (
-    Glm4MoeConfig,
-    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -19,23 +15,12 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.core_model_loading import (
-    Concatenate,
-    ConversionOps,
-    WeightConverter,
-    WeightRenaming,
 )
 
 from softar.checks import check_choice
 
 from .architectures import DreamForMaskedDiffusion, LladaForMaskedDiffusion, Published
+from .experts import LLaDA2MoeModelLM, SDARMoeForCausalLM
 
 PLAIN_QWEN = dict(hidden_act="silu", use_sliding_window=False)
 
@@ -58,24 +43,6 @@ class SdarConfig(Published, Qwen3Config):
 
 class SDARForCausalLM(Qwen3ForCausalLM):
     config_class = SdarConfig
-
-
-class SdarMoeConfig(Published, Qwen3MoeConfig):
-    model_type = "sdar_moe"
-    family = "sdar"
-    published = {"block_size": "block_length"}
-    attribute_map = Qwen3MoeConfig.attribute_map | published
-    needs = PLAIN_QWEN
-    mask_tokens = SdarConfig.mask_tokens
-    usual_mask_id = SdarConfig.usual_mask_id
-    logits_shift: int = 0
-    block_length: int = 4
-    is_causal: bool = False
-    mask_token_id: int | None = None
-
-
-class SDARMoeForCausalLM(Qwen3MoeForCausalLM):
-    config_class = SdarMoeConfig
 
 
 class FastDllmConfig(Published, Qwen2Config):
@@ -163,87 +130,6 @@ class OpenDcoderConfig(Published, Qwen2Config):
     mask_token_id: int | None = None
 
 
-class Llada2Config(Published, Glm4MoeConfig):
-    """LLaDA2.0's and 2.1's (arXiv:2512.15745), which names neither its mask nor its end token."""
-
-    model_type = "llada2_moe"
-    family = "llada2"
-    published = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
-    attribute_map = Glm4MoeConfig.attribute_map | published
-    needs = dict(
-        attention_bias=False,
-        hidden_act="silu",
-        moe_router_enable_expert_bias=True,
-        norm_head=False,
-        norm_softmax=False,
-        num_nextn_predict_layers=0,
-        score_function="sigmoid",
-        use_bias=False,
-        use_qk_norm=True,
-        use_qkv_bias=False,
-        use_rmsnorm=True,
-        use_sliding_window=False,
-        using_split_qkv_in_self_attention=False,
-    )
-    mask_tokens = ("<|mask|>",)
-    usual_mask_id = 156895
-    usual_eos_id = 156892
-    logits_shift: int = 0
-    block_length: int = 32
-    use_qk_norm: bool = True
-    num_mtp_layers: int = 0
-    is_causal: bool = False
-    mask_token_id: int | None = None
-
-
-class LLaDA2MoeModelLM(Glm4MoeForCausalLM):
-    config_class = Llada2Config
-    _keys_to_ignore_on_load_unexpected = None  # GLM's own numbers of layers
-
-
-class SplitHeads(ConversionOps):
-    """Rows [q heads | k heads | v heads] of one matrix to three."""
-
-    @torch.no_grad
-    def convert(
-        self, input_dict: dict, source_patterns: list, target_patterns: list, *, config, **kwargs
-    ) -> dict[str, Tensor]:
-        (tensors,) = input_dict.values()
-        tensor = tensors[0] if isinstance(tensors, list) else tensors
-        keys = config.num_key_value_heads * config.head_dim
-        parts = tensor.split([len(tensor) - 2 * keys, keys, keys])
-        return dict(zip(target_patterns, (p.contiguous() for p in parts), strict=True))
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return Concatenate(dim=0)
-
-
-LLADA2_NAMES = {
-    r"model\.word_embeddings\.": "model.embed_tokens.",
-    r"attention\.dense\.": "self_attn.o_proj.",
-    r"attention\.query_layernorm\.": "self_attn.q_norm.",
-    r"attention\.key_layernorm\.": "self_attn.k_norm.",
-    r"mlp\.gate\.expert_bias": "mlp.gate.e_score_correction_bias",
-}
-register_checkpoint_conversion_mapping(
-    "LLaDA2MoeModelLM",
-    [
-        *(WeightRenaming(theirs, ours) for theirs, ours in LLADA2_NAMES.items()),
-        WeightConverter(
-            "attention.query_key_value.weight",
-            [f"self_attn.{part}_proj.weight" for part in "qkv"],
-            operations=[SplitHeads()],
-        ),
-        *get_checkpoint_conversion_mapping("glm4_moe"),
-    ],
-    overwrite=True,
-)
-register_checkpoint_conversion_mapping(
-    "SDARMoeForCausalLM", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
-)
-
-
 class Family(NamedTuple):
     model: type[PreTrainedModel]
     config: type[Published]
@@ -252,6 +138,10 @@ class Family(NamedTuple):
     def base(self) -> str:
         """The model_type of what it is on stock transformers."""
         return self.config.__bases__[1].model_type
+
+    @property
+    def has_experts(self) -> bool:
+        return self.model in (LLaDA2MoeModelLM, SDARMoeForCausalLM)
 
 
 # By the model_type of config.json.
@@ -299,3 +189,9 @@ def family_of(settings: dict, kind: str | None, generation: dict) -> Family | No
             f"its config.json says model_type={model_type!r}, and kind={kind!r} is one of {types}"
         )
     return bases[model_type]
+
+
+def kinds_on(model_type: str) -> list[str]:
+    """What `kind` may be for a folder of a causal model's type."""
+    every = [*FAMILIES.values(), OPEN_DCODER]
+    return sorted({family.config.family for family in every if family.base == model_type})

@@ -5,14 +5,13 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from .architectures import Published
 
 GENERATION = "generation_config.json"
-
-# Without them transformers builds a model of the sizes that it knows, however large.
-SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 
 class Stated(NamedTuple):
@@ -54,24 +53,39 @@ def read_fields(name: str, file: str, fetch: dict) -> dict:
     return fields
 
 
-def mask_ids(name: str, mask_tokens: tuple[str, ...], settings: dict, fetch: dict) -> dict:
-    """The id of the mask token by each file that says one. mask_tokens: as the family spells it."""
+def mask_ids(
+    name: str,
+    config: Published,
+    settings: dict,
+    tokenizer: PreTrainedTokenizerBase | None,
+    fetch: dict,
+) -> dict[str, int]:
+    """The id of the mask token by each source that says one. settings: of config.json. Without a
+    tokenizer the files that name its special tokens count."""
     generation = read_fields(name, GENERATION, fetch)
     said = {
-        "config.json": settings.get("mask_token_id"),
-        GENERATION: generation.get("mask_token_id"),
+        "its config.json": settings.get("mask_token_id"),
+        f"its {GENERATION}": generation.get("mask_token_id"),
     }
-    fields = read_fields(name, "tokenizer_config.json", fetch)
-    own = fields.get("mask_token")
-    own = own.get("content") if isinstance(own, dict) else own
-    spelt = mask_tokens if own is None else (own,)
-    for number, token in (fields.get("added_tokens_decoder") or {}).items():
-        if token.get("content") in spelt:
-            said["tokenizer_config.json"] = int(number)
-    added = read_fields(name, "added_tokens.json", fetch)
-    for token in (*spelt, *mask_tokens):
-        said.setdefault("added_tokens.json", added.get(token))
-    return {f"its {file}": number for file, number in said.items() if number is not None}
+    if tokenizer is not None:
+        vocabulary = tokenizer.get_vocab()
+        spelt = [vocabulary[token] for token in config.mask_tokens if token in vocabulary]
+        said["its tokenizer"] = tokenizer.mask_token_id
+        if tokenizer.mask_token_id is None and spelt:
+            said["its tokenizer"] = spelt[0]
+    else:
+        fields = read_fields(name, "tokenizer_config.json", fetch)
+        own = fields.get("mask_token")
+        own = own.get("content") if isinstance(own, dict) else own
+        spelt = config.mask_tokens if own is None else (own,)
+        listed = fields.get("added_tokens_decoder")
+        for number, token in listed.items() if isinstance(listed, dict) else ():
+            if isinstance(token, dict) and token.get("content") in spelt:
+                said["its tokenizer_config.json"] = int(number)
+        added = read_fields(name, "added_tokens.json", fetch)
+        numbers = [added[token] for token in spelt if token in added]
+        said["its added_tokens.json"] = next(iter(numbers), None)
+    return {source: number for source, number in said.items() if number is not None}
 
 
 def settle(field: str, stated, said: dict, usual=None):
@@ -81,45 +95,60 @@ def settle(field: str, stated, said: dict, usual=None):
     """
     named = said if stated is None else {"the argument": stated} | said
     if any(value != next(iter(named.values())) for value in named.values()):
-        told = ", ".join(f"{value} by {source}" for source, value in named.items())
+        told = ", ".join(f"{value!r} by {source}" for source, value in named.items())
         raise ValueError(f"{field} is contradictory: {told}")
     return next(iter(named.values()), usual)
 
 
-def complete(config: Published, name: str, settings: dict, stated: Stated, fetch: dict) -> None:
-    """Set what a family's configuration needs and its config.json need not say. Raises ValueError
-    for contradictions, a mask token outside the vocabulary, and sizes that are not there."""
-    for field in SIZES:
-        if not _said(settings, field, *config.originals(field)):
-            raise ValueError(f"its config.json says no {field}")
-    said = mask_ids(name, config.mask_tokens, settings, fetch)
-    mask = settle("mask_token_id", stated.mask_token_id, said, config.usual_mask_id)
-    if mask is not None and not 0 <= mask < config.vocab_size:
-        raise ValueError(
-            f"mask_token_id={mask} lies outside the vocabulary of {config.vocab_size}: say the right one by "
-            f"mask_token_id="
-        )
+def complete(config: Published, masks: dict[str, int], settings: dict, stated: Stated) -> None:
+    """Set what a family's configuration needs and its config.json need not say. masks: `mask_ids`.
+    Raises ValueError for contradictions, and ids outside the vocabulary."""
+    mask = settle("mask_token_id", stated.mask_token_id, masks, config.usual_mask_id)
+    check_id("mask_token_id", mask, config.vocab_size)
     config.mask_token_id = mask
-    if config.usual_eos_id is not None:
-        usual = config.usual_eos_id if config.pad_token_id is None else config.pad_token_id
+    usual = config.usual_eos_id
+    if usual is not None and config.pad_token_id is not None:
+        usual = config.pad_token_id
+    said = _said(settings, "eos_token_id")
+    end = settle("eos_token_id", stated.eos_token_id, said, usual)
+    if stated.eos_token_id is not None or not said:
+        check_id("eos_token_id", end, config.vocab_size)
+    config.eos_token_id = end
+    if "logits_shift" in config.free:
+        said = _said(settings, "logits_shift")
     else:
-        usual = None
-    config.eos_token_id = settle(
-        "eos_token_id", stated.eos_token_id, _said(settings, "eos_token_id"), usual
-    )
-    said = _said(settings, "logits_shift")
-    if "logits_shift" not in config.free:
         said = {f"the family {config.family}": config.logits_shift}
-    config.logits_shift = settle("shift", stated.shift, said, config.logits_shift)
+    shift = settle("shift", stated.shift, said, config.logits_shift)
+    if shift not in (0, 1):
+        raise ValueError(
+            f"shift={shift!r} must be 0, or 1 where logits are about the next position"
+        )
+    config.logits_shift = shift
     if "block_length" in config.free:
         said = _said(settings, "block_length", *config.originals("block_length"))
         length = settle("block_length", stated.block_length, said, config.block_length)
-        if length is not None and (not isinstance(length, int) or length < 1):
+        if length is not None and (type(length) is not int or length < 1):
             raise ValueError(f"block_length={length!r} must be a whole number, 1 or more")
         config.block_length = length
     elif stated.block_length is not None:
         raise ValueError(
             f"block_length={stated.block_length}: {config.family} reads the whole canvas in both directions"
+        )
+
+
+def check_sizes(config: type[Published], settings: dict) -> None:
+    """Raise ValueError for a config.json without the sizes of its model."""
+    for field in config.sizes:
+        names = [*config.originals(field), field]
+        if not _said(settings, *names):
+            raise ValueError(f"its config.json says no {names[0]}")
+
+
+def check_id(field: str, number, vocab_size: int) -> None:
+    """Raise ValueError unless it is None or the id of a token."""
+    if number is not None and not (type(number) is int and 0 <= number < vocab_size):
+        raise ValueError(
+            f"{field}={number!r} is no id in the vocabulary of {vocab_size}: say the right one by {field}="
         )
 
 
@@ -129,3 +158,20 @@ def _said(settings: dict, *fields: str) -> dict:
         for field in fields
         if settings.get(field) is not None
     }
+
+
+def weight_names(name: str, fetch: dict) -> list[str]:
+    """Of the tensors that a folder's safetensors hold; none where there are no safetensors."""
+    index = "model.safetensors.index.json"
+    if fields := read_fields(name, index, fetch):
+        if not isinstance(fields.get("weight_map"), dict):
+            raise ValueError(f"its {index} holds no weight_map")
+        return [*fields["weight_map"]]
+    file = find_file(name, "model.safetensors", fetch)
+    if file is None:
+        return []
+    try:
+        with safe_open(file, "pt") as tensors:
+            return [*tensors.keys()]
+    except SafetensorError as error:
+        raise OSError(f"its {file.name} cannot be read: {error}") from None

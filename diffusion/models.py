@@ -14,15 +14,7 @@ from pathlib import Path
 
 import torch
 from fastcore.meta import delegates
-from transformers import (
-    AutoConfig,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen2Tokenizer,
-)
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -35,6 +27,7 @@ from softar.models import (
     cached_if_offline,
     check_fit,
     check_fixed,
+    diffusion_sign,
     opening,
     settings_of,
     word_tokenizer,
@@ -46,28 +39,27 @@ from softar.progress import without_bars
 
 from . import gemma
 from .architectures import LLADA_NAMES, LladaConfig, LladaForMaskedDiffusion, check_settings
-from .families import FAMILIES, family_of
-from .folder import GENERATION, Stated, complete, find_file, read_fields
+from .experts import LLADA2_NAMES, check_experts
+from .families import FAMILIES, family_of, kinds_on
+from .folder import (
+    GENERATION,
+    Stated,
+    check_sizes,
+    complete,
+    find_file,
+    mask_ids,
+    read_fields,
+    weight_names,
+)
 from .head import HEAD_FILE, learn_head, load_head
-from .net import CANVASES, end_tokens, facts
+from .net import CANVASES, facts
 from .noise import NOISE_FILE, load_noise
+from .tokenizer import introduce, name_mask, open_tokenizer
 
-LLADA_CHAT = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
 REMEDY = (
-    " -- give a folder with a LLaDA, Dream or BERT-like model in safetensors, or a hub id that can be "
-    "reached"
+    " -- give a folder with a diffusion language model in safetensors (LLaDA, Dream, SDAR, BERT-like, "
+    "...), or a hub id that can be reached"
 )
-# For BERT-like models, as tommyp111/modernbert-dllm-tulu was trained: "User: q [SEP] Assistant: a".
-BERT_CHAT = (
-    "{{ cls_token }}{% for message in messages %}{{ '' if loop.first else ' ' }}{{ message['role'] | capitalize }}: "
-    "{{ message['content'] | trim }}{{ '' if message['role'] == 'assistant' else ' ' }}{{ sep_token }}{% endfor %}"
-    "{% if add_generation_prompt %} Assistant:{% endif %}"
-)
-TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # end an answer as the end-of-text token does
 
 
 # Also for a model made from a configuration: it is saved under the original names.
@@ -165,7 +157,7 @@ def _open(name: str, stated: Stated, *, dtype, **model_kwargs):
     family = family_of(settings, stated.kind, read_fields(name, GENERATION, fetch))
     if settings["model_type"] == CANVASES:
         config = gemma.read_config(name, settings, stated, fetch)
-        opener = gemma.OPENER
+        tokenizer, opener = open_tokenizer(name, config, fetch), gemma.OPENER
     elif family is None:
         _check_masked_lm(settings, stated)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fetch)
@@ -173,15 +165,21 @@ def _open(name: str, stated: Stated, *, dtype, **model_kwargs):
             raise ValueError(
                 f"its config.json says model_type={config.model_type!r}, which is an encoder with a decoder"
             )
+        tokenizer = open_tokenizer(name, config, fetch)
         model_kwargs, opener = model_kwargs | {"trust_remote_code": False}, AutoModelForMaskedLM
     else:
         check_settings(settings, family.config.needs)
+        check_sizes(family.config, settings)
         how = model_kwargs.pop("attn_implementation", None)
         config, model_kwargs = family.config.from_pretrained(
             name, return_unused_kwargs=True, **model_kwargs
         )
         config._attn_implementation = how  # SDAR's folders ask for kernels of their training
-        complete(config, name, settings, stated, fetch)
+        tokenizer = open_tokenizer(name, config, fetch)
+        complete(config, mask_ids(name, config, settings, tokenizer, fetch), settings, stated)
+        name_mask(config, tokenizer)
+        if family.has_experts:
+            check_experts(config, weight_names(name, fetch))
         model_kwargs, opener = model_kwargs | fetch, family.model
     model, info = opener.from_pretrained(
         name,
@@ -194,7 +192,6 @@ def _open(name: str, stated: Stated, *, dtype, **model_kwargs):
     )
     # A masked LM's checkpoint may carry other heads; for it only what is missing counts.
     check_fit(info, model, is_head_of_many=opener is AutoModelForMaskedLM)
-    tokenizer = _tokenizer(name, config.model_type, fetch)
     introduce(model, tokenizer)
     return model, tokenizer
 
@@ -203,20 +200,48 @@ def _check_masked_lm(settings: dict, stated: Stated) -> None:
     """Raise ValueError for the config.json of a model that no family and no AutoModelForMaskedLM
     opens."""
     kind, classes = settings["model_type"], settings["architectures"]
-    if any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in classes):
+    is_causal = any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in classes)
+    kinds = kinds_on(kind)
+    if is_causal and kinds and diffusion_sign(settings):
+        raise ValueError(
+            f"its config.json says {diffusion_sign(settings)}, and not of which family it is: say kind=, one of {kinds}"
+        )
+    if is_causal and not diffusion_sign(settings):
+        or_kind = f", or say of which family it is: kind=, one of {kinds}" if kinds else ""
         raise ValueError(
             f"its config.json says model_type={kind!r}, architectures={classes}, which is not a masked-diffusion "
-            f"model: use softar.load"
+            f"model: use softar.load{or_kind}"
         )
     if kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise ValueError(
-            f"its config.json says model_type={kind!r}, which is not a masked-diffusion model: neither "
-            f"{' nor '.join([*FAMILIES, CANVASES])} nor a masked language model of transformers"
+            f"its config.json says model_type={kind!r}, which is not a masked-diffusion model that softar "
+            f"opens: neither {' nor '.join([*FAMILIES, CANVASES])} nor a masked language model of transformers"
         )
     if any(value is not None for value in stated):
         raise ValueError(
             f"a masked language model of transformers says all by itself, and takes none of {Stated._fields}"
         )
+
+
+def load_original(model: PreTrainedModel, folder: str | Path) -> None:
+    """The weights of a checkpoint of the trainer, which is under the original names: the trainer
+    would take them for unknown ones, and go on with what the model has. Raises ValueError for what
+    does not fit."""
+    try:
+        saved, info = type(model).from_pretrained(
+            folder,
+            config=model.config,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        check_fit(info, saved)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"resume_from_checkpoint={str(folder)!r} does not fit the model: {error}"
+        ) from None
+    # what the trainer put into the model, as a head, is not in its checkpoint
+    model.load_state_dict(saved.state_dict(), strict=False)
 
 
 def _adapter(folder: Path, stated: Stated, *, dtype, device, **model_kwargs):
@@ -226,11 +251,11 @@ def _adapter(folder: Path, stated: Stated, *, dtype, device, **model_kwargs):
         base_of(folder), dtype=dtype, device=device, **stated._asdict(), **model_kwargs
     )
     kind = model.config.model_type
-    if (of_adapter := _tokenizer(str(folder), kind, {})) is not None:
+    if (of_adapter := open_tokenizer(str(folder), model.config, {})) is not None:
         tokenizer = of_adapter
         introduce(model, tokenizer)
-    # An adapter trained on the remote code has LLaDA's names.
-    wrapped = wrap(model, folder, LLADA_NAMES if kind == "llada" else None)
+    # An adapter trained on the remote code has the names of its base.
+    wrapped = wrap(model, folder, RENAMED.get(kind))
     # without the file the process is that of the base
     if (named := load_noise(folder)) is not None:
         model.config.diffusion_process = named
@@ -245,53 +270,6 @@ def _head_file(name: str, model_kwargs: dict) -> dict | None:
     fetch = {key: model_kwargs[key] for key in FETCH if key in model_kwargs}
     file = find_file(name, HEAD_FILE, fetch)
     return None if file is None else load_head(file.parent)
-
-
-def _tokenizer(name: str, kind: str, fetch: dict) -> PreTrainedTokenizerBase | None:
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
-    # of a family's, tokenizer_config.json alone names special tokens
-    files = [file for file in files if kind not in FAMILIES or file != "tokenizer_config.json"]
-    if Path(name).is_dir() and not any(find_file(name, file, fetch) for file in files):
-        return None
-    if kind == "Dream":  # its tokenizer_config.json names a class of its own, which is Qwen2's
-        return Qwen2Tokenizer.from_pretrained(name, **fetch)
-    if kind == "llada":  # AutoTokenizer would warn of a model_type that it does not know
-        return PreTrainedTokenizerFast.from_pretrained(name, **fetch)
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **fetch)
-
-
-def introduce(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Let model and tokenizer know of each other's special tokens."""
-    config = model.config
-    if tokenizer is None:
-        return
-    if config.model_type == CANVASES:
-        gemma.introduce(config, tokenizer)
-        return
-    tokenizer.padding_side = "left"
-    if "mask_token_id" not in config or config.mask_token_id is None:
-        config.mask_token_id = tokenizer.mask_token_id
-    if tokenizer.mask_token is None and config.mask_token_id is not None:
-        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(config.mask_token_id)
-    if "eos_token_id" not in config or config.eos_token_id is None:
-        config.eos_token_id = (
-            tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
-        )
-    if tokenizer.eos_token is None:  # BERT's, which knows its end by another name
-        tokenizer.eos_token = tokenizer.sep_token
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    vocabulary = tokenizer.get_vocab()
-    if tokenizer.chat_template is None:
-        if isinstance(config, LladaConfig) and "<|start_header_id|>" in vocabulary:
-            tokenizer.chat_template = LLADA_CHAT
-        elif config.model_type not in FAMILIES and tokenizer.sep_token is not None:
-            tokenizer.chat_template = BERT_CHAT
-    if model.can_generate():
-        turn_ends = [vocabulary[end] for end in TURN_ENDS if end in vocabulary]
-        model.generation_config.eos_token_id = (
-            list(dict.fromkeys([*end_tokens(model), *turn_ends])) or None
-        )
 
 
 def mnns_diffusion_tiny(**options):
@@ -349,6 +327,7 @@ def _embedded(name: str, words: list[str], size: dict, *, dtype, seed: int | Non
     return model.to(torch.float32 if dtype == "auto" else dtype), tokenizer
 
 
+RENAMED = {"llada": LLADA_NAMES, "llada2_moe": LLADA2_NAMES}
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 LATIN_WORDS = ["<pad>", "<bos>", "<eos>", *"123456789", "<mask>"]
 MODELS: dict[str, Callable] = {

@@ -36,7 +36,6 @@ from softar.training import (
     no_interrupt,
 )
 
-from .architectures import LladaForMaskedDiffusion, load_original
 from .config import DenoiseConfig
 from .duo import tau_at
 from .evaluate import evaluate
@@ -51,6 +50,7 @@ from .losses import (
     uniform_rows,
     weighted_sum,
 )
+from .models import load_original
 from .net import check_has_mask, facts, parts, plain
 from .noise import NOISE_FILE, save_noise
 from .rows import close_rows
@@ -383,7 +383,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         inner = plain(self.model)
-        if inner is self.model and isinstance(inner, LladaForMaskedDiffusion):
+        if inner is self.model and facts(inner).family != "masked_lm":
             load_original(inner, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

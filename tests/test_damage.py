@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from softar import diffusion
 from softar.decoders.card import describe
+from softar.diffusion import families
 from softar.models import embedded, load, opening
 
 IDS = torch.tensor([[1, 11, 12]])
@@ -25,10 +26,23 @@ def bert():
         return BertForMaskedLM(BertConfig(vocab_size=VOCAB, eos_token_id=2, **sizes))
 
 
+def of_family(model_type):
+    family = families.FAMILIES[model_type]
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    experts = dict(n_routed_experts=4, moe_intermediate_size=8, num_experts_per_tok=2)
+    sizes |= experts if family.has_experts else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ids = dict(vocab_size=VOCAB, eos_token_id=2, mask_token_id=46)
+        return family.model(family.config(num_key_value_heads=1, **ids, **sizes))
+
+
 FAMILIES = {
     "llama": (load, model_of),
     "llada": (diffusion.load, denoiser),
     "bert": (diffusion.load, bert),
+    "a2d": (diffusion.load, lambda: of_family("a2d-llama")),
+    "llada2": (diffusion.load, lambda: of_family("llada2_moe")),
 }
 
 
