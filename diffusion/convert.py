@@ -8,6 +8,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
 )
 
 from .architectures import (
@@ -16,14 +17,21 @@ from .architectures import (
     LladaForMaskedDiffusion,
     check_settings,
 )
+from .families import A2DLlamaLMHeadModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel
 from .tokenizer import introduce
 
-# What to make of a class, and what its configuration must say: the published layouts have no name
-# for anything else.
+# What Dream and LLaDA are made of: their published layouts have no name for anything else. Their
+# logits are shifted, and they read the whole canvas.
 LLAMA_NEEDS = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
-KINDS = {
-    LlamaForCausalLM: (LladaForMaskedDiffusion, LLAMA_NEEDS, {"logits_shift": 1}),
-    Qwen2ForCausalLM: (DreamForMaskedDiffusion, DREAM_NEEDS, {}),
+SHIFTED = {
+    LlamaForCausalLM: (LladaForMaskedDiffusion, LLAMA_NEEDS),
+    Qwen2ForCausalLM: (DreamForMaskedDiffusion, DREAM_NEEDS),
+}
+# What all else is made: the layout of the base, which says of shift and blocks.
+A2D = {
+    LlamaForCausalLM: A2DLlamaLMHeadModel,
+    Qwen2ForCausalLM: A2DQwen2LMHeadModel,
+    Qwen3ForCausalLM: A2DQwen3LMHeadModel,
 }
 # Fields that the new model's configuration sets by itself.
 REPLACED = (
@@ -37,22 +45,30 @@ REPLACED = (
 
 
 def convert(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, mask_token: str = "<|mask|>"
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    mask_token: str = "<|mask|>",
+    shift: int = 1,
+    block_length: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A masked-diffusion model that starts from a causal one's weights and reads in both directions
-    (Dream, arXiv:2508.15487, section 3). The shift stays: the logits at a position are about the
-    next token, which is what the weights know. It has to be trained before it is of use
-    (`softar.diffusion.sft`).
+    (Dream, arXiv:2508.15487, section 3), or block by block (BD3LM, arXiv:2503.09573). It has to be
+    trained before it is of use (`softar.diffusion.sft`).
 
     The weights are taken over, not copied, and the tokenizer is changed in place: neither
     can be used for anything else afterwards.
 
     Args:
-        model: a LlamaForCausalLM, which becomes a LladaForMaskedDiffusion with logits_shift 1, or a
-            Qwen2ForCausalLM, which becomes a DreamForMaskedDiffusion.
+        model: a LlamaForCausalLM, which becomes a LladaForMaskedDiffusion with logits_shift 1, a
+            Qwen2ForCausalLM, which becomes a DreamForMaskedDiffusion, or a Qwen3ForCausalLM, which
+            becomes an A2D model, as all three do unshifted or with blocks.
         mask_token: added where the tokenizer has neither a mask token nor this token. It takes the
             first row of the embedding behind the tokenizer's own; only where there is none does the
             embedding grow, by one row.
+        shift: 1 leaves the logits at a position about the next token, which is what the weights
+            know; 0 has them learn to be about their own.
+        block_length: of the blocks that it reads one after the other; None: the whole canvas.
 
     Returns:
         What `softar.diffusion.load` returns for a saved one: the model in eval mode, the tokenizer.
@@ -60,16 +76,25 @@ def convert(
     Raises:
         ValueError: naming the class, or the field of the configuration, that is not supported.
     """
-    if type(model) not in KINDS:
+    if shift not in (0, 1):
+        raise ValueError(f"shift={shift!r} must be 0 or 1")
+    if block_length is not None and (type(block_length) is not int or block_length < 1):
+        raise ValueError(f"block_length={block_length!r} must be a whole number, 1 or more")
+    if type(model) not in A2D:
         raise ValueError(
             f"model is a {type(model).__name__}, of which no masked-diffusion model is made here: give one of "
-            f"{', '.join(kind.__name__ for kind in KINDS)}, an adapter merged into it"
+            f"{', '.join(kind.__name__ for kind in A2D)}, an adapter merged into it"
         )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(
             f"tokenizer={tokenizer!r}: give the model's tokenizer, which gets the mask token"
         )
-    new_class, needs, changes = KINDS[type(model)]
+    if shift and block_length is None and type(model) in SHIFTED:
+        (new_class, needs), changes = SHIFTED[type(model)], {"logits_shift": 1}
+    else:
+        new_class = A2D[type(model)]
+        needs = new_class.config_class.needs
+        changes = {"logits_shift": shift, "block_length": block_length}
     settings = model.config.to_dict()
     check_settings(settings, needs)
     if getattr(model, "quantization_method", None) is not None:

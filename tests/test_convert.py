@@ -16,6 +16,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 import softar
@@ -151,6 +153,47 @@ def test_saved_and_loaded_again(kind, tied, tmp_path):
     again, tokenizer = load(tmp_path)
     assert facts(again) == facts(new) and tokenizer.mask_token_id == ROWS
     assert torch.equal(logits(again, ids()), logits(new, ids()))
+
+
+@every_tie
+@pytest.mark.parametrize(
+    ("arch", "shift", "block_length"),
+    [
+        ("qwen3", 1, None),
+        ("qwen3", 0, None),
+        ("qwen3", 0, 4),
+        ("qwen2", 0, None),
+        ("qwen2", 1, 4),
+        ("llama", 0, 8),
+    ],
+)
+def test_unshifted_or_block_by_block(arch, shift, block_length, tied, tmp_path):
+    """What LLaDA's and Dream's layouts have no name for is saved as dllm saves it, and tells the
+    same when it is loaded again."""
+    made = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+    config, model_class = made.get(arch, (LlamaConfig, LlamaForCausalLM))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model_class(config(**SIZES | {"tie_word_embeddings": tied})).eval()
+    x, bare = ids(), logits(model, ids())
+    new, tokenizer = convert(model, tokenizer_of(), shift=shift, block_length=block_length)
+    told = facts(new)
+    assert (told.shift, told.block_length, told.family) == (shift, block_length, "a2d")
+    assert told.mask_id == tokenizer.mask_token_id == ROWS
+    torch.testing.assert_close(as_causal(new, x)[..., :ROWS], bare)
+    assert not torch.allclose(logits(new, x)[..., :ROWS], bare, atol=1e-2)
+    for part in (new, tokenizer):
+        part.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == f"a2d-{arch}" and config["vocab_size"] == ROWS + 1
+    again, _ = load(tmp_path)
+    assert facts(again) == told and torch.equal(logits(again, x), logits(new, x))
+
+
+@pytest.mark.parametrize("options", [dict(shift=2), dict(block_length=0), dict(block_length=2.5)])
+def test_shift_and_blocks_are_checked(options):
+    with pytest.raises(ValueError, match="|".join(f"{k}={v}" for k, v in options.items())):
+        convert(causal(), tokenizer_of(), **options)
 
 
 def test_a_mask_token_that_is_there_stays():
