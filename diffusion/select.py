@@ -17,7 +17,9 @@ from torch import Tensor
 from softar.mixers import Rng
 from softar.soft import Soft, mk_proba_dist
 
-CHUNK = 256  # of the vocabulary, whose maxima are taken first
+# of the vocabulary, whose maxima are taken first; the widest that divides it
+CHUNKS = (256, 128, 64)
+LARGE = 4096  # a vocabulary where that is faster
 TILE = 16384  # columns that stay in the processor's cache
 
 
@@ -31,34 +33,40 @@ class Belief:
 
     @cached_property
     def _peaks(self) -> Tensor | None:
-        """[n, V / CHUNK] maxima of the chunks of the vocabulary; None where it is small."""
+        """[n, V / chunk] maxima of the chunks of the vocabulary; None where it is small."""
         n, V = self.logits.shape
-        if V < 16 * CHUNK or V % CHUNK or self.logits.is_cuda or n == 0:
+        if V < LARGE or self._chunk is None or self.logits.is_cuda or n == 0:
             return None
-        return self.logits.view(n, V // CHUNK, CHUNK).amax(-1)
+        return self.logits.view(n, -1, self._chunk).amax(-1)
+
+    @cached_property
+    def _chunk(self) -> int | None:
+        V = self.logits.shape[-1]
+        return next((size for size in CHUNKS if V % size == 0), None)
 
     @cached_property
     def top_token(self) -> Tensor:
         """[n] the most likely token; of equal ones the lowest id."""
         if self._peaks is None:
             return self.logits.argmax(-1)
-        chunk = self._peaks.argmax(-1)
-        inside = self.logits.view(len(chunk), -1, CHUNK)[torch.arange(len(chunk)), chunk]
-        return chunk * CHUNK + inside.argmax(-1)
+        size, first = self._chunk, self._peaks.argmax(-1)
+        inside = self.logits.view(len(first), -1, size)[torch.arange(len(first)), first]
+        return first * size + inside.argmax(-1)
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
         """-> logits and ids [n, k] of the k most likely tokens, most likely first; `top_token`
         leads."""
-        if self._peaks is None or k * CHUNK > self.logits.shape[-1] // 4:
+        size = self._chunk
+        if self._peaks is None or k * size > self.logits.shape[-1] // 4:
             values, ids = self.logits.topk(k, -1)
         else:  # the k largest lie in the k chunks of largest maximum
             chunks = self._peaks.topk(k, -1).indices
             n = len(chunks)
-            inside = self.logits.view(n, -1, CHUNK)[torch.arange(n)[:, None], chunks].reshape(
-                n, k * CHUNK
+            inside = self.logits.view(n, -1, size)[torch.arange(n)[:, None], chunks].reshape(
+                n, k * size
             )
             values, slots = inside.topk(k, -1)
-            ids = chunks.gather(-1, slots // CHUNK) * CHUNK + slots % CHUNK
+            ids = chunks.gather(-1, slots // size) * size + slots % size
         lead = self.top_token[:, None]
         return values, torch.cat([lead, ids[:, 1:].where(ids[:, 1:] != lead, ids[:, :1])], -1)
 
@@ -76,7 +84,7 @@ class Belief:
         """[n] numbers in [0, 1) -> [n] tokens, drawn from the belief: first a chunk of the
         vocabulary, then a token of it."""
         n, V = self.logits.shape
-        width = CHUNK if V % CHUNK == 0 else V
+        width = self._chunk or V
         chunks = self.logits.view(n, V // width, width)
         at = 0
         if V > width:
