@@ -25,7 +25,8 @@ import torch
 from transformers import DynamicCache
 
 from softar.diffusion import SOFTENERS, DenoiseConfig, denoise
-from softar.diffusion.families import Llada2Config, LLaDA2MoeModelLM, SdarConfig, SDARForCausalLM
+from softar.diffusion.experts import Llada2Config, LLaDA2MoeModelLM
+from softar.diffusion.families import SdarConfig, SDARForCausalLM
 from softar.diffusion.net import parts
 from softar.recipes.bench import interleaved, parser_of, run_bench, show, spread
 
