@@ -49,9 +49,14 @@ class BlockCausal(Masked):
         self.steps = config.steps
         self.first_from_store = quirks.first_from_store and facts.shift == 1
         super().__init__(config, net, facts, input_ids, real, draws)
+        # [B] rows in which a step has put an end token
+        self.filled = torch.zeros_like(self.canvas.masked[:, 0])
 
     def _canvas(self, input_ids: Tensor, facts: Facts) -> Canvas:
         filler = 0 if facts.eos_id is None else facts.eos_id
+        if self.quirks.loses is not None:
+            lost = self.quirks.loses(self.grid, input_ids.shape[1])
+            input_ids = input_ids.masked_fill(lost, facts.mask_id)
         more = dict(length=self.grid.length, stop=self.grid.stop, filler=filler)
         canvas = Canvas(input_ids, self.config.gen_length, facts.mask_id, **more)
         if self.quirks.blocks:  # whose results are whole blocks
@@ -73,16 +78,17 @@ class BlockCausal(Masked):
         return self._blocks(share_of_steps(self.config, torch.stack(counts, -1)))
 
     def _blocks(self, steps: Tensor | None) -> Iterable[Block]:
-        one = self.canvas.at_start.clamp(1, 1)
+        share = self.canvas.at_start.clamp(1, 1) if steps is None else steps
         for places, carried in self.pieces():
-            share = one if carried or steps is None else steps
             block = self.grid.block(places, self.canvas.masked, share, carried=carried)
             if steps is None:  # one for each mask
                 block = block._replace(steps=block.count.clamp_min(1))
             is_seen = block.start < self.canvas.width
             if is_seen and self.canvas.has_masks(block, self.reader.forwards):
                 yield block
-            if self.over():
+            elif carried and self.reader.forwards and self.quirks.stores_each:
+                self.reader.store(self.canvas.ids, places[0])
+            if self.over(block):
                 return
 
     def pieces(self) -> Iterator[tuple[tuple[int, int], bool]]:
@@ -123,6 +129,9 @@ class BlockCausal(Masked):
         how = self.quirks.stops_inside
         if self.end_ids and (how == "answer" or (how and self.config.early_stop)):
             self.halted = self._halts(block, told["committed"])
+        if self.quirks.stop == "filled" and not block.carried:
+            is_end = torch.isin(told["sequences"], told["sequences"].new_tensor(self.end_ids))
+            self.filled = self.filled | (is_end & told["committed"]).any(-1)
         return told
 
     def _halts(self, block: Block, committed: Tensor) -> bool:
@@ -144,9 +153,17 @@ class BlockCausal(Masked):
         if self.config.early_stop is not False and self.end_ids and self.quirks.stop == "rows":
             self.canvas.stop(block.end, self.end_ids)
 
-    def over(self) -> bool:
-        """Does the whole batch end here, with masks left behind? The public samplers have it so."""
-        if self.quirks.stop not in ("any", "all") or not self.end_ids:
+    def over(self, block: Block) -> bool:
+        """Does the whole batch end after this, with masks left behind? The public samplers have it
+        so."""
+        if not self.end_ids:
+            return False
+        if self.quirks.stop == "filled":
+            if block.carried or block.places[1] % self.grid.b:
+                return False
+            self.canvas.end(self.filled, self.end_ids)
+            return bool(self.filled.all())
+        if self.quirks.stop not in ("any", "all"):
             return False
         ended = self.canvas.ended(self.end_ids)
         return bool(ended.any() if self.quirks.stop == "any" else ended.all())

@@ -47,11 +47,27 @@ class FastGrid(Grid):
             raise ValueError(
                 f"gen_length={gen_length} is no block, of which parity makes whole ones: give at least {b}"
             )
-        unread = b * (shortest == b)
-        self.begin = P - length + unread
+        unread = int(shortest == b)
+        self.begin = P - length + unread * b
         self.origin, self.stop = self.begin, P - length + blocks * b + 1
-        self.first, self.number, self.is_whole = 0, blocks + 1, False
+        self.first, self.number, self.is_whole = 0, blocks + 1 - unread, False
         self.length = int(self.stop.max())
+        is_later = length // b > shortest // b  # than the first block that is decoded
+        # Then the token behind a prompt of whole blocks is written only where no prompt is longer,
+        # by more than one, and a longest prompt's first token of a block is written over.
+        self.unsaid = is_later & (length % b == 0) & (longest > length + 1)
+        self.lost = is_later & (length % b == 1) & (length == longest)
+        self.answer = P
+
+    @property
+    def alone(self) -> Tensor:
+        column = torch.arange(self.length, device=self.origin.device)
+        return super().alone | (self.unsaid[:, None] & (column == self.answer))
+
+
+def last_tokens(grid: FastGrid, width: int) -> Tensor:
+    """[B, P] bool, the last tokens of prompts that lose them."""
+    return grid.lost[:, None] & (torch.arange(width, device=grid.lost.device) == width - 1)
 
 
 def above(block: Block, config, draws: Draws) -> Rule:
@@ -81,6 +97,19 @@ BLOCK_PARITY: dict[str, Quirks] = {
         whole_for_first=True,
         stop="any",
         stops_inside="answer",
+    ),
+    # its batch_sample, in NVlabs/Fast-dLLM's v2 folder at 6cf27228
+    "fast_dllm_v2_batch": Quirks(
+        rule=above,
+        blocks=True,
+        proposes_mask=True,
+        filtered_score=True,
+        mk_grid=FastGrid,
+        loses=last_tokens,
+        first_from_store=True,
+        whole_for_first=True,
+        stores_each=True,
+        stop="filled",
     ),
     # LLaDA2.0's own generate, and dllm's LLaDA2Sampler at ca176752
     "llada2": Quirks(rule=rounds, blocks=True, stop="any", stops_inside="gapless"),

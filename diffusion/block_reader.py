@@ -65,6 +65,7 @@ class BlockReader(Reader):
     def __init__(self, net: Parts, facts: Facts, config: DenoiseConfig, grid: Grid, fixed: Tensor):
         there = grid.inside(0, grid.number * grid.b)
         super().__init__(net, facts, config, there, fixed)
+        self.alone = grid.alone  # [B, L]
         self.grid, self.cache = grid, PrefixCache() if config.cache != "off" else None
         self.stored = 0  # places whose keys and values are final
         # [B, D] the output at the last of them: with shifted logits it is about the next place
@@ -106,10 +107,7 @@ class BlockReader(Reader):
             self.stores.pop()  # the last of them decides something
         lo = lo if self.cache is not None else 0
         hidden = self._forward(canvas, lo, hi) if lo < hi else self.last[:, None]
-        # With shifted logits nothing is about a row's first token, whose own output stands in.
-        place = self.grid.place(rows, cols)
-        first = self.grid.place(rows, self.grid.begin[rows])
-        source = torch.maximum(place - self.facts.shift, first.minimum(place)) - lo
+        source = self.grid.place(rows, cols) - self.facts.shift * ~self.alone[rows, cols] - lo
         chosen = [hidden[rows + half, source.clamp_min(0)] for half in self._halves(canvas)]
         if self.last is not None and lo % self.grid.b == 0:  # the first place's was said before it
             before = (source < 0)[:, None]

@@ -117,6 +117,15 @@ class Canvas:
         """[B] bool, the rows that have generated an end token."""
         return (torch.isin(self.ids, self.ids.new_tensor(end_ids)) & ~self.fixed).any(-1)
 
+    def end(self, rows: Tensor, end_ids: tuple[int, ...]) -> None:
+        """Write the first of the end tokens over whatever stands after a generated one, in the `rows`
+        [B] bool."""
+        is_end = torch.isin(self.ids, self.ids.new_tensor(end_ids))
+        is_end[:, : self.prompt_length] = False
+        after = (is_end.cumsum(-1) > is_end.long()) & rows[:, None]
+        self.ids = self.ids.masked_fill(after, end_ids[0])
+        self.masked = self.masked & ~after
+
     def stop(self, end: int, end_ids: tuple[int, ...]) -> None:
         """Fill the rows that have generated an end token before column `end` with the first of
         those tokens."""

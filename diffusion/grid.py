@@ -42,6 +42,13 @@ class Grid:
         self.origin = P - rest - self.first * b  # [B] column of place 0; may be negative
         self.is_whole = bool(is_real) and bool((self.stop == self.origin + self.number * b).all())
 
+    @property
+    def alone(self) -> Tensor:
+        """[B, L] bool, positions about which nothing before them says anything; with shifted logits
+        their own output stands in."""
+        column = torch.arange(self.length, device=self.origin.device)
+        return column == self.begin[:, None]
+
     def places(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """Places [lo, hi) -> their columns [B, hi - lo], and which there are, bool; the columns of
         others lie somewhere on the canvas."""
@@ -75,6 +82,5 @@ class Grid:
         return Block(*self.hull(*places), count, steps, inside, places, carried)
 
     def carried(self, place: int) -> Tensor:
-        """[B, L] bool, the columns of a place in the rows that have one before it."""
-        column = torch.arange(self.length, device=self.origin.device)
-        return self.inside(place, place + 1) & (column > self.begin[:, None])
+        """[B, L] bool, the columns of a place about which the one before it says something."""
+        return self.inside(place, place + 1) & ~self.alone

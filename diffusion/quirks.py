@@ -51,8 +51,12 @@ class Quirks(NamedTuple):
     # a cached window is the whole block as long as the first position of the sub-block is a mask;
     # else only in a sub-block's first forward
     whole_for_first: bool = False
+    # every block is stored by a forward of its own, though nothing was decoded in it
+    stores_each: bool = False
+    # (grid, P) -> [B, P] bool, tokens of the prompts that it overwrites
+    loses: Callable | None = None
     # who ends at an end token after a block: its "rows", or all where "any" row or where "all" have
-    # one; "never"
+    # one; "never"; "filled": rows in which a step of the block has put it, not its first token
     stop: str = "rows"
     # with early_stop, a row also ends inside a block: "gapless" where no mask is left before the
     # token, all rows' "block" where one has it; without as well: in the "answer", gapless

@@ -59,7 +59,6 @@ BLOCK_CHECKS = {
 LATER = {
     "bd3lm_generate": "the block-causal process, dllm's BD3LM sampler",
     "dmax_generate": "the block-causal process, DMax's soft parallel decoding",
-    "fastv2_batch": "the block-causal process, Fast-dLLM v2's sampler of batches",
     "llada21_generate": "the block-causal process, LLaDA2.1's token editing",
     "unit_bd3lm_train_mask": "training on doubled rows",
     "unit_dmax_step": "DMax's soft parallel decoding",

@@ -2,36 +2,25 @@
 
 import torch
 from golden_folder import checkpoint, tensor
+from tiny import left_padded
 
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion.select import Selector, believed, filtered
 
 
-def decoded(folder, family, case, config, cut=None, **options):
-    """The run of a case: every canvas, the number of forwards and the first logits are as recorded.
-    cut: row of the last canvas -> what is recorded of it, where a row is shorter at the end or
-    before. -> its output."""
+def run(folder, family, case, config, ids, mask, **options):
+    """The run of a case: the number of forwards and the first logits are as recorded. -> its
+    output."""
     model = checkpoint(folder, case["checkpoint"])
-    mask = case.get("attention_mask")
     hidden = []
     hook = model.model.register_forward_hook(
         lambda module, args, output: hidden.append(output.last_hidden_state)
     )
     try:
-        ids, mask = torch.tensor(case["prompt_ids"]), mask and torch.tensor(mask)
         output = denoise(model, ids, mask, config=config, history=True, **options)
     finally:
         hook.remove()
-    start = case["states_start"]
     assert output.num_forwards == case["nfe"]
-    states = [state[:, start:].tolist() for state in output.states]
-    if cut is not None:  # columns that a canvas had not yet, or not any more, are recorded as masks
-        width, mask_id = len(case["states"][0][0]), model.config.mask_token_id
-        states[-1] = [cut(row) for row in states[-1]]
-        states = [[row + [mask_id] * (width - len(row)) for row in state] for state in states]
-        assert all(i == mask_id for state in states for row in state for i in row[width:])
-        states = [[row[:width] for row in state] for state in states]
-    assert states == case["states"]
     want = tensor(folder, family, f"{case['id']}.logits0")
     if want is not None:
         got = model.lm_head(hidden[0]).detach()
@@ -39,12 +28,32 @@ def decoded(folder, family, case, config, cut=None, **options):
     return output
 
 
+def decoded(folder, family, case, config, cut=None, **options):
+    """The run of a case: every canvas is as recorded, too. cut: row of the last canvas -> what is
+    recorded of it, where a row is shorter at the end or before. -> its output."""
+    ids, mask = torch.tensor(case["prompt_ids"]), case.get("attention_mask")
+    output = run(folder, family, case, config, ids, mask and torch.tensor(mask), **options)
+    start = case["states_start"]
+    states = [state[:, start:].tolist() for state in output.states]
+    if cut is not None:  # columns that a canvas had not yet, or not any more, are recorded as masks
+        width, mask_id = len(case["states"][0][0]), mask_of(folder, case)
+        states[-1] = [cut(row) for row in states[-1]]
+        states = [[row + [mask_id] * (width - len(row)) for row in state] for state in states]
+        assert all(i == mask_id for state in states for row in state for i in row[width:])
+        states = [[row[:width] for row in state] for state in states]
+    assert states == case["states"]
+    return output
+
+
+def mask_of(folder, case):
+    return checkpoint(folder, case["checkpoint"]).config.mask_token_id
+
+
 def check_returned(folder, case, rows):
     """rows: what the public function would return."""
     assert rows == case["expected_ids"]
     if "leaves_mask" in case:
-        mask_id = checkpoint(folder, case["checkpoint"]).config.mask_token_id
-        assert any(mask_id in row for row in rows) == case["leaves_mask"]
+        assert any(mask_of(folder, case) in row for row in rows) == case["leaves_mask"]
 
 
 def cut(temperature, top_k=None, top_p=None):
@@ -147,7 +156,45 @@ def check_fast_v2(folder, family, case):
     check_returned(folder, case, [row[:width] + cut(row[width:]) for row in rows])
 
 
+def check_fast_v2_batch(folder, family, case):
+    """The public function pads rows on the right, softar prompts on the left: columns are those of
+    a row's own canvas here. Of a row that has stopped, softar writes the stop token over all that
+    is left, at once; the public function pads the rest of its block, then one token more, and
+    returns the row as long as it was then. What a canvas did not hold yet is recorded as masks, a
+    prompt's own tokens too."""
+    rows, mask_id, stop = case["prompt_ids"], mask_of(folder, case), case["params"]["stop_token"]
+    ids, real = left_padded(rows)
+    config = fast_config(case, "fast_dllm_v2_batch")
+    output = run(folder, family, case, config, ids, real)
+    begin = (~real.bool()).sum(1).tolist()
+    width = ids.shape[1] - max(begin) + output.completions.shape[1]
+    pads, final = set(), case["expected_ids"]
+
+    def own(sequences):
+        """Each row's from its first token on."""
+        rows = sequences.tolist()
+        return [row[start : start + width] for row, start in zip(rows, begin, strict=True)]
+
+    for state, recorded in zip(output.states, case["states"], strict=True):
+        for row, got, want in zip(rows, own(state), recorded, strict=True):
+            want = want + [mask_id] * (width - len(want))
+            for c in (c for c in range(width) if got[c] != want[c]):
+                if c < len(row):
+                    assert want[c] in (mask_id, row[c])
+                else:
+                    assert got[c] == stop and stop in got[len(row) : c]
+                    pads |= {want[c]} - {mask_id}
+    assert len(pads) <= 1
+    for row, got, want in zip(rows, own(output.sequences), final, strict=True):
+        is_cut = stop in want[len(row) :] and want[-1] in pads
+        end = want.index(stop, len(row)) + 1 if is_cut else len(want)
+        assert got[:end] == want[:end] and {*want[end:]} <= pads
+        assert {*got[len(want) :]} <= {stop}
+    assert any(mask_id in row for row in final) == case["leaves_mask"]
+
+
 SAMPLER_CHECKS = {
+    "fastv2_batch": check_fast_v2_batch,
     "fastv2_generate": check_fast_v2,
     "llada2_generate": check_llada2,
     "sdar_eval": check_sdar,

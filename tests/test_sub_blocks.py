@@ -146,3 +146,33 @@ def test_as_the_published_sampler_where_that_has_no_defect(seed):
     assert len(public) == 16 - prompt % 8 + 1
     stop = public.index(0) + 1 if 0 in public else min(16, len(public))
     assert own.completions[0, :stop].tolist() == public[:stop]
+
+
+def published_batch(rows, gen_length, **knobs):
+    no_mask = SuppressTokensLogitsProcessor([MASK])
+    knobs |= dict(parity="fast_dllm_v2_batch", logits_processor=no_mask, block_length=4)
+    return forwards_of(block_model(1, 4), rows, gen_length=gen_length, threshold=0.9, **knobs)
+
+
+def test_the_published_batch_stores_blocks_one_by_one():
+    """Where the row that was being decoded has stopped, and the others are in their prompts."""
+    rows = [[3, 4], [*range(1, 11)]]
+    free, _ = published_batch(rows, 4, end_ids=(0,))
+    first = free.completions[0, :2].tolist()
+    out, calls = published_batch(rows, 4, end_ids=(first[1],))
+    assert first[0] != first[1] and first[1] not in rows[0]
+    assert out.completions[0].unique().tolist() == sorted(first)
+    assert [embeds.shape[1] for embeds, _ in calls] == [4] * len(calls)
+    assert torch.equal(out.sequences[1], free.sequences[1])
+
+
+@pytest.mark.parametrize("longest", [8, 9, 10])
+def test_the_published_batch_forgets_first_tokens(longest):
+    """That of a prompt of whole blocks, where another is longer by two: its own output decides it
+    in the block. Where it is longer by one, that one loses its last token."""
+    rows = [[1, 2, 3], [*range(1, 9)], [*range(11, 11 + longest)]]
+    out, _ = published_batch(rows, 4, end_ids=(0,))
+    width = max(map(len, rows))
+    short, whole, last = (out.committed_at[r, width - len(row) + 8] for r, row in enumerate(rows))
+    assert (whole > short) == (longest == 10) and whole >= short
+    assert (last >= 0) == (longest < 10)
