@@ -43,10 +43,9 @@ class BlockCausal(Masked):
         if quirks.mk_grid is not None:
             self.grid = quirks.mk_grid(real, config.gen_length, length)
         else:
-            self.grid = Grid(
-                real, config.gen_length, length, at=quirks.grid_from, whole=not quirks.short_last
-            )
-        self.steps = config.steps
+            at = quirks.grid_from if quirks.blocks else config.grid
+            self.grid = Grid(real, config.gen_length, length, at=at, whole=not quirks.short_last)
+        self.steps, self.eos_id = config.steps, facts.eos_id
         self.first_from_store = quirks.first_from_store and facts.shift == 1
         super().__init__(config, net, facts, input_ids, real, draws)
         # [B] rows in which a step has put an end token
@@ -111,6 +110,8 @@ class BlockCausal(Masked):
         if block.carried:  # nothing more will be known of it
             self.rule = Quota(lambda index, left: left)
         else:
+            if self.quirks.ends_are_gaps:
+                self.grid.leave_out(self.canvas.ids == self.eos_id)
             self.reader.store(self.canvas.ids, lo // b * b)
 
     def _window(self, block: Block, index: int) -> Window:

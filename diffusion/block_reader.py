@@ -128,7 +128,7 @@ class BlockReader(Reader):
         embeds = self._embedded(canvas, at, lo)
         if self.twice:
             embeds = torch.cat([embeds, self._embedded(self.without_prompt(canvas), at, lo)])
-        positions = (at - self.grid.begin[:, None]).clamp_min(0)
+        positions = self.grid.positions(at)
         end = -(-hi // self.grid.b) * self.grid.b  # of the block
         mask = self._mask(lo, hi, end)
         if self.twice:

@@ -20,6 +20,7 @@ from .select import SELECTORS, mk_selector
 from .soften import Softener, mk_softener
 from .stops import STOPS, mk_stop
 
+GRIDS = ("start", "end")
 CACHES = (None, "off", "exact", "prefix", "dual")
 # options that a schedule of their name, with hyphens, compares scores with, and an example of each
 SHORTHANDS = {"threshold": 0.9, "factor": 1.0, "entropy_bound": 0.1}
@@ -82,6 +83,9 @@ class DenoiseConfig:
     # those of finished blocks; of block-causal models the other two keep those too, and "within" is
     # within a block, around a sub-block. None: "exact" with block-causal models, which alone can, else "off"
     cache: str | None = None
+    # of block-causal models: where their blocks are counted from, the "start" of a row, so that an
+    # answer may begin inside a block, or the "end" of its prompt, whose first block is then short
+    grid: str = "start"
     remask: str | None = None  # ReMDM: "cap", "rescale", "conf" or "loop"
     remask_args: dict[str, Any] = field(default_factory=dict)  # eta, t_on, t_off, alpha_on
     # of the proposals; 0 is the argmax. (first, last) is one that goes from the first towards the
@@ -137,6 +141,7 @@ class DenoiseConfig:
                 f"block_length={self.block_length} does not divide gen_length={self.gen_length}: choose a divisor"
             )
         check_choice("cache", self.cache, CACHES)
+        check_choice("grid", self.grid, GRIDS)
         check_choice("rescale", self.rescale, RESCALES)
         blocks = self.gen_length // b if b else 1
         if self.steps is not None and self.steps % max(blocks, 1) and not self.quirks.lenient:

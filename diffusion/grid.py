@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .schedules import Block
 
-GRIDS = ("start", "end")
-
 
 class Grid:
     """Blocks of b columns. at="start": counted from a row's first token, so that an answer may begin
     inside a block; at="end": from the end of its prompt."""
+
+    gaps: Tensor | None = None  # [B, L] bool, columns that nobody sees; None: there are none
 
     def __init__(
         self, real: Tensor, gen_length: int, b: int, *, at: str = "start", whole: bool = True
@@ -34,13 +34,19 @@ class Grid:
         before = (length - rest + b - 1).div(b, rounding_mode="floor")
         answer = (rest + gen_length + b - 1).div(b, rounding_mode="floor")  # [B] blocks
         self.stop = P - rest + answer * b if whole else torch.full_like(rest, P + gen_length)
-        self.first, last, stop, is_real = (
-            int(x) for x in torch.stack([before.max(), answer.max(), self.stop.max(), real.all()])
+        self.first, last, stop = (
+            int(x) for x in torch.stack([before.max(), answer.max(), self.stop.max()])
         )
         self.number = self.first + last
         self.length = max(P + gen_length, stop)  # L
         self.origin = P - rest - self.first * b  # [B] column of place 0; may be negative
-        self.is_whole = bool(is_real) and bool((self.stop == self.origin + self.number * b).all())
+        ends = self.origin + self.number * b
+        # is every place a column of every row?
+        self.is_whole = bool(((self.begin == self.origin) & (self.stop == ends)).all())
+
+    def leave_out(self, gaps: Tensor) -> None:
+        """From now on the columns `gaps` [B, L] bool are read as padding."""
+        self.gaps, self.is_whole = gaps, False
 
     @property
     def alone(self) -> Tensor:
@@ -54,7 +60,17 @@ class Grid:
         others lie somewhere on the canvas."""
         column = self.origin[:, None] + torch.arange(lo, hi, device=self.origin.device)
         there = (column >= self.begin[:, None]) & (column < self.stop[:, None])
-        return column.clamp(0, self.length - 1), there
+        column = column.clamp(0, self.length - 1)
+        if self.gaps is not None:
+            there = there & ~self.gaps.gather(1, column)
+        return column, there
+
+    def positions(self, at: Tensor) -> Tensor:
+        """[B, W] columns -> how many tokens of the row stand before each."""
+        before = self.begin[:, None]
+        if self.gaps is not None:
+            before = before + self.gaps.cumsum(1).gather(1, at)
+        return (at - before).clamp_min(0)
 
     def place(self, rows: Tensor, cols: Tensor) -> Tensor:
         """[n] places of the positions (rows, cols)."""

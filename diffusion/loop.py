@@ -220,15 +220,7 @@ def _check(model, facts: Facts, net: Parts, config: DenoiseConfig, input_ids: Te
         )
     if shape[1] == 0 and (facts.shift or not has_mask):
         raise ValueError(f"input_ids of shape {shape} is an empty prompt: start from a BOS token")
-    most, b = room_of(model, trained=True), facts.block_length or 1
-    # the grid begins with the prompt, canvases behind it
-    before, behind = (0, shape[1]) if has_mask else (shape[1], 0)
-    if most is not None and before - (-(behind + config.gen_length) // b) * b > most:
-        blocks = f" in blocks of {b}" if b > 1 else ""
-        raise ValueError(
-            f"a prompt of {shape[1]} and gen_length={config.gen_length} do not fit into the model's {most} "
-            f"positions{blocks}"
-        )
+    _check_room(model, facts, config, shape[1])
     check_dist(facts.vocab_size, 1.0, config.top_k, config.top_p)
     if config.cache not in (None, "off") and not net.can_cache:
         raise ValueError(
@@ -243,6 +235,10 @@ def _check(model, facts: Facts, net: Parts, config: DenoiseConfig, input_ids: Te
         raise ValueError(
             f"cache='exact' is for block-causal models, and {type(model).__name__} reads the whole canvas: choose "
             f"'prefix' or 'dual', which are approximate"
+        )
+    if config.grid == "end" and (facts.block_length is None or not has_mask):
+        raise ValueError(
+            f"grid='end' is for block-causal models, and {type(model).__name__} has no blocks of its own: leave it out"
         )
     k = config.soften_args.get("k", 1)
     if isinstance(config.soften, str) and k > facts.vocab_size:
@@ -278,6 +274,20 @@ def _check_masked(config: DenoiseConfig) -> None:
         )
     if config.parity == RENOISED:
         raise ValueError(f"parity={config.parity!r} is of a model without a mask: leave it out")
+
+
+def _check_room(model, facts: Facts, config: DenoiseConfig, width: int) -> None:
+    """Raise ValueError for prompts, of so many columns, that leave no room for the answer."""
+    most, b = room_of(model, trained=True), facts.block_length or 1
+    # the grid begins with the prompt unless it is asked for behind it, canvases always behind it
+    begins_it = facts.mask_id is not None and config.grid == "start"
+    before, behind = (0, width) if begins_it else (width, 0)
+    if most is not None and before - (-(behind + config.gen_length) // b) * b > most:
+        blocks = f" in blocks of {b}" if b > 1 else ""
+        raise ValueError(
+            f"a prompt of {width} and gen_length={config.gen_length} do not fit into the model's {most} "
+            f"positions{blocks}"
+        )
 
 
 def _real(facts: Facts, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -231,6 +231,11 @@ def dllm(block: Block, config, draws: Draws) -> Rule:
     return Fixed(counts.shape[1], lambda i: counts[:, i])
 
 
+def dllm_bd3lm(block: Block, config, draws: Draws) -> Rule:
+    rule = dllm(block, config, draws)
+    return Until(rule, most=rule.steps)
+
+
 def open_dcoder(block: Block, config, draws: Draws, *, eps: float = 1e-3) -> Rule:
     return Until(linear(block, config, draws, eps=eps), most=int(block.steps.max()))
 
@@ -302,6 +307,16 @@ PARITY: dict[str, Quirks] = BLOCK_PARITY | {
         rule=dllm, grid=blocks_of_rows, competes="before", noise="canvas", renormalised_ends=0
     ),
     "dllm_infill": Quirks(rule=dllm, grid=blocks_of_rows, noise="canvas", renormalised_ends=0),
+    # its BD3LMSampler, of block-causal models
+    "dllm_bd3lm": Quirks(
+        rule=dllm_bd3lm,
+        blocks=True,
+        grid_from="end",
+        short_last=True,
+        stop="all",
+        ends_are_gaps=True,
+        renormalised_ends=0,
+    ),
     # pengzhangzhi/Open-dLLM at 8b38787: alg maskgit_plus, entropy or topk_margin; origin; p2
     "open_dcoder": Quirks(
         rule=open_dcoder, competes="canvas", one_block=True, filtered_score=True, top_p_first=True

@@ -43,9 +43,11 @@ class Quirks(NamedTuple):
     blocks: bool = False  # it decodes them, in blocks of the length that is asked for
     # (real [B, P], gen_length, block length) -> a grid.Grid of its own
     mk_grid: Callable | None = None
-    grid_from: str = "start"  # where their blocks begin, one of GRIDS
+    grid_from: str = "start"  # where their blocks begin, as DenoiseConfig.grid
     short_last: bool = False  # the last block ends where the answer does
     stores_last: bool = False  # the last block is stored, too
+    # the end-of-text token, which also pads, is read as padding where an earlier block holds it
+    ends_are_gaps: bool = False
     # with shifted logits, the forward that stores a block decides the first token of the next
     first_from_store: bool = False
     # a cached window is the whole block as long as the first position of the sub-block is a mask;

@@ -1,7 +1,7 @@
 """The checks of the block-causal families and the others of 2026 (golden-block/README.md)."""
 
 import torch
-from golden_dllm import check_num_transfer, check_sample
+from golden_dllm import check_block_sample, check_num_transfer, check_sample
 from golden_folder import checkpoint, tensor
 from golden_sampler import SAMPLER_CHECKS
 from transformers import DynamicCache
@@ -49,6 +49,7 @@ def check_logits(folder, family, case):
 BLOCK_CHECKS = {
     "a2d_generate": check_sample,
     "a2d_logits": check_logits,
+    "bd3lm_generate": check_block_sample,
     "fastv2_logits": check_logits,
     "llada2_logits": check_logits,
     "sdar_logits": check_logits,
@@ -57,7 +58,6 @@ BLOCK_CHECKS = {
 }
 # Families that nothing of softar carries out yet, and what is lacking.
 LATER = {
-    "bd3lm_generate": "the block-causal process, dllm's BD3LM sampler",
     "dmax_generate": "the block-causal process, DMax's soft parallel decoding",
     "llada21_generate": "the block-causal process, LLaDA2.1's token editing",
     "unit_bd3lm_train_mask": "training on doubled rows",

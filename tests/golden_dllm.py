@@ -1,4 +1,6 @@
-"""The checks of dllm's masked sampler, MDLMSampler, and of its schedules."""
+"""The checks of dllm's samplers, MDLMSampler and BD3LMSampler, and of its schedules."""
+
+from contextlib import contextmanager
 
 import torch
 from golden_folder import checkpoint, tensor
@@ -24,12 +26,8 @@ def check_sample(folder, family, case):
     them are compared, in every state."""
     p, rows = case["params"], case["prompt_ids"]
     model = checkpoint(folder, case["checkpoint"], shift=int(p["right_shift_logits"]))
-    outputs = []
-    hook = model.model.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
+    with body_outputs(model) as outputs:
         out = denoise(model, *left_padded(rows), config=config_of(case), history=True)
-    finally:
-        hook.remove()
     assert out.num_forwards == case["nfe"] and len(out.states) == len(case["states"])
     width = out.sequences.shape[1]
     for r, row in enumerate(rows):
@@ -49,6 +47,62 @@ def check_sample(folder, family, case):
         length = len(rows[r % len(rows)]) + p.get("max_new_tokens", 0)
         own = got[r, width - length :]
         torch.testing.assert_close(own, want[r, :length], atol=1e-3, rtol=0)
+
+
+def check_block_sample(folder, family, case):
+    """dllm pads prompts to whole blocks, and makes two forwards where softar reads with and without
+    the prompt in one. Columns are those behind the prompts here."""
+    p, rows = case["params"], case["prompt_ids"]
+    model = checkpoint(folder, case["checkpoint"], shift=int(p["right_shift_logits"]))
+    with body_outputs(model) as outputs:
+        out = denoise(model, *left_padded(rows), config=block_config_of(case), history=True)
+    width = out.prompt_length
+    got = [state[:, width:].tolist() for state in out.states]
+    times = 2 if p["cfg_scale"] else 1
+    assert out.num_forwards * times == case["nfe"]
+    got = [state for state in got[:-1] for _ in range(times)] + got[-1:]
+    made = len(case["states"][0][0])  # columns, of which the blocks behind an early end are none
+    assert [[row[:made] for row in state] for state in got] == case["states"]
+    for row, ids, want in zip(rows, out.sequences.tolist(), case["expected_ids"], strict=True):
+        length = len(want) - case["states_start"]  # later blocks were never made
+        assert ids[width - len(row) : width + length] == want[case["states_start"] - len(row) :]
+    mask_id = model.config.mask_token_id
+    assert any(mask_id in row for row in case["expected_ids"]) == case["leaves_mask"]
+    want = tensor(folder, family, f"{case['id']}.logits0")
+    if want is None:
+        return
+    with torch.no_grad():
+        logits = model.lm_head(outputs[0].last_hidden_state)
+    assert logits.shape[1:] == want.shape[1:]
+    for r, row in enumerate(rows):
+        torch.testing.assert_close(logits[r, -len(row) :], want[r, -len(row) :], atol=1e-3, rtol=0)
+
+
+def block_config_of(case):
+    p = case["params"]
+    blocks = -(-p["max_new_tokens"] // p["block_size"])
+    return DenoiseConfig(
+        parity="dllm_bd3lm",
+        gen_length=p["max_new_tokens"],
+        block_length=p["block_size"],
+        steps=blocks * (p.get("steps_per_block") or -(-p["steps"] // blocks)),
+        schedule=p["scheduler"],
+        temperature=p["temperature"],
+        select=SELECT[p["remasking"]],
+        cfg_scale=p["cfg_scale"],
+        end_ids=(p["eos_id"],),
+    )
+
+
+@contextmanager
+def body_outputs(model):
+    """What each forward of the model's body gives."""
+    outputs = []
+    hook = model.model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
 
 
 def config_of(case):

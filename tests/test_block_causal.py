@@ -80,6 +80,7 @@ def setting(seed):
     knobs |= dict(
         soften=r.choice(soft),
         cfg_scale=r.choice([0.0, 0.0, 1.5]),
+        grid=r.choice(["start", "end"]),
         early_stop=r.choice([None, False]),
         end_ids=tuple(range(r.choice([1, 6]))),
     )
@@ -227,7 +228,21 @@ def test_what_a_block_causal_model_cannot_do(name):
         decode(block_model(), ROW, **knobs)
 
 
-@pytest.mark.parametrize("knobs", [dict(cache="exact"), dict(sub_block_length=2)])
+@pytest.mark.parametrize("prompt", [1, 3, 4, 5])
+def test_blocks_behind_the_prompt(prompt):
+    """By a mask of its own: the prompt's first block is short, and the answer begins one."""
+    model, row = block_model(), list(range(1, prompt + 1))
+    out = decode(model, [row], gen_length=4, grid="end", steps=1, early_stop=False)
+    ids = torch.tensor([row + [MASK] * 4])
+    number = (torch.arange(prompt + 4) - prompt) // 4
+    sees = (number[None] <= number[:, None])[None, None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=sees).logits[0, prompt:]
+    logits[:, MASK] = -torch.inf
+    assert out.completions[0].tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("knobs", [dict(cache="exact"), dict(sub_block_length=2), dict(grid="end")])
 def test_for_block_causal_models_alone(knobs):
     with pytest.raises(ValueError, match=f"{next(iter(knobs))}=.* is for block-causal models"):
         denoise(denoiser(), *left_padded(ROW), config=DenoiseConfig(gen_length=4, **knobs))
