@@ -166,7 +166,7 @@ class Audience:
     def __init__(self, canvas: Canvas, callback: Callable | None, streamer, history: bool):
         self.canvas, self.callback, self.streamer = canvas, callback, streamer
         # what is left of it is not streamed as generated
-        self.tail = canvas.prompt_length
+        self.tail = self.streamed = canvas.prompt_length
         self.states = [] if history else None
 
     def begin(self, input_ids: Tensor) -> None:
@@ -185,10 +185,11 @@ class Audience:
             self.streamer.put_draft(self.canvas.ids[:, self.tail : self.canvas.width].clone().cpu())
 
     def after_block(self, block: Block) -> None:
-        if self.streamer is not None and block.end > self.tail:
-            end = min(block.end, self.canvas.width)
-            new = self.canvas.ids[:, max(block.start, self.tail) : end]
+        end = min(block.end, self.canvas.width)
+        if self.streamer is not None and end > self.streamed:
+            new = self.canvas.ids[:, max(block.start, self.streamed) : end]
             self.streamer.put(new.clone().cpu())
+            self.streamed = end
 
     def end(self) -> None:
         if self.streamer is not None:

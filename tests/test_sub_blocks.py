@@ -8,6 +8,7 @@ import torch
 from test_block_causal import block_model, decode, setting
 from test_denoise import MASK
 from transformers import SuppressTokensLogitsProcessor
+from transformers.generation.streamers import BaseStreamer
 
 from softar.diffusion.net import parts
 from softar.soft import soft_embed
@@ -176,3 +177,20 @@ def test_the_published_batch_forgets_first_tokens(longest):
     short, whole, last = (out.committed_at[r, width - len(row) + 8] for r, row in enumerate(rows))
     assert (whole > short) == (longest == 10) and whole >= short
     assert (last >= 0) == (longest < 10)
+
+
+@pytest.mark.parametrize("sub_block_length", [None, 1, 2])
+def test_a_streamer_gets_each_token_once(sub_block_length):
+    class Recorder(BaseStreamer):
+        values, ended = (), 0
+
+        def put(self, value):
+            self.values = (*self.values, *value[0].tolist())
+
+        def end(self):
+            self.ended += 1
+
+    streamer, row = Recorder(), [*range(1, 7)]
+    knobs = dict(gen_length=9, sub_block_length=sub_block_length, early_stop=False)
+    out = decode(block_model(1, 4), [row], streamer=streamer, **knobs)
+    assert [*streamer.values] == out.sequences[0].tolist() and streamer.ended == 1
