@@ -10,6 +10,9 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from softar.placement import evaluating
 
 from .architectures import (
     DREAM_NEEDS,
@@ -18,6 +21,7 @@ from .architectures import (
     check_settings,
 )
 from .families import A2DLlamaLMHeadModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel
+from .net import parts
 from .tokenizer import introduce
 
 # What Dream and LLaDA are made of: their published layouts have no name for anything else. Their
@@ -62,7 +66,9 @@ def convert(
     Args:
         model: a LlamaForCausalLM, which becomes a LladaForMaskedDiffusion with logits_shift 1, a
             Qwen2ForCausalLM, which becomes a DreamForMaskedDiffusion, or a Qwen3ForCausalLM, which
-            becomes an A2D model, as all three do unshifted or with blocks.
+            becomes an A2D model, as all three do unshifted or with blocks. Any other causal model
+            of transformers whose layers all see all (Gemma, Mistral, OLMo, ...) keeps its class and
+            layout, and its config.json says what it was made.
         mask_token: added where the tokenizer has neither a mask token nor this token. It takes the
             first row of the embedding behind the tokenizer's own; only where there is none does the
             embedding grow, by one row.
@@ -81,10 +87,7 @@ def convert(
     if block_length is not None and (type(block_length) is not int or block_length < 1):
         raise ValueError(f"block_length={block_length!r} must be a whole number, 1 or more")
     if type(model) not in A2D:
-        raise ValueError(
-            f"model is a {type(model).__name__}, of which no masked-diffusion model is made here: give one of "
-            f"{', '.join(kind.__name__ for kind in A2D)}, an adapter merged into it"
-        )
+        _check_reads_both_ways(model)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(
             f"tokenizer={tokenizer!r}: give the model's tokenizer, which gets the mask token"
@@ -92,11 +95,10 @@ def convert(
     if shift and block_length is None and type(model) in SHIFTED:
         (new_class, needs), changes = SHIFTED[type(model)], {"logits_shift": 1}
     else:
-        new_class = A2D[type(model)]
-        needs = new_class.config_class.needs
+        new_class = A2D.get(type(model))
+        needs = {} if new_class is None else new_class.config_class.needs
         changes = {"logits_shift": shift, "block_length": block_length}
-    settings = model.config.to_dict()
-    check_settings(settings, needs)
+    check_settings(settings := model.config.to_dict(), needs)
     if getattr(model, "quantization_method", None) is not None:
         raise ValueError(
             "model is quantised, and its weights cannot be taken over: load it de-quantised"
@@ -107,11 +109,15 @@ def convert(
             f"the tokenizer's {words} tokens do not fit the embedding's {rows} rows: is it this model's?"
         )
 
-    fields = {name: value for name, value in settings.items() if name not in REPLACED}
-    config = new_class.config_class(**fields, **changes)
-    config._attn_implementation = model.config._attn_implementation
-    new = _take_over(model, new_class, config)
-    new.generation_config = copy.deepcopy(model.generation_config)
+    if new_class is None:
+        new = model
+        new.config.update(changes | {"is_causal": False})
+    else:
+        fields = {name: value for name, value in settings.items() if name not in REPLACED}
+        config = new_class.config_class(**fields, **changes)
+        config._attn_implementation = model.config._attn_implementation
+        new = _take_over(model, new_class, config)
+        new.generation_config = copy.deepcopy(model.generation_config)
 
     is_new = _name_mask(tokenizer, mask_token)
     mask_id = tokenizer.mask_token_id
@@ -128,6 +134,47 @@ def convert(
     new.name_or_path = new.config._name_or_path = model.name_or_path
     introduce(new, tokenizer)
     return new.eval(), tokenizer
+
+
+@torch.no_grad()
+def _check_reads_both_ways(model) -> None:
+    """Raise ValueError for a causal model that cannot be read in both directions or block by block
+    as it is: tried with three tokens. What is saved then is its own layout with `logits_shift`,
+    `block_length` and `is_causal` in config.json."""
+    told = f"model is a {type(model).__name__}, of which no masked-diffusion model is made here"
+    remedy = (
+        f"give one of {', '.join(kind.__name__ for kind in A2D)}, another causal model whose layers all see all, or "
+        f"an adapter merged into it"
+    )
+    is_plain = isinstance(model, PreTrainedModel)
+    if not is_plain or model.config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"{told}: {remedy}")
+    config = model.config
+    if "layer_types" in config and {*config.layer_types} != {"full_attention"}:
+        raise ValueError(f"{told}: layer_types={config.layer_types}; {remedy}")
+    if "sliding_window" in config and config.sliding_window is not None:
+        raise ValueError(f"{told}: sliding_window={config.sliding_window}; {remedy}")
+    if "logits_shift" in config or not {"model", "lm_head"} <= model._modules.keys():
+        raise ValueError(f"{told}: its parts have other names than model and lm_head; {remedy}")
+    as_it_was = dict(config.__dict__)
+    ids, triangle = torch.arange(3)[None].to(model.device), torch.ones(3, 3).tril()[None, None]
+    with evaluating(model):
+        causal = model(ids, use_cache=False).logits
+        try:
+            config.update({"logits_shift": 0, "is_causal": False})
+            net = parts(model)
+            embeds = net.embedding(ids)
+            same = net.head(net.body(embeds, triangle.bool().to(model.device), None, None))
+            both = net.head(net.body(embeds, None, None, None))
+        finally:
+            config.__dict__.clear()
+            config.__dict__.update(as_it_was)
+    if not torch.allclose(same, causal, atol=1e-2 * causal.abs().max().item()):
+        raise ValueError(
+            f"{told}: under a causal mask of four dimensions its logits are others; {remedy}"
+        )
+    if torch.allclose(both[:, 0], causal[:, 0]):
+        raise ValueError(f"{told}: without a mask it still reads from left to right; {remedy}")
 
 
 def _take_over(model: PreTrainedModel, new_class: type, config) -> PreTrainedModel:

@@ -195,3 +195,9 @@ def kinds_on(model_type: str) -> list[str]:
     """What `kind` may be for a folder of a causal model's type."""
     every = [*FAMILIES.values(), OPEN_DCODER]
     return sorted({family.config.family for family in every if family.base == model_type})
+
+
+def is_converted(settings: dict) -> bool:
+    """Is it the config.json of what `convert` made of a base without a layout here?"""
+    says = "logits_shift" in settings and settings.get("mask_token_id") is not None
+    return says and settings.get("is_causal") is False

@@ -14,7 +14,13 @@ from pathlib import Path
 
 import torch
 from fastcore.meta import delegates
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -40,7 +46,7 @@ from softar.progress import without_bars
 from . import gemma
 from .architectures import LLADA_NAMES, LladaConfig, LladaForMaskedDiffusion, check_settings
 from .experts import LLADA2_NAMES, check_experts
-from .families import FAMILIES, family_of, kinds_on
+from .families import FAMILIES, family_of, is_converted, kinds_on
 from .folder import (
     GENERATION,
     Stated,
@@ -158,6 +164,12 @@ def _open(name: str, stated: Stated, *, dtype, **model_kwargs):
     if settings["model_type"] == CANVASES:
         config = gemma.read_config(name, settings, stated, fetch)
         tokenizer, opener = open_tokenizer(name, config, fetch), gemma.OPENER
+    elif family is None and is_converted(settings):
+        # of `convert`, which leaves the layout of a base that has no name here
+        if any(value is not None for value in stated):
+            raise ValueError(f"it was converted and says all, and takes none of {Stated._fields}")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fetch)
+        tokenizer, opener = open_tokenizer(name, config, fetch), AutoModelForCausalLM
     elif family is None:
         _check_masked_lm(settings, stated)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fetch)

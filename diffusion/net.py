@@ -76,7 +76,8 @@ def facts(model: nn.Module) -> Facts:
     soft_mask = config.soft_mask if "soft_mask" in config else None
     named = config.diffusion_process if "diffusion_process" in config else None
     uniform = read_noise(named, mask_id, config.vocab_size)
-    family = config.family if isinstance(config, Published) else "masked_lm"
+    family = "converted" if "logits_shift" in config else "masked_lm"
+    family = config.family if isinstance(config, Published) else family
     return Facts(
         mask_id,
         ends[0] if ends else None,
@@ -114,7 +115,7 @@ def parts(model: nn.Module) -> Parts:
     if inner.config.model_type == CANVASES:
         return _parts_of_canvases(inner)
     embedding = inner.get_input_embeddings()
-    if isinstance(inner.config, Published):
+    if "logits_shift" in inner.config:
 
         def body(
             embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache=None

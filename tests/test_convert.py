@@ -9,10 +9,18 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
@@ -25,7 +33,7 @@ from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion.architectures import DreamForMaskedDiffusion, LladaForMaskedDiffusion
 from softar.diffusion.convert import convert
 from softar.diffusion.models import load
-from softar.diffusion.net import facts
+from softar.diffusion.net import facts, parts
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.models import word_tokenizer
 
@@ -188,6 +196,49 @@ def test_unshifted_or_block_by_block(arch, shift, block_length, tied, tmp_path):
     assert config["model_type"] == f"a2d-{arch}" and config["vocab_size"] == ROWS + 1
     again, _ = load(tmp_path)
     assert facts(again) == told and torch.equal(logits(again, x), logits(new, x))
+
+
+@pytest.mark.parametrize(("shift", "block_length"), [(1, None), (0, 4)])
+@pytest.mark.parametrize("arch", ["gemma", "mistral", "olmo2"])
+def test_what_has_no_layout_here_keeps_its_own(arch, shift, block_length, tmp_path):
+    """Its config.json says what it was made, and load reads it."""
+    classes = {
+        "gemma": (GemmaConfig, GemmaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+        "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    }
+    config, model_class = classes[arch]
+    window = {"sliding_window": None} if arch == "mistral" else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model_class(config(**SIZES, head_dim=8, **window)).eval()
+    x, bare = ids(), logits(model, ids())
+    new, tokenizer = convert(model, tokenizer_of(), shift=shift, block_length=block_length)
+    told = facts(new)
+    assert (told.shift, told.block_length, told.family) == (shift, block_length, "converted")
+    torch.testing.assert_close(as_causal(new, x)[..., :ROWS], bare)
+    for part in (new, tokenizer):
+        part.save_pretrained(tmp_path)
+    again, _ = load(tmp_path)
+    assert type(again) is model_class and facts(again) == told
+    net, mask = parts(again), torch.ones(1, 1, 12, 12, dtype=torch.bool)
+    with torch.no_grad():
+        both = [net.head(net.body(net.embedding(x), m, None, None)) for m in (None, mask)]
+    torch.testing.assert_close(*both, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(both[0][..., :ROWS], bare, atol=1e-2)
+    with pytest.raises(ValueError, match=r"use softar\.diffusion\.load"):
+        softar.load(tmp_path)
+    with pytest.raises(ValueError, match="it was converted and says all"):
+        load(tmp_path, shift=1)
+
+
+def test_what_cannot_be_read_in_both_directions_is_refused():
+    sizes = SIZES | {"head_dim": 8}
+    slides = MistralForCausalLM(MistralConfig(**sizes, sliding_window=4))
+    scaled = GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0))
+    for model, says in ((slides, "sliding_window=4"), (scaled, "its logits are others")):
+        with pytest.raises(ValueError, match=says):
+            convert(model, tokenizer_of())
 
 
 @pytest.mark.parametrize("options", [dict(shift=2), dict(block_length=0), dict(block_length=2.5)])
