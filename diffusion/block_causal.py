@@ -108,11 +108,14 @@ class BlockCausal(Masked):
         if lo % b == 0:
             self.reader.forget()  # later blocks read tokens
         if block.carried:  # nothing more will be known of it
-            self.rule = Quota(lambda index, left: left)
-        else:
-            if self.quirks.ends_are_gaps:
-                self.grid.leave_out(self.canvas.ids == self.eos_id)
+            self.rule, self.outlasts = Quota(lambda index, left: left), False
+            return
+        if self.quirks.ends_are_gaps:
+            self.grid.leave_out(self.canvas.ids == self.eos_id)
+        if not self.quirks.joins:
             self.reader.store(self.canvas.ids, lo // b * b)
+        elif not self.reader.forwards:
+            self.reader.prefill(self.canvas.ids, lo // b * b)
 
     def _window(self, block: Block, index: int) -> Window:
         whole = index == 0
@@ -120,7 +123,8 @@ class BlockCausal(Masked):
             lo = block.places[0]
             first = self.canvas.masked & self.grid.inside(lo, lo + 1)
             whole = not self.reader.has_read(lo) or bool(first.any())
-        return self.reader.block_window(block, whole=whole, look_back=self.quirks.looks_back)
+        window = self.reader.block_window(block, whole=whole, look_back=self.quirks.looks_back)
+        return self.reader.joined(window) if self.quirks.joins else window
 
     def more(self, block: Block, index: int) -> bool:
         return super().more(block, index) and not self.halted
@@ -165,6 +169,8 @@ class BlockCausal(Masked):
             self.canvas.end(self.filled, self.end_ids)
             return bool(self.filled.all())
         if self.quirks.stop not in ("any", "all"):
+            return False
+        if self.config.early_stop is False:
             return False
         ended = self.canvas.ended(self.end_ids)
         return bool(ended.any() if self.quirks.stop == "any" else ended.all())

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .grid import Grid
 from .quirks import Quirks
-from .schedules import Block, Dynamic, Rule, Step, share_out, surest
+from .revise import Edit, Overwrite
+from .rules import Block, Rule, Step
+from .schedules import Dynamic, Schedule, share_out, surest
 from .select import Draws
 
 
@@ -75,6 +77,41 @@ def above(block: Block, config, draws: Draws) -> Rule:
     return Dynamic(torch.ones_like(block.count), 1, config.threshold)
 
 
+# forwards of a block; where the mask is proposed again and again the original has no end
+ENDLESS = 400
+
+
+def llada21(
+    block: Block,
+    config,
+    draws: Draws,
+    *,
+    editing_threshold: float = 0.9,
+    max_post_steps: int = 16,
+    num_to_transfer: int = 1,
+) -> Rule:
+    masks = Rounds(num_to_transfer * ENDLESS, ENDLESS, config.threshold)
+    return Edit(masks, block.count, editing_threshold, max_post_steps)
+
+
+class DMax(Overwrite):
+    """All rows of a batch go on or stop together, and may leave masks."""
+
+    def __init__(self, block: Block, threshold: float, sure: float):
+        self.most = block.end - block.start
+        super().__init__(block.count, block.steps.clamp_min(self.most + 1), threshold, sure)
+
+    def more(self, index: int, left: bool) -> bool:
+        return index < self.most and bool(self.busy.any())
+
+    def goes_on(self, has_masks: Tensor, doubts: Tensor, changed: Tensor) -> Tensor:
+        return (doubts.any() & changed.any()).expand_as(doubts)
+
+
+def dmax(block: Block, config, draws: Draws, *, sure: float = 0.9) -> Rule:
+    return DMax(block, config.threshold or 0.0, sure)
+
+
 BLOCK_PARITY: dict[str, Quirks] = {
     # JetAstra/SDAR's generate.py at c2041a83, and its copy in the evaluation harness
     "sdar": Quirks(
@@ -113,5 +150,9 @@ BLOCK_PARITY: dict[str, Quirks] = {
     ),
     # LLaDA2.0's own generate, and dllm's LLaDA2Sampler at ca176752
     "llada2": Quirks(rule=rounds, blocks=True, stop="any", stops_inside="gapless"),
+    # LLaDA2.1's own generate, as dllm carries it at ca176752
+    "llada21": Quirks(rule=Schedule(llada21, revises=True, outlasts=True), blocks=True, stop="any"),
+    # czg1225/DMax's dInfer at 82bc29e; with soften="soft-decoded" and rescale="norm"
+    "dmax": Quirks(rule=Schedule(dmax, revises=True, outlasts=True), blocks=True, joins=True),
     "llada2_dllm": Quirks(rule=rounds, blocks=True, stop="never", stops_inside="block"),
 }

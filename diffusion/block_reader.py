@@ -99,6 +99,18 @@ class BlockReader(Reader):
             self.stores.append(self.forwards)
             self.last = self._forward(canvas, lo, self.stored)[:, -1]
 
+    def prefill(self, canvas: Tensor, hi: int) -> None:
+        """As `store`, for which a forward is made in any case."""
+        self.store(canvas, hi)
+        if not hi and self.cache is not None:
+            self._forward(canvas, 0, self.grid.b)
+
+    def joined(self, window: Window) -> Window:
+        """The same with the places before it that are not stored, which its forward stores."""
+        lo, hi = window.span
+        first, self.stored = min(self.stored, lo), lo
+        return window._replace(span=(first, hi))
+
     def __call__(self, canvas: Tensor, window: Window, rows: Tensor, cols: Tensor) -> Tensor:
         """-> logits [n, V] float32 about the positions (rows, cols), which lie in the window."""
         lo, hi = window.span
@@ -170,10 +182,10 @@ class BlockReader(Reader):
         """As any reader does; keeps the mixtures of the block alone, [B, b, D], whatever the length
         of the canvas."""
         soft = Soft(soft.ids[shows], soft.weights[shows])
-        mixed = soft_embed(soft, self.net.embedding)
+        mixed = soft_embed(soft, self.net.embedding, rescale=self.config.rescale)
         if self.where is None:
             b, self.where = self.grid.b, torch.zeros_like(self.fixed)
-            lo = window.span[0] // b * b
+            lo = max(window.span[0], window.span[1] - 1) // b * b
             self.soft = lo, lo + b  # the places that may be soft
             self.mixed = mixed.new_zeros(len(self.fixed), b, mixed.shape[-1])
         rows, cols = rows[shows], cols[shows]

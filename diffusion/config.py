@@ -66,7 +66,7 @@ class DenoiseConfig:
     # `entropy_bound` asks for
     schedule: str | Callable | None = None
     # dilation (pyramid), eps and rounding (linear), rounding (cosine), eta (p2), back (wino), kl and
-    # most (refine): see the function
+    # most (refine), editing_threshold and max_post_steps (edit), sure (overwrite): see the function
     schedule_args: dict[str, Any] = field(default_factory=dict)
     threshold: float | None = None  # in (0, 1], of schedule "threshold"
     factor: float | None = None  # > 0, of schedule "factor"
@@ -180,7 +180,7 @@ class DenoiseConfig:
                 raise ValueError(f"{option}={value} must be > 0 and finite")
         for option, example in SHORTHANDS.items():
             value = getattr(self, option)
-            if schedule.compares == option and value is None:
+            if schedule.compares == option and schedule.has_to_compare and value is None:
                 raise ValueError(f"schedule={name!r} needs {option}=, for example {example}")
             if schedule.compares != option and value is not None and not lenient:
                 raise ValueError(

@@ -79,6 +79,7 @@ class Masked:
     def begin(self, block: Block) -> None:
         self.canvas.decoded = torch.zeros_like(self.canvas.masked)
         self.rule, self.recall = mk_rule(self.config, block, self.draws), Recall()
+        self.outlasts = self.schedule.outlasts
         if not self.softener.carries:
             self.reader.forget()
         elif not self.quirks.stays_soft:
@@ -91,7 +92,8 @@ class Masked:
         canvas, reader = self.canvas, self.reader
         window = self._window(block, index)
         is_open = canvas.masked & self._reach(block, window)
-        busy = is_open.any(-1) | (not self.quirks.waits)  # a row that waits for others stays as is
+        busy = self.rule.busy if self.outlasts else is_open.any(-1)
+        busy = busy | (not self.quirks.waits)  # a row that waits for others stays as is
         candidates = is_open | canvas.decoded if self.schedule.revises else is_open
         asked = self._asked(candidates, window) & busy[:, None]
         rows, cols = asked.nonzero(as_tuple=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .schedules import Block, Rule, Step
+from .rules import Block, Outlasting, Rule, Step
 from .select import Draws, shape_of
 
 
@@ -22,6 +22,15 @@ class CheckedRule:
 
     def more(self, index: int, left: bool) -> bool:
         return self.rule.more(index, left)
+
+    @property
+    def busy(self) -> Tensor:
+        if not isinstance(self.rule, Outlasting):
+            raise ValueError(
+                f"the rule of schedule={self.name} has no busy, which rows want another forward: give it [B] bool, "
+                f"or leave outlasts out"
+            )
+        return self.rule.busy
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor | None]:
         gave = self.rule(step)

@@ -57,6 +57,9 @@ class Quirks(NamedTuple):
     stores_each: bool = False
     # (grid, P) -> [B, P] bool, tokens of the prompts that it overwrites
     loses: Callable | None = None
+    # a block's first forward also stores the one before it, and that of the prompt is made for a
+    # prompt without a whole block, too
+    joins: bool = False
     # who ends at an end token after a block: its "rows", or all where "any" row or where "all" have
     # one; "never"; "filled": rows in which a step of the block has put it, not its first token
     stop: str = "rows"

@@ -81,6 +81,66 @@ class Wino:
         return commit, best(-step.standing, doubted, most)
 
 
+class Edit:
+    """Another rule for masks; and what is decoded gives way to a new proposal that is surer than
+    `above`, also when no mask is left, until that changes nothing or has been tried `most` times."""
+
+    def __init__(self, rule: Rule, count: Tensor, above: float, most: int):
+        """count: [B] masks when the block begins."""
+        self.rule, self.above, self.most = rule, above, most
+        self.busy = count > 0
+        self.tried = torch.zeros_like(count)
+
+    def more(self, index: int, left: bool) -> bool:
+        return self.rule.more(index, left) if left else bool(self.busy.any())
+
+    def __call__(self, step: Step) -> tuple[Tensor, None]:
+        commit, _ = self.rule(step)
+        edited = step.decoded & step.differs & (step.prob > self.above)
+        full = ~step.open.any(-1)
+        self.tried = self.tried + full
+        settled = (full & ~edited.any(-1)) | (self.tried >= self.most)
+        self.busy = (step.open & ~commit).any(-1) | ~settled
+        return commit | edited, None
+
+
+class Overwrite:
+    """Masks commit from the left, up to the first that is less than `threshold` sure, and one in any
+    case; what is decoded takes the new proposal, whatever it is. A row ends when all of its block is
+    `sure`, or nothing has changed, but with no mask left; in its last step all masks commit."""
+
+    def __init__(self, count: Tensor, steps: Tensor, threshold: float, sure: float):
+        """count, steps: [B] masks when the block begins, and forwards for it."""
+        self.steps, self.threshold, self.sure = steps, threshold, sure
+        self.busy = count > 0
+
+    def more(self, index: int, left: bool) -> bool:
+        return left or bool(self.busy.any())
+
+    def __call__(self, step: Step) -> tuple[Tensor, None]:
+        is_last = step.index >= self.steps - 1
+        unsure = step.open & (step.score < self.threshold) & ~is_last[:, None]
+        first = step.open.cumsum(-1) == 1
+        promoted = step.open & (first | (unsure.cumsum(-1) == 0))
+        written = (promoted | step.decoded) & step.differs
+        doubted = (step.open | step.decoded) & (step.prob < self.sure)
+        has_masks = (step.open & ~promoted).any(-1)
+        self.busy = self.goes_on(has_masks, doubted.any(-1), written.any(-1)) & ~is_last
+        return written, None
+
+    def goes_on(self, has_masks: Tensor, doubts: Tensor, changed: Tensor) -> Tensor:
+        """All [B] bool, of this step."""
+        return has_masks | (doubts & changed)
+
+
+def overwrite(block: Block, config, draws: Draws, *, sure: float = 0.9) -> Rule:
+    """DMax's soft parallel decoding (arXiv:2604.08302, section 3.3), which reads what is decoded
+    softly: masks commit from the left while they are `threshold` sure, without one all at once, and
+    all decoded tokens of the block are proposed anew in each forward, until every one is `sure` or
+    none changes. Takes at most `steps` forwards, without them as many as there are masks."""
+    return Overwrite(block.count, block.steps, config.threshold or 0.0, sure)
+
+
 class Refine:
     """Another rule, held back in each row until the mean change of the beliefs about its open
     positions is below `kl`, or for `most` forwards."""

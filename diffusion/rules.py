@@ -50,3 +50,10 @@ class Rule(Protocol):
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """-> [B, L] bool: commit these, open or decoded; and mask these again (None: nothing)."""
+
+
+@runtime_checkable
+class Outlasting(Rule, Protocol):
+    """A rule that goes on when no mask is left."""
+
+    busy: Tensor  # [B] bool, rows in which another forward is wanted; others wait

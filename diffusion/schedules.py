@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softar.names import lookup
 
-from .revise import Refine, Wino, p2
+from .revise import Edit, Refine, Wino, overwrite, p2
 from .rules import Block, Rule, Step
 from .select import Draws, best
 
@@ -145,6 +145,16 @@ def dynamic(block: Block, config, draws: Draws) -> Rule:
     return Dynamic(block.count, block.steps, config.threshold)
 
 
+def edit(
+    block: Block, config, draws: Draws, *, editing_threshold: float = 0.5, max_post_steps: int = 16
+) -> Rule:
+    """Masks as by "dynamic", and tokens that the block has decoded give way to a new proposal whose
+    probability is above `editing_threshold` (LLaDA2.1, arXiv:2602.08676). When no mask is left so
+    many forwards more are made at most, while they change something."""
+    masks = dynamic(block, config, draws)
+    return Edit(masks, block.count, editing_threshold, max_post_steps)
+
+
 def threshold(block: Block, config, draws: Draws) -> Rule:
     return Threshold(config.threshold)
 
@@ -265,6 +275,7 @@ class Schedule(NamedTuple):
     # makes as many forwards as `steps` says, else as many as it needs; None: not known, or no more
     takes_steps: bool | None = False
     compares: str | None = None  # the field of DenoiseConfig that it compares scores with
+    has_to_compare: bool = True  # that field must be said
     scores: str = "probabilities"  # what those are: "probabilities", or "entropies" in nats
     is_random: bool = False  # draws each position by itself, whatever its score
     # looks at what is decoded in the block again, and may overwrite or mask it: its rules are told
@@ -273,6 +284,8 @@ class Schedule(NamedTuple):
     # reads beliefs for a while before anything commits: its rules are told their `change`, and masks
     # have to show something
     refines: bool = False
+    # makes forwards when no mask is left, too: its rules say in `busy` [B] bool in which rows
+    outlasts: bool = False
 
     def __call__(self, block: Block, config, draws: Draws, **knobs) -> Rule:
         return self.fn(block, config, draws, **knobs)
@@ -309,6 +322,19 @@ SCHEDULE_KNOBS = {
         lambda x: isinstance(x, int) and x >= 1,
         "must be a whole number, at least 1: of forwards that commit nothing",
     ),
+    "editing_threshold": (
+        lambda x: 0 <= x <= 1,
+        "must lie in [0, 1]: a probability; at 1 nothing is edited",
+    ),
+    "sure": (lambda x: 0 <= x <= 1, "must lie in [0, 1]: a probability"),
+    "max_post_steps": (
+        lambda x: isinstance(x, int) and x >= 0,
+        "must be a whole number, at least 0: of forwards without masks",
+    ),
+    "num_to_transfer": (
+        lambda x: isinstance(x, int) and x >= 1,
+        "must be a whole number, at least 1: of masks in a forward",
+    ),
     "eta": (lambda x: 0 <= x < float("inf"), "must be >= 0; 0 masks nothing again"),
 }
 SCHEDULES: dict[str, Schedule] = {
@@ -324,6 +350,15 @@ SCHEDULES: dict[str, Schedule] = {
     "ancestral": Schedule(ancestral, takes_steps=True, is_random=True),
     "cosine": Schedule(cosine, takes_steps=True),
     "p2": Schedule(p2, takes_steps=True, revises=True),
+    "edit": Schedule(edit, takes_steps=None, compares="threshold", revises=True, outlasts=True),
+    "overwrite": Schedule(
+        overwrite,
+        takes_steps=None,
+        compares="threshold",
+        has_to_compare=False,
+        revises=True,
+        outlasts=True,
+    ),
     "wino": Schedule(wino, compares="threshold", revises=True),
     "refine": Schedule(refine, compares="threshold", refines=True),
 }

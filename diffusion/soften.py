@@ -153,6 +153,20 @@ def evolving(slots: Slots, *, k: int = 3, alpha: float = 0.7) -> Soft:
     return Soft(torch.cat([ids, slots.ids[:, None]], -1), weights / weights.sum(-1, keepdim=True))
 
 
+def soft_decoded(slots: Slots, *, k: int = 1) -> Soft:
+    """What the block has decoded shows the k most likely tokens at their probabilities, and the mask
+    with the rest; masks are bare. With rescale="norm" DMax's hybrid embeddings (arXiv:2604.08302,
+    section 3.3), which has k = 1."""
+    _check_k(slots, k)
+    values, ids = slots.belief.top(k)
+    probs = slots.belief.weigh(values).masked_fill(slots.masked[:, None], 0.0)
+    rest = (1 - probs.sum(-1, keepdim=True)).clamp_min(0.0)
+    return Soft(
+        torch.cat([ids, torch.full_like(ids[:, :1], slots.mask_id)], -1),
+        torch.cat([probs, rest], -1),
+    )
+
+
 def slerp(slots: Slots, *, k: int = 3, strength: float = 0.3) -> Soft:
     """The mask's embedding turned by `strength` of the angle towards the mean of the k most likely
     tokens, at its own length (arXiv:2609.37391). As weights of the k + 1 embeddings; they do not
@@ -234,4 +248,5 @@ SOFTENERS: dict[str, Softener] = {
     "soft-mask": Softener(soft_mask, wants_entropy=True),
     "evolving": Softener(evolving, everywhere=True, decoded=True, carries=True, revises=True),
     "slerp": Softener(slerp),
+    "soft-decoded": Softener(soft_decoded, decoded=True),
 }

@@ -3,6 +3,7 @@
 import torch
 from golden_dllm import check_block_sample, check_num_transfer, check_sample
 from golden_folder import checkpoint, tensor
+from golden_revise import REVISE_CHECKS
 from golden_sampler import SAMPLER_CHECKS
 from transformers import DynamicCache
 
@@ -54,13 +55,11 @@ BLOCK_CHECKS = {
     "llada2_logits": check_logits,
     "sdar_logits": check_logits,
     "unit_dllm_num_transfer": check_num_transfer,
+    **REVISE_CHECKS,
     **SAMPLER_CHECKS,
 }
 # Families that nothing of softar carries out yet, and what is lacking.
 LATER = {
-    "dmax_generate": "the block-causal process, DMax's soft parallel decoding",
-    "llada21_generate": "the block-causal process, LLaDA2.1's token editing",
     "unit_bd3lm_train_mask": "training on doubled rows",
-    "unit_dmax_step": "DMax's soft parallel decoding",
     "unit_sdar_train_inputs": "training on doubled rows",
 }

@@ -119,13 +119,11 @@ def check_llada2(folder, family, case):
         steps=rounds * blocks_of(case),
         threshold=p["threshold"],
         end_ids=(end,),
-        early_stop=p["eos_early_stop"],
+        early_stop=p["eos_early_stop"] or None,  # None: after whole blocks only
     )
     rows = decoded(folder, family, case, config).sequences.tolist()
-    width = len(case["prompt_ids"][0])
-    if is_own:  # which returns the answer up to its first end token
-        rows = [row[: width + length] for row in rows]
-        rows = [row[: row.index(end, width) + 1 if end in row[width:] else None] for row in rows]
+    if is_own:
+        rows = answers(case, rows, length, end)
     check_returned(folder, case, rows)
 
 
@@ -191,6 +189,13 @@ def check_fast_v2_batch(folder, family, case):
         assert got[:end] == want[:end] and {*want[end:]} <= pads
         assert {*got[len(want) :]} <= {stop}
     assert any(mask_id in row for row in final) == case["leaves_mask"]
+
+
+def answers(case, rows, length, end):
+    """What LLaDA2's own function returns of its canvas: answers up to their first end token."""
+    width = len(case["prompt_ids"][0])
+    rows = [row[: width + length] for row in rows]
+    return [row[: row.index(end, width) + 1 if end in row[width:] else None] for row in rows]
 
 
 SAMPLER_CHECKS = {

@@ -33,6 +33,8 @@ SETTINGS = [
     dict(schedule="pyramid"),
     dict(schedule="ancestral", steps=8),
     dict(schedule="p2"),
+    dict(schedule="edit", threshold=0.9),
+    dict(schedule="overwrite"),
     dict(schedule="wino", threshold=0.9),
     dict(schedule="refine", threshold=0.9, soften="soft-token"),
     dict(temperature=1.0),
@@ -298,10 +300,11 @@ def test_no_schedule_of_softar_runs_without_an_end():
             "threshold": dict(threshold=0.9),
             "dynamic": dict(threshold=0.9),
             "wino": dict(threshold=0.9),
+            "edit": dict(threshold=0.9, schedule_args={"editing_threshold": 0.0}),
             "refine": dict(threshold=0.9, soften="soft-mask", schedule_args={"kl": 0.0}),
             "factor": dict(factor=1.0),
             "entropy-bound": dict(entropy_bound=1e-9, select="entropy"),
         }.get(name, {})
         config = DenoiseConfig(gen_length=8, schedule=name, end_ids=(EOS,), **needs)
-        held = 16 if name == "refine" else 0
+        held = 16 if name in ("refine", "edit") else 0
         assert denoise(denoiser(), IDS, config=config, rng=seeded()).num_forwards <= 8 + held

@@ -170,8 +170,8 @@ def fill(
     """Fill the holes of a text with a masked-diffusion model.
 
     A hole is a run of underscores, or the model's mask token; each is one token. Decoders: hard,
-    soft-token, soft-mask, evolving, slerp; without --decoder, what the model was trained for. Every
-    field of DenoiseConfig goes into it.
+    soft-token, soft-mask, evolving, slerp, soft-decoded; without --decoder, what the model was
+    trained for. Every field of DenoiseConfig goes into it.
 
     \b
     Examples:
@@ -297,9 +297,9 @@ def compare(
 
     Autoregressive decoders: discrete, sampled, soft, gumbel, k-samples, mixture-of-inputs,
     dirichlet, beam, self-consistency. Diffusion: hard, soft-token, soft-mask, evolving, slerp,
-    denoise. vLLM: vllm-greedy, vllm-sampled, vllm-self-consistency, vllm-beam, vllm-soft. Options
-    behind the colon are fields of SoftConfig, DenoiseConfig, or vLLM's. Code of your own is
-    module:name: soft:mixer=my_code:flat, denoise:soften=my_code:fn, or my_code:decoder.
+    soft-decoded, denoise. vLLM: vllm-greedy, vllm-sampled, vllm-self-consistency, vllm-beam,
+    vllm-soft. Options behind the colon are fields of SoftConfig, DenoiseConfig, or vLLM's. Code of
+    your own is module:name: soft:mixer=my_code:flat, denoise:soften=my_code:fn, or my_code:decoder.
 
     \b
     Examples:
