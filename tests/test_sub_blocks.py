@@ -91,17 +91,24 @@ def test_a_window_is_what_the_cache_does_not_hold(cache, shift):
 
 
 @pytest.mark.parametrize("soften", ["soft-token", "soft-mask", "evolving"])
-@pytest.mark.parametrize("cache", ["exact", "dual"])
-def test_the_next_window_shows_the_mixtures_that_were_reported(cache, soften):
+@pytest.mark.parametrize(("cache", "rescale"), [("exact", None), ("exact", "l2"), ("dual", None)])
+def test_the_next_window_shows_the_mixtures_that_were_reported(cache, rescale, soften):
     model, told = block_model(1, 8), []
-    knobs = dict(gen_length=12, sub_block_length=4, early_stop=False, soften=soften, cache=cache)
+    knobs = dict(
+        gen_length=12,
+        sub_block_length=4,
+        early_stop=False,
+        soften=soften,
+        cache=cache,
+        rescale=rescale,
+    )
     _, calls = forwards_of(model, [[*range(1, 12)], [5, 6, 7]], callback=told.append, **knobs)
     begin, seen = torch.tensor([0, 8]), 0  # columns of the first tokens
     for one, then in pairwise(told):
         if one["where"] is None or one["block"] != then["block"]:
             continue
         embeds, positions = calls[then["step"]]
-        mixtures = soft_embed(one["soft"], model.get_input_embeddings())
+        mixtures = soft_embed(one["soft"], model.get_input_embeddings(), rescale=rescale)
         rows, cols = one["where"].nonzero(as_tuple=True)
         here = positions[rows] == (cols - begin[rows])[:, None]
         shown = embeds[rows][here & (here.cumsum(-1) == here.sum(-1, keepdim=True))]
