@@ -117,5 +117,5 @@ def label_probs(
         )
     with evaluating(model):
         embeds = net.embedding(input_ids)
-        _, logits = forward_masked(net, known, embeds, attention_mask, masked)
+        _, logits = forward_masked(net, known, embeds, attention_mask, masked, input_ids)
     return logits[:, chosen].float().softmax(-1)

@@ -93,11 +93,12 @@ def mix_belief(
     embeds: Tensor,
     attention_mask: Tensor | None,
     masked: Tensor,
+    clean: Tensor,
 ) -> Tensor:
     """What masked slots show in training: the belief of a forward without gradient, mixed by the
-    head with one. embeds [B, T, D], masked [B, T] bool, n of them -> [n, D]."""
+    head with one. embeds [B, T, D], masked [B, T] bool, n of them, clean [B, T] ids -> [n, D]."""
     with torch.no_grad():
-        rows, logits = forward_masked(net, facts, embeds, attention_mask, masked)
+        rows, logits = forward_masked(net, facts, embeds, attention_mask, masked, clean)
         logits = logits.float()
         logits[:, facts.mask_id] = torch.finfo(logits.dtype).min
         belief = Belief(logits, with_entropy=True)

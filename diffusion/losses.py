@@ -11,6 +11,7 @@ from softar.checks import check_choice, check_least
 from softar.models import room_of
 from softar.placement import evaluating
 
+from .doubled import documents_of, forward_doubled
 from .inputs import check_ids, check_width
 from .net import Facts, check_has_mask, facts, parts
 
@@ -122,7 +123,7 @@ def log_likelihood(
         ids = input_ids.expand(n, -1)
         noisy = ids.masked_fill(masked, model_facts.mask_id)
         with evaluating(model):
-            rows, logits = forward_masked(net, model_facts, net.embedding(noisy), None, masked)
+            rows, logits = forward_masked(net, model_facts, net.embedding(noisy), None, masked, ids)
         ce = masked_ce(logits, ids[masked])
         total -= float((ce * (A / k.to(ce.device))[rows]).sum())
         done += n
@@ -149,10 +150,20 @@ def mask_counts(A: int, n: int, first: int, parity: str | None = None) -> Tensor
 
 
 def forward_masked(
-    net, facts, embeds: Tensor, attention_mask: Tensor | None, asked: Tensor
+    net,
+    facts,
+    embeds: Tensor,
+    attention_mask: Tensor | None,
+    asked: Tensor,
+    clean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits about the positions `asked` and no others: [B, T, D], [B, T] bool -> their rows [n],
-    logits [n, V]."""
+    logits [n, V]. clean: [B, T] the ids behind the noise, which a block-causal model sees of the
+    blocks before."""
+    if facts.block_length is not None:
+        assert clean is not None
+        real = torch.ones_like(asked) if attention_mask is None else attention_mask.bool()
+        return forward_doubled(net, facts, embeds, net.embedding(clean), documents_of(real), asked)
     rows, cols = asked.nonzero(as_tuple=True)
     positions = (
         None if attention_mask is None else (attention_mask.long().cumsum(1) - 1).clamp_min(0)

@@ -204,9 +204,9 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             net = parts(unwrapped)
             embeds = net.embedding(input_ids)
             if twice:
-                mixed = mix_belief(self.head, net, self._facts, embeds, mask, masked)
+                mixed = mix_belief(self.head, net, self._facts, embeds, mask, masked, ids)
                 embeds = embeds.masked_scatter(masked[..., None], mixed.to(embeds.dtype))
-            rows, logits = forward_masked(net, self._facts, embeds, mask, masked)
+            rows, logits = forward_masked(net, self._facts, embeds, mask, masked, ids)
             # DDP wants each parameter in what the forward returns, the head's in a hard step too.
             nothing = 0.0 if self.head is None else sum(0.0 * p for p in self.head.parameters())
             return rows, logits, nothing

@@ -70,6 +70,11 @@ def alphabet(noise: UniformNoise, vocab_size: int, device: torch.device) -> Alph
 def noise_for(facts: Facts, tokenizer: PreTrainedTokenizerBase, eps: float) -> UniformNoise:
     """The noise to train a model with. It leaves out the mask, padding, and rows of the embedding
     that belong to no token."""
+    if facts.block_length is not None:
+        raise ValueError(
+            f"objective='uniform' does not go with a model of blocks, of {facts.block_length} here: leave it at "
+            f"'masked'"
+        )
     left_out = {facts.mask_id, *range(len(tokenizer), facts.vocab_size)}
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in facts.end_ids:
         left_out.add(tokenizer.pad_token_id)

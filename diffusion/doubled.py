@@ -1,0 +1,64 @@
+"""The doubled row that block-causal models are trained on: a noisy copy, of which each block is
+predicted, and a clean one, of which it sees the blocks before (BD3LM, arXiv:2503.09573; SDAR, Fast-dLLM
+v2 and LLaDA2 have the same). One forward then says about all blocks of a row what decoding says about
+each: the block with its masks, behind what stands before it.
+
+Shapes: B rows, T positions, D width; n positions, flat, row by row.
+"""
+
+import torch
+from torch import Tensor
+
+from .net import Facts, Parts
+
+
+def documents_of(real: Tensor) -> Tensor:
+    """[B, T] bool, what is no padding -> [B, T] int64, the number of each token's document: one in a
+    row; -1 at padding."""
+    return real.long() - 1
+
+
+def doubled(documents: Tensor, block_length: int) -> tuple[Tensor, Tensor]:
+    """Where the tokens of a doubled row stand, and what sees what.
+
+    documents: [B, T] int64, the number of each token's document, -1 at padding. Documents lie one
+    behind the other in a row; each has positions and blocks of its own, and sees itself alone.
+
+    Returns:
+        positions [B, 2 T] int64, twice the same, and the mask [B, 1, 2 T, 2 T] bool, for SDPA: the
+        noisy copy first, which sees its own block, and the clean blocks before it; clean tokens see
+        their own block and those before. Padding sees itself. The mask takes 4 B T^2 bytes, and an
+        attention that forms all scores four times as much in float32 for each head.
+    """
+    T = documents.shape[1]
+    column = torch.arange(T, device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    position = column - torch.where(begins, column, 0).cummax(1).values
+    block = position // block_length
+    same = documents[:, :, None] == documents[:, None, :]  # [B, T, T]
+    same = same & (documents >= 0)[:, :, None]
+    own = block[:, :, None] == block[:, None, :]
+    before = block[:, None, :] < block[:, :, None]
+    noisy = torch.cat([same & own, same & before], 2)
+    clean = torch.cat([torch.zeros_like(same), same & (own | before)], 2)
+    sees = torch.cat([noisy, clean], 1) | torch.eye(2 * T, device=same.device).bool()
+    return position.repeat(1, 2), sees[:, None]
+
+
+def forward_doubled(
+    net: Parts, facts: Facts, noisy: Tensor, clean: Tensor, documents: Tensor, asked: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits about the positions `asked` of the noisy copy: embeddings noisy, clean [B, T, D],
+    documents [B, T] as in `doubled`, asked [B, T] bool -> their rows [n], logits [n, V].
+
+    With shifted logits what is said about the first token of a block comes from the clean copy, whose
+    output before it is that of decoding's store forward; a document's first token has its own.
+    """
+    positions, sees = doubled(documents, facts.block_length)
+    hidden = net.body(torch.cat([noisy, clean], 1), sees, positions)
+    rows, cols = asked.nonzero(as_tuple=True)
+    position, T = positions[rows, cols], asked.shape[1]
+    source = torch.where(position < facts.shift, cols, cols - facts.shift)
+    crosses = (position % facts.block_length < facts.shift) & (position >= facts.shift)
+    return rows, net.head(hidden[rows, source + T * crosses])
