@@ -13,6 +13,7 @@ from tiny import model_of
 from transformers import DynamicCache
 
 import softar
+from softar.decoders.card import describe
 from softar.diffusion.families import FAMILIES
 from softar.diffusion.models import load, load_original
 from softar.diffusion.net import facts, parts
@@ -492,3 +493,10 @@ def test_sizes_that_config_json_lacks_are_not_made_up(field, tmp_path):
 def test_statements_where_nothing_is_to_be_said(tmp_path):
     with pytest.raises(ValueError, match="embedded and known"):
         load("mnns-diffusion-tiny", mask_token_id=3)
+
+
+def test_each_original_folder_is_known_before_it_is_opened():
+    """Open-dCoder's is a plain Qwen2 folder but for its generation_config.json."""
+    folders = [*(Path(__file__).parent / "golden-block" / "checkpoints").iterdir()]
+    assert len(folders) > 10
+    assert {describe(str(folder)).kind for folder in folders} == {"diffusion"}

@@ -79,7 +79,9 @@ def _kind_of(name: str) -> str | None:
     base = _read_json(name, "adapter_config.json").get("base_model_name_or_path")
     if isinstance(base, str) and not _read_json(base, "adapter_config.json"):
         return _kind_of(base)
-    return _kind_of_config(_read_json(name, "config.json"))
+    # a plain Qwen2 that fills masks (Open-dCoder) says so in its generation_config.json alone
+    mask = _read_json(name, "generation_config.json").get("mask_token_id")
+    return _kind_of_config({"mask_token_id": mask} | _read_json(name, "config.json"))
 
 
 def _kind_of_config(config: dict) -> str | None:
