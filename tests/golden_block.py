@@ -79,5 +79,3 @@ BLOCK_CHECKS = {
     **REVISE_CHECKS,
     **SAMPLER_CHECKS,
 }
-# Families that nothing of softar carries out yet, and what is lacking.
-LATER: dict[str, str] = {}

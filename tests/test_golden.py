@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_block import BLOCK_CHECKS, LATER
+from golden_block import BLOCK_CHECKS
 from golden_folder import checkpoint, readme, tensor
 
 from softar.diffusion import DenoiseConfig, denoise
@@ -59,8 +59,6 @@ def read_cases():
 
 @pytest.mark.parametrize(("folder", "family", "case"), list(read_cases()))
 def test_case(folder, family, case):
-    if family in LATER:
-        pytest.xfail(f"{family}: {LATER[family]}")
     assert family in CHECKS, f"no check for the family {family!r}"
     CHECKS[family](folder, family, case)
 
