@@ -201,7 +201,7 @@ def made(kind: type, config, name: str = "config"):
     if isinstance(config, dict):
         if unknown := [field for field in config if field not in known]:
             raise ValueError(
-                f"{name} has no field {unknown[0]!r}{did_you_mean(unknown[0], known)}: it has {known}"
+                f"{name} has no field {unknown[0]!r}{did_you_mean(unknown[0], known)}: give those of {kind.__name__}"
             )
         return kind(**config)
     if not isinstance(config, kind):
