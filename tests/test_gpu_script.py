@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import warm
 
+from softar.diffusion import SOFTENERS
+
 pytestmark = pytest.mark.rest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +75,7 @@ def test_its_rows_are_measurements(dry):
         (model, batch) for model in ("Qwen3-8B", "Qwen3-0.6B") for batch in (1, 2)
     }
     denoise = [row for row in measured(rows, "denoise") if "tokens_per_s" in row]
-    assert len(denoise) == 5 * 3 + 2 * 3
+    assert len(denoise) == len(SOFTENERS) * 3 + 2 * 3
     assert {row["cache"] for row in denoise} == {"none", "prefix", "dual"}
     for row in decode + denoise:
         assert 0 < row["low"] <= row["tokens_per_s"] <= row["high"] and row["repeats"] > 1
