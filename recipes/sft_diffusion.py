@@ -14,7 +14,7 @@ softar diffusion-sft --rows all --num_seeds 5 --schedules uniform,pyramid,thresh
 # Dream-7B or LLaDA-8B with DoRA and a soft-mask head, as published
 softar diffusion-sft --config dream7b_softmask_dora.yaml
 
-# Any causal Llama or Qwen2, made a diffusion LM first, as Dream was
+# A causal LM (Llama, Qwen, ...), made a diffusion LM first, as Dream was; --block_length 4 makes it block-causal
 softar diffusion-sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --from_causal true \
     --dataset_name your/chats --output_dir runs/qwen-diffusion
 
@@ -82,7 +82,15 @@ class DiffusionScriptArguments(RecipeArguments, ScriptArguments):
         "softmasking_prob. Default: one run as the options say.",
     )
     from_causal: bool = opt(
-        False, "The model is a causal LM (Llama, Qwen2): make a diffusion LM of it first."
+        False, "The model is a causal LM (Llama, Qwen, ...): make a diffusion LM of it first."
+    )
+    block_length: int | None = opt(
+        None,
+        "With from_causal: the model reads blocks of so many tokens one after the other. Default: the whole canvas.",
+    )
+    shift: int | None = opt(
+        None,
+        "With from_causal: 1 (default) leaves logits about the next token, 0 has them be about their own.",
     )
     schedules: str = opt(
         "uniform", f"Schedules to decode with, with commas out of {', '.join(SCHEDULES)}."
@@ -128,7 +136,14 @@ def check(inputs, configs):
     from softar.diffusion.evaluate import has_texts
 
     script, task = inputs.script, inputs.task
-    check_least(script, likelihood_samples=0)
+    check_least(script, likelihood_samples=0, block_length=1)
+    if script.shift is not None:
+        check_choice("shift", script.shift, (0, 1))
+    for name, value in of_convert(script).items():
+        if not script.from_causal:
+            raise ValueError(
+                f"{name}={value} does nothing without from_causal: give --from_causal true, or leave it out"
+            )
     schedules = script.schedules.split(",")
     for schedule in schedules:
         check_choice("schedules", schedule, SCHEDULES)
@@ -142,6 +157,12 @@ def check(inputs, configs):
         )
 
 
+def of_convert(script) -> dict:
+    """The options of `convert` that are given."""
+    options = dict(block_length=script.block_length, shift=script.shift)
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def open_model(inputs, seed):
     import softar
     from softar.diffusion import load
@@ -149,7 +170,8 @@ def open_model(inputs, seed):
 
     options = inputs.model_options
     if inputs.script.from_causal:
-        return convert(*softar.load(inputs.model, seed=seed, **options))
+        causal = softar.load(inputs.model, seed=seed, **options)
+        return convert(*causal, **of_convert(inputs.script))
     return load(inputs.model, **options, **(dict(seed=seed) if inputs.model in MODELS else {}))
 
 
@@ -192,7 +214,7 @@ def decode_all(trainer, task, schedules, seed):
         if trainer.uniform is not None:
             budgets = sorted({*budgets, slots})
         elif schedule == "uniform":
-            budgets = [b for b in budgets if b < slots] + [slots]
+            budgets = enough([b for b in budgets if b < slots] + [slots], plain, tokenizer, task)
         for decoder, settings in decoders.items():
             for budget in budgets:
                 config = DenoiseConfig(
@@ -203,9 +225,32 @@ def decode_all(trainer, task, schedules, seed):
                 )
 
 
+def enough(budgets, model, tokenizer, task) -> list[int]:
+    """The numbers of steps of which each block of a block-causal model gets one at least."""
+    from softar.diffusion.net import facts
+
+    length = facts(model).block_length
+    if length is None:
+        return budgets
+    most = max(most_blocks(row, tokenizer, length) for row in task.test)
+    if few := [b for b in budgets if b < most]:
+        print(f"steps {few} are left out: a row may have {most} blocks, and each takes a step")
+    return [b for b in budgets if b >= most] or [most]
+
+
+def most_blocks(row, tokenizer, length) -> int:
+    """Blocks that may have masks of a row, wherever the first one begins."""
+    slots = slots_of_row(row, tokenizer)
+    span = len(row["template"].split()) if "template" in row else slots
+    return min(slots, (span - 2) // length + 2)
+
+
 def slots_of(task, tokenizer) -> int:
     """Masks of the first held-out row."""
-    row = task.test[0]
+    return slots_of_row(task.test[0], tokenizer)
+
+
+def slots_of_row(row, tokenizer) -> int:
     if "template" in row:
         return row["template"].split().count(tokenizer.mask_token)
     return len(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]) + 1

@@ -365,7 +365,7 @@ def check_named_model(name: str, kind: str, script, options: dict) -> None:
 OTHER_KIND = {
     "diffusion": "it fills masks: `softar diffusion-sft` trains it, without --from_causal",
     "autoregressive": "it reads from left to right: `softar sft` trains it; --from_causal true makes a diffusion "
-    "model of a Llama or Qwen2 first",
+    "model of a causal LM (Llama, Qwen, ...) first",
 }
 
 

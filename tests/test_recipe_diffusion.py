@@ -4,10 +4,11 @@ each."""
 import re
 import runpy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
-from launched import PYTHON, argv, assert_fails, recipe, results_of, run
+from launched import PYTHON, argv, assert_fails, recipe, results_of, run, run_here
 from launched import losses_of as losses_at
 
 from softar.diffusion import load
@@ -130,6 +131,8 @@ def test_two_processes_train_as_one(tmp_path):
         (dict(eval_rows=0), "eval_rows=0 must be at least 1"),
         (dict(rows="soft"), "rows='soft': 'soft' is unknown"),
         (dict(schedules="uniform,cosine"), "'cosine' is unknown"),
+        (dict(block_length=4), "block_length=4 does nothing without from_causal"),
+        (dict(shift=0), "shift=0 does nothing without from_causal"),
         (dict(task="latins"), "task='latins' is unknown"),
         (dict(time_low=0.9, time_high=0.1), "time_low=0.9, time_high=0.1"),
         (dict(rows="soft-mask", head_scale=1.5), "scale=1.5"),
@@ -163,6 +166,26 @@ def test_a_causal_model_becomes_a_diffusion_model(tmp_path):
     model, tokenizer = load(tmp_path)
     assert facts(model).shift == 1 and facts(model).soft_mask is not None
     assert tokenizer.mask_token_id == facts(model).mask_id
+
+
+def test_a_causal_model_becomes_block_causal_and_is_decoded(tmp_path, monkeypatch, capsys):
+    changes = dict(max_steps=1, task_size=32, eval_rows=4, block_length=2, shift=0)
+    changes |= dict(task="mnns", model_name_or_path="mnns-tiny", from_causal="true")
+    run_here(monkeypatch, RECIPE, *options(tmp_path, **changes))
+    model, _ = load(tmp_path)
+    assert (facts(model).block_length, facts(model).shift) == (2, 0)
+    budgets = {row["budget"] for row in results_of(tmp_path)["rows"]}
+    assert min(budgets) >= 3, budgets
+
+
+def test_steps_below_the_blocks_are_left_out():
+    most_blocks = runpy.run_path(RECIPE)["most_blocks"]
+    for slots in range(1, 12):
+        row = {"template": " ".join(["_"] * slots)}
+        for length in range(1, 8):
+            spans = [range(at, at + slots) for at in range(length)]
+            most = max(len({i // length for i in span}) for span in spans)
+            assert most_blocks(row, SimpleNamespace(mask_token="_"), length) == most
 
 
 def test_of_a_conversation_the_last_message_is_learnt():
