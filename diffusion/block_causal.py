@@ -155,7 +155,10 @@ class BlockCausal(Masked):
         if self.quirks.stores_last and block.places[1] % self.grid.b == 0:
             self.reader.forget()
             self.reader.store(self.canvas.ids, block.places[1])
-        if self.config.early_stop is not False and self.end_ids and self.quirks.stop == "rows":
+        stops = self.config.early_stop
+        if stops is None:  # a template goes on behind its masks, and `allowed` says what slots take
+            stops = self.config.gen_length > 0 and not self.config.allowed
+        if stops and self.end_ids and self.quirks.stop == "rows":
             self.canvas.stop(block.end, self.end_ids)
 
     def over(self, block: Block) -> bool:

@@ -101,7 +101,7 @@ class DenoiseConfig:
     ends_last: bool = False  # commit end tokens when nothing else is left to commit
     end_ids: tuple[int, ...] | None = None  # the end tokens; None is the model's own
     # a row is over when a finished block holds an end token; the rest becomes end-of-text. None: so
-    # with block-causal models only
+    # with block-causal models only, and neither in templates (gen_length=0) nor beside `allowed`
     early_stop: bool | None = None
     # name in STOPS, or "module:function": when a row of a block is decoded though steps are left, of
     # a model that redraws its slots; None is the model's own

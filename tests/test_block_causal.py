@@ -253,3 +253,15 @@ def test_blocks_behind_the_prompt(prompt):
 def test_for_block_causal_models_alone(knobs):
     with pytest.raises(ValueError, match=f"{next(iter(knobs))}=.* is for block-causal models"):
         denoise(denoiser(), *left_padded(ROW), config=DenoiseConfig(gen_length=4, **knobs))
+
+
+def test_an_end_token_fills_neither_the_blanks_of_a_template_nor_slots_with_a_say():
+    """By default, though whatever is decoded is an end token here."""
+    ends = dict(end_ids=tuple(range(MASK)))
+    template = [[1, MASK, 3, 4, 5, 6, 7, 8, 9, 10, MASK, 11]]
+    out = decode(block_model(), template, gen_length=0, **ends)
+    assert (out.committed_at[0] >= 0).nonzero()[:, 0].tolist() == [1, 10]
+    out = decode(
+        block_model(), [[3, 2, 3, 4]], gen_length=12, allowed={12: [7, 8], 15: [7, 8]}, **ends
+    )
+    assert {out.sequences[0, c].item() for c in (12, 15)} <= {7, 8}
