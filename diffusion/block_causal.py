@@ -45,7 +45,7 @@ class BlockCausal(Masked):
         else:
             at = quirks.grid_from if quirks.blocks else config.grid
             self.grid = Grid(real, config.gen_length, length, at=at, whole=not quirks.short_last)
-        self.steps, self.eos_id = config.steps, facts.eos_id
+        self.eos_id = facts.eos_id
         self.first_from_store = quirks.first_from_store and facts.shift == 1
         super().__init__(config, net, facts, input_ids, real, draws)
         # [B] rows in which a step has put an end token

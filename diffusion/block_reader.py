@@ -12,8 +12,6 @@ U places up to its end, D width; n positions, flat, row by row.
 import torch
 from torch import Tensor
 
-from softar.soft import Soft, soft_embed
-
 from .config import DenoiseConfig
 from .grid import Grid
 from .net import Facts, Parts
@@ -176,21 +174,12 @@ class BlockReader(Reader):
             embeds[:, span] = torch.where(shows, mixed, embeds[:, span])
         return embeds
 
-    def soften(
-        self, soft: Soft, shows: Tensor, rows: Tensor, cols: Tensor, window: Window, busy: Tensor
-    ) -> tuple[Tensor, Soft]:
-        """As any reader does; keeps the mixtures of the block alone, [B, b, D], whatever the length
-        of the canvas."""
-        soft = Soft(soft.ids[shows], soft.weights[shows])
-        mixed = soft_embed(soft, self.net.embedding, rescale=self.config.rescale)
-        if self.where is None:
-            b, self.where = self.grid.b, torch.zeros_like(self.fixed)
-            lo = max(window.span[0], window.span[1] - 1) // b * b
-            self.soft = lo, lo + b  # the places that may be soft
-            self.mixed = mixed.new_zeros(len(self.fixed), b, mixed.shape[-1])
-        rows, cols = rows[shows], cols[shows]
-        put = torch.zeros_like(self.where)
-        put[rows, cols] = True
-        self.where = (self.where & ~(window.inside & busy[:, None])) | put
-        self.mixed[rows, self.grid.place(rows, cols) - self.soft[0]] = mixed
-        return put, soft
+    def _soft_room(self, window: Window) -> int:
+        """The mixtures of the block alone, whatever the length of the canvas."""
+        b = self.grid.b
+        lo = max(window.span[0], window.span[1] - 1) // b * b
+        self.soft = lo, lo + b  # the places that may be soft
+        return b
+
+    def _soft_place(self, rows: Tensor, cols: Tensor) -> Tensor:
+        return self.grid.place(rows, cols) - self.soft[0]

@@ -151,13 +151,22 @@ class Reader:
         mixed = soft_embed(soft, self.net.embedding, rescale=self.config.rescale)
         if self.where is None:
             self.where = torch.zeros_like(self.fixed)
-            self.mixed = mixed.new_zeros(*self.fixed.shape, mixed.shape[-1])
+            self.mixed = mixed.new_zeros(len(self.fixed), self._soft_room(window), mixed.shape[-1])
+        rows, cols = rows[shows], cols[shows]
         put = torch.zeros_like(self.where)
-        put[rows[shows], cols[shows]] = True
+        put[rows, cols] = True
         renewed = window.inside & busy[:, None]
         self.where = (self.where & ~renewed) | put
-        self.mixed[rows[shows], cols[shows]] = mixed
+        self.mixed[rows, self._soft_place(rows, cols)] = mixed
         return put, soft
+
+    def _soft_room(self, window: Window) -> int:
+        """How many mixtures a row may have; asked when the first of a window are put."""
+        return self.length
+
+    def _soft_place(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """[n] where `mixed` has those of the positions (rows, cols)."""
+        return cols
 
     def forget(self, slots: Tensor | None = None) -> None:
         """Show no mixtures any more, at the `slots` [B, L] bool; None: nowhere."""
