@@ -55,8 +55,12 @@ def linear(
     """Time from 1 to `eps` in equal steps t -> s: of n masks, n (1 - s / t), rounded; in the last
     step all (Dream, arXiv:2508.15487)."""
 
+    time = _times(block.steps, eps)
+
     def count(i: int, n: Tensor) -> Tensor:
-        due = n * (1 - _time(i + 1, block.steps, eps) / _time(i, block.steps, eps))
+        if i + 1 >= time.shape[1]:
+            return n
+        due = n * (1 - time[:, i + 1] / time[:, i])
         return torch.where(i < block.steps - 1, ROUND[rounding](due).long(), n)
 
     return Quota(count)
@@ -262,10 +266,13 @@ def drawn(is_open: Tensor, now: Tensor, then: Tensor, draws: Draws, back: Tensor
     return commit
 
 
-def _time(index: int, steps: Tensor, eps: float) -> Tensor:
-    """Point `index` of linspace(1, eps, steps + 1) in float32, for each row: [B] -> [B]."""
-    points = [torch.linspace(1, eps, s + 1)[min(index, s)] for s in steps.tolist()]
-    return torch.stack(points).to(steps.device)
+def _times(steps: Tensor, eps: float) -> Tensor:
+    """[B] -> [B, most steps + 1], linspace(1, eps, steps + 1) of each row in float32, and its last
+    point as often as it takes. A synchronisation."""
+    rows = [torch.linspace(1, eps, s + 1) for s in steps.tolist()]
+    width = max(map(len, rows))
+    padded = [torch.cat([row, row[-1:].expand(width - len(row))]) for row in rows]
+    return torch.stack(padded).to(steps.device)
 
 
 class Schedule(NamedTuple):

@@ -1152,6 +1152,23 @@ def test_history_and_seconds():
 # -- memory
 
 
+@pytest.mark.parametrize("name", [n for n, s in SCHEDULES.items() if s.takes_steps is not False])
+def test_a_rule_does_not_wait_for_the_device(name, monkeypatch):
+    """In a step the loop does, once."""
+    waits, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: waits.append(t) or tolist(t))
+    more = {option: 1e-6 for option in [SCHEDULES[name].compares] if option}
+    if name == "entropy-bound":
+        more["select"] = "entropy"
+    counts = []
+    for steps in (8, 16):
+        waits.clear()
+        out = run(denoiser(), gen_length=16, schedule=name, steps=steps, **more)
+        counts.append((len(waits), out.num_forwards))
+    (few, a), (many, b) = counts
+    assert many - few == b - a
+
+
 @pytest.mark.parametrize("cache", [None, "dual"])
 @pytest.mark.parametrize("soften", ["hard", "soft-token", "soft-mask", "evolving", "slerp"])
 def test_nothing_as_large_as_the_canvas_times_the_vocabulary_is_written(soften, cache):
