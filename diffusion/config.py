@@ -59,7 +59,8 @@ class DenoiseConfig:
     gen_length: int = 128  # masks appended to each prompt; 0 fills the masks of a template
     # blocks are decoded from left to right; None is one block of all
     block_length: int | None = None
-    # of block-causal models, whose blocks are the model's own: what of one is decoded together
+    # of block-causal models, whose blocks are the model's own: what of one is decoded together; to
+    # rules and softeners each is a block
     sub_block_length: int | None = None
     steps: int | None = None  # forwards in all, shared by the blocks; None is one for each mask
     # name in SCHEDULES, or "module:function"; None is uniform, or what `threshold`, `factor` or

@@ -137,7 +137,8 @@ def overwrite(block: Block, config, draws: Draws, *, sure: float = 0.9) -> Rule:
     """DMax's soft parallel decoding (arXiv:2604.08302, section 3.3), which reads what is decoded
     softly: masks commit from the left while they are `threshold` sure, without one all at once, and
     all decoded tokens of the block are proposed anew in each forward, until every one is `sure` or
-    none changes. Takes at most `steps` forwards, without them as many as there are masks."""
+    none changes. Takes at most `steps` forwards, without them as many as there are masks. Which
+    tokens stay is as by "edit"."""
     return Overwrite(block.count, block.steps, config.threshold or 0.0, sure)
 
 

@@ -154,7 +154,9 @@ def edit(
 ) -> Rule:
     """Masks as by "dynamic", and tokens that the block has decoded give way to a new proposal whose
     probability is above `editing_threshold` (LLaDA2.1, arXiv:2602.08676). When no mask is left so
-    many forwards more are made at most, while they change something."""
+    many forwards more are made at most, while they change something. Not edited are tokens of
+    earlier sub-blocks and, with shifted logits, the first of a block, about which all forwards say
+    the same."""
     masks = dynamic(block, config, draws)
     return Edit(masks, block.count, editing_threshold, max_post_steps)
 

@@ -153,6 +153,22 @@ def test_the_blocks_own_tokens_give_way_and_no_others(name, knobs):
         assert torch.equal(out.sequences[gone], b[gone])
 
 
+@pytest.mark.parametrize("knobs", [EDIT, DMAX], ids=["edit", "overwrite"])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_sub_blocks_before_and_first_tokens_of_shifted_blocks_stay(shift, knobs):
+    """As the docstrings say; the other tokens of a sub-block do give way."""
+    model, rows = block_model(shift, 8), [list(range(1, 9)), list(range(11, 19))]
+    out = decode(
+        model, rows, gen_length=16, sub_block_length=4, early_stop=False, history=True, **knobs
+    )
+    states = torch.stack(out.states)[:, :, 8:]
+    changed = (states[:-1] != states[1:]) & (states[:-1] != MASK)
+    assert changed.any() and not (shift and changed[..., [0, 8]].any())
+    for lo in range(4, 16, 4):
+        begun = (states[:, :, lo:] != MASK).any(-1)[1:]
+        assert not changed[..., :lo][begun].any()
+
+
 @each_model
 def test_nothing_is_edited_at_1_nor_in_zero_forwards_more(name):
     """Then it is "dynamic", but for the forward that finds nothing to change."""
