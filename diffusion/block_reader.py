@@ -90,12 +90,15 @@ class BlockReader(Reader):
         return self.cache is not None and place < self.cache.end
 
     def store(self, canvas: Tensor, hi: int) -> None:
-        """Keep keys and values of all places before `hi`, of the tokens that stand there."""
-        while self.cache is not None and self.stored < hi:
-            step = max(CHUNK // self.grid.b, 1) * self.grid.b
-            lo, self.stored = self.stored, min(self.stored + step, hi)
-            self.stores.append(self.forwards)
-            self.last = self._forward(canvas, lo, self.stored)[:, -1]
+        """Keep keys and values of all places before `hi`, of the tokens that stand there: one forward,
+        in however many pieces it is made."""
+        if self.cache is None or self.stored >= hi:
+            return
+        before, step = self.forwards, max(CHUNK // self.grid.b, 1) * self.grid.b
+        for lo in range(self.stored, hi, step):
+            self.last = self._forward(canvas, lo, min(lo + step, hi))[:, -1]
+        self.stored, self.forwards = hi, before + 1
+        self.stores.append(before)
 
     def prefill(self, canvas: Tensor, hi: int) -> None:
         """As `store`, for which a forward is made in any case."""

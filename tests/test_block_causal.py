@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_denoise import EOS, MASK, VOCAB, denoiser, left_padded, seeded
 
-from softar.diffusion import DenoiseConfig, denoise
+from softar.diffusion import DenoiseConfig, block_reader, denoise
 from softar.diffusion.block_reader import PrefixCache
 from softar.diffusion.families import (
     Fast_dLLM_QwenForCausalLM,
@@ -149,16 +149,31 @@ def test_a_forward_costs_the_block_whatever_the_prompt(prompt):
         lambda module, args, out: widths.append(out.last_hidden_state.shape[1])
     )
     try:
-        out = decode(model, [list(range(1, prompt + 1))], gen_length=12, early_stop=False)
+        row, knobs = [list(range(1, prompt + 1))], dict(early_stop=False, select="leftmost")
+        out = decode(model, row, gen_length=12, **knobs)
     finally:
         hook.remove()
     before = prompt // 4 * 4
     blocks = -(-(prompt + 12) // 4) - prompt // 4
-    masks = 4 * blocks - prompt % 4
     assert widths[: bool(before)] == [before] * bool(before)
     assert set(widths[bool(before) :]) == {4}
-    assert out.num_forwards == len(widths) == bool(before) + blocks - 1 + masks
+    assert out.num_forwards == len(widths) == bool(before) + blocks - 1 + 12
     assert out.token_forwards == sum(widths)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("how", [{}, dict(parity="dmax", block_length=4)], ids=["own", "dmax"])
+def test_a_long_prompt_is_read_in_pieces_that_count_once(how, shift, monkeypatch):
+    """Whatever they are, the tokens, the forwards and who decided what are the same."""
+    knobs = dict(gen_length=6, history=True) | how
+    whole = decode(block_model(shift), [[*range(1, 23)], [*range(1, 4)]], **knobs)
+    monkeypatch.setattr(block_reader, "CHUNK", 8)
+    pieces = decode(block_model(shift), [[*range(1, 23)], [*range(1, 4)]], **knobs)
+    for name in ("sequences", "committed_at", "row_forwards", "row_stores"):
+        assert torch.equal(getattr(whole, name), getattr(pieces, name)), name
+    assert whole.num_forwards == pieces.num_forwards and len(whole.states) == len(pieces.states)
+    assert whole.store_forwards == pieces.store_forwards
+    assert whole.token_forwards == pieces.token_forwards
 
 
 def test_forwards_inside_a_block_leave_nothing():
