@@ -99,7 +99,8 @@ class BlockCausal(Masked):
         for lo in range(0, self.grid.number * b, length):
             if lo and lo % b == 0 and self.first_from_store:
                 yield (lo, lo + 1), True
-            yield (lo, lo + length), False
+            if lo < self.grid.own:
+                yield (lo, lo + length), False
 
     def begin(self, block: Block) -> None:
         super().begin(block)
@@ -127,6 +128,9 @@ class BlockCausal(Masked):
         return self.reader.joined(window) if self.quirks.joins else window
 
     def more(self, block: Block, index: int) -> bool:
+        if block.carried and index:  # what a public sampler leaves a mask its own block decides
+            self.reader.alone = self.reader.alone | (self.canvas.masked & block.inside)
+            return False
         return super().more(block, index) and not self.halted
 
     def step(self, block: Block, index: int) -> dict:
@@ -164,6 +168,9 @@ class BlockCausal(Masked):
     def over(self, block: Block) -> bool:
         """Does the whole batch end after this, with masks left behind? The public samplers have it
         so."""
+        if self.quirks.is_patient and not block.carried:
+            if self.canvas.has_masks(block, self.reader.forwards):
+                return True
         if not self.end_ids:
             return False
         if self.quirks.stop == "filled":

@@ -53,6 +53,7 @@ class FastGrid(Grid):
         self.begin = P - length + unread * b
         self.origin, self.stop = self.begin, P - length + blocks * b + 1
         self.first, self.number, self.is_whole = 0, blocks + 1 - unread, False
+        self.own = (self.number - 1) * b
         self.length = int(self.stop.max())
         is_later = length // b > shortest // b  # than the first block that is decoded
         # Then the token behind a prompt of whole blocks is written only where no prompt is longer,
@@ -72,13 +73,18 @@ def last_tokens(grid: FastGrid, width: int) -> Tensor:
     return grid.lost[:, None] & (torch.arange(width, device=grid.lost.device) == width - 1)
 
 
-def above(block: Block, config, draws: Draws) -> Rule:
-    """All that is surer than the threshold, the best in any case."""
-    return Dynamic(torch.ones_like(block.count), 1, config.threshold)
-
-
 # forwards of a block; where the mask is proposed again and again the original has no end
 ENDLESS = 400
+
+
+class Bounded(Dynamic):
+    def more(self, index: int, left: bool) -> bool:
+        return left and index < ENDLESS
+
+
+def above(block: Block, config, draws: Draws) -> Rule:
+    """All that is surer than the threshold, the best in any case."""
+    return Bounded(torch.ones_like(block.count), 1, config.threshold)
 
 
 def llada21(
@@ -132,6 +138,7 @@ BLOCK_PARITY: dict[str, Quirks] = {
         mk_grid=FastGrid,
         first_from_store=True,
         whole_for_first=True,
+        is_patient=True,
         stop="any",
         stops_inside="answer",
     ),
@@ -146,12 +153,18 @@ BLOCK_PARITY: dict[str, Quirks] = {
         first_from_store=True,
         whole_for_first=True,
         stores_each=True,
+        is_patient=True,
         stop="filled",
     ),
     # LLaDA2.0's own generate, and dllm's LLaDA2Sampler at ca176752
     "llada2": Quirks(rule=rounds, blocks=True, stop="any", stops_inside="gapless"),
     # LLaDA2.1's own generate, as dllm carries it at ca176752
-    "llada21": Quirks(rule=Schedule(llada21, revises=True, outlasts=True), blocks=True, stop="any"),
+    "llada21": Quirks(
+        rule=Schedule(llada21, revises=True, outlasts=True),
+        blocks=True,
+        is_patient=True,
+        stop="any",
+    ),
     # czg1225/DMax's dInfer at 82bc29e; with soften="soft-decoded" and rescale="norm"
     "dmax": Quirks(rule=Schedule(dmax, revises=True, outlasts=True), blocks=True, joins=True),
     "llada2_dllm": Quirks(rule=rounds, blocks=True, stop="never", stops_inside="block"),

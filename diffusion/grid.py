@@ -38,6 +38,7 @@ class Grid:
             int(x) for x in torch.stack([before.max(), answer.max(), self.stop.max()])
         )
         self.number = self.first + last
+        self.own = self.number * b  # places that a forward over their own block may decide
         self.length = max(P + gen_length, stop)  # L
         self.origin = P - rest - self.first * b  # [B] column of place 0; may be negative
         ends = self.origin + self.number * b

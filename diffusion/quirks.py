@@ -55,6 +55,8 @@ class Quirks(NamedTuple):
     whole_for_first: bool = False
     # every block is stored by a forward of its own, though nothing was decoded in it
     stores_each: bool = False
+    # it stays in a block until no mask is left, be it for ever; here the run ends then
+    is_patient: bool = False
     # (grid, P) -> [B, P] bool, tokens of the prompts that it overwrites
     loses: Callable | None = None
     # a block's first forward also stores the one before it, and that of the prompt is made for a

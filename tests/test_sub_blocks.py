@@ -6,10 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 from test_block_causal import block_model, decode, setting
-from test_denoise import MASK
-from transformers import SuppressTokensLogitsProcessor
+from test_denoise import MASK, VOCAB, seeded
+from transformers import LogitsProcessor, SuppressTokensLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
+from softar.diffusion import block_parity
 from softar.diffusion.net import parts
 from softar.soft import soft_embed
 
@@ -154,6 +155,92 @@ def test_as_the_published_sampler_where_that_has_no_defect(seed):
     assert len(public) == 16 - prompt % 8 + 1
     stop = public.index(0) + 1 if 0 in public else min(16, len(public))
     assert own.completions[0, :stop].tolist() == public[:stop]
+
+
+class MoreMasks(LogitsProcessor):
+    """So much is added to the mask's logit."""
+
+    def __init__(self, more):
+        self.more = more
+
+    def __call__(self, ids, scores):
+        scores = scores.clone()
+        scores[:, MASK] += self.more
+        return scores
+
+
+def published(model, row, processor, blocks, b, sub, threshold, most):
+    """Fast-dLLM v2's loop by the words of its specification, without a cache and an end token -> ids,
+    forwards, whether it has an end, and how many tokens before blocks were the mask and then decided. A
+    sub-block gets `most` forwards."""
+    net, forwards, ids, appended = parts(model), 0, [*row], []
+
+    def outcome(has_end):
+        return ids, forwards, has_end, sum(ids[c] != MASK for c in appended)
+
+    def proposals():
+        place = torch.arange(len(ids))
+        sees = (place // b <= place[:, None] // b)[None, None]
+        with torch.no_grad():
+            hidden = net.body(net.embedding(torch.tensor([ids])), sees, place[None], None)
+            return processor(None, net.head(hidden)[0].float()).softmax(-1).max(-1)
+
+    if len(ids) > b:
+        forwards += 1
+        if len(ids) % b == 0:
+            ids.append(int(proposals().indices[-1]))
+    for _ in range(blocks):
+        ids += [MASK] * (b - len(ids) % b)
+        for lo in range(len(ids) - b, len(ids), sub):
+            for _ in range(most):
+                masks = [c for c in range(lo, lo + sub) if ids[c] == MASK]
+                if not masks:
+                    break
+                forwards += 1
+                prob, token = proposals()
+                at = {c: c - 1 if c % b else c for c in masks}  # a first place reads its own
+                best = max(masks, key=lambda c: (float(prob[at[c]]), -c))
+                for c in masks:
+                    if c == best or prob[at[c]] > threshold:
+                        ids[c] = int(token[at[c]])
+            if MASK in ids[lo : lo + sub]:
+                return outcome(False)
+        forwards += 1
+        ids.append(int(proposals().indices[-1]))
+        appended += [len(ids) - 1] * (ids[-1] == MASK)
+    return outcome(True)
+
+
+# prompt, seed, what is added to the mask's logit -> does it end, and how many tokens before a block
+# were the mask first?
+PROPOSES_MASKS = {
+    (1, 0, -1.0): (True, 1),
+    (3, 28, -1.0): (True, 1),
+    (6, 31, -1.0): (True, 2),
+    (8, 13, -1.0): (True, 1),
+    (9, 14, -1.0): (False, 1),
+    (8, 16, 0.5): (False, 2),
+    (11, 0, 50.0): (False, 0),
+    (12, 0, 50.0): (False, 0),
+}
+
+
+@pytest.mark.parametrize("case", PROPOSES_MASKS)
+@pytest.mark.parametrize("parity", ["fast_dllm_v2", "fast_dllm_v2_batch"])
+def test_masks_that_are_proposed_stay_until_there_is_no_end(parity, case, monkeypatch):
+    """One that the forward before a block proposes as well: the block decides it by its own output,
+    and behind the last block it stays."""
+    monkeypatch.setattr(block_parity, "ENDLESS", 12)
+    (prompt, seed, more), model = case, block_model(1, 4)
+    row = torch.randint(1, MASK, (prompt,), generator=seeded(seed)).tolist()
+    ids, forwards, *outcome = published(model, row, MoreMasks(more), 3, 4, 2, 0.4, 12)
+    assert tuple(outcome) == PROPOSES_MASKS[case]
+    knobs = dict(block_length=4, sub_block_length=2, threshold=0.4, end_ids=(VOCAB - 1,))
+    processor = dict(logits_processor=MoreMasks(more))
+    out = decode(model, [row], gen_length=12, parity=parity, **processor, **knobs)
+    got = out.sequences[0].tolist()
+    assert got[: len(ids)] == ids and {*got[len(ids) :]} <= {MASK}
+    assert out.num_forwards == forwards
 
 
 def published_batch(rows, gen_length, **knobs):
