@@ -82,8 +82,7 @@ class BlockCausal(Masked):
             block = self.grid.block(places, self.canvas.masked, share, carried=carried)
             if steps is None:  # one for each mask
                 block = block._replace(steps=block.count.clamp_min(1))
-            is_seen = block.start < self.canvas.width
-            if is_seen and self.canvas.has_masks(block, self.reader.forwards):
+            if self.canvas.has_masks(self._seen(block), self.reader.forwards):
                 yield block
             elif carried and self.reader.forwards and self.quirks.stores_each:
                 self.reader.store(self.canvas.ids, places[0])
@@ -102,9 +101,16 @@ class BlockCausal(Masked):
             if lo < self.grid.own:
                 yield (lo, lo + length), False
 
+    def _seen(self, block: Block) -> Block:
+        """What a result shows of it."""
+        return block._replace(inside=block.inside & self.canvas.columns(0, self.canvas.width))
+
     def begin(self, block: Block) -> None:
         super().begin(block)
         self.halted = False
+        # Who takes tokens back may take those that are shown for those that are not.
+        revises = self.schedule.revises or self.softener.revises or self.config.remask
+        self.wanted = block if revises else self._seen(block)
         lo, b = block.places[0], self.grid.b
         if lo % b == 0:
             self.reader.forget()  # later blocks read tokens
@@ -131,7 +137,7 @@ class BlockCausal(Masked):
         if block.carried and index:  # what a public sampler leaves a mask its own block decides
             self.reader.alone = self.reader.alone | (self.canvas.masked & block.inside)
             return False
-        return super().more(block, index) and not self.halted
+        return super().more(self.wanted, index) and not self.halted
 
     def step(self, block: Block, index: int) -> dict:
         told = super().step(block, index)

@@ -132,7 +132,7 @@ class Masked:
     @property
     def row_forwards(self) -> Tensor:
         """[B] forwards up to the row's last decision."""
-        return self.canvas.committed_at.amax(1) + 1
+        return self.canvas.committed_at[:, : self.canvas.width].amax(1) + 1
 
     @property
     def row_stores(self) -> Tensor:

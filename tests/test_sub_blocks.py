@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from softar.diffusion import block_parity
 from softar.diffusion.net import parts
+from softar.diffusion.soften import SOFTENERS
 from softar.soft import soft_embed
 
 
@@ -41,10 +42,30 @@ def test_sub_blocks_are_decoded_from_left_to_right(shift):
         assert all(a[1] < b[0] for a, b in pairwise(edges))
 
 
-def test_no_forward_is_spent_behind_the_answer():
-    """The model reads a whole block; of its sub-blocks those are decoded that are asked for."""
-    out = decode(block_model(0, 8), [[*range(1, 9)]], gen_length=3, sub_block_length=2)
-    assert out.num_forwards == 1 + 4
+@pytest.mark.parametrize("sub_block_length", [None, 2])
+def test_no_forward_is_spent_behind_the_answer(sub_block_length):
+    """The model reads a whole block, and once what is asked for is decoded nothing of the rest is."""
+    knobs = dict(sub_block_length=sub_block_length, select="leftmost")
+    out = decode(block_model(0, 8), [[*range(1, 9)]], gen_length=3, **knobs)
+    assert out.num_forwards == 1 + 3 and out.row_forwards.tolist() == [1 + 3]
+    template, knobs = (
+        [1, MASK, *range(3, 11)],
+        dict(gen_length=0, sub_block_length=sub_block_length),
+    )
+    for more in ({}, dict(soften="evolving"), dict(schedule="wino", threshold=0.5)):
+        assert decode(block_model(0, 8), [template], **knobs | more).num_forwards == 1
+
+
+@pytest.mark.parametrize("soften", [*SOFTENERS])
+@pytest.mark.parametrize("rule", [{}, dict(schedule="wino", threshold=0.2), dict(threshold=0.3)])
+def test_an_answer_is_that_of_its_whole_block(rule, soften):
+    """Its first tokens are, however soon no more is asked for."""
+    if rule.get("schedule") == "wino" and soften == "evolving":
+        soften = "soft-token"
+    knobs = dict(soften=soften, early_stop=False, **rule)
+    whole, some = (decode(block_model(0, 8), [[3, 4]], gen_length=n, **knobs) for n in (6, 3))
+    assert torch.equal(some.completions, whole.completions[:, :3])
+    assert some.num_forwards <= whole.num_forwards
 
 
 def test_sub_blocks_share_the_steps():
@@ -123,7 +144,8 @@ def test_the_next_window_shows_the_mixtures_that_were_reported(cache, rescale, s
 def test_a_block_begins_with_what_its_prefix_says(prompt):
     """As an autoregressive model does, for no forward of its own."""
     model = block_model(1, 4)
-    out = decode(model, [[*range(1, prompt + 1)]], gen_length=12, early_stop=False)
+    knobs = dict(gen_length=12, early_stop=False, select="leftmost")
+    out = decode(model, [[*range(1, prompt + 1)]], **knobs)
     ids, net = out.sequences, parts(model)
     place = torch.arange(ids.shape[1])
     sees = (place // 4 <= place[:, None] // 4)[None, None]
@@ -133,7 +155,7 @@ def test_a_block_begins_with_what_its_prefix_says(prompt):
     firsts = [c for c in range(-(-prompt // 4) * 4, prompt + 12, 4)]
     assert ids[0, firsts].tolist() == logits[0, [c - 1 for c in firsts]].argmax(-1).tolist()
     blocks = -(-(prompt + 12) // 4) - prompt // 4
-    masks = 4 * blocks - prompt % 4 - len(firsts)
+    masks = 12 - len(firsts)
     assert out.num_forwards == bool(prompt // 4) + blocks - 1 + masks
 
 
