@@ -4,7 +4,16 @@ from dataclasses import dataclass
 
 from trl import SFTConfig
 
-from softar.checks import Idle, check_choice, check_idle, check_least, check_types, idle_options
+from softar.checks import (
+    Idle,
+    check_choice,
+    check_idle,
+    check_least,
+    check_types,
+    fill,
+    idle_options,
+    take_back,
+)
 from softar.training import PlainSFTConfig, opt
 
 from .duo import GaussianToDiscrete, tau_at
@@ -14,6 +23,16 @@ from .uniform import UNIFORM_LOSSES
 
 NOISES = {"rate": mask_at_rate, "share": mask_share}
 OBJECTIVES = ("masked", "uniform")
+# What options that act in some modes only are where they are left out
+LEFT_OUT = dict(
+    tau_start=1e-3,
+    tau_end=1e-3,
+    gamma_min=-3.5,
+    gamma_max=-1.75,
+    head_k=3,
+    head_temperature=1.0,
+    eval_steps_decoded=8,
+)
 
 HEADLESS = Idle(
     "head_k head_algorithm head_scale head_centre head_steepness head_temperature head_learning_rate",
@@ -78,15 +97,21 @@ class DiffusionSFTConfig(PlainSFTConfig):
     curriculum: float = opt(
         0.0, "Uniform: share of the training, from its start, on Gaussian soft tokens."
     )
-    tau_start: float = opt(1e-3, "Curriculum: temperature of the soft tokens at the start.")
-    tau_end: float = opt(
-        1e-3, "Curriculum: temperature at its end, down to 1e-8; then the tokens are hard."
+    tau_start: float | None = opt(
+        None, "Curriculum: temperature of the soft tokens at the start. Default: 0.001."
     )
-    gamma_min: float = opt(
-        -3.5, "Curriculum: log noise-to-signal ratio at t = 0; Duo's, for 30,000 tokens."
+    tau_end: float | None = opt(
+        None,
+        "Curriculum: temperature at its end, down to 1e-8; then the tokens are hard. Default: 0.001.",
     )
-    gamma_max: float = opt(
-        -1.75, "Curriculum: the same at t = 1; the smaller the vocabulary the larger, see duo.py."
+    gamma_min: float | None = opt(
+        None,
+        "Curriculum: log noise-to-signal ratio at t = 0. Default: -3.5, Duo's, for 30,000 tokens.",
+    )
+    gamma_max: float | None = opt(
+        None,
+        "Curriculum: the same at t = 1; the smaller the vocabulary the larger, see duo.py. Default: "
+        "-1.75.",
     )
     noise: str = opt(
         "rate",
@@ -106,25 +131,30 @@ class DiffusionSFTConfig(PlainSFTConfig):
     softmasking_prob: float = opt(
         0.0, "Share of the steps that read their rows twice; 0 is hard training."
     )
-    head_k: int = opt(3, "Soft masks: tokens in a mixture.")
+    head_k: int | None = opt(None, "Soft masks: tokens in a mixture, of 'top-k'. Default: 3.")
     head_algorithm: str = opt(
         "top-k", "Soft masks: 'top-k', or 'temperature' over the whole vocabulary."
     )
     head_scale: float = opt(1e-6, "Soft masks: scale at the start, in (0, 1).")
     head_centre: float = opt(-0.75, "Soft masks: centre at the start, nats below 0.")
     head_steepness: float = opt(20 / 3, "Soft masks: steepness at the start.")
-    head_temperature: float = opt(1.0, "Soft masks: temperature at the start, of 'temperature'.")
+    head_temperature: float | None = opt(
+        None, "Soft masks: temperature at the start, of 'temperature'. Default: 1."
+    )
     head_learning_rate: float = opt(
         1e-2, "Soft masks: learning rate of the head, without weight decay."
     )
     eval_decode_rows: int = opt(
         256, "Held-out rows decoded for the accuracy of an evaluation; 0 for none."
     )
-    eval_steps_decoded: int = opt(8, "Forwards in which an evaluation decodes a row.")
+    eval_steps_decoded: int | None = opt(
+        None, "Forwards in which an evaluation decodes a row. Default: 8."
+    )
 
     def __post_init__(self):
         super().__post_init__()
         check_types(self, besides=SFTConfig)
+        left_out = fill(self, LEFT_OUT)
         check_choice("noise", self.noise, NOISES)
         check_choice("normalise", self.normalise, NORMALISATIONS)
         check_choice("head_algorithm", self.head_algorithm, ALGORITHMS)
@@ -142,7 +172,8 @@ class DiffusionSFTConfig(PlainSFTConfig):
         self._check_uniform()
         if self.softmasking_prob:
             self.head()
-        check_idle(self, IDLE)
+        check_idle(self, IDLE, left_out)
+        take_back(self, [HEADLESS], left_out)
 
     @property
     def idle_head(self) -> list[str]:
@@ -190,11 +221,11 @@ class DiffusionSFTConfig(PlainSFTConfig):
         return GaussianToDiscrete(vocab_size, self.gamma_min, self.gamma_max)
 
     def head(self) -> SoftMaskHead:
+        of_one = dict(k=self.head_k, temperature=self.head_temperature)  # of one algorithm each
         return SoftMaskHead(
-            k=self.head_k,
             scale=self.head_scale,
             centre=self.head_centre,
             steepness=self.head_steepness,
-            temperature=self.head_temperature,
             algorithm=self.head_algorithm,
+            **{name: value for name, value in of_one.items() if value is not None},
         )

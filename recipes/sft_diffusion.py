@@ -48,7 +48,7 @@ CONFIGS = Path(__file__).parent / "configs"
 TWICE = 0.8  # share of the steps that read a row twice (arXiv:2510.17206 finds 80 % best)
 # Fields that make a row of the table what it is; everything else (data, steps, size) is common to
 # all.
-# Without a head its options are at their defaults: they would change nothing.
+# Without a head its options are at their defaults, or left out: they would change nothing.
 HEADLESS = dict(softmasking_prob=0.0) | {
     field.name: field.default
     for field in dataclasses.fields(DiffusionSFTConfig)

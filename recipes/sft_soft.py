@@ -45,10 +45,10 @@ from softar.training import opt
 
 # Fields that make a row of the table what it is; everything else (data, steps, size) is common to
 # all.
-MOVE = dict(alpha_end=0.0, alpha_hold=0.0, alpha_span=0.6)  # the defaults: a constant does not move
+MOVE = dict(alpha_end=None, alpha_hold=None, alpha_span=None)  # left out: a constant does not move
 # Of a row whose thoughts are gold tokens: options of mixtures are for the others
 HARD = dict(
-    soft_mode="parallel", soft_passes=2, soft_grad_passes=None, soft_window=None, guidance="mix"
+    soft_mode="parallel", soft_passes=None, soft_grad_passes=None, soft_window=None, guidance="mix"
 )
 GOLD = dict(alpha_schedule="constant", alpha_start=1.0, **MOVE, **HARD)
 ROWS = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from trl import GRPOConfig
 
-from softar.checks import check_choice, check_idle, check_types
+from softar.checks import check_choice, check_idle, check_types, fill
 from softar.config import SoftConfig
 from softar.training import check_filter, opt
 from softar.vllm.machine import require_vllm
@@ -19,6 +19,7 @@ from .neutral import IDLE, PPO_IDLE, RLOO_IDLE, check_neutral
 
 logger = logging.getLogger(__name__)
 BACKENDS = ("loop", "vllm")
+LEFT_OUT = {"soft_k": 3}  # what acts in some modes only, where it is left out
 COLDEST = 0.01  # vLLM samples at no lower temperature
 MIXERS = ("k-samples", "hard")  # of actions.ACTIONS, those whose action a decode records in full
 
@@ -39,7 +40,7 @@ class SoftGRPOConfig(GRPOConfig):
     answer.
     """
 
-    _idle = IDLE
+    _idle, _left_out = IDLE, LEFT_OUT
 
     vllm_importance_sampling_correction: bool = opt(
         False, "Not there: the log-probabilities of vLLM's answers are not recorded."
@@ -51,7 +52,9 @@ class SoftGRPOConfig(GRPOConfig):
     soft_mixer: str = opt(
         "k-samples", "What a think step reads back: 'k-samples', or 'hard' (its one drawn token)."
     )
-    soft_k: int = opt(3, "Draws of a think step of 'k-samples'; 1 is ordinary sampling.")
+    soft_k: int | None = opt(
+        None, "Draws of a think step of 'k-samples'; 1 is ordinary sampling. Default: 3."
+    )
     think_start: str | None = opt(
         None, "Text that opens the thought. Default: the completion starts inside it."
     )
@@ -78,6 +81,7 @@ class SoftGRPOConfig(GRPOConfig):
 
     def __post_init__(self):
         check_types(self, besides=GRPOConfig)
+        left_out = fill(self, self._left_out)
         if not torch.accelerator.is_available():
             self.use_cpu = True
             self.bf16 = bool(self.bf16)
@@ -103,7 +107,7 @@ class SoftGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"temperature={self.temperature} must be > 0 and finite: the policy has to be sampled"
             )
-        check_idle(self, self._idle)
+        check_idle(self, self._idle, left_out)
         if self.delta is not None and not self.delta > 0:
             raise ValueError(f"delta={self.delta} must be > 0, the bound of a ratio; None is none")
         if self.beta < 0:
@@ -178,7 +182,7 @@ class SoftPPOConfig(SoftGRPOConfig):
     The KL to the reference is exact in value and part of the loss, not of the reward.
     """
 
-    _idle = PPO_IDLE
+    _idle, _left_out = PPO_IDLE, LEFT_OUT | {"cliprange_value": 0.2}
 
     loss_type: str = opt(
         "bnpo", "Normalisation of the policy loss; PPO's is the mean over steps, 'bnpo'."
@@ -195,7 +199,9 @@ class SoftPPOConfig(SoftGRPOConfig):
     gamma: float = opt(1.0, "Discount per step.")
     lam: float = opt(0.95, "Lambda of generalised advantage estimation (arXiv:1506.02438).")
     vf_coef: float = opt(0.1, "Weight of the value loss.")
-    cliprange_value: float = opt(0.2, "Clip of the value's move away from the rollout's.")
+    cliprange_value: float | None = opt(
+        None, "Clip of the value's move away from the rollout's. Default: 0.2."
+    )
     value_learning_rate: float | None = opt(
         None, "Learning rate of the value head. Default: learning_rate."
     )
@@ -217,7 +223,7 @@ class SoftPPOConfig(SoftGRPOConfig):
         for name, most in (("gamma", 1.0), ("lam", 1.0), ("vf_coef", float("inf"))):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, {most}]")
-        if not self.cliprange_value > 0:
+        if self.cliprange_value is not None and not self.cliprange_value > 0:
             raise ValueError(
                 f"cliprange_value={self.cliprange_value} must be > 0; inf does not clip"
             )

@@ -31,7 +31,7 @@ from .rewards import REWARDS, as_chats, check_columns, rewards_of, score_of
 # Fields that make a row of the table what it is: options of several draws go to `soft` alone.
 ROWS = {
     "soft": dict(soft_mixer="k-samples"),
-    "hard": dict(soft_mixer="hard", soft_k=3, soft_ratio="per_draw", embedding_grad=True),
+    "hard": dict(soft_mixer="hard", soft_k=None, soft_ratio="per_draw", embedding_grad=True),
 }
 GROUPS = {"demo": ["soft", "hard"], "all": ["soft", "hard"]}
 # How the policy to start from is trained on sampled traces where the task brings its own, untrained
@@ -103,9 +103,9 @@ def rl_recipe(
 def check(inputs, configs) -> None:
     script, model_args = inputs.script, inputs.model_args
     check_least(script, sft_steps=0, eval_draws=1)
-    if "soft" in configs and inputs.training.soft_k < 2:
+    if "soft" in configs and configs["soft"].soft_k < 2:
         raise ValueError(
-            f"soft_k={inputs.training.soft_k}: the row 'soft' needs at least 2 draws; 1 is the row 'hard'"
+            f"soft_k={configs['soft'].soft_k}: the row 'soft' needs at least 2 draws; 1 is the row 'hard'"
         )
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError(

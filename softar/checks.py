@@ -125,9 +125,28 @@ class Idle(NamedTuple):
     remedy: str  # what makes them act
 
 
-def check_idle(config, rules: Iterable[Idle]) -> None:
-    """Raise ValueError for an option of a dataclass that is away from its default and does
-    nothing."""
+def fill(config, defaults: dict[str, Any]) -> set[str]:
+    """Give the options of a dataclass that were left out (None) these values -> their names. For
+    options that act in some modes only: one that is named where it does nothing is refused, at its
+    default too, which `check_idle` could not tell otherwise."""
+    left_out = {name for name in defaults if getattr(config, name) is None}
+    for name in left_out:
+        object.__setattr__(config, name, defaults[name])
+    return left_out
+
+
+def take_back(config, rules: Iterable[Idle], left_out: set[str]) -> None:
+    """None again for options that `fill` has filled and that do nothing."""
+    for name, *_ in [*idle_options(config, rules)]:
+        if name in left_out:
+            object.__setattr__(config, name, None)
+
+
+def check_idle(config, rules: Iterable[Idle], left_out: set[str] = frozenset()) -> None:
+    """Raise ValueError for an option of a dataclass that is away from its default and does nothing.
+    left_out: from `fill`; those that do nothing are None again."""
+    rules = [*rules]
+    take_back(config, rules, left_out)
     for name, value, default, rule in idle_options(config, rules):
         raise ValueError(
             f"{name}={value!r} does nothing {rule.why}: {rule.remedy}, or leave it at {default!r}"

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checks import Idle, as_ids, check_choice, check_idle, check_least, check_types, idle_options
+from .checks import (
+    Idle,
+    as_ids,
+    check_choice,
+    check_idle,
+    check_least,
+    check_types,
+    fill,
+    idle_options,
+)
 from .mixers import Mixed, mk_mixer
 from .names import check_not_code
 from .soft import RESCALES, check_dist
@@ -20,6 +29,7 @@ from .tags import Moves, blanks, moves_of_ids, moves_of_text
 Ids = int | str | tuple[int, ...] | None
 CONFIG_FILE = "soft_config.json"
 TAGS = ("think_start", "think_end")
+LEFT_OUT = {"cold_stop_steps": 256}
 RENAMED = {"alpha": "softness"}  # SFT has an alpha too: there it is the gold token's share
 
 
@@ -57,7 +67,8 @@ class SoftConfig:
     # name in softar.MIXERS, "module:function", or a function of its signature
     mixer: str | Callable[..., Mixed] = "soft"
     mixer_args: dict[str, Any] = field(default_factory=dict)  # its knobs, e.g. {"tau": 0.5}
-    # share of the mixture in what is fed back, the rest is its token; 0 is hard decoding
+    # share of the mixture in what is fed back, the rest is its token. 0 feeds the token alone: the
+    # likeliest of "soft", an ordinary sample of the mixers that draw (gumbel, k-samples, ...)
     softness: float = 1.0
     temperature: float = 1.0  # of the thought; 0 is the argmax
     top_k: int | None = 10  # tokens kept in a mixture; None keeps the vocabulary
@@ -78,7 +89,7 @@ class SoftConfig:
     budget: int | None = None
     # nats; the same after `cold_stop_steps` consecutive steps below it
     cold_stop_entropy: float | None = None
-    cold_stop_steps: int = 256
+    cold_stop_steps: int | None = None  # 256 with a cold stop
     # The answer is what follows the thought; False: the text of both, as of a model that begins its
     # reply at once
     hide_thought: bool = True
@@ -90,6 +101,7 @@ class SoftConfig:
 
     def __post_init__(self):
         _settle_types(self)
+        left_out = fill(self, LEFT_OUT)
         check_dist(None, **self.filters)
         check_dist(None, **self.answer_filters, prefix="answer_")
         mk_mixer(self.mixer, **self.mixer_args)
@@ -115,7 +127,7 @@ class SoftConfig:
             raise ValueError(
                 f"think_start={self.think_start!r} closes the thought as well: give another think_end"
             )
-        check_idle(self, IDLE)
+        check_idle(self, IDLE, left_out)
 
     def changed(self, **changes) -> "SoftConfig":
         """With these fields in place of its own; fields of its own that would say nothing beside
@@ -250,7 +262,9 @@ class SoftConfig:
         if mixer is not None and mixer != values.get("mixer"):
             values = {k: v for k, v in values.items() if k != "mixer_args"} | {"mixer": mixer}
         check_not_code("mixer", values.get("mixer"), f"{CONFIG_FILE} in {folder}")
-        if idle := {name: values.pop(name) for name in sorted(_idle(values))}:
+        idle = {name: values.pop(name) for name in sorted(_idle(values))}
+        # earlier versions wrote them always
+        if idle := {k: v for k, v in idle.items() if (k, v) not in LEFT_OUT.items()}:
             message = f"{CONFIG_FILE} in {folder}: {idle} say nothing beside its other fields"
             warnings.warn(f"{message} and are left out", stacklevel=2)
         return cls(**values)

@@ -82,7 +82,7 @@ class Rules(NamedTuple):
     eos: Tensor  # [n] int64
     budget: int | None
     cold_stop_entropy: float | None
-    cold_stop_steps: int
+    cold_stop_steps: int | None
     has_answer: bool
     hide_thought: bool
     is_soft: bool

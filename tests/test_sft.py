@@ -94,7 +94,7 @@ def data(n=8, seed=0, traces=(), tags=False):
 def config_of(folder, cls=SoftSFTConfig, **settings):
     exact = settings.get("soft_mode") != "sequential" and settings.get("targets") != "oracle"
     gold = settings.get("alpha_schedule") == "constant" and settings.get("alpha_start", 1.0) == 1
-    whole = dict(soft_top_k=None) | (dict(soft_passes=None) if exact and not gold else {})
+    whole = dict(soft_top_k=None) | (dict(soft_passes=99) if exact and not gold else {})
     common = dict(
         **whole if issubclass(cls, SoftSFTConfig) else {},
         output_dir=str(folder),
@@ -1255,7 +1255,7 @@ def test_the_defaults_are_two_refreshes_of_narrow_mixtures(tmp_path):
             "5 forwards, one for each column of thought, of 4 x 10 tokens",
         ),
         (dict(soft_passes=2), "3 forwards of 4 x 10 tokens"),
-        (dict(soft_passes=None), "5 forwards of 4 x 10 tokens"),
+        (dict(soft_passes=99), "5 forwards of 4 x 10 tokens"),
         (dict(targets="oracle"), "1 forward of 4 x 10 tokens"),
         (dict(think_steps=None, soft_passes=1), r"whole completion is soft\).*2 forwards"),
         (dict(alpha_schedule="constant"), None),

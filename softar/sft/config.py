@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..checks import Idle, check_choice, check_idle, check_least, check_types
+from ..checks import Idle, check_choice, check_idle, check_least, check_types, fill
 from ..config import SoftConfig
 from ..mixers import GUIDES, mk_mixer
 from ..soft import check_dist
@@ -17,6 +17,10 @@ from .preflight import check_learnable
 
 TARGETS = ("gold", "traces", "oracle")
 THOUGHT_LOSSES = ("constant", "alpha")
+# What options that act in some modes only are where they are left out
+LEFT_OUT = dict(
+    soft_passes=2, alpha_end=0.0, alpha_hold=0.0, alpha_span=0.6, temperature_learning_rate=1e-2
+)
 
 
 SOFT_INPUTS = "soft_mode soft_passes soft_grad_passes soft_window"
@@ -103,8 +107,9 @@ class SoftSFTConfig(PlainSFTConfig):
         "forwards as the thought is long.",
     )
     soft_passes: int | None = opt(
-        2,
-        "Parallel: refreshes of the soft inputs; the first n of a thought are exact after n. None: all.",
+        None,
+        "Parallel: refreshes of the soft inputs; the first n of a thought are exact after n, and more "
+        "than it is long are not made. Default: 2.",
     )
     soft_grad_passes: int | None = opt(
         None, "Parallel: how many of the last forwards carry gradient. Default: all."
@@ -124,8 +129,9 @@ class SoftSFTConfig(PlainSFTConfig):
     soft_top_p: float | None = opt(None, "Nucleus of a mixture.")
     soft_min_p: float | None = opt(None, "Least probability in a mixture, relative to its largest.")
     learn_temperature: bool = opt(False, "Train the mixtures' temperature with the model.")
-    temperature_learning_rate: float = opt(
-        1e-2, "Learning rate of the temperature (of its logarithm), without weight decay."
+    temperature_learning_rate: float | None = opt(
+        None,
+        "Learning rate of the temperature (of its logarithm), without weight decay. Default: 0.01.",
     )
     guidance: str = opt(
         "mix", "How the gold token enters a mixture: 'mix', 'clamp' or 'coin' (scheduled sampling)."
@@ -134,9 +140,15 @@ class SoftSFTConfig(PlainSFTConfig):
         "linear", "Share of the gold token over the training: constant, linear, cosine, step."
     )
     alpha_start: float = opt(1.0, "Share of the gold token at the start; 1 is teacher forcing.")
-    alpha_end: float = opt(0.0, "Share of the gold token at the end; 0 is what decoding meets.")
-    alpha_hold: float = opt(0.0, "Fraction of the training before alpha starts to move.")
-    alpha_span: float = opt(0.6, "Fraction of the training in which alpha goes from start to end.")
+    alpha_end: float | None = opt(
+        None, "Share of the gold token at the end. Default: 0, which is what decoding meets."
+    )
+    alpha_hold: float | None = opt(
+        None, "Fraction of the training before alpha starts to move. Default: 0."
+    )
+    alpha_span: float | None = opt(
+        None, "Fraction of the training in which alpha goes from start to end. Default: 0.6."
+    )
     thought_loss: str = opt(
         "constant", "Weight of the thought's tokens in the loss: 'constant' 1, or 'alpha'."
     )
@@ -167,6 +179,7 @@ class SoftSFTConfig(PlainSFTConfig):
                 f"soft_mixer={self.soft_mixer!r} must be a name: give yours as 'module:function'"
             )
         check_types(self, besides=SFTConfig)
+        left_out = fill(self, LEFT_OUT)
         if isinstance(self.soft_mixer_args, str):
             raise ValueError(f"soft_mixer_args={self.soft_mixer_args!r} is no JSON object")
         check_choice("soft_mode", self.soft_mode, MODES)
@@ -195,19 +208,15 @@ class SoftSFTConfig(PlainSFTConfig):
                 "out: decode with it"
             )
         self.alpha()
-        check_idle(self, IDLE)
+        check_idle(self, IDLE, left_out)
         if self.learn_temperature:
             check_learnable(self)
 
     def alpha(self) -> Callable[[float], float]:
         """The guidance schedule, progress in [0, 1] -> alpha."""
-        return mk_alpha(
-            self.alpha_schedule,
-            start=self.alpha_start,
-            end=self.alpha_end,
-            hold=self.alpha_hold,
-            span=self.alpha_span,
-        )
+        move = dict(end=self.alpha_end, hold=self.alpha_hold, span=self.alpha_span)
+        move = {name: value for name, value in move.items() if value is not None}  # does not move
+        return mk_alpha(self.alpha_schedule, start=self.alpha_start, **move)
 
     @property
     def alphas(self) -> set[float]:

@@ -88,8 +88,8 @@ def soft_forward(
             False in column 0.
         feed: logits [..., V] and gold ids [...] to the mixture read next; differentiable where
             gradients shall flow.
-        passes: refreshes, each one forward, before the last forward. None: the longest span of the
-            batch.
+        passes: refreshes, each one forward, before the last forward. None, and at most: the longest
+            span of the batch.
         grad_passes: how many of the passes + 1 forwards, counted from the last, carry gradient.
             None: all. 1 treats the soft inputs as constants. Earlier ones run without a graph.
         window: sequential only: cut the gradient through time every `window` marked columns
@@ -116,12 +116,10 @@ def soft_forward(
 
 def _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_passes):
     gold = inputs = token_inputs(model, input_ids)
-    if passes is None:
-        passes = int(soft_mask.sum(1).max())
+    longest = int(soft_mask.sum(1).max())
+    passes = longest if passes is None else min(passes, longest)  # more would change nothing
     rows, cols = soft_mask.nonzero(as_tuple=True)
     positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp_min(0)
-    if len(rows) == 0:
-        passes = 0
     first_with_grad = 0 if grad_passes is None else passes + 1 - grad_passes
     for r in range(passes + 1):
         with torch.set_grad_enabled(torch.is_grad_enabled() and r >= first_with_grad):

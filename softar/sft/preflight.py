@@ -66,7 +66,7 @@ def forecast(args, dataset, span: dict) -> str | None:
     labels = [row.get("labels", row["input_ids"]) for row in rows]
     thoughts = [int(thought_mask(torch.tensor([row]), **span).sum()) for row in labels]
     length, thought, B = max(map(len, labels)), max(thoughts), args.per_device_train_batch_size
-    passes = thought if args.soft_passes is None else args.soft_passes
+    passes = min(thought, args.soft_passes or 0)
     if args.targets == "oracle":
         cost = f"1 forward of {B} x {length} tokens"
     elif args.soft_mode == "parallel":

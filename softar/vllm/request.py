@@ -38,7 +38,7 @@ FIELDS = {
     "think_end": (int, str, *IDS, type(None)),
     "budget": COUNT,
     "cold_stop_entropy": (*NUMBER, type(None)),
-    "cold_stop_steps": (int,),
+    "cold_stop_steps": COUNT,
     "hide_thought": (bool,),
     "record": (bool,),
 }
