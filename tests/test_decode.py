@@ -756,6 +756,19 @@ def test_the_record(llama, mixer, softness):
         assert (fed.gather(-1, r.token[..., None])[r.kind == SOFT] >= 1 - softness - 1e-5).all()
 
 
+@pytest.mark.parametrize("mixer", ["soft", "gumbel", "k-samples", "mixture-of-inputs"])
+def test_softness_0_thinks_in_the_likeliest_tokens_or_in_ordinary_samples(llama, mixer):
+    n, how = 2000, dict(mixer=mixer, softness=0.0, temperature=0.7, top_k=4)
+    out = decode(llama, PROMPTS[:1] * n, **how, max_new_tokens=2, rng=seeded())
+    assert (out.record.kind == HARD).all() and (out.record.weights[..., 0] == 1).all()
+    ids, p = mk_proba_dist(llama(*left_padded(PROMPTS[:1])).logits[0, -1], temperature=0.7, top_k=4)
+    share = (out.record.token[:, :1] == ids).float().mean(0)
+    if mixer == "soft":
+        assert share[p.argmax()] == 1
+    else:
+        assert p.max() < 0.9 and ((share - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all()
+
+
 def test_softness_between_is_the_mixture_and_its_token(llama):
     a, b = decode(llama, softness=0.25, max_new_tokens=1), decode(llama, max_new_tokens=1)
     fed = lambda r: torch.zeros(3, VOCAB).scatter_add(-1, r.ids[:, 0], r.weights[:, 0])  # noqa: E731
