@@ -22,7 +22,7 @@ from trl.trainer.utils import pad
 
 from softar.decode import SoftOutput
 from softar.models import plain
-from softar.thought import Kind, Record, begin, check_finite, mk_rules, replay
+from softar.thought import Kind, Record, begin, check_finite, mk_rules, replay, warn_unopened
 from softar.vllm.export import check_heads, is_narrow, widened
 from softar.vllm.finite import check_ended
 from softar.vllm.hooks import VERSIONS
@@ -311,6 +311,8 @@ def output_of(
     ended = torch.isin(record.token, rules.eos).cumsum(1) > 0
     before = torch.nn.functional.pad(ended, (1, -1))  # by an earlier step
     progress, again = replay(rules, begin(decoding, ids), record, before)
+    if decoding.think_start is not None:
+        warn_unopened(decoding, progress)
     for t in range(steps):
         check_finite(Record(*(column[:, t] for column in again)), t)
     differs = ((again.kind != record.kind) | (again.token != record.token)).any(0)

@@ -9,6 +9,7 @@ from engine_script import SOFT
 from tiny import BOS, EOS, VOCAB
 
 import softar
+from softar.vllm.completions import Completion, CompletionDecoder, Sampling
 from softar.vllm.rows import CHUNK, Rows
 
 
@@ -123,3 +124,28 @@ def test_mixtures_gathered_a_few_rows_at_a_time_are_the_same(monkeypatch):
             engine.step()
         made.append(engine.tokens)
     assert made[0] == made[1] and len({tuple(t[2:]) for t in made[0].values()}) == 3
+
+
+START, END = 7, 8
+
+
+@pytest.mark.parametrize(
+    ("prompts", "rows", "warns"),
+    [
+        ([[BOS, 9], [BOS, 10]], [(4, 5, EOS), (END, 5)], True),
+        ([[BOS, 9]], [()], True),
+        ([[BOS, 9], [BOS, START]], [(4, 5, EOS), (4, END, 5)], False),
+        ([[BOS, 9]], [(4, START, 5, END, 6)], False),
+        ([[BOS, START, END]], [(4, EOS)], False),  # a thought that is not wanted
+        ([], [], False),
+    ],
+)
+def test_a_thought_that_never_begins_is_warned_of(recwarn, prompts, rows, warns):
+    """As softar.generate does: all was decoded discretely, and nothing else would say so."""
+    soft = dict(think_start=[START], think_end=[END])
+    decoder = CompletionDecoder("toy", Sampling("soft", soft=soft), seed=0, trace=False)
+    decoder.tokenizer = tiny.tokenizer_of()
+    answers = [[Completion("", row, None)] for row in rows]
+    assert len(decoder.rows(["a"] * len(prompts), prompts, answers, 0.0)) == len(prompts)
+    said = [str(w.message) for w in recwarn if "no thought began" in str(w.message)]
+    assert len(said) == warns and (not warns or f"think_start=({START},)" in said[0])

@@ -54,7 +54,7 @@ from softar.decoders.options import Common
 from softar.decoders.soft import DECODERS as LOOP
 from softar.show.trace import from_json
 from softar.thought import Kind, Record
-from softar.vllm.completions import Completion, answer_starts, ends_unseen
+from softar.vllm.completions import Completion, ends_unseen, followed
 from softar.vllm.decoders import DECODERS
 from softar.vllm.plugin import register
 from softar.vllm.record import record_of
@@ -397,7 +397,7 @@ def test_where_an_answer_begins(models):
             assert config.think_end is not None  # or records would be needed
         if config.think_end is not None or config.budget is not None:
             assert (
-                answer_starts(config, [case[0] for case in rows], found)
+                followed(config, [case[0] for case in rows], found).answer_start.tolist()
                 == out.answer_start.tolist()
             ), fields
             starts |= {*out.answer_start.tolist()}
@@ -415,7 +415,7 @@ def test_where_an_answer_begins_when_a_cold_stop_comes_just_before_the_budget():
         tokens[..., None], torch.ones(1, 6, 1), tokens, nothing.to(torch.int8), nothing, entropy
     )
     found = Completion("", tuple(tokens[0].tolist()), None, record)
-    assert answer_starts(softar.SoftConfig(**soft), [[BOS, 9]], [found]) == [4]
+    assert followed(softar.SoftConfig(**soft), [[BOS, 9]], [found]).answer_start.tolist() == [4]
 
 
 @pytest.mark.slow

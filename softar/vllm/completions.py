@@ -12,7 +12,7 @@ from ..config import SoftConfig
 from ..decode import SoftOutput
 from ..decoders.answer import Decoded
 from ..show.trace import Step, Trace, thought
-from ..thought import Record, begin, mk_rules, replay
+from ..thought import Progress, Record, begin, mk_rules, replay, warn_unopened
 from .request import parse
 
 # What a mode reads of Sampling, beside its length
@@ -168,10 +168,12 @@ class CompletionDecoder:
         row."""
         starts = [0] * len(prompts)
         config = self.sampling.thinking
-        if config is not None and config.has_answer:
-            starts = answer_starts(
-                config.resolve(self.tokenizer), ids, [completions[0] for completions in answers]
-            )
+        if prompts and config is not None and config.has_answer:
+            config = config.resolve(self.tokenizer)
+            progress = followed(config, ids, [completions[0] for completions in answers])
+            starts = progress.answer_start.tolist()
+            if config.think_start is not None:
+                warn_unopened(config, progress)
         return [self._row(*row, seconds) for row in zip(prompts, ids, answers, starts, strict=True)]
 
     def _row(
@@ -225,15 +227,12 @@ def ends_unseen(soft: dict) -> bool:
     )
 
 
-def answer_starts(
-    config: SoftConfig, prompts: list[list[int]], rows: list[Completion]
-) -> list[int]:
-    """Steps of each completion before its answer begins, by the loop's own rules; 0 where it has no
-    separate thought.
+def followed(config: SoftConfig, prompts: list[list[int]], rows: list[Completion]) -> Progress:
+    """How far each completion came, by the loop's own rules.
 
     config: resolved. A cold stop without think_end needs the records.
     """
-    width, steps = max(map(len, prompts), default=0), max((len(c.tokens) for c in rows), default=0)
+    width, steps = max(map(len, prompts)), max(len(c.tokens) for c in rows)
     # no token, so that no rule takes padding for one
     ids = torch.full((len(rows), width + steps), -1)
     entropy = torch.full((len(rows), steps), torch.inf)
@@ -241,16 +240,16 @@ def answer_starts(
         ids[i, width - len(prompt) : width + len(c.tokens)] = torch.tensor([*prompt, *c.tokens])
         if c.record is not None:
             entropy[i, : len(c.tokens)] = c.record.entropy[0]
+    progress = begin(config, ids[:, :width])
     if steps == 0:
-        return [0] * len(rows)
+        return progress
     tokens, nothing = ids[:, width:], torch.zeros(entropy.shape)
     weights = torch.ones((*entropy.shape, 1))
     record = Record(tokens[..., None], weights, tokens, nothing, nothing, entropy)
     lengths = torch.tensor([len(c.tokens) for c in rows])
     rules = mk_rules(config, ids.device, None, None)
     done = torch.arange(steps) >= lengths[:, None]
-    progress, _ = replay(rules, begin(config, ids[:, :width]), record, done)
-    return progress.answer_start.tolist()
+    return replay(rules, progress, record, done)[0]
 
 
 def token_ids(tokenizer, prompt) -> list[int]:
