@@ -12,10 +12,25 @@ from torch import Tensor
 from .net import Facts, Parts
 
 
-def documents_of(real: Tensor) -> Tensor:
-    """[B, T] bool, what is no padding -> [B, T] int64, the number of each token's document: one in a
-    row; -1 at padding."""
-    return real.long() - 1
+def documents_of(attention_mask: Tensor) -> Tensor:
+    """[B, T], 0 at padding and else the number of a token's document from 1 on (or True, where a row
+    is one) -> [B, T] int64, from 0 on; -1 at padding."""
+    return attention_mask.long() - 1
+
+
+def positions_of(documents: Tensor) -> Tensor:
+    """[B, T] int64, which begin anew with each document."""
+    column = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return column - torch.where(begins, column, 0).cummax(1).values
+
+
+def apart(documents: Tensor) -> Tensor:
+    """The mask [B, 1, T, T] bool under which each document sees itself alone, as `doubled` takes
+    them; padding sees itself."""
+    same = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, :, None]
+    return (same | torch.eye(documents.shape[1], device=same.device).bool())[:, None]
 
 
 def doubled(documents: Tensor, block_length: int) -> tuple[Tensor, Tensor]:
@@ -30,11 +45,7 @@ def doubled(documents: Tensor, block_length: int) -> tuple[Tensor, Tensor]:
         their own block and those before. Padding sees itself. The mask takes 4 B T^2 bytes, and an
         attention that forms all scores four times as much in float32 for each head.
     """
-    T = documents.shape[1]
-    column = torch.arange(T, device=documents.device).expand_as(documents)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    position = column - torch.where(begins, column, 0).cummax(1).values
+    T, position = documents.shape[1], positions_of(documents)
     block = position // block_length
     same = documents[:, :, None] == documents[:, None, :]  # [B, T, T]
     same = same & (documents >= 0)[:, :, None]

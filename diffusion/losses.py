@@ -11,36 +11,12 @@ from softar.checks import check_choice, check_least
 from softar.models import room_of
 from softar.placement import evaluating
 
-from .doubled import documents_of, forward_doubled
+from .doubled import apart, documents_of, forward_doubled, positions_of
 from .inputs import check_ids, check_width
+from .masking import counts_by_unit, counts_of
 from .net import Facts, check_has_mask, facts, parts
 
 NORMALISATIONS = ("answer", "tokens", "masks")
-
-
-def mask_at_rate(maskable: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
-    """Each token is masked with its row's probability (LLaDA, arXiv:2502.09992, section 2.1); a row
-    may stay whole.
-
-    maskable: [B, T] bool, never the prompt; rate: [B]; uniform: [B, T] in [0, 1) -> [B, T] bool.
-    """
-    return (uniform < rate[:, None]) & maskable
-
-
-def at_least_one(masked: Tensor, maskable: Tensor, uniform: Tensor) -> Tensor:
-    """With one mask more in the rows that stayed whole, where their number is lowest. Only for a
-    loss that weighs all masks the same: 1 / rate says nothing about a mask that was not drawn."""
-    lowest = uniform.masked_fill(~maskable, 2.0).argmin(1, keepdim=True)
-    first = torch.zeros_like(masked).scatter_(1, lowest, True) & maskable
-    return masked | (first & ~masked.any(1, keepdim=True))
-
-
-def mask_share(maskable: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
-    """A share of each row's tokens, rounded down but at least one, without replacement: how
-    BERT-like models are fine-tuned at variable rates. Shapes as in `mask_at_rate`."""
-    count = (maskable.sum(1) * rate).long().clamp_min(1)
-    rank = uniform.masked_fill(~maskable, 2.0).argsort(1).argsort(1)
-    return (rank < count[:, None]) & maskable
 
 
 def masked_ce(logits: Tensor, targets: Tensor) -> Tensor:
@@ -48,32 +24,34 @@ def masked_ce(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def weighted_sum(ce: Tensor, rows: Tensor, rate: Tensor, lengths: Tensor, normalise: str) -> Tensor:
-    """The loss of a batch, to be divided by its `divisor`: apart, so that batches can be added up.
+def weights_of(rate: Tensor, maskable: Tensor, documents: Tensor, normalise: str) -> Tensor:
+    """What the loss of a masked token weighs, the sum being divided by `divisor`: apart, so that
+    batches can be added up.
 
     Args:
-        ce: [n]; rows: [n] the row of each; rate: [B] probability of a mask; lengths: [B] maskable
-            tokens.
-        normalise: "answer" weighs a token by 1 / rate and a row by 1 / length, and takes the mean
-            of the rows (LLaDA's SFT, arXiv:2502.09992, eq. 5); "tokens" weighs by 1 / rate and
-            takes the mean of the maskable tokens (its pre-training, eq. 3); "masks" is the plain
-            mean over masked tokens (BERT).
+        rate: [B, T] probability of a mask; maskable: [B, T] bool; documents: [B, T], as `doubled`
+            has them.
+        normalise: "answer" weighs a token by 1 / rate and a document by 1 / length, and takes the
+            mean of the documents (LLaDA's SFT, arXiv:2502.09992, eq. 5); "tokens" weighs by
+            1 / rate and takes the mean of the maskable tokens (its pre-training, eq. 3); "masks" is
+            the plain mean over masked tokens (BERT).
 
     Returns:
-        [] float32. Where masks are drawn by `mask_at_rate` alone, the expected ratio to the divisor
-            bounds -log p(answer | prompt) per token for the first two.
+        [B, T] float32. Where masks are drawn by `mask_at_rate` alone, the expected ratio to the
+            divisor bounds -log p(answer | prompt) per token for the first two.
     """
     if normalise == "masks":
-        return ce.sum()
-    weights = 1 / rate if normalise == "tokens" else 1 / (rate * lengths)
-    return (ce * weights[rows]).sum()
+        return torch.ones_like(rate)
+    return 1 / (
+        rate if normalise == "tokens" else rate * counts_of(maskable, documents.clamp_min(0))
+    )
 
 
-def divisor(maskable: Tensor, masked: Tensor, normalise: str) -> Tensor:
-    """What `weighted_sum` is divided by: of several batches, the sum of theirs. maskable, masked:
+def divisor(maskable: Tensor, masked: Tensor, documents: Tensor, normalise: str) -> Tensor:
+    """What a weighted sum is divided by: of several batches, the sum of theirs. maskable, masked:
     [B, T] bool -> [] int64."""
     if normalise == "answer":
-        return torch.tensor(len(maskable), device=maskable.device)
+        return (counts_by_unit(maskable, documents.clamp_min(0)) > 0).sum()
     return (maskable if normalise == "tokens" else masked).sum()
 
 
@@ -158,21 +136,28 @@ def forward_masked(
     clean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits about the positions `asked` and no others: [B, T, D], [B, T] bool -> their rows [n],
-    logits [n, V]. clean: [B, T] the ids behind the noise, which a block-causal model sees of the
-    blocks before."""
+    logits [n, V].
+
+    attention_mask: [B, T], 0 at padding and else the number of the document, from 1 on, of those
+    that are packed into a row and do not see each other; None: a row is one, without padding.
+    clean: [B, T] the ids behind the noise, which a block-causal model sees of the blocks before.
+    """
+    mask = torch.ones_like(asked) if attention_mask is None else attention_mask
+    documents = documents_of(mask)
     if facts.block_length is not None:
         assert clean is not None
-        real = torch.ones_like(asked) if attention_mask is None else attention_mask.bool()
-        return forward_doubled(net, facts, embeds, net.embedding(clean), documents_of(real), asked)
+        return forward_doubled(net, facts, embeds, net.embedding(clean), documents, asked)
     rows, cols = asked.nonzero(as_tuple=True)
-    positions = (
-        None if attention_mask is None else (attention_mask.long().cumsum(1) - 1).clamp_min(0)
-    )
-    hidden = net.body(embeds, attention_mask, positions)
-    source = (cols - facts.shift).clamp_min(0)
-    if attention_mask is not None:
-        # with shifted logits nothing is about a row's first token, whose own output stands in
-        source = torch.maximum(source, attention_mask.long().argmax(1)[rows])
+    positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+    if attention_mask is None:
+        hidden = net.body(embeds, None, None)
+    elif bool((documents > 0).any()):
+        positions = positions_of(documents)
+        hidden = net.body(embeds, apart(documents), positions)
+    else:
+        hidden = net.body(embeds, attention_mask, positions)
+    # with shifted logits nothing is about a document's first token, whose own output stands in
+    source = torch.where(positions[rows, cols] < facts.shift, cols, cols - facts.shift)
     return rows, net.head(hidden[rows, source])
 
 

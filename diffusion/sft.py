@@ -1,12 +1,7 @@
-"""Diffusion SFT on TRL's trainer: LLaDA's, Dream's and BERT's objectives, hard or with soft masks,
-and Duo's.
+"""Diffusion SFT on TRL's trainer: batches and their noise, the objectives' losses added up,
+evaluation and checkpoints. What is minimised stands in `objectives`.
 
-Soft-mask training (arXiv:2510.17206, section 4.2) reads a noisy row twice: once without gradient,
-for the model's belief about each mask, and once more with the masks showing that belief. The
-uniform objective (arXiv:2506.10892) replaces tokens by random ones instead, and every token of the
-answer is predicted: the right ones do not show.
-
-Shapes: B rows, T positions, V vocabulary, D width; n masked positions, flat, row by row.
+Shapes: B rows, T positions.
 """
 
 import dataclasses
@@ -24,7 +19,6 @@ from softar.model_card import OwnCard, changes_of, decode_command
 from softar.models import room_of
 from softar.sft.data import SoftCollator
 from softar.sft.preflight import check_tokens
-from softar.soft import soft_embed
 from softar.training import (
     MicroBatches,
     WatchedLosses,
@@ -32,33 +26,23 @@ from softar.training import (
     check_arguments,
     check_data,
     give_own_rate,
-    inside_forward,
     no_interrupt,
 )
 
 from .config import DenoiseConfig
-from .duo import tau_at
+from .doubled import documents_of
 from .evaluate import evaluate
-from .head import HEAD_FILE, learn_head, mix_belief, save_head
+from .head import HEAD_FILE, learn_head, save_head
 from .inputs import check_width
-from .losses import (
-    at_least_one,
-    divisor,
-    forward_masked,
-    masked_ce,
-    normal_rows,
-    uniform_rows,
-    weighted_sum,
-)
 from .models import load_original
-from .net import check_has_mask, facts, parts, plain
+from .net import check_has_mask, facts, plain
 from .noise import NOISE_FILE, save_noise
+from .objectives import Masked, Place, Rows, Uniform
 from .rows import close_rows
-from .sft_config import NOISES, DiffusionSFTConfig
-from .uniform import Noisy, alphabet, draw_hard, draw_soft, noise_for, uniform_loss
+from .sft_config import DiffusionSFTConfig
+from .uniform import noise_for
 
 RAW_HEAD = "soft_mask_head.safetensors"
-REPLACEMENT, GAUSSIAN = 1, 2  # streams of random numbers
 
 
 class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
@@ -133,21 +117,23 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         plain(self.model).config.diffusion_process = (
             None if self.uniform is None else self.uniform.settings()
         )
-        if self.uniform is not None:
-            self._letters = alphabet(self.uniform, self._facts.vocab_size, self.accelerator.device)
+        self.objective = (
+            Masked(args, self._facts, self.head)
+            if self.uniform is None
+            else Uniform(args, self._facts, self.uniform, self.accelerator.device)
+        )
 
     # -- loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Draw the masks of the whole accumulated batch here, so that what the loss is divided by
+        """Draw the noise of the whole accumulated batch here, so that what the loss is divided by
         is counted over it, in all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = torch.zeros((), dtype=torch.long, device=device)
         for batch in batches:
-            maskable, _ = self._maskable(batch)
-            if self.uniform is None:
-                batch["rate"], batch["masked"] = self._draw(maskable, training=True)
-            count = count + divisor(maskable, batch.get("masked", maskable), self.args.normalise)
+            rows = self._rows(batch)
+            batch.update(self._draw(rows, training=True))
+            count = count + self.objective.count(rows, batch)
         return batches, self.accelerator.reduce(count)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -155,153 +141,54 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         own."""
         training = self.model.training
         unwrapped = plain(self.accelerator.unwrap_model(model, keep_torch_compile=False))
-        maskable, mask = self._maskable(inputs)
-        compute = self._masked_loss if self.uniform is None else self._uniform_loss
-        each, rows, rate, changed, logits, nothing = compute(
-            model, unwrapped, inputs, mask, maskable
-        )
-        total = weighted_sum(each, rows, rate, maskable.sum(1), self.args.normalise)
-        count = divisor(maskable, changed, self.args.normalise)
+        rows = self._rows(inputs)
+        drawn = inputs if "numbers" in inputs else self._draw(rows, training=training)
+        place = self._place(drawn["numbers"], training)
+        loss = self.objective.loss(model, unwrapped, rows, drawn, place)
+        total, count = loss.total, self.objective.count(rows, drawn)
         if training and num_items_in_batch is not None:
             # DDP takes the mean of the processes' losses
             total, count = total * self.accelerator.num_processes, num_items_in_batch
-        loss = total / count + nothing
+        mean = total / count + loss.nothing
         if not training:
             self._evaluated += torch.stack([total, count]).detach()
-        self._note(training, changed.float().mean() if training else None)
-        return (loss, CausalLMOutput(logits=logits)) if return_outputs else loss
+        self._note(training, loss.share if training else None)
+        return (mean, CausalLMOutput(logits=loss.logits)) if return_outputs else mean
 
-    def _maskable(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """-> [B, T] bool, the tokens that are trained; and the attention mask, None where there is
-        no padding to hide."""
+    def _rows(self, inputs: dict[str, Tensor]) -> Rows:
+        """The batch; its mask is None where there is no padding to hide."""
         maskable, mask = inputs["labels"] != -100, inputs["attention_mask"]
         check_width(maskable, self._room)
         if self.args.train_padding:
             maskable, mask = maskable | (mask == 0), None
-        elif bool(mask.all()):
+        elif bool((mask == 1).all()):
             mask = None
         if not maskable.any(1).all():
             raise ValueError(
                 f"row {int((~maskable.any(1)).nonzero()[0])} of the batch has no token to mask: no completion"
             )
-        return maskable, mask
+        documents = torch.zeros_like(inputs["labels"]) if mask is None else documents_of(mask)
+        return Rows(inputs["input_ids"], maskable, mask, documents)
 
-    def _masked_loss(
-        self, model, unwrapped, inputs: dict[str, Tensor], mask: Tensor | None, maskable: Tensor
-    ) -> tuple:
-        """-> losses [n] and their rows [n], rate [B], the masks [B, T], logits [n, V], 0."""
-        ids = inputs["input_ids"]
-        if "masked" in inputs:
-            rate, masked = inputs["rate"], inputs["masked"]
-        else:
-            rate, masked = self._draw(maskable, training=self.model.training)
-        twice = self._reads_twice()
-        noisy = ids.masked_fill(masked, self._facts.mask_id)
+    def _draw(self, rows: Rows, *, training: bool) -> dict:
+        """The noise of the next micro-batch, and the `numbers` of its rows in the step's global
+        batch."""
+        args, micro, B = self.args, self.next_micro(), len(rows.ids)
+        size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
+        first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * size
+        numbers = list(range(first, first + B))
+        return self.objective.draw(rows, self._place(numbers, training)) | {"numbers": numbers}
 
-        # PEFT hands its argument on by the name that a model has for it, with others beside.
-        def forward(input_ids: Tensor, **_) -> tuple[Tensor, Tensor, Tensor | float]:
-            """Inside the wrapper's forward, where DDP and FSDP have the parameters at hand."""
-            net = parts(unwrapped)
-            embeds = net.embedding(input_ids)
-            if twice:
-                mixed = mix_belief(self.head, net, self._facts, embeds, mask, masked, ids)
-                embeds = embeds.masked_scatter(masked[..., None], mixed.to(embeds.dtype))
-            rows, logits = forward_masked(net, self._facts, embeds, mask, masked, ids)
-            # DDP wants each parameter in what the forward returns, the head's in a hard step too.
-            nothing = 0.0 if self.head is None else sum(0.0 * p for p in self.head.parameters())
-            return rows, logits, nothing
-
-        rows, logits, nothing = inside_forward(model, unwrapped, forward, noisy)
-        return masked_ce(logits, ids[masked]), rows, rate, masked, logits, nothing
-
-    def _uniform_loss(
-        self, model, unwrapped, inputs: dict[str, Tensor], mask: Tensor | None, maskable: Tensor
-    ) -> tuple:
-        """As `_masked_loss`, about every maskable position, each of weight 1."""
-        letters, ids = self._letters, inputs["input_ids"]
-        if bool((wrong := letters.number[ids].lt(0) & maskable).any()):
-            raise ValueError(
-                f"a completion holds token {int(ids[wrong][0])}, which objective='uniform' leaves out (the mask, or "
-                f"padding): take it out of the data, or pad with another token"
-            )
-        noisy = self._corrupt(ids, maskable, letters)
-
-        def forward(input_ids: Tensor, **_) -> tuple[Tensor, Tensor]:
-            net = parts(unwrapped)
-            embeds = net.embedding(input_ids)
-            if noisy.soft is not None:
-                mixed = soft_embed(noisy.soft, net.embedding).to(embeds.dtype)
-                embeds = embeds.masked_scatter(maskable[..., None], mixed)
-            return forward_masked(net, self._facts, embeds, mask, maskable)
-
-        rows, logits = inside_forward(model, unwrapped, forward, noisy.ids)
-        each = uniform_loss(
-            self.args.uniform_loss,
-            logits,
-            ids[maskable],
-            noisy.ids[maskable],
-            noisy.alpha[rows],
-            noisy.dalpha[rows],
-            letters,
-            scaled=self.args.view_scale,
-        )
-        return each, rows, torch.ones_like(noisy.alpha), noisy.ids != ids, logits, 0.0
-
-    def _corrupt(self, ids: Tensor, maskable: Tensor, letters) -> Noisy:
-        """An evaluation is always about hard tokens: its losses can be compared over the
-        training."""
-        args = self.args
-        step, rows = self._place(len(ids), self.model.training)
-        numbers = uniform_rows(args.seed, step, rows, ids.shape[1] + 1).to(ids.device)
-        t = args.time_low + (args.time_high - args.time_low) * numbers[:, 0]
-        tau = 0.0
-        if self.model.training and args.curriculum:
-            tau = tau_at(
-                min(1.0, step / self.state.max_steps), args.tau_start, args.tau_end, args.curriculum
-            )
-        if tau:
-            U = len(letters.ids)
-            noise = normal_rows(args.seed, step, rows, maskable, U, stream=GAUSSIAN).to(ids.device)
-            return draw_soft(ids, maskable, t, noise, tau, args.gaussian(U), letters)
-        tokens = uniform_rows(args.seed, step, rows, ids.shape[1], stream=REPLACEMENT).to(
-            ids.device
-        )
-        return draw_hard(ids, maskable, t, numbers[:, 1:], tokens, letters, self.uniform.eps)
-
-    def _draw(self, maskable: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
-        """Rates [B] and masks [B, T]. They depend on the seed, the step and the row's place in the
-        global batch: a resumed run or another number of processes draws the same."""
-        args = self.args
-        step, rows = self._place(len(maskable), training)
-        numbers = uniform_rows(args.seed, step, rows, maskable.shape[1] + 1).to(maskable.device)
-        time = args.time_low + (args.time_high - args.time_low) * numbers[:, 0]
-        rate = (1 - args.noise_eps) * time + args.noise_eps
-        masked = NOISES[args.noise](maskable, rate, numbers[:, 1:])
-        if args.normalise == "masks":
-            masked = at_least_one(masked, maskable, numbers[:, 1:])
-        return rate, masked
-
-    def _reads_twice(self) -> bool:
-        """Does this step read its rows twice? All of its micro-batches do, or none."""
-        if self.head is None or not self.model.training:
-            return self.head is not None
-        coin = uniform_rows(self.args.seed, self.state.global_step, [2**31 - 1], 1)
-        return float(coin) < self.args.softmasking_prob
-
-    def _place(self, B: int, training: bool) -> tuple[int, list[int]]:
-        """The step, and where the rows of the next micro-batch lie in the step's global batch."""
-        args, micro = self.args, self.next_micro()
-        rows = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
-        first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * rows
+    def _place(self, numbers: list[int], training: bool) -> Place:
         # An evaluation always sees the same noise.
         step = self.state.global_step if training else 2**31
-        return step, list(range(first, first + B))
+        return Place(step, numbers, training, step / max(1, self.state.max_steps))
 
     def _note(self, training: bool, share: Tensor | None) -> None:
         if not training or (self.state.global_step + 1) % max(1, int(self.state.logging_steps)):
             return  # a step that is not logged need not wait for the device
         metrics = self._metrics["train"]
-        metrics["masked" if self.uniform is None else "replaced"].append(share.item())
+        metrics[self.objective.share].append(share.item())
         if self.head is not None:
             for name, value in self.head.values().items():
                 metrics[f"head_{name}"].append(value.item())

@@ -18,10 +18,10 @@ from softar.training import PlainSFTConfig, opt
 
 from .duo import GaussianToDiscrete, tau_at
 from .head import ALGORITHMS, SoftMaskHead
-from .losses import NORMALISATIONS, mask_at_rate, mask_share
+from .losses import NORMALISATIONS
+from .masking import NOISES
 from .uniform import UNIFORM_LOSSES
 
-NOISES = {"rate": mask_at_rate, "share": mask_share}
 OBJECTIVES = ("masked", "uniform")
 # What options that act in some modes only are where they are left out
 LEFT_OUT = dict(

@@ -15,17 +15,15 @@ from softar.diffusion.architectures import LladaConfig, LladaForMaskedDiffusion
 from softar.diffusion.evaluate import evaluate, nll_bound
 from softar.diffusion.head import HEAD_FILE, SoftMaskHead, load_head, save_head
 from softar.diffusion.losses import (
-    at_least_one,
     divisor,
     forward_masked,
     log_likelihood,
-    mask_at_rate,
     mask_counts,
-    mask_share,
     masked_ce,
     uniform_rows,
-    weighted_sum,
+    weights_of,
 )
+from softar.diffusion.masking import at_least_one, mask_at_rate, mask_share
 from softar.diffusion.models import load
 from softar.diffusion.net import facts, parts
 from softar.diffusion.select import Belief
@@ -41,10 +39,16 @@ def uniform(*shape, seed=0):
 # -- noise
 
 
+def one_unit(maskable):
+    """Of rows that are a document each."""
+    return torch.zeros_like(maskable, dtype=torch.long)
+
+
 def test_masks_at_a_rate():
     maskable = torch.ones(2000, 20, dtype=torch.bool)
     maskable[:, :5] = False
-    masked = mask_at_rate(maskable, torch.linspace(0.1, 0.9, 2000), uniform(2000, 20))
+    rate = torch.linspace(0.1, 0.9, 2000)[:, None]
+    masked = mask_at_rate(maskable, rate, uniform(2000, 20), one_unit(maskable))
     assert not masked[:, :5].any()
     # 30,000 draws of mean rate .5: five standard errors are .0145
     assert abs(masked[:, 5:].float().mean() - 0.5) < 0.0145
@@ -54,9 +58,9 @@ def test_masks_at_a_rate():
 def test_at_least_one():
     maskable = torch.tensor([[False, True, True], [False, True, True]])
     numbers = torch.tensor([[0.1, 0.7, 0.4], [0.1, 0.7, 0.8]])
-    masked = mask_at_rate(maskable, torch.tensor([0.0, 0.75]), numbers)
+    masked = mask_at_rate(maskable, torch.tensor([[0.0], [0.75]]), numbers, one_unit(maskable))
     assert masked.tolist() == [[False, False, False], [False, True, False]]
-    masked = at_least_one(masked, maskable, numbers)
+    masked = at_least_one(masked, maskable, numbers, one_unit(maskable))
     assert masked.tolist() == [[False, False, True], [False, True, False]]
 
 
@@ -64,7 +68,8 @@ def test_at_least_one():
 def test_masks_a_share(share, count):
     maskable = torch.ones(50, 11, dtype=torch.bool)
     maskable[:, :3] = False
-    masked = mask_share(maskable, torch.full((50,), share), uniform(50, 11))
+    rate = torch.full((50, 1), share)
+    masked = mask_share(maskable, rate, uniform(50, 11), one_unit(maskable))
     assert (masked.sum(1) == count).all() and not masked[:, :3].any()
 
 
@@ -195,20 +200,21 @@ def test_expected_loss_is_the_bound_per_token(normalise, A):
     model, ids = tiny(), torch.tensor([[0, 1, *([3, 2, 1, 0, 2, 2, 1][:A])]])
     maskable = torch.arange(2 + A)[None] >= 2
     chosen = torch.tensor([*itertools.product([False, True], repeat=A)])  # [2^A, A]
-    rows, lengths = len(chosen), torch.full((len(chosen),), A)
+    rows, documents = len(chosen), one_unit(maskable)
     k, expected = chosen.sum(1), 0.0
     points, weights = np.polynomial.legendre.leggauss(A)
     for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
         # numbers whose draw at this rate is each mask in turn
         numbers = torch.cat([torch.zeros(rows, 2), torch.where(chosen, 0.0, 1.0)], 1)
-        rate = torch.full((rows,), float(point), dtype=torch.float64)
-        masked = mask_at_rate(maskable.expand(rows, -1), rate, numbers)
+        rate = torch.full((rows, 2 + A), float(point), dtype=torch.float64)
+        masked = mask_at_rate(maskable.expand(rows, -1), rate, numbers, documents)
+        weights = weights_of(rate[:1], maskable, documents, normalise).expand(rows, -1)[masked]
         with torch.no_grad():
             which, ce = ce_of(model, ids.expand(rows, -1), masked)
         for row in range(rows):
             here = which == row
-            total = weighted_sum(ce[here], which[here], rate, lengths, normalise)
-            loss = total / divisor(maskable, masked[row : row + 1], normalise)
+            total = (ce[here] * weights[here]).sum()
+            loss = total / divisor(maskable, masked[row : row + 1], documents, normalise)
             expected += weight * point ** int(k[row]) * (1 - point) ** int(A - k[row]) * float(loss)
     exact = -brute_force_bound(model, ids[0], maskable[0]) / A
     assert expected == pytest.approx(exact, rel=1e-5)
@@ -216,9 +222,10 @@ def test_expected_loss_is_the_bound_per_token(normalise, A):
 
 def test_plain_mean_of_masked_tokens():
     ce, masked = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([[True, True], [False, True]])
-    rows, lengths = masked.nonzero()[:, 0], torch.tensor([2, 2])
-    total = weighted_sum(ce, rows, torch.tensor([0.1, 0.9]), lengths, "masks")
-    assert float(total / divisor(torch.ones_like(masked), masked, "masks")) == 3.0
+    maskable, documents = torch.ones_like(masked), one_unit(masked)
+    weights = weights_of(torch.tensor([[0.1], [0.9]]), maskable, documents, "masks")
+    total = (ce * weights.expand(2, 2)[masked]).sum()
+    assert float(total / divisor(maskable, masked, documents, "masks")) == 3.0
 
 
 def test_shifted_logits():

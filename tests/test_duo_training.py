@@ -21,6 +21,7 @@ from softar.diffusion.losses import forward_masked, log_likelihood, normal_rows,
 from softar.diffusion.models import load
 from softar.diffusion.net import facts, parts
 from softar.diffusion.noise import NOISE_FILE, UniformNoise
+from softar.diffusion.objectives import Place
 from softar.diffusion.schedules import Block
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.diffusion.uniform import Redraw, alphabet, draw_soft, uniform_loss
@@ -229,13 +230,13 @@ CURRICULUM = dict(curriculum=0.7, tau_start=0.5, tau_end=0.1, gamma_min=-3.0, ga
 def test_the_curriculum_goes_from_soft_to_hard(tmp_path, runs):
     model, tokenizer = tiny(tmp_path)
     trainer = trainer_of(model, tokenizer, runs, tmp_path, max_steps=10, **CURRICULUM)
-    drawn, corrupt = [], trainer._corrupt
+    drawn, corrupt = [], trainer.objective.corrupt
 
-    def recorded(ids, maskable, letters):
-        drawn.append((corrupt(ids, maskable, letters), maskable))
+    def recorded(ids, maskable, place):
+        drawn.append((corrupt(ids, maskable, place), maskable))
         return drawn[-1][0]
 
-    trainer._corrupt = recorded
+    trainer.objective.corrupt = recorded
     trainer.train()
     assert [noisy.soft is not None for noisy, _ in drawn] == [True] * 7 + [False] * 3
     surest = []
@@ -261,24 +262,24 @@ def test_the_symmetric_kl_goes_with_soft_tokens_and_weights_of_rows(
     options = CURRICULUM | dict(curriculum=1.0, tau_start=1e-3, tau_end=1e-8, normalise=normalise)
     options |= dict(uniform_loss="symmetric_kl", view_scale=view_scale, learning_rate=1e-2)
     trainer = trainer_of(model, tokenizer, runs, tmp_path, max_steps=40, **options)
-    corrupt, compute, losses, told = trainer._corrupt, trainer._uniform_loss, [], []
+    objective, losses, told = trainer.objective, [], []
+    corrupt, compute, letters = objective.corrupt, objective.loss, objective.letters
 
-    def recorded(ids, maskable, letters):
-        told.append((corrupt(ids, maskable, letters), ids, maskable, letters))
+    def recorded(ids, maskable, place):
+        told.append((corrupt(ids, maskable, place), ids, maskable))
         return told[-1][0]
 
     def computed(*args):
         losses.append(compute(*args))
         return losses[-1]
 
-    trainer._corrupt, trainer._uniform_loss = recorded, computed
+    objective.corrupt, objective.loss = recorded, computed
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(logged[-5:]) < 0.8 * sum(logged[:5])
-    for loss, (noisy, ids, maskable, letters), (_, rows, _, _, logits, _) in zip(
-        logged, told, losses, strict=True
-    ):
+    for loss, (noisy, ids, maskable), (_, _, logits, _) in zip(logged, told, losses, strict=True):
         assert noisy.soft is not None
+        rows = maskable.nonzero()[:, 0]
         p, U = logits[:, letters.ids].double().softmax(-1).detach(), len(letters.ids)
         y = torch.full_like(p, 1e-3 / U)
         y[torch.arange(len(p)), letters.number[ids[maskable]]] += 1 - 1e-3
@@ -314,8 +315,8 @@ def test_what_a_token_becomes_says_nothing_of_its_neighbours(tmp_path, runs):
     """Whether to replace and by what are independent draws, of the neighbouring positions, too."""
     trainer = trainer_of(*tiny(tmp_path), runs, tmp_path)
     ids = torch.full((16, 1500), LETTERS[0])
-    letters = alphabet(trainer.uniform, len(WORDS), ids.device)
-    z = trainer._corrupt(ids, torch.ones_like(ids, dtype=torch.bool), letters).ids
+    letters, place = trainer.objective.letters, Place(0, list(range(16)), True, 0.0)
+    z = trainer.objective.corrupt(ids, torch.ones_like(ids, dtype=torch.bool), place).ids
     number, left = letters.number[z][:, 1:].float(), (z != ids)[:, :-1]
     replaced = z[:, 1:] != LETTERS[0]
     one, other = number[replaced & left], number[replaced & ~left]

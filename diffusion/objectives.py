@@ -1,0 +1,182 @@
+"""What diffusion SFT minimises, by name: masked tokens predicted, hard, with soft masks or after the
+model's own guesses, or uniformly random ones undone.
+
+Shapes: B rows, T positions, V vocabulary; n positions that are asked about, flat, row by row.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from softar.soft import soft_embed
+from softar.training import inside_forward
+
+from .duo import tau_at
+from .head import SoftMaskHead, mix_belief
+from .losses import divisor, forward_masked, masked_ce, normal_rows, uniform_rows, weights_of
+from .masking import NOISES, at_least_one, units_of
+from .net import Facts, parts
+from .noise import UniformNoise
+from .sft_config import DiffusionSFTConfig
+from .uniform import Noisy, alphabet, draw_hard, draw_soft, uniform_loss
+
+REPLACEMENT, GAUSSIAN = 1, 2  # streams of random numbers
+
+
+class Rows(NamedTuple):
+    """A batch as the objectives see it."""
+
+    ids: Tensor  # [B, T]
+    maskable: Tensor  # [B, T] bool, the tokens that are trained
+    mask: Tensor | None  # [B, T], as `forward_masked` takes it; None: no padding, a document a row
+    documents: Tensor  # [B, T], as `doubled` takes them
+
+
+class Place(NamedTuple):
+    """Where a micro-batch lies: what is drawn for it depends on this and the seed alone, so that a
+    resumed run, other micro-batches or another number of processes draw the same."""
+
+    step: int
+    rows: list[int]  # of the step's global batch
+    training: bool
+    progress: float  # share of the training that is done
+
+
+class Loss(NamedTuple):
+    total: Tensor  # [], to be divided by what `count` counts
+    share: Tensor  # [], of the positions that are noisy
+    logits: Tensor
+    nothing: Tensor | float = 0.0  # added for DDP, which wants every parameter
+
+
+class Masked:
+    """Tokens are masked and predicted (LLaDA, arXiv:2502.09992). With a head a share of the steps
+    reads the rows twice, the second time with masks that show the belief of the first pass
+    (arXiv:2510.17206, section 4.2)."""
+
+    share = "masked"  # what the noisy positions are called in logs
+
+    def __init__(self, args: DiffusionSFTConfig, facts: Facts, head: SoftMaskHead | None):
+        self.args, self.facts, self.head = args, facts, head
+
+    def draw(self, rows: Rows, place: Place) -> dict[str, Tensor]:
+        """The noise of a batch: `rate` [B, T] and `masked` [B, T]."""
+        args, maskable = self.args, rows.maskable
+        numbers = uniform_rows(args.seed, place.step, place.rows, maskable.shape[1] + 1)
+        numbers = numbers.to(maskable.device)
+        units = units_of(rows.documents, None)
+        time = args.time_low + (args.time_high - args.time_low) * numbers[:, :1]
+        rate = ((1 - args.noise_eps) * time + args.noise_eps).expand(maskable.shape)
+        masked = NOISES[args.noise](maskable, rate, numbers[:, 1:], units)
+        if args.normalise == "masks":
+            masked = at_least_one(masked, maskable, numbers[:, 1:], rows.documents)
+        return {"rate": rate, "masked": masked}
+
+    def count(self, rows: Rows, drawn: dict[str, Tensor]) -> Tensor:
+        return divisor(rows.maskable, drawn["masked"], rows.documents, self.args.normalise)
+
+    def loss(
+        self, model: nn.Module, unwrapped: nn.Module, rows: Rows, drawn: dict, place: Place
+    ) -> Loss:
+        ids, maskable, mask, documents = rows
+        rate, masked, facts = drawn["rate"], drawn["masked"], self.facts
+        twice = self._reads_twice(place)
+
+        # PEFT hands its argument on by the name that a model has for it, with others beside.
+        def forward(input_ids: Tensor, **_) -> tuple[Tensor, Tensor | float]:
+            """Inside the wrapper's forward, where DDP and FSDP have the parameters at hand."""
+            net = parts(unwrapped)
+            embeds = net.embedding(input_ids)
+            if twice:
+                mixed = mix_belief(self.head, net, facts, embeds, mask, masked, ids)
+                embeds = embeds.masked_scatter(masked[..., None], mixed.to(embeds.dtype))
+            _, logits = forward_masked(net, facts, embeds, mask, masked, ids)
+            # DDP wants each parameter in what the forward returns, the head's in a hard step too.
+            nothing = 0.0 if self.head is None else sum(0.0 * p for p in self.head.parameters())
+            return logits, nothing
+
+        noisy = ids.masked_fill(masked, facts.mask_id)
+        logits, nothing = inside_forward(model, unwrapped, forward, noisy)
+        weights = weights_of(rate, maskable, documents, self.args.normalise)
+        total = (masked_ce(logits, ids[masked]) * weights[masked]).sum()
+        return Loss(total, masked.float().mean(), logits, nothing)
+
+    def _reads_twice(self, place: Place) -> bool:
+        """Does this step read its rows twice? All of its micro-batches do, or none."""
+        if self.head is None or not place.training:
+            return self.head is not None
+        coin = uniform_rows(self.args.seed, place.step, [2**31 - 1], 1)
+        return float(coin) < self.args.softmasking_prob
+
+
+class Uniform:
+    """Tokens are replaced by random ones, and every token of the answer is predicted: the right ones
+    do not show (arXiv:2506.10892)."""
+
+    share = "replaced"
+
+    def __init__(self, args: DiffusionSFTConfig, facts: Facts, noise: UniformNoise, device):
+        self.args, self.facts, self.noise = args, facts, noise
+        self.letters = alphabet(noise, facts.vocab_size, device)
+
+    def draw(self, rows: Rows, place: Place) -> dict[str, Tensor]:
+        """Nothing before the loss, whose count does not depend on it."""
+        return {}
+
+    def count(self, rows: Rows, drawn: dict[str, Tensor]) -> Tensor:
+        return divisor(rows.maskable, rows.maskable, rows.documents, self.args.normalise)
+
+    def loss(
+        self, model: nn.Module, unwrapped: nn.Module, rows: Rows, drawn: dict, place: Place
+    ) -> Loss:
+        """About every maskable position, each of weight 1."""
+        (ids, maskable, mask, documents), letters = rows, self.letters
+        if bool((wrong := letters.number[ids].lt(0) & maskable).any()):
+            raise ValueError(
+                f"a completion holds token {int(ids[wrong][0])}, which objective='uniform' leaves out (the mask, or "
+                f"padding): take it out of the data, or pad with another token"
+            )
+        noisy = self.corrupt(ids, maskable, place)
+
+        def forward(input_ids: Tensor, **_) -> tuple[Tensor, Tensor]:
+            net = parts(unwrapped)
+            embeds = net.embedding(input_ids)
+            if noisy.soft is not None:
+                mixed = soft_embed(noisy.soft, net.embedding).to(embeds.dtype)
+                embeds = embeds.masked_scatter(maskable[..., None], mixed)
+            return forward_masked(net, self.facts, embeds, mask, maskable)
+
+        which, logits = inside_forward(model, unwrapped, forward, noisy.ids)
+        each = uniform_loss(
+            self.args.uniform_loss,
+            logits,
+            ids[maskable],
+            noisy.ids[maskable],
+            noisy.alpha[which],
+            noisy.dalpha[which],
+            letters,
+            scaled=self.args.view_scale,
+        )
+        ones = torch.ones_like(ids, dtype=torch.float32)
+        weights = weights_of(ones, maskable, documents, self.args.normalise)
+        total = (each * weights[maskable]).sum()
+        return Loss(total, (noisy.ids != ids).float().mean(), logits)
+
+    def corrupt(self, ids: Tensor, maskable: Tensor, place: Place) -> Noisy:
+        """An evaluation is always about hard tokens: its losses can be compared over the
+        training."""
+        args, (step, rows, training, progress) = self.args, place
+        numbers = uniform_rows(args.seed, step, rows, ids.shape[1] + 1).to(ids.device)
+        t = args.time_low + (args.time_high - args.time_low) * numbers[:, 0]
+        tau = 0.0
+        if training and args.curriculum:
+            tau = tau_at(min(1.0, progress), args.tau_start, args.tau_end, args.curriculum)
+        if tau:
+            U = len(self.letters.ids)
+            noise = normal_rows(args.seed, step, rows, maskable, U, stream=GAUSSIAN).to(ids.device)
+            return draw_soft(ids, maskable, t, noise, tau, args.gaussian(U), self.letters)
+        tokens = uniform_rows(args.seed, step, rows, ids.shape[1], stream=REPLACEMENT)
+        return draw_hard(
+            ids, maskable, t, numbers[:, 1:], tokens.to(ids.device), self.letters, self.noise.eps
+        )
