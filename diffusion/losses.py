@@ -161,6 +161,16 @@ def forward_masked(
     return rows, net.head(hidden[rows, source])
 
 
+@torch.no_grad()
+def own_guesses(
+    net, facts, embeds: Tensor, attention_mask: Tensor | None, masked: Tensor, clean: Tensor
+) -> Tensor:
+    """The most likely token of each mask, never the mask itself: as `forward_masked` -> [n]."""
+    _, logits = forward_masked(net, facts, embeds, attention_mask, masked, clean)
+    logits[:, facts.mask_id] = torch.finfo(logits.dtype).min
+    return logits.argmax(-1)
+
+
 def uniform_rows(seed: int, step: int, rows: list[int], columns: int, *, stream: int = 0) -> Tensor:
     """Uniform numbers [len(rows), columns] float32 that depend on the seed, the step, the row's
     place in the global batch and the column alone: padding, the number of processes and gradient

@@ -9,19 +9,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from softar.placement import evaluating
 from softar.soft import soft_embed
 from softar.training import inside_forward
 
 from .duo import tau_at
 from .head import SoftMaskHead, mix_belief
-from .losses import divisor, forward_masked, masked_ce, normal_rows, uniform_rows, weights_of
-from .masking import NOISES, at_least_one, units_of
+from .losses import (
+    divisor,
+    forward_masked,
+    masked_ce,
+    normal_rows,
+    own_guesses,
+    uniform_rows,
+    weights_of,
+)
+from .masking import NOISES, at_least_one, even_levels, units_of
 from .net import Facts, parts
 from .noise import UniformNoise
 from .sft_config import DiffusionSFTConfig
 from .uniform import Noisy, alphabet, draw_hard, draw_soft, uniform_loss
 
-REPLACEMENT, GAUSSIAN = 1, 2  # streams of random numbers
+REPLACEMENT, GAUSSIAN, LEVEL, GUESS = 1, 2, 3, 4  # streams of random numbers
 
 
 class Rows(NamedTuple):
@@ -39,6 +48,7 @@ class Place(NamedTuple):
 
     step: int
     rows: list[int]  # of the step's global batch
+    of: int  # rows in it
     training: bool
     progress: float  # share of the training that is done
 
@@ -50,10 +60,31 @@ class Loss(NamedTuple):
     nothing: Tensor | float = 0.0  # added for DDP, which wants every parameter
 
 
+def levels_of(args: DiffusionSFTConfig, place: Place, own: Tensor, units: Tensor) -> Tensor:
+    """The level in [0, 1) of each token's unit: own [B, 1], that of the first one of a row where
+    they are drawn one by one, and units [B, T] -> [B, T]."""
+    if args.antithetic and place.training:
+        common = float(uniform_rows(args.seed, place.step, [2**31 - 2], 1))
+        level = even_levels(common, place.rows, place.of, units)
+    elif args.packing or args.noise_level == "block":
+        more = uniform_rows(args.seed, place.step, place.rows, units.shape[1] - 1, stream=LEVEL)
+        level = torch.cat([own, more.to(own.device)], 1)
+    else:
+        return own.expand(units.shape)
+    return level.gather(1, units)
+
+
+def rates_of(args: DiffusionSFTConfig, levels: Tensor) -> Tensor:
+    """How likely a token is noise: (1 - eps) t + eps, t between the ends of the configuration."""
+    time = args.time_low + (args.time_high - args.time_low) * levels
+    return (1 - args.noise_eps) * time + args.noise_eps
+
+
 class Masked:
     """Tokens are masked and predicted (LLaDA, arXiv:2502.09992). With a head a share of the steps
     reads the rows twice, the second time with masks that show the belief of the first pass
-    (arXiv:2510.17206, section 4.2)."""
+    (arXiv:2510.17206, section 4.2); with on-policy guesses a share of the rows shows the most likely
+    tokens of a first pass in their place (DMax's OPUT, arXiv:2604.08302)."""
 
     share = "masked"  # what the noisy positions are called in logs
 
@@ -61,26 +92,45 @@ class Masked:
         self.args, self.facts, self.head = args, facts, head
 
     def draw(self, rows: Rows, place: Place) -> dict[str, Tensor]:
-        """The noise of a batch: `rate` [B, T] and `masked` [B, T]."""
+        """The noise of a batch: `rate` [B, T] and `masked` [B, T]; and `guesses` [B], the rows whose
+        masks show what the model takes them for."""
         args, maskable = self.args, rows.maskable
         numbers = uniform_rows(args.seed, place.step, place.rows, maskable.shape[1] + 1)
         numbers = numbers.to(maskable.device)
-        units = units_of(rows.documents, None)
-        time = args.time_low + (args.time_high - args.time_low) * numbers[:, :1]
-        rate = ((1 - args.noise_eps) * time + args.noise_eps).expand(maskable.shape)
+        length = self.facts.block_length if args.noise_level == "block" else None
+        units = units_of(rows.documents, length)
+        rate = rates_of(args, levels_of(args, place, numbers[:, :1], units))
         masked = NOISES[args.noise](maskable, rate, numbers[:, 1:], units)
         if args.normalise == "masks":
             masked = at_least_one(masked, maskable, numbers[:, 1:], rows.documents)
-        return {"rate": rate, "masked": masked}
+        # an evaluation is about masks
+        share = args.on_policy_prob if place.training else 0.0
+        coins = uniform_rows(args.seed, place.step, place.rows, 1, stream=GUESS)[:, 0]
+        return {"rate": rate, "masked": masked, "guesses": (coins < share).to(maskable.device)}
 
     def count(self, rows: Rows, drawn: dict[str, Tensor]) -> Tensor:
-        return divisor(rows.maskable, drawn["masked"], rows.documents, self.args.normalise)
+        asked = self._read(rows.maskable, drawn["masked"])[1]
+        return divisor(rows.maskable, asked, rows.documents, self.args.normalise)
+
+    def _read(self, maskable: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """The masks of what is read, and what of it is asked about, each [B, T], or [2 B, T]: with
+        complementary masks each row is read again, with the masks where there were none
+        (Fast-dLLM v2, arXiv:2509.26328)."""
+        if self.args.complementary:
+            masked = torch.cat([masked, maskable & ~masked])
+        every = maskable.repeat(len(masked) // len(maskable), 1)
+        return masked, every if self.args.whole_answer else masked
 
     def loss(
         self, model: nn.Module, unwrapped: nn.Module, rows: Rows, drawn: dict, place: Place
     ) -> Loss:
-        ids, maskable, mask, documents = rows
-        rate, masked, facts = drawn["rate"], drawn["masked"], self.facts
+        args, facts, guesses = self.args, self.facts, drawn["guesses"]
+        weights = weights_of(drawn["rate"], rows.maskable, rows.documents, args.normalise)
+        masked, asked = self._read(rows.maskable, drawn["masked"])
+        ids, mask = rows.ids, rows.mask
+        if args.complementary:
+            ids, weights, guesses = (torch.cat([x, x]) for x in (ids, weights, guesses))
+            mask = None if mask is None else torch.cat([mask, mask])
         twice = self._reads_twice(place)
 
         # PEFT hands its argument on by the name that a model has for it, with others beside.
@@ -91,15 +141,19 @@ class Masked:
             if twice:
                 mixed = mix_belief(self.head, net, facts, embeds, mask, masked, ids)
                 embeds = embeds.masked_scatter(masked[..., None], mixed.to(embeds.dtype))
-            _, logits = forward_masked(net, facts, embeds, mask, masked, ids)
+            elif args.on_policy_prob and place.training:
+                with evaluating(unwrapped):
+                    tokens = own_guesses(net, facts, embeds, mask, masked, ids)
+                shown = input_ids.masked_scatter(masked, tokens)
+                embeds = net.embedding(torch.where(guesses[:, None], shown, input_ids))
+            _, logits = forward_masked(net, facts, embeds, mask, asked, ids)
             # DDP wants each parameter in what the forward returns, the head's in a hard step too.
             nothing = 0.0 if self.head is None else sum(0.0 * p for p in self.head.parameters())
             return logits, nothing
 
         noisy = ids.masked_fill(masked, facts.mask_id)
         logits, nothing = inside_forward(model, unwrapped, forward, noisy)
-        weights = weights_of(rate, maskable, documents, self.args.normalise)
-        total = (masked_ce(logits, ids[masked]) * weights[masked]).sum()
+        total = (masked_ce(logits, ids[asked]) * weights[asked]).sum()
         return Loss(total, masked.float().mean(), logits, nothing)
 
     def _reads_twice(self, place: Place) -> bool:
@@ -166,12 +220,14 @@ class Uniform:
     def corrupt(self, ids: Tensor, maskable: Tensor, place: Place) -> Noisy:
         """An evaluation is always about hard tokens: its losses can be compared over the
         training."""
-        args, (step, rows, training, progress) = self.args, place
+        args, step, rows = self.args, place.step, place.rows
         numbers = uniform_rows(args.seed, step, rows, ids.shape[1] + 1).to(ids.device)
-        t = args.time_low + (args.time_high - args.time_low) * numbers[:, 0]
+        level = levels_of(args, place, numbers[:, :1], torch.zeros_like(ids))[:, 0]
+        t = args.time_low + (args.time_high - args.time_low) * level
         tau = 0.0
-        if training and args.curriculum:
-            tau = tau_at(min(1.0, progress), args.tau_start, args.tau_end, args.curriculum)
+        if place.training and args.curriculum:
+            done = min(1.0, place.progress)
+            tau = tau_at(done, args.tau_start, args.tau_end, args.curriculum)
         if tau:
             U = len(self.letters.ids)
             noise = normal_rows(args.seed, step, rows, maskable, U, stream=GAUSSIAN).to(ids.device)

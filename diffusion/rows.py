@@ -1,12 +1,20 @@
 """Rows that diffusion SFT trains on: text for tokenizers that close every text with an end token, as
-BERT's do.
+BERT's do, and documents packed into longer rows.
 
 TRL tokenises prompt and completion as one text; there such a tokenizer would close the prompt alone
 but not before its completion, and the end of both twice.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from trl import pack_dataset
+
+from softar.sft.data import SoftCollator
 
 
 def close_rows(dataset, tokenizer: PreTrainedTokenizerBase, text_field: str = "text"):
@@ -42,3 +50,26 @@ def closes(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Does it end every text with its end token?"""
     ids = tokenizer(tokenizer.mask_token)["input_ids"]
     return tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
+
+
+def packed(dataset, length: int):
+    """Tokenised rows as documents of rows of up to `length` tokens, each the best fit for the next
+    longest document; `seq_lengths` says where they end."""
+    return pack_dataset(dataset.select_columns(["input_ids", "labels"]), length, "bfd")
+
+
+@dataclass
+class PackedCollator(SoftCollator):
+    """The attention mask holds the number of each token's document, from 1 on, as `forward_masked`
+    takes it. Rows without `seq_lengths` are a document each."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = super().torch_call(examples)
+        for mask, lengths in zip(
+            batch["attention_mask"], (e.get("seq_lengths", ()) for e in examples), strict=True
+        ):
+            numbers = torch.arange(1, len(lengths) + 1)
+            mask[: sum(lengths)] = numbers.repeat_interleave(
+                torch.tensor(lengths, dtype=torch.long)
+            )
+        return batch

@@ -35,11 +35,11 @@ from .evaluate import evaluate
 from .head import HEAD_FILE, learn_head, save_head
 from .inputs import check_width
 from .models import load_original
-from .net import check_has_mask, facts, plain
+from .net import facts, plain
 from .noise import NOISE_FILE, save_noise
 from .objectives import Masked, Place, Rows, Uniform
-from .rows import close_rows
-from .sft_config import DiffusionSFTConfig
+from .rows import PackedCollator, close_rows, packed
+from .sft_config import DiffusionSFTConfig, check_fits, unpacked
 from .uniform import noise_for
 
 RAW_HEAD = "soft_mask_head.safetensors"
@@ -78,7 +78,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             warnings.warn(
                 f"{', '.join(args.idle_head)} do nothing with softmasking_prob=0", stacklevel=2
             )
-        self._facts = check_has_mask(facts(model), type(self).__name__)
+        self._facts = check_fits(args, facts(model))
         self._score, self._decode_rows = score, eval_dataset
         self._fill = self._facts.eos_id if args.train_padding else processing_class.pad_token_id
         if self._fill is None:
@@ -89,39 +89,43 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             close_rows(rows, processing_class, args.dataset_text_field)
             for rows in (train_dataset, eval_dataset)
         )
+        collator = PackedCollator if args.packing else SoftCollator
         super().__init__(
             model,
-            args,
+            unpacked(args),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=SoftCollator(self._fill, pad_to_multiple_of=args.pad_to_multiple_of),
+            data_collator=collator(self._fill, pad_to_multiple_of=args.pad_to_multiple_of),
             **kwargs,
         )
         check_adapter(type(self).__name__, self.model)
         self._room = room_of(self.model, trained=True)
         rows = {"train": self.train_dataset, "eval": self.eval_dataset}
         check_tokens(rows, args, self._room, self._facts.vocab_size)
-        self.head = None
+        self.args.packing = args.packing
+        if args.packing:
+            self.train_dataset = packed(self.train_dataset, args.max_length)
+        self._evaluated = torch.zeros(2, device=self.accelerator.device)  # loss, and its divisor
+        self._was_uniform = self._facts.uniform is not None
+        self.head = self.uniform = None
+        self.objective = self._make_objective()
+
+    def _make_objective(self) -> Masked | Uniform:
+        """The model's configuration says from now on what it is trained for."""
+        args, inner, device = self.args, plain(self.model), self.accelerator.device
         # what an earlier training taught it; set again when this one is saved
-        plain(self.model).config.soft_mask = None
+        inner.config.soft_mask = None
         if args.softmasking_prob:
             self.head = args.head().to(self.model.device)
-            plain(self.model).add_module(
-                "soft_mask_head", self.head
-            )  # so that DDP, the optimiser and checkpoints see it
-        self._was_uniform, self.uniform = self._facts.uniform is not None, None
+            # so that DDP, the optimiser and checkpoints see it
+            inner.add_module("soft_mask_head", self.head)
         if args.objective == "uniform":
-            self.uniform = noise_for(self._facts, processing_class, args.noise_eps)
-        self._evaluated = torch.zeros(2, device=self.accelerator.device)  # loss, and its divisor
-        plain(self.model).config.diffusion_process = (
-            None if self.uniform is None else self.uniform.settings()
-        )
-        self.objective = (
-            Masked(args, self._facts, self.head)
-            if self.uniform is None
-            else Uniform(args, self._facts, self.uniform, self.accelerator.device)
-        )
+            self.uniform = noise_for(self._facts, self.processing_class, args.noise_eps)
+        inner.config.diffusion_process = None if self.uniform is None else self.uniform.settings()
+        if self.uniform is None:
+            return Masked(args, self._facts, self.head)
+        return Uniform(args, self._facts, self.uniform, device)
 
     # -- loss
 
@@ -158,7 +162,8 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
     def _rows(self, inputs: dict[str, Tensor]) -> Rows:
         """The batch; its mask is None where there is no padding to hide."""
         maskable, mask = inputs["labels"] != -100, inputs["attention_mask"]
-        check_width(maskable, self._room)
+        if not self.args.packing:  # else each document has been looked at
+            check_width(maskable, self._room)
         if self.args.train_padding:
             maskable, mask = maskable | (mask == 0), None
         elif bool((mask == 1).all()):
@@ -181,8 +186,10 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
 
     def _place(self, numbers: list[int], training: bool) -> Place:
         # An evaluation always sees the same noise.
-        step = self.state.global_step if training else 2**31
-        return Place(step, numbers, training, step / max(1, self.state.max_steps))
+        step, args = self.state.global_step if training else 2**31, self.args
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        of, progress = size * self.accelerator.num_processes, step / max(1, self.state.max_steps)
+        return Place(step, numbers, of, training, progress)
 
     def _note(self, training: bool, share: Tensor | None) -> None:
         if not training or (self.state.global_step + 1) % max(1, int(self.state.logging_steps)):

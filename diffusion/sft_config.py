@@ -1,6 +1,8 @@
 """The options of diffusion SFT."""
 
+import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 from trl import SFTConfig
 
@@ -20,6 +22,7 @@ from .duo import GaussianToDiscrete, tau_at
 from .head import ALGORITHMS, SoftMaskHead
 from .losses import NORMALISATIONS
 from .masking import NOISES
+from .net import Facts, check_has_mask
 from .uniform import UNIFORM_LOSSES
 
 OBJECTIVES = ("masked", "uniform")
@@ -33,6 +36,7 @@ LEFT_OUT = dict(
     head_temperature=1.0,
     eval_steps_decoded=8,
 )
+LEVELS = ("document", "block")
 
 HEADLESS = Idle(
     "head_k head_algorithm head_scale head_centre head_steepness head_temperature head_learning_rate",
@@ -66,6 +70,8 @@ IDLE = (
         "raise eval_decode_rows",
     ),
     Idle("pad_token", lambda c: True, "here", "set the tokenizer's"),
+    Idle("packing_strategy", lambda c: not c.packing, "without packing", "set packing=True"),
+    Idle("eval_packing", lambda c: True, "here, where held-out rows stay apart", "drop it"),
     Idle(
         "average_tokens_across_devices",
         lambda c: True,
@@ -78,8 +84,10 @@ IDLE = (
 @dataclass
 class DiffusionSFTConfig(PlainSFTConfig):
     """TRL's SFTConfig plus the noise and the head. Without an accelerator it trains on the CPU in
-    float32 by itself."""
+    float32 by itself. With `packing` several documents stand in a row of `max_length` and do not see
+    each other."""
 
+    packs: ClassVar[bool] = True
     gradient_checkpointing: bool = opt(False, "Recompute activations to save memory.")
     objective: str = opt(
         "masked", "Noise to undo: 'masked' tokens, or 'uniform'ly random ones (Duo)."
@@ -120,6 +128,29 @@ class DiffusionSFTConfig(PlainSFTConfig):
     time_low: float = opt(0.0, "Least t.")
     time_high: float = opt(1.0, "Largest t.")
     noise_eps: float = opt(1e-3, "The rate is (1 - eps) t + eps; of 'uniform' it is (1 - eps) t.")
+    noise_level: str = opt(
+        "document",
+        "What t is drawn for: each 'document', or each 'block' of it (Fast-dLLM v2, BD3LM), of block-causal models.",
+    )
+    antithetic: bool = opt(
+        False,
+        "Spread the t of a step evenly over their range, each uniform by itself (MDLM, BD3LM). An evaluation draws "
+        "them one by one.",
+    )
+    complementary: bool = opt(
+        False,
+        "Read each row twice, with its masks and with masks where there were none, so that every token yields loss "
+        "once (Fast-dLLM v2); with normalise='masks'.",
+    )
+    on_policy_prob: float = opt(
+        0.0,
+        "Share of the rows whose masks show the model's own most likely tokens, of a first pass without gradient "
+        "(DMax's OPUT; 0.5 there).",
+    )
+    whole_answer: bool = opt(
+        False,
+        "Every token of the answer yields loss, those that show themselves too (DMax); with normalise='masks'.",
+    )
     normalise: str = opt(
         "answer", "Weights of the loss: 'answer' (LLaDA's SFT), 'tokens' (pre-training), 'masks'."
     )
@@ -156,6 +187,7 @@ class DiffusionSFTConfig(PlainSFTConfig):
         check_types(self, besides=SFTConfig)
         left_out = fill(self, LEFT_OUT)
         check_choice("noise", self.noise, NOISES)
+        check_choice("noise_level", self.noise_level, LEVELS)
         check_choice("normalise", self.normalise, NORMALISATIONS)
         check_choice("head_algorithm", self.head_algorithm, ALGORITHMS)
         check_choice("objective", self.objective, OBJECTIVES)
@@ -170,6 +202,7 @@ class DiffusionSFTConfig(PlainSFTConfig):
             raise ValueError(f"softmasking_prob={self.softmasking_prob} must lie in [0, 1]")
         check_least(self, head_learning_rate=0, eval_decode_rows=0, eval_steps_decoded=1)
         self._check_uniform()
+        self._check_masks()
         if self.softmasking_prob:
             self.head()
         check_idle(self, IDLE, left_out)
@@ -195,7 +228,9 @@ class DiffusionSFTConfig(PlainSFTConfig):
             idle = (("uniform_loss", "nelbo"), ("curriculum", 0.0), ("view_scale", False))
             remedy = "set objective='uniform', or leave it at"
         else:
-            idle = (("softmasking_prob", 0.0), ("noise", "rate"))
+            idle = (("softmasking_prob", 0.0), ("noise", "rate"), ("noise_level", "document"))
+            idle += (("complementary", False), ("on_policy_prob", 0.0), ("whole_answer", False))
+            idle += (("packing", False),)
             remedy = "there are no masks to show or count, set it to"
             if self.normalise == "masks":
                 raise ValueError(
@@ -216,6 +251,32 @@ class DiffusionSFTConfig(PlainSFTConfig):
             tau_at(0.0, self.tau_start, self.tau_end, self.curriculum)
             self.gaussian(2)
 
+    def _check_masks(self):
+        if not 0 <= self.on_policy_prob <= 1:
+            raise ValueError(f"on_policy_prob={self.on_policy_prob} must lie in [0, 1]")
+        if self.on_policy_prob and self.softmasking_prob:
+            raise ValueError(
+                f"on_policy_prob={self.on_policy_prob} shows tokens where softmasking_prob={self.softmasking_prob} "
+                f"shows mixtures: set one of them to 0"
+            )
+        for name in ("complementary", "whole_answer"):
+            if getattr(self, name) and self.normalise != "masks":
+                raise ValueError(
+                    f"{name}=True does not go with normalise={self.normalise!r}, which weighs by the rate: set "
+                    f"normalise='masks'"
+                )
+        if not self.packing:
+            return
+        if self.packing_strategy != "bfd":
+            raise ValueError(
+                f"packing_strategy={self.packing_strategy!r} cuts documents in two: leave it at 'bfd'"
+            )
+        if self.max_length is None or self.train_padding:
+            raise ValueError(
+                f"packing=True needs a max_length, the length of a row, and leaves no padding to train: "
+                f"max_length={self.max_length}, train_padding={self.train_padding}"
+            )
+
     def gaussian(self, vocab_size: int) -> GaussianToDiscrete:
         """The schedule of the curriculum."""
         return GaussianToDiscrete(vocab_size, self.gamma_min, self.gamma_max)
@@ -229,3 +290,26 @@ class DiffusionSFTConfig(PlainSFTConfig):
             algorithm=self.head_algorithm,
             **{name: value for name, value in of_one.items() if value is not None},
         )
+
+
+def check_fits(args: DiffusionSFTConfig, facts: Facts) -> Facts:
+    """The facts of the model that is trained. Raises ValueError for what does not go with them."""
+    check_has_mask(facts, "DiffusionSFTTrainer")
+    if args.noise_level == "block" and facts.block_length is None:
+        raise ValueError(
+            "noise_level='block' needs a block-causal model, and this one reads the whole canvas: leave it at "
+            "'document'"
+        )
+    if args.packing and facts.family == "masked_lm":
+        raise ValueError(
+            "packing=True needs a model that is told which tokens see each other, and masked language models of "
+            "transformers have ways of their own: leave it at False"
+        )
+    return facts
+
+
+def unpacked(args: DiffusionSFTConfig) -> DiffusionSFTConfig:
+    """A copy for TRL, which packs without regard to masks of documents."""
+    args = copy.copy(args)
+    args.packing = args.eval_packing = False
+    return args

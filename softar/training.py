@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow.compute as pc
 import torch
@@ -249,9 +249,10 @@ def check_filter(args) -> None:
 
 @dataclass
 class PlainSFTConfig(SFTConfig):
-    """TRL's SFTConfig for a loss of our own on an example a row: CPU where there is nothing else,
-    no packing."""
+    """TRL's SFTConfig for a loss of our own: CPU where there is nothing else, and an example a row
+    except where a trainer packs by itself."""
 
+    packs: ClassVar[bool] = False
     logging_nan_inf_filter: bool = opt(
         False, "Not there: a NaN or infinite loss ends the training."
     )
@@ -262,7 +263,7 @@ class PlainSFTConfig(SFTConfig):
             self.bf16 = bool(self.bf16)
         super().__post_init__()
         check_filter(self)
-        if self.packing or self.padding_free:
+        if (self.packing and not self.packs) or self.padding_free:
             given = f"packing={self.packing}, padding_free={self.padding_free}"
             raise ValueError(f"{given}: {type(self).__name__} needs an example a row")
         if self.loss_type != "nll" or self.label_smoothing_factor:

@@ -12,6 +12,8 @@ from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
+import softar
+from softar.diffusion.convert import convert
 from softar.diffusion.models import load
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 
@@ -33,6 +35,7 @@ SGD = dict(
 SOFT = dict(softmasking_prob=0.5, head_scale=0.3, head_learning_rate=0.05)
 UNIFORM = dict(objective="uniform")
 GAUSS = dict(curriculum=1.0, tau_start=0.5, tau_end=0.1, gamma_min=-3.0, gamma_max=4.0)
+PACKED = dict(packing=True, max_length=24)
 CASES = {
     "answer": dict(normalise="answer"),
     "tokens": dict(normalise="tokens"),
@@ -43,6 +46,11 @@ CASES = {
     "uniform answer": dict(normalise="answer", **UNIFORM),
     "uniform tokens": dict(normalise="tokens", **UNIFORM),
     "curriculum": dict(normalise="tokens", **UNIFORM, **GAUSS),
+    "on policy": dict(normalise="masks", on_policy_prob=0.5, whole_answer=True),
+    "packed soft masks": dict(normalise="masks", antithetic=True, **PACKED, **SOFT),
+    "blocks with levels": dict(normalise="tokens", noise_level="block", antithetic=True),
+    "blocks, complementary": dict(normalise="masks", noise_level="block", complementary=True),
+    "blocks, packed": dict(normalise="answer", **PACKED),
 }
 
 
@@ -58,13 +66,17 @@ def ragged(n=16):
 
 
 def trainer_of(folder, name, rows, accumulated=1, **changes):
-    model, tokenizer = load("mnns-diffusion-tiny", seed=0)
+    if name.startswith("blocks"):
+        model, tokenizer = convert(*softar.load("mnns-tiny", seed=0), block_length=4)
+    else:
+        model, tokenizer = load("mnns-diffusion-tiny", seed=0)
     batches = dict(per_device_train_batch_size=rows, gradient_accumulation_steps=accumulated)
     args = DiffusionSFTConfig(
         output_dir=str(folder / name.replace(" ", "-")), **batches, **SGD, **CASES[name], **changes
     )
+    rows = ragged(64 if args.packing else 16)  # two steps of whole batches
     return DiffusionSFTTrainer(
-        model, args, train_dataset=ragged(), eval_dataset=ragged(11), processing_class=tokenizer
+        model, args, train_dataset=rows, eval_dataset=ragged(11), processing_class=tokenizer
     )
 
 
@@ -113,7 +125,11 @@ def test_two_processes_are_one(tmp_path, whole):
     done = warm.run(__file__, [tmp_path], env, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in CASES:
-        same(load_file(tmp_path / f"{name}.safetensors"), whole[name])
+        try:
+            same(load_file(tmp_path / f"{name}.safetensors"), whole[name])
+        except AssertionError as error:
+            error.add_note(name)
+            raise
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -440,6 +440,8 @@ SAVING = dict(save_strategy="steps", save_steps=1, max_steps=4)
         {},
         dict(SOFT, head_algorithm="temperature", normalise="masks"),
         dict(objective="uniform", normalise="tokens"),
+        dict(packing=True, max_length=40, per_device_train_batch_size=4, antithetic=True),
+        dict(complementary=True, on_policy_prob=0.5, normalise="masks"),
     ],
 )
 def test_training_stops_before_a_bad_loss_reaches_the_weights(tmp_path, task, options, factor):
@@ -574,7 +576,6 @@ def test_a_head_file_that_does_not_fit_the_model(tmp_path, field, value):
         (dict(time_low=0.5, time_high=0.2), "time_low=0.5, time_high=0.2"),
         (dict(softmasking_prob=1.5), "softmasking_prob=1.5"),
         (dict(softmasking_prob=0.5, head_scale=1.0), "scale=1.0"),
-        (dict(packing=True), "packing=True"),
         (dict(normalise="rows"), "normalise='rows'"),
         (dict(softmasking_prob=0.5, head_k=0), "k=0"),
         (dict(noise="share"), "noise='share' does not go with normalise='answer'"),

@@ -315,7 +315,7 @@ def test_what_a_token_becomes_says_nothing_of_its_neighbours(tmp_path, runs):
     """Whether to replace and by what are independent draws, of the neighbouring positions, too."""
     trainer = trainer_of(*tiny(tmp_path), runs, tmp_path)
     ids = torch.full((16, 1500), LETTERS[0])
-    letters, place = trainer.objective.letters, Place(0, list(range(16)), True, 0.0)
+    letters, place = trainer.objective.letters, Place(0, list(range(16)), 16, True, 0.0)
     z = trainer.objective.corrupt(ids, torch.ones_like(ids, dtype=torch.bool), place).ids
     number, left = letters.number[z][:, 1:].float(), (z != ids)[:, :-1]
     replaced = z[:, 1:] != LETTERS[0]
