@@ -8,7 +8,7 @@ waiting, and vLLM's workers need no tokenizer.
 Shapes: B batch, P prompt length, M moves."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -87,19 +87,6 @@ def matches(moves: Iterable[tuple[int, int, int]], row: Iterable[int]) -> list[i
             found.append(column)
             state -= WHOLE
     return found
-
-
-def spans(moves: Iterable[tuple[int, int, int]], row: Sequence[int]) -> list[tuple[int, int]]:
-    """Of each whole tag in a row of tokens the first and the last column. The first may hold other
-    text before the tag, the last behind it."""
-    moves = list(moves)
-    return [
-        (
-            next(i for i in range(last, -1, -1) if last - i in matches(moves, row[i : last + 1])),
-            last,
-        )
-        for last in matches(moves, row)
-    ]
 
 
 def single(moves: Moves) -> int | None:

@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     HfArgumentParser,
+    LogitsProcessor,
     MixtralConfig,
     PreTrainedTokenizerFast,
 )
@@ -34,12 +35,14 @@ import softar.sft.trainer
 from softar.config import SoftConfig
 from softar.evaluate import evaluate
 from softar.sft.config import SoftSFTConfig
-from softar.sft.data import SoftCollator, thought_mask
+from softar.sft.data import SoftCollator, spelled, thought_mask
+from softar.sft.forward import soft_forward
 from softar.sft.preflight import check_tokens
 from softar.sft.trainer import SoftSFTTrainer, soft_loss
-from softar.soft import Soft, entropy
+from softar.soft import Soft, entropy, mk_proba_dist
 from softar.tags import moves_of_ids
 from softar.tasks import load_task
+from softar.thought import Kind
 from softar.training import no_interrupt
 
 OFF = -100
@@ -248,10 +251,10 @@ def mask_of(rows, **span):
         (dict(steps=3), [[2, 3, 4], [1, 2, 3], [0, 1, 2]]),
         (dict(steps=9), [[2, 3, 4, 5, 6, 7], [1, 2, 3], [0, 1, 2, 3]]),
         (dict(end=[9]), [[2, 3, 4], [1, 2, 3], [0]]),  # row 1 has no end: thought throughout
-        (dict(end=[9, 6]), [[2, 3, 4], [1, 2, 3], [0, 1, 2, 3]]),
+        (dict(end=[9, 6]), [[2, 3, 4, 5], [1, 2, 3], [0, 1, 2, 3]]),
         # rows 1, 2: the tag stands in the prompt
         (dict(start=[8], end=[9]), [[3, 4], [1, 2, 3], [0]]),
-        (dict(start=[8, 7], end=[9, 6]), [[4], [1, 2, 3], [0, 1, 2, 3]]),
+        (dict(start=[8, 7], end=[9, 6]), [[4, 5], [1, 2, 3], [0, 1, 2, 3]]),
     ],
 )
 def test_thought_mask(span, expected):
@@ -270,7 +273,7 @@ def test_thought_mask_at_the_edges():
     assert mask_of([[OFF, 5, 9, 5, 9, 5]], end=[9]) == [[1]]
     assert mask_of([[9, 5]], end=[9]) == [[]]
     # Half a tag at the end of a row does not match across the padding.
-    assert mask_of([[OFF, 5, 9], [OFF, 5, 9, 6]], end=[9, 6]) == [[1, 2], [1]]
+    assert mask_of([[OFF, 5, 9], [OFF, 5, 9, 6]], end=[9, 6]) == [[1, 2], [1, 2]]
 
 
 # -- batches
@@ -1317,33 +1320,82 @@ def test_a_tag_that_the_tokenizer_merges_is_refused_by_row(tmp_path):
     trainer_of(tmp_path, Dataset.from_list(rows[:1] * 2), tokenizer=tokenizer, think_end="</t>")
 
 
-def test_a_tag_is_told_by_its_text_however_the_tokenizer_cuts_it(tmp_path):
-    """As a byte-level BPE without a token for it cuts "</think>": beside a full stop, a line break."""
+def merging():
+    """A byte-level BPE without a token for "</think>", which it cuts in other ways beside a full stop
+    or a line break."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = ["< /", ". </", "< <", "t h", "i n", "th in", "thin k", "> Ċ", "o k"]
     vocab = {p: i for i, p in enumerate([*letters, *(m.replace(" ", "") for m in merges)])}
     core = Tokenizer(BPE(vocab=vocab, merges=[tuple(m.split()) for m in merges]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="~", pad_token="~")
-    thoughts = {
-        "<think>ok.</think>\nok": ["ok"],
-        "ok</think>ok": ["ok"],
-        "ok</</think>": ["ok", "</"],
-        "ok.</thin": ["ok", ".</", "thin"],
-        "ok<think>a<b</think>": ["a", "<", "b"],
-    }
-    tags = dict(think_start="<think>", think_end="</think>")
-    rows = [{"prompt": "a", "completion": text} for text in thoughts]
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="~", pad_token="~")
+
+
+# completion -> the pieces that are thought; of a tag all but the last, which ends the thought
+TAGGED = {
+    "<think>ok.</think>\nok": ["ok", ".</", "think"],
+    "ok</think>ok": ["ok", "</", "think"],
+    "ok</</think>": ["ok", "</", "</", "think"],
+    "ok.</thin": ["ok", ".</", "thin"],
+    "ok<think>a<b</think>": ["a", "<", "b", "</", "think"],
+}
+
+
+def test_a_tag_is_told_by_its_text_however_the_tokenizer_cuts_it(tmp_path):
+    tokenizer, tags = merging(), dict(think_start="<think>", think_end="</think>")
+    rows = [{"prompt": "a", "completion": text} for text in TAGGED]
     model = model_of(vocab_size=len(tokenizer))
     trainer = trainer_of(
         tmp_path, Dataset.from_list(rows), model=model, tokenizer=tokenizer, eos_token="~", **tags
     )
-    for row, expected in zip(trainer.train_dataset, thoughts.values(), strict=True):
+    for row, expected in zip(trainer.train_dataset, TAGGED.values(), strict=True):
         labels = torch.tensor([row["labels"]])
         mask = thought_mask(labels, **trainer._span)
         pieces = tokenizer.convert_ids_to_tokens(labels[mask].tolist())
         assert [p for p in pieces if p != "~"] == expected
+
+
+@pytest.mark.parametrize("completion", TAGGED)
+def test_training_reads_what_decoding_has_read(completion):
+    """Step by step the same mixtures, and tokens where it reads tokens: around the tags, too."""
+    tokenizer = merging()
+    prompt, new = (tokenizer(text).input_ids for text in ("ab<think>", completion))
+    if "<think>" in completion:
+        prompt = tokenizer("ab").input_ids
+    model = model_of(vocab_size=len(tokenizer))
+
+    def led(logits, token):  # towards the completion, as a model would be that writes it
+        return logits.scatter(-1, token[:, None], logits.amax(-1, keepdim=True) + 0.5)
+
+    class Led(LogitsProcessor):
+        def __call__(self, ids, scores):
+            return led(scores, torch.tensor([new[ids.shape[1] - len(prompt)]]))
+
+    out = softar.generate(
+        model,
+        torch.tensor([prompt]),
+        tokenizer=tokenizer,
+        logits_processor=[Led()],
+        config=dict(think_start="<think>", think_end="</think>", max_new_tokens=len(new), top_k=4),
+    )
+    assert out.completions[0].tolist() == new
+    fed = []
+
+    def feed(logits, gold):
+        fed.append(mk_proba_dist(led(logits.float(), gold), top_k=4))
+        return fed[-1]
+
+    labels = torch.tensor([[-100] * len(prompt) + new])
+    span = dict(start=spelled(tokenizer, "<think>"), end=spelled(tokenizer, "</think>"))
+    thought = thought_mask(labels, **span)
+    soft_forward(model, out.sequences, None, thought, feed, mode="sequential")
+    kinds = out.record.kind[0]
+    assert thought[0, len(prompt) :].tolist() == (kinds == Kind.SOFT).tolist()
+    steps = [t for t, on in enumerate(thought[0, len(prompt) :].tolist()) if on]
+    for t, mixture in zip(steps, fed, strict=True):
+        assert mixture.ids.tolist() == out.record.ids[:, t].tolist()
+        torch.testing.assert_close(mixture.weights, out.record.weights[:, t])
 
 
 def test_rows_beyond_the_table_of_positions_are_refused(tmp_path):

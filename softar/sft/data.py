@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..evaluate import tag_ids
 from ..soft import Soft
-from ..tags import Moves, matches, moves_of_ids, moves_of_text, single, spans
+from ..tags import Moves, matches, moves_of_ids, moves_of_text, single
 
 
 def thought_mask(
@@ -25,8 +25,8 @@ def thought_mask(
 
     With `end` (how a tag is spelled, from `softar.tags`) the completion's tokens before its first
     occurrence (a row without it is thought throughout) and, where the completion holds `start`,
-    after that; with `steps` the first so many; with neither the whole completion. A token that
-    holds a part of a tag is no thought.
+    after that; with `steps` the first so many; with neither the whole completion. As in decoding,
+    a tag of several tokens ends the thought with its last: until then nothing tells that it is one.
     """
     inside = labels != -100
     if steps is not None:
@@ -38,10 +38,10 @@ def thought_mask(
         return _between(labels, inside, *tokens)
     # a tag in the prompt has no label
     for thought, row in zip(inside, labels.tolist(), strict=True):
-        if ends := spans(end, row):
-            thought[ends[0][0] :] = False
-        if starts := spans(start, row):
-            thought[: starts[0][1] + 1] = False
+        if ends := matches(end, row):
+            thought[ends[0] :] = False
+        if starts := matches(start, row):
+            thought[: starts[0] + 1] = False
     return inside
 
 
