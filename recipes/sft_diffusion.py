@@ -18,6 +18,9 @@ softar diffusion-sft --config dream7b_softmask_dora.yaml
 softar diffusion-sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --from_causal true \
     --dataset_name your/chats --output_dir runs/qwen-diffusion
 
+# A checkpoint of dllm whose folder says neither its blocks nor that its logits are about the next token
+softar diffusion-sft --model_name_or_path path/to/bd3lm --block_length 32 --shift 1 --dataset_name your/chats
+
 # Go on where an interrupted run stopped; without this a run starts anew and moves old checkpoints into _earlier
 softar diffusion-sft --resume_from_checkpoint true
 
@@ -86,12 +89,22 @@ class DiffusionScriptArguments(RecipeArguments, ScriptArguments):
     )
     block_length: int | None = opt(
         None,
-        "With from_causal: the model reads blocks of so many tokens one after the other. Default: the whole canvas.",
+        "With from_causal: the model reads blocks of so many tokens one after the other. Default: the whole canvas. "
+        "Else, where the model's folder does not say it: of the blocks that it was trained on.",
     )
     shift: int | None = opt(
         None,
-        "With from_causal: 1 (default) leaves logits about the next token, 0 has them be about their own.",
+        "With from_causal: 1 (default) leaves logits about the next token, 0 has them be about their own. Else, where "
+        "the folder does not say it: what they are about.",
     )
+    kind: str | None = opt(
+        None,
+        "Family of a folder that says no more than the causal model it was made from: open_dcoder, a2d, ...",
+    )
+    mask_token_id: int | None = opt(
+        None, "Where the model's folder does not say it. Default: the family's."
+    )
+    eos_token_id: int | None = opt(None, "The same of the token that ends a text.")
     schedules: str = opt(
         "uniform", f"Schedules to decode with, with commas out of {', '.join(SCHEDULES)}."
     )
@@ -139,11 +152,7 @@ def check(inputs, configs):
     check_least(script, likelihood_samples=0, block_length=1)
     if script.shift is not None:
         check_choice("shift", script.shift, (0, 1))
-    for name, value in of_convert(script).items():
-        if not script.from_causal:
-            raise ValueError(
-                f"{name}={value} does nothing without from_causal: give --from_causal true, or leave it out"
-            )
+    check_stated(script, inputs.model)
     schedules = script.schedules.split(",")
     for schedule in schedules:
         check_choice("schedules", schedule, SCHEDULES)
@@ -157,10 +166,25 @@ def check(inputs, configs):
         )
 
 
-def of_convert(script) -> dict:
-    """The options of `convert` that are given."""
-    options = dict(block_length=script.block_length, shift=script.shift)
-    return {name: value for name, value in options.items() if value is not None}
+def stated(script) -> dict:
+    """What is said of the model, and where it comes from a causal one, of what it is made."""
+    names = ("kind", "mask_token_id", "eos_token_id", "block_length", "shift")
+    values = {name: getattr(script, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def check_stated(script, model: str) -> None:
+    """Raise ValueError for what is said of a model that takes it not."""
+    for name, value in stated(script).items():
+        if script.from_causal and name not in ("block_length", "shift"):
+            raise ValueError(
+                f"{name}={value} is about diffusion models, and --from_causal makes one of its own: leave it out"
+            )
+        if not script.from_causal and model in MODELS:
+            raise ValueError(
+                f"{name}={value} does nothing for {model!r}, which is known: leave it out, or name a causal model "
+                f"and give --from_causal true"
+            )
 
 
 def open_model(inputs, seed):
@@ -168,11 +192,12 @@ def open_model(inputs, seed):
     from softar.diffusion import load
     from softar.diffusion.convert import convert
 
-    options = inputs.model_options
+    options, said = inputs.model_options, stated(inputs.script)
     if inputs.script.from_causal:
-        causal = softar.load(inputs.model, seed=seed, **options)
-        return convert(*causal, **of_convert(inputs.script))
-    return load(inputs.model, **options, **(dict(seed=seed) if inputs.model in MODELS else {}))
+        return convert(*softar.load(inputs.model, seed=seed, **options), **said)
+    return load(
+        inputs.model, **options, **said, **(dict(seed=seed) if inputs.model in MODELS else {})
+    )
 
 
 def train_row(inputs, name, args):

@@ -357,8 +357,10 @@ def check_named_model(name: str, kind: str, script, options: dict) -> None:
     known = {*MODELS, *(name for models in OF_TASKS.values() for name in models.values())}
     check_there(name, sorted(known), **{k: v for k, v in options.items() if k == "revision"})
     has = describe(name).kind
-    needs = "diffusion" if kind == "diffusion" and not script.from_causal else "autoregressive"
-    if has not in (None, needs):
+    is_diffusion = kind == "diffusion" and not script.from_causal
+    needs = "diffusion" if is_diffusion else "autoregressive"
+    is_said = is_diffusion and script.kind is not None  # of a folder that looks like another's
+    if has not in (None, needs) and not is_said:
         raise ValueError(f"model={name!r}: {OTHER_KIND[has]}")
 
 

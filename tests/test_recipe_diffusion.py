@@ -14,6 +14,7 @@ from launched import losses_of as losses_at
 from softar.diffusion import load
 from softar.diffusion.head import HEAD_FILE, load_head
 from softar.diffusion.net import facts
+from softar.recipe import read
 
 RECIPE = recipe("sft_diffusion")
 QUICK = {
@@ -131,8 +132,13 @@ def test_two_processes_train_as_one(tmp_path):
         (dict(eval_rows=0), "eval_rows=0 must be at least 1"),
         (dict(rows="soft"), "rows='soft': 'soft' is unknown"),
         (dict(schedules="uniform,cosine"), "'cosine' is unknown"),
-        (dict(block_length=4), "block_length=4 does nothing without from_causal"),
-        (dict(shift=0), "shift=0 does nothing without from_causal"),
+        (dict(block_length=4), "block_length=4 does nothing for 'latin-diffusion-tiny'"),
+        (dict(shift=0), "shift=0 does nothing for 'latin-diffusion-tiny'"),
+        (dict(kind="a2d"), "kind=a2d does nothing for 'latin-diffusion-tiny'"),
+        (
+            dict(model_name_or_path="mnns-tiny", task="mnns", from_causal="true", mask_token_id=3),
+            "mask_token_id=3 is about diffusion models",
+        ),
         (dict(task="latins"), "task='latins' is unknown"),
         (dict(time_low=0.9, time_high=0.1), "time_low=0.9, time_high=0.1"),
         (dict(rows="soft-mask", head_scale=1.5), "scale=1.5"),
@@ -176,6 +182,25 @@ def test_a_causal_model_becomes_block_causal_and_is_decoded(tmp_path, monkeypatc
     assert (facts(model).block_length, facts(model).shift) == (2, 0)
     budgets = {row["budget"] for row in results_of(tmp_path)["rows"]}
     assert min(budgets) >= 3, budgets
+
+
+@pytest.mark.parametrize(
+    ("folder", "said", "want"),
+    [
+        ("a2d_qwen3", dict(mask_token_id=300, block_length=8, shift=1), (300, 8, 1, "a2d")),
+        ("opendcoder", dict(kind="open_dcoder", mask_token_id=300), (300, None, 1, "open_dcoder")),
+        ("llada2_moe", dict(mask_token_id=300, eos_token_id=301), (300, 32, 0, "llada2")),
+    ],
+)
+def test_what_a_folder_does_not_say_is_said_by_options(tmp_path, folder, said, want):
+    """Open-dCoder's looks like a causal model's, once its generation_config.json is gone."""
+    copy = shutil.copytree(f"tests/golden-block/checkpoints/{folder}", tmp_path / folder)
+    (copy / "generation_config.json").unlink(missing_ok=True)
+    recipe = runpy.run_path(RECIPE)
+    inputs = read(recipe["RECIPE"], options(tmp_path, task="mnns", model_name_or_path=copy, **said))
+    known = facts(recipe["open_model"](inputs, 0)[0])
+    assert (known.mask_id, known.block_length, known.shift, known.family) == want
+    assert known.eos_id == said.get("eos_token_id", known.eos_id)
 
 
 def test_steps_below_the_blocks_are_left_out():
