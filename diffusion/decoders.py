@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from softar.checks import check_values
 from softar.decoders.answer import Decoded, Decoder
 from softar.decoders.card import Card, check_of_kind, columns_of, open_model
 from softar.decoders.options import Common, check_options
@@ -19,6 +20,7 @@ from softar.names import registered as registered_names
 from softar.specs import format_options
 
 from .config import DenoiseConfig
+from .folder import STATED, split_stated
 from .knobs import gather_knobs
 from .loop import DenoiseOutput, denoise
 from .models import load
@@ -127,8 +129,12 @@ class DiffusionDecoder:
 _load = functools.cache(load)
 
 
-def _open(decoder: str, card: Card, dtype: str, device: str | None):
-    opener = functools.partial(_load, card.name, dtype=dtype, device=device)
+def _open(decoder: str, card: Card, dtype: str, device: str | None, stated: dict):
+    """stated: of the model, by its caller (`split_stated`)."""
+    check_values(load, **stated)
+    if stated.get("kind") is not None:  # whatever its folder looks like
+        card = dataclasses.replace(card, kind="diffusion")
+    opener = functools.partial(_load, card.name, dtype=dtype, device=device, **stated)
     return open_model(card, "diffusion", decoder, opener)
 
 
@@ -153,10 +159,10 @@ def training_of(model_facts: Facts) -> str:
     return "soft-mask" if model_facts.soft_mask else "hard"
 
 
-def own_decoder(card: Card, dtype: str, device: str | None) -> str:
+def own_decoder(card: Card, dtype: str, device: str | None, options: dict) -> str:
     """The model is opened, once for all decoders: its configuration can say so, a file beside it,
     or its base's."""
-    model, _ = _open("hard", card, dtype, device)
+    model, _ = _open("hard", card, dtype, device, split_stated(options)[0])
     own = {"soft-mask": "soft-mask", "self-conditioned": ANY}
     return own.get(training_of(facts(model)), "hard")
 
@@ -173,7 +179,7 @@ def denoise_config(decoder: str, options: dict) -> DenoiseConfig:
     fn = None if soften is None else mk_softener(soften).fn
     fields = {field.name for field in dataclasses.fields(DenoiseConfig)}
     knobs = [knob for knob in (fn.__kwdefaults__ or () if fn else ()) if knob not in fields]
-    also = [*knobs, *SCHEDULE_KNOBS, *STOP_KNOBS]
+    also = [*knobs, *SCHEDULE_KNOBS, *STOP_KNOBS, *STATED]
     options = check_options(DenoiseConfig, decoder, options, also=also, fixed=("soften",))
     options = gather_knobs(options, "soften_args", knobs)
     options = gather_knobs(options, "schedule_args", SCHEDULE_KNOBS)
@@ -182,9 +188,11 @@ def denoise_config(decoder: str, options: dict) -> DenoiseConfig:
 
 
 def _make(decoder: str, card: Card, common: Common, /, **options) -> DiffusionDecoder:
-    """options: fields of DenoiseConfig and knobs of the softener. gen_length is max_new_tokens."""
-    config = denoise_config(decoder, {"gen_length": common.max_new_tokens} | options)
-    model, tokenizer = _open(decoder, card, common.dtype, common.device)
+    """options: fields of DenoiseConfig, knobs of the softener, and what is said of the model
+    (STATED). gen_length is max_new_tokens."""
+    stated, others = split_stated(options)
+    config = denoise_config(decoder, {"gen_length": common.max_new_tokens} | others)
+    model, tokenizer = _open(decoder, card, common.dtype, common.device, stated)
     labels = common.labels(decoder, card.name, format_options(options, " "))
     return DiffusionDecoder(
         model, tokenizer, config, seed=common.seed, trace=common.trace, **labels

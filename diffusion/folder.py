@@ -24,6 +24,19 @@ class Stated(NamedTuple):
     shift: int | None
 
 
+# Beside the options of a decode, whose block_length cuts a canvas into pieces, what is said of the
+# model: option -> argument of `load`
+STATED = {name: name for name in Stated._fields if name != "block_length"}
+STATED |= {"model_block_length": "block_length"}
+
+
+def split_stated(options: dict) -> tuple[dict, dict]:
+    """Options by name -> those that say what the folder does not, as arguments of `load`; the
+    others."""
+    stated = {STATED[name]: value for name, value in options.items() if name in STATED}
+    return stated, {name: value for name, value in options.items() if name not in STATED}
+
+
 def find_file(name: str, file: str, fetch: dict) -> Path | None:
     """A file of a folder or a hub id; None where there is none."""
     if Path(name).is_dir():

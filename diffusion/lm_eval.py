@@ -12,12 +12,13 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 from tqdm import tqdm
 
-from softar.checks import check_least
+from softar.checks import check_least, check_values
 from softar.decoders.options import check_options
 from softar.evals.lm_eval import SAMPLING, BadArgument, LoadedLM, model_name, split_args
 
 from .config import DenoiseConfig
 from .decoders import forwards_of, name_of
+from .folder import STATED, split_stated
 from .knobs import gather_knobs
 from .loop import denoise
 from .losses import log_likelihood
@@ -50,30 +51,33 @@ class SoftarDiffusionLM(LoadedLM):
     pretrained or model: what softar.diffusion.load takes. seed: of every draw; by default what
     --seed sets. Every field of DenoiseConfig, and the knobs of schedules. Without gen_length a
     task's max_gen_toks is how many tokens are generated, rounded up to whole blocks and cut again;
-    with it, it is gen_length. Every field of Bound. Arguments of HFLM and of `load` as for
+    with it, it is gen_length. Every field of Bound. What a folder does not say of its model, by the
+    names in STATED. Arguments of HFLM and of `load` as for
     `softar`; there is no batch_size=auto.
     """
 
     def __init__(self, pretrained=None, *, model=None, seed=None, batch_size=1, **options):
         name = model_name(pretrained, model)
-        also = (*BOUND, *SCHEDULE_KNOBS)
+        also = (*BOUND, *SCHEDULE_KNOBS, *STATED)
         harness, loading, options = split_args("softar-diffusion", DenoiseConfig, options, also)
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise BadArgument(
                 f"batch_size={batch_size!r}: softar-diffusion finds none by itself; give a number"
             )
         bound = {k: options.pop(k) for k in BOUND if k in options}
+        self.stated = {k: v for k, v in options.items() if k in STATED}
+        stated, options = split_stated(options)
         try:
             options = check_options(DenoiseConfig, "softar-diffusion", options, also=SCHEDULE_KNOBS)
             options = gather_knobs(options, "schedule_args", SCHEDULE_KNOBS)
             self.settings = {name: value for name, value in options.items() if value != {}}
             self.how = DenoiseConfig(**({"gen_length": 0} | options))
             self.bound = Bound(**check_options(Bound, "softar-diffusion", bound))
+            check_values(load, **stated)
         except ValueError as error:
             raise BadArgument(error) from error
-        super().__init__(
-            name, "diffusion", load, harness | {"batch_size": int(batch_size)}, loading, seed
-        )
+        harness["batch_size"] = int(batch_size)
+        super().__init__(name, "diffusion", load, harness, loading | stated, seed)
         self.known = facts(self.model)
         self.decoder = name_of(self.how.as_trained(self.known))
         self.is_soft = self.decoder != "hard"
@@ -130,6 +134,11 @@ class SoftarDiffusionLM(LoadedLM):
     ) -> list[tuple[float, bool]]:
         """(texts, context tokens, continuation tokens) -> (bound of its log-probability in nats, is
         it greedy)."""
+        if self.known.mask_id is None:
+            raise BadArgument(
+                f"{self.known.family} has no mask token, and log-likelihoods are a bound by masks: "
+                "choose tasks that generate"
+            )
         self.note_likelihoods()
         out = []
         for texts, context, continuation in tqdm(

@@ -19,7 +19,6 @@ first few.
 
 import argparse
 import dataclasses
-import re
 import sys
 import time
 
@@ -30,9 +29,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from softar.cli.inputs import with_masks
 from softar.diffusion import DenoiseConfig, denoise, load
+from softar.diffusion.folder import STATED, split_stated
 from softar.diffusion.knobs import gather_knobs
-from softar.diffusion.net import check_has_mask, facts
+from softar.diffusion.loop import DenoiseOutput
+from softar.diffusion.net import facts
 from softar.diffusion.schedules import SCHEDULE_KNOBS
 from softar.show.terminal import colour_of, harmless
 from softar.specs import json_or_text
@@ -41,21 +43,24 @@ DEMO = dict(gen_length=5, soften="soft-mask")  # what the embedded model answers
 SLOTS = 4  # soft slots whose mixtures are listed
 
 
-def main(args, config):
-    model, tokenizer = load(args.model)
+def main(args, config, stated):
+    """stated: what args say of the model, as arguments of `load`."""
+    model, tokenizer = load(args.model, **stated)
     if tokenizer is None:
         raise ValueError(f"model={args.model!r} holds no tokenizer, so there is no text to show")
-    known = check_has_mask(facts(model), "the view of a canvas")
+    known = facts(model)
     prompt = args.prompt or "<bos> D1 D1 D1 D2 ->"
     if args.chat:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
-    prompt = re.sub(r"_+", tokenizer.mask_token, prompt)
+    prompt = with_masks(prompt, tokenizer.mask_token)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not args.chat).to(
         model.device
     )
-    view = View(tokenizer, known.mask_id, inputs.input_ids, config, args.delay)
+    # without a mask, what is not decided yet is shown by an id that no token has
+    mask_id = known.vocab_size if known.mask_id is None else known.mask_id
+    view = View(tokenizer, mask_id, inputs.input_ids, config, args.delay)
     console = Console()
     rng = torch.Generator().manual_seed(args.seed)
     with Live(console=console, refresh_per_second=30, transient=False) as live:
@@ -68,6 +73,7 @@ def main(args, config):
             rng=rng,
             callback=lambda step: live.update(view.frame(step)),
         )
+        live.update(view.last(output))
     tokens = int((output.committed_at >= 0).sum())
     console.print(
         f"{tokens} tokens in {output.num_forwards} forwards ({output.token_forwards} positions computed), "
@@ -83,16 +89,16 @@ class View:
         self.canvas = torch.cat([prompt[0], prompt.new_full((config.gen_length,), mask_id)])
         self.is_prompt = self.canvas != mask_id
         self.confidence = torch.zeros(len(self.canvas))
-        self.seconds, self.last = 0.0, time.perf_counter()
+        self.seconds, self.forwards, self.since = 0.0, 0, time.perf_counter()
 
     def frame(self, step: dict | None = None) -> Group:
         """One row of the canvas after a forward; the time spent drawing does not count."""
-        self.seconds += time.perf_counter() - self.last if step else 0.0
-        slots, forwards = {}, 0
+        self.seconds += time.perf_counter() - self.since if step else 0.0
+        slots = {}
         if step is not None:
-            forwards = step["step"] + 1
-            new = step["committed"][0].cpu()
-            self.canvas = step["sequences"][0].cpu()
+            self.forwards = step["step"] + 1
+            new, waits = step["committed"][0].cpu(), self.canvas == self.mask_id
+            self.canvas = torch.where(waits & ~new, self.mask_id, step["sequences"][0].cpu())
             self.confidence = torch.where(new, step["confidence"][0].cpu(), self.confidence)
             if step["soft"] is not None:
                 at = step["where"].nonzero()
@@ -101,18 +107,25 @@ class View:
                     for (row, col), ids, weights in zip(at, *step["soft"], strict=False)
                     if row == 0
                 }
-        left = int((self.canvas == self.mask_id).sum())
-        done = len(self.canvas) - left - int(self.is_prompt.sum())
-        status = f"forward {forwards}   committed {done}   masks {left}"
-        if self.seconds:
-            status += f"   {done / self.seconds:.1f} tokens/s"
-        picture = Group(
-            Panel(self.text(slots), title="canvas", subtitle=status), self.mixtures(slots)
-        )
+        picture = self.picture(slots)
         if step is not None:
             time.sleep(self.delay)
-        self.last = time.perf_counter()
+        self.since = time.perf_counter()
         return picture
+
+    def last(self, output: DenoiseOutput) -> Group:
+        """The result, with what a rule filled in behind an end token."""
+        self.canvas = output.sequences[0].cpu()
+        return self.picture({})
+
+    def picture(self, slots: dict) -> Group:
+        left = int((self.canvas == self.mask_id).sum())
+        done = len(self.canvas) - left - int(self.is_prompt.sum())
+        status = f"forward {self.forwards}   committed {done}   masks {left}"
+        if self.seconds:
+            status += f"   {done / self.seconds:.1f} tokens/s"
+        panel = Panel(self.text(slots), title="canvas", subtitle=status)
+        return Group(panel, self.mixtures(slots))
 
     def text(self, slots: dict) -> Text:
         """Tokens are decoded one by one: a character split over several tokens is shown when all
@@ -188,11 +201,19 @@ def parse(argv=None):
             default=argparse.SUPPRESS,
             help="this field of softar.diffusion.DenoiseConfig, or knob of a schedule",
         )
+    for name in STATED:
+        parser.add_argument(
+            f"--{name}",
+            type=json_or_text,
+            default=argparse.SUPPRESS,
+            help="what the model's folder does not say, see softar.diffusion.load",
+        )
     args = parser.parse_args(argv)
     chosen = {name: vars(args)[name] for name in names if name in args}
     chosen = gather_knobs(chosen, "schedule_args", SCHEDULE_KNOBS)
     is_demo = args.model == "mnns-diffusion-tiny" and args.prompt is None
-    return args, DenoiseConfig(**((DEMO if is_demo else {}) | chosen))
+    stated, _ = split_stated(vars(args))
+    return args, DenoiseConfig(**((DEMO if is_demo else {}) | chosen)), stated
 
 
 if __name__ == "__main__":

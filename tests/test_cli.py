@@ -20,6 +20,7 @@ from softar.cli import app as cli
 from softar.cli import inputs, streams
 from softar.cli.programs import PACKAGE, TRAINING
 from softar.decoders.card import describe
+from softar.decoders.registry import own_decoder
 from softar.model_card import Origin, decode_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +107,8 @@ def test_examples_parse(name, words):
         s for key in ("decoder", "soft", "baseline") for s in listed(context.params.get(key))
     ]:
         assert inputs.family(spec)
-    assert context.params.get("model") in (None, *inputs.MODELS, "answerdotai/ModernBERT-base")
+    others = ("answerdotai/ModernBERT-base", "./my-sdar")
+    assert context.params.get("model") in (None, *inputs.MODELS, *others)
     assert context.params.get("config") is None or (ROOT / context.params["config"]).is_file()
 
 
@@ -269,7 +271,7 @@ def test_default_models_and_decoders(monkeypatch):
     assert inputs.default_model(None) == "mnns-soft-tiny"
     assert inputs.default_model("soft-token") == "mnns-diffusion-tiny"
     specs = {
-        name: inputs.default_spec(describe(name), "float32", None)
+        name: own_decoder(describe(name), "float32", None, {})
         for name in inputs.MODELS
         if name not in inputs.CARRIED
     }
@@ -648,9 +650,10 @@ def test_the_default_comparison(softar, task):
 
 
 def test_decoders_of_a_comparison_by_its_model():
-    assert inputs.compared("mnns", "mnns-diffusion-tiny") == ["hard", "soft-mask"]
-    assert inputs.compared("mnns", "mnns-tiny")[:2] == ["discrete", "soft"]
-    assert inputs.compared("reasoning_gym:chain_sum", None)[:2] == ["discrete", "soft"]
+    how = ("auto", "cpu")
+    assert inputs.compared("mnns", "mnns-diffusion-tiny", *how) == ["hard", "soft-mask"]
+    assert inputs.compared("mnns", "mnns-tiny", *how)[:2] == ["discrete", "soft"]
+    assert inputs.compared("reasoning_gym:chain_sum", None, *how)[:2] == ["discrete", "soft"]
 
 
 def test_chats_of_a_comparison():

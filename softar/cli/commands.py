@@ -141,7 +141,7 @@ def generate(
     inputs.answer(opened, text, messages, as_json)
 
 
-# Wide because each parameter is an option of the command.
+# Long and wide because each parameter is an option of the command, with its help.
 def fill(
     text: Text = None,
     model: Model = "mnns-diffusion-tiny",
@@ -156,9 +156,28 @@ def fill(
     block_length: Annotated[
         int | None, typer.Option(help="Masks in a block; blocks are filled from left to right.")
     ] = None,
+    sub_block_length: Annotated[
+        int | None, typer.Option(help="Of block-causal models: masks of a block filled together.")
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(help="Temperature of the proposals; 0 takes the likeliest token."),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="The model's family, where its folder looks like its causal base."),
+    ] = None,
+    mask_token_id: Annotated[
+        int | None, typer.Option(help="The model's mask token, where its folder names none.")
+    ] = None,
+    eos_token_id: Annotated[
+        int | None, typer.Option(help="The model's end token, where its folder names none.")
+    ] = None,
+    model_block_length: Annotated[
+        int | None, typer.Option(help="The blocks it was trained with, where its folder is silent.")
+    ] = None,
+    shift: Annotated[
+        int | None, typer.Option(help="1 where its logits are about the next position.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     system: System = None,
@@ -171,18 +190,29 @@ def fill(
 
     A hole is a run of underscores, or the model's mask token; each is one token. Decoders: hard,
     soft-token, soft-mask, evolving, slerp, soft-decoded; without --decoder, what the model was
-    trained for. Every field of DenoiseConfig goes into it.
+    trained for. Every field of DenoiseConfig goes into it, and what a folder does not say of its
+    model: kind, mask_token_id, eos_token_id, model_block_length, shift.
 
     \b
     Examples:
       softar fill "<bos> D4 D8 D1 D3 -> _ _ _ S0"
       softar fill "<bos> D4 D8 D1 D3 ->" --gen-length 5 --steps 2
       softar fill "<bos> D4 D8 D1 D3 -> _ _ _ S0" -d hard:threshold=0.9 --json
+      softar fill "Write a haiku." -m ./my-sdar --chat --gen-length 64 --threshold 0.9
       softar fill "Paris is the _ of France." -m answerdotai/ModernBERT-base
     """
     text = streams.read_text(text)
     options = dict(
-        steps=steps, threshold=threshold, block_length=block_length, temperature=temperature
+        steps=steps,
+        threshold=threshold,
+        block_length=block_length,
+        sub_block_length=sub_block_length,
+        temperature=temperature,
+        kind=kind,
+        mask_token_id=mask_token_id,
+        eos_token_id=eos_token_id,
+        model_block_length=model_block_length,
+        shift=shift,
     )
     with streams.only_results():
         common = dict(max_new_tokens=gen_length, seed=seed, dtype=dtype, device=device)
@@ -323,7 +353,7 @@ def compare(
             check_writable(folder, "--output")
         rows = inputs.first(loaded.test, limit)
         decoders = []
-        for spec in inputs.distinct(decoder or inputs.compared(task, model)):
+        for spec in inputs.distinct(decoder or inputs.compared(task, model, dtype, device)):
             length = inputs.answer_length(loaded, spec, max_new_tokens)
             common = dict(max_new_tokens=length, seed=seed, dtype=dtype, device=device)
             common |= dict(stop=loaded.stop)

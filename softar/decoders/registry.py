@@ -19,8 +19,8 @@ from .options import Common
 from .own import GROUP, OWN, make_own
 
 # Each has DECODERS: name -> factory(card, common, **options) -> Decoder; those of a kind of model
-# also own_decoder(card, dtype, device) -> the name in DECODERS that the model is decoded by where
-# nobody says how. And registered(name) -> the factory of a method that was added to its tables
+# also own_decoder(card, dtype, device, options) -> the name in DECODERS that the model is decoded by
+# where nobody says how. And registered(name) -> the factory of a method that was added to its tables
 FAMILIES = {
     "autoregressive": "softar.decoders.soft",
     "diffusion": "softar.diffusion.decoders",
@@ -98,10 +98,10 @@ def build(decoder: str, card: Card, common: Common, options: dict) -> Decoder:
     return find(decoder)[1](card, common, **others)
 
 
-def own_decoder(card: Card, dtype: str, device: str | None) -> str:
-    """The decoder of a model where nobody says which."""
+def own_decoder(card: Card, dtype: str, device: str | None, options: dict) -> str:
+    """The decoder of a model where nobody says which. options: that it will be made with."""
     family = import_module(FAMILIES[card.kind or "autoregressive"])
-    return family.own_decoder(card, dtype, device)
+    return family.own_decoder(card, dtype, device, options)
 
 
 def parse_spec(spec: str) -> Spec:

@@ -224,7 +224,7 @@ def _open(decoder: str, card: Card, common: Common):
     return open_model(card, "autoregressive", decoder, opener)
 
 
-def own_decoder(card: Card, dtype: str, device: str | None) -> str:
+def own_decoder(card: Card, dtype: str, device: str | None, options: dict) -> str:
     """As its soft_config.json says, see softar.defaults."""
     mixer = default_of(card.config).config.mixer
     return "discrete" if mk_mixer(mixer).single else mixer

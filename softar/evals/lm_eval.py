@@ -85,10 +85,12 @@ class LoadedLM(HFLM):
     """HFLM around a model that softar opens, by any name it knows; every model_arg is checked.
 
     A class of it says `settings` (what model_args say of the generation), `decoding` (all of its
-    configuration, as JSON has it), `decoder` (its name) and `is_soft`.
+    configuration, as JSON has it), `decoder` (its name) and `is_soft`; also `stated`, where
+    model_args may say something of the model.
     """
 
     settings: dict
+    stated: dict = {}  # what model_args say of the model itself
     decoding: dict
     decoder: str
     is_soft: bool
@@ -105,6 +107,8 @@ class LoadedLM(HFLM):
         try:
             loading = {"dtype": "auto"} | loading
             self.card = describe(name)
+            if loading.get("kind") is not None:  # whatever its folder looks like
+                self.card = dataclasses.replace(self.card, kind=kind)
             model, tokenizer = open_model(
                 self.card, kind, LABELS[kind], lambda: opener(name, **loading)
             )
@@ -182,7 +186,7 @@ class LoadedLM(HFLM):
             device=str(self.model.device),  # lm-eval's own says what was asked for
             decoder=self.decoder,
             is_soft=self.is_soft,
-            settings=self.settings,
+            settings=self.stated | self.settings,
             decoding=self.decoding,
             seed=self.seed,
             costs={task: cost.row() for task, cost in self.costs.items()},
