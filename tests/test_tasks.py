@@ -14,7 +14,7 @@ import torch
 from softar.models import load
 from softar.sft.data import frontier
 from softar.soft import dense
-from softar.tasks import MODELS, freeze, load_task, mnns, no_thought, thaw
+from softar.tasks import MODELS, freeze, latin, load_task, mnns, no_thought, thaw
 
 
 @pytest.fixture(scope="module")
@@ -247,3 +247,49 @@ def test_gym_missing_names_the_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install softar\[rewards\]"):
         load_task("reasoning_gym:chain_sum")
+
+
+# Wider ones
+
+
+@pytest.mark.parametrize(
+    "digits, low, held_out, orders", [(3, 0, 7, 1), (3, 1, 20, 2), (2, 0, 5, 9)]
+)
+def test_mnns_holds_out_multisets_and_some_of_their_orders(digits, low, held_out, orders):
+    task = mnns(digits, low, held_out=held_out, orders=orders, size=50)
+    tested = [tuple(row) for row in task.test["digits"]]
+    bags = Counter(tuple(sorted(row)) for row in tested)
+    assert len(bags) == held_out and len({*tested}) == len(tested)
+    for bag, count in bags.items():
+        assert count == min(orders, len({*itertools.permutations(bag)}))
+    assert not bags.keys() & {tuple(sorted(row)) for row in task.train["digits"]}
+    assert task.test["prompt"] == mnns(digits, low, held_out=held_out, orders=orders).test["prompt"]
+
+
+def test_mnns_net_knows_the_words_of_more_digits():
+    task = mnns(3, 0, held_out=5, orders=1, size=5)
+    model, tokenizer = load("mnns-tiny", largest_sum=54)
+    assert model.config.vocab_size == len(tokenizer) == 16 + 109
+    for row in [*task.train, *task.test, {"prompt": "S-54", "completion": " S54"}]:
+        assert tokenizer.unk_token_id not in tokenizer(row["prompt"] + row["completion"]).input_ids
+
+
+def test_latin_holds_out_as_many_as_asked():
+    task = latin(3, 2, held_out=4, size=200)
+    assert len(task.test) == 4 and not {*task.train["answer"]} & {*task.test["answer"]}
+    assert all(task.score(row["answer"], row) for row in task.test)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: mnns(2, held_out=45), "held_out=45.*45 multisets"),
+        (lambda: mnns(2, held_out=0), "held_out=0"),
+        (lambda: mnns(2, orders=0), "orders=0"),
+        (lambda: latin(2, 1, held_out=50, size=5), "held_out=50"),
+        (lambda: load("mnns-tiny", largest_sum=0), "largest_sum=0"),
+    ],
+)
+def test_sizes_that_leave_nothing_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -12,28 +12,38 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..checks import check_least
 from ..progress import without_bars
 from .gguf_file import load_gguf
 from .source import pretrained
 
-MNNS_WORDS = [
-    *("<pad>", "<bos>", "<eos>", "->", "+", "-"),
-    *(f"D{d}" for d in range(10)),
-    *(f"S{s}" for s in range(-36, 37)),
-]
+
+def mnns_words(largest_sum: int = 36) -> list[str]:
+    """The vocabulary of the MNNS task, for sums from -largest_sum to largest_sum."""
+    return [
+        *("<pad>", "<bos>", "<eos>", "->", "+", "-"),
+        *(f"D{d}" for d in range(10)),
+        *(f"S{s}" for s in range(-largest_sum, largest_sum + 1)),
+    ]
 
 
-def mnns_tiny(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **config):
+MNNS_WORDS = mnns_words()
+
+
+def mnns_tiny(
+    *, dtype: torch.dtype | str = torch.float32, seed: int = 0, largest_sum: int = 36, **config
+):
     """The untrained 2-layer Llama of the MNNS task and its 89-word tokenizer (softar.tasks.mnns;
     arXiv:2505.23648).
 
-    The vocabulary is closed: a word outside it raises when it is tokenised. Nothing is added to a
-    text: `<bos>` stands in the prompts. `config` overrides fields of the LlamaConfig, by their
-    names.
+    The vocabulary is closed: a word outside it raises when it is tokenised. Its sums go to
+    `largest_sum`, 9 times the number of digits: 36 is for four of them. Nothing is added to a text:
+    `<bos>` stands in the prompts. `config` overrides fields of the LlamaConfig, by their names.
     """
-    attention = config.pop("attn_implementation", None)
+    check_least({"largest_sum": largest_sum}, largest_sum=1)
+    words, attention = mnns_words(largest_sum), config.pop("attn_implementation", None)
     fields = dict(
-        vocab_size=len(MNNS_WORDS),
+        vocab_size=len(words),
         hidden_size=32,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -55,7 +65,7 @@ def mnns_tiny(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **conf
         torch.random.default_generator.manual_seed(int(seed))
         model = LlamaForCausalLM(settings)
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    tokenizer = word_tokenizer(MNNS_WORDS, model_max_length=settings.max_position_embeddings)
+    tokenizer = word_tokenizer(words, model_max_length=settings.max_position_embeddings)
     return named("mnns-tiny", model.to(torch.float32 if dtype == "auto" else dtype), tokenizer)
 
 

@@ -52,7 +52,8 @@ def load(
         seed: of the weights of "mnns-tiny", which come untrained; the global random state stays as
             it is.
         kwargs: for `from_pretrained` (revision=, attn_implementation=, device_map=,
-            gguf_file=, ...); for "mnns-tiny" fields of its LlamaConfig.
+            gguf_file=, ...); for "mnns-tiny" largest_sum= (mnns_tiny), and fields of
+            its LlamaConfig.
 
     Raises:
         ValueError: naming `name`, where it is none of these or cannot be read; what transformers

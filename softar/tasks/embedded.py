@@ -6,30 +6,46 @@ import re
 
 from datasets import Dataset
 
+from ..checks import check_least
 from .task import Task
 
 LATIN_SIZE, LATIN_TEST = 40_000, 1000
 
 
 def mnns(
-    digits: int = 4, low: int = 1, high: int = 9, *, seed: int = 0, size: int | None = None
+    digits: int = 4,
+    low: int = 1,
+    high: int = 9,
+    *,
+    held_out: int | None = None,
+    orders: int | None = None,
+    seed: int = 0,
+    size: int | None = None,
 ) -> Task:
     """Minimum non-negative sum (CoT2, arXiv:2505.23648): sign each digit so that the sum is the
     smallest one >= 0.
 
     All (high - low + 1) ** digits sequences. A fifth of the multisets is held out, so that no test
-    row is a permutation of a training row. The prompt is `<bos> D5 D3 D2 D4 ->`, the completion the
-    partial sums along the best signs, ` S5 S2 S4 S0`; the last is the answer. Of equal totals the
-    first sign tuple in the order of itertools.product((1, -1), repeat=digits) is gold. `traces`
-    holds one completion for each signing of all digits but the last: its partial sums, then the
-    gold answer. Their marginals are the exact frontier of the search. Every whitespace-separated
-    word is one token of the model's vocabulary. `digits` is a column too; rows of a multiset are a
-    `group`.
+    row is a permutation of a training row. Held-out rows stand in the order of their sequences, or
+    with `orders` multiset by multiset, in the order in which these were drawn.
+
+    The prompt is `<bos> D5 D3 D2 D4 ->`, the completion the partial sums along the best signs,
+    ` S5 S2 S4 S0`; the last is the answer. Of equal totals the first sign tuple in the order of
+    itertools.product((1, -1), repeat=digits) is gold. `traces` holds one completion for each
+    signing of all digits but the last: its partial sums, then the gold answer. Their marginals are
+    the exact frontier of the search. Every whitespace-separated word is one token of the model's
+    vocabulary. `digits` is a column too; rows of a multiset are a `group`.
 
     Args:
         digits: how many, at least 2.   low, high: the range of a digit, 0 <= low < high.
+        held_out: multisets held out; None is a fifth of them.   orders: at most this many
+            permutations of each (a fixed random choice); None is all.
         seed: selects the multisets held out.   size: at most this many training rows (a fixed
             random choice).
+
+    Raises:
+        ValueError: for a range without two digits, or more multisets held out than leave one to
+            train on.
     """
     if digits < 2 or not 0 <= low < high:
         raise ValueError(
@@ -38,12 +54,19 @@ def mnns(
     span = range(low, high + 1)
     rng = random.Random(seed)  # Python keeps its stream across versions
     bags = list(itertools.combinations_with_replacement(span, digits))
+    check_least({"held_out": held_out, "orders": orders}, held_out=1, orders=1)
+    if held_out is not None and held_out >= len(bags):
+        raise ValueError(
+            f"held_out={held_out}: there are {len(bags)} multisets, and one at least is to train on"
+        )
     rng.shuffle(bags)
-    held_out = set(bags[: max(1, len(bags) // 5)])
+    tested = dict.fromkeys(bags[: held_out or max(1, len(bags) // 5)])
     train, test = [], []
     for sequence in itertools.product(span, repeat=digits):
-        (test if tuple(sorted(sequence)) in held_out else train).append(sequence)
+        (test if tuple(sorted(sequence)) in tested else train).append(sequence)
     rng.shuffle(train)  # so that the first `size` are a fair choice
+    if orders is not None:
+        test = [order for bag in tested for order in _some_orders(bag, orders, rng)]
     fits = high <= 9 and digits * high <= 36  # its vocabulary: D0..D9, S-36..S36
     return Task(
         name="mnns",
@@ -55,6 +78,12 @@ def mnns(
         extract=_last_sum,
         max_new_tokens=digits + 1,
     )
+
+
+def _some_orders(bag: tuple[int, ...], count: int, rng: random.Random) -> list[tuple[int, ...]]:
+    """Permutations of a multiset, at most so many, none twice."""
+    orders = sorted({*itertools.permutations(bag)})
+    return rng.sample(orders, min(count, len(orders)))
 
 
 def _mnns_row(sequence: tuple[int, ...]) -> dict:
@@ -90,7 +119,14 @@ def _last_sum(text: str) -> str:
     return sums[-1] if sums else ""
 
 
-def latin(n: int = 5, givens: int = 5, *, seed: int = 0, size: int | None = None) -> Task:
+def latin(
+    n: int = 5,
+    givens: int = 5,
+    *,
+    held_out: int = LATIN_TEST,
+    seed: int = 0,
+    size: int | None = None,
+) -> Task:
     """Complete an n x n Latin square: every symbol once in each row and each column. Any valid
     completion counts.
 
@@ -101,14 +137,19 @@ def latin(n: int = 5, givens: int = 5, *, seed: int = 0, size: int | None = None
 
     Args:
         n: 2 to 9.   givens: cells of a template that are shown.
+        held_out: templates, each of a square drawn for it; small squares repeat.
         seed: selects the squares; no training square is a held-out one.   size: training rows,
             default 40000.
+
+    Raises:
+        ValueError: for a size out of range, or so many held out that no square is left to train on.
     """
+    check_least({"held_out": held_out}, held_out=1)
     if not 2 <= n <= 9 or not 0 <= givens < n * n:
         raise ValueError(f"n={n}, givens={givens}: needs 2 <= n <= 9 and 0 <= givens < n * n")
     rng = random.Random(seed)
-    held_out = [_latin_square(n, rng) for _ in range(LATIN_TEST)]
-    excluded = set(map(tuple, held_out))
+    tested = [_latin_square(n, rng) for _ in range(held_out)]
+    excluded = set(map(tuple, tested))
     squares = (_latin_square(n, rng) for _ in range(LATIN_SIZE if size is None else size))
 
     def say(cells) -> str:
@@ -125,8 +166,10 @@ def latin(n: int = 5, givens: int = 5, *, seed: int = 0, size: int | None = None
     ]
     test = [
         {"prompt": "<bos>", "completion": say(s), "answer": say(s).strip(), "template": template(s)}
-        for s in held_out
+        for s in tested
     ]
+    if not train and size != 0:
+        raise ValueError(f"held_out={held_out}: every square of n={n} is held out, take fewer")
     return Task(
         "latin",
         Dataset.from_list(train),
