@@ -2,6 +2,8 @@
 weights."""
 
 import re
+from dataclasses import dataclass
+from typing import ClassVar
 
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -46,29 +48,32 @@ LLADA_NEEDS = dict(
 DREAM_NEEDS = dict(hidden_act="silu", use_sliding_window=False, use_mrope=False)
 
 
+# What a config.json must say, since transformers would take it of a model that it knows
+SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
 class Published:
     """A configuration of transformers written to and read from its published field names, with what
-    it says of diffusion: `family`, a short name; `logits_shift`, 1 where the logits at a position
-    are about the next; `block_length`, None where the whole canvas is read in both directions."""
+    it says of diffusion."""
 
-    family: str
+    family: ClassVar[str]  # a short name
     # published names of fields, in to_dict too
-    published: dict[str, str] = {}
+    published: ClassVar[dict[str, str]] = {}
     # what the configuration must say, or not mention, for the stock class to be the model
-    needs: dict
-    # and these, for which transformers would take those of a model that it knows
-    sizes: tuple[str, ...] = (
-        "hidden_size",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "vocab_size",
-    )
+    needs: ClassVar[dict]
+    sizes: ClassVar[tuple[str, ...]] = SIZES
     # what the folder may leave to the caller of `load`, and what the mask token is called there
-    free: tuple[str, ...] = ("block_length",)
-    mask_tokens: tuple[str, ...] = ()
+    free: ClassVar[tuple[str, ...]] = ("block_length",)
+    mask_tokens: ClassVar[tuple[str, ...]] = ()
     # the released models', for folders that name none
-    usual_mask_id: int | None = None
-    usual_eos_id: int | None = None
+    usual_mask_id: ClassVar[int | None] = None
+    usual_eos_id: ClassVar[int | None] = None
+
+    logits_shift: int = 0  # 1: the logits at a position are about the next
+    block_length: int | None = None  # None: the whole canvas is read in both directions
+    is_causal: bool = False
+    mask_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         if self.logits_shift not in (0, 1):
@@ -116,10 +121,7 @@ class LladaConfig(Published, LlamaConfig):
         "weight_tying": "tie_word_embeddings",
     }
     attribute_map = published
-    logits_shift: int = 0  # 1 of softar's convert
-    is_causal: bool = False
     use_cache: bool = False
-    mask_token_id: int | None = None
 
 
 class LladaForMaskedDiffusion(LlamaForCausalLM):
@@ -134,9 +136,7 @@ class DreamConfig(Published, Qwen2Config):
     needs = DREAM_NEEDS
     free = ()
     logits_shift: int = 1
-    is_causal: bool = False
     use_cache: bool = False
-    mask_token_id: int | None = None
 
 
 class DreamForMaskedDiffusion(Qwen2ForCausalLM):

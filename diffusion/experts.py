@@ -62,13 +62,10 @@ class Llada2Config(Published, Glm4MoeConfig):
     mask_tokens = ("<|mask|>",)
     usual_mask_id = 156895
     usual_eos_id = 156892
-    logits_shift: int = 0
-    block_length: int = 32
+    block_length: int | None = 32
     head_dim: int | None = None
     use_qk_norm: bool = True
     num_mtp_layers: int = 0
-    is_causal: bool = False
-    mask_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -102,10 +99,7 @@ class SdarMoeConfig(Published, Qwen3MoeConfig):
     needs = dict(hidden_act="silu", use_sliding_window=False)
     mask_tokens = ("<|MASK|>", "<MASK>")
     usual_mask_id = 151669
-    logits_shift: int = 0
-    block_length: int = 4
-    is_causal: bool = False
-    mask_token_id: int | None = None
+    block_length: int | None = 4
 
 
 class SDARMoeForCausalLM(Qwen3MoeForCausalLM):

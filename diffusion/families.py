@@ -35,10 +35,7 @@ class SdarConfig(Published, Qwen3Config):
     needs = PLAIN_QWEN
     mask_tokens = ("<|MASK|>", "<MASK>")
     usual_mask_id = 151669
-    logits_shift: int = 0
-    block_length: int = 4
-    is_causal: bool = False
-    mask_token_id: int | None = None
+    block_length: int | None = 4
 
 
 class SDARForCausalLM(Qwen3ForCausalLM):
@@ -56,60 +53,41 @@ class FastDllmConfig(Published, Qwen2Config):
     mask_tokens = ("|<MASK>|",)
     usual_mask_id = 151665
     logits_shift: int = 1
-    block_length: int = 32
-    is_causal: bool = False
-    mask_token_id: int | None = None
+    block_length: int | None = 32
 
 
 class Fast_dLLM_QwenForCausalLM(Qwen2ForCausalLM):
     config_class = FastDllmConfig
 
 
-class A2dQwen3Config(Published, Qwen3Config):
+class A2d(Published):
     """Of a causal model read in both directions, as dllm trains it: by MDLM, or by BD3LM, which has
     a block length that its folder does not say."""
 
-    model_type = "a2d-qwen3"
     family = "a2d"
     needs = PLAIN_QWEN
     mask_tokens = ("<|mask|>",)
     free = ("block_length", "logits_shift")
-    logits_shift: int = 0
-    block_length: int | None = None
-    is_causal: bool = False
-    mask_token_id: int | None = None
+
+
+class A2dQwen3Config(A2d, Qwen3Config):
+    model_type = "a2d-qwen3"
 
 
 class A2DQwen3LMHeadModel(Qwen3ForCausalLM):
     config_class = A2dQwen3Config
 
 
-class A2dQwen2Config(Published, Qwen2Config):
+class A2dQwen2Config(A2d, Qwen2Config):
     model_type = "a2d-qwen2"
-    family = "a2d"
-    needs = PLAIN_QWEN
-    mask_tokens = A2dQwen3Config.mask_tokens
-    free = A2dQwen3Config.free
-    logits_shift: int = 0
-    block_length: int | None = None
-    is_causal: bool = False
-    mask_token_id: int | None = None
 
 
 class A2DQwen2LMHeadModel(Qwen2ForCausalLM):
     config_class = A2dQwen2Config
 
 
-class A2dLlamaConfig(Published, LlamaConfig):
+class A2dLlamaConfig(A2d, LlamaConfig):
     model_type = "a2d-llama"
-    family = "a2d"
-    needs = dict(hidden_act="silu")
-    mask_tokens = A2dQwen3Config.mask_tokens
-    free = A2dQwen3Config.free
-    logits_shift: int = 0
-    block_length: int | None = None
-    is_causal: bool = False
-    mask_token_id: int | None = None
 
 
 class A2DLlamaLMHeadModel(LlamaForCausalLM):
@@ -126,8 +104,6 @@ class OpenDcoderConfig(Published, Qwen2Config):
     mask_tokens = ("[MASK]",)
     free = ()
     logits_shift: int = 1
-    is_causal: bool = False
-    mask_token_id: int | None = None
 
 
 class Family(NamedTuple):

@@ -7,7 +7,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .architectures import Published
+from .architectures import SIZES
 from .folder import Stated
 
 OPENER = DiffusionGemmaForBlockDiffusion
@@ -21,9 +21,7 @@ def read_config(name: str, settings: dict, stated: Stated, fetch: dict) -> PreTr
     for field in ("text_config", "vision_config"):
         if not isinstance(settings.get(field), dict):
             raise ValueError(f"its config.json says no {field}")
-    if missing := [
-        field for field in Published.sizes if settings["text_config"].get(field) is None
-    ]:
+    if missing := [field for field in SIZES if settings["text_config"].get(field) is None]:
         raise ValueError(f"the text_config of its config.json says no {missing[0]}")
     length = settings.get("canvas_length")
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
