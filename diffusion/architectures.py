@@ -62,7 +62,7 @@ class Published:
     published: ClassVar[dict[str, str]] = {}
     # what the configuration must say, or not mention, for the stock class to be the model
     needs: ClassVar[dict]
-    sizes: ClassVar[tuple[str, ...]] = SIZES
+    sizes: ClassVar[tuple[str, ...]] = (*SIZES, "rms_norm_eps", "rope_theta")
     # what the folder may leave to the caller of `load`, and what the mask token is called there
     free: ClassVar[tuple[str, ...]] = ("block_length",)
     mask_tokens: ClassVar[tuple[str, ...]] = ()
@@ -95,7 +95,7 @@ class Published:
         named = super().to_dict()
         for original, name in self.published.items():
             named[original] = named.pop(name)
-        rotation = dict(self.rope_parameters)
+        rotation = dict(named.pop("rope_parameters"))
         for name in ("rope_theta", "partial_rotary_factor"):
             if name in rotation:
                 named[name] = rotation.pop(name)
@@ -149,6 +149,9 @@ def check_settings(settings: dict, needs: dict) -> None:
         actual = settings.get(field)
         if actual is not None and actual != value:
             raise ValueError(f"{field}={actual!r} is not supported, only {value!r}")
+    layers = settings.get("layer_types") or []
+    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
+        raise ValueError(f"layer_types={layers!r} is not supported, only full_attention everywhere")
     rows = settings.get("embedding_size")
     if rows is not None and rows != settings.get("vocab_size"):
         raise ValueError(

@@ -34,6 +34,7 @@ class Llada2Config(Published, Glm4MoeConfig):
         moe_router_enable_expert_bias=True,
         norm_head=False,
         norm_softmax=False,
+        norm_topk_prob=True,
         num_nextn_predict_layers=0,
         score_function="sigmoid",
         use_bias=False,
@@ -54,8 +55,6 @@ class Llada2Config(Published, Glm4MoeConfig):
         "num_experts_per_tok",
         "num_key_value_heads",
         "partial_rotary_factor",
-        "rms_norm_eps",
-        "rope_theta",
         "routed_scaling_factor",
         "topk_group",
     )
@@ -71,8 +70,8 @@ class Llada2Config(Published, Glm4MoeConfig):
         super().__post_init__(**kwargs)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        size, rest = divmod(self.n_routed_experts, self.n_group)
-        if rest or size < 2 or self.topk_group > self.n_group:
+        size, rest = divmod(self.n_routed_experts, max(self.n_group, 1))
+        if rest or size < 2 or not 1 <= self.topk_group <= self.n_group:
             raise ValueError(
                 f"num_experts={self.n_routed_experts} in n_group={self.n_group} groups, of which topk_group="
                 f"{self.topk_group} are kept: groups must be of one size, two experts or more"
@@ -82,6 +81,8 @@ class Llada2Config(Published, Glm4MoeConfig):
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than the {size * self.topk_group} "
                 f"experts of topk_group={self.topk_group} groups"
             )
+        if self.num_experts_per_tok < 2:  # the original leaves the weight of a single one as it is
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must be 2 or more")
 
 
 class LLaDA2MoeModelLM(Glm4MoeForCausalLM):
@@ -94,9 +95,10 @@ class SdarMoeConfig(Published, Qwen3MoeConfig):
 
     model_type = "sdar_moe"
     family = "sdar"
-    published = {"block_size": "block_length"}
-    attribute_map = Qwen3MoeConfig.attribute_map | published
+    published = {"block_size": "block_length", "num_experts": "num_local_experts"}
+    attribute_map = published
     needs = dict(hidden_act="silu", use_sliding_window=False)
+    sizes = (*Published.sizes, "norm_topk_prob", "num_experts_per_tok", "num_local_experts")
     mask_tokens = ("<|MASK|>", "<MASK>")
     usual_mask_id = 151669
     block_length: int | None = 4

@@ -70,12 +70,12 @@ def mask_ids(
     name: str,
     config: Published,
     settings: dict,
+    generation: dict,
     tokenizer: PreTrainedTokenizerBase | None,
     fetch: dict,
 ) -> dict[str, int]:
-    """The id of the mask token by each source that says one. settings: of config.json. Without a
-    tokenizer the files that name its special tokens count."""
-    generation = read_fields(name, GENERATION, fetch)
+    """The id of the mask token by each source that says one. settings, generation: of config.json
+    and generation_config.json. Without a tokenizer the files that name its special tokens count."""
     said = {
         "its config.json": settings.get("mask_token_id"),
         f"its {GENERATION}": generation.get("mask_token_id"),
@@ -113,55 +113,85 @@ def settle(field: str, stated, said: dict, usual=None):
     return next(iter(named.values()), usual)
 
 
-def complete(config: Published, masks: dict[str, int], settings: dict, stated: Stated) -> None:
-    """Set what a family's configuration needs and its config.json need not say. masks: `mask_ids`.
-    Raises ValueError for contradictions, and ids outside the vocabulary."""
-    mask = settle("mask_token_id", stated.mask_token_id, masks, config.usual_mask_id)
+def complete(
+    config: Published,
+    masks: dict[str, int],
+    settings: dict,
+    generation: dict,
+    tokenizer: PreTrainedTokenizerBase | None,
+    stated: Stated,
+) -> None:
+    """Set what a family's configuration needs and its config.json need not say. masks, settings,
+    generation: as in `mask_ids`. Raises ValueError for contradictions, and ids outside the
+    vocabulary."""
+    config.is_causal = False
+    usual = config.usual_mask_id
+    mask = settle("mask_token_id", stated.mask_token_id, masks, usual)
+    if stated.mask_token_id is None and not masks and usual is not None and tokenizer is not None:
+        if (word := tokenizer.convert_ids_to_tokens(usual)) is not None:
+            raise ValueError(
+                f"none of its files names a mask token, and mask_token_id={usual} of the released models is "
+                f"{word!r} to its tokenizer: say the right one by mask_token_id="
+            )
     check_id("mask_token_id", mask, config.vocab_size)
     config.mask_token_id = mask
     usual = config.usual_eos_id
     if usual is not None and config.pad_token_id is not None:
         usual = config.pad_token_id
-    said = _said(settings, "eos_token_id")
-    end = settle("eos_token_id", stated.eos_token_id, said, usual)
-    if stated.eos_token_id is not None or not said:
-        check_id("eos_token_id", end, config.vocab_size)
-    config.eos_token_id = end
+    config.eos_token_id = settle(
+        "eos_token_id", stated.eos_token_id, _said(settings, "eos_token_id"), usual
+    )
+    for named in (config.eos_token_id, generation.get("eos_token_id")):
+        for end in named if isinstance(named, list) else [named]:
+            check_id("eos_token_id", end, config.vocab_size)
+            if mask is not None and end == mask:
+                raise ValueError(
+                    f"mask_token_id={mask} is an end token as well: one of them is wrong"
+                )
     if "logits_shift" in config.free:
         said = _said(settings, "logits_shift")
     else:
         said = {f"the family {config.family}": config.logits_shift}
-    shift = settle("shift", stated.shift, said, config.logits_shift)
+    config.logits_shift = settle("shift", stated.shift, said, config.logits_shift)
+    said = _said(settings, "block_length", *config.originals("block_length"))
+    length = settle("block_length", stated.block_length, said, config.block_length)
+    if length is not None and "block_length" not in config.free:
+        raise ValueError(
+            f"block_length={length}: {config.family} reads the whole canvas in both directions"
+        )
+    config.block_length = length
+    check_reading(config.logits_shift, config.block_length)
+
+
+def check_reading(shift, block_length) -> None:
+    """Raise ValueError for what no model is."""
     if shift not in (0, 1):
         raise ValueError(
             f"shift={shift!r} must be 0, or 1 where logits are about the next position"
         )
-    config.logits_shift = shift
-    if "block_length" in config.free:
-        said = _said(settings, "block_length", *config.originals("block_length"))
-        length = settle("block_length", stated.block_length, said, config.block_length)
-        if length is not None and (type(length) is not int or length < 1):
-            raise ValueError(f"block_length={length!r} must be a whole number, 1 or more")
-        config.block_length = length
-    elif stated.block_length is not None:
-        raise ValueError(
-            f"block_length={stated.block_length}: {config.family} reads the whole canvas in both directions"
-        )
+    if block_length is not None and (type(block_length) is not int or block_length < 1):
+        raise ValueError(f"block_length={block_length!r} must be a whole number, 1 or more")
 
 
 def check_sizes(config: type[Published], settings: dict) -> None:
-    """Raise ValueError for a config.json without the sizes of its model."""
+    """Raise ValueError for a config.json without the sizes of its model, or with two of one."""
+    rotation = settings.get("rope_parameters")
     for field in config.sizes:
-        names = [*config.originals(field), field]
-        if not _said(settings, *names):
-            raise ValueError(f"its config.json says no {names[0]}")
+        names = [field, *config.originals(field)]
+        said = _said(settings, *names)
+        if isinstance(rotation, dict) and rotation.get(field) is not None:
+            said[f"{field} of the rope_parameters of its config.json"] = rotation[field]
+        if not said:
+            raise ValueError(f"its config.json says no {names[-1]}")
+        settle(field, None, said)
 
 
 def check_id(field: str, number, vocab_size: int) -> None:
     """Raise ValueError unless it is None or the id of a token."""
     if number is not None and not (type(number) is int and 0 <= number < vocab_size):
         raise ValueError(
-            f"{field}={number!r} is no id in the vocabulary of {vocab_size}: say the right one by {field}="
+            f"{field}={number!r} is no id in the vocabulary of {vocab_size}: say the right one in the file that says "
+            f"this one, or by {field}= where none does"
         )
 
 
@@ -173,18 +203,24 @@ def _said(settings: dict, *fields: str) -> dict:
     }
 
 
-def weight_names(name: str, fetch: dict) -> list[str]:
-    """Of the tensors that a folder's safetensors hold; none where there are no safetensors."""
-    index = "model.safetensors.index.json"
-    if fields := read_fields(name, index, fetch):
-        if not isinstance(fields.get("weight_map"), dict):
+def weight_names(name: str, fetch: dict, variant: str | None) -> list[str]:
+    """Of the tensors that a folder's safetensors hold; none where there are no safetensors.
+    variant: as in `from_pretrained`, a word in the names of the files."""
+    middle = f".{variant}" if variant else ""
+    files, index = [f"model{middle}.safetensors"], f"model.safetensors.index{middle}.json"
+    if find_file(name, files[0], fetch) is None:
+        fields = read_fields(name, index, fetch)
+        where = fields.get("weight_map") if fields else {}
+        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
             raise ValueError(f"its {index} holds no weight_map")
-        return [*fields["weight_map"]]
-    file = find_file(name, "model.safetensors", fetch)
-    if file is None:
-        return []
-    try:
-        with safe_open(file, "pt") as tensors:
-            return [*tensors.keys()]
-    except SafetensorError as error:
-        raise OSError(f"its {file.name} cannot be read: {error}") from None
+        files = sorted({*where.values()})
+    names = []
+    for file in files:
+        if (path := find_file(name, file, fetch)) is None:
+            raise FileNotFoundError(f"its {file} is not there")
+        try:
+            with safe_open(path, "pt") as tensors:
+                names += tensors.keys()
+        except SafetensorError as error:
+            raise OSError(f"its {file} cannot be read: {error}") from None
+    return names

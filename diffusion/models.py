@@ -23,7 +23,10 @@ from transformers import (
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from softar.checks import check_least, check_values
 from softar.models import (
@@ -50,6 +53,8 @@ from .families import FAMILIES, family_of, is_converted, kinds_on
 from .folder import (
     GENERATION,
     Stated,
+    check_id,
+    check_reading,
     check_sizes,
     complete,
     find_file,
@@ -126,14 +131,14 @@ def load(
         ValueError: naming `name` and, where the model is of a kind that is not supported, the field
             that says so; a statement that contradicts the folder.
     """
-    check_values(load, name=name, seed=seed)
+    stated = Stated(kind, mask_token_id, eos_token_id, block_length, shift)
+    check_values(load, name=name, seed=seed, **stated._asdict())
     check_least({"seed": seed}, seed=0)
     name = os.fspath(name)
     dtype, device = to_dtype(dtype, kwargs), to_device(device, kwargs)
-    check_fixed(kwargs)
-    stated = Stated(kind, mask_token_id, eos_token_id, block_length, shift)
+    check_fixed(kwargs, config="it is read from the folder")
     with opening(name, REMEDY, kwargs):
-        if name in AUTOREGRESSIVE or name.endswith(".gguf"):
+        if name in AUTOREGRESSIVE or name.endswith(".gguf") or "gguf_file" in kwargs:
             raise ValueError("it is an autoregressive model: use softar.load")
         if name in MODELS:
             if any(value is not None for value in stated):
@@ -160,7 +165,8 @@ def _open(name: str, stated: Stated, *, dtype, **model_kwargs):
     if not Path(name).is_dir() and (name.startswith(".") or Path(name).is_absolute()):
         raise FileNotFoundError("there is no such folder, and a hub id has the form owner/name")
     settings = settings_of(name, **fetch)
-    family = family_of(settings, stated.kind, read_fields(name, GENERATION, fetch))
+    generation = read_fields(name, GENERATION, fetch)
+    family = family_of(settings, stated.kind, generation)
     if settings["model_type"] == CANVASES:
         config = gemma.read_config(name, settings, stated, fetch)
         tokenizer, opener = open_tokenizer(name, config, fetch), gemma.OPENER
@@ -168,7 +174,9 @@ def _open(name: str, stated: Stated, *, dtype, **model_kwargs):
         # of `convert`, which leaves the layout of a base that has no name here
         if any(value is not None for value in stated):
             raise ValueError(f"it was converted and says all, and takes none of {Stated._fields}")
+        check_reading(settings["logits_shift"], settings.get("block_length"))
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fetch)
+        check_id("mask_token_id", config.mask_token_id, config.vocab_size)
         tokenizer, opener = open_tokenizer(name, config, fetch), AutoModelForCausalLM
     elif family is None:
         _check_masked_lm(settings, stated)
@@ -182,17 +190,15 @@ def _open(name: str, stated: Stated, *, dtype, **model_kwargs):
     else:
         check_settings(settings, family.config.needs)
         check_sizes(family.config, settings)
-        how = model_kwargs.pop("attn_implementation", None)
-        config, model_kwargs = family.config.from_pretrained(
-            name, return_unused_kwargs=True, **model_kwargs
-        )
-        config._attn_implementation = how  # SDAR's folders ask for kernels of their training
-        tokenizer = open_tokenizer(name, config, fetch)
-        complete(config, mask_ids(name, config, settings, tokenizer, fetch), settings, stated)
+        config = family.config.from_pretrained(name, **fetch)
+        # SDAR's folders ask for kernels of their training
+        config._attn_implementation = model_kwargs.pop("attn_implementation", None)
+        tokenizer, opener = open_tokenizer(name, config, fetch), family.model
+        masks = mask_ids(name, config, settings, generation, tokenizer, fetch)
+        complete(config, masks, settings, generation, tokenizer, stated)
         name_mask(config, tokenizer)
         if family.has_experts:
-            check_experts(config, weight_names(name, fetch))
-        model_kwargs, opener = model_kwargs | fetch, family.model
+            check_experts(config, weight_names(name, fetch, model_kwargs.get("variant")))
     model, info = opener.from_pretrained(
         name,
         config=config,
@@ -204,15 +210,31 @@ def _open(name: str, stated: Stated, *, dtype, **model_kwargs):
     )
     # A masked LM's checkpoint may carry other heads; for it only what is missing counts.
     check_fit(info, model, is_head_of_many=opener is AutoModelForMaskedLM)
+    if opener is not AutoModelForMaskedLM:
+        _check_tied(model)
     introduce(model, tokenizer)
     return model, tokenizer
+
+
+def _check_tied(model: PreTrainedModel) -> None:
+    """Raise ValueError where embedding and head are to be one, and the weights hold two: then
+    transformers takes two, and the original code one."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if model.config.get_text_config().tie_word_embeddings and head.weight is not table.weight:
+        raise ValueError(
+            "its config.json says that the embedding is the head, too (tie_word_embeddings), and its weights hold a "
+            "head of another kind: correct the one or the other"
+        )
 
 
 def _check_masked_lm(settings: dict, stated: Stated) -> None:
     """Raise ValueError for the config.json of a model that no family and no AutoModelForMaskedLM
     opens."""
     kind, classes = settings["model_type"], settings["architectures"]
-    is_causal = any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in classes)
+    fills_masks = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    is_causal = any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in classes) or (
+        kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not fills_masks
+    )
     kinds = kinds_on(kind)
     if is_causal and kinds and diffusion_sign(settings):
         raise ValueError(
@@ -224,7 +246,7 @@ def _check_masked_lm(settings: dict, stated: Stated) -> None:
             f"its config.json says model_type={kind!r}, architectures={classes}, which is not a masked-diffusion "
             f"model: use softar.load{or_kind}"
         )
-    if kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    if not fills_masks:
         raise ValueError(
             f"its config.json says model_type={kind!r}, which is not a masked-diffusion model that softar "
             f"opens: neither {' nor '.join([*FAMILIES, CANVASES])} nor a masked language model of transformers"
@@ -265,6 +287,7 @@ def _adapter(folder: Path, stated: Stated, *, dtype, device, **model_kwargs):
     kind = model.config.model_type
     if (of_adapter := open_tokenizer(str(folder), model.config, {})) is not None:
         tokenizer = of_adapter
+        name_mask(model.config, tokenizer)
         introduce(model, tokenizer)
     # An adapter trained on the remote code has the names of its base.
     wrapped = wrap(model, folder, RENAMED.get(kind))

@@ -86,7 +86,7 @@ def facts(model: nn.Module) -> Facts:
         config.vocab_size,
         soft_mask,
         uniform,
-        config.block_length if "block_length" in config else None,
+        config.block_length if "logits_shift" in config and "block_length" in config else None,
         family if uniform is None else "duo",
     )
 

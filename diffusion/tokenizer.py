@@ -65,10 +65,12 @@ def open_tokenizer(
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **fetch)
 
 
-def name_mask(config: Published, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Give the tokenizer a mask token where it has none, and it is the next id: A2D's and
+def name_mask(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Give a family's tokenizer a mask token where it has none, and it is the next id: A2D's and
     Open-dCoder's are registered when they are loaded. Raises ValueError where no row is left."""
-    if tokenizer is None or not config.mask_tokens or tokenizer.mask_token_id is not None:
+    if not isinstance(config, Published) or not config.mask_tokens:
+        return
+    if tokenizer is None or tokenizer.mask_token_id is not None:
         return
     if config.mask_token_id in (None, len(tokenizer)):
         tokenizer.add_special_tokens({"mask_token": config.mask_tokens[0]})
@@ -87,6 +89,11 @@ def introduce(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
     tokenizer.padding_side = "left"
     if "mask_token_id" not in config or config.mask_token_id is None:
         config.mask_token_id = tokenizer.mask_token_id
+    if tokenizer.mask_token_id not in (None, config.mask_token_id):
+        raise ValueError(
+            f"mask_token_id is contradictory: {config.mask_token_id} by the model's configuration, "
+            f"{tokenizer.mask_token_id} by the tokenizer"
+        )
     if tokenizer.mask_token is None and config.mask_token_id is not None:
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(config.mask_token_id)
     if "eos_token_id" not in config or config.eos_token_id is None:

@@ -815,6 +815,27 @@ def test_dream_of_another_architecture_is_refused(field, value, tmp_path):
     refuses(write(tmp_path, stock("Dream"), "Dream", **{field: value}), f"{field}={value!r}")
 
 
+@every_kind
+def test_what_a_whole_canvas_has_no_use_for(kind, tmp_path):
+    refuses(write(tmp_path / "a", stock(kind), kind, block_length=8), "reads the whole canvas")
+    layers = dict(layer_types=["sliding_attention", "full_attention"])
+    refuses(write(tmp_path / "b", stock(kind), kind, **layers), "layer_types=['sliding_attention'")
+    refuses(write(tmp_path / "c", stock(kind), kind, drop=["rope_theta"]), "says no rope_theta")
+    if kind == "llada":
+        folder = write(tmp_path / "d", stock(), hidden_size=64)
+        refuses(folder, "64 by hidden_size of its config.json, 32 by d_model")
+
+
+def test_a_masked_language_model_whose_files_disagree(tmp_path):
+    write_bert(tmp_path, "bert")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    # which is no field of its
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"block_length": 8}))
+    assert facts(load(tmp_path)[0]).block_length is None
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"mask_token_id": 7}))
+    refuses(tmp_path, "7 by the model's configuration, 4 by the tokenizer")
+
+
 def edit(path, change):
     tensors = load_file(path)
     change(tensors)

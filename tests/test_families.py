@@ -201,6 +201,8 @@ def test_experts_of_sdar(tmp_path):
     assert "model.layers.1.mlp.experts.3.up_proj.weight" in names and len(names) == 2 * (9 + 12) + 3
     saved = fields_of(tmp_path)
     assert (saved["block_size"], saved["model_type"]) == (8, "sdar_moe")
+    # under the name that the original code reads
+    assert saved["num_experts"] == 4 and "num_local_experts" not in saved
     assert saved["architectures"] == ["SDARMoeForCausalLM"]
     again, _ = load(tmp_path)
     assert (facts(again).block_length, facts(again).family) == (8, "sdar")
@@ -209,6 +211,10 @@ def test_experts_of_sdar(tmp_path):
     del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     refuses(tmp_path, "4 experts in 2 layers: missing keys", "layers.1.mlp.experts.2.up_proj")
+    for field in ("norm_topk_prob", "num_experts", "num_experts_per_tok"):
+        fields = {k: v for k, v in saved.items() if k != field}
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        refuses(tmp_path, f"says no {field}")
 
 
 @one_of_each
@@ -243,6 +249,10 @@ def test_causal_models_and_these_each_have_one_loader(name, tmp_path):
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3", "llama", "gemma3"])
 def test_a_causal_folder_is_sent_to_softar_load(arch, tmp_path):
     model_of(arch).save_pretrained(tmp_path)
+    refuses(tmp_path, "use softar.load")
+    # by its type alone
+    fields = {k: v for k, v in fields_of(tmp_path).items() if k != "architectures"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
     refuses(tmp_path, "use softar.load")
 
 
@@ -353,6 +363,39 @@ def test_a_mask_token_that_is_registered_when_loaded(name, token, tmp_path):
         refuses(tmp_path / "a", "mask_token_id=320 is no id in the vocabulary of 320")
 
 
+@pytest.mark.parametrize("name", ["fastv2_tied", "llada2_moe", "sdar_b4"])
+def test_the_released_mask_id_is_not_taken_for_a_word(name, tmp_path, monkeypatch):
+    """Of a tokenizer that has another token there."""
+    monkeypatch.setattr(
+        FAMILIES[fields_of(FOLDERS / name)["model_type"]].config, "usual_mask_id", 9
+    )
+    folder = edited(name, tmp_path / "a", drop=["mask_token_id"])
+    for file in ("tokenizer_config.json", "added_tokens.json"):
+        (folder / file).unlink(missing_ok=True)
+    tokenizer_of(310).save_pretrained(folder)
+    refuses(folder, "mask_token_id=9 of the released models is 'w9' to its tokenizer")
+    assert facts(load(folder, mask_token_id=MASK)[0]).mask_id == MASK
+
+
+@pytest.mark.parametrize(("name", "token"), [("a2d_qwen2", "<|mask|>"), ("opendcoder", "[MASK]")])
+def test_the_tokenizer_of_an_adapter(name, token, tmp_path):
+    """It gets the mask token as the base's does, and may not name another."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(FOLDERS / name, base)
+    (base / "tokenizer_config.json").unlink(missing_ok=True)
+    tokenizer_of(MASK).save_pretrained(base)
+    with_lora(load(base)[0]).save_pretrained(adapter)
+    tokenizer_of(MASK).save_pretrained(adapter)
+    model, tokenizer = load(adapter)
+    assert (
+        (tokenizer.mask_token, tokenizer.mask_token_id) == (token, MASK) == (token, facts(model)[0])
+    )
+    another = tokenizer_of(310, 305, token)
+    another.mask_token = token
+    another.save_pretrained(adapter)
+    refuses(adapter, "300 by the model's configuration, 305 by the tokenizer")
+
+
 def test_chats(tmp_path):
     qwen3 = (
         "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
@@ -408,7 +451,20 @@ def more(weights):
     ],
 )
 def test_missing_experts_are_named(change, says, tmp_path):
-    refuses(edited("llada2_moe", tmp_path / "a", change), says, mask_token_id=MASK)
+    folder = edited("llada2_moe", tmp_path / "a", change)
+    refuses(folder, says, mask_token_id=MASK)
+    # an index from before, which transformers does not look at
+    where = dict.fromkeys(weights_of(FOLDERS / "llada2_moe"), "old.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
+    refuses(folder, says, mask_token_id=MASK)
+    # the file has another name, or there is an index that promises more than its file holds
+    file = folder / "model.safetensors"
+    shutil.copy(file, folder / "model.fp16.safetensors")
+    refuses(folder, says, mask_token_id=MASK, variant="fp16")
+    file.rename(folder / "old.safetensors")
+    refuses(folder, says, mask_token_id=MASK)
 
 
 @pytest.mark.parametrize(
@@ -457,9 +513,45 @@ def test_missing_experts_are_named(change, says, tmp_path):
         ("a2d_qwen3", {}, dict(kind="sdar"), "model_type='a2d-qwen3', and kind='sdar' is one of"),
         ("a2d_qwen3", {}, dict(kind="nix"), "kind='nix' is unknown"),
         ("sdar_b4", dict(use_sliding_window=True), {}, "use_sliding_window=True is not supported"),
+        ("sdar_b4", dict(layer_types=["full_attention", "sliding_attention"]), {}, "layer_types=["),
+        ("a2d_llama", dict(layer_types="sliding_attention"), {}, "layer_types='sliding_attention'"),
+        ("opendcoder", dict(block_length=8), {}, "open_dcoder reads the whole canvas"),
+        ("sdar_b4", dict(eos_token_id=[EOS, 320]), {}, "eos_token_id=320 is no id"),
+        (
+            "sdar_b4",
+            dict(eos_token_id=[EOS, MASK]),
+            {},
+            "mask_token_id=300 is an end token as well",
+        ),
+        ("llada2_moe", dict(pad_token_id=MASK), dict(mask_token_id=MASK), "300 is an end token"),
+        (
+            "sdar_b4",
+            dict(rope_parameters=dict(rope_theta=5.0)),
+            {},
+            "1000000 by rope_theta of its config.json, 5.0 by rope_theta of the rope_parameters",
+        ),
+        (
+            "llada2_moe",
+            dict(n_routed_experts=4),
+            {},
+            "4 by n_routed_experts of its config.json, 8 by num_experts",
+        ),
+        ("fastv2_tied", {}, dict(shift=True), "shift=True must be a whole number or None"),
+        ("sdar_b4", {}, dict(mask_token_id=True), "mask_token_id=True must be a whole number"),
+        ("llada2_moe", {}, dict(eos_token_id=[EOS]), "eos_token_id=[301] must be a whole number"),
+        ("sdar_b4", {}, dict(kind=5), "kind=5 must be text"),
+        # a field that transformers would change, past all that is checked here
+        ("sdar_b4", {}, dict(block_size=8), "takes no keyword 'block_size'"),
+        ("fastv2_gqa", {}, dict(hidden_act="gelu"), "takes no keyword 'hidden_act'"),
+        ("sdar_b4", {}, dict(config={}), "config={} is not to be changed"),
+        ("sdar_b4", {}, dict(gguf_file="x.gguf"), "use softar.load"),
         ("fastv2_gqa", dict(hidden_act="gelu"), {}, "hidden_act='gelu' is not supported"),
         ("llada2_moe", dict(n_group=3), {}, "num_experts=8 in n_group=3 groups"),
+        ("llada2_moe", dict(n_group=0), {}, "num_experts=8 in n_group=0 groups"),
+        ("llada2_moe", dict(topk_group=0), {}, "topk_group=0 are kept"),
         ("llada2_moe", dict(num_experts_per_tok=5), {}, "num_experts_per_tok=5 is more than the 4"),
+        # of one expert the original leaves the weight as it is
+        ("llada2_moe", dict(num_experts_per_tok=1), {}, "num_experts_per_tok=1 must be 2 or more"),
         *(
             ("llada2_moe", {field: value}, {}, f"{field}={value!r} is not supported")
             for field, value in dict(
@@ -469,6 +561,7 @@ def test_missing_experts_are_named(change, says, tmp_path):
                 score_function="softmax",
                 norm_head=True,
                 norm_softmax=True,
+                norm_topk_prob=False,
                 use_rmsnorm=False,
                 moe_router_enable_expert_bias=False,
                 use_sliding_window=True,
@@ -485,9 +578,55 @@ def test_bad_input_is_one_line(name, fields, said, says, tmp_path):
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["num_experts", "n_group", "vocab_size", "rope_theta"])
-def test_sizes_that_config_json_lacks_are_not_made_up(field, tmp_path):
-    refuses(edited("llada2_moe", tmp_path / "a", drop=[field]), f"says no {field}")
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        *(("llada2_moe", field) for field in ("num_experts", "n_group", "vocab_size")),
+        *((name, "rope_theta") for name in ("llada2_moe", "sdar_b4", "a2d_llama", "opendcoder")),
+        *((name, "rms_norm_eps") for name in ("llada2_moe", "fastv2_gqa", "a2d_qwen3")),
+    ],
+)
+def test_sizes_that_config_json_lacks_are_not_made_up(name, field, tmp_path):
+    refuses(edited(name, tmp_path / "a", drop=[field]), f"says no {field}")
+
+
+@pytest.mark.parametrize("name", ["llada2_moe", "sdar_b4", "a2d_llama"])
+def test_a_rotation_under_its_new_name(name, tmp_path):
+    """As transformers 5 writes it. Saved again there is one name of it, the original."""
+    fields = fields_of(FOLDERS / name)
+    named = {k: fields[k] for k in ("rope_theta", "partial_rotary_factor") if k in fields}
+    rotation = named | {"rope_type": "default"}
+    folder = edited(name, tmp_path / "a", drop=[*named, "rope_scaling"], rope_parameters=rotation)
+    model, _ = opened(name, folder)
+    assert torch.equal(logits(model), logits(opened(name)[0]))
+    model.save_pretrained(tmp_path / "b")
+    saved = fields_of(tmp_path / "b")
+    assert {k: saved[k] for k in named} == named and "rope_parameters" not in saved
+
+
+@pytest.mark.parametrize("name", ["sdar_b4", "a2d_qwen3", "opendcoder"])
+def test_a_family_is_never_causal(name, tmp_path):
+    """Whatever the folder of its base said."""
+    model, _ = opened(name, edited(name, tmp_path / "a", is_causal=True))
+    with torch.no_grad():
+        assert torch.equal(model(ids()).logits, opened(name)[0](ids()).logits)
+
+
+def test_a_head_of_its_own_where_it_is_to_be_the_embedding(tmp_path):
+    """The original code would take the embedding, transformers takes the head."""
+
+    def with_head(weights):
+        return weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}
+
+    folder = edited("sdar_tied", tmp_path / "a", with_head)
+    refuses(folder, "tie_word_embeddings", "correct the one or the other")
+
+
+@pytest.mark.parametrize("named", [5000, "x", [EOS, 320]])
+def test_end_tokens_of_generation_config(named, tmp_path):
+    folder = edited("sdar_b4", tmp_path / "a")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    refuses(folder, "is no id in the vocabulary of 320")
 
 
 def test_statements_where_nothing_is_to_be_said(tmp_path):

@@ -111,8 +111,8 @@ def _check_causal(settings: dict) -> None:
         )
 
 
-def check_fixed(model_kwargs: dict) -> None:
-    """Raise ValueError for what `from_pretrained` takes and softar decides."""
-    if fixed := sorted(FIXED.keys() & model_kwargs.keys()):
-        name = fixed[0]
-        raise ValueError(f"{name}={model_kwargs[name]!r} is not to be changed: {FIXED[name]}")
+def check_fixed(model_kwargs: dict, **more: str) -> None:
+    """Raise ValueError for what `from_pretrained` takes and softar decides. more: besides FIXED."""
+    fixed = FIXED | more
+    for name in sorted(fixed.keys() & model_kwargs.keys()):
+        raise ValueError(f"{name}={model_kwargs[name]!r} is not to be changed: {fixed[name]}")
