@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from test_architectures import build
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -21,8 +22,12 @@ from transformers import (
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -198,20 +203,26 @@ def test_unshifted_or_block_by_block(arch, shift, block_length, tied, tmp_path):
     assert facts(again) == told and torch.equal(logits(again, x), logits(new, x))
 
 
-@pytest.mark.parametrize(("shift", "block_length"), [(1, None), (0, 4)])
-@pytest.mark.parametrize("arch", ["gemma", "mistral", "olmo2"])
-def test_what_has_no_layout_here_keeps_its_own(arch, shift, block_length, tmp_path):
-    """Its config.json says what it was made, and load reads it."""
+def of_its_own_layout(arch, tied=False):
     classes = {
-        "gemma": (GemmaConfig, GemmaForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-        "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+        "gemma": (GemmaConfig, GemmaForCausalLM, {}),
+        "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+        "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
+        "phi": (PhiConfig, PhiForCausalLM, {"partial_rotary_factor": 1.0}),
+        "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM, {"num_experts": 4}),
     }
-    config, model_class = classes[arch]
-    window = {"sliding_window": None} if arch == "mistral" else {}
+    config, model_class, more = classes[arch]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = model_class(config(**SIZES, head_dim=8, **window)).eval()
+        fields = SIZES | {"tie_word_embeddings": tied, "head_dim": 8} | more
+        return model_class(config(**fields)).eval()
+
+
+@pytest.mark.parametrize(("shift", "block_length"), [(1, None), (0, 4)])
+@pytest.mark.parametrize("arch", ["gemma", "mistral", "olmo2", "phi", "qwen2_moe"])
+def test_what_has_no_layout_here_keeps_its_own(arch, shift, block_length, tmp_path):
+    """Its config.json says what it was made, and load reads it."""
+    model = of_its_own_layout(arch)
     x, bare = ids(), logits(model, ids())
     new, tokenizer = convert(model, tokenizer_of(), shift=shift, block_length=block_length)
     told = facts(new)
@@ -220,7 +231,7 @@ def test_what_has_no_layout_here_keeps_its_own(arch, shift, block_length, tmp_pa
     for part in (new, tokenizer):
         part.save_pretrained(tmp_path)
     again, _ = load(tmp_path)
-    assert type(again) is model_class and facts(again) == told
+    assert type(again) is type(model) and facts(again) == told
     net, mask = parts(again), torch.ones(1, 1, 12, 12, dtype=torch.bool)
     with torch.no_grad():
         both = [net.head(net.body(net.embedding(x), m, None, None)) for m in (None, mask)]
@@ -232,13 +243,117 @@ def test_what_has_no_layout_here_keeps_its_own(arch, shift, block_length, tmp_pa
         load(tmp_path, shift=1)
 
 
-def test_what_cannot_be_read_in_both_directions_is_refused():
-    sizes = SIZES | {"head_dim": 8}
-    slides = MistralForCausalLM(MistralConfig(**sizes, sliding_window=4))
+@pytest.mark.parametrize("arch", ["gemma", "phi", "qwen2_moe"])
+def test_a_converted_row_is_decoded_alone_as_in_a_batch_and_with_a_cache_as_without(arch):
+    new, _ = convert(of_its_own_layout(arch), tokenizer_of(), shift=0, block_length=4)
+    rows = torch.tensor([[0, 0, 0, 7, 8], [9, 10, 11, 12, 13]])
+    options = dict(gen_length=8, steps=8)
+    out = [
+        denoise(
+            new,
+            rows,
+            attention_mask=(rows > 0).long(),
+            config=DenoiseConfig(cache=cache, **options),
+        ).completions
+        for cache in ("exact", "off")
+    ]
+    assert torch.equal(*out)
+    alone = denoise(new, rows[:1, 3:], config=DenoiseConfig(**options)).completions
+    assert torch.equal(out[0][:1], alone)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (dict(logits_shift=2), "shift=2 must be 0"),
+        (dict(block_length="four"), "block_length='four' must be a whole number"),
+        (dict(mask_token_id=99), "mask_token_id=99 is no id in the vocabulary of 65"),
+    ],
+)
+def test_a_converted_folder_that_says_what_cannot_be(fields, says, tmp_path):
+    new, _ = convert(of_its_own_layout("gemma"), tokenizer_of())
+    new.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(ValueError, match=says):
+        load(tmp_path)
+
+
+def test_a_head_with_a_bias_gives_the_mask_the_mean_of_it():
+    for tokens in (60, ROWS):  # a spare row, and a new one
+        model = of_its_own_layout("phi")
+        model.lm_head.bias.data.normal_(generator=torch.Generator().manual_seed(0))
+        mean = model.lm_head.bias[:tokens].mean().item()
+        new, _ = convert(model, tokenizer_of(tokens=tokens))
+        assert new.lm_head.bias[tokens].item() == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(
+    ("arch", "says"),
+    [
+        ("gemma2", r"layer_types=\['sliding_attention'"),
+        ("gemma3_text", r"layer_types=\['sliding_attention'"),
+        ("mistral", "sliding_window=8"),
+        ("gemma3", "it reads more than text"),
+        # half of its layers would go on reading from left to right
+        ("bamba", "otherwise than by attention"),
+        ("jamba", "otherwise than by attention"),
+        # which counts learnt positions from the left edge, padding included
+        ("bart", "padded on the left"),
+        ("hrm_text", "it fails, AttributeError"),
+        ("opt", "it fails, ValueError"),
+        ("bloom", "other names than model and lm_head"),
+    ],
+)
+def test_what_cannot_be_read_in_both_directions_is_refused(arch, says):
+    model, tokenizer = build(arch).float(), tokenizer_of(tokens=30)
+    before, words = model.config.to_dict(), len(tokenizer)
+    with pytest.raises(ValueError, match=f"model is a {type(model).__name__}, .*{says}"):
+        convert(model, tokenizer)
+    assert model.config.to_dict() == before and len(tokenizer) == words
+
+
+def test_scaled_logits_are_refused():
     scaled = GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0))
-    for model, says in ((slides, "sliding_window=4"), (scaled, "its logits are others")):
+    with pytest.raises(ValueError, match="its logits are others"):
+        convert(scaled, tokenizer_of())
+
+
+def test_models_that_are_no_longer_their_own_weights_are_refused():
+    adapted = causal()
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    apart = causal()
+    apart.lm_head.to("meta")
+    for model, says in ((adapted, "holds an adapter"), (apart, r"\['cpu', 'meta'\]: load it in")):
         with pytest.raises(ValueError, match=says):
             convert(model, tokenizer_of())
+
+
+def test_a_model_that_fills_masks_already_is_refused():
+    """Open-dCoder's class is plain Qwen2's."""
+    model, tokenizer = causal("qwen2"), tokenizer_of("qwen2")
+    model.generation_config.mask_token_id = 5
+    with pytest.raises(
+        ValueError, match=r"masked-diffusion model \(mask_token_id=5\).*give one of"
+    ):
+        convert(model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("mask_token", "own", "says"),
+    [
+        ("", None, "must be a token that stands for nothing else"),
+        ("<eos>", None, "must be a token that stands for nothing else"),
+        (5, None, "mask_token=5 must be text"),
+        ("[blank]", "w60", "mask_token='[blank]' does nothing: 'w60' is"),
+    ],
+)
+def test_mask_tokens_that_cannot_be(mask_token, own, says):
+    tokenizer = tokenizer_of()
+    tokenizer.mask_token = own
+    with pytest.raises(ValueError) as caught:
+        convert(causal(), tokenizer, mask_token=mask_token)
+    assert says in str(caught.value)
 
 
 @pytest.mark.parametrize("options", [dict(shift=2), dict(block_length=0), dict(block_length=2.5)])
