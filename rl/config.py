@@ -9,7 +9,7 @@ from trl import GRPOConfig
 
 from softar.checks import check_choice, check_idle, check_types, fill
 from softar.config import SoftConfig
-from softar.training import check_filter, opt
+from softar.training import check_compile, check_filter, opt
 from softar.vllm.machine import require_vllm
 from softar.vllm.request import LIMIT
 
@@ -80,6 +80,7 @@ class SoftGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        check_compile(self)
         check_types(self, besides=GRPOConfig)
         left_out = fill(self, self._left_out)
         if not torch.accelerator.is_available():

@@ -247,6 +247,17 @@ def check_filter(args) -> None:
         )
 
 
+def check_compile(args) -> None:
+    """Raise ValueError for the options that compile a model as a whole. The trainers run its parts
+    one by one under the wrapper, so it would compile what is around them, anew in each step."""
+    for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
+        if value := getattr(args, name):
+            raise ValueError(
+                f"{name}={value!r} makes {type(args).__name__} slower: leave it out, and hand over a model "
+                f"with model.forward = torch.compile(model.forward)"
+            )
+
+
 @dataclass
 class PlainSFTConfig(SFTConfig):
     """TRL's SFTConfig for a loss of our own: CPU where there is nothing else, and an example a row
@@ -258,6 +269,7 @@ class PlainSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        check_compile(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True
             self.bf16 = bool(self.bf16)

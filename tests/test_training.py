@@ -2,17 +2,22 @@
 checkpoint."""
 
 import math
+import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import test_rl_trainers as rl
 import test_sft as sft
+import tiny
 import torch
 from safetensors.torch import load_file
 
 from softar.checks import one_line_errors
+from softar.diffusion.sft_config import DiffusionSFTConfig
 from softar.resume import checkpoint_of, damage, last_checkpoint, last_whole
+from softar.rl.config import SoftGRPOConfig
+from softar.sft.config import SoftSFTConfig
 
 SAVING = dict(save_strategy="steps", save_steps=1, max_steps=4, gradient_accumulation_steps=2)
 KINDS = {
@@ -147,3 +152,36 @@ def test_a_training_that_stopped_is_one_line_of_the_recipe(capsys):
         end.value.code == 1
         and capsys.readouterr().err == "some.py: error: step 3: the loss is nan\n"
     )
+
+
+@pytest.mark.parametrize("config", [SoftSFTConfig, DiffusionSFTConfig, SoftGRPOConfig])
+@pytest.mark.parametrize(
+    "option", [dict(torch_compile=True), dict(torch_compile_backend="eager")], ids=str
+)
+def test_options_that_compile_the_parts_of_a_trainer_are_refused(tmp_path, config, option):
+    name = next(iter(option))
+    with pytest.raises(ValueError, match=rf"{name}=.* model.forward = torch.compile\(model.forw"):
+        config(str(tmp_path), **option)
+    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ
+
+
+def test_a_model_whose_forward_is_compiled_trains_as_any_other(tmp_path):
+    torch._dynamo.reset()
+    graphs, calls = [], []
+
+    def backend(graph, examples):
+        graphs.append(graph)
+        return lambda *inputs: calls.append(None) or graph.forward(*inputs)
+
+    plain, compiled = (tiny.model_of(num_hidden_layers=1, initializer_range=0.1) for _ in range(2))
+    forward, forwards = plain.forward, []
+    plain.forward = lambda *args, **kwargs: forwards.append(None) or forward(*args, **kwargs)
+    compiled.forward = torch.compile(compiled.forward, backend=backend)
+    options = dict(max_steps=2, save_strategy="no")
+    losses = []
+    for i, model in enumerate((plain, compiled)):
+        trainer = sft.trainer_of(tmp_path / str(i), model=model, **options)
+        trainer.train()
+        losses.append(rl.logged(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert 0 < len(graphs) < len(calls) <= len(forwards)
