@@ -13,7 +13,7 @@ CONSTANT = "give a constant entropy_coef"
 START = "the reference is the model that training started from"
 WEIGHTS = (
     "the log-probabilities are the model's own replay, and those of vLLM's answers are not recorded, "
-    "so there is no ratio to correct by"
+    "so there is no ratio to correct by; rollout='loop' decodes with the model itself and needs none"
 )
 # (option, neutral values, why)
 NEUTRAL = (
