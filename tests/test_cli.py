@@ -445,11 +445,10 @@ class Plain(Chatty):
 
 def test_chat_where_the_tokenizer_has_a_template():
     user, system = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be brief."}
-    assert (
-        inputs.as_prompt(Chatty(), "Hi", None) == [user] == inputs.as_prompt(Chatty(), "Hi", True)
-    )
-    assert inputs.as_prompt(Chatty(), "Hi", None, "Be brief.") == [system, user]
-    assert inputs.as_prompt(Plain(), "Hi", None) == "Hi" == inputs.as_prompt(Chatty(), "Hi", False)
+    chatty, plain = SimpleNamespace(tokenizer=Chatty()), SimpleNamespace(tokenizer=Plain())
+    assert inputs.as_prompt(chatty, "Hi", None) == [user] == inputs.as_prompt(chatty, "Hi", True)
+    assert inputs.as_prompt(chatty, "Hi", None, "Be brief.") == [system, user]
+    assert inputs.as_prompt(plain, "Hi", None) == "Hi" == inputs.as_prompt(chatty, "Hi", False)
 
 
 # -- fill

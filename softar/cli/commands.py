@@ -134,7 +134,7 @@ def generate(
     with streams.only_results():
         common = dict(max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device)
         opened = inputs.open_decoder(decoder, model, options, fills=False, **common)
-        messages = inputs.as_prompt(inputs.tokenizer_of(opened), text, chat, system)
+        messages = inputs.as_prompt(opened, text, chat, system)
         inputs.check_length(opened, messages)
     if decoder is None and not as_json:
         inputs.tell_default(opened)
@@ -223,7 +223,7 @@ def fill(
             raise ValueError(
                 "there is nothing to fill: put underscores into the text, or give --gen-length"
             )
-        messages = inputs.as_prompt(tokenizer, template, chat, system)
+        messages = inputs.as_prompt(opened, template, chat, system)
     inputs.answer(opened, text, messages, as_json)
 
 
@@ -262,7 +262,7 @@ def trace(
             tokenizer, template = inputs.tokenizer_of(opened), text
             if opened.columns["family"] == "diffusion":
                 template = inputs.with_masks(text, tokenizer.mask_token)
-            messages = inputs.as_prompt(tokenizer, template, chat, system)
+            messages = inputs.as_prompt(opened, template, chat, system)
             inputs.check_length(opened, messages)
             traces.append(opened.decode([messages])[0].trace)
     from ..show.page import write_page
@@ -328,8 +328,9 @@ def compare(
     Autoregressive decoders: discrete, sampled, soft, gumbel, k-samples, mixture-of-inputs,
     dirichlet, beam, self-consistency. Diffusion: hard, soft-token, soft-mask, evolving, slerp,
     soft-decoded, denoise. vLLM: vllm-greedy, vllm-sampled, vllm-self-consistency, vllm-beam,
-    vllm-soft. Options behind the colon are fields of SoftConfig, DenoiseConfig, or vLLM's. Code of
-    your own is module:name: soft:mixer=my_code:flat, denoise:soften=my_code:fn, or my_code:decoder.
+    vllm-soft. Any OpenAI-compatible server: openai. Options behind the colon are fields of
+    SoftConfig, DenoiseConfig, or the server's. Code of your own is module:name:
+    soft:mixer=my_code:flat, denoise:soften=my_code:fn, or my_code:decoder.
 
     \b
     Examples:
@@ -338,6 +339,7 @@ def compare(
       softar compare -m mnns-discrete-tiny -d discrete -d self-consistency:votes=4 --repeats 3
       softar compare --task latin --limit 100 --plot --output runs/latin
       softar compare --task latin --limit 100 --nfe 10
+      softar compare -t rows.jsonl:score=number -d smollm2-135m=discrete -d openai:url=http://127.0.0.1:8000
       softar compare --task rows.jsonl:score=number -m smollm2-135m -d discrete -d gumbel:budget=16
     """
     from ..checks import check_writable

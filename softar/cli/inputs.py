@@ -161,8 +161,10 @@ def distinct(specs: list[str]) -> list[str]:
 
 def default_model(spec: str | None) -> str | None:
     """For a decoder that names none: one that chats where it is installed, else one that the
-    package brings; a decoder of the user's own has what it has."""
-    if spec is not None and family(spec) == "own":
+    package brings; a decoder of the user's own has what it has, and so has a server."""
+    from ..decoders.registry import ALONE
+
+    if spec is not None and family(spec) in ALONE:
         return None
     if spec is not None and family(spec) == "diffusion":
         return "mnns-diffusion-tiny"
@@ -198,21 +200,30 @@ def tokenizer_of(decoder):
     return decoder.decoder.tokenizer if isinstance(decoder, SelfConsistency) else decoder.tokenizer
 
 
-def as_prompt(
-    tokenizer, text: str, chat: bool | None, system: str | None = None
-) -> str | list[dict]:
-    """Chat messages where the tokenizer has a template for them (chat None), or where they are
-    asked for; else text.
+def takes_chat(decoder) -> bool:
+    """Does it turn chat messages into a prompt, or the server that it asks?"""
+    from ..decoders.openai import OpenAIDecoder
+
+    if isinstance(decoder, OpenAIDecoder):
+        return decoder.request.api == "chat"
+    tokenizer = tokenizer_of(decoder)
+    return tokenizer is not None and tokenizer.chat_template is not None
+
+
+def as_prompt(decoder, text: str, chat: bool | None, system: str | None = None) -> str | list[dict]:
+    """Chat messages where the decoder takes them (chat None), or where they are asked for; else
+    text.
 
     Raises ValueError for a text with words that a closed vocabulary does not have.
     """
-    has_template = tokenizer.chat_template is not None
+    has_template = takes_chat(decoder)
     if chat and not has_template:
         raise ValueError("--chat: the model has no chat template; leave it out")
     if not (has_template if chat is None else chat):
         if system is not None:
             raise ValueError("--system: the prompt is no chat here")
-        check_words(tokenizer, text)
+        if (tokenizer := tokenizer_of(decoder)) is not None:
+            check_words(tokenizer, text)
         return text
     return [
         *([{"role": "system", "content": system}] if system else []),
@@ -337,8 +348,7 @@ def first(rows, limit: int | None):
 def with_chat(rows, decoders: list, chat: bool | None):
     """The rows, with chat messages for prompts where all decoders have a template, or where that is
     asked for."""
-    tokenizers = map(tokenizer_of, decoders)
-    templates = [each is not None and each.chat_template is not None for each in tokenizers]
+    templates = [*map(takes_chat, decoders)]
     if chat and not all(templates):
         bare = decoders[templates.index(False)].columns["model"]
         raise ValueError(f"--chat: model={bare!r} has no chat template; leave it out")

@@ -121,8 +121,8 @@ def answer_json(decoder, tokenizer, prompt: str, answer: "Decoded") -> dict:
         "prompt": prompt,
         "text": answer.text,
         # Of an autoregressive model with its thought, special tokens included
-        "completion": tokenizer.decode(list(answer.tokens)),
-        "tokens": list(answer.tokens),
+        "completion": None if tokenizer is None else tokenizer.decode(list(answer.tokens)),
+        "tokens": None if answer.tokens is None else list(answer.tokens),
         "num_forwards": answer.num_forwards,
         "token_forwards": answer.token_forwards,
         "seconds": answer.seconds,
@@ -133,15 +133,17 @@ def answer_json(decoder, tokenizer, prompt: str, answer: "Decoded") -> dict:
 
 def status(decoder, answer: "Decoded") -> str:
     """An answer's cost in a line."""
-    name, n = decoder.name, len(answer.tokens)
+    name, n = decoder.name, answer.num_tokens
     if "=" not in name.split(" ")[0]:  # without its model
         name = f"{decoder.columns['model']}, {name}"
     soft = "" if answer.soft_steps is None else f" ({answer.soft_steps} soft)"
     entropy = "" if answer.entropy is None else f", mean entropy {answer.entropy:.2f} nats"
-    cost = (
-        f"{name}: {n} tokens{soft} in {answer.num_forwards:g} forwards, {answer.seconds:.2f} s, "
-        f"{n / max(answer.seconds, 1e-9):.1f} tokens/s{entropy}"
-    )
+    parts = [f"{answer.seconds:.2f} s"]
+    if answer.num_forwards is not None:
+        parts = [f"in {answer.num_forwards:g} forwards", *parts]
+    if n is not None:
+        parts = [f"{n} tokens{soft}", *parts, f"{n / max(answer.seconds, 1e-9):.1f} tokens/s"]
+    cost = f"{name}: {', '.join(parts).replace(', in', ' in')}{entropy}"
     if answer.soft_steps and not answer.text.strip():
         cost += "\nthe answer is empty: a thought that goes on too long is ended by --budget N"
     return cost
@@ -220,7 +222,8 @@ def print_table(c: "Comparison") -> None:
         screen.print(name, style="bold", markup=False)
         scores = [_with_interval(row, "accuracy", ""), _with_interval(row, "gain", "+")]
         screen.print(f"  {', '.join(filter(None, scores)) or 'no score'}")
-        cost = f"{row['nfe']:.3g} forwards, {row['seconds_per_row'] * 1000:.3g} ms an answer"
+        cost = f"{row['seconds_per_row'] * 1000:.3g} ms an answer"
+        cost = cost if row["nfe"] is None else f"{row['nfe']:.3g} forwards, {cost}"
         screen.print(f"  {row['n']} rows, {cost}")
     if notes := c.notes():
         screen.print("; ".join(notes), style="italic", markup=False)

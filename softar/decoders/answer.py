@@ -1,6 +1,6 @@
 """What a decoder is and what it answers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -13,14 +13,27 @@ class Decoded:
 
     # what the scorer reads: the answer, special tokens stripped; of a template the whole sequence
     text: str
-    tokens: tuple[int, ...]  # ids of the completion that is returned, padding left out
-    num_forwards: float  # NFE: forwards this row took part in; n votes or n beams count n times
-    # positions computed for this row: its share of the batch's, padding included
-    token_forwards: float
+    # ids of the completion that is returned, padding left out; None where a server keeps them
+    tokens: tuple[int, ...] | None
+    # NFE: forwards this row took part in; n votes or n beams count n times; None where not known
+    num_forwards: float | None
+    # positions computed for this row: its share of the batch's, padding included; None as above
+    token_forwards: float | None
     seconds: float  # this row's share of the batch's decoding time; the sum over rows is wall time
     entropy: float | None = None  # mean nats over the row's steps; None where not known
     trace: Trace | Canvas | None = None  # only where the decoder was made to keep it
     soft_steps: int | None = None  # that fed back a mixture; None where not known
+    num_tokens: int | None = None  # of the completion; None: as many as `tokens`, else not known
+
+    def __post_init__(self):
+        if self.num_tokens is None and self.tokens is not None:
+            object.__setattr__(self, "num_tokens", len(self.tokens))
+
+
+def known_sum(values: Iterable[float | None]) -> float | None:
+    """None where one is not known."""
+    values = [*values]
+    return None if None in values else sum(values)
 
 
 class Unfinished(ValueError):

@@ -25,7 +25,9 @@ FAMILIES = {
     "autoregressive": "softar.decoders.soft",
     "diffusion": "softar.diffusion.decoders",
     "vllm": "softar.vllm.decoders",
+    "openai": "softar.decoders.openai",
 }
+ALONE = (OWN, "openai")  # whose decoders need not be told a model
 
 
 class Spec(NamedTuple):
@@ -77,14 +79,14 @@ def make_decoder(
         ValueError: naming what is unknown or does not fit.
     """
     asked = parse_spec(spec)
-    if asked.model is None and model is None and asked.family != OWN:
+    if asked.model is None and model is None and asked.family not in ALONE:
         raise ValueError(f"{spec!r} names no model: write MODEL={spec}, or pass model=")
     common = Common(max_new_tokens, seed, trace, dtype, device, tuple(stop), asked.prefix)
     return build(asked.decoder, card_of(asked, model), common, asked.options)
 
 
 def card_of(asked: Spec, model: str | None) -> Card:
-    """Of the model of a spec, else of the other one; of a decoder of one's own there need be none."""
+    """Of the model of a spec, else of the other one; for the decoders of ALONE there need be none."""
     note_named("mixer", asked.options.get("mixer"))  # before the model's file is read
     name = asked.model or model
     return Card("", None, None, None) if name is None else describe(name)

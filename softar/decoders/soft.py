@@ -26,7 +26,7 @@ from ..names import registered as registered_names
 from ..show.trace import Trace, thought
 from ..specs import format_options
 from ..thought import Kind
-from .answer import Decoded, Decoder
+from .answer import Decoded, Decoder, known_sum
 from .beam import BeamDecoder, BeamOptions
 from .card import Card, check_of_kind, columns_of, open_model
 from .options import Common, check_options
@@ -181,8 +181,8 @@ def elect(votes: list[Decoded], normalise: Callable[[str], str]) -> tuple[Decode
     entropies = [vote.entropy for vote in votes if vote.entropy is not None]
     winner = replace(
         votes[texts.index(best)],
-        num_forwards=sum(vote.num_forwards for vote in votes),
-        token_forwards=sum(vote.token_forwards for vote in votes),
+        num_forwards=known_sum(vote.num_forwards for vote in votes),
+        token_forwards=known_sum(vote.token_forwards for vote in votes),
         seconds=sum(vote.seconds for vote in votes),
         entropy=statistics.mean(entropies) if entropies else None,
     )

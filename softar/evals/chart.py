@@ -164,7 +164,7 @@ def _series(rows: list[dict]) -> list[tuple[str, list[dict]]]:
                 decoder,
                 model,
                 training if len(trainings[decoder, model]) > 1 else None,
-                sorted(settings, key=lambda row: row["nfe"]),
+                sorted(settings, key=lambda row: row["nfe"] or 0),
             ),
             settings,
         )

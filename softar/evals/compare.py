@@ -50,7 +50,7 @@ class Comparison:
     * gain, gain_low, gain_high: accuracy less the baseline's on the rows that both have, paired,
       its interval Bonett and Price's or by bootstrap; None for the baseline
     * agreement: share of rows with the baseline's answer, as `extract` reads it out of the text
-    * nfe, token_forwards, seconds_per_row: per answer
+    * nfe, token_forwards: per answer, None of a server, which does not tell; seconds_per_row
     * seconds: decoding of one pass, mean over repeats; seconds_sd: over repeats; tokens_per_s:
       returned tokens
     * tpf: returned tokens per forward; aup: accuracy under parallelism of the decoder over all of its
@@ -88,7 +88,8 @@ class Comparison:
             settings.setdefault((row["model"], row["decoder"]), []).append(row)
         picks = {}
         for group, rows in settings.items():
-            inside = [row for row in rows if row["complete"] and row[by] <= budget]
+            whole = [row for row in rows if row["complete"] and row[by] is not None]
+            inside = [row for row in whole if row[by] <= budget]
             picks[group] = max(inside, key=lambda row: row[by]) if inside else None
         picked = {
             row["name"]: row for row in self.rows if any(row is pick for pick in picks.values())
@@ -178,7 +179,7 @@ class Comparison:
                             repeat=repeat,
                             text=answer.text,
                             score=number(taken.scores[i]),
-                            num_forwards=float(answer.num_forwards),
+                            num_forwards=answer.num_forwards,
                             seconds=float(answer.seconds),
                         )
 

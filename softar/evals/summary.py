@@ -4,22 +4,19 @@ cost."""
 import math
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..decoders.answer import Decoded, known_sum
 from .intervals import bootstrap_means, gain_interval, interval, share_interval
 from .parallelism import add_aup
-
-if TYPE_CHECKING:
-    from ..decoders.answer import Decoded
 
 
 @dataclass
 class Pass:
     """One decoder once over the rows; it was cut short where not all of them are `done`."""
 
-    answers: list["Decoded | None"]  # by row
+    answers: list[Decoded | None]  # by row
     scores: np.ndarray  # [n] float, nan where there is none
     done: np.ndarray  # [n] bool: the scorer has seen it
     read: list[str | None]  # by row: the answer in the text, for the agreement of two decoders
@@ -91,20 +88,22 @@ def _costs(passes: list[Pass]) -> dict:
     by_pass = [[answer for answer in p.answers if answer is not None] for p in passes]
     answers = [answer for answers in by_pass for answer in answers]
     seconds = [float(sum(answer.seconds for answer in answers)) for answers in by_pass]
-    whole, tokens = sum(seconds), sum(len(answer.tokens) for answer in answers)
-    forwards = sum(answer.num_forwards for answer in answers)
+    whole, n = sum(seconds), len(answers)
+    tokens = known_sum(answer.num_tokens for answer in answers)
+    forwards = known_sum(answer.num_forwards for answer in answers)
+    positions = known_sum(answer.token_forwards for answer in answers)
     entropies = [
         float(answer.entropy)
         for answer in answers
         if answer.entropy is not None and math.isfinite(answer.entropy)
     ]
     return dict(
-        nfe=forwards / len(answers),
-        tpf=tokens / forwards if forwards else None,
-        token_forwards=statistics.fmean(answer.token_forwards for answer in answers),
-        tokens_per_s=tokens / whole if whole > 0 else None,
+        nfe=None if forwards is None else forwards / n,
+        tpf=None if tokens is None or not forwards else tokens / forwards,
+        token_forwards=None if positions is None else positions / n,
+        tokens_per_s=None if tokens is None or not whole else tokens / whole,
         seconds=statistics.fmean(seconds),
-        seconds_per_row=whole / len(answers),
+        seconds_per_row=whole / n,
         seconds_sd=_spread(seconds),
         entropy=statistics.fmean(entropies) if entropies else None,
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import check_least, check_writable
-from ..decoders.registry import make_decoder, parse_spec
+from ..decoders.registry import ALONE, make_decoder, parse_spec
 from ..results import write_results, write_whole
 from ..specs import format_options
 from ..tasks import MODELS, load_task
@@ -206,7 +206,7 @@ def _model_of(grid: Grid, run: Run) -> str | None:
     embedded = MODELS.get(run.task, {})
     default = embedded.get("diffusion") if asked.family == "diffusion" else None
     model = asked.model or grid.models.get(run.task) or default
-    if model is None and asked.family != "own":
+    if model is None and asked.family not in ALONE:
         raise ValueError(
             f"decoder {run.decoder!r} on task {run.task!r} has no model: say MODEL={run.decoder}"
         )
@@ -257,7 +257,8 @@ def _perform(grid: Grid, run: Run, folder: Path, console, count: str) -> None:
     file = _file(folder, run)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_results(file, [row])
-    result = f"accuracy {row['accuracy']:.3f}, {row['nfe']:.1f} forwards, {row['seconds']:.2f} s"
+    forwards = "" if row["nfe"] is None else f"{row['nfe']:.1f} forwards, "
+    result = f"accuracy {row['accuracy']:.3f}, {forwards}{row['seconds']:.2f} s"
     console.print(f"{count} {run.name}: {result}", markup=False, soft_wrap=True)
 
 

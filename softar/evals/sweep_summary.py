@@ -37,8 +37,8 @@ def write_summary(rows: list[dict], folder: str | Path) -> None:
 def aggregate(rows: list[dict]) -> list[dict]:
     """One point for each task, decoder and setting, over its seeds: task, role, spec, model, varied
     (text), n_seeds, accuracy, accuracy_sd (0 for one seed), nfe, seconds_per_row, tokens_per_s, tpf
-    (tokens per forward), aup (of the decoder over its settings, softar.evals.parallelism). In the
-    order of the rows."""
+    (tokens per forward), aup (of the decoder over its settings, softar.evals.parallelism),
+    peak_memory (most over the seeds, of a GPU). In the order of the rows."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         setting = row["run"].rsplit("-seed", 1)[0]
@@ -49,12 +49,14 @@ def aggregate(rows: list[dict]) -> list[dict]:
 
 
 def _point(seeds: list[dict]) -> dict:
+    names = ("accuracy", "nfe", "seconds_per_row", "tokens_per_s", "tpf")
+    # what older files do not hold, and what a server does not tell, is not known
+    values = {name: [row.get(name) for row in seeds] for name in (*names, "peak_memory")}
     means = {
-        name: statistics.mean(row[name] for row in seeds)
-        for name in ("accuracy", "nfe", "seconds_per_row", "tokens_per_s")
+        name: None if None in values[name] else statistics.mean(values[name]) for name in names
     }
-    tpf = [row.get("tpf") for row in seeds]  # which older files do not hold
-    means["tpf"] = None if None in tpf else statistics.mean(tpf)
+    peaks = [peak for peak in values["peak_memory"] if peak is not None]
+    means["peak_memory"] = max(peaks, default=None)
     spread = statistics.stdev(row["accuracy"] for row in seeds) if len(seeds) > 1 else 0.0
     common = {name: seeds[0][name] for name in ("task", "role", "spec", "model", "varied")}
     return common | means | dict(accuracy_sd=spread, n_seeds=len(seeds))
@@ -94,14 +96,15 @@ def plot_sweep(folder: str | Path, file: str | Path | None = None) -> Path:
             in_task = [point for point in points if point["task"] == task]
             for axes, (cost, label) in zip(row, PANELS.items(), strict=True):
                 for i, line in enumerate(lines):
-                    settings = [point for point in in_task if _line(point) == line]
+                    settings = [point for point in in_task if _line(point) == line and point[cost]]
                     if settings:
-                        settings.sort(key=lambda point: point["nfe"])
+                        settings.sort(key=lambda point: point["nfe"] or 0)
                         _draw(axes, settings, cost, f"C{i}")
                         if cost == "nfe":
                             _annotate(axes, settings, option, f"C{i}")
                 axes.set(xscale="log", xlabel=label, title=task, ylim=(-0.05, 1.08))
-                log_ticks(axes, [point[cost] for point in in_task])
+                if drawn := [point[cost] for point in in_task if point[cost]]:
+                    log_ticks(axes, drawn)
             row[0].set_ylabel("held-out accuracy")
         handles = {}
         for axes in panels.flat:
@@ -168,16 +171,19 @@ def sweep_table(points: list[dict]):
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     heads = ("task", "role", "decoder", "setting", "accuracy", "NFE", "s/row", "tokens/s")
     parallel = any((p.get("tpf") or 0) > AR_TPF for p in points)
-    for name in (*heads, *(("TPF", "AUP") if parallel else ())):
+    on_gpu = any(p.get("peak_memory") for p in points)
+    for name in (*heads, *(("TPF", "AUP") if parallel else ()), *(("peak MB",) if on_gpu else ())):
         is_long = name in ("decoder", "setting")
         table.add_column(name, no_wrap=not is_long, overflow="fold" if is_long else "ellipsis")
     for p in points:
         accuracy = f"{p['accuracy']:.3f}" + (
             f" ± {p['accuracy_sd']:.3f}" if p["n_seeds"] > 1 else ""
         )
-        costs = f"{p['nfe']:.1f}", f"{p['seconds_per_row']:.4f}", f"{p['tokens_per_s']:.0f}"
-        if parallel:
-            costs += tuple("-" if p[name] is None else f"{p[name]:.2f}" for name in ("tpf", "aup"))
+        shown = {"nfe": ".1f", "seconds_per_row": ".4f", "tokens_per_s": ".0f"}
+        shown |= {"tpf": ".2f", "aup": ".2f"} if parallel else {}
+        costs = ["-" if p[name] is None else f"{p[name]:{form}}" for name, form in shown.items()]
+        if on_gpu:
+            costs.append("-" if p["peak_memory"] is None else f"{p['peak_memory'] / 2**20:.0f}")
         table.add_row(p["task"], p["role"], Text(p["spec"]), Text(p["varied"]), accuracy, *costs)
     return table
 

@@ -7,7 +7,7 @@ _HOME = {
     "VLLMDecoder": "softar.vllm.engine",
     "ServerDecoder": "softar.vllm.client",
     "Server": "softar.vllm.server",
-    "ServerError": "softar.vllm.server",
+    "ServerError": "softar.decoders.link",
     "serve": "softar.vllm.server",
     "record_of": "softar.vllm.record",
     "to_record": "softar.vllm.record",

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import httpx
 
-from ..decoders.answer import Unfinished
+from ..decoders.link import ServerError
 from .export import exported, served_dtype
 from .machine import KEY, on_cpu, require_vllm, settings
 from .switches import Switches
@@ -36,18 +36,6 @@ except metadata.PackageNotFoundError:
 from vllm.entrypoints.cli.main import main
 main()
 """
-
-
-class ServerError(Unfinished):
-    """A server that does not start, does not answer, or answers with an error.
-
-    prompt: index of the prompt it happened at, None where it was none. done: {index: Decoded} of
-    the prompts that were finished before.
-    """
-
-    def __init__(self, message: str, prompt: int | None = None, done: dict | None = None):
-        super().__init__(message, done)
-        self.prompt = prompt
 
 
 @dataclass(frozen=True)
