@@ -167,7 +167,8 @@ def _parts_of_canvases(inner: PreTrainedModel) -> Parts:
     cap = inner.config.get_text_config().final_logit_softcapping
 
     def head(hidden: Tensor) -> Tensor:
-        return inner.lm_head(hidden).float().div_(cap).tanh_().mul_(cap)
+        logits = inner.lm_head(hidden).float().div_(cap).tanh_()
+        return logits * cap if logits.requires_grad else logits.mul_(cap)
 
     return Parts(inner.model.decoder.embed_tokens, inner.model, head, can_cache=True)
 

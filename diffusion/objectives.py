@@ -1,7 +1,8 @@
 """What diffusion SFT minimises, by name: masked tokens predicted, hard, with soft masks or after the
 model's own guesses, or uniformly random ones undone.
 
-Shapes: B rows, T positions, V vocabulary; n positions that are asked about, flat, row by row.
+Shapes: B rows, T positions, P of a prefix, C columns of a canvas, V vocabulary; n positions that are
+asked about, flat, row by row.
 """
 
 from typing import NamedTuple
@@ -29,8 +30,9 @@ from .net import Facts, parts
 from .noise import UniformNoise
 from .sft_config import DiffusionSFTConfig
 from .uniform import Noisy, alphabet, draw_hard, draw_soft, uniform_loss
+from .unmasked import CanvasReader
 
-REPLACEMENT, GAUSSIAN, LEVEL, GUESS = 1, 2, 3, 4  # streams of random numbers
+REPLACEMENT, GAUSSIAN, LEVEL, GUESS, CANVAS = 1, 2, 3, 4, 5  # streams of random numbers
 
 
 class Rows(NamedTuple):
@@ -236,3 +238,79 @@ class Uniform:
         return draw_hard(
             ids, maskable, t, numbers[:, 1:], tokens.to(ids.device), self.letters, self.noise.eps
         )
+
+
+class Canvases:
+    """DiffusionGemma's: of each answer one canvas, drawn evenly, under uniformly random tokens and
+    behind all that stands before it. Every token of the canvas is predicted, those that show
+    themselves and the end tokens behind the answer too, in the mean of all. A share of the rows
+    reads what a first pass without gradient believed (self-conditioning, arXiv:2208.04202)."""
+
+    share = "replaced"
+
+    def __init__(self, args: DiffusionSFTConfig, facts: Facts):
+        self.args, self.facts = args, facts
+
+    def draw(self, rows: Rows, place: Place) -> dict[str, Tensor]:
+        """Nothing before the loss, whose count does not depend on it."""
+        return {}
+
+    def count(self, rows: Rows, drawn: dict[str, Tensor]) -> Tensor:
+        return torch.tensor(len(rows.ids), device=rows.ids.device)
+
+    def loss(
+        self, model: nn.Module, unwrapped: nn.Module, rows: Rows, drawn: dict, place: Place
+    ) -> Loss:
+        args, (V, C) = self.args, (self.facts.vocab_size, self.facts.block_length)
+        which, told = self._numbers(place, 2, rows, stream=CANVAS).unbind(1)
+        prefix, real, clean = canvases_of(rows, C, which, self.facts.eos_id)
+        numbers = self._numbers(place, C + 1, rows)
+        zeros = torch.zeros_like(clean)
+        rate = rates_of(args, levels_of(args, place, numbers[:, :1], zeros))
+        tokens = (self._numbers(place, C, rows, stream=REPLACEMENT) * V).long().clamp_max(V - 1)
+        noisy = torch.where(numbers[:, 1:] < rate, tokens, clean)
+        every = torch.ones(len(clean), dtype=torch.bool, device=clean.device)
+
+        def forward(decoder_input_ids: Tensor, **_) -> Tensor:
+            net, P = parts(unwrapped), prefix.shape[1]
+            reader, belief = CanvasReader(net, real, P + C, by_column=False), None
+            reader.store(prefix, P)
+            reader.open(P + C)
+            if args.self_conditioning_prob:
+                with torch.no_grad(), evaluating(unwrapped):
+                    belief = reader(decoder_input_ids, None, every).view(-1, C, V)
+                belief = belief.to(net.body.dtype)
+            return reader(decoder_input_ids, belief, every, told < args.self_conditioning_prob)
+
+        logits = inside_forward(model, unwrapped, forward, noisy)
+        total = masked_ce(logits, clean.flatten()).sum() / C
+        return Loss(total, (noisy != clean).float().mean(), logits)
+
+    def _numbers(self, place: Place, columns: int, rows: Rows, *, stream: int = 0) -> Tensor:
+        numbers = uniform_rows(self.args.seed, place.step, place.rows, columns, stream=stream)
+        return numbers.to(rows.ids.device)
+
+
+def canvases_of(rows: Rows, C: int, which: Tensor, end_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A canvas of each answer, the share `which` [B] in [0, 1) of the way through it -> what stands
+    before it [B, P], padded on the left, what of that is no padding [B, P] bool, and the canvas
+    [B, C], with end tokens behind the answer. The first token of a row is always before it.
+
+    Raises ValueError for a row whose trained tokens are not its last ones.
+    """
+    lengths = (rows.documents >= 0).sum(1)
+    first = rows.maskable.long().argmax(1)
+    if bool((several := first + rows.maskable.sum(1) != lengths).any()):
+        raise ValueError(
+            f"row {int(several.nonzero()[0])} of the batch goes on behind its answer, and objective='canvas' trains "
+            f"the end of a row: give prompt and completion"
+        )
+    first = first.clamp_min(1)
+    number = ((lengths - first + C - 1) // C).clamp_min(1)
+    start = first + torch.minimum((which * number).long(), number - 1) * C
+    P, column = int(start.max()), torch.arange(rows.ids.shape[1] + C, device=rows.ids.device)
+    before = column[:P] - (P - start)[:, None]
+    prefix = rows.ids.gather(1, before.clamp_min(0))
+    inside = start[:, None] + column[:C]
+    tokens = rows.ids.gather(1, inside.clamp_max(rows.ids.shape[1] - 1))
+    return prefix, before >= 0, torch.where(inside < lengths[:, None], tokens, end_id)

@@ -136,7 +136,7 @@ class Renoised:
         self.softener = None
         if config.soften is not None:
             self.softener = mk_softener(config.soften, **config.soften_args)
-        self.reader = CanvasReader(net, real, canvas, by_column=self.is_public)
+        self.reader = CanvasReader(net, real, length, by_column=self.is_public)
         self.constrain = Constraints(config.allowed, config.logits_processor, canvas, facts)
         self.nothing = Nothing(net.embedding, facts.vocab_size)
         self.ended = torch.zeros_like(canvas.at_start, dtype=torch.bool)
@@ -161,7 +161,7 @@ class Renoised:
         self.row_stores, self.row_forwards = (
             count + ~self.ended for count in (self.row_stores, self.row_forwards)
         )
-        self.reader.open(block)
+        self.reader.open(block.end)
         self.rule = config.scheduler(block, config, self.draws, **config.schedule_args)
         self.stop = self.make_stop()
         slots = canvas.masked & block.inside

@@ -37,7 +37,7 @@ from .inputs import check_width
 from .models import load_original
 from .net import facts, plain
 from .noise import NOISE_FILE, save_noise
-from .objectives import Masked, Place, Rows, Uniform
+from .objectives import Canvases, Masked, Place, Rows, Uniform
 from .rows import PackedCollator, close_rows, packed
 from .sft_config import DiffusionSFTConfig, check_fits, unpacked
 from .uniform import noise_for
@@ -111,9 +111,11 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         self.head = self.uniform = None
         self.objective = self._make_objective()
 
-    def _make_objective(self) -> Masked | Uniform:
+    def _make_objective(self) -> Masked | Uniform | Canvases:
         """The model's configuration says from now on what it is trained for."""
         args, inner, device = self.args, plain(self.model), self.accelerator.device
+        if args.objective == "canvas":
+            return Canvases(args, self._facts)
         # what an earlier training taught it; set again when this one is saved
         inner.config.soft_mask = None
         if args.softmasking_prob:
@@ -235,7 +237,10 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         return metrics
 
     def decoding(self, **changes) -> DenoiseConfig:
-        """How the model is decoded as it was trained: hard, or with the head's soft masks."""
+        """How the model is decoded as it was trained: hard, or with the head's soft masks; a model
+        of canvases with its belief."""
+        if self.args.objective == "canvas":
+            return DenoiseConfig(**changes)
         if self.head is None:
             return DenoiseConfig(**({"soften": "hard"} | changes))
         return DenoiseConfig(

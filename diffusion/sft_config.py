@@ -1,7 +1,7 @@
 """The options of diffusion SFT."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from trl import SFTConfig
@@ -22,10 +22,10 @@ from .duo import GaussianToDiscrete, tau_at
 from .head import ALGORITHMS, SoftMaskHead
 from .losses import NORMALISATIONS
 from .masking import NOISES
-from .net import Facts, check_has_mask
+from .net import Facts
 from .uniform import UNIFORM_LOSSES
 
-OBJECTIVES = ("masked", "uniform")
+OBJECTIVES = ("masked", "uniform", "canvas")
 # What options that act in some modes only are where they are left out
 LEFT_OUT = dict(
     tau_start=1e-3,
@@ -35,7 +35,19 @@ LEFT_OUT = dict(
     head_k=3,
     head_temperature=1.0,
     eval_steps_decoded=8,
+    self_conditioning_prob=0.5,
 )
+OF_MASKS = "softmasking_prob noise noise_level complementary on_policy_prob whole_answer packing"
+OF_UNIFORM = "uniform_loss curriculum view_scale"
+# what another objective has, and what to do about it
+OF_OTHERS = {
+    "masked": (OF_UNIFORM, "set objective='uniform', or leave it at"),
+    "uniform": (OF_MASKS, "there are no masks to show or count, set it to"),
+    "canvas": (
+        f"{OF_MASKS} {OF_UNIFORM} normalise train_padding gradient_checkpointing",
+        "a canvas has no masks, is filled with end tokens and reads what its encoder keeps; leave it at",
+    ),
+}
 LEVELS = ("document", "block")
 
 HEADLESS = Idle(
@@ -45,6 +57,12 @@ HEADLESS = Idle(
     "give a softmasking_prob",
 )
 IDLE = (
+    Idle(
+        "self_conditioning_prob",
+        lambda c: c.objective != "canvas",
+        "without a canvas",
+        "set objective='canvas'",
+    ),
     Idle(
         "tau_start tau_end gamma_min gamma_max",
         lambda c: not c.curriculum,
@@ -90,7 +108,12 @@ class DiffusionSFTConfig(PlainSFTConfig):
     packs: ClassVar[bool] = True
     gradient_checkpointing: bool = opt(False, "Recompute activations to save memory.")
     objective: str = opt(
-        "masked", "Noise to undo: 'masked' tokens, or 'uniform'ly random ones (Duo)."
+        "masked",
+        "Noise to undo: 'masked' tokens, 'uniform'ly random ones (Duo), or a 'canvas' of these, of DiffusionGemma.",
+    )
+    self_conditioning_prob: float | None = opt(
+        None,
+        "Canvas: share of the rows that read what a first pass without gradient believed. Default: 0.5.",
     )
     uniform_loss: str = opt(
         "nelbo",
@@ -198,9 +221,11 @@ class DiffusionSFTConfig(PlainSFTConfig):
             )
         if not 0 < self.noise_eps < 1:
             raise ValueError(f"noise_eps={self.noise_eps} must lie in (0, 1)")
-        if not 0 <= self.softmasking_prob <= 1:
-            raise ValueError(f"softmasking_prob={self.softmasking_prob} must lie in [0, 1]")
+        for name in ("softmasking_prob", "on_policy_prob", "self_conditioning_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
         check_least(self, head_learning_rate=0, eval_decode_rows=0, eval_steps_decoded=1)
+        self._check_objective()
         self._check_uniform()
         self._check_masks()
         if self.softmasking_prob:
@@ -214,34 +239,31 @@ class DiffusionSFTConfig(PlainSFTConfig):
         name them, so that they are no error but told of when training begins."""
         return [name for name, *_ in idle_options(self, [HEADLESS])]
 
+    def _check_objective(self):
+        """Raise ValueError for options of another objective."""
+        default = {field.name: field.default for field in fields(self)}
+        names, remedy = OF_OTHERS[self.objective]
+        for name in names.split():
+            if getattr(self, name) != default[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not go with objective={self.objective!r}: {remedy} "
+                    f"{default[name]!r}"
+                )
+
     def _check_uniform(self):
         if not 0 <= self.curriculum <= 1:
             raise ValueError(
                 f"curriculum={self.curriculum} must lie in [0, 1]: a share of the training"
             )
-        if self.objective == "masked":
-            if self.noise == "share" and self.normalise != "masks":
-                raise ValueError(
-                    f"noise='share' does not go with normalise={self.normalise!r}, which weighs by the rate: set "
-                    f"normalise='masks', or noise='rate'"
-                )
-            idle = (("uniform_loss", "nelbo"), ("curriculum", 0.0), ("view_scale", False))
-            remedy = "set objective='uniform', or leave it at"
-        else:
-            idle = (("softmasking_prob", 0.0), ("noise", "rate"), ("noise_level", "document"))
-            idle += (("complementary", False), ("on_policy_prob", 0.0), ("whole_answer", False))
-            idle += (("packing", False),)
-            remedy = "there are no masks to show or count, set it to"
-            if self.normalise == "masks":
-                raise ValueError(
-                    "normalise='masks' does not go with objective='uniform': set it to 'tokens' or 'answer'"
-                )
-        for name, value in idle:
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} does not go with objective={self.objective!r}: "
-                    f"{remedy} {value!r}"
-                )
+        if self.objective == "masked" and self.noise == "share" and self.normalise != "masks":
+            raise ValueError(
+                f"noise='share' does not go with normalise={self.normalise!r}, which weighs by the rate: set "
+                f"normalise='masks', or noise='rate'"
+            )
+        if self.objective == "uniform" and self.normalise == "masks":
+            raise ValueError(
+                "normalise='masks' does not go with objective='uniform': set it to 'tokens' or 'answer'"
+            )
         if self.view_scale and self.uniform_loss == "nelbo":
             raise ValueError(
                 "view_scale=True does not go with uniform_loss='nelbo', which has its own weights: set "
@@ -252,8 +274,6 @@ class DiffusionSFTConfig(PlainSFTConfig):
             self.gaussian(2)
 
     def _check_masks(self):
-        if not 0 <= self.on_policy_prob <= 1:
-            raise ValueError(f"on_policy_prob={self.on_policy_prob} must lie in [0, 1]")
         if self.on_policy_prob and self.softmasking_prob:
             raise ValueError(
                 f"on_policy_prob={self.on_policy_prob} shows tokens where softmasking_prob={self.softmasking_prob} "
@@ -294,7 +314,17 @@ class DiffusionSFTConfig(PlainSFTConfig):
 
 def check_fits(args: DiffusionSFTConfig, facts: Facts) -> Facts:
     """The facts of the model that is trained. Raises ValueError for what does not go with them."""
-    check_has_mask(facts, "DiffusionSFTTrainer")
+    if (facts.mask_id is None) != (args.objective == "canvas"):
+        needs = "canvases, as DiffusionGemma has" if args.objective == "canvas" else "a mask token"
+        remedy = "'masked' or 'uniform'" if args.objective == "canvas" else "'canvas'"
+        raise ValueError(
+            f"objective={args.objective!r} needs {needs}, and the model is of family {facts.family!r}: set it to "
+            f"{remedy}"
+        )
+    if args.objective == "canvas" and facts.eos_id is None:
+        raise ValueError(
+            "objective='canvas' fills canvases with end tokens, and the model names none"
+        )
     if args.noise_level == "block" and facts.block_length is None:
         raise ValueError(
             "noise_level='block' needs a block-causal model, and this one reads the whole canvas: leave it at "

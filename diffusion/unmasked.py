@@ -11,9 +11,7 @@ from transformers import DynamicCache
 
 from softar.soft import Soft
 
-from .canvas import Canvas
 from .net import Parts
-from .schedules import Block
 
 FEW = 64  # tokens of a mixture that are looked at in pairs
 
@@ -22,11 +20,10 @@ class CanvasReader:
     """Runs the encoder over finished text, whose keys and values it keeps, and the decoder over the
     canvas behind it, which leaves none."""
 
-    def __init__(self, net: Parts, real: Tensor, canvas: Canvas, *, by_column: bool):
-        """real: [B, P] bool, what is not padding. by_column: positions are columns, else padding
-        does not count."""
+    def __init__(self, net: Parts, real: Tensor, L: int, *, by_column: bool):
+        """real: [B, P] bool, what is not padding; L: columns in all. by_column: positions are
+        columns, else padding does not count."""
         self.net, self.encoder, self.decoder = net, net.body.encoder, net.body.decoder
-        L = canvas.ids.shape[1]
         self.real = torch.nn.functional.pad(real, (0, L - real.shape[1]), value=True)  # [B, L]
         places = torch.arange(L, device=real.device).expand_as(self.real)
         self.positions_of = places if by_column else (self.real.cumsum(1) - 1).clamp_min(0)
@@ -63,28 +60,31 @@ class CanvasReader:
         self.stores.append(self.forwards)
         self.forwards, self.positions = self.forwards + 1, self.positions + ids.numel()
 
-    def open(self, block: Block) -> None:
-        """The canvas is that block from now on, right behind what is stored."""
-        real = self.real[self.rows, : block.end]
-        self.at = self.positions_of[self.rows, block.start : block.end]
+    def open(self, end: int) -> None:
+        """The canvas ends there from now on, and begins right behind what is stored."""
+        real = self.real[self.rows, :end]
+        self.at = self.positions_of[self.rows, self.stored : end]
         self.mask = self.decoder.create_diffusion_decoder_attention_mask(
             config=self.net.body.config,
-            inputs_embeds=real[
-                :, block.start :, None
-            ],  # only its shape is looked at, and its dtype
+            # only its shape is looked at, and its dtype
+            inputs_embeds=real[:, self.stored :, None],
             past_key_values=self.cache,
             decoder_attention_mask=real,
         )
 
-    def __call__(self, noisy: Tensor, conditioning: Tensor | None, rows: Tensor) -> Tensor:
+    def __call__(
+        self, noisy: Tensor, conditioning: Tensor | None, rows: Tensor, told: Tensor | None = None
+    ) -> Tensor:
         """noisy: [B, C] token ids; conditioning: of the rows that it still reads [., C, V] logits
-        whose softmax is the mixture, None for none -> [n, V] float32, what it believes of the slots
-        of the `rows` [B] bool, which are among those."""
+        whose softmax is the mixture, None for none; told: [.] bool, the rows that see it, None for
+        all -> [n, V] float32, what it believes of the slots of the `rows` [B] bool, which are among
+        those."""
         noisy = noisy[self.rows]
         hidden = self.decoder(
             decoder_input_ids=noisy,
             past_key_values=self.cache,
             self_conditioning_logits=conditioning,
+            self_conditioning_mask=told,
             decoder_attention_mask=self.mask,
             decoder_position_ids=self.at,
         ).last_hidden_state
