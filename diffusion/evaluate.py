@@ -12,6 +12,7 @@ from softar.evaluate import encode, evaluating, tally
 from .config import DenoiseConfig
 from .loop import DenoiseOutput, denoise
 from .losses import log_likelihood
+from .net import Facts
 
 
 def evaluate(
@@ -40,9 +41,7 @@ def evaluate(
     if fills:
         gen_length = 0
     elif gen_length is None and len(rows):
-        gen_length = (
-            len(tokenizer(rows[0]["completion"], add_special_tokens=False)["input_ids"]) + 1
-        )
+        gen_length = slots_of_row(rows[0], tokenizer)
     config = config if gen_length is None else dataclasses.replace(config, gen_length=gen_length)
     rng = torch.Generator().manual_seed(seed)
 
@@ -98,3 +97,28 @@ def has_texts(rows: Dataset) -> bool:
         and len(rows) > 0
         and all(isinstance(rows[0][name], str) for name in columns)
     )
+
+
+def steps_for(known: Facts, rows: Dataset, tokenizer, steps: int) -> int:
+    """So many steps, or as many more as `evaluate` needs: one for each block of a block-causal
+    model, as many for each canvas of DiffusionGemma."""
+    if known.block_length is None or not len(rows):
+        return steps
+    if known.mask_id is None:
+        canvases = -(-slots_of_row(rows[0], tokenizer) // known.block_length)
+        return -(-steps // canvases) * canvases
+    return max(steps, *(most_blocks(row, tokenizer, known.block_length) for row in rows))
+
+
+def most_blocks(row: dict, tokenizer, length: int) -> int:
+    """Blocks that may have masks of a row, wherever the first one begins."""
+    slots = slots_of_row(row, tokenizer)
+    span = len(row["template"].split()) if "template" in row else slots
+    return min(slots, (span - 2) // length + 2)
+
+
+def slots_of_row(row: dict, tokenizer) -> int:
+    """Its masks, or those that take the place of its completion."""
+    if "template" in row:
+        return row["template"].split().count(tokenizer.mask_token)
+    return len(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]) + 1

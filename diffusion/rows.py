@@ -47,9 +47,10 @@ def close_rows(dataset, tokenizer: PreTrainedTokenizerBase, text_field: str = "t
 
 
 def closes(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Does it end every text with its end token?"""
-    ids = tokenizer(tokenizer.mask_token)["input_ids"]
-    return tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
+    """Does it end every text with its end token? Those that do have a mask token."""
+    if tokenizer.mask_token is None or tokenizer.eos_token_id is None:
+        return False
+    return tokenizer(tokenizer.mask_token)["input_ids"][-1] == tokenizer.eos_token_id
 
 
 def packed(dataset, length: int):

@@ -31,7 +31,7 @@ from softar.training import (
 
 from .config import DenoiseConfig
 from .doubled import documents_of
-from .evaluate import evaluate
+from .evaluate import evaluate, steps_for
 from .head import HEAD_FILE, learn_head, save_head
 from .inputs import check_width
 from .models import load_original
@@ -224,12 +224,15 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         n = self.args.eval_decode_rows
         if self._score is not None and self._decode_rows is not None and n:
             rows = self._decode_rows.select(range(min(len(self._decode_rows), n)))
+            steps = steps_for(
+                self._facts, rows, self.processing_class, self.args.eval_steps_decoded
+            )
             scores = evaluate(
                 self.accelerator.unwrap_model(self.model),
                 self.processing_class,
                 rows,
                 self._score,
-                self.decoding(steps=self.args.eval_steps_decoded),
+                self.decoding(steps=steps),
                 seed=self.args.seed,
             )
             metrics[f"{metric_key_prefix}_accuracy"] = scores["accuracy"]

@@ -202,7 +202,9 @@ class DiffusionSFTConfig(PlainSFTConfig):
         256, "Held-out rows decoded for the accuracy of an evaluation; 0 for none."
     )
     eval_steps_decoded: int | None = opt(
-        None, "Forwards in which an evaluation decodes a row. Default: 8."
+        None,
+        "Forwards in which an evaluation decodes a row, and as many more as its blocks take, or its canvases. "
+        "Default: 8.",
     )
 
     def __post_init__(self):

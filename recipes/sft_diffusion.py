@@ -160,9 +160,15 @@ def check(inputs, configs):
         raise ValueError(
             f"likelihood_samples needs held-out rows with prompt and completion as text; {task.name} has none"
         )
-    if "uniform" not in schedules and any(a.objective == "uniform" for a in configs.values()):
+    redraws = [a.objective for a in configs.values() if a.objective != "masked"]
+    if "uniform" not in schedules and redraws:
         raise ValueError(
-            f"schedules={script.schedules!r}: a model of objective='uniform' decodes with 'uniform' only"
+            f"schedules={script.schedules!r}: a model of objective={redraws[0]!r} decodes with 'uniform' only"
+        )
+    if script.likelihood_samples and "canvas" in redraws:
+        raise ValueError(
+            f"likelihood_samples={script.likelihood_samples} bounds a likelihood by masks, and a model of "
+            f"objective='canvas' has none: leave it out"
         )
 
 
@@ -224,61 +230,49 @@ def train_row(inputs, name, args):
 def decode_all(trainer, task, schedules, seed):
     """The held-out rows under every decoding: hard, and softly as the model was trained, or else
     without training. A uniform-state model shows no masks, and steps more than its slots are of use
-    to it."""
+    to it; DiffusionGemma reads its own belief, or none."""
     from softar.diffusion.config import DenoiseConfig
     from softar.diffusion.evaluate import evaluate
 
     plain, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     learnt = {} if trainer.head is None else trainer.head.settings()
-    decoders = {"hard": {}, "soft-token" if trainer.head is None else "soft-mask": learnt}
-    slots = slots_of(task, tokenizer)
-    if trainer.uniform is not None:
-        decoders, schedules = {"hard": {}}, ["uniform"]
-    for schedule in schedules:
-        budgets = BUDGETS[schedule]
-        if trainer.uniform is not None:
-            budgets = sorted({*budgets, slots})
-        elif schedule == "uniform":
-            budgets = enough([b for b in budgets if b < slots] + [slots], plain, tokenizer, task)
+    decoders = {"hard": dict(soften="hard")}
+    if trainer.args.objective == "canvas":
+        decoders["self-conditioned"] = {}
+    elif trainer.uniform is None:
+        name = "soft-token" if trainer.head is None else "soft-mask"
+        decoders[name] = dict(soften=name, soften_args=learnt)
+    for schedule in schedules if trainer.args.objective == "masked" else ["uniform"]:
+        budgets = budgets_of(schedule, trainer.args.objective, plain, tokenizer, task)
         for decoder, settings in decoders.items():
             for budget in budgets:
-                config = DenoiseConfig(
-                    soften=decoder, soften_args=settings, **SCHEDULES[schedule](budget)
-                )
+                config = DenoiseConfig(**settings, **SCHEDULES[schedule](budget))
                 yield dict(decoder=decoder, schedule=schedule, budget=budget) | evaluate(
                     plain, tokenizer, task.test, task.score, config, seed=seed
                 )
 
 
-def enough(budgets, model, tokenizer, task) -> list[int]:
-    """The numbers of steps of which each block of a block-causal model gets one at least."""
+def budgets_of(schedule, objective, model, tokenizer, task) -> list:
+    """Numbers of steps, or what else the schedule is asked by. Each block of a block-causal model
+    gets one step at least, each canvas as many as another."""
+    from softar.diffusion.evaluate import most_blocks, slots_of_row
     from softar.diffusion.net import facts
 
-    length = facts(model).block_length
-    if length is None:
+    budgets, known = BUDGETS[schedule], facts(model)
+    if schedule != "uniform":
         return budgets
-    most = max(most_blocks(row, tokenizer, length) for row in task.test)
+    slots = slots_of_row(task.test[0], tokenizer)
+    if objective == "canvas":
+        return [b * -(-slots // known.block_length) for b in budgets]
+    if objective == "uniform":
+        return sorted({*budgets, slots})
+    budgets = [b for b in budgets if b < slots] + [slots]
+    if known.block_length is None:
+        return budgets
+    most = max(most_blocks(row, tokenizer, known.block_length) for row in task.test)
     if few := [b for b in budgets if b < most]:
         print(f"steps {few} are left out: a row may have {most} blocks, and each takes a step")
     return [b for b in budgets if b >= most] or [most]
-
-
-def most_blocks(row, tokenizer, length) -> int:
-    """Blocks that may have masks of a row, wherever the first one begins."""
-    slots = slots_of_row(row, tokenizer)
-    span = len(row["template"].split()) if "template" in row else slots
-    return min(slots, (span - 2) // length + 2)
-
-
-def slots_of(task, tokenizer) -> int:
-    """Masks of the first held-out row."""
-    return slots_of_row(task.test[0], tokenizer)
-
-
-def slots_of_row(row, tokenizer) -> int:
-    if "template" in row:
-        return row["template"].split().count(tokenizer.mask_token)
-    return len(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]) + 1
 
 
 def report(inputs, lines, folders, console):

@@ -12,7 +12,9 @@ from test_denoise import denoiser
 from test_renoised import CANVAS, VOCAB, gemma
 from tiny import EOS, tokenizer_of
 
+import softar
 from softar.diffusion import load
+from softar.diffusion.convert import convert
 from softar.diffusion.doubled import documents_of
 from softar.diffusion.net import facts
 from softar.diffusion.objectives import Canvases, Place, Rows, canvases_of
@@ -212,3 +214,27 @@ def test_what_does_not_go_together_is_refused_before_work(tmp_path, options, wor
         options = options | {"model": options["model"]()}
     with pytest.raises(ValueError, match=words):
         trainer_of(tmp_path, **options)
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+@pytest.mark.parametrize("kind", ["canvas", "blocks"])
+def test_an_evaluation_has_steps_for_all_canvases_and_blocks(tmp_path, kind, steps):
+    """Three canvases of 8, or up to 6 blocks of 4, whatever `eval_steps_decoded` is."""
+    if kind == "canvas":
+        model, tokenizer, objective, word = gemma(), tokenizer_of(VOCAB), "canvas", " w20"
+    else:
+        model, tokenizer = convert(*softar.load("mnns-tiny", seed=0), block_length=4)
+        objective, word = "masked", " S1"
+    rows = Dataset.from_list([{"prompt": word, "completion": word * 20}] * 2)
+    args = DiffusionSFTConfig(
+        output_dir=str(tmp_path), objective=objective, eval_steps_decoded=steps, report_to="none"
+    )
+    trainer = DiffusionSFTTrainer(
+        model,
+        args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+        score=lambda answer, row: 1.0,
+    )
+    assert trainer.evaluate()["eval_accuracy"] == 1.0

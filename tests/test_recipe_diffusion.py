@@ -12,6 +12,7 @@ from launched import PYTHON, argv, assert_fails, recipe, results_of, run, run_he
 from launched import losses_of as losses_at
 
 from softar.diffusion import load
+from softar.diffusion.evaluate import most_blocks
 from softar.diffusion.head import HEAD_FILE, load_head
 from softar.diffusion.net import facts
 from softar.recipe import read
@@ -204,7 +205,6 @@ def test_what_a_folder_does_not_say_is_said_by_options(tmp_path, folder, said, w
 
 
 def test_steps_below_the_blocks_are_left_out():
-    most_blocks = runpy.run_path(RECIPE)["most_blocks"]
     for slots in range(1, 12):
         row = {"template": " ".join(["_"] * slots)}
         for length in range(1, 8):
