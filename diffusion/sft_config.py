@@ -303,9 +303,9 @@ class DiffusionSFTConfig(PlainSFTConfig):
         """The schedule of the curriculum."""
         return GaussianToDiscrete(vocab_size, self.gamma_min, self.gamma_max)
 
-    def head(self) -> SoftMaskHead:
+    def head(self, make: type[SoftMaskHead] = SoftMaskHead) -> SoftMaskHead:
         of_one = dict(k=self.head_k, temperature=self.head_temperature)  # of one algorithm each
-        return SoftMaskHead(
+        return make(
             scale=self.head_scale,
             centre=self.head_centre,
             steepness=self.head_steepness,

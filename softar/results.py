@@ -48,16 +48,17 @@ def write_whole(file: str | Path, text: str) -> Path:
     return draft.replace(file)
 
 
-def commit() -> str | None:
-    """The commit of the working tree that this file lies in, with "+" where it has changes; None
-    outside one."""
+def commit(besides: str | None = None) -> str | None:
+    """The commit of the working tree that this file lies in, with "+" where it has changes, those
+    below the folder `besides` left out; None outside one."""
+    but = [] if besides is None else ["--", ":(top)", f":(top,exclude){besides}"]
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
         dirty = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+            [*git, "status", "--porcelain", *but], capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,0 +1,121 @@
+"""X3 of the evidence: Latin squares by masked diffusion (RESULTS.md, "Evidence: rules")."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import tempfile
+
+from softar.diffusion.head import SoftMaskHead
+from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
+from softar.diffusion.soften import Slots, soft_mask
+from softar.recipes.evidence_units import Unit, Watch, on_disk, readouts
+from softar.soft import Soft
+
+DEV, TEST, CURVE = 500, 5000, 1000
+TRAIN = 40_000  # squares drawn, of which those that are held out fall away
+SPARE = 300  # templates more than DEV: of those whose square is tested, too, none is taken
+STEPS, BUDGET, OTHERS = 2000, 12, (4, 8, 20)
+TRAINING = dict(
+    per_device_train_batch_size=128,
+    learning_rate=3e-3,
+    lr_scheduler_type="cosine",
+    warmup_steps=100,
+    weight_decay=0.01,
+    normalise="masks",
+)
+SOFT = dict(softmasking_prob=0.8, head_scale=0.5, head_centre=-1.3, head_steepness=3.9)
+ARMS = {
+    "hard": dict(max_steps=STEPS),
+    "hard-long": dict(max_steps=3600),
+    "soft-mask": dict(max_steps=STEPS, head_k=5, **SOFT),
+    "soft-mask-1": dict(max_steps=STEPS, head_k=1, **SOFT),
+    "shuffled": dict(max_steps=STEPS, head_k=5, **SOFT),
+}
+SEEDS = range(100, 116)
+SETTINGS = {arm: dict(arm=arm) for arm in ARMS}
+
+
+def from_another_row(soft: Soft) -> Soft:
+    """To each of n slots, which stand row by row, the mixture of the slot n / 2 on: of two rows or
+    more, as full of masks, that is another one's."""
+    return Soft(*(part.roll(len(part) // 2, 0) for part in soft))
+
+
+def shuffled(slots: Slots, **knobs) -> Soft:
+    """soft_mask, with the belief about a slot of another row."""
+    return from_another_row(soft_mask(slots, **knobs))
+
+
+class ShuffledHead(SoftMaskHead):
+    def forward(self, slots: Slots) -> Soft:
+        return from_another_row(super().forward(slots))
+
+
+@dataclasses.dataclass
+class ShuffledConfig(DiffusionSFTConfig):
+    def head(self, make: type = ShuffledHead) -> SoftMaskHead:
+        return super().head(make)
+
+
+@functools.cache
+def data():
+    """-> the task, and its held-out rows by split; a row's `group` is its square."""
+    from softar.tasks import latin
+
+    task = latin(held_out=TEST + DEV + SPARE, size=TRAIN)
+    rows = task.test.add_column("group", task.test["answer"])
+    test = rows.select(range(TEST))
+    tested = {*test["group"]}
+    others = [i for i, square in enumerate(rows["group"]) if square not in tested]
+    if len(others) < DEV:
+        raise ValueError(
+            f"SPARE={SPARE}: {len(others)} templates are left to develop on: draw more"
+        )
+    learnt = on_disk(task.train.select_columns(["prompt", "completion"]), "latin")
+    task = dataclasses.replace(task, train=learnt)
+    return task, {"dev": rows.select(others[:DEV]), "test": test}
+
+
+def measure(unit: Unit) -> list[dict]:
+    """Train an arm and decode with it: the lines of its log."""
+    from softar.diffusion import load
+
+    arm = unit.options["arm"]
+    task, rows = data()
+    model, tokenizer = load("latin-diffusion-tiny", seed=unit.seed, device=unit.device)
+    make = ShuffledConfig if arm == "shuffled" else DiffusionSFTConfig
+    fields = TRAINING | ARMS[arm] | unit.fields
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        args = make(output_dir=folder, **fields, **unit.training)
+        trainer = DiffusionSFTTrainer(
+            model, args, train_dataset=task.train, processing_class=tokenizer
+        )
+        with Watch() as watch:
+            trainer.train()
+    head = None if trainer.head is None else trainer.head.settings()
+    lines = [unit.line(watch, trainer, fields | {"head": head})]
+    for split in unit.splits:
+        few = rows[split].select(range(min(CURVE, len(rows[split]))))
+        for budgets, some in (((BUDGET,), rows[split]), (OTHERS, few)):
+            made = decoders(model, tokenizer, arm, head, budgets)
+            lines += readouts(made, some, task, split)
+    return lines
+
+
+def decoders(model, tokenizer, arm: str, head: dict | None, budgets: tuple[int, ...]) -> dict:
+    from softar.diffusion.config import DenoiseConfig
+    from softar.diffusion.decoders import DiffusionDecoder
+
+    ways = {"hard": dict(soften="hard")}
+    if arm == "shuffled":
+        ways["soft"] = dict(soften=functools.partial(shuffled, **head))
+    elif head is not None:
+        ways["soft"] = dict(soften="soft-mask", soften_args=head)
+    return {
+        f"{name}, {steps}": DiffusionDecoder(
+            model, tokenizer, DenoiseConfig(gen_length=0, steps=steps, **way)
+        )
+        for name, way in ways.items()
+        for steps in budgets
+    }

@@ -1,0 +1,121 @@
+"""X1 of the evidence: MNNS with 4, 5 and 6 digits (RESULTS.md, "Evidence: rules")."""
+
+import contextlib
+import functools
+import io
+import tempfile
+from dataclasses import replace
+
+from softar.recipes.evidence_units import Unit, Watch, on_disk, read_rows, readouts
+from softar.recipes.sft_soft import ROWS
+
+DIGITS = (4, 5, 6)
+HELD_OUT = {4: (100, 200), 5: (300, 600), 6: (300, 600)}  # multisets: development, test
+TRAIN = 10_000
+NET = dict(hidden_size=64, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4)
+VOTES = dict(votes=8, temperature=0.7)
+DOSES = (1, 2, 4, 8, 16)  # tokens that are left of each step
+ARMS = tuple(name for name in ROWS if name != "oracle-soft")
+TRAINING = dict(
+    per_device_train_batch_size=64,
+    learning_rate=3e-3,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.05,
+    weight_decay=0.01,
+    soft_mode="sequential",
+    soft_top_k=0,
+)
+SECONDS = {4: 80, 5: 120, 6: 240}  # of training, of the processor
+# digits -> arm -> steps that take these, by --calibrate
+STEPS = {digits: dict.fromkeys(ARMS, 1500) for digits in DIGITS}
+SEEDS = range(8)
+SETTINGS = {
+    f"{arm}-{digits}": dict(arm=arm, digits=digits, steps=STEPS[digits][arm])
+    for digits in reversed(DIGITS)
+    for arm in ARMS
+}
+
+
+@functools.cache
+def data(digits: int):
+    """-> the task, and its held-out rows by split."""
+    from softar.tasks import mnns
+
+    dev, test = HELD_OUT[digits]
+    task = mnns(digits, 0, held_out=dev + test, orders=1, size=TRAIN)
+    rows = task.test
+    learnt = task.train.select_columns(["prompt", "completion", "traces", "answer"])
+    return replace(task, train=on_disk(learnt, f"mnns-{digits}")), {
+        "dev": rows.select(range(dev)),
+        "test": rows.select(range(dev, dev + test)),
+    }
+
+
+def measure(unit: Unit) -> list[dict]:
+    """Train an arm and read it out in every way: the lines of its log."""
+    import softar
+    from softar.sft.config import SoftSFTConfig
+    from softar.sft.trainer import SoftSFTTrainer
+    from softar.tasks import no_thought
+
+    arm, digits, steps = (unit.options[name] for name in ("arm", "digits", "steps"))
+    task, rows = data(digits)
+    thinks = arm != "no-cot"
+    model, tokenizer = softar.load(
+        "mnns-tiny", seed=unit.seed, device=unit.device, largest_sum=9 * max(DIGITS), **NET
+    )
+    fields = (
+        TRAINING
+        | ROWS[arm]
+        | dict(
+            max_steps=steps,
+            think_steps=task.think_steps if thinks else 0,
+            eval_new_tokens=task.max_new_tokens,
+        )
+    )
+    fields |= unit.fields
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        args = SoftSFTConfig(output_dir=folder, **fields, **unit.training)
+        learnt = task if thinks else no_thought(task)
+        trainer = SoftSFTTrainer(
+            model, args, train_dataset=learnt.train, processing_class=tokenizer
+        )
+        with Watch() as watch:
+            trainer.train()
+    lines = [unit.line(watch, trainer, fields)]
+    for split in unit.splits:
+        lines += readouts(decoders(model, tokenizer, args, arm), rows[split], task, split)
+        if args.is_soft:
+            lines += list(doses(model, tokenizer, args, rows[split], task, split))
+    return lines
+
+
+def decoders(model, tokenizer, args, arm: str) -> dict:
+    from softar.decoders.soft import SelfConsistency, SoftDecoder
+
+    made = {
+        name: SoftDecoder(model, tokenizer, args.decoding(name), seed=args.seed)
+        for name in ("soft", "discrete")
+    }
+    if arm == "discrete-traces":
+        drawn = replace(
+            args.decoding("discrete"), mixer_args={"sample": True}, temperature=VOTES["temperature"]
+        )
+        voter = SoftDecoder(model, tokenizer, drawn, seed=args.seed)
+        made["votes"] = SelfConsistency(voter, VOTES["votes"])
+    return made
+
+
+def doses(model, tokenizer, args, rows, task, split: str):
+    """The answers after the rows' own thoughts, whole and cut, and after the next row's."""
+    from softar.evals.edited import answers_after, cut, of_another, thoughts_of
+    from softar.evaluate import encode
+
+    ids = encode(tokenizer, [*rows["prompt"]])["input_ids"].to(model.device)
+    thought = thoughts_of(model, ids, args.decoding("soft"))
+    edited = {"own": thought, "another row's": of_another(thought)}
+    edited |= {f"top {k}": cut(thought, k) for k in DOSES}
+    for name, each in edited.items():
+        tokens = answers_after(model, ids, each)
+        scores = [task.score(tokenizer.decode(t), row) for t, row in zip(tokens, rows, strict=True)]
+        yield read_rows(f"after {name}", split, scores, nfe=None)
