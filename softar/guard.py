@@ -97,12 +97,13 @@ def check_followed(settings: GenerationConfig, own: GenerationConfig, also: Mapp
 
 
 def callers_arguments() -> dict[str, Any]:
-    """Arguments of the `model.generate` that calls the function that calls this. transformers keeps
-    the named ones from a custom loop, which could then only drop them."""
-    frame = sys._getframe(2)
-    if frame.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
-        return {}
-    return dict(frame.f_locals)
+    """Arguments of the `model.generate` around the function that calls this, whatever stands between
+    the two; {} where there is none. transformers keeps the named ones from a custom loop, which could
+    then only drop them, and has no other way to them."""
+    code, frame = inspect.unwrap(GenerationMixin.generate).__code__, sys._getframe(2)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return {} if frame is None else dict(frame.f_locals)
 
 
 def check_call(

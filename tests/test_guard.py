@@ -1,6 +1,8 @@
 """What decoding refuses before the first forward, each in one line, and that nothing asked of generate
 is dropped without a word."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GenerationConfig,
+    GenerationMixin,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
@@ -145,6 +148,26 @@ def test_plugged_into_generate_it_streams_and_the_configurations_length_counts(l
     assert out.shape == (1, IDS.shape[1] + 5) and heard.ended
     assert heard.puts == [IDS[:1].tolist(), *[[token] for token in out[0, -5:].tolist()]]
     assert llama.generate(IDS[:1], max_new_tokens=2, **how).shape == (1, IDS.shape[1] + 2)
+
+
+def test_plugged_in_by_a_function_of_ones_own_it_drops_nothing_either(llama):
+    def mine(*args, **kwargs):
+        return softar.soft_decode(*args, soft_config=SoftConfig(max_new_tokens=5), **kwargs)
+
+    class Heard(list):
+        put, end = list.append, lambda self: None
+
+    heard, how = Heard(), dict(custom_generate=mine, eos_token_id=None)
+    out = llama.generate(IDS[:1], streamer=heard, **how)
+    assert out.shape == (1, IDS.shape[1] + 5) and len(heard) == 6
+    with pytest.raises(ValueError, match="assistant_model= is not followed"):
+        llama.generate(IDS[:1], assistant_model=llama, **how)
+
+
+def test_generate_has_the_arguments_that_are_read_of_its_call():
+    """They are read of its frame: a release that renames one has to be seen here."""
+    names = inspect.unwrap(GenerationMixin.generate).__code__.co_varnames
+    assert {"streamer", "assistant_model", "synced_gpus", "has_default_max_length"} <= {*names}
 
 
 @pytest.mark.parametrize(
