@@ -5,6 +5,7 @@ again for each, with `--rows NAME --seed SEED --num_seeds 1` behind its own opti
 these three.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .checks import one_line_errors
@@ -22,6 +23,7 @@ from .resume import ANY_WHOLE, STATE, check_whole, checkpoint_of, resumes
 CUSTOM = "custom"  # one run, exactly as the options say
 # set for a process that trains one row and leaves table and plot to its parent
 APART = "SOFTAR_TRAIN_APART"
+EARLIER = "_earlier"
 LOG = "train.log"  # what such a process says, in the row's folder
 
 Row = tuple[str, int]
@@ -57,30 +59,29 @@ def train_rows(
     folders = {(name, seed): output / f"{name}-seed{seed}" for seed in seeds for name in names}
     if [*folders] == [(CUSTOM, training.seed)] and not is_child:
         folders = {(CUSTOM, training.seed): output}
-    if not resumes(training) and is_main and not is_child:
-        for folder in folders.values():
-            set_apart(folder)
+    starts = not resumes(training) and is_main and not is_child
     configs = {row: configure(*row, folder) for row, folder in folders.items()}
     lines_of = {row: saved_row(folder, configs[row]) for row, folder in folders.items()}
     left = [row for row, lines in lines_of.items() if lines is None]
     with one_line_errors(program.name):
         for row in left:
             checkpoint_of(configs[row])  # before hours of training, not when the row's turn comes
-    if jobs > 1 and len(left) > 1 and not is_child:
-        train_apart({row: folders[row] for row in left}, jobs, console, program)
-        lines_of |= {row: json.loads((folders[row] / "row.json").read_text()) for row in left}
     results = []
-    for row, lines in lines_of.items():
-        if lines is None:
-            file = folders[row] / "row.json"
-            file.unlink(missing_ok=True)
-            lines = train(row[0], configs[row])
-            end_run()
-            if lines is not None:  # the main process
-                write_whole(file, json.dumps(lines))
-        results += lines or []
-        if is_main and not is_child and results:
-            write_results(output / "results.json", results)
+    with anew([*folders.values()]) if starts else contextlib.nullcontext():
+        if jobs > 1 and len(left) > 1 and not is_child:
+            train_apart({row: folders[row] for row in left}, jobs, console, program)
+            lines_of |= {row: json.loads((folders[row] / "row.json").read_text()) for row in left}
+        for row, lines in lines_of.items():
+            if lines is None:
+                file = folders[row] / "row.json"
+                file.unlink(missing_ok=True)
+                lines = train(row[0], configs[row])
+                end_run()
+                if lines is not None:  # the main process
+                    write_whole(file, json.dumps(lines))
+            results += lines or []
+            if is_main and not is_child and results:
+                write_results(output / "results.json", results)
     PartialState().destroy_process_group()  # not earlier: the next row's trainer joins the same one
     return (results if is_main and not is_child else []), folders
 
@@ -142,18 +143,60 @@ def start_apart(row: Row, folder: Path, program: Program) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {APART: "1"})
 
 
-def set_apart(folder: Path) -> None:
-    """A run from the start leaves nothing of an earlier one where a later resume would take it for
-    its own: the checkpoints move into a folder `_earlier` (push_to_hub skips that name), in place
-    of what was there."""
-    (folder / "row.json").unlink(missing_ok=True)
-    if checkpoints := list(folder.glob("checkpoint-*")):
-        earlier = folder / "_earlier"
-        shutil.rmtree(earlier, ignore_errors=True)
+@contextlib.contextmanager
+def anew(folders: list[Path]) -> Iterator[None]:
+    """A run from the start: nothing of an earlier one stays where a later resume would take it for
+    its own. An error of the input that only shows when a trainer is made, before anything has been
+    trained, leaves the folders as they were."""
+    undo = [set_apart(folder) for folder in folders]
+    try:
+        yield
+    except SystemExit as end:
+        if end.code == 2 and not any(_holds_run(folder) for folder in folders):
+            for put_back in undo:
+                put_back()
+        raise
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder / EARLIER / EARLIER, ignore_errors=True)
+
+
+def set_apart(folder: Path) -> Callable[[], None]:
+    """Move the checkpoints of a folder into one named EARLIER (push_to_hub skips that name), in
+    place of what was there, which goes into a folder inside until the run is over, and delete its
+    row.json -> what undoes it."""
+    row, earlier, older = folder / "row.json", folder / EARLIER, folder / f"{EARLIER}{EARLIER}"
+    lines = row.read_text() if row.exists() else None
+    row.unlink(missing_ok=True)
+    checkpoints = [*folder.glob("checkpoint-*")]
+    if checkpoints:
+        if earlier.exists():
+            earlier.rename(older)
         earlier.mkdir()
+        if older.exists():
+            older.rename(earlier / EARLIER)
         for checkpoint in checkpoints:
             checkpoint.rename(earlier / checkpoint.name)
         print(f"starts anew; the checkpoints of an earlier run are now in {earlier}")
+
+    def put_back() -> None:
+        if lines is not None:
+            row.write_text(lines)
+        if checkpoints:
+            for checkpoint in checkpoints:
+                (earlier / checkpoint.name).rename(checkpoint)
+            if (earlier / EARLIER).exists():
+                (earlier / EARLIER).rename(older)
+            shutil.rmtree(earlier)
+            if older.exists():
+                older.rename(earlier)
+            print(f"nothing was trained; they are back in {folder}")
+
+    return put_back
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "row.json").exists() or any(folder.glob("checkpoint-*"))
 
 
 def saved_row(folder: Path, training) -> list[dict] | None:

@@ -15,7 +15,7 @@ from softar.launch import LAUNCHED, Processes, Program, launch, split_processes
 from softar.recipe import interruptible, named_model, one_line_errors
 from softar.recipe_config import with_default_config, with_found_config
 from softar.resume import checkpoint_of, last_checkpoint, resumes
-from softar.rows import APART, CUSTOM, check_resume, parse_rows, saved_row, set_apart, train_rows
+from softar.rows import APART, CUSTOM, anew, check_resume, parse_rows, saved_row, train_rows
 
 ROWS = {"a": {}, "b": {}, "c": {}}
 GROUPS = {"demo": ["a", "c"], "all": list(ROWS)}
@@ -89,16 +89,60 @@ def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path):
 
 
 def test_earlier_checkpoints_are_set_apart_in_place_of_still_earlier_ones(tmp_path, capsys):
-    set_apart(tmp_path)
+    with anew([tmp_path]):
+        pass
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
     (tmp_path / "row.json").write_text("[]")
     (tmp_path / "model.safetensors").write_text("")
     for step in (2, 4):
         checkpoint_at(tmp_path, step)
-        set_apart(tmp_path)
+        with anew([tmp_path]):
+            assert not (tmp_path / "row.json").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["_earlier", "model.safetensors"]
     assert [p.name for p in (tmp_path / "_earlier").iterdir()] == ["checkpoint-4"]
     assert capsys.readouterr().out.count(f"now in {tmp_path / '_earlier'}") == 2
+
+
+def tree(folder):
+    return {
+        p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.*") if p.is_file()
+    }
+
+
+@pytest.mark.parametrize("runs", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("code", "trained", "is_back"),
+    [
+        (2, None, True),
+        (2, "checkpoint", False),
+        (2, "row", False),
+        (1, None, False),
+        (0, None, False),
+    ],
+)
+def test_an_error_before_anything_is_trained_leaves_the_folders_as_they_were(
+    tmp_path, runs, code, trained, is_back
+):
+    """Checkpoints, what was set apart earlier, and the lines of a row that was finished."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("weights")
+        for run in range(runs):
+            with anew([folder]):
+                checkpoint_at(folder, run)
+        (folder / "row.json").write_text('["old"]')
+    before = tree(tmp_path)
+    with pytest.raises(SystemExit), anew(folders):
+        assert not (folders[1] / "row.json").exists()
+        if trained == "checkpoint":
+            checkpoint_at(folders[0], 9)
+        elif trained == "row":
+            (folders[0] / "row.json").write_text('["new"]')
+        sys.exit(code)
+    assert (tree(tmp_path) == before) is is_back
+    assert is_back or not any(p.exists() for p in folders[1].glob("[!_]*-[0-9]"))
+    assert not [*tmp_path.rglob("_earlier/_earlier")]
 
 
 def test_a_finished_row_counts_if_the_run_goes_on_from_it(tmp_path):
