@@ -15,14 +15,16 @@ import warnings
 import pytest
 import torch
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from tiny import PAD, counted, left_padded, model_of, seeded
+from safetensors.torch import save_file
+from tiny import PAD, counted, left_padded, model_of, seeded, tokenizer_of
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3nConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import softar
 from softar.models.reading import BLIND_TO_PADDING, DECODERS, NEED_TOKENS, ONE_ROW
+from softar.models.source import TEXT_ALONE
 from softar.rl.actions import k_samples_logp, replay
 from softar.sft.forward import mixed_forward, soft_forward
 from softar.soft import Soft, entropy, hard, mk_proba_dist, soft_inputs, token_inputs
@@ -260,6 +262,29 @@ def test_layers_read_it_in_training_and_replay(layered):
     assert_close(*modes, rtol=0, atol=1e-4)
     tokens = mixed_forward(layered, out.sequences, None, mask, hard(out.sequences))
     assert_close(tokens, layered(input_ids=out.sequences).logits, rtol=0, atol=1e-6)
+
+
+def test_of_a_folder_with_images_and_sound_the_text_model_is_opened(tmp_path):
+    """Gemma 3n as it is published: its whole needs timm, and takes no mixtures for its layers."""
+    text = build("gemma3n_text")
+    config = Gemma3nConfig(text_config=text.config.to_dict())
+    config.architectures = ["Gemma3nForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    weights = {
+        name.replace("model.", "model.language_model.", 1): value.clone()
+        for name, value in text.state_dict().items()
+        if name != "lm_head.weight"  # tied
+    }
+    parts = {f"model.{part}.x": torch.zeros(2) for part in TEXT_ALONE["gemma3n"]}
+    save_file(weights | parts, tmp_path / "model.safetensors", {"format": "pt"})
+    tokenizer_of().save_pretrained(tmp_path)
+    model, _ = softar.load(tmp_path)
+    ids = torch.tensor([[5, 11, 12]])
+    assert_close(model(ids).logits, text(ids).logits, rtol=0, atol=1e-5)
+    strange = {"model.strange.x": torch.zeros(2)}
+    save_file(weights | parts | strange, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"unexpected keys 'model\.strange\.x' --"):
+        softar.load(tmp_path)
 
 
 VIRTUAL = {

@@ -15,7 +15,7 @@ CACHES = ("past_key_values", "cache_params", "state")
 # What mixtures have no answer to.
 NEED_TOKENS = {
     "deepseek_v4": "it chooses experts by the token's id",
-    "gemma3n": "its forward takes no mixtures for the layers; open its text model, Gemma3nForCausalLM",
+    "gemma3n": "its forward takes no mixtures for the layers; open it with softar.load, or as Gemma3nForCausalLM",
 }
 # transformers counts the positions of these from the left edge, or lets their state run over the
 # padding, so that a padded row is decoded in another way than by itself.

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -24,6 +24,8 @@ FETCH = (
     "subfolder",
     "token",
 )
+# Models of text, images and sound whose text model alone reads mixtures -> the parts left out
+TEXT_ALONE = {"gemma3n": ("vision_tower", "audio_tower", "embed_vision", "embed_audio")}
 SIZES = (
     "hidden_size",
     "num_attention_heads",
@@ -44,8 +46,14 @@ def pretrained(source, **model_kwargs):
     """A folder or a hub id. Raises OSError where there is none or its weights are pickled."""
     model_kwargs = cached_if_offline(source, model_kwargs)
     fetch = {key: model_kwargs[key] for key in FETCH if key in model_kwargs}
+    parts = ()
     if "gguf_file" not in model_kwargs:
-        _check_causal(settings_of(source, **fetch))
+        settings = settings_of(source, **fetch)
+        _check_causal(settings)
+        parts = TEXT_ALONE.get(settings["model_type"], ())
+    if parts:
+        whole = AutoConfig.from_pretrained(source, trust_remote_code=False, **fetch)
+        model_kwargs = {"config": whole.get_text_config(decoder=True)} | model_kwargs
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **fetch)
     # A GGUF is not looked for as safetensors
     safe = {} if "gguf_file" in model_kwargs else {"use_safetensors": True}
@@ -57,6 +65,10 @@ def pretrained(source, **model_kwargs):
         **safe,
         **model_kwargs,
     )
+    left_out = tuple(f"model.{part}." for part in parts)
+    info["unexpected_keys"] = [
+        key for key in info["unexpected_keys"] if not key.startswith(left_out)
+    ]
     check_fit(info, model)
     check_autoregressive(model, ELSEWHERE)  # generation_config.json may name a mask token too
     return model, tokenizer
