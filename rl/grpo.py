@@ -48,7 +48,8 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
     """TRL's GRPOTrainer with soft rollouts and their replay.
 
     Takes the models, reward functions and datasets that TRL takes, text only. A reward function
-    gets `completions` and `completion_ids` after `args.reward_sees`, not the raw stream. Dropout
+    gets `completions`, without special tokens, and `completion_ids`, with them, after
+    `args.reward_sees`, not the raw stream. Dropout
     stays off, in rollout and replay: both must be the same policy. With beta > 0 the reference is
     the model as it was given (a frozen copy), or under PEFT the model without its new adapter. Each
     checkpoint holds soft_config.json, the policy as a way to decode. With args.rollout="vllm" an

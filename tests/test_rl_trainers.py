@@ -525,6 +525,9 @@ def test_reward_sees(tmp_path, sees):
 
     def reward(completions, completion_ids, **columns):
         seen.extend(completion_ids)
+        # special tokens are in the ids alone, as with TRL
+        plain = [tokenizer_of().decode(ids, skip_special_tokens=True) for ids in completion_ids]
+        assert completions == plain and any(EOS in ids for ids in completion_ids)
         return words(completions)
 
     made = trainer(tmp_path, reward=reward, reward_sees=sees)
