@@ -17,25 +17,15 @@ from softar.checks import check_values, shorten
 from softar.models import check_autoregressive
 from softar.placement import evaluating
 
-from .architectures import (
-    DREAM_NEEDS,
-    DreamForMaskedDiffusion,
-    LladaForMaskedDiffusion,
-    check_settings,
-)
+from .architectures import DreamForMaskedDiffusion, LladaForMaskedDiffusion, check_settings
 from .block_reader import PrefixCache
 from .families import A2DLlamaLMHeadModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel
 from .folder import check_reading
 from .net import Parts, parts
 from .tokenizer import introduce
 
-# What Dream and LLaDA are made of: their published layouts have no name for anything else. Their
-# logits are shifted, and they read the whole canvas.
-LLAMA_NEEDS = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
-SHIFTED = {
-    LlamaForCausalLM: (LladaForMaskedDiffusion, LLAMA_NEEDS),
-    Qwen2ForCausalLM: (DreamForMaskedDiffusion, DREAM_NEEDS),
-}
+# Whose logits are shifted, and who read the whole canvas
+SHIFTED = {LlamaForCausalLM: LladaForMaskedDiffusion, Qwen2ForCausalLM: DreamForMaskedDiffusion}
 # What all else is made: the layout of the base, which says of shift and blocks.
 A2D = {
     LlamaForCausalLM: A2DLlamaLMHeadModel,
@@ -76,7 +66,8 @@ def convert(
     Args:
         model: a LlamaForCausalLM, which becomes a LladaForMaskedDiffusion with logits_shift 1, a
             Qwen2ForCausalLM, which becomes a DreamForMaskedDiffusion, or a Qwen3ForCausalLM, which
-            becomes an A2D model, as all three do unshifted or with blocks. Any other causal model
+            becomes an A2D model, as all three do unshifted or with blocks, and a Llama with biases,
+            a stretched rotation or heads of another width, too. Any other causal model
             of transformers whose layers all see all (Gemma, Mistral, OLMo, ...) keeps its class and
             layout, and its config.json says what it was made.
         mask_token: added where the tokenizer has neither a mask token nor this token. It takes the
@@ -100,13 +91,12 @@ def convert(
             f"tokenizer={tokenizer!r}: give the model's tokenizer, which gets the mask token"
         )
     _check_mask_token(tokenizer, mask_token)
-    if shift and block_length is None and type(model) in SHIFTED:
-        (new_class, needs), changes = SHIFTED[type(model)], {"logits_shift": 1}
-    else:
-        new_class = A2D.get(type(model))
-        needs = {} if new_class is None else new_class.config_class.needs
-        changes = {"logits_shift": shift, "block_length": block_length}
-    check_settings(settings := model.config.to_dict(), needs)
+    new_class, settings = A2D.get(type(model)), model.config.to_dict()
+    changes = {"logits_shift": shift, "block_length": block_length}
+    if new_class is not None:
+        check_settings(settings, new_class.config_class.needs)
+        if shift and block_length is None and _is_all_published(model):
+            new_class = SHIFTED[type(model)]
     words, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
     if words > rows:
         raise ValueError(
@@ -226,6 +216,17 @@ def _difference(net: Parts, embeds: Tensor, causal: Tensor) -> str | None:
     if not torch.allclose(last, read(embeds, mask(blocks))[:, 2:], atol=scale):
         return "its logits over the keys and values of earlier blocks are others"
     return None
+
+
+def _is_all_published(model: PreTrainedModel) -> bool:
+    """Has the layout of SHIFTED a name for all that the model is? Dream's has Qwen2's; LLaDA's code
+    reads no biases, no stretched rotation and no width of heads."""
+    config = model.config
+    if type(model) is not LlamaForCausalLM:
+        return type(model) in SHIFTED
+    is_stretched = config.rope_parameters["rope_type"] != "default"
+    is_wide = config.head_dim * config.num_attention_heads != config.hidden_size
+    return not (config.attention_bias or config.mlp_bias or is_stretched or is_wide)
 
 
 def _take_over(model: PreTrainedModel, new_class: type, config) -> PreTrainedModel:

@@ -12,6 +12,8 @@ from transformers.utils import cached_file
 from .architectures import Published
 
 GENERATION = "generation_config.json"
+# What the length of blocks is called in config.json, by this family or that
+LENGTHS = ("block_length", "block_size", "bd_size")
 
 
 class Stated(NamedTuple):
@@ -153,7 +155,7 @@ def complete(
     else:
         said = {f"the family {config.family}": config.logits_shift}
     config.logits_shift = settle("shift", stated.shift, said, config.logits_shift)
-    said = _said(settings, "block_length", *config.originals("block_length"))
+    said = _said(settings, *LENGTHS)
     length = settle("block_length", stated.block_length, said, config.block_length)
     if length is not None and "block_length" not in config.free:
         raise ValueError(

@@ -166,8 +166,9 @@ def _open(name: str, stated: Stated, *, dtype, **model_kwargs):
         raise FileNotFoundError("there is no such folder, and a hub id has the form owner/name")
     settings = settings_of(name, **fetch)
     generation = read_fields(name, GENERATION, fetch)
-    family = family_of(settings, stated.kind, generation)
-    if settings["model_type"] == CANVASES:
+    is_canvases = settings["model_type"] == CANVASES
+    family = None if is_canvases else family_of(settings, stated.kind, generation)
+    if is_canvases:
         config = gemma.read_config(name, settings, stated, fetch)
         tokenizer, opener = open_tokenizer(name, config, fetch), gemma.OPENER
     elif family is None and is_converted(settings):

@@ -218,6 +218,28 @@ def of_its_own_layout(arch, tied=False):
         return model_class(config(**fields)).eval()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(attention_bias=True),
+        dict(mlp_bias=True),
+        dict(head_dim=16),
+        dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4)),
+    ],
+    ids=str,
+)
+def test_a_llama_that_lladas_own_code_would_misread_is_saved_as_a2d(change, tmp_path):
+    model = causal(**change)
+    x, bare = ids(), logits(model, ids())
+    new, _ = convert(model, tokenizer_of())
+    told = facts(new)
+    assert (told.shift, told.block_length, told.family) == (1, None, "a2d")
+    torch.testing.assert_close(as_causal(new, x)[..., :ROWS], bare)
+    new.save_pretrained(tmp_path)
+    again, _ = load(tmp_path)
+    assert facts(again) == told and torch.equal(logits(again, x), logits(new, x))
+
+
 @pytest.mark.parametrize(("shift", "block_length"), [(1, None), (0, 4)])
 @pytest.mark.parametrize("arch", ["gemma", "mistral", "olmo2", "phi", "qwen2_moe"])
 def test_what_has_no_layout_here_keeps_its_own(arch, shift, block_length, tmp_path):
@@ -397,9 +419,8 @@ def test_llada_without_the_field_is_not_shifted(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("llama", {"attention_bias": True}, "attention_bias=True is not supported"),
-        ("llama", {"mlp_bias": True}, "mlp_bias=True is not supported"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=\\["),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
     ],
 )

@@ -818,6 +818,8 @@ def test_dream_of_another_architecture_is_refused(field, value, tmp_path):
 @every_kind
 def test_what_a_whole_canvas_has_no_use_for(kind, tmp_path):
     refuses(write(tmp_path / "a", stock(kind), kind, block_length=8), "reads the whole canvas")
+    # as a model of blocks says it that has Dream's model_type
+    refuses(write(tmp_path / "a", stock(kind), kind, block_size=32), "block_length=32: ")
     layers = dict(layer_types=["sliding_attention", "full_attention"])
     refuses(write(tmp_path / "b", stock(kind), kind, **layers), "layer_types=['sliding_attention'")
     refuses(write(tmp_path / "c", stock(kind), kind, drop=["rope_theta"]), "says no rope_theta")

@@ -292,9 +292,11 @@ def test_a_folder_that_says_no_more_than_its_base_is_opened_by_its_kind(tmp_path
     refuses(tmp_path / "c", "is_causal=False", "say kind=")
 
 
-def test_what_the_folder_does_not_say_the_caller_does():
+def test_what_the_folder_does_not_say_the_caller_does(tmp_path):
     model, _ = opened("a2d_qwen3", block_length=8, shift=1)
     assert facts(model)[3] == 1 and facts(model)[-2:] == (8, "a2d")
+    named = edited("a2d_qwen3", tmp_path / "a", block_size=8)
+    assert facts(opened("a2d_qwen3", named)[0]).block_length == 8
     model, _ = opened("llada2_moe", block_length=16, eos_token_id=TURN_END)
     assert facts(model).block_length == 16 and facts(model).eos_id == TURN_END
     # what it says may be said once more
@@ -516,6 +518,13 @@ def test_missing_experts_are_named(change, says, tmp_path):
         ("sdar_b4", dict(layer_types=["full_attention", "sliding_attention"]), {}, "layer_types=["),
         ("a2d_llama", dict(layer_types="sliding_attention"), {}, "layer_types='sliding_attention'"),
         ("opendcoder", dict(block_length=8), {}, "open_dcoder reads the whole canvas"),
+        ("opendcoder", dict(block_size=8), {}, "open_dcoder reads the whole canvas"),
+        (
+            "a2d_llama",
+            dict(bd_size=8, block_size=4),
+            {},
+            "4 by block_size of its config.json, 8 by",
+        ),
         ("sdar_b4", dict(eos_token_id=[EOS, 320]), {}, "eos_token_id=320 is no id"),
         (
             "sdar_b4",
