@@ -29,8 +29,15 @@ def positions_of(documents: Tensor) -> Tensor:
 def apart(documents: Tensor) -> Tensor:
     """The mask [B, 1, T, T] bool under which each document sees itself alone, as `doubled` takes
     them; padding sees itself."""
-    same = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, :, None]
-    return (same | torch.eye(documents.shape[1], device=same.device).bool())[:, None]
+    same = _same(documents)
+    same.diagonal(dim1=1, dim2=2).fill_(True)
+    return same[:, None]
+
+
+def _same(documents: Tensor) -> Tensor:
+    """[B, T, T] bool: of one document, and no padding."""
+    same = documents[:, :, None] == documents[:, None, :]
+    return same & (documents >= 0)[:, :, None]
 
 
 def doubled(documents: Tensor, block_length: int) -> tuple[Tensor, Tensor]:
@@ -42,18 +49,22 @@ def doubled(documents: Tensor, block_length: int) -> tuple[Tensor, Tensor]:
     Returns:
         positions [B, 2 T] int64, twice the same, and the mask [B, 1, 2 T, 2 T] bool, for SDPA: the
         noisy copy first, which sees its own block, and the clean blocks before it; clean tokens see
-        their own block and those before. Padding sees itself. The mask takes 4 B T^2 bytes, and an
-        attention that forms all scores four times as much in float32 for each head.
+        their own block and those before. Padding sees itself.
+
+    Of memory the mask takes 4 T^2 bytes a row. SDPA on a CPU adds one in the dtype of the queries,
+    16 T^2 bytes a row in float32 whatever the number of heads; an attention that forms all scores
+    takes that for each head, several times. FlexAttention would need no mask, but has no backward
+    on a CPU (torch 2.13).
     """
-    T, position = documents.shape[1], positions_of(documents)
-    block = position // block_length
-    same = documents[:, :, None] == documents[:, None, :]  # [B, T, T]
-    same = same & (documents >= 0)[:, :, None]
+    (B, T), position = documents.shape, positions_of(documents)
+    block, same = position // block_length, _same(documents)
     own = block[:, :, None] == block[:, None, :]
     before = block[:, None, :] < block[:, :, None]
-    noisy = torch.cat([same & own, same & before], 2)
-    clean = torch.cat([torch.zeros_like(same), same & (own | before)], 2)
-    sees = torch.cat([noisy, clean], 1) | torch.eye(2 * T, device=same.device).bool()
+    sees = torch.zeros(B, 2 * T, 2 * T, dtype=torch.bool, device=documents.device)
+    sees[:, :T, :T] = own.logical_and_(same)
+    sees[:, :T, T:] = before.logical_and_(same)
+    sees[:, T:, T:] = own.logical_or_(before)
+    sees.diagonal(dim1=1, dim2=2).fill_(True)
     return position.repeat(1, 2), sees[:, None]
 
 

@@ -271,16 +271,16 @@ class Canvases:
         noisy = torch.where(numbers[:, 1:] < rate, tokens, clean)
         every = torch.ones(len(clean), dtype=torch.bool, device=clean.device)
 
-        def forward(decoder_input_ids: Tensor, **_) -> Tensor:
+        def forward(input_ids: Tensor, **_) -> Tensor:
             net, P = parts(unwrapped), prefix.shape[1]
             reader, belief = CanvasReader(net, real, P + C, by_column=False), None
             reader.store(prefix, P)
             reader.open(P + C)
             if args.self_conditioning_prob:
                 with torch.no_grad(), evaluating(unwrapped):
-                    belief = reader(decoder_input_ids, None, every).view(-1, C, V)
+                    belief = reader(input_ids, None, every).view(-1, C, V)
                 belief = belief.to(net.body.dtype)
-            return reader(decoder_input_ids, belief, every, told < args.self_conditioning_prob)
+            return reader(input_ids, belief, every, told < args.self_conditioning_prob)
 
         logits = inside_forward(model, unwrapped, forward, noisy)
         total = masked_ce(logits, clean.flatten()).sum() / C

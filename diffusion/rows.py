@@ -53,6 +53,21 @@ def closes(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer(tokenizer.mask_token)["input_ids"][-1] == tokenizer.eos_token_id
 
 
+def filled(dataset, block_length: int, end_id: int):
+    """Tokenised rows with end tokens up to the end of their last block, trained as part of the
+    answer (dllm's BD3LM): decoding has slots there, too."""
+    if isinstance(dataset, dict):
+        return {name: filled(rows, block_length, end_id) for name, rows in dataset.items()}
+    if dataset is None:
+        return None
+
+    def fill(row: dict) -> dict:
+        ends = [end_id] * (-len(row["input_ids"]) % block_length)
+        return {"input_ids": row["input_ids"] + ends, "labels": row["labels"] + ends}
+
+    return dataset.map(fill)
+
+
 def packed(dataset, length: int):
     """Tokenised rows as documents of rows of up to `length` tokens, each the best fit for the next
     longest document; `seq_lengths` says where they end."""

@@ -38,7 +38,7 @@ from .models import load_original
 from .net import facts, plain
 from .noise import NOISE_FILE, save_noise
 from .objectives import Canvases, Masked, Place, Rows, Uniform
-from .rows import PackedCollator, close_rows, packed
+from .rows import PackedCollator, close_rows, filled, packed
 from .sft_config import DiffusionSFTConfig, check_fits, unpacked
 from .uniform import noise_for
 
@@ -49,7 +49,8 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
     """TRL's SFTTrainer with a diffusion loss in `compute_loss`.
 
     Takes the datasets that TRL takes, prompt-completion or language modelling; prompts are never
-    masked. The model comes from `softar.diffusion.load`. With `softmasking_prob` a SoftMaskHead is
+    masked. The model comes from `softar.diffusion.load`: block-causal ones train on doubled rows,
+    DiffusionGemma with objective="canvas". With `softmasking_prob` a SoftMaskHead is
     trained along; each checkpoint holds its values in transparency_config.json, from where `load`
     and `denoise` take them. With objective="uniform" the checkpoint says so in its config.json, an
     adapter in diffusion_process.json. With `score(answer, row)` every evaluation also decodes
@@ -100,7 +101,11 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             **kwargs,
         )
         check_adapter(type(self).__name__, self.model)
-        self._room = room_of(self.model, trained=True)
+        self._room, length = room_of(self.model, trained=True), self._facts.block_length
+        if args.train_padding and length is not None:
+            self.train_dataset, self.eval_dataset = (
+                filled(rows, length, self._fill) for rows in (self.train_dataset, self.eval_dataset)
+            )
         rows = {"train": self.train_dataset, "eval": self.eval_dataset}
         check_tokens(rows, args, self._room, self._facts.vocab_size)
         self.args.packing = args.packing
@@ -166,7 +171,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         maskable, mask = inputs["labels"] != -100, inputs["attention_mask"]
         if not self.args.packing:  # else each document has been looked at
             check_width(maskable, self._room)
-        if self.args.train_padding:
+        if self.args.train_padding and self._facts.block_length is None:
             maskable, mask = maskable | (mask == 0), None
         elif bool((mask == 1).all()):
             mask = None

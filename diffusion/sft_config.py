@@ -179,8 +179,8 @@ class DiffusionSFTConfig(PlainSFTConfig):
     )
     train_padding: bool = opt(
         False,
-        "Pad with end-of-text and train it as part of the answer, as LLaDA does. How much of it there "
-        "is depends on the longest row of a micro-batch.",
+        "Pad with end-of-text and train it as part of the answer: as LLaDA does, where how much of it there is depends "
+        "on the longest row of a micro-batch; of block-causal models to the end of a row's last block (dllm's BD3LM).",
     )
     softmasking_prob: float = opt(
         0.0, "Share of the steps that read their rows twice; 0 is hard training."
@@ -293,11 +293,8 @@ class DiffusionSFTConfig(PlainSFTConfig):
             raise ValueError(
                 f"packing_strategy={self.packing_strategy!r} cuts documents in two: leave it at 'bfd'"
             )
-        if self.max_length is None or self.train_padding:
-            raise ValueError(
-                f"packing=True needs a max_length, the length of a row, and leaves no padding to train: "
-                f"max_length={self.max_length}, train_padding={self.train_padding}"
-            )
+        if self.max_length is None:
+            raise ValueError("packing=True needs a max_length, which is the length of its rows")
 
     def gaussian(self, vocab_size: int) -> GaussianToDiscrete:
         """The schedule of the curriculum."""
@@ -337,11 +334,16 @@ def check_fits(args: DiffusionSFTConfig, facts: Facts) -> Facts:
             "packing=True needs a model that is told which tokens see each other, and masked language models of "
             "transformers have ways of their own: leave it at False"
         )
+    if args.packing and args.train_padding and facts.block_length is None:
+        raise ValueError(
+            "train_padding=True does not go with packing=True, which leaves no padding to train: set one to False"
+        )
     return facts
 
 
 def unpacked(args: DiffusionSFTConfig) -> DiffusionSFTConfig:
-    """A copy for TRL, which packs without regard to masks of documents."""
-    args = copy.copy(args)
-    args.packing = args.eval_packing = False
+    """For TRL, which packs without regard to masks of documents: a copy where it would."""
+    if args.packing:
+        args = copy.copy(args)
+        args.packing = args.eval_packing = False
     return args

@@ -19,6 +19,9 @@ python recipes/bench_diffusion.py memory
 # What reading each row twice adds to a training step, on the Latin squares' net
 python recipes/bench_diffusion.py training --repeats 7 --cpu_time --threads 1
 
+# Memory of a block-causal model's doubled row in training
+python recipes/bench_diffusion.py doubled-row
+
 # Soft masks without training: every softener and its knobs on a trained model and its task
 python recipes/bench_diffusion.py softeners --model runs/sft_diffusion/hard-seed42 --task latin
 
@@ -52,7 +55,7 @@ from softar.recipes.bench import (
     synchronise,
     timed,
 )
-from softar.recipes.bench_diffusion_training import softeners, training
+from softar.recipes.bench_diffusion_training import doubled_row, softeners, training
 from softar.recipes.bench_llada import (
     CACHES,
     SIZES,
@@ -311,6 +314,7 @@ def memory(args) -> list[dict]:
 
 BENCHES = {
     "training": training,
+    "doubled-row": doubled_row,
     "softeners": softeners,
     "denoise": denoising,
     "overhead": overhead,

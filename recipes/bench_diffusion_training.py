@@ -1,10 +1,12 @@
-"""The measurements of bench_diffusion.py on the tiny nets: a training step, and soft masks without training."""
+"""The measurements of bench_diffusion.py on the tiny nets: a training step, the mask of a doubled
+row, and soft masks without training."""
 
 from tempfile import TemporaryDirectory
 
 import torch
 
 from softar.diffusion import DenoiseConfig, load
+from softar.diffusion.doubled import doubled
 from softar.diffusion.evaluate import evaluate
 from softar.recipes.bench import console, largest, show, spread
 from softar.tasks import load_task
@@ -97,6 +99,31 @@ def memory_of(trainer) -> dict:
     held = sum(size for pointer, size in sizes.items() if pointer not in parameters)
     del alive
     return dict(held_mb=held / 1e6, peak_mb=largest(step) / 1e6)
+
+
+def doubled_row(args) -> list[dict]:
+    """Memory of the mask of a doubled row, and of a layer's attention under it, forward and
+    backward: 8 heads of 64."""
+    rows = []
+    for length in (512, 1024, 2048):
+        documents = torch.zeros(1, length, dtype=torch.long)
+        _, sees = doubled(documents, args.block_length)
+        row = dict(bench="doubled-row", T=length, mask_mb=sees.numel() / 1e6)
+        row["making_it_mb"] = largest(lambda d=documents: doubled(d, args.block_length)) / 1e6
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = [torch.randn(1, 8, 2 * length, 64, dtype=dtype) for _ in range(3)]
+            for name, mask in (("no mask", None), ("mask", sees)):
+                peak = largest(lambda i=inputs, m=mask: attend(i, m)) / 1e6
+                row[f"{name}, {str(dtype).removeprefix('torch.')}"] = peak
+        rows.append(row)
+    show("peak beyond what was there, MB", rows, tuple(rows[0])[1:])
+    return rows
+
+
+@torch.enable_grad()
+def attend(inputs: list[torch.Tensor], mask: torch.Tensor | None) -> None:
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()
 
 
 def softeners(args) -> list[dict]:

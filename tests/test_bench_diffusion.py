@@ -79,6 +79,14 @@ def test_memory_of_softening_stands_beside_the_dense_form(tmp_path):
 
 
 @pytest.mark.rest
+def test_the_mask_of_a_doubled_row_is_most_of_what_making_it_takes(tmp_path):
+    for row in rows("doubled-row", tmp_path):
+        assert row["mask_mb"] == 4 * row["T"] ** 2 / 1e6
+        assert row["making_it_mb"] < 2 * row["mask_mb"]
+        assert row["no mask, float32"] < row["mask, float32"]
+
+
+@pytest.mark.rest
 def test_the_first_of_two_passes_keeps_no_graph(tmp_path):
     held = {row["way"]: row["held_mb"] for row in rows("training", tmp_path, "--repeats", "1")}
     # a graph of its own would make it 2

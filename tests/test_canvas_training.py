@@ -156,7 +156,7 @@ def losses_of(trainer):
 @pytest.mark.parametrize("adapter", [False, True])
 def test_it_learns_resumes_to_the_bit_and_opens_again(tmp_path, adapter):
     layers = r"model\.(encoder\.language_model|decoder)\.layers\.\d+\.self_attn\.[qo]_proj"
-    lora = LoraConfig(r=4, target_modules=layers) if adapter else None
+    lora = LoraConfig(r=4, target_modules=layers, task_type="CAUSAL_LM") if adapter else None
     saving = dict(save_strategy="steps", save_steps=4, max_steps=8)
     if adapter:
         gemma().save_pretrained(tmp_path / "base")

@@ -50,6 +50,7 @@ CASES = {
     "packed soft masks": dict(normalise="masks", antithetic=True, **PACKED, **SOFT),
     "blocks with levels": dict(normalise="tokens", noise_level="block", antithetic=True),
     "blocks, complementary": dict(normalise="masks", noise_level="block", complementary=True),
+    "blocks, filled": dict(normalise="tokens", train_padding=True),
     "blocks, packed": dict(normalise="answer", **PACKED),
 }
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from test_block_causal import block_model
 from test_denoise import MASK
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from softar.diffusion import denoise
 from softar.diffusion.convert import convert
-from softar.diffusion.doubled import doubled
+from softar.diffusion.doubled import apart, doubled
 from softar.diffusion.losses import forward_masked, log_likelihood
 from softar.diffusion.models import load
 from softar.diffusion.net import facts, parts
@@ -63,6 +64,25 @@ def test_documents_of_a_row_are_apart():
             seen = (mine == its) if not (clean or other) else other and its < mine + clean
             same = documents[0, i % T] == documents[0, j % T] >= 0
             assert bool(sees[0, 0, i, j]) == (bool(same and seen) or i == j), (i, j)
+
+
+class Largest(TorchDispatchMode):
+    """How many bytes the largest tensor has that is made meanwhile."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out):
+            self.bytes = max(self.bytes, out.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("make", [lambda d: doubled(d, 32)[1], apart])
+def test_no_tensor_is_larger_than_the_mask_that_is_made(make):
+    with Largest() as made:
+        mask = make(torch.zeros(2, 128, dtype=torch.long))
+    assert made.bytes == mask.numel()
 
 
 def test_the_likelihood_of_a_token_is_what_decoding_says():

@@ -335,6 +335,23 @@ def test_rows_are_packed_whole_and_trained_by_documents(tmp_path):
     assert int(trainer.objective.count(rows, drawn)) == int(rows.documents.amax(1).add(1).sum())
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_last_blocks_are_filled_with_end_tokens_that_are_trained(tmp_path, packing):
+    options = dict(WAYS["packing"] if packing else {}, train_padding=True)
+    filled = trainer_of(tmp_path, **options)
+    plain_rows = trainer_of(tmp_path / "plain").train_dataset
+    end, got, want = filled.processing_class.eos_token_id, [], []
+    for row in filled.train_dataset:
+        ends = np.cumsum([0, *row.get("seq_lengths", [len(row["input_ids"])])])
+        assert not (ends % 4).any()
+        for lo, hi in itertools.pairwise(ends.tolist()):
+            got.append((row["input_ids"][lo:hi], row["labels"][lo:hi]))
+    for row in plain_rows:
+        more = [end] * (-len(row["input_ids"]) % 4)
+        want.append((row["input_ids"] + more, row["labels"] + more))
+    assert sorted(got) == sorted(want)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -347,7 +364,10 @@ def test_rows_are_packed_whole_and_trained_by_documents(tmp_path):
         (dict(packing=True, packing_strategy="wrapped"), "packing_strategy='wrapped' cuts docum"),
         (dict(packing_strategy="bfd_split"), "packing_strategy='bfd_split' does nothing without"),
         (dict(packing=True, max_length=None), "packing=True needs a max_length"),
-        (dict(packing=True, train_padding=True), "packing=True needs .*train_padding=True"),
+        (
+            dict(packing=True, train_padding=True, blocks=False),
+            "train_padding=True does not go with packing=True",
+        ),
         (dict(eval_packing=True), "eval_packing=True does nothing here"),
         (dict(padding_free=True), "padding_free=True"),
         *(
