@@ -27,6 +27,7 @@ from softar.training import (
     check_data,
     give_own_rate,
     no_interrupt,
+    without_task,
 )
 
 from .config import DenoiseConfig
@@ -90,6 +91,8 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             close_rows(rows, processing_class, args.dataset_text_field)
             for rows in (train_dataset, eval_dataset)
         )
+        if args.objective == "canvas":
+            kwargs["peft_config"] = without_task(kwargs.get("peft_config"))
         collator = PackedCollator if args.packing else SoftCollator
         super().__init__(
             model,

@@ -1,6 +1,7 @@
 """What all trainers share: options with their help texts, checks before training."""
 
 import contextlib
+import copy
 import math
 import signal
 import sys
@@ -192,6 +193,15 @@ def check_adapter(trainer: str, model: nn.Module) -> None:
             f"peft_type={model.active_peft_config.peft_type.value}: {trainer} feeds mixtures of tokens, "
             f"virtual tokens are not there; use LoRA"
         )
+
+
+def without_task(adapter):
+    """A copy of a PEFT configuration that names no task, for models that PEFT's wrapper of causal ones
+    asks for methods that they have not; None stays None."""
+    if adapter is not None:
+        adapter = copy.copy(adapter)
+        adapter.task_type = None
+    return adapter
 
 
 def check_data(train_dataset, eval_dataset) -> None:
