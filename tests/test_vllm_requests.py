@@ -16,7 +16,7 @@ from softar.vllm.engine import VLLMDecoder
 from softar.vllm.export import check_served
 from softar.vllm.finite import check_embeds, count_broken, update_from_output, zero_blocks
 from softar.vllm.http import generate
-from softar.vllm.plugin import process_inputs
+from softar.vllm.plugin import process_inputs, tokenize_prompt
 from softar.vllm.request import FIELDS
 from softar.vllm.switches import Switches, thinks
 
@@ -287,3 +287,18 @@ def test_a_decoder_sends_the_key(monkeypatch, given, sent):
     with pytest.raises(ValueError, match="api_key='env': VLLM_API_KEY is not in the environment"):
         Connection(api_key="env").client("https://example.org")
     assert "Authorization" not in Connection().client("http://127.0.0.1:1").headers
+
+
+def test_words_outside_a_closed_vocabulary_are_the_clients_mistake():
+    """500 otherwise; what else fails in there is none of the client's."""
+    closed = word_tokenizer(["<pad>", "<bos>", "<eos>", "a"])
+
+    def method(self, prompt, params):
+        return closed(prompt["prompt"])["input_ids"]
+
+    assert tokenize_prompt(method, None, {"prompt": "a a"}, None) == [3, 3]
+    refused = sys.modules["vllm.exceptions"].VLLMValidationError
+    with pytest.raises(refused, match=r"tokenizer cannot read the prompt: .*vocabulary"):
+        tokenize_prompt(method, None, {"prompt": "a hello"}, None)
+    with pytest.raises(KeyError):
+        tokenize_prompt(method, None, {}, None)

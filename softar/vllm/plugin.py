@@ -31,6 +31,7 @@ def register() -> None:
         )
         init_logger("vllm.softar").warning(message, __version__, ".*, ".join(VERSIONS))
         return
+    from vllm.renderers.base import BaseRenderer
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
@@ -38,6 +39,7 @@ def register() -> None:
 
     from .http import init_processor
 
+    patch(BaseRenderer, "_tokenize_prompt", tokenize_prompt)
     patch(InputProcessor, "__init__", init_processor)
     patch(InputProcessor, "process_inputs", process_inputs)
     patch(EngineCore, "preprocess_add_request", preprocess_add_request)
@@ -48,6 +50,18 @@ def register() -> None:
 
 
 # --- where requests come in: the process of the API server or of vllm.LLM ---
+
+
+def tokenize_prompt(method, self, prompt, params):
+    """A word that a closed vocabulary does not have is the client's mistake, and no failure of the
+    server's: tokenizers raises a bare Exception."""
+    try:
+        return method(self, prompt, params)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        with refusing():
+            raise ValueError(f"the model's tokenizer cannot read the prompt: {error}") from None
 
 
 def process_inputs(
