@@ -89,10 +89,15 @@ def note_named(option: str, value) -> None:
         load_code(option, value)
 
 
+def is_unasked_code(name) -> bool:
+    """Is it a "module:name" that nobody has asked for in this process?"""
+    return isinstance(name, str) and is_code(name) and name not in NAMED
+
+
 def check_not_code(option: str, name, where: str) -> None:
     """Raise ValueError for a "module:name" that a file brings and that nobody has asked for in this
     process: a checkpoint is data, and must not say what is run."""
-    if isinstance(name, str) and is_code(name) and name not in NAMED:
+    if is_unasked_code(name):
         raise ValueError(
             f"{where} names code, {option}={name!r}, and a file does not say what is run: name it "
             f"yourself ({option}={name} in Python or in the decoder's spec), or register it as an entry point"

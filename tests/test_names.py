@@ -8,10 +8,12 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
-from tiny import PROMPTS, left_padded, model_of, seeded
+from tiny import PROMPTS, left_padded, model_of, seeded, tokenizer_of
 
 import softar
 from softar import Decoded, Mixed, Mixer, Soft, SoftConfig, make_decoder, names
+from softar.decoders.card import describe
+from softar.decoders.registry import card_of, parse_spec
 from softar.diffusion import DenoiseConfig
 from softar.diffusion.schedules import mk_schedule
 from softar.diffusion.soften import mk_softener
@@ -219,6 +221,28 @@ def test_a_checkpoint_does_not_say_what_is_run(tmp_path):
         SoftConfig.load(tmp_path)
     SoftConfig(mixer=f"{HERE}:flat").save(tmp_path)
     assert SoftConfig.load(tmp_path).mixer == f"{HERE}:flat"
+
+
+def test_a_decoder_that_says_how_needs_no_code_of_the_file(tmp_path, monkeypatch):
+    """Where nobody says how, one line names the code and the remedy."""
+    model = model_of()
+    model.save_pretrained(tmp_path)
+    tokenizer_of().save_pretrained(tmp_path)
+    saved = {"mixer": f"{HERE}:flat", "mixer_args": {"power": 0.25}, "budget": 2}
+    (tmp_path / "soft_config.json").write_text(json.dumps(saved))
+    monkeypatch.setattr(names, "NAMED", set())
+    for spec in ("discrete", "sampled", "gumbel", "soft", "beam:num_beams=2", "vllm-greedy"):
+        asked = parse_spec(f"{tmp_path}={spec}")
+        told = card_of(asked, None).config
+        assert told.budget == 2 and told.mixer == (spec if spec == "gumbel" else "soft")
+    for spec in ("discrete", "gumbel", "beam:num_beams=2"):
+        make_decoder(spec, model=str(tmp_path), max_new_tokens=4).decode(["w9"])
+    with pytest.raises(ValueError, match=f"names code, mixer='{HERE}:flat'.*name it yourself"):
+        card_of(parse_spec(f"{tmp_path}=vllm-soft"), None)
+    with pytest.raises(ValueError, match="name it yourself"):
+        describe(str(tmp_path))
+    decoder = make_decoder(f"soft:mixer={HERE}:flat", model=str(tmp_path), max_new_tokens=4)
+    assert decoder.config.mixer == f"{HERE}:flat"
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from ..config import SoftConfig
+from ..config import CONFIG_FILE, SoftConfig
 from ..defaults import own_config
 from ..models import MODELS, diffusion_sign, folder_of, plain
+from ..names import is_unasked_code
 
 OTHERWISE = "if it fills masks and its folder does not say so, kind= does, e.g. kind=open_dcoder"
 DIFFUSION_MODELS = "softar.diffusion.models"  # by name: imports point the other way
@@ -29,11 +30,14 @@ class Card:
     config: SoftConfig | None  # what its soft_config.json says; None where it has none
 
 
-def describe(name: str) -> Card:
-    """Raises ValueError for a soft_config.json that cannot be read."""
+def describe(name: str, mixer: str | None = None) -> Card:
+    """mixer: a decoder's own, which goes in place of code that the model's file names and nobody
+    has asked for. Raises ValueError for a soft_config.json that cannot be read."""
     folder, kind = folder_of(name), _kind_of(name)
-    config = None if kind == "diffusion" else own_config(name)
-    return Card(name, folder, kind, config)
+    if kind == "diffusion":
+        return Card(name, folder, kind, None)
+    is_code = is_unasked_code(_read_json(name, CONFIG_FILE).get("mixer"))
+    return Card(name, folder, kind, own_config(name, mixer if is_code else None))
 
 
 def open_model(card: Card, kind: str, decoder: str, opener: Callable[[], tuple]) -> tuple:

@@ -11,6 +11,8 @@ from importlib import import_module
 from typing import NamedTuple
 
 from ..checks import did_you_mean
+from ..config import SoftConfig
+from ..mixers import MIXERS
 from ..names import CODE, HINT, is_code, lookup, note_named, registered
 from ..specs import parse_options
 from .answer import Decoder
@@ -87,9 +89,12 @@ def make_decoder(
 
 def card_of(asked: Spec, model: str | None) -> Card:
     """Of the model of a spec, else of the other one; for the decoders of ALONE there need be none."""
-    note_named("mixer", asked.options.get("mixer"))  # before the model's file is read
+    mixer = asked.options.get("mixer")
+    note_named("mixer", mixer)  # before the model's file is read
+    if mixer is None and asked.decoder != "vllm-soft":  # which decodes by the file's
+        mixer = asked.decoder if asked.decoder in MIXERS else SoftConfig.mixer
     name = asked.model or model
-    return Card("", None, None, None) if name is None else describe(name)
+    return Card("", None, None, None) if name is None else describe(name, mixer)
 
 
 def build(decoder: str, card: Card, common: Common, options: dict) -> Decoder:
