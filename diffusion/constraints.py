@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from softar.guard import check_ids
 from softar.models import room_of
 from softar.placement import evaluating
 
 from .canvas import Canvas
-from .inputs import check_ids, check_width
+from .inputs import check_width
 from .knobs import is_pair
 from .losses import forward_masked
 from .net import Facts, check_has_mask, facts, parts
@@ -104,7 +105,7 @@ def label_probs(
             model, which has no masks.
     """
     known, net = check_has_mask(facts(model), "label_probs"), parts(model)
-    check_ids("input_ids", input_ids, 2, known.vocab_size)
+    check_ids("input_ids", input_ids, 2, known.vocab_size, "label_probs")
     check_width(input_ids, room_of(model, trained=True))
     chosen = torch.as_tensor(list(labels), device=input_ids.device)
     check_ids("labels", chosen, 1, known.vocab_size)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.generation.streamers import TextDiffusionStreamer
 
 from softar.checks import check_fields, check_values, made
-from softar.guard import Streamer
+from softar.guard import Streamer, check_ids
 from softar.mixers import Rng
 from softar.models import room_of
 from softar.placement import evaluating
@@ -28,7 +28,6 @@ from softar.soft import check_dist
 from .block_causal import BlockCausal
 from .canvas import Canvas
 from .config import DenoiseConfig
-from .inputs import check_ids
 from .masked import Masked
 from .net import READS_PADDING, Facts, Parts, facts, parts, plain
 from .process import Process
@@ -112,7 +111,7 @@ def denoise(
     """
     started = time.perf_counter()
     model_facts, net = facts(model), parts(model)
-    check_ids("input_ids", input_ids, 2, model_facts.vocab_size)
+    check_ids("input_ids", input_ids, 2, model_facts.vocab_size, "softar.diffusion.denoise")
     check_values(denoise, callback=callback, streamer=streamer, history=history)
     fields = check_fields(DenoiseConfig, kwargs, denoise)
     config = DenoiseConfig() if config is None else made(DenoiseConfig, config)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from softar.checks import check_choice, check_least
+from softar.guard import check_ids
 from softar.models import room_of
 from softar.placement import evaluating
 
 from .doubled import apart, documents_of, forward_doubled, positions_of
-from .inputs import check_ids, check_width
+from .inputs import check_width
 from .masking import counts_by_unit, counts_of
 from .net import Facts, check_has_mask, facts, parts
 
@@ -109,7 +110,7 @@ def log_likelihood(
 
 
 def _check_likelihood(facts: Facts, room: int | None, ids: Tensor, answer: Tensor) -> None:
-    check_ids("input_ids", ids, 1, facts.vocab_size)
+    check_ids("input_ids", ids, 1, facts.vocab_size, "log_likelihood")
     is_mask = torch.is_tensor(answer) and answer.dtype == torch.bool
     if not is_mask or answer.shape != ids.shape or not answer.any():
         what = f"shape {tuple(answer.shape)}, {answer.dtype}" if torch.is_tensor(answer) else "none"

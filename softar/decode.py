@@ -165,7 +165,7 @@ def generate(
     """
     model = uncompiled(model)
     guard.check_causal(model)
-    guard.check_ids(input_ids, attention_mask)
+    guard.check_prompts(input_ids, attention_mask)
     check_values(generate, callback=callback, tokenizer=tokenizer, streamer=streamer)
     check_values(generate, logits_processor=logits_processor, stopping_criteria=stopping_criteria)
     check_values(generate, generation_config=generation_config)

@@ -120,7 +120,7 @@ def check_call(
             "synced_gpus=True is not followed in soft decoding: give each process a whole model"
         )
     check_causal(model)
-    check_ids(input_ids, model_kwargs.get("attention_mask"))
+    check_prompts(input_ids, model_kwargs.get("attention_mask"))
     check_followed(settings, model.generation_config)
     check_value("prefill_chunk_size", settings.prefill_chunk_size, int | None)
     check_least(settings, prefill_chunk_size=1)
@@ -130,16 +130,11 @@ def check_call(
         )
 
 
-def check_ids(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
     """Raise ValueError for prompts that are no [B, P] integers, empty, or not padded on the left."""
-    _check_tensor("input_ids", input_ids)
+    check_ids("input_ids", input_ids)
     if attention_mask is not None:
-        _check_tensor("attention_mask", attention_mask)
-    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"input_ids of shape {tuple(input_ids.shape)}, {input_ids.dtype}: need [B, P] integers, "
-            f"int64 or int32"
-        )
+        _check_tensor("attention_mask", attention_mask, "[B, P]", "softar.generate")
     if input_ids.numel() == 0:  # a prompt given as inputs_embeds alone looks the same
         raise ValueError(
             f"input_ids of shape {tuple(input_ids.shape)} is an empty prompt: start from a BOS token"
@@ -161,15 +156,34 @@ def check_ids(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         )
 
 
-def _check_tensor(name: str, value) -> None:
+def check_ids(
+    name: str,
+    ids: Tensor,
+    dims: int = 2,
+    vocab_size: int | None = None,
+    call: str = "softar.generate",
+) -> None:
+    """Raise ValueError unless it is a tensor of so many dimensions that holds integers, and where
+    the vocabulary is known ids in it. call: what they are given to."""
+    shape = "[B, P]" if dims == 2 else "[T]"
+    _check_tensor(name, ids, shape, call)
+    if ids.dim() != dims or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{name} of shape {tuple(ids.shape)}, {ids.dtype}: need {shape} integers, int64 or int32"
+        )
+    if vocab_size is not None and ids.numel():
+        check_range(name, *(int(end) for end in ids.aminmax()), vocab_size)
+
+
+def _check_tensor(name: str, value, shape: str, call: str) -> None:
     if isinstance(value, Tensor):
         return
     if isinstance(value, Mapping):
-        hint = "write softar.generate(model, **inputs)"
+        hint = f"write {call}(model, **inputs)"
     elif isinstance(value, str):
-        hint = "write softar.generate(model, **tokenizer(text, return_tensors='pt'))"
+        hint = f"write {call}(model, **tokenizer(text, return_tensors='pt'))"
     else:
-        hint = "give a tensor of ids [B, P], as tokenizer(texts, return_tensors='pt') makes it"
+        hint = f"give a tensor of ids {shape}, as tokenizer(texts, return_tensors='pt') makes it"
     raise ValueError(f"{name}={shorten(repr(value), 60)} of type {type(value).__name__}: {hint}")
 
 
