@@ -323,6 +323,17 @@ def test_the_command(softar, tmp_path):
     assert code == 2 and "fills no holes" in err
 
 
+def test_a_decoder_of_ones_own_by_the_command(softar):
+    """It has no tokenizer here either."""
+    spec = "test_names:parrot"
+    code, out, _ = softar("generate", "Hi", "-d", spec, "--max-new-tokens", 4)
+    assert (code, out) == (0, "S0\n")
+    code, _, err = softar("trace", "Hi", "-d", spec, "--max-new-tokens", 4)
+    assert code == 2 and "keeps no trace" in err
+    code, _, err = softar("generate", "Hi", "-d", spec, "--chat")
+    assert code == 2 and "no chat template" in err
+
+
 def test_in_python():
     with fake(echo) as (url, _):
         (row,) = OpenAIDecoder(url).decode(["Hi"])

@@ -264,7 +264,7 @@ def trace(
                 template = inputs.with_masks(text, tokenizer.mask_token)
             messages = inputs.as_prompt(opened, template, chat, system)
             inputs.check_length(opened, messages)
-            traces.append(opened.decode([messages])[0].trace)
+            traces.append(inputs.trace_of(opened, messages))
     from ..show.page import write_page
     from ..show.terminal import view
     from ..show.trace import to_json

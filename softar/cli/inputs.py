@@ -288,6 +288,14 @@ def answer(decoder, text: str, prompt: str | list[dict], as_json: bool) -> None:
     streams.say(streams.status(decoder, decoded))
 
 
+def trace_of(decoder, prompt: str | list[dict]):
+    """Raises ValueError for a decoder that keeps none, as one of the user's own may."""
+    (decoded,) = decoder.decode([prompt])
+    if decoded.trace is None:
+        raise ValueError(f"decoder {decoder.name!r} keeps no trace: there is nothing to show")
+    return decoded.trace
+
+
 def stream(decoder, prompt) -> "Decoded":
     """The answer of a SoftDecoder, its tokens printed as they come."""
     printer = streams.Printer(decoder.tokenizer, decoder.config)
