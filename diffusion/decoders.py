@@ -92,15 +92,23 @@ class DiffusionDecoder:
                 f"prompt {bare[0]} holds no {self.tokenizer.mask_token} and no masks follow it (gen_length=0): give "
                 f"max_new_tokens >= 1, or templates"
             )
-        tracer = None
+        tracer, nats = None, Nats()
         if self.trace:
             tracer = Tracer(
                 self.tokenizer, self.facts, ids, mask, gen_length=self.config.gen_length
             )
+
+        def look(seen: dict) -> None:
+            nats(seen)
+            if tracer is not None:
+                tracer(seen)
+
         with evaluating(self.model):
-            out = denoise(self.model, ids, mask, config=self.config, rng=self.rng, callback=tracer)
+            out = denoise(self.model, ids, mask, config=self.config, rng=self.rng, callback=look)
         forwards = forwards_of(out)
-        texts, tokens = zip(*(self._read(out, row) for row in range(len(prompts))), strict=True)
+        texts, tokens, decided = zip(
+            *(self._read(out, i) for i in range(len(prompts))), strict=True
+        )
         seconds = (time.perf_counter() - started) / len(prompts)
         return [
             Decoded(
@@ -109,13 +117,14 @@ class DiffusionDecoder:
                 num_forwards=forwards[row],
                 token_forwards=out.token_forwards / len(prompts),
                 seconds=seconds,
+                entropy=nats.mean(row, decided[row]),
                 trace=tracer and tracer.canvas(row, out, title=self.name),
             )
             for row in range(len(prompts))
         ]
 
-    def _read(self, out: DenoiseOutput, row: int) -> tuple[str, tuple[int, ...]]:
-        """Text and tokens of a row."""
+    def _read(self, out: DenoiseOutput, row: int) -> tuple[str, tuple[int, ...], list[int]]:
+        """Text and tokens of a row, and the columns of these."""
         ids, decided = out.sequences[row].tolist(), (out.committed_at[row] >= 0).tolist()
         begin, stop = 0, len(ids)
         # behind an end token nothing belongs to the answer, whatever was decided there
@@ -123,7 +132,25 @@ class DiffusionDecoder:
             begin = out.prompt_length
             stop = next((i for i in range(begin, stop) if ids[i] in self.ends), stop)
         text = self.tokenizer.decode(ids[begin:stop], skip_special_tokens=True)
-        return text, tuple(i for i, is_decided in zip(ids[: stop + 1], decided) if is_decided)
+        columns = [i for i in range(min(stop + 1, len(ids))) if decided[i]]
+        return text, tuple(ids[i] for i in columns), columns
+
+
+class Nats:
+    """The entropy of the model's belief about each token, when it was decided for good."""
+
+    def __init__(self):
+        self.nats: torch.Tensor | None = None  # [B, L]
+
+    def __call__(self, seen: dict) -> None:
+        new = seen["entropy"]()
+        self.nats = new if self.nats is None else torch.where(new.isnan(), self.nats, new)
+
+    def mean(self, row: int, columns: list[int]) -> float | None:
+        """None where no forward decided anything."""
+        if self.nats is None or not columns:
+            return None
+        return float(self.nats[row, columns].nanmean())
 
 
 _load = functools.cache(load)

@@ -93,8 +93,9 @@ def denoise(
             the same alone and in a batch. None uses torch's global one.
         callback: called after each forward with {"step" (from 0), "block" (start, end), "sequences"
             [B, L], "committed" [B, L] bool, "confidence" [B, L] (NaN where nothing was asked),
-            "where" [B, L] bool and "soft" (Soft [n, K]): which slots were given a mixture for the
-            next forward, and which, None for none}.
+            "entropy" (a function -> [B, L] nats, of the model's belief about what was committed,
+            NaN elsewhere, computed when it is called), "where" [B, L] bool and "soft" (Soft [n, K]):
+            which slots were given a mixture for the next forward, and which, None for none}.
         streamer: a transformers streamer, for one row: finished blocks are put; a
             TextDiffusionStreamer gets the canvas of each forward as a draft.
         history: keep the canvas before each forward.

@@ -119,7 +119,9 @@ class Masked:
         canvas.commit(block, commit, drop, proposal, certain, reader.forwards - 1)
         canvas.watch(score + prob, rows)  # some selectors look at no logit
         where, soft = self._soften(belief, rows, cols, window, busy)
-        return report(self, block, asked, commit, certain, where=where, soft=soft)
+        believed = asked, lambda here: belief.logits[here]
+        told = dict(believed=believed, where=where, soft=soft)
+        return report(self, block, asked, commit, certain, **told)
 
     def _window(self, block: Block, index: int) -> Window:
         """The columns of the next forward."""

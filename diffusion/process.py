@@ -5,7 +5,7 @@ A process lives for one call. It holds the canvas, the reader that runs the mode
 decides in it; its constructor refuses what the kind of model cannot do.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from .canvas import Canvas
 from .config import DenoiseConfig
 from .reader import Reader
 from .schedules import Block
+from .select import Belief
 
 
 class Process(Protocol):
@@ -63,11 +64,22 @@ def report(
     committed: Tensor,
     certain: Tensor,
     *,
+    believed: tuple[Tensor, Callable[[Tensor], Tensor]],
     where: Tensor | None = None,
     soft=None,
 ) -> dict:
-    """A step as the callback is told of it. asked, committed: [B, L] bool; certain: [B, L]."""
+    """A step as the callback is told of it. asked, committed: [B, L] bool; certain: [B, L].
+    believed: positions [B, L] bool, n of them; and which of them, [n] bool -> their logits [m, V]."""
     width = process.canvas.width
+
+    def entropy() -> Tensor:
+        positions, logits_of = believed
+        rows, cols = positions.nonzero(as_tuple=True)
+        here = committed[rows, cols]
+        nats = -Belief(logits_of(here)).negative_entropy
+        every = torch.full(asked.shape, torch.nan, device=asked.device)
+        return every.index_put((rows[here], cols[here]), nats)[:, :width]
+
     if soft is not None and width < asked.shape[1]:
         soft = Soft(*(part[where.nonzero()[:, 1] < width] for part in soft))
     return {
@@ -76,6 +88,7 @@ def report(
         "sequences": process.canvas.ids[:, :width],
         "committed": committed[:, :width],
         "confidence": certain.masked_fill(~asked, torch.nan)[:, :width],
+        "entropy": entropy,
         "where": None if where is None else where[:, :width],
         "soft": soft,
     }

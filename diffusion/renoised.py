@@ -200,7 +200,9 @@ class Renoised:
         entropy = -canvas.spread(belief.negative_entropy, rows, cols)
         decoded = self.stop(_inside(block, canvas.ids), _inside(block, entropy))
         canvas.masked = canvas.masked & ~(block.inside & decoded[:, None])
-        return report(self, block, is_open, changed, certain, where=where, soft=soft)
+        believed = asked, lambda here: belief.logits[here]
+        told = dict(believed=believed, where=where, soft=soft)
+        return report(self, block, is_open, changed, certain, **told)
 
     def end(self, block: Block) -> None:
         """What stands behind a row's end token is padding."""

@@ -224,7 +224,9 @@ class Uniform:
         changed = asked if index == 0 else asked & (proposal != canvas.ids)
         canvas.put(changed, proposal, certain, reader.forwards - 1)
         canvas.watch(prob, rows)
-        return report(self, block, asked, changed, certain)
+        letters = self.redraw.letters.ids
+        believed = asked, lambda here: logits[here].index_select(-1, letters)
+        return report(self, block, asked, changed, certain, believed=believed)
 
     def end(self, block: Block) -> None:
         """Nothing: the last step left no slot open."""

@@ -3,24 +3,29 @@ lm-eval, the recipe. Their decodes are compared in test_golden.py."""
 
 import io
 import json
+import math
 import shutil
 import sys
 from importlib import import_module
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from test_families import FOLDERS, MASK
 from test_families import tokenizer_of as words_of
 from test_renoised import gemma
-from tiny import model_of, tokenizer_of
+from tiny import model_of, seeded, tokenizer_of
 from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from softar.cli import app as cli
 from softar.cli import inputs
+from softar.diffusion import DenoiseConfig, denoise, load
 from softar.diffusion.convert import convert
+from softar.diffusion.decoders import DiffusionDecoder
 from softar.diffusion.folder import STATED, split_stated
 from softar.diffusion.lm_eval import SoftarDiffusionLM
+from softar.diffusion.net import facts
 from softar.evals.lm_eval import BadArgument
 from softar.show.trace import Canvas, from_json
 
@@ -127,6 +132,7 @@ def test_compare(softar, folders, name):
     rows = json.loads(softar(*ask, *specs, "--json"))["rows"]
     assert [row["decoder"] for row in rows] == own
     assert all(row["n"] == 2 and row["nfe"] >= 1 and row["tpf"] > 0 for row in rows)
+    assert all(0 <= row["entropy"] < math.log(320) for row in rows)
 
 
 @every_family
@@ -218,3 +224,45 @@ def test_a_folder_that_looks_like_its_base_is_sent_on(folders):
             inputs.open_decoder(spec, bare, {}, fills=True, **common)
     with pytest.raises(BadArgument, match="kind=open_dcoder"):
         SoftarDiffusionLM(bare)
+
+
+@every_family
+def test_entropies_are_of_beliefs(folders, name):
+    """Of what was committed, and of nothing else; the decoder's is their mean."""
+    model, tokenizer = load(folders / name, **split_stated(SAID[name])[0])
+    told = []
+    ids, how = torch.tensor([[5, 6]]), dict(gen_length=4, steps=4, soften="hard", end_ids=())
+
+    def look(seen):
+        told.append((seen["committed"], seen["entropy"]()))
+
+    out = denoise(model, ids, **how, callback=look, rng=seeded(0))
+    last = torch.full(out.sequences.shape, torch.nan)
+    for committed, nats in told:
+        assert torch.equal(committed, ~nats.isnan())
+        assert ((nats[committed] >= 0) & (nats[committed] < math.log(320))).all()
+        last = torch.where(committed, nats, last)
+    decoder = DiffusionDecoder(model, tokenizer, DenoiseConfig(**how))
+    prompt = tokenizer.decode(ids[0])
+    if tokenizer(prompt)["input_ids"] == ids[0].tolist():
+        (answer,) = decoder.decode([prompt])
+        assert answer.entropy == pytest.approx(float(last[0, 2:].mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["a2d", "open_dcoder"])
+def test_entropies_computed_anew(folders, name):
+    """On the canvas that each forward read; the mask is never proposed."""
+    model, _ = load(folders / name)
+    told, known = [], facts(model)
+    ids, how = torch.tensor([[5, 6, 7]]), dict(gen_length=6, steps=3, soften="hard")
+    out = denoise(model, ids, **how, history=True, callback=lambda s: told.append(s["entropy"]()))
+    for canvas, nats in zip(out.states, told):
+        with torch.no_grad():
+            logits = model(canvas, use_cache=False).logits[0].double()
+        logits[:, known.mask_id] = -torch.inf
+        p = logits.softmax(-1)
+        anew = -torch.special.xlogy(p, p).sum(-1)
+        columns = (~nats[0].isnan()).nonzero()[:, 0]
+        assert len(columns) == 2
+        found = nats[0, columns].double()
+        torch.testing.assert_close(found, anew[columns - known.shift], atol=1e-4, rtol=1e-4)

@@ -55,8 +55,10 @@ class Comparison:
       returned tokens
     * tpf: returned tokens per forward; aup: accuracy under parallelism of the decoder over all of its
       settings here, best of all decoders here (softar.evals.parallelism)
-    * entropy: mean nats per step, None where not known; peak_memory: bytes that the decoder held on
-      a GPU at most, the model's included, None elsewhere
+    * entropy: mean nats, of the belief at each step, of diffusion at each token when it was decided;
+      None where not known
+    * peak_memory: bytes allocated on a GPU at most, those of every open model included; None
+      elsewhere, where only the peak of the whole process since its start is known
     """
 
     rows: list[dict]
