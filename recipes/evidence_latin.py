@@ -27,7 +27,7 @@ TRAINING = dict(
 SOFT = dict(softmasking_prob=0.8, head_scale=0.5, head_centre=-1.3, head_steepness=3.9)
 ARMS = {
     "hard": dict(max_steps=STEPS),
-    "hard-long": dict(max_steps=3600),
+    "hard-long": dict(max_steps=2700),
     "soft-mask": dict(max_steps=STEPS, head_k=5, **SOFT),
     "soft-mask-1": dict(max_steps=STEPS, head_k=1, **SOFT),
     "shuffled": dict(max_steps=STEPS, head_k=5, **SOFT),

@@ -18,16 +18,20 @@ DOSES = (1, 2, 4, 8, 16)  # tokens that are left of each step
 ARMS = tuple(name for name in ROWS if name != "oracle-soft")
 TRAINING = dict(
     per_device_train_batch_size=64,
-    learning_rate=3e-3,
     lr_scheduler_type="cosine",
     warmup_steps=0.05,
     weight_decay=0.01,
     soft_mode="sequential",
     soft_top_k=0,
 )
-SECONDS = {4: 80, 5: 120, 6: 240}  # of training, of the processor
-# digits -> arm -> steps that take these, by --calibrate
-STEPS = {digits: dict.fromkeys(ARMS, 1500) for digits in DIGITS}
+# of those that read given tokens, and of those that read what they make
+RATES = dict.fromkeys(("no-cot", "discrete", "discrete-traces"), 3e-3)
+RATES |= dict.fromkeys(("scheduled-sampling", "guided-soft", "trace-soft"), 1.5e-3)
+STEPS = {  # digits -> arm -> steps that take equally long, as RESULTS.md says
+    4: dict(zip(ARMS, (3600, 2700, 2700, 1750, 1900, 1700))),
+    5: dict(zip(ARMS, (5650, 4000, 4000, 2500, 2200, 2450))),
+    6: dict(zip(ARMS, (8300, 7500, 7500, 4550, 3800, 4250))),
+}
 SEEDS = range(8)
 SETTINGS = {
     f"{arm}-{digits}": dict(arm=arm, digits=digits, steps=STEPS[digits][arm])
@@ -64,14 +68,12 @@ def measure(unit: Unit) -> list[dict]:
     model, tokenizer = softar.load(
         "mnns-tiny", seed=unit.seed, device=unit.device, largest_sum=9 * max(DIGITS), **NET
     )
-    fields = (
-        TRAINING
-        | ROWS[arm]
-        | dict(
-            max_steps=steps,
-            think_steps=task.think_steps if thinks else 0,
-            eval_new_tokens=task.max_new_tokens,
-        )
+    fields = TRAINING | ROWS[arm]
+    fields |= dict(
+        max_steps=steps,
+        learning_rate=RATES[arm],
+        think_steps=task.think_steps if thinks else 0,
+        eval_new_tokens=task.max_new_tokens,
     )
     fields |= unit.fields
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

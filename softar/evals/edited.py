@@ -37,7 +37,8 @@ def thoughts_of(model, input_ids: Tensor, config: SoftConfig) -> Soft:
             "lengths of their own: leave them out"
         )
     endless = copy.deepcopy(model.generation_config)
-    endless.eos_token_id = -1  # None would be the model's own
+    # None would be the model's own
+    endless.eos_token_id = model.get_input_embeddings().num_embeddings
     out = generate(model, input_ids, config=config, generation_config=endless)
     return Soft(out.record.ids[:, :n], out.record.weights[:, :n])
 
