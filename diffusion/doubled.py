@@ -76,11 +76,19 @@ def forward_doubled(
 
     With shifted logits what is said about the first token of a block comes from the clean copy, whose
     output before it is that of decoding's store forward; a document's first token has its own.
+    Columns that no block with an asked position sees are left out: the noisy copy begins where the
+    first such block of any row does, and the clean one ends where the last one begins.
     """
     positions, sees = doubled(documents, facts.block_length)
-    hidden = net.body(torch.cat([noisy, clean], 1), sees, positions)
     rows, cols = asked.nonzero(as_tuple=True)
     position, T = positions[rows, cols], asked.shape[1]
+    lo, hi = 0, T
+    if len(cols):
+        begins = cols - position % facts.block_length
+        lo, hi = int(begins.min()), int(begins.max())
+    seen = slice(lo, T + hi)
+    embeds = torch.cat([noisy[:, lo:], clean[:, :hi]], 1)
+    hidden = net.body(embeds, sees[:, :, seen, seen], positions[:, seen])
     source = torch.where(position < facts.shift, cols, cols - facts.shift)
     crosses = (position % facts.block_length < facts.shift) & (position >= facts.shift)
-    return rows, net.head(hidden[rows, source + T * crosses])
+    return rows, net.head(hidden[rows, source + T * crosses - lo])

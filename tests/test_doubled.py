@@ -51,6 +51,28 @@ def test_one_forward_says_what_those_of_all_blocks_say(shift, b, side):
     torch.testing.assert_close(got, torch.cat(want), atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("first, last, columns", [(0, 11, 20), (5, 6, 12), (9, 11, 12), (3, 4, 16)])
+@torch.no_grad()
+def test_what_no_asked_block_sees_is_not_computed(first, last, columns):
+    """Blocks of 4, 12 columns: the noisy copy from the first asked block on, the clean one up to the
+    last. What is said stays, as of the whole doubled row (the test above has rows of all masks)."""
+    model, ids, widths = block_model(0, 4), torch.arange(3, 15)[None], []
+    masked = (torch.arange(12) == first) | (torch.arange(12) == last)
+    net = parts(model)
+
+    def body(embeds, *args):
+        widths.append(embeds.shape[1])
+        return net.body(embeds, *args)
+
+    noisy = ids.masked_fill(masked, MASK)
+    watched = net._replace(body=body)
+    _, got = forward_masked(watched, facts(model), net.embedding(noisy), None, masked[None], ids)
+    torch.testing.assert_close(
+        got, logits_of_blocks(model, ids[0], noisy[0], 4)[masked], atol=1e-9, rtol=0
+    )
+    assert widths == [columns]
+
+
 def test_documents_of_a_row_are_apart():
     """By the rule, token by token."""
     documents, b = torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1]]), 2
