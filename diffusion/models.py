@@ -8,6 +8,7 @@ parameters and of configuration fields differ. What the loop has to know of a mo
 Shapes: B batch, T positions of the forward, L length of the canvas, D width, V vocabulary.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ from softar.models import (
     check_fit,
     check_fixed,
     diffusion_sign,
+    latin_tiny,
     opening,
     settings_of,
     word_tokenizer,
@@ -48,6 +50,7 @@ from softar.progress import without_bars
 
 from . import gemma
 from .architectures import LLADA_NAMES, LladaConfig, LladaForMaskedDiffusion, check_settings
+from .convert import convert
 from .experts import LLADA2_NAMES, check_experts
 from .families import FAMILIES, family_of, is_converted, kinds_on
 from .folder import (
@@ -312,7 +315,8 @@ def mnns_diffusion_tiny(**options):
     """The 2-layer LLaDA of the MNNS task: `mnns-tiny` read in both directions, with a mask
     token."""
     size = dict(d_model=32, mlp_hidden_size=128, n_layers=2, n_heads=2, n_kv_heads=2)
-    return _embedded("mnns-diffusion-tiny", [*MNNS_WORDS, "<mask>"], size, **options)
+    draw = functools.partial(_draw_llada, [*MNNS_WORDS, "<mask>"], size)
+    return _embedded("mnns-diffusion-tiny", draw, **options)
 
 
 def latin_diffusion_tiny(**options):
@@ -327,17 +331,34 @@ def latin_diffusion_tiny(**options):
         rope_theta=20.0,
         initializer_range=0.1,
     )
-    return _embedded("latin-diffusion-tiny", LATIN_WORDS, size, **options)
+    draw = functools.partial(_draw_llada, LATIN_WORDS, size)
+    return _embedded("latin-diffusion-tiny", draw, **options)
 
 
-def _embedded(name: str, words: list[str], size: dict, *, dtype, seed: int | None, **config):
-    """Untrained with a seed; without one the checkpoint that lies beside this file."""
+def latin_block_tiny(**options):
+    """Latin squares behind their clues: `latin-tiny` read in blocks of five cells, a row of the
+    square."""
+    return _embedded("latin-block-tiny", _draw_blocks, **options)
+
+
+def _embedded(name: str, draw: Callable, *, dtype, seed: int | None, **config):
+    """Untrained with a seed, as `draw` makes it; without one the checkpoint that lies beside this
+    file."""
     folder = CHECKPOINTS / name
     if seed is None and not config and folder.is_dir():
         with without_bars():
             model, tokenizer = load(folder, dtype=dtype, device="cpu")
-        model.name_or_path = model.config._name_or_path = name
-        return model, tokenizer
+    else:
+        model, tokenizer = draw(int(seed or 0), config)
+    model.name_or_path = model.config._name_or_path = name
+    return model.to(torch.float32 if dtype == "auto" else dtype), tokenizer
+
+
+def _draw_blocks(seed: int, config: dict):
+    return convert(*latin_tiny(seed=seed, **config), shift=0, block_length=5)
+
+
+def _draw_llada(words: list[str], size: dict, seed: int, config: dict):
     fields = size | dict(
         vocab_size=len(words),
         max_sequence_length=64,
@@ -354,13 +375,12 @@ def _embedded(name: str, words: list[str], size: dict, *, dtype, seed: int | Non
     settings = LladaConfig(**(fields | config))
     # weights are drawn on the CPU: the same on every device
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(int(seed or 0))
+        torch.random.default_generator.manual_seed(seed)
         model = LladaForMaskedDiffusion(settings)
     tokenizer = word_tokenizer(
         words, mask_token="<mask>", model_max_length=settings.max_position_embeddings
     )
-    model.name_or_path = settings._name_or_path = name
-    return model.to(torch.float32 if dtype == "auto" else dtype), tokenizer
+    return model, tokenizer
 
 
 RENAMED = {"llada": LLADA_NAMES, "llada2_moe": LLADA2_NAMES}
@@ -369,4 +389,5 @@ LATIN_WORDS = ["<pad>", "<bos>", "<eos>", *"123456789", "<mask>"]
 MODELS: dict[str, Callable] = {
     "mnns-diffusion-tiny": mnns_diffusion_tiny,
     "latin-diffusion-tiny": latin_diffusion_tiny,
+    "latin-block-tiny": latin_block_tiny,
 }

@@ -293,7 +293,11 @@ RECIPE = Recipe(
     arguments=DiffusionScriptArguments,
     config=RecipeConfig,
     demo=CONFIGS / "latin.yaml",
-    task_demos={"latin": CONFIGS / "latin.yaml", "mnns": CONFIGS / "mnns_diffusion.yaml"},
+    task_demos={
+        "latin": CONFIGS / "latin.yaml",
+        "latin-prompt": CONFIGS / "latin_prompt.yaml",
+        "mnns": CONFIGS / "mnns_diffusion.yaml",
+    },
     rows=ROWS,
     groups=GROUPS,
     model_kind="diffusion",

@@ -253,7 +253,7 @@ def test_models_say_what_is_not_installed(softar, monkeypatch):
     assert softar("models")[1].count("not installed: pip install") == 2
     assert softar("tasks")[1].count("not installed") == 2
     installed = [t["installed"] for t in json.loads(softar("tasks", "--json")[1])]
-    assert installed == [True, True, True, False, False]
+    assert installed == [True, True, True, True, False, False]
 
 
 def test_tasks_are_all_there_are(softar):
@@ -279,8 +279,10 @@ def test_default_models_and_decoders(monkeypatch):
         "mnns-soft-tiny": "soft",
         "mnns-discrete-tiny": "discrete",
         "mnns-tiny": "gumbel",
+        "latin-tiny": "gumbel",
         "mnns-diffusion-tiny": "soft-mask",
         "latin-diffusion-tiny": "soft-mask",
+        "latin-block-tiny": "soft-mask",
     }
 
 
@@ -639,7 +641,7 @@ def test_ctrl_c_keeps_what_a_comparison_has_done(softar, monkeypatch, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["n"] == 12
 
 
-@pytest.mark.parametrize("task", ["mnns", "latin"])
+@pytest.mark.parametrize("task", ["mnns", "latin", "latin-prompt"])
 def test_the_default_comparison(softar, task):
     code, out, _ = softar("compare", "--task", task, "--limit", 3, "--json")
     found = json.loads(out)["rows"]
@@ -676,10 +678,11 @@ def test_chats_of_a_comparison():
 def test_length_of_an_answer():
     from softar.tasks import load_task
 
-    tasks = {name: load_task(name, size=10) for name in ("mnns", "latin")}
+    tasks = {name: load_task(name, size=10) for name in ("mnns", "latin", "latin-prompt")}
     assert inputs.answer_length(tasks["mnns"], "soft", None) == 5
     assert inputs.answer_length(tasks["mnns"], "hard", 7) == 7
     assert inputs.answer_length(tasks["latin"], "hard", 7) == 0
+    assert inputs.answer_length(tasks["latin-prompt"], "hard", None) == 25
 
 
 # -- trace
@@ -699,6 +702,8 @@ def test_trace(softar, tmp_path):
     assert code == 0 and "nats" in out and "S12" in out and "\x1b" not in out
     code, out, _ = softar("trace", HOLES, "-m", "mnns-diffusion-tiny", "--max-new-tokens", 0)
     assert code == 0 and "forward" in out and "D4 D8" in out
+    code, out, _ = softar("trace", "1 2 3 4 5 " + ". " * 20, "-m", "latin-block-tiny", "--json")
+    assert code == 0 and from_json(out).cells[25:] == [None] * 25
 
 
 # -- sweep

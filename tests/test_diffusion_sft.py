@@ -638,6 +638,24 @@ def test_latin_squares_and_their_score():
         assert task.score(" ".join(swapped), row) == float(not {"1", "2"} & set(shown))
 
 
+def test_clues_as_a_prompt_are_those_of_the_template():
+    task, filled = load_task("latin-prompt", size=50), load_task("latin", size=50)
+    squares = task.train["completion"]
+    assert squares == filled.train["completion"]
+    assert [*task.test["completion"]] == [*filled.test["completion"]]
+    for prompt, square in zip(task.train["prompt"], squares, strict=True):
+        shown = [(clue, cell) for clue, cell in zip(prompt.split(), square.split(), strict=True)]
+        assert sum(clue == cell for clue, cell in shown) == 5
+        assert {clue for clue, cell in shown if clue != cell} == {"."}
+    for row, other in zip(task.test, filled.test.select(range(50)), strict=False):
+        cells = row["completion"].split()
+        assert "<bos> " + row["prompt"].replace(".", "<mask>") == other["template"]
+        for answer in (cells, cells[:-1], cells[::-1], ["1"] * 25):
+            assert task.score(" ".join(answer), row) == task.score(" ".join(answer), other)
+        assert task.score(" ".join(cells), row) == 1.0
+    assert len({*task.train["prompt"]}) > 45
+
+
 def test_rows_with_templates_are_filled():
     model, tokenizer = load("mnns-diffusion-tiny")
     rows = Dataset.from_list(

@@ -31,8 +31,10 @@ MODELS = {
     "mnns-soft-tiny": ("autoregressive", "MNNS, trained to think in soft tokens"),
     "mnns-discrete-tiny": ("autoregressive", "MNNS, trained on discrete thoughts"),
     "mnns-tiny": ("autoregressive", "MNNS, untrained: what the recipes begin with"),
+    "latin-tiny": ("autoregressive", "5 x 5 Latin squares behind their clues, untrained"),
     "mnns-diffusion-tiny": ("diffusion", "MNNS, for masks to be filled"),
     "latin-diffusion-tiny": ("diffusion", "5 x 5 Latin squares, trained with soft masks"),
+    "latin-block-tiny": ("diffusion", "the same behind their clues, in blocks of a row"),
 }
 # Of other packages: what is imported, and how to get it.
 CARRIED = {
@@ -42,6 +44,7 @@ CARRIED = {
 TASKS = {
     "mnns": "sign four digits for the smallest sum that is not negative; 1403 held-out rows",
     "latin": "complete 5 x 5 Latin squares of 5 givens, for models that fill masks; 1000 held-out rows",
+    "latin-prompt": "the same behind their givens, for models that read from left to right; 1000 held-out rows",
 }
 GYM = ("reasoning_gym:NAME", "any dataset of reasoning-gym, e.g. reasoning_gym:chain_sum")
 HARNESS = ("lm_eval:NAME", "what lm-eval generates, e.g. lm_eval:gsm8k:num_fewshot=5")
@@ -50,7 +53,10 @@ OWN = (
     "rows of prompt and answer, .jsonl, .json, .csv or .parquet; score: exact, number, regex (with "
     "pattern=), module:function",
 )
-DIFFUSION_LENGTH = {"mnns-diffusion-tiny": 5}  # masks behind a prompt that says no number of them
+DIFFUSION_LENGTH = {
+    "mnns-diffusion-tiny": 5,
+    "latin-block-tiny": 25,
+}  # masks behind a prompt that says no number of them
 # what `softar compare` decodes with where nothing is named: which of the task's models, and how
 COMPARED = {
     "mnns": [
@@ -66,6 +72,11 @@ COMPARED = {
     ],
     "latin": [
         ("diffusion", f"{name}:steps={n}") for name in ("hard", "soft-mask") for n in (4, 8, 12, 20)
+    ],
+    "latin-prompt": [
+        ("diffusion", f"{name}:steps={n}")
+        for name in ("hard", "soft-mask")
+        for n in (10, 15, 20, 25)
     ],
 }
 

@@ -10,6 +10,7 @@ _HOME = {
     "MODELS": "softar.models.embedded",
     "CHECKPOINTS": "softar.models.embedded",
     "MNNS_WORDS": "softar.models.embedded",
+    "latin_tiny": "softar.models.embedded",
     "folder_of": "softar.models.embedded",
     "word_tokenizer": "softar.models.embedded",
     "FETCH": "softar.models.source",

@@ -28,6 +28,7 @@ def mnns_words(largest_sum: int = 36) -> list[str]:
 
 
 MNNS_WORDS = mnns_words()
+LATIN_WORDS = ["<pad>", "<bos>", "<eos>", ".", *"123456789"]
 
 
 def mnns_tiny(
@@ -41,14 +42,41 @@ def mnns_tiny(
     `<bos>` stands in the prompts. `config` overrides fields of the LlamaConfig, by their names.
     """
     check_least({"largest_sum": largest_sum}, largest_sum=1)
-    words, attention = mnns_words(largest_sum), config.pop("attn_implementation", None)
-    fields = dict(
-        vocab_size=len(words),
+    size = dict(
         hidden_size=32,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
+    )
+    return _drawn("mnns-tiny", mnns_words(largest_sum), size, dtype, seed, config)
+
+
+def latin_tiny(*, dtype: torch.dtype | str = torch.float32, seed: int = 0, **config):
+    """The untrained 3-layer Llama of the Latin squares behind their clues (task "latin-prompt") and its
+    13-word tokenizer; `config` as of `mnns_tiny`.
+
+    Its rotation is fast, so that a column and the next can be told apart, and its weights start
+    large, as a net this small wants them.
+    """
+    size = dict(
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        initializer_range=0.1,
+        rope_parameters={"rope_type": "default", "rope_theta": 20.0},
+        rms_norm_eps=1e-5,
+    )
+    return _drawn("latin-tiny", LATIN_WORDS, size, dtype, seed, config)
+
+
+def _drawn(name: str, words: list[str], size: dict, dtype, seed: int, config: dict):
+    """A Llama of that size with drawn weights, and the tokenizer of its words."""
+    attention = config.pop("attn_implementation", None)
+    fields = size | dict(
+        vocab_size=len(words),
         max_position_embeddings=64,
         tie_word_embeddings=False,
         pad_token_id=0,
@@ -66,7 +94,7 @@ def mnns_tiny(
         model = LlamaForCausalLM(settings)
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     tokenizer = word_tokenizer(words, model_max_length=settings.max_position_embeddings)
-    return named("mnns-tiny", model.to(torch.float32 if dtype == "auto" else dtype), tokenizer)
+    return named(name, model.to(torch.float32 if dtype == "auto" else dtype), tokenizer)
 
 
 def folder_of(name: str | os.PathLike) -> Path | None:
@@ -147,6 +175,7 @@ def named(name: str, model, tokenizer):
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 MODELS: dict[str, Callable] = {
     "mnns-tiny": mnns_tiny,  # untrained
+    "latin-tiny": latin_tiny,  # untrained
     "mnns-discrete-tiny": functools.partial(_shipped, "mnns-discrete-tiny"),
     "mnns-soft-tiny": functools.partial(_shipped, "mnns-soft-tiny"),
     "smollm2-135m": smollm2_135m,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ..checks import check_least
 from ..names import lookup
-from .embedded import MODELS, latin, mnns
+from .embedded import MODELS, latin, latin_prompt, mnns
 from .gym import GYM, freeze, gym_task, thaw
 from .harness import HARNESS, harness_task, is_known
 from .own import is_own, own_task
@@ -25,13 +25,14 @@ __all__ = [
     "Task",
     "freeze",
     "latin",
+    "latin_prompt",
     "load_task",
     "mnns",
     "no_thought",
     "thaw",
 ]
 GROUP = "softar.tasks"  # of entry points
-TASKS: dict[str, Callable[..., Task]] = {"mnns": mnns, "latin": latin}
+TASKS: dict[str, Callable[..., Task]] = {"mnns": mnns, "latin": latin, "latin-prompt": latin_prompt}
 
 
 def load_task(name: str, *, seed: int = 0, size: int | None = None) -> Task:

@@ -144,32 +144,16 @@ def latin(
     Raises:
         ValueError: for a size out of range, or so many held out that no square is left to train on.
     """
-    check_least({"held_out": held_out}, held_out=1)
-    if not 2 <= n <= 9 or not 0 <= givens < n * n:
-        raise ValueError(f"n={n}, givens={givens}: needs 2 <= n <= 9 and 0 <= givens < n * n")
-    rng = random.Random(seed)
-    tested = [_latin_square(n, rng) for _ in range(held_out)]
-    excluded = set(map(tuple, tested))
-    squares = (_latin_square(n, rng) for _ in range(LATIN_SIZE if size is None else size))
+    squares, tested, shown = _latin_squares(n, givens, held_out, seed, size)
 
-    def say(cells) -> str:
-        return "".join(f" {c}" for c in cells)
+    def template(cells, at) -> str:
+        return "<bos>" + _say(c if i in at else "<mask>" for i, c in enumerate(cells))
 
-    def template(cells) -> str:
-        givens_at = set(rng.sample(range(n * n), givens))
-        return "<bos>" + say(c if i in givens_at else "<mask>" for i, c in enumerate(cells))
-
-    train = [
-        {"prompt": "<bos>", "completion": say(s), "answer": say(s).strip()}
-        for s in squares
-        if tuple(s) not in excluded
-    ]
+    train = [{"prompt": "<bos>", **_latin_row(cells)} for cells in squares]
     test = [
-        {"prompt": "<bos>", "completion": say(s), "answer": say(s).strip(), "template": template(s)}
-        for s in tested
+        {"prompt": "<bos>", **_latin_row(cells), "template": template(cells, at)}
+        for cells, at in zip(tested, shown, strict=True)
     ]
-    if not train and size != 0:
-        raise ValueError(f"held_out={held_out}: every square of n={n} is held out, take fewer")
     return Task(
         "latin",
         Dataset.from_list(train),
@@ -181,17 +165,80 @@ def latin(
     )
 
 
+def latin_prompt(
+    n: int = 5,
+    givens: int = 5,
+    *,
+    held_out: int = LATIN_TEST,
+    seed: int = 0,
+    size: int | None = None,
+) -> Task:
+    """The squares and templates of `latin`, for models that read from left to right, token by token
+    or block by block: the template is the prompt, ` . . 3 . 1 ...` with a dot for an open cell, and
+    the completion the whole square. Filled in place, a template would show such models the givens
+    of a block only when all before it is decided.
+
+    Args as of `latin`; training rows have templates of their own, of as many givens.
+    """
+    squares, tested, shown = _latin_squares(n, givens, held_out, seed, size)
+    rng = random.Random(seed + 1)
+
+    def row(cells, at) -> dict:
+        prompt = _say(c if i in at else "." for i, c in enumerate(cells)).strip()
+        return {"prompt": prompt, **_latin_row(cells)}
+
+    train = [row(cells, {*rng.sample(range(n * n), givens)}) for cells in squares]
+    test = [row(cells, at) for cells, at in zip(tested, shown, strict=True)]
+    return Task(
+        "latin-prompt",
+        Dataset.from_list(train),
+        Dataset.from_list(test),
+        _score_latin,
+        think_steps=None,
+        models=MODELS["latin-prompt"],
+        max_new_tokens=n * n,
+    )
+
+
+def _latin_squares(
+    n: int, givens: int, held_out: int, seed: int, size: int | None
+) -> tuple[list, list, list]:
+    """Squares to train on and squares held out, row by row, and which cells of the latter are
+    shown."""
+    check_least({"held_out": held_out}, held_out=1)
+    if not 2 <= n <= 9 or not 0 <= givens < n * n:
+        raise ValueError(f"n={n}, givens={givens}: needs 2 <= n <= 9 and 0 <= givens < n * n")
+    rng = random.Random(seed)
+    tested = [_latin_square(n, rng) for _ in range(held_out)]
+    excluded = set(map(tuple, tested))
+    squares = [_latin_square(n, rng) for _ in range(LATIN_SIZE if size is None else size)]
+    shown = [{*rng.sample(range(n * n), givens)} for _ in tested]
+    train = [square for square in squares if tuple(square) not in excluded]
+    if not train and size != 0:
+        raise ValueError(f"held_out={held_out}: every square of n={n} is held out, take fewer")
+    return train, tested, shown
+
+
+def _latin_row(cells: list[int]) -> dict:
+    return {"completion": _say(cells), "answer": _say(cells).strip()}
+
+
+def _say(cells) -> str:
+    return "".join(f" {c}" for c in cells)
+
+
 def _latin_square(n: int, rng: random.Random) -> list[int]:
     rows, cols, symbols = (rng.sample(range(n), n) for _ in range(3))
     return [symbols[(r + c) % n] + 1 for r in rows for c in cols]
 
 
 def _score_latin(text: str, row: dict) -> float:
-    """1 where the text is a Latin square that agrees with the template."""
-    cells, template = text.split(), row["template"].removeprefix("<bos>").split()
+    """1 where the text is a Latin square that agrees with the template, which may be the prompt."""
+    given = row["template" if "template" in row else "prompt"]
+    cells, template = text.split(), given.removeprefix("<bos>").split()
     n = round(len(template) ** 0.5)
     if len(cells) != len(template) or any(
-        t not in ("<mask>", c) for c, t in zip(cells, template, strict=True)
+        t not in ("<mask>", ".", c) for c, t in zip(cells, template, strict=True)
     ):
         return 0.0
     lines = [cells[r * n : (r + 1) * n] for r in range(n)] + [cells[c::n] for c in range(n)]
@@ -210,4 +257,5 @@ MODELS = {
         "diffusion": "mnns-diffusion-tiny",
     },
     "latin": {"diffusion": "latin-diffusion-tiny"},
+    "latin-prompt": {"untrained": "latin-tiny", "diffusion": "latin-block-tiny"},
 }
