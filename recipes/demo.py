@@ -2,7 +2,7 @@
 # dependencies = ["softar"]
 # ///
 """The whole picture on a laptop: discrete and soft thought, votes, beams, vLLM, and masked
-diffusion beside them.
+diffusion beside them, block-causal too.
 
 Examples:
 
@@ -12,8 +12,8 @@ softar demo --output_dir runs/quick --limit 300
 softar sft --output_dir runs/demo
 softar demo --trained runs/demo --output_dir runs/demo
 
-Leaves under --output_dir the folders mnns/ and latin/ (results.json, results.csv, rows.jsonl,
-plot.png) and page.html, in which every step of a few decodes can be looked at.
+Leaves under --output_dir the folders mnns/, latin/ and latin-prompt/ (results.json, results.csv,
+rows.jsonl, plot.png) and page.html, in which every step of a few decodes can be looked at.
 """
 
 import argparse
@@ -30,6 +30,8 @@ from softar.recipe import one_line_errors
 PROGRAM = Path(sys.argv[0]).name  # demo.py, or softar demo
 LENGTH = 6  # tokens of an MNNS answer: three partial sums, the answer, the end, and one to spare
 STEPS = (4, 8, 12, 20)  # forwards for the 20 open cells of a Latin square
+# the same for 25 cells in five blocks, each of which takes one more that stores what stands before it
+BLOCK_STEPS = (10, 15, 20, 25)
 VOTES, BEAMS, DRAWS = 8, 4, 3
 # decoders whose answer to the first row of each task is on the page
 ON_PAGE = (
@@ -39,6 +41,7 @@ ON_PAGE = (
     "diffusion soft masks, 5",
     "soft masks, 8",
     "hard, 8",
+    "soft masks, 15",
 )
 
 
@@ -103,7 +106,12 @@ def run(args, console: Console) -> None:
         check_least(args, limit=1)
         specs = thoughts(args.trained and Path(args.trained), args.seed)
     squares = masked("", MODELS["latin"]["diffusion"], STEPS)
-    tables = (("mnns", specs, "discrete", LENGTH), ("latin", squares, "hard, 12", 0))
+    blocks = masked("", MODELS["latin-prompt"]["diffusion"], BLOCK_STEPS)
+    tables = (
+        ("mnns", specs, "discrete", LENGTH),
+        ("latin", squares, "hard, 12", 0),
+        ("latin-prompt", blocks, "hard, 15", 25),
+    )
     traces = []
     for name, decoders, baseline, length in tables:
         task = load_task(name)
