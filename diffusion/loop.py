@@ -94,8 +94,9 @@ def denoise(
         callback: called after each forward with {"step" (from 0), "block" (start, end), "sequences"
             [B, L], "committed" [B, L] bool, "confidence" [B, L] (NaN where nothing was asked),
             "entropy" (a function -> [B, L] nats, of the model's belief about what was committed,
-            NaN elsewhere, computed when it is called), "where" [B, L] bool and "soft" (Soft [n, K]):
-            which slots were given a mixture for the next forward, and which, None for none}.
+            NaN elsewhere, to be called at once: it holds the logits, and is taken away), "where"
+            [B, L] bool and "soft" (Soft [n, K]): which slots were given a mixture for the next
+            forward, and which, None for none}.
         streamer: a transformers streamer, for one row: finished blocks are put; a
             TextDiffusionStreamer gets the canvas of each forward as a draft.
         history: keep the canvas before each forward.
@@ -180,7 +181,9 @@ class Audience:
 
     def after_step(self, report: dict) -> None:
         if self.callback is not None:  # whatever it writes into, the canvas stays as it is
-            self.callback(report | {"sequences": report["sequences"].clone()})
+            told = report | {"sequences": report["sequences"].clone()}
+            self.callback(told)
+            told["entropy"] = None  # whoever keeps what was told keeps no logits
         if isinstance(self.streamer, TextDiffusionStreamer):
             self.streamer.put_draft(self.canvas.ids[:, self.tail : self.canvas.width].clone().cpu())
 

@@ -954,7 +954,9 @@ def test_the_callback_is_told_of_each_forward(soften, family, cache):
     assert torch.equal(reads[0], denoiser(family).model.embed_tokens(out.states[0]))
     assert len(calls) == len(reads) == out.num_forwards
     for call, state in zip(calls, out.states[1:], strict=True):
-        assert {*call} == {"step", "block", "sequences", "committed", "confidence", "where", "soft"}
+        names = {"step", "block", "sequences", "committed", "confidence", "entropy"}
+        assert {*call} == names | {"where", "soft"}
+        assert call["entropy"] is None, "it would keep the logits of every forward"
         assert torch.equal(call["sequences"], state)
 
 
