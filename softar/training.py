@@ -263,8 +263,8 @@ def check_compile(args) -> None:
     for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
         if value := getattr(args, name):
             raise ValueError(
-                f"{name}={value!r} makes {type(args).__name__} slower: leave it out, and hand over a model "
-                f"with model.forward = torch.compile(model.forward)"
+                f"{name}={value!r} makes this training slower: leave it out; in Python, hand over a model with "
+                f"model.forward = torch.compile(model.forward)"
             )
 
 
