@@ -67,7 +67,7 @@ class Lines:
     """Rows trained apart, told of in lines."""
 
     def __init__(self, console):
-        self.console, self.paces = console, {}
+        self.console, self.paces, self.told = console, {}, {}
 
     def __enter__(self):
         return self
@@ -86,7 +86,12 @@ class Lines:
     def update(self, row, log: str) -> None:
         at = last_step(log)
         if at is not None and self.paces[row].is_due(at[0] / max(1, at[1])):
-            self.say(row, f"step {at[0]}/{at[1]}{at[2]}")
+            step, steps, rest = at  # between steps it saves, or decodes held-out rows
+            is_told, self.told[row] = self.told.get(row) == at, at
+            self.say(
+                row,
+                f"{'still after ' if is_told else ''}step {step}/{steps}{'' if is_told else rest}",
+            )
 
     def end(self, row) -> None:
         self.say(row, "done")

@@ -59,12 +59,15 @@ def test_rows_trained_apart_are_told_of_in_lines(clock):
             clock.seconds += 3
             line = step_line(step, 100, {"loss": 2.0}, 9) if step else "imports"
             display.update(row, f"soft, seed 42: {line}\n")
+        clock.seconds += 31
+        display.update(row, f"soft, seed 42: {line}\n")
         display.end(row)
     assert out.getvalue().splitlines() == [
         "soft, seed 42: starts, its log is runs/mine/soft-seed42/train.log",
         "soft, seed 42: step 1/100, loss 2, 9 s left",
         "soft, seed 42: step 50/100, loss 2, 9 s left",
         "soft, seed 42: step 100/100, loss 2, 9 s left",
+        "soft, seed 42: still after step 100/100",
         "soft, seed 42: done",
     ]
 
