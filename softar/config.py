@@ -337,29 +337,31 @@ IDLE = (
         "with mixer='hard', which is greedy",
         "choose another mixer",
     ),
-    Idle("rescale", lambda c: c.softness == 0, "at softness=0, which mixes nothing", "raise it"),
+    Idle(
+        "rescale", lambda c: c.softness == 0, "at softness=0, which mixes nothing", "raise softness"
+    ),
     Idle(
         "mixer_args",
         lambda c: c.softness == 0 and mk_mixer(c.mixer).only_mixes,
         "at softness=0, where its token alone is read, which they do not change",
-        "raise it",
+        "raise softness",
     ),
     Idle(
         "softness rescale mixer_args top_p min_p keep",
         lambda c: c.temperature == 0,
         "at temperature=0, which leaves one token",
-        "raise it",
+        "raise temperature",
     ),
     Idle(
         "top_k",
         lambda c: c.temperature == 0 and c.top_k is not None,
         "at temperature=0, which leaves one token",
-        "raise it",
+        "raise temperature",
     ),
     Idle(
         "mixer",
         lambda c: c.temperature == 0 and not mk_mixer(c.mixer).single,
         "at temperature=0, which leaves one token",
-        "raise it",
+        "raise temperature",
     ),
 )

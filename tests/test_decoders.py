@@ -771,6 +771,7 @@ def decoder_tokenizer(decoder):
     "spec, message",
     [
         ("sofft", "decoder 'sofft' is unknown, did you mean 'soft'?: choose one of ['discrete', "),
+        ("mnns-tiny=greedy", "decoder 'greedy' is unknown: it is 'discrete', or on vLLM"),
         ("mnns-tiny=qqq:tau=1", "decoder 'qqq' is unknown: choose one of ["),
         ("=soft", "'=soft' begins with '='"),
         ("soft", "'soft' names no model: write MODEL=soft, or pass model="),

@@ -132,6 +132,8 @@ def parse_spec(spec: str) -> Spec:
             return Spec(spec[:at] if at > 0 else None, name, parse_options(options))
     asked = spec.partition(":")[0].rpartition("=")[2].strip()
     names = [name for family in FAMILIES for name in decoders_of(family)]
+    if asked.lower() == "greedy":
+        raise ValueError("decoder 'greedy' is unknown: it is 'discrete', or on vLLM 'vllm-greedy'")
     raise ValueError(
         f"decoder {asked!r} is unknown{did_you_mean(asked, names)}: choose one of {names}{HINT}"
     )
