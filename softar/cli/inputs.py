@@ -45,6 +45,7 @@ TASKS = {
     "mnns": "sign four digits for the smallest sum that is not negative; 1403 held-out rows",
     "latin": "complete 5 x 5 Latin squares of 5 givens, for models that fill masks; 1000 held-out rows",
     "latin-prompt": "the same behind their givens, for models that read from left to right; 1000 held-out rows",
+    "reach": "which of two nodes a layered graph leads to, for any causal model; 1000 held-out rows",
 }
 GYM = ("reasoning_gym:NAME", "any dataset of reasoning-gym, e.g. reasoning_gym:chain_sum")
 HARNESS = ("lm_eval:NAME", "what lm-eval generates, e.g. lm_eval:gsm8k:num_fewshot=5")

@@ -7,14 +7,18 @@ and `load_task("lm_eval:gsm8k")` wrap others' data with their own scorers.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
+from typing import get_type_hints
 
-from ..checks import check_least
+from ..checks import check_least, check_value, did_you_mean
 from ..names import lookup
+from ..specs import parse_options
 from .embedded import MODELS, latin, latin_prompt, mnns
 from .gym import GYM, freeze, gym_task, thaw
 from .harness import HARNESS, harness_task, is_known
 from .own import is_own, own_task
+from .reach import reach
 from .task import Task, no_thought
 
 __all__ = [
@@ -29,17 +33,24 @@ __all__ = [
     "load_task",
     "mnns",
     "no_thought",
+    "reach",
     "thaw",
 ]
 GROUP = "softar.tasks"  # of entry points
-TASKS: dict[str, Callable[..., Task]] = {"mnns": mnns, "latin": latin, "latin-prompt": latin_prompt}
+TASKS: dict[str, Callable[..., Task]] = {
+    "mnns": mnns,
+    "latin": latin,
+    "latin-prompt": latin_prompt,
+    "reach": reach,
+}
 
 
 def load_task(name: str, *, seed: int = 0, size: int | None = None) -> Task:
     """The task of that name.
 
     Args:
-        name: one of TASKS; a file of rows, "rows.jsonl[:score=number,prompt=COLUMN,...]"
+        name: one of TASKS, maybe with arguments of its function, "mnns:digits=3", "reach:layers=3,
+            width=5"; a file of rows, "rows.jsonl[:score=number,prompt=COLUMN,...]"
             (softar.tasks.own; .json, .csv, .parquet, or a folder with test.* and maybe train.*);
             "reasoning_gym:NAME" (`pip install softar[rewards]`); "lm_eval:NAME[:num_fewshot=5,...]",
             or the bare name, for what lm-eval generates (`pip install softar[eval]`);
@@ -60,6 +71,9 @@ def load_task(name: str, *, seed: int = 0, size: int | None = None) -> Task:
         return gym_task(name.removeprefix(GYM), seed=seed, size=size)
     if name.startswith(HARNESS):
         return harness_task(name.removeprefix(HARNESS))
+    embedded, _, options = name.partition(":")
+    if embedded in TASKS and options:
+        return TASKS[embedded](**_arguments(name, TASKS[embedded], options), seed=seed, size=size)
     if name not in TASKS and is_own(name):
         task = own_task(name)
         if size is not None and task.train is not None:
@@ -78,3 +92,15 @@ def load_task(name: str, *, seed: int = 0, size: int | None = None) -> Task:
     if not isinstance(task, Task):
         raise ValueError(f"task={name!r} gave a {type(task).__name__}, and not a softar.tasks.Task")
     return task
+
+
+def _arguments(name: str, make: Callable[..., Task], text: str) -> dict:
+    """What stands behind the colon, as arguments of the task's function that are numbers."""
+    options, known = parse_options(text), inspect.signature(make).parameters
+    names = [each for each in known if each not in ("seed", "size", "tokenizer")]
+    for option, value in options.items():
+        if option not in names:
+            hint = did_you_mean(option, names)
+            raise ValueError(f"task={name!r} takes no {option!r}{hint}: it takes {names}")
+        check_value(f"task={name!r}: {option}", value, get_type_hints(make)[option])
+    return options
