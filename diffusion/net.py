@@ -16,6 +16,7 @@ from .noise import UniformNoise, read_noise
 
 # Their convolutions, pools and Fourier transforms mix padding into the tokens beside it.
 READS_PADDING = ("convbert", "fnet", "funnel", "mobilebert")
+LARGE = 4096  # a vocabulary where the head takes a while
 CANVASES = "diffusion_gemma"  # the model type without a mask
 
 
@@ -129,7 +130,9 @@ def parts(model: nn.Module) -> Parts:
                 is_causal=False,
             ).last_hidden_state
 
-        return Parts(embedding, body, inner.lm_head, can_cache=True)
+        return Parts(
+            embedding, body, _by_16(inner.lm_head, inner.config.vocab_size), can_cache=True
+        )
 
     def whole(
         embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache=None
@@ -146,6 +149,23 @@ def parts(model: nn.Module) -> Parts:
     takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
     first = max((_first(table, inner.config) for table in _tables(inner)), default=0)
     return Parts(embedding, whole, lambda logits: logits, can_cache=False)
+
+
+def _by_16(head: nn.Module, vocab_size: int) -> Callable[[Tensor], Tensor]:
+    """The head, which gets a few rows more where that is faster: MKL reads the matrix once for 16
+    rows, and two to four times for 4 to 15."""
+
+    if vocab_size < LARGE or not torch.backends.mkl.is_available():
+        return head
+
+    def rows_first(hidden: Tensor) -> Tensor:
+        n = len(hidden)
+        is_plain = hidden.device.type == "cpu" and hidden.dtype == torch.float32
+        if is_plain and hidden.dim() == 2 and 4 <= n < 16:
+            return head(torch.nn.functional.pad(hidden, (0, 0, 0, 16 - n)))[:n]
+        return head(hidden)
+
+    return rows_first
 
 
 def _for_attention(mask: Tensor | None, embeds: Tensor, config) -> Tensor | None:

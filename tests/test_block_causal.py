@@ -1,14 +1,17 @@
 """Block-causal models: a grid of blocks from each row's own first token, an exact cache of those that
 are finished, and every softener, rule and selector inside of the current one."""
 
+import copy
 import functools
 import random
 
 import pytest
 import torch
 from test_denoise import EOS, MASK, VOCAB, denoiser, left_padded, seeded
+from tiny import Largest
 
 from softar.diffusion import DenoiseConfig, block_reader, denoise
+from softar.diffusion.block_causal import BlockCausal
 from softar.diffusion.block_reader import PrefixCache
 from softar.diffusion.families import (
     Fast_dLLM_QwenForCausalLM,
@@ -17,6 +20,7 @@ from softar.diffusion.families import (
     SDARForCausalLM,
 )
 from softar.diffusion.grid import Grid
+from softar.diffusion.net import parts
 from softar.diffusion.soften import SOFTENERS
 
 
@@ -161,6 +165,34 @@ def test_a_forward_costs_the_block_whatever_the_prompt(prompt):
     assert out.token_forwards == sum(widths)
 
 
+@pytest.mark.parametrize("rows", [1, 3], ids=["alone", "ragged"])
+@pytest.mark.parametrize("soften", ["hard", "soft-token", "evolving"])
+def test_a_step_writes_nothing_of_the_prompts_length_but_numbers(soften, rows, monkeypatch):
+    """A column of the canvas has some, one or a byte for each place of a block, and keys and values
+    that stand already; nothing of the model's width, the vocabulary or a layer."""
+    config = SdarConfig(**block_model().config.to_diff_dict() | dict(num_key_value_heads=2))
+    config.max_position_embeddings = 512
+    model = SDARForCausalLM(config).eval()
+    seen, step = {}, BlockCausal.step
+
+    def watched(self, block, index):
+        with Largest() as largest:
+            told = step(self, block, index)
+        if index:  # the first of a block makes room for its keys and values
+            seen[len(seen)] = largest.numel
+        return told
+
+    monkeypatch.setattr(BlockCausal, "step", watched)
+    most = []
+    for prompt in (41, 401):
+        seen.clear()
+        ids = [[*range(1, 42)] * (prompt // 41) + [7] * (prompt % 41)] * rows
+        ids = [row[7 * r :] for r, row in enumerate(ids)]
+        decode(model, ids, gen_length=8, soften=soften, early_stop=False)
+        most.append(max(seen.values()))
+    assert most[1] <= max(most[0], rows * (401 + 12) * (4 if rows > 1 else 1))
+
+
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("how", [{}, dict(parity="dmax", block_length=4)], ids=["own", "dmax"])
 def test_a_long_prompt_is_read_in_pieces_that_count_once(how, shift, monkeypatch):
@@ -222,6 +254,20 @@ def test_places_and_columns():
     assert grid.inside(4, 6).nonzero().tolist() == [[0, 4], [0, 5], [1, 4], [1, 5]]
     ended = Grid(real, 3, 2, at="end")
     assert ended.inside(6, 8).nonzero().tolist() == [[0, 5], [0, 6], [1, 5], [1, 6]]
+
+
+@pytest.mark.parametrize("n", range(1, 18))
+def test_rows_that_the_head_gets_more_change_nothing(n):
+    """Only where there are 4 to 15 of them, in float32 on a processor."""
+    model, got = copy.deepcopy(block_model()).float(), []
+    hidden = torch.randn(n, 16, generator=seeded(n))
+    wanted = model.lm_head(hidden)
+    model.lm_head.register_forward_pre_hook(lambda module, args: got.append(len(args[0])))
+    torch.testing.assert_close(parts(model).head(hidden), wanted, atol=1e-5, rtol=0)
+    is_on_mkl = torch.backends.mkl.is_available()
+    assert got == [16 if 4 <= n < 16 and is_on_mkl else n]
+    parts(model).head(hidden[None]), parts(model.double()).head(hidden.double())
+    assert got[1:] == [1, n]
 
 
 ROW = [[3, 4, 5]]

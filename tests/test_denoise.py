@@ -1197,11 +1197,14 @@ def test_nothing_as_large_as_the_canvas_times_the_vocabulary_is_written(soften, 
     finally:
         hook.remove()
     opened = [int((~call["confidence"].isnan()).sum()) for call in calls]
-    assert asked == [(n, 16) for n in opened]  # logits are of positions that something is asked of
+    # logits are of positions that something is asked of, and of 16 where that is as fast
+    more = {n: 16 for n in range(4, 16)} if torch.backends.mkl.is_available() else {}
+    assert asked == [(more.get(n, n), 16) for n in opened]
     everywhere = SOFTENERS[soften].everywhere
     assert max(opened) == B * (G if everywhere else b) and len(asked) == 16
     L = G + 5
-    assert max(opened) * V <= largest.numel < min(B * L * V, 2 * max(opened) * V)
+    rows = max(n for n, _ in asked)
+    assert rows * V <= largest.numel < min(B * L * V, 2 * rows * V)
 
 
 def test_that_measurement_would_notice():
