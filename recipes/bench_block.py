@@ -4,39 +4,47 @@ check, for the same tokens: tokens per second, taken in turn.
 # What each softener costs over hard decoding, and what the exact cache saves
 python recipes/bench_block.py
 
-# Beside SDAR's generate.py and dllm's sampler of LLaDA2
+# Beside SDAR's generate.py, dllm's sampler of LLaDA2 and Fast-dLLM v2's generate
 python recipes/bench_block.py --family sdar --against SDAR
 python recipes/bench_block.py --family llada2 --against dllm
+python recipes/bench_block.py --family fast_dllm_v2 --against Fast_dLLM_v2_7B
+
+# DiffusionGemma beside the loop of transformers, milliseconds a step
+python recipes/bench_block.py --family diffusion_gemma --steps 4
+
+# Where the body costs more than the head, as in a model of 0.6 billion parameters
+python recipes/bench_block.py --width 1024 --layers 28 --new_tokens 16
 
 # Ten times the prompt: a forward inside a block costs the same
 python recipes/bench_block.py --prompt 640 --soften hard
 
---against is a clone of github.com/JetAstra/SDAR at c2041a8, or of github.com/ZHZisZZ/dllm at
-ca17675, none of which is part of softar. Their loops run over softar's model: their own needs
-kernels of a GPU.
+--against is a clone of github.com/JetAstra/SDAR at c2041a8 or of github.com/ZHZisZZ/dllm at ca17675,
+or the folder of Fast-dLLM v2's modeling.py; none is part of softar. Their loops run over softar's
+model: their own needs kernels of a GPU.
 """
 
-import importlib.util
-import sys
 import time
-import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from softar.diffusion import SOFTENERS, DenoiseConfig, denoise
 from softar.diffusion.experts import Llada2Config, LLaDA2MoeModelLM
-from softar.diffusion.families import SdarConfig, SDARForCausalLM
-from softar.diffusion.net import parts
+from softar.diffusion.families import (
+    Fast_dLLM_QwenForCausalLM,
+    FastDllmConfig,
+    SdarConfig,
+    SDARForCausalLM,
+)
 from softar.recipes.bench import interleaved, parser_of, run_bench, show, spread
+from softar.recipes.block_loops import fast_loop, llada2_loop, sdar_loop
 
-WIDTH = dict(
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=4,
+FIXED = dict(
     num_attention_heads=8,
-    head_dim=32,
+    num_key_value_heads=4,
     max_position_embeddings=4096,
     tie_word_embeddings=False,
 )
@@ -51,158 +59,169 @@ EXPERTS = dict(
 )
 
 
-def sdar(block_length: int):
-    sizes = WIDTH | dict(vocab_size=151_936, num_key_value_heads=4)
-    ids = dict(mask_token_id=151_669, eos_token_id=151_643, block_length=block_length)
-    return SDARForCausalLM(SdarConfig(**sizes, **ids))
+def sizes(args) -> dict:
+    own = dict(hidden_size=args.width, intermediate_size=3 * args.width)
+    return FIXED | own | dict(num_hidden_layers=args.layers)
 
 
-def llada2(block_length: int):
-    sizes = WIDTH | EXPERTS | dict(vocab_size=157_184, num_key_value_heads=4)
+def sdar(args):
+    ids = dict(mask_token_id=151_669, eos_token_id=151_643, block_length=args.block_length)
+    more = dict(vocab_size=151_936, head_dim=args.width // 8)
+    return SDARForCausalLM(SdarConfig(**sizes(args), **more, **ids))
+
+
+def fast_dllm_v2(args):
+    ids = dict(mask_token_id=151_665, eos_token_id=151_645, block_length=args.block_length)
+    return Fast_dLLM_QwenForCausalLM(FastDllmConfig(**sizes(args), vocab_size=152_064, **ids))
+
+
+def llada2(args):
     ids = dict(mask_token_id=156_895, eos_token_id=156_892, pad_token_id=156_892)
-    return LLaDA2MoeModelLM(Llada2Config(**sizes, **ids, block_length=block_length))
+    more = EXPERTS | dict(vocab_size=157_184, head_dim=args.width // 8)
+    config = Llada2Config(**sizes(args), **more, **ids, block_length=args.block_length)
+    return LLaDA2MoeModelLM(config)
 
 
-class Reread(DynamicCache):
-    """Keys and values to read, which a forward does not add to."""
-
-    def __init__(self, kept: DynamicCache):
-        self.kept = kept
-
-    def update(self, keys, values, layer, *args, **kwargs):
-        if layer >= len(self.kept.layers) or not self.kept.layers[layer].is_initialized:
-            return keys, values
-        stored = self.kept.layers[layer]
-        return torch.cat([stored.keys, keys], -2), torch.cat([stored.values, values], -2)
-
-    def get_seq_length(self, layer=0):
-        return self.kept.get_seq_length(layer)
-
-    def get_mask_sizes(self, query_length, layer):
-        return self.kept.get_seq_length(layer) + query_length, 0
-
-
-class Called:
-    """softar's model, called as the public loops call theirs: all logits of each forward."""
-
-    def __init__(self, model):
-        self.net, self.device = parts(model), model.device
-
-    def eval(self):
-        return self
-
-    def __call__(
-        self,
-        ids,
-        attention_mask,
-        position_ids,
-        past_key_values=None,
-        use_cache=False,
-        store_kv=False,
-    ):
-        # a 0/1 mask, or one to add to the scores
-        seen = attention_mask if attention_mask.dim() == 4 else attention_mask[:, None]
-        seen = seen == 0 if seen.min() < 0 else seen > 0
-        cache = past_key_values if store_kv or past_key_values is None else Reread(past_key_values)
-        hidden = self.net.body(self.net.embedding(ids), seen, position_ids, cache)
-        return types.SimpleNamespace(logits=self.net.head(hidden))
-
-
-def sdar_loop(folder: Path, model, args, ids):
-    """SDAR's own loop, greedy, from left to right."""
-    spec = importlib.util.spec_from_file_location("sdar_generate", folder / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    called = Called(model)
-    return lambda: module.block_diffusion_generate(
-        called,
-        {"input_ids": ids},
-        model.config.mask_token_id,
-        gen_length=args.new_tokens,
-        block_length=args.block_length,
-        denoising_steps=args.block_length,
-        top_k=1,
-        remasking_strategy="sequential",
+def diffusion_gemma(args):
+    vision = dict(
+        model_type="gemma4_vision",
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=16,
+        position_embedding_size=16,
     )
-
-
-def llada2_loop(folder: Path, model, args, ids):
-    """dllm's sampler, which keeps no keys and values."""
-    for name in (
-        "dllm",
-        "dllm.core",
-        "dllm.core.samplers",
-        "dllm.pipelines",
-        "dllm.pipelines.llada2",
-    ):
-        package = types.ModuleType(name)  # without what its __init__ imports
-        package.__path__ = [str(folder.joinpath(*name.split(".")))]
-        sys.modules[name] = package
-    module = importlib.import_module("dllm.pipelines.llada2.sampler")
-    tokenizer = types.SimpleNamespace(
-        mask_token_id=model.config.mask_token_id, eos_token_id=model.config.eos_token_id
+    more = dict(
+        vocab_size=262_144,
+        head_dim=args.width // 8,
+        global_head_dim=args.width // 8,
+        num_experts=8,
+        top_k_experts=2,
+        moe_intermediate_size=128,
+        layer_types=["sliding_attention"] * (args.layers - 1) + ["full_attention"],
+        pad_token_id=0,
+        eos_token_id=None,
     )
-    sampler = module.LLaDA2Sampler(model=Called(model), tokenizer=tokenizer)
-    config = module.LLaDA2SamplerConfig(
-        max_new_tokens=args.new_tokens,
-        block_size=args.block_length,
-        steps_per_block=args.block_length,
-        return_dict=False,
+    config = DiffusionGemmaConfig(
+        text_config=sizes(args) | more | dict(tie_word_embeddings=True),
+        vision_config=vision,
+        canvas_length=args.block_length,
+        image_token_id=262_143,
     )
-    return lambda: sampler.sample([ids[0]], config)
+    return DiffusionGemmaForBlockDiffusion(config)
 
 
-FAMILIES = {"sdar": (sdar, sdar_loop, 4), "llada2": (llada2, llada2_loop, 32)}
-SELECT = {"sdar": dict(select="leftmost"), "llada2": dict(schedule="dynamic", threshold=0.95)}
+class Family(NamedTuple):
+    build: Callable  # args -> the model
+    block_length: int
+    how: dict  # options of DenoiseConfig that decode as the public loop
+    public: Callable | None = None  # (folder, model, args, ids, ...) -> its loop
+    cached: str | None = None  # the parity that has a cache inside of blocks
+
+
+FAMILIES = {
+    "sdar": Family(sdar, 4, dict(select="leftmost"), sdar_loop),
+    "llada2": Family(llada2, 32, dict(schedule="dynamic", threshold=0.95), llada2_loop),
+    "fast_dllm_v2": Family(fast_dllm_v2, 32, dict(threshold=1.0), fast_loop, cached="fast_dllm_v2"),
+    "diffusion_gemma": Family(diffusion_gemma, 64, {}),
+}
+
+
+def of_masks(args, family: Family, model, ids) -> tuple[dict, list[tuple[str, str]]]:
+    """-> the runs, and pairs of them that give the same tokens."""
+    how = family.how | dict(gen_length=args.new_tokens, early_stop=False)
+    sub = dict(sub_block_length=args.sub_block_length) if family.cached else {}
+
+    def ours(**options):
+        config = DenoiseConfig(**how | sub | options)
+        return lambda: denoise(model, ids, config=config).sequences
+
+    runs = {name: ours(soften=name) for name in args.soften}
+    runs["hard, no cache"], same = ours(soften="hard", cache="off"), [("hard, no cache", "hard")]
+    if args.against:
+        folder = Path(args.against)
+        runs["public"] = family.public(folder, model, args, ids)
+        same.append(("public", "hard"))
+    if family.cached:
+        runs["block cache"] = ours(cache="dual")
+    if family.cached and args.against:
+        public = dict(parity=family.cached, block_length=args.block_length)
+        runs["block cache, parity"] = ours(cache="dual", **public)
+        runs["public, block cache"] = family.public(folder, model, args, ids, use_block_cache=True)
+        same.append(("public, block cache", "block cache, parity"))
+    return runs, same
+
+
+def of_canvases(args, model, ids) -> tuple[dict, list[tuple[str, str]]]:
+    """As `of_masks`; all steps are taken."""
+    model.set_experts_implementation("eager")
+    steps = args.steps * -(-args.new_tokens // args.block_length)
+
+    def ours(**options):
+        config = DenoiseConfig(gen_length=args.new_tokens, steps=steps, stop="never", **options)
+        return lambda: (
+            denoise(
+                model, ids, config=config, rng=torch.Generator().manual_seed(args.seed)
+            ).sequences
+        )
+
+    def theirs():
+        torch.manual_seed(args.seed)
+        never = dict(confidence_threshold=1e-30, max_denoising_steps=args.steps)
+        return model.generate(ids, max_new_tokens=args.new_tokens, **never).sequences
+
+    runs = {"as trained": ours()} | {name: ours(soften=name) for name in args.soften}
+    runs |= {"parity": ours(parity="diffusion_gemma"), "public": theirs}
+    return runs, [("public", "parity")]
 
 
 def decoding(args) -> list[dict]:
-    build, public, usual = FAMILIES[args.family]
-    args.block_length = args.block_length or usual
+    family = FAMILIES[args.family]
+    args.block_length = args.block_length or family.block_length
     torch.manual_seed(args.seed)
-    model = build(args.block_length).eval().requires_grad_(False)
-    ids = torch.randint(0, 150_000, (1, args.prompt))
-    how = SELECT[args.family] | dict(gen_length=args.new_tokens, early_stop=False)
-
-    def ours(**options):
-        config = DenoiseConfig(**how, **options)
-        return lambda: denoise(model, ids, config=config)
-
-    runs = {name: ours(soften=name) for name in args.soften}
-    runs["hard, no cache"] = ours(soften="hard", cache="off")
-    if args.against:
-        runs["public"] = public(Path(args.against), model, args, ids)
-    outputs = {name: run() for name, run in runs.items()}
-    hard = outputs["hard"].sequences
-    for name in {"hard, no cache", "public"} & outputs.keys():
-        out = outputs[name] if name == "public" else outputs[name].sequences
-        if not torch.equal(out[:, : hard.shape[1]], hard):
-            raise SystemExit(f"{name}: other tokens than hard decoding's")
+    model = family.build(args).eval().requires_grad_(False)
+    ids = torch.randint(1, 150_000, (1, args.prompt))
+    is_masked = family.public is not None
+    runs, same = of_masks(args, family, model, ids) if is_masked else of_canvases(args, model, ids)
+    halves = [model.model] if is_masked else [model.model.encoder, model.model.decoder]
+    calls, outputs, forwards = [], {}, {}
+    hooks = [half.register_forward_hook(lambda *_: calls.append(1)) for half in halves]
+    for name, run in runs.items():
+        outputs[name], forwards[name] = run(), len(calls) - sum(forwards.values())
+    for hook in hooks:
+        hook.remove()
+    for name, other in same:
+        width = min(outputs[name].shape[1], outputs[other].shape[1])
+        if not torch.equal(outputs[name][:, :width], outputs[other][:, :width]):
+            raise SystemExit(f"{name}: other tokens than {other}")
     clock = time.process_time if args.cpu_time else time.perf_counter
     seconds = interleaved(runs, args.repeats, warm_up=False, clock=clock)
-    rows = []
+    first, rows = next(iter(runs)), []
     for name, took in seconds.items():
-        ratio, low, high = spread(a / b for a, b in zip(took, seconds["hard"], strict=True))
-        forwards = getattr(outputs[name], "num_forwards", None)
+        ratio, low, high = spread(a / b for a, b in zip(took, seconds[first], strict=True))
         rows.append(
             dict(
                 family=args.family,
                 block_length=args.block_length,
                 prompt=args.prompt,
                 new_tokens=args.new_tokens,
+                width=args.width,
+                layers=args.layers,
                 sampler=name,
-                forwards=forwards,
+                forwards=forwards[name],
                 tokens_per_s=args.new_tokens / spread(took)[0],
-                time_of_hard=ratio,
+                ms_per_forward=1000 * spread(took)[0] / forwards[name],
+                time_of_first=ratio,
                 low=low,
                 high=high,
                 seconds=took,
             )
         )
-    title = (
-        f"{args.family}, prompt {args.prompt}, {args.new_tokens} new tokens, one in each forward"
-    )
-    show(title, rows, ("sampler", "forwards", "tokens_per_s", "time_of_hard", "low", "high"))
+    title = f"{args.family}, prompt {args.prompt}, {args.new_tokens} new tokens"
+    columns = ("sampler", "forwards", "tokens_per_s", "ms_per_forward", "time_of_first")
+    show(title, rows, (*columns, "low", "high"))
     return rows
 
 
@@ -210,7 +229,11 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--family", choices=FAMILIES, default="sdar", help="whose model and loop")
     parser.add_argument("--against", help="folder of the public code")
-    parser.add_argument("--block_length", type=int, help="4 of sdar, 32 of llada2")
+    parser.add_argument("--block_length", type=int, help="4 of sdar, 64 of canvases, else 32")
+    parser.add_argument("--sub_block_length", type=int, default=8, help="of fast_dllm_v2")
+    parser.add_argument("--steps", type=int, default=4, help="of each canvas")
+    parser.add_argument("--width", type=int, default=256, help="of the model, a multiple of 8")
+    parser.add_argument("--layers", type=int, default=4, help="of the model")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--new_tokens", type=int, default=64, help="a multiple of the block length")
     parser.add_argument(
