@@ -48,6 +48,7 @@ class BlockCausal(Masked):
         self.eos_id = facts.eos_id
         self.first_from_store = quirks.first_from_store and facts.shift == 1
         super().__init__(config, net, facts, input_ids, real, draws)
+        self.number: int | None = None  # of the block of the grid that is being decoded
         # [B] rows in which a step has put an end token
         self.filled = torch.zeros_like(self.canvas.masked[:, 0])
 
@@ -112,7 +113,8 @@ class BlockCausal(Masked):
         revises = self.schedule.revises or self.softener.revises or self.config.remask
         self.wanted = block if revises else self._seen(block)
         lo, b = block.places[0], self.grid.b
-        if lo % b == 0:
+        if lo // b != self.number:  # its first place may be the caller's, and not asked about
+            self.number = lo // b
             self.reader.forget()  # later blocks read tokens
         if block.carried:  # nothing more will be known of it
             self.rule, self.outlasts = Quota(lambda index, left: left), False

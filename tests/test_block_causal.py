@@ -144,6 +144,18 @@ def test_later_blocks_read_final_tokens_only(soften, shift):
     assert torch.equal(decode(model, one.tolist(), gen_length=4, **knobs).sequences, two)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("soften", [*SOFTENERS])
+def test_a_template_is_read_as_tokens_behind_its_block(soften, shift):
+    """Also where the next block, or its first sub-block, begins with the caller's tokens."""
+    row = [3, 4, MASK, MASK, 5, 6, 7, MASK, 8, 9, 10, MASK]
+    knobs = dict(soften=soften, gen_length=0, sub_block_length=2)
+    out = decode(block_model(shift), [row], **knobs).sequences
+    for seen in (4, 8):
+        rest = [[*out[0, :seen].tolist(), *row[seen:]]]
+        assert torch.equal(decode(block_model(shift), rest, **knobs).sequences, out)
+
+
 @pytest.mark.parametrize("prompt", [3, 8, 40])
 def test_a_forward_costs_the_block_whatever_the_prompt(prompt):
     """One forward that stores the prompt's whole blocks, one after each block but the last, and one

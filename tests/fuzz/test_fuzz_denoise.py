@@ -24,6 +24,12 @@ from softar.diffusion.architectures import (
     LladaConfig,
     LladaForMaskedDiffusion,
 )
+from softar.diffusion.families import (
+    Fast_dLLM_QwenForCausalLM,
+    FastDllmConfig,
+    SdarConfig,
+    SDARForCausalLM,
+)
 from softar.diffusion.remask import REMASKS
 from softar.diffusion.schedules import SCHEDULES
 from softar.diffusion.select import SELECTORS
@@ -64,6 +70,19 @@ MODELS = {  # the last three have no cache
         ModernBertConfig(**MODERN, local_attention=8, global_attn_every_n_layers=2)
     ),
 }
+
+
+def block_causal(shift, block_length):
+    kinds = ((SDARForCausalLM, SdarConfig), (Fast_dLLM_QwenForCausalLM, FastDllmConfig))
+    make, config = kinds[shift]
+    own = dict(eos_token_id=EOS, tie_word_embeddings=False, block_length=block_length)
+    return make(config(**SIZES | own | ({} if shift else {"head_dim": 6})))
+
+
+BLOCKS = {
+    (shift, b): f"{kind}, {b}" for shift, kind in enumerate(["sdar", "fast"]) for b in (1, 4, 6)
+}
+MODELS |= {name: functools.partial(block_causal, *key) for key, name in BLOCKS.items()}
 FIELDS = dict(  # and values that each takes
     select=[*SELECTORS],
     cache=["prefix", "dual"],
@@ -79,7 +98,14 @@ FIELDS = dict(  # and values that each takes
     early_stop=[True],
     end_ids=[(EOS,), tuple(range(10, 40)), (EOS, 33)],
 )
-LONGER = ("linear", "ancestral", "p2", "refine")  # may take more forwards than there are masks
+LONGER = (
+    "linear",
+    "ancestral",
+    "p2",
+    "refine",
+    "edit",
+    "overwrite",
+)  # may take more forwards than there are masks
 SOFT_MASK = [{}, {"scheduling": "linear"}, {"algorithm": "temperature", "temperature": 0.5}]
 
 
@@ -99,10 +125,18 @@ def cases(draw):
     def one(values):
         return draw(st.sampled_from([*values]))
 
-    schedule, length = one(SCHEDULES), one([0, 0, 1, 6, 9, 12])
+    schedule, length, name = one(SCHEDULES), one([0, 0, 1, 6, 9, 12]), one(MODELS)
     sizes = [d for d in (1, 2, 3, 5, 6) if length % d == 0]
-    fields = {"gen_length": length, "schedule": schedule, "block_length": one([None, *sizes])}
+    fields = {"gen_length": length, "schedule": schedule}
     fields |= {name: one(FIELDS[name]) for name in draw(st.sets(st.sampled_from([*FIELDS])))}
+    if name in BLOCKS.values():
+        b = int(name.split()[1])
+        fields["sub_block_length"] = one([None, *(d for d in (1, 2, 3, 4, 6) if b % d == 0)])
+        fields["grid"] = one(["start", "end"])
+        if fields["sub_block_length"] in (None, b):
+            fields.pop("cache", None)
+    else:
+        fields["block_length"] = one([None, *sizes])
     fields["soften"] = one(SOFTENERS)
     if fields["soften"] == "hard":
         fields.pop("rescale", None)
@@ -131,7 +165,7 @@ def cases(draw):
     word = st.integers(3, VOCAB - 1).filter(lambda i: i != MASK)
     token = st.one_of(word, st.just(MASK)) if length == 0 or draw(st.booleans()) else word
     rows = draw(st.lists(st.lists(token, min_size=1, max_size=12), min_size=1, max_size=4))
-    which = (one(MODELS), draw(st.integers(0, 1)))
+    which = (name, draw(st.integers(0, 1)))
     return which, rows, fields, draw(st.integers(0, len(rows) - 1)), draw(st.integers(1, 8))
 
 
@@ -158,10 +192,11 @@ def check(case):
         return
     ids, _ = padded(rows)
     canvas = torch.cat([ids, torch.full((len(rows), config.gen_length), MASK)], 1)
-    check_output(out, canvas, config)
+    check_output(out, canvas, config, name in BLOCKS.values())
     for call in calls:
         check_step(call, canvas != MASK, config)
-    assert out.num_forwards == len(calls)
+    assert out.num_forwards == len(calls) + out.store_forwards
+    assert (out.row_forwards <= out.num_forwards).all()
     length, order = canvas.shape[1], [*every][::-1]
     others = {
         "more padding, int32": lambda m: parts(
@@ -177,20 +212,27 @@ def check(case):
         own = len(rows[alone]) + config.gen_length
         # not when: of a template, blocks of others count as well
         expected["a row alone"] = {"tokens": parts(out, [alone], own)["tokens"]}
+    if name in BLOCKS.values() and config.cache is None:
+        config_off = DenoiseConfig(**fields | {"cache": "off"})
+        others["without a cache"] = lambda m: {
+            "tokens": decode(m, rows, config_off, every).sequences
+        }
+        expected["without a cache"] = {"tokens": out.sequences}
     same(model, lambda m: parts(decode(m, rows, config, every), [*every]), others, expected)
 
 
-def check_output(out, canvas, config):
+def check_output(out, canvas, config, by_blocks):
     is_given = canvas != MASK
     assert (out.sequences != MASK).all(), "a mask is left"
     assert torch.equal(out.sequences[is_given], canvas[is_given]), "a given token changed"
     assert (out.committed_at < out.num_forwards).all() and (out.committed_at[is_given] == -1).all()
     masks = int((~is_given).any(0).sum())
-    if config.remask is None and config.schedule not in LONGER:
+    if config.remask is None and config.schedule not in LONGER and not by_blocks:
         assert out.num_forwards <= masks
     if config.steps and config.gen_length and int((~is_given).sum()) == masks * len(canvas):
-        assert out.num_forwards <= config.steps
-    if not config.early_stop:
+        assert out.num_forwards - out.store_forwards <= config.steps or by_blocks
+    stops = by_blocks and config.gen_length if config.early_stop is None else config.early_stop
+    if not stops:
         confidence = out.confidence[~is_given]
         assert (out.committed_at[~is_given] >= 0).all()
         assert ((confidence >= 0) & (confidence <= 1.0001)).all()
@@ -205,7 +247,7 @@ def check_step(call, is_given, config):
     assert ((0 <= soft.ids) & (soft.ids < VOCAB)).all() and (soft.weights >= -1e-7).all()
     if config.soften != "slerp":  # which keeps a length, not a sum
         assert ((soft.weights.sum(-1) - 1).abs() < 1e-4).all()
-    if config.soften != "evolving":  # which shows what it has decoded, too
+    if config.soften not in ("evolving", "soft-decoded"):  # which show what is decoded, too
         assert (call["sequences"][where] == MASK).all()
 
 
