@@ -34,7 +34,7 @@ class Constraints:
     ):
         """allowed: as DenoiseConfig has it. Raises ValueError for slots that are none and ids that
         cannot stand there."""
-        self.processor = processor
+        self.processor, self.width = processor, canvas.width
         self.table: Tensor | None = None  # [sets, V] bool, true for what is forbidden
         if not allowed:
             return
@@ -57,7 +57,8 @@ class Constraints:
     def __call__(self, logits: Tensor, canvas: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         """logits [n, V] of the slots (rows, cols) of a canvas [B, L] -> the same, edited."""
         if self.processor is not None:
-            edited = self.processor(canvas[rows], logits)
+            # what a row has behind the answer depends on the other rows
+            edited = self.processor(canvas[rows, : self.width], logits)
             if not torch.is_tensor(edited) or edited.shape != logits.shape:
                 raise ValueError(
                     f"logits_processor={self.processor!r:.80} must return scores [n, V] like those it gets"
