@@ -49,7 +49,7 @@ class DenoiseOutput:
     # NFE: forward passes; one over conditional and unconditional rows together counts once
     num_forwards: int
     store_forwards: int  # those of them that store keys and values and decide nothing
-    # [B] int64: of each row those that there were before it was decoded, and those of them that store
+    # [B] int64: of each row those that there were until it needed none, and those of them that store
     row_forwards: Tensor
     row_stores: Tensor
     token_forwards: int  # positions computed in them, over all rows, padding included

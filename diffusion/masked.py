@@ -54,6 +54,7 @@ class Masked:
         self.config, self.draws = config, draws
         self.quirks, self.schedule = config.quirks, config.scheduler
         self.canvas = canvas = self._canvas(input_ids, facts)
+        self.row_forwards = torch.zeros_like(canvas.at_start)  # to the row's last that it needed
         self.end_ids = facts.end_ids if config.end_ids is None else config.end_ids
         self.softener = mk_softener(config.soften, **config.soften_args)
         self.reader = self._reader(net, facts, real)
@@ -98,6 +99,8 @@ class Masked:
         asked = self._asked(candidates, window) & busy[:, None]
         rows, cols = asked.nonzero(as_tuple=True)
         logits = reader(canvas.ids, window, rows, cols)
+        needed = asked[:, : canvas.width].any(-1)
+        self.row_forwards = self.row_forwards.masked_fill(needed, reader.forwards)
         logits = self.constrain(logits, canvas.ids, rows, cols)
         belief, token, score, prob = self.propose(logits, asked, block)
 
@@ -130,11 +133,6 @@ class Masked:
     def end(self, block: Block) -> None:
         if self.config.early_stop and self.end_ids:
             self.canvas.stop(block.end, self.end_ids)
-
-    @property
-    def row_forwards(self) -> Tensor:
-        """[B] forwards up to the row's last decision."""
-        return self.canvas.committed_at[:, : self.canvas.width].amax(1) + 1
 
     @property
     def row_stores(self) -> Tensor:

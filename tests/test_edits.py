@@ -153,6 +153,15 @@ def test_the_blocks_own_tokens_give_way_and_no_others(name, knobs):
         assert torch.equal(out.sequences[gone], b[gone])
 
 
+@each_model
+@pytest.mark.parametrize("knobs", [EDIT, DMAX], ids=["edit", "overwrite"])
+def test_a_forward_that_finds_nothing_to_change_is_the_rows_too(name, knobs):
+    for row in ROWS:
+        out = decode(MODELS[name](), [row], gen_length=8, **knobs, **BLOCKS[name])
+        assert out.row_forwards.tolist() == [out.num_forwards]
+        assert out.row_stores.tolist() == [out.store_forwards]
+
+
 @pytest.mark.parametrize("knobs", [EDIT, DMAX], ids=["edit", "overwrite"])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_sub_blocks_before_and_first_tokens_of_shifted_blocks_stay(shift, knobs):
