@@ -2,9 +2,10 @@
 # dependencies = ["softar"]
 # ///
 r"""
-Latin squares behind their clues: a block-causal model beside one that reads the whole canvas, hard and with soft masks.
+Latin squares by a block-causal model, by one that reads the whole canvas, and by one that fills the clues' own template
+in place, hard and with soft masks.
 
-# Train both kinds, hard and with soft masks, five seeds of each, decode the held-out rows, write the table
+# Train each kind, hard and with soft masks, five seeds of each, decode the held-out rows, write the table
 python recipes/bench_latin.py --output_dir runs/bench_latin
 
 # First one kind, then the other: the table has what is there
@@ -29,9 +30,14 @@ from pathlib import Path
 from softar.checks import check_choice, check_least, one_line_errors
 
 PROGRAM, HERE = "bench_latin.py", Path(__file__).parent
-KINDS = {  # what of recipes/configs/latin_prompt.yaml is other
-    "blocks": (),
-    "whole": ("--model_name_or_path", "latin-tiny", "--from_causal", "true", "--shift", "0"),
+PROMPT = ("latin-prompt", 25)  # the clues come first: the task, and how many cells it asks for
+KINDS = {  # what is trained and asked, and what of recipes/configs/latin_prompt.yaml is other
+    "blocks": (*PROMPT, ()),
+    "whole": (
+        *PROMPT,
+        ("--model_name_or_path", "latin-tiny", "--from_causal", "true", "--shift", "0"),
+    ),
+    "place": ("latin", 20, ("--task", "latin")),
 }
 ROWS = ("hard", "soft-mask")
 BUDGETS = [dict(steps=n) for n in (5, 10, 15, 20, 25)] + [dict(threshold=0.9)]
@@ -41,7 +47,7 @@ KEY = ("kind", "training", "decoding", "budget")
 def train(kind: str, args, num_seeds: int) -> None:
     """Those of the first seeds that are not trained yet."""
     command = [sys.executable, str(HERE / "sft_diffusion.py")]
-    command += ["--config", str(HERE / "configs" / "latin_prompt.yaml"), *KINDS[kind]]
+    command += ["--config", str(HERE / "configs" / "latin_prompt.yaml"), *KINDS[kind][2]]
     command += ["--rows", ",".join(ROWS), "--seed", str(args.seed), "--num_seeds", str(num_seeds)]
     command += ["--jobs", "1", "--eval_rows", "100", "--resume_from_checkpoint", "true"]
     command += ["--output_dir", str(Path(args.output_dir, kind)), *args.training]
@@ -54,7 +60,7 @@ def decode(kind: str, training: str, seed: int, args) -> list[dict]:
     from softar.diffusion.evaluate import evaluate
     from softar.tasks import load_task
 
-    task = load_task("latin-prompt")
+    task = load_task(KINDS[kind][0])
     rows = task.test.select(range(min(args.limit or len(task.test), len(task.test))))
     model, tokenizer = load(Path(args.output_dir, kind, f"{training}-seed{seed}"))
     lines = []
@@ -91,7 +97,7 @@ def table(lines: list[dict]) -> str:
         }
         spread = statistics.stdev(line["accuracy"] for line in group) if len(group) > 1 else 0.0
         cells = [*key, len(group), f"{mean['accuracy']:.3f} ± {spread:.3f}", f"{mean['nfe']:.1f}"]
-        cells += [f"{25 / mean['nfe']:.2f}", f"{mean['token_forwards']:.0f}"]
+        cells += [f"{KINDS[key[0]][1] / mean['nfe']:.2f}", f"{mean['token_forwards']:.0f}"]
         cells += [f"{1000 * mean['seconds'] / group[0]['n']:.2f}"]
         out.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(out)
@@ -127,7 +133,7 @@ def parse(argv: list[str]):
     parser.add_argument("--output_dir", default="runs/bench_latin", help="folder of all it makes")
     parser.add_argument("--seed", type=int, default=42, help="the first seed")
     parser.add_argument("--num_seeds", type=int, default=5, help="how many")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="out of blocks, whole")
+    parser.add_argument("--kinds", default=",".join(KINDS), help=f"out of {', '.join(KINDS)}")
     parser.add_argument("--limit", type=int, help="held-out rows to decode; default: all")
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])

@@ -30,7 +30,9 @@ def trainings(monkeypatch):
                 model, tokenizer = convert(*causal, shift=int(words["--shift"]))
                 assert facts(model).block_length is None
             else:
-                model, tokenizer = load("latin-block-tiny", seed=last)
+                task = words.get("--task", "latin-prompt")
+                net = {"latin": "latin-diffusion-tiny", "latin-prompt": "latin-block-tiny"}[task]
+                model, tokenizer = load(net, seed=last)
             for part in (model, tokenizer):
                 part.save_pretrained(folder / f"{row}-seed{last}")
             if row == "soft-mask":
@@ -48,15 +50,16 @@ def run(folder, *words):
 def test_each_model_is_trained_and_decoded_once(trainings, tmp_path, capsys):
     first = run(tmp_path, "--num_seeds", "1", "--limit", "4", "--", "--max_steps", "2")
     ways = len(bench_latin.BUDGETS)
-    assert len(first) == 2 * 3 * ways and {line["seed"] for line in first} == {42}
+    assert len(first) == 3 * 3 * ways and {line["seed"] for line in first} == {42}
     assert trainings == [(kind, 42, ["--max_steps", "2"]) for kind in bench_latin.KINDS]
     both = run(tmp_path, "--num_seeds", "2", "--limit", "4")
     assert both[: len(first)] == first and len(both) == 2 * len(first)
-    assert [call[:2] for call in trainings[2:]] == [(kind, 43) for kind in bench_latin.KINDS]
+    assert [call[:2] for call in trainings[3:]] == [(kind, 43) for kind in bench_latin.KINDS]
     table = (tmp_path / "table.md").read_text()
-    assert len(table.splitlines()) == 2 + 2 * 3 * ways and table in capsys.readouterr().out
+    assert len(table.splitlines()) == 2 + 3 * 3 * ways and table in capsys.readouterr().out
     forwards = {(line["kind"], line["budget"]): line["nfe"] for line in both}
     assert forwards["blocks", "steps 10"] == 15 and forwards["whole", "steps 10"] == 10
+    assert forwards["place", "steps 10"] == 10
 
 
 @pytest.mark.parametrize(
@@ -73,4 +76,6 @@ def test_the_table_has_mean_and_spread():
     line |= dict(nfe=10.0, token_forwards=50.0, seconds=0.02)
     lines = [line | dict(seed=s, accuracy=a) for s, a in enumerate((0.25, 0.5, 0.75))]
     cells = bench_latin.table(lines).splitlines()[-1].strip("| ").split(" | ")
+    place = bench_latin.table([line | dict(kind="place", seed=0, accuracy=0.5)])
+    assert place.splitlines()[-1].split(" | ")[7] == "2.00", "20 open cells"
     assert cells == "blocks,hard,hard,steps 5,3,0.500 ± 0.250,10.0,2.50,50,2.00".split(",")
