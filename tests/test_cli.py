@@ -253,7 +253,7 @@ def test_models_say_what_is_not_installed(softar, monkeypatch):
     assert softar("models")[1].count("not installed: pip install") == 2
     assert softar("tasks")[1].count("not installed") == 2
     installed = [t["installed"] for t in json.loads(softar("tasks", "--json")[1])]
-    assert installed == [True, True, True, True, False, False]
+    assert installed == [True] * 5 + [False] * 2
 
 
 def test_tasks_are_all_there_are(softar):
