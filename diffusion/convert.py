@@ -102,6 +102,12 @@ def convert(
         raise ValueError(
             f"the tokenizer's {words} tokens do not fit the embedding's {rows} rows: is it this model's?"
         )
+    trial = copy.deepcopy(tokenizer)  # only adding the token tells its id
+    _name_mask(trial, mask_token)
+    if trial.mask_token_id > rows:
+        raise ValueError(
+            f"mask_token={trial.mask_token!r} has id {trial.mask_token_id}, far beyond the embedding's {rows} rows"
+        )
 
     if new_class is None:
         new = model
@@ -115,10 +121,6 @@ def convert(
 
     is_new = _name_mask(tokenizer, mask_token)
     mask_id = tokenizer.mask_token_id
-    if mask_id > rows:
-        raise ValueError(
-            f"mask_token={tokenizer.mask_token!r} has id {mask_id}, far beyond the embedding's {rows} rows"
-        )
     if mask_id == rows:
         # which would draw the row at random
         new.resize_token_embeddings(rows + 1, mean_resizing=False)

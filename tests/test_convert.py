@@ -9,6 +9,8 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_architectures import build
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -24,6 +26,7 @@ from transformers import (
     Olmo2ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
@@ -447,6 +450,17 @@ def test_a_tokenizer_that_does_not_fit():
         convert(causal(), tokenizer_of(tokens=66))
     with pytest.raises(ValueError, match="tokenizer=None"):
         convert(causal(), None)
+
+
+def test_a_refused_mask_leaves_model_and_tokenizer_as_they_were():
+    model, words = causal(), {"<bos>": 0, "<unk>": 1, "<mask>": 70}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), unk_token="<unk>"
+    )
+    config, known = model.config.to_dict(), tokenizer.special_tokens_map
+    with pytest.raises(ValueError, match="id 70, far beyond the embedding's 64 rows"):
+        convert(model, tokenizer, mask_token="<mask>", shift=1)
+    assert model.config.to_dict() == config and tokenizer.special_tokens_map == known
 
 
 # -- what it is for
