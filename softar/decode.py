@@ -224,7 +224,7 @@ def soft_decode(
     soft_config it is the model's default, see `generate`; a streamer may be soft_streamer's, too.
     """
     started = time.perf_counter()
-    asked = guard.callers_arguments()
+    asked = guard.callers_arguments(model)
     guard.check_call(model, input_ids, generation_config, model_kwargs, asked)
     guard.check_rng(rng)
     check_values(soft_decode, callback=callback, soft_streamer=soft_streamer)

@@ -96,12 +96,12 @@ def check_followed(settings: GenerationConfig, own: GenerationConfig, also: Mapp
             raise ValueError(f"{name}={value!r} is not followed in soft decoding: {why}")
 
 
-def callers_arguments() -> dict[str, Any]:
-    """Arguments of the `model.generate` around the function that calls this, whatever stands between
-    the two; {} where there is none. transformers keeps the named ones from a custom loop, which could
+def callers_arguments(model) -> dict[str, Any]:
+    """Arguments of this model's `model.generate` around the function that calls this, whatever stands
+    between the two; {} where there is none. transformers keeps the named ones from a custom loop, which could
     then only drop them, and has no other way to them."""
     code, frame = inspect.unwrap(GenerationMixin.generate).__code__, sys._getframe(2)
-    while frame is not None and frame.f_code is not code:
+    while frame and not (frame.f_code is code and frame.f_locals["self"] is model):
         frame = frame.f_back
     return {} if frame is None else dict(frame.f_locals)
 

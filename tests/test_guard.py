@@ -164,6 +164,19 @@ def test_plugged_in_by_a_function_of_ones_own_it_drops_nothing_either(llama):
         llama.generate(IDS[:1], assistant_model=llama, **how)
 
 
+def test_the_call_of_another_model_around_it_says_nothing(llama):
+    """As from a logits processor of an assisted generate."""
+    inner = []
+
+    def process(ids, scores):
+        inner.append(softar.generate(llama, ids[:1], torch.ones_like(ids[:1]), max_new_tokens=2))
+        return scores
+
+    outer, how = model_of("llama"), dict(max_new_tokens=2, do_sample=False)
+    outer.generate(IDS[:1], assistant_model=model_of("llama"), logits_processor=[process], **how)
+    assert inner and all(out.completions.shape[1] <= 2 for out in inner)
+
+
 def test_generate_has_the_arguments_that_are_read_of_its_call():
     """They are read of its frame: a release that renames one has to be seen here."""
     names = inspect.unwrap(GenerationMixin.generate).__code__.co_varnames
