@@ -160,15 +160,16 @@ def check(inputs, configs):
         raise ValueError(
             f"likelihood_samples needs held-out rows with prompt and completion as text; {task.name} has none"
         )
-    redraws = [a.objective for a in configs.values() if a.objective != "masked"]
+    objectives = [a.objective for a in configs.values()]
+    redraws = [name for name in objectives if name != "masked"]
     if "uniform" not in schedules and redraws:
         raise ValueError(
             f"schedules={script.schedules!r}: a model of objective={redraws[0]!r} decodes with 'uniform' only"
         )
-    if script.likelihood_samples and "canvas" in redraws:
+    if script.likelihood_samples and ("canvas" in redraws or "masked" not in objectives):
         raise ValueError(
             f"likelihood_samples={script.likelihood_samples} bounds a likelihood by masks, and a model of "
-            f"objective='canvas' has none: leave it out"
+            f"objective={redraws[0]!r} has none: leave it out"
         )
 
 

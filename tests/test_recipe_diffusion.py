@@ -130,6 +130,10 @@ def test_two_processes_train_as_one(tmp_path):
     ("changes", "says"),
     [
         (dict(likelihood_samples=-1), "likelihood_samples=-1"),
+        (
+            dict(likelihood_samples=2, rows="duo", task="mnns", schedules="uniform"),
+            "likelihood_samples=2 bounds a likelihood by masks",
+        ),
         (dict(eval_rows=0), "eval_rows=0 must be at least 1"),
         (dict(rows="soft"), "rows='soft': 'soft' is unknown"),
         (dict(schedules="uniform,cosine"), "'cosine' is unknown"),
