@@ -24,14 +24,19 @@ def units_of(documents: Tensor, block_length: int | None) -> Tensor:
     return (begins.cumsum(1) - 1).clamp_min(0)
 
 
-def even_levels(common: float, places: list[int], of: int, units: Tensor) -> Tensor:
-    """Levels [B, T] of units in [0, 1) that lie evenly, each of them uniform if `common` is: the antithetic
-    draws of MDLM (arXiv:2406.07524, section 3.5) over all units of a step.
+def even_levels(
+    common: float, places: list[int], of: int, units: Tensor, maskable: Tensor
+) -> Tensor:
+    """Levels [B, T] of units, by their numbers, in [0, 1): those of a row's units that hold maskable
+    tokens lie evenly, and so do those of rows with equally many; each of them is uniform if `common`
+    is: the antithetic draws of MDLM (arXiv:2406.07524, section 3.5).
 
-    places: of the rows in the step's global batch of so many; units: [B, T].
+    places: of the rows in the step's global batch of so many; units: [B, T]; maskable: [B, T] bool.
     """
-    counts = units.amax(1, keepdim=True) + 1  # [B, 1]
-    number = torch.arange(units.shape[1], device=units.device)
+    # a prompt's blocks are never masked: counted, they would push the answer's together
+    trained = counts_by_unit(maskable, units) > 0
+    counts = trained.sum(1, keepdim=True).clamp_min(1)  # [B, 1]
+    number = (trained.cumsum(1) - 1).clamp_min(0)
     row = torch.tensor(places, device=units.device)[:, None] / of
     return (common + (row + number) / counts) % 1
 

@@ -62,12 +62,14 @@ class Loss(NamedTuple):
     nothing: Tensor | float = 0.0  # added for DDP, which wants every parameter
 
 
-def levels_of(args: DiffusionSFTConfig, place: Place, own: Tensor, units: Tensor) -> Tensor:
+def levels_of(
+    args: DiffusionSFTConfig, place: Place, own: Tensor, units: Tensor, maskable: Tensor
+) -> Tensor:
     """The level in [0, 1) of each token's unit: own [B, 1], that of the first one of a row where
-    they are drawn one by one, and units [B, T] -> [B, T]."""
+    they are drawn one by one, units [B, T] and maskable [B, T] bool -> [B, T]."""
     if args.antithetic and place.training:
         common = float(uniform_rows(args.seed, place.step, [2**31 - 2], 1))
-        level = even_levels(common, place.rows, place.of, units)
+        level = even_levels(common, place.rows, place.of, units, maskable)
     elif args.packing or args.noise_level == "block":
         more = uniform_rows(args.seed, place.step, place.rows, units.shape[1] - 1, stream=LEVEL)
         level = torch.cat([own, more.to(own.device)], 1)
@@ -101,7 +103,7 @@ class Masked:
         numbers = numbers.to(maskable.device)
         length = self.facts.block_length if args.noise_level == "block" else None
         units = units_of(rows.documents, length)
-        rate = rates_of(args, levels_of(args, place, numbers[:, :1], units))
+        rate = rates_of(args, levels_of(args, place, numbers[:, :1], units, maskable))
         masked = NOISES[args.noise](maskable, rate, numbers[:, 1:], units)
         if args.normalise == "masks":
             masked = at_least_one(masked, maskable, numbers[:, 1:], rows.documents)
@@ -141,7 +143,8 @@ class Masked:
             net = parts(unwrapped)
             embeds = net.embedding(input_ids)
             if twice:
-                mixed = mix_belief(self.head, net, facts, embeds, mask, masked, ids)
+                with evaluating(unwrapped):  # as decoding believes
+                    mixed = mix_belief(self.head, net, facts, embeds, mask, masked, ids)
                 embeds = embeds.masked_scatter(masked[..., None], mixed.to(embeds.dtype))
             elif args.on_policy_prob and place.training:
                 with evaluating(unwrapped):
@@ -224,7 +227,7 @@ class Uniform:
         training."""
         args, step, rows = self.args, place.step, place.rows
         numbers = uniform_rows(args.seed, step, rows, ids.shape[1] + 1).to(ids.device)
-        level = levels_of(args, place, numbers[:, :1], torch.zeros_like(ids))[:, 0]
+        level = levels_of(args, place, numbers[:, :1], torch.zeros_like(ids), maskable)[:, 0]
         t = args.time_low + (args.time_high - args.time_low) * level
         tau = 0.0
         if place.training and args.curriculum:
@@ -265,8 +268,8 @@ class Canvases:
         which, told = self._numbers(place, 2, rows, stream=CANVAS).unbind(1)
         prefix, real, clean = canvases_of(rows, C, which, self.facts.eos_id)
         numbers = self._numbers(place, C + 1, rows)
-        zeros = torch.zeros_like(clean)
-        rate = rates_of(args, levels_of(args, place, numbers[:, :1], zeros))
+        unit, all_of_it = torch.zeros_like(clean), torch.ones_like(clean, dtype=torch.bool)
+        rate = rates_of(args, levels_of(args, place, numbers[:, :1], unit, all_of_it))
         tokens = (self._numbers(place, C, rows, stream=REPLACEMENT) * V).long().clamp_max(V - 1)
         noisy = torch.where(numbers[:, 1:] < rate, tokens, clean)
         every = torch.ones(len(clean), dtype=torch.bool, device=clean.device)

@@ -53,16 +53,23 @@ def closes(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer(tokenizer.mask_token)["input_ids"][-1] == tokenizer.eos_token_id
 
 
-def filled(dataset, block_length: int, end_id: int):
+def filled(dataset, block_length: int, end_id: int, max_length: int | None):
     """Tokenised rows with end tokens up to the end of their last block, trained as part of the
-    answer (dllm's BD3LM): decoding has slots there, too."""
+    answer (dllm's BD3LM): decoding has slots there, too. Rows that end in what is not trained stay
+    as they are, and those of `max_length` tokens, which may have been cut: they don't end there."""
     if isinstance(dataset, dict):
-        return {name: filled(rows, block_length, end_id) for name, rows in dataset.items()}
+        return {
+            name: filled(rows, block_length, end_id, max_length) for name, rows in dataset.items()
+        }
     if dataset is None:
         return None
 
     def fill(row: dict) -> dict:
-        ends = [end_id] * (-len(row["input_ids"]) % block_length)
+        length = len(row["input_ids"])
+        room = -length % block_length
+        if max_length is not None:
+            room = min(room, max_length - length)
+        ends = [] if row["labels"][-1] == -100 else [end_id] * room
         return {"input_ids": row["input_ids"] + ends, "labels": row["labels"] + ends}
 
     return dataset.map(fill)

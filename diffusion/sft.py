@@ -107,7 +107,8 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         self._room, length = room_of(self.model, trained=True), self._facts.block_length
         if args.train_padding and length is not None:
             self.train_dataset, self.eval_dataset = (
-                filled(rows, length, self._fill) for rows in (self.train_dataset, self.eval_dataset)
+                filled(rows, length, self._fill, args.max_length)
+                for rows in (self.train_dataset, self.eval_dataset)
             )
         rows = {"train": self.train_dataset, "eval": self.eval_dataset}
         check_tokens(rows, args, self._room, self._facts.vocab_size)

@@ -345,5 +345,5 @@ def unpacked(args: DiffusionSFTConfig) -> DiffusionSFTConfig:
     """For TRL, which packs without regard to masks of documents: a copy where it would."""
     if args.packing:
         args = copy.copy(args)
-        args.packing = args.eval_packing = False
+        args.packing = False
     return args

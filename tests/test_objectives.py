@@ -1,11 +1,13 @@
 """What diffusion SFT draws and minimises, beside sums over all masks and rows one by one: levels of
 documents and blocks, complements, packed documents, on-policy guesses; and the trainer with them."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from test_block_causal import block_model
 from test_denoise import MASK, denoiser
@@ -18,6 +20,7 @@ from softar.diffusion.masking import at_least_one, even_levels, mask_share, unit
 from softar.diffusion.models import load
 from softar.diffusion.net import facts, parts
 from softar.diffusion.objectives import Masked, Place, Rows
+from softar.diffusion.rows import filled
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.tasks import load_task
 
@@ -53,7 +56,8 @@ def test_units_are_documents_or_their_blocks(b):
 def test_even_levels_lie_evenly_and_each_is_uniform(counts):
     units = torch.tensor([[min(j, n - 1) for j in range(max(counts))] for n in counts])
     draws = [
-        even_levels((k + 0.5) / 200, [*range(len(counts))], len(counts), units) for k in range(200)
+        even_levels((k + 0.5) / 200, [*range(len(counts))], len(counts), units, units >= 0)
+        for k in range(200)
     ]
     for row, n in enumerate(counts):
         for j in range(n):
@@ -64,6 +68,18 @@ def test_even_levels_lie_evenly_and_each_is_uniform(counts):
         for draw in draws[::20]:
             each = np.sort(draw[:, : counts[0]].flatten().numpy())
             assert np.allclose(np.diff(each), 1 / total, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompts", [[3] * 8, [0, 1, 2, 5], [8, 0, 8, 0]])
+@pytest.mark.parametrize("answer", [1, 2, 3])
+def test_blocks_of_a_prompt_push_no_levels_together(prompts, answer):
+    """The levels of the answers' blocks lie evenly over the step, however long the prompts are."""
+    width = max(prompts) + answer
+    units = torch.arange(width).expand(len(prompts), -1)
+    before = torch.tensor(prompts)[:, None]
+    maskable = (units >= before) & (units < before + answer)
+    each = even_levels(0.3, [*range(len(prompts))], len(prompts), units, maskable)[maskable]
+    assert np.allclose(np.diff(np.sort(each.numpy())), 1 / (len(prompts) * answer), atol=1e-5)
 
 
 def objective(model=None, **options):
@@ -333,6 +349,7 @@ def test_rows_are_packed_whole_and_trained_by_documents(tmp_path):
     rows = trainer._rows(batch)
     drawn = trainer.objective.draw(rows, PLACE._replace(rows=[0, 1, 2, 3]))
     assert int(trainer.objective.count(rows, drawn)) == int(rows.documents.amax(1).add(1).sum())
+    assert dataclasses.replace(trainer.args, max_steps=3).packing, "it can be a configuration again"
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -350,6 +367,19 @@ def test_last_blocks_are_filled_with_end_tokens_that_are_trained(tmp_path, packi
         more = [end] * (-len(row["input_ids"]) % 4)
         want.append((row["input_ids"] + more, row["labels"] + more))
     assert sorted(got) == sorted(want)
+
+
+@pytest.mark.parametrize("max_length", [None, 9, 8, 7])
+def test_only_answers_that_end_are_filled(max_length):
+    """A row of max_length tokens may have been cut, and one that ends in a prompt has no answer there."""
+    rows = [dict(input_ids=[5] * n, labels=[5] * n) for n in range(1, (max_length or 9) + 1)]
+    rows += [dict(input_ids=[5, 5], labels=[5, -100])]
+    got = filled(Dataset.from_list(rows), 4, 2, max_length)
+    for row, new in zip(rows, got, strict=True):
+        n = len(row["input_ids"])
+        want = 0 if row["labels"][-1] == -100 else -n % 4
+        want = min(want, (max_length or 99) - n)
+        assert new == {name: tokens + [2] * want for name, tokens in row.items()}
 
 
 @pytest.mark.parametrize(
