@@ -99,7 +99,8 @@ def _open(name: str, *, dtype, device, seed: int, **model_kwargs):
         return _adapter(path, dtype=dtype, device=device, seed=seed, **model_kwargs)
     if path.is_dir() and not (path / model_kwargs.get("subfolder", "") / "config.json").is_file():
         raise FileNotFoundError("the folder holds no config.json, so no model")
-    if not path.is_dir() and "/" not in name and "diffusion" in name:
+    words = ("diffusion", "block")  # in the names of softar's own
+    if not path.is_dir() and "/" not in name and any(word in name for word in words):
         raise FileNotFoundError(f"if it is a masked-diffusion model, {ELSEWHERE}")
     if not path.is_dir() and (name.startswith(".") or path.is_absolute() or len(path.parts) > 2):
         raise FileNotFoundError("there is no such folder, and a hub id has the form owner/name")
