@@ -20,7 +20,7 @@ python recipes/evidence.py --experiment X1 --pilot trace-soft-4 --fields '{"max_
 python recipes/evidence.py --experiment X1 --calibrate 100
 
 A unit is one arm with one seed: trained, read out, written as one JSON file. It is there whole or not at all, so that
-units with a file are done. A training that fails leaves a file that says so.
+units with a file are done. One whose loss or answers are not finite leaves a file that says so.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from typing import NamedTuple
 from softar.checks import check_choice, check_least, one_line_errors
 from softar.progress import duration
 from softar.recipe import quiet
-from softar.recipes.evidence_units import Unit, Watch
+from softar.recipes.evidence_units import Unit, Watch, is_not_finite
 from softar.results import commit, write_results
 
 ROOT, PROGRAM = Path(__file__).resolve().parent.parent, Path(sys.argv[0]).name
@@ -74,7 +74,9 @@ def run_unit(unit: Unit, folder: Path, made_at: str | None) -> Path:
     with Watch() as watch:
         try:
             lines = measure(unit)
-        except FloatingPointError as error:
+        except (ArithmeticError, RuntimeError, ValueError) as error:
+            if not is_not_finite(error):
+                raise
             lines = [dict(setting=unit.setting, seed=unit.seed, failed=str(error))]
     lines[0] |= dict(unit_processor_seconds=watch.processor, unit_seconds=watch.wall)
     file = file_of(unit, folder)

@@ -6,15 +6,18 @@ import functools
 import io
 import tempfile
 
+from torch import Tensor
+
 from softar.diffusion.head import SoftMaskHead
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.diffusion.soften import Slots, soft_mask
-from softar.recipes.evidence_units import Unit, Watch, on_disk, readouts
+from softar.recipes.evidence_units import Unit, Watch, on_disk, readouts, rows_hash
 from softar.soft import Soft
 
 DEV, TEST, CURVE = 500, 5000, 1000
 TRAIN = 40_000  # squares drawn, of which those that are held out fall away
-SPARE = 300  # templates more than DEV: of those whose square is tested, too, none is taken
+SPARE = 800  # templates more than TEST and DEV, for those that `data` leaves out
+ROWS_SEED = 1  # of the squares: 0 drew those of section 10
 STEPS, BUDGET, OTHERS = 2000, 12, (4, 8, 20)
 TRAINING = dict(
     per_device_train_batch_size=128,
@@ -36,20 +39,23 @@ SEEDS = range(100, 116)
 SETTINGS = {arm: dict(arm=arm) for arm in ARMS}
 
 
-def from_another_row(soft: Soft) -> Soft:
-    """To each of n slots, which stand row by row, the mixture of the slot n / 2 on: of two rows or
-    more, as full of masks, that is another one's."""
-    return Soft(*(part.roll(len(part) // 2, 0) for part in soft))
+def from_another_row(soft: Soft, masked: Tensor) -> Soft:
+    """To each of the m masked slots of n, which stand row by row, the mixture of the masked slot m / 2
+    on: of two rows or more, as full of masks, that is another one's. masked: [n] bool; the other
+    slots keep what they have."""
+    at = masked.nonzero()[:, 0]
+    other = at.roll(len(at) // 2)
+    return Soft(*(part.index_copy(0, at, part[other]) for part in soft))
 
 
 def shuffled(slots: Slots, **knobs) -> Soft:
     """soft_mask, with the belief about a slot of another row."""
-    return from_another_row(soft_mask(slots, **knobs))
+    return from_another_row(soft_mask(slots, **knobs), slots.masked)
 
 
 class ShuffledHead(SoftMaskHead):
     def forward(self, slots: Slots) -> Soft:
-        return from_another_row(super().forward(slots))
+        return from_another_row(super().forward(slots), slots.masked)
 
 
 @dataclasses.dataclass
@@ -60,14 +66,17 @@ class ShuffledConfig(DiffusionSFTConfig):
 
 @functools.cache
 def data():
-    """-> the task, and its held-out rows by split; a row's `group` is its square."""
+    """-> the task, and its held-out rows by split; a row's `group` is its square. None is one that the
+    settings were chosen on (section 10), and none is in both splits."""
     from softar.tasks import latin
 
-    task = latin(held_out=TEST + DEV + SPARE, size=TRAIN)
+    task = latin(held_out=TEST + DEV + SPARE, size=TRAIN, seed=ROWS_SEED)
     rows = task.test.add_column("group", task.test["answer"])
-    test = rows.select(range(TEST))
+    chosen_on = {*latin(size=1).test["answer"]}
+    fresh = [i for i, square in enumerate(rows["group"]) if square not in chosen_on]
+    test = rows.select(fresh[:TEST])
     tested = {*test["group"]}
-    others = [i for i, square in enumerate(rows["group"]) if square not in tested]
+    others = [i for i in fresh[TEST:] if rows[i]["group"] not in tested]
     if len(others) < DEV:
         raise ValueError(
             f"SPARE={SPARE}: {len(others)} templates are left to develop on: draw more"
@@ -94,7 +103,7 @@ def measure(unit: Unit) -> list[dict]:
         with Watch() as watch:
             trainer.train()
     head = None if trainer.head is None else trainer.head.settings()
-    lines = [unit.line(watch, trainer, fields | {"head": head})]
+    lines = [unit.line(watch, trainer, fields | {"head": head}) | rows_hash(rows)]
     for split in unit.splits:
         few = rows[split].select(range(min(CURVE, len(rows[split]))))
         for budgets, some in (((BUDGET,), rows[split]), (OTHERS, few)):

@@ -2,6 +2,9 @@
 of its log."""
 
 import functools
+import hashlib
+import json
+import re
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -71,6 +74,24 @@ def on_disk(rows: Dataset, name: str) -> Dataset:
     return Dataset.load_from_disk(folder)
 
 
+def rows_hash(rows: dict[str, Dataset]) -> dict:
+    """By which a log tells the rows of its splits: the start of a SHA-256 of their columns, as JSON."""
+    texts = {split: json.dumps(some.to_dict(), sort_keys=True) for split, some in rows.items()}
+    return {
+        f"{split}_rows_hash": hashlib.sha256(text.encode()).hexdigest()[:16]
+        for split, text in texts.items()
+    }
+
+
+def is_not_finite(error: Exception) -> bool:
+    """Is the trouble a number that is NaN or infinite? torch says so in words alone, and
+    `softar.evals.compare` in those of the first decoder that failed."""
+    names = r"\b(nan|inf|infinite|FloatingPointError)\b"
+    return isinstance(error, FloatingPointError) or bool(
+        re.search(names, str(error), re.IGNORECASE)
+    )
+
+
 class Watch:
     """Seconds inside a `with`: of the processor, by this process, and of the wall."""
 
@@ -115,6 +136,25 @@ def scores_of(line: dict) -> np.ndarray:
     """[n] of 0 and 1: what `read_rows` wrote."""
     packed = np.frombuffer(bytes.fromhex(line["scores"]), np.uint8)
     return np.unpackbits(packed)[: line["n"]]
+
+
+def scores_in(log: dict, readout: str, split: str, rows: int) -> np.ndarray:
+    """[rows] of 0 and 1, what a log has of a read-out. A unit that failed is wrong in every row.
+
+    Raises:
+        ValueError: where the log has no such read-out, or of another number of rows.
+    """
+    first, *lines = log["rows"]
+    if "failed" in first:
+        return np.zeros(rows, np.uint8)
+    found = [line for line in lines if (line["readout"], line["split"]) == (readout, split)]
+    fits = [line for line in found if line["n"] == rows]
+    if len(fits) != 1:
+        raise ValueError(
+            f"readout={readout!r}, split={split!r}, rows={rows}: the log has {len(fits)} such among "
+            f"{[(line['readout'], line['split'], line['n']) for line in lines]}"
+        )
+    return scores_of(fits[0])
 
 
 def processor() -> str | None:

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import softar
+import softar.diffusion
 from softar import results
 from softar.config import SoftConfig
 from softar.evals.edited import answers_after, cut, of_another, thoughts_of
 from softar.evals.seeds import Gain, gain_of
 from softar.evaluate import encode
 from softar.recipes import evidence, evidence_latin, evidence_mnns
-from softar.recipes.evidence_units import scores_of
+from softar.recipes.evidence_units import readouts, scores_in, scores_of
 from softar.soft import Soft
 from softar.tasks import load_task
 
@@ -218,6 +219,9 @@ def test_a_log_says_what_it_was_made_of(tiny, tmp_path):
     for (split, _), line in by.items():
         assert line["n"] == {"dev": 4, "test": 9}[split]
         assert scores_of(line).mean() == pytest.approx(line["accuracy"])
+        assert (scores_in(log, line["readout"], split, line["n"]) == scores_of(line)).all()
+    with pytest.raises(ValueError, match="readout='votes', split='test', rows=9"):
+        scores_in(log, "votes", "test", 9)
     votes = next(
         x for x in logs["discrete-traces-3-seed1.json"]["rows"] if x.get("readout") == "votes"
     )
@@ -249,10 +253,11 @@ def test_the_rows_of_a_split_are_of_their_own(tiny):
 
 def test_latin_arms_are_what_they_say(tiny, tmp_path):
     evidence.main(["--experiment", "X3", "--seeds", "100", "--output", str(tmp_path)])
-    heads = {}
+    heads, hashes = {}, set()
     for file in tmp_path.rglob("*.json"):
         first, *lines = json.loads(file.read_text())["rows"]
         heads[first["setting"]] = first["arguments"]["head"]
+        hashes.add((first["dev_rows_hash"], first["test_rows_hash"]))
         ways = {line["readout"].split(",")[0] for line in lines}
         assert ways == ({"hard"} if heads[first["setting"]] is None else {"hard", "soft"})
         assert {line["n"] for line in lines if line["split"] == "test"} == {4, 12}
@@ -263,6 +268,7 @@ def test_latin_arms_are_what_they_say(tiny, tmp_path):
         "soft-mask-1": 1,
         "shuffled": 5,
     }
+    assert len(hashes) == 1 and len({*next(iter(hashes))}) == 2
 
 
 def test_logs_do_not_make_a_tree_dirty(tmp_path, monkeypatch):
@@ -290,11 +296,84 @@ def test_before_the_runs_arms_are_tried_and_timed(tiny, tmp_path, capsys):
     assert {line["split"] for line in lines} == {"dev"} and not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("rows, masks", [(2, 3), (3, 4), (7, 2)])
-def test_shuffled_beliefs_are_of_another_row(rows, masks):
-    of = torch.arange(rows).repeat_interleave(masks)[:, None]
-    other = evidence_latin.from_another_row(Soft(of, torch.ones(len(of), 1))).ids
-    assert (other != of).all() and sorted(other[:, 0].tolist()) == of[:, 0].tolist()
+@pytest.mark.parametrize("rows, masks, others", [(2, 3, 0), (3, 4, 2), (7, 2, 5)])
+def test_shuffled_beliefs_are_of_another_row(rows, masks, others):
+    of = torch.arange(rows).repeat_interleave(masks + others)[:, None]
+    masked = (torch.arange(len(of)) % (masks + others)) < masks
+    other = evidence_latin.from_another_row(Soft(of, torch.ones(len(of), 1)), masked).ids
+    assert (other != of)[masked].all() and torch.equal(other[~masked], of[~masked])
+    assert sorted(other[:, 0].tolist()) == of[:, 0].tolist()
+
+
+def test_decoding_shuffled_shows_masks_the_beliefs_about_masks_of_another_row(tiny, monkeypatch):
+    """A slot that this step committed is a slot still, and its bare token is nobody's belief."""
+    _, rows = evidence_latin.data()
+    model, tokenizer = softar.diffusion.load("latin-diffusion-tiny")
+    head, seen, fn = dict(k=5, scale=0.5, centre=-1.3, steepness=3.9), [], evidence_latin.shuffled
+
+    def spy(slots, **knobs):
+        seen.append((slots, fn(slots, **knobs)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(evidence_latin, "shuffled", spy)
+    made = evidence_latin.decoders(model, tokenizer, "shuffled", head, (6,))
+    made["soft, 6"].decode([*rows["test"]["template"][:7]])
+    committed = 0
+    for slots, soft in seen:
+        plain, masked = evidence_latin.soft_mask(slots, **head), slots.masked
+        committed += (~masked).sum().item()
+        for part, own in zip(soft, plain):
+            assert torch.equal(part[~masked], own[~masked])
+        at = masked.nonzero()[:, 0]
+        assert (soft.ids[at, -1] == slots.mask_id).all()
+        assert (soft.weights[at, -1] < 1).all() and (
+            soft.weights[at, -1] >= 1 - head["scale"]
+        ).all()
+        row = torch.arange(len(at)) // max(1, len(at) // 7)  # as many masks in each
+        source = at.roll(len(at) // 2)
+        assert (row != row.roll(len(at) // 2)).all()
+        for part, own in zip(soft, plain):
+            assert torch.equal(part[at], own[source])
+    assert committed and len(seen) == 6
+
+
+def test_templates_are_not_of_squares_that_settings_were_chosen_on(tiny):
+    _, rows = evidence_latin.data()
+    section10 = {*load_task("latin", size=1).test["answer"]}
+    assert not section10 & {*rows["dev"]["group"], *rows["test"]["group"]}
+
+
+@pytest.mark.parametrize("name, module", [("X1", evidence_mnns), ("X3", evidence_latin)])
+def test_answers_that_are_not_finite_are_logged_and_not_run_again(
+    name, module, tiny, tmp_path, monkeypatch, capsys
+):
+    """Training went well, and what it left decodes to NaN or to an error of torch about it."""
+    of_torch = "probability tensor contains either `inf`, `nan` or element < 0"
+
+    def fails(decoders, rows, task, split):
+        def decode(prompts):
+            raise RuntimeError(of_torch)
+
+        for decoder in decoders.values():
+            monkeypatch.setattr(decoder, "decode", decode)
+        return readouts(decoders, rows, task, split)
+
+    monkeypatch.setattr(module, "readouts", fails)
+    setting = next(iter(module.SETTINGS))
+    monkeypatch.setattr(module, "SETTINGS", {setting: module.SETTINGS[setting]})
+    monkeypatch.setattr(module, "SEEDS", module.SEEDS[:1])
+    (log,) = run("--experiment", name, folder=tmp_path).values()
+    assert of_torch in log["rows"][0]["failed"]
+    assert not scores_in(log, "soft", "test", 9).any()  # wrong in every row
+    run("--experiment", name, "--list", folder=tmp_path)
+    assert "0 of 1 units left" in capsys.readouterr().out
+
+    def other(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(module, "readouts", other)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run("--experiment", name, folder=tmp_path / "other")
 
 
 @pytest.mark.parametrize(
