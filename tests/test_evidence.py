@@ -12,7 +12,7 @@ import softar.diffusion
 from softar import results
 from softar.config import SoftConfig
 from softar.evals.edited import answers_after, cut, of_another, thoughts_of
-from softar.evals.seeds import Gain, gain_of
+from softar.evals.seeds import Gain, gain_of, t_interval, t_quantile
 from softar.evaluate import encode
 from softar.recipes import evidence, evidence_latin, evidence_mnns
 from softar.recipes.evidence_units import readouts, scores_in, scores_of
@@ -109,6 +109,38 @@ def test_intervals_hold_the_gain_about_as_often_as_they_say(sd_seeds, sd_rows):
     assert holds / tries > 0.8  # 95 % less what 12 seeds and 40 tries take away
 
 
+@pytest.mark.parametrize(
+    "freedom, p95, p975",
+    [
+        (1, 6.3138, 12.7062),
+        (2, 2.9200, 4.3027),
+        (3, 2.3534, 3.1824),
+        (7, 1.8946, 2.3646),
+        (15, 1.7531, 2.1314),
+        (30, 1.6973, 2.0423),
+        (120, 1.6577, 1.9799),
+    ],
+)
+def test_quantiles_of_t_are_those_of_the_tables(freedom, p95, p975):
+    assert t_quantile(0.95, freedom) == pytest.approx(p95, abs=1e-4)
+    assert t_quantile(0.975, freedom) == pytest.approx(p975, abs=1e-4)
+
+
+def test_t_over_few_seeds_holds_the_gain_as_often_as_it_says_and_percentiles_do_not():
+    """3 seeds, whose gains are normal about .05."""
+    tries, by_t, by_draws = 200, 0, 0
+    for seed in range(tries):
+        gains = crossed(3, 5, 0.05, 0.05, 0.0, seed)
+        gain = gain_of(gains, np.zeros_like(gains), draws=100)
+        by_t += gain.t_low <= 0.05 <= gain.t_high
+        by_draws += gain.low <= 0.05 <= gain.high
+    assert by_t / tries == pytest.approx(0.95, abs=0.05)  # 3.2 standard deviations
+    assert by_draws / tries < 0.85
+    # t.test(c(1, 2, 4)) of R: -1.461 to 6.128
+    assert t_interval(np.array([1.0, 2.0, 4.0])) == pytest.approx((-1.4612, 6.1279), abs=1e-3)
+    assert gain_of(gains[:1], np.zeros((1, 5)), draws=10).t_high == np.inf
+
+
 def test_rows_of_a_group_count_once():
     rng = np.random.default_rng(0)
     few = rng.normal(size=(6, 20))
@@ -133,7 +165,7 @@ def test_rows_of_a_group_count_once():
     ],
 )
 def test_verdicts(mean, low, high, verdict, same):
-    gain = Gain(mean, low, high, low, high, 8, 600)
+    gain = Gain(mean, low, high, low, high, low, high, 8, 600)
     assert gain.verdict(0.03) == verdict and gain.is_equivalent(0.02) == same
 
 

@@ -2,11 +2,14 @@
 was claimed of it beforehand.
 
 The same rows are answered with every seed, so that seeds and rows are crossed: both are drawn with
-replacement (Owen's pigeonhole bootstrap, 2007, which errs on the wide side).
+replacement (Owen's pigeonhole bootstrap, 2007). Of few seeds such percentiles are too narrow: with 3
+they hold the seeds' share of the gain less than 80 % of the time in place of 95. So Student's t over the
+means of the seeds stands beside them, which takes the rows as they are.
 
 Shapes: S seeds, n rows, G groups.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +27,8 @@ class Gain(NamedTuple):
     high: float
     low90: float
     high90: float
+    t_low: float  # 95 %, a paired t over the seeds; infinite of one seed
+    t_high: float
     seeds: int
     groups: int
 
@@ -61,7 +66,7 @@ def gain_of(
     gains = np.asarray(scores, float) - _like(others, scores)
     count = _number(groups, gains.shape[1])
     drawn = bootstrap_gains(gains, groups, draws=draws, seed=seed)
-    return summary(gains.mean(), drawn, len(gains), count)
+    return summary(gains.mean(1), drawn, count)
 
 
 def bootstrap_gains(
@@ -82,10 +87,43 @@ def bootstrap_gains(
     return means
 
 
-def summary(mean: float, drawn: np.ndarray, seeds: int, groups: int) -> Gain:
-    """By percentiles of a bootstrap."""
-    low, low90, high90, high = np.quantile(drawn, [0.025, 0.05, 0.95, 0.975])
-    return Gain(float(mean), *map(float, (low, high, low90, high90)), seeds, groups)
+def summary(by_seed: np.ndarray, drawn: np.ndarray, groups: int) -> Gain:
+    """By percentiles of a bootstrap, and by t over the seeds. by_seed: [S] the gain of each, drawn:
+    [draws] of their mean."""
+    low, low90, high90, high = map(float, np.quantile(drawn, [0.025, 0.05, 0.95, 0.975]))
+    t = t_interval(by_seed)
+    return Gain(float(by_seed.mean()), low, high, low90, high90, *t, len(by_seed), groups)
+
+
+def t_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Of the mean of [S] values, by Student's t with S - 1 degrees of freedom."""
+    mean, S = float(np.mean(values)), len(values)
+    if S == 1:
+        return -math.inf, math.inf
+    half = t_quantile((1 + level) / 2, S - 1) * float(np.std(values, ddof=1)) / math.sqrt(S)
+    return mean - half, mean + half
+
+
+def t_quantile(p: float, freedom: int) -> float:
+    """Of Student's t with so many degrees of freedom, a whole number; p: in (0.5, 1)."""
+    low, high = 0.0, 1.0
+    while _within(high, freedom) < 2 * p - 1:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < 2 * p - 1 else (low, middle)
+    return high
+
+
+def _within(t: float, freedom: int) -> float:
+    """P(-t < T < t), the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle, odd = math.atan(t / math.sqrt(freedom)), freedom % 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for i in range(freedom // 2):
+        total += term
+        term *= (2 * i + 1 + odd) / (2 * i + 2 + odd) * math.cos(angle) ** 2
+    inner = math.sin(angle) * total
+    return 2 / math.pi * (angle + inner) if odd else inner
 
 
 def _like(others: np.ndarray, scores: np.ndarray) -> np.ndarray:
