@@ -77,6 +77,60 @@ def test_traces_are_every_walk_and_their_marginals_the_frontier():
             assert weights == {w: n / here.total() for w, n in here.items()}
 
 
+def back(edges, node, steps):
+    """Paths to a node from those of each layer behind it: a Counter for each step back."""
+    here, layers = Counter({node: 1}), []
+    for _ in range(steps):
+        before = Counter()
+        for a, b in edges:
+            before[a] += here[b]
+        here = +before
+        layers.append(here)
+    return layers
+
+
+SHORTCUTS = {  # of (edges, layers of `back` up to the first one) -> a number: the larger is chosen
+    "edges": lambda edges, layers: layers[0].total(),
+    "edges of its parents": lambda edges, layers: layers[1].total(),
+    "paths from all of the first layer": lambda edges, layers: layers[-1].total(),
+    "nodes of the first layer": lambda edges, layers: len(layers[-1]),
+    "ancestors": lambda edges, layers: sum(map(len, layers)),
+    "most paths from one node": lambda edges, layers: max(max(x.values()) for x in layers),
+    # on these the two may differ, and neither side is the likelier
+    "edges between ancestors": lambda edges, layers: sum(
+        b in here for _, b in edges for here in layers[:-1]
+    ),
+    "edges of its siblings": lambda edges, layers: sum(
+        edges.count((a, c)) for a in layers[0] for _, c in edges
+    ),
+    "where its parents stand": lambda edges, layers: min(
+        i for i, (a, _) in enumerate(edges) if a in layers[0]
+    ),
+}
+
+
+@pytest.mark.parametrize("layers, width", [(4, 4), (4, 5), (3, 4)])
+def test_searching_back_without_the_first_nodes_edges_is_at_chance(layers, width):
+    task, points = reach(layers, width, held_out=300, size=1), Counter()
+    for row in task.test:
+        edges, start, candidates = read(row["prompt"])
+        candidates.sort(key=lambda node: node != row["answer"])
+        bare = [edge for edge in edges if edge[0] != start]
+        found = [back(bare, node, layers - 1) for node in candidates]
+        for right, wrong in zip(*found):
+            assert sorted(right.values()) == sorted(
+                wrong.values()
+            )  # as many paths, from as many nodes
+        for name, number in SHORTCUTS.items():
+            right, wrong = (number(bare, each) for each in found)
+            points[name] += (right > wrong) + (right == wrong) / 2
+        whole = [back(edges, node, layers)[-1][start] for node in candidates]
+        points["search"] += whole[0] > whole[1]
+    assert points.pop("search") == len(task.test)
+    for name, count in points.items():
+        assert abs(count / len(task.test) - 0.5) < 0.1, name  # 3.5 standard deviations
+
+
 def features(row):
     """What a reader sees that takes edges one by one, whatever it does with them: where and how often
     each candidate stands, and the first node."""
@@ -136,6 +190,20 @@ def test_parity_asks_about_nodes_of_as_many_edges():
     assert len(degrees) == 1 and min(answers.values()) > 70
 
 
+def test_parity_has_as_many_walks_as_no_argument_tells():
+    task = reach(3, 4, parity=True, held_out=100, size=1)
+    walks, degrees = Counter(), Counter()
+    for row in task.test:
+        edges, start, _ = read(row["prompt"])
+        degrees.update(Counter(a for a, _ in edges).values())
+        walks[len(row["traces"])] += 1
+        counts = paths_to(edges, start)
+        thoughts = Counter(trace.split()[1] for trace in row["traces"])
+        assert thoughts == {node: counts[node] for node in thoughts}  # of the second step
+    assert {*degrees} == {1, 2, 3} and {*walks} >= {*range(2, 9)}
+    assert max(walks.values()) < 35
+
+
 def test_names_are_single_tokens_of_the_tokenizer():
     few = word_tokenizer(
         ["<pad>", "<bos>", "<eos>", "cat", "dog", "fish", "bird", "cow", "hat", "pen", "cup"]
@@ -166,6 +234,7 @@ def test_arguments_stand_behind_the_name():
     [
         (lambda: reach(4, 3, 3), "out_degree=3, width=3"),
         (lambda: reach(4, 3, 2), "width=3, out_degree=2: none of .* has one of two"),
+        (lambda: reach(4, 4, 1, parity=True), "out_degree=1: none of .* odd number .* more edges"),
         (lambda: reach(1, 3), "layers=1"),
         (lambda: reach(20, 20), "401 nodes"),
         (lambda: load_task("reach:layer=3"), "takes no 'layer', did you mean 'layers'"),

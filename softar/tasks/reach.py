@@ -1,7 +1,6 @@
 """Reachability in layered graphs: the task in which a thought that holds many paths at once should
-help, and the parity of the number of paths, in which it should not."""
+help, and the parity of the number of paths, of which normalised weights say less."""
 
-import itertools
 import random
 from collections.abc import Callable
 
@@ -11,7 +10,7 @@ from ..checks import check_least
 from .task import Task
 
 REACH_SIZE, REACH_TEST = 10_000, 1000
-TRIES = 5000  # graphs drawn for one that fits
+TRIES, LAYER_TRIES = 200, 50  # graphs drawn for one that fits, and of each layer
 NOUNS = """
 ant apple arm baby back bag ball band bank bar base bath bean bear bed bell belt bench bike bill bird
 block blood board boat body bomb bone book boot border bottle bowl box boy brain branch bread brick
@@ -48,9 +47,10 @@ def reach(
     size: int | None = None,
 ) -> Task:
     """From the first node of a layered graph, which of two nodes of the last layer can be reached? As
-    in ProsQA (arXiv:2412.06769), without its shortcuts: both candidates have as many edges, and so
-    as many mentions; edges and candidates stand in random order; graph and names are fresh in each
-    row. Chance is one half.
+    in ProsQA (arXiv:2412.06769), without its shortcuts: as many nodes of each layer lead to one
+    candidate as to the other, by as many paths, and which of the two is right follows from the first
+    node's edges alone; edges and candidates stand in random order; graph and names are fresh in each
+    row. Chance is one half, and whoever does not read the first node's edges stays there.
 
     The prompt is `Links: cat > dog, dog > fish, ... From cat: fish or bird? Path:`, the completion
     the nodes of a path, ` dog fish`, of which the last is the answer and those before it, one of
@@ -58,12 +58,16 @@ def reach(
     each with the right answer: their marginals are the exact frontier of the search.
 
     With `parity` the question is `... From cat to fish: odd or even?`, the number of paths, at least
-    one; all that are asked about have as many edges. The completion is a path to that node without
-    its end, then the answer.
+    one; all that are asked about have `out_degree` edges. The completion is a path to that node
+    without its end, then the answer. Each node has 1 to 2 out_degree - 1 edges (at most width), so
+    that no argument tells the number of walks, by which a normalised mixture divides the paths to
+    its nodes. What such a mixture knows is the ratios of these numbers. It cannot know a factor that
+    all share, nor, where it is rounded, small differences; in whole numbers without a common
+    factor, exact ratios do give the parity. It is harder to read there, not hidden.
 
     Args:
         layers: of `width` nodes each, behind the first node; a thought has layers - 1 steps.
-        out_degree: edges of each node, to different nodes of the next layer.
+        out_degree: edges of each node, to different nodes of the next layer; with `parity` their mean.
         tokenizer: names are nouns that are one token of it, a space before them included. None: of
             all NOUNS, which are words.
         held_out: test rows.   seed: of all that is drawn.   size: training rows, default 10000.
@@ -94,13 +98,14 @@ def reach(
 
     def row() -> dict:
         for _ in range(TRIES):
-            edges = _graph(layers, width, out_degree, rng)
-            if made := ask(edges, rng.sample(names, layers * width + 1), rng):
+            if made := ask(layers, width, out_degree, rng.sample(names, layers * width + 1), rng):
                 return made
         what = "a node with an even and one with an odd number of paths" if parity else "one of two"
+        alike = f"with {out_degree} edges" if parity else "with as many paths to it at each layer"
+        remedy = "more edges" if parity else "fewer edges"
         raise ValueError(
             f"layers={layers}, width={width}, out_degree={out_degree}: none of {TRIES} graphs has {what} "
-            "reachable, with as many edges: take a greater width, or fewer edges"
+            f"reachable, {alike}: take a greater width, or {remedy}"
         )
 
     test = [row() for _ in range(held_out)]
@@ -130,13 +135,6 @@ def _is_single(word: str, tokenizer) -> bool:
     return len(ids) == 1 and ids[0] not in (None, tokenizer.unk_token_id)
 
 
-def _graph(layers: int, width: int, out_degree: int, rng: random.Random) -> Edges:
-    def targets() -> tuple[int, ...]:
-        return tuple(rng.sample(range(width), out_degree))
-
-    return [[targets()], *([targets() for _ in range(width)] for _ in range(layers - 1))]
-
-
 def count_paths(edges: Edges) -> list[int]:
     """From the first node to each of the last layer."""
     counts = [1]
@@ -149,39 +147,98 @@ def count_paths(edges: Edges) -> list[int]:
     return counts
 
 
-def _reach_row(edges: Edges, names: list[str], rng: random.Random) -> dict | None:
-    """A row about this graph, or None where no two candidates are alike."""
-    paths, entering = count_paths(edges), _entering(edges)
-    pairs = [
-        (b, c)
-        for b, c in itertools.permutations(range(len(paths)), 2)
-        if paths[b] and not paths[c] and entering[b] == entering[c] > 0
-    ]
-    if not pairs:
-        return None
-    name = _namer(names, len(paths))
-    right, wrong = rng.choice(pairs)
-    last = len(edges)
-    shown = rng.sample([name(last, right), name(last, wrong)], 2)
+def _reach_row(
+    layers: int, width: int, out_degree: int, names: list[str], rng: random.Random
+) -> dict | None:
+    """A row about a fresh graph, or None where drawing it came to an end.
+
+    The two candidates and the graph behind the first node are drawn first, in a way that is the same
+    for both: so nothing but the first node's edges, which are drawn last, tells which is right.
+    """
+    right, wrong = rng.sample(range(width), 2)
+    to = tuple([int(i == node) for i in range(width)] for node in (right, wrong))
+    edges = []
+    for _ in range(layers - 1):  # from the last layer back
+        for _ in range(LAYER_TRIES):
+            if made := _layer_before(to, out_degree, rng):
+                break
+        else:
+            return None
+        layer, to = made
+        edges = [layer, *edges]
+    first = _targets(width, out_degree, [_leading(to[0])], _leading(to[1]), rng)
+    edges = [[first], *edges]
+    name = _namer(names, width)
+    shown = rng.sample([name(layers, right), name(layers, wrong)], 2)
     question = f"From {name(0, 0)}: {shown[0]} or {shown[1]}?"
-    return _row(edges, name, question, right, name(last, right), rng) | dict(
-        wrong=name(last, wrong)
+    return _row(edges, name, question, right, name(layers, right), rng) | dict(
+        wrong=name(layers, wrong)
     )
 
 
-def _parity_row(edges: Edges, names: list[str], rng: random.Random) -> dict | None:
-    """A row about a node with as many edges as a node has going out, or None where there is none to
-    each answer: so that both are as frequent for every graph that is taken."""
+def _layer_before(to: tuple[list[int], list[int]], out_degree: int, rng: random.Random):
+    """A layer of edges to nodes from which so many paths lead to each candidate -> it, and the numbers
+    from its own nodes: the same for both candidates, in another order, and from other nodes. No
+    more than width - out_degree lead to one, so that the layer before can avoid them. None where what
+    was drawn does not fit."""
+    width, leading = len(to[0]), [_leading(some) for some in to]
+    size = rng.randint(1, min(width - out_degree, out_degree * len(leading[0]) + 1))
+    those = [{*rng.sample(range(width), size)} for _ in to]
+    if those[0] == those[1]:
+        return None
+    layer = []
+    for node in range(width):
+        hit = [each for some, each in zip(those, leading) if node in some]
+        avoid = {n for some, each in zip(those, leading) if node not in some for n in each}
+        targets = _targets(width, out_degree, hit, avoid, rng)
+        if targets is None:
+            return None
+        layer.append(targets)
+    paths = tuple([sum(some[t] for t in targets) for targets in layer] for some in to)
+    return (layer, paths) if sorted(paths[0]) == sorted(paths[1]) else None
+
+
+def _targets(
+    width: int, out_degree: int, hit: list[set[int]], avoid: set[int], rng: random.Random
+) -> tuple[int, ...] | None:
+    """So many different nodes, at least one of each set in `hit` and none in `avoid`; None where that
+    cannot be, or the nodes drawn for the former are too many."""
+    choices = [sorted(some - avoid) for some in hit]
+    if not all(choices):
+        return None
+    some = {rng.choice(each) for each in choices}
+    free = [node for node in range(width) if node not in avoid | some]
+    if not 0 <= out_degree - len(some) <= len(free):
+        return None
+    return tuple(rng.sample([*some, *rng.sample(free, out_degree - len(some))], out_degree))
+
+
+def _leading(paths: list[int]) -> set[int]:
+    return {node for node, number in enumerate(paths) if number}
+
+
+def _parity_row(
+    layers: int, width: int, out_degree: int, names: list[str], rng: random.Random
+) -> dict | None:
+    """A row about a node with `out_degree` edges, or None where the graph has none to each answer: so
+    that both are as frequent for every graph that is taken."""
+    most = min(2 * out_degree - 1, width)
+    edges = [
+        [
+            tuple(rng.sample(range(width), rng.randint(1, most)))
+            for _ in range(width if depth else 1)
+        ]
+        for depth in range(layers)
+    ]
     paths, entering = count_paths(edges), _entering(edges)
-    usual = len(edges[0][0])
-    alike = [n for n in range(len(paths)) if paths[n] and entering[n] == usual]
+    alike = [n for n in range(width) if paths[n] and entering[n] == out_degree]
     odd, even = ([n for n in alike if paths[n] % 2 == rest] for rest in (1, 0))
     if not (odd and even):
         return None
-    name = _namer(names, len(paths))
+    name = _namer(names, width)
     answer = rng.choice(("odd", "even"))
     node = rng.choice(odd if answer == "odd" else even)
-    question = f"From {name(0, 0)} to {name(len(edges), node)}: odd or even?"
+    question = f"From {name(0, 0)} to {name(layers, node)}: odd or even?"
     return _row(edges, name, question, node, answer, rng)
 
 
