@@ -49,11 +49,11 @@ def load(
             but float32 where they are made or de-quantised here, and on a CPU that computes the
             stored one slowly (`computed_in`). torch_dtype, transformers' old name, is the same.
         device: None is this process's CUDA device where there is one, else the CPU.
-        seed: of the weights of "mnns-tiny", which come untrained; the global random state stays as
-            it is.
+        seed: of the weights of "mnns-tiny" and "latin-tiny", which come untrained; the global random
+            state stays as it is.
         kwargs: for `from_pretrained` (revision=, attn_implementation=, device_map=,
-            gguf_file=, ...); for "mnns-tiny" largest_sum= (mnns_tiny), and fields of
-            its LlamaConfig.
+            gguf_file=, ...); for "mnns-tiny" largest_sum=, and for it and
+            "latin-tiny" fields of their LlamaConfig.
 
     Raises:
         ValueError: naming `name`, where it is none of these or cannot be read; what transformers
