@@ -42,24 +42,14 @@ from . import guard
 from .checks import check_fields, check_values
 from .config import SoftConfig, renamed
 from .defaults import chosen, recall
+from .draws import Draws
 from .mixers import Rng, mk_mixer
 from .models.kind import plain, uncompiled
 from .models.origin import origin_of
 from .models.reading import check_ragged
 from .placement import evaluating
 from .soft import Soft, entropy, soft_inputs
-from .thought import (
-    Draws,
-    Kind,
-    Record,
-    begin,
-    decide,
-    look,
-    mk_propose,
-    mk_rules,
-    stack,
-    warn_unopened,
-)
+from .thought import Kind, Record, begin, decide, look, mk_propose, mk_rules, stack, warn_unopened
 
 # They choose tokens, which `SoftConfig` does
 SAMPLING = (

@@ -185,6 +185,7 @@ FLOORS = [
     ("_lazy", "checks", "placement", "progress", "resume", "soft", "specs", "tags"),
     ("files", "names"),
     ("mixers", "models", "tasks", "results"),
+    ("draws", "idle"),
     ("config", "training"),
     ("thought", "defaults", "guard", "model_card"),
     ("decode",),

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SoftConfig
+from ..draws import THOUGHT, RowDraws
 from ..mixers import Mixed
 from ..soft import Soft, entropy, soft_embed
-from ..thought import THOUGHT, Progress, Record, RowDraws, begin, decide, join, mk_rules, mk_think
+from ..thought import Progress, Record, begin, decide, join, mk_rules, mk_think
 from .record import log_columns
 
 CHUNK = 64  # steps of a request that stay on the device; older ones wait on the host
