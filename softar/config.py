@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import as_ids, check_choice, check_idle, check_least, check_types, fill, idle_options
+from .feedback import check_feedback
 from .idle import IDLE
 from .mixers import Mixed, mk_mixer
 from .names import check_not_code
@@ -68,7 +69,8 @@ class SoftConfig:
     min_p: float | None = None
     keep: int | None = None  # cap on the mixture after the filters
     banned: tuple[int, ...] = ()  # ids that never enter a mixture; a list becomes a tuple
-    rescale: str | None = None  # see soft_embed
+    # see soft_embed; of a vector "norm" is the mean length of the model's embeddings
+    rescale: str | None = None
     max_new_tokens: int = 64  # thought and answer together
     # Where it is soft. Without any of these: in the whole completion. An id or a list of ids becomes
     # a tuple; text stays text until `resolve`.
@@ -102,6 +104,7 @@ class SoftConfig:
                 f"softness={self.softness} must lie in [0, 1]: 0 feeds the token alone, 1 the mixture alone"
             )
         check_choice("rescale", self.rescale, RESCALES)
+        check_feedback(self, mk_mixer(self.mixer))
         check_least(self, max_new_tokens=1, cold_stop_steps=1, budget=0)
         if self.cold_stop_entropy is not None and not self.cold_stop_entropy >= 0:
             raise ValueError(
@@ -158,6 +161,17 @@ class SoftConfig:
     def is_single(self) -> bool:
         """Does its mixer give one token, so that no embedding is ever mixed?"""
         return mk_mixer(self.mixer).single
+
+    @property
+    def is_latent(self) -> bool:
+        """Does it feed back vectors that no token stands for?"""
+        return mk_mixer(self.mixer).latent
+
+    @property
+    def gate(self) -> str | None:
+        """The file of the gate through which a mixture is read (softar.feedback)."""
+        mixer = mk_mixer(self.mixer, **self.mixer_args)
+        return mixer.knobs["gate"] if mixer.gated else None
 
     @property
     def has_answer(self) -> bool:

@@ -22,6 +22,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MaxTimeCriteria,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
@@ -43,6 +44,16 @@ from .checks import check_fields, check_values
 from .config import SoftConfig, renamed
 from .defaults import chosen, recall
 from .draws import Draws
+from .feedback import (
+    feed_gated,
+    feed_vectors,
+    load_gate,
+    mean_length,
+    stack_vectors,
+    stretched,
+    to_host,
+    width_of,
+)
 from .mixers import Rng, mk_mixer
 from .models.kind import plain, uncompiled
 from .models.origin import origin_of
@@ -62,6 +73,7 @@ SAMPLING = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
 )
+LIMITS = (MaxLengthCriteria, MaxTimeCriteria)
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,6 +90,8 @@ class SoftOutput:
     seconds: float
     config: SoftConfig | None = None  # by which it was decoded; None: not known
     why: str = ""  # this one, for people
+    # [B, T, D] float16 on the host: what steps of kind LATENT read, 0 elsewhere; None without any
+    vectors: Tensor | None = None
 
     def __repr__(self) -> str:
         """Short: shapes and counts, not the tensors."""
@@ -134,7 +148,7 @@ def generate(
         rng: torch.Generator for every draw, or one per row; a row with its own generator decodes
             the same alone and in a batch. None uses torch's global one.
         callback: called after each step with {"step", "record" (Record of [B, ...]), "sequences"
-            ([B, P + step + 1])}.
+            ([B, P + step + 1]), "vector" ([B, D], or None: what rows of kind LATENT read next)}.
         tokenizer: for think_start and think_end as text, for stop strings, and to find think tags;
             only of a model that `softar.load` did not open, which remembers its own.
         streamer: a transformers streamer; gets the tokens that stand for the steps.
@@ -230,7 +244,15 @@ def soft_decode(
     guard.check_positions(model, input_ids, generation_config, model_kwargs)
     if wants_hidden := mk_mixer(config.mixer).hidden:
         model_kwargs["output_hidden_states"] = True
+    read_next, length = _mk_reader(model, config), None
+    if config.is_latent and config.rescale is not None:
+        length = mean_length(
+            model.get_input_embeddings(),
+            model.config.get_text_config(decoder=True).vocab_size,
+            input_ids.device,
+        )
     processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, SAMPLING))
+    limits = StoppingCriteriaList(c for c in stopping_criteria if isinstance(c, LIMITS))
     propose = mk_propose(config, Draws(rng, len(input_ids)))
     pad, eos = generation_config._pad_token_tensor, generation_config._eos_token_tensor
     rules, progress = mk_rules(config, input_ids.device, pad, eos), begin(config, input_ids)
@@ -241,6 +263,7 @@ def soft_decode(
     prompt_length, positions = input_ids.shape[1], input_ids.numel()
     forwards = -(-prompt_length // (generation_config.prefill_chunk_size or prompt_length))
     records: list[Record] = []
+    vectors: list[Tensor | None] = []
     any_thinking = bool(progress.thinking.any())
     # The underscored methods are how transformers' own loops prefill and go on
     with evaluating(model):
@@ -255,18 +278,25 @@ def soft_decode(
             scores = processors(input_ids, logits)
             hidden = outputs.hidden_states[-1][:, -1] if wants_hidden else None
             thought, answer = propose(scores, step, any_thinking, hidden)
+            vector = None if thought.vector is None else stretched(thought.vector, length)
             progress, record = decide(rules, progress, h, thought, answer)
             records.append(record)
             input_ids = torch.cat([input_ids, record.token[:, None]], 1)
-            progress = progress._replace(done=progress.done | stopping_criteria(input_ids, None))
+            ended = stopping_criteria(input_ids, None)
+            if vector is not None:  # of a step without a token length and time are asked alone
+                ended = torch.where(record.kind == Kind.LATENT, limits(input_ids, None), ended)
+            progress = progress._replace(done=progress.done | ended)
             finished, any_soft, any_thinking = look(progress, record, step)
-            for each in streamers:
+            vectors.append(to_host(vector, record.kind == Kind.LATENT))
+            has_token = vector is None or bool((record.kind != Kind.LATENT).any())
+            for each in streamers if has_token else ():
                 each.put(record.token.cpu())
             if callback is not None:
-                callback({"step": step, "record": record, "sequences": input_ids})
+                told = {"step": step, "record": record, "sequences": input_ids, "vector": vector}
+                callback(told)
             if finished:
                 break
-            mixed = _mix(model, record, config.rescale) if any_soft else None
+            mixed = read_next(record, vector) if any_soft else None
             outputs = _forward(model, input_ids, mixed, model_kwargs)
             forwards, positions = forwards + 1, positions + len(input_ids)
     for each in streamers:
@@ -276,14 +306,26 @@ def soft_decode(
     if not generation_config.return_dict_in_generate:
         return input_ids
     cost = forwards, positions, time.perf_counter() - started
-    how = config, why or reason
-    return SoftOutput(input_ids, stack(records), prompt_length, progress.answer_start, *cost, *how)
+    how, read = (config, why or reason), stack_vectors(vectors)
+    start = progress.answer_start
+    return SoftOutput(input_ids, stack(records), prompt_length, start, *cost, *how, read)
 
 
-def _mix(model, record: Record, rescale: str | None) -> dict[str, Tensor]:
-    """What a step reads next, as arguments of the forward, [B, 1, ...]."""
-    soft = Soft(record.ids[:, None], record.weights[:, None])
-    return soft_inputs(model, soft, rescale=rescale)
+def _mk_reader(model, config: SoftConfig) -> Callable[..., dict[str, Tensor]]:
+    """A function of a step's record and vectors [B, D]: what it reads next, as arguments of the
+    forward, [B, 1, ...]."""
+    if config.gate is not None:
+        gate = load_gate(config.gate, width_of(model), model.device)
+
+    def read(record: Record, vector: Tensor | None) -> dict[str, Tensor]:
+        soft = Soft(record.ids, record.weights)
+        if vector is not None:
+            return feed_vectors(model, record.token, vector, record.kind == Kind.LATENT)
+        if config.gate is not None:
+            return feed_gated(model, soft, record.token, gate, record.kind == Kind.SOFT)
+        return soft_inputs(model, Soft(*(x[:, None] for x in soft)), rescale=config.rescale)
+
+    return read
 
 
 def _forward(model, input_ids: Tensor, mixed: dict[str, Tensor] | None, model_kwargs: dict):

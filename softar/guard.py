@@ -14,6 +14,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from .checks import check_least, check_value, shorten
 from .config import TAGS, SoftConfig
+from .feedback import check_reads_vectors
 from .models.kind import check_autoregressive, plain
 from .models.reading import check_ragged, check_reads_mixtures
 from .models.room import room_of
@@ -227,6 +228,8 @@ def check_reads(model, config: SoftConfig, input_ids: Tensor, model_kwargs: dict
         raise ValueError(
             "use_cache=False: soft inputs live in the KV cache only; set use_cache=True"
         )
+    if config.is_latent or config.gate is not None:
+        check_reads_vectors(model)
     vocab = model.config.get_text_config(decoder=True).vocab_size
     check_dist(vocab, **config.filters)
     check_dist(vocab, **config.answer_filters, prefix="answer_")

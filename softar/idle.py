@@ -47,6 +47,18 @@ IDLE = (
         "choose another mixer",
     ),
     Idle(
+        "softness top_p min_p keep banned",
+        lambda c: mk_mixer(c.mixer).latent,
+        "with a mixer of vectors, which mixes no tokens",
+        "choose another mixer",
+    ),
+    Idle(
+        "rescale",
+        lambda c: c.gate is not None,
+        "with a gate, which reads the mixture at the length of its l2 norm",
+        "leave the gate out",
+    ),
+    Idle(
         "rescale", lambda c: c.softness == 0, "at softness=0, which mixes nothing", "raise softness"
     ),
     Idle(

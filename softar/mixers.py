@@ -39,6 +39,7 @@ class Mixed(NamedTuple):
     # [...] log-probability of what was drawn under `dist`; None where nothing was drawn or it has
     # none
     logp: Tensor | None
+    vector: Tensor | None = None  # [..., D] of a mixer that is `latent`: what the model reads next
 
 
 class Mixer(NamedTuple):
@@ -53,6 +54,8 @@ class Mixer(NamedTuple):
     # do its knobs shape the mixture alone, and not the token that stands for it?
     only_mixes: bool = False
     hidden: bool = False  # also gets hidden=, [..., D] the last hidden state of the step
+    latent: bool = False  # what it feeds back is a vector, and no token stands for the step
+    gated: bool = False  # its knob `gate` may name the file of a softar.feedback.Gate
 
     def __call__(self, dist: Soft, *, rng: Rng = None, **knobs) -> Mixed:
         return self.fn(dist, rng=rng, **knobs)
@@ -139,6 +142,35 @@ def mixture_of_inputs(dist: Soft, *, rng: Rng = None, beta: float = 1.0) -> Mixe
     return Mixed(
         Soft(dist.ids, share * p + (1 - share) * drawn), _pick(dist.ids, slot), _log(_pick(p, slot))
     )
+
+
+def hybrid(
+    dist: Soft, *, rng: Rng = None, share: float | None = None, gate: str | None = None
+) -> Mixed:
+    """A sampled token beside the belief: `share` (default 0.5) of its embedding, the rest of
+    s = sum_i p_i E_i / ||p||_2, or what a trained gate makes of both (HRPO, arXiv:2505.18454, eq. 3
+    and 4). The text, its logp and its stop logic are those of sampling.
+
+    gate: a file of softar.feedback.Gate. Beside it the weights are the belief's; otherwise they are
+    all that is read, and sum to more than 1.
+    """
+    if share is not None and gate is not None:
+        raise ValueError(f"share={share} does nothing beside gate={gate!r}: leave one out")
+    share = 0.5 if share is None else share
+    if not 0 <= share <= 1:
+        raise ValueError(f"share={share} must lie in [0, 1]: 1 is the token alone, 0 the belief")
+    drawn = hard(dist, rng=rng, sample=True)
+    if gate is not None:
+        return drawn._replace(soft=dist)
+    normalised = Soft(dist.ids, dist.weights / dist.weights.norm(dim=-1, keepdim=True))
+    return drawn._replace(soft=guide(normalised, drawn.token, share))
+
+
+def last_hidden(dist: Soft, *, rng: Rng = None, hidden: Tensor | None = None) -> Mixed:
+    """The last hidden state, after the final norm (Coconut, arXiv:2412.06769). Of the belief
+    nothing is read: its id has weight 0."""
+    ids, weights = (column[..., :1] for column in dist)
+    return Mixed(Soft(ids, torch.zeros_like(weights)), ids[..., 0], None, hidden)
 
 
 def dirichlet(dist: Soft, *, rng: Rng = None, gamma: float = 1.0) -> Mixed:
@@ -264,7 +296,7 @@ def check_mixed(mixed: Mixed, rows: int, vocab: int, name: str) -> None:
             f"mixer {name!r} gave a {type(mixed).__name__}: give softar.Mixed(softar.Soft(ids, weights), "
             "token, logp)"
         )
-    (ids, weights), token, logp = mixed
+    (ids, weights), token, logp, vector = mixed
     shapes = [tuple(t.shape) for t in (ids, weights, token)]
     is_shaped = ids.dim() == 2 and shapes == [(rows, ids.shape[1])] * 2 + [(rows,)]
     if not is_shaped or (logp is not None and tuple(logp.shape) != (rows,)):
@@ -278,9 +310,10 @@ def check_mixed(mixed: Mixed, rows: int, vocab: int, name: str) -> None:
             f"mixer {name!r} gave ids, weights and token of {ids.dtype}, {weights.dtype}, {token.dtype}: "
             "they are int64, float32 and int64"
         )
+    off = (weights.sum(-1) - 1).abs() > TOLERANCE
     for is_wrong, shown, what in (
         (weights < 0, weights, "negative weights"),
-        ((weights.sum(-1) - 1).abs() > TOLERANCE, weights, "weights that do not sum to 1"),
+        (off & (vector is None), weights, "weights that do not sum to 1"),
         ((ids < 0) | (ids >= vocab), ids, f"ids outside the vocabulary of {vocab}"),
         ((token < 0) | (token >= vocab), token, f"a token outside the vocabulary of {vocab}"),
     ):
@@ -355,6 +388,12 @@ MIXERS: dict[str, Mixer | Callable[..., Mixed]] = {
     "k-samples": Mixer(k_samples, width=lambda knobs, filtered: knobs["k"], only_mixes=True),
     "mixture-of-inputs": Mixer(mixture_of_inputs, only_mixes=True),
     "dirichlet": Mixer(dirichlet),
+    "hybrid": Mixer(
+        hybrid, width=lambda knobs, filtered: filtered + 1, only_mixes=True, gated=True
+    ),
+    "hidden": Mixer(
+        last_hidden, draws=lambda knobs: False, width=lambda *_: 1, hidden=True, latent=True
+    ),
 }
 GUIDES = {"mix": _mix, "clamp": _clamp, "coin": _coin}
 BUILT_IN = frozenset(MIXERS)  # whose mixtures need no check

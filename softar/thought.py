@@ -28,6 +28,7 @@ class Kind(IntEnum):
     SOFT = 1  # a mixture was fed back
     HARD = 2  # one token, chosen by the model, was fed back or ended the row
     FORCED = 3  # one token, put there by a rule (budget, cold stop)
+    LATENT = 4  # a vector was fed back that no token stands for; the step's token is the pad token
 
 
 class Record(NamedTuple):
@@ -39,11 +40,9 @@ class Record(NamedTuple):
     token: Tensor  # [B, T] int64, the discrete token that stands for the step
     kind: Tensor  # [B, T] int8, see Kind
     # [B, T] float32, log-probability under the step's filtered distribution of the token(s) drawn,
-    # or of the single token that was fed back (0 if greedy); NaN where a thought's mixer draws
-    # none, for FORCED and PAD
+    # or of the one fed back (0 if greedy); NaN where a mixer draws none, for FORCED and PAD
     logp: Tensor
-    # [B, T] float32 nats, of the unfiltered distribution at the thought's temperature (at 1 if that
-    # is 0)
+    # [B, T] float32 nats, of the unfiltered distribution at the thought's temperature (0: at 1)
     entropy: Tensor
 
 
@@ -87,6 +86,7 @@ class Rules(NamedTuple):
     has_answer: bool
     hide_thought: bool
     is_soft: bool
+    is_latent: bool
 
 
 def mk_rules(
@@ -112,6 +112,7 @@ def mk_rules(
         has_answer=config.has_answer,
         hide_thought=config.hide_thought,
         is_soft=config.is_soft,
+        is_latent=config.is_latent,
     )
 
 
@@ -149,6 +150,8 @@ def decide(
 
     forcing = closing = torch.zeros_like(thinking)
     token, logp = thought.token, thought.logp
+    if rules.is_latent:  # has an answer
+        token = torch.where(thinking, rules.pad, token)
     if rules.has_answer:
         cold = torch.where(thinking & (h < (rules.cold_stop_entropy or 0.0)), cold + 1, 0)
         over = thinking & _is_over(rules, thoughts, cold)
@@ -162,7 +165,7 @@ def decide(
             token = torch.where(forcing, rules.end_ids[forced.clamp_max(n - 1)], token)
             forced = forced + forcing.long()
             end_state, is_whole = rules.end(spelled[:, 1], token)
-            closing = thinking & torch.where(forcing, forced == n, is_whole)
+            closing = thinking & torch.where(forcing, forced == n, is_whole & (not rules.is_latent))
             closed = closed | closing
         if rules.hide_thought:
             answer_start = torch.where(thinking, steps, answer_start)
@@ -170,9 +173,10 @@ def decide(
 
     token = torch.where(done, rules.pad, token)
     # the row reads nothing after it, so nothing is mixed
-    ends = (token[:, None] == rules.eos).any(1)
+    ends = (token[:, None] == rules.eos).any(1) & (forcing | ~thinking | (not rules.is_latent))
     mixes = thinking & ~forcing & ~closing & ~ends & rules.is_soft
-    kind = torch.where(mixes, int(Kind.SOFT), int(Kind.HARD)).masked_fill(forcing, int(Kind.FORCED))
+    soft = int(Kind.LATENT if rules.is_latent else Kind.SOFT)
+    kind = torch.where(mixes, soft, int(Kind.HARD)).masked_fill(forcing, int(Kind.FORCED))
     kind = kind.masked_fill(done, int(Kind.PAD)).to(torch.int8)
     logp = logp.masked_fill(forcing | done, torch.nan)
     thinking = thinking & ~closing
@@ -196,7 +200,7 @@ class Flags(NamedTuple):
     """What the host has to know of a batch before its next step."""
 
     finished: bool  # every row is done
-    any_soft: bool  # some row feeds a mixture
+    any_soft: bool  # some row feeds a mixture or a vector
     any_thinking: bool  # some row goes on thinking
 
 
@@ -208,7 +212,7 @@ def look(progress: Progress, record: Record, step: int) -> Flags:
         FloatingPointError: NaN or infinite logits; names the step and the rows.
     """
     alive = ~progress.done
-    mixes = record.kind == Kind.SOFT
+    mixes = (record.kind == Kind.SOFT) | (record.kind == Kind.LATENT)
     bad = _is_bad(record)
     flags = [alive.any(), (mixes & alive).any(), (progress.thinking & alive).any(), bad.any()]
     any_alive, any_soft, any_thinking, any_bad = torch.stack(flags).tolist()
@@ -265,6 +269,8 @@ def mk_think(config: SoftConfig) -> Callable[..., Mixed]:
         # whatever the filters are, the argmax passes them
         mixer, filters = hard, dict(temperature=0.0, banned=config.banned)
         wants_hidden, is_known = False, True
+    elif config.is_latent:  # and reads none of it
+        filters = dict(temperature=0.0)
 
     def think(logits: Tensor, rng: Rng, hidden: Tensor | None = None) -> Mixed:
         nonlocal is_known
@@ -273,12 +279,11 @@ def mk_think(config: SoftConfig) -> Callable[..., Mixed]:
         if not is_known:
             check_mixed(mixed, *logits.shape, name_of(config.mixer))
             is_known = True
-        soft, token, logp = mixed
+        soft, token, logp, vector = mixed
         if is_soft:
             soft = guide(soft, token, 1 - config.softness)
-        return Mixed(
-            soft, token, torch.full_like(logits[:, 0], torch.nan) if logp is None else logp
-        )
+        nothing = torch.full_like(logits[:, 0], torch.nan)
+        return Mixed(soft, token, nothing if logp is None else logp, vector)
 
     return think
 

@@ -32,6 +32,7 @@ SETTINGS = {
     "k-samples by probability": ("k-samples", {"k": 4, "weighting": "probability"}),
     "mixture-of-inputs": ("mixture-of-inputs", {"beta": 0.8}),
     "dirichlet": ("dirichlet", {"gamma": 2.0}),
+    "hybrid": ("hybrid", {"share": 0.3}),
 }
 DRAWING = [name for name in SETTINGS if name not in ("hard", "soft")]
 light = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -68,7 +69,8 @@ def test_the_chi_square_of_this_test_can_fail():
 
 
 def test_one_signature():
-    assert list(MIXERS) == ["hard", "soft", "gumbel", "k-samples", "mixture-of-inputs", "dirichlet"]
+    names = "hard soft gumbel k-samples mixture-of-inputs dirichlet hybrid hidden"
+    assert [*MIXERS] == names.split()
     for name, mixer in MIXERS.items():
         parameters = list(inspect.signature(mixer).parameters.values())
         assert [p.name for p in parameters[:2]] == ["dist", "rng"], name
@@ -93,13 +95,15 @@ def test_what_every_mixer_returns(name, seed, shape, top_k, min_p):
     before = dist.ids.clone(), dist.weights.clone()
     mixed = mixer_of(name)(dist, rng=seeded(seed))
     assert isinstance(mixed, Mixed)
-    soft, token, logp = mixed
+    soft, token, logp, vector = mixed
+    assert vector is None
     assert torch.equal(dist.ids, before[0]) and torch.equal(dist.weights, before[1])
     assert soft.ids.shape == soft.weights.shape and soft.ids.shape[:-1] == token.shape == tuple(
         shape
     )
     assert soft.ids.dtype == token.dtype == torch.int64 and soft.weights.dtype == torch.float32
-    torch.testing.assert_close(soft.weights.sum(-1), torch.ones(shape))
+    if name != "hybrid":
+        torch.testing.assert_close(soft.weights.sum(-1), torch.ones(shape))
     assert (soft.weights >= 0).all()
     support = torch.zeros(*shape, 30).scatter(-1, dist.ids, dist.weights)
     assert (support.gather(-1, token[..., None]) > 0).all()
@@ -410,7 +414,14 @@ def test_hard_is_the_most_likely_token():
 
 
 def test_weights_gradients_pass_where_the_method_has_them():
-    for name in ("soft", "gumbel", "k-samples by probability", "mixture-of-inputs", "dirichlet"):
+    for name in (
+        "soft",
+        "gumbel",
+        "k-samples by probability",
+        "mixture-of-inputs",
+        "dirichlet",
+        "hybrid",
+    ):
         for min_p in (None, 0.3):  # with it, some weights are 0
             logits = torch.randn(30, 6, generator=seeded(20), requires_grad=True)
             soft = mixer_of(name)(mk_proba_dist(logits, min_p=min_p), rng=seeded(21)).soft
@@ -449,6 +460,7 @@ def test_what_decoders_know_of_a_mixer():
         "k-samples by probability": (False, True, 4),
         "mixture-of-inputs": (False, True, 9),
         "dirichlet": (False, True, 9),
+        "hybrid": (False, True, 10),
     }
     assert mk_mixer("k-samples").knobs == {"k": 3, "weighting": "uniform"}
 

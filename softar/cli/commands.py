@@ -326,7 +326,7 @@ def compare(
     """Compare decoders on a task: accuracy, cost, and how sure the difference is.
 
     Autoregressive decoders: discrete, sampled, soft, gumbel, k-samples, mixture-of-inputs,
-    dirichlet, beam, self-consistency. Diffusion: hard, soft-token, soft-mask, evolving, slerp,
+    dirichlet, hybrid, hidden, beam, self-consistency. Diffusion: hard, soft-token, soft-mask, evolving, slerp,
     soft-decoded, denoise. vLLM: vllm-greedy, vllm-sampled, vllm-self-consistency, vllm-beam,
     vllm-soft. Any OpenAI-compatible server: openai. Options behind the colon are fields of
     SoftConfig, DenoiseConfig, or the server's. Code of your own is module:name:

@@ -162,11 +162,14 @@ class Printer:
     def __call__(self, step: dict) -> None:
         from ..thought import Kind
 
+        kind = int(step["record"].kind[0])
+        if kind == Kind.LATENT:  # no token stands for it
+            return
         self.ids.append(int(step["record"].token[0]))
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
         if text.endswith("\ufffd"):  # part of a character: the next token has the rest
             return
-        is_thought = self.thinks and int(step["record"].kind[0]) == Kind.SOFT
+        is_thought = self.thinks and kind == Kind.SOFT
         style = "dim italic" if is_thought else None
         piece = shown(text[len(self.printed) :], self.console.file)
         self.console.out(piece, style=style, highlight=False, end="")

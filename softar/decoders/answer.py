@@ -13,7 +13,8 @@ class Decoded:
 
     # what the scorer reads: the answer, special tokens stripped; of a template the whole sequence
     text: str
-    # ids of the completion that is returned, padding left out; None where a server keeps them
+    # ids of the completion that is returned, padding and steps that no token stands for left out;
+    # None where a server keeps them
     tokens: tuple[int, ...] | None
     # NFE: forwards this row took part in; n votes or n beams count n times; None where not known
     num_forwards: float | None
@@ -22,7 +23,7 @@ class Decoded:
     seconds: float  # this row's share of the batch's decoding time; the sum over rows is wall time
     entropy: float | None = None  # mean nats over the row's steps; None where not known
     trace: Trace | Canvas | None = None  # only where the decoder was made to keep it
-    soft_steps: int | None = None  # that fed back a mixture; None where not known
+    soft_steps: int | None = None  # that fed back a mixture or a vector; None where not known
     num_tokens: int | None = None  # of the completion; None: as many as `tokens`, else not known
 
     def __post_init__(self):

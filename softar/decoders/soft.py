@@ -102,9 +102,13 @@ class SoftDecoder:
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.answers]
         is_step = out.record.kind != Kind.PAD  # [B, T]; padding stands at the end
         lengths = is_step.sum(1).tolist()
-        tokens = [tuple(ids[:n].tolist()) for ids, n in zip(out.completions, lengths, strict=True)]
+        is_token = is_step & (out.record.kind != Kind.LATENT)
+        tokens = [
+            tuple(ids[own].tolist()) for ids, own in zip(out.completions, is_token, strict=True)
+        ]
         entropy = (out.record.entropy.masked_fill(~is_step, 0.0).sum(1) / is_step.sum(1)).tolist()
-        soft_steps = (out.record.kind == Kind.SOFT).sum(1).tolist()
+        is_soft = (out.record.kind == Kind.SOFT) | (out.record.kind == Kind.LATENT)
+        soft_steps = is_soft.sum(1).tolist()
         seconds = (time.perf_counter() - started) / len(prompts)
         prefill = out.num_forwards - is_step.shape[1]  # forwards before the first token, but one
         return [
@@ -249,7 +253,7 @@ def soft_config(default: Default, decoder: str, options: dict) -> SoftConfig:
     args = (base.mixer_args if base.mixer == mixer else {}) | changes.pop("mixer_args", {})
     args |= {knob: changes.pop(knob) for knob in knobs if knob in changes}
     # A model's own configuration may be hard; a decoder that is named after a mixer is not
-    softness = {"softness": base.softness or 1.0}
+    softness = {} if base.softness else {"softness": 1.0}
     return default.changed(softness | changes | {"mixer": mixer, "mixer_args": args})
 
 
@@ -322,4 +326,5 @@ DECODERS: dict[str, Callable[..., Decoder]] = {
     "beam": _make_beam,
     "self-consistency": _make_self_consistency,
 }
-VOTERS = [name for name in DECODERS if name not in ("discrete", "soft", "beam", "self-consistency")]
+ALIKE = ("discrete", "soft", "hidden", "beam", "self-consistency")  # all votes would be
+VOTERS = [name for name in DECODERS if name not in ALIKE]

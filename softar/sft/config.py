@@ -207,6 +207,11 @@ class SoftSFTConfig(PlainSFTConfig):
                 f"soft_mixer={self.soft_mixer!r} asks for hidden states, which training does not hand "
                 "out: decode with it"
             )
+        if mk_mixer(self.soft_mixer).gated and (self.soft_mixer_args or {}).get("gate") is not None:
+            raise ValueError(
+                f"soft_mixer_args={self.soft_mixer_args}: a gate is for decoding, soft SFT reads mixtures "
+                "of tokens: leave it out"
+            )
         self.alpha()
         check_idle(self, IDLE, left_out)
         if self.learn_temperature:

@@ -19,6 +19,9 @@ BLOCKS = "█▓▒░"
 HUES = ("#6366f1", "#818cf8", "#a5b4fc", "#c7d2fe")
 
 
+STYLES = {"soft": HUES[1], "latent": HUES[1], "hard": "dim", "forced": "yellow"}  # of kinds
+
+
 SLOTS = 3  # soft slots whose mixtures are listed under a forward
 
 
@@ -72,7 +75,7 @@ def _view_chain(trace: Trace) -> Group:
         if step.kind == "soft":
             fed = Text.assemble(bar(step.mixture, step.rest), "  ", listed(step.mixture))
         nats = "" if step.entropy is None else f"{step.entropy:.2f}"
-        kind = Text(step.kind, {"soft": HUES[1], "hard": "dim", "forced": "yellow"}[step.kind])
+        kind = Text(step.kind, STYLES[step.kind])
         table.add_row(str(number), kind, Text(visible(step.token), "bold"), nats, fed)
     return Group(*_heading(trace.title), Text(visible(trace.prompt, 400), "dim"), table)
 

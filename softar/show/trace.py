@@ -29,9 +29,9 @@ class Step:
     """One step of an autoregressive decode."""
 
     # "soft": the mixture was fed back; "hard": one token, the model's choice; "forced": one, put by
-    # a rule
+    # a rule; "latent": a vector that no token stands for
     kind: str
-    token: str  # stands for the step in the text
+    token: str  # stands for the step in the text; "" of a latent step
     entropy: float | None  # nats, of the model's distribution; None where not known
     mixture: Mixture  # what was fed back, at most TOP tokens; of a hard step its one token
     rest: float = 0.0  # weight of the tokens that are not listed
@@ -125,12 +125,15 @@ def thought(out: "SoftOutput", tokenizer, row: int = 0, top: int = TOP, title: s
 
     words, record = Words(tokenizer), out.record
     columns = (column[row].tolist() for column in (record.kind, record.token, record.entropy))
-    mixtures = words.mixtures(record.ids[row], record.weights[row], top)
+    weights = record.weights[row]  # a normalised mixture has more than 1 in all
+    shares = weights / weights.sum(-1, keepdim=True).clamp_min(1)
+    mixtures = words.mixtures(record.ids[row], shares, top)
     steps = []
     for kind, token, nats, mixture in zip(*columns, mixtures, strict=True):
         if kind != Kind.PAD:  # at the end only
             nats = nats if math.isfinite(nats) else None
-            steps.append(Step(Kind(kind).name.lower(), words[token], nats, *mixture))
+            text = "" if kind == Kind.LATENT else words[token]
+            steps.append(Step(Kind(kind).name.lower(), text, nats, *mixture))
     prompt = tokenizer.decode(out.sequences[row, : out.prompt_length], skip_special_tokens=False)
     return Trace(prompt, steps, title, min(int(out.answer_start[row]), len(steps)))
 

@@ -56,6 +56,8 @@ MIXERS = {
     "k-samples": [{}, {"k": 2}, {"k": 3, "weighting": "probability"}],
     "mixture-of-inputs": [{}, {"beta": 0.0}, {"beta": 8.0}],
     "dirichlet": [{}, {"gamma": 0.1}, {"gamma": 30.0}],
+    "hybrid": [{}, {"share": 0.0}, {"share": 0.9}],
+    "hidden": [{}],
 }
 FIELDS = dict(  # and values that each takes; the first where it is not drawn
     softness=[1.0, 0.5, 0.0, 0.01],
@@ -97,8 +99,10 @@ def cases(draw):
     fields["max_new_tokens"] = FIELDS["max_new_tokens"][0]
     for name in draw(st.sets(st.sampled_from([*FIELDS]), max_size=6)):
         fields[name] = draw(st.sampled_from(FIELDS[name][1:]))
-    if mixer == "hard":  # they do nothing there, and are refused
+    if mixer in ("hard", "hidden"):  # they do nothing there, and are refused
         fields.pop("softness", None)
+    if mixer == "hidden":
+        fields.setdefault("budget", 3)
     if "cold_stop_entropy" not in fields:
         fields.pop("cold_stop_steps", None)
     start, end = draw(st.sampled_from(TAGS)) or (None, None)
@@ -169,12 +173,16 @@ def check_record(out, rows, config):
     ids, _ = padded(rows)
     assert torch.equal(out.sequences[:, : ids.shape[1]], ids), "the prompt changed"
     assert length <= config.max_new_tokens and torch.equal(record.token, out.completions)
-    assert (record.weights >= 0).all() and ((record.weights.sum(-1) - 1).abs() < 1e-4).all()
+    is_latent = record.kind == Kind.LATENT
+    total = record.weights.sum(-1)
+    assert (record.weights >= 0).all() and (total[is_latent] == 0).all()
+    is_whole = ((total - 1).abs() < 1e-4) | ((config.mixer == "hybrid") & (total > 1))
+    assert is_whole[~is_latent].all()
     assert ((0 <= record.ids) & (record.ids < VOCAB)).all()
     assert (-1e-5 <= record.entropy).all() and (
         record.entropy < 1e-4 + torch.tensor(VOCAB).log()
     ).all()
-    is_hard, largest = record.kind != Kind.SOFT, record.weights.max(-1)
+    is_hard, largest = (record.kind != Kind.SOFT) & ~is_latent, record.weights.max(-1)
     assert ((largest.values[is_hard] - 1).abs() < 1e-6).all()
     read = record.ids.gather(-1, largest.indices[..., None])[..., 0]
     assert torch.equal(read[is_hard], record.token[is_hard])
@@ -185,11 +193,13 @@ def check_record(out, rows, config):
         assert is_hard.all()
     for row in range(len(rows)):
         tokens, kind = out.completions[row].tolist(), record.kind[row].tolist()
+        assert (record.token[row][is_latent[row]] == PAD).all()
         end = tokens.index(EOS) + 1 if EOS in tokens else length
         assert kind[end:] == [Kind.PAD] * (length - end) and tokens[end:] == [PAD] * (length - end)
         assert Kind.PAD not in kind[:end] and (end == length or kind[end - 1] != Kind.SOFT)
         assert EOS in tokens or length == config.max_new_tokens
-        assert config.budget is None or kind.count(Kind.SOFT) <= config.budget
+        thought = kind.count(Kind.SOFT) + kind.count(Kind.LATENT)
+        assert config.budget is None or thought <= config.budget
         start = int(out.answer_start[row])
         assert start == 0 if not config.has_answer else Kind.SOFT not in kind[start:]
         assert out.answers[row].tolist() == tokens[start:end]

@@ -1,0 +1,151 @@
+"""What a step reads where that is more than a mixture of tokens: the last hidden state (Coconut,
+arXiv:2412.06769), and what HRPO's gate makes of a sampled token and the belief (arXiv:2505.18454).
+
+Shapes: ... any leading dims, B batch, V vocabulary, K tokens kept, D embedding width.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .soft import Soft, per_layer_sizes, soft_embed, token_inputs
+
+SHARPNESS = 8.0  # c of the paper
+ROWS = 8192  # of the embedding table that are looked at together
+
+
+class Gate(nn.Module):
+    """How much of the token and how much of the belief is read, for each dimension of the embedding
+    (arXiv:2505.18454, eq. 4): e = a E[token] + sqrt(1 - a^2) i s, with r = sigmoid(W_r E[token] +
+    b_r), i = sigmoid(W_i E[token] + b_i) and a = exp(-c softplus(-Lambda) r).
+
+    Args:
+        width: D.
+        least, most: at the start a is drawn between them where r = 1: nearly the token alone.
+    """
+
+    def __init__(self, width: int, *, least: float = 0.98, most: float = 0.999):
+        super().__init__()
+        self.recurrence, self.input = nn.Linear(width, width), nn.Linear(width, width)
+        share = torch.empty(width).uniform_(least, most)
+        self.strength = nn.Parameter(-torch.expm1(-share.log() / SHARPNESS).log())  # Lambda
+
+    def forward(self, token: Tensor, mixture: Tensor) -> Tensor:
+        """token: [..., D] its embedding; mixture: [..., D] s, of weights with l2 norm 1 -> [..., D]
+        what is read, in the dtype of `token`."""
+        own = token.to(self.strength.dtype)
+        decay = SHARPNESS * nn.functional.softplus(-self.strength)
+        a = (-decay * self.recurrence(own).sigmoid()).exp()
+        # the root has no slope at 0
+        rest = (1 - a.square()).clamp_min(torch.finfo(a.dtype).tiny).sqrt()
+        mixed = self.input(own).sigmoid() * mixture.to(own.dtype)
+        return (a * own + rest * mixed).to(token.dtype)
+
+    def save(self, file: str | Path) -> None:
+        save_file({name: x.contiguous() for name, x in self.state_dict().items()}, file)
+
+
+def load_gate(file: str | Path, width: int, device: torch.device) -> Gate:
+    """What `Gate.save` wrote, in float32. Raises ValueError for a file that is no gate of this
+    width."""
+    with torch.device("meta"):  # draws nothing
+        gate = Gate(width)
+    try:
+        gate.load_state_dict(load_file(file), assign=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"gate={str(file)!r} is no gate for embeddings of width {width} ({said}): give a file that "
+            "softar.feedback.Gate.save wrote for this model"
+        ) from error
+    return gate.float().to(device).requires_grad_(False)
+
+
+def check_feedback(config, mixer) -> None:
+    """Raise ValueError for a configuration whose vectors nothing would end, or whose gate is not
+    there. mixer: its own, a softar.mixers.Mixer."""
+    if mixer.latent and (config.budget, config.cold_stop_entropy) == (None, None):
+        raise ValueError(
+            f"mixer={config.mixer!r} feeds back vectors that no token stands for, so none can end the "
+            "thought: give budget, the number of steps"
+        )
+    if mixer.latent and config.rescale == "l2":
+        raise ValueError(
+            f"rescale='l2' divides by the norm of weights, and mixer={config.mixer!r} has none: give 'norm'"
+        )
+    if config.gate is not None and not Path(config.gate).is_file():
+        raise ValueError(f"gate={config.gate!r} is no file: give one that Gate.save wrote")
+
+
+def width_of(model) -> int:
+    """D, of the input embedding."""
+    embedding = model.get_input_embeddings()  # PEFT wraps it
+    table = next((m for m in embedding.modules() if isinstance(m, nn.Embedding)), None)
+    return (
+        model.config.get_text_config(decoder=True).hidden_size
+        if table is None
+        else table.embedding_dim
+    )
+
+
+def check_reads_vectors(model) -> None:
+    """Raise ValueError for a model whose hidden states cannot stand in for its embeddings."""
+    name, hidden = type(model).__name__, model.config.get_text_config(decoder=True).hidden_size
+    if hidden != (width := width_of(model)):
+        raise ValueError(
+            f"{name} has hidden states of width {hidden} and embeddings of {width}, so it cannot read the "
+            "former: take a mixer of tokens"
+        )
+    if per_layer_sizes(model):
+        raise ValueError(
+            f"{name} embeds a token once more for every layer, and a hidden state is none: take a mixer "
+            "of tokens"
+        )
+
+
+@torch.no_grad()
+def mean_length(embedding: nn.Module, vocab_size: int, device: torch.device) -> float:
+    """Mean l2 norm of a model's input embeddings."""
+    ids = torch.arange(vocab_size, device=device)
+    parts = [embedding(some).float().norm(dim=-1).sum() for some in ids.split(ROWS)]
+    return float(sum(parts)) / vocab_size
+
+
+def stretched(vector: Tensor, length: float | None) -> Tensor:
+    """Vectors [..., D] of this l2 norm; None leaves them."""
+    if length is None:
+        return vector
+    return vector * (length / vector.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)).to(vector)
+
+
+def to_host(vector: Tensor | None, reads: Tensor) -> Tensor | None:
+    """[B, D] float16 on the host, 0 in rows that do not read theirs."""
+    if vector is None:
+        return None
+    most = torch.finfo(torch.float16).max
+    return vector.where(reads[:, None], 0).clamp(-most, most).to("cpu", torch.float16)
+
+
+def stack_vectors(steps: list[Tensor | None]) -> Tensor | None:
+    """Steps [B, D], None where nobody reads one -> [B, T, D]; None for none at all."""
+    some = next((step for step in steps if step is not None), None)
+    if some is None:
+        return None
+    return torch.stack([torch.zeros_like(some) if x is None else x for x in steps], 1)
+
+
+def feed_vectors(model, token: Tensor, vector: Tensor, reads: Tensor) -> dict[str, Tensor]:
+    """Arguments of a forward [B, 1, ...] of vectors [B, D] in the rows that read them, [B] bool, and
+    of tokens [B] in the others."""
+    tokens = token_inputs(model, token[:, None])["inputs_embeds"]
+    return {"inputs_embeds": torch.where(reads[:, None, None], vector[:, None].to(tokens), tokens)}
+
+
+def feed_gated(model, soft: Soft, token: Tensor, gate: Gate, reads: Tensor) -> dict[str, Tensor]:
+    """The same of what the gate makes of the mixture, ids and weights [B, K], and of the token."""
+    embedding = model.get_input_embeddings()
+    mixture = soft_embed(soft, embedding, rescale="l2")
+    return feed_vectors(model, token, gate(embedding(token), mixture), reads)
