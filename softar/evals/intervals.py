@@ -8,6 +8,7 @@ Shapes: n rows, G groups, k columns.
 """
 
 import math
+from collections.abc import Iterator
 from statistics import NormalDist
 
 import numpy as np
@@ -76,16 +77,22 @@ def bootstrap_means(
     groups = np.arange(len(values)) if groups is None else groups
     columns = [_sums(column, groups) for column in values.T]
     sums, sizes = (np.stack(part, 1) for part in zip(*columns, strict=True))  # [G, k]
-    n, rng = len(sums), np.random.default_rng(seed)
-    means, step = [], max(1, 2**22 // n)  # draws at a time: at most 32 MB
+    with np.errstate(invalid="ignore"):
+        means = [
+            counts @ sums / (counts @ sizes)
+            for counts in draw_counts(len(sums), draws, np.random.default_rng(seed))
+        ]
+    return np.concatenate(means)
+
+
+def draw_counts(n: int, draws: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """How often each of n is in, when n of them are drawn with replacement -> [m, n] float, some
+    draws at a time: at most 32 MB."""
+    step = max(1, 2**22 // n)
     for begin in range(0, draws, step):
         m = min(step, draws - begin)
         drawn = rng.integers(n, size=(m, n)) + n * np.arange(m)[:, None]
-        # how often each group is in
-        counts = np.bincount(drawn.ravel(), minlength=m * n).reshape(m, n).astype(float)
-        with np.errstate(invalid="ignore"):
-            means.append(counts @ sums / (counts @ sizes))
-    return np.concatenate(means)
+        yield np.bincount(drawn.ravel(), minlength=m * n).reshape(m, n).astype(float)
 
 
 def interval(means: np.ndarray) -> Interval:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..checks import check_least
+from .intervals import draw_counts
 
 DRAWS = 10_000
 
@@ -70,21 +71,32 @@ def gain_of(
 
 
 def bootstrap_gains(
-    gains: np.ndarray, groups: np.ndarray | None = None, *, draws: int = DRAWS, seed: int = 0
+    gains: np.ndarray,
+    groups: np.ndarray | None = None,
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+    rows: int = 0,
 ) -> np.ndarray:
-    """Means of gains [S, n] whose seeds and groups are drawn with replacement -> [draws]. The seeds
-    that a draw takes depend on `seed` and S alone, so that two sets of rows answered with the same
-    seeds are drawn together."""
-    (S, n), groups = gains.shape, np.arange(gains.shape[1]) if groups is None else groups
+    """Means of gains [..., S, n] whose seeds and groups are drawn with replacement, the same draws
+    for all of them -> [..., draws]. The seeds that a draw takes depend on `seed` and S alone, so that
+    two sets of rows answered with the same seeds are drawn together; `rows`, a number of its own for
+    each such set, keeps the rows that are drawn apart."""
+    gains = np.asarray(gains, float)
+    S, n = gains.shape[-2:]
+    groups = np.arange(n) if groups is None else groups
     sizes = np.bincount(groups).astype(float)
-    sums = np.stack([np.bincount(groups, line) for line in gains])  # [S, G]
-    of_seeds, of_groups = np.random.default_rng(seed), np.random.default_rng([seed, n])
-    means = np.empty(draws)
-    for i in range(draws):
-        some = of_seeds.integers(S, size=S)
-        counts = np.bincount(of_groups.integers(len(sizes), size=len(sizes)), minlength=len(sizes))
-        means[i] = (sums[some] @ counts).mean() / (sizes @ counts)
-    return means
+    sums = np.stack([np.bincount(groups, line) for line in gains.reshape(-1, n)])  # [... * S, G]
+    of_seeds, of_groups = np.random.default_rng(seed), np.random.default_rng([seed, n, rows])
+    seeds = np.concatenate([*draw_counts(S, draws, of_seeds)])  # [draws, S]
+    by_seed = np.concatenate(
+        [
+            counts @ sums.T / (counts @ sizes)[:, None]
+            for counts in draw_counts(len(sizes), draws, of_groups)
+        ]
+    )
+    means = np.einsum("dks,ds->kd", by_seed.reshape(draws, -1, S), seeds) / S
+    return means.reshape(*gains.shape[:-2], draws)
 
 
 def summary(by_seed: np.ndarray, drawn: np.ndarray, groups: int) -> Gain:
