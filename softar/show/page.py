@@ -24,13 +24,24 @@ def page(traces: list[Trace | Canvas], title: str = "softar") -> str:
         raise ValueError("no traces: a page shows at least one")
     data = [pack(trace) if isinstance(trace, Canvas) else to_json(trace) for trace in traces]
     data = "[" + ",\n".join(data).replace("<", "\\u003c") + "]"
-    parts = {
-        "title": html.escape(title).encode("ascii", "xmlcharrefreplace").decode(),
-        "data": data,
-    }
-    frame = files("softar.show").joinpath("page.html").read_text(encoding="utf-8")
-    # once, so that data may hold braces
-    return re.sub(r"\{\{(title|data)\}\}", lambda match: parts[match[1]], frame)
+    return filled(_file("page.html"), title=escaped(title), data=data)
+
+
+def filled(frame: str, **parts: str) -> str:
+    """A page: its frame with {{name}} replaced by each part, HTML, and {{look}} by the style that all
+    pages share."""
+    parts["look"] = _file("look.css").rstrip()
+    # once, so that parts may hold braces
+    return re.sub(r"\{\{(" + "|".join(parts) + r")\}\}", lambda match: parts[match[1]], frame)
+
+
+def escaped(text: str) -> str:
+    """Text as HTML, in ASCII."""
+    return html.escape(text).encode("ascii", "xmlcharrefreplace").decode()
+
+
+def _file(name: str) -> str:
+    return files("softar.show").joinpath(name).read_text(encoding="utf-8")
 
 
 def pack(canvas: Canvas) -> str:

@@ -6,6 +6,10 @@ from pathlib import Path
 
 from ..checks import check_writable
 
+# Without the hour, and with names that follow from what is drawn: the same plot is the same file
+METADATA = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+NAMES = {"svg.hashsalt": "softar"}
+
 
 @contextmanager
 def plot(file: str | Path, lines: int = 1, columns: int = 1, **options) -> Iterator[tuple]:
@@ -32,6 +36,7 @@ def plot(file: str | Path, lines: int = 1, columns: int = 1, **options) -> Itera
         for axes in panels.flat:
             axes.spines[["top", "right"]].set_visible(False)
         yield figure, panels
-        figure.savefig(file, dpi=150)
+        with matplotlib.rc_context(NAMES):
+            figure.savefig(file, dpi=150, metadata=METADATA.get(Path(file).suffix.lower()))
     finally:
         plt.close(figure)
