@@ -31,7 +31,7 @@ MODULES = $(shell ls softar/*.py softar/*/__init__.py softar/vllm/*.py softar/ta
 	sed -E 's,^(diffusion|rl)/,softar/\1/,; s,(/__init__)?[.]py$$,,; y,/,.,' | sort -u)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo evidence test test-rest test-newest check bench docs gpu gpu-wheels smollm2 gemma3 vllm clean
+.PHONY: help setup demo evidence report test test-rest test-newest check bench docs gpu gpu-wheels smollm2 gemma3 vllm clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -46,6 +46,9 @@ demo: setup ## train to think in soft tokens, compare with all else, write table
 
 evidence: setup ## what is left of the experiments of RESULTS.md, hours, to tests/evidence; X=X1 is one, ARGS=--list runs none
 	$(BIN)/python recipes/evidence.py $(if $(X),--experiment $(X)) $(ARGS)
+
+report: setup ## tables of the experiments' logs, into README.md and RESULTS.md, and a page of them in runs/evidence
+	$(BIN)/python recipes/evidence_report.py $(ARGS)
 
 TESTS = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: setup smollm2 vllm ## format, lint and the tests, but for those of test-rest

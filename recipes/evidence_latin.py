@@ -86,6 +86,19 @@ def data():
     return task, {"dev": rows.select(others[:DEV]), "test": test}
 
 
+def facts() -> dict[str, dict]:
+    """Of the test rows, and of the first of them, what the analysis has to know
+    (`evidence_logs.Rows`)."""
+    rows = data()[1]["test"]
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(square, len(numbers)) for square in rows["group"]]
+    of_test = rows_hash({"test": rows})["test_rows_hash"]
+    return {
+        name: dict(n=n, hash=of_test, groups=groups[:n])
+        for name, n in {"all": len(groups), f"first {CURVE}": min(CURVE, len(groups))}.items()
+    }
+
+
 def measure(unit: Unit) -> list[dict]:
     """Train an arm and decode with it: the lines of its log."""
     from softar.diffusion import load

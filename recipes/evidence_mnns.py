@@ -6,7 +6,7 @@ import io
 import tempfile
 from dataclasses import replace
 
-from softar.recipes.evidence_units import Unit, Watch, on_disk, read_rows, readouts
+from softar.recipes.evidence_units import Unit, Watch, on_disk, read_rows, readouts, rows_hash
 from softar.recipes.sft_soft import ROWS
 
 DIGITS = (4, 5, 6)
@@ -53,6 +53,23 @@ def data(digits: int):
         "dev": rows.select(range(dev)),
         "test": rows.select(range(dev, dev + test)),
     }
+
+
+def facts() -> dict[str, dict]:
+    """Of the test rows of each size, what the analysis has to know (`evidence_logs.Rows`). Beside all
+    rows those count whose answer is more than the parity of the digits' sum, S0 or S1."""
+    found = {}
+    for digits in reversed(DIGITS):
+        rows = data(digits)[1]["test"]
+        answers = [*rows["answer"]]
+        another = [answers[(i + 1) % len(answers)] for i in range(len(answers))]  # `of_another`
+        found[f"{digits} digits"] = dict(
+            n=len(answers),
+            hash=rows_hash({"test": rows})["test_rows_hash"],
+            beside=[i for i, answer in enumerate(answers) if answer not in ("S0", "S1")],
+            floor=sum(map(str.__eq__, answers, another)) / len(answers),
+        )
+    return found
 
 
 def measure(unit: Unit) -> list[dict]:

@@ -29,6 +29,7 @@ from softar.cli.inputs import MODELS
 from softar.cli.programs import PROGRAMS, run_program
 from softar.decoders.registry import parse_spec
 from softar.launch import LAUNCHED
+from softar.recipes.evidence_tables import without_regions
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (".", "softar", "softar/vllm", "diffusion", "rl", "recipes")
@@ -417,7 +418,9 @@ CLAIMS = {  # of the first page: where in RESULTS.md each stands
 
 
 def test_the_first_page_claims_what_was_measured():
-    assert {*re.findall(r"(?<!\d)\.\d{3}(?!\d)", PAGES["README.md"])} == {*CLAIMS}
+    by_hand = without_regions(PAGES["README.md"])  # the others: tests/test_evidence_report.py
+    figures = {*re.findall(r"(?<!\d)\.\d{3}(?!\d)", by_hand)}
+    assert figures == ({*CLAIMS} if by_hand == PAGES["README.md"] else set())
     lines = re.sub(r"\n(?! *[|*#]|\n)", " ", RESULTS)  # a paragraph on one line
     assert not [figure for figure, where in CLAIMS.items() if not re.search(where, lines)]
 

@@ -1,0 +1,243 @@
+"""What is claimed of each experiment of the evidence, and which numbers stand beside it: RESULTS.md,
+"Evidence: rules", as tables. An experiment is added by an entry in EVIDENCE, a region in RESULTS.md
+and `facts` in its module."""
+
+from typing import NamedTuple
+
+from softar.recipes.evidence_logs import Read
+
+MARGIN, EQUIVALENT = 0.03, 0.02
+
+
+class Part(NamedTuple):
+    """Mean accuracy of `ours` less that of `theirs`, over the same rows."""
+
+    ours: tuple[Read, ...]
+    theirs: tuple[Read, ...]
+    weight: float = 1.0
+
+
+class Claim(NamedTuple):
+    """A gain, which is the sum of its parts."""
+
+    about: str  # what the rules call it; the verdict on that is the verdict on all such claims
+    says: str  # ours less theirs, in words that no other claim of the experiment has
+    parts: tuple[Part, ...]
+    has_verdict: bool = True
+    brief: str = ""  # what README calls it, where it stands there
+
+
+class Grid(NamedTuple):
+    """Accuracies in a table, and as curves over its columns where `x` says what these are."""
+
+    name: str
+    corner: str
+    columns: tuple[str, ...]
+    lines: dict[str, tuple[Read, ...]]
+    x: str = ""
+    drawn: tuple[str, ...] = ()  # of the lines, where not all are drawn
+    apart: int = 0  # the last columns, up to which no line is drawn
+    floor: str = ""  # the heading of one more column, the floor of each line's rows
+
+
+class Evidence(NamedTuple):
+    title: str
+    verdicts: tuple[str, ...]  # `about` of the claims that the experiment is there for
+    claims: tuple[Claim, ...]
+    grids: tuple[Grid, ...]
+    seconds: dict[str, tuple[str, ...]]  # column of the first grid -> its lines, over seconds
+    gaps: dict[str, dict[str, str]]  # legend -> tick -> `says` of the claim drawn there
+    gaps_x: str
+    beside: str = ""  # what the rows are that `Rows.beside` marks
+    notes: tuple[str, ...] = ()  # what has to be known to read the tables
+
+
+def less(about: str, says: str, ours: Read, theirs: Read, brief: str = "", **options) -> Claim:
+    return Claim(about, says, (Part((ours,), (theirs,)),), brief=brief, **options)
+
+
+# X1
+
+SIZES = (6, 5, 4)  # digits
+DOSES = ("own", *(f"top {k}" for k in (16, 8, 4, 2, 1)), "another row's")
+WAYS = {  # of reading each arm; the first is what it was trained for
+    "no-cot": ("discrete",),
+    "discrete": ("discrete", "soft"),
+    "discrete-traces": ("discrete", "soft", "votes"),
+    "scheduled-sampling": ("discrete", "soft"),
+    "guided-soft": ("soft", "discrete"),
+    "trace-soft": ("soft", "discrete"),
+}
+
+
+def mnns(arm: str, digits: int = 6, way: str = "") -> Read:
+    return Read(f"{digits} digits", f"{arm}-{digits}", way or WAYS[arm][0])
+
+
+def mnns_less(arm: str, digits: int = 6, way: str = "", about: str = "beside", **options) -> Claim:
+    """trace-soft, read softly, less another arm."""
+    ours, theirs = mnns("trace-soft", digits), mnns(arm, digits, way)
+    return less(about, f"{digits} digits: less {arm}, {theirs.readout}", ours, theirs, **options)
+
+
+def mnns_dose(dose: str, **options) -> Claim:
+    ours, theirs = (mnns("trace-soft", 6, f"after {name}") for name in ("own", dose))
+    return less("dose", f"6 digits: after own thought less after {dose}", ours, theirs, **options)
+
+
+SAME_PATHS = {
+    6: mnns_less(
+        "discrete-traces",
+        about="primary",
+        brief="MNNS, 6 digits: trace-soft over discrete, same paths",
+    ),
+    5: mnns_less("discrete-traces", 5, about="curve", has_verdict=False),
+    4: mnns_less("discrete-traces", 4, about="curve", has_verdict=False),
+}
+X1 = Evidence(
+    title="MNNS with 4, 5 and 6 digits",
+    verdicts=("primary", "trend", "dose"),
+    claims=(
+        SAME_PATHS[6],
+        mnns_less("discrete-traces", way="votes"),
+        mnns_less("discrete-traces", way="soft"),
+        mnns_less("discrete"),
+        mnns_less("no-cot"),
+        mnns_less("scheduled-sampling", has_verdict=False),
+        mnns_less("guided-soft", has_verdict=False),
+        SAME_PATHS[5],
+        SAME_PATHS[4],
+        Claim(
+            "trend",
+            "less discrete-traces, discrete: at 6 digits less at 4",
+            (*SAME_PATHS[6].parts, SAME_PATHS[4].parts[0]._replace(weight=-1.0)),
+            brief="MNNS: that gain at 6 digits over that at 4",
+        ),
+        mnns_dose("another row's", brief="MNNS, 6 digits: own thought over another row's"),
+        mnns_dose("top 1"),
+    ),
+    grids=(
+        Grid(
+            "accuracy",
+            "trained as, read out",
+            tuple(f"{digits} digits" for digits in SIZES),
+            {
+                f"{arm}, {way}": tuple(mnns(arm, digits, way) for digits in SIZES)
+                for arm, ways in WAYS.items()
+                for way in ways
+            },
+        ),
+        Grid(
+            "dose",
+            "trace-soft, after a thought that is",
+            DOSES,
+            {
+                f"{digits} digits": tuple(mnns("trace-soft", digits, f"after {d}") for d in DOSES)
+                for digits in SIZES
+            },
+            x="what is left of each step of the thought",
+            apart=1,
+            floor="same answer by chance",
+        ),
+    ),
+    seconds={
+        f"{digits} digits": tuple(f"{arm}, {ways[0]}" for arm, ways in WAYS.items())
+        for digits in SIZES
+    },
+    gaps={"all rows": {f"{digits}": SAME_PATHS[digits].says for digits in reversed(SIZES)}},
+    gaps_x="digits; paths: 8, 16, 32",
+    beside="rows whose answer is not the parity of the sum",
+    notes=(
+        "One bit, the parity of the digits' sum, answers .535, .623 and .717 of the rows at 4, 5 and "
+        "6 digits, and 4 digits had fewer sequences and a third of the seconds: the trend is "
+        "confounded. So all gains stand also on the other rows.",
+        "A thought cut to one token a step is nothing that trace-soft was trained to read. Another "
+        "row's thought comes with the same answer as often as the last column of the doses says.",
+        "Nothing is claimed of a gain over scheduled-sampling and guided-soft, which were not tried "
+        "at the rate that they run with.",
+    ),
+)
+
+# X3
+
+FORWARDS = (4, 8, 12, 20)
+SOFT_ARMS = ("soft-mask", "soft-mask-1", "shuffled")
+DRAWN = (
+    "hard, hard",
+    "hard-long, hard",
+    "soft-mask, soft",
+    "soft-mask, hard",
+    "soft-mask-1, soft",
+    "shuffled, soft",
+)
+
+
+def latin(arm: str, way: str, forwards: int = 12) -> Read:
+    return Read("all" if forwards == 12 else "first 1000", arm, f"{way}, {forwards}")
+
+
+def latin_less(arm: str, way: str, words: str, forwards: int = 12, **options) -> Claim:
+    """soft-mask with k = 5, read softly, less another arm."""
+    options = dict(about="beside" if forwards == 12 else "curve") | options
+    return less(
+        says=f"{forwards} forwards: less {words}",
+        ours=latin("soft-mask", "soft", forwards),
+        theirs=latin(arm, way, forwards),
+        has_verdict=forwards == 12,
+        **options,
+    )
+
+
+CONTROLS = {  # of the curves
+    "k = 1": ("soft-mask-1", "soft", "k = 1"),
+    "hard-long": ("hard-long", "hard", "hard-long, hard"),
+    "the same, hard": ("soft-mask", "hard", "the same weights, hard"),
+}
+BRIEFS = {  # (control, forwards) -> what README calls it
+    ("k = 1", 12): "Latin squares, 12 forwards: soft masks of 5 over 1",
+    ("hard-long", 12): "Latin squares, 12 forwards: over longer hard training",
+    ("the same, hard", 12): "Latin squares, 12 forwards: soft over bare masks",
+    ("the same, hard", 20): "Latin squares, 20 forwards: soft over bare masks",
+}
+
+
+def latin_control(name: str, forwards: int) -> Claim:
+    options = {"about": "primary"} if (name, forwards) == ("k = 1", 12) else {}
+    brief = BRIEFS.get((name, forwards), "")
+    return latin_less(*CONTROLS[name], forwards, brief=brief, **options)
+
+
+X3 = Evidence(
+    title="Latin squares by masked diffusion",
+    verdicts=("primary",),
+    claims=(
+        *(latin_control(name, 12) for name in CONTROLS),
+        latin_less("shuffled", "soft", "shuffled"),
+        *(latin_control(name, n) for n in FORWARDS if n != 12 for name in CONTROLS),
+    ),
+    grids=(
+        Grid(
+            "forwards",
+            "trained as, read out",
+            tuple(f"{n} forwards" for n in FORWARDS),
+            {
+                f"{arm}, {way}": tuple(latin(arm, way, n) for n in FORWARDS)
+                for arm in ("hard", "hard-long", *SOFT_ARMS)
+                for way in (("soft", "hard") if arm in SOFT_ARMS else ("hard",))
+            },
+            x="forwards for 20 open cells",
+            drawn=DRAWN,
+        ),
+    ),
+    seconds={"12 forwards": tuple(name for name in DRAWN if name != "soft-mask, hard")},
+    gaps={
+        f"less {name}": {f"{n}": latin_control(name, n).says for n in FORWARDS} for name in CONTROLS
+    },
+    gaps_x="forwards for 20 open cells",
+    notes=(
+        "soft-mask mixes k = 5 tokens into each mask, soft-mask-1 the likeliest alone, shuffled the "
+        "belief about another row's slot. 12 forwards are read on all rows, the others on the first "
+        "1000.",
+    ),
+)
+EVIDENCE = {"X1": X1, "X3": X3}

@@ -1,0 +1,186 @@
+"""From the logs of an experiment to its gains and verdicts.
+
+Shapes: S seeds, n rows.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from softar.evals.intervals import number_groups
+from softar.evals.seeds import Gain, bootstrap_gains, summary
+from softar.recipes.evidence_claims import EQUIVALENT, MARGIN, Claim, Evidence, Grid, Part
+from softar.recipes.evidence_logs import Logs, Read, Rows
+
+RANK = ("refuted", "open", "supported")  # several claims together are as sure as the least sure
+
+
+class Result(NamedTuple):
+    claim: Claim
+    gain: Gain
+    beside: Gain | None  # on the rows that `Rows.beside` marks, where there are such
+    ours: float | None  # mean accuracies, of a claim with one part
+    theirs: float | None
+
+    @property
+    def verdict(self) -> str | None:
+        return self.gain.verdict(MARGIN) if self.claim.has_verdict else None
+
+    @property
+    def by_t(self) -> str | None:
+        """The verdict that t over the seeds gives."""
+        of_t = self.gain._replace(low=self.gain.t_low, high=self.gain.t_high)
+        return of_t.verdict(MARGIN) if self.claim.has_verdict else None
+
+    @property
+    def is_equivalent(self) -> bool:
+        return self.gain.is_equivalent(EQUIVALENT)
+
+
+class Cell(NamedTuple):
+    """Accuracy of a read-out."""
+
+    by_seed: np.ndarray  # [S]
+
+    @property
+    def mean(self) -> float:
+        return float(self.by_seed.mean())
+
+    @property
+    def sd(self) -> float | None:
+        return float(self.by_seed.std(ddof=1)) if len(self.by_seed) > 1 else None
+
+
+class Analysis(NamedTuple):
+    """All that is known of an experiment; no results where no seed is whole."""
+
+    name: str
+    evidence: Evidence
+    logs: Logs
+    results: dict[str, Result]  # by what the claim says
+    cells: dict[Read, Cell]
+
+    def verdict(self, about: str, by_t: bool = False) -> str:
+        """On all claims of that name: the least of theirs."""
+        of = [each for each in self.results.values() if each.claim.about == about]
+        return min((each.by_t if by_t else each.verdict for each in of), key=RANK.index)
+
+    def floor(self, grid: Grid, line: str) -> float | None:
+        return self.logs.rows[grid.lines[line][0].rows].floor
+
+
+def analyse(name: str, evidence: Evidence, logs: Logs, draws: int = 10_000) -> Analysis:
+    if not logs.whole:
+        return Analysis(name, evidence, logs, {}, {})
+    parts = {part._replace(weight=1.0): None for claim in evidence.claims for part in claim.parts}
+    scores = {read: logs.scores(read) for read in reads_of(evidence)}
+    gains = {part: mean(scores, part.ours) - mean(scores, part.theirs) for part in parts}
+    rows_of = {part: logs.rows[part.ours[0].rows] for part in parts}
+    every = drawn(gains, rows_of, draws)
+    some = {part: rows.beside for part, rows in rows_of.items() if rows.beside is not None}
+    few = {part: gains[part][:, mask] for part, mask in some.items()}
+    few_rows = {part: subset(rows_of[part], mask) for part, mask in some.items()}
+    beside = drawn(few, few_rows, draws)
+    results = {}
+    for claim in evidence.claims:
+        ours = theirs = None
+        if len(claim.parts) == 1:
+            (part,) = claim.parts
+            ours, theirs = (Cell(mean(scores, reads).mean(1)).mean for reads in part[:2])
+        on_some = all(part._replace(weight=1.0) in few for part in claim.parts)
+        results[claim.says] = Result(
+            claim,
+            combined(claim, gains, every, rows_of),
+            combined(claim, few, beside, few_rows) if on_some else None,
+            ours,
+            theirs,
+        )
+    cells = {read: Cell(each.mean(1)) for read, each in scores.items()}
+    return Analysis(name, evidence, logs, results, cells)
+
+
+def reads_of(evidence: Evidence) -> dict[Read, None]:
+    """All that the tables name, each once."""
+    of_claims = [reads for c in evidence.claims for part in c.parts for reads in part[:2]]
+    of_grids = [reads for grid in evidence.grids for reads in grid.lines.values()]
+    return dict.fromkeys(read for reads in of_claims + of_grids for read in reads)
+
+
+def mean(scores: dict[Read, np.ndarray], reads: tuple[Read, ...]) -> np.ndarray:
+    """[S, n] float, of several read-outs."""
+    return sum(scores[read].astype(float) for read in reads) / len(reads)
+
+
+def subset(rows: Rows, mask: np.ndarray) -> Rows:
+    groups = None if rows.groups is None else number_groups([*rows.groups[mask]])
+    return rows._replace(n=int(mask.sum()), groups=groups)
+
+
+def drawn(gains: dict[Part, np.ndarray], rows: dict[Part, Rows], draws: int) -> dict:
+    """Part -> [draws] of its mean gain; those over the same rows are drawn together."""
+    found, by_rows = {}, {}
+    for part in gains:
+        by_rows.setdefault(rows[part].number, []).append(part)
+    for number, parts in by_rows.items():
+        stack = np.stack([gains[part] for part in parts])
+        groups = rows[parts[0]].groups
+        found |= zip(parts, bootstrap_gains(stack, groups, draws=draws, rows=number))
+    return found
+
+
+def combined(claim: Claim, gains: dict, every: dict, rows: dict[Part, Rows]) -> Gain:
+    """The sum of a claim's parts, each with its weight."""
+    parts = {part._replace(weight=1.0): part.weight for part in claim.parts}
+    by_seed = sum(weight * gains[part].mean(1) for part, weight in parts.items())
+    means = sum(weight * every[part] for part, weight in parts.items())
+    return summary(by_seed, means, min(groups_of(rows[part]) for part in parts))
+
+
+def groups_of(rows: Rows) -> int:
+    return rows.n if rows.groups is None else int(rows.groups.max()) + 1
+
+
+# What the tables and the page say
+
+
+def points(value: float, sign: str = "+") -> str:
+    """In points of accuracy, with a sign."""
+    return f"{round(100 * value, 1) + 0.0:{sign}.1f}"
+
+
+def span(low: float, high: float) -> str:
+    return "" if math.isinf(low) else f"{points(low, '')} to {points(high, '')}"
+
+
+def share(value: float) -> str:
+    """An accuracy: .913"""
+    return f"{value:.3f}".removeprefix("0") if value < 1 else "1.000"
+
+
+def seeds_of(logs: Logs) -> str:
+    """Which seeds count: "all 8 seeds", "interim, 4 of 8 seeds: 0 to 2, 4"."""
+    if len(logs.whole) == len(logs.planned):
+        return f"all {len(logs.planned)} seeds"
+    some = f": {ranges(logs.whole)}" if logs.whole else ""
+    return f"interim, {len(logs.whole)} of {len(logs.planned)} seeds{some}"
+
+
+def ranges(numbers: list[int]) -> str:
+    """Rising whole numbers: "0 to 2, 4"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{r[0]} to {r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
+
+
+def verdicts_of(result: Result) -> str:
+    """ "supported, equivalent; by t: open" """
+    words = [] if result.verdict is None else [result.verdict]
+    if result.verdict is not None and result.is_equivalent:
+        words.append("equivalent")
+    said = ", ".join(words)
+    return said if result.by_t == result.verdict else f"{said}; by t {result.by_t}"

@@ -1,0 +1,140 @@
+"""The tables of the evidence in Markdown, and the regions of README.md and RESULTS.md that hold them."""
+
+import re
+import textwrap
+from pathlib import Path
+
+from softar.recipes.evidence_claims import Grid
+from softar.recipes.evidence_gains import (
+    Analysis,
+    Result,
+    points,
+    seeds_of,
+    share,
+    span,
+    verdicts_of,
+)
+from softar.results import write_whole
+
+WIDTH = 100
+BEGIN, END = "<!-- evidence: {} -->", "<!-- /evidence: {} -->"
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False))
+
+
+def head_of(analysis: Analysis) -> str:
+    """Which seeds count, and the verdicts."""
+    words = []
+    for about in analysis.evidence.verdicts:
+        verdict, by_t = analysis.verdict(about), analysis.verdict(about, by_t=True)
+        words.append(f"{about} {verdict}" + ("" if by_t == verdict else f" (by t {by_t})"))
+    seeds = seeds_of(analysis.logs)
+    failed = [name for name in analysis.logs.failed if is_counted(name, analysis)]
+    wrong = f" Failed, and so wrong in every row: {', '.join(failed)}." if failed else ""
+    return f"**{seeds[0].upper()}{seeds[1:]}. {'; '.join(words).capitalize()}.**{wrong}"
+
+
+def is_counted(name: str, analysis: Analysis) -> bool:
+    return int(name.rpartition("seed")[2]) in analysis.logs.whole
+
+
+def claims_table(analysis: Analysis) -> str:
+    has_beside = any(result.beside for result in analysis.results.values())
+    head = ["", "gain", "accuracy", "95 %", "t, 95 %", "verdict"]
+    head[5:5] = ["gain on other rows"] if has_beside else []
+    return table(head, [claim_line(each, has_beside) for each in analysis.results.values()])
+
+
+def claim_line(result: Result, has_beside: bool) -> list[str]:
+    gain, claim = result.gain, result.claim
+    says = f"*{claim.about}*, {claim.says}"
+    both = "" if result.ours is None else f"{share(result.ours)}, {share(result.theirs)}"
+    spans = span(gain.low, gain.high), span(gain.t_low, gain.t_high)
+    line = [says, points(gain.mean), both, *spans, verdicts_of(result)]
+    if has_beside:
+        some = result.beside
+        said = some and f"{points(some.mean)} ({span(some.low, some.high)})"
+        line.insert(5, said or "")
+    return line
+
+
+def grid_table(analysis: Analysis, grid: Grid) -> str:
+    lines = []
+    for name, reads in grid.lines.items():
+        cells = [analysis.cells[read] for read in reads]
+        spread = ["" if cell.sd is None else f" ± {share(cell.sd)}" for cell in cells]
+        line = [name, *(share(cell.mean) + sd for cell, sd in zip(cells, spread))]
+        if grid.floor:
+            line.append(share(analysis.floor(grid, name)))
+        lines.append(line)
+    return table([grid.corner, *grid.columns, *filter(None, [grid.floor])], lines)
+
+
+def about_of(analysis: Analysis) -> str:
+    """How the table of claims is read."""
+    about = (
+        "Gains in points of accuracy. 95 %: bootstrap over seeds and groups of rows; t: over seeds."
+    )
+    about += " Accuracy: of both. Without a verdict: beside the claims and for the curves."
+    beside = analysis.evidence.beside
+    return f"{about} Other rows: {beside}." if beside else about
+
+
+def region_of(analysis: Analysis) -> str:
+    """What stands in RESULTS.md of an experiment."""
+    evidence = analysis.evidence
+    if not analysis.logs.whole:
+        return f"No seed is whole yet, of {len(analysis.logs.planned)}."
+    tables = [grid_table(analysis, grid) for grid in evidence.grids]
+    notes = "\n".join(wrapped(f"* {note}").replace("\n", "\n  ") for note in evidence.notes)
+    parts = [
+        wrapped(head_of(analysis)),
+        wrapped(about_of(analysis)),
+        claims_table(analysis),
+        *tables,
+        notes,
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+# Regions
+
+
+def rewritten(text: str, name: str, body: str, page: str) -> str:
+    """The page with what stands between the marks of a region replaced.
+
+    Raises:
+        ValueError: unless the page has these marks, once.
+    """
+    begin, end = BEGIN.format(name), END.format(name)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(
+            f"{page} has no region {name!r}: put the lines {begin} and {end} where it shall stand"
+        )
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n{body}\n{end}{after}"
+
+
+def has_region(text: str, name: str) -> bool:
+    return BEGIN.format(name) in text
+
+
+def without_regions(text: str) -> str:
+    return re.sub(r"<!-- evidence: (.*?) -->.*?<!-- /evidence: \1 -->", "", text, flags=re.DOTALL)
+
+
+def update(file: Path, regions: dict[str, str], write: bool) -> bool:
+    """Are these regions of a page what they should be? With `write` they are, afterwards."""
+    old = new = file.read_text(encoding="utf-8")
+    for name, body in regions.items():
+        new = rewritten(new, name, body, file.name)
+    if write and new != old:
+        write_whole(file, new)
+    return new == old

@@ -1,0 +1,425 @@
+"""What the logs of the evidence come to: gains and verdicts on made-up logs, the page, the regions of
+README.md and RESULTS.md."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from softar.evals.seeds import Gain, bootstrap_gains
+from softar.recipes import evidence, evidence_latin, evidence_mnns, evidence_report
+from softar.recipes.evidence_claims import EVIDENCE, Claim, Evidence, Grid, Part
+from softar.recipes.evidence_gains import Analysis, Result, analyse, ranges, reads_of, verdicts_of
+from softar.recipes.evidence_logs import Read, read_logs, read_rows_of, rows_from
+from softar.recipes.evidence_page import page_of
+from softar.recipes.evidence_readme import LEAST, line_of, losses, update_readme
+from softar.recipes.evidence_tables import (
+    BEGIN,
+    END,
+    claims_table,
+    region_of,
+    rewritten,
+    without_regions,
+)
+from softar.recipes.evidence_units import read_rows
+from softar.show.plots import plot
+
+ROOT = Path(evidence.ROOT)
+MODULES = {"X1": evidence_mnns, "X3": evidence_latin}
+SIZES = {"X1": (12, 8, 9), "X3": (14, 9)}
+DRAWS = 300
+
+
+def facts(name):
+    """Few rows for each name that the experiment's claims have."""
+    names = dict.fromkeys(read.rows for read in reads_of(EVIDENCE[name]))
+    return {
+        rows: dict(n=n, groups=[i // 2 for i in range(n)])
+        if name == "X3"
+        else dict(n=n, beside=[0, 2, 3], floor=0.25)
+        for rows, n in zip(names, SIZES[name], strict=True)
+    }
+
+
+def write_log(folder, setting, seed, lines, **first):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [dict(setting=setting, seed=seed, processor_seconds=9.0) | first, *lines]
+    (folder / f"{setting}-seed{seed}.json").write_text(json.dumps({"rows": rows}))
+
+
+def made_up(folder, name, seeds=2, share=0.6, **first):
+    """Whole seeds of an experiment, drawn."""
+    rng, evidence_of, module = np.random.default_rng(0), EVIDENCE[name], MODULES[name]
+    for seed in module.SEEDS[:seeds]:
+        for setting in module.SETTINGS:
+            lines = [
+                read_rows(read.readout, "test", rng.random(facts(name)[read.rows]["n"]) < share, 7)
+                for read in reads_of(evidence_of)
+                if read.setting == setting
+            ]
+            write_log(folder / name, setting, seed, lines, **first)
+    rows = {each: facts(each) for each in EVIDENCE}
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+# Two arms that answer four rows
+
+
+A, B = Read("rows", "a", "soft"), Read("rows", "b", "soft")
+FAR_A, FAR_B = Read("far", "a", "far"), Read("far", "b", "far")
+ROWS = {"rows": rows_from(dict(n=4, beside=[0, 3])), "far": rows_from(dict(n=2), 1)}
+NEAR, FAR = Part((A,), (B,)), Part((FAR_A,), (FAR_B,), -1.0)
+SMALL = Evidence(
+    "two arms",
+    ("primary", "trend"),
+    (Claim("primary", "a less b", (NEAR,)), Claim("trend", "near less far", (NEAR, FAR))),
+    (Grid("grid", "arm", ("rows",), {"a": (A,), "b": (B,)}),),
+    {},
+    {"all rows": {"1": "a less b"}},
+    "tick",
+)
+
+
+def small(folder, scores, seeds=range(2), **first):
+    """Analysis of the answers {(setting, seed): (near, far)}."""
+    for (setting, seed), (near, far) in scores.items():
+        lines = [read_rows("soft", "test", near, None), read_rows("far", "test", far, None)]
+        write_log(folder, setting, seed, lines, **first)
+    return analyse("X", SMALL, read_logs(folder, ["a", "b"], seeds, ROWS), DRAWS)
+
+
+def test_gains_are_those_computed_by_hand(tmp_path):
+    scores = {
+        ("a", 0): ([1, 1, 1, 0], [1, 0]),
+        ("b", 0): ([1, 0, 0, 0], [0, 0]),
+        ("a", 1): ([1, 1, 0, 1], [1, 1]),
+        ("b", 1): ([0, 1, 0, 0], [1, 0]),
+    }
+    found = small(tmp_path, scores)
+    primary, trend = found.results.values()
+    assert primary.gain.mean == 0.5 and (primary.ours, primary.theirs) == (0.75, 0.25)
+    # rows 0 and 3: 0 and 0, then 1 and 1
+    assert primary.beside.mean == 0.5 and primary.beside.groups == 2
+    assert trend.gain.mean == 0.0 and trend.beside is None  # 2 / 4 and 2 / 4, less 1 / 2 and 1 / 2
+    assert primary.gain.t_low == primary.gain.t_high == 0.5  # both seeds gain 2 of 4
+    assert found.cells[A].by_seed.tolist() == [0.75, 0.75]
+
+
+def test_arms_that_are_the_same_are_equivalent(tmp_path):
+    near, far = [1, 0, 1, 0], [1, 0]
+    found = small(tmp_path, {(arm, seed): (near, far) for arm in "ab" for seed in (0, 1)})
+    for result in found.results.values():
+        assert result.gain[:7] == (0.0,) * 7
+        assert verdicts_of(result) == "refuted, equivalent"
+    assert found.verdict("primary") == "refuted"
+
+
+def test_a_unit_that_failed_is_wrong_in_every_row(tmp_path):
+    good = ([1, 1, 1, 1], [1, 1])
+    scores = {(arm, seed): good for arm in "ab" for seed in (0, 1)}
+    small(tmp_path, scores)
+    write_log(tmp_path, "a", 1, [], failed="the loss is nan")
+    found = small(tmp_path, {("a", 0): good})
+    primary, _ = found.results.values()
+    assert primary.gain.mean == -0.5 and found.cells[A].by_seed.tolist() == [1.0, 0.0]
+    assert "Failed, and so wrong in every row: a-seed1." in " ".join(region_of(found).split())
+
+
+def test_a_seed_that_is_not_whole_is_left_out_and_named(tmp_path):
+    one, none = ([1, 1, 1, 1], [1, 1]), ([0, 0, 0, 0], [0, 0])
+    found = small(tmp_path, {("a", 0): one, ("b", 0): one, ("a", 1): none}, range(3))
+    assert found.logs.whole == [0] and found.logs.missing == {1: ["b"]}
+    assert found.results["a less b"].gain.mean == 0.0
+    assert region_of(found).startswith("**Interim, 1 of 3 seeds: 0.")
+    # of one seed t tells nothing
+    assert found.results["a less b"].by_t == "open" and "| a less b" not in region_of(found)
+    empty = small(tmp_path / "none", {("a", 1): one}, range(3))
+    assert region_of(empty) == "No seed is whole yet, of 3." and not empty.results
+    assert "Left out: seed 1, which lacks b." in page_of({"X": empty})
+
+
+def test_claims_of_several_parts_draw_their_rows_apart_and_their_seeds_together():
+    rng = np.random.default_rng(0)
+    same = np.repeat(rng.integers(-1, 2, size=(3, 1)), 8, axis=1)  # all of a gain is its seed's
+    one, other = (bootstrap_gains(same, draws=50, rows=rows) for rows in (0, 1))
+    assert np.array_equal(one, other)
+    of_rows = np.repeat(rng.integers(-1, 2, size=(1, 8)), 3, axis=0)
+    one, other = (bootstrap_gains(of_rows, draws=50, rows=rows) for rows in (0, 1))
+    assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_many_gains_are_drawn_as_each_by_itself_row_by_row(grouped):
+    rng, S, n = np.random.default_rng(1), 3, 10
+    gains = rng.integers(-1, 2, size=(2, S, n)).astype(float)
+    groups = np.arange(n) // 3 if grouped else np.arange(n)
+    found = bootstrap_gains(gains, groups if grouped else None, draws=40, seed=5)
+    of_seeds, of_groups = np.random.default_rng(5), np.random.default_rng([5, n, 0])
+    for i in range(40):
+        seeds = of_seeds.integers(S, size=S)
+        some = of_groups.integers(groups.max() + 1, size=groups.max() + 1)
+        rows = np.concatenate([np.flatnonzero(groups == group) for group in some])
+        for k in range(2):
+            assert found[k, i] == pytest.approx(gains[k][seeds][:, rows].mean())
+
+
+def test_several_claims_are_as_sure_as_the_least_sure(tmp_path):
+    def result(mean, low, high):
+        gain = Gain(mean, low, high, low, high, low, high, 8, 600)
+        return Result(Claim("dose", f"{mean}", ()), gain, None, None, None)
+
+    supported, open_, refuted = (
+        result(0.1, 0.05, 0.2),
+        result(0.1, -0.1, 0.2),
+        result(-0.1, -0.2, 0),
+    )
+    for some, verdict in (
+        ((supported, supported), "supported"),
+        ((supported, open_), "open"),
+        ((open_, refuted, supported), "refuted"),
+    ):
+        of = Analysis("X", SMALL, None, {str(i): each for i, each in enumerate(some)}, {})
+        assert of.verdict("dose") == verdict
+    assert "none of these" in losses([supported, open_, refuted])
+    lost = result(-0.1, -0.2, -0.05)
+    assert losses([supported, lost]).endswith("(-10.0).")
+    by_t = Result(supported.claim, supported.gain._replace(t_low=-1.0), None, None, None)
+    assert verdicts_of(by_t) == "supported; by t open"
+
+
+@pytest.mark.parametrize(
+    "numbers, words", [([0], "0"), ([0, 1, 2, 4], "0 to 2, 4"), ([1, 3, 4], "1, 3 to 4"), ([], "")]
+)
+def test_ranges(numbers, words):
+    assert ranges(numbers) == words
+
+
+# Claims of the rules
+
+
+def test_each_claim_reads_what_units_answer():
+    rows = read_rows_of(ROOT / evidence.LOGS)
+    for name, each in EVIDENCE.items():
+        says = [claim.says for claim in each.claims]
+        assert len({*says}) == len(says)
+        for read in reads_of(each):
+            assert read.setting in MODULES[name].SETTINGS and read.rows in rows[name]
+        assert {about for about in each.verdicts} <= {claim.about for claim in each.claims}
+        assert {s for line in each.gaps.values() for s in line.values()} <= {*says}
+        for claim in each.claims:  # README's lines are no longer than its width
+            gain = Gain(*[-0.1] * 7, 8, 600)
+            shown = Result(claim, gain._replace(t_low=-0.2, high=0.1), None, 0.5, 0.5)
+            assert len(" | ".join(line_of(shown))) + 4 <= 120, claim.brief
+
+
+@pytest.mark.rest
+def test_what_is_known_of_the_rows_is_so(tmp_path):
+    file = evidence_report.write_rows(tmp_path / "rows.json")
+    there = json.loads((ROOT / evidence.LOGS / "rows.json").read_text())
+    assert json.loads(file.read_text()) == there
+    of = {name: facts["floor"] for name, facts in there["X1"].items()}
+    assert of == {"6 digits": 0.305, "5 digits": 0.255, "4 digits": 0.225}
+    assert there["X3"]["all"]["hash"] == "5dfc82ffff8d2dac"
+
+
+# What is written
+
+
+def everything(folder):
+    return evidence_report.analyses_of(folder, [*EVIDENCE])
+
+
+def test_the_pages_say_what_the_logs_come_to():
+    """Of README.md and RESULTS.md of this checkout. Where this fails: `make report`."""
+    found = everything(ROOT / evidence.LOGS)
+    wrong = evidence_report.update_pages(ROOT, found, write=False)
+    assert not wrong, f"{wrong} do not say what the logs come to: run make report"
+
+
+def copy_of_pages(folder):
+    """README.md and RESULTS.md as they are, with logs of two seeds of X1 and one of X3."""
+    made_up(made_up(folder / "logs", "X1"), "X3", seeds=1)
+    for page in evidence_report.PAGES:
+        (folder / page).write_text((ROOT / page).read_text())
+    return folder
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return copy_of_pages(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """The same, after a report that switched README."""
+    folder = copy_of_pages(tmp_path_factory.mktemp("reported"))
+    assert report(folder, "--readme") == 0
+    return folder
+
+
+def report(folder, *options):
+    paths = ["--logs", folder / "logs", "--pages", folder, "--output", folder / "out"]
+    with pytest.raises(SystemExit) as end:
+        evidence_report.main([*map(str, paths), *options])
+    return end.value.code
+
+
+def test_the_report_writes_pages_and_plots(reported):
+    pages = {page: (reported / page).read_text() for page in evidence_report.PAGES}
+    assert "Interim, 2 of 8 seeds: 0 to 1" in pages["RESULTS.md"]
+    assert without_regions(pages["RESULTS.md"]) == without_regions(
+        (ROOT / "RESULTS.md").read_text()
+    )
+    assert len(pages["README.md"].splitlines()) <= 120
+    for page, limit in (("README.md", 120), ("RESULTS.md", 200)):
+        assert max(map(len, pages[page].splitlines())) <= limit
+    screen = " ".join(pages["README.md"].split("```bash")[0].split())
+    assert "**Where soft loses:**" in screen and "points" in screen  # before any command
+    pngs = [file.read_bytes() for file in (reported / "out").glob("*.png")]
+    assert len(pngs) == 6 and all(png.startswith(b"\x89PNG") for png in pngs)
+    # and a second time it finds nothing to do
+    assert evidence_report.update_pages(reported, everything(reported / "logs"), write=False) == []
+
+
+def test_the_order_of_files_changes_nothing(tmp_path, checkout, monkeypatch):
+    scores = {(arm, seed): ([1, seed, 1, 0], [1, 0]) for arm in "ab" for seed in (0, 1)}
+    page = page_of({"X": small(tmp_path / "small", scores)})
+    numbers = evidence_report.as_json(everything(checkout / "logs"))
+    glob = Path.glob  # in the order of the disk
+    monkeypatch.setattr(Path, "glob", lambda *a: iter(sorted(glob(*a), reverse=True)))
+    assert evidence_report.as_json(everything(checkout / "logs")) == numbers
+    assert page_of({"X": small(tmp_path / "small", scores)}) == page
+
+
+class Tags(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_page_asks_for_nothing_and_says_what_its_curves_show(reported):
+    found = everything(reported / "logs")
+    text = (reported / "out" / "page.html").read_text()
+    tags = Tags(text).found
+    ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
+    assert len({*ids}) == len(ids)
+    assert not re.search(r"""(src|href)=["']?(https?:|//)|<script|@import|url\(["']?http""", text)
+    assert {attrs["href"] for tag, attrs in tags if tag == "a"} <= {f"#{name}" for name in ids}
+    pictures = [attrs["aria-label"] for _, attrs in tags if attrs.get("role") == "img"]
+    assert len(pictures) == sum(tag == "svg" for tag, _ in tags) == 8
+    own = found["X1"].cells[Read("6 digits", "trace-soft-6", "after own")].mean
+    assert any(f"{own:.3f}".removeprefix("0") in alt for alt in pictures)
+    # colours come from the scheme alone
+    assert not re.findall("#[0-9a-f]{6}", "".join(re.findall("<svg.*?</svg>", text, re.DOTALL)))
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+    for line in claims_table(found["X1"]).splitlines()[2:]:
+        assert f">{line.split('|')[2].strip()}<" in text
+
+
+def test_numbers_as_json(checkout, capsys):
+    before = (checkout / "RESULTS.md").read_text()
+    assert report(checkout, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["X1"]["whole"] == [0, 1] and found["X3"]["seeds"] == "interim, 1 of 16 seeds: 100"
+    one = found["X3"]["claims"][0]
+    assert one["about"] == "primary" and one["gain"]["t_low"] is None
+    assert one["ours"] - one["theirs"] == pytest.approx(one["gain"]["mean"])
+    assert (checkout / "RESULTS.md").read_text() == before and not (checkout / "out").exists()
+
+
+def test_readme_keeps_its_table_until_enough_seeds_are_whole(tmp_path):
+    readme = tmp_path / "README.md"
+    old = "# softar\n\n```bash\nsoftar\n```\n\n## Does it help?\n\nold\n\n## Where\n"
+    for seeds in (1, 2):
+        readme.write_text(old)
+        logs = made_up(tmp_path / f"logs{seeds}", "X1", seeds=seeds)
+        found = {"X1": everything(logs)["X1"]}
+        assert update_readme(readme, found, write=True) and readme.read_text() == old
+        if seeds < LEAST["X1"]:
+            with pytest.raises(ValueError, match="X1 has 1 whole seeds, README's table needs 2"):
+                update_readme(readme, found, write=True, switch=True)
+            continue
+        assert not update_readme(readme, found, write=True, switch=True)
+        text = readme.read_text()
+        assert "old" not in text and text.endswith("## Where\n")
+        assert update_readme(readme, found, write=True, switch=True) and readme.read_text() == text
+
+
+def test_a_region_is_replaced_and_nothing_else():
+    page = f"a\n{BEGIN.format('X1')}\nold\n{END.format('X1')}\nb\n"
+    new = rewritten(page, "X1", "new", "RESULTS.md")
+    assert new == page.replace("old", "new") and without_regions(new) == "a\n\nb\n"
+    for wrong in ("a\n", page + page, page.replace(END.format("X1"), "")):
+        with pytest.raises(ValueError, match=r"RESULTS.md has no region 'X1': put the lines"):
+            rewritten(wrong, "X1", "new", "RESULTS.md")
+
+
+# Bad input
+
+
+def damaged(folder, what):
+    file = folder / "X1" / "trace-soft-6-seed0.json"
+    log = json.loads(file.read_text())
+    if what == "rows":
+        log["rows"][1:] = [read_rows("soft", "test", [1] * 11, 7)]
+    elif what == "hash":
+        log["rows"][0]["test_rows_hash"] = "0123"
+        rows = json.loads((folder / "rows.json").read_text())
+        rows["X1"]["6 digits"]["hash"] = "4567"
+        (folder / "rows.json").write_text(json.dumps(rows))
+    elif what == "seed":
+        log["rows"][0]["seed"] = 999
+    elif what == "experiment":
+        (folder / "X9").mkdir()
+    elif what == "facts":
+        (folder / "rows.json").unlink()
+    file.write_text("{" if what == "half" else json.dumps(log))
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("rows", r"trace-soft-6-seed0.json: readout='soft', split='test', rows=12: the log has 0"),
+        ("hash", r"trace-soft-6-seed0.json: answers the rows 0123, the experiment has 4567"),
+        ("seed", r"trace-soft-6-seed0.json says that it is 'trace-soft-6' with seed 999"),
+        ("half", r"trace-soft-6-seed0.json is no log of a unit"),
+        ("experiment", r"X9 is of no experiment that there is, \['X1'"),
+        ("facts", r"there is no rows.json in it"),
+    ],
+)
+def test_logs_that_do_not_fit_are_named(what, message, checkout, capsys):
+    damaged(checkout / "logs", what)
+    before = (checkout / "RESULTS.md").read_text()
+    assert report(checkout) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+    assert (checkout / "RESULTS.md").read_text() == before
+
+
+def test_wrong_arguments_are_named(tmp_path, checkout, capsys):
+    assert report(checkout, "--experiment", "X9") == 2
+    assert "experiment='X9' is unknown" in capsys.readouterr().err
+    assert report(tmp_path / "nowhere") == 2
+    assert "there are no logs in it; make evidence writes them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["svg", "pdf", "png"])
+def test_the_same_plot_is_the_same_file(kind, tmp_path, monkeypatch):
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    files = []
+    for year in (2000, 2001):
+        monkeypatch.setattr("time.time", lambda year=year: 1e9 + year)
+        file = tmp_path / f"{year}.{kind}"
+        with plot(file) as (_, axes):
+            axes[0, 0].plot([1, 2], [3, 4], "o", label="line")
+        files.append(file.read_bytes())
+    assert files[0] == files[1]
+    assert b"<dc:date>" not in files[0] and b"CreationDate" not in files[0]
