@@ -12,6 +12,7 @@ _HOME = {
     "DenoiseConfig": "softar.diffusion.config",
     "DenoiseOutput": "softar.diffusion.loop",
     "denoise": "softar.diffusion.loop",
+    "log_probs": "softar.diffusion.replay",
     "label_probs": "softar.diffusion.constraints",
     "SCHEDULES": "softar.diffusion.schedules",
     "SELECTORS": "softar.diffusion.select",

@@ -35,6 +35,8 @@ class BlockCausal(Masked):
         input_ids: Tensor,
         real: Tensor,
         draws: Draws,
+        *,
+        record: bool = False,
     ):
         """input_ids: [B, P]; real: [B, P] bool, what is not padding."""
         check_blocks(config, facts)
@@ -47,7 +49,7 @@ class BlockCausal(Masked):
             self.grid = Grid(real, config.gen_length, length, at=at, whole=not quirks.short_last)
         self.eos_id = facts.eos_id
         self.first_from_store = quirks.first_from_store and facts.shift == 1
-        super().__init__(config, net, facts, input_ids, real, draws)
+        super().__init__(config, net, facts, input_ids, real, draws, record=record)
         self.number: int | None = None  # of the block of the grid that is being decoded
         # [B] rows in which a step has put an end token
         self.filled = torch.zeros_like(self.canvas.masked[:, 0])
@@ -65,6 +67,9 @@ class BlockCausal(Masked):
 
     def _reader(self, net: Parts, facts: Facts, real: Tensor) -> Reader:
         return BlockReader(net, facts, self.config, self.grid, self.canvas.fixed)
+
+    def _block_numbers(self, real: Tensor) -> Tensor:
+        return self.grid.numbers
 
     def blocks(self) -> Iterable[Block]:
         """Those that hold a mask when their turn comes. A row shares its steps among the blocks that

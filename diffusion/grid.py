@@ -56,6 +56,13 @@ class Grid:
         column = torch.arange(self.length, device=self.origin.device)
         return column == self.begin[:, None]
 
+    @property
+    def numbers(self) -> Tensor:
+        """[B, L] int64, the block of each column, -1 of those that are none of the row's."""
+        column = torch.arange(self.length, device=self.origin.device)
+        there = (column >= self.begin[:, None]) & (column < self.stop[:, None])
+        return ((column - self.origin[:, None]) // self.b).masked_fill(~there, -1)
+
     def places(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """Places [lo, hi) -> their columns [B, hi - lo], and which there are, bool; the columns of
         others lie somewhere on the canvas."""

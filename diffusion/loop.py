@@ -31,6 +31,7 @@ from .config import DenoiseConfig
 from .masked import Masked
 from .net import READS_PADDING, Facts, Parts, facts, parts, plain
 from .process import Process
+from .record import Recorder, Trajectory, check_recordable
 from .renoised import PARITY as RENOISED
 from .renoised import Renoised
 from .schedules import Block
@@ -56,6 +57,7 @@ class DenoiseOutput:
     seconds: float
     # canvases [B, L] before each forward, and the last; with history=True
     states: list[Tensor] | None
+    trajectory: Trajectory | None = None  # with record=True
 
     @property
     def completions(self) -> Tensor:
@@ -63,6 +65,7 @@ class DenoiseOutput:
         return self.sequences[:, self.prompt_length :]
 
 
+# Wide because a caller may want each of four things beside what is decoded, and none is of the others
 @delegates(DenoiseConfig, but=["dilation", "eps"])
 @torch.no_grad()
 def denoise(
@@ -75,6 +78,7 @@ def denoise(
     callback: Callable[[dict], None] | None = None,
     streamer: Streamer | None = None,
     history: bool = False,
+    record: bool = False,
     **kwargs,
 ) -> DenoiseOutput:
     """Fill masks.
@@ -100,6 +104,9 @@ def denoise(
         streamer: a transformers streamer, for one row: finished blocks are put; a
             TextDiffusionStreamer gets the canvas of each forward as a draft.
         history: keep the canvas before each forward.
+        record: keep what `softar.diffusion.replay` needs to score what was drawn: which forward
+            decided each token, and the mixtures that it read. Refused for decodes whose draws have
+            no probability of their own (`record.check_recordable`).
         kwargs: fields of DenoiseConfig by name, which override those of `config`:
             denoise(model, **inputs, steps=8, soften="soft-token").
 
@@ -114,7 +121,7 @@ def denoise(
     started = time.perf_counter()
     model_facts, net = facts(model), parts(model)
     check_ids("input_ids", input_ids, 2, model_facts.vocab_size, "softar.diffusion.denoise")
-    check_values(denoise, callback=callback, streamer=streamer, history=history)
+    check_values(denoise, callback=callback, streamer=streamer, history=history, record=record)
     fields = check_fields(DenoiseConfig, kwargs, denoise)
     config = DenoiseConfig() if config is None else made(DenoiseConfig, config)
     config = replace(config, **fields)
@@ -126,10 +133,14 @@ def denoise(
             f"{type(plain(model)).__name__} reads padding as if it were text: give rows of one length"
         )
     draws = Draws(rng, len(input_ids), input_ids.device)
-    process = _process_of(model_facts, config)(config, net, model_facts, input_ids, real, draws)
-    blocks, canvas = process.blocks(), process.canvas
+    how = dict(record=True) if record else {}
+    if record:
+        check_recordable(config, model_facts)
+    mk_process = _process_of(model_facts, config)
+    process = mk_process(config, net, model_facts, input_ids, real, draws, **how)
+    blocks = process.blocks()
 
-    audience = Audience(canvas, callback, streamer, history)
+    audience = Audience(process.canvas, callback, streamer, history)
     audience.begin(input_ids)
     with evaluating(model):
         for block in blocks:
@@ -145,6 +156,14 @@ def denoise(
             audience.after_block(block)
     audience.before_forwards(process.reader.forwards + 1)
     audience.end()
+    recorder = process.recorder if record else None
+    return _output(process, audience.states, recorder, time.perf_counter() - started)
+
+
+def _output(
+    process: Process, states: list[Tensor] | None, recorder: Recorder | None, seconds: float
+) -> DenoiseOutput:
+    canvas = process.canvas
     width = canvas.width
     return DenoiseOutput(
         canvas.ids[:, :width],
@@ -156,8 +175,9 @@ def denoise(
         process.row_forwards,
         process.row_stores,
         process.reader.positions,
-        time.perf_counter() - started,
-        audience.states and [ids[:, :width] for ids in audience.states],
+        seconds,
+        states and [ids[:, :width] for ids in states],
+        recorder and recorder.trajectory(),
     )
 
 

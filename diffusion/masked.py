@@ -20,6 +20,7 @@ from .net import Facts, Parts
 from .process import report
 from .proposals import Proposer
 from .reader import Reader, Window, with_answer
+from .record import Recorder
 from .remask import remask
 from .revise import Recall
 from .schedules import Block, Rule, Step
@@ -49,6 +50,8 @@ class Masked:
         input_ids: Tensor,
         real: Tensor,
         draws: Draws,
+        *,
+        record: bool = False,
     ):
         """input_ids: [B, P]; real: [B, P] bool, what is not padding."""
         self.config, self.draws = config, draws
@@ -62,6 +65,8 @@ class Masked:
         self.propose = Proposer(
             config, facts, self.end_ids, draws, with_entropy=self.softener.wants_entropy
         )
+        # of a decode that is to be replayed
+        self.recorder = Recorder(canvas, self._block_numbers(real)) if record else None
 
     def _canvas(self, input_ids: Tensor, facts: Facts) -> Canvas:
         return Canvas(input_ids, self.config.gen_length, facts.mask_id)
@@ -69,6 +74,11 @@ class Masked:
     def _reader(self, net: Parts, facts: Facts, real: Tensor) -> Reader:
         check_idle(self.config, IDLE if not self.quirks.lenient else ())
         return Reader(net, facts, self.config, with_answer(real, self.config), self.canvas.fixed)
+
+    def _block_numbers(self, real: Tensor) -> Tensor:
+        """[B, L] int64, in which of the model's own blocks a column lies, -1 in none; a model that
+        reads the whole canvas has one."""
+        return with_answer(real, self.config).long() - 1
 
     def blocks(self) -> Iterable[Block]:
         if self.quirks.grid is not None:
@@ -120,6 +130,8 @@ class Masked:
             surer = canvas.decoded & (certain > canvas.confidence)
             commit = commit | (surer & (proposal != canvas.mask_id))
         canvas.commit(block, commit, drop, proposal, certain, reader.forwards - 1)
+        if self.recorder is not None:
+            self.recorder.note(reader, commit)
         canvas.watch(score + prob, rows)  # some selectors look at no logit
         where, soft = self._soften(belief, rows, cols, window, busy)
         believed = asked, lambda here: belief.logits[here]
@@ -167,7 +179,10 @@ class Masked:
         embedding = self.reader.net.embedding
         slots = Slots(belief, canvas.ids[rows, cols], masked, share, canvas.mask_id, embedding)
         shows = masked | (softener.decoded & canvas.decoded[rows, cols])
-        return self.reader.soften(softener(slots), shows, rows, cols, window, busy)
+        where, soft = self.reader.soften(softener(slots), shows, rows, cols, window, busy)
+        if self.recorder is not None:
+            self.recorder.shows(where, soft)
+        return where, soft
 
 
 def mk_rule(config: DenoiseConfig, block: Block, draws: Draws) -> Rule:

@@ -26,6 +26,12 @@ class Proposals(NamedTuple):
     prob: Tensor
 
 
+def never_proposed(config: DenoiseConfig, facts: Facts) -> list[int]:
+    """The tokens that are left out of every belief."""
+    ids = [] if config.quirks.proposes_mask else [facts.mask_id]
+    return ids + [facts.eos_id] * (config.ban_eos and facts.eos_id is not None)
+
+
 class Proposer:
     """Makes proposals as a configuration says. with_entropy: somebody will ask for the belief's."""
 
@@ -48,10 +54,8 @@ class Proposer:
     def __call__(self, logits: Tensor, asked: Tensor, block: Block) -> Proposals:
         """logits: [n, V] of the positions `asked` [B, L] bool, changed in place."""
         config, quirks = self.config, self.quirks
-        if not quirks.proposes_mask:
-            logits[:, self.facts.mask_id] = torch.finfo(logits.dtype).min
-        if config.ban_eos and self.facts.eos_id is not None:
-            logits[:, self.facts.eos_id] = torch.finfo(logits.dtype).min
+        for token in never_proposed(config, self.facts):
+            logits[:, token] = torch.finfo(logits.dtype).min
         belief = scored = Belief(logits, with_entropy=self.with_entropy)
         token, dist = self._propose(belief, asked, block)
         if quirks.filtered_score and self.is_filtered:

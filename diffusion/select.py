@@ -159,6 +159,9 @@ class Selector(NamedTuple):
     is_probability: bool = False  # in [0, 1], so that it can be compared with a threshold
     is_random: bool = False  # of nothing that the model says
     wants_entropy: bool = False  # reads the belief's entropy
+    # the score depends on which token is proposed, so that draws decide what commits; a function of
+    # which nothing is known may
+    looks_at_token: bool = True
 
     def __call__(self, belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
         score = self.fn(belief, token, uniform)
@@ -180,6 +183,12 @@ def confidence(belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> 
     """Probability of the proposal (LLaDA's low_confidence remasking, arXiv:2502.09992;
     maskgit_plus)."""
     return belief.prob(token[:, None])[:, 0]
+
+
+def max_prob(belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
+    """Probability of the most likely token, whichever is proposed: `confidence` without the luck of
+    the draw."""
+    return belief.prob(belief.top_token[:, None])[:, 0]
 
 
 def margin(belief: Belief, token: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
@@ -315,8 +324,9 @@ def mk_selector(select: "str | Callable | Selector") -> Selector:
 
 SELECTORS: dict[str, Selector] = {
     "confidence": Selector(confidence, is_confidence=True, is_probability=True),
-    "margin": Selector(margin, is_probability=True),
-    "entropy": Selector(entropy, wants_entropy=True),
-    "random": Selector(random, is_random=True),
-    "leftmost": Selector(leftmost),
+    "max-prob": Selector(max_prob, is_probability=True, looks_at_token=False),
+    "margin": Selector(margin, is_probability=True, looks_at_token=False),
+    "entropy": Selector(entropy, wants_entropy=True, looks_at_token=False),
+    "random": Selector(random, is_random=True, looks_at_token=False),
+    "leftmost": Selector(leftmost, looks_at_token=False),
 }

@@ -11,7 +11,7 @@ from datasets import Dataset
 import softar
 import softar.rl
 from softar import diffusion
-from softar.diffusion import duo
+from softar.diffusion import duo, replay
 from softar.diffusion.convert import convert
 from softar.diffusion.remask import REMASKS
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
@@ -34,6 +34,7 @@ def evaluated(call):
         "duo": duo,
         "convert": convert,
         "actions": actions,
+        "replay": replay,
         "aup": aup,
         "DenoiseConfig": diffusion.DenoiseConfig,
         "DiffusionSFTConfig": DiffusionSFTConfig,
@@ -77,6 +78,7 @@ def test_methods_are_complete():
     assert values("stop") == {*STOPS}
     assert values("parity") == {*diffusion.PARITY}
     text = "".join(CALLS)
+    assert {*re.findall(r'replay\.METHODS\["([\w-]+)"\]', text)} == {*replay.METHODS}
     assert {*re.findall(r'ACTIONS\["([\w-]+)"\]', text)} == {*actions.ACTIONS}
     classes = {
         node.name

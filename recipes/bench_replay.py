@@ -1,0 +1,205 @@
+"""How near the gradient of a replayed decode is to that of the expected reward: nets of three tokens
+that fill three slots, whose every trajectory is enumerated, so that no number is a sample. Prints a
+table.
+
+python recipes/bench_replay.py
+"""
+
+import argparse
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softar.diffusion.architectures import LladaConfig, LladaForMaskedDiffusion
+from softar.diffusion.config import DenoiseConfig
+from softar.diffusion.record import Trajectory
+from softar.diffusion.replay import log_probs
+
+WORDS, MASK, SLOTS = 3, 3, 3
+PROMPT, BIAS, K = (0, 2), 0.5, 2
+# of the prompt's tokens, as diffu-GRPO masks them
+HIDE = 0.15
+# of the policy before an update, how far its weights move, in units of their gradient's length
+MOVE = 0.1
+
+
+class Leaf(NamedTuple):
+    """A trajectory and its probability."""
+
+    ids: list[int]
+    order: list[int]  # the forward that decided each column, -1 for the prompt's
+    soft: list[tuple[int, int, Tensor, Tensor]]  # forward, column, ids [K], weights [K]
+    prob: Tensor  # with a graph
+
+
+def net(seed: int) -> LladaForMaskedDiffusion:
+    sizes = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(seed)
+    config = LladaConfig(
+        vocab_size=WORDS + 1,
+        mask_token_id=MASK,
+        eos_token_id=None,
+        max_position_embeddings=16,
+        tie_word_embeddings=False,
+        initializer_range=0.8,
+        num_key_value_heads=2,
+        **sizes,
+    )
+    return LladaForMaskedDiffusion(config).double().eval()
+
+
+def leaves(model, config: DenoiseConfig, through: bool = False) -> list[Leaf]:
+    """Every trajectory: written down anew from the definition, with nothing of softar's loop. through:
+    the gradient goes through what the slots show, too."""
+    steps, table = config.steps, model.get_input_embeddings().weight
+    counts = [SLOTS // steps + (i < SLOTS % steps) for i in range(steps)]
+
+    def grow(ids, order, shown, soft, at, logp):
+        open_ = [c for c, token in enumerate(ids) if token == MASK]
+        if not open_:
+            return [Leaf(ids, order, soft, logp.exp())]
+        inputs = [
+            shown[c][1] @ table[shown[c][0]] if c in shown else table[i] for c, i in enumerate(ids)
+        ]
+        logits = model(inputs_embeds=torch.stack(inputs)[None], use_cache=False).logits[0]
+        logits = logits[:, :WORDS]
+        sure = logits.softmax(-1).amax(-1)
+        first = sorted(open_, key=lambda c: -sure[c].item())[: counts[at]]
+        draws = (logits / config.temperature).log_softmax(-1)
+        soft = soft + [(at, c, *mixture) for c, mixture in shown.items()]
+        found = []
+        for tokens in itertools.product(range(WORDS), repeat=len(first)):
+            new, when, now = [*ids], [*order], logp
+            for c, token in zip(first, tokens, strict=True):
+                new[c], when[c], now = token, at, now + draws[c, token]
+            rest = [c for c in open_ if c not in first and config.soften == "soft-token"]
+            mixtures = {c: mixed(logits[c], through) for c in rest}
+            found += grow(new, when, mixtures, soft, at + 1, now)
+        return found
+
+    ids = [*PROMPT, *[MASK] * SLOTS]
+    return grow(ids, [-1] * len(ids), {}, [], 0, torch.zeros((), dtype=torch.float64))
+
+
+def mixed(logits: Tensor, through: bool) -> tuple[Tensor, Tensor]:
+    """What "soft-token" shows."""
+    probs, ids = logits.softmax(-1).topk(K)
+    weights = torch.cat([probs, 1 - probs[:1] + BIAS])
+    weights = weights / weights.sum()
+    return torch.cat([ids, ids.new_tensor([MASK])]), weights if through else weights.detach()
+
+
+def trajectory(found: list[Leaf]) -> Trajectory:
+    """They as a decode records them, a row each."""
+    after, order = (
+        torch.tensor([leaf.ids for leaf in found]),
+        torch.tensor([x.order for x in found]),
+    )
+    M = max(len(leaf.soft) for leaf in found)
+    at, column = torch.full((len(found), M), -1), torch.zeros(len(found), M, dtype=torch.long)
+    ids = torch.zeros(len(found), M, K + 1, dtype=torch.long)
+    weights = torch.zeros(len(found), M, K + 1, dtype=torch.float64)
+    for row, leaf in enumerate(found):
+        for i, (forward, c, tokens, share) in enumerate(leaf.soft):
+            at[row, i], column[row, i], ids[row, i] = forward, c, tokens
+            weights[row, i] = share.detach()
+    before = after.masked_fill(order >= 0, MASK)
+    return Trajectory(before, after, order, torch.zeros_like(after), at, column, ids, weights)
+
+
+def reward(found: list[Leaf]) -> Tensor:
+    """[27] 1 where all slots agree, half where two neighbours do: tokens have to fit together."""
+    slots = torch.tensor([leaf.ids[-SLOTS:] for leaf in found])
+    same = (slots[:, 1:] == slots[:, :-1]).double()
+    return same.mean(1)
+
+
+def gradient(model, value: Tensor) -> Tensor:
+    every = torch.autograd.grad(value, [*model.parameters()], retain_graph=True, allow_unused=True)
+    pairs = zip(every, model.parameters(), strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+
+
+def scores(model, config: DenoiseConfig, steps: Trajectory, **how) -> Tensor:
+    """[27, weights]: the gradient of each trajectory's log-probability by that method."""
+    logp = log_probs(model, steps, config, chunk=1000, **how).sum(1)
+    return torch.stack([gradient(model, one) for one in logp])
+
+
+def hidings(method: str, L: int):
+    """What of the prompt is hidden, and how likely that is."""
+    if method != "hidden":
+        yield None, 1.0
+        return
+    for which in itertools.product((False, True), repeat=len(PROMPT)):
+        hidden = torch.zeros(1, L, dtype=torch.bool)
+        hidden[0, : len(PROMPT)] = torch.tensor(which)
+        yield hidden, HIDE ** sum(which) * (1 - HIDE) ** (len(PROMPT) - sum(which))
+
+
+def compared(seed: int, config: DenoiseConfig, method: str) -> tuple[float, float, float, float]:
+    """Of the estimate A grad log p, A the reward less its mean: cosine of its mean with the gradient of the
+    expected reward, the relative error of that mean, the variance (both relative to that gradient's
+    length), and the mean importance weight after an update, which is 1."""
+    model = net(seed)
+    exact = leaves(model, config, through=True)
+    prob, value = torch.stack([leaf.prob for leaf in exact]), reward(exact)
+    truth = gradient(model, (prob * value).sum())
+    found = leaves(model, config)
+    steps, p = trajectory(found), prob.detach()
+    advantage = value - (p * value).sum()
+    moved = net(seed)
+    with torch.no_grad():
+        state = torch.nn.utils.parameters_to_vector(moved.parameters())
+        state = state + MOVE * truth / truth.norm()
+        torch.nn.utils.vector_to_parameters(state, moved.parameters())
+    mean, square, weight = torch.zeros_like(truth), 0.0, 0.0
+    for hidden, chance in hidings(method, steps.after.shape[1]):
+        how = dict(method="one-step" if method == "hidden" else method, hidden=hidden)
+        each = advantage[:, None] * scores(model, config, steps, **how)
+        mean = mean + chance * (p[:, None] * each).sum(0)
+        square += chance * (p * each.square().sum(1)).sum()
+        with torch.no_grad():
+            ratio = log_probs(moved, steps, config, **how) - log_probs(model, steps, config, **how)
+            weight += chance * float((p * ratio.sum(1).exp()).sum())
+    cosine = torch.cosine_similarity(mean, truth, 0)
+    error, spread = (mean - truth).norm() / truth.norm(), square - mean.square().sum()
+    return float(cosine), float(error), float(spread / truth.square().sum()), weight
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    seeds = parser.parse_args().seeds
+    print("| forwards | slots show | replay | cosine | relative error | variance | mean weight |")
+    print("|---|---|---|---|---|---|---|")
+    for steps, soften in (
+        (3, "hard"),
+        (2, "hard"),
+        (1, "hard"),
+        (3, "soft-token"),
+        (2, "soft-token"),
+    ):
+        for method in ("exact", "one-step", "hidden", "left-to-right"):
+            config = policy(steps, soften)
+            rows = [sorted(column) for column in zip(*(compared(s, config, method) for s in seeds))]
+            cells = (f"{c[len(c) // 2]:.3g} ({c[0]:.3g} to {c[-1]:.3g})" for c in rows)
+            print(f"| {steps} | {soften} | {method} | {' | '.join(cells)} |", flush=True)
+
+
+def policy(steps: int, soften: str = "hard") -> DenoiseConfig:
+    knobs = dict(k=K, bias=BIAS) if soften == "soft-token" else {}
+    return DenoiseConfig(
+        gen_length=SLOTS,
+        steps=steps,
+        temperature=0.7,
+        select="max-prob",
+        soften=soften,
+        soften_args=knobs,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""Recorded decodes of masked-diffusion models, and their replay: what was drawn has the probability
+that it was drawn with, whatever a slot showed."""
+
+import copy
+import itertools
+from importlib import import_module
+
+import pytest
+import torch
+from test_block_causal import block_model
+from test_denoise import MASK, denoiser, left_padded
+from test_renoised import gemma
+from tiny import counted, seeded, with_lora
+
+from softar.diffusion import DenoiseConfig, denoise
+from softar.diffusion.net import facts
+from softar.diffusion.proposals import Proposer
+from softar.diffusion.record import UNFIT, check_recordable
+from softar.diffusion.replay import log_probs, prompt_masks, replay
+from softar.diffusion.select import Selector
+from softar.diffusion.soften import SOFTENERS
+
+ROWS = ([5, 11, 12, 13, 14], [5, 21], [5, 31, 32])
+TEMPLATES = ([5, MASK, 12, MASK, MASK, 15, MASK], [7, 22, MASK, MASK], [5, 31, MASK, 33, 34, MASK])
+KINDS = ("llada", "dream", "sdar", "fast_dllm")
+SHOWN = [name for name, softener in SOFTENERS.items() if not softener.revises]
+
+
+# of nets that are never sure
+ARGS = {"soft-mask": dict(scale=0.8, centre=-4.0)}
+
+
+def model_of(kind):
+    if kind in ("llada", "dream"):
+        return denoiser(kind)
+    return copy.deepcopy(block_model(KINDS.index(kind) - 2)).float()
+
+
+def decoded(model, rows=ROWS, seed=0, **knobs):
+    """-> the configuration, and what it gave."""
+    config = DenoiseConfig(
+        **dict(gen_length=8, steps=8, temperature=1.0, select="max-prob", soften="hard") | knobs
+    )
+    return config, denoise(model, *left_padded(rows), config=config, rng=seeded(seed), record=True)
+
+
+def same_draws(model, config, out, **how):
+    """Is each draw as likely in the replay as it was in the rollout?"""
+    logp = log_probs(model, out.trajectory, config, **how)
+    width = out.sequences.shape[1]
+    committed = out.trajectory.committed_at >= 0
+    assert committed.any() and (logp[~committed] == 0).all()
+    then = out.confidence.nan_to_num(1.0).log()
+    torch.testing.assert_close(logp[:, :width].exp(), then.exp(), atol=0, rtol=1e-5)
+    return logp
+
+
+# -- the ratio of a policy to itself
+
+
+@pytest.mark.parametrize("soften", SHOWN)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ratio_at_the_first_update_is_1(kind, soften):
+    """Of every committed token, to 1e-5 in float32, in batches of unlike prompts; under adapters too."""
+    model = model_of(kind)
+    with torch.no_grad():
+        config, out = decoded(model, soften=soften, soften_args=ARGS.get(soften, {}))
+        own = same_draws(model, config, out, chunk=5)
+        if soften != "hard":
+            assert (out.trajectory.soft_at >= 0).any()
+            bare = out.trajectory._replace(soft_at=out.trajectory.soft_at[:, :0])
+            assert not torch.allclose(log_probs(model, bare, config), own, atol=1e-3)
+        if kind in ("sdar", "fast_dllm"):
+            same_draws(model, config, out, method="grouped", chunk=3)
+        if soften in ("hard", "soft-mask"):
+            adapted = with_lora(copy.deepcopy(model))
+            config, out = decoded(adapted, soften=soften, soften_args=ARGS.get(soften, {}))
+            assert not torch.allclose(same_draws(adapted, config, out), own, atol=1e-2)
+
+
+RULES = {
+    "threshold": dict(schedule="threshold", threshold=0.3, steps=None, soften="soft-mask"),
+    "bound": dict(select="entropy", entropy_bound=2.0, steps=None, soften="soft-token"),
+    "random": dict(select="random", soften="slerp", rescale="norm", ban_eos=True),
+    "ancestral": dict(schedule="ancestral", select="confidence"),
+    "refine": dict(
+        select="margin", schedule="refine", threshold=0.2, steps=None, soften="soft-mask"
+    ),
+    "whole": dict(soften="soft-mask", soften_args=dict(algorithm="temperature")),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", RULES)
+def test_so_it_is_of_every_rule(kind, rule):
+    """In prompts with an answer behind them and in templates."""
+    model = model_of(kind)
+    with torch.no_grad():
+        for rows, gen_length in ((ROWS, 8), (TEMPLATES, 0)):
+            same_draws(model, *decoded(model, rows, gen_length=gen_length, **RULES[rule]), chunk=7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_stop_early(kind):
+    """What was filled for them is no draw, and in other rows others read it as it was."""
+    blocks = {} if kind in KINDS[2:] else dict(block_length=4)
+    knobs = dict(early_stop=True, end_ids=tuple(range(24)), soften="soft-token", **blocks)
+    model = model_of(kind)
+    with torch.no_grad():
+        for seed in range(4):
+            config, out = decoded(model, seed=seed, **knobs)
+            same_draws(model, config, out, **dict(method="grouped") if not blocks else {})
+            filled = (out.committed_at < 0)[:, out.prompt_length :]
+            if filled.any():
+                return
+    raise AssertionError("no row has stopped")
+
+
+# -- the pieces
+
+
+@pytest.mark.parametrize("kind", ["dream", "fast_dllm"])
+def test_pieces_do_not_matter(kind):
+    """Neither to the values nor, piece by piece, to the gradient; rows stand for themselves."""
+    model = copy.deepcopy(model_of(kind)).double()
+    config, out = decoded(model, soften="soft-token")
+    steps, weights = out.trajectory, torch.randn(3, 40, generator=seeded(1))
+    weights = weights[:, : steps.after.shape[1]]
+    whole = log_probs(model, steps, config, chunk=1000)
+    alone = torch.cat([log_probs(model, steps.rows(slice(r, r + 1)), config) for r in range(3)])
+    torch.testing.assert_close(alone, whole)
+    grads = {"whole": torch.autograd.grad((whole * weights).sum(), [*model.parameters()])}
+    for method in ("exact", "grouped") if kind == "fast_dllm" else ("exact",):
+        model.zero_grad()
+        for rows, cols, logits in replay(model, steps, config, method=method, chunk=4):
+            token = steps.after[rows, cols][:, None]
+            logp = logits.log_softmax(-1).gather(-1, token)[:, 0]
+            torch.testing.assert_close(logp, whole[rows, cols])
+            (logp * weights[rows, cols]).sum().backward()
+        grads[method] = [p.grad.clone() for p in model.parameters()]
+    for got in grads.values():
+        torch.testing.assert_close([*got], [*grads["whole"]], atol=1e-6, rtol=1e-4)
+    frozen = log_probs(model, steps, config, embedding_grad=False)
+    table = model.get_input_embeddings().weight
+    (other,) = torch.autograd.grad((frozen * weights).sum(), table)
+    assert torch.equal(frozen, log_probs(model, steps, config))
+    assert not torch.allclose(other, grads["whole"][0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_more_canvases_at_a_time_than_the_chunk(kind):
+    """And as many forwards in all as have committed something in a row."""
+    model, sizes = model_of(kind), []
+    config, out = decoded(model, soften="soft-token")
+    hook = model.model.register_forward_hook(
+        lambda module, args, got: sizes.append(got.last_hidden_state.shape[0])
+    )
+    with torch.no_grad():
+        log_probs(model, out.trajectory, config, chunk=4)
+    hook.remove()
+    at = out.trajectory.committed_at
+    assert max(sizes) <= 4 and sum(sizes) == sum(len(row[row >= 0].unique()) for row in at)
+
+
+# -- estimates
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_estimates_are_exact_where_they_say_what_happened(kind):
+    model = model_of(kind)
+    with torch.no_grad():
+        config, out = decoded(model, steps=1)
+        same_draws(model, config, out, method="one-step")
+        config, out = decoded(model, select="leftmost", steps=8)
+        own = same_draws(model, config, out, method="left-to-right")
+        assert not torch.allclose(own, log_probs(model, out.trajectory, config, method="one-step"))
+        config, out = decoded(model, steps=3)
+        for method in ("one-step", "left-to-right"):
+            other = log_probs(model, out.trajectory, config, method=method)
+            assert not torch.allclose(other, log_probs(model, out.trajectory, config), atol=1e-2)
+
+
+def test_a_share_of_the_prompt_is_hidden():
+    model = model_of("llada")
+    config, out = decoded(model, ROWS * 40)
+    hidden = prompt_masks(out.trajectory, 0.15, seeded(3))
+    given = out.trajectory.block >= 0
+    given[:, out.prompt_length :] = False
+    assert not (hidden & ~given).any() and 0.1 < hidden.sum() / given.sum() < 0.2
+    with torch.no_grad():
+        how = dict(method="one-step", hidden=hidden)
+        same = log_probs(model, out.trajectory, config, **how) == log_probs(
+            model, out.trajectory, config, method="one-step"
+        )
+    whole = ~hidden.any(1)
+    assert whole.any() and same[whole].all() and not same[~whole].all()
+
+
+# -- all trajectories of a net of three tokens and three slots
+
+bench = import_module("softar.recipes.bench_replay")
+
+
+def enumerated(model, config, monkeypatch, **knobs):
+    """denoise() on a row for each way to fill the slots, whose tokens it is made to draw."""
+    ways = torch.tensor([*itertools.product(range(bench.WORDS), repeat=bench.SLOTS)])
+    rows = [torch.Generator().manual_seed(5) for _ in ways]
+
+    def scripted(self, belief, asked, block):
+        cols = asked.nonzero()[:, 1] - len(bench.PROMPT)
+        return ways[asked.nonzero()[:, 0], cols], None
+
+    monkeypatch.setattr(Proposer, "_propose", scripted)
+    prompts = torch.tensor([bench.PROMPT] * len(ways))
+    out = denoise(model, prompts, config=config, rng=rows, record=True, **knobs)
+    assert torch.equal(out.completions, ways)
+    return out.trajectory
+
+
+@pytest.mark.parametrize("select", ["max-prob", "margin", "entropy", "leftmost", "random"])
+@pytest.mark.parametrize("soften", ["hard", "soft-token", "soft-mask"])
+def test_probabilities_of_all_trajectories_sum_to_1(soften, select, monkeypatch):
+    model, config = bench.net(0), bench.policy(2)
+    args = dict(k=2) | ARGS.get(soften, {}) if soften != "hard" else {}
+    knobs = dict(select=select, soften=soften, soften_args=args)
+    steps = enumerated(model, config, monkeypatch, **knobs)
+    config = DenoiseConfig(**vars(config) | knobs)
+    with torch.no_grad():
+        prob = log_probs(model, steps, config).sum(1).exp()
+        assert prob.min() > 0 and prob.max() < 1 and prob.sum().item() == pytest.approx(1, abs=1e-6)
+        for method in ("one-step", "left-to-right"):
+            likely = log_probs(model, steps, config, method=method).sum(1).exp().sum().item()
+            assert likely == pytest.approx(1, abs=1e-6)  # but of other trajectories
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("soften", ["hard", "soft-token"])
+def test_the_estimator_expects_the_policy_gradient(soften, steps, monkeypatch):
+    """That of the expected reward, which is differentiated as it stands: the definition beside the
+    loop's record. What a slot shows is a transition."""
+    model, config = bench.net(1), bench.policy(steps, soften)
+    found = bench.leaves(model, config)
+    prob, value = torch.stack([leaf.prob for leaf in found]), bench.reward(found)
+    truth = bench.gradient(model, (prob * value).sum())
+    recorded = enumerated(model, config, monkeypatch)
+    order = {tuple(leaf.ids): i for i, leaf in enumerate(found)}
+    which = torch.tensor([order[tuple(row)] for row in recorded.after.tolist()])
+    logp = log_probs(model, recorded, config).sum(1)
+    p, reward = logp.detach().exp(), value[which]
+    torch.testing.assert_close(p, prob.detach()[which], atol=1e-6, rtol=1e-5)
+    for baseline in (0.0, (p * reward).sum()):
+        estimate = bench.gradient(model, (p * (reward - baseline) * logp).sum())
+        assert (estimate - truth).norm() < 1e-5 * truth.norm()
+
+
+# -- what is refused
+
+
+REFUSED = {
+    "select": (dict(select="confidence"), "which slots commit depends on the tokens drawn"),
+    "function": (dict(select=lambda belief, token, uniform: token), "looks_at_token=False"),
+    "greedy": (dict(temperature=0.0), "temperature=0.0 cannot be replayed: nothing is drawn"),
+    "top_k": (dict(top_k=5), "top_k=5 cannot be replayed: draws are scored under the whole belief"),
+    "top_p": (dict(top_p=0.9), "top_p=0.9 cannot"),
+    "alg_temp": (dict(alg_temp=0.5), "alg_temp=0.5 cannot be replayed: the slots are drawn too"),
+    "cfg_scale": (dict(cfg_scale=1.0), "cfg_scale=1.0 cannot"),
+    "cache": (dict(cache="dual", block_length=4), "cache='dual' cannot be replayed: its keys"),
+    "remask": (dict(remask="cap"), "remask='cap' cannot be replayed: it takes decoded tokens back"),
+    "schedule": (dict(schedule="p2"), "schedule='p2' cannot be replayed: it takes"),
+    "soften": (dict(soften="evolving"), "soften='evolving' cannot be replayed: it takes"),
+    "ends_last": (dict(ends_last=True), "ends_last=True cannot"),
+    "parity": (dict(parity="llada"), "parity='llada' cannot be replayed: defects"),
+    "allowed": (dict(allowed={-1: (5, 6)}), "allowed={-1: (5, 6)} cannot"),
+    "processor": (dict(logits_processor=lambda ids, scores: scores), "logits_processor="),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_decode_without_probabilities_is_refused(case):
+    """By name, before the first forward, and by the replay too."""
+    knobs, says = REFUSED[case]
+    model, good = model_of("llada"), decoded(model_of("llada"))
+    with counted(model) as calls, pytest.raises(ValueError) as caught:
+        decoded(model, **knobs)
+    assert says in str(caught.value) and "\n" not in str(caught.value) and not calls
+    with pytest.raises(ValueError, match="cannot be replayed"):
+        replay(model, good[1].trajectory, DenoiseConfig(**vars(good[0]) | knobs))
+
+
+def test_every_refusal_is_tested():
+    names = {name for name, *_ in UNFIT}
+    assert names == {key for knobs, _ in REFUSED.values() for key in knobs} - {"block_length"}
+
+
+def test_a_selector_of_the_users_that_says_so_is_taken():
+    model = model_of("llada")
+    own = Selector(lambda belief, token, uniform: belief.largest[:, 0], looks_at_token=False)
+    with torch.no_grad():
+        same_draws(model, *decoded(model, select=own))
+
+
+def test_what_does_not_fit_is_said():
+    model = model_of("llada")
+    config, out = decoded(model)
+    for how, says in (
+        (dict(method="exactly"), "method='exactly' is unknown"),
+        (dict(method="grouped"), "for block-causal models"),
+        (dict(chunk=0), "chunk=0 must be at least 1"),
+        (dict(hidden=out.trajectory.block > 0), "hidden does not go with method='exact'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            replay(model, out.trajectory, config, **how)
+    with pytest.raises(ValueError, match="family diffusion_gemma redraws its slots"):
+        check_recordable(DenoiseConfig(), facts(gemma()))
+
+
+# -- selectors
+
+
+def test_max_prob_is_confidence_without_the_draw():
+    """The same where nothing is drawn; elsewhere the same whatever is drawn."""
+    model, rows = model_of("llada"), left_padded(ROWS)
+    by = [
+        denoise(model, *rows, gen_length=8, steps=3, select=s) for s in ("confidence", "max-prob")
+    ]
+    for name in ("sequences", "committed_at"):
+        assert torch.equal(*(getattr(out, name) for out in by))
+    first = [decoded(model, seed=seed)[1].committed_at == 0 for seed in range(5)]
+    assert all(torch.equal(first[0], other) for other in first)
+    knobs = dict(gen_length=8, steps=8, temperature=1.0)
+    first = [
+        denoise(model, *rows, **knobs, rng=seeded(seed)).committed_at == 0 for seed in range(5)
+    ]
+    assert not all(torch.equal(first[0], other) for other in first)
