@@ -12,6 +12,9 @@ softar bench sft
 # How far R refreshes are from the sequential pass, on a trained model
 softar bench agreement --model_path runs/demo/guided-soft-seed0
 
+# Soft beams beside beam search of the same width, in processor time
+OMP_NUM_THREADS=1 softar bench beams --batch 1 --new_tokens 32 --cpu_time
+
 # Peak memory of a soft step against the batch, the kept tokens and the vocabulary
 softar bench memory
 """
@@ -47,6 +50,10 @@ def timed(run, clock=time.perf_counter) -> float:
     run()
     synchronise()
     return clock() - started
+
+
+def clock_of(args) -> Callable[[], float]:
+    return time.process_time if args.cpu_time else time.perf_counter
 
 
 def interleaved(
@@ -100,26 +107,64 @@ def decode(args) -> list[dict]:
                 f"{name} ended early: take another prompt or fewer tokens"
             )
         runs = {"model.generate": hf} | {name: (lambda c=c: ours(c)) for name, c in configs.items()}
-        seconds = interleaved(runs, args.repeats)
-        for name, took in seconds.items():
-            base = seconds["model.generate"]
-            ratio, low, high = spread(a / b for a, b in zip(base, took, strict=True))
-            rows.append(
-                dict(
-                    bench="decode",
-                    model=args.model,
-                    batch=batch,
-                    new_tokens=new,
-                    decoder=name,
-                    tokens_per_s=batch * new / spread(took)[0],
-                    ratio=ratio,
-                    ratio_low=low,
-                    ratio_high=high,
-                    repeats=args.repeats,
-                )
-            )
+        rows += compared("decode", runs, batch, args)
     show(
         "decoding: tokens/s, and their ratio to model.generate",
+        rows,
+        ("batch", "decoder", "tokens_per_s", "ratio", "ratio_low", "ratio_high"),
+    )
+    return rows
+
+
+def compared(bench: str, runs: dict, batch: int, args) -> list[dict]:
+    """Tokens per second of each run, and their ratio to those of the first."""
+    seconds = interleaved(runs, args.repeats, clock=clock_of(args))
+    base, rows = seconds[next(iter(runs))], []
+    for name, took in seconds.items():
+        ratio, low, high = spread(a / b for a, b in zip(base, took, strict=True))
+        rows.append(
+            dict(
+                bench=bench,
+                model=args.model,
+                batch=batch,
+                new_tokens=args.new_tokens,
+                decoder=name,
+                tokens_per_s=batch * args.new_tokens / spread(took)[0],
+                ratio=ratio,
+                ratio_low=low,
+                ratio_high=high,
+                repeats=args.repeats,
+                clock="processor" if args.cpu_time else "wall",
+            )
+        )
+    return rows
+
+
+def beams(args) -> list[dict]:
+    """Search overhead: tokens/s of soft beams over those of beam search of the same width."""
+    from softar.decoders.beam import BeamDecoder, BeamOptions
+    from softar.decoders.beam_collapse import BeamCollapse
+    from softar.decoders.search import SearchDecoder
+    from softar.decoders.soft_beam import SoftBeam
+
+    model, tokenizer = softar.load(args.model, dtype=args.dtype)
+    model.generation_config.eos_token_id = None  # a search that ended early would be shorter
+    chat = [{"role": "user", "content": "Tell me a long story about a fox and a crane."}]
+    config, B = softar.SoftConfig(max_new_tokens=args.new_tokens), args.num_beams
+    searches = {"soft-beam": SoftBeam(B), "beam-collapse": BeamCollapse(B)}
+    decoders = {"beam": BeamDecoder(model, tokenizer, BeamOptions(args.new_tokens, B))}
+    for name, search in searches.items():
+        decoders[name] = SearchDecoder(model, tokenizer, config, search)
+    rows = []
+    for batch in args.batch:
+        runs = {
+            name: (lambda decoder=decoder, batch=batch: decoder.decode([chat] * batch))
+            for name, decoder in decoders.items()
+            if args.decoders is None or name in ("beam", *args.decoders)
+        }
+        rows += compared("beams", runs, batch, args)
+    show(
+        f"{B} beams: tokens/s, and their ratio to beam search",
         rows,
         ("batch", "decoder", "tokens_per_s", "ratio", "ratio_low", "ratio_high"),
     )
@@ -160,7 +205,7 @@ def sft(args) -> list[dict]:
             "" if grad_passes is None else ", gradient in the last forward only"
         )
         runs[label] = step(passes=passes, grad_passes=grad_passes)
-    seconds = interleaved(runs, args.repeats)
+    seconds = interleaved(runs, args.repeats, clock=clock_of(args))
     rows = []
     for name, took in seconds.items():
         base = seconds["sequential"]
@@ -219,16 +264,9 @@ def agreement(args) -> list[dict]:
             ]
             same = (ours[:, answer].argmax(-1) == exact[:, answer].argmax(-1)).float().mean()
             far = (ours - exact).abs().max()
-            rows.append(
-                dict(
-                    bench="agreement",
-                    alpha=alpha,
-                    passes=passes,
-                    mean_kl_nats=kl.mean().item(),
-                    max_logp_difference=far.item(),
-                    same_answer=same.item(),
-                )
-            )
+            found = dict(mean_kl_nats=kl.mean().item(), max_logp_difference=far.item())
+            found |= dict(same_answer=same.item())
+            rows.append(dict(bench="agreement", alpha=alpha, passes=passes) | found)
     show(
         f"parallel against sequential, {args.model_path}",
         rows,
@@ -256,17 +294,8 @@ def memory(args) -> list[dict]:
             "dense [B, V, D]": None if B * V * D > 3e8 else largest(full),
         }
         for name, peak in peaks.items():
-            rows.append(
-                dict(
-                    bench="memory",
-                    V=V,
-                    D=D,
-                    B=B,
-                    K=K,
-                    way=name,
-                    peak_mb=None if peak is None else peak / 1e6,
-                )
-            )
+            peak_mb = None if peak is None else peak / 1e6
+            rows.append(dict(bench="memory", V=V, D=D, B=B, K=K, way=name, peak_mb=peak_mb))
     show("peak of one soft step", rows, ("V", "D", "B", "K", "way", "peak_mb"))
     return rows
 
@@ -327,7 +356,7 @@ def run_bench(name: str, measure: Callable, args) -> None:
     console.print(f"written: {write_results(folder / f'{name}.json', measure(args))}")
 
 
-BENCHES = {"decode": decode, "sft": sft, "agreement": agreement, "memory": memory}
+BENCHES = {"decode": decode, "beams": beams, "sft": sft, "agreement": agreement, "memory": memory}
 
 
 def main() -> None:
@@ -336,16 +365,24 @@ def main() -> None:
         "bench", choices=BENCHES, nargs="?", default="decode", help="what to measure"
     )
     parser.add_argument(
-        "--model", default="smollm2-135m", help="decode: a model that softar.load opens"
+        "--model", default="smollm2-135m", help="decode, beams: a model that softar.load opens"
     )
-    parser.add_argument("--dtype", default="auto", help="decode: type of the weights")
+    parser.add_argument("--dtype", default="auto", help="decode, beams: type of the weights")
     parser.add_argument(
-        "--batch", type=int, nargs="+", default=[1, 8], help="decode: rows decoded together"
+        "--batch", type=int, nargs="+", default=[1, 8], help="decode, beams: rows decoded together"
     )
     parser.add_argument(
-        "--decoders", nargs="+", help="decode: only these decoders, 'hard' among them"
+        "--decoders",
+        nargs="+",
+        help="decode, beams: only these decoders, 'hard' or 'beam' among them",
     )
-    parser.add_argument("--new_tokens", type=int, default=64, help="decode: tokens to generate")
+    parser.add_argument(
+        "--new_tokens", type=int, default=64, help="decode, beams: tokens to generate"
+    )
+    parser.add_argument("--num_beams", type=int, default=4, help="beams: hypotheses of a prompt")
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="measure processor time, for a busy machine"
+    )
     parser.add_argument("--length", type=int, default=128, help="sft: number of soft positions, T")
     parser.add_argument("--model_path", help="agreement: a folder with a model trained on MNNS")
     parser.add_argument("--repeats", type=int, default=7, help="how often each is timed")

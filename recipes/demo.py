@@ -74,6 +74,8 @@ def thoughts(trained: Path | None, seed: int) -> dict[str, str]:
             "trace-soft": f"{soft}=soft",
             "trace-soft, gumbel": f"{soft}=gumbel",
             f"trace-soft, {DRAWS} samples": f"{soft}=k-samples:k={DRAWS}",
+            f"trace-soft, {BEAMS} soft beams": f"{soft}=soft-beam:num_beams={BEAMS},anchor=0.25",
+            f"trace-soft, {2 * BEAMS} beams collapsed": f"{soft}=beam-collapse:num_beams={2 * BEAMS}",
             "trace-soft, read discretely": f"{soft}=discrete",
         }
         | masked("diffusion ", shipped["diffusion"], (1, 2, 5))

@@ -275,3 +275,12 @@ def check_positions(
             f"{type(model).__name__} has {positions} positions, too few for {prompt} of the prompt "
             f"and {new} new tokens: {remedy}"
         )
+
+
+def check_beams(model, num_beams: int) -> None:
+    """Raise ValueError for more hypotheses than the model, plain or wrapped by PEFT, has tokens."""
+    vocab = plain(model).config.get_text_config(decoder=True).vocab_size
+    if num_beams > vocab:
+        raise ValueError(
+            f"num_beams={num_beams} must be at most {vocab}, the model's vocabulary: lower it"
+        )

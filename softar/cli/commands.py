@@ -326,11 +326,11 @@ def compare(
     """Compare decoders on a task: accuracy, cost, and how sure the difference is.
 
     Autoregressive decoders: discrete, sampled, soft, gumbel, k-samples, mixture-of-inputs,
-    dirichlet, hybrid, hidden, beam, self-consistency. Diffusion: hard, soft-token, soft-mask, evolving, slerp,
-    soft-decoded, denoise. vLLM: vllm-greedy, vllm-sampled, vllm-self-consistency, vllm-beam,
-    vllm-soft. Any OpenAI-compatible server: openai. Options behind the colon are fields of
-    SoftConfig, DenoiseConfig, or the server's. Code of your own is module:name:
-    soft:mixer=my_code:flat, denoise:soften=my_code:fn, or my_code:decoder.
+    dirichlet, hybrid, hidden, beam, soft-beam, beam-collapse, self-consistency. Diffusion: hard,
+    soft-token, soft-mask, evolving, slerp, soft-decoded, denoise. vLLM: vllm-greedy, vllm-sampled,
+    vllm-self-consistency, vllm-beam, vllm-soft. Any OpenAI-compatible server: openai. Options
+    behind the colon are fields of SoftConfig, DenoiseConfig, or the server's. Code of your own is
+    module:name: soft:mixer=my_code:flat, denoise:soften=my_code:fn, or my_code:decoder.
 
     \b
     Examples:

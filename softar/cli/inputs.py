@@ -54,10 +54,8 @@ OWN = (
     "rows of prompt and answer, .jsonl, .json, .csv or .parquet; score: exact, number, regex (with "
     "pattern=), module:function",
 )
-DIFFUSION_LENGTH = {
-    "mnns-diffusion-tiny": 5,
-    "latin-block-tiny": 25,
-}  # masks behind a prompt that says no number of them
+# masks behind a prompt that says no number of them
+DIFFUSION_LENGTH = {"mnns-diffusion-tiny": 5, "latin-block-tiny": 25}
 # what `softar compare` decodes with where nothing is named: which of the task's models, and how
 COMPARED = {
     "mnns": [
@@ -68,6 +66,8 @@ COMPARED = {
         ("soft", "discrete"),
         ("soft", "gumbel"),
         ("soft", "k-samples"),
+        ("soft", "soft-beam:num_beams=4,anchor=0.25"),
+        ("soft", "beam-collapse:num_beams=8,every=2"),
         ("diffusion", "hard"),
         ("diffusion", "soft-mask"),
     ],
@@ -247,12 +247,13 @@ def check_length(decoder, prompt: str | list[dict]) -> None:
     """Raises ValueError for a prompt that is longer than an autoregressive model was made for: it
     would compute for minutes, and then say nothing of sense."""
     from ..decoders.beam import BeamDecoder
+    from ..decoders.search import SearchDecoder
     from ..decoders.soft import SelfConsistency, SoftDecoder
     from ..evaluate import read_prompts
     from ..models import room_of
 
     decoder = decoder.decoder if isinstance(decoder, SelfConsistency) else decoder
-    if not isinstance(decoder, (SoftDecoder, BeamDecoder)):
+    if not isinstance(decoder, (SoftDecoder, BeamDecoder, SearchDecoder)):
         return
     room, n = room_of(decoder.model, trained=True), None
     if room is not None:

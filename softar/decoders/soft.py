@@ -14,22 +14,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
-from transformers import BatchEncoding
 
 from ..config import TAGS, SoftConfig, renamed
-from ..decode import SoftOutput, generate
+from ..decode import generate
 from ..defaults import Default, default_of
 from ..evaluate import evaluating, read_prompts, resolve
 from ..mixers import GROUP, MIXERS, mk_mixer, name_of
 from ..models import load
 from ..names import registered as registered_names
-from ..show.trace import Trace, thought
 from ..specs import format_options
-from ..thought import Kind
 from .answer import Decoded, Decoder, known_sum
 from .beam import BeamDecoder, BeamOptions
 from .card import Card, check_of_kind, columns_of, open_model
 from .options import Common, check_options
+from .read import read_out
+from .search import SEARCHES, SearchDecoder, search_config
 from .stop import StopStrings
 
 
@@ -99,36 +98,8 @@ class SoftDecoder:
                 tokenizer=self.tokenizer,
                 stopping_criteria=criteria,
             )
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.answers]
-        is_step = out.record.kind != Kind.PAD  # [B, T]; padding stands at the end
-        lengths = is_step.sum(1).tolist()
-        is_token = is_step & (out.record.kind != Kind.LATENT)
-        tokens = [
-            tuple(ids[own].tolist()) for ids, own in zip(out.completions, is_token, strict=True)
-        ]
-        entropy = (out.record.entropy.masked_fill(~is_step, 0.0).sum(1) / is_step.sum(1)).tolist()
-        is_soft = (out.record.kind == Kind.SOFT) | (out.record.kind == Kind.LATENT)
-        soft_steps = is_soft.sum(1).tolist()
-        seconds = (time.perf_counter() - started) / len(prompts)
-        prefill = out.num_forwards - is_step.shape[1]  # forwards before the first token, but one
-        return [
-            Decoded(
-                text=texts[row],
-                tokens=tokens[row],
-                num_forwards=float(prefill + lengths[row]),
-                token_forwards=out.token_forwards / len(prompts),
-                seconds=seconds,
-                entropy=entropy[row],
-                soft_steps=soft_steps[row],
-                trace=self._trace(out, inputs, row) if self.trace else None,
-            )
-            for row in range(len(prompts))
-        ]
-
-    def _trace(self, out: SoftOutput, inputs: BatchEncoding, row: int) -> Trace:
-        prompt = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
-        trace = thought(out, self.tokenizer, row, title=self.name)
-        return replace(trace, prompt=self.tokenizer.decode(prompt))
+        title = self.name if self.trace else None
+        return read_out(out, self.tokenizer, inputs, started=started, title=title)
 
 
 class SelfConsistency:
@@ -287,6 +258,20 @@ def _make_beam(card: Card, common: Common, /, **options) -> BeamDecoder:
     return BeamDecoder(model, tokenizer, search, trace=common.trace, **labels)
 
 
+def _make_search(decoder: str, card: Card, common: Common, /, **options) -> SearchDecoder:
+    """options: those of the search, and fields of SoftConfig that it does not set itself. Nothing is
+    drawn, so the seed has no effect."""
+    length = common.max_new_tokens
+    asked = options | ({} if length is None else {"max_new_tokens": length})
+    search_config(default_of(card.config), decoder, asked)
+    model, tokenizer = _open(decoder, card, common)
+    default = default_of(card.config, tokenizer)
+    config, search = search_config(default, decoder, asked)
+    setting = format_options({"num_beams": search.num_beams} | options, " ")
+    labels = common.labels(decoder, card.name, setting)
+    return SearchDecoder(model, tokenizer, config, search, trace=common.trace, **labels)
+
+
 @dataclass(frozen=True)
 class VoteOptions:
     votes: int = 8
@@ -324,7 +309,8 @@ DECODERS: dict[str, Callable[..., Decoder]] = {
         for name in [*HARD, *(name for name in MIXERS if not mk_mixer(name).single)]
     },
     "beam": _make_beam,
+    **{name: functools.partial(_make_search, name) for name in SEARCHES},
     "self-consistency": _make_self_consistency,
 }
-ALIKE = ("discrete", "soft", "hidden", "beam", "self-consistency")  # all votes would be
+ALIKE = ("discrete", "soft", "hidden", "beam", *SEARCHES, "self-consistency")  # all votes would be
 VOTERS = [name for name in DECODERS if name not in ALIKE]

@@ -1,0 +1,83 @@
+"""Decoders that weigh several continuations before they go on, and read mixtures."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .. import guard
+from ..config import SoftConfig, renamed
+from ..defaults import Default
+from ..evaluate import evaluating, read_prompts, resolve
+from . import beam_collapse, soft_beam
+from .answer import Decoded
+from .beam_collapse import BeamCollapse
+from .card import check_of_kind, columns_of
+from .options import check_options
+from .read import read_out
+from .soft_beam import SoftBeam
+
+
+class SearchDecoder:
+    """Answers by a search over softly read continuations.
+
+    Args: as for SoftDecoder; config: where the thought is, and what shapes its mixtures; search: a
+        SoftBeam or a BeamCollapse, which says how.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        config: SoftConfig,
+        search: SoftBeam | BeamCollapse,
+        *,
+        name=None,
+        trace=False,
+        columns=None,
+    ):
+        decoder = next(name for name, s in SEARCHES.items() if isinstance(search, s.options))
+        check_of_kind(model, "autoregressive", name or decoder)
+        guard.check_beams(model, search.num_beams)
+        self.model, self.tokenizer, self.trace = model, tokenizer, trace
+        self.config, self.search = resolve(config.changed(**search.changes), tokenizer), search
+        setting = f"num_beams={search.num_beams}"
+        self.columns = columns_of(decoder, model, "autoregressive", setting) | (columns or {})
+        self.name, self.run = name or f"{decoder} {setting}", SEARCHES[decoder].run
+
+    def decode(self, prompts: list) -> list[Decoded]:
+        if not prompts:
+            return []
+        started = time.perf_counter()
+        inputs = read_prompts(self.tokenizer, prompts).to(self.model.device)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        with evaluating(self.model):
+            out, forwards = self.run(self.model, ids, mask, self.config, self.search)
+        how = dict(started=started, forwards=forwards, title=self.name if self.trace else None)
+        return read_out(out, self.tokenizer, inputs, **how)
+
+
+def search_config(
+    default: Default, decoder: str, options: dict
+) -> tuple[SoftConfig, SoftBeam | BeamCollapse]:
+    """The model's default as the search reads it, changed by the options; and the search. Raises
+    ValueError for options that are unknown or do not fit."""
+    search, options = SEARCHES[decoder], renamed(options)
+    names = [field.name for field in dataclasses.fields(search.options)]
+    asked = check_options(SoftConfig, decoder, options, also=names, fixed=search.fixed)
+    own = {name: value for name, value in asked.items() if name in names}
+    search = search.options(**check_options(search.options, decoder, own))
+    others = {name: value for name, value in asked.items() if name not in names}
+    return default.changed(search.changes | others), search
+
+
+class Search(NamedTuple):
+    options: type
+    run: Callable  # (model, input_ids, attention_mask, config, options) -> output, forwards
+    fixed: list[str]  # fields of SoftConfig that it sets itself
+
+
+SEARCHES = {
+    "soft-beam": Search(SoftBeam, soft_beam.soft_beam, soft_beam.FIXED),
+    "beam-collapse": Search(BeamCollapse, beam_collapse.beam_collapse, beam_collapse.FIXED),
+}
