@@ -183,7 +183,7 @@ def test_imports_point_one_way(folder):
 # on a lower floor.
 FLOORS = [
     ("_lazy", "checks", "placement", "progress", "resume", "soft", "specs", "tags"),
-    ("feedback", "files", "names"),
+    ("feedback", "files", "names", "relaxed"),
     ("mixers", "models", "tasks", "results"),
     ("draws", "idle"),
     ("config", "training"),

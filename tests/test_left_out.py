@@ -19,6 +19,7 @@ from softar.sft.config import SoftSFTConfig
 SFT, DIFFUSION = partial(SoftSFTConfig, "unused"), partial(DiffusionSFTConfig, "unused")
 RL = [partial(kind, "unused") for kind in (SoftGRPOConfig, SoftRLOOConfig, SoftPPOConfig)]
 MOVE = "alpha_end alpha_hold alpha_span"
+GATES = "gate_gradient gate_scale_start gate_scale_end"
 GAUSS = "tau_start tau_end gamma_min gamma_max"
 # configuration, where the options do nothing, where they act, the options, what they are there
 CASES = [
@@ -27,6 +28,7 @@ CASES = [
     (SFT, dict(targets="oracle"), {}, f"soft_passes {MOVE}", sft.LEFT_OUT),
     (SFT, dict(alpha_schedule="constant"), {}, f"soft_passes {MOVE}", sft.LEFT_OUT),
     (SFT, {}, dict(learn_temperature=True), "temperature_learning_rate", sft.LEFT_OUT),
+    (SFT, {}, dict(learn_top_k=True), f"filter_learning_rate {GATES}", sft.LEFT_OUT),
     (DIFFUSION, {}, dict(objective="uniform", normalise="tokens", curriculum=0.5), GAUSS, None),
     (DIFFUSION, dict(eval_decode_rows=0), {}, "eval_steps_decoded", None),
     *[(kind, dict(soft_mixer="hard"), {}, "soft_k", rl.LEFT_OUT) for kind in RL],

@@ -645,6 +645,41 @@ def test_temperature_is_learnt_logged_and_kept_out_of_the_model(tmp_path, peft):
     assert logged(resumed, "soft_temperature") == pytest.approx(seen, rel=1e-5)
 
 
+@pytest.mark.parametrize("gradient", ["straight", "soft"])
+def test_filters_are_learnt_logged_and_kept_as_plain_numbers(tmp_path, gradient):
+    kw = dict(
+        learn_min_p=True,
+        soft_min_p=0.02,
+        learn_top_k=True,
+        soft_top_k=5,
+        gate_gradient=gradient,
+        filter_learning_rate=0.3,
+        alpha_schedule="constant",
+        alpha_start=0.2,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+        think_steps=2,
+        **ADAM,
+    )
+    trainer = trained(tmp_path, **kw)
+    seen = {name: logged(trainer, f"soft_{name}") for name in ("min_p", "top_k")}
+    assert seen["min_p"][0] == pytest.approx(0.02) and seen["top_k"][0] == pytest.approx(5)
+    assert all(len(set(values)) == 4 for values in seen.values())
+    found = SoftConfig.load(tmp_path / "checkpoint-2")
+    assert found.min_p == pytest.approx(seen["min_p"][2], rel=1e-5)
+    assert found.top_k == math.floor(seen["top_k"][2] + 0.5)
+    last = trainer.decoding()
+    assert type(last.top_k) is int and 1 <= last.top_k <= 10 and 0 < last.min_p < 1
+    file = tmp_path / "checkpoint-4" / "model.safetensors"
+    assert not [name for name in load_file(file) if "soft_" in name]
+    # the part of top-k that decoding rounds away is kept beside
+    resumed = trained(tmp_path / "again", resume=str(tmp_path / "checkpoint-2"), **kw)
+    assert logged(resumed) == pytest.approx(logged(trainer), rel=1e-5)
+    for name, values in seen.items():
+        assert logged(resumed, f"soft_{name}") == pytest.approx(values, rel=1e-4)
+
+
 @pytest.mark.parametrize("peft", [False, True])
 def test_weight_decay_leaves_the_temperature_alone(tmp_path, peft):
     kw = dict(

@@ -1,6 +1,7 @@
 """The options of soft SFT, on top of TRL's: each with its help, checked before anything is
 loaded."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +11,26 @@ from trl import SFTConfig
 from ..checks import Idle, check_choice, check_idle, check_least, check_types, fill
 from ..config import SoftConfig
 from ..mixers import GUIDES, mk_mixer
+from ..relaxed import GRADIENTS
 from ..soft import check_dist
 from ..training import PlainSFTConfig, opt
 from .forward import MODES, mk_alpha
+from .learnt import learnt_of
 from .preflight import check_learnable
 
 TARGETS = ("gold", "traces", "oracle")
 THOUGHT_LOSSES = ("constant", "alpha")
 # What options that act in some modes only are where they are left out
 LEFT_OUT = dict(
-    soft_passes=2, alpha_end=0.0, alpha_hold=0.0, alpha_span=0.6, temperature_learning_rate=1e-2
+    soft_passes=2,
+    alpha_end=0.0,
+    alpha_hold=0.0,
+    alpha_span=0.6,
+    temperature_learning_rate=1e-2,
+    filter_learning_rate=1e-2,
+    gate_gradient="straight",
+    gate_scale_start=1.0,
+    gate_scale_end=0.05,
 )
 
 
@@ -87,6 +98,12 @@ IDLE = (
         "without a temperature to learn",
         "set learn_temperature=True",
     ),
+    Idle(
+        "filter_learning_rate gate_gradient gate_scale_start gate_scale_end",
+        lambda c: not (c.learn_min_p or c.learn_top_k),
+        "without a filter to learn",
+        "set learn_min_p=True or learn_top_k=True",
+    ),
 )
 
 
@@ -132,6 +149,26 @@ class SoftSFTConfig(PlainSFTConfig):
     temperature_learning_rate: float | None = opt(
         None,
         "Learning rate of the temperature (of its logarithm), without weight decay. Default: 0.01.",
+    )
+    learn_min_p: bool = opt(
+        False, "Train soft_min_p with the model, from there on: it filters by a gate."
+    )
+    learn_top_k: bool = opt(
+        False, "Train soft_top_k with the model, from there on, to at most twice as many."
+    )
+    filter_learning_rate: float | None = opt(
+        None, "Learning rate of learnt filters (their logits), no weight decay. Default: 0.01."
+    )
+    gate_gradient: str | None = opt(
+        None,
+        "How a learnt filter mixes: 'straight' as decoding will, with the gates' gradient; 'soft' by its gates. "
+        "Default: straight.",
+    )
+    gate_scale_start: float | None = opt(
+        None, "How wide a gate is at first (nats for min-p, ranks for top-k). Default: 1."
+    )
+    gate_scale_end: float | None = opt(
+        None, "How wide it is at the end; it narrows by a constant factor. Default: 0.05."
     )
     guidance: str = opt(
         "mix", "How the gold token enters a mixture: 'mix', 'clamp' or 'coin' (scheduled sampling)."
@@ -186,7 +223,11 @@ class SoftSFTConfig(PlainSFTConfig):
         check_choice("guidance", self.guidance, GUIDES)
         check_choice("targets", self.targets, TARGETS)
         check_choice("thought_loss", self.thought_loss, THOUGHT_LOSSES)
-        check_least(self, soft_top_k=0, temperature_learning_rate=0)
+        check_least(self, soft_top_k=0, temperature_learning_rate=0, filter_learning_rate=0)
+        check_choice("gate_gradient", self.gate_gradient, GRADIENTS)
+        for name in ("gate_scale_start", "gate_scale_end"):
+            if not 0 < (scale := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}={scale} must be > 0 and finite; near 0 gates are filters")
         check_least(self, soft_passes=0, soft_grad_passes=1, soft_window=1, think_steps=0)
         check_least(self, freeze_layers=0, eval_decode_rows=0, eval_new_tokens=1)
         if self.soft_mode == "sequential" and self.gradient_checkpointing:
@@ -214,14 +255,18 @@ class SoftSFTConfig(PlainSFTConfig):
             )
         self.alpha()
         check_idle(self, IDLE, left_out)
-        if self.learn_temperature:
-            check_learnable(self)
+        for name in learnt_of(self):
+            check_learnable(self, name)
 
     def alpha(self) -> Callable[[float], float]:
         """The guidance schedule, progress in [0, 1] -> alpha."""
         move = dict(end=self.alpha_end, hold=self.alpha_hold, span=self.alpha_span)
         move = {name: value for name, value in move.items() if value is not None}  # does not move
         return mk_alpha(self.alpha_schedule, start=self.alpha_start, **move)
+
+    def gate_scale(self, progress: float) -> float:
+        """How wide the gates of learnt filters are, progress in [0, 1]."""
+        return self.gate_scale_start ** (1 - progress) * self.gate_scale_end**progress
 
     @property
     def alphas(self) -> set[float]:
@@ -242,9 +287,9 @@ class SoftSFTConfig(PlainSFTConfig):
         is_single = mk_mixer(self.soft_mixer).single
         return self.targets == "oracle" or (not is_single and min(self.alphas) < 1)
 
-    def decoding(self, readout: str = "soft", temperature: float | None = None) -> SoftConfig:
-        """How the trained model is decoded: 'soft' as it was trained, or 'discrete', greedy over
-        the same spans."""
+    def decoding(self, readout: str = "soft", learnt: dict[str, float] | None = None) -> SoftConfig:
+        """How the trained model is decoded: 'soft' as it was trained, with these filters in place of
+        those it began with, or 'discrete', greedy over the same spans."""
         span = dict(
             think_start=self.think_start,
             think_end=self.think_end,
@@ -258,8 +303,6 @@ class SoftSFTConfig(PlainSFTConfig):
         return SoftConfig(
             mixer="soft" if single else self.soft_mixer,
             mixer_args={} if single else self.soft_mixer_args or {},
-            **(
-                self.filters if temperature is None else self.filters | {"temperature": temperature}
-            ),
+            **(self.filters | (learnt or {})),
             **span,
         )

@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from ..guard import check_range
 from ..mixers import mk_mixer
-from ..soft import mk_proba_dist
 from .data import thought_mask
+from .learnt import ROOM, mixture
 
 LOOKED_AT = 1000  # rows that the forecast is made from
 
@@ -82,11 +82,24 @@ def forecast(args, dataset, span: dict) -> str | None:
     )
 
 
-def check_learnable(args) -> None:
-    """Raise ValueError where a learnt temperature would get no gradient."""
-    if args.soft_temperature == 0:
+STARTS = {  # of a learnt filter: where it may begin
+    "temperature": (lambda value: value > 0, "start above 0"),
+    "min_p": (
+        lambda value: value is not None and 0 < value < 1,
+        "start between 0 and 1, e.g. 0.05",
+    ),
+    "top_k": (lambda value: value is not None and value > 1, "start above 1, e.g. 10"),
+}
+
+
+def check_learnable(args, name: str) -> None:
+    """Raise ValueError where a filter that is to be learnt would get no gradient."""
+    (fits, remedy), start = STARTS[name], args.filters[name]
+    if not fits(start):
+        raise ValueError(f"soft_{name}={start} cannot be learnt from: {remedy}")
+    if name == "top_k" and args.soft_top_p is not None:
         raise ValueError(
-            f"soft_temperature={args.soft_temperature} cannot be learnt from: start above 0"
+            f"soft_top_p={args.soft_top_p} is taken of what a learnt top_k leaves: give one of them"
         )
     why = None
     if args.targets == "oracle":
@@ -95,20 +108,21 @@ def check_learnable(args) -> None:
         why = "no mixture is ever read: alpha stays 1, or the mixer gives single tokens"
     elif args.soft_mode == "parallel" and (args.soft_grad_passes == 1 or args.soft_passes == 0):
         why = "soft_passes=0 and soft_grad_passes=1 take the soft inputs as constants"
-    elif not _has_gradient(args):
+    elif not _has_gradient(args, name):
         why = f"mixtures of soft_mixer={args.soft_mixer!r} with these filters do not depend on it"
     if why is not None:
-        raise ValueError(f"learn_temperature=True gets no gradient: {why}; leave it at False")
+        raise ValueError(f"learn_{name}=True gets no gradient: {why}; leave it at False")
 
 
-def _has_gradient(args) -> bool:
-    temperature = torch.tensor(args.soft_temperature, requires_grad=True)
-    logits = torch.linspace(0, 1, max(8, args.soft_top_k or 0))[None]
-    dist = mk_proba_dist(logits, **args.filters | {"temperature": temperature})
+def _has_gradient(args, name: str) -> bool:
+    value = torch.tensor(float(args.filters[name]), requires_grad=True)
+    most = max(8, ROOM * (args.soft_top_k or 0))
+    logits = torch.linspace(0, 1, most)[None]
+    dist = mixture(logits, args, {name: value}, most, 0.0)
     mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
     weights = mixer(dist, rng=torch.Generator().manual_seed(0)).soft.weights
     if not weights.requires_grad:
         return False
     total = (weights * torch.arange(weights.shape[-1]).square()).sum()
-    (gradient,) = torch.autograd.grad(total, temperature, allow_unused=True)
+    (gradient,) = torch.autograd.grad(total, value, allow_unused=True)
     return gradient is not None and bool(gradient != 0)

@@ -5,14 +5,16 @@ Shapes: B batch, T positions, M traces per row, V vocabulary, K tokens kept, N t
 batch.
 """
 
-import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import TrainerState
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from ..config import CONFIG_FILE, TAGS, SoftConfig
@@ -20,7 +22,7 @@ from ..evaluate import evaluate
 from ..mixers import guide, mk_mixer
 from ..model_card import OwnCard, changes_of
 from ..models import check_autoregressive, room_of
-from ..soft import Soft, check_dist, mk_proba_dist
+from ..soft import Soft, check_dist
 from ..training import (
     MicroBatches,
     WatchedLosses,
@@ -43,6 +45,7 @@ from .data import (
     thought_mask,
 )
 from .forward import mixed_forward, soft_forward
+from .learnt import LearntFilters
 from .loss import soft_loss
 from .preflight import check_tokens, forecast
 
@@ -109,9 +112,7 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         _freeze(
             self.accelerator.unwrap_model(self.model), args.freeze_embeddings, args.freeze_layers
         )
-        if args.learn_temperature:
-            start = torch.tensor(math.log(args.soft_temperature), device=self.model.device)
-            self.model.register_parameter("soft_log_temperature", nn.Parameter(start))
+        self._learnt = LearntFilters(self.model, args, vocab)
         self._alpha = args.alpha()
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
         self._span = self._thought_span()
@@ -177,10 +178,11 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.args.learn_temperature:
-            # decay would pull it to 1, where its logarithm is 0
-            rate = self.args.temperature_learning_rate
-            give_own_rate(self, [self.model.soft_log_temperature], rate)
+        rates = {"temperature": self.args.temperature_learning_rate}
+        for name in self._learnt.names:
+            # decay would pull each to where its free form is 0
+            rate = rates.get(name, self.args.filter_learning_rate)
+            give_own_rate(self, [self._learnt.parameter(name)], rate)
         return optimizer
 
     # -- loss
@@ -223,7 +225,7 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
 
         def forward(ids: Tensor) -> tuple[Tensor, Tensor | float]:
             """Inside the wrapper's forward, where DDP and FSDP have the parameters at hand."""
-            nothing = 0.0 * self._temperature()
+            nothing = self._learnt.nothing()
             if oracle is not None:
                 return mixed_forward(unwrapped, ids, mask, thought, oracle), nothing
             soft = dict(
@@ -239,21 +241,16 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
     def _mk_feed(self, alpha: float, micro: int):
         args, rng = self.args, self._seeded(micro, shared=False)
         state = rng.get_state()
-        filters = args.filters | {"temperature": self._temperature()}
+        progress = self._progress()
 
         def feed(logits: Tensor, gold: Tensor) -> Soft:
             if args.soft_mode == "parallel":
                 # the noise belongs to the position: every refresh sees the same
                 rng.set_state(state)
-            dist = mk_proba_dist(logits, **filters)
+            dist = self._learnt.mixture(logits, progress)
             return guide(self._mixer(dist, rng=rng).soft, gold, alpha, args.guidance, rng=rng)
 
         return feed
-
-    def _temperature(self) -> float | Tensor:
-        if self.args.learn_temperature:
-            return self.model.soft_log_temperature.exp()
-        return self.args.soft_temperature
 
     def _progress(self) -> float:
         return self.state.global_step / max(1, self.state.max_steps)
@@ -265,8 +262,8 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         metrics["alpha"].append(alpha)
         if len(h):
             metrics["thought_entropy"].append(h.mean().item())
-        if self.args.learn_temperature:
-            metrics["soft_temperature"].append(self._temperature().item())
+        for name, value in self._learnt.values().items():
+            metrics[f"soft_{name}"].append(value.item())
 
     # -- evaluation and checkpoints
 
@@ -307,34 +304,34 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         soft_config.json records."""
         if readout is None:
             readout = "soft" if self.args.is_soft else "discrete"
-        temperature = self._temperature()
-        return self.args.decoding(
-            readout, temperature.item() if torch.is_tensor(temperature) else temperature
-        )
+        return self.args.decoding(readout, self._learnt.plain())
 
     def card_config(self):
         return CONFIG_FILE, changes_of(self.decoding())
 
     def _save(self, output_dir: str | None = None, state_dict=None):
-        if self.args.learn_temperature:  # belongs to the decoding, not to the model
-            state_dict = (
-                self.accelerator.get_state_dict(self.model) if state_dict is None else state_dict
-            )
-            state_dict = {
-                k: v for k, v in state_dict.items() if not k.endswith("soft_log_temperature")
-            }
+        if self._learnt.names:
+            if state_dict is None:
+                state_dict = self.accelerator.get_state_dict(self.model)
+            state_dict = self._learnt.without(state_dict)
         super()._save(output_dir, state_dict)
         self.decoding().save(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model, trial):
+        if self._learnt.names:
+            self.state.stateful_callbacks[FILTERS] = self._learnt.state()
         with no_interrupt():
             super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.learn_temperature:
-            temperature = SoftConfig.load(resume_from_checkpoint).temperature
-            self.model.soft_log_temperature.data.fill_(math.log(temperature))
+        if self._learnt.names:
+            state = TrainerState.load_from_json(Path(resume_from_checkpoint, TRAINER_STATE_NAME))
+            numbers = SoftConfig.load(resume_from_checkpoint).filters
+            self._learnt.restore(state.stateful_callbacks.get(FILTERS, {}), numbers)
+
+
+FILTERS = "softar_filters"  # in trainer_state.json
 
 
 def _check_columns(args: SoftSFTConfig, train_dataset, eval_dataset, score) -> None:

@@ -1,0 +1,105 @@
+"""The filters of the mixtures as far as soft SFT trains them: temperature, min-p, top-k.
+
+While it trains each is a parameter of the model, in a form that has no bounds; what decoding uses are
+plain numbers, which soft_config.json keeps.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..relaxed import relaxed_dist
+from ..soft import Soft, mk_proba_dist
+
+ROOM = 2  # a learnt top-k may become so many times what it starts from
+# filter -> the parameter of the model
+PARAMETERS = {
+    "temperature": "soft_log_temperature",
+    "min_p": "soft_logit_min_p",
+    "top_k": "soft_logit_top_k",
+}
+
+
+def learnt_of(args) -> list[str]:
+    """The filters that a SoftSFTConfig trains."""
+    return [name for name in PARAMETERS if getattr(args, f"learn_{name}")]
+
+
+def mixture(logits: Tensor, args, learnt: dict[str, Tensor], most: int, progress: float) -> Soft:
+    """What `args` filters of logits [..., V], with these numbers in place of its own.
+
+    most: as for relaxed_dist, where min-p or top-k are learnt. progress: of the training, in [0, 1].
+    """
+    filters = args.filters | learnt
+    gates = {name: filters.pop(name) for name in ("min_p", "top_k") if name in learnt}
+    if not gates:
+        return mk_proba_dist(logits, **filters)
+    how = dict(most=most, scale=args.gate_scale(progress), gradient=args.gate_gradient)
+    return relaxed_dist(logits, **gates, **how, **filters)
+
+
+class LearntFilters:
+    """The filters that a trainer trains, on its model.
+
+    Args:
+        args: a SoftSFTConfig.
+        vocab_size: bounds a learnt top-k.
+    """
+
+    def __init__(self, model: nn.Module, args, vocab_size: int):
+        self.model, self.args, self.names = model, args, learnt_of(args)
+        self.most = min(ROOM * (args.soft_top_k or 1), vocab_size)
+        if "top_k" in self.names and args.soft_top_k >= vocab_size:
+            raise ValueError(
+                f"soft_top_k={args.soft_top_k} cannot be learnt from: start below the vocabulary of {vocab_size}"
+            )
+        for name in self.names:
+            start = torch.tensor(self._free(name, args.filters[name]), device=model.device)
+            model.register_parameter(PARAMETERS[name], nn.Parameter(start))
+
+    def parameter(self, name: str) -> nn.Parameter:
+        return self.model.get_parameter(PARAMETERS[name])
+
+    def values(self) -> dict[str, Tensor]:
+        """Their numbers [], with gradients."""
+        return {name: self._number(name, self.parameter(name)) for name in self.names}
+
+    def plain(self) -> dict[str, float]:
+        """Their numbers as decoding uses them."""
+        numbers = {name: value.item() for name, value in self.values().items()}
+        if "top_k" in numbers:  # as the gate rounds it
+            numbers["top_k"] = math.floor(numbers["top_k"] + 0.5)
+        return numbers
+
+    def mixture(self, logits: Tensor, progress: float) -> Soft:
+        return mixture(logits, self.args, self.values(), self.most, progress)
+
+    def nothing(self) -> Tensor | float:
+        """A 0 with all of them in its graph."""
+        return sum((0.0 * value for value in self.values().values()), 0.0)
+
+    def without(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of the model: they belong to the decoding."""
+        ends = tuple(PARAMETERS[name] for name in self.names)
+        return {k: v for k, v in state_dict.items() if not k.endswith(ends)}
+
+    def state(self) -> dict[str, float]:
+        return {name: self.parameter(name).item() for name in self.names}
+
+    def restore(self, state: dict[str, float], numbers: dict[str, float]) -> None:
+        """From `state()`, or of a checkpoint without one from the numbers of its soft_config.json."""
+        for name in self.names:
+            free = state[name] if name in state else self._free(name, numbers[name])
+            self.parameter(name).data.fill_(free)
+
+    def _number(self, name: str, free: Tensor) -> Tensor:
+        if name == "temperature":
+            return free.exp()
+        return free.sigmoid() if name == "min_p" else 1 + (self.most - 1) * free.sigmoid()
+
+    def _free(self, name: str, number: float) -> float:
+        if name == "temperature":
+            return math.log(number)
+        share = number if name == "min_p" else (number - 1) / (self.most - 1)
+        return math.log(share / (1 - share))
