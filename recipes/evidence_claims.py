@@ -92,7 +92,13 @@ SAME_PATHS = {
         brief="MNNS, 6 digits: trace-soft over discrete, same paths",
     ),
     5: mnns_less("discrete-traces", 5, about="curve", has_verdict=False),
-    4: mnns_less("discrete-traces", 4, about="curve", has_verdict=False),
+    4: mnns_less(
+        "discrete-traces",
+        4,
+        about="curve",
+        has_verdict=False,
+        brief="MNNS, 4 digits: trace-soft over discrete, same paths",
+    ),
 }
 X1 = Evidence(
     title="MNNS with 4, 5 and 6 digits",
@@ -111,7 +117,7 @@ X1 = Evidence(
             "trend",
             "less discrete-traces, discrete: at 6 digits less at 4",
             (*SAME_PATHS[6].parts, SAME_PATHS[4].parts[0]._replace(weight=-1.0)),
-            brief="MNNS: that gain at 6 digits over that at 4",
+            brief="MNNS: the gain at 6 digits over that at 4",
         ),
         mnns_dose("another row's", brief="MNNS, 6 digits: own thought over another row's"),
         mnns_dose("top 1"),

@@ -12,8 +12,7 @@ LEAST = {"X1": 2}  # whole seeds, without which README keeps its old table
 SECTION = """\
 ## Does it help?
 
-By rules that stood before the runs, in [RESULTS.md](RESULTS.md#evidence-rules), where all arms are;
-`make evidence` runs what is left, `make report` makes its tables and a page of curves.
+By rules set before the runs; all arms are in [RESULTS.md](RESULTS.md#evidence-rules), of `make report`:
 
 {table}
 
