@@ -1,18 +1,14 @@
 """The RL recipes with bad input: one line that names it, before any training."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from launched import ENV, assert_fails
+from launched import PYTHON, assert_fails, run
 from test_recipe_rl import RECIPES, options
 
 
 def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
-    command = [sys.executable, RECIPES["grpo"], *options(tmp_path / "out", num_generations=1)]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 2
+    done = run(*PYTHON, RECIPES["grpo"], *options(tmp_path / "out", num_generations=1), code=2)
     lines = [
         line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line
     ]

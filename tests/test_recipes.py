@@ -70,7 +70,14 @@ def test_a_row_has_a_name_for_loggers(tmp_path, run_name):
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "runs"
     # one row after the other; rows in processes of their own have tests below
-    return folder, run(*ACCELERATE, RECIPE, *options(folder, jobs=1)).stdout
+    return folder, run(*PYTHON, *ACCELERATE, RECIPE, *options(folder, jobs=1)).stdout
+
+
+@pytest.mark.rest
+def test_accelerate_launches_it_with_imports_of_its_own(tmp_path):
+    changes = dict(rows="no-cot", max_steps=1, eval_rows=4)
+    assert "no-cot" in run(*ACCELERATE, RECIPE, *options(tmp_path, **changes)).stdout
+    assert len(results_of(tmp_path)["rows"]) == 2
 
 
 @pytest.mark.slow
@@ -195,7 +202,7 @@ def test_several_seeds(tmp_path, monkeypatch, capsys):
 # -- resume
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroken, jobs):
     folder = tmp_path / "runs"
