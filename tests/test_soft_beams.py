@@ -1,7 +1,6 @@
 """Soft beams and collapsed beams: their limits are decoders that are known, and what lies between is
 what a search without a cache, one sequence at a time, finds."""
 
-import itertools
 import math
 
 import pytest
@@ -22,7 +21,7 @@ from tiny import (
 import softar
 from softar import Kind, SoftConfig
 from softar.decoders.beam import BeamDecoder, BeamOptions
-from softar.decoders.beam_collapse import BeamCollapse, beam_collapse
+from softar.decoders.beam_collapse import BeamCollapse, beam_collapse, collapse
 from softar.decoders.registry import make_decoder
 from softar.decoders.search import SEARCHES, SearchDecoder
 from softar.decoders.soft_beam import SoftBeam, soft_beam
@@ -196,32 +195,54 @@ def test_soft_beams_are_those_of_a_search_without_a_cache(seed):
             )
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.5])
-def test_collapsed_beams_are_the_best_of_all_sequences(tau):
-    """Blocks of two tokens, V beams: the best V of all V^2 pairs, by brute force."""
+@pytest.mark.parametrize("width, every, tau", [(6, 2, 1.0), (6, 2, 0.5), (3, 3, 1.0), (2, 4, 2.0)])
+def test_collapsed_beams_are_those_of_a_search_without_a_cache(width, every, tau):
+    """With V beams and blocks of two tokens, the best V of all V^2 pairs."""
     model, prompt, V, read = small(), [1, 3, 5], 6, []
-    config = SoftConfig(max_new_tokens=6)
     out, forwards = run(
-        model, config, BeamCollapse(V, 2, tau), torch.tensor([prompt]), torch.ones(1, 3)
+        model,
+        SoftConfig(max_new_tokens=2 * every),
+        BeamCollapse(width, every, tau),
+        torch.tensor([prompt]),
+        torch.ones(1, 3),
     )
-    assert forwards == [1 + 2 * (V + 1) + V]
-    for block in range(3):
-        first = belief_after(model, prompt, read).log_softmax(-1)
-        after = [
-            belief_after(model, prompt, [*read, one_token(torch.tensor(a))]).log_softmax(-1)
-            for a in range(V)
-        ]
-        scores = {(a, b): first[a] + after[a][b] for a, b in itertools.product(range(V), repeat=2)}
-        best = sorted(scores, key=lambda pair: -scores[pair])[:V]
-        weights = (torch.stack([scores[pair] for pair in best]) / tau).softmax(-1)
-        for j in range(2):
-            mixture = Soft(torch.tensor([pair[j] for pair in best]), weights)
-            at = 2 * block + j
+    assert forwards == [1 + 2 * (every - 1) * width + 1]
+    for block in range(2):
+        beams = [(0.0, [])]
+        for _ in range(every):
+            more = []
+            for score, tokens in beams:
+                logits = belief_after(
+                    model, prompt, [*read, *(one_token(torch.tensor(t)) for t in tokens)]
+                )
+                logp = logits.log_softmax(-1).tolist()
+                more += [(score + logp[token], [*tokens, token]) for token in range(V)]
+            beams = sorted(more, key=lambda beam: -beam[0])[:width]
+        weights = (torch.tensor([score for score, _ in beams]) / tau).softmax(-1)
+        for j in range(every):
+            mixture = Soft(torch.tensor([tokens[j] for _, tokens in beams]), weights)
+            at = block * every + j
             found = Soft(out.record.ids[0, at], out.record.weights[0, at])
             wide = softar.soft.dense(mixture, V)
             assert softar.soft.dense(found, V) == pytest.approx(wide, abs=1e-4)
             assert out.record.token[0, at] == wide.argmax()
             read.append(mixture)
+
+
+def test_a_beam_that_has_ended_is_in_no_later_mixture():
+    """Three beams of weights 4 : 2 : 1, of which the first ends after one token and the others after
+    two; the entropies are weighed alike."""
+    scores = torch.tensor([[4.0, 2.0, 1.0]]).log()
+    tokens = torch.tensor([[[7, 0, 0], [8, 9, 0], [8, 5, 0]]])
+    alive = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 1, 0]]]).bool()
+    h = torch.tensor([[[1.0, 8.0, 8.0], [1.0, 3.0, 8.0], [1.0, 0.0, 8.0]]])
+    block = collapse(scores, tokens, alive, h, 1.0)
+    assert block.lengths.tolist() == [2] and block.token[0, :2].tolist() == [7, 9]
+    assert block.mixtures.weights[0, 0] == pytest.approx(torch.tensor([4, 2, 1]) / 7)
+    assert block.mixtures.weights[0, 1] == pytest.approx(torch.tensor([0, 2, 1]) / 3)
+    assert block.h[0, :2].tolist() == pytest.approx([1, 2])
+    equal = collapse(torch.zeros(1, 3), tokens, alive, h, 1.0)
+    assert equal.token[0, 0] == 8, "what several beams say counts together"
 
 
 # -- thoughts and answers
