@@ -25,9 +25,51 @@ MIXERS = ("k-samples", "hard")  # of actions.ACTIONS, those whose action a decod
 
 
 @dataclass
-class SoftGRPOConfig(GRPOConfig):
-    """TRL's GRPOConfig plus the soft policy. Without an accelerator it trains on the CPU in float32
-    by itself.
+class RolloutConfig(GRPOConfig):
+    """TRL's GRPOConfig for rollouts of softar's own and their replay. Without an accelerator it
+    trains on the CPU in float32 by itself."""
+
+    _idle, _left_out, _choices, _reasons = (), {}, (), {}
+
+    vllm_importance_sampling_correction: bool = opt(
+        False, "Not there: the log-probabilities of vLLM's answers are not recorded."
+    )
+    logging_nan_inf_filter: bool = opt(
+        False, "Not there: a NaN or infinite loss ends the training."
+    )
+    gradient_checkpointing: bool = opt(False, "Recompute activations to save memory.")
+
+    def __post_init__(self):
+        check_compile(self)
+        check_types(self, besides=GRPOConfig)
+        left_out = fill(self, self._left_out)
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+            self.bf16 = bool(self.bf16)
+        if self.num_generations is not None and self.num_generations < 2:
+            raise ValueError(
+                f"num_generations={self.num_generations} must be at least 2: TRL draws the completions of a prompt in "
+                f"groups, and GRPO and RLOO compare within them"
+            )
+        super().__post_init__()
+        check_filter(self)
+        check_neutral(self, self._reasons)
+        for name, choices in (*self._choices, ("loss_type", LOSS_TYPES)):
+            check_choice(name, getattr(self, name), choices)
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature={self.temperature} must be > 0 and finite: the policy has to be sampled"
+            )
+        check_idle(self, self._idle, left_out)
+        if self.delta is not None and not self.delta > 0:
+            raise ValueError(f"delta={self.delta} must be > 0, the bound of a ratio; None is none")
+        if self.beta < 0:
+            raise ValueError(f"beta={self.beta} must be >= 0; 0 is for no reference")
+
+
+@dataclass
+class SoftGRPOConfig(RolloutConfig):
+    """TRL's GRPOConfig plus the soft policy.
 
     `temperature` is one for thought, answer, replay and reference; top_p, top_k and min_p have to
     stay neutral. KL and entropy are of all draws of a step, in nats: beta and entropy_coef weigh the
@@ -41,14 +83,13 @@ class SoftGRPOConfig(GRPOConfig):
     """
 
     _idle, _left_out = IDLE, LEFT_OUT
+    _choices = (
+        ("soft_mixer", MIXERS),
+        ("soft_ratio", RATIOS),
+        ("reward_sees", WAYS),
+        ("rollout", BACKENDS),
+    )
 
-    vllm_importance_sampling_correction: bool = opt(
-        False, "Not there: the log-probabilities of vLLM's answers are not recorded."
-    )
-    logging_nan_inf_filter: bool = opt(
-        False, "Not there: a NaN or infinite loss ends the training."
-    )
-    gradient_checkpointing: bool = opt(False, "Recompute activations to save memory.")
     soft_mixer: str = opt(
         "k-samples", "What a think step reads back: 'k-samples', or 'hard' (its one drawn token)."
     )
@@ -80,39 +121,9 @@ class SoftGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        check_compile(self)
-        check_types(self, besides=GRPOConfig)
-        left_out = fill(self, self._left_out)
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-            self.bf16 = bool(self.bf16)
-        if self.num_generations is not None and self.num_generations < 2:
-            raise ValueError(
-                f"num_generations={self.num_generations} must be at least 2: TRL draws the completions of a prompt in "
-                f"groups, and GRPO and RLOO compare within them"
-            )
         super().__post_init__()
-        check_filter(self)
-        check_neutral(self)
-        for name, choices in (
-            ("soft_mixer", MIXERS),
-            ("soft_ratio", RATIOS),
-            ("loss_type", LOSS_TYPES),
-            ("reward_sees", WAYS),
-            ("rollout", BACKENDS),
-        ):
-            check_choice(name, getattr(self, name), choices)
         if self.max_completion_length is None:
             raise ValueError("max_completion_length=None: give the longest completion in steps")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature={self.temperature} must be > 0 and finite: the policy has to be sampled"
-            )
-        check_idle(self, self._idle, left_out)
-        if self.delta is not None and not self.delta > 0:
-            raise ValueError(f"delta={self.delta} must be > 0, the bound of a ratio; None is none")
-        if self.beta < 0:
-            raise ValueError(f"beta={self.beta} must be >= 0; 0 is for no reference")
         if self.think_steps is not None and not 0 <= self.think_steps < self.max_completion_length:
             raise ValueError(
                 f"think_steps={self.think_steps} must lie in 0..{self.max_completion_length - 1}, below "

@@ -7,44 +7,26 @@ draw a step the loss is TRL's.
 Shapes: B rows, P prompt length, C completion steps, K draws, J ratios of a step, V vocabulary.
 """
 
-import copy
-from pathlib import Path
-
 import torch
-from accelerate.utils import is_peft_model
-from torch import Tensor, nn
-from trl.data_utils import is_conversational
-from trl.trainer.utils import pad, use_adapter
+from torch import Tensor
+from trl.trainer.utils import use_adapter
 
 from softar.decode import SoftOutput
-from softar.model_card import OwnCard
 from softar.models import plain
 from softar.thought import Kind
-from softar.training import WatchedLosses, check_arguments, inside_forward, no_interrupt
+from softar.training import inside_forward
 
 from . import guards
 from .actions import ACTIONS, replay
+from .base import RolloutGRPO
 from .config import SoftGRPOConfig
 from .discretise import discretise
-from .losses import aggregate, surrogate
+from .losses import surrogate
 from .metrics import ratio_metrics, rollout_metrics
-from .rewards import check_scored, with_checks
-from .rollout import (
-    Rollout,
-    decode_by_loop,
-    frozen_copy,
-    generators,
-    load_rollouts,
-    mixture,
-    save_rollouts,
-    switch_off_dropout,
-)
-from .trl_trainer import GRPOTrainer
-
-ROLLOUTS = "rollouts-{rank}.safetensors"
+from .rollout import Rollout, decode_by_loop, mixture, switch_off_dropout
 
 
-class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
+class SoftGRPOTrainer(RolloutGRPO):
     """TRL's GRPOTrainer with soft rollouts and their replay.
 
     Takes the models, reward functions and datasets that TRL takes, text only. A reward function
@@ -58,63 +40,31 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "softar"]
     _config = SoftGRPOConfig
-    _scores_each_row = False  # or may the reward functions leave a completion without a score?
 
     def __init__(
-        self,
-        model,
-        reward_funcs=None,
-        args: SoftGRPOConfig | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        *,
-        peft_config=None,
-        **kwargs,
+        self, model, reward_funcs=None, args: SoftGRPOConfig | None = None, *rest, **kwargs
     ):
-        name = type(self).__name__
-        check_arguments(name, model, self._config, args, processing_class)
-        guards.check_turn(name, reward_funcs, kwargs)
-        guards.check_prompts(name, train_dataset, "train_dataset")
-        self.decoding = args.decoding().resolve(processing_class)
-        guards.check_origin(model, args)
-        adapted = peft_config is not None or (isinstance(model, nn.Module) and is_peft_model(model))
-        args = copy.copy(args)
-        beta, args.beta = args.beta, args.beta if adapted else 0.0
-        reference = None if adapted or not beta else frozen_copy(model, args.model_init_kwargs)
-        super().__init__(
-            model,
-            reward_funcs,
-            args,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
-        args.beta = beta
-        # TRL would replay the reference on token ids, `_compute_loss` does it on the mixtures
-        self.beta = 0.0
-        aux_coef = self.router_aux_loss_coef if self.aux_loss_enabled else None
-        guards.check_trainable(name, self.model, aux_coef)
-        guards.check_prompt_room(
-            plain(self.model), processing_class, self.train_dataset, args.max_completion_length
-        )
-        if reference is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    f"beta={beta}: under FSDP or DeepSpeed a reference needs PEFT, give a peft_config"
-                )
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
-        pairs = zip(self.reward_func_names, self.reward_funcs, strict=True)
-        self.reward_funcs = [
-            f if isinstance(f, nn.Module) else with_checks(name, f) for name, f in pairs
-        ]
-        self._action = ACTIONS[args.soft_mixer]
-        self._rollout: Rollout | None = None  # the one that TRL's hooks are at work on
-        self._eval_rollouts = 0
-        self._engine = self._start_engine() if args.rollout == "vllm" else None
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        self._action = ACTIONS[self.args.soft_mixer]
+        self._engine = self._start_engine() if self.args.rollout == "vllm" else None
         self._engine_is_current = False
+
+    def _check_policy(self, model, args, tokenizer):
+        self.decoding = args.decoding().resolve(tokenizer)
+        guards.check_origin(model, args)
+
+    def _check_model(self, aux_loss_coef):
+        guards.check_trainable(type(self).__name__, self.model, aux_loss_coef)
+        guards.check_causal(self.model)
+        guards.check_prompt_room(
+            plain(self.model),
+            self.processing_class,
+            self.train_dataset,
+            self.args.max_completion_length,
+        )
+
+    def _check_same_policy(self, folder):
+        guards.check_same_policy(folder, self.args)
 
     def _start_engine(self):
         from .vllm_rollout import VLLMRollout
@@ -135,29 +85,16 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
 
     # -- rollout
 
-    def _generate_single_turn(
-        self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
-    ):
-        """Decode softly. -> the recorded tokens of each row, which give TRL its lengths."""
-        if images is not None or multimodal_fields:
-            raise ValueError(
-                f"{type(self).__name__} reads text only: leave out the columns image and images"
-            )
-        device, training = self.accelerator.device, self.model.training
-        ids = [torch.tensor(row, device=device) for row in prompt_ids]
-        mask = pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side="left")
-        ids = pad(ids, padding_value=self._tokenizer.pad_token_id, padding_side="left")
-        step = self._step if training else self._eval_rollouts
-        self._eval_rollouts += not training
-        first = self.accelerator.process_index * len(ids)
-        rng = generators(self.args.seed, not training, step, first, len(ids))
+    def _decode(self, prompts, ids, mask, rng):
+        """Softly, by the loop or on vLLM."""
         if self._engine is None:
-            out = decode_by_loop(self, ids, mask, rng)
-        else:
-            out = self._ask_engine(prompt_ids, rng)
-        self._rollout = Rollout(out)
-        lengths = (out.record.kind != Kind.PAD).sum(1).tolist()
-        return [row[:n] for row, n in zip(out.completions.tolist(), lengths, strict=True)], None
+            return Rollout(decode_by_loop(self, ids, mask, rng))
+        return Rollout(self._ask_engine(prompts, rng))
+
+    def _completions(self, rollout):
+        """As recorded."""
+        lengths = (rollout.out.record.kind != Kind.PAD).sum(1).tolist()
+        return [row[:n] for row, n in zip(rollout.out.completions.tolist(), lengths, strict=True)]
 
     def _ask_engine(self, prompts: list[list[int]], rng: list[torch.Generator]) -> SoftOutput:
         """The same on vLLM. Every training rollout follows an update, so the engine gets the
@@ -168,21 +105,18 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
         self._engine_is_current = not self.model.training
         return self._engine.decode(prompts, [g.initial_seed() for g in rng])
 
-    def _generate_and_score_completions(self, inputs):
-        self._rollout = None
-        batch = super()._generate_and_score_completions(inputs)
-        rollout, self._rollout = self._rollout, None
-        batch |= rollout.payload(batch["completion_ids"].shape[1])
+    def _payload(self, rollout, batch):
+        tensors = rollout.payload(batch["completion_ids"].shape[1])
         # TRL's mask is 0 where mask_truncated_completions leaves a row out, and on padding
-        batch["loss_mask"] = (batch["soft_action"] & batch["completion_mask"].bool()).float()
-        batch["num_items_in_batch"] = self.accelerator.gather(batch["loss_mask"].sum()).sum()
-        has_answer = self.decoding.has_answer
-        self._note(rollout_metrics(rollout, has_answer, self.accelerator.reduce))
-        return self._with_advantages(batch, rollout)
+        counts = tensors["soft_action"] & batch["completion_mask"].bool()
+        return tensors | {"loss_mask": counts.float()}
 
-    def _with_advantages(self, batch: dict[str, Tensor], rollout: Rollout) -> dict[str, Tensor]:
-        """The batch with the advantages of this method; GRPO's are those that TRL put there."""
-        return batch
+    def _rollout_metrics(self, rollout):
+        return rollout_metrics(rollout, self.decoding.has_answer, self.accelerator.reduce)
+
+    def _seen_by_rewards(self, rollout):
+        out = rollout.out
+        return discretise(out.record, out.answer_start, self.args.reward_sees)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **options
@@ -213,40 +147,6 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
             logps.append(self._action.logp(logits, mixture(piece)))
             values.append(value)
         return torch.cat(logps), None if values[0] is None else torch.cat(values)
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        """TRL's, on what the rewards may see of a soft completion."""
-        out = self._rollout.out
-        ids = discretise(out.record, out.answer_start, self.args.reward_sees)
-        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-        self._log_completion_extra("reward_saw", texts)
-        if is_conversational({"prompt": prompts[0]}):
-            completions = [[{"role": "assistant", "content": text}] for text in texts]
-        else:
-            completions = texts
-        rewards = super()._calculate_rewards(inputs, prompts, completions, ids)
-        check_scored(
-            rewards, self.reward_func_names, self.reward_funcs, each_row=self._scores_each_row
-        )
-        total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
-        self._rollout.rewards = total.masked_fill(rewards.isnan().all(1), torch.nan)
-        return rewards
-
-    def _local(self, rows: Tensor) -> Tensor:
-        """This process's part of a tensor with the rows of all."""
-        n = len(rows) // self.accelerator.num_processes
-        return rows[self.accelerator.process_index * n :][:n]
-
-    def _relog_advantages(self, advantages: Tensor) -> None:
-        """Show these [rows of all processes] in the table of completions, where TRL put its own."""
-        logged = self._logs["advantages"]
-        for _ in range(min(len(advantages), len(logged))):
-            logged.pop()
-        logged.extend(advantages.tolist())
-
-    def _note(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     # -- replay and loss
 
@@ -329,34 +229,6 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
         )
         return loss
 
-    def _normalised(self, per_step: Tensor, mask: Tensor, items: Tensor) -> Tensor:
-        """As TRL normalises this loss_type. `items`: steps in the loss of the whole rollout, over
-        all processes."""
-        return aggregate(
-            per_step,
-            mask,
-            self.args.loss_type,
-            accumulation=self._accumulation,
-            max_length=self.max_completion_length,
-            num_items=items,
-            num_processes=self.accelerator.num_processes,
-            steps_per_generation=self.args.steps_per_generation if self.model.training else 1,
-        )
-
-    @property
-    def _accumulation(self) -> int:
-        return self.current_gradient_accumulation_steps if self.model.training else 1
-
-    def _mean(self, values: Tensor, mask: Tensor) -> float:
-        """Over the marked steps of all processes."""
-        sums = torch.stack([(values * mask).sum(), mask.sum()])
-        total, count = self.accelerator.reduce(sums).tolist()
-        return total / max(count, 1)
-
-    def evaluate(self, *args, **kwargs):
-        self._eval_rollouts = 0  # every evaluation draws the same numbers
-        return super().evaluate(*args, **kwargs)
-
     def evaluation_loop(self, *args, **kwargs):
         self._engine_is_current = False  # whatever happened to the weights since
         return super().evaluation_loop(*args, **kwargs)
@@ -371,28 +243,3 @@ class SoftGRPOTrainer(WatchedLosses, OwnCard, GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)
         self.args.decoding().save(output_dir or self.args.output_dir)
-
-    def _save_checkpoint(self, model, trial):
-        with no_interrupt():
-            # First: trainer_state.json, which comes last in what follows, is what says that a
-            # checkpoint is whole
-            every = self.args.steps_per_generation * self.num_iterations
-            # rollouts that later steps still read
-            rest = self._buffered_inputs if self._step % every else []
-            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            save_rollouts(
-                folder / ROLLOUTS.format(rank=self.accelerator.process_index), self._step, rest
-            )
-            super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        guards.check_same_policy(resume_from_checkpoint, self.args)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint, ROLLOUTS.format(rank=self.accelerator.process_index))
-        if not path.is_file():
-            raise ValueError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r} holds no {path.name}: resume with as many "
-                f"processes as wrote it, or start a new run from its weights"
-            )
-        self._step, rest = load_rollouts(path, self.accelerator.device)
-        self._buffered_inputs = rest or None

@@ -70,12 +70,16 @@ def check_trainable(trainer: str, model: nn.Module, aux_loss_coef: float | None)
             f"loss, set it to 0 to agree"
         )
     check_adapter(trainer, model)
-    check_autoregressive(model, "RL of masked-diffusion models is not there")
     dropouts = (m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p)
     if rates := sorted({*dropouts}):
         logger.warning(
             "dropout %s stays off: the replay must score the policy that was rolled out", rates
         )
+
+
+def check_causal(model: nn.Module) -> None:
+    """Raise ValueError for a model of masks."""
+    check_autoregressive(model, "use DiffusionGRPOTrainer or DiffusionRLOOTrainer")
 
 
 def check_origin(model, args: SoftGRPOConfig) -> None:

@@ -21,14 +21,16 @@ QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
 def rollout_metrics(
     rollout: Rollout, has_answer: bool, total: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """Means of `statistics`, as soft/..., and quantiles of the rewards. total: sums a tensor over
-    processes."""
+    """Means of `statistics`, as soft/... . total: sums a tensor over processes."""
     sums = statistics(rollout.out, has_answer)
     pairs = total(torch.stack([torch.stack([x.float() for x in pair]) for pair in sums.values()]))
     means = zip(sums, pairs.tolist(), strict=True)
-    return {f"soft/{name}": value / count for name, (value, count) in means if count} | {
-        f"reward/{name}": rollout.rewards.nanquantile(at).item() for name, at in QUANTILES.items()
-    }
+    return {f"soft/{name}": value / count for name, (value, count) in means if count}
+
+
+def reward_metrics(rewards: Tensor) -> dict[str, float]:
+    """Quantiles of the rewards of all processes, NaN for a row without."""
+    return {f"reward/{name}": rewards.nanquantile(at).item() for name, at in QUANTILES.items()}
 
 
 def ratio_metrics(

@@ -117,12 +117,13 @@ PPO_IDLE = (
 )
 
 
-def check_neutral(args) -> None:
-    """Raise ValueError for an option of TRL's that a soft policy has no use for."""
+def check_neutral(args, reasons: dict[str, str]) -> None:
+    """Raise ValueError for an option of TRL's that a soft policy has no use for. reasons: that a kind
+    of policy has, and others have not."""
     for name, neutral, why in NEUTRAL:
         value = getattr(args, name)
         if value not in neutral:
             raise ValueError(
-                f"{name}={value!r} is not supported by {type(args).__name__}: {why}. Leave it at "
+                f"{name}={value!r} is not supported by {type(args).__name__}: {reasons.get(name, why)}. Leave it at "
                 f"{neutral[0]!r}"
             )

@@ -845,7 +845,7 @@ def test_rows_and_models_that_cannot_be_trained_are_named(tmp_path):
     diffusion.config.mask_token_id = 7
     for kind in TRAINERS:
         with pytest.raises(
-            ValueError, match=r"is a masked-diffusion model .*RL of masked-diffusion"
+            ValueError, match=r"is a masked-diffusion model .*use DiffusionGRPOTrainer"
         ):
             trainer(tmp_path, kind, model=diffusion)
 
