@@ -140,8 +140,8 @@ class _Net(NamedTuple):
         logits = self.parts.head(hidden[source])
         logits = logits if logits.dtype == torch.float64 else logits.float()
         never = torch.tensor(never_proposed(self.config, self.facts), device=cols.device)
-        logits = logits.index_fill(-1, never, torch.finfo(logits.dtype).min)
-        return Piece(rows, cols, logits / self.config.temperature)
+        logits = logits / self.config.temperature
+        return Piece(rows, cols, logits.index_fill(-1, never, torch.finfo(logits.dtype).min))
 
 
 def _pieces(net: _Net, steps: Trajectory, read: Callable, chunk: int) -> Iterator[Piece]:

@@ -3,6 +3,10 @@
 from softar._lazy import lazy
 
 _HOME = {
+    "DiffusionGRPOConfig": "softar.rl.diffusion_config",
+    "DiffusionRLOOConfig": "softar.rl.diffusion_config",
+    "DiffusionGRPOTrainer": "softar.rl.diffusion_grpo",
+    "DiffusionRLOOTrainer": "softar.rl.diffusion_grpo",
     "SoftGRPOConfig": "softar.rl.config",
     "SoftPPOConfig": "softar.rl.config",
     "SoftRLOOConfig": "softar.rl.config",

@@ -165,7 +165,7 @@ NOBODY = ["diffusion", "rl", "recipes", "tests"]
 FORBIDDEN = {
     "softar": ["softar.diffusion", "softar.rl", "softar.recipes", *NOBODY],
     "diffusion": ["softar.rl", "softar.recipes", *NOBODY],
-    "rl": ["softar.diffusion", "softar.recipes", *NOBODY],
+    "rl": ["softar.recipes", *NOBODY],
     "recipes": NOBODY,
 }
 

@@ -11,6 +11,8 @@ import warm
 from accelerate import PartialState
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from test_rl_diffusion import SOFT
+from test_rl_diffusion import trainer as diffusion
 from test_rl_trainers import logged, trainer, words
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
@@ -27,6 +29,7 @@ CASES = {
         dict(loss_type="dr_grpo", gradient_accumulation_steps=2, gradient_checkpointing=True),
     ),
     "ppo": ("ppo", dict(loss_type="dapo", peft=LORA, num_ppo_epochs=2, vf_coef=1.0)),
+    "diffusion": ("diffusion", dict(beta=0.1, num_iterations=2, ratio="trajectory", **SOFT)),
 }
 
 
@@ -39,9 +42,10 @@ def train(folder, name, processes):
         seen.extend(completion_ids)
         return words(completions)
 
-    done = trainer(
+    mk = diffusion if kind == "diffusion" else trainer
+    done = mk(
         folder / name,
-        kind,
+        "grpo" if kind == "diffusion" else kind,
         reward=reward,
         per_device_train_batch_size=8 // processes,
         **SGD,

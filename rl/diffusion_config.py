@@ -1,0 +1,156 @@
+"""The options of RL on a masked-diffusion policy, on top of TRL's, checked before anything is
+loaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from softar.checks import Idle, check_least
+from softar.diffusion.config import DenoiseConfig
+from softar.diffusion.replay import METHODS
+from softar.training import opt
+
+from .config import RolloutConfig
+from .neutral import BY_GROUP, IDLE, NO_GROUP
+from .pieces import RATIOS
+
+SHOWN = tuple(rule for rule in IDLE if "log_completions" in rule.remedy)
+DIFFUSION_IDLE = (
+    *SHOWN,
+    Idle(
+        "embedding_grad",
+        lambda c: c.soften == "hard" or c.replay in ("one-step", "left-to-right"),
+        "where no mixtures are replayed",
+        "give another soften or replay",
+    ),
+    Idle(
+        "hide_prompt",
+        lambda c: c.replay != "one-step",
+        "where the replay reads what the rollout read",
+        "set replay='one-step'",
+    ),
+    Idle(
+        "vllm_gpu_memory_utilization vllm_max_model_length vllm_model_impl",
+        lambda c: True,
+        "where the rollout is softar's own loop",
+        "leave them out",
+    ),
+)
+REASONS = {
+    "use_vllm": "it fills no masks",
+    "importance_sampling_level": "ratio says whether tokens or trajectories are weighted",
+    "off_policy_mask_threshold": "clip the ratio by epsilon and delta",
+    "top_entropy_quantile": "every committed token is an action",
+    "use_liger_kernel": "its loss and kernels read from left to right",
+    "neftune_noise_alpha": "the replay must score the policy that was rolled out",
+}
+# fields of DenoiseConfig that are options of the trainer, too
+DECODING = (
+    "gen_length",
+    "block_length",
+    "sub_block_length",
+    "steps",
+    "schedule",
+    "schedule_args",
+    "threshold",
+    "entropy_bound",
+    "select",
+    "soften",
+    "soften_args",
+    "rescale",
+    "grid",
+    "ban_eos",
+    "end_ids",
+    "early_stop",
+    "temperature",
+)
+
+
+@dataclass
+class DiffusionGRPOConfig(RolloutConfig):
+    """TRL's GRPOConfig for a masked-diffusion policy: how rollouts are decoded, and how they are
+    replayed. The options of decoding are those of DenoiseConfig.
+
+    Every committed token is an action, those behind an end token too. KL and entropy are of each
+    committed token, exact in value, in nats.
+    """
+
+    _idle, _left_out, _reasons = DIFFUSION_IDLE, {}, REASONS
+    _choices = (("replay", METHODS), ("ratio", RATIOS))
+
+    max_completion_length: int | None = opt(
+        None, "Most slots of a row, which 'dr_grpo' divides by. Default: gen_length."
+    )
+    gen_length: int = opt(128, "Masks behind each prompt; 0 fills those of templates.")
+    block_length: int | None = opt(None, "Blocks are decoded from left to right; None is one.")
+    sub_block_length: int | None = opt(None, "Of block-causal models: what is decoded together.")
+    steps: int | None = opt(None, "Forwards in all; None is one for each mask.")
+    schedule: str | None = opt(None, "How many slots commit in a forward. Default: 'uniform'.")
+    schedule_args: dict[str, Any] | None = opt(None, "Knobs of the schedule.")
+    threshold: float | None = opt(None, "Of schedule 'threshold', in (0, 1].")
+    entropy_bound: float | None = opt(None, "Of schedule 'entropy-bound', nats.")
+    select: str = opt(
+        "max-prob", "Which slots commit: by the belief alone, never by the tokens drawn."
+    )
+    soften: str | None = opt(None, "What a mask shows. Default: as the model was trained.")
+    soften_args: dict[str, Any] | None = opt(None, "Knobs of the softener.")
+    rescale: str | None = opt(None, "Length of mixtures: None, 'l2' or 'norm'.")
+    grid: str = opt("start", "Where a block-causal model's blocks are counted from.")
+    ban_eos: bool = opt(False, "Never propose the end-of-text token.")
+    end_ids: list[int] | None = opt(None, "End tokens. Default: the model's own.")
+    early_stop: bool | None = opt(None, "Is a row over when a block holds an end token?")
+    replay: str = opt(
+        "exact",
+        "'exact', a forward for each of the decode's; 'grouped', the same for block-causal models, "
+        "several in one; or the estimates 'one-step' (diffu-GRPO) and 'left-to-right' (JustGRPO).",
+    )
+    replay_chunk: int = opt(16, "Canvases of a replay that are in memory at a time.")
+    hide_prompt: float = opt(
+        0.0, "Share of the prompt's tokens that 'one-step' masks; d1 has 0.15."
+    )
+    ratio: str = opt(
+        "token",
+        "'token' clips the ratio of each committed token, 'trajectory' that of all of a row.",
+    )
+    embedding_grad: bool = opt(
+        True, "Do the input embeddings get gradient through the replayed mixtures?"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, replay_chunk=1, max_completion_length=1)
+        if not 0 <= self.hide_prompt < 1:
+            raise ValueError(f"hide_prompt={self.hide_prompt} must lie in [0, 1): a share")
+        if self.fp16:
+            raise ValueError(
+                "fp16=True: the gradients of pieces are taken before the loss is scaled, give bf16=True or neither"
+            )
+        if self.mask_truncated_completions:
+            raise ValueError(
+                "mask_truncated_completions=True: every answer has as many slots, leave it out"
+            )
+        self.max_completion_length = self.max_completion_length or self.gen_length or None
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError(
+                "loss_type='dr_grpo' divides by max_completion_length=: with gen_length=0 give the most masks that "
+                "a template has"
+            )
+        self.decoding()
+
+    def decoding(self) -> DenoiseConfig:
+        """How rollouts are decoded; what denoise_config.json records."""
+        named = {name: getattr(self, name) for name in DECODING}
+        named |= {name: named[name] or {} for name in ("schedule_args", "soften_args")}
+        return DenoiseConfig(**named)
+
+
+@dataclass
+class DiffusionRLOOConfig(DiffusionGRPOConfig):
+    """DiffusionGRPOConfig for leave-one-out advantages, with the loss_type whose expected gradient is
+    the policy gradient times a constant."""
+
+    _idle = (
+        *DIFFUSION_IDLE,
+        Idle(BY_GROUP, lambda c: True, "with leave-one-out advantages", NO_GROUP),
+    )
+
+    loss_type: str = opt("dr_grpo", "Normalisation of the loss; 'dr_grpo' is RLOO's own.")

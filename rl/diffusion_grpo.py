@@ -1,0 +1,310 @@
+"""GRPO and RLOO on a masked-diffusion policy, hard or soft: the action of a forward is the tokens that
+it commits, in slots that are chosen by the belief alone, so their log-probability is exact.
+
+A rollout is decoded by `softar.diffusion.denoise`, which records what each forward read and
+committed, and replayed piece by piece.
+
+Shapes: B rows, P prompt length, L columns of the canvas.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from trl.trainer.utils import use_adapter
+
+from softar.diffusion.config import DenoiseConfig
+from softar.diffusion.loop import DenoiseOutput, denoise
+from softar.diffusion.models import load_original
+from softar.diffusion.net import facts
+from softar.diffusion.record import Trajectory, check_recordable
+from softar.diffusion.replay import Piece, log_probs, prompt_masks, replay
+from softar.diffusion.rows import closes
+from softar.model_card import changes_of, decode_command
+from softar.models import plain
+from softar.results import write_whole
+from softar.specs import format_options
+from softar.training import inside_forward
+
+from . import guards
+from .base import LeaveOneOut, RolloutGRPO
+from .diffusion_config import DiffusionGRPOConfig, DiffusionRLOOConfig
+from .metrics import ratio_metrics
+from .pieces import Clip, Losses, summed
+from .rollout import switch_off_dropout
+
+POLICY_FILE = "denoise_config.json"
+PREFIX = "trajectory_"
+
+
+@dataclass
+class Decoded:
+    """A rollout."""
+
+    out: DenoiseOutput
+    prompt_mask: Tensor  # [B, P]
+    hidden: Tensor | None  # [B, L] bool, what "one-step" masks of the prompt
+    rewards: Tensor | None = None  # [rows of all processes], NaN for a row without a score
+
+
+class DiffusionGRPOTrainer(RolloutGRPO):
+    """TRL's GRPOTrainer for a model of masks from `softar.diffusion.load`.
+
+    Prompts get `gen_length` masks behind them, or hold masks themselves (gen_length=0). A reward
+    function gets as `completions` the answers up to the first end token, or the filled templates,
+    without special tokens; `completion_ids` with them. Dropout stays off, in rollout and replay. With
+    beta > 0 the reference is the model as it was given (a frozen copy), or under PEFT the model
+    without its new adapter. Each checkpoint holds denoise_config.json, the policy as a way to decode.
+    """
+
+    _tag_names = ["trl", "grpo", "softar", "masked-diffusion"]
+    _config = DiffusionGRPOConfig
+    card_method = "that fills masks, trained by reinforcement learning"
+
+    def _check_policy(self, model, args, tokenizer):
+        name = type(self).__name__
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model={model!r}: {name} needs one from softar.diffusion.load")
+        self._facts = facts(model)
+        self.decoding = args.decoding().as_trained(self._facts)
+        check_recordable(self.decoding, self._facts)
+        if args.replay == "grouped" and self._facts.block_length is None:
+            raise ValueError(
+                f"replay='grouped' is for block-causal models, and {type(plain(model)).__name__} reads the whole "
+                f"canvas: give 'exact'"
+            )
+        if args.gen_length and closes(tokenizer):
+            raise ValueError(
+                f"gen_length={args.gen_length}: the tokenizer ends every prompt with an end token, give templates and "
+                f"gen_length=0"
+            )
+        if plain(model).generation_config is None:  # TRL writes into it
+            plain(model).generation_config = GenerationConfig()
+
+    def _check_model(self, aux_loss_coef):
+        guards.check_trainable(type(self).__name__, self.model, aux_loss_coef)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"{type(self).__name__} takes gradients piece by piece, which FSDP and DeepSpeed do not: leave them out"
+            )
+        guards.check_prompt_room(
+            plain(self.model), self.processing_class, self.train_dataset, self.args.gen_length
+        )
+
+    def _check_same_policy(self, folder):
+        path = Path(folder, POLICY_FILE)
+        if not path.is_file():
+            raise ValueError(
+                f"resume_from_checkpoint={folder!r} holds no {POLICY_FILE}: it is of another trainer"
+            )
+        theirs, ours = json.loads(path.read_text()), json.loads(_as_json(self.args.decoding()))
+        names = sorted(k for k in theirs | ours if theirs.get(k) != ours.get(k))
+        if names:
+            other = "; ".join(f"{k}={ours.get(k)!r}, not {theirs.get(k)!r}" for k in names)
+            raise ValueError(
+                f"resume_from_checkpoint={folder!r} was trained as another policy: now {other}. Give the same options, "
+                f"or start a new run from its weights"
+            )
+
+    # -- rollout
+
+    def _decode(self, prompts, ids, mask, rng):
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        with self.accelerator.autocast():
+            out = denoise(model, ids, mask, config=self.decoding, rng=rng, record=True)
+        hidden = None
+        if self.args.hide_prompt:
+            steps = [out.trajectory.rows(slice(r, r + 1)) for r in range(len(rng))]
+            share = self.args.hide_prompt
+            hidden = torch.cat([prompt_masks(s, share, g) for s, g in zip(steps, rng, strict=True)])
+        return Decoded(out, mask, hidden)
+
+    def _answers(self, rollout: Decoded, *, ends: bool) -> list[list[int]]:
+        """The filled templates, or answers up to the first end token, which `ends` keeps."""
+        out, rows = rollout.out, []
+        end_ids = self._facts.end_ids if self.decoding.end_ids is None else self.decoding.end_ids
+        for ids, pads in zip(out.sequences.tolist(), (rollout.prompt_mask == 0).sum(1).tolist()):
+            row = ids[out.prompt_length :] if self.args.gen_length else ids[pads:]
+            stop = next((i for i, token in enumerate(row) if token in end_ids), len(row))
+            rows.append(row[: stop + ends] if self.args.gen_length else row)
+        return rows
+
+    def _completions(self, rollout):
+        return self._answers(rollout, ends=True)
+
+    def _seen_by_rewards(self, rollout):
+        return self._answers(rollout, ends=False)
+
+    def _payload(self, rollout, batch):
+        steps = rollout.out.trajectory
+        tensors = {PREFIX + name: part for name, part in steps._asdict().items()}
+        hidden = {} if rollout.hidden is None else {"hidden": rollout.hidden}
+        return tensors | hidden | {"loss_mask": (steps.committed_at >= 0).float()}
+
+    def _rollout_metrics(self, rollout):
+        out = rollout.out
+        committed = out.committed_at >= 0
+        sums = {
+            "nfe": (out.row_forwards.sum(), committed.new_ones(len(committed)).sum()),
+            "tokens_per_forward": (committed.sum(), out.row_forwards.sum()),
+            "confidence": (out.confidence[committed].sum(), committed.sum()),
+        }
+        pairs = [torch.stack([part.float() for part in pair]) for pair in sums.values()]
+        total = self.accelerator.reduce(torch.stack(pairs)).tolist()
+        return {
+            f"diffusion/{name}": value / max(count, 1)
+            for name, (value, count) in zip(sums, total, strict=True)
+        }
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **options
+    ):
+        """The rollout's log-probabilities [B, L] by replay, asked for where they will be needed."""
+        out, hidden = self._rollout.out, self._rollout.hidden
+        return self._log_probs(model, out.trajectory, hidden), None, None
+
+    # -- replay and loss
+
+    @property
+    def _how(self) -> dict:
+        args = self.args
+        return dict(method=args.replay, chunk=args.replay_chunk, embedding_grad=args.embedding_grad)
+
+    @torch.no_grad()
+    def _log_probs(self, model, steps: Trajectory, hidden: Tensor | None) -> Tensor:
+        def forward(_) -> Tensor:
+            unwrapped = self._unwrapped(model)
+            with self.accelerator.autocast():
+                return log_probs(unwrapped, steps, self.decoding, hidden=hidden, **self._how)
+
+        return inside_forward(model, self._unwrapped(model), forward, steps.after)
+
+    def _unwrapped(self, model) -> nn.Module:
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if unwrapped.training:
+            switch_off_dropout(unwrapped)
+        return unwrapped
+
+    def _reference(self, model, steps: Trajectory, hidden: Tensor | None) -> Iterator[Piece | None]:
+        """The reference's logits in the same pieces; None where there is no reference."""
+        if not self.args.beta:
+            while True:
+                yield None
+        if self.ref_model is not None:
+            net, without = self.accelerator.unwrap_model(self.ref_model), contextlib.nullcontext
+        else:
+            net = self.accelerator.unwrap_model(model)
+            name = "ref" if "ref" in net.peft_config else None
+
+            def without():
+                return use_adapter(net, adapter_name=name)
+
+        pieces = replay(net, steps, self.decoding, hidden=hidden, **self._how)
+        while True:
+            with torch.no_grad(), without():
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    def _compute_loss(self, model, inputs):
+        args, mask = self.args, inputs["loss_mask"]
+        steps = Trajectory(*(inputs[PREFIX + name] for name in Trajectory._fields))
+        old, hidden = inputs.get("old_per_token_logps"), inputs.get("hidden")
+        # what a slot weighs in the loss, which adds them up
+        with torch.enable_grad():
+            ones = torch.zeros_like(mask, requires_grad=True)
+            total = self._normalised(ones, mask, inputs["num_items_in_batch"])
+            (weights,) = torch.autograd.grad(total, ones)
+        clip = Clip(self.epsilon_low, self.epsilon_high, args.delta, args.ratio)
+        by_row = args.ratio == "trajectory" and old is not None
+        losses = Losses(
+            steps,
+            weights,
+            inputs["advantages"],
+            clip,
+            old=old,
+            now=self._log_probs(model, steps, hidden) if by_row else None,
+            beta=args.beta,
+            entropy_weight=args.entropy_coef / float(mask.sum().clamp(min=1)) / self._accumulation,
+        )
+        unwrapped = self._unwrapped(model)
+
+        def each() -> Iterator[Tensor]:
+            pieces = zip(
+                replay(unwrapped, steps, self.decoding, hidden=hidden, **self._how),
+                self._reference(model, steps, hidden),
+            )
+            while True:
+                with self.accelerator.autocast():  # the backward, between two pieces, is not in it
+                    pair = next(pieces, None)
+                    loss = None if pair is None else losses(*pair)
+                if pair is None:
+                    return
+                yield loss
+
+        def forward(_) -> Tensor:
+            learnt = [p for p in unwrapped.parameters() if p.requires_grad]
+            return summed(each, learnt)
+
+        loss = inside_forward(model, unwrapped, forward, steps.after)
+        self._note_update(losses, old, mask, clip)
+        return loss
+
+    def _note_update(self, losses: Losses, old: Tensor | None, mask: Tensor, clip: Clip) -> None:
+        new, advantages = losses.new, losses.advantages
+        old = new if old is None else old
+        self._note({"entropy": self._mean(losses.entropy, mask)})
+        if self.args.beta:
+            self._note({"kl": self._mean(losses.kl, mask)})
+        if clip.ratio == "trajectory":
+            new, old = ((part * mask).sum(1, keepdim=True) for part in (new, old))
+            mask = torch.ones_like(new)
+        bounds = advantages, clip.low, clip.high
+        parts = new[..., None], old[..., None], bounds, mask[..., None]
+        self._note(ratio_metrics(*parts, self._mean, self.accelerator.gather))
+
+    # -- checkpoints
+
+    def card_command(self, folder: str | Path) -> str:
+        mask, origin, changes = self.processing_class.mask_token, self.origin, self.card_config()[1]
+        length = changes.pop("gen_length", DenoiseConfig.gen_length)
+        knobs = changes.pop("soften_args", {}) | changes.pop("schedule_args", {})
+        how = shlex.quote(f"denoise:{format_options(changes | knobs)}")
+        if not length and mask:
+            origin = dataclasses.replace(origin, prompt=origin.prompt.replace(mask, "_"))
+        return decode_command("fill", folder, origin, f" --gen-length {length} -d {how}")
+
+    def card_config(self) -> tuple[str | None, dict]:
+        return POLICY_FILE, changes_of(self.args.decoding())
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        write_whole(
+            Path(output_dir or self.args.output_dir, POLICY_FILE), _as_json(self.args.decoding())
+        )
+
+    def _load_weights(self, folder, model):
+        inner = plain(self.model)
+        if inner is self.model and self._facts.family != "masked_lm":
+            load_original(inner, folder)
+        else:
+            super()._load_weights(folder, model)
+
+
+def _as_json(config: DenoiseConfig) -> str:
+    return json.dumps(changes_of(config), indent=1)
+
+
+class DiffusionRLOOTrainer(LeaveOneOut, DiffusionGRPOTrainer):
+    """DiffusionGRPOTrainer with leave-one-out advantages."""
+
+    _tag_names = ["trl", "rloo", "softar", "masked-diffusion"]
+    _config = DiffusionRLOOConfig

@@ -1,0 +1,310 @@
+"""RL on masked-diffusion policies: the ratio at the first update, the loss beside one that holds all
+of its graph, pieces, accumulation, resuming, and what is refused."""
+
+import copy
+import math
+import shlex
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from test_block_causal import block_model
+from test_denoise import MASK, VOCAB, denoiser
+from test_renoised import gemma
+from tiny import model_of as causal
+from tiny import tokenizer_of, with_lora
+
+from softar.diffusion.decoders import denoise_config
+from softar.diffusion.record import Trajectory
+from softar.diffusion.replay import log_probs
+from softar.model_card import command_of
+from softar.rl import (
+    DiffusionGRPOConfig,
+    DiffusionGRPOTrainer,
+    DiffusionRLOOConfig,
+    DiffusionRLOOTrainer,
+)
+from softar.rl.losses import aggregate, surrogate
+from softar.rl.pieces import summed
+from softar.specs import parse_options
+
+PROMPTS = [f"w{i} w{i + 1}" if i % 3 else f"w{i}" for i in range(6, 30)]
+TEMPLATES = [f"w{i} w{MASK} w{MASK} w{i + 1} w{MASK}" for i in range(6, 30)]
+QUICK = dict(
+    per_device_train_batch_size=4,
+    num_generations=4,
+    gen_length=6,
+    steps=3,
+    max_steps=2,
+    logging_steps=1,
+    learning_rate=1e-2,
+    save_strategy="no",
+    disable_tqdm=True,
+    report_to="none",
+    replay_chunk=5,
+)
+SOFT = dict(soften="soft-mask", soften_args=dict(scale=0.8, centre=-4.0))
+KINDS = {"grpo": (DiffusionGRPOConfig, DiffusionGRPOTrainer)}
+KINDS["rloo"] = (DiffusionRLOOConfig, DiffusionRLOOTrainer)
+
+
+def words(completions, **columns):
+    """The share of even words."""
+    texts = [[w for w in text.split() if w.startswith("w")] for text in completions]
+    return [sum(int(w[1:]) % 2 == 0 for w in ws) / max(len(ws), 1) for ws in texts]
+
+
+def net(kind="llada"):
+    blocks = {"sdar": 0, "fast_dllm": 1}
+    return copy.deepcopy(block_model(blocks[kind]).float() if kind in blocks else denoiser(kind))
+
+
+def trainer(
+    folder, kind="grpo", *, model=None, reward=words, prompts=PROMPTS, peft=None, **options
+):
+    make_config, make = KINDS[kind]
+    config = make_config(str(folder), **{**QUICK, **options})
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    model = net() if model is None else model
+    return make(model, reward, config, rows, None, tokenizer_of(VOCAB), peft_config=peft)
+
+
+def logged(done, key):
+    return [entry[key] for entry in done.state.log_history if key in entry]
+
+
+def rollout(made):
+    """One batch of a trainer that has not started: {name: tensor}."""
+    made.current_gradient_accumulation_steps = made.args.gradient_accumulation_steps
+    made.model.train()
+    number = made.args.generation_batch_size
+    rows = [made.train_dataset[i // made.num_generations] for i in range(number)]
+    return made._generate_and_score_completions(rows)
+
+
+def steps_of(batch):
+    return Trajectory(*(batch[f"trajectory_{name}"] for name in Trajectory._fields))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llada", dict(soften="hard")),
+        ("llada", SOFT),
+        ("dream", dict(soften="soft-token", temperature=0.7)),
+        ("sdar", SOFT | dict(replay="grouped", gen_length=8, steps=9)),
+        ("fast_dllm", SOFT | dict(replay="exact", gen_length=8, steps=9)),
+    ],
+)
+def test_the_policy_is_scored_as_it_was_rolled_out(kind, options, tmp_path):
+    """Before the weights change, on every pass; dropout is off in rollout and replay."""
+    model = net(kind)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    made, seen = trainer(tmp_path, model=model, num_iterations=2, learning_rate=0.0, **options), []
+    metrics = made._rollout_metrics
+    made._rollout_metrics = lambda rollout: seen.append(rollout.out) or metrics(rollout)
+    made.train()
+    assert max(logged(made, "ratio/max_deviation")) < 1e-5
+    assert all(map(math.isfinite, logged(made, "loss"))) and min(logged(made, "grad_norm")) > 0
+    (out,) = seen
+    model.train()
+    logp = made._log_probs(model, out.trajectory, None)[:, : out.sequences.shape[1]]
+    if made.args.temperature == 1:
+        then = out.confidence.nan_to_num(1.0)
+        torch.testing.assert_close(logp.exp(), then, atol=0, rtol=1e-5)
+    assert logged(made, "diffusion/nfe") == [out.row_forwards.float().mean()]
+
+
+def dense(made, batch, old):
+    """The loss with the graph of all steps at once."""
+    logp = log_probs(
+        made.model, steps_of(batch), made.decoding, hidden=batch.get("hidden"), **made._how
+    )
+    mask, clip = batch["loss_mask"], (made.epsilon_low, made.epsilon_high)
+    old = logp.detach() if old is None else old
+    if made.args.ratio == "trajectory":
+        new, before = logp.sum(1)[:, None, None], old.sum(1)[:, None, None]
+        per_slot = surrogate(new, before, batch["advantages"], *clip) / mask.sum(1, keepdim=True)
+        per_slot = per_slot.expand_as(mask)
+    else:
+        per_slot = surrogate(logp[..., None], old[..., None], batch["advantages"], *clip)
+    items = batch["num_items_in_batch"]
+    how = dict(max_length=made.max_completion_length, num_items=items, accumulation=1)
+    return aggregate(per_slot, mask, made.args.loss_type, **how)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("ratio", ["token", "trajectory"])
+@pytest.mark.parametrize("replay", ["exact", "one-step"])
+def test_the_loss_is_that_of_all_steps_at_once(replay, ratio, loss_type, tmp_path):
+    """In value and gradient, where the policy has moved so far that the clip holds some."""
+    options = dict(ratio=ratio, loss_type=loss_type, replay=replay, epsilon=0.05)
+    options |= dict(hide_prompt=0.3) if replay == "one-step" else SOFT
+    made = trainer(tmp_path, **options)
+    batch = rollout(made)
+    made.model.eval()
+    logp = made._log_probs(made.model, steps_of(batch), batch.get("hidden"))
+    moved = logp + 0.1 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(1))
+    made.model.train()
+    grads, losses = [], []
+    for old in (None, moved):
+        batch = batch | ({} if old is None else {"old_per_token_logps": old})
+        for loss in (made._compute_loss(made.model, batch), dense(made, batch, old)):
+            made.model.zero_grad()
+            loss.backward()
+            losses.append(loss.item())
+            grads.append(torch.cat([p.grad.flatten() for p in made.model.parameters()]))
+    assert grads[0].norm() > 1e-3 and not torch.allclose(grads[0], grads[2], rtol=1e-2)
+    for i in (0, 2):
+        assert losses[i] == pytest.approx(losses[i + 1], abs=1e-5)
+        torch.testing.assert_close(grads[i], grads[i + 1], atol=1e-5, rtol=1e-3)
+
+
+def test_a_piece_is_gone_before_the_next_is_made(tmp_path):
+    """A forward and a backward of each, one after the other, whatever the number of steps."""
+    made, seen = trainer(tmp_path, steps=6, **SOFT), []
+    batch = rollout(made)
+    body = made.model.model
+    body.register_forward_hook(lambda *_: seen.append("forward"))
+    body.layers[0].register_full_backward_hook(lambda *_: seen.append("backward"))
+    made._compute_loss(made.model, batch).backward()
+    pairs = 4 * 6
+    assert seen == ["forward", "backward"] * math.ceil(pairs / 5)
+
+
+def test_a_sum_of_losses_is_a_loss():
+    weight, other = (torch.randn(3, requires_grad=True) for _ in range(2))
+    loss = summed(lambda: ((weight * i).square().sum() for i in range(4)), [weight, other])
+    (3 * loss).backward()
+    torch.testing.assert_close(weight.grad, 3 * 2 * 14 * weight.detach())
+    assert other.grad is None
+    with torch.no_grad():
+        assert summed(lambda: iter([weight.sum()]), [weight]).requires_grad is False
+
+
+def test_kl_and_entropy(tmp_path):
+    """The reference is the model as it was: no KL at first, then some; adapters are taken off for it."""
+    made = trainer(tmp_path, beta=0.5, entropy_coef=0.01, max_steps=3, **SOFT)
+    made.train()
+    kl = logged(made, "kl")
+    assert abs(kl[0]) < 1e-6 < kl[2] and 0 < logged(made, "entropy")[0] < math.log(VOCAB)
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    made = trainer(tmp_path, beta=0.5, peft=adapter, max_steps=3)
+    made.train()
+    assert abs(logged(made, "kl")[0]) < 1e-6 < logged(made, "kl")[2]
+
+
+def test_it_learns(tmp_path):
+    made = trainer(
+        tmp_path, "rloo", max_steps=15, learning_rate=3e-2, per_device_train_batch_size=8, **SOFT
+    )
+    made.train()
+    rewards = logged(made, "reward")
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_accumulated_batches_are_one(tmp_path):
+    """The same rows in one micro-batch or four, of unlike widths."""
+    ends = []
+    for size, accumulated in ((8, 1), (2, 4)):
+        options = dict(per_device_train_batch_size=size, gradient_accumulation_steps=accumulated)
+        made = trainer(tmp_path, max_steps=1, max_grad_norm=0, optim="sgd", **options, **SOFT)
+        made.train()
+        ends.append(weights(made.model))
+    torch.testing.assert_close(*ends, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_resumed_training_is_the_same(adapted, tmp_path):
+    """To the bit, in the middle of a rollout's passes."""
+    options = dict(max_steps=4, save_steps=1, num_iterations=3, save_strategy="steps", **SOFT)
+    mk = lambda: with_lora(net()) if adapted else net()  # noqa: E731
+    whole = trainer(tmp_path / "whole", model=mk(), **options)
+    whole.train()
+    again = trainer(tmp_path / "whole", model=mk(), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert torch.equal(weights(again.model), weights(whole.model))
+    other = trainer(tmp_path / "whole", model=mk(), **options | dict(steps=2))
+    with pytest.raises(ValueError, match="another policy: now steps=2, not 3"):
+        other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+
+
+def test_bfloat16_rolls_out_what_it_scores(tmp_path):
+    """Both under autocast."""
+    made, seen = trainer(tmp_path, bf16=True, max_steps=1, learning_rate=0.0, **SOFT), []
+    made._rollout_metrics = lambda rollout: seen.append(rollout.out) or {}
+    made.train()
+    logp = made._log_probs(made.model, seen[0].trajectory, None)
+    off = (logp - seen[0].confidence.nan_to_num(1.0).log()).abs().max()
+    assert 0 < off < 0.1
+
+
+def test_an_evaluation_and_the_command_of_the_card(tmp_path):
+    made = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1, **SOFT)
+    made.eval_dataset = made.train_dataset.select(range(4))
+    first, again = made.evaluate(), made.evaluate()
+    assert 0 <= first["eval_reward"] <= 1 and first["eval_reward"] == again["eval_reward"]
+    assert first["eval_loss"] == again["eval_loss"] and first["eval_diffusion/nfe"] == 3
+    made.train()
+    words = shlex.split(command_of(tmp_path / "checkpoint-1"))
+    length, spec = words[words.index("--gen-length") + 1], words[words.index("-d") + 1]
+    name, _, options = spec.partition(":")
+    how = denoise_config(name, parse_options(options) | {"gen_length": int(length)})
+    assert how == made.args.decoding()
+
+
+def test_templates_and_what_rewards_see(tmp_path):
+    """A filled template, and an answer up to its end token."""
+    seen = []
+
+    def reward(completions, completion_ids, prompts, **columns):
+        seen.extend(zip(prompts, completions, completion_ids, strict=True))
+        return [0.0 for _ in completions]
+
+    trainer(tmp_path, prompts=TEMPLATES, reward=reward, gen_length=0, max_steps=1).train()
+    for prompt, text, ids in seen:
+        assert len(ids) == 5 and MASK not in ids
+        kept = [w if w != f"w{MASK}" else None for w in prompt.split()]
+        assert all(k in (None, w) for k, w in zip(kept, text.split(), strict=True))
+    seen.clear()
+    trainer(tmp_path, reward=reward, end_ids=list(range(20)), max_steps=1).train()
+    lengths = [len(ids) for *_, ids in seen]
+    assert min(lengths) < 6 and all(i >= 20 for *_, ids in seen for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(select="confidence"), "select='confidence' cannot be replayed"),
+        (dict(schedule="p2"), "schedule='p2' cannot be replayed"),
+        (dict(soften="evolving"), "soften='evolving' cannot be replayed"),
+        (dict(replay="grouped"), "for block-causal models"),
+        (dict(replay="some"), "replay='some' is unknown"),
+        (dict(ratio="row"), "ratio='row' is unknown"),
+        (dict(hide_prompt=0.2), "hide_prompt=0.2 does nothing"),
+        (dict(soften="hard", embedding_grad=False), "embedding_grad=False does nothing"),
+        (dict(temperature=0.0), "temperature=0.0 must be > 0"),
+        (dict(top_k=5), "top_k=5 is not supported"),
+        (dict(use_vllm=True), "it fills no masks"),
+        (dict(gen_length=0, loss_type="dr_grpo"), "the most masks that a template has"),
+        (dict(reward=lambda completions, **columns: [1.0]), "returned 1 rewards for 4"),
+        (
+            dict(reward=lambda completions, **columns: [math.nan] * 4),
+            "returned nan for the completion",
+        ),
+        (dict(model=causal()), "names no mask token"),
+        (dict(model=gemma()), "redraws its slots"),
+        (dict(model="a/name"), "needs one from softar.diffusion.load"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_what_is_refused(options, says, tmp_path):
+    with pytest.raises(ValueError, match="(?i)" + says.replace("(", r"\(")) as caught:
+        trainer(tmp_path, **options).train()
+    assert "\n" not in str(caught.value)
