@@ -76,7 +76,7 @@ def history_of(folder, step):
 # -- the demo
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.parametrize("algorithm", RECIPES)
 def test_the_demo_ends_with_table_results_and_plot(tmp_path, algorithm):
     # One in processes of their own, as the demo does by itself, and one row after the other

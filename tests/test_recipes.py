@@ -80,7 +80,7 @@ def test_accelerate_launches_it_with_imports_of_its_own(tmp_path):
     assert len(results_of(tmp_path)["rows"]) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_the_demo_prints_a_table_and_a_thought(demo):
     folder, out = demo
     lines = [re.split(r"\s*[│┃]\s*", line) for line in out.splitlines()]
@@ -100,7 +100,7 @@ def test_the_demo_prints_a_table_and_a_thought(demo):
     assert str(folder / "results.json") in "".join(out.split())
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_the_demo_writes_results_and_a_plot(demo):
     folder, _ = demo
     results = results_of(folder)
@@ -137,7 +137,7 @@ def test_the_demo_writes_results_and_a_plot(demo):
     assert plot[:8] == b"\x89PNG\r\n\x1a\n" and len(plot) > 5000
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_the_demos_checkpoints_decode_as_they_were_trained(demo):
     folder, _ = demo
     rows = load_task("mnns").test.select(range(3))
@@ -163,7 +163,7 @@ def test_the_demos_checkpoints_decode_as_they_were_trained(demo):
     assert not torch.equal(*embeddings)
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_all_rows(tmp_path):
     out = run(
         *PYTHON, RECIPE, *options(tmp_path, rows="all", max_steps=2, jobs=1, eval_rows=50)
@@ -316,7 +316,7 @@ def unbroken(tmp_path_factory):
 # -- two processes
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs two processes need two")
 def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
     changes = dict(

@@ -34,6 +34,8 @@ SERVER.set_forkserver_preload(
         "softar.rl.ppo",
         "softar.evals.sweep",
         "softar.show.figures",
+        "matplotlib.pyplot",
+        "matplotlib.backends.backend_agg",
         "softar.vllm.engine",
         "vllm",
         "setproctitle",
