@@ -412,6 +412,25 @@ def test_grad_passes_cuts_the_gradient_through_the_soft_inputs_alone(grad_passes
     assert ours["model.embed_tokens.weight"][BOS].abs().max() > 0
 
 
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_the_last_logits_are_those_of_all(mode, padding):
+    model, (ids, mask, marked) = mild(), batch(padding)
+    most = 13 - int(marked.any(0).nonzero()[0])  # from the position before the first mixture
+    whole = soft_forward(model, ids, mask, marked, feeder(), mode=mode)
+    for last in (most, 12, 40):
+        some = soft_forward(model, ids, mask, marked, feeder(), mode=mode, last=last)
+        real = mask[:, -last:].bool()
+        assert some.shape == whole[:, -last:].shape
+        torch.testing.assert_close(some[real], whole[:, -last:][real], rtol=1e-5, atol=1e-5)
+        ends = mask[:, -last:]
+        reference = grads_of(model, whole[:, -last:], ends)
+        assert_same_gradients(grads_of(model, some, ends), reference)
+        whole = soft_forward(model, ids, mask, marked, feeder(), mode=mode)
+    with pytest.raises(ValueError, match=f"last={most - 1} of 12"):
+        soft_forward(model, ids, mask, marked, feeder(), mode=mode, last=most - 1)
+
+
 def test_all_passes_with_gradient_differ_from_the_last_alone():
     model, (ids, mask, marked) = mild(), batch("right")
     a, b = (
@@ -544,7 +563,9 @@ def test_bad_input_is_named_before_any_forward():
     assert not calls
 
 
-@pytest.mark.parametrize("name, value", [("passes", -1), ("grad_passes", 0), ("window", 0)])
+@pytest.mark.parametrize(
+    "name, value", [("passes", -1), ("grad_passes", 0), ("window", 0), ("last", 0)]
+)
 def test_counts_out_of_range_are_named(name, value):
     ids = torch.tensor([[1, 2, 3]])
     with pytest.raises(ValueError, match=f"{name}={value}"):

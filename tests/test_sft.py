@@ -999,6 +999,45 @@ def test_settings_that_do_not_fit_the_model_or_the_data(tmp_path, settings, says
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        dict(alpha_start=0.3, alpha_end=0.3),
+        dict(alpha_start=0.0, alpha_schedule="constant", soft_mode="sequential", targets="traces"),
+        dict(targets="oracle"),
+    ],
+)
+def test_without_the_prompts_logits_training_is_the_same(tmp_path, settings):
+    """Rows of unequal prompts, evaluation included; and the prompts' logits are not computed."""
+    rows, runs = data(traces=(2, 3)), []
+    for fewer in (False, True):
+        how = dict(think_steps=2, completion_logits=fewer, max_steps=2, eval_dataset=rows)
+        trainer, widths = trainer_of(tmp_path, rows, **how, **settings), []
+        trainer.model.lm_head.register_forward_hook(
+            lambda _, __, out, widths=widths: widths.append(out.shape[1])
+        )
+        trainer.train()
+        losses = [*logged(trainer), trainer.evaluate()["eval_loss"]]
+        runs.append((trainer, losses + logged(trainer, "eval_gold_loss"), sum(widths)))
+    (whole, losses, width), (some, same_losses, less) = runs
+    assert same_losses == pytest.approx(losses, rel=1e-4) and less < width
+    same(whole, some)
+
+
+class AllLogits(type(calm())):
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        return super().forward(input_ids, attention_mask, labels=labels)
+
+
+def test_logits_that_cannot_be_left_out_are_named(tmp_path):
+    model = AllLogits(calm().config)
+    with pytest.raises(ValueError, match="completion_logits=True: AllLogits takes no"):
+        trainer_of(tmp_path, model=model, completion_logits=True)
+    texts = Dataset.from_list([{"text": "<bos> w6 w7"}] * 4)
+    with pytest.raises(ValueError, match=r"completion_logits=True.*\['text'\] and no prompts"):
+        trainer_of(tmp_path, texts, completion_logits=True)
+
+
+@pytest.mark.parametrize(
     ("row", "settings", "says"),
     [
         ((" w6", " w7 w8"), dict(), r"think_end='</think>', tokens \[4\], stands in no completion"),

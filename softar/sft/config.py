@@ -204,6 +204,11 @@ class SoftSFTConfig(PlainSFTConfig):
     think_steps: int | None = opt(None, "Length of the thought in tokens, where no text closes it.")
     freeze_embeddings: bool = opt(False, "Keep the input embeddings as they are.")
     freeze_layers: int = opt(0, "Keep the first n layers as they are.")
+    completion_logits: bool = opt(
+        False,
+        "Compute the logits of the completions alone, not of the prompts before them: saves memory and time where the "
+        "vocabulary is large. The model takes logits_to_keep, as most of transformers do.",
+    )
     eval_decode_rows: int = opt(
         256, "Held-out rows decoded for the accuracies of an evaluation; 0 for none."
     )

@@ -45,6 +45,13 @@ def thought_mask(
     return inside
 
 
+def longest_completion(labels: Tensor) -> int:
+    """Positions from the one that predicts the first label of the batch to the end; all without
+    labels. labels: [B, T], -100 off the completions."""
+    T, at = labels.shape[1], (labels != -100).any(0).nonzero()[:, 0]
+    return T if len(at) == 0 else T - max(0, int(at[0]) - 1)
+
+
 def _between(labels: Tensor, inside: Tensor, start: int | None, end: int | None) -> Tensor:
     """thought_mask for tags of one token each, as most models have them: without leaving the
     device."""

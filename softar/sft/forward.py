@@ -72,6 +72,7 @@ def soft_forward(
     passes: int | None = None,
     grad_passes: int | None = None,
     window: int | None = None,
+    last: int | None = None,
 ) -> Tensor:
     """Soft teacher forcing: logits of a forward pass in which marked positions read the model's own
     mixtures.
@@ -94,41 +95,60 @@ def soft_forward(
             None: all. 1 treats the soft inputs as constants. Earlier ones run without a graph.
         window: sequential only: cut the gradient through time every `window` marked columns
             (truncated BPTT).
+        last: only the logits of so many last positions, the one before the first marked column
+            among them; the model takes `logits_to_keep`. None: of all.
 
     Returns:
-        [B, T, V] logits in the model's dtype.
+        [B, T, V] logits in the model's dtype, or [B, last, V].
 
     Raises:
-        ValueError: an unknown mode, a count out of its range, column 0 marked, or sequential under
-            gradient checkpointing (transformers then drops the cache).
+        ValueError: an unknown mode, a count out of its range, column 0 marked, logits left out that
+            a mixture is made of, or sequential under gradient checkpointing (transformers then drops
+            the cache).
     """
     check_choice("mode", mode, MODES)
-    counts = dict(passes=passes, grad_passes=grad_passes, window=window)
-    check_least(counts, passes=0, grad_passes=1, window=1)
+    counts = dict(passes=passes, grad_passes=grad_passes, window=window, last=last)
+    check_least(counts, passes=0, grad_passes=1, window=1, last=1)
     if soft_mask[:, 0].any():
         raise ValueError("soft_mask marks column 0: the first token has no belief before it")
+    T = input_ids.shape[1]
+    first = 0 if last is None else max(0, T - last)
+    if soft_mask[:, : first + 1].any():
+        raise ValueError(
+            f"last={last} of {T} positions: the mixtures are made of logits before those, take more"
+        )
     if attention_mask is not None and attention_mask.all():
         attention_mask = None  # lets attention take its fast path
     if mode == "sequential":
-        return _sequential(model, input_ids, attention_mask, soft_mask, feed, window)
-    return _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_passes)
+        return _sequential(model, input_ids, attention_mask, soft_mask, feed, window, first)
+    return _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_passes, first)
 
 
-def _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_passes):
+def from_position(first: int, length: int) -> dict[str, int]:
+    """How a model of transformers is asked for the logits of positions `first` to `length` alone."""
+    return {"logits_to_keep": length - first} if first else {}
+
+
+def _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_passes, first):
     gold = inputs = token_inputs(model, input_ids)
     longest = int(soft_mask.sum(1).max())
     passes = longest if passes is None else min(passes, longest)  # more would change nothing
     rows, cols = soft_mask.nonzero(as_tuple=True)
     positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp_min(0)
+    some = from_position(first, input_ids.shape[1])
     first_with_grad = 0 if grad_passes is None else passes + 1 - grad_passes
     for r in range(passes + 1):
         with torch.set_grad_enabled(torch.is_grad_enabled() and r >= first_with_grad):
             logits = model(
-                **inputs, attention_mask=attention_mask, position_ids=positions, use_cache=False
+                **inputs,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                use_cache=False,
+                **some,
             ).logits
             if r < passes:
                 # Only the marked positions pay for the softmax, the mixing and the lookup.
-                soft = feed(logits[rows, cols - 1], input_ids[rows, cols])
+                soft = feed(logits[rows, cols - 1 - first], input_ids[rows, cols])
                 mixed = soft_inputs(model, soft)
         if r < passes:
             # with a graph in any case: gold keeps its gradient
@@ -139,7 +159,7 @@ def _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_pa
     return logits
 
 
-def _sequential(model, input_ids, attention_mask, soft_mask, feed, window):
+def _sequential(model, input_ids, attention_mask, soft_mask, feed, window, start):
     if model.is_gradient_checkpointing and model.training:
         raise ValueError(
             "sequential soft teacher forcing needs gradient_checkpointing=False: checkpointed layers drop the "
@@ -150,7 +170,8 @@ def _sequential(model, input_ids, attention_mask, soft_mask, feed, window):
     cache = DynamicCache(config=model.config)
     columns = soft_mask.any(0).nonzero()[:, 0].tolist()
 
-    def advance(inputs: dict[str, Tensor]) -> Tensor:  # [B, t, ...] -> [B, t, V]
+    # [B, t, ...] -> [B, t, V], without the logits before `start`
+    def advance(inputs: dict[str, Tensor]) -> Tensor:
         begin = cache.get_seq_length()
         end = begin + inputs["inputs_embeds"].shape[1]
         return model(
@@ -159,6 +180,7 @@ def _sequential(model, input_ids, attention_mask, soft_mask, feed, window):
             position_ids=None if positions is None else positions[:, begin:end],
             past_key_values=cache,
             use_cache=True,
+            **(from_position(start - begin, end - begin) if begin < start else {}),
         ).logits
 
     ends = [*columns, input_ids.shape[1]]
@@ -185,6 +207,8 @@ def mixed_forward(
     attention_mask: Tensor | None,
     soft_mask: Tensor,
     mixtures: Soft,
+    *,
+    last: int | None = None,
 ) -> Tensor:
     """Logits [B, T, V] of a forward pass in which marked positions read these mixtures, ids and
     weights [B, T, K], in place of their tokens; otherwise as for soft_forward."""
@@ -193,7 +217,9 @@ def mixed_forward(
         name: tokens.masked_scatter(_over(soft_mask, tokens), mixed[name].to(tokens.dtype))
         for name, tokens in token_inputs(model, input_ids).items()
     }
-    return model(**inputs, attention_mask=attention_mask, use_cache=False).logits
+    T = input_ids.shape[1]
+    some = from_position(0 if last is None else max(0, T - last), T)
+    return model(**inputs, attention_mask=attention_mask, use_cache=False, **some).logits
 
 
 def _over(mask: Tensor, values: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ def soft_loss(
     Raw: the filters and the temperature that shape the inputs have no part in the likelihood.
 
     Args:
-        logits: [B, T, V]; labels: [B, T], -100 off the targets; thought: [B, T] bool.
+        logits: [B, T, V], or of the last positions alone; labels: [B, T], -100 off the targets;
+            thought: [B, T] bool.
         thought_weight: weight of the thought's tokens, the others have 1.
         soft_labels: ids and weights [B, T, M]: the target at each position is this distribution
             instead of the label.
@@ -32,6 +33,8 @@ def soft_loss(
         loss [] float32, a sum; entropies [n] float32 nats of the n steps that predict a thought
             token.
     """
+    first = labels.shape[1] - logits.shape[1]
+    labels, thought = labels[:, first:], thought[:, first:]
     target = labels[:, 1:] != -100
     chosen = logits[:, :-1][target].float()  # [N, V]
     is_thought = thought[:, 1:][target]
@@ -39,7 +42,7 @@ def soft_loss(
     if soft_labels is None:
         ce = -logp.gather(-1, labels[:, 1:][target][:, None])[:, 0]
     else:
-        ids, weights = (x[:, 1:][target] for x in soft_labels)
+        ids, weights = (x[:, first + 1 :][target] for x in soft_labels)
         ce = -(weights * logp.gather(-1, ids)).sum(-1)
     ce = torch.where(is_thought, thought_weight * ce, ce)
     return ce.sum(), entropy(chosen[is_thought])

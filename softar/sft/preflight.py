@@ -1,10 +1,12 @@
 """What soft SFT checks of its model and rows, and says, before the first step."""
 
+import inspect
 from itertools import islice
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 
 from ..guard import check_range
@@ -52,6 +54,22 @@ def _check_column(lists, first: int, room: int | None, vocab_size: int) -> None:
     ends = pc.min_max(pc.list_flatten(lists)).as_py()
     if ends["min"] is not None:
         check_range("the data", ends["min"], ends["max"], vocab_size)
+
+
+def check_takes_fewer_logits(model, dataset) -> None:
+    """Raise ValueError where completion_logits could leave nothing out: for models that compute all
+    logits whatever they are asked, and for texts without prompts."""
+    inner = model.get_base_model() if is_peft_model(model) else model
+    if "logits_to_keep" not in inspect.signature(inner.forward).parameters:
+        raise ValueError(
+            f"completion_logits=True: {type(inner).__name__} takes no logits_to_keep, set it to False"
+        )
+    columns = [] if isinstance(dataset, dict) else dataset.column_names or []
+    if columns and "prompt" not in columns:
+        raise ValueError(
+            f"completion_logits=True: the data has {columns} and no prompts whose logits could be left out, set it "
+            "to False"
+        )
 
 
 def forecast(args, dataset, span: dict) -> str | None:

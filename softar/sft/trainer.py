@@ -41,13 +41,14 @@ from .data import (
     check_tag,
     check_traces,
     frontier,
+    longest_completion,
     spelled,
     thought_mask,
 )
 from .forward import mixed_forward, soft_forward
 from .learnt import LearntFilters
 from .loss import soft_loss
-from .preflight import check_tokens, forecast
+from .preflight import check_takes_fewer_logits, check_tokens, forecast
 
 
 class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
@@ -79,6 +80,8 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         check_data(train_dataset, eval_dataset)
         self._score, self._decode_rows = score, eval_dataset
         _check_columns(args, train_dataset, eval_dataset, score)
+        if args.completion_logits:
+            check_takes_fewer_logits(model, train_dataset)
         if args.targets != "gold":
             train_dataset = add_trace_ids(train_dataset, processing_class, args.max_length)
         if args.targets == "oracle" and eval_dataset is not None:
@@ -216,23 +219,26 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         return (loss, CausalLMOutput(logits=logits)) if return_outputs else loss
 
     def _logits(self, model, inputs, thought: Tensor, alpha: float, oracle: Soft | None) -> tuple:
-        """[B, T, V] at this share of the gold tokens, or reading the oracle's mixtures; and a 0 with
-        the temperature in its graph, as DDP wants each parameter in what the forward returns."""
+        """[B, T, V] at this share of the gold tokens, or reading the oracle's mixtures, with
+        completion_logits of the last positions only; and a 0 with the temperature in its graph, as
+        DDP wants each parameter in what the forward returns."""
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         args, mask = self.args, inputs["attention_mask"]
         marked = thought if alpha < 1 else torch.zeros_like(thought)
         feed = self._mk_feed(alpha, self.next_micro())
+        last = longest_completion(inputs["labels"]) if args.completion_logits else None
 
         def forward(ids: Tensor) -> tuple[Tensor, Tensor | float]:
             """Inside the wrapper's forward, where DDP and FSDP have the parameters at hand."""
             nothing = self._learnt.nothing()
             if oracle is not None:
-                return mixed_forward(unwrapped, ids, mask, thought, oracle), nothing
+                return mixed_forward(unwrapped, ids, mask, thought, oracle, last=last), nothing
             soft = dict(
                 mode=args.soft_mode,
                 passes=args.soft_passes,
                 grad_passes=args.soft_grad_passes,
                 window=args.soft_window,
+                last=last,
             )
             return soft_forward(unwrapped, ids, mask, marked, feed, **soft), nothing
 
