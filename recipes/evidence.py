@@ -198,6 +198,8 @@ def main(argv: list[str] | None = None) -> None:
 
 EXPERIMENTS = {
     "X1": Experiment("MNNS with 4, 5 and 6 digits", "softar.recipes.evidence_mnns"),
+    "X2": Experiment("reachability, a net trained here", "softar.recipes.evidence_reach"),
+    "X2-smollm2": Experiment("reachability, SmolLM2-135M", "softar.recipes.evidence_smollm2"),
     "X3": Experiment("Latin squares by masked diffusion", "softar.recipes.evidence_latin"),
 }
 

@@ -45,15 +45,15 @@ class Unit:
         )
 
     def line(self, watch: "Watch", trainer, arguments: dict) -> dict:
-        """The first of a log: what was trained, and what it took."""
+        """The first of a log: what was trained, and what it took; trainer None: nothing was."""
         return dict(
             experiment=self.experiment,
             setting=self.setting,
             seed=self.seed,
             device=self.device,
             processor=processor(),
-            steps=trainer.state.global_step,
-            train_loss=trainer.state.log_history[-1].get("train_loss"),
+            steps=0 if trainer is None else trainer.state.global_step,
+            train_loss=None if trainer is None else trainer.state.log_history[-1].get("train_loss"),
             processor_seconds=watch.processor,
             seconds=watch.wall,
             arguments=arguments,
@@ -104,11 +104,11 @@ class Watch:
         self.wall += time.perf_counter()
 
 
-def readouts(decoders: dict, rows, task, split: str) -> list[dict]:
+def readouts(decoders: dict, rows, task, split: str, batch_size: int = 500) -> list[dict]:
     """A line for each decoder over the rows."""
     from softar.evals.compare import compare
 
-    found = compare(decoders, rows, task.score, batch_size=500, warmup=0, bootstrap=1)
+    found = compare(decoders, rows, task.score, batch_size=batch_size, warmup=0, bootstrap=1)
     if found.failures or found.interrupted:
         raise RuntimeError(f"a decoder failed: {found.failures or 'interrupted'}")
     costs = {row["name"]: row["nfe"] for row in found.rows}

@@ -1,0 +1,8 @@
+"""X2 of the evidence, of a pretrained net: SmolLM2-135M (RESULTS.md, "Evidence: rules")."""
+
+from softar.recipes.evidence_reach import measure, settings
+
+__all__ = ["SEEDS", "SETTINGS", "measure"]
+
+SEEDS = range(3)
+SETTINGS = settings("smollm2")
