@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from softar.evals.seeds import Gain, bootstrap_gains
-from softar.recipes import evidence, evidence_latin, evidence_mnns, evidence_report
+from softar.recipes import evidence, evidence_latin, evidence_mnns, evidence_reach, evidence_report
 from softar.recipes.evidence_claims import EVIDENCE, Claim, Evidence, Grid, Part
 from softar.recipes.evidence_gains import Analysis, Result, analyse, ranges, reads_of, verdicts_of
 from softar.recipes.evidence_logs import Read, read_logs, read_rows_of, rows_from
@@ -28,8 +28,8 @@ from softar.recipes.evidence_units import read_rows
 from softar.show.plots import plot
 
 ROOT = Path(evidence.ROOT)
-MODULES = {"X1": evidence_mnns, "X3": evidence_latin}
-SIZES = {"X1": (12, 8, 9), "X3": (14, 9)}
+MODULES = {"X1": evidence_mnns, "X2": evidence_reach, "X3": evidence_latin}
+SIZES = {"X1": (12, 8, 9), "X2": (8, 10), "X3": (14, 9)}
 DRAWS = 300
 
 
