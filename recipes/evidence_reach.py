@@ -134,16 +134,14 @@ def graph_of(prompt: str) -> str:
     return ", ".join(sorted(links.split(", ")))
 
 
-@functools.cache
-def data(name: str, parity: bool = False):
-    """-> the task of a net, and its held-out rows by split: no graph is there twice, and none of them
-    is trained on."""
+def drawn(name: str, parity: bool, size: int):
+    """-> a task of so many rows to train on, and its held-out rows by split: no graph is there twice."""
     from softar.tasks import reach
 
     net = NETS[name]
     _, tokenizer = net.load(0, "cpu")
     held_out = net.dev + net.test
-    how = dict(held_out=held_out + SPARE, seed=ROWS_SEED, size=net.rows)
+    how = dict(held_out=held_out + SPARE, seed=ROWS_SEED, size=size)
     task = reach(**net.graphs, parity=parity, tokenizer=tokenizer, **how)
     first = {}
     for i, prompt in enumerate(task.test["prompt"]):
@@ -153,9 +151,25 @@ def data(name: str, parity: bool = False):
         raise ValueError(
             f"SPARE={SPARE}: {len(at)} graphs differ, and {held_out} are read: draw more"
         )
-    learnt = without(task.train, first).select_columns(["prompt", "completion", "traces", "answer"])
-    rows = {"dev": task.test.select(at[: net.dev]), "test": task.test.select(at[net.dev :])}
+    return task, {"dev": task.test.select(at[: net.dev]), "test": task.test.select(at[net.dev :])}
+
+
+@functools.cache
+def data(name: str, parity: bool = False):
+    """-> the task of a net, and its held-out rows by split, none of whose graphs is trained on."""
+    task, rows = drawn(name, parity, NETS[name].rows)
+    learnt = without(task.train, {*map(graph_of, task.test["prompt"])})
+    learnt = learnt.select_columns(["prompt", "completion", "traces", "answer"])
     return replace(task, train=on_disk(learnt, f"{task.name}-{name}")), rows
+
+
+def facts() -> dict[str, dict]:
+    """Of the test rows of the small net, what the analysis has to know (`evidence_logs.Rows`)."""
+    found = {}
+    for name, parity in {"reachability": False, "parity": True}.items():
+        rows = drawn("small", parity, size=1)[1]["test"]  # drawn before those to train on
+        found[name] = dict(n=len(rows), hash=rows_hash({"test": rows})["test_rows_hash"])
+    return found
 
 
 def without(rows: Dataset, graphs) -> Dataset:
@@ -293,7 +307,7 @@ NETS = {
         test=1000,
         stages=(
             Stage(dict(layers=4, width=3, out_degree=1), rows=10_000, steps=100, rate=3e-3),
-            Stage(GRAPHS, rows=20_000, steps=400, rate=3e-3),
+            Stage(GRAPHS, rows=20_000, steps=200, rate=3e-3),
         ),
         training=dict(per_device_train_batch_size=64),
         rates=dict.fromkeys(TRAINED, 1.5e-3),
@@ -318,5 +332,5 @@ NETS = {
         edits=False,
     ),
 }
-SEEDS = range(4)
+SEEDS = range(6)
 SETTINGS = settings("small")

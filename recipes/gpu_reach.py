@@ -12,7 +12,7 @@ from softar.recipes.evidence_units import Unit
 
 NET = "smollm2-gpu"
 ARMS = tuple(arm for arm in evidence_reach.ARMS if not arm.endswith("parity"))
-SEEDS, ROWS, BATCH = (0, 1), 20_000, 128
+SEEDS, ROWS, BATCH = (0, 1), 12_000, 128
 TIMED, WARM_UP, TRAIN = 6, 0.15, 0.11  # steps that are timed; of a seed's time: the warm-up, an arm
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from softar.recipes import evidence, evidence_reach, evidence_smollm2
-from softar.recipes.evidence_units import Unit
+from softar.recipes.evidence_units import Unit, rows_hash
 from softar.sft.config import SoftSFTConfig
 from softar.tasks import reach
 
@@ -77,6 +77,8 @@ def test_another_way_to_warm_up_is_another_file(graphs):
 @pytest.mark.parametrize("parity", [False, True])
 def test_no_graph_is_read_twice_or_trained_on(graphs, parity):
     task, rows = evidence_reach.data("small", parity)
+    facts = evidence_reach.facts()["parity" if parity else "reachability"]
+    assert facts == dict(n=6, hash=rows_hash({"test": rows["test"]})["test_rows_hash"])
     parts = [[*map(evidence_reach.graph_of, r["prompt"])] for r in (*rows.values(), task.train)]
     assert [len({*part}) for part in parts[:2]] == [4, 6]
     assert not {*parts[0]} & {*parts[1]} and not ({*parts[0]} | {*parts[1]}) & {*parts[2]}
