@@ -199,8 +199,8 @@ X2 = Evidence(
         reach_less("discrete-traces", "discrete"),
         reach_less("discrete-traces", "soft"),
         reach_less("discrete", "discrete"),
-        reach_less("guided-soft", "soft"),
-        reach_less("pause", "discrete"),
+        reach_less("guided-soft", "soft", has_verdict=False),
+        reach_less("pause", "discrete", has_verdict=False),
         less(
             "control",
             "warm net, not trained on: soft less discrete",
