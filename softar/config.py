@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,17 @@ from .tags import Moves, blanks, moves_of_ids, moves_of_text
 Ids = int | str | tuple[int, ...] | None
 CONFIG_FILE = "soft_config.json"
 TAGS = ("think_start", "think_end")
-LEFT_OUT = {"cold_stop_steps": 256}
+BLOCK = "block"
+SWITCHES = tuple(
+    f"switch{end}" for end in ("", *"_dwell _open _close _budget _final _answer".split())
+)
+LEFT_OUT = {
+    "cold_stop_steps": 256,
+    "switch_dwell": 512,
+    "switch_close": 0.3,
+    "switch_final": "\n\nThe final answer is",
+    "switch_answer": 32,
+}
 RENAMED = {"alpha": "softness"}  # SFT has an alpha too: there it is the gold token's share
 
 
@@ -84,6 +95,21 @@ class SoftConfig:
     # nats; the same after `cold_stop_steps` consecutive steps below it
     cold_stop_entropy: float | None = None
     cold_stop_steps: int | None = None  # 256 with a cold stop
+    # Blocks of soft and of single tokens by turns within the thought, told by its entropy
+    # (softar.switch): below the reference single tokens, above it mixtures. "block": the reference is
+    # the entropy at which the block began; a number: so many nats. Single tokens are chosen as the
+    # answer's are
+    switch: str | float | None = None
+    switch_dwell: int | None = None  # steps at least in single tokens; 512
+    # share of think_start in what is read at a switch to mixtures, and of think_end at one to single
+    # tokens; they fade to 0 at max_new_tokens
+    switch_open: float = 0.0
+    switch_close: float | None = None  # 0.3 where there is a think_end
+    # switches to single tokens: from half of them on each puts think_end in; one more puts
+    # switch_final behind it, and at most switch_answer tokens follow
+    switch_budget: int | None = None
+    switch_final: Ids = None  # "\n\nThe final answer is"; () is nothing
+    switch_answer: int | None = None  # 32
     # The answer is what follows the thought; False: the text of both, as of a model that begins its
     # reply at once
     hide_thought: bool = True
@@ -106,6 +132,7 @@ class SoftConfig:
         check_choice("rescale", self.rescale, RESCALES)
         check_feedback(self, mk_mixer(self.mixer))
         check_least(self, max_new_tokens=1, cold_stop_steps=1, budget=0)
+        _check_switch(self)
         if self.cold_stop_entropy is not None and not self.cold_stop_entropy >= 0:
             raise ValueError(
                 f"cold_stop_entropy={self.cold_stop_entropy} must be >= 0 nats; None switches it off"
@@ -180,6 +207,16 @@ class SoftConfig:
         return any(end is not None for end in ends)
 
     @property
+    def has_single(self) -> bool:
+        """Are single tokens chosen too, beside what a thought reads?"""
+        return self.has_answer or self.switch is not None
+
+    @property
+    def entropy_temperature(self) -> float:
+        """Of the entropy in the record: the thought's; 1 where that is 0, and with a switch."""
+        return 1.0 if self.switch is not None else self.temperature or 1.0
+
+    @property
     def is_soft(self) -> bool:
         """Is an embedding ever mixed? A thought of single tokens is an ordinary chain of
         thought."""
@@ -188,7 +225,7 @@ class SoftConfig:
     @property
     def draws(self) -> bool:
         """Are random numbers drawn, so that the same prompt may get another answer?"""
-        if self.has_answer and self.answer_temperature > 0:
+        if self.has_single and self.answer_temperature > 0:
             return True
         return self.temperature > 0 and self.mixer_draws
 
@@ -204,30 +241,24 @@ class SoftConfig:
         mixer = mk_mixer(self.mixer, **self.mixer_args)
         limits = [k for k in (self.top_k, self.keep, math.inf) if k is not None]
         filtered = 1 if self.temperature == 0 else min(limits)
-        return mixer.width(mixer.knobs, filtered) + (self.softness < 1)
+        width = mixer.width(mixer.knobs, filtered) + (self.softness < 1)
+        if self.switch is None:
+            return width
+        tags = zip((self.think_start, self.think_end), (self.switch_open, self.switch_close))
+        # a text is of one token or more
+        return width + sum(len(t) if isinstance(t, tuple) else 1 for t, share in tags if share)
 
     def resolve(self, tokenizer) -> "SoftConfig":
-        """The same configuration with think_start and think_end given as text turned into token
-        ids."""
-        ids, moves = {}, [*self.spelling[:2]] or [(), ()]
+        """The same configuration with what is given as text (think_start, think_end, switch_final)
+        turned into token ids."""
+        names = [n for n in (*TAGS, "switch_final") if isinstance(getattr(self, n), str)]
+        ids = {name: _ids_of(tokenizer, name, getattr(self, name)) for name in names}
+        if not ids.keys() & {*TAGS}:
+            return dataclasses.replace(self, **ids) if ids else self
+        moves = [*self.spelling[:2]] or [(), ()]
         for i, name in enumerate(TAGS):
-            text = getattr(self, name)
-            if not isinstance(text, str):
-                continue
-            if tokenizer is None:
-                raise ValueError(f"{name}={text!r} is text: pass tokenizer=, or its token ids")
-            try:
-                ids[name] = tuple(tokenizer.encode(text, add_special_tokens=False))
-            except Exception as error:  # tokenizers raises no class of its own
-                raise ValueError(
-                    f"{name}={text!r} cannot be read by the tokenizer ({error}): give words of its "
-                    "vocabulary, or token ids"
-                ) from error
-            if not ids[name]:
-                raise ValueError(f"{name}={text!r} is empty for this tokenizer")
-            moves[i] = moves_of_text(tokenizer, text)
-        if not ids:
-            return self
+            if name in ids:
+                moves[i] = moves_of_text(tokenizer, getattr(self, name))
         return dataclasses.replace(self, **ids, spelling=(*moves, blanks(tokenizer)))
 
     @property
@@ -276,10 +307,42 @@ class SoftConfig:
         return cls(**values)
 
 
+def _ids_of(tokenizer, name: str, text: str) -> tuple[int, ...]:
+    if tokenizer is None:
+        raise ValueError(f"{name}={text!r} is text: pass tokenizer=, or its token ids")
+    try:
+        ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    except Exception as error:  # tokenizers raises no class of its own
+        raise ValueError(
+            f"{name}={text!r} cannot be read by the tokenizer ({error}): give words of its "
+            "vocabulary, or token ids"
+        ) from error
+    if not ids:
+        raise ValueError(f"{name}={text!r} is empty for this tokenizer")
+    return ids
+
+
+def _check_switch(config: SoftConfig) -> None:
+    at, is_number = config.switch, isinstance(config.switch, numbers.Real)
+    if is_number and not 0 <= at < math.inf:
+        raise ValueError(f"switch={at} must be >= 0 nats and finite, or {BLOCK!r}")
+    if at is not None and not is_number and at != BLOCK:
+        raise ValueError(
+            f"switch={at!r} is unknown: give {BLOCK!r}, the entropy at which a block began, or so many nats"
+        )
+    for name in ("switch_open", "switch_close"):
+        share = getattr(config, name)
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"{name}={share} must lie in [0, 1]: the tag's share in what is read")
+    check_least(config, switch_dwell=0, switch_budget=0, switch_answer=1)
+
+
 def _settle_types(config: SoftConfig) -> None:
     """Lists as tuples, one id as several; raises ValueError for values of another type."""
-    for name in (*TAGS, "banned"):
+    for name in (*TAGS, "banned", "switch_final"):
         object.__setattr__(config, name, as_ids(getattr(config, name)))
+    if config.switch_final == "":
+        object.__setattr__(config, "switch_final", ())
     object.__setattr__(config, "spelling", _as_tuples(config.spelling))
     check_types(config)
 
@@ -289,11 +352,17 @@ def _as_tuples(value):
 
 
 def _idle(values: dict[str, Any]) -> set[str]:
-    """Fields of SoftConfig, not checked yet, that say nothing beside the others."""
-    draft = object.__new__(SoftConfig)
-    vars(draft).update(vars(_defaults()) | values)
-    _settle_types(draft)  # the rules below take them for granted
-    return {name for name, *_ in idle_options(draft, IDLE)}
+    """Fields of SoftConfig, not checked yet, that say nothing beside the others: without those that
+    say nothing others may say nothing either."""
+    draft, idle = object.__new__(SoftConfig), set()
+    while True:
+        own = {name: value for name, value in values.items() if name not in idle}
+        vars(draft).update(vars(_defaults()) | own)
+        _settle_types(draft)  # the rules below take them for granted
+        more = {name for name, *_ in idle_options(draft, IDLE)}
+        if not more:
+            return idle
+        idle |= more
 
 
 @functools.cache

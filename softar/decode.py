@@ -10,6 +10,7 @@ Shapes: B batch, P prompt length, T steps, V vocabulary, K tokens kept, D embedd
 """
 
 import copy
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -242,6 +243,9 @@ def soft_decode(
         others = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
         stopping_criteria = StoppingCriteriaList([*others, MaxLengthCriteria(length)])
     guard.check_positions(model, input_ids, generation_config, model_kwargs)
+    if config.switch is not None:  # the shares of its tags fade over the whole length
+        length = generation_config.max_length - input_ids.shape[1]
+        config = dataclasses.replace(config, max_new_tokens=length)
     if wants_hidden := mk_mixer(config.mixer).hidden:
         model_kwargs["output_hidden_states"] = True
     read_next, length = _mk_reader(model, config), None
@@ -274,7 +278,7 @@ def soft_decode(
             logits = outputs.logits[:, -1].to(
                 copy=True, dtype=torch.float32, device=input_ids.device
             )
-            h = entropy(logits, config.temperature or 1.0)
+            h = entropy(logits, config.entropy_temperature)
             scores = processors(input_ids, logits)
             hidden = outputs.hidden_states[-1][:, -1] if wants_hidden else None
             thought, answer = propose(scores, step, any_thinking, hidden)

@@ -233,7 +233,7 @@ def check_reads(model, config: SoftConfig, input_ids: Tensor, model_kwargs: dict
     vocab = model.config.get_text_config(decoder=True).vocab_size
     check_dist(vocab, **config.filters)
     check_dist(vocab, **config.answer_filters, prefix="answer_")
-    for name in TAGS:
+    for name in (*TAGS, "switch_final"):
         ids = getattr(config, name)
         if any(not 0 <= i < vocab for i in ids or ()):
             raise ValueError(

@@ -9,10 +9,62 @@ def _draws(c) -> bool:
     return mixer.draws(mixer.knobs)
 
 
+def _is_endless(c) -> bool:
+    return (c.think_end, c.budget, c.cold_stop_entropy) == (None, None, None)
+
+
 IDLE = (
     Idle(
-        "hide_thought answer_temperature answer_top_k answer_top_p answer_min_p",
-        lambda c: (c.think_end, c.budget, c.cold_stop_entropy) == (None, None, None),
+        "switch",
+        lambda c: c.softness == 0 or c.temperature == 0 or mk_mixer(c.mixer).single,
+        "where every thought is of single tokens",
+        "raise softness and temperature, and choose a mixer that mixes",
+    ),
+    Idle(
+        "switch_dwell switch_open switch_close switch_budget switch_final switch_answer",
+        lambda c: c.switch is None,
+        "without a switch",
+        "give switch='block', or nats",
+    ),
+    Idle(
+        "switch_open",
+        lambda c: c.think_start is None,
+        "without a think_start, which it mixes in",
+        "give think_start",
+    ),
+    Idle(
+        "switch_close",
+        lambda c: c.think_end is None and c.switch_close != 0,
+        "without a think_end, which it mixes in",
+        "give think_end",
+    ),
+    Idle(
+        "switch_open switch_close",
+        lambda c: mk_mixer(c.mixer).latent,
+        "with a mixer of vectors, which mixes no tokens",
+        "choose another mixer",
+    ),
+    Idle(
+        "switch_budget",
+        lambda c: c.think_end is None,
+        "without a think_end, which it puts in",
+        "give think_end",
+    ),
+    Idle(
+        "switch_final switch_answer",
+        lambda c: c.switch_budget is None,
+        "without a switch_budget",
+        "give one",
+    ),
+    Idle(
+        "hide_thought",
+        _is_endless,
+        "where nothing ends the thought",
+        "give think_end, budget or cold_stop_entropy",
+    ),
+    Idle(
+        "answer_temperature answer_top_k answer_top_p answer_min_p",
+        lambda c: _is_endless(c) and c.switch is None,
         "where nothing ends the thought",
         "give think_end, budget or cold_stop_entropy",
     ),

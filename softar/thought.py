@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import switch as switching
 from .config import SoftConfig
 from .draws import ANSWER, THOUGHT, Draws
 from .mixers import BUILT_IN, Mixed, Rng, check_mixed, guide, hard, mk_mixer, name_of
@@ -42,7 +43,7 @@ class Record(NamedTuple):
     # [B, T] float32, log-probability under the step's filtered distribution of the token(s) drawn,
     # or of the one fed back (0 if greedy); NaN where a mixer draws none, for FORCED and PAD
     logp: Tensor
-    # [B, T] float32 nats, of the unfiltered distribution at the thought's temperature (0: at 1)
+    # [B, T] float32 nats, of the unfiltered distribution at SoftConfig.entropy_temperature
     entropy: Tensor
 
 
@@ -54,10 +55,11 @@ class Progress(NamedTuple):
     closed: Tensor  # [B] bool, has thought; never thinks again
     thoughts: Tensor  # [B] int64, steps thought so far
     cold: Tensor  # [B] int64, consecutive ones of low entropy
-    forced: Tensor  # [B] int64, tokens of think_end put in so far
+    forced: Tensor  # [B] int64, tokens of a rule put in so far: of think_end, and what follows it
     steps: Tensor  # [B] int64
     answer_start: Tensor  # [B] int64, steps before the answer begins
     spelled: Tensor  # [B, 2] int64, how much of think_start and think_end the last tokens have
+    turns: Tensor  # [B, 7] float32, softar.switch.Turns; [B, 0] where nothing switches
 
     def select(self, rows: Tensor) -> "Progress":
         """Of these rows [b] int64, in this order."""
@@ -77,9 +79,11 @@ class Rules(NamedTuple):
 
     start: Speller | None
     end: Speller | None
-    end_ids: Tensor | None  # [n] int64, what a rule puts in
+    put_in: Tensor  # [n] int64, what a rule puts in: think_end, and what begins a last answer
+    end_length: int  # of think_end
     pad: Tensor  # [] int64
     eos: Tensor  # [n] int64
+    last: Tensor | None  # [] int64, of eos, what a rule puts in
     budget: int | None
     cold_stop_entropy: float | None
     cold_stop_steps: int | None
@@ -87,6 +91,7 @@ class Rules(NamedTuple):
     hide_thought: bool
     is_soft: bool
     is_latent: bool
+    switch: switching.Switch | None
 
 
 def mk_rules(
@@ -97,22 +102,25 @@ def mk_rules(
 
     start, end = (None if m is None else mk_speller(m, device) for m in config.moves)
 
-    def move(ids: Tensor | tuple[int, ...] | None) -> Tensor | None:
-        return None if ids is None else torch.as_tensor(ids).to(device, non_blocking=True)
+    def move(ids: Tensor | tuple[int, ...]) -> Tensor:
+        return torch.as_tensor(ids, dtype=torch.long).to(device, non_blocking=True)
 
     return Rules(
         start=start,
         end=end,
-        end_ids=move(config.think_end),
+        put_in=move((*(config.think_end or ()), *(config.switch_final or ()))),
+        end_length=len(config.think_end or ()),
         pad=move(torch.tensor(0) if pad is None else pad),
         eos=move(torch.zeros(0, dtype=torch.long) if eos is None else eos),
+        last=None if eos is None or not len(eos) else move(eos).min(),
         budget=config.budget,
         cold_stop_entropy=config.cold_stop_entropy,
         cold_stop_steps=config.cold_stop_steps,
         has_answer=config.has_answer,
-        hide_thought=config.hide_thought,
+        hide_thought=config.has_answer and config.hide_thought,
         is_soft=config.is_soft,
         is_latent=config.is_latent,
+        switch=switching.mk_switch(config, device),
     )
 
 
@@ -133,9 +141,11 @@ def begin(config: SoftConfig, input_ids: Tensor) -> Progress:
         steps=zero,
         answer_start=zero,
         spelled=spelled,
+        turns=switching.begin_turns(config, B, input_ids.device),
     )
 
 
+# Long because what ends a thought, what is put in and what is read hang together.
 def decide(
     rules: Rules, progress: Progress, h: Tensor, thought: Mixed, answer: Mixed | None
 ) -> tuple[Progress, Record]:
@@ -143,40 +153,58 @@ def decide(
 
     Args:
         h: [B] entropy, see Record. thought, answer: [B, ...] what each row would do thinking and
-            answering; of an answer token and logp count; None where nobody answers.
+            answering; of an answer token and logp count; None where nobody answers, nor thinks in
+            single tokens.
     """
-    done, thinking, closed, thoughts, cold, forced, steps, answer_start, spelled = progress
-    thinking, steps = thinking & ~done, steps + 1
-
-    forcing = closing = torch.zeros_like(thinking)
-    token, logp = thought.token, thought.logp
-    if rules.is_latent:  # has an answer
-        token = torch.where(thinking, rules.pad, token)
+    done, thinking, closed, thoughts, cold, forced, steps, answer_start, spelled, turns = progress
+    thinking, over, closing = thinking & ~done, torch.zeros_like(done), torch.zeros_like(done)
+    switch, state = rules.switch, None if rules.switch is None else switching.unpack(turns)
     if rules.has_answer:
         cold = torch.where(thinking & (h < (rules.cold_stop_entropy or 0.0)), cold + 1, 0)
         over = thinking & _is_over(rules, thoughts, cold)
-        if rules.end is None:
-            closed, thinking = closed | over, thinking & ~over
-        token = torch.where(thinking, token, answer.token)
-        logp = torch.where(thinking, logp, answer.logp)
-        if rules.end is not None:
-            forcing = over | (thinking & (forced > 0))
-            n = len(rules.end_ids)
-            token = torch.where(forcing, rules.end_ids[forced.clamp_max(n - 1)], token)
-            forced = forced + forcing.long()
-            end_state, is_whole = rules.end(spelled[:, 1], token)
-            closing = thinking & torch.where(forcing, forced == n, is_whole & (not rules.is_latent))
-            closed = closed | closing
-        if rules.hide_thought:
-            answer_start = torch.where(thinking, steps, answer_start)
+        if rules.end is None or state is not None:  # nothing has to be put in
+            ends = over if rules.end is None else over & state.paused
+            closed, thinking, over = closed | ends, thinking & ~ends, over & ~ends
+    forcing = over | (thinking & (forced > 0))
+    softly, hidden, soft = thinking, thinking, thought.soft
+    if state is not None:
+        expired = state.left == 0
+        state, turn, forcing = switching.take_turn(switch, state, h, thinking, over, forcing)
+        softly, soft = thinking & turn.softly, switching.with_tags(switch, soft, turn, steps)
+    steps, token, logp = steps + 1, thought.token, thought.logp
+    if rules.has_answer or state is not None:
+        token = torch.where(softly, token, answer.token)
+        logp = torch.where(softly, logp, answer.logp)
+    if rules.is_latent:
+        token = torch.where(softly, rules.pad, token)
+    is_said = ~softly | (not rules.is_latent)
+    if rules.end is not None:
+        token = torch.where(forcing, rules.put_in[forced.clamp_max(len(rules.put_in) - 1)], token)
+        forced = forced + forcing.long()
+        end_state, is_whole = rules.end(spelled[:, 1], token)
+        ends = forced == rules.end_length
+        if state is not None:
+            answers = state.paused | (forced > rules.end_length)
+            state, ends, forced = switching.settle(switch, state, forced, forcing)
+        closing = thinking & torch.where(forcing, ends, is_whole & is_said)
+        closed = closed | closing
+        hidden = thinking if state is None else thinking & (~answers | (closing & ~forcing))
+    if rules.hide_thought:
+        answer_start = torch.where(hidden, steps, answer_start)
     thoughts = thoughts + thinking.long()
+    if state is not None:
+        turns = switching.pack(state)
+        if rules.last is None:
+            done = done | expired
+        else:
+            token, forcing = torch.where(expired, rules.last, token), forcing | expired
 
     token = torch.where(done, rules.pad, token)
     # the row reads nothing after it, so nothing is mixed
-    ends = (token[:, None] == rules.eos).any(1) & (forcing | ~thinking | (not rules.is_latent))
-    mixes = thinking & ~forcing & ~closing & ~ends & rules.is_soft
-    soft = int(Kind.LATENT if rules.is_latent else Kind.SOFT)
-    kind = torch.where(mixes, soft, int(Kind.HARD)).masked_fill(forcing, int(Kind.FORCED))
+    ends = (token[:, None] == rules.eos).any(1) & (forcing | is_said)
+    mixes = softly & ~forcing & ~closing & ~ends & rules.is_soft
+    read = int(Kind.LATENT if rules.is_latent else Kind.SOFT)
+    kind = torch.where(mixes, read, int(Kind.HARD)).masked_fill(forcing, int(Kind.FORCED))
     kind = kind.masked_fill(done, int(Kind.PAD)).to(torch.int8)
     logp = logp.masked_fill(forcing | done, torch.nan)
     thinking = thinking & ~closing
@@ -186,12 +214,12 @@ def decide(
     if rules.end is not None:
         first = spelled[:, 0] if rules.start is None else start_state
         spelled = torch.stack([first, end_state], 1)
-    single = torch.zeros_like(thought.soft.weights)
+    single = torch.zeros_like(soft.weights)
     single[:, 0] = 1.0
-    ids = torch.where(mixes[:, None], thought.soft.ids, token[:, None])
-    weights = torch.where(mixes[:, None], thought.soft.weights, single)
+    ids = torch.where(mixes[:, None], soft.ids, token[:, None])
+    weights = torch.where(mixes[:, None], soft.weights, single)
     progress = Progress(
-        done, thinking, closed, thoughts, cold, forced, steps, answer_start, spelled
+        done, thinking, closed, thoughts, cold, forced, steps, answer_start, spelled, turns
     )
     return progress, Record(ids, weights, token, kind, logp, h.masked_fill(done, 0.0))
 
@@ -248,7 +276,7 @@ def replay(
     Returns:
         The progress after the last step, and the record by these rules.
     """
-    records = []
+    records, rules = [], rules._replace(switch=switching.replayed(rules.switch))
     for t in range(record.token.shape[1]):
         step = Record(*(column[:, t] for column in record))
         read = Mixed(Soft(step.ids, step.weights), step.token, step.logp)
@@ -299,7 +327,7 @@ def mk_propose(config: SoftConfig, draws: Draws) -> Callable[..., tuple[Mixed, M
         logits: Tensor, step: int, any_thinking: bool, hidden: Tensor | None = None
     ) -> tuple[Mixed, Mixed | None]:
         answer = None
-        if config.has_answer or not any_thinking:
+        if config.has_single or not any_thinking:
             rng = draws.at(step, ANSWER) if answer_draws else None
             answer = hard(mk_proba_dist(logits, **filters), rng=rng, sample=answer_draws)
         if not any_thinking:

@@ -56,6 +56,22 @@ SOFT = [  # fields, does it draw
     (dict(mixer="hard", mixer_args={"sample": True}, top_k=4, budget=8), True),
     (dict(temperature=0.0, budget=4, think_end=END), False),
 ]
+TURNS = [  # the same of thoughts that switch
+    (dict(switch="block", switch_dwell=1, budget=20), False),
+    (
+        dict(switch="block", switch_dwell=2, think_start="<think>", think_end="</think>")
+        | dict(switch_open=0.4, switch_budget=3, switch_final="w8 w9", switch_answer=4),
+        False,
+    ),
+    (dict(switch=2.9, switch_dwell=0, mixer="gumbel", think_end=END, budget=25), True),
+    (
+        dict(switch="block", switch_dwell=0, mixer="k-samples", think_end=[5, 6], top_k=None)
+        | dict(switch_budget=4, switch_final=[], switch_answer=6),
+        True,
+    ),
+    (dict(switch="block", switch_dwell=3, temperature=0.7, softness=0.8), False),
+]
+KINDS = SOFT + TURNS
 BAD = [  # soft, other settings, what the one line says
     ({"foo": 1}, {}, "unknown fields ['foo']; known are mixer, mixer_args"),
     ("{", {}, "'{' is not JSON"),
@@ -87,6 +103,20 @@ BAD = [  # soft, other settings, what the one line says
     ({"think_end": "w9 " * 65}, {}, "think_end has 65 tokens, more than 64"),
     ({"think_start": 3}, {}, "needs a think_end"),
     ({"rescale": "up"}, {}, "rescale='up' is unknown"),
+    ({"switch": "often"}, {}, "switch='often' is unknown: give 'block'"),
+    ({"switch": "block", "switch_dwell": -1}, {}, "switch_dwell=-1 must be at least 0"),
+    ({"switch": "block", "switch_budget": 2}, {}, "without a think_end, which it puts in"),
+    ({"switch_dwell": 2}, {}, "switch_dwell=2 does nothing without a switch"),
+    (
+        {"switch": "block", "think_end": END, "switch_budget": 2},
+        {"ignore_eos": True},
+        "not with ignore_eos",
+    ),
+    (
+        {"switch": "block", "think_end": END, "switch_budget": 2, "switch_final": [VOCAB]},
+        {},
+        "switch_final=(64,) must be token ids below 64",
+    ),
     ({"record": 1}, {}, "record=1 must be true or false"),
     ({"max_new_tokens": 3}, {}, "unknown fields ['max_new_tokens']"),
     ({}, {"extra_args": {"softar": {}}}, "softar is no argument of a request"),
@@ -156,7 +186,7 @@ def run_script(file, folder, run=warm.run, **settings):
 
 
 def cases(number):
-    """Requests of random lengths and parameters: (prompt, index in SOFT or None, seed, max_tokens,
+    """Requests of random lengths and parameters: (prompt, index in KINDS or None, seed, max_tokens,
     record). None is FRAGILE."""
     draw = random.Random(5)
     words = [THINK, END, *range(5, VOCAB)]
@@ -172,10 +202,20 @@ def cases(number):
             return requests
 
 
+def switching():
+    """Requests whose thoughts switch, of one length: over it their tags fade."""
+    draw = random.Random(8)
+    words, rows = [THINK, END, *range(5, VOCAB)], []
+    for i in range(4 * len(TURNS)):
+        prompt = [BOS, *draw.choices(words, k=draw.choice([1, 5, 17, 30])), THINK]
+        rows.append((prompt, len(SOFT) + i % len(TURNS), 500 + i, 40, i % 3 == 0))
+    return rows
+
+
 def ask(prompt, soft, seed, max_tokens, record, **more):
     from vllm import SamplingParams
 
-    fields, draws = (None, False) if soft is None else SOFT[soft]
+    fields, draws = (None, False) if soft is None else KINDS[soft]
     args = None if soft is None else {"soft": {**fields, "record": record}}
     seed = seed if draws else None
     settings = {**dict(temperature=0, max_tokens=max_tokens, seed=seed, extra_args=args), **more}
@@ -208,6 +248,7 @@ def inside(llm):
     )
     engine = llm.llm_engine
     requests = [case for case in cases(200) if case[1] is not None and case[3] > 20][:8]
+    requests += switching()[:4]
     for i, request in enumerate(requests):
         engine.add_request(str(i), *ask(*request))
     ended, steps = {}, 0
@@ -317,7 +358,7 @@ def expected(model, requests):
     rows = [None] * len(requests)
     for soft in {request[1] for request in requests}:
         group = [i for i, request in enumerate(requests) if request[1] == soft]
-        fields = {"mixer": "hard"} if soft is None else SOFT[soft][0]
+        fields = {"mixer": "hard"} if soft is None else KINDS[soft][0]
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         config = softar.SoftConfig(**fields, max_new_tokens=max(requests[i][3] for i in group))
         ids, mask = tiny.left_padded([requests[i][0] for i in group])

@@ -1191,6 +1191,8 @@ SPANS = [
     dict(think_start=(THINK, 11), think_end=END),
     dict(cold_stop_entropy=3.3, cold_stop_steps=2, answer_temperature=1.0),
     dict(mixer="k-samples", budget=4),
+    dict(switch="block", switch_dwell=1, think_end=END)
+    | dict(switch_budget=1, switch_final=(9, 10), switch_answer=2),
 ]
 
 

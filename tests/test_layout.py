@@ -187,6 +187,7 @@ FLOORS = [
     ("mixers", "models", "tasks", "results"),
     ("draws", "idle"),
     ("config", "training"),
+    ("switch",),
     ("thought", "defaults", "guard", "model_card"),
     ("decode",),
     ("evaluate", "show"),

@@ -31,8 +31,10 @@ def flat(dist, *, rng=None):
 
 NONE = """structured_outputs logprobs logprob_token_ids prompt_logprobs prompt_logprob_token_ids
     logit_bias allowed_token_ids bad_words thinking_token_budget trace_decode_token_ids"""
-PARAMS = dict.fromkeys(NONE.split()) | dict(
-    presence_penalty=0, frequency_penalty=0, repetition_penalty=1, min_tokens=0
+PARAMS = (
+    dict.fromkeys(NONE.split())
+    | dict(presence_penalty=0, frequency_penalty=0, repetition_penalty=1, min_tokens=0)
+    | dict(max_tokens=16, ignore_eos=False)
 )
 
 

@@ -5,7 +5,7 @@ import random
 import pytest
 import tiny
 import torch
-from engine_script import SOFT
+from engine_script import KINDS
 from tiny import BOS, EOS, VOCAB
 
 import softar
@@ -83,7 +83,7 @@ def test_however_they_are_scheduled_rows_do_the_same(seed):
         (
             f"r{i}",
             [BOS, *draw.choices(range(3, VOCAB), k=draw.randint(1, 7))],
-            *draw.choice(SOFT),
+            *draw.choice(KINDS),
             i,
         )
         for i in range(9)

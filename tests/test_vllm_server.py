@@ -15,6 +15,7 @@ import torch
 from engine_script import (
     DRAWN,
     FORKING,
+    KINDS,
     SOFT,
     TO_TRACE,
     TRACED,
@@ -123,9 +124,9 @@ def reads(soft):
 @pytest.mark.slow
 def test_the_server_thinks_softly_too(server, model):
     prompt = [BOS, 11, 12, 13]
-    wanted = [(prompt, soft, 7, 12, True) for soft in [None, *range(len(SOFT))]]
+    wanted = [(prompt, soft, 7, 12, True) for soft in [None, *range(len(SOFT) + 1)]]
     for (_, soft, *_), (tokens, record) in zip(wanted, expected(model, wanted)):
-        fields, draws = ({}, False) if soft is None else SOFT[soft]
+        fields, draws = ({}, False) if soft is None else KINDS[soft]
         asked = {"prompt": prompt, "seed": 7 if draws else None}
         if soft is None:
             choice = post(server, **asked).json()["choices"][0]

@@ -44,6 +44,7 @@ from engine_script import (
     same_trace,
     save_models,
     spoiled,
+    switching,
 )
 from http_script import FIELD, over_http
 from tiny import BOS
@@ -85,6 +86,7 @@ def main(folder):
         out[arch] = answers(llm, cases(NUMBER[arch]))
         if arch == "llama":
             discrete = [case for case in cases(NUMBER[arch]) if case[1] is None]
+            out["switching"] = answers(llm, switching())
             out |= {"discrete": answers(llm, discrete), **inside(llm), **tricks(llm)}
             out["bad"] = [[refused(llm, soft, more), after(llm)] for soft, more, _ in BAD]
             out |= {"cached": cached(llm), "spoiled": spoiled(llm)}
@@ -209,6 +211,24 @@ def test_these_requests_are_the_same_on_other_kernels(models, loop, arch):
         assert tokens == ours, i
         for ids, weights, *step in zip(record.ids, record.weights, own.ids, own.weights):
             assert (mixture_of(ids, weights) - mixture_of(*step)).abs().max() < 1e-3, i
+
+
+@pytest.mark.slow
+def test_thoughts_switch_in_the_engine_as_in_the_loop(made, models):
+    wanted = expected(models["llama"], switching())
+    kinds = torch.cat([record.kind for _, record in wanted])
+    assert all((kinds == kind).sum() > 20 for kind in (Kind.SOFT, Kind.HARD, Kind.FORCED))
+    for (tokens, steps), (loops, record) in zip(made["switching"], wanted, strict=True):
+        assert tokens == loops
+        if steps is not None:
+            same(steps, record)
+
+
+@pytest.mark.slow
+def test_thoughts_that_switch_are_the_same_on_other_kernels(models):
+    others = expected(tiny.perturbed(models["llama"]), switching())
+    for (tokens, record), (ours, own) in zip(others, expected(models["llama"], switching())):
+        assert tokens == ours and torch.equal(record.kind, own.kind)
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ import typer
 
 from .. import __version__
 from . import inputs, streams
-from .commands import Dtype, Json, Length, compare, fill, generate, trace
+from .commands import compare, fill, generate, trace
+from .options import Dtype, Json, Length
 from .programs import PROGRAMS, QUIET, add_programs, run_program
 
 # Elsewhere than in a bug these say what is wrong with the input, or with the machine.

@@ -1,71 +1,15 @@
 """The commands of `softar` that decode: generate, fill, trace, compare."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import inputs, streams
+from .options import Chat, Device, Dtype, Json, Length, Model, Seed, Spec, Specs, System, Text
 
 
-def starting(incomplete: str, names: Iterable[str]) -> list[str]:
-    """For the shell's completion."""
-    return [name for name in names if name.startswith(incomplete)]
-
-
-Text = Annotated[
-    str | None, typer.Argument(metavar="TEXT", help="Left out, or -: read from the pipe (stdin).")
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        help="A name of `softar models`, a folder, a .gguf file or a hub id.",
-        autocompletion=lambda incomplete: starting(incomplete, inputs.MODELS),
-    ),
-]
-Spec = Annotated[
-    str | None,
-    typer.Option(
-        "--decoder",
-        "-d",
-        metavar="SPEC",
-        help="Decoder and its options: NAME:key=value,key=value, e.g. gumbel:top_k=10,budget=24.",
-    ),
-]
-Specs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--decoder",
-        "-d",
-        metavar="SPEC",
-        help="Decoder and its options: MODEL=NAME:key=value,key=value; repeat for several.",
-    ),
-]
-Length = Annotated[
-    int | None,
-    typer.Option(help="Tokens of thought and answer together; for diffusion, masks to append."),
-]
-Chat = Annotated[
-    bool | None,
-    typer.Option(
-        "--chat/--no-chat", help="Use the model's chat template.  [default: where it has one]"
-    ),
-]
-System = Annotated[str | None, typer.Option(help="The chat's system message.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
-Dtype = Annotated[
-    str, typer.Option(help="Type of the weights: auto (as stored), float32, bfloat16, float16.")
-]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: a GPU where there is one]")
-]
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else.")]
-
-
-# Wide because each parameter is an option of the command.
+# Long and wide because each parameter is an option of the command, with its help.
 def generate(
     prompt: Text = None,
     model: Model = None,
@@ -95,6 +39,19 @@ def generate(
     think_end: Annotated[
         str | None, typer.Option(help="Text that ends the thought, e.g. </think>.")
     ] = None,
+    switch: Annotated[
+        str | None,
+        typer.Option(
+            help="Mixtures and single tokens by turns: below this entropy single tokens, in nats, or "
+            "block, that at which the block began."
+        ),
+    ] = None,
+    switch_dwell: Annotated[
+        int | None, typer.Option(help="Single tokens at least, until it mixes again.")
+    ] = None,
+    switch_budget: Annotated[
+        int | None, typer.Option(help="Switches to single tokens, until the answer is asked for.")
+    ] = None,
     answer_temperature: Annotated[
         float | None, typer.Option(help="Temperature of the answer after the thought; 0 is greedy.")
     ] = None,
@@ -117,8 +74,11 @@ def generate(
       softar generate "<bos> D4 D8 D1 D3 ->" --model mnns-soft-tiny --json
       softar generate "Name three birds." -d discrete
       softar generate "Name three birds." -d soft:temperature=0.6,top_k=10 --budget 16
+      softar generate "Name three birds." --switch block --switch-dwell 8
       echo "<bos> D4 D8 D1 D3 ->" | softar generate -m mnns-soft-tiny
     """
+    from ..specs import json_or_text
+
     text = streams.read_text(prompt)
     options = dict(
         temperature=temperature,
@@ -129,6 +89,9 @@ def generate(
         alpha=alpha,
         budget=budget,
         think_end=think_end,
+        switch=json_or_text(switch),
+        switch_dwell=switch_dwell,
+        switch_budget=switch_budget,
         answer_temperature=answer_temperature,
     )
     with streams.only_results():
@@ -325,7 +288,7 @@ def compare(
 ) -> None:
     """Compare decoders on a task: accuracy, cost, and how sure the difference is.
 
-    Autoregressive decoders: discrete, sampled, soft, gumbel, k-samples, mixture-of-inputs,
+    Autoregressive decoders: discrete, sampled, soft, swi, gumbel, k-samples, mixture-of-inputs,
     dirichlet, hybrid, hidden, beam, soft-beam, beam-collapse, self-consistency. Diffusion: hard,
     soft-token, soft-mask, evolving, slerp, soft-decoded, denoise. vLLM: vllm-greedy, vllm-sampled,
     vllm-self-consistency, vllm-beam, vllm-soft. Any OpenAI-compatible server: openai. Options

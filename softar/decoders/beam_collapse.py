@@ -27,7 +27,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from .. import guard
 from ..checks import check_least, check_types
-from ..config import SoftConfig
+from ..config import SWITCHES, SoftConfig
 from ..decode import SAMPLING, SoftOutput
 from ..mixers import Mixed
 from ..models import plain
@@ -49,10 +49,11 @@ from ..thought import (
 from .group import Group
 
 # Of SoftConfig, what the search decides itself
-FIXED = (
-    "mixer mixer_args softness temperature top_k top_p min_p keep answer_temperature answer_top_k "
-    "answer_top_p answer_min_p"
-).split()
+FIXED = [
+    *"mixer mixer_args softness temperature top_k top_p min_p keep answer_temperature".split(),
+    *"answer_top_k answer_top_p answer_min_p".split(),
+    *SWITCHES,
+]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class BeamCollapse:
     @property
     def changes(self) -> dict[str, Any]:
         """Fields of SoftConfig by which it reads."""
-        own = dict(mixer="soft", mixer_args={}, softness=1.0, answer_temperature=0.0)
+        own = dict(mixer="soft", mixer_args={}, softness=1.0, answer_temperature=0.0, switch=None)
         filters = dict(top_p=None, min_p=None, keep=None)
         return own | filters | {"temperature": self.tau, "top_k": self.num_beams}
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from ..config import TAGS, SoftConfig, renamed
+from ..config import BLOCK, TAGS, SoftConfig, renamed
 from ..decode import generate
 from ..defaults import Default, default_of
 from ..evaluate import evaluating, read_prompts, resolve
@@ -182,13 +182,14 @@ def decoder_name(config: SoftConfig) -> str:
     """The decoder in DECODERS, or the function, that decodes like this."""
     if mk_mixer(config.mixer).single:
         return "sampled" if config.mixer_draws else "discrete"
-    return name_of(config.mixer)
+    return name_of(config.mixer) if config.switch is None else SWITCHING
 
 
 # -- by name
 
 # decoders that feed back one token, and the mixer's knobs
 HARD = {"discrete": {}, "sampled": {"sample": True}}
+SWITCHING = "swi"  # the belief, and single tokens, by turns
 
 
 _load = functools.cache(load)
@@ -207,8 +208,8 @@ def own_decoder(card: Card, dtype: str, device: str | None, options: dict) -> st
 
 def soft_config(default: Default, decoder: str, options: dict) -> SoftConfig:
     """The model's default with the decoder's mixer, changed by the options; the mixer's knobs are
-    options, too. Decoder `soft` takes another mixer as an option, `soft:mixer=module:function`.
-    Raises ValueError for options that are unknown or do not fit."""
+    options, too. Decoders `soft` and `swi` take another mixer as an option,
+    `soft:mixer=module:function`. Raises ValueError for options that are unknown or do not fit."""
     base, options = default.config, renamed(options)
     if decoder in HARD:
         changes = check_options(
@@ -216,16 +217,18 @@ def soft_config(default: Default, decoder: str, options: dict) -> SoftConfig:
         )
         return default.changed({"mixer": "hard", "mixer_args": HARD[decoder]} | changes)
     mixer = decoder
-    if decoder == "soft" and "mixer" in options:
-        mixer = options["mixer"]
+    if decoder in ("soft", SWITCHING):
+        mixer = options.get("mixer", "soft")
         options = {k: v for k, v in options.items() if k != "mixer"}
     knobs = [*mk_mixer(mixer).knobs]
     changes = check_options(SoftConfig, decoder, options, also=knobs, fixed=("mixer",))
     args = (base.mixer_args if base.mixer == mixer else {}) | changes.pop("mixer_args", {})
     args |= {knob: changes.pop(knob) for knob in knobs if knob in changes}
     # A model's own configuration may be hard; a decoder that is named after a mixer is not
-    softness = {} if base.softness else {"softness": 1.0}
-    return default.changed(softness | changes | {"mixer": mixer, "mixer_args": args})
+    own = {} if base.softness else {"softness": 1.0}
+    if decoder == SWITCHING:
+        own["switch"] = BLOCK if base.switch is None else base.switch
+    return default.changed(own | changes | {"mixer": mixer, "mixer_args": args})
 
 
 def _make_soft(decoder: str, card: Card, common: Common, /, **options) -> SoftDecoder:
@@ -308,9 +311,11 @@ DECODERS: dict[str, Callable[..., Decoder]] = {
         name: functools.partial(_make_soft, name)
         for name in [*HARD, *(name for name in MIXERS if not mk_mixer(name).single)]
     },
+    SWITCHING: functools.partial(_make_soft, SWITCHING),
     "beam": _make_beam,
     **{name: functools.partial(_make_search, name) for name in SEARCHES},
     "self-consistency": _make_self_consistency,
 }
-ALIKE = ("discrete", "soft", "hidden", "beam", *SEARCHES, "self-consistency")  # all votes would be
+# all votes would be
+ALIKE = ("discrete", "soft", "hidden", SWITCHING, "beam", *SEARCHES, "self-consistency")
 VOTERS = [name for name in DECODERS if name not in ALIKE]

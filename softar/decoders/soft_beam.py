@@ -24,7 +24,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from .. import guard
 from ..checks import check_choice, check_least, check_types
-from ..config import SoftConfig
+from ..config import SWITCHES, SoftConfig
 from ..decode import SoftOutput, generate
 from ..mixers import Mixed, guide, hard
 from ..models import plain
@@ -37,9 +37,10 @@ from ..thought import Kind, Progress, Record, begin, decide, mk_rules, stack, wa
 from .beam import NEUTRAL, counted
 
 # Of SoftConfig, what the search decides itself
-FIXED = (
-    "mixer mixer_args softness answer_temperature answer_top_k answer_top_p answer_min_p".split()
-)
+FIXED = [
+    *"mixer mixer_args softness answer_temperature answer_top_k answer_top_p answer_min_p".split(),
+    *SWITCHES,
+]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class SoftBeam:
     @property
     def changes(self) -> dict[str, Any]:
         """Fields of SoftConfig by which it reads."""
-        own = dict(mixer="soft", mixer_args={}, answer_temperature=0.0)
+        own = dict(mixer="soft", mixer_args={}, answer_temperature=0.0, switch=None)
         return own | {"softness": 1 - self.anchor}
 
 

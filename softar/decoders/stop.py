@@ -19,8 +19,9 @@ class StopStrings(StoppingCriteria):
         prompt_length: int,
         config: SoftConfig,
     ):
-        """config: resolved. Where its thought may end at any step (cold stop without think_end),
-        rows run on to the budget or to the end: HFLM cuts the text at the string anyway."""
+        """config: resolved. Where its thought may end at any step (cold stop without think_end) or
+        go on behind think_end (switch_budget), rows run on to the budget or to the end: HFLM cuts the
+        text at the string anyway."""
         self.tokenizer, self.prompt_length = tokenizer, prompt_length
         self.stop = [text for text in stop if text]
         # Tokens that are looked at: no token but the added ones is shorter than a byte
@@ -32,6 +33,8 @@ class StopStrings(StoppingCriteria):
         """[B, P + t] -> [B] bool. Asked at every step, from the first on."""
         tokens = input_ids[:, self.prompt_length :]
         starts = [0] * len(tokens)
+        if self.config.switch_budget is not None:
+            return torch.zeros(len(tokens), dtype=torch.bool, device=input_ids.device)
         if self.config.has_answer and self.config.hide_thought:
             if self.thoughts is None:
                 self.thoughts = Thoughts(self.config, input_ids[:, : self.prompt_length])

@@ -220,7 +220,10 @@ class _Numbers:
 
 def ends_unseen(soft: dict) -> bool:
     """Can the answer begin where neither a token nor a count of steps tells? With a budget too, as
-    a cold stop just before it begins to put think_end in, which the count would begin anew."""
+    a cold stop just before it begins to put think_end in, which the count would begin anew. A budget
+    of switches puts in ends behind which the thought may go on."""
+    if soft.get("switch_budget") is not None:
+        return True
     is_counted = soft.get("budget") is not None
     return soft.get("cold_stop_entropy") is not None and (
         soft.get("think_end") is None or is_counted

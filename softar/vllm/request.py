@@ -39,6 +39,13 @@ FIELDS = {
     "budget": COUNT,
     "cold_stop_entropy": (*NUMBER, type(None)),
     "cold_stop_steps": COUNT,
+    "switch": (str, *NUMBER, type(None)),
+    "switch_dwell": COUNT,
+    "switch_open": NUMBER,
+    "switch_close": (*NUMBER, type(None)),
+    "switch_budget": COUNT,
+    "switch_final": (int, str, *IDS, type(None)),
+    "switch_answer": COUNT,
     "hide_thought": (bool,),
     "record": (bool,),
 }
@@ -59,7 +66,7 @@ def check_request(asked, params, vllm_config, tokenizer) -> dict:
         raise ValueError(
             f"soft: a mixture of {config.width} tokens is too wide: set top_k or keep to at most {limit}"
         )
-    for name in TAGS:
+    for name in (*TAGS, "switch_final"):
         ids = getattr(config, name) or ()
         if len(ids) > LONGEST:
             raise ValueError(f"soft: {name} has {len(ids)} tokens, more than {LONGEST}")
@@ -67,7 +74,15 @@ def check_request(asked, params, vllm_config, tokenizer) -> dict:
             raise ValueError(
                 f"soft: {name}={_quote(ids)} must be token ids below {vocab}, the model's vocabulary"
             )
-    return {"config": fields_of(config) | {"spelling": config.spelling}, "record": record}
+    own = fields_of(config) | {"spelling": config.spelling}
+    if config.switch is not None:
+        if config.switch_budget is not None and params.ignore_eos:
+            raise ValueError(
+                "soft: switch_budget ends an answer by the end token: not with ignore_eos"
+            )
+        # over which its tags fade
+        own["max_new_tokens"] = params.max_tokens or vllm_config.model_config.max_model_len
+    return {"config": own, "record": record}
 
 
 def check_mixer(name: str, allow: Sequence[str]) -> None:

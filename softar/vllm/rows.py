@@ -133,8 +133,9 @@ class Group:
         # must not end the engine
         logits = logits.masked_fill(~logits.amax(-1, keepdim=True).isfinite(), 0)
         h = torch.zeros_like(logits[:, 0])
-        if self.wants_record or self.config.cold_stop_entropy is not None:
-            h = entropy(logits, self.config.temperature or 1.0)
+        c = self.config
+        if self.wants_record or (c.cold_stop_entropy, c.switch) != (None, None):
+            h = entropy(logits, c.entropy_temperature)
         if self.banned is not None:
             logits = logits.index_fill(-1, self.banned, -torch.inf)
         rng = shared
@@ -194,7 +195,8 @@ class Rows:
     ) -> None:
         """Take up a request. config: resolved. eos: ids that end it."""
         lasts = None
-        if config.budget is not None and config.think_start is None and not wants_record:
+        is_counted = config.think_start is None and config.switch_budget is None
+        if config.budget is not None and is_counted and not wants_record:
             lasts = config.budget + len(config.think_end or [None])
         draws = None if seed is None else RowDraws(torch.Generator().manual_seed(seed))
         key = (repr(config), config.spelling, tuple(eos), seed is not None, wants_record)
