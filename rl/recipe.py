@@ -203,7 +203,8 @@ def evaluate(model, tokenizer, rows, score, args, draws: int) -> dict:
 
     def answering(rng):
         def answer(batch):
-            inputs = encode(tokenizer, [row["prompt"] for row in batch]).to(model.device)
+            prompts = [row["prompt"] for row in batch]
+            inputs = encode(tokenizer, prompts, config.prompt_prefix).to(model.device)
             out = generate(model, **inputs, config=config, rng=rng, tokenizer=tokenizer)
             ids = discretise(out.record, out.answer_start, args.reward_sees)
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)

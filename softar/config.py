@@ -83,6 +83,9 @@ class SoftConfig:
     # see soft_embed; of a vector "norm" is the mean length of the model's embeddings
     rescale: str | None = None
     max_new_tokens: int = 64  # thought and answer together
+    # stands before a prompt of text that does not hold it yet (`softar.evaluate.read_prompts`); in
+    # chats the template puts it there. See softar.models.add_think_tokens
+    prompt_prefix: str | None = None
     # Where it is soft. Without any of these: in the whole completion. An id or a list of ids becomes
     # a tuple; text stays text until `resolve`.
     think_start: Ids = None  # opens the thought; None: the completion starts inside it
@@ -141,6 +144,8 @@ class SoftConfig:
             raise ValueError(
                 f"think_start={self.think_start!r}, think_end={self.think_end!r}: empty; None is for none"
             )
+        if self.prompt_prefix == "":
+            raise ValueError("prompt_prefix='' is empty; None is for none")
         if self.think_start is not None and self.think_end is None:
             raise ValueError(
                 f"think_start={self.think_start!r} needs a think_end that closes the thought"

@@ -140,8 +140,8 @@ def generate(
     Args:
         model: a causal LM of transformers, plain or wrapped by PEFT. As in transformers, what
             torch.compile(model) wraps is run uncompiled; model.forward may be compiled.
-        input_ids: [B, P] prompts, padded on the left. attention_mask: [B, P]; None means no
-            padding.
+        input_ids: [B, P] prompts, padded on the left, each with the configuration's prompt_prefix
+            in it, where it has one. attention_mask: [B, P]; None means no padding.
         config: what is fed back, where, and for how long, as a SoftConfig or a dict of its fields.
             Default: as the model's soft_config.json says; without one softly between its think
             tags; else in narrow, noisy mixtures for the first half, then discretely
@@ -180,6 +180,7 @@ def generate(
     fields = check_fields(SoftConfig, renamed(kwargs), generate)
     config, why = chosen(config, fields, lambda: recall(model, tokenizer, fields.get("mixer")))
     config = config.resolve(tokenizer)
+    guard.check_prefix(input_ids, config, tokenizer)
     settings = copy.deepcopy(generation_config or own)
     guard.check_followed(settings, own, also=guard.ALONE)
     settings.update(**guard.OVERRIDES, max_new_tokens=config.max_new_tokens)
@@ -235,6 +236,8 @@ def soft_decode(
     check_values(soft_decode, callback=callback, soft_streamer=soft_streamer)
     config, reason = chosen(soft_config, {}, lambda: recall(model))
     config = config.resolve(origin_of(model).tokenizer)
+    if why is None:  # else `generate` has looked
+        guard.check_prefix(input_ids, config, origin_of(model).tokenizer)
     guard.check_reads(model, config, input_ids, model_kwargs)
     guard.check_vocabulary(input_ids, model.get_input_embeddings())
     # nobody gave generate a length

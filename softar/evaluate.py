@@ -36,7 +36,8 @@ def evaluate(
     rng = torch.Generator().manual_seed(seed)
 
     def answer(batch: list[dict]) -> tuple[list[str], SoftOutput, int]:
-        inputs = encode(tokenizer, [row["prompt"] for row in batch]).to(model.device)
+        prompts = [row["prompt"] for row in batch]
+        inputs = encode(tokenizer, prompts, config.prompt_prefix).to(model.device)
         out = generate(
             model,
             inputs["input_ids"],
@@ -98,8 +99,18 @@ def check_score(score) -> float:
     return value
 
 
-def encode(tokenizer, prompts: list):
-    """Prompts, text or chat messages, to a left-padded batch."""
+def prefixed(prompt, prefix: str | None):
+    """The prompt as a model is to read it whose configuration says prompt_prefix: a text
+    behind it, unless it holds it already; a chat as it is, which the template completes."""
+    if prefix is None or not isinstance(prompt, str) or prefix in prompt:
+        return prompt
+    return prefix + prompt
+
+
+def encode(tokenizer, prompts: list, prefix: str | None = None):
+    """Prompts, text or chat messages, to a left-padded batch. prefix: a configuration's
+    prompt_prefix."""
+    prompts = [prefixed(prompt, prefix) for prompt in prompts]
     if not isinstance(prompts[0], str):
         prompts = [
             tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
@@ -115,9 +126,9 @@ def encode(tokenizer, prompts: list):
     return tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
 
 
-def read_prompts(tokenizer, prompts: list) -> BatchEncoding:
+def read_prompts(tokenizer, prompts: list, prefix: str | None = None) -> BatchEncoding:
     """Prompts, all text or all chat messages -> input_ids and attention_mask [B, P], padded on the
-    left.
+    left. prefix: a configuration's prompt_prefix.
 
     Raises:
         ValueError: for a single prompt in place of a list, a mixture of both kinds, and what the
@@ -126,7 +137,7 @@ def read_prompts(tokenizer, prompts: list) -> BatchEncoding:
     if isinstance(prompts, str) or len({isinstance(prompt, str) for prompt in prompts}) > 1:
         raise ValueError(f"prompts={prompts!r:.80} must be a list, of texts or of chats: one kind")
     try:
-        return encode(tokenizer, list(prompts))
+        return encode(tokenizer, list(prompts), prefix)
     except Exception as error:  # tokenizers raises it itself, for a word outside its vocabulary
         raise ValueError(
             f"the tokenizer cannot read the prompts: {shorten(str(error), 200)}"

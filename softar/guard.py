@@ -157,6 +157,27 @@ def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         )
 
 
+def check_prefix(input_ids: Tensor, config: SoftConfig, tokenizer) -> None:
+    """Raise ValueError for a row of prompts [B, P] that lacks what the configuration says stands in
+    each."""
+    text = config.prompt_prefix
+    if text is None:
+        return
+    if tokenizer is None:
+        raise ValueError(
+            f"prompt_prefix={text!r} is text: pass tokenizer=, or prompt_prefix=None where the ids hold it"
+        )
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False), device=input_ids.device)
+    holds = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    if len(ids) <= input_ids.shape[1]:
+        holds = (input_ids.unfold(1, len(ids), 1) == ids).all(-1).any(1)
+    if lacking := (~holds).nonzero()[:, 0].tolist():
+        raise ValueError(
+            f"prompt_prefix={text!r} stands nowhere in rows {lacking} of input_ids: put it before the prompts "
+            "(softar.evaluate.read_prompts does), or decode without it, prompt_prefix=None"
+        )
+
+
 def check_ids(
     name: str,
     ids: Tensor,

@@ -249,7 +249,6 @@ def check_length(decoder, prompt: str | list[dict]) -> None:
     from ..decoders.beam import BeamDecoder
     from ..decoders.search import SearchDecoder
     from ..decoders.soft import SelfConsistency, SoftDecoder
-    from ..evaluate import read_prompts
     from ..models import room_of
 
     decoder = decoder.decoder if isinstance(decoder, SelfConsistency) else decoder
@@ -257,7 +256,7 @@ def check_length(decoder, prompt: str | list[dict]) -> None:
         return
     room, n = room_of(decoder.model, trained=True), None
     if room is not None:
-        n = read_prompts(decoder.tokenizer, [prompt])["input_ids"].shape[1]
+        n = decoder.read([prompt])["input_ids"].shape[1]
     if n is not None and n > room:
         raise ValueError(
             f"the prompt has {n} tokens, more than the {room} positions of "

@@ -50,6 +50,7 @@ class BeamOptions:
     think_start: Ids = None
     think_end: Ids = None
     budget: int | None = None
+    prompt_prefix: str | None = None
 
     def __post_init__(self):
         if self.num_beams < 2:
@@ -80,7 +81,10 @@ class BeamDecoder:
         self.num_beams = options.num_beams
         self.thought = resolve(
             SoftConfig(
-                think_start=options.think_start, think_end=options.think_end, budget=options.budget
+                think_start=options.think_start,
+                think_end=options.think_end,
+                budget=options.budget,
+                prompt_prefix=options.prompt_prefix,
             ),
             tokenizer,
         )
@@ -96,11 +100,15 @@ class BeamDecoder:
         self.columns = columns_of("beam", model, "autoregressive", setting) | (columns or {})
         self.name = name or f"beam {self.columns['setting']}"
 
+    def read(self, prompts: list) -> BatchEncoding:
+        """input_ids and attention_mask [B, P] of the prompts."""
+        return read_prompts(self.tokenizer, prompts, self.thought.prompt_prefix)
+
     def decode(self, prompts: list) -> list[Decoded]:
         if not prompts:
             return []
         started = time.perf_counter()
-        inputs = read_prompts(self.tokenizer, prompts).to(self.model.device)
+        inputs = self.read(prompts).to(self.model.device)
         with evaluating(self.model), counted(self.model) as shapes:
             sequences = self.model.generate(
                 input_ids=inputs["input_ids"],

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from transformers import BatchEncoding
+
 from .. import guard
 from ..config import SoftConfig, renamed
 from ..defaults import Default
@@ -45,14 +47,19 @@ class SearchDecoder:
         self.columns = columns_of(decoder, model, "autoregressive", setting) | (columns or {})
         self.name, self.run = name or f"{decoder} {setting}", SEARCHES[decoder].run
 
+    def read(self, prompts: list) -> BatchEncoding:
+        """input_ids and attention_mask [B, P] of the prompts."""
+        return read_prompts(self.tokenizer, prompts, self.config.prompt_prefix)
+
     def decode(self, prompts: list) -> list[Decoded]:
         if not prompts:
             return []
         started = time.perf_counter()
-        inputs = read_prompts(self.tokenizer, prompts).to(self.model.device)
+        inputs = self.read(prompts).to(self.model.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        config = self.config.changed(prompt_prefix=None)  # the ids have it
         with evaluating(self.model):
-            out, forwards = self.run(self.model, ids, mask, self.config, self.search)
+            out, forwards = self.run(self.model, ids, mask, config, self.search)
         how = dict(started=started, forwards=forwards, title=self.name if self.trace else None)
         return read_out(out, self.tokenizer, inputs, **how)
 

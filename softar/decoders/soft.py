@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
+from transformers import BatchEncoding
 
 from ..config import BLOCK, TAGS, SoftConfig, renamed
 from ..decode import generate
@@ -75,6 +76,10 @@ class SoftDecoder:
         """May the same prompt give another answer?"""
         return self.config.draws
 
+    def read(self, prompts: list) -> BatchEncoding:
+        """input_ids and attention_mask [B, P] of the prompts."""
+        return read_prompts(self.tokenizer, prompts, self.config.prompt_prefix)
+
     def decode(
         self, prompts: list, callback: Callable[[dict], None] | None = None
     ) -> list[Decoded]:
@@ -82,7 +87,7 @@ class SoftDecoder:
         if not prompts:
             return []
         started = time.perf_counter()
-        inputs = read_prompts(self.tokenizer, prompts).to(self.model.device)
+        inputs = self.read(prompts).to(self.model.device)
         width = inputs["input_ids"].shape[1]
         criteria = (
             [StopStrings(self.tokenizer, self.stop, width, self.config)] if self.stop else None
@@ -252,7 +257,7 @@ def _make_beam(card: Card, common: Common, /, **options) -> BeamDecoder:
     BeamOptions(max_new_tokens=length or 1, **check_options(BeamOptions, "beam", options))
     model, tokenizer = _open("beam", card, common)
     default = default_of(card.config, tokenizer)
-    names = {"own": (*TAGS, "budget"), "tags": TAGS, "plain": ()}[default.kind]
+    names = {"own": (*TAGS, "budget", "prompt_prefix"), "tags": TAGS, "plain": ()}[default.kind]
     trained = {name: getattr(default.config, name) for name in ("max_new_tokens", *names)}
     asked = {} if length is None else {"max_new_tokens": length}
     search = BeamOptions(**trained | asked | check_options(BeamOptions, "beam", options))

@@ -28,6 +28,7 @@ from ..decoders.options import check_options
 from ..decoders.soft import decoder_name
 from ..decoders.stop import StopStrings
 from ..defaults import default_of
+from ..evaluate import prefixed
 from ..mixers import mk_mixer
 from ..models import load
 from ..thought import Kind
@@ -256,6 +257,11 @@ class SoftarLM(LoadedLM):
     @property
     def max_gen_toks(self) -> int:
         return self.soft.max_new_tokens
+
+    def tok_batch_encode(self, strings, *args, **kwargs):
+        """Of contexts to go on from."""
+        strings = [prefixed(string, self.soft.prompt_prefix) for string in strings]
+        return super().tok_batch_encode(strings, *args, **kwargs)
 
     def _model_generate(self, context, max_length, stop, attention_mask=None, **asked) -> Tensor:
         """context [B, P], padded on the left -> [B, P + T]: the context and the answer."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from ..decoders import link
 from ..decoders.answer import Decoded
 from ..decoders.link import Link, ServerError, key_of, raise_failure
+from ..evaluate import prefixed
 from .completions import Completion, CompletionDecoder, Sampling, split_options, token_ids
 from .machine import KEY
 from .record import FIELD, from_json, to_record
@@ -114,6 +115,7 @@ class ServerDecoder(CompletionDecoder):
             raise ValueError(
                 f"prompt {i} is chat messages: give tokenizer=, whose chat template makes them a text"
             )
+        prompt = prefixed(prompt, s.prompt_prefix)
         body = {
             "model": self.model,
             "prompt": prompt if self.tokenizer is None else token_ids(self.tokenizer, prompt),

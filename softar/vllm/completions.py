@@ -11,6 +11,7 @@ from ..checks import check_choice, check_least
 from ..config import SoftConfig
 from ..decode import SoftOutput
 from ..decoders.answer import Decoded
+from ..evaluate import prefixed
 from ..show.trace import Step, Trace, thought
 from ..thought import Progress, Record, begin, mk_rules, replay, warn_unopened
 from .request import parse
@@ -23,6 +24,9 @@ MODES = {
     "beam": ("logprobs", "num_beams"),
     "soft": ("soft",),
 }
+
+
+TEXTS = ("mode", "soft", "prompt_prefix")  # fields of Sampling that are no numbers
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Sampling:
     votes: int = 8
     num_beams: int = 4
     soft: dict | None = None  # of mode soft: what softar.vllm.plugin takes; the answer is greedy
+    prompt_prefix: str | None = None  # as in SoftConfig
     # likeliest tokens whose log-probability is kept, beside that of the token itself
     logprobs: int | None = None
 
@@ -49,7 +54,7 @@ class Sampling:
             )
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("mode", "soft") and isinstance(value, (str, bool, list, dict)):
+            if field.name not in TEXTS and isinstance(value, (str, bool, list, dict)):
                 raise ValueError(f"{field.name}={value!r} must be a number")
         check_least(self, max_new_tokens=1, votes=1, num_beams=1, top_k=1, logprobs=0)
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -255,8 +260,9 @@ def followed(config: SoftConfig, prompts: list[list[int]], rows: list[Completion
     return replay(rules, progress, record, done)[0]
 
 
-def token_ids(tokenizer, prompt) -> list[int]:
+def token_ids(tokenizer, prompt, prefix: str | None = None) -> list[int]:
     """Token ids of a prompt, text or chat messages, as softar.evaluate.encode makes them."""
+    prompt = prefixed(prompt, prefix)
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
@@ -274,7 +280,8 @@ def split_options(options: dict, others: tuple[str, ...]) -> tuple[dict, dict]:
     sampling = {k: v for k, v in options.items() if k in known}
     mode = sampling.get("mode", Sampling.mode)
     if mode in MODES:  # Sampling says what is wrong with another
-        used = ("mode", "max_new_tokens", *MODES[mode], "soft")  # Sampling looks after soft
+        # Sampling looks after soft
+        used = ("mode", "max_new_tokens", "prompt_prefix", *MODES[mode], "soft")
         if idle := [f"{k}={v!r}" for k, v in sampling.items() if k not in used and v is not None]:
             takes = ", ".join(("max_new_tokens", *MODES[mode]))
             raise ValueError(

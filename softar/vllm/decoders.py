@@ -28,6 +28,7 @@ def _factory(mode: str) -> Callable[..., CompletionDecoder]:
                 f"mode={options['mode']!r} is not an option: name the decoder, one of {sorted(DECODERS)}"
             )
         options |= {"mode": mode, "max_new_tokens": common.max_new_tokens}
+        options = {"prompt_prefix": default_of(card.config).config.prompt_prefix} | options
         sampling, _ = split_options(options, ENGINE if url is None else CONNECTION)
         labels = common.labels(f"vllm-{mode}", card.name, Sampling(**sampling).setting)
         return _decoder(card, common, url, **labels, **options)
@@ -60,6 +61,7 @@ def _make_soft(card: Card, common: Common, /, *, url=None, **options) -> Complet
     setting = format_options(({} if mixer == "soft" else {"mixer": mixer}) | options, " ")
     others |= common.labels("vllm-soft", card.name, setting)
     others |= {"mode": "soft", "max_new_tokens": common.max_new_tokens, "soft": soft}
+    others |= {"prompt_prefix": config.prompt_prefix}
     return _decoder(card, common, url, **others)
 
 

@@ -101,7 +101,8 @@ class VLLMDecoder(CompletionDecoder):
         self.start()
         llm, tokenizer, limit = self._engine.llm, self.tokenizer, self._engine.max_model_len
         began = time.perf_counter()
-        ids = [token_ids(tokenizer, prompt) for prompt in prompts]
+        prefix = self.sampling.prompt_prefix
+        ids = [token_ids(tokenizer, prompt, prefix) for prompt in prompts]
         for i, row in enumerate(ids):
             if not 0 < len(row) <= limit - self.sampling.max_new_tokens:
                 raise ValueError(
