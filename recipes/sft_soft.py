@@ -92,10 +92,27 @@ def check(inputs, configs):
     """What a row would only find out when its turn comes, hours into the run."""
     columns = inputs.task.train.column_names
     for name, args in configs.items():
+        rows_adapter(args, inputs.model_args)
         if args.targets != "gold" and "traces" not in columns:
             raise ValueError(
                 f"row {name!r} needs a column 'traces'; {inputs.task.name!r} has {columns}"
             )
+
+
+def rows_adapter(args, model_args):
+    """The adapter of think tokens, where one is asked for. Raises ValueError for options of LoRA."""
+    from peft import TrainableTokensConfig
+
+    if not (args.think_tokens and model_args.use_peft):
+        return None
+    plain = vars(type(model_args)())
+    for name, value in vars(model_args).items():
+        if ("lora" in name or name == "use_dora") and value != plain[name]:
+            raise ValueError(
+                f"{name}={value!r} does nothing with think_tokens={args.think_tokens}, which trains rows "
+                "alone: leave one of them out"
+            )
+    return TrainableTokensConfig()
 
 
 def open_model(inputs, seed):
@@ -112,12 +129,13 @@ def train_row(inputs, name, args):
     task = no_thought(inputs.task) if name == "no-cot" else inputs.task
     with one_line_errors(inputs.program.name):
         model, tokenizer = open_model(inputs, args.seed)
-        trainer = supervised(SoftSFTTrainer, model, tokenizer, inputs, task, args)
+        adapter = rows_adapter(args, inputs.model_args)
+        trainer = supervised(SoftSFTTrainer, model, tokenizer, inputs, task, args, adapter)
 
     def decode(model):
         """The held-out rows with the thought read softly and discretely."""
         for readout in ("soft", "discrete"):
-            config = args.decoding(readout)
+            config = trainer.decoding(readout)
             yield {"readout": readout} | evaluate(
                 model, tokenizer, task.test, task.score, config, seed=args.seed
             )
@@ -149,11 +167,10 @@ def thought_of(folder, task):
     from softar.show.figures import thought_table
 
     model, tokenizer = softar.load(folder)
-    inputs = encode(tokenizer, task.test["prompt"][:1]).to(model.device)
-    return thought_table(
-        softar.generate(model, **inputs, config=SoftConfig.load(folder), tokenizer=tokenizer),
-        tokenizer,
-    )
+    config = SoftConfig.load(folder)
+    inputs = encode(tokenizer, task.test["prompt"][:1], config.prompt_prefix).to(model.device)
+    out = softar.generate(model, **inputs, config=config, tokenizer=tokenizer)
+    return thought_table(out, tokenizer)
 
 
 RECIPE = Recipe(

@@ -251,9 +251,9 @@ def thought_fields(training, task: "Task") -> dict:
     return {} if ends or task.think_steps is None else dict(think_steps=task.think_steps)
 
 
-def supervised(trainer: type, model, tokenizer, inputs: Inputs, task: "Task", args):
+def supervised(trainer: type, model, tokenizer, inputs: Inputs, task: "Task", args, adapter=None):
     """An SFT trainer on the task's rows. It has held-out rows where its options say so, and where
-    nothing else could measure it."""
+    nothing else could measure it. adapter: of PEFT, in the place of the one that the options say."""
     from trl import get_peft_config
 
     from .model_card import example_of
@@ -266,7 +266,7 @@ def supervised(trainer: type, model, tokenizer, inputs: Inputs, task: "Task", ar
         eval_dataset=task.test if evaluates else None,
         processing_class=tokenizer,
         score=task.score,
-        peft_config=get_peft_config(inputs.model_args),
+        peft_config=adapter or get_peft_config(inputs.model_args),
     )
     made.origin = example_of(task, tokenizer)
     return made

@@ -8,6 +8,7 @@ from .._lazy import lazy
 _HOME = {
     "load": "softar.models.opener",
     "MODELS": "softar.models.embedded",
+    "add_think_tokens": "softar.models.think_tokens",
     "CHECKPOINTS": "softar.models.embedded",
     "MNNS_WORDS": "softar.models.embedded",
     "latin_tiny": "softar.models.embedded",

@@ -63,17 +63,18 @@ def _fit_vocabulary(model: PreTrainedModel, folder: Path, config, renamed: dict[
     """Give the base as many rows as the adapter's tensors have. Where they are more, the adapter
     has to hold them, of either embedding."""
     rows, held = _rows(model, folder, config, renamed)
-    before, trained = model.get_input_embeddings().weight.shape[0], _trained_tokens(config)
-    if not rows and trained and max(trained) >= before:
-        rows = {"trainable_token_indices": max(trained) + 1}
+    before, trained = model.get_input_embeddings().weight.shape[0], _trained_tokens(config, model)
+    most = max((index for indices in trained.values() for index in indices), default=-1)
+    if not rows and most >= before:
+        rows = {"trainable_token_indices": most + 1}
     if {*rows.values()} <= {before}:
         return
     told = ", ".join(f"{count} in {key}" for key, count in rows.items())
     if len({*rows.values()}) > 1:
         raise ValueError(f"the adapter's vocabulary has several sizes: {told}")
     after = rows.popitem()[1]
-    if trained >= {*range(before, after)}:  # of a tied model PEFT trains both
-        held |= {"input", "both"}
+    ends = {end for end, indices in trained.items() if indices >= {*range(before, after)}}
+    held |= ends | ({"both"} if ends else set())  # of a tied model PEFT trains both
     if model.config.get_text_config(decoder=True).tie_word_embeddings and "both" in held:
         held |= {"input", "output"}
     if after > before and (lacking := {"input", "output"} - held):
@@ -87,8 +88,7 @@ def _fit_vocabulary(model: PreTrainedModel, folder: Path, config, renamed: dict[
 def _rows(model, folder: Path, config, renamed: dict[str, str]) -> tuple[dict[str, int], set[str]]:
     """The number of tokens by each tensor of the adapter's that has one, and of which embedding it
     holds the table: "input", "output", and "both" where a tied model has it twice."""
-    ends = (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings()))
-    names = {n: end for end, module in ends for n, m in model.named_modules() if m is module}
+    names = _names(model)
     # of these PEFT trains a copy, which is tied to nothing
     copied = config.to_dict().get("modules_to_save") or []
     rows, held = {}, set()
@@ -107,9 +107,27 @@ def _rows(model, folder: Path, config, renamed: dict[str, str]) -> tuple[dict[st
     return rows, held
 
 
-def _trained_tokens(config) -> set[int]:
-    """The rows that a config of PEFT trains one by one."""
+def _names(model: PreTrainedModel) -> dict[str, str]:
+    """How the embeddings are called -> "input" or "output"."""
+    ends = (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings()))
+    return {n: end for end, module in ends for n, m in model.named_modules() if m is module}
+
+
+def _trained_tokens(config, model: PreTrainedModel) -> dict[str, set[int]]:
+    """The rows of either embedding, "input" and "output", that a config of PEFT trains one by
+    one."""
     fields = config.to_dict()
     listed = fields.get("trainable_token_indices") or fields.get("token_indices") or []
-    lists = listed.values() if isinstance(listed, dict) else [listed]
-    return {index for indices in lists for index in indices}
+    names = _names(model)
+    if not isinstance(listed, dict):
+        # TrainableTokensConfig lists them for all of its modules, LoRA's for the input
+        places = fields.get("target_modules") if "token_indices" in fields else None
+        if isinstance(places, str):  # a regular expression
+            places = [name for name in names if re.fullmatch(places, name)]
+        inner = [name for name, end in names.items() if end == "input"]
+        listed = dict.fromkeys(places or inner, listed)
+    trained: dict[str, set[int]] = {"input": set(), "output": set()}
+    for place, indices in listed.items():
+        for name, end in names.items():
+            trained[end] |= {*indices} if f".{name}".endswith(f".{place}") else set()
+    return trained

@@ -11,6 +11,7 @@ from trl import SFTConfig
 from ..checks import Idle, check_choice, check_idle, check_least, check_types, fill
 from ..config import SoftConfig
 from ..mixers import GUIDES, mk_mixer
+from ..models.think_tokens import TAGS
 from ..relaxed import GRADIENTS
 from ..soft import check_dist
 from ..training import PlainSFTConfig, opt
@@ -103,6 +104,18 @@ IDLE = (
         lambda c: not (c.learn_min_p or c.learn_top_k),
         "without a filter to learn",
         "set learn_min_p=True or learn_top_k=True",
+    ),
+    Idle(
+        "freeze_embeddings freeze_layers",
+        lambda c: c.think_tokens > 0,
+        "with think_tokens, whose rows alone are trained",
+        "leave think_tokens out",
+    ),
+    Idle(
+        "think_tags",
+        lambda c: c.think_tokens == 0 or c.think_end != TAGS[1],
+        f"without think_tokens and think_end={TAGS[1]!r}, which stands in the data",
+        "give both",
     ),
 )
 
@@ -202,6 +215,14 @@ class SoftSFTConfig(PlainSFTConfig):
     )
     think_end: str | None = opt(None, "Text that closes the thought.")
     think_steps: int | None = opt(None, "Length of the thought in tokens, where no text closes it.")
+    think_tokens: int = opt(
+        0,
+        "Prompt tuning: so many new tokens stand before each prompt (of a chat: each user's message), and their rows "
+        "of the embeddings alone are trained; with --use_peft the adapter holds nothing else. Default: 0, none.",
+    )
+    think_tags: bool = opt(
+        False, "With think_tokens: <think> and </think> are new tokens with rows of their own, too."
+    )
     freeze_embeddings: bool = opt(False, "Keep the input embeddings as they are.")
     freeze_layers: int = opt(0, "Keep the first n layers as they are.")
     completion_logits: bool = opt(
@@ -234,7 +255,7 @@ class SoftSFTConfig(PlainSFTConfig):
             if not 0 < (scale := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}={scale} must be > 0 and finite; near 0 gates are filters")
         check_least(self, soft_passes=0, soft_grad_passes=1, soft_window=1, think_steps=0)
-        check_least(self, freeze_layers=0, eval_decode_rows=0, eval_new_tokens=1)
+        check_least(self, think_tokens=0, freeze_layers=0, eval_decode_rows=0, eval_new_tokens=1)
         if self.soft_mode == "sequential" and self.gradient_checkpointing:
             raise ValueError(
                 "gradient_checkpointing=True drops the cache of soft_mode='sequential': use 'parallel'"

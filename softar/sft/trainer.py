@@ -49,6 +49,7 @@ from .forward import mixed_forward, soft_forward
 from .learnt import LearntFilters
 from .loss import soft_loss
 from .preflight import check_takes_fewer_logits, check_tokens, forecast
+from .think_tokens import prefix_of
 
 
 class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
@@ -82,6 +83,8 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         _check_columns(args, train_dataset, eval_dataset, score)
         if args.completion_logits:
             check_takes_fewer_logits(model, train_dataset)
+        self._prefix = prefix_of(model, processing_class, args, kwargs)
+        train_dataset, eval_dataset = map(self._prefix.before, (train_dataset, eval_dataset))
         if args.targets != "gold":
             train_dataset = add_trace_ids(train_dataset, processing_class, args.max_length)
         if args.targets == "oracle" and eval_dataset is not None:
@@ -115,6 +118,9 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         _freeze(
             self.accelerator.unwrap_model(self.model), args.freeze_embeddings, args.freeze_layers
         )
+        is_split = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.model, self._tables = self._prefix.freeze(self.model, is_split)
+        self.model_wrapped = self.model
         self._learnt = LearntFilters(self.model, args, vocab)
         self._alpha = args.alpha()
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
@@ -186,6 +192,8 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             # decay would pull each to where its free form is 0
             rate = rates.get(name, self.args.filter_learning_rate)
             give_own_rate(self, [self._learnt.parameter(name)], rate)
+        if self._tables:  # decay would move the rows that stay
+            give_own_rate(self, self._tables, self.args.learning_rate)
         return optimizer
 
     # -- loss
@@ -310,7 +318,8 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         soft_config.json records."""
         if readout is None:
             readout = "soft" if self.args.is_soft else "discrete"
-        return self.args.decoding(readout, self._learnt.plain())
+        config = self.args.decoding(readout, self._learnt.plain())
+        return config.changed(prompt_prefix=self._prefix.text)
 
     def card_config(self):
         return CONFIG_FILE, changes_of(self.decoding())
