@@ -291,7 +291,6 @@ CONTROLS = {  # of the curves
 BRIEFS = {  # (control, forwards) -> what README calls it
     ("k = 1", 12): "Latin squares, 12 forwards: soft masks of 5 over 1",
     ("hard-long", 12): "Latin squares, 12 forwards: over longer hard training",
-    ("the same, hard", 12): "Latin squares, 12 forwards: soft over bare masks",
     ("the same, hard", 20): "Latin squares, 20 forwards: soft over bare masks",
 }
 

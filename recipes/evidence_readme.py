@@ -16,10 +16,9 @@ By rules set before the runs; all arms are in [RESULTS.md](RESULTS.md#evidence-r
 
 {table}
 
-*Supported*: at least 3 points, the 95 % interval above 0; *refuted*: it lies below 3; *open*:
-neither. *trace-soft* learns from random search paths and reads its own mixtures, *discrete* models
-read single tokens; masked diffusion fills several masks in a *forward*, a run of the network (NFE).
-Mixtures blur a model never trained to read them, and on MNNS SFT beats RL (RESULTS.md 12, 14).
+*Supported*: at least 3 points, and the 95 % interval above 0; *refuted*: it lies below 3; *open*: neither. *trace-soft*
+learns from random search paths and reads its own mixtures; *discrete* reads single tokens. A *forward* is one run of
+the net (NFE). A model never trained to read mixtures gains nothing; on MNNS, SFT beats RL (RESULTS.md 12, 14).
 """
 
 
