@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softar.relaxed import relaxed_dist
 from softar.sft.config import SoftSFTConfig
+from softar.sft.preflight import forecast
 from softar.soft import dense, mk_proba_dist
 
 V = 24
@@ -137,3 +139,11 @@ def test_what_is_wrong_is_named(how, message):
 def test_options_that_cannot_be(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         SoftSFTConfig(str(tmp_path), **settings)
+
+
+def test_the_forecast_counts_what_a_learnt_top_k_may_keep(tmp_path):
+    rows = Dataset.from_dict({"input_ids": [[1, 5, 6, 7]], "labels": [[-100, 5, 6, 7]]})
+    for learns, width in [(False, 7), (True, 14)]:
+        args = SoftSFTConfig(str(tmp_path), learn_top_k=learns, soft_top_k=7, think_steps=2)
+        line = forecast(args, rows, dict(start=None, end=None, steps=2))
+        assert line.endswith(f"mixtures of {width} tokens")

@@ -93,7 +93,7 @@ def forecast(args, dataset, span: dict) -> str | None:
         cost = f"{thought + 1} forwards, one for each column of thought, of {B} x {length} tokens in all"
     whole = args.think_end is None and args.think_steps is None
     what = " (no think_end or think_steps: the whole completion is soft)" if whole else ""
-    width = args.soft_top_k or "all"
+    width = (args.soft_top_k or 0) * (ROOM if args.learn_top_k else 1) or "all"
     return (
         f"soft SFT: thoughts of up to {thought} tokens{what}; a micro-batch takes up to {cost}, "
         f"mixtures of {width} tokens"
