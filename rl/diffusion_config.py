@@ -10,12 +10,11 @@ from softar.diffusion.replay import METHODS
 from softar.training import opt
 
 from .config import RolloutConfig
-from .neutral import BY_GROUP, IDLE, NO_GROUP
+from .neutral import BY_GROUP, NO_GROUP, SHOWN
 from .pieces import RATIOS
 
-SHOWN = tuple(rule for rule in IDLE if "log_completions" in rule.remedy)
 DIFFUSION_IDLE = (
-    *SHOWN,
+    SHOWN,
     Idle(
         "embedding_grad",
         lambda c: c.soften == "hard" or c.replay in ("one-step", "left-to-right"),

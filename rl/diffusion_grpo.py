@@ -85,7 +85,9 @@ class DiffusionGRPOTrainer(RolloutGRPO):
                 f"gen_length={args.gen_length}: the tokenizer ends every prompt with an end token, give templates and "
                 f"gen_length=0"
             )
-        if plain(model).generation_config is None:  # TRL writes into it
+        if not plain(
+            model
+        ).can_generate():  # a masked LM has no such settings, and TRL writes into them
             plain(model).generation_config = GenerationConfig()
 
     def _check_model(self, aux_loss_coef):

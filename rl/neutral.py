@@ -70,6 +70,12 @@ NEUTRAL = (
     ("vllm_structured_outputs_regex", (None,), SUPPORT),
 )
 
+SHOWN = Idle(
+    "num_completions_to_print log_unique_prompts",
+    lambda c: not c.log_completions,
+    "where no completions are shown",
+    "set log_completions=True",
+)
 IDLE = (
     Idle(
         "vllm_gpu_memory_utilization vllm_max_model_length vllm_model_impl",
@@ -95,12 +101,7 @@ IDLE = (
         "where nothing ends the thought, so that the whole stream is the answer",
         "give think_end or think_steps",
     ),
-    Idle(
-        "num_completions_to_print log_unique_prompts",
-        lambda c: not c.log_completions,
-        "where no completions are shown",
-        "set log_completions=True",
-    ),
+    SHOWN,
 )
 BY_GROUP = "scale_rewards multi_objective_aggregation"  # of GRPO's advantages alone
 NO_GROUP = "rewards are weighted and summed as they are; use SoftGRPOConfig"

@@ -14,6 +14,7 @@ from test_denoise import MASK, VOCAB, denoiser
 from test_renoised import gemma
 from tiny import model_of as causal
 from tiny import tokenizer_of, with_lora
+from transformers import BertConfig, BertForMaskedLM
 
 from softar.diffusion.decoders import denoise_config
 from softar.diffusion.record import Trajectory
@@ -115,6 +116,18 @@ def test_the_policy_is_scored_as_it_was_rolled_out(kind, options, tmp_path):
         then = out.confidence.nan_to_num(1.0)
         torch.testing.assert_close(logp.exp(), then, atol=0, rtol=1e-5)
     assert logged(made, "diffusion/nfe") == [out.row_forwards.float().mean()]
+
+
+def test_masked_language_models_of_transformers(tmp_path):
+    """Which have no settings of a generation, where TRL writes."""
+    sizes = dict(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    bert = BertForMaskedLM(BertConfig(**sizes, intermediate_size=24, max_position_embeddings=64))
+    bert.config.mask_token_id = MASK
+    options = dict(gen_length=0, num_iterations=2, learning_rate=0.0, save_strategy="steps")
+    made = trainer(tmp_path, model=bert, prompts=TEMPLATES, save_steps=2, **options, **SOFT)
+    made.train()
+    assert max(logged(made, "ratio/max_deviation")) < 1e-5 < min(logged(made, "grad_norm"))
+    assert (tmp_path / "checkpoint-2" / "denoise_config.json").is_file()
 
 
 def dense(made, batch, old):
