@@ -91,6 +91,7 @@ def decode(args) -> list[dict]:
             "hard": softar.SoftConfig(mixer="hard", top_k=None, max_new_tokens=new),
             "soft, top-k 10": softar.SoftConfig(top_k=10, max_new_tokens=new),
             "gumbel, top-k 10": softar.SoftConfig(mixer="gumbel", top_k=10, max_new_tokens=new),
+            "switching": softar.SoftConfig(switch="block", switch_dwell=4, max_new_tokens=new),
             "3 samples": softar.SoftConfig(mixer="k-samples", top_k=None, max_new_tokens=new),
         }
         configs = {

@@ -66,6 +66,7 @@ COMPARED = {
         ("soft", "discrete"),
         ("soft", "gumbel"),
         ("soft", "k-samples"),
+        ("soft", "swi:switch_dwell=1"),
         ("soft", "soft-beam:num_beams=4,anchor=0.25"),
         ("soft", "beam-collapse:num_beams=8,every=2"),
         ("diffusion", "hard"),
