@@ -23,7 +23,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import softar
-from softar.models.reading import BLIND_TO_PADDING, DECODERS, NEED_TOKENS, ONE_ROW
+from softar.decoders.beam_collapse import BeamCollapse, beam_collapse
+from softar.models.reading import BLIND_TO_PADDING, DECODERS, NEED_TOKENS, ONE_BY_ONE, ONE_ROW
 from softar.models.source import TEXT_ALONE
 from softar.rl.actions import k_samples_logp, replay
 from softar.sft.forward import mixed_forward, soft_forward
@@ -205,6 +206,25 @@ def test_architecture_is_right_or_refused(kind):
         check_row_alone_is_row_in_batch(model, rows)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", "bloom gemma3n_text gpt2 lfm2 mamba prophetnet".split())
+def test_beams_look_ahead_and_are_read_again_or_are_refused(kind):
+    """One beam is greedy, three tokens at a time; where a model cannot, that is said."""
+    model, (ids, mask) = build(kind), left_padded(ROWS if kind != "prophetnet" else ROWS[:1])
+    config, decoded = softar.SoftConfig(max_new_tokens=STEPS + 2), 0
+    greedy = softar.generate(model, ids, mask, config=config.changed(mixer="hard", top_k=None))
+    for every in (1, 3):
+        try:
+            found, _ = beam_collapse(model, ids, mask, config, BeamCollapse(1, every))
+        except ValueError as error:
+            said = "has no cache" if kind == "mamba" else "goes on by one position"
+            assert f"{type(model).__name__} {said}" in str(error)
+        else:
+            decoded += 1
+            assert torch.equal(found.sequences, greedy.sequences)
+    assert decoded == {"mamba": 0, "lfm2": 1, "prophetnet": 1}.get(kind, 2)
+
+
 def test_tables_name_what_there_is():
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     assert {
@@ -213,6 +233,7 @@ def test_tables_name_what_there_is():
         *FLOAT32,
         *BLIND_TO_PADDING,
         *ONE_ROW,
+        *ONE_BY_ONE,
         *NEED_TOKENS,
         *DECODERS,
     } <= known

@@ -32,7 +32,7 @@ from ..decode import SAMPLING, SoftOutput
 from ..mixers import Mixed
 from ..models import plain
 from ..models.kind import uncompiled
-from ..models.reading import check_ragged
+from ..models.reading import ONE_BY_ONE, check_ragged
 from ..placement import evaluating
 from ..soft import Soft, entropy, mk_proba_dist, soft_inputs, tempered
 from ..thought import (
@@ -163,17 +163,17 @@ def _search(
 
 
 def check_rereads(model, inputs: dict, search: BeamCollapse) -> None:
-    """Raise ValueError for a model whose state cannot be copied, or not go on by several positions."""
+    """Raise ValueError for a model whose cache cannot be copied, or not go on by several positions."""
     name, cache = type(model).__name__, inputs.get("past_key_values")
     if cache is None:
         raise ValueError(
-            f"{name} has no cache of keys and values to look ahead from: give another decoder"
+            f"{name} has no cache that beams can look ahead from: give another decoder"
         )
-    if search.every > 1 and any(
-        isinstance(c, LinearAttentionCacheLayerMixin) for c in cache.layers
-    ):
+    # a state, which goes on by one
+    recurs = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+    if search.every > 1 and (recurs or model.config.model_type in ONE_BY_ONE):
         raise ValueError(
-            f"every={search.every}: {name} keeps a state that goes on by one position at a time: give every=1"
+            f"every={search.every}: {name} goes on by one position at a time: give every=1"
         )
 
 

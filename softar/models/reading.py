@@ -39,6 +39,7 @@ BLIND_TO_PADDING = (
 # PEFT puts virtual tokens before the padding, and counts positions across it.
 VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 ONE_ROW = ("rwkv",)  # reads, after the prompt, the rows of a batch into each other
+ONE_BY_ONE = ("prophetnet",)  # reads, after the prompt, one position at a time
 # Their classes are causal whatever is_decoder says.
 DECODERS = ("gpt_neox", "gpt_neox_japanese")
 
