@@ -132,7 +132,7 @@ def test_before_any_training_the_small_net_looks_links_up():
     assert sum(right) / len(right) > 0.6  # .11 by chance
 
 
-def test_the_part_for_a_gpu_goes_through_every_arm(graphs, monkeypatch):
+def test_the_part_for_a_gpu_goes_through_its_arms(graphs, monkeypatch):
     """In the sizes of a dry run: what it records, and that it stops where no time is left."""
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     import gpu_reach
@@ -141,6 +141,9 @@ def test_the_part_for_a_gpu_goes_through_every_arm(graphs, monkeypatch):
     monkeypatch.setattr(evidence_reach, "WARM_UPS", None)
     monkeypatch.setitem(evidence_reach.NETS, gpu_reach.NET, evidence_reach.NETS["small"])
     monkeypatch.setattr(gpu_reach, "SEEDS", (0,))
+    every, some = gpu_reach.ARMS, ("warm", "discrete", "trace-soft")
+    assert {*some} <= {*every} <= {*evidence_reach.ARMS}
+    monkeypatch.setattr(gpu_reach, "ARMS", some)
     rows = []
     gpu_reach.reach(rows.append, True, lambda: 60.0)
     timed, *rows = rows
