@@ -49,9 +49,9 @@ class SoftGRPOTrainer(RolloutGRPO):
         self._engine = self._start_engine() if self.args.rollout == "vllm" else None
         self._engine_is_current = False
 
-    def _check_policy(self, model, args, tokenizer):
+    def _check_policy(self, model, args, tokenizer, dataset):
         self.decoding = args.decoding().resolve(tokenizer)
-        guards.check_origin(model, args)
+        guards.check_origin(model, args, dataset)
 
     def _check_model(self, aux_loss_coef):
         guards.check_trainable(type(self).__name__, self.model, aux_loss_coef)

@@ -82,9 +82,9 @@ def check_causal(model: nn.Module) -> None:
     check_autoregressive(model, "use DiffusionGRPOTrainer or DiffusionRLOOTrainer")
 
 
-def check_origin(model, args: SoftGRPOConfig) -> None:
+def check_origin(model, args: SoftGRPOConfig, dataset) -> None:
     """Raise ValueError where the model's folder says that its policy draws another number of
-    tokens."""
+    tokens, or reads what these prompts lack."""
     name = model if isinstance(model, str) else model.name_or_path
     if not name or not Path(name, CONFIG_FILE).is_file():
         return
@@ -94,6 +94,16 @@ def check_origin(model, args: SoftGRPOConfig) -> None:
             f"soft_k={args.soft_k}, but {CONFIG_FILE} in {name} says k={theirs.mixer_args.get('k')}: give the same, or "
             f"remove the file to train on with another number of draws"
         )
+    prefix, prompt = theirs.prompt_prefix, dataset[0]["prompt"] if _is_rows(dataset) else None
+    if prefix is not None and isinstance(prompt, str) and prefix not in prompt:
+        raise ValueError(
+            f"{CONFIG_FILE} in {name} says prompt_prefix={prefix!r}, which RL does not put before prompts of "
+            "text: put it there (softar.evaluate.prefixed), or give chats"
+        )
+
+
+def _is_rows(dataset) -> bool:
+    return isinstance(dataset, Dataset) and len(dataset) > 0
 
 
 def check_same_policy(folder: str, args: SoftGRPOConfig) -> None:

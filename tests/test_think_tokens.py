@@ -26,6 +26,8 @@ from softar.decoders.soft_beam import SoftBeam
 from softar.evaluate import encode, evaluate, prefixed
 from softar.models import add_think_tokens, word_tokenizer
 from softar.models.think_tokens import before_users
+from softar.rl.config import SoftGRPOConfig
+from softar.rl.guards import check_origin
 from softar.sft.config import SoftSFTConfig
 from softar.sft.trainer import SoftSFTTrainer
 from softar.tasks import load_task
@@ -371,6 +373,18 @@ def test_a_later_training_keeps_the_prefix(tmp_path):
     trainer.save_model()
     assert SoftConfig.load(tmp_path / "later").prompt_prefix == WORDS
     assert all(p.requires_grad for p in trainer.model.parameters())
+
+
+def test_rl_refuses_texts_that_lack_the_prefix(tmp_path):
+    SoftConfig(prompt_prefix=WORDS).save(tmp_path)
+    args, chat = (
+        SoftGRPOConfig(output_dir=str(tmp_path / "rl")),
+        [{"role": "user", "content": "w5"}],
+    )
+    for prompt in (f"{WORDS}w5", chat):
+        check_origin(str(tmp_path), args, Dataset.from_list([{"prompt": prompt}]))
+    with pytest.raises(ValueError, match=r"prompt_prefix='<\|think_1\|>.*put it there"):
+        check_origin(str(tmp_path), args, ROWS)
 
 
 @pytest.mark.parametrize(
