@@ -93,6 +93,8 @@ def decode(args) -> list[dict]:
             "gumbel, top-k 10": softar.SoftConfig(mixer="gumbel", top_k=10, max_new_tokens=new),
             "switching": softar.SoftConfig(switch="block", switch_dwell=4, max_new_tokens=new),
             "3 samples": softar.SoftConfig(mixer="k-samples", top_k=None, max_new_tokens=new),
+            "hybrid, top-k 10": softar.SoftConfig(mixer="hybrid", top_k=10, max_new_tokens=new),
+            "hidden states": softar.SoftConfig(mixer="hidden", budget=new, max_new_tokens=new),
         }
         configs = {
             name: config

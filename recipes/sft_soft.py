@@ -10,6 +10,9 @@ Examples:
 softar sft
 softar sft --rows all --num_seeds 5
 
+# Coconut: stage by stage a step of the thought gives way to a hidden state
+softar sft --rows coconut
+
 # Any causal LM on a task by name, here SmolLM2-135M with LoRA
 softar sft --config smollm2_chain_sum.yaml --max_steps 5
 
@@ -58,6 +61,12 @@ ROWS = {
     "scheduled-sampling": dict(soft_mixer="hard", guidance="coin", thought_loss="alpha"),
     "guided-soft": dict(thought_loss="alpha"),
     "trace-soft": dict(alpha_schedule="constant", alpha_start=0.0, targets="traces", **MOVE),
+    "coconut": dict(
+        soft_mode="sequential",
+        **{name: HARD[name] for name in HARD if name != "soft_mode"},
+        **dict(soft_mixer="soft", soft_top_k=10, thought_loss="constant"),
+        **dict(alpha_schedule="linear", alpha_start=1.0, **MOVE),
+    ),
     "oracle-soft": dict(
         targets="oracle",
         soft_mixer="soft",
@@ -75,7 +84,7 @@ class SoftScriptArguments(RecipeArguments, ScriptArguments):
     rows: str | None = opt(
         None,
         f"What to train: demo, all, or names with commas out of {', '.join(ROWS)}; each sets its own alpha schedule, "
-        "targets and loss weights. Default: one run as the options say.",
+        "targets, loss weights and latent stages. Default: one run as the options say.",
     )
 
 
@@ -85,7 +94,11 @@ class RecipeConfig(SoftSFTConfig):
 
 
 def fields(name, training, task) -> dict:
-    return dict(think_steps=0) if name == "no-cot" else thought_fields(training, task)
+    if name == "no-cot":
+        return dict(think_steps=0)
+    if name == "coconut" and training.latent_stages is None and task.think_steps is not None:
+        return thought_fields(training, task) | dict(latent_stages=task.think_steps)
+    return thought_fields(training, task)
 
 
 def check(inputs, configs):
@@ -93,6 +106,8 @@ def check(inputs, configs):
     columns = inputs.task.train.column_names
     for name, args in configs.items():
         rows_adapter(args, inputs.model_args)
+        if name == "coconut" and args.latent_stages is None:
+            raise ValueError("row 'coconut': give --latent_stages, how many steps a thought has")
         if args.targets != "gold" and "traces" not in columns:
             raise ValueError(
                 f"row {name!r} needs a column 'traces'; {inputs.task.name!r} has {columns}"

@@ -166,7 +166,7 @@ def test_the_demos_checkpoints_decode_as_they_were_trained(demo):
 @pytest.mark.rest
 def test_all_rows(tmp_path):
     out = run(
-        *PYTHON, RECIPE, *options(tmp_path, rows="all", max_steps=2, jobs=1, eval_rows=50)
+        *PYTHON, RECIPE, *options(tmp_path, rows="all", max_steps=4, jobs=1, eval_rows=50)
     ).stdout
     names = [
         "no-cot",
@@ -175,14 +175,16 @@ def test_all_rows(tmp_path):
         "scheduled-sampling",
         "guided-soft",
         "trace-soft",
+        "coconut",
         "oracle-soft",
     ]
     assert [r["decoder"] for r in results_of(tmp_path)["rows"] if r["readout"] == "soft"] == names
     assert all(name in out for name in names)
     mixers = {name: SoftConfig.load(tmp_path / f"{name}-seed42").mixer for name in names}
-    assert mixers == dict.fromkeys(names[:4], "hard") | dict.fromkeys(names[4:], "soft")
-    losses = {name: tuple(losses_of(tmp_path / f"{name}-seed42", 2)) for name in names}
-    assert len(set(losses.values())) == 7
+    expected = dict.fromkeys(names[:4], "hard") | dict.fromkeys(names[4:], "soft")
+    assert mixers == expected | {"coconut": "hidden"}
+    losses = {name: tuple(losses_of(tmp_path / f"{name}-seed42", 4)) for name in names}
+    assert len(set(losses.values())) == 8
     # With the gold tokens, at alpha = 1, three of them begin alike.
     assert len({losses[name][0] for name in ("discrete", "scheduled-sampling", "guided-soft")}) == 1
 

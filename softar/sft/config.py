@@ -23,6 +23,7 @@ TARGETS = ("gold", "traces", "oracle")
 THOUGHT_LOSSES = ("constant", "alpha")
 # What options that act in some modes only are where they are left out
 LEFT_OUT = dict(
+    latents_per_step=1,
     soft_passes=2,
     alpha_end=0.0,
     alpha_hold=0.0,
@@ -38,7 +39,21 @@ LEFT_OUT = dict(
 SOFT_INPUTS = "soft_mode soft_passes soft_grad_passes soft_window"
 ALPHA = "alpha_schedule alpha_start alpha_end alpha_hold alpha_span"
 MOVE = "alpha_end alpha_hold alpha_span"
+MIXTURES = """soft_mixer soft_mixer_args soft_temperature soft_top_k soft_top_p soft_min_p guidance
+    learn_temperature learn_min_p learn_top_k thought_loss entropy_coef"""
 IDLE = (
+    Idle(
+        "latents_per_step latent_stage_steps latent_step_end latent_uniform_prob",
+        lambda c: c.latent_stages is None,
+        "without latent_stages",
+        "give their number",
+    ),
+    Idle(
+        f"{MIXTURES} {ALPHA}",
+        lambda c: c.latent_stages is not None,
+        "with latent_stages, where hidden states are read, not mixtures",
+        "leave latent_stages out",
+    ),
     Idle(
         "soft_passes soft_grad_passes",
         lambda c: c.soft_mode == "sequential",
@@ -207,6 +222,24 @@ class SoftSFTConfig(PlainSFTConfig):
         "Whose tokens are the labels: the 'gold' completion, one of the row's 'traces' drawn afresh at each step, or "
         "'oracle', the distribution of the traces at each position as input and label.",
     )
+    latent_stages: int | None = opt(
+        None,
+        "Coconut's curriculum: stages after the first, which is the text as it is. Stage s replaces the first s steps "
+        "of a thought by hidden states, the last one the whole thought; the optimiser starts anew at each.",
+    )
+    latents_per_step: int | None = opt(
+        None, "Coconut: hidden states in the place of a step of the thought. Default: 1."
+    )
+    latent_step_end: str | None = opt(
+        None, "Coconut: text that ends a step of the thought. Default: every token is a step."
+    )
+    latent_stage_steps: int | None = opt(
+        None,
+        "Coconut: optimiser steps of each stage but the last, which goes on to the end. Default: equal shares.",
+    )
+    latent_uniform_prob: float = opt(
+        0.0, "Coconut: probability that a row is read at a stage drawn uniformly instead."
+    )
     entropy_coef: float = opt(
         0.0, "Adds this times the entropy of the soft steps (nats) to the loss; > 0 sharpens."
     )
@@ -255,6 +288,20 @@ class SoftSFTConfig(PlainSFTConfig):
             if not 0 < (scale := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}={scale} must be > 0 and finite; near 0 gates are filters")
         check_least(self, soft_passes=0, soft_grad_passes=1, soft_window=1, think_steps=0)
+        check_least(self, latent_stages=1, latents_per_step=1, latent_stage_steps=1)
+        if not 0 <= self.latent_uniform_prob <= 1:
+            raise ValueError(f"latent_uniform_prob={self.latent_uniform_prob} must lie in [0, 1]")
+        if self.latent_stages is not None and self.targets == "oracle":
+            raise ValueError(
+                "targets='oracle' reads the traces' mixtures, and latent_stages hidden states: choose "
+                "other targets"
+            )
+        if self.latent_stages is not None and self.completion_logits:
+            raise ValueError(
+                "completion_logits=True is not there with latent_stages: set it to False"
+            )
+        if self.latent_stages is not None and self.max_steps > 0:
+            self.stage_steps(self.max_steps)
         check_least(self, think_tokens=0, freeze_layers=0, eval_decode_rows=0, eval_new_tokens=1)
         if self.soft_mode == "sequential" and self.gradient_checkpointing:
             raise ValueError(
@@ -272,7 +319,7 @@ class SoftSFTConfig(PlainSFTConfig):
         if mk_mixer(self.soft_mixer, **(self.soft_mixer_args or {})).hidden:
             raise ValueError(
                 f"soft_mixer={self.soft_mixer!r} asks for hidden states, which training does not hand "
-                "out: decode with it"
+                "out: decode with it, or train with latent_stages"
             )
         if mk_mixer(self.soft_mixer).gated and (self.soft_mixer_args or {}).get("gate") is not None:
             raise ValueError(
@@ -294,6 +341,17 @@ class SoftSFTConfig(PlainSFTConfig):
         """How wide the gates of learnt filters are, progress in [0, 1]."""
         return self.gate_scale_start ** (1 - progress) * self.gate_scale_end**progress
 
+    def stage_steps(self, max_steps: int) -> int:
+        """Steps of each of Coconut's stages but the last, which goes on to the end. Raises ValueError
+        where a training of so many does not reach it."""
+        length = self.latent_stage_steps or max(1, max_steps // (self.latent_stages + 1))
+        if length * self.latent_stages >= max_steps:
+            raise ValueError(
+                f"latent_stages={self.latent_stages}: after stages of {length} steps the last is not reached in "
+                f"{max_steps}: raise max_steps, or lower latent_stage_steps or latent_stages"
+            )
+        return length
+
     @property
     def alphas(self) -> set[float]:
         """Its values at the start and at the end of the training."""
@@ -309,7 +367,9 @@ class SoftSFTConfig(PlainSFTConfig):
 
     @property
     def is_soft(self) -> bool:
-        """Does the training ever show the model a mixture?"""
+        """Does the training ever show the model a mixture, or a hidden state?"""
+        if self.latent_stages is not None:
+            return True
         is_single = mk_mixer(self.soft_mixer).single
         return self.targets == "oracle" or (not is_single and min(self.alphas) < 1)
 
@@ -324,6 +384,9 @@ class SoftSFTConfig(PlainSFTConfig):
         )
         if readout == "discrete":
             return SoftConfig(mixer="hard", top_k=None, **span)
+        if self.latent_stages is not None:
+            latents = self.latent_stages * self.latents_per_step
+            return SoftConfig(mixer="hidden", **span | {"budget": latents})
         # trained on its own single tokens; read out softly it gets its belief
         single = mk_mixer(self.soft_mixer).single
         return SoftConfig(

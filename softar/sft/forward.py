@@ -66,7 +66,7 @@ def soft_forward(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     soft_mask: Tensor,
-    feed: Feed,
+    feed: Feed | None,
     *,
     mode: str = "parallel",
     passes: int | None = None,
@@ -88,7 +88,7 @@ def soft_forward(
         input_ids: [B, T], gold tokens. attention_mask: [B, T] or None. soft_mask: [B, T] bool,
             False in column 0.
         feed: logits [..., V] and gold ids [...] to the mixture read next; differentiable where
-            gradients shall flow.
+            gradients shall flow. None: the last hidden state is read (Coconut, arXiv:2412.06769).
         passes: refreshes, each one forward, before the last forward. None, and at most: the longest
             span of the batch.
         grad_passes: how many of the passes + 1 forwards, counted from the last, carry gradient.
@@ -139,24 +139,35 @@ def _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_pa
     first_with_grad = 0 if grad_passes is None else passes + 1 - grad_passes
     for r in range(passes + 1):
         with torch.set_grad_enabled(torch.is_grad_enabled() and r >= first_with_grad):
-            logits = model(
+            outputs = model(
                 **inputs,
                 attention_mask=attention_mask,
                 position_ids=positions,
                 use_cache=False,
                 **some,
-            ).logits
+                output_hidden_states=feed is None,
+            )
             if r < passes:
                 # Only the marked positions pay for the softmax, the mixing and the lookup.
-                soft = feed(logits[rows, cols - 1 - first], input_ids[rows, cols])
-                mixed = soft_inputs(model, soft)
+                last = _read(outputs, feed)[rows, cols - 1 - (0 if feed is None else first)]
+                mixed = _next(model, last, feed, input_ids[rows, cols])
         if r < passes:
             # with a graph in any case: gold keeps its gradient
             inputs = {
                 name: tokens.index_put((rows, cols), mixed[name].to(tokens.dtype))
                 for name, tokens in gold.items()
             }
-    return logits
+    return outputs.logits
+
+
+def _read(outputs, feed: Feed | None) -> Tensor:
+    """What the next inputs are made of: [B, T, V] logits, or [B, T, D] hidden states."""
+    return outputs.hidden_states[-1] if feed is None else outputs.logits
+
+
+def _next(model, last: Tensor, feed: Feed | None, gold: Tensor) -> dict[str, Tensor]:
+    """The inputs after positions whose logits or hidden states are `last`."""
+    return {"inputs_embeds": last} if feed is None else soft_inputs(model, feed(last, gold))
 
 
 def _sequential(model, input_ids, attention_mask, soft_mask, feed, window, start):
@@ -170,8 +181,8 @@ def _sequential(model, input_ids, attention_mask, soft_mask, feed, window, start
     cache = DynamicCache(config=model.config)
     columns = soft_mask.any(0).nonzero()[:, 0].tolist()
 
-    # [B, t, ...] -> [B, t, V], without the logits before `start`
-    def advance(inputs: dict[str, Tensor]) -> Tensor:
+    # [B, t, ...] -> outputs of t positions, without the logits before `start`
+    def advance(inputs: dict[str, Tensor]):
         begin = cache.get_seq_length()
         end = begin + inputs["inputs_embeds"].shape[1]
         return model(
@@ -181,23 +192,26 @@ def _sequential(model, input_ids, attention_mask, soft_mask, feed, window, start
             past_key_values=cache,
             use_cache=True,
             **(from_position(start - begin, end - begin) if begin < start else {}),
-        ).logits
+            output_hidden_states=feed is None,
+        )
 
     ends = [*columns, input_ids.shape[1]]
-    logits = [advance({name: tokens[:, : ends[0]] for name, tokens in gold.items()})]
+    outputs = advance({name: tokens[:, : ends[0]] for name, tokens in gold.items()})
+    logits = [outputs.logits]
     for step, (t, end) in enumerate(zip(columns, ends[1:], strict=True), 1):
-        last = logits[-1][:, -1]
+        last = _read(outputs, feed)[:, -1]
         if window is not None and step > 1 and (step - 1) % window == 0:
             last = last.detach()
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
         inputs = {name: tokens[:, t:end] for name, tokens in gold.items()}
         rows = soft_mask[:, t]
-        for name, mixed in soft_inputs(model, feed(last, input_ids[:, t])).items():
+        for name, mixed in _next(model, last, feed, input_ids[:, t]).items():
             tokens = inputs[name]
             first = torch.where(_over(rows, mixed), mixed.to(tokens.dtype), tokens[:, 0])
             inputs[name] = torch.cat([first[:, None], tokens[:, 1:]], 1)
-        logits.append(advance(inputs))
+        outputs = advance(inputs)
+        logits.append(outputs.logits)
     return torch.cat(logits, 1)
 
 

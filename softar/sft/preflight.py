@@ -84,7 +84,8 @@ def forecast(args, dataset, span: dict) -> str | None:
     labels = [row.get("labels", row["input_ids"]) for row in rows]
     thoughts = [int(thought_mask(torch.tensor([row]), **span).sum()) for row in labels]
     length, thought, B = max(map(len, labels)), max(thoughts), args.per_device_train_batch_size
-    passes = min(thought, args.soft_passes or 0)
+    passes_of = args.soft_passes or 0
+    passes = min(thought, passes_of)
     if args.targets == "oracle":
         cost = f"1 forward of {B} x {length} tokens"
     elif args.soft_mode == "parallel":
@@ -94,6 +95,13 @@ def forecast(args, dataset, span: dict) -> str | None:
     whole = args.think_end is None and args.think_steps is None
     what = " (no think_end or think_steps: the whole completion is soft)" if whole else ""
     width = (args.soft_top_k or 0) * (ROOM if args.learn_top_k else 1) or "all"
+    if args.latent_stages is not None:
+        latents = args.latent_stages * args.latents_per_step
+        forwards = 1 + (latents if args.soft_mode == "sequential" else min(latents, passes_of))
+        return (
+            f"soft SFT: thoughts of up to {thought} tokens{what} give way to {latents} hidden states in "
+            f"{args.latent_stages} stages; a micro-batch of the last takes {forwards} forwards"
+        )
     return (
         f"soft SFT: thoughts of up to {thought} tokens{what}; a micro-batch takes up to {cost}, "
         f"mixtures of {width} tokens"

@@ -19,6 +19,7 @@ from trl import SFTTrainer
 
 from ..config import CONFIG_FILE, TAGS, SoftConfig
 from ..evaluate import evaluate
+from ..feedback import check_reads_vectors
 from ..mixers import guide, mk_mixer
 from ..model_card import OwnCard, changes_of
 from ..models import check_autoregressive, room_of
@@ -46,13 +47,14 @@ from .data import (
     thought_mask,
 )
 from .forward import mixed_forward, soft_forward
+from .latent import Curriculum, LatentStages, check_curriculum
 from .learnt import LearntFilters
 from .loss import soft_loss
 from .preflight import check_takes_fewer_logits, check_tokens, forecast
 from .think_tokens import prefix_of
 
 
-class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
+class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
     """TRL's SFTTrainer with soft teacher forcing in `compute_loss`.
 
     Takes the datasets that TRL takes, prompt-completion or language modelling, and a column
@@ -125,6 +127,12 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         self._alpha = args.alpha()
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
         self._span = self._thought_span()
+        if args.latent_stages is not None:
+            check_reads_vectors(self.model)
+            end = spelled(processing_class, args.latent_step_end)
+            about = (args.latent_stages, args.latents_per_step, self._span, end, pad)
+            self._curriculum = Curriculum(*about)
+            check_curriculum(rows, self._curriculum, room_of(self.model))
         self._rng = torch.Generator()
 
     def _thought_span(self) -> dict:
@@ -156,6 +164,9 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.targets == "traces":
             self._draw_traces(batches)
+        if self._curriculum is not None:
+            self.stage_batches(batches)
+        if self.args.targets == "traces" or self._curriculum is not None:
             count = self._get_num_items_in_batch(batches, device)
         return batches, count
 
@@ -202,9 +213,14 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         """At the current alpha, in an evaluation too: there the loss on gold inputs is a metric of
         its own, gold_loss."""
         training, alpha = self.model.training, self._alpha(self._progress())
+        given, inputs = inputs, self.staged(inputs)
         labels = inputs["labels"]
-        thought = thought_mask(labels, **self._span)
-        thought[:, 0] = False  # a text without a prompt: its first token has no belief before it
+        if self._curriculum is None:
+            thought = thought_mask(labels, **self._span)
+            # a text without a prompt: its first token has no belief before it
+            thought[:, 0] = False
+        else:
+            thought, alpha = inputs["latent_mask"], 0.0
         oracle = None
         if self.args.targets == "oracle":
             oracle = frontier(inputs["trace_ids"], inputs["trace_mask"], inputs["input_ids"])
@@ -221,8 +237,9 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         if not training:
             gold = logits
             if alpha < 1 or oracle is not None:
-                gold, _ = self._logits(model, inputs, thought, 1.0, None)
-            total, _ = soft_loss(gold, labels, thought)
+                gold, _ = self._logits(model, given, thought, 1.0, None)
+            total, _ = soft_loss(gold, given["labels"], torch.zeros_like(given["labels"]).bool())
+            count = (given["labels"][:, 1:] != -100).sum().clamp(min=1)
             self._metrics["eval"]["gold_loss"].append((total / count).item())
         return (loss, CausalLMOutput(logits=logits)) if return_outputs else loss
 
@@ -232,8 +249,9 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         DDP wants each parameter in what the forward returns."""
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         args, mask = self.args, inputs["attention_mask"]
-        marked = thought if alpha < 1 else torch.zeros_like(thought)
-        feed = self._mk_feed(alpha, self.next_micro())
+        marked = thought if alpha < 1 else torch.zeros_like(inputs["input_ids"]).bool()
+        micro = self.next_micro()
+        feed = self._mk_feed(alpha, micro) if self._curriculum is None else None
         last = longest_completion(inputs["labels"]) if args.completion_logits else None
 
         def forward(ids: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -273,7 +291,10 @@ class SoftSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         if training and (self.state.global_step + 1) % max(1, int(self.state.logging_steps)):
             return  # a step that is not logged need not wait for the device
         metrics = self._metrics["train" if training else "eval"]
-        metrics["alpha"].append(alpha)
+        if self._curriculum is None:
+            metrics["alpha"].append(alpha)
+        else:
+            metrics["latent_stage"].append(self.stage)
         if len(h):
             metrics["thought_entropy"].append(h.mean().item())
         for name, value in self._learnt.values().items():

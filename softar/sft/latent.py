@@ -1,0 +1,152 @@
+"""Coconut's curriculum (arXiv:2412.06769): stage by stage the steps of a thought give way to latents,
+positions that read the last hidden state before them, and the loss is of what is left.
+
+Shapes: B batch, T positions.
+"""
+
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from ..tags import Moves, matches, single
+from .data import thought_mask
+
+
+class Curriculum(NamedTuple):
+    """What a stage makes of a row. Stage s has s * latents of them in the place of the first s
+    steps; the last one in the place of the whole thought."""
+
+    stages: int  # the last one; before it come 0, the text as it is, and those between
+    latents: int  # for each stage
+    span: dict  # what tells the thought, as thought_mask takes it
+    step_end: Moves  # how the text that ends a step is spelled; (): every token is a step
+    pad: int  # the token that stands where latents are
+
+    def row(self, ids: list[int], labels: list[int], inside: list[bool], stage: int) -> tuple:
+        """A row at a stage -> ids, labels (-100 at latents), and the column of its first latent.
+        inside: which positions are thought."""
+        columns = [column for column, is_thought in enumerate(inside) if is_thought]
+        if not columns:
+            raise ValueError("a row has no thought that latents could replace: drop it")
+        start, end = columns[0], columns[-1] + 1
+        if start == 0:
+            raise ValueError(
+                "a row begins with its thought, so nothing comes before: give a prompt"
+            )
+        behind = self.behind(ids[start:end], stage) + start
+        n = stage * self.latents
+        return (
+            ids[:start] + [self.pad] * n + ids[behind:],
+            labels[:start] + [-100] * n + labels[behind:],
+            start,
+        )
+
+    def behind(self, thought: list[int], stage: int) -> int:
+        """Tokens of a thought that latents replace at a stage."""
+        if stage in (0, self.stages):
+            return len(thought) if stage else 0
+        ends = [column + 1 for column in matches(self.step_end, thought)]
+        if not self.step_end:
+            ends = [*range(1, len(thought) + 1)]
+        return [0, *ends, *[len(thought)] * stage][stage]
+
+    def batch(self, batch: dict[str, Tensor], stages: list[int]) -> dict[str, Tensor]:
+        """A collated batch with each row at its own stage, and `latent_mask` [B, T] bool. Rows are
+        padded on both sides, so that the first latents of all stand in one column."""
+        mask = batch["attention_mask"].bool()
+        inside = thought_mask(batch["labels"], **self.span) & mask
+        columns = (batch["input_ids"].tolist(), batch["labels"].tolist(), inside.tolist())
+        rows = []
+        for n, stage, *row in zip(mask.sum(1).tolist(), stages, *columns, strict=True):
+            rows.append(self.row(*(column[:n] for column in row), stage))
+        first = max(start for _, _, start in rows)
+        width = max(first - start + len(ids) for ids, _, start in rows)
+
+        def lay(values: list[list[int]], fill: int) -> Tensor:
+            """Each behind `first - start` of the fill, [B, T]."""
+            laid = []
+            for own, (_, _, start) in zip(values, rows, strict=True):
+                left = [fill] * (first - start) + own
+                laid.append(left + [fill] * (width - len(left)))
+            return torch.tensor(laid, device=mask.device)
+
+        ids, labels, _ = zip(*rows, strict=True)
+        latent = [[0] * first + [1] * (stage * self.latents) for stage in stages]
+        latent = [own + [0] * (width - len(own)) for own in latent]
+        return {
+            "input_ids": lay(ids, self.pad),
+            "labels": lay(labels, -100),
+            "attention_mask": lay([[1] * len(own) for own in ids], 0),
+            "latent_mask": torch.tensor(latent, device=mask.device).bool(),
+        }
+
+
+def check_curriculum(rows, curriculum: Curriculum, room: int | None) -> None:
+    """Raise ValueError for a closing tag of several tokens, and for rows of a Dataset without a
+    thought, with nothing before it, or too long at some stage; of a dict each. Streams are seen only
+    once."""
+    end = curriculum.span["end"]
+    if end and single(end) is None:
+        raise ValueError(
+            "latent_stages needs a think_end of one token, so that the thought before it can go: add it "
+            "to the tokenizer as a special token"
+        )
+    for dataset in rows.values():
+        if isinstance(dataset, dict):
+            check_curriculum(dataset, curriculum, room)
+        for number, row in enumerate(dataset if isinstance(dataset, Dataset) else ()):
+            ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
+            inside = thought_mask(torch.tensor([labels]), **curriculum.span)[0].tolist()
+            try:
+                each = [
+                    curriculum.row(ids, labels, inside, s) for s in range(curriculum.stages + 1)
+                ]
+            except ValueError as error:
+                raise ValueError(f"row {number} of the data: {error}") from None
+            longest = max(len(ids) for ids, *_ in each)
+            if room is not None and longest > room:
+                raise ValueError(
+                    f"row {number} of the data has {longest} positions with its latents, and the model's end "
+                    f"at {room}: lower latents_per_step, or drop such rows"
+                )
+
+
+class LatentStages:
+    """Mixin of SoftSFTTrainer: rows at their stages, and the optimiser forgotten at each new one.
+    All of it follows from the step and the seed, so that a resumed run goes on exactly."""
+
+    _curriculum: Curriculum | None = None
+
+    @property
+    def stage(self) -> int:
+        """Of the next step; of a trainer that does not train, the last."""
+        if not self.state.max_steps:
+            return self._curriculum.stages
+        length = self.args.stage_steps(self.state.max_steps)
+        return min(self._curriculum.stages, self.state.global_step // length)
+
+    def stage_batches(self, batches: list[dict[str, Tensor]]) -> None:
+        """The micro-batches of the next step at its stage, or a row at one drawn uniformly
+        (latent_uniform_prob): by one pair of numbers for each row of the global batch, of which each
+        process takes its own. In place."""
+        args, last, step = self.args, self._curriculum.stages, self.state.global_step
+        if step in [stage * args.stage_steps(self.state.max_steps) for stage in range(1, last + 1)]:
+            self.optimizer.state.clear()
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        shape = (args.gradient_accumulation_steps, world, args.per_device_train_batch_size, 2)
+        uniform = torch.rand(shape, generator=self._seeded(1, shared=True))[:, rank]
+        for i, (batch, numbers) in enumerate(zip(batches, uniform, strict=False)):
+            pairs = numbers[: len(batch["input_ids"])].tolist()
+            stages = [
+                int(where * (last + 1)) if chance < args.latent_uniform_prob else self.stage
+                for chance, where in pairs
+            ]
+            batches[i] = self._curriculum.batch(batch, stages)
+
+    def staged(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch at the current stage; as it is where it stands at its own already."""
+        if self._curriculum is None or "latent_mask" in inputs:
+            return inputs
+        return self._curriculum.batch(inputs, [self.stage] * len(inputs["input_ids"]))
