@@ -289,19 +289,7 @@ class SoftSFTConfig(PlainSFTConfig):
                 raise ValueError(f"{name}={scale} must be > 0 and finite; near 0 gates are filters")
         check_least(self, soft_passes=0, soft_grad_passes=1, soft_window=1, think_steps=0)
         check_least(self, latent_stages=1, latents_per_step=1, latent_stage_steps=1)
-        if not 0 <= self.latent_uniform_prob <= 1:
-            raise ValueError(f"latent_uniform_prob={self.latent_uniform_prob} must lie in [0, 1]")
-        if self.latent_stages is not None and self.targets == "oracle":
-            raise ValueError(
-                "targets='oracle' reads the traces' mixtures, and latent_stages hidden states: choose "
-                "other targets"
-            )
-        if self.latent_stages is not None and self.completion_logits:
-            raise ValueError(
-                "completion_logits=True is not there with latent_stages: set it to False"
-            )
-        if self.latent_stages is not None and self.max_steps > 0:
-            self.stage_steps(self.max_steps)
+        self._check_stages()
         check_least(self, think_tokens=0, freeze_layers=0, eval_decode_rows=0, eval_new_tokens=1)
         if self.soft_mode == "sequential" and self.gradient_checkpointing:
             raise ValueError(
@@ -330,6 +318,21 @@ class SoftSFTConfig(PlainSFTConfig):
         check_idle(self, IDLE, left_out)
         for name in learnt_of(self):
             check_learnable(self, name)
+
+    def _check_stages(self) -> None:
+        if not 0 <= self.latent_uniform_prob <= 1:
+            raise ValueError(f"latent_uniform_prob={self.latent_uniform_prob} must lie in [0, 1]")
+        if self.latent_stages is not None and self.targets == "oracle":
+            raise ValueError(
+                "targets='oracle' reads the traces' mixtures, and latent_stages hidden states: choose "
+                "other targets"
+            )
+        if self.latent_stages is not None and self.completion_logits:
+            raise ValueError(
+                "completion_logits=True is not there with latent_stages: set it to False"
+            )
+        if self.latent_stages is not None and self.max_steps > 0:
+            self.stage_steps(self.max_steps)
 
     def alpha(self) -> Callable[[float], float]:
         """The guidance schedule, progress in [0, 1] -> alpha."""

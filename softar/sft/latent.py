@@ -10,8 +10,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from ..feedback import check_reads_vectors
+from ..models import room_of
 from ..tags import Moves, matches, single
-from .data import thought_mask
+from .data import spelled, thought_mask
 
 
 class Curriculum(NamedTuple):
@@ -81,6 +83,18 @@ class Curriculum(NamedTuple):
             "attention_mask": lay([[1] * len(own) for own in ids], 0),
             "latent_mask": torch.tensor(latent, device=mask.device).bool(),
         }
+
+
+def mk_curriculum(model, tokenizer, rows: dict, args, span: dict) -> Curriculum | None:
+    """Of these options, for rows and a model that can follow it; ValueError for others."""
+    if args.latent_stages is None:
+        return None
+    check_reads_vectors(model)
+    step_end = spelled(tokenizer, args.latent_step_end)
+    counts = args.latent_stages, args.latents_per_step
+    curriculum = Curriculum(*counts, span, step_end, tokenizer.pad_token_id)
+    check_curriculum(rows, curriculum, room_of(model))
+    return curriculum
 
 
 def check_curriculum(rows, curriculum: Curriculum, room: int | None) -> None:

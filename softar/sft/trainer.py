@@ -19,7 +19,6 @@ from trl import SFTTrainer
 
 from ..config import CONFIG_FILE, TAGS, SoftConfig
 from ..evaluate import evaluate
-from ..feedback import check_reads_vectors
 from ..mixers import guide, mk_mixer
 from ..model_card import OwnCard, changes_of
 from ..models import check_autoregressive, room_of
@@ -47,7 +46,7 @@ from .data import (
     thought_mask,
 )
 from .forward import mixed_forward, soft_forward
-from .latent import Curriculum, LatentStages, check_curriculum
+from .latent import LatentStages, mk_curriculum
 from .learnt import LearntFilters
 from .loss import soft_loss
 from .preflight import check_takes_fewer_logits, check_tokens, forecast
@@ -117,22 +116,16 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         rows = {"train": self.train_dataset, "eval": self.eval_dataset}
         check_tokens(rows, args, room_of(self.model), vocab)
         check_dist(vocab, **args.filters, prefix="soft_")
-        _freeze(
-            self.accelerator.unwrap_model(self.model), args.freeze_embeddings, args.freeze_layers
-        )
-        is_split = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self.model, self._tables = self._prefix.freeze(self.model, is_split)
+        inner = self.accelerator.unwrap_model(self.model)
+        _freeze(inner, args.freeze_embeddings, args.freeze_layers)
+        split = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.model, self._tables = self._prefix.freeze(self.model, split)
         self.model_wrapped = self.model
         self._learnt = LearntFilters(self.model, args, vocab)
         self._alpha = args.alpha()
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
         self._span = self._thought_span()
-        if args.latent_stages is not None:
-            check_reads_vectors(self.model)
-            end = spelled(processing_class, args.latent_step_end)
-            about = (args.latent_stages, args.latents_per_step, self._span, end, pad)
-            self._curriculum = Curriculum(*about)
-            check_curriculum(rows, self._curriculum, room_of(self.model))
+        self._curriculum = mk_curriculum(self.model, processing_class, rows, args, self._span)
         self._rng = torch.Generator()
 
     def _thought_span(self) -> dict:
