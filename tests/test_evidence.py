@@ -167,6 +167,8 @@ def test_rows_of_a_group_count_once():
 def test_verdicts(mean, low, high, verdict, same):
     gain = Gain(mean, low, high, low, high, low, high, 8, 600)
     assert gain.verdict(0.03) == verdict and gain.is_equivalent(0.02) == same
+    alone = gain._replace(seeds=1)
+    assert alone.verdict(0.03) == "open" and not alone.is_equivalent(0.02)
 
 
 def test_scores_that_do_not_pair_are_named():

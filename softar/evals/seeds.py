@@ -35,14 +35,17 @@ class Gain(NamedTuple):
 
     def verdict(self, margin: float) -> str:
         """Supported: at least the margin, its 95 % interval above 0. Refuted: the interval lies below
-        the margin. Open: neither."""
+        the margin. Open: neither; and of one seed, of which nothing tells how far seeds differ."""
+        if self.seeds < 2:
+            return "open"
         if self.low > 0 and self.mean >= margin:
             return "supported"
         return "refuted" if self.high < margin else "open"
 
     def is_equivalent(self, within: float) -> bool:
-        """Lies the 90 % interval nearer to 0 than this, as two one-sided tests at 5 % ask?"""
-        return -within < self.low90 and self.high90 < within
+        """Lies the 90 % interval nearer to 0 than this, as two one-sided tests at 5 % ask? Never of
+        one seed."""
+        return self.seeds > 1 and -within < self.low90 and self.high90 < within
 
 
 def gain_of(
