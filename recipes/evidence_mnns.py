@@ -15,7 +15,7 @@ TRAIN = 10_000
 NET = dict(hidden_size=64, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4)
 VOTES = dict(votes=8, temperature=0.7)
 DOSES = (1, 2, 4, 8, 16)  # tokens that are left of each step
-ARMS = tuple(name for name in ROWS if name != "oracle-soft")
+ARMS = ("no-cot", "discrete", "discrete-traces", "scheduled-sampling", "guided-soft", "trace-soft")
 TRAINING = dict(
     per_device_train_batch_size=64,
     lr_scheduler_type="cosine",
