@@ -72,36 +72,46 @@ def facts() -> dict[str, dict]:
     return found
 
 
-def measure(unit: Unit) -> list[dict]:
-    """Train an arm and read it out in every way: the lines of its log."""
+def untrained(unit: Unit):
+    """-> the net of all arms before it learns, and its tokenizer."""
     import softar
+
+    return softar.load(
+        "mnns-tiny", seed=unit.seed, device=unit.device, largest_sum=9 * max(DIGITS), **NET
+    )
+
+
+def fit(unit: Unit, model, tokenizer, task, fields: dict):
+    """Supervised training -> its arguments, and the first line of a log."""
     from softar.sft.config import SoftSFTConfig
     from softar.sft.trainer import SoftSFTTrainer
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        args = SoftSFTConfig(output_dir=folder, **(unit.training | fields))
+        trainer = SoftSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer)
+        with Watch() as watch:
+            trainer.train()
+    return args, unit.line(watch, trainer, fields)
+
+
+def fields_of(arm: str, task, steps: int) -> dict:
+    """The training arguments of an arm."""
+    span = dict(
+        think_steps=task.think_steps if arm != "no-cot" else 0, eval_new_tokens=task.max_new_tokens
+    )
+    return TRAINING | ROWS[arm] | dict(max_steps=steps, learning_rate=RATES[arm]) | span
+
+
+def measure(unit: Unit) -> list[dict]:
+    """Train an arm and read it out in every way: the lines of its log."""
     from softar.tasks import no_thought
 
     arm, digits, steps = (unit.options[name] for name in ("arm", "digits", "steps"))
     task, rows = data(digits)
-    thinks = arm != "no-cot"
-    model, tokenizer = softar.load(
-        "mnns-tiny", seed=unit.seed, device=unit.device, largest_sum=9 * max(DIGITS), **NET
-    )
-    fields = TRAINING | ROWS[arm]
-    fields |= dict(
-        max_steps=steps,
-        learning_rate=RATES[arm],
-        think_steps=task.think_steps if thinks else 0,
-        eval_new_tokens=task.max_new_tokens,
-    )
-    fields |= unit.fields
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = SoftSFTConfig(output_dir=folder, **fields, **unit.training)
-        learnt = task if thinks else no_thought(task)
-        trainer = SoftSFTTrainer(
-            model, args, train_dataset=learnt.train, processing_class=tokenizer
-        )
-        with Watch() as watch:
-            trainer.train()
-    lines = [unit.line(watch, trainer, fields)]
+    model, tokenizer = untrained(unit)
+    learnt = task if arm != "no-cot" else no_thought(task)
+    args, line = fit(unit, model, tokenizer, learnt, fields_of(arm, task, steps) | unit.fields)
+    lines = [line]
     for split in unit.splits:
         lines += readouts(decoders(model, tokenizer, args, arm), rows[split], task, split)
         if args.is_soft:

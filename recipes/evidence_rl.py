@@ -1,0 +1,167 @@
+"""X4 of the evidence: RL on soft policies, 2 x 2 (RESULTS.md, "Evidence: rules")."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from softar.config import SoftConfig
+from softar.decoders.soft import SelfConsistency, SoftDecoder
+from softar.recipes.evidence_mnns import data, fields_of, fit, untrained
+from softar.recipes.evidence_units import Unit, Watch, readouts, rows_hash
+
+DIGITS = 5
+# What the arms of a seed and a start begin with, trained once; a folder that git ignores
+FOLDER = Path(__file__).resolve().parent.parent / "runs" / "evidence" / "starts"
+STARTS = {  # the arm of X1 that each is, cut short
+    "self-fed": dict(arm="trace-soft", steps=1500),
+    "teacher-forced": dict(arm="discrete-traces", steps=1500),
+}
+OF_DRAWS = {"draws-1": dict(soft_k=1), "draws-3": dict(soft_k=3)}  # of a think step
+CHAINS = 3  # thoughts of one draw a step, whose commonest answer counts
+TEMPERATURE = 1.0  # of thoughts, in RL and read out, and of answers in RL
+REPEATS = 4  # thoughts of each row, where they are drawn
+RL = dict(
+    soft_mixer="k-samples",
+    temperature=TEMPERATURE,
+    per_device_train_batch_size=512,
+    num_generations=16,
+    learning_rate=1e-3,
+    lr_scheduler_type="linear",
+    warmup_steps=10,
+    beta=0.0,
+    loss_type="dr_grpo",
+    scale_rewards="none",
+    logging_steps=25,
+)
+STEPS = {  # that take equally long, as RESULTS.md says
+    "self-fed": {"draws-1": 300, "draws-3": 300, "sft": 3000},
+    "teacher-forced": {"draws-1": 300, "draws-3": 300, "sft": 4000},
+}
+SEEDS = range(6)
+LATER = 10_000  # more than any seed
+SETTINGS = {
+    f"{start}-{how}": dict(start=start, how=how, steps=steps)
+    for start, made in STARTS.items()
+    for how, steps in {"start": made["steps"], **STEPS[start]}.items()
+}
+
+
+def measure(unit: Unit) -> list[dict]:
+    """Make a start, or go on from it, and read it out in every way: the lines of its log."""
+    task, rows = data(DIGITS)
+    model, tokenizer = untrained(unit)
+    if unit.options["how"] == "start":
+        line = make_start(unit, model, tokenizer, task)
+    else:
+        begin = open_start(unit, model, tokenizer, task)
+        line = go_on(unit, model, tokenizer, task) | dict(start_hash=begin)
+    lines = [line | rows_hash(rows)]
+    for split in unit.splits:
+        few = rows[split]
+        many = few.select([*range(len(few))] * REPEATS)
+        lines += readouts(drawing(model, tokenizer, unit.seed), many, task, split)
+        lines += readouts(sure(model, tokenizer), few, task, split)
+    return lines
+
+
+def start_fields(unit: Unit, task) -> dict:
+    return fields_of(task=task, **STARTS[unit.options["start"]])
+
+
+def start_file(unit: Unit, fields: dict) -> Path:
+    """Its name tells whether it was made with these arguments."""
+    made_with = json.dumps([fields, unit.device], sort_keys=True)
+    mark = hashlib.sha256(made_with.encode()).hexdigest()[:8]
+    return FOLDER / f"{unit.options['start']}-seed{unit.seed}-{mark}.safetensors"
+
+
+def make_start(unit: Unit, model, tokenizer, task) -> dict:
+    """Train the model to be the start, and keep its weights -> the first line of a log."""
+    fields = start_fields(unit, task) | unit.fields
+    _, line = fit(unit, model, tokenizer, task, fields)
+    file = start_file(unit, fields)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(f".{os.getpid()}.partial")
+    save_file(model.state_dict(), draft)
+    draft.replace(file)  # whole or not at all
+    return line | dict(start_hash=hash_of(file))
+
+
+def open_start(unit: Unit, model, tokenizer, task) -> str:
+    """Give the model the weights of its start, which is trained where nobody has -> their hash."""
+    file = start_file(unit, start_fields(unit, task))
+    if not file.is_file():
+        make_start(dataclasses.replace(unit, fields={}), model, tokenizer, task)
+    model.load_state_dict(load_file(file, device=str(model.device)))
+    return hash_of(file)
+
+
+def hash_of(file: Path) -> str:
+    """By which logs show that arms began with the same weights: the start of its SHA-256."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def go_on(unit: Unit, model, tokenizer, task) -> dict:
+    """Train what began -> the first line of a log."""
+    start, how, steps = (unit.options[name] for name in ("start", "how", "steps"))
+    if how == "sft":
+        fields = fields_of(STARTS[start]["arm"], task, steps)
+        fields |= dict(seed=unit.seed + LATER)  # another order of rows and traces than the start's
+        return fit(unit, model, tokenizer, task, fields | unit.fields)[1]
+    fields = RL | OF_DRAWS[how] | dict(max_steps=steps)
+    return reinforce(unit, model, tokenizer, task, fields | unit.fields)
+
+
+def reinforce(unit: Unit, model, tokenizer, task, fields: dict) -> dict:
+    """RL, rewarded for right answers -> the first line of a log."""
+    from softar.rl.config import SoftGRPOConfig
+    from softar.rl.grpo import SoftGRPOTrainer
+    from softar.rl.rewards import reward_of
+
+    length = dict(think_steps=task.think_steps, max_completion_length=task.max_new_tokens)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        args = SoftGRPOConfig(output_dir=folder, **(unit.training | length | fields))
+        trainer = SoftGRPOTrainer(
+            model, reward_of(task), args, train_dataset=task.train, processing_class=tokenizer
+        )
+        with Watch() as watch:
+            trainer.train()
+    curve = [
+        (each["step"], each["reward"]) for each in trainer.state.log_history if "reward" in each
+    ]
+    return unit.line(watch, trainer, fields) | dict(rewards=curve)
+
+
+def policy(mixer: str, **knobs) -> SoftConfig:
+    """The ways to think, all of as many forwards; answers are greedy."""
+    return SoftConfig(
+        mixer=mixer,
+        mixer_args=knobs,
+        temperature=TEMPERATURE,
+        top_k=None,
+        budget=DIGITS - 1,
+        max_new_tokens=DIGITS + 1,
+    )
+
+
+def drawing(model, tokenizer, seed: int) -> dict:
+    """The read-outs whose thoughts are drawn."""
+    made = {
+        name: SoftDecoder(model, tokenizer, policy("k-samples", k=k), seed=seed)
+        for name, k in (("1 draw", 1), ("3 draws", 3), ("votes", 1))
+    }
+    return made | {"votes": SelfConsistency(made["votes"], CHAINS)}
+
+
+def sure(model, tokenizer) -> dict:
+    return {
+        name: SoftDecoder(model, tokenizer, policy(mixer))
+        for name, mixer in (("soft", "soft"), ("discrete", "hard"))
+    }
