@@ -199,7 +199,7 @@ def ragged(seed=0, lengths=(7, 3, 5)):
 
 
 MODELS = {
-    "both ways": lambda: denoiser().double(),
+    "both ways": lambda: denoiser(dtype=torch.float64),
     "shifted": lambda: load("tests/golden/checkpoints/dream_gqa")[0].double(),
     "blocks": lambda: block_model(0),
     "blocks, shifted": lambda: block_model(1),

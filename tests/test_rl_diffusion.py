@@ -58,7 +58,8 @@ def words(completions, **columns):
 
 def net(kind="llada"):
     blocks = {"sdar": 0, "fast_dllm": 1}
-    return copy.deepcopy(block_model(blocks[kind]).float() if kind in blocks else denoiser(kind))
+    # both are shared by all tests: the copy is what changes
+    return copy.deepcopy(block_model(blocks[kind]) if kind in blocks else denoiser(kind)).float()
 
 
 def trainer(
