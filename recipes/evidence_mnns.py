@@ -111,7 +111,7 @@ def measure(unit: Unit) -> list[dict]:
     model, tokenizer = untrained(unit)
     learnt = task if arm != "no-cot" else no_thought(task)
     args, line = fit(unit, model, tokenizer, learnt, fields_of(arm, task, steps) | unit.fields)
-    lines = [line]
+    lines = [line | rows_hash(rows)]
     for split in unit.splits:
         lines += readouts(decoders(model, tokenizer, args, arm), rows[split], task, split)
         if args.is_soft:
