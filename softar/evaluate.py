@@ -42,7 +42,7 @@ def evaluate(
             model,
             inputs["input_ids"],
             inputs["attention_mask"],
-            config=config,
+            config=config.changed(prompt_prefix=None),  # the ids have it
             rng=rng,
             tokenizer=tokenizer,
         )
@@ -109,13 +109,18 @@ def prefixed(prompt, prefix: str | None):
 
 def encode(tokenizer, prompts: list, prefix: str | None = None):
     """Prompts, text or chat messages, to a left-padded batch. prefix: a configuration's
-    prompt_prefix."""
+    prompt_prefix. Raises ValueError where the chat template leaves it out."""
     prompts = [prefixed(prompt, prefix) for prompt in prompts]
     if not isinstance(prompts[0], str):
         prompts = [
             tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
             for p in prompts
         ]
+        if prefix is not None and any(prefix not in text for text in prompts):
+            raise ValueError(
+                f"the chat template does not write prompt_prefix={prefix!r}: take the tokenizer that was saved with "
+                "the model, or decode without it, prompt_prefix=None"
+            )
         return tokenizer(
             prompts,
             return_tensors="pt",

@@ -171,7 +171,9 @@ def check_prefix(input_ids: Tensor, config: SoftConfig, tokenizer) -> None:
     holds = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     if len(ids) <= input_ids.shape[1]:
         holds = (input_ids.unfold(1, len(ids), 1) == ids).all(-1).any(1)
-    if lacking := (~holds).nonzero()[:, 0].tolist():
+    # tokens may join across its edges: then the text shows it
+    lacking = (~holds).nonzero()[:, 0].tolist()
+    if lacking := [i for i in lacking if text not in tokenizer.decode(input_ids[i])]:
         raise ValueError(
             f"prompt_prefix={text!r} stands nowhere in rows {lacking} of input_ids: put it before the prompts "
             "(softar.evaluate.read_prompts does), or decode without it, prompt_prefix=None"

@@ -16,6 +16,11 @@ from jinja2 import TemplateError
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from safetensors import safe_open
 from tiny import model_of, tokenizer_of
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 import softar
 from softar.config import SoftConfig
@@ -280,6 +285,36 @@ def test_ids_that_lack_the_prefix_are_refused():
         softar.generate(model, ids[1:], config=config)
     with pytest.raises(ValueError, match="prompt_prefix='' is empty"):
         SoftConfig(prompt_prefix="")
+
+
+def test_a_prefix_of_words_may_join_the_prompt():
+    """Byte-level BPE: the space at the end of the prefix is the beginning of a token."""
+    bpe = Tokenizer(BPE())
+    bpe.pre_tokenizer, bpe.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = BpeTrainer(vocab_size=300, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    bpe.train_from_iterator(["Think softly: what is it", "Think softly: why is it"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="!", eos_token="!")
+    model, prefix = model_of(vocab_size=300), "Think softly: "
+    config = SoftConfig(prompt_prefix=prefix, max_new_tokens=2)
+    ids = encode(tokenizer, ["what is it", "it"], prefix)["input_ids"]
+    alone = tokenizer.encode(prefix)
+    assert alone not in [row[i : i + len(alone)] for row in ids.tolist() for i in range(9)]
+    for made in (SoftDecoder, partial(SearchDecoder, search=SoftBeam(num_beams=1))):
+        assert len(made(model, tokenizer, config).decode(["what is it", "it"])) == 2
+    rows = Dataset.from_list([{"prompt": "why is it"}])
+    assert evaluate(model, tokenizer, rows, lambda text, row: 1, config)["n"] == 1
+    assert softar.generate(model, ids, config=config, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"rows \[0, 1\] of input_ids"):
+        softar.generate(model, ids[:, -1:], config=config, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("decode", [SoftDecoder, partial(SearchDecoder, search=SoftBeam())])
+def test_a_chat_template_that_leaves_the_prefix_out_is_named(decode):
+    model, tokenizer = model_of(), tokenizer_of()
+    tokenizer.chat_template = CHAT
+    decoder = decode(model, tokenizer, SoftConfig(prompt_prefix="w7", max_new_tokens=2))
+    with pytest.raises(ValueError, match="the chat template does not write prompt_prefix='w7'"):
+        decoder.decode([[dict(role="user", content="w5 w6")]])
 
 
 # -- training

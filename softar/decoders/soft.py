@@ -97,7 +97,7 @@ class SoftDecoder:
                 self.model,
                 inputs["input_ids"],
                 inputs["attention_mask"],
-                config=self.config,
+                config=self.config.changed(prompt_prefix=None),  # the ids have it
                 rng=self.rng,
                 callback=callback,
                 tokenizer=self.tokenizer,
