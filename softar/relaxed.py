@@ -48,12 +48,13 @@ def relaxed_dist(
         0.
 
     Raises:
-        ValueError: a value out of its range, or a learnt top_k together with top_p, which is taken of
-            what top_k leaves.
+        ValueError: a value out of its range, a learnt top_k together with top_p, which is taken of
+            what top_k leaves, or a learnt min_p together with temperature_last.
     """
     check_choice("gradient", gradient, GRADIENTS)
     if not scale > 0:
         raise ValueError(f"scale={scale} must be > 0; near 0 the gates are the filters")
+    check_gates(min_p, top_k)
     if not torch.is_tensor(min_p):
         filters, min_p = filters | {"min_p": min_p}, None
     if not torch.is_tensor(top_k):
@@ -64,6 +65,11 @@ def relaxed_dist(
         )
     elif most is not None:
         filters = filters | {"top_k": min(most, logits.shape[-1])}
+    if min_p is not None and filters.get("temperature_last"):
+        raise ValueError(
+            "temperature_last=True takes min_p at temperature 1, and a learnt min_p is taken at the temperature: "
+            "give one of them"
+        )
     ids, weights = mk_proba_dist(logits, **filters)
     there = weights > 0
     logp, gates = weights.clamp_min(TINY).log(), torch.zeros_like(weights)
@@ -80,6 +86,16 @@ def relaxed_dist(
         return Soft(ids, soft)
     hard = (weights * passes).detach()
     return Soft(ids, hard / hard.sum(-1, keepdim=True) + (soft - soft.detach()))
+
+
+def check_gates(min_p, top_k) -> None:
+    """Raise ValueError for a threshold, given as a tensor, out of its range. Like `check_dist` it
+    looks into tensors of the CPU alone."""
+    min_p, top_k = (x if torch.is_tensor(x) and x.is_cpu else None for x in (min_p, top_k))
+    if min_p is not None and not ((min_p > 0) & (min_p <= 1)).all():
+        raise ValueError(f"min_p={min_p.tolist()} must lie in (0, 1]; None switches the filter off")
+    if top_k is not None and not ((top_k >= 1) & (top_k < torch.inf)).all():
+        raise ValueError(f"top_k={top_k.tolist()} must be at least 1 and finite")
 
 
 def _ranks(weights: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from softar.relaxed import relaxed_dist
 from softar.sft.config import SoftSFTConfig
+from softar.sft.learnt import LearntFilters
 from softar.sft.preflight import forecast
 from softar.soft import dense, mk_proba_dist
+from tests.tiny import model_of
 
 V = 24
 
@@ -106,6 +108,11 @@ def test_no_gradient_is_lost_where_nothing_is_left():
         (dict(scale=0), "scale=0 must be > 0"),
         (dict(gradient="hard"), "gradient='hard' is unknown"),
         (dict(top_k=torch.tensor(3.0), top_p=0.9), "top_p=0.9 is taken of what a learnt top_k"),
+        (dict(min_p=torch.tensor(1.5)), "min_p=1.5 must lie in"),
+        (dict(min_p=torch.tensor([0.1, 0.0, 0.2])[:, None]), r"min_p=\[\[0.1.*must lie in"),
+        (dict(min_p=torch.tensor(torch.nan)), "min_p=nan must lie in"),
+        (dict(top_k=torch.tensor(0.2)), "top_k=0.2.* must be at least 1"),
+        (dict(min_p=torch.tensor(0.1), temperature_last=True), "temperature_last=True takes min_p"),
     ],
 )
 def test_what_is_wrong_is_named(how, message):
@@ -139,6 +146,16 @@ def test_what_is_wrong_is_named(how, message):
 def test_options_that_cannot_be(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         SoftSFTConfig(str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize(
+    "name, number", [("min_p", None), ("top_k", None), ("top_k", 40), ("temperature", 0.0)]
+)
+def test_a_checkpoint_that_did_not_learn_it_is_named(name, number, tmp_path):
+    start = {"soft_min_p": 0.1, "soft_top_k": 7, "learn_" + name: True}
+    learnt = LearntFilters(model_of(), SoftSFTConfig(str(tmp_path), **start), 64)
+    with pytest.raises(ValueError, match=f"with {name}={number} and did not.*without learn_{name}"):
+        learnt.restore({}, {name: number})
 
 
 def test_the_forecast_counts_what_a_learnt_top_k_may_keep(tmp_path):

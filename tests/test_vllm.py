@@ -772,6 +772,9 @@ def test_bad_sampling():
         ValueError, match=r"mode='gredy' is unknown, did you mean 'greedy'.: choose one of"
     ):
         Sampling("gredy")
+    for prefix, why in ((5, "prompt_prefix=5 must be"), ("", "prompt_prefix='' is empty")):
+        with pytest.raises(ValueError, match=why):
+            Sampling(prompt_prefix=prefix)
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         Sampling(max_new_tokens=0)
 

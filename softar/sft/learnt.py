@@ -88,9 +88,16 @@ class LearntFilters:
         return {name: self.parameter(name).item() for name in self.names}
 
     def restore(self, state: dict[str, float], numbers: dict[str, float]) -> None:
-        """From `state()`, or of a checkpoint without one from the numbers of its soft_config.json."""
+        """From `state()`, or of a checkpoint without one from the numbers of its soft_config.json.
+        Raises ValueError for one that no training can go on from."""
         for name in self.names:
-            free = state[name] if name in state else self._free(name, numbers[name])
+            try:
+                free = state[name] if name in state else self._free(name, numbers[name])
+            except (TypeError, ValueError):  # None, or an end of its range
+                raise ValueError(
+                    f"the checkpoint decodes with {name}={numbers[name]} and did not learn it: resume without "
+                    f"learn_{name}, or begin a new training"
+                ) from None
             self.parameter(name).data.fill_(free)
 
     def _number(self, name: str, free: Tensor) -> Tensor:

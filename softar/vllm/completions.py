@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from ..checks import check_choice, check_least
+from ..checks import check_choice, check_least, check_value
 from ..config import SoftConfig
 from ..decode import SoftOutput
 from ..decoders.answer import Decoded
@@ -56,6 +56,9 @@ class Sampling:
             value = getattr(self, field.name)
             if field.name not in TEXTS and isinstance(value, (str, bool, list, dict)):
                 raise ValueError(f"{field.name}={value!r} must be a number")
+        check_value("prompt_prefix", self.prompt_prefix, str | None)
+        if self.prompt_prefix == "":
+            raise ValueError("prompt_prefix='' is empty; None is for none")
         check_least(self, max_new_tokens=1, votes=1, num_beams=1, top_k=1, logprobs=0)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
