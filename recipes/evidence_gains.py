@@ -10,7 +10,15 @@ import numpy as np
 
 from softar.evals.intervals import number_groups
 from softar.evals.seeds import Gain, bootstrap_gains, summary
-from softar.recipes.evidence_claims import EQUIVALENT, MARGIN, Claim, Evidence, Grid, Part
+from softar.recipes.evidence_claims import (
+    EQUAL_SECONDS,
+    EQUIVALENT,
+    MARGIN,
+    Claim,
+    Evidence,
+    Grid,
+    Part,
+)
 from softar.recipes.evidence_logs import Logs, Read, Rows
 
 RANK = ("refuted", "open", "supported")  # several claims together are as sure as the least sure
@@ -22,6 +30,15 @@ class Result(NamedTuple):
     beside: Gain | None  # on the rows that `Rows.beside` marks, where there are such
     ours: float | None  # mean accuracies, of a claim with one part
     theirs: float | None
+    seconds: tuple[float, float] | None = None  # of training, of ours and theirs
+
+    @property
+    def longer(self) -> float | None:
+        """By which share ours were trained longer than theirs."""
+        if self.seconds is None:
+            return None
+        ours, theirs = self.seconds
+        return (ours - theirs) / theirs
 
     @property
     def verdict(self) -> str | None:
@@ -84,10 +101,11 @@ def analyse(name: str, evidence: Evidence, logs: Logs, draws: int = 10_000) -> A
     beside = drawn(few, few_rows, draws)
     results = {}
     for claim in evidence.claims:
-        ours = theirs = None
+        ours = theirs = seconds = None
         if len(claim.parts) == 1:
             (part,) = claim.parts
             ours, theirs = (Cell(mean(scores, reads).mean(1)).mean for reads in part[:2])
+            seconds = seconds_of(logs, part)
         on_some = all(part._replace(weight=1.0) in few for part in claim.parts)
         results[claim.says] = Result(
             claim,
@@ -95,6 +113,7 @@ def analyse(name: str, evidence: Evidence, logs: Logs, draws: int = 10_000) -> A
             combined(claim, few, beside, few_rows) if on_some else None,
             ours,
             theirs,
+            seconds,
         )
     cells = {read: Cell(each.mean(1)) for read, each in scores.items()}
     return Analysis(name, evidence, logs, results, cells)
@@ -110,6 +129,19 @@ def reads_of(evidence: Evidence) -> dict[Read, None]:
 def mean(scores: dict[Read, np.ndarray], reads: tuple[Read, ...]) -> np.ndarray:
     """[S, n] float, of several read-outs."""
     return sum(scores[read].astype(float) for read in reads) / len(reads)
+
+
+def seconds_of(logs: Logs, part: Part) -> tuple[float, float] | None:
+    """Mean processor seconds of the training of ours and of theirs, over the whole seeds of which
+    none failed; None where the weights are the same, or no seconds are there."""
+    ours, theirs = ([*dict.fromkeys(read.setting for read in reads)] for reads in part[:2])
+    if ours == theirs:
+        return None
+    both = np.stack([sum(map(logs.seconds, some)) / len(some) for some in (ours, theirs)])
+    both = both[:, np.isfinite(both).all(0)]
+    if not both.size or not both.mean(1).all():
+        return None
+    return tuple(both.mean(1).tolist())
 
 
 def subset(rows: Rows, mask: np.ndarray) -> Rows:
@@ -178,9 +210,13 @@ def ranges(numbers: list[int]) -> str:
 
 
 def verdicts_of(result: Result) -> str:
-    """ "supported, equivalent; by t: open" """
+    """ "supported, equivalent; by t open; ours took 21 % longer" """
     words = [] if result.verdict is None else [result.verdict]
     if result.verdict is not None and result.is_equivalent:
         words.append("equivalent")
-    said = ", ".join(words)
-    return said if result.by_t == result.verdict else f"{said}; by t {result.by_t}"
+    said = [", ".join(words)]
+    if result.by_t != result.verdict:
+        said.append(f"by t {result.by_t}")
+    if result.longer is not None and result.longer > EQUAL_SECONDS:
+        said.append(f"ours took {100 * result.longer:.0f} % longer")
+    return "; ".join(filter(None, said))

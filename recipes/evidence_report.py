@@ -94,6 +94,8 @@ def as_json(analyses: dict[str, Analysis]) -> str:
                     beside=result.beside and numbers(result.beside),
                     ours=result.ours,
                     theirs=result.theirs,
+                    seconds=result.seconds,
+                    longer=result.longer,
                     verdict=result.verdict,
                     verdict_by_t=result.by_t,
                     equivalent=result.is_equivalent,

@@ -47,7 +47,7 @@ def is_counted(name: str, analysis: Analysis) -> bool:
 
 def claims_table(analysis: Analysis) -> str:
     has_beside = any(result.beside for result in analysis.results.values())
-    head = ["", "gain", "accuracy", "95 %", "t, 95 %", "verdict"]
+    head = ["", "gain", "accuracy", "95 %", "t, 95 %", "seconds, both", "verdict"]
     head[5:5] = ["gain on other rows"] if has_beside else []
     return table(head, [claim_line(each, has_beside) for each in analysis.results.values()])
 
@@ -57,7 +57,8 @@ def claim_line(result: Result, has_beside: bool) -> list[str]:
     says = f"*{claim.about}*, {claim.says}"
     both = "" if result.ours is None else f"{share(result.ours)}, {share(result.theirs)}"
     spans = span(gain.low, gain.high), span(gain.t_low, gain.t_high)
-    line = [says, points(gain.mean), both, *spans, verdicts_of(result)]
+    seconds = ", ".join(f"{each:.0f}" for each in result.seconds or ())
+    line = [says, points(gain.mean), both, *spans, seconds, verdicts_of(result)]
     if has_beside:
         some = result.beside
         said = some and f"{points(some.mean)} ({span(some.low, some.high)})"
@@ -82,7 +83,8 @@ def about_of(analysis: Analysis) -> str:
     about = (
         "Gains in points of accuracy. 95 %: bootstrap over seeds and groups of rows; t: over seeds."
     )
-    about += " Accuracy: of both. Without a verdict: beside the claims and for the curves."
+    about += " Accuracy: of both. Seconds: mean processor seconds of training, of both, where these are two nets."
+    about += " Without a verdict: beside the claims and for the curves."
     beside = analysis.evidence.beside
     return f"{about} Other rows: {beside}." if beside else about
 

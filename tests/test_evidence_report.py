@@ -12,7 +12,15 @@ import pytest
 from softar.evals.seeds import Gain, bootstrap_gains
 from softar.recipes import evidence, evidence_latin, evidence_mnns, evidence_reach, evidence_report
 from softar.recipes.evidence_claims import EVIDENCE, Claim, Evidence, Grid, Part
-from softar.recipes.evidence_gains import Analysis, Result, analyse, ranges, reads_of, verdicts_of
+from softar.recipes.evidence_gains import (
+    Analysis,
+    Result,
+    analyse,
+    ranges,
+    reads_of,
+    seconds_of,
+    verdicts_of,
+)
 from softar.recipes.evidence_logs import Read, read_logs, read_rows_of, rows_from
 from softar.recipes.evidence_page import page_of
 from softar.recipes.evidence_readme import LEAST, line_of, losses, update_readme
@@ -127,6 +135,33 @@ def test_a_unit_that_failed_is_wrong_in_every_row(tmp_path):
     primary, _ = found.results.values()
     assert primary.gain.mean == -0.5 and found.cells[A].by_seed.tolist() == [1.0, 0.0]
     assert "Failed, and so wrong in every row: a-seed1." in " ".join(region_of(found).split())
+
+
+@pytest.mark.parametrize(
+    "ours, says",
+    [(121.0, "open; ours took 21 % longer"), (105.0, "open"), (80.0, "open"), (None, "open")],
+)
+def test_seconds_of_both_are_said_and_more_of_ours_beside_the_verdict(ours, says, tmp_path):
+    good = {(arm, 0): ([1, 1, 0, 0], [1, 0]) for arm in "ab"}
+    small(tmp_path, good, processor_seconds=100.0)
+    first = dict(failed="the loss is nan") if ours is None else {}
+    write_log(tmp_path, "a", 0, [], processor_seconds=ours, **first)
+    if ours is not None:
+        small(tmp_path, {("a", 0): good["a", 0]}, processor_seconds=ours)
+    found = analyse("X", SMALL, read_logs(tmp_path, ["a", "b"], range(1), ROWS), DRAWS)
+    primary, trend = found.results.values()
+    assert primary.seconds == (None if ours is None else (ours, 100.0)) and trend.seconds is None
+    line = claims_table(found).splitlines()[2]
+    seconds = "" if ours is None else f"{ours:.0f}, 100"
+    assert [cell.strip() for cell in line.split("|")][-3:-1] == [seconds, says]
+    (claim, _) = json.loads(evidence_report.as_json({"X": found}))["X"]["claims"]
+    assert claim["seconds"] == (None if ours is None else [ours, 100.0])
+    assert claim["longer"] == (None if ours is None else pytest.approx(ours / 100 - 1))
+    assert verdicts_of(primary._replace(claim=primary.claim._replace(has_verdict=False))) == (
+        "ours took 21 % longer" if ours == 121.0 else ""
+    )
+    same_net = Part((A,), (A._replace(readout="far"),))
+    assert seconds_of(found.logs, same_net) is None
 
 
 def test_a_seed_that_is_not_whole_is_left_out_and_named(tmp_path):
