@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import softar
 from softar import Kind, SoftConfig
 from softar.sft.forward import soft_forward
-from softar.sft.latent import Curriculum
+from softar.sft.latent import Curriculum, steps_of
 from softar.tags import moves_of_ids
 
 OFF = -100
@@ -292,12 +292,34 @@ def test_training_reads_what_decoding_reads(tmp_path):
 
 @pytest.mark.parametrize(
     "mode",
-    [dict(soft_mode="sequential", soft_passes=None), dict(soft_mode="parallel", soft_passes=2)],
+    [
+        dict(soft_mode="sequential"),
+        dict(soft_mode="parallel"),
+        dict(soft_mode="parallel", soft_passes=2),
+    ],
 )
 def test_both_modes_train_alike_where_passes_are_latents(tmp_path, mode):
     trainer = trained(tmp_path / "a", rows_of(), max_steps=3, **KNOBS | mode)
+    assert trainer.args.soft_passes == (2 if mode["soft_mode"] == "parallel" else None)
     other = trained(tmp_path / "b", rows_of(), max_steps=3, **KNOBS | dict(soft_mode="sequential"))
     same(trainer, other)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 12])
+@pytest.mark.parametrize("epochs", [1, 2.5])
+def test_steps_are_counted_as_the_trainer_counts_them(tmp_path, rows, epochs):
+    settings = dict(max_steps=-1, num_train_epochs=epochs, gradient_accumulation_steps=2)
+    trainer = trainer_of(
+        tmp_path, rows_of(rows), per_device_train_batch_size=2, **settings, think_end="</think>"
+    )
+    counts = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    assert steps_of(rows, trainer.args) == counts[-1]
+
+
+@pytest.mark.parametrize("latents, passes", [(1, 3), (2, 6)])
+def test_parallel_passes_are_all_the_latents(tmp_path, latents, passes):
+    settings = KNOBS | dict(latent_stages=3, latents_per_step=latents, soft_mode="parallel")
+    assert config_of(tmp_path, **settings).soft_passes == passes
 
 
 @pytest.mark.parametrize(
@@ -337,6 +359,17 @@ def test_rows_and_models_that_cannot_be(tmp_path):
     text = Dataset.from_list([{"text": "w11 w12 </think> w13"}])
     refused("row 0 of the data: a row begins with its thought.*give a prompt", text)
     learned = wide("gpt2").float()
+    unclosed = Dataset.from_list([*rows_of(3), {"prompt": "<bos>", "completion": " w21 w22"}])
+    refused("row 3 of the data has no answer behind its thought.*give think_end", unclosed)
+    refused("row 0 of the data has no answer behind its thought", think_end=None)
+    refused("latent_step_end='w9' stands in no thought", latent_step_end="w9")
+    behind = Dataset.from_list([{"prompt": "<bos>", "completion": " w21 w22 </think> w9 w9"}])
+    refused("latent_step_end='w9' stands in no thought", behind, latent_step_end="w9")
+    epochs = dict(max_steps=-1, num_train_epochs=1)
+    refused("after stages of 1000 steps the last is not reached", latent_stage_steps=1000, **epochs)
+    traces = [" w21 </think> w22", " </think> w22"]
+    row = {"prompt": "<bos>", "completion": traces[0], "traces": traces}
+    refused("row 0 of the data: a row has no thought", Dataset.from_list([row]), targets="traces")
     refused("row 0 of the data has .* the model's end at 64", latents_per_step=40, model=learned)
     refused(
         "needs a think_end of one token",

@@ -1,10 +1,9 @@
-"""The options of soft SFT, on top of TRL's: each with its help, checked before anything is
-loaded."""
+"""The options of soft SFT, on top of TRL's: each with its help, checked before work starts."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from trl import SFTConfig
 
@@ -140,6 +139,7 @@ class SoftSFTConfig(PlainSFTConfig):
     """TRL's SFTConfig plus what makes it soft. Without an accelerator it trains on the CPU in
     float32 by itself."""
 
+    idle: ClassVar = IDLE  # which options do nothing beside which others
     # JSON on the command line
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "soft_mixer_args"]
 
@@ -154,7 +154,7 @@ class SoftSFTConfig(PlainSFTConfig):
     soft_passes: int | None = opt(
         None,
         "Parallel: refreshes of the soft inputs; the first n of a thought are exact after n, and more "
-        "than it is long are not made. Default: 2.",
+        "than it is long are not made. Default: 2; with latent_stages as many as there are latents.",
     )
     soft_grad_passes: int | None = opt(
         None, "Parallel: how many of the last forwards carry gradient. Default: all."
@@ -225,7 +225,7 @@ class SoftSFTConfig(PlainSFTConfig):
     latent_stages: int | None = opt(
         None,
         "Coconut's curriculum: stages after the first, which is the text as it is. Stage s replaces the first s steps "
-        "of a thought by hidden states, the last one the whole thought; the optimiser starts anew at each.",
+        "by hidden states, the last the whole thought (in the paper one stage more); each begins with a new optimiser.",
     )
     latents_per_step: int | None = opt(
         None, "Coconut: hidden states in the place of a step of the thought. Default: 1."
@@ -275,7 +275,8 @@ class SoftSFTConfig(PlainSFTConfig):
                 f"soft_mixer={self.soft_mixer!r} must be a name: give yours as 'module:function'"
             )
         check_types(self, besides=SFTConfig)
-        left_out = fill(self, LEFT_OUT)
+        exact = (self.latent_stages or 0) * (self.latents_per_step or 1)  # passes
+        left_out = fill(self, LEFT_OUT | ({"soft_passes": exact} if exact else {}))
         if isinstance(self.soft_mixer_args, str):
             raise ValueError(f"soft_mixer_args={self.soft_mixer_args!r} is no JSON object")
         check_choice("soft_mode", self.soft_mode, MODES)
@@ -315,23 +316,22 @@ class SoftSFTConfig(PlainSFTConfig):
                 "of tokens: leave it out"
             )
         self.alpha()
-        check_idle(self, IDLE, left_out)
+        check_idle(self, self.idle, left_out)
         for name in learnt_of(self):
             check_learnable(self, name)
 
     def _check_stages(self) -> None:
         if not 0 <= self.latent_uniform_prob <= 1:
             raise ValueError(f"latent_uniform_prob={self.latent_uniform_prob} must lie in [0, 1]")
-        if self.latent_stages is not None and self.targets == "oracle":
+        if self.latent_stages is None:
+            return
+        if self.targets == "oracle":
             raise ValueError(
-                "targets='oracle' reads the traces' mixtures, and latent_stages hidden states: choose "
-                "other targets"
+                "targets='oracle' reads the traces' mixtures, and latent_stages hidden states: choose other targets"
             )
-        if self.latent_stages is not None and self.completion_logits:
-            raise ValueError(
-                "completion_logits=True is not there with latent_stages: set it to False"
-            )
-        if self.latent_stages is not None and self.max_steps > 0:
+        if self.completion_logits:
+            raise ValueError("completion_logits=True is not for latent_stages: set it to False")
+        if self.max_steps > 0:
             self.stage_steps(self.max_steps)
 
     def alpha(self) -> Callable[[float], float]:

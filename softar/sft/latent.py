@@ -4,6 +4,7 @@ positions that read the last hidden state before them, and the loss is of what i
 Shapes: B batch, T positions.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -94,13 +95,49 @@ def mk_curriculum(model, tokenizer, rows: dict, args, span: dict) -> Curriculum 
     counts = args.latent_stages, args.latents_per_step
     curriculum = Curriculum(*counts, span, step_end, tokenizer.pad_token_id)
     check_curriculum(rows, curriculum, room_of(model))
+    check_step_end(rows["train"], curriculum, args.latent_step_end)
+    if args.max_steps <= 0 and isinstance(rows["train"], Dataset):
+        args.stage_steps(steps_of(len(rows["train"]), args))
     return curriculum
+
+
+def steps_of(rows: int, args) -> int:
+    """Optimiser steps of a training of num_train_epochs, as transformers counts them."""
+    size = args.train_batch_size * args.world_size
+    batches = rows // size if args.dataloader_drop_last else math.ceil(rows / size)
+    steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(steps * args.num_train_epochs)
+
+
+def texts_of(row: dict) -> list[tuple[list[int], list[int]]]:
+    """What of a row is trained on -> ids and labels of each, a prompt's -100: of its traces, where it
+    has some."""
+    ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
+    n = next((i for i, label in enumerate(labels) if label != -100), len(labels))
+    traces = row.get("trace_ids")
+    return [(t, [-100] * n + t[n:]) for t in traces] if traces else [(ids, labels)]
+
+
+def check_step_end(dataset, curriculum: Curriculum, text: str | None) -> None:
+    """Raise ValueError for an end of steps that stands in no thought of the Dataset: each would be
+    one step."""
+    if not curriculum.step_end or not isinstance(dataset, Dataset):
+        return
+    for _, labels in (each for row in dataset for each in texts_of(row)):
+        inside = thought_mask(torch.tensor([labels]), **curriculum.span)[0].tolist()
+        thought = [label for label, is_thought in zip(labels, inside, strict=True) if is_thought]
+        if matches(curriculum.step_end, thought):
+            return
+    raise ValueError(
+        f"latent_step_end={text!r} stands in no thought of the training data: name a text that does, or "
+        "leave it out, and every token is a step"
+    )
 
 
 def check_curriculum(rows, curriculum: Curriculum, room: int | None) -> None:
     """Raise ValueError for a closing tag of several tokens, and for rows of a Dataset without a
-    thought, with nothing before it, or too long at some stage; of a dict each. Streams are seen only
-    once."""
+    thought, with nothing before it or behind it, or too long at some stage; of a dict each. Streams
+    are seen only once."""
     end = curriculum.span["end"]
     if end and single(end) is None:
         raise ValueError(
@@ -111,20 +148,31 @@ def check_curriculum(rows, curriculum: Curriculum, room: int | None) -> None:
         if isinstance(dataset, dict):
             check_curriculum(dataset, curriculum, room)
         for number, row in enumerate(dataset if isinstance(dataset, Dataset) else ()):
-            ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
-            inside = thought_mask(torch.tensor([labels]), **curriculum.span)[0].tolist()
-            try:
-                each = [
-                    curriculum.row(ids, labels, inside, s) for s in range(curriculum.stages + 1)
-                ]
-            except ValueError as error:
-                raise ValueError(f"row {number} of the data: {error}") from None
-            longest = max(len(ids) for ids, *_ in each)
-            if room is not None and longest > room:
-                raise ValueError(
-                    f"row {number} of the data has {longest} positions with its latents, and the model's end "
-                    f"at {room}: lower latents_per_step, or drop such rows"
-                )
+            for ids, labels in texts_of(row):
+                try:
+                    check_row(ids, labels, curriculum, room)
+                except ValueError as error:
+                    raise ValueError(f"row {number} of the data{error}") from None
+
+
+def check_row(ids: list[int], labels: list[int], curriculum: Curriculum, room: int | None) -> None:
+    """Raise ValueError, what goes on after the row's name, for a row that some stage cannot use."""
+    inside = thought_mask(torch.tensor([labels]), **curriculum.span)[0].tolist()
+    try:
+        each = [curriculum.row(ids, labels, inside, s) for s in range(curriculum.stages + 1)]
+    except ValueError as error:
+        raise ValueError(f": {error}") from None
+    if all(label == -100 for label in each[-1][1]):
+        raise ValueError(
+            " has no answer behind its thought, so its last stage would train on nothing: give think_end "
+            "or think_steps, or drop it"
+        )
+    longest = max(len(ids) for ids, *_ in each)
+    if room is not None and longest > room:
+        raise ValueError(
+            f" has {longest} positions with its latents, and the model's end at {room}: lower "
+            "latents_per_step, or drop such rows"
+        )
 
 
 class LatentStages:
