@@ -136,6 +136,11 @@ UNFIT: tuple[tuple[str, Callable[[DenoiseConfig], bool], str], ...] = (
     ),
     ("schedule", lambda c: c.scheduler.revises, REVISES),
     ("soften", lambda c: mk_softener(c.soften, **c.soften_args).revises, REVISES),
+    (
+        "soften_args",
+        lambda c: c.soften == "soft-mask" and c.soften_args.get("algorithm") == "temperature",
+        "its mixtures hold the whole vocabulary for each slot and forward; give algorithm='top-k'",
+    ),
     ("remask", lambda c: c.remask is not None, REVISES),
     ("ends_last", lambda c: c.ends_last, "whether a slot waits depends on the token drawn for it"),
     (

@@ -86,7 +86,6 @@ RULES = {
     "refine": dict(
         select="margin", schedule="refine", threshold=0.2, steps=None, soften="soft-mask"
     ),
-    "whole": dict(soften="soft-mask", soften_args=dict(algorithm="temperature")),
 }
 
 
@@ -265,6 +264,10 @@ REFUSED = {
     "alg_temp": (dict(alg_temp=0.5), "alg_temp=0.5 cannot be replayed: the slots are drawn too"),
     "cfg_scale": (dict(cfg_scale=1.0), "cfg_scale=1.0 cannot"),
     "cache": (dict(cache="dual", block_length=4), "cache='dual' cannot be replayed: its keys"),
+    "whole": (
+        dict(soften="soft-mask", soften_args=dict(algorithm="temperature")),
+        "soften_args={'algorithm': 'temperature'} cannot be replayed: its mixtures hold the whole vocabulary",
+    ),
     "remask": (dict(remask="cap"), "remask='cap' cannot be replayed: it takes decoded tokens back"),
     "schedule": (dict(schedule="p2"), "schedule='p2' cannot be replayed: it takes"),
     "soften": (dict(soften="evolving"), "soften='evolving' cannot be replayed: it takes"),
