@@ -10,9 +10,10 @@ from softar.diffusion.replay import METHODS
 from softar.training import opt
 
 from .config import RolloutConfig
-from .neutral import BY_GROUP, NO_GROUP, SHOWN
+from .neutral import NEUTRAL, SHOWN, group_options
 from .pieces import RATIOS
 
+OWN_LOOP = "the rollout is softar's own loop"
 DIFFUSION_IDLE = (
     SHOWN,
     Idle(
@@ -30,12 +31,14 @@ DIFFUSION_IDLE = (
     Idle(
         "vllm_gpu_memory_utilization vllm_max_model_length vllm_model_impl",
         lambda c: True,
-        "where the rollout is softar's own loop",
+        f"where {OWN_LOOP}",
         "leave them out",
     ),
 )
-REASONS = {
+REASONS = {name: OWN_LOOP for name, *_ in NEUTRAL if name.startswith("vllm_")} | {
     "use_vllm": "it fills no masks",
+    "use_transformers_continuous_batching": "it fills no masks",
+    "transformers_continuous_batching_config": "it fills no masks",
     "importance_sampling_level": "ratio says whether tokens or trajectories are weighted",
     "off_policy_mask_threshold": "clip the ratio by epsilon and delta",
     "top_entropy_quantile": "every committed token is an action",
@@ -51,6 +54,7 @@ DECODING = (
     "schedule",
     "schedule_args",
     "threshold",
+    "factor",
     "entropy_bound",
     "select",
     "soften",
@@ -77,15 +81,22 @@ class DiffusionGRPOConfig(RolloutConfig):
     _choices = (("replay", METHODS), ("ratio", RATIOS))
 
     max_completion_length: int | None = opt(
-        None, "Most slots of a row, which 'dr_grpo' divides by. Default: gen_length."
+        None,
+        "TRL's name of gen_length: give one of the two. With gen_length=0 the most masks of a template, which "
+        "'dr_grpo' divides by.",
     )
-    gen_length: int = opt(128, "Masks behind each prompt; 0 fills those of templates.")
+    gen_length: int | None = opt(
+        None,
+        "Masks behind each prompt, the length of answers; 0 fills those of templates. Default: "
+        f"max_completion_length, else {DenoiseConfig.gen_length}.",
+    )
     block_length: int | None = opt(None, "Blocks are decoded from left to right; None is one.")
     sub_block_length: int | None = opt(None, "Of block-causal models: what is decoded together.")
     steps: int | None = opt(None, "Forwards in all; None is one for each mask.")
     schedule: str | None = opt(None, "How many slots commit in a forward. Default: 'uniform'.")
     schedule_args: dict[str, Any] | None = opt(None, "Knobs of the schedule.")
     threshold: float | None = opt(None, "Of schedule 'threshold', in (0, 1].")
+    factor: float | None = opt(None, "Of schedule 'factor', > 0.")
     entropy_bound: float | None = opt(None, "Of schedule 'entropy-bound', nats.")
     select: str = opt(
         "max-prob", "Which slots commit: by the belief alone, never by the tokens drawn."
@@ -104,7 +115,9 @@ class DiffusionGRPOConfig(RolloutConfig):
     )
     replay_chunk: int = opt(16, "Canvases of a replay that are in memory at a time.")
     hide_prompt: float = opt(
-        0.0, "Share of the prompt's tokens that 'one-step' masks; d1 has 0.15."
+        0.0,
+        "Share of the prompt's tokens that 'one-step' masks, drawn once for each rollout: all passes over it see the "
+        "same. d1 has 0.15, and draws anew in each.",
     )
     ratio: str = opt(
         "token",
@@ -123,17 +136,35 @@ class DiffusionGRPOConfig(RolloutConfig):
             raise ValueError(
                 "fp16=True: the gradients of pieces are taken before the loss is scaled, give bf16=True or neither"
             )
+        if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get(
+            "use_reentrant"
+        ):
+            raise ValueError(
+                f"gradient_checkpointing_kwargs={self.gradient_checkpointing_kwargs}: the gradients of pieces are "
+                f"taken by torch.autograd.grad, which reentrant checkpoints refuse, leave use_reentrant at False"
+            )
         if self.mask_truncated_completions:
             raise ValueError(
                 "mask_truncated_completions=True: every answer has as many slots, leave it out"
             )
-        self.max_completion_length = self.max_completion_length or self.gen_length or None
+        self._agree_on_length()
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError(
                 "loss_type='dr_grpo' divides by max_completion_length=: with gen_length=0 give the most masks that "
                 "a template has"
             )
         self.decoding()
+
+    def _agree_on_length(self) -> None:
+        most = self.max_completion_length
+        if self.gen_length is None:
+            self.gen_length = DenoiseConfig.gen_length if most is None else most
+        if self.gen_length and most not in (None, self.gen_length):
+            raise ValueError(
+                f"max_completion_length={most}, but gen_length={self.gen_length}, which is the length of answers: give "
+                f"one of the two"
+            )
+        self.max_completion_length = most or self.gen_length or None
 
     def decoding(self) -> DenoiseConfig:
         """How rollouts are decoded; what denoise_config.json records."""
@@ -147,9 +178,6 @@ class DiffusionRLOOConfig(DiffusionGRPOConfig):
     """DiffusionGRPOConfig for leave-one-out advantages, with the loss_type whose expected gradient is
     the policy gradient times a constant."""
 
-    _idle = (
-        *DIFFUSION_IDLE,
-        Idle(BY_GROUP, lambda c: True, "with leave-one-out advantages", NO_GROUP),
-    )
+    _idle = (*DIFFUSION_IDLE, group_options("with leave-one-out advantages", "DiffusionGRPOConfig"))
 
     loss_type: str = opt("dr_grpo", "Normalisation of the loss; 'dr_grpo' is RLOO's own.")

@@ -97,7 +97,11 @@ class DiffusionGRPOTrainer(RolloutGRPO):
                 f"{type(self).__name__} takes gradients piece by piece, which FSDP and DeepSpeed do not: leave them out"
             )
         guards.check_prompt_room(
-            plain(self.model), self.processing_class, self.train_dataset, self.args.gen_length
+            plain(self.model),
+            self.processing_class,
+            self.train_dataset,
+            "gen_length",
+            self.args.gen_length,
         )
 
     def _check_same_policy(self, folder):

@@ -60,6 +60,7 @@ class SoftGRPOTrainer(RolloutGRPO):
             plain(self.model),
             self.processing_class,
             self.train_dataset,
+            "max_completion_length",
             self.args.max_completion_length,
         )
 

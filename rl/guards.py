@@ -40,9 +40,9 @@ def check_prompts(trainer: str, dataset, name: str) -> None:
     check_cells(dataset, ["prompt"], name)
 
 
-def check_prompt_room(model: nn.Module, tokenizer, dataset, most: int) -> None:
-    """Raise ValueError for a prompt that leaves no room for `most` steps in the model's table of
-    positions, where it has one."""
+def check_prompt_room(model: nn.Module, tokenizer, dataset, option: str, most: int) -> None:
+    """Raise ValueError for a prompt that leaves no room for `most` steps, an option of this name, in
+    the model's table of positions, where it has one."""
     room = room_of(model)
     if room is None or not isinstance(dataset, Dataset):
         return
@@ -56,7 +56,7 @@ def check_prompt_room(model: nn.Module, tokenizer, dataset, most: int) -> None:
             ids = ids["input_ids"]
         if len(ids) + most > room:
             raise ValueError(
-                f"prompt {number} has {len(ids)} tokens, and with max_completion_length={most} that is "
+                f"prompt {number} has {len(ids)} tokens, and with {option}={most} that is "
                 f"more than the {room} positions in the model's table: shorten one of them"
             )
 

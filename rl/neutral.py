@@ -8,7 +8,7 @@ SUPPORT = (
 )
 MIXTURES = "its engine reads back tokens only, no mixtures"
 OTHER_LOSS = "it belongs to a loss_type that is not there"
-ONE_TURN = "a rollout is a single soft turn"
+ONE_TURN = "a rollout is a single turn"
 CONSTANT = "give a constant entropy_coef"
 START = "the reference is the model that training started from"
 WEIGHTS = (
@@ -103,12 +103,18 @@ IDLE = (
     ),
     SHOWN,
 )
-BY_GROUP = "scale_rewards multi_objective_aggregation"  # of GRPO's advantages alone
-NO_GROUP = "rewards are weighted and summed as they are; use SoftGRPOConfig"
-RLOO_IDLE = (*IDLE, Idle(BY_GROUP, lambda c: True, "with leave-one-out advantages", NO_GROUP))
+
+
+def group_options(where: str, instead: str) -> Idle:
+    """The options of GRPO's advantages alone. instead: the configuration that has them."""
+    remedy = f"rewards are weighted and summed as they are; use {instead}"
+    return Idle("scale_rewards multi_objective_aggregation", lambda c: True, where, remedy)
+
+
+RLOO_IDLE = (*IDLE, group_options("with leave-one-out advantages", "SoftGRPOConfig"))
 PPO_IDLE = (
     *IDLE,
-    Idle(BY_GROUP, lambda c: True, "with a value function", NO_GROUP),
+    group_options("with a value function", "SoftGRPOConfig"),
     Idle(
         "value_learning_rate cliprange_value",
         lambda c: c.vf_coef == 0,

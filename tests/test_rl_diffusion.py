@@ -2,7 +2,9 @@
 of its graph, pieces, accumulation, resuming, and what is refused."""
 
 import copy
+import dataclasses
 import math
+import re
 import shlex
 
 import pytest
@@ -16,6 +18,7 @@ from tiny import model_of as causal
 from tiny import tokenizer_of, with_lora
 from transformers import BertConfig, BertForMaskedLM
 
+from softar.diffusion.config import SHORTHANDS
 from softar.diffusion.decoders import denoise_config
 from softar.diffusion.record import Trajectory
 from softar.diffusion.replay import log_probs
@@ -27,6 +30,7 @@ from softar.rl import (
     DiffusionRLOOTrainer,
 )
 from softar.rl.losses import aggregate, surrogate
+from softar.rl.neutral import NEUTRAL
 from softar.rl.pieces import summed
 from softar.specs import parse_options
 
@@ -92,7 +96,7 @@ def steps_of(batch):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("llada", dict(soften="hard")),
+        ("llada", dict(soften="hard", factor=0.5, steps=None)),
         ("llada", SOFT),
         ("dream", dict(soften="soft-token", temperature=0.7)),
         ("sdar", SOFT | dict(replay="grouped", gen_length=8, steps=9)),
@@ -259,6 +263,59 @@ def test_bfloat16_rolls_out_what_it_scores(tmp_path):
     assert 0 < off < 0.1
 
 
+@pytest.mark.parametrize("make", [DiffusionGRPOConfig, DiffusionRLOOConfig])
+def test_the_length_of_answers_has_two_names(make, tmp_path):
+    """TRL's drives ours and ours TRL's; of a template it is what dr_grpo divides by."""
+    for options, expected in (
+        ({}, (128, 128)),
+        (dict(max_completion_length=64), (64, 64)),
+        (dict(gen_length=32), (32, 32)),
+        (dict(gen_length=32, max_completion_length=32), (32, 32)),
+        (dict(gen_length=0, max_completion_length=7), (0, 7)),
+    ):
+        config = make(str(tmp_path), **options)
+        assert (config.gen_length, config.max_completion_length) == expected
+        assert config.decoding().gen_length == expected[0]
+    with pytest.raises(ValueError, match="gen_length=32, which is the length of answers"):
+        make(str(tmp_path), gen_length=32, max_completion_length=64)
+
+
+@pytest.mark.parametrize("option", SHORTHANDS)
+def test_what_a_schedule_needs_can_be_given(option, tmp_path):
+    select = "entropy" if option == "entropy_bound" else "max-prob"
+    needs = {option: SHORTHANDS[option], "select": select}
+    how = DiffusionGRPOConfig(str(tmp_path), schedule=option.replace("_", "-"), **needs).decoding()
+    assert getattr(how, option) == SHORTHANDS[option]
+
+
+@pytest.mark.parametrize("make", [DiffusionGRPOConfig, DiffusionRLOOConfig])
+def test_refusals_name_options_that_are_there(make, tmp_path):
+    names = {field.name for field in dataclasses.fields(make)}
+    for name, _, why in NEUTRAL:
+        named = re.findall(r"(\w+)=", make._reasons.get(name, why))
+        assert {*named} <= names and "soft_ratio" not in make._reasons.get(name, why), name
+    rules = [rule for rule in make._idle if "scale_rewards" in rule.options]
+    assert all("use DiffusionGRPOConfig" in rule.remedy for rule in rules)
+    assert len(rules) == (make is DiffusionRLOOConfig)
+
+
+def test_checkpoints_of_activations_change_nothing(tmp_path):
+    grads = []
+    for options in ({}, dict(gradient_checkpointing=True)):
+        made = trainer(tmp_path, max_steps=1, **options, **SOFT)
+        made.train()
+        grads += logged(made, "grad_norm")
+    assert grads[0] == pytest.approx(grads[1], rel=1e-4)
+
+
+def test_a_prompt_that_leaves_no_room_is_said(tmp_path):
+    sizes = dict(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    bert = BertForMaskedLM(BertConfig(**sizes, intermediate_size=24, max_position_embeddings=7))
+    bert.config.mask_token_id = MASK
+    with pytest.raises(ValueError, match="has 2 tokens, and with gen_length=6 that is more"):
+        trainer(tmp_path, model=bert)
+
+
 def test_an_evaluation_and_the_command_of_the_card(tmp_path):
     made = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1, **SOFT)
     made.eval_dataset = made.train_dataset.select(range(4))
@@ -306,6 +363,14 @@ def test_templates_and_what_rewards_see(tmp_path):
         (dict(temperature=0.0), "temperature=0.0 must be > 0"),
         (dict(top_k=5), "top_k=5 is not supported"),
         (dict(use_vllm=True), "it fills no masks"),
+        (
+            dict(
+                gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True)
+            ),
+            "reentrant checkpoints refuse, leave use_reentrant at False",
+        ),
+        (SOFT | dict(soften_args=dict(algorithm="temperature")), "hold the whole vocabulary"),
+        (dict(vllm_tensor_parallel_size=2), "the rollout is softar's own loop"),
         (dict(gen_length=0, loss_type="dr_grpo"), "the most masks that a template has"),
         (dict(reward=lambda completions, **columns: [1.0]), "returned 1 rewards for 4"),
         (
