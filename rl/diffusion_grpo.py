@@ -151,8 +151,13 @@ class DiffusionGRPOTrainer(RolloutGRPO):
     def _payload(self, rollout, batch):
         steps = rollout.out.trajectory
         tensors = {PREFIX + name: part for name, part in steps._asdict().items()}
-        hidden = {} if rollout.hidden is None else {"hidden": rollout.hidden}
-        return tensors | hidden | {"loss_mask": (steps.committed_at >= 0).float()}
+        if rollout.hidden is not None:
+            tensors["hidden"] = rollout.hidden
+        if self.args.temperature == 1:  # else it is of a belief that nothing was drawn from
+            then = rollout.out.confidence
+            more = steps.after.shape[1] - then.shape[1]  # which a block has behind the answer
+            tensors["rollout_prob"] = nn.functional.pad(then, (0, more), value=torch.nan)
+        return tensors | {"loss_mask": (steps.committed_at >= 0).float()}
 
     def _rollout_metrics(self, rollout):
         out = rollout.out
@@ -261,13 +266,19 @@ class DiffusionGRPOTrainer(RolloutGRPO):
             return summed(each, learnt)
 
         loss = inside_forward(model, unwrapped, forward, steps.after)
-        self._note_update(losses, old, mask, clip)
+        self._note_update(losses, inputs.get("rollout_prob"), mask, clip)
         return loss
 
-    def _note_update(self, losses: Losses, old: Tensor | None, mask: Tensor, clip: Clip) -> None:
+    def _note_update(self, losses: Losses, then: Tensor | None, mask: Tensor, clip: Clip) -> None:
+        """then: [B, L] probabilities that the rollout itself gave what it committed, NaN where they are
+        not known."""
         new, advantages = losses.new, losses.advantages
-        old = new if old is None else old
+        old = new if losses.old is None else losses.old
         self._note({"entropy": self._mean(losses.entropy, mask)})
+        if then is not None:
+            off = (old - then.clamp_min(torch.finfo(then.dtype).tiny).log()).expm1().abs()
+            known = mask * then.isfinite()
+            self._note({"ratio/replay_deviation": self._mean(off.nan_to_num(), known)})
         if self.args.beta:
             self._note({"kl": self._mean(losses.kl, mask)})
         if clip.ratio == "trajectory":

@@ -18,6 +18,7 @@ from tiny import model_of as causal
 from tiny import tokenizer_of, with_lora
 from transformers import BertConfig, BertForMaskedLM
 
+from softar.diffusion import denoise
 from softar.diffusion.config import SHORTHANDS
 from softar.diffusion.decoders import denoise_config
 from softar.diffusion.record import Trajectory
@@ -120,6 +121,8 @@ def test_the_policy_is_scored_as_it_was_rolled_out(kind, options, tmp_path):
     if made.args.temperature == 1:
         then = out.confidence.nan_to_num(1.0)
         torch.testing.assert_close(logp.exp(), then, atol=0, rtol=1e-5)
+    off = logged(made, "ratio/replay_deviation")
+    assert len(off) == 2 * (made.args.temperature == 1) and max(off, default=0) < 1e-5
     assert logged(made, "diffusion/nfe") == [out.row_forwards.float().mean()]
 
 
@@ -253,14 +256,36 @@ def test_a_resumed_training_is_the_same(adapted, tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
 
-def test_bfloat16_rolls_out_what_it_scores(tmp_path):
-    """Both under autocast."""
+def test_bfloat16_rolls_out_what_it_scores(tmp_path, monkeypatch):
+    """Both under autocast; where one is not, the log says so."""
     made, seen = trainer(tmp_path, bf16=True, max_steps=1, learning_rate=0.0, **SOFT), []
     made._rollout_metrics = lambda rollout: seen.append(rollout.out) or {}
     made.train()
     logp = made._log_probs(made.model, seen[0].trajectory, None)
     off = (logp - seen[0].confidence.nan_to_num(1.0).log()).abs().max()
     assert 0 < off < 0.1
+
+    def full(*args, **how):
+        with torch.autocast("cpu", enabled=False):
+            return denoise(*args, **how)
+
+    monkeypatch.setattr("softar.rl.diffusion_grpo.denoise", full)
+    other = trainer(tmp_path, bf16=True, max_steps=1, learning_rate=0.0, **SOFT)
+    other.train()
+    then, now = (logged(each, "ratio/replay_deviation")[0] for each in (made, other))
+    assert then < 1e-4 < now < 0.1 and logged(other, "ratio/max_deviation") == [0]
+
+
+@pytest.mark.parametrize("ratio", ["token", "trajectory"])
+def test_the_replay_is_held_against_the_rollout_itself(ratio, tmp_path):
+    """On a later pass, when the policy has moved, too; of an estimate it is the error."""
+    made = trainer(tmp_path, num_iterations=2, ratio=ratio, **SOFT)
+    made.train()
+    assert logged(made, "ratio/max_deviation")[1] > 1e-3
+    assert max(logged(made, "ratio/replay_deviation")) < 1e-5
+    made = trainer(tmp_path, replay="one-step", max_steps=1, ratio=ratio)
+    made.train()
+    assert logged(made, "ratio/replay_deviation")[0] > 1e-2
 
 
 @pytest.mark.parametrize("make", [DiffusionGRPOConfig, DiffusionRLOOConfig])
