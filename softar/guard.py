@@ -167,17 +167,22 @@ def check_prefix(input_ids: Tensor, config: SoftConfig, tokenizer) -> None:
         raise ValueError(
             f"prompt_prefix={text!r} is text: pass tokenizer=, or prompt_prefix=None where the ids hold it"
         )
+    if rows := lacking(input_ids, text, tokenizer):
+        raise ValueError(
+            f"prompt_prefix={text!r} stands nowhere in rows {rows} of input_ids: put it before the prompts "
+            "(softar.evaluate.read_prompts does), or decode without it, prompt_prefix=None"
+        )
+
+
+def lacking(input_ids: Tensor, text: str, tokenizer) -> list[int]:
+    """The rows [B, P] without the text."""
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False), device=input_ids.device)
     holds = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     if len(ids) <= input_ids.shape[1]:
         holds = (input_ids.unfold(1, len(ids), 1) == ids).all(-1).any(1)
-    # tokens may join across its edges: then the text shows it
-    lacking = (~holds).nonzero()[:, 0].tolist()
-    if lacking := [i for i in lacking if text not in tokenizer.decode(input_ids[i])]:
-        raise ValueError(
-            f"prompt_prefix={text!r} stands nowhere in rows {lacking} of input_ids: put it before the prompts "
-            "(softar.evaluate.read_prompts does), or decode without it, prompt_prefix=None"
-        )
+    # tokens may join across its edges: then the decoded text shows it
+    rows = (~holds).nonzero()[:, 0].tolist()
+    return [i for i in rows if text not in tokenizer.decode(input_ids[i])]
 
 
 def check_ids(

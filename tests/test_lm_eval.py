@@ -134,6 +134,38 @@ def test_hard_is_hflm_greedy_and_likelihoods_are_the_discrete_models(folder, hf,
         assert found["results"]["chosen"] == pytest.approx(theirs["results"]["chosen"])
 
 
+PREFIX = "w7 w8 "
+LONG = " ".join(f"w{20 + i}" for i in range(20))
+
+
+def queries(kind, *pairs):
+    return [Instance(kind, {}, pair, i) for i, pair in enumerate(pairs)]
+
+
+def test_a_context_that_is_cut_keeps_the_prefix(folder, hf):
+    """The prefix, and what of the context's end has room."""
+    lm = SoftarLM(
+        folder, device="cpu", batch_size=3, max_length=14, prompt_prefix=PREFIX, mixer="hard"
+    )
+    how = {"max_gen_toks": 8, "until": ["w49"]}
+    contexts = [LONG, "w5", f"{LONG} {PREFIX}w40 w41"]  # the last one has it in what is left
+    cut = [PREFIX + " ".join(LONG.split()[-4:]), f"{PREFIX}w5", f"w38 w39 {PREFIX}w40 w41"]
+    found = lm.generate_until(queries("generate_until", *((c, how) for c in contexts)))
+    assert found == hf.generate_until(queries("generate_until", *((c, how) for c in cut)))
+    with pytest.raises(BadArgument, match="takes 2 of 2 tokens"):
+        lm.generate_until(queries("generate_until", (LONG, how | {"max_gen_toks": 12})))
+
+
+def test_log_likelihoods_are_behind_the_prefix(folder, hf, caplog):
+    lm = SoftarLM(folder, device="cpu", batch_size=2, max_length=14, prompt_prefix=PREFIX)
+    contexts = ["w5", f"w6 {PREFIX}w9", "", LONG]
+    read = [f"{PREFIX}w5", contexts[1], "w7 w8", PREFIX + " ".join(LONG.split()[-11:])]
+    found = lm.loglikelihood(queries("loglikelihood", *((c, " w10 w11") for c in contexts)))
+    theirs = hf.loglikelihood(queries("loglikelihood", *((c, " w10 w11") for c in read)))
+    assert [one[0] for one in found] == pytest.approx([one[0] for one in theirs], abs=1e-4)
+    assert "prompt_prefix" not in caplog.text
+
+
 def test_stop_strings_end_each_row_and_are_cut_off(folder, hf):
     whole = hf.generate_until(asked(PROMPTS), disable_tqdm=True)
     stop = whole[0].split()[3]

@@ -6,7 +6,7 @@
 
 The command is lm-eval's own with these two models in it; importing this module is what puts `softar` there. Every
 field of SoftConfig is a model_arg. Generation is soft, and what a task sees is the answer after the thought;
-log-likelihoods are those of the discrete model.
+log-likelihoods are those of the discrete model, behind its prompt_prefix (but for rolling ones, of whole texts).
 """
 
 import copy
@@ -21,6 +21,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from .. import guard
 from ..config import SoftConfig, renamed
 from ..decode import generate
 from ..decoders.card import describe, open_model
@@ -57,15 +58,7 @@ HARNESS = (
     "think_end_token",
     "truncation",
 )
-LOADING = (
-    "attn_implementation",
-    "device",
-    "device_map",
-    "dtype",
-    "gguf_file",
-    "revision",
-    "subfolder",
-)
+LOADING = "attn_implementation device device_map dtype gguf_file revision subfolder".split()
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 NO_TASKS = ("Tasks not found", "No tasks specified")  # how lm-eval's errors about --tasks begin
 
@@ -172,9 +165,10 @@ class LoadedLM(HFLM):
 
     def note_likelihoods(self) -> None:
         """Say once that what shapes the generation leaves a log-likelihood as it is."""
-        if not self.has_chosen and self.settings:
+        names = [name for name in self.settings if name != "prompt_prefix"]
+        if not self.has_chosen and names:
             logging.getLogger("lm_eval").warning(
-                f"softar: model_args {[*self.settings]} shape what is generated; log-likelihoods, and so "
+                f"softar: model_args {names} shape what is generated; log-likelihoods, and so "
                 f"answers of multiple choice, are the same without: {LIKELIHOODS[self.kind]}"
             )
         self.has_chosen = True
@@ -258,10 +252,31 @@ class SoftarLM(LoadedLM):
     def max_gen_toks(self) -> int:
         return self.soft.max_new_tokens
 
-    def tok_batch_encode(self, strings, *args, **kwargs):
+    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, **kwargs):
         """Of contexts to go on from."""
         strings = [prefixed(string, self.soft.prompt_prefix) for string in strings]
-        return super().tok_batch_encode(strings, *args, **kwargs)
+        ids, mask = super().tok_batch_encode(strings, padding_side, left_truncate_len, **kwargs)
+        is_cut = self.soft.prompt_prefix is not None and ids.shape[1] == left_truncate_len
+        return self._headed(ids) if is_cut else ids, mask
+
+    def _encode_pair(self, context, continuation) -> tuple[list[int], list[int]]:
+        context = prefixed(context, self.soft.prompt_prefix)
+        context, continuation = super()._encode_pair(context, continuation)
+        room = self.max_length + 1 - len(continuation)
+        if self.soft.prompt_prefix is not None and len(context) > room:
+            context = self._headed(torch.tensor([context[-room:]]))[0].tolist()
+        return context, continuation
+
+    def _headed(self, ids: Tensor) -> Tensor:
+        """Contexts [B, P] that lm-eval has cut on the left, the prefix first where it was cut off."""
+        rows = guard.lacking(ids, self.soft.prompt_prefix, self.tokenizer)
+        head = torch.tensor(self.tok_encode(self.soft.prompt_prefix))
+        if rows and len(head) >= ids.shape[1]:
+            raise BadArgument(
+                f"prompt_prefix takes {len(head)} of {ids.shape[1]} tokens that a context may have: raise max_length"
+            )
+        ids[rows, : len(head)] = head
+        return ids
 
     def _model_generate(self, context, max_length, stop, attention_mask=None, **asked) -> Tensor:
         """context [B, P], padded on the left -> [B, P + T]: the context and the answer."""
@@ -271,22 +286,25 @@ class SoftarLM(LoadedLM):
             self.model,
             context,
             attention_mask,
-            config=config,
+            config=config.changed(prompt_prefix=None),  # the ids have it
             rng=self.generators(context, attention_mask),
             tokenizer=self.tokenizer,
             stopping_criteria=[criterion],
             generation_config=settings,
         )
         lengths = (out.record.kind != Kind.PAD).sum(1)
-        prefill = (
-            out.num_forwards - out.record.kind.shape[1]
-        )  # forwards before the first token, but one
+        # forwards before the first token, but one
+        prefill = out.num_forwards - out.record.kind.shape[1]
         self.count([float(prefill + n) for n in lengths.tolist()], int(lengths.sum()), out)
         return self.padded(context, [answer.tolist() for answer in out.answers])
 
-    def _loglikelihood_tokens(self, *args, **kwargs):
+    def _loglikelihood_tokens(self, requests, *args, **kwargs):
         self.note_likelihoods()
-        return super()._loglikelihood_tokens(*args, **kwargs)
+        if self.soft.prompt_prefix is not None:  # what has no context is not encoded as a pair
+            requests = [
+                (r[0], *self._encode_pair(*r[0])) if r[0] and r[0][0] == "" else r for r in requests
+            ]
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _settings(self, asked: dict, max_new_tokens: int):
         """A task's generation arguments -> SoftConfig, GenerationConfig. The user's model_args
