@@ -30,6 +30,7 @@ From a checkout `accelerate launch recipes/sft_soft.py` and `python recipes/sft_
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from trl import ScriptArguments
 
@@ -43,7 +44,8 @@ from softar.recipe import (
     supervised,
     thought_fields,
 )
-from softar.sft.config import SoftSFTConfig
+from softar.rows import CUSTOM
+from softar.sft.config import LEFT_OUT, SoftSFTConfig
 from softar.training import opt
 
 # Fields that make a row of the table what it is; everything else (data, steps, size) is common to
@@ -53,18 +55,29 @@ MOVE = dict(alpha_end=None, alpha_hold=None, alpha_span=None)  # left out: a con
 HARD = dict(
     soft_mode="parallel", soft_passes=None, soft_grad_passes=None, soft_window=None, guidance="mix"
 )
-GOLD = dict(alpha_schedule="constant", alpha_start=1.0, **MOVE, **HARD)
+# Of a row whose thoughts hold no hidden states
+TOKENS = dict(
+    latent_stages=None,
+    latents_per_step=None,
+    latent_step_end=None,
+    latent_stage_steps=None,
+    latent_uniform_prob=0.0,
+)
+GOLD = dict(alpha_schedule="constant", alpha_start=1.0, **MOVE, **HARD, **TOKENS)
 ROWS = {
     "no-cot": GOLD,
     "discrete": GOLD,
     "discrete-traces": dict(targets="traces", **GOLD),
-    "scheduled-sampling": dict(soft_mixer="hard", guidance="coin", thought_loss="alpha"),
-    "guided-soft": dict(thought_loss="alpha"),
-    "trace-soft": dict(alpha_schedule="constant", alpha_start=0.0, targets="traces", **MOVE),
+    "scheduled-sampling": dict(soft_mixer="hard", guidance="coin", thought_loss="alpha", **TOKENS),
+    "guided-soft": dict(thought_loss="alpha", **TOKENS),
+    "trace-soft": dict(
+        alpha_schedule="constant", alpha_start=0.0, targets="traces", **MOVE, **TOKENS
+    ),
     "coconut": dict(
         soft_mode="sequential",
         **{name: HARD[name] for name in HARD if name != "soft_mode"},
-        **dict(soft_mixer="soft", soft_top_k=10, thought_loss="constant"),
+        **dict(soft_mixer="soft", soft_temperature=1.0, thought_loss="constant"),
+        **dict(soft_top_k=10, soft_top_p=None, soft_min_p=None, entropy_coef=0.0),
         **dict(alpha_schedule="linear", alpha_start=1.0, **MOVE),
     ),
     "oracle-soft": dict(
@@ -74,6 +87,7 @@ ROWS = {
         alpha_start=1.0,
         **MOVE,
         **HARD,
+        **TOKENS,
     ),
 }
 GROUPS = {"demo": ["no-cot", "discrete", "trace-soft"], "all": list(ROWS)}
@@ -93,6 +107,13 @@ class RecipeConfig(SoftSFTConfig):
     output_dir: str | None = opt("runs/sft_soft", "Folder for checkpoints, results.json and plot.")
 
 
+@dataclass
+class BaseConfig(RecipeConfig):
+    """Of all rows, before each adds its own: what does nothing here may act in one of them."""
+
+    idle: ClassVar = ()
+
+
 def fields(name, training, task) -> dict:
     if name == "no-cot":
         return dict(think_steps=0)
@@ -104,6 +125,13 @@ def fields(name, training, task) -> dict:
 def check(inputs, configs):
     """What a row would only find out when its turn comes, hours into the run."""
     columns = inputs.task.train.column_names
+    if not {"coconut", CUSTOM} & {*configs}:
+        for option, left_out in TOKENS.items():
+            value = getattr(inputs.training, option)
+            if value not in (left_out, LEFT_OUT.get(option)):
+                raise ValueError(
+                    f"{option}={value!r} does nothing with these rows: add 'coconut' to --rows, or leave it out"
+                )
     for name, args in configs.items():
         rows_adapter(args, inputs.model_args)
         if name == "coconut" and args.latent_stages is None:
@@ -193,6 +221,7 @@ RECIPE = Recipe(
     about=__doc__,
     arguments=SoftScriptArguments,
     config=RecipeConfig,
+    base=BaseConfig,
     demo=Path(__file__).parent / "configs" / "mnns.yaml",
     rows=ROWS,
     groups=GROUPS,

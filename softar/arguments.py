@@ -73,6 +73,9 @@ class RecipeParser(TrlParser):
             own = package not in TITLES or bring[action.dest] in arguments.__mro__
             is_common = action.dest in COMMON or (own and package != "trl")
             self.groups["run" if is_common else package].append(action)
+        for action in self.groups["softar"]:
+            if action.type is str and action.default is None:
+                action.type = text_or_none
 
     def error(self, message: str):
         raise ValueError(message)
@@ -103,6 +106,11 @@ class RecipeParser(TrlParser):
             rest = len(self.groups["trl"]) + len(self.groups["transformers"])
             lines += ["", f"{ALL} lists {rest} more, of TRL and of transformers; they work, too."]
         return "\n".join(lines)
+
+
+def text_or_none(text: str) -> str | None:
+    """None as a word, for a row that leaves out what others are told; of numbers TRL does it."""
+    return None if text == "None" else text
 
 
 def describe(action) -> tuple[str, str]:

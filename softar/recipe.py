@@ -99,6 +99,8 @@ class Recipe:
     formats: tuple[tuple[str, ...], ...] = SFT_FORMATS
     # tasks named without anything else -> their YAML file
     task_demos: dict[str, Path] = field(default_factory=dict)
+    # `config` for the options before a row completes them, where it is less strict
+    base: type | None = None
 
     @property
     def program(self) -> Program:
@@ -144,7 +146,7 @@ def read(recipe: Recipe, argv: list[str], program: Program | None = None) -> Inp
     """
     argv = with_found_config(argv, recipe.demo.parent)
     argv = with_default_config(argv, recipe.demo, recipe.task_demos)
-    script, training, model_args, mixture = parse(recipe, argv)
+    script, training, model_args, mixture = parse(recipe, argv, recipe.base)
     quiet(bars=sys.stderr.isatty())
     names = parse_rows(script.rows, recipe.rows, recipe.groups)
     check_least(script, num_seeds=1, eval_rows=1)
@@ -163,12 +165,12 @@ def read(recipe: Recipe, argv: list[str], program: Program | None = None) -> Inp
     return inputs
 
 
-def parse(recipe: Recipe, argv: list[str]) -> tuple:
+def parse(recipe: Recipe, argv: list[str], config: type | None = None) -> tuple:
     """-> the recipe's arguments, its training arguments, TRL's ModelConfig and
-    DatasetMixtureConfig."""
+    DatasetMixtureConfig. config: the class of the second, by default the recipe's."""
     from .arguments import RecipeParser
 
-    parser = RecipeParser(recipe.arguments, recipe.config)
+    parser = RecipeParser(recipe.arguments, config or recipe.config)
     parser.check_names(argv)
     return parser.parse_args_and_config(argv)
 

@@ -64,6 +64,14 @@ def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
             "'hard'.*tau",
         ),
         (dict(soft_min_p=1.5), r"min_p=1\.5"),
+        (
+            dict(rows="discrete,trace-soft", latents_per_step=2),
+            "latents_per_step=2 does nothing with these rows: add 'coconut'",
+        ),
+        (
+            dict(rows=None, task="mnns", latents_per_step=2),
+            "latents_per_step=2 does nothing without latent_stages",
+        ),
         (dict(rows="no-cot", soft_top_k=90), "top_k=90"),
         (dict(rows="no-cot", freeze_layers=3), "freeze_layers=3"),
         (dict(rows=None, task="mnns", think_end="</think>"), "'</think>'"),

@@ -63,6 +63,36 @@ def test_a_row_has_a_name_for_loggers(tmp_path, run_name):
     assert softar.recipe.row_config(made, inputs, "no-cot", 7, tmp_path).run_name == run_name
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(latents_per_step=2),
+        dict(latent_stages=2, latents_per_step=2, latent_stage_steps=1, max_steps=8),
+        dict(latent_step_end="w", latents_per_step=3, latent_uniform_prob=0.5),
+        dict(soft_min_p=0.1, soft_top_p=0.9, soft_temperature=0.5, entropy_coef=0.1),
+        dict(soft_top_k=0),
+    ],
+)
+def test_options_of_coconut_reach_its_row_alone(tmp_path, given):
+    made = import_module("softar.recipes.sft_soft").RECIPE
+    names = [name for name in made.rows if not name.startswith("oracle")]
+    if "soft_min_p" in given:  # without a mixture they do nothing
+        names = ["trace-soft", "coconut"]
+    inputs = softar.recipe.read(
+        made, options(tmp_path, **dict(rows=",".join(names), max_steps=8) | given)
+    )
+    rows = {name: softar.recipe.row_config(made, inputs, name, 7, tmp_path) for name in names}
+    options_of_latents = {k: v for k, v in given.items() if k.startswith("latent")}
+    coconut = vars(rows.pop("coconut"))
+    assert coconut["latent_stages"] == given.get("latent_stages", inputs.task.think_steps)
+    assert coconut | options_of_latents == coconut and coconut["soft_top_k"] == 10
+    for row in rows.values():
+        assert (row.latent_stages, row.latents_per_step, row.latent_step_end) == (None, None, None)
+        assert (row.latent_stage_steps, row.latent_uniform_prob) == (None, 0.0)
+        rest = {k: v for k, v in given.items() if not k.startswith(("latent", "max_"))}
+        assert vars(row) | rest == vars(row)
+
+
 # -- the demo
 
 
