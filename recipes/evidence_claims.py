@@ -2,60 +2,9 @@
 "Evidence: rules", as tables. An experiment is added by an entry in EVIDENCE, a region in RESULTS.md
 and `facts` in its module."""
 
-from typing import NamedTuple
-
+from softar.recipes.evidence_claims_rl import X4
+from softar.recipes.evidence_kinds import Claim, Evidence, Grid, less
 from softar.recipes.evidence_logs import Read
-
-MARGIN, EQUIVALENT = 0.03, 0.02
-EQUAL_SECONDS = 0.05  # more of them than the other side had, by this share, are said
-
-
-class Part(NamedTuple):
-    """Mean accuracy of `ours` less that of `theirs`, over the same rows."""
-
-    ours: tuple[Read, ...]
-    theirs: tuple[Read, ...]
-    weight: float = 1.0
-
-
-class Claim(NamedTuple):
-    """A gain, which is the sum of its parts."""
-
-    about: str  # what the rules call it; the verdict on that is the verdict on all such claims
-    says: str  # ours less theirs, in words that no other claim of the experiment has
-    parts: tuple[Part, ...]
-    has_verdict: bool = True
-    brief: str = ""  # what README calls it, where it stands there
-
-
-class Grid(NamedTuple):
-    """Accuracies in a table, and as curves over its columns where `x` says what these are."""
-
-    name: str
-    corner: str
-    columns: tuple[str, ...]
-    lines: dict[str, tuple[Read, ...]]
-    x: str = ""
-    drawn: tuple[str, ...] = ()  # of the lines, where not all are drawn
-    apart: int = 0  # the last columns, up to which no line is drawn
-    floor: str = ""  # the heading of one more column, the floor of each line's rows
-
-
-class Evidence(NamedTuple):
-    title: str
-    verdicts: tuple[str, ...]  # `about` of the claims that the experiment is there for
-    claims: tuple[Claim, ...]
-    grids: tuple[Grid, ...]
-    seconds: dict[str, tuple[str, ...]]  # column of the first grid -> its lines, over seconds
-    gaps: dict[str, dict[str, str]]  # legend -> tick -> `says` of the claim drawn there
-    gaps_x: str
-    beside: str = ""  # what the rows are that `Rows.beside` marks
-    notes: tuple[str, ...] = ()  # what has to be known to read the tables
-
-
-def less(about: str, says: str, ours: Read, theirs: Read, brief: str = "", **options) -> Claim:
-    return Claim(about, says, (Part((ours,), (theirs,)),), brief=brief, **options)
-
 
 # X1
 
@@ -338,4 +287,4 @@ X3 = Evidence(
         "1000.",
     ),
 )
-EVIDENCE = {"X1": X1, "X2": X2, "X3": X3}
+EVIDENCE = {"X1": X1, "X2": X2, "X3": X3, "X4": X4}

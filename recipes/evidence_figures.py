@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from softar.recipes.evidence_claims import MARGIN, Grid
 from softar.recipes.evidence_gains import Analysis, points, seeds_of, share
+from softar.recipes.evidence_kinds import MARGIN, Grid
 from softar.show.plots import plot
 
 SIZE = (4.6, 4.0)  # inches of a panel

@@ -10,18 +10,25 @@ import numpy as np
 
 from softar.evals.intervals import number_groups
 from softar.evals.seeds import Gain, bootstrap_gains, summary
-from softar.recipes.evidence_claims import (
+from softar.recipes.evidence_kinds import (
     EQUAL_SECONDS,
     EQUIVALENT,
     MARGIN,
+    Best,
     Claim,
     Evidence,
     Grid,
     Part,
 )
-from softar.recipes.evidence_logs import Logs, Read, Rows
+from softar.recipes.evidence_logs import DEV, Logs, Read, Rows
 
-RANK = ("refuted", "open", "supported")  # several claims together are as sure as the least sure
+THERE = "there is one"  # to a question
+RANK = (
+    "refuted",
+    "open",
+    "supported",
+    THERE,
+)  # several claims together are as sure as the least sure
 
 
 class Result(NamedTuple):
@@ -42,17 +49,25 @@ class Result(NamedTuple):
 
     @property
     def verdict(self) -> str | None:
-        return self.gain.verdict(MARGIN) if self.claim.has_verdict else None
+        return verdict_on(self.claim, self.gain)
 
     @property
     def by_t(self) -> str | None:
         """The verdict that t over the seeds gives."""
         of_t = self.gain._replace(low=self.gain.t_low, high=self.gain.t_high)
-        return of_t.verdict(MARGIN) if self.claim.has_verdict else None
+        return verdict_on(self.claim, of_t)
 
     @property
     def is_equivalent(self) -> bool:
         return self.gain.is_equivalent(EQUIVALENT)
+
+
+def verdict_on(claim: Claim, gain: Gain) -> str | None:
+    if not claim.has_verdict:
+        return None
+    if not claim.is_question:
+        return gain.verdict(MARGIN)
+    return "open" if gain.seeds < 2 or gain.low <= 0 <= gain.high else THERE
 
 
 class Cell(NamedTuple):
@@ -77,6 +92,7 @@ class Analysis(NamedTuple):
     logs: Logs
     results: dict[str, Result]  # by what the claim says
     cells: dict[Read, Cell]
+    choices: dict[Best, Read]
 
     def verdict(self, about: str, by_t: bool = False) -> str:
         """On all claims of that name: the least of theirs."""
@@ -89,8 +105,10 @@ class Analysis(NamedTuple):
 
 def analyse(name: str, evidence: Evidence, logs: Logs, draws: int = 10_000) -> Analysis:
     if not logs.whole:
-        return Analysis(name, evidence, logs, {}, {})
-    parts = {part._replace(weight=1.0): None for claim in evidence.claims for part in claim.parts}
+        return Analysis(name, evidence, logs, {}, {}, {})
+    choices = choices_of(evidence, logs)
+    claims = [with_choices(claim, choices) for claim in evidence.claims]
+    parts = {part._replace(weight=1.0): None for claim in claims for part in claim.parts}
     scores = {read: logs.scores(read) for read in reads_of(evidence)}
     gains = {part: mean(scores, part.ours) - mean(scores, part.theirs) for part in parts}
     rows_of = {part: logs.rows[part.ours[0].rows] for part in parts}
@@ -100,12 +118,12 @@ def analyse(name: str, evidence: Evidence, logs: Logs, draws: int = 10_000) -> A
     few_rows = {part: subset(rows_of[part], mask) for part, mask in some.items()}
     beside = drawn(few, few_rows, draws)
     results = {}
-    for claim in evidence.claims:
+    for claim in claims:
         ours = theirs = seconds = None
         if len(claim.parts) == 1:
             (part,) = claim.parts
             ours, theirs = (Cell(mean(scores, reads).mean(1)).mean for reads in part[:2])
-            seconds = seconds_of(logs, part)
+            seconds = seconds_of(logs, part) if claim.has_seconds else None
         on_some = all(part._replace(weight=1.0) in few for part in claim.parts)
         results[claim.says] = Result(
             claim,
@@ -116,14 +134,43 @@ def analyse(name: str, evidence: Evidence, logs: Logs, draws: int = 10_000) -> A
             seconds,
         )
     cells = {read: Cell(each.mean(1)) for read, each in scores.items()}
-    return Analysis(name, evidence, logs, results, cells)
+    return Analysis(name, evidence, logs, results, cells, choices)
 
 
 def reads_of(evidence: Evidence) -> dict[Read, None]:
     """All that the tables name, each once."""
-    of_claims = [reads for c in evidence.claims for part in c.parts for reads in part[:2]]
-    of_grids = [reads for grid in evidence.grids for reads in grid.lines.values()]
-    return dict.fromkeys(read for reads in of_claims + of_grids for read in reads)
+    of_grids = [read for grid in evidence.grids for reads in grid.lines.values() for read in reads]
+    return dict.fromkeys(
+        read
+        for each in [*sides_of(evidence), *of_grids]
+        for read in (each.of if isinstance(each, Best) else [each])
+    )
+
+
+def sides_of(evidence: Evidence) -> list[Read | Best]:
+    """Ours and theirs, of every claim."""
+    parts = [part for claim in evidence.claims for part in claim.parts]
+    return [read for part in parts for reads in (part.ours, part.theirs) for read in reads]
+
+
+def choices_of(evidence: Evidence, logs: Logs) -> dict[Best, Read]:
+    """What each `Best` is: all seeds have as many rows, so that the sum decides as the mean does."""
+
+    def right(read: Read) -> int:
+        return int(logs.scores(read, DEV).sum())
+
+    every = dict.fromkeys(each for each in sides_of(evidence) if isinstance(each, Best))
+    return {each: max(each.of, key=right) for each in every}
+
+
+def with_choices(claim: Claim, choices: dict[Best, Read]) -> Claim:
+    """The claim, with what was chosen in place of each `Best`."""
+
+    def made(reads: tuple) -> tuple[Read, ...]:
+        return tuple(choices[read] if isinstance(read, Best) else read for read in reads)
+
+    parts = (part._replace(ours=made(part.ours), theirs=made(part.theirs)) for part in claim.parts)
+    return claim._replace(parts=tuple(parts))
 
 
 def mean(scores: dict[Read, np.ndarray], reads: tuple[Read, ...]) -> np.ndarray:

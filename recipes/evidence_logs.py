@@ -13,7 +13,7 @@ import numpy as np
 from softar.evals.intervals import number_groups
 from softar.recipes.evidence_units import scores_in
 
-SPLIT = "test"
+DEV, TEST = "dev", "test"  # splits
 ROWS_FILE = "rows.json"  # beside the folders of the logs
 
 
@@ -21,6 +21,7 @@ class Rows(NamedTuple):
     """Test rows that read-outs answer, and what the analysis has to know of them."""
 
     n: int
+    dev: int | None = None  # development rows, where claims choose by them
     number: int = 0  # of its own among those of an experiment, for the bootstrap
     groups: np.ndarray | None = None  # [n] the number of each row's group; None: each is one
     beside: np.ndarray | None = None  # [n] bool: those that every gain is also taken on
@@ -47,25 +48,25 @@ class Logs:
     rows: dict[str, Rows]
     units: dict[tuple[str, int], dict] = field(repr=False, default_factory=dict)
 
-    def scores(self, read: Read) -> np.ndarray:
-        """[S, n] of 0 and 1, by whole seed. A unit that failed is wrong in every row.
+    def scores(self, read: Read, split: str = TEST) -> np.ndarray:
+        """[S, n] of 0 and 1, by whole seed; of DEV, [S, dev]. A unit that failed is wrong in every row.
 
         Raises:
             ValueError: for a log without this read-out, or with other rows.
         """
         rows = self.rows[read.rows]
-        return np.stack([self._scores(read, rows, seed) for seed in self.whole])
+        return np.stack([self._scores(read, rows, seed, split) for seed in self.whole])
 
-    def _scores(self, read: Read, rows: Rows, seed: int) -> np.ndarray:
+    def _scores(self, read: Read, rows: Rows, seed: int, split: str) -> np.ndarray:
         log, file = self.units[read.setting, seed], f"{read.setting}-seed{seed}.json"
-        hash_there = log["rows"][0].get(f"{SPLIT}_rows_hash")
+        hash_there = log["rows"][0].get(f"{TEST}_rows_hash")
         if rows.hash is not None and hash_there not in (None, rows.hash):
             raise ValueError(
                 f"{self.folder / file}: answers the rows {hash_there}, the experiment has "
                 f"{rows.hash}: run this unit again with the code of the others"
             )
         try:
-            return scores_in(log, read.readout, SPLIT, rows.n)
+            return scores_in(log, read.readout, split, rows.n if split == TEST else rows.dev)
         except ValueError as error:
             raise ValueError(f"{self.folder / file}: {error}") from None
 
@@ -137,11 +138,12 @@ def read_rows_of(folder: Path) -> dict[str, dict[str, Rows]]:
 
 
 def rows_from(facts: dict, number: int = 0) -> Rows:
-    """facts: n and, where there are such: groups, a name for each row; beside, row numbers; floor;
+    """facts: n and, where there are such: dev; groups, a name for each row; beside, row numbers; floor;
     hash."""
     groups, beside = facts.get("groups"), facts.get("beside")
     return Rows(
         n=facts["n"],
+        dev=facts.get("dev"),
         number=number,
         groups=None if groups is None else number_groups(groups),
         beside=None if beside is None else np.isin(np.arange(facts["n"]), beside),

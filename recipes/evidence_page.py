@@ -6,7 +6,7 @@ from pathlib import Path
 from softar.checks import check_writable
 from softar.recipes.evidence_figures import Figure, figures_of, png, svg
 from softar.recipes.evidence_gains import Analysis
-from softar.recipes.evidence_tables import about_of, claims_table, grid_table, head_of
+from softar.recipes.evidence_tables import about_of, choices_of, claims_table, grid_table, head_of
 from softar.results import write_whole
 from softar.show.page import escaped, filled
 
@@ -62,6 +62,7 @@ def section(name: str, analysis: Analysis) -> str:
         parts += [
             f'<p class="muted">{html(about_of(analysis))}</p>',
             table_of(claims_table(analysis), "claims", f"claims of {name}"),
+            f"<p>{html(choices_of(analysis))}</p>" if analysis.choices else "",
             f'<ul class="notes">{notes}</ul>',
             *figures(figures_of(analysis)),
         ]

@@ -102,6 +102,7 @@ def as_json(analyses: dict[str, Analysis]) -> str:
                 )
                 for says, result in each.results.items()
             ],
+            choices={best.name: read._asdict() for best, read in each.choices.items()},
             accuracies=[
                 read._asdict() | dict(mean=cell.mean, by_seed=cell.by_seed.tolist())
                 for read, cell in each.cells.items()

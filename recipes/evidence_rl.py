@@ -72,10 +72,15 @@ def measure(unit: Unit) -> list[dict]:
 def facts() -> dict[str, dict]:
     """Of the test rows, what the analysis has to know (`evidence_logs.Rows`): a log has them REPEATS
     times, one pass after the other."""
-    rows = data(DIGITS)[1]["test"]
-    groups = [*range(len(rows))] * REPEATS
+    rows = data(DIGITS)[1]
+    groups = [*range(len(rows["test"]))] * REPEATS
     return {
-        "all": dict(n=len(groups), hash=rows_hash({"test": rows})["test_rows_hash"], groups=groups)
+        "all": dict(
+            n=len(groups),
+            dev=len(rows["dev"]) * REPEATS,
+            hash=rows_hash(rows)["test_rows_hash"],
+            groups=groups,
+        )
     }
 
 

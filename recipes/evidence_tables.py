@@ -4,7 +4,6 @@ import re
 import textwrap
 from pathlib import Path
 
-from softar.recipes.evidence_claims import Grid
 from softar.recipes.evidence_gains import (
     Analysis,
     Result,
@@ -14,6 +13,7 @@ from softar.recipes.evidence_gains import (
     span,
     verdicts_of,
 )
+from softar.recipes.evidence_kinds import Grid
 from softar.results import write_whole
 
 WIDTH = 100
@@ -34,7 +34,8 @@ def head_of(analysis: Analysis) -> str:
     words = []
     for about in analysis.evidence.verdicts:
         verdict, by_t = analysis.verdict(about), analysis.verdict(about, by_t=True)
-        words.append(f"{about} {verdict}" + ("" if by_t == verdict else f" (by t {by_t})"))
+        colon = ":" if " " in verdict else ""
+        words.append(f"{about}{colon} {verdict}" + ("" if by_t == verdict else f" (by t {by_t})"))
     seeds = seeds_of(analysis.logs)
     failed = [name for name in analysis.logs.failed if is_counted(name, analysis)]
     wrong = f" Failed, and so wrong in every row: {', '.join(failed)}." if failed else ""
@@ -89,6 +90,14 @@ def about_of(analysis: Analysis) -> str:
     return f"{about} Other rows: {beside}." if beside else about
 
 
+def choices_of(analysis: Analysis) -> str:
+    """What was chosen on development rows; nothing where nothing was."""
+    said = [
+        f"{best.name}: {read.setting}, {read.readout}" for best, read in analysis.choices.items()
+    ]
+    return f"Best on development rows, mean over seeds: {'; '.join(said)}." if said else ""
+
+
 def region_of(analysis: Analysis) -> str:
     """What stands in RESULTS.md of an experiment."""
     evidence = analysis.evidence
@@ -100,6 +109,7 @@ def region_of(analysis: Analysis) -> str:
         wrapped(head_of(analysis)),
         wrapped(about_of(analysis)),
         claims_table(analysis),
+        wrapped(choices_of(analysis)),
         *tables,
         notes,
     ]

@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 
 from softar.evals.seeds import Gain, bootstrap_gains
-from softar.recipes import evidence, evidence_latin, evidence_mnns, evidence_reach, evidence_report
-from softar.recipes.evidence_claims import EVIDENCE, Claim, Evidence, Grid, Part
+from softar.recipes import (
+    evidence,
+    evidence_latin,
+    evidence_mnns,
+    evidence_reach,
+    evidence_report,
+    evidence_rl,
+)
+from softar.recipes.evidence_claims import EVIDENCE
 from softar.recipes.evidence_gains import (
     Analysis,
     Result,
@@ -21,6 +28,7 @@ from softar.recipes.evidence_gains import (
     seconds_of,
     verdicts_of,
 )
+from softar.recipes.evidence_kinds import Best, Claim, Evidence, Grid, Part
 from softar.recipes.evidence_logs import Read, read_logs, read_rows_of, rows_from
 from softar.recipes.evidence_page import page_of
 from softar.recipes.evidence_readme import LEAST, line_of, losses, update_readme
@@ -36,8 +44,9 @@ from softar.recipes.evidence_units import read_rows
 from softar.show.plots import plot
 
 ROOT = Path(evidence.ROOT)
-MODULES = {"X1": evidence_mnns, "X2": evidence_reach, "X3": evidence_latin}
-SIZES = {"X1": (12, 8, 9), "X2": (8, 10), "X3": (14, 9)}
+MODULES = {"X1": evidence_mnns, "X2": evidence_reach, "X3": evidence_latin, "X4": evidence_rl}
+SIZES = {"X1": (12, 8, 9), "X2": (8, 10), "X3": (14, 9), "X4": (12,)}
+DEV_ROWS = 4  # of X4
 DRAWS = 300
 
 
@@ -47,6 +56,8 @@ def facts(name):
     return {
         rows: dict(n=n, groups=[i // 2 for i in range(n)])
         if name == "X3"
+        else dict(n=n, dev=DEV_ROWS, groups=[i % 3 for i in range(n)])
+        if name == "X4"
         else dict(n=n, beside=[0, 2, 3], floor=0.25)
         for rows, n in zip(names, SIZES[name], strict=True)
     }
@@ -64,6 +75,11 @@ def made_up(folder, name, seeds=2, share=0.6, **first):
     for seed in module.SEEDS[:seeds]:
         for setting in module.SETTINGS:
             lines = [
+                read_rows(read.readout, "dev", rng.random(DEV_ROWS) < share, 7)
+                for read in reads_of(evidence_of)
+                if read.setting == setting and name == "X4"
+            ]
+            lines += [
                 read_rows(read.readout, "test", rng.random(facts(name)[read.rows]["n"]) < share, 7)
                 for read in reads_of(evidence_of)
                 if read.setting == setting
@@ -217,7 +233,7 @@ def test_several_claims_are_as_sure_as_the_least_sure(tmp_path):
         ((supported, open_), "open"),
         ((open_, refuted, supported), "refuted"),
     ):
-        of = Analysis("X", SMALL, None, {str(i): each for i, each in enumerate(some)}, {})
+        of = Analysis("X", SMALL, None, {str(i): each for i, each in enumerate(some)}, {}, {})
         assert of.verdict("dose") == verdict
     assert "none of these" in losses([supported, open_, refuted])
     lost = result(-0.1, -0.2, -0.05)
@@ -231,6 +247,77 @@ def test_several_claims_are_as_sure_as_the_least_sure(tmp_path):
 )
 def test_ranges(numbers, words):
     assert ranges(numbers) == words
+
+
+def test_a_question_is_answered_either_way():
+    def verdict(low, high, seeds=8, t_low=None):
+        gain = Gain(-0.2, low, high, low, high, low if t_low is None else t_low, high, seeds, 600)
+        return verdicts_of(Result(Claim("q", "q", (), is_question=True), gain, None, None, None))
+
+    assert verdict(-0.3, -0.1) == verdict(0.1, 0.3) == "there is one"
+    assert verdict(-0.3, 0.1) == verdict(-0.3, -0.1, seeds=1) == "open"
+    assert verdict(-0.01, 0.0) == "open, equivalent"
+    assert verdict(0.1, 0.3, t_low=-0.1) == "there is one; by t open"
+
+
+def test_the_best_is_that_of_the_development_rows_over_all_seeds(tmp_path):
+    """Not that of the test rows, nor that of the first seed; of equals the first."""
+    test = {"one": [0, 0, 0, 1], "two": [1, 1, 1, 1], "three": [1, 1, 1, 1]}
+    dev = {
+        "one": ([0, 1, 1], [1, 1, 0]),
+        "two": ([1, 1, 1], [0, 0, 1]),
+        "three": ([1] * 3, [0] * 3),
+    }
+    for seed in (0, 1):
+        for arm in "ab":
+            lines = [read_rows(way, "test", test[way], None) for way in test]
+            lines += [read_rows(way, "dev", dev[way][seed], None) for way in test]
+            write_log(tmp_path, arm, seed, lines)
+    best = Best("the best", tuple(Read("rows", "a", way) for way in test))
+    part = Part((best,), (Read("rows", "b", "two"),))
+    claims = (Claim("primary", "best less b", (part,)),)
+    evidence_of = SMALL._replace(claims=claims, grids=(), verdicts=("primary",))
+    rows = {"rows": rows_from(dict(n=4, dev=3))}
+    logs = read_logs(tmp_path, ["a", "b"], range(2), rows)
+    found = analyse("X", evidence_of, logs, DRAWS)
+    assert found.choices == {best: best.of[0]}
+    assert found.results["best less b"].gain.mean == -0.75
+    assert "mean over seeds: the best: a, one." in " ".join(region_of(found).split())
+    assert json.loads(evidence_report.as_json({"X": found}))["X"]["choices"] == {
+        "the best": dict(rows="rows", setting="a", readout="one")
+    }
+
+
+def test_claims_of_rl_are_means_over_starts(tmp_path):
+    """From self-fed draws-3 gains a fourth, from teacher-forced it loses one; sft knows half."""
+    share = {"draws-1": 6, "sft": 6, "start": 3}  # of 12 rows
+    for seed in (0, 1):
+        for setting in evidence_rl.SETTINGS:
+            how = setting.removeprefix("self-fed-").removeprefix("teacher-forced-")
+            right = share.get(how) or (9 if setting.startswith("self-fed") else 3)
+            lines = [
+                read_rows(way, split, np.arange(n) < right * n / 12, 6)
+                for way in ("1 draw", "3 draws", "votes", "soft", "discrete")
+                for split, n in (("test", 12), ("dev", DEV_ROWS))
+            ]
+            write_log(tmp_path, setting, seed, lines)
+    rows = {"all": rows_from(facts("X4")["all"])}
+    logs = read_logs(tmp_path, evidence_rl.SETTINGS, range(2), rows)
+    found = analyse("X4", EVIDENCE["X4"], logs, DRAWS)
+    of = {result.claim.about: result for result in [*found.results.values()][:4]}
+    means = {about: result.gain.mean for about, result in of.items()}
+    assert means == {
+        "primary": 0.0,
+        "interaction": 0.5,
+        "rl less sft": 0.125,
+        "draws less chains": 0.0,
+    }
+    chosen = {best.name: (read.setting, read.readout) for best, read in found.choices.items()}
+    assert chosen["self-fed, RL"] == ("self-fed-draws-3", "1 draw")
+    assert chosen["teacher-forced, RL"] == ("teacher-forced-draws-1", "1 draw")
+    assert of["primary"].seconds == (9.0, 9.0)
+    assert all(r.seconds is None for r in found.results.values() if r.claim.about == "after")
+    assert "Best on development rows" in page_of({"X4": found})
 
 
 # Claims of the rules
