@@ -76,7 +76,8 @@ def check_feedback(config, mixer) -> None:
         raise ValueError(
             f"rescale='l2' divides by the norm of weights, and mixer={config.mixer!r} has none: give 'norm'"
         )
-    if config.gate is not None and not Path(config.gate).is_file():
+    gate = config.gate
+    if gate is not None and not (isinstance(gate, str | Path) and Path(gate).is_file()):
         raise ValueError(f"gate={config.gate!r} is no file: give one that Gate.save wrote")
 
 

@@ -304,6 +304,7 @@ def test_the_share_at_its_ends_is_sampling_and_the_l2_mixture():
             dict(mixer="hybrid", mixer_args={"share": 0.5, "gate": "x"}),
             "share=0.5 does nothing beside gate",
         ),
+        (dict(mixer="hybrid", mixer_args={"gate": 5}), "gate=5 is no file: give one"),
         (
             dict(mixer="hybrid", mixer_args={"gate": "/no/such"}),
             "gate='/no/such' is no file: give one",

@@ -146,6 +146,7 @@ def test_no_refusal_is_long_whatever_a_field_holds(as_text):
         ({"mixer": "gumbell"}, r"did you mean 'gumbel'\?: choose one of \[[^]]*\] \(the server's"),
         ({"mixer": "os:system"}, "mixer='os:system' is unknown here"),
         ({"mixer": "hidden", "budget": 3}, "mixer='hidden' asks for hidden states, which vLLM"),
+        ({"mixer_args": {"gate": "/etc/passwd"}}, "gate"),
         ({"mixer": "hybrid", "mixer_args": {"gate": "/etc/passwd"}}, "a gate, a file, which vLLM"),
         ({"think_end": "</think>"}, r"think_end='</think>' cannot be read by the tokenizer \("),
     ],

@@ -145,7 +145,10 @@ def _resolve(fields: dict, vocab: int, tokenizer) -> SoftConfig:
     count = fields.get("mixer_args", {}).get("k", 1)
     if isinstance(count, NUMBER) and count > LIMIT:
         raise ValueError(f"soft: k={_quote(count)} must be at most {LIMIT}")
-    if "gate" in fields.get("mixer_args", {}) and mk_mixer(fields["mixer"]).gated:
+    if (
+        "gate" in fields.get("mixer_args", {})
+        and mk_mixer(fields.get("mixer", SoftConfig.mixer)).gated
+    ):
         raise ValueError(
             "soft: mixer_args names a gate, a file, which vLLM does not read: decode with softar.generate"
         )
