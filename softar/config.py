@@ -103,7 +103,7 @@ class SoftConfig:
     # the entropy at which the block began; a number: so many nats. Single tokens are chosen as the
     # answer's are
     switch: str | float | None = None
-    switch_dwell: int | None = None  # steps at least in single tokens; 512
+    switch_dwell: int | None = None  # steps at least since the switch, that one included; 512
     # share of think_start in what is read at a switch to mixtures, and of think_end at one to single
     # tokens; they fade to 0 at max_new_tokens
     switch_open: float = 0.0
@@ -340,6 +340,14 @@ def _check_switch(config: SoftConfig) -> None:
         if share is not None and not 0 <= share <= 1:
             raise ValueError(f"{name}={share} must lie in [0, 1]: the tag's share in what is read")
     check_least(config, switch_dwell=0, switch_budget=0, switch_answer=1)
+    lengths = {"budget": config.budget, "max_new_tokens": config.max_new_tokens}
+    length, name = min((n, name) for name, n in lengths.items() if n is not None)
+    if at is not None and config.switch_dwell >= length:
+        warnings.warn(
+            f"switch_dwell={config.switch_dwell} is not below {name}={length}: what goes on in "
+            "single tokens never mixes again; lower it, or raise the other",
+            stacklevel=5,
+        )
 
 
 def _settle_types(config: SoftConfig) -> None:

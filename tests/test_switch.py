@@ -3,6 +3,8 @@
 import itertools
 import math
 import random
+import re
+import warnings
 
 import pytest
 import torch
@@ -108,6 +110,26 @@ def test_rows_switch_by_the_rule_whatever_their_entropies(seed, reference):
     assert (record.kind == HARD).tolist() == [[not soft for soft in row] for row in modes]
     if dwell == NEVER:  # the first switch is the last
         assert all(list(itertools.dropwhile(bool, row)).count(True) == 0 for row in modes)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "told"),
+    [
+        (dict(), "switch_dwell=512 is not below max_new_tokens=64: .* never mixes again"),
+        (dict(budget=3, max_new_tokens=600), "switch_dwell=512 is not below budget=3"),
+        (dict(budget=600), "switch_dwell=512 is not below max_new_tokens=64"),
+        (dict(switch_dwell=3, budget=3), "switch_dwell=3 is not below budget=3"),
+        (dict(switch_dwell=2, budget=3), None),
+        (dict(max_new_tokens=513), None),
+    ],
+)
+def test_a_dwell_as_long_as_the_thought_is_warned_of(lengths, told):
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        SoftConfig(switch="block", **lengths)
+        SoftConfig()
+    assert len(heard) == (told is not None)
+    assert told is None or re.match(told, str(heard[0].message))
 
 
 def test_the_tags_are_mixed_in_at_switches_and_fade():

@@ -47,7 +47,10 @@ def generate(
         ),
     ] = None,
     switch_dwell: Annotated[
-        int | None, typer.Option(help="Single tokens at least, until it mixes again.")
+        int | None,
+        typer.Option(
+            help="Steps at least from the switch to single tokens, that one included, until it mixes again."
+        ),
     ] = None,
     switch_budget: Annotated[
         int | None, typer.Option(help="Switches to single tokens, until the answer is asked for.")
