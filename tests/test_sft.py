@@ -680,6 +680,39 @@ def test_filters_are_learnt_logged_and_kept_as_plain_numbers(tmp_path, gradient)
         assert logged(resumed, f"soft_{name}") == pytest.approx(values, rel=1e-4)
 
 
+def test_the_best_weights_come_with_the_numbers_learnt_with_them(tmp_path):
+    trainer = trainer_of(
+        tmp_path,
+        eval_dataset=data(4),
+        learn_temperature=True,
+        learn_min_p=True,
+        soft_min_p=0.02,
+        temperature_learning_rate=0.3,
+        filter_learning_rate=0.3,
+        alpha_schedule="constant",
+        alpha_start=0.2,
+        max_steps=4,
+        think_steps=2,
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_steps=1,
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_soft_min_p",  # which falls: the first is the best
+        greater_is_better=True,
+        **ADAM,
+    )
+    trainer.train()
+    seen = {each: logged(trainer, f"eval_soft_{each}") for each in ("temperature", "min_p")}
+    assert Path(trainer.state.best_model_checkpoint) == tmp_path / "checkpoint-1"
+    found = trainer.decoding()
+    for each, values in seen.items():
+        assert len({*values}) == 4
+        assert getattr(found, each) == pytest.approx(values[0], rel=1e-4)
+    trainer.save_model(tmp_path / "best")
+    assert SoftConfig.load(tmp_path / "best") == found
+
+
 @pytest.mark.parametrize("peft", [False, True])
 def test_weight_decay_leaves_the_temperature_alone(tmp_path, peft):
     kw = dict(

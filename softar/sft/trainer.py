@@ -354,9 +354,16 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore_learnt(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._restore_learnt(self.state.best_model_checkpoint)
+
+    def _restore_learnt(self, folder: str) -> None:
         if self._learnt.names:
-            state = TrainerState.load_from_json(Path(resume_from_checkpoint, TRAINER_STATE_NAME))
-            numbers = SoftConfig.load(resume_from_checkpoint).filters
+            state = TrainerState.load_from_json(Path(folder, TRAINER_STATE_NAME))
+            numbers = SoftConfig.load(folder).filters
             self._learnt.restore(state.stateful_callbacks.get(FILTERS, {}), numbers)
 
 
