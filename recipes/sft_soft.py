@@ -52,8 +52,23 @@ from softar.training import opt
 # all.
 MOVE = dict(alpha_end=None, alpha_hold=None, alpha_span=None)  # left out: a constant does not move
 # Of a row whose thoughts are gold tokens: options of mixtures are for the others
+UNLEARNT = dict(
+    learn_temperature=False,
+    learn_min_p=False,
+    learn_top_k=False,
+    temperature_learning_rate=None,
+    filter_learning_rate=None,
+    gate_gradient=None,
+    gate_scale_start=None,
+    gate_scale_end=None,
+)
 HARD = dict(
-    soft_mode="parallel", soft_passes=None, soft_grad_passes=None, soft_window=None, guidance="mix"
+    soft_mode="parallel",
+    soft_passes=None,
+    soft_grad_passes=None,
+    soft_window=None,
+    guidance="mix",
+    **UNLEARNT,
 )
 # Of a row whose thoughts hold no hidden states
 TOKENS = dict(
@@ -68,7 +83,9 @@ ROWS = {
     "no-cot": GOLD,
     "discrete": GOLD,
     "discrete-traces": dict(targets="traces", **GOLD),
-    "scheduled-sampling": dict(soft_mixer="hard", guidance="coin", thought_loss="alpha", **TOKENS),
+    "scheduled-sampling": dict(
+        soft_mixer="hard", guidance="coin", thought_loss="alpha", **UNLEARNT, **TOKENS
+    ),
     "guided-soft": dict(thought_loss="alpha", **TOKENS),
     "trace-soft": dict(
         alpha_schedule="constant", alpha_start=0.0, targets="traces", **MOVE, **TOKENS
@@ -133,6 +150,11 @@ def check(inputs, configs):
                     f"{option}={value!r} does nothing with these rows: add 'coconut' to --rows, or leave it out"
                 )
     for name, args in configs.items():
+        if args.think_tokens and inputs.model_args.model_name_or_path is None:
+            raise ValueError(
+                f"think_tokens={args.think_tokens} would freeze {inputs.model!r}, which is not trained: "
+                "name a trained model, e.g. --model_name_or_path mnns-discrete-tiny"
+            )
         rows_adapter(args, inputs.model_args)
         if name == "coconut" and args.latent_stages is None:
             raise ValueError("row 'coconut': give --latent_stages, how many steps a thought has")

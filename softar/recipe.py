@@ -185,7 +185,12 @@ def row_config(recipe: Recipe, inputs: Inputs, name: str, seed: int, folder: str
             filter(None, [inputs.training.run_name, f"{name}-seed{seed}"])
         )
     argv = [*inputs.argv, *(f"--{key}={value}" for key, value in fields.items())]
-    return parse(recipe, argv)[1]
+    try:
+        return parse(recipe, argv)[1]
+    except ValueError as error:
+        if name == CUSTOM:
+            raise
+        raise ValueError(f"row {name!r}: {error}") from error
 
 
 def train(recipe: Recipe, inputs: Inputs) -> None:

@@ -72,12 +72,13 @@ def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
             dict(rows=None, task="mnns", latents_per_step=2),
             "latents_per_step=2 does nothing without latent_stages",
         ),
+        (dict(think_tokens=4), "think_tokens=4 would freeze 'mnns-tiny'.*name a trained model"),
         (dict(rows="no-cot", soft_top_k=90), "top_k=90"),
         (dict(rows="no-cot", freeze_layers=3), "freeze_layers=3"),
         (dict(rows=None, task="mnns", think_end="</think>"), "'</think>'"),
         (
             dict(rows="no-cot", task="mnns", think_end="</think>"),
-            "think_end='</think>' and think_steps=0: give one of them",
+            "error: row 'no-cot': think_end='</think>' and think_steps=0: give one of them",
         ),
         (dict(resume_from_checkpoint="/no/such"), "resume_from_checkpoint='/no/such'"),
         (

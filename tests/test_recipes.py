@@ -53,6 +53,24 @@ def options(output_dir, **changes):
     return argv({**QUICK, **changes, "output_dir": output_dir})
 
 
+@pytest.mark.parametrize(
+    "learns",
+    [
+        dict(learn_min_p="true", soft_min_p=0.05, gate_gradient="soft", filter_learning_rate=0.1),
+        dict(learn_top_k="true", soft_top_k=5, gate_scale_start=0.5, gate_scale_end=0.1),
+        dict(learn_temperature="true", temperature_learning_rate=0.1),
+    ],
+    ids=lambda learns: next(iter(learns)),
+)
+def test_rows_without_mixtures_learn_no_filter(tmp_path, learns):
+    """Whatever the others learn."""
+    made, names = import_module("softar.recipes.sft_soft").RECIPE, "trace-soft,guided-soft"
+    inputs = softar.recipe.read(made, options(tmp_path, rows="all", **learns))
+    (name,) = [key for key in learns if key.startswith("learn_")]
+    each = {row: softar.recipe.row_config(made, inputs, row, 42, tmp_path) for row in inputs.names}
+    assert {row for row, args in each.items() if getattr(args, name)} == {*names.split(",")}
+
+
 @pytest.mark.parametrize("run_name", [None, "mine"])
 def test_a_row_has_a_name_for_loggers(tmp_path, run_name):
     """Where there are several in a folder; a single run keeps its own."""
