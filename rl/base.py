@@ -54,7 +54,8 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
         check_arguments(name, model, self._config, args, processing_class)
         guards.check_turn(name, reward_funcs, kwargs)
         guards.check_prompts(name, train_dataset, "train_dataset")
-        self._check_policy(model, args, processing_class, train_dataset)
+        self._check_policy(model, args, processing_class)
+        train_dataset, eval_dataset = map(self._as_read, (train_dataset, eval_dataset))
         adapted = peft_config is not None or (isinstance(model, nn.Module) and is_peft_model(model))
         args = copy.copy(args)
         beta, args.beta = args.beta, args.beta if adapted else 0.0
@@ -88,10 +89,13 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
 
     # -- what a kind of policy says
 
-    def _check_policy(self, model, args, tokenizer, dataset) -> None:
-        """Note how rollouts are decoded, and refuse what doesn't fit; before anything is made.
-        dataset: of training rows, whose prompts are there."""
+    def _check_policy(self, model, args, tokenizer) -> None:
+        """Note how rollouts are decoded, and refuse what doesn't fit; before anything is made."""
         raise NotImplementedError
+
+    def _as_read(self, rows):
+        """A data set, several by name, or None, with its prompts as the policy reads them."""
+        return rows
 
     def _check_model(self, aux_loss_coef: float | None) -> None:
         """Refuse a model or prompts that cannot be trained, when there is a model."""

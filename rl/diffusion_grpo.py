@@ -68,7 +68,7 @@ class DiffusionGRPOTrainer(RolloutGRPO):
     _config = DiffusionGRPOConfig
     card_method = "that fills masks, trained by reinforcement learning"
 
-    def _check_policy(self, model, args, tokenizer, dataset):
+    def _check_policy(self, model, args, tokenizer):
         name = type(self).__name__
         if not isinstance(model, nn.Module):
             raise ValueError(f"model={model!r}: {name} needs one from softar.diffusion.load")

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import use_adapter
 
+from softar.config import CONFIG_FILE
 from softar.decode import SoftOutput
+from softar.evaluate import prefixed_rows
+from softar.guard import check_prefix
+from softar.model_card import changes_of
 from softar.models import plain
 from softar.thought import Kind
 from softar.training import inside_forward
@@ -49,9 +53,13 @@ class SoftGRPOTrainer(RolloutGRPO):
         self._engine = self._start_engine() if self.args.rollout == "vllm" else None
         self._engine_is_current = False
 
-    def _check_policy(self, model, args, tokenizer, dataset):
-        self.decoding = args.decoding().resolve(tokenizer)
-        guards.check_origin(model, args, dataset)
+    def _check_policy(self, model, args, tokenizer):
+        self.policy = guards.policy_of(model, args)
+        # of ids, which have the prefix
+        self.decoding = self.policy.changed(prompt_prefix=None).resolve(tokenizer)
+
+    def _as_read(self, rows):
+        return prefixed_rows(rows, self.policy.prompt_prefix)
 
     def _check_model(self, aux_loss_coef):
         guards.check_trainable(type(self).__name__, self.model, aux_loss_coef)
@@ -65,7 +73,7 @@ class SoftGRPOTrainer(RolloutGRPO):
         )
 
     def _check_same_policy(self, folder):
-        guards.check_same_policy(folder, self.args)
+        guards.check_same_policy(folder, self.policy)
 
     def _start_engine(self):
         from .vllm_rollout import VLLMRollout
@@ -88,6 +96,7 @@ class SoftGRPOTrainer(RolloutGRPO):
 
     def _decode(self, prompts, ids, mask, rng):
         """Softly, by the loop or on vLLM."""
+        check_prefix(ids, self.policy, self._tokenizer)
         if self._engine is None:
             return Rollout(decode_by_loop(self, ids, mask, rng))
         return Rollout(self._ask_engine(prompts, rng))
@@ -241,6 +250,9 @@ class SoftGRPOTrainer(RolloutGRPO):
 
     # -- checkpoints
 
+    def card_config(self):
+        return CONFIG_FILE, changes_of(self.policy)
+
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)
-        self.args.decoding().save(output_dir or self.args.output_dir)
+        self.policy.save(output_dir or self.args.output_dir)

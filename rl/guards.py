@@ -3,11 +3,14 @@
 import logging
 from pathlib import Path
 
+from accelerate.utils import is_peft_model
 from datasets import Dataset
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from softar.config import CONFIG_FILE, SoftConfig
-from softar.models import check_autoregressive, room_of
+from softar.defaults import own_config
+from softar.models import check_autoregressive, origin_of, room_of
 from softar.training import check_adapter, check_cells
 
 from .config import SoftGRPOConfig
@@ -82,38 +85,35 @@ def check_causal(model: nn.Module) -> None:
     check_autoregressive(model, "use DiffusionGRPOTrainer or DiffusionRLOOTrainer")
 
 
-def check_origin(model, args: SoftGRPOConfig, dataset) -> None:
-    """Raise ValueError where the model's folder says that its policy draws another number of
-    tokens, or reads what these prompts lack."""
-    name = model if isinstance(model, str) else model.name_or_path
-    if not name or not Path(name, CONFIG_FILE).is_file():
-        return
-    theirs, ours = SoftConfig.load(name), args.decoding()
+def policy_of(model, args: SoftGRPOConfig) -> SoftConfig:
+    """The policy as a configuration, which soft_config.json records: as `args` say, behind the prefix
+    that the model, an adapter too, has been trained with. Raises ValueError where its folder says
+    that its policy draws another number of tokens."""
+    if is_peft_model(model) and isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            f"model={origin_of(model).name!r}: its adapter has rows of the output layer, which RL does not train on: "
+            "merge it, model.merge_and_unload().requires_grad_()"
+        )
+    name = model if isinstance(model, str) else origin_of(model).name
+    theirs, ours = own_config(name), args.decoding()
+    if theirs is None:
+        return ours
     if theirs.mixer == ours.mixer == "k-samples" and theirs.mixer_args.get("k") != args.soft_k:
         raise ValueError(
             f"soft_k={args.soft_k}, but {CONFIG_FILE} in {name} says k={theirs.mixer_args.get('k')}: give the same, or "
             f"remove the file to train on with another number of draws"
         )
-    prefix, prompt = theirs.prompt_prefix, dataset[0]["prompt"] if _is_rows(dataset) else None
-    if prefix is not None and isinstance(prompt, str) and prefix not in prompt:
-        raise ValueError(
-            f"{CONFIG_FILE} in {name} says prompt_prefix={prefix!r}, which RL does not put before prompts of "
-            "text: put it there (softar.evaluate.prefixed), or give chats"
-        )
+    return ours.changed(prompt_prefix=theirs.prompt_prefix)
 
 
-def _is_rows(dataset) -> bool:
-    return isinstance(dataset, Dataset) and len(dataset) > 0
-
-
-def check_same_policy(folder: str, args: SoftGRPOConfig) -> None:
+def check_same_policy(folder: str, policy: SoftConfig) -> None:
     """Raise ValueError where the checkpoint was trained as another policy: its optimiser would go
     on elsewhere."""
     if not Path(folder, CONFIG_FILE).is_file():
         raise ValueError(
             f"resume_from_checkpoint={folder!r} holds no {CONFIG_FILE}: it is of another trainer"
         )
-    theirs, ours = vars(SoftConfig.load(folder)), vars(args.decoding())
+    theirs, ours = vars(SoftConfig.load(folder)), vars(policy)
     if other := [f"{k}={ours[k]!r}, not {theirs[k]!r}" for k in ours if ours[k] != theirs[k]]:
         raise ValueError(
             f"resume_from_checkpoint={folder!r} was trained as another policy: now {'; '.join(other)}. Give the same "

@@ -6,7 +6,6 @@ same with one draw. Both make as many forwards an answer, see as many completion
 steps.
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from softar.resume import checkpoint_of, resumes
 from softar.rows import APART
 from softar.training import opt, tell_progress
 
-from .guards import check_same_policy
+from .guards import check_same_policy, policy_of
 from .rewards import REWARDS, as_chats, check_columns, rewards_of, score_of
 
 # Fields that make a row of the table what it is: options of several draws go to `soft` alone.
@@ -127,9 +126,9 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
     model = sft_policy(args, task, script) if starts_anew else inputs.model
     sft_seconds = time.perf_counter() - started if starts_anew else 0.0
     with one_line_errors(inputs.program.name):
-        if checkpoint := checkpoint_of(args):
-            check_same_policy(checkpoint, args)
         model, tokenizer = softar.load(model, seed=args.seed, **inputs.model_options)
+        if checkpoint := checkpoint_of(args):
+            check_same_policy(checkpoint, policy_of(model, args))
         rewards = rewards_of(script.reward_funcs, task)
         trainer = trainer_class()(
             model,
@@ -147,8 +146,8 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
         """On the main process; nothing where there are no held-out rows."""
         if task.test is None or not accelerator.is_main_process:
             return {}
-        plain = accelerator.unwrap_model(trainer.model)
-        found = evaluate(plain, tokenizer, task.test, score, args, script.eval_draws)
+        plain, how = accelerator.unwrap_model(trainer.model), (trainer.policy, script.eval_draws)
+        found = evaluate(plain, tokenizer, task.test, score, args, *how)
         print(f"{name}, seed {args.seed}: accuracy {found['accuracy']:.3f} {stage}", flush=True)
         return found
 
@@ -184,7 +183,7 @@ def decoder_of(args) -> str:
     return "discrete" if args.decoding().width == 1 else args.soft_mixer
 
 
-def evaluate(model, tokenizer, rows, score, args, draws: int) -> dict:
+def evaluate(model, tokenizer, rows, score, args, policy, draws: int) -> dict:
     """Accuracy and cost of the policy as it acts, but with greedy answers: what the reward would
     see is scored.
 
@@ -199,8 +198,6 @@ def evaluate(model, tokenizer, rows, score, args, draws: int) -> dict:
 
     from .discretise import discretise
 
-    config = dataclasses.replace(args.decoding(), answer_temperature=0.0)
-
     def answering(rng):
         def answer(batch):
             prompts = [row["prompt"] for row in batch]
@@ -212,6 +209,7 @@ def evaluate(model, tokenizer, rows, score, args, draws: int) -> dict:
 
         return answer
 
+    config = policy.changed(answer_temperature=0.0)
     each = [answering(torch.Generator().manual_seed(i)) for i in range(draws)]
     tallies = [
         tally(model, rows, score, answer, args.per_device_eval_batch_size) for answer in each

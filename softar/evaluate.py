@@ -107,6 +107,17 @@ def prefixed(prompt, prefix: str | None):
     return prefix + prompt
 
 
+def prefixed_rows(rows, prefix: str | None):
+    """A data set, several by name, or None, with each `prompt` as a model is to read it whose
+    configuration says prompt_prefix."""
+    if isinstance(rows, dict):
+        return type(rows)({name: prefixed_rows(each, prefix) for name, each in rows.items()})
+    first = None if rows is None or prefix is None else next(iter(rows), None)
+    if first is None or not isinstance(first.get("prompt"), str):
+        return rows  # in a chat the template puts it there
+    return rows.map(lambda row: {"prompt": prefixed(row["prompt"], prefix)})
+
+
 def encode(tokenizer, prompts: list, prefix: str | None = None):
     """Prompts, text or chat messages, to a left-padded batch. prefix: a configuration's
     prompt_prefix. Raises ValueError where the chat template leaves it out."""

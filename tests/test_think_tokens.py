@@ -31,8 +31,7 @@ from softar.decoders.soft_beam import SoftBeam
 from softar.evaluate import encode, evaluate, prefixed
 from softar.models import add_think_tokens, word_tokenizer
 from softar.models.think_tokens import before_users
-from softar.rl.config import SoftGRPOConfig
-from softar.rl.guards import check_origin
+from softar.rl import SoftGRPOConfig, SoftGRPOTrainer, SoftPPOConfig, SoftPPOTrainer
 from softar.sft.config import SoftSFTConfig
 from softar.sft.trainer import SoftSFTTrainer
 from softar.tasks import load_task
@@ -97,7 +96,7 @@ def trained(*args, resume=None, **settings):
 def flat(model):
     """Its weights by the names that they have without PEFT."""
     if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
+        model = model.merge_and_unload().requires_grad_()
     return {name: w.detach().clone() for name, w in model.state_dict().items()}
 
 
@@ -410,16 +409,101 @@ def test_a_later_training_keeps_the_prefix(tmp_path):
     assert all(p.requires_grad for p in trainer.model.parameters())
 
 
-def test_rl_refuses_texts_that_lack_the_prefix(tmp_path):
-    SoftConfig(prompt_prefix=WORDS).save(tmp_path)
-    args, chat = (
-        SoftGRPOConfig(output_dir=str(tmp_path / "rl")),
-        [{"role": "user", "content": "w5"}],
+RL = dict(
+    soft_k=2,
+    think_steps=2,
+    max_completion_length=4,
+    num_generations=2,
+    per_device_train_batch_size=4,
+    max_steps=1,
+    logging_steps=1,
+    save_strategy="no",
+    report_to="none",
+    disable_tqdm=True,
+)
+
+
+def rl_of(folder, opened, rows=ROWS, trainer=SoftGRPOTrainer, options=SoftGRPOConfig, **settings):
+    """On a model as softar.load opens it. trainer.asked: the prompts that its rewards have seen."""
+    asked, (model, tokenizer) = [], opened
+
+    def reward(completions, prompts, **columns):
+        asked.extend(prompts)
+        return [float(len(text) % 3) for text in completions]
+
+    args = options(output_dir=str(folder), **RL | settings)
+    made = trainer(model, reward, args, rows, {"held": rows}, tokenizer)
+    made.asked = asked
+    return made
+
+
+@pytest.mark.parametrize(
+    ("peft", "kind"),
+    [
+        (True, (SoftGRPOTrainer, SoftGRPOConfig)),
+        (False, (SoftGRPOTrainer, SoftGRPOConfig)),
+        (False, (SoftPPOTrainer, SoftPPOConfig)),
+    ],
+    ids=["adapter", "whole", "ppo"],
+)
+def test_rl_goes_on_behind_the_prefix(tmp_path, peft, kind):
+    """Of a merged adapter too, whose name_or_path is its base's; rows that hold it keep it."""
+    adapter = TrainableTokensConfig() if peft else None
+    trained(
+        tmp_path / "run", base_of(tmp_path / "base", tied=peft), peft_config=adapter
+    ).save_model()
+    model, tokenizer = softar.load(tmp_path / "run")
+    if peft:
+        with pytest.raises(ValueError, match=r"model='.*run': its adapter.*merge_and_unload"):
+            rl_of(tmp_path / "rl", (model, tokenizer))
+        model = model.merge_and_unload().requires_grad_()
+    rows = Dataset.from_list([{"prompt": f"{WORDS}<bos> w4"}, *ROWS.select_columns("prompt")])
+    saving = dict(save_strategy="steps", save_steps=1)
+    trainer = rl_of(tmp_path / "rl", (copy.deepcopy(model), tokenizer), rows, *kind, **saving)
+    trainer.train()
+    trainer.evaluate()
+    assert trainer.asked and all(
+        prompt.count(WORDS) == 1 and prompt.startswith(WORDS) for prompt in trainer.asked
     )
-    for prompt in (f"{WORDS}w5", chat):
-        check_origin(str(tmp_path), args, Dataset.from_list([{"prompt": prompt}]))
-    with pytest.raises(ValueError, match=r"prompt_prefix='<\|think_1\|>.*put it there"):
-        check_origin(str(tmp_path), args, ROWS)
+    trainer.save_model()
+    for folder in (tmp_path / "rl", tmp_path / "rl" / "checkpoint-1"):
+        config = SoftConfig.load(folder)
+        assert config == trainer.policy and config.prompt_prefix == WORDS
+        assert "prompt_prefix" in (folder / "README.md").read_text()
+    saved, tokenizer = softar.load(tmp_path / "rl")
+    ids = encode(tokenizer, ["<bos> w5"], WORDS)["input_ids"]
+    assert softar.generate(saved, ids).config.prompt_prefix == WORDS
+    resume = str(tmp_path / "rl" / "checkpoint-1")
+    plain = rl_of(tmp_path / "x", softar.load(tmp_path / "base"), rows, *kind)
+    with pytest.raises(
+        ValueError, match=r"another policy: now prompt_prefix=None, not '<\|think_1"
+    ):
+        plain.train(resume_from_checkpoint=resume)
+    again = rl_of(tmp_path / "rl", (model, tokenizer), rows, *kind, max_steps=2)
+    again.train(resume_from_checkpoint=resume)
+    assert again.state.global_step == 2
+
+
+def test_rl_looks_at_each_prompt_for_the_prefix(tmp_path):
+    """Chats get it from their template: one without it is named."""
+    trained(tmp_path / "run", base_of(tmp_path / "base")).save_model()
+    model, tokenizer = softar.load(tmp_path / "run")
+    tokenizer.chat_template = CHAT
+    chats = Dataset.from_list([{"prompt": [dict(role="user", content="w5")]}] * 4)
+    with pytest.raises(ValueError, match=r"prompt_prefix='<\|think_1\|>.*stands nowhere in rows"):
+        rl_of(tmp_path / "rl", (model, tokenizer), chats).train()
+
+
+def test_an_adapters_own_folder_says_its_draws(tmp_path):
+    adapter = TrainableTokensConfig()
+    trained(
+        tmp_path / "run", base_of(tmp_path / "base", tied=True), peft_config=adapter
+    ).save_model()
+    draws = dict(mixer="k-samples", mixer_args={"k": 5}, prompt_prefix=WORDS)
+    SoftConfig(**draws).save(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"soft_k=2, but soft_config\.json in .*run says k=5"):
+        model, tokenizer = softar.load(tmp_path / "run")
+        rl_of(tmp_path / "rl", (model.merge_and_unload(), tokenizer))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from .adapter import base_of, wrap
 from .embedded import MODELS, named
 from .errors import opening
 from .gguf_file import load_gguf
-from .kind import ELSEWHERE
+from .kind import ELSEWHERE, plain
 from .origin import note_origin
 from .source import check_fixed, pretrained
 
@@ -79,7 +79,8 @@ def load(
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model = to_machine(model, dtype, device).eval()
-    note_origin(model, name, tokenizer)
+    for each in (model, plain(model)):  # an adapter's base, which has its weights, merged or not
+        note_origin(each, name, tokenizer)
     return model, tokenizer
 
 

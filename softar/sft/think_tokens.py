@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..defaults import own_config
-from ..evaluate import prefixed
+from ..evaluate import prefixed_rows
 from ..models import add_think_tokens, origin_of
 from ..models.think_tokens import only_rows, tables_of
 
@@ -28,17 +28,13 @@ class Prefix(NamedTuple):
         """A data set, several by name, or None, with the text before each prompt of text."""
         if isinstance(rows, dict):
             return type(rows)({name: self.before(each) for name, each in rows.items()})
-        first = None if rows is None or self.text is None else next(iter(rows))
-        if first is None or not isinstance(first.get("prompt", ""), str):
-            return rows  # in a chat the template puts it there
-        if "prompt" in first:
-            return rows.map(lambda row: {"prompt": prefixed(row["prompt"], self.text)})
-        if self.ids and not isinstance(first.get("messages"), list):
+        first = next(iter(rows)) if self.ids and rows is not None else {"prompt": None}
+        if "prompt" not in first and not isinstance(first.get("messages"), list):
             raise ValueError(
                 f"think_tokens={len(self.ids)} stand before prompts, and the rows have {[*first]}: give "
                 "prompt and completion, or chats"
             )
-        return rows
+        return prefixed_rows(rows, self.text)
 
     def freeze(
         self, model: nn.Module, is_split: bool = False
