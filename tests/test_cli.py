@@ -791,6 +791,18 @@ def test_a_server_is_asked_what_its_model_was_trained_on(tmp_path, card, prompt)
     assert json.loads(shlex.split(curl)[-1])["prompt"] == shlex.split(again)[2] == prompt
 
 
+@pytest.mark.parametrize("mixer", ["soft", "code:mixer"])
+def test_a_server_is_asked_behind_the_prefix(tmp_path, mixer):
+    """`softar generate` puts it there itself."""
+    (tmp_path / "soft_config.json").write_text(
+        json.dumps({"prompt_prefix": "<|think_1|>", "mixer": mixer})
+    )
+    server = SimpleNamespace(model=str(tmp_path), url="http://127.0.0.1:9")
+    curl, again = streams.how_to_ask(server, soft=True).splitlines()[1:]
+    body, prompt = json.loads(shlex.split(curl)[-1]), "Once upon a time"
+    assert body["prompt"] == f"<|think_1|>{prompt}" and shlex.split(again)[2] == prompt
+
+
 def test_serve(softar, monkeypatch):
     import_module("softar.vllm")
     asked = []

@@ -242,11 +242,15 @@ def _with_interval(row: dict, key: str, sign: str) -> str:
 def how_to_ask(server, soft: bool = False, needs_key: bool = False) -> str:
     """Where a server listens, and commands that ask it; with a prompt that the model knows, where
     its folder or name tells one."""
+    from ..defaults import own_config
+    from ..evaluate import prefixed
     from ..model_card import prompt_of
 
     ours = "<bos> D4 D8 D1 D3 ->" if server.model.startswith("mnns") else "Once upon a time"
     prompt = prompt_of(server.model) or ours
-    request = {"model": server.model, "prompt": prompt, "max_tokens": 16}
+    theirs = own_config(server.model, "soft")  # whatever code it names
+    text = prefixed(prompt, theirs and theirs.prompt_prefix)  # `softar generate` puts it itself
+    request = {"model": server.model, "prompt": text, "max_tokens": 16}
     if soft:
         request |= {"temperature": 0, "vllm_xargs": {"soft": {"top_k": 10, "budget": 3}}}
     body = shlex.quote(json.dumps(request))
