@@ -241,6 +241,12 @@ def test_a_resumed_run_goes_on_exactly_across_stages(tmp_path):
         same(resumed, unbroken, rtol=0, atol=0)
 
 
+def test_the_log_says_how_evaluations_decode(tmp_path, capsys):
+    trained(tmp_path, rows_of(), max_steps=3, **KNOBS)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "evaluations and checkpoints decode as the last stage from the start" in said
+
+
 def test_rows_at_a_stage_drawn_uniformly(tmp_path):
     trainer = trainer_of(
         tmp_path,

@@ -100,7 +100,8 @@ def forecast(args, dataset, span: dict) -> str | None:
         forwards = 1 + (latents if args.soft_mode == "sequential" else min(latents, passes_of))
         return (
             f"soft SFT: thoughts of up to {thought} tokens{what} give way to {latents} hidden states in "
-            f"{args.latent_stages} stages; a micro-batch of the last takes {forwards} forwards"
+            f"{args.latent_stages} stages; a micro-batch of the last takes {forwards} forwards; evaluations and "
+            "checkpoints decode as the last stage from the start"
         )
     return (
         f"soft SFT: thoughts of up to {thought} tokens{what}; a micro-batch takes up to {cost}, "
