@@ -27,7 +27,7 @@ from softar.decoders.search import SEARCHES, SearchDecoder
 from softar.decoders.soft_beam import SoftBeam, soft_beam
 from softar.mixers import guide
 from softar.sft.forward import mixed_forward
-from softar.soft import Soft, mk_proba_dist, soft_embed
+from softar.soft import Soft, entropy, mk_proba_dist, soft_embed
 from softar.soft import hard as one_token
 
 N = 9  # new tokens
@@ -286,6 +286,20 @@ def test_thoughts_end_by_the_rules_and_answers_are_greedy(search, thought, tiny)
             free = kinds != Kind.FORCED
             assert logp[free] == pytest.approx(worth[free], abs=2e-3)
             assert logp[~free].isnan().all()
+
+
+@pytest.mark.parametrize("search", SEARCHED[:3])
+def test_the_cold_stop_asks_the_model_and_not_the_processors(search):
+    """As softar.generate: eight tokens that are left of 64 make no step sure."""
+    model = model_of()
+    model.generation_config.suppress_tokens = [*range(8, 64)]
+    with torch.no_grad():
+        logits = model(IDS, attention_mask=MASK).logits[:, -1]
+    config = SoftConfig(max_new_tokens=4, cold_stop_entropy=2.1, cold_stop_steps=1)
+    out, _ = run(model, config, search)
+    assert out.record.token[:, 0].max() < 8
+    assert out.record.entropy[:, 0].tolist() == pytest.approx(entropy(logits).tolist(), abs=1e-4)
+    assert (out.record.kind[:, 0] == Kind.SOFT).all()
 
 
 def test_a_tag_that_opens_the_thought(tiny):

@@ -130,7 +130,7 @@ def _search(
     with evaluating(model), counted(model) as shapes, reading(model, hypotheses.inputs(model)):
         sequences = model._beam_search(
             input_ids,
-            LogitsProcessorList([*logits_processor, hypotheses]),
+            LogitsProcessorList([hypotheses.look, *logits_processor, hypotheses]),
             stopping_criteria,
             generation_config,
             **model_kwargs,
@@ -178,14 +178,21 @@ class Hypotheses(LogitsProcessor):
         # of so many candidates transformers takes its choice
         self.most = max(2, 1 + len(self.rules.eos)) * num_beams
         self.tokens = None  # [R, P + t]
+        self.h = None  # [R]
         self.parent = torch.arange(len(input_ids), device=input_ids.device)
         self.steps: list[_Step] = []
+
+    def look(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Takes the entropy of what the model itself says."""
+        self.h = entropy(scores, self.config.entropy_temperature)
+        return scores
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Log-probabilities [R, V], those of the rows that a rule forces a token on with that token
         alone."""
         c, rules = self.config, self.rules
-        belief, h = mk_proba_dist(scores, **c.filters), entropy(scores, c.temperature or 1.0)
+        belief = mk_proba_dist(scores, **c.filters)
+        h = self.h.masked_fill(entropy(scores).isnan(), torch.nan)  # no token is left
         first = hard(belief)
         after, record = decide(rules, self.progress, h, first, first)
         self._check_finite(record)
