@@ -17,6 +17,10 @@ from tiny import (
     tokenizer_of,
     with_lora,
 )
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 import softar
 from softar import Kind, SoftConfig
@@ -300,6 +304,19 @@ def test_the_cold_stop_asks_the_model_and_not_the_processors(search):
     assert out.record.token[:, 0].max() < 8
     assert out.record.entropy[:, 0].tolist() == pytest.approx(entropy(logits).tolist(), abs=1e-4)
     assert (out.record.kind[:, 0] == Kind.SOFT).all()
+
+
+@pytest.mark.parametrize("search", [*SEARCHED, SoftBeam(1), None])
+def test_an_answer_ends_with_a_stop_string(search):
+    bpe = Tokenizer(BPE({c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    bpe.pre_tokenizer, bpe.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="!", eos_token="?")
+    (a,), model = tokenizer.encode("a"), model_of(vocab_size=256)
+    made = (BeamDecoder, BeamOptions(N, num_beams=2, budget=3)) if search is None else None
+    decoder, *args = made or (SearchDecoder, SoftConfig(max_new_tokens=N, budget=3), search)
+    with edited_logits(model, likelier(a, 20)):
+        (found,) = decoder(model, tokenizer, *args, stop=("a",)).decode(["it"])
+    assert found.tokens == (a,) * 4 and found.text == "a"  # a thought of three is not searched
 
 
 def test_a_tag_that_opens_the_thought(tiny):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import BatchEncoding
+from transformers import BatchEncoding, StoppingCriteriaList
 
 from ..checks import check_least
 from ..config import Ids, SoftConfig
@@ -18,6 +18,7 @@ from ..show.trace import Step, Trace, Words
 from ..tags import matches, scan
 from .answer import Decoded
 from .card import check_of_kind, columns_of
+from .stop import stops_of
 
 # Sampling is off, with neutral values: what is None generate fills from the model's configuration,
 # and it warns of what beam search does not use.
@@ -74,11 +75,19 @@ class BeamDecoder:
     """
 
     def __init__(
-        self, model, tokenizer, options: BeamOptions, *, name=None, trace=False, columns=None
+        self,
+        model,
+        tokenizer,
+        options: BeamOptions,
+        *,
+        name=None,
+        trace=False,
+        columns=None,
+        stop: tuple[str, ...] = (),
     ):
         check_of_kind(model, "autoregressive", name or "beam")
         self.model, self.tokenizer, self.trace = model, tokenizer, trace
-        self.num_beams = options.num_beams
+        self.num_beams, self.stop = options.num_beams, [*stop]
         self.thought = resolve(
             SoftConfig(
                 think_start=options.think_start,
@@ -109,14 +118,16 @@ class BeamDecoder:
             return []
         started = time.perf_counter()
         inputs = self.read(prompts).to(self.model.device)
+        width = inputs["input_ids"].shape[1]
+        stops = stops_of(self.tokenizer, self.stop, width, self.thought)
         with evaluating(self.model), counted(self.model) as shapes:
             sequences = self.model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 generation_config=self.settings,
+                stopping_criteria=StoppingCriteriaList(stops),
                 tokenizer=self.tokenizer,
             ).tolist()
-        width = inputs["input_ids"].shape[1]
         rows = [self._unpadded(sequence[width:]) for sequence in sequences]
         starts = [
             self._answer_start(ids[mask.bool()].tolist(), row)

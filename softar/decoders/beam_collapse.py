@@ -17,12 +17,13 @@ import copy
 import functools
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from .. import guard
@@ -79,7 +80,12 @@ class BeamCollapse:
 
 
 def beam_collapse(
-    model, input_ids: Tensor, attention_mask: Tensor, config: SoftConfig, search: BeamCollapse
+    model,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    config: SoftConfig,
+    search: BeamCollapse,
+    stops: Sequence[StoppingCriteria] = (),
 ) -> tuple[SoftOutput, list[float]]:
     """Decode by collapsed beams.
 
@@ -87,6 +93,7 @@ def beam_collapse(
         model: a causal LM of transformers, plain or wrapped by PEFT.
         input_ids, attention_mask: [N, P], padded on the left.
         config: resolved; where the thought is.
+        stops: where a text ends, beside length and end tokens; asked of any rows at any step.
 
     Returns:
         The soft paths, whose entropies are means over the beams where they stood; and the forwards
@@ -109,6 +116,7 @@ def beam_collapse(
         input_ids=input_ids,
         attention_mask=attention_mask,
         generation_config=settings,
+        stopping_criteria=StoppingCriteriaList(stops),
         custom_generate=functools.partial(_search, config=config, search=search),
     )
 

@@ -18,6 +18,7 @@ from .card import check_of_kind, columns_of
 from .options import check_options
 from .read import read_out
 from .soft_beam import SoftBeam
+from .stop import stops_of
 
 
 class SearchDecoder:
@@ -37,6 +38,7 @@ class SearchDecoder:
         name=None,
         trace=False,
         columns=None,
+        stop: tuple[str, ...] = (),
     ):
         decoder = next(name for name, s in SEARCHES.items() if isinstance(search, s.options))
         check_of_kind(model, "autoregressive", name or decoder)
@@ -45,6 +47,7 @@ class SearchDecoder:
         self.config, self.search = resolve(config.changed(**search.changes), tokenizer), search
         setting = f"num_beams={search.num_beams}"
         self.columns = columns_of(decoder, model, "autoregressive", setting) | (columns or {})
+        self.stop = [*stop]
         self.name, self.run = name or f"{decoder} {setting}", SEARCHES[decoder].run
 
     def read(self, prompts: list) -> BatchEncoding:
@@ -59,7 +62,8 @@ class SearchDecoder:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         config = self.config.changed(prompt_prefix=None)  # the ids have it
         with evaluating(self.model):
-            out, forwards = self.run(self.model, ids, mask, config, self.search)
+            stops = stops_of(self.tokenizer, self.stop, ids.shape[1], config)
+            out, forwards = self.run(self.model, ids, mask, config, self.search, stops)
         how = dict(started=started, forwards=forwards, title=self.name if self.trace else None)
         return read_out(out, self.tokenizer, inputs, **how)
 
@@ -80,7 +84,7 @@ def search_config(
 
 class Search(NamedTuple):
     options: type
-    run: Callable  # (model, input_ids, attention_mask, config, options) -> output, forwards
+    run: Callable  # (model, input_ids, attention_mask, config, options, stops) -> output, forwards
     fixed: list[str]  # fields of SoftConfig that it sets itself
 
 

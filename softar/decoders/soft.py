@@ -263,7 +263,8 @@ def _make_beam(card: Card, common: Common, /, **options) -> BeamDecoder:
     search = BeamOptions(**trained | asked | check_options(BeamOptions, "beam", options))
     setting = format_options({"num_beams": search.num_beams} | options, " ")
     labels = common.labels("beam", card.name, setting)
-    return BeamDecoder(model, tokenizer, search, trace=common.trace, **labels)
+    how = dict(trace=common.trace, stop=common.stop)
+    return BeamDecoder(model, tokenizer, search, **how, **labels)
 
 
 def _make_search(decoder: str, card: Card, common: Common, /, **options) -> SearchDecoder:
@@ -277,7 +278,8 @@ def _make_search(decoder: str, card: Card, common: Common, /, **options) -> Sear
     config, search = search_config(default, decoder, asked)
     setting = format_options({"num_beams": search.num_beams} | options, " ")
     labels = common.labels(decoder, card.name, setting)
-    return SearchDecoder(model, tokenizer, config, search, trace=common.trace, **labels)
+    how = dict(trace=common.trace, stop=common.stop)
+    return SearchDecoder(model, tokenizer, config, search, **how, **labels)
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,24 @@ Shapes: N prompts, B beams, R = N B hypotheses, P prompt length, T steps, V voca
 import copy
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .. import guard
 from ..checks import check_choice, check_least, check_types
 from ..config import SWITCHES, SoftConfig
-from ..decode import SoftOutput, generate
+from ..decode import LIMITS, SoftOutput, generate
 from ..mixers import Mixed, guide, hard
 from ..models import plain
 from ..models.kind import uncompiled
@@ -71,7 +76,12 @@ class SoftBeam:
 
 
 def soft_beam(
-    model, input_ids: Tensor, attention_mask: Tensor, config: SoftConfig, search: SoftBeam
+    model,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    config: SoftConfig,
+    search: SoftBeam,
+    stops: Sequence[StoppingCriteria] = (),
 ) -> tuple[SoftOutput, list[float] | None]:
     """Decode by soft beam search.
 
@@ -79,6 +89,7 @@ def soft_beam(
         model: a causal LM of transformers, plain or wrapped by PEFT.
         input_ids, attention_mask: [N, P], padded on the left.
         config: resolved; where the thought is and the filters of its belief.
+        stops: where a text ends, beside length and end tokens; asked of any rows at any step.
 
     Returns:
         The best hypothesis of each prompt, logp of its record the log-probability of each token that
@@ -94,7 +105,8 @@ def soft_beam(
     check_ragged(model, attention_mask)
     guard.check_beams(model, search.num_beams)
     if search.num_beams == 1:
-        return generate(model, input_ids, attention_mask, config=config), None
+        how = dict(config=config, stopping_criteria=stops)
+        return generate(model, input_ids, attention_mask, **how), None
     settings = copy.deepcopy(plain(model).generation_config)
     settings.update(
         **NEUTRAL,
@@ -107,6 +119,7 @@ def soft_beam(
         input_ids=input_ids,
         attention_mask=attention_mask,
         generation_config=settings,
+        stopping_criteria=StoppingCriteriaList(stops),
         custom_generate=functools.partial(_search, config=config, search=search),
     )
 
@@ -136,7 +149,8 @@ def _search(
             **model_kwargs,
         )
     prompts = input_ids[:: search.num_beams]
-    progress, record = hypotheses.path(sequences[:, prompts.shape[1] :])
+    texts = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, LIMITS))
+    progress, record = hypotheses.path(prompts, sequences[:, prompts.shape[1] :], texts)
     if config.think_start is not None:
         warn_unopened(config, progress)
     forwards = len(shapes) * search.num_beams
@@ -245,8 +259,8 @@ class Hypotheses(LogitsProcessor):
         thought, answer = Mixed(soft, token, logp), Mixed(one_token(token), token, logp)
         return decide(self.rules, progress, step.h[rows], thought, answer)
 
-    def path(self, completions: Tensor) -> tuple[Progress, Record]:
-        """How the finished hypotheses [N, T] went, from the prompt on."""
+    def path(self, prompts: Tensor, completions: Tensor, stops) -> tuple[Progress, Record]:
+        """How the finished hypotheses [N, T] went, from the prompts [N, P] on."""
         N, B, device = len(completions), self.B, completions.device
         groups, progress, records = torch.arange(0, N * B, B, device=device), self.start, []
         rows = groups
@@ -261,6 +275,7 @@ class Hypotheses(LogitsProcessor):
             logp = values.masked_fill(ids != token[:, None], -torch.inf).amax(-1)
             progress, record = self._decide(progress, step, rows, token, logp)
             ended = (record.token[:, None] == self.rules.eos).any(1)
+            ended = ended | stops(torch.cat([prompts, completions[:, : t + 1]], 1), None)
             progress = progress._replace(done=progress.done | ended)
             records.append(record)
         return progress, stack(records)

@@ -18,15 +18,17 @@ class StopStrings(StoppingCriteria):
         stop: list[str],
         prompt_length: int,
         config: SoftConfig,
+        *,
+        replay: bool = False,
     ):
         """config: resolved. Where its thought may end at any step (cold stop without think_end) or
         go on behind think_end (switch_budget), rows run on to the budget or to the end: HFLM cuts the
-        text at the string anyway."""
+        text at the string anyway. replay: the rows of each call are others, as in a search."""
         self.tokenizer, self.prompt_length = tokenizer, prompt_length
         self.stop = [text for text in stop if text]
         # Tokens that are looked at: no token but the added ones is shorter than a byte
         self.window = max((len(text.encode()) for text in self.stop), default=0) + 2
-        self.config = config
+        self.config, self.replay = config, replay
         self.thoughts = None  # how far each row's thought is, after the prompt has been read
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
@@ -36,7 +38,7 @@ class StopStrings(StoppingCriteria):
         if self.config.switch_budget is not None:
             return torch.zeros(len(tokens), dtype=torch.bool, device=input_ids.device)
         if self.config.has_answer and self.config.hide_thought:
-            if self.thoughts is None:
+            if self.thoughts is None or self.replay:
                 self.thoughts = Thoughts(self.config, input_ids[:, : self.prompt_length])
             for step in range(self.thoughts.steps, tokens.shape[1]):
                 self.thoughts.read(tokens[:, step])
@@ -77,3 +79,10 @@ class Thoughts:
         if rules.start is not None:
             self.start, is_whole = rules.start(self.start, token)
             self.thinking = self.thinking | (is_whole & ~self.closed)
+
+
+def stops_of(
+    tokenizer, stop: list[str], prompt_length: int, config: SoftConfig
+) -> list[StoppingCriteria]:
+    """For a search: where an answer holds one of the strings."""
+    return [StopStrings(tokenizer, stop, prompt_length, config, replay=True)] if stop else []
