@@ -89,12 +89,14 @@ def policy_of(model, args: SoftGRPOConfig) -> SoftConfig:
     """The policy as a configuration, which soft_config.json records: as `args` say, behind the prefix
     that the model, an adapter too, has been trained with. Raises ValueError where its folder says
     that its policy draws another number of tokens."""
-    if is_peft_model(model) and isinstance(model.get_output_embeddings(), BaseTunerLayer):
+    is_named = isinstance(model, str)
+    adapted = not is_named and is_peft_model(model)
+    if adapted and isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise ValueError(
             f"model={origin_of(model).name!r}: its adapter has rows of the output layer, which RL does not train on: "
             "merge it, model.merge_and_unload().requires_grad_()"
         )
-    name = model if isinstance(model, str) else origin_of(model).name
+    name = model if is_named else origin_of(model).name
     theirs, ours = own_config(name), args.decoding()
     if theirs is None:
         return ours
