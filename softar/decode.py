@@ -239,7 +239,6 @@ def soft_decode(
     if why is None:  # else `generate` has looked
         guard.check_prefix(input_ids, config, origin_of(model).tokenizer)
     guard.check_reads(model, config, input_ids, model_kwargs)
-    guard.check_vocabulary(input_ids, model.get_input_embeddings())
     # nobody gave generate a length
     if asked.get("has_default_max_length") and generation_config.max_new_tokens is None:
         length = generation_config.max_length = input_ids.shape[1] + config.max_new_tokens

@@ -267,6 +267,7 @@ def check_reads(model, config: SoftConfig, input_ids: Tensor, model_kwargs: dict
             raise ValueError(
                 f"{name}={ids} must be token ids below {vocab}, the model's vocabulary"
             )
+    check_vocabulary(input_ids, model.get_input_embeddings())
 
 
 def check_vocabulary(input_ids: Tensor, embedding: nn.Module) -> None:

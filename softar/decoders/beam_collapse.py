@@ -142,7 +142,6 @@ def _search(
 ) -> tuple[SoftOutput, list[float]]:
     started = time.perf_counter()
     guard.check_reads(model, config, input_ids, inputs)
-    guard.check_vocabulary(input_ids, model.get_input_embeddings())
     guard.check_positions(model, input_ids, generation_config, inputs)
     check_rereads(model, inputs, search)
     pad, eos = generation_config._pad_token_tensor, generation_config._eos_token_tensor

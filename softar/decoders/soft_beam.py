@@ -137,7 +137,6 @@ def _search(
     """input_ids: [R, P], each prompt B times."""
     started = time.perf_counter()
     guard.check_reads(model, config, input_ids, model_kwargs)
-    guard.check_vocabulary(input_ids, model.get_input_embeddings())
     guard.check_positions(model, input_ids, generation_config, model_kwargs)
     hypotheses = Hypotheses(config, search.num_beams, input_ids, generation_config)
     with evaluating(model), counted(model) as shapes, reading(model, hypotheses.inputs(model)):
