@@ -2,6 +2,7 @@
 "Evidence: rules", as tables. An experiment is added by an entry in EVIDENCE, a region in RESULTS.md
 and `facts` in its module."""
 
+from softar.recipes.evidence_claims_reach import X2, X2_SMOLLM2
 from softar.recipes.evidence_claims_rl import X4
 from softar.recipes.evidence_kinds import Claim, Evidence, Grid, less
 from softar.recipes.evidence_logs import Read
@@ -114,98 +115,6 @@ X1 = Evidence(
     ),
 )
 
-# X2
-
-REACH_DOSES = ("own", *(f"top {k}" for k in (16, 8, 4, 2, 1)), "another row's")
-REACH_ARMS = ("warm", "discrete", "discrete-traces", "trace-soft", "guided-soft", "pause")
-
-
-def reach(arm: str, way: str) -> Read:
-    return Read("parity" if arm.endswith("parity") else "reachability", arm, way)
-
-
-def reach_less(arm: str, way: str, about: str = "beside", task: str = "", **options) -> Claim:
-    """trace-soft, read softly, less another arm."""
-    says = f"less {arm}, {'8 votes' if way == 'votes' else way}"
-    ours = reach(f"trace-soft{task}", "soft")
-    return less(about, says, ours, reach(f"{arm}{task}", way), **options)
-
-
-def reach_dose(dose: str) -> Claim:
-    ours, theirs = (reach("trace-soft", f"after {name}") for name in ("own", dose))
-    return less("dose", f"after own thought less after {dose}", ours, theirs)
-
-
-VOTED = reach_less(
-    "discrete-traces", "votes", "primary", brief="Reachability: trace-soft over discrete, 8 votes"
-)
-ON_PARITY = reach_less("discrete-traces", "votes", task="-parity", has_verdict=False)
-ON_PARITY = ON_PARITY._replace(about="parity", says="parity: less discrete-traces, 8 votes")
-X2 = Evidence(
-    title="Reachability in layered graphs, of a small net with the lookup of links built in",
-    verdicts=("primary",),
-    claims=(
-        VOTED,
-        reach_less("discrete-traces", "discrete"),
-        reach_less("discrete-traces", "soft"),
-        reach_less("discrete", "discrete", has_verdict=False),
-        reach_less("guided-soft", "soft", has_verdict=False),
-        reach_less("pause", "discrete", has_verdict=False),
-        less(
-            "control",
-            "warm net, not trained on: soft less discrete",
-            reach("warm", "soft"),
-            reach("warm", "discrete"),
-        ),
-        reach_dose("another row's"),
-        reach_dose("top 1"),
-        ON_PARITY,
-        Claim(
-            "parity",
-            "less discrete-traces, 8 votes: on reachability less on parity",
-            (*VOTED.parts, ON_PARITY.parts[0]._replace(weight=-1.0)),
-            has_verdict=False,
-        ),
-    ),
-    grids=(
-        Grid(
-            "accuracy",
-            "trained as",
-            ("read softly", "read discretely"),
-            {
-                arm: tuple(reach(arm, way) for way in ("soft", "discrete"))
-                for arm in (*REACH_ARMS, "discrete-traces-parity", "trace-soft-parity")
-            },
-        ),
-        Grid(
-            "votes",
-            "trained as",
-            ("8 votes",),
-            {arm: (reach(arm, "votes"),) for arm in ("discrete-traces", "discrete-traces-parity")},
-        ),
-        Grid(
-            "dose",
-            "trace-soft, after a thought that is",
-            REACH_DOSES,
-            {"reachability": tuple(reach("trace-soft", f"after {d}") for d in REACH_DOSES)},
-            x="what is left of each step of the thought",
-            apart=1,
-        ),
-    ),
-    seconds={"read softly": REACH_ARMS[1:], "read discretely": REACH_ARMS[1:]},
-    gaps={"less 8 votes": {"reachability": VOTED.says, "parity": ON_PARITY.says}},
-    gaps_x="task",
-    notes=(
-        "All arms start from heads that look links up, built in by hand: they read a mixture of nodes "
-        "as they read one, so whether a net learns that is not told. What stands here is whether it "
-        "helps a net that can.",
-        "warm is the net that all arms of a seed start from; pause thinks in a token that says "
-        "nothing. Chance is .5.",
-        "Who reads the last node of a random walk alone, and else guesses, is right in .72 of the "
-        "rows, and 8 votes of such in .87.",
-    ),
-)
-
 # X3
 
 FORWARDS = (4, 8, 12, 20)
@@ -287,4 +196,4 @@ X3 = Evidence(
         "1000.",
     ),
 )
-EVIDENCE = {"X1": X1, "X2": X2, "X3": X3, "X4": X4}
+EVIDENCE = {"X1": X1, "X2": X2, "X2-smollm2": X2_SMOLLM2, "X3": X3, "X4": X4}

@@ -11,6 +11,7 @@ import numpy as np
 from softar.evals.intervals import number_groups
 from softar.evals.seeds import Gain, bootstrap_gains, summary
 from softar.recipes.evidence_kinds import (
+    EQUAL_FORWARDS,
     EQUAL_SECONDS,
     EQUIVALENT,
     MARGIN,
@@ -38,6 +39,7 @@ class Result(NamedTuple):
     ours: float | None  # mean accuracies, of a claim with one part
     theirs: float | None
     seconds: tuple[float, float] | None = None  # of training, of ours and theirs
+    forwards: tuple[float, float] | None = None  # an answer, of ours and theirs
 
     @property
     def longer(self) -> float | None:
@@ -119,11 +121,12 @@ def analyse(name: str, evidence: Evidence, logs: Logs, draws: int = 10_000) -> A
     beside = drawn(few, few_rows, draws)
     results = {}
     for claim in claims:
-        ours = theirs = seconds = None
+        ours = theirs = seconds = forwards = None
         if len(claim.parts) == 1:
             (part,) = claim.parts
             ours, theirs = (Cell(mean(scores, reads).mean(1)).mean for reads in part[:2])
             seconds = seconds_of(logs, part) if claim.has_seconds else None
+            forwards = forwards_of(logs, part)
         on_some = all(part._replace(weight=1.0) in few for part in claim.parts)
         results[claim.says] = Result(
             claim,
@@ -132,6 +135,7 @@ def analyse(name: str, evidence: Evidence, logs: Logs, draws: int = 10_000) -> A
             ours,
             theirs,
             seconds,
+            forwards,
         )
     cells = {read: Cell(each.mean(1)) for read, each in scores.items()}
     return Analysis(name, evidence, logs, results, cells, choices)
@@ -189,6 +193,14 @@ def seconds_of(logs: Logs, part: Part) -> tuple[float, float] | None:
     if not both.size or not both.mean(1).all():
         return None
     return tuple(both.mean(1).tolist())
+
+
+def forwards_of(logs: Logs, part: Part) -> tuple[float, float] | None:
+    """Mean forwards an answer of ours and of theirs, over the whole seeds of which none failed; None
+    where the logs have none."""
+    both = np.stack([sum(map(logs.forwards, reads)) / len(reads) for reads in part[:2]])
+    both = both[:, np.isfinite(both).all(0)]
+    return tuple(both.mean(1).tolist()) if both.size else None
 
 
 def subset(rows: Rows, mask: np.ndarray) -> Rows:
@@ -257,7 +269,7 @@ def ranges(numbers: list[int]) -> str:
 
 
 def verdicts_of(result: Result) -> str:
-    """ "supported, equivalent; by t open; ours took 21 % longer" """
+    """ "supported, equivalent; by t open; ours took 21 % longer; forwards 7, theirs 56" """
     words = [] if result.verdict is None else [result.verdict]
     if result.verdict is not None and result.is_equivalent:
         words.append("equivalent")
@@ -266,4 +278,8 @@ def verdicts_of(result: Result) -> str:
         said.append(f"by t {result.by_t}")
     if result.longer is not None and result.longer > EQUAL_SECONDS:
         said.append(f"ours took {100 * result.longer:.0f} % longer")
+    if result.forwards is not None:
+        ours, theirs = result.forwards
+        if abs(theirs - ours) > EQUAL_FORWARDS * ours:
+            said.append(f"forwards {ours:.3g}, theirs {theirs:.3g}")
     return "; ".join(filter(None, said))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from softar.recipes.evidence_logs import Read
 
 MARGIN, EQUIVALENT = 0.03, 0.02
+EQUAL_FORWARDS = 0.05  # as a share of ours; where theirs differ by more, both are said
 EQUAL_SECONDS = 0.05  # more of them than the other side had, by this share, are said
 
 

@@ -75,6 +75,15 @@ class Logs:
         firsts = [self.units[setting, seed]["rows"][0] for seed in self.whole]
         return np.array([first.get("processor_seconds", np.nan) for first in firsts], float)
 
+    def forwards(self, read: Read) -> np.ndarray:
+        """[S] mean forwards an answer, by whole seed; nan where the log has none, or failed."""
+        found = []
+        for seed in self.whole:
+            lines = self.units[read.setting, seed]["rows"][1:]
+            all_of = [x["nfe"] for x in lines if (x["readout"], x["split"]) == (read.readout, TEST)]
+            found.append(all_of[0] if all_of and all_of[0] is not None else np.nan)
+        return np.array(found, float)
+
     @property
     def failed(self) -> list[str]:
         return [

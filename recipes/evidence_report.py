@@ -96,6 +96,7 @@ def as_json(analyses: dict[str, Analysis]) -> str:
                     theirs=result.theirs,
                     seconds=result.seconds,
                     longer=result.longer,
+                    forwards=result.forwards,
                     verdict=result.verdict,
                     verdict_by_t=result.by_t,
                     equivalent=result.is_equivalent,

@@ -85,6 +85,8 @@ def about_of(analysis: Analysis) -> str:
         "Gains in points of accuracy. 95 %: bootstrap over seeds and groups of rows; t: over seeds."
     )
     about += " Accuracy: of both. Seconds: mean processor seconds of training, of both, where these are two nets."
+    if any("forwards" in verdicts_of(each) for each in analysis.results.values()):
+        about += " Forwards: an answer, of both, where they are not as many."
     about += " Without a verdict: beside the claims and for the curves."
     beside = analysis.evidence.beside
     return f"{about} Other rows: {beside}." if beside else about

@@ -11,8 +11,9 @@ from softar.recipes.evidence_reach import NETS, TRAINED, Net
 from softar.recipes.evidence_units import Unit
 
 NET = "smollm2-gpu"
-ARMS = tuple(arm for arm in evidence_reach.ARMS if not arm.endswith("parity"))
+ARMS = tuple(evidence_reach.settings("smollm2"))
 SEEDS, ROWS, BATCH = (0, 1), 12_000, 128
+PILOT, PILOT_SEED, BAND = "discrete-traces", 999, (0.55, 0.9)  # as the rules of X2 say
 TIMED, WARM_UP, TRAIN = 6, 0.15, 0.11  # steps that are timed; of a seed's time: the warm-up, an arm
 
 
@@ -34,8 +35,9 @@ def net(is_dry: bool) -> Net:
 
 
 def reach(record: Record, is_dry: bool, left: Left) -> None:
-    """Each seed's arms from one warm-up, all for as many seconds as fit, which steps timed here say;
-    test rows are read once. A row for each read-out, with the verdict on every test row."""
+    """Each seed's arms from one warm-up, all for as many seconds as fit, which steps timed here say.
+    A pilot on development rows comes first: where discrete traces do not land in the band, no test
+    row is read. They are read once; a row for each read-out, with the verdict on every one."""
     NETS[NET] = net(is_dry)
     evidence_reach.data(NET)
     with tempfile.TemporaryDirectory() as folder:
@@ -44,6 +46,9 @@ def reach(record: Record, is_dry: bool, left: Left) -> None:
         record(
             dict(what="ms a step", note=", ".join(f"{a} {1000 * s:.0f}" for a, s in rates.items()))
         )
+        set_steps(rates, 0 if is_dry else left() / (len(SEEDS) + WARM_UP + 2 * TRAIN))
+        if not passes(pilot(record)) and not is_dry:
+            return
         for number, seed in enumerate(SEEDS):
             whole = 0 if is_dry else left() / (len(SEEDS) - number)
             set_steps(rates, whole)
@@ -52,6 +57,22 @@ def reach(record: Record, is_dry: bool, left: Left) -> None:
                     return record(dict(what=arm, seed=seed, note="no time left"))
                 for row in rows_of(arm, seed):
                     record(row)
+
+
+def pilot(record: Record) -> float:
+    """Accuracy of PILOT, read discretely, on development rows."""
+    (score,) = (
+        row["accuracy"]
+        for row in rows_of(PILOT, PILOT_SEED, split="dev")
+        if row["readout"] == "discrete"
+    )
+    said = "" if passes(score) else f": outside {BAND[0]} to {BAND[1]}, so no test row is read"
+    record(dict(what="pilot", seed=PILOT_SEED, accuracy=score, note=f"{PILOT}, discrete{said}"))
+    return score
+
+
+def passes(score: float) -> bool:
+    return BAND[0] <= score <= BAND[1]
 
 
 def unit(arm: str, seed: int, **more) -> Unit:
@@ -85,8 +106,8 @@ def set_steps(rates: dict[str, float], seconds: float) -> None:
     NETS[NET] = NETS[NET]._replace(steps=dict.fromkeys(TRAINED, 2) | steps, stages=stages)
 
 
-def rows_of(arm: str, seed: int) -> list[dict]:
-    first, *lines = evidence_reach.measure(unit(arm, seed, splits=("test",)))
+def rows_of(arm: str, seed: int, split: str = "test") -> list[dict]:
+    first, *lines = evidence_reach.measure(unit(arm, seed, splits=(split,)))
     names = ("steps", "seconds", "train_loss", "test_rows_hash", "warm_up")
     about = {name: first[name] for name in names}
     return [dict(what=arm, seed=seed) | about | line for line in lines]

@@ -144,9 +144,16 @@ def test_the_part_for_a_gpu_goes_through_its_arms(graphs, monkeypatch):
     every, some = gpu_reach.ARMS, ("warm", "discrete", "trace-soft")
     assert {*some} <= {*every} <= {*evidence_reach.ARMS}
     monkeypatch.setattr(gpu_reach, "ARMS", some)
+    pilot = gpu_reach.pilot
+
+    def by_pilot(arm, seed, split):
+        assert (arm, seed, split) == ("discrete-traces", 999, "dev")
+        return [dict(readout="soft", accuracy=0.7), dict(readout="discrete", accuracy=0.95)]
+
     rows = []
     gpu_reach.reach(rows.append, True, lambda: 60.0)
-    timed, *rows = rows
+    timed, tried, *rows = rows
+    assert (tried["what"], tried["seed"]) == ("pilot", 999) and 0 <= tried["accuracy"] <= 1
     assert all(name in timed["note"] for name in gpu_reach.ARMS[1:])
     assert [*dict.fromkeys(row["what"] for row in rows)] == [*gpu_reach.ARMS]
     assert {row["n"] for row in rows} == {6} and len({row["test_rows_hash"] for row in rows}) == 1
@@ -157,9 +164,16 @@ def test_the_part_for_a_gpu_goes_through_its_arms(graphs, monkeypatch):
     made = evidence_reach.NETS[gpu_reach.NET]
     assert made.steps["trace-soft"] * 2 == made.steps["discrete"] == 132
     assert made.stages[0].steps == 180
-    left = iter([60.0, 0.0])
+    left = iter([60.0, 60.0, 0.0])
     monkeypatch.setattr(gpu_reach, "net", lambda is_dry: made)
     monkeypatch.setattr(gpu_reach, "seconds_a_step", lambda: steps)
+    monkeypatch.setattr(gpu_reach, "pilot", lambda record: 0.7)
     late = []
     gpu_reach.reach(late.append, False, lambda: next(left))
     assert late[-1]["note"] == "no time left" and len(late) == 2
+    monkeypatch.setattr(gpu_reach, "rows_of", by_pilot)
+    monkeypatch.setattr(gpu_reach, "pilot", pilot)
+    stopped = []
+    gpu_reach.reach(stopped.append, False, lambda: 60.0)
+    assert stopped[-1]["note"].endswith("outside 0.55 to 0.9, so no test row is read")
+    assert len(stopped) == 2

@@ -17,6 +17,7 @@ from softar.recipes import (
     evidence_reach,
     evidence_report,
     evidence_rl,
+    evidence_smollm2,
 )
 from softar.recipes.evidence_claims import EVIDENCE
 from softar.recipes.evidence_gains import (
@@ -35,6 +36,7 @@ from softar.recipes.evidence_readme import LEAST, line_of, losses, update_readme
 from softar.recipes.evidence_tables import (
     BEGIN,
     END,
+    about_of,
     claims_table,
     region_of,
     rewritten,
@@ -44,8 +46,14 @@ from softar.recipes.evidence_units import read_rows
 from softar.show.plots import plot
 
 ROOT = Path(evidence.ROOT)
-MODULES = {"X1": evidence_mnns, "X2": evidence_reach, "X3": evidence_latin, "X4": evidence_rl}
-SIZES = {"X1": (12, 8, 9), "X2": (8, 10), "X3": (14, 9), "X4": (12,)}
+MODULES = {
+    "X1": evidence_mnns,
+    "X2": evidence_reach,
+    "X2-smollm2": evidence_smollm2,
+    "X3": evidence_latin,
+    "X4": evidence_rl,
+}
+SIZES = {"X1": (12, 8, 9), "X2": (8, 10), "X2-smollm2": (6,), "X3": (14, 9), "X4": (12,)}
 DEV_ROWS = 4  # of X4
 DRAWS = 300
 
@@ -178,6 +186,21 @@ def test_seconds_of_both_are_said_and_more_of_ours_beside_the_verdict(ours, says
     )
     same_net = Part((A,), (A._replace(readout="far"),))
     assert seconds_of(found.logs, same_net) is None
+
+
+@pytest.mark.parametrize("theirs, says", [(56.0, "forwards 7, theirs 56"), (7.2, ""), (None, "")])
+def test_forwards_of_both_are_said_where_they_differ(theirs, says, tmp_path):
+    for arm, nfe in {"a": 7.0, "b": theirs}.items():
+        lines = [read_rows(name, "test", [1] * n, nfe) for name, n in (("soft", 4), ("far", 2))]
+        write_log(tmp_path, arm, 0, lines)
+    found = analyse("X", SMALL, read_logs(tmp_path, ["a", "b"], range(1), ROWS), DRAWS)
+    primary, trend = found.results.values()
+    assert primary.forwards == (None if theirs is None else (7.0, theirs))
+    assert trend.forwards is None  # of two parts
+    assert verdicts_of(primary) == "; ".join(filter(None, ["open", says]))
+    assert (says in claims_table(found)) and ("Forwards:" in about_of(found)) == bool(says)
+    (claim, _) = json.loads(evidence_report.as_json({"X": found}))["X"]["claims"]
+    assert claim["forwards"] == (None if theirs is None else [7.0, theirs])
 
 
 def test_a_seed_that_is_not_whole_is_left_out_and_named(tmp_path):

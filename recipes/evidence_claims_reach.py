@@ -1,0 +1,121 @@
+"""What is claimed of X2, reachability, of the net trained here and of SmolLM2-135M."""
+
+from softar.recipes.evidence_kinds import Claim, Evidence, Grid, less
+from softar.recipes.evidence_logs import Read
+
+REACH_DOSES = ("own", *(f"top {k}" for k in (16, 8, 4, 2, 1)), "another row's")
+REACH_ARMS = ("warm", "discrete", "discrete-traces", "trace-soft", "guided-soft", "pause")
+
+
+def reach(arm: str, way: str) -> Read:
+    return Read("parity" if arm.endswith("parity") else "reachability", arm, way)
+
+
+def reach_less(arm: str, way: str, about: str = "beside", task: str = "", **options) -> Claim:
+    """trace-soft, read softly, less another arm."""
+    says = f"less {arm}, {'8 votes' if way == 'votes' else way}"
+    ours = reach(f"trace-soft{task}", "soft")
+    return less(about, says, ours, reach(f"{arm}{task}", way), **options)
+
+
+def reach_dose(dose: str) -> Claim:
+    ours, theirs = (reach("trace-soft", f"after {name}") for name in ("own", dose))
+    return less("dose", f"after own thought less after {dose}", ours, theirs)
+
+
+def voted(brief: str) -> Claim:
+    return reach_less("discrete-traces", "votes", "primary", brief=brief)
+
+
+VOTED = voted("Reachability: trace-soft over discrete, 8 votes")
+ON_PARITY = reach_less("discrete-traces", "votes", task="-parity", has_verdict=False)
+ON_PARITY = ON_PARITY._replace(about="parity", says="parity: less discrete-traces, 8 votes")
+BESIDE = (
+    reach_less("discrete-traces", "discrete"),
+    reach_less("discrete-traces", "soft"),
+    reach_less("discrete", "discrete", has_verdict=False),
+    reach_less("guided-soft", "soft", has_verdict=False),
+    reach_less("pause", "discrete", has_verdict=False),
+    less(
+        "control",
+        "warm net, not trained on: soft less discrete",
+        reach("warm", "soft"),
+        reach("warm", "discrete"),
+    ),
+)
+
+
+def by_arm(*more: str) -> Grid:
+    return Grid(
+        "accuracy",
+        "trained as",
+        ("read softly", "read discretely"),
+        {
+            arm: tuple(reach(arm, way) for way in ("soft", "discrete"))
+            for arm in (*REACH_ARMS, *more)
+        },
+    )
+
+
+def by_votes(*more: str) -> Grid:
+    arms = ("discrete-traces", *more)
+    return Grid("votes", "trained as", ("8 votes",), {arm: (reach(arm, "votes"),) for arm in arms})
+
+
+WARM = (
+    "warm is the net that all arms of a seed start from; pause thinks in a token that says nothing. "
+    "Chance is .5."
+)
+WALKS = (
+    "Who reads the last node of a random walk alone, and else guesses, is right in .72 of the rows, "
+    "and 8 votes of such in .87."
+)
+X2 = Evidence(
+    title="Reachability in layered graphs, of a small net with the lookup of links built in",
+    verdicts=("primary",),
+    claims=(
+        VOTED,
+        *BESIDE,
+        reach_dose("another row's"),
+        reach_dose("top 1"),
+        ON_PARITY,
+        Claim(
+            "parity",
+            "less discrete-traces, 8 votes: on reachability less on parity",
+            (*VOTED.parts, ON_PARITY.parts[0]._replace(weight=-1.0)),
+            has_verdict=False,
+        ),
+    ),
+    grids=(
+        by_arm("discrete-traces-parity", "trace-soft-parity"),
+        by_votes("discrete-traces-parity"),
+        Grid(
+            "dose",
+            "trace-soft, after a thought that is",
+            REACH_DOSES,
+            {"reachability": tuple(reach("trace-soft", f"after {d}") for d in REACH_DOSES)},
+            x="what is left of each step of the thought",
+            apart=1,
+        ),
+    ),
+    seconds={"read softly": REACH_ARMS[1:], "read discretely": REACH_ARMS[1:]},
+    gaps={"less 8 votes": {"reachability": VOTED.says, "parity": ON_PARITY.says}},
+    gaps_x="task",
+    notes=(
+        "All arms start from heads that look links up, built in by hand: they read a mixture of nodes "
+        "as they read one, so whether a net learns that is not told. What stands here is whether it "
+        "helps a net that can.",
+        WARM,
+        WALKS,
+    ),
+)
+X2_SMOLLM2 = Evidence(
+    title="Reachability in layered graphs, of SmolLM2-135M",
+    verdicts=("primary",),
+    claims=(voted("Reachability, SmolLM2: trace-soft over discrete, 8 votes"), *BESIDE),
+    grids=(by_arm(), by_votes()),
+    seconds={"read softly": REACH_ARMS[1:], "read discretely": REACH_ARMS[1:]},
+    gaps={"less 8 votes": {"reachability": VOTED.says}},
+    gaps_x="task",
+    notes=(WARM, WALKS),
+)
