@@ -26,7 +26,7 @@ from engine_script import (
     save_models,
 )
 from fuzz.chaos import Chaos
-from tiny import BOS
+from tiny import BOS, THINK
 
 import softar
 import softar.vllm.server
@@ -34,6 +34,7 @@ from softar.decoders.card import describe
 from softar.decoders.options import Common
 from softar.decoders.soft import DECODERS as LOOP
 from softar.evaluate import encode
+from softar.thought import Kind
 from softar.vllm.client import ServerDecoder
 from softar.vllm.decoders import DECODERS
 from softar.vllm.record import from_json, to_record
@@ -123,11 +124,14 @@ def reads(soft):
 
 @pytest.mark.slow
 def test_the_server_thinks_softly_too(server, model):
-    prompt = [BOS, 11, 12, 13]
-    wanted = [(prompt, soft, 7, 12, True) for soft in [None, *range(len(SOFT) + 1)]]
-    for (_, soft, *_), (tokens, record) in zip(wanted, expected(model, wanted)):
+    wanted = [([BOS, 11, 12, 13], soft, 7, 12, True) for soft in [None, *range(len(SOFT))]]
+    turns = [([BOS, 11, THINK], soft, 8, 40, True) for soft in range(len(SOFT), len(KINDS))]
+    loops = expected(model, [*wanted, *turns])
+    switched = torch.cat([record.kind for _, record in loops[len(wanted) :]])
+    assert all((switched == kind).sum() > 5 for kind in (Kind.SOFT, Kind.HARD, Kind.FORCED))
+    for (prompt, soft, seed, length, _), (tokens, record) in zip([*wanted, *turns], loops):
         fields, draws = ({}, False) if soft is None else KINDS[soft]
-        asked = {"prompt": prompt, "seed": 7 if draws else None}
+        asked = {"prompt": prompt, "seed": seed if draws else None, "max_tokens": length}
         if soft is None:
             choice = post(server, **asked).json()["choices"][0]
             assert choice["token_ids"] == tokens and "soft" not in choice
