@@ -12,7 +12,8 @@ softar bench sft
 # How far R refreshes are from the sequential pass, on a trained model
 softar bench agreement --model_path runs/demo/guided-soft-seed0
 
-# Soft beams beside beam search of the same width, in processor time
+# What switching, hidden states and soft beams add to single tokens, in processor time
+OMP_NUM_THREADS=1 softar bench decode --batch 1 --cpu_time --beside hard --decoders hard switching "hidden states"
 OMP_NUM_THREADS=1 softar bench beams --batch 1 --new_tokens 32 --cpu_time
 
 # Peak memory of a soft step against the batch, the kept tokens and the vocabulary
@@ -30,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import softar
+from softar.checks import check_choice
 from softar.mixers import guide
 from softar.results import device, versions, write_results
 from softar.sft.forward import soft_forward
@@ -101,18 +103,15 @@ def decode(args) -> list[dict]:
             for name, config in configs.items()
             if args.decoders is None or name in args.decoders
         }
-        assert torch.equal(hf(), ours(configs["hard"]).sequences), (
-            "hard decoding differs from model.generate"
-        )
+        assert torch.equal(hf(), ours(configs["hard"]).sequences), "not model.generate's tokens"
         # a row that ended early would be compared at another length
         for name, config in configs.items():
-            assert ours(config).num_forwards == new, (
-                f"{name} ended early: take another prompt or fewer tokens"
-            )
+            assert ours(config).num_forwards == new, f"{name} ended early: take fewer tokens"
         runs = {"model.generate": hf} | {name: (lambda c=c: ours(c)) for name, c in configs.items()}
-        rows += compared("decode", runs, batch, args)
+        check_choice("beside", args.beside, runs)
+        rows += compared("decode", {args.beside: runs[args.beside]} | runs, batch, args)
     show(
-        "decoding: tokens/s, and their ratio to model.generate",
+        f"decoding: tokens/s, and their ratio to {args.beside}",
         rows,
         ("batch", "decoder", "tokens_per_s", "ratio", "ratio_low", "ratio_high"),
     )
@@ -379,6 +378,7 @@ def main() -> None:
         nargs="+",
         help="decode, beams: only these decoders, 'hard' or 'beam' among them",
     )
+    parser.add_argument("--beside", default="model.generate", help="decode: what ratios are to")
     parser.add_argument(
         "--new_tokens", type=int, default=64, help="decode, beams: tokens to generate"
     )
