@@ -27,7 +27,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
 from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
@@ -55,6 +54,7 @@ from .feedback import (
     to_host,
     width_of,
 )
+from .loops import run_loop
 from .mixers import Rng, mk_mixer
 from .models.kind import plain, uncompiled
 from .models.origin import origin_of
@@ -184,26 +184,18 @@ def generate(
     settings = copy.deepcopy(generation_config or own)
     guard.check_followed(settings, own, also=guard.ALONE)
     settings.update(**guard.OVERRIDES, max_new_tokens=config.max_new_tokens)
-    stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
-    if settings.stop_strings is not None:  # generate keeps the tokenizer from a custom loop
-        if tokenizer is None:
-            raise ValueError(f"stop_strings={settings.stop_strings!r} are text: pass tokenizer=")
-        stopping_criteria.append(StopStringCriteria(tokenizer, settings.stop_strings))
-        settings.stop_strings = None
-    return model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
-        generation_config=settings,
-        logits_processor=LogitsProcessorList(logits_processor or []),
-        stopping_criteria=stopping_criteria,
-        custom_generate=functools.partial(
-            soft_decode,
-            soft_config=config,
-            rng=rng,
-            callback=callback,
-            soft_streamer=streamer,
-            why=why,
-        ),
+    loop = functools.partial(
+        soft_decode, soft_config=config, rng=rng, callback=callback, soft_streamer=streamer, why=why
+    )
+    return run_loop(
+        model,
+        loop,
+        input_ids,
+        torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+        settings,
+        tokenizer=tokenizer,
+        processors=logits_processor or (),
+        stops=stopping_criteria or (),
     )
 
 
@@ -226,8 +218,9 @@ def soft_decode(
 
     Length, EOS, processors and criteria come from generate's own arguments; where these give no
     length, soft_config's counts. What of them is not followed (beams, an assistant, scores, ...) is
-    an error. Returns the sequences, or the SoftOutput with return_dict_in_generate=True. Without
-    soft_config it is the model's default, see `generate`; a streamer may be soft_streamer's, too.
+    an error; stop strings are for `generate`. Returns the sequences, or the SoftOutput with
+    return_dict_in_generate=True. Without soft_config it is the model's default, see `generate`; a
+    streamer may be soft_streamer's, too.
     """
     started = time.perf_counter()
     asked = guard.callers_arguments(model)

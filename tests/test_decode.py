@@ -1261,7 +1261,7 @@ def test_stop_strings_end_a_row(endless, monkeypatch):
         def __call__(self, input_ids, scores, **kwargs):
             return torch.isin(input_ids[:, -1], torch.tensor(self.ids))
 
-    monkeypatch.setattr("softar.decode.StopStringCriteria", EndsIn)
+    monkeypatch.setattr("softar.loops.StopStringCriteria", EndsIn)
     ids, mask = left_padded(PROMPTS[:1])
     config = SoftConfig(mixer="hard", top_k=None, max_new_tokens=N)
     free = softar.generate(endless, ids, mask, config=config).completions[0].tolist()

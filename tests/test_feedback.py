@@ -137,6 +137,31 @@ def test_rows_that_think_beside_rows_that_answer():
     assert (batch.vectors[1:] == 0).all() and (batch.vectors[0, :3] != 0).any(-1).all()
 
 
+@pytest.mark.parametrize("pad", [EOS, None])
+def test_an_end_token_that_pads_ends_no_thought(pad):
+    """The token of a step without one is the pad token, here the end token too."""
+    rows = [PROMPT, [BOS, 20], [BOS, 31, 32, 33, 34]]
+
+    def says_end(ids, scores):
+        """All through the thought in each row, and in the first once more behind it."""
+        step, (first, *others) = ids.shape[1] - 5, scores + 99.0 * (torch.arange(VOCAB) == EOS)
+        some = [first, *(others if step < 3 else scores[1:])]
+        return torch.stack(some) if step != 3 else scores
+
+    knobs = dict(mixer="hidden", budget=3, max_new_tokens=8, logits_processor=[says_end])
+    apart, same = model_of(initializer_range=0.15), model_of(initializer_range=0.15)
+    same.generation_config.pad_token_id = pad  # None: transformers takes the end token
+    ends, out = (decode(model, rows, **knobs) for model in (apart, same))
+    assert torch.equal(out.record.kind, ends.record.kind)
+    assert (out.record.kind[0] == Kind.PAD).sum() == 3
+    assert (out.record.kind[:, :3] == LATENT).all() and out.answer_start.tolist() == [3] * 3
+    latent, padded = out.record.kind == LATENT, out.record.kind == Kind.PAD
+    assert (out.completions[latent | padded] == EOS).all()
+    assert torch.equal(out.completions[~latent & ~padded], ends.completions[~latent & ~padded])
+    assert torch.equal(out.vectors, ends.vectors)
+    assert [a.tolist() for a in out.answers] == [a.tolist() for a in ends.answers]
+
+
 def test_a_callback_and_a_streamer_see_vectors_and_no_tokens(llama):
     steps, put = [], []
 

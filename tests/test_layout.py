@@ -188,7 +188,7 @@ FLOORS = [
     ("draws", "idle"),
     ("config", "training"),
     ("switch",),
-    ("thought", "defaults", "guard", "model_card"),
+    ("thought", "defaults", "guard", "loops", "model_card"),
     ("decode",),
     ("evaluate", "show"),
     ("sft", "decoders"),

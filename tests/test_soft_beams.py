@@ -1,6 +1,7 @@
 """Soft beams and collapsed beams: their limits are decoders that are known, and what lies between is
 what a search without a cache, one sequence at a time, finds."""
 
+import copy
 import math
 
 import pytest
@@ -306,17 +307,61 @@ def test_the_cold_stop_asks_the_model_and_not_the_processors(search):
     assert (out.record.kind[:, 0] == Kind.SOFT).all()
 
 
-@pytest.mark.parametrize("search", [*SEARCHED, SoftBeam(1), None])
-def test_an_answer_ends_with_a_stop_string(search):
+def reads_bytes():
     bpe = Tokenizer(BPE({c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, []))
     bpe.pre_tokenizer, bpe.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="!", eos_token="?")
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="!", eos_token="?")
+
+
+@pytest.mark.parametrize("search", [*SEARCHED, SoftBeam(1), None])
+def test_an_answer_ends_with_a_stop_string(search):
+    tokenizer = reads_bytes()
     (a,), model = tokenizer.encode("a"), model_of(vocab_size=256)
     made = (BeamDecoder, BeamOptions(N, num_beams=2, budget=3)) if search is None else None
     decoder, *args = made or (SearchDecoder, SoftConfig(max_new_tokens=N, budget=3), search)
     with edited_logits(model, likelier(a, 20)):
         (found,) = decoder(model, tokenizer, *args, stop=("a",)).decode(["it"])
     assert found.tokens == (a,) * 4 and found.text == "a"  # a thought of three is not searched
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, with_lora])
+@pytest.mark.parametrize("strings", ["aaa", ["zz", "aaa"]])
+def test_a_models_own_stop_strings_end_a_text(wrap, strings):
+    tokenizer, inner = reads_bytes(), model_of(vocab_size=256)
+    (a,), model, config = tokenizer.encode("a"), wrap(inner), SoftConfig(max_new_tokens=N, budget=1)
+    inner.generation_config.stop_strings = strings
+    ids = tokenizer("it", return_tensors="pt")
+    made = [BeamDecoder(model, tokenizer, BeamOptions(N, num_beams=2))]
+    made += [SearchDecoder(model, tokenizer, config, each) for each in (*SEARCHED, SoftBeam(1))]
+    with edited_logits(inner, likelier(a, 20)):
+        found = {each.name: each.decode(["it"])[0].tokens for each in made}
+        out = softar.generate(model, **ids, config=config, tokenizer=tokenizer)
+        assert found | {"generate": (*out.completions[0].tolist(),)} == dict.fromkeys(
+            [*found, "generate"], (a,) * 3
+        )
+        other = copy.deepcopy(inner.generation_config)
+        other.stop_strings = ["aaaaa"]  # in place of the model's own
+        how = dict(tokenizer=tokenizer, generation_config=other)
+        assert softar.generate(model, **ids, config=config, **how).completions.shape == (1, 5)
+    assert inner.generation_config.stop_strings == strings
+
+
+def test_stop_strings_that_nothing_can_look_for_are_named():
+    """transformers asks a tokenizer for a word that a closed vocabulary does not have."""
+    model, words = model_of(), softar.load("mnns-tiny", seed=0)[1]
+    model.generation_config.stop_strings = ["w5"]
+    config, says = SoftConfig(max_new_tokens=N), "stop_strings=.'w5'.: transformers cannot look"
+    with pytest.raises(ValueError, match=r"stop_strings=.'w5'. are text: pass tokenizer="):
+        softar.generate(model, IDS, MASK, config=config)
+    with pytest.raises(ValueError, match=says):
+        softar.generate(model, IDS, MASK, config=config, tokenizer=words)
+    for search in SEARCHED:
+        with pytest.raises(ValueError, match=says):
+            SearchDecoder(model, words, config, search).decode(["<bos> D1"])
+    with pytest.raises(ValueError, match=says) as caught:
+        BeamDecoder(model, words, BeamOptions(N))
+    assert "\n" not in str(caught.value)
+    assert model.generation_config.stop_strings == ["w5"]
 
 
 def test_a_tag_that_opens_the_thought(tiny):

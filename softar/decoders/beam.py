@@ -13,6 +13,7 @@ from transformers import BatchEncoding, StoppingCriteriaList
 from ..checks import check_least
 from ..config import Ids, SoftConfig
 from ..evaluate import evaluating, read_prompts, resolve
+from ..loops import stop_at
 from ..models import plain
 from ..show.trace import Step, Trace, Words
 from ..tags import matches, scan
@@ -105,6 +106,8 @@ class BeamDecoder:
             length_penalty=options.length_penalty,
             early_stopping=options.early_stopping,
         )
+        if self.settings.stop_strings is not None:
+            stop_at(self.settings.stop_strings, tokenizer)
         setting = f"num_beams={options.num_beams}"
         self.columns = columns_of("beam", model, "autoregressive", setting) | (columns or {})
         self.name = name or f"beam {self.columns['setting']}"

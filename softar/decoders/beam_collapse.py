@@ -13,8 +13,6 @@ Shapes: n rows that are in step, B beams, L positions of a block, P prompt lengt
 V vocabulary.
 """
 
-import copy
-import functools
 import math
 import time
 from collections.abc import Sequence
@@ -31,23 +29,13 @@ from ..checks import check_least, check_types
 from ..config import SWITCHES, SoftConfig
 from ..decode import SAMPLING, SoftOutput
 from ..mixers import Mixed
-from ..models import plain
 from ..models.kind import uncompiled
-from ..models.reading import ONE_BY_ONE, check_ragged
+from ..models.reading import ONE_BY_ONE
 from ..placement import evaluating
 from ..soft import Soft, entropy, mk_proba_dist, soft_inputs, tempered
-from ..thought import (
-    Kind,
-    Progress,
-    Record,
-    Rules,
-    begin,
-    check_finite,
-    decide,
-    mk_rules,
-    warn_unopened,
-)
+from ..thought import Kind, Progress, Record, Rules, begin, check_finite, decide, mk_rules
 from .group import Group
+from .run import check_search, run_search, search_output
 
 # Of SoftConfig, what the search decides itself
 FIXED = [
@@ -86,6 +74,7 @@ def beam_collapse(
     config: SoftConfig,
     search: BeamCollapse,
     stops: Sequence[StoppingCriteria] = (),
+    tokenizer=None,
 ) -> tuple[SoftOutput, list[float]]:
     """Decode by collapsed beams.
 
@@ -94,6 +83,7 @@ def beam_collapse(
         input_ids, attention_mask: [N, P], padded on the left.
         config: resolved; where the thought is.
         stops: where a text ends, beside length and end tokens; asked of any rows at any step.
+        tokenizer: for the model's own stop strings, as for `softar.generate`.
 
     Returns:
         The soft paths, whose entropies are means over the beams where they stood; and the forwards
@@ -105,20 +95,10 @@ def beam_collapse(
             refuses.
     """
     model, config = uncompiled(model), config.changed(**search.changes)
-    guard.check_causal(model)
-    guard.check_prompts(input_ids, attention_mask)
-    check_ragged(model, attention_mask)
-    guard.check_beams(model, search.num_beams)
-    settings = copy.deepcopy(plain(model).generation_config)
-    own = dict(max_new_tokens=config.max_new_tokens, cache_implementation=None)
-    settings.update(**guard.OVERRIDES, **own)
-    return model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        generation_config=settings,
-        stopping_criteria=StoppingCriteriaList(stops),
-        custom_generate=functools.partial(_search, config=config, search=search),
-    )
+    check_search(model, input_ids, attention_mask, search.num_beams)
+    settings = guard.OVERRIDES | dict(cache_implementation=None)
+    of = model, input_ids, attention_mask, config, search
+    return run_search(_search, *of, settings, stops, tokenizer)
 
 
 class Block(NamedTuple):
@@ -153,19 +133,8 @@ def _search(
         while groups:
             groups += path.advance(groups.pop(), stopping_criteria)
     progress, record = path.finished()
-    if config.think_start is not None:
-        warn_unopened(config, progress)
-    out = SoftOutput(
-        torch.cat([input_ids, record.token], 1),
-        record,
-        input_ids.shape[1],
-        progress.answer_start,
-        int(path.forwards.max()),
-        path.positions,
-        time.perf_counter() - started,
-        config,
-        f"by {search}",
-    )
+    cost = int(path.forwards.max()), path.positions
+    out = search_output(input_ids, progress, record, cost, started, config, search)
     return out, path.forwards.tolist()
 
 

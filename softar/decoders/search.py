@@ -63,7 +63,8 @@ class SearchDecoder:
         config = self.config.changed(prompt_prefix=None)  # the ids have it
         with evaluating(self.model):
             stops = stops_of(self.tokenizer, self.stop, ids.shape[1], config)
-            out, forwards = self.run(self.model, ids, mask, config, self.search, stops)
+            of = self.model, ids, mask, config, self.search
+            out, forwards = self.run(*of, stops, self.tokenizer)
         how = dict(started=started, forwards=forwards, title=self.name if self.trace else None)
         return read_out(out, self.tokenizer, inputs, **how)
 
@@ -84,7 +85,7 @@ def search_config(
 
 class Search(NamedTuple):
     options: type
-    run: Callable  # (model, input_ids, attention_mask, config, options, stops) -> output, forwards
+    run: Callable  # as soft_beam.soft_beam
     fixed: list[str]  # fields of SoftConfig that it sets itself
 
 

@@ -10,7 +10,6 @@ which.
 Shapes: N prompts, B beams, R = N B hypotheses, P prompt length, T steps, V vocabulary, K tokens kept.
 """
 
-import copy
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,14 +31,13 @@ from ..checks import check_choice, check_least, check_types
 from ..config import SWITCHES, SoftConfig
 from ..decode import LIMITS, SoftOutput, generate
 from ..mixers import Mixed, guide, hard
-from ..models import plain
 from ..models.kind import uncompiled
-from ..models.reading import check_ragged
 from ..placement import evaluating
 from ..soft import Soft, entropy, mk_proba_dist, soft_inputs
 from ..soft import hard as one_token
-from ..thought import Kind, Progress, Record, begin, decide, mk_rules, stack, warn_unopened
+from ..thought import Kind, Progress, Record, begin, decide, mk_rules, stack
 from .beam import NEUTRAL, counted
+from .run import check_search, run_search, search_output
 
 # Of SoftConfig, what the search decides itself
 FIXED = [
@@ -82,6 +80,7 @@ def soft_beam(
     config: SoftConfig,
     search: SoftBeam,
     stops: Sequence[StoppingCriteria] = (),
+    tokenizer=None,
 ) -> tuple[SoftOutput, list[float] | None]:
     """Decode by soft beam search.
 
@@ -90,6 +89,7 @@ def soft_beam(
         input_ids, attention_mask: [N, P], padded on the left.
         config: resolved; where the thought is and the filters of its belief.
         stops: where a text ends, beside length and end tokens; asked of any rows at any step.
+        tokenizer: for the model's own stop strings, as for `softar.generate`.
 
     Returns:
         The best hypothesis of each prompt, logp of its record the log-probability of each token that
@@ -100,28 +100,17 @@ def soft_beam(
         ValueError: more beams than tokens in the vocabulary, or what `softar.generate` refuses.
     """
     model, config = uncompiled(model), config.changed(**search.changes)
-    guard.check_causal(model)
-    guard.check_prompts(input_ids, attention_mask)
-    check_ragged(model, attention_mask)
-    guard.check_beams(model, search.num_beams)
+    check_search(model, input_ids, attention_mask, search.num_beams)
     if search.num_beams == 1:
-        how = dict(config=config, stopping_criteria=stops)
+        how = dict(config=config, stopping_criteria=stops, tokenizer=tokenizer)
         return generate(model, input_ids, attention_mask, **how), None
-    settings = copy.deepcopy(plain(model).generation_config)
-    settings.update(
-        **NEUTRAL,
+    settings = NEUTRAL | dict(
         num_beams=search.num_beams,
-        max_new_tokens=config.max_new_tokens,
         length_penalty=search.length_penalty,
         early_stopping=search.early_stopping,
     )
-    return model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        generation_config=settings,
-        stopping_criteria=StoppingCriteriaList(stops),
-        custom_generate=functools.partial(_search, config=config, search=search),
-    )
+    of = model, input_ids, attention_mask, config, search
+    return run_search(_search, *of, settings, stops, tokenizer)
 
 
 def _search(
@@ -150,20 +139,9 @@ def _search(
     prompts = input_ids[:: search.num_beams]
     texts = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, LIMITS))
     progress, record = hypotheses.path(prompts, sequences[:, prompts.shape[1] :], texts)
-    if config.think_start is not None:
-        warn_unopened(config, progress)
     forwards = len(shapes) * search.num_beams
-    out = SoftOutput(
-        torch.cat([prompts, record.token], 1),
-        record,
-        prompts.shape[1],
-        progress.answer_start,
-        forwards,
-        sum(rows * columns for rows, columns in shapes),
-        time.perf_counter() - started,
-        config,
-        f"by {search}",
-    )
+    cost = forwards, sum(rows * columns for rows, columns in shapes)
+    out = search_output(prompts, progress, record, cost, started, config, search)
     return out, [float(forwards)] * len(prompts)
 
 
