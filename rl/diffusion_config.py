@@ -148,11 +148,6 @@ class DiffusionGRPOConfig(RolloutConfig):
                 "mask_truncated_completions=True: every answer has as many slots, leave it out"
             )
         self._agree_on_length()
-        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
-            raise ValueError(
-                "loss_type='dr_grpo' divides by max_completion_length=: with gen_length=0 give the most masks that "
-                "a template has"
-            )
         self.decoding()
 
     def _agree_on_length(self) -> None:
@@ -165,6 +160,11 @@ class DiffusionGRPOConfig(RolloutConfig):
                 f"one of the two"
             )
         self.max_completion_length = most or self.gen_length or None
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError(
+                "loss_type='dr_grpo' divides by max_completion_length=: with gen_length=0 give the most masks that "
+                "a template has"
+            )
 
     def decoding(self) -> DenoiseConfig:
         """How rollouts are decoded; what denoise_config.json records."""

@@ -26,7 +26,6 @@ from softar.diffusion.models import load_original
 from softar.diffusion.net import facts
 from softar.diffusion.record import Trajectory, check_recordable
 from softar.diffusion.replay import Piece, log_probs, prompt_masks, replay
-from softar.diffusion.rows import closes
 from softar.model_card import changes_of, decode_command
 from softar.models import plain
 from softar.results import write_whole
@@ -62,6 +61,13 @@ class DiffusionGRPOTrainer(RolloutGRPO):
     without special tokens; `completion_ids` with them. Dropout stays off, in rollout and replay. With
     beta > 0 the reference is the model as it was given (a frozen copy), or under PEFT the model
     without its new adapter. Each checkpoint holds denoise_config.json, the policy as a way to decode.
+
+    Logged, at no forward of its own: `agreement/greedy`, the share of committed tokens that are the
+    likeliest of their belief, as all are that temperature 0 commits in their place: the further it is
+    below 1, the less the policy that is trained is the one that greedy decoding follows.
+    `agreement/soft`, of soft policies, is the share of tokens that the slot, soft when it committed,
+    had led with in its mixture: near 1, soft masks anticipate what a hard decode puts there; the
+    rest is where another forward changed the model's mind, or the draw was another.
     """
 
     _tag_names = ["trl", "grpo", "softar", "masked-diffusion"]
@@ -79,11 +85,6 @@ class DiffusionGRPOTrainer(RolloutGRPO):
             raise ValueError(
                 f"replay='grouped' is for block-causal models, and {type(plain(model)).__name__} reads the whole "
                 f"canvas: give 'exact'"
-            )
-        if args.gen_length and closes(tokenizer):
-            raise ValueError(
-                f"gen_length={args.gen_length}: the tokenizer ends every prompt with an end token, give templates and "
-                f"gen_length=0"
             )
         if not plain(
             model
@@ -105,19 +106,7 @@ class DiffusionGRPOTrainer(RolloutGRPO):
         )
 
     def _check_same_policy(self, folder):
-        path = Path(folder, POLICY_FILE)
-        if not path.is_file():
-            raise ValueError(
-                f"resume_from_checkpoint={folder!r} holds no {POLICY_FILE}: it is of another trainer"
-            )
-        theirs, ours = json.loads(path.read_text()), json.loads(_as_json(self.args.decoding()))
-        names = sorted(k for k in theirs | ours if theirs.get(k) != ours.get(k))
-        if names:
-            other = "; ".join(f"{k}={ours.get(k)!r}, not {theirs.get(k)!r}" for k in names)
-            raise ValueError(
-                f"resume_from_checkpoint={folder!r} was trained as another policy: now {other}. Give the same options, "
-                f"or start a new run from its weights"
-            )
+        check_same_policy(folder, self.args.decoding())
 
     # -- rollout
 
@@ -169,10 +158,14 @@ class DiffusionGRPOTrainer(RolloutGRPO):
         }
         pairs = [torch.stack([part.float() for part in pair]) for pair in sums.values()]
         total = self.accelerator.reduce(torch.stack(pairs)).tolist()
-        return {
+        means = {
             f"diffusion/{name}": value / max(count, 1)
             for name, (value, count) in zip(sums, total, strict=True)
         }
+        if self.decoding.soften == "hard":
+            return means
+        same, counts = agreement(out.trajectory, self._facts.mask_id)
+        return means | {"agreement/soft": self._mean(same, counts)}
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **options
@@ -275,6 +268,7 @@ class DiffusionGRPOTrainer(RolloutGRPO):
         new, advantages = losses.new, losses.advantages
         old = new if losses.old is None else losses.old
         self._note({"entropy": self._mean(losses.entropy, mask)})
+        self._note({"agreement/greedy": self._mean(losses.is_top, mask)})
         if then is not None:
             off = (old - then.clamp_min(torch.finfo(then.dtype).tiny).log()).expm1().abs()
             known = mask * then.isfinite()
@@ -314,6 +308,33 @@ class DiffusionGRPOTrainer(RolloutGRPO):
             load_original(inner, folder)
         else:
             super()._load_weights(folder, model)
+
+
+def agreement(steps: Trajectory, mask_id: int) -> tuple[Tensor, Tensor]:
+    """Of each soft slot [B, M]: is the token that it committed the one that led its mixture, the mask
+    left aside; and does it count: did the slot show that mixture when it committed? Both 0 or 1."""
+    weights = steps.soft_weights.masked_fill(steps.soft_ids == mask_id, -1.0)
+    led = steps.soft_ids.gather(-1, weights.argmax(-1, keepdim=True))[..., 0]
+    at, token = (part.gather(1, steps.soft_column) for part in (steps.committed_at, steps.after))
+    counts = (steps.soft_at == at) & (at >= 0)
+    return (counts & (led == token)).float(), counts.float()
+
+
+def check_same_policy(folder: str, decoding: DenoiseConfig) -> None:
+    """Raise ValueError for a checkpoint that was not trained as the policy that decodes like this."""
+    path = Path(folder, POLICY_FILE)
+    if not path.is_file():
+        raise ValueError(
+            f"resume_from_checkpoint={folder!r} holds no {POLICY_FILE}: it is of another trainer"
+        )
+    theirs, ours = json.loads(path.read_text()), json.loads(_as_json(decoding))
+    names = sorted(k for k in theirs | ours if theirs.get(k) != ours.get(k))
+    if names:
+        other = "; ".join(f"{k}={ours.get(k)!r}, not {theirs.get(k)!r}" for k in names)
+        raise ValueError(
+            f"resume_from_checkpoint={folder!r} was trained as another policy: now {other}. Give the same options, "
+            f"or start a new run from its weights"
+        )
 
 
 def _as_json(config: DenoiseConfig) -> str:

@@ -82,6 +82,8 @@ class Losses:
         self.steps, self.weights, self.advantages, self.clip = steps, weights, advantages, clip
         self.old, self.beta, self.entropy_weight = old, beta, entropy_weight
         self.new, self.kl, self.entropy = (torch.zeros_like(weights) for _ in range(3))
+        # [B, L] 1 where the token is the likeliest of its belief
+        self.is_top = torch.zeros_like(weights)
         self.row = None
         if clip.ratio == "trajectory":
             moved = torch.zeros_like(advantages) if now is None else (now - old).sum(1)
@@ -112,8 +114,10 @@ class Losses:
 
     def __call__(self, piece: Piece, reference: Piece | None) -> Tensor:
         where = rows, _ = piece.rows, piece.cols
-        new = token_logp(piece.logits, hard(self.steps.after[where]))[:, 0]
+        token = self.steps.after[where]
+        new = token_logp(piece.logits, hard(token))[:, 0]
         self.new[where] = new.detach()
+        self.is_top[where] = (piece.logits.argmax(-1) == token).to(self.is_top.dtype)
         if self.row is None:
             old = new.detach() if self.old is None else self.old[where]
             per_slot = self._surrogate(new, old, self.advantages[rows])

@@ -13,6 +13,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from test_block_causal import block_model
 from test_denoise import MASK, VOCAB, denoiser
+from test_diffusion_rows import KINDS as ROW_KINDS
+from test_diffusion_rows import write as write_bert
 from test_renoised import gemma
 from tiny import model_of as causal
 from tiny import tokenizer_of, with_lora
@@ -21,8 +23,10 @@ from transformers import BertConfig, BertForMaskedLM
 from softar.diffusion import denoise
 from softar.diffusion.config import SHORTHANDS
 from softar.diffusion.decoders import denoise_config
+from softar.diffusion.models import load
 from softar.diffusion.record import Trajectory
-from softar.diffusion.replay import log_probs
+from softar.diffusion.replay import log_probs, replay
+from softar.evaluate import encode
 from softar.model_card import command_of
 from softar.rl import (
     DiffusionGRPOConfig,
@@ -374,11 +378,76 @@ def test_templates_and_what_rewards_see(tmp_path):
     assert min(lengths) < 6 and all(i >= 20 for *_, ids in seen for i in ids)
 
 
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_prompts_that_the_tokenizer_closes_are_read_as_decoded(kind, tmp_path):
+    """[CLS] prompt [SEP], or a chat, and the masks: the context of evaluations and of SFT."""
+    write_bert(tmp_path / "bert", "modernbert")
+    model, tokenizer = load(tmp_path / "bert")
+    prompt = ROW_KINDS[kind]["prompt"]
+    config = DiffusionGRPOConfig(str(tmp_path / "out"), **QUICK)
+    rows = Dataset.from_list([{"prompt": prompt}] * 4)
+    reward = lambda completions, **columns: [1.0 * i for i in range(len(completions))]  # noqa: E731
+    made = DiffusionGRPOTrainer(model, reward, config, rows, processing_class=tokenizer)
+    before = steps_of(rollout(made)).before
+    asked = encode(tokenizer, [prompt])["input_ids"][0].tolist()
+    assert before[0].tolist() == asked + [tokenizer.mask_token_id] * 6
+    made.train()
+    assert max(logged(made, "ratio/replay_deviation")) < 1e-5
+
+
+@pytest.mark.parametrize("soften", ["hard", "soft-mask", "soft-token"])
+def test_agreement_of_draws_with_greedy_decoding_and_of_slots_with_what_they_showed(
+    soften, tmp_path
+):
+    options = SOFT if soften == "soft-mask" else dict(soften=soften)
+    made, seen = trainer(tmp_path, max_steps=1, learning_rate=0.0, steps=4, **options), []
+    metrics = made._rollout_metrics
+    made._rollout_metrics = lambda rollout: seen.append(rollout.out.trajectory) or metrics(rollout)
+    made.train()
+    (steps,) = seen
+    top = [
+        (piece.logits.argmax(-1) == steps.after[piece.rows, piece.cols]).float()
+        for piece in replay(made.model, steps, made.decoding)
+    ]
+    share = torch.cat(top).mean().item()
+    assert logged(made, "agreement/greedy") == [pytest.approx(share)] and 0 < share < 1
+    same = []
+    for r, row in enumerate(steps.after.tolist()):
+        for at, col, ids, weights in zip(*(part[r].tolist() for part in steps[4:]), strict=True):
+            if 0 <= at == steps.committed_at[r, col]:
+                pairs = [(w, i) for i, w in zip(ids, weights, strict=True) if i != MASK]
+                same.append(max(pairs)[1] == row[col])
+    if soften == "hard":
+        assert not same and not logged(made, "agreement/soft")
+    else:
+        assert 0 < len(same) < steps.after.numel()
+        assert logged(made, "agreement/soft") == [pytest.approx(sum(same) / len(same))]
+
+
+def test_cold_draws_agree_with_greedy_decoding(tmp_path):
+    made = trainer(tmp_path, max_steps=1, temperature=1e-4, **SOFT)
+    made.train()
+    assert logged(made, "agreement/greedy") == [1.0]
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
+    made = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    made.train()
+    folder = tmp_path / "checkpoint-1"
+    (folder / "denoise_config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"holds no denoise_config\.json: it is of another trainer"
+    ):
+        trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(folder))
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (dict(select="confidence"), "select='confidence' cannot be replayed"),
         (dict(schedule="p2"), "schedule='p2' cannot be replayed"),
+        (dict(schedule="edit", threshold=0.5), "schedule='edit' cannot be replayed"),
+        (dict(schedule="wino", threshold=0.5, steps=None), "schedule='wino' cannot be replayed"),
         (dict(soften="evolving"), "soften='evolving' cannot be replayed"),
         (dict(replay="grouped"), "for block-causal models"),
         (dict(replay="some"), "replay='some' is unknown"),
