@@ -1,8 +1,11 @@
 """The options of a training recipe, and its --help: softar's own first, those of TRL and of
 transformers on demand."""
 
+import argparse
+import json
 import shutil
 import textwrap
+from typing import get_args, get_origin, get_type_hints
 
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
@@ -76,6 +79,9 @@ class RecipeParser(TrlParser):
         for action in self.groups["softar"]:
             if action.type is str and action.default is None:
                 action.type = text_or_none
+            hint = get_type_hints(bring[action.dest])[action.dest]
+            if dict in map(get_origin, get_args(hint) or [hint]):
+                action.type = knobs_or_none
 
     def error(self, message: str):
         raise ValueError(message)
@@ -111,6 +117,17 @@ class RecipeParser(TrlParser):
 def text_or_none(text: str) -> str | None:
     """None as a word, for a row that leaves out what others are told; of numbers TRL does it."""
     return None if text == "None" else text
+
+
+def knobs_or_none(text: str) -> dict | None:
+    """A JSON object, or None as a word."""
+    try:
+        value = None if text == "None" else json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if value is not None and not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object, such as {{"k": 5}}')
+    return value
 
 
 def describe(action) -> tuple[str, str]:
