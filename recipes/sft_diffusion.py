@@ -35,6 +35,7 @@ from trl import ScriptArguments
 
 from softar.checks import check_choice, check_least
 from softar.diffusion.models import MODELS
+from softar.diffusion.recipe import FOLDER, FolderArguments, check_folder_options
 from softar.diffusion.sft import DiffusionSFTConfig
 from softar.recipe import (
     Recipe,
@@ -75,7 +76,7 @@ BUDGETS = {"uniform": (4, 8, 12), "pyramid": (1, 2, 4), "threshold": (0.5, 0.7, 
 
 
 @dataclass
-class DiffusionScriptArguments(RecipeArguments, ScriptArguments):
+class DiffusionScriptArguments(RecipeArguments, FolderArguments, ScriptArguments):
     task: str | None = opt(
         None, "A task by name, instead of a dataset: latin, mnns, or reasoning_gym:NAME."
     )
@@ -97,14 +98,6 @@ class DiffusionScriptArguments(RecipeArguments, ScriptArguments):
         "With from_causal: 1 (default) leaves logits about the next token, 0 has them be about their own. Else, where "
         "the folder does not say it: what they are about.",
     )
-    kind: str | None = opt(
-        None,
-        "Family of a folder that says no more than the causal model it was made from: open_dcoder, a2d, ...",
-    )
-    mask_token_id: int | None = opt(
-        None, "Where the model's folder does not say it. Default: the family's."
-    )
-    eos_token_id: int | None = opt(None, "The same of the token that ends a text.")
     schedules: str = opt(
         "uniform", f"Schedules to decode with, with commas out of {', '.join(SCHEDULES)}."
     )
@@ -175,22 +168,19 @@ def check(inputs, configs):
 
 def stated(script) -> dict:
     """What is said of the model, and where it comes from a causal one, of what it is made."""
-    names = ("kind", "mask_token_id", "eos_token_id", "block_length", "shift")
-    values = {name: getattr(script, name) for name in names}
+    values = {name: getattr(script, name) for name in (*FOLDER, "block_length")}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def check_stated(script, model: str) -> None:
     """Raise ValueError for what is said of a model that takes it not."""
+    if not script.from_causal:
+        remedy = "leave it out, or name a causal model and give --from_causal true"
+        return check_folder_options(stated(script), model, remedy)
     for name, value in stated(script).items():
-        if script.from_causal and name not in ("block_length", "shift"):
+        if name not in ("block_length", "shift"):
             raise ValueError(
                 f"{name}={value} is about diffusion models, and --from_causal makes one of its own: leave it out"
-            )
-        if not script.from_causal and model in MODELS:
-            raise ValueError(
-                f"{name}={value} does nothing for {model!r}, which is known: leave it out, or name a causal model "
-                f"and give --from_causal true"
             )
 
 

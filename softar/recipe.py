@@ -372,9 +372,10 @@ def check_named_model(name: str, kind: str, script, options: dict) -> None:
 
 
 OTHER_KIND = {
-    "diffusion": "it fills masks: `softar diffusion-sft` trains it, without --from_causal",
-    "autoregressive": "it reads from left to right: `softar sft` trains it; --from_causal true makes a diffusion "
-    "model of a causal LM (Llama, Qwen, ...) first",
+    "diffusion": "it fills masks: `softar diffusion-sft` trains it, without --from_causal, and by RL "
+    "`softar diffusion-grpo`",
+    "autoregressive": "it reads from left to right: `softar sft` and `softar grpo` train it; `softar diffusion-sft "
+    "--from_causal true` makes a diffusion model of a causal LM (Llama, Qwen, ...) first",
 }
 
 

@@ -90,6 +90,7 @@ def test_the_commands():
         "sft",
         "diffusion-sft",
         "grpo",
+        "diffusion-grpo",
         "ppo",
         "rloo",
         "demo",
@@ -156,7 +157,7 @@ def test_what_is_wrong_with_a_trainings_options_is_one_line(softar):
     ("typed", "offered"),
     [
         ("softar ge", "generate"),
-        ("softar diff", "diffusion-sft"),
+        ("softar diffusion-s", "diffusion-sft"),
         ("softar compare --ta", "--task"),
         ("softar generate -m mnns-so", "mnns-soft-tiny"),
     ],

@@ -141,6 +141,25 @@ def test_schedules_are_told_apart_where_there_are_several():
     ]
 
 
+def test_before_and_after_are_told_apart(tmp_path, monkeypatch):
+    stages = ("before", "after")
+    rows = [row | {"stage": stage} for row in NFE_ROWS for stage in stages]
+    head, lines = cells_of(nfe_table(rows))
+    assert head[:3] == ["training", "decoder", "stage"] and len(lines) == 4
+    assert {line[2] for line in lines} == {*stages}
+    from matplotlib.axes import Axes
+
+    looks, plain = {}, Axes.errorbar
+
+    def errorbar(self, *args, **kw):
+        looks[kw["label"]] = kw["alpha"]
+        return plain(self, *args, **kw)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    plot_nfe(rows, tmp_path / "nfe.png")
+    assert len(looks) == 4 and looks["hard, hard, before"] < looks["hard, hard, after"] == 1
+
+
 def test_accuracy_is_drawn_over_the_measured_forwards(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 

@@ -71,6 +71,11 @@ TRAINING = {
         "Train a policy that thinks softly by GRPO.",
         ["", "--rows soft,hard --num_seeds 3"],
     ),
+    "diffusion-grpo": Entry(
+        "grpo_diffusion",
+        "Train a policy that fills masks, hard or soft, by GRPO.",
+        ["", "--rows soft-mask --num_seeds 3"],
+    ),
     "ppo": Entry("ppo_soft", "The same by PPO.", ["", "--rows soft,hard --num_seeds 3"]),
     "rloo": Entry("rloo_soft", "The same by RLOO.", ["", "--rows soft,hard --num_seeds 3"]),
 }

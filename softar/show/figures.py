@@ -116,9 +116,11 @@ def plot_accuracy(rows: list[dict], file: str | Path, title: str = "") -> Path:
 
 
 def nfe_table(rows: list[dict], title: str | None = None) -> Table:
-    """Accuracy: one line per training and decoder (and schedule, if there are several), one column
-    per budget of forward passes; over several seeds mean and standard deviation."""
+    """Accuracy: one line per training and decoder (and schedule and stage, if there are several), one
+    column per budget of forward passes; over several seeds mean and standard deviation."""
     keys = ["training", "decoder"]
+    if len({row.get("stage") for row in rows}) > 1:
+        keys.append("stage")
     if len({row["schedule"] for row in rows}) > 1:
         keys.append("schedule")
     budgets = sorted({row["budget"] for row in rows})
@@ -137,8 +139,8 @@ def nfe_table(rows: list[dict], title: str | None = None) -> Table:
 
 
 def plot_nfe(rows: list[dict], file: str | Path, title: str = "") -> Path:
-    """Accuracy over measured forward passes, a line per training and decoder with one standard
-    deviation over the seeds; a panel per schedule."""
+    """Accuracy over measured forward passes, a line per training and decoder (pale, before RL) with
+    one standard deviation over the seeds; a panel per schedule."""
     schedules = list(dict.fromkeys(row["schedule"] for row in rows))
     trainings = list(dict.fromkeys(row["training"] for row in rows))
     decoders = list(dict.fromkeys(row["decoder"] for row in rows))
@@ -149,13 +151,15 @@ def plot_nfe(rows: list[dict], file: str | Path, title: str = "") -> Path:
             groups: dict[tuple, list[dict]] = {}
             for row in rows:
                 if row["schedule"] == schedule:
-                    groups.setdefault((row["training"], row["decoder"]), []).append(row)
-            for (training, decoder), group in groups.items():
-                label = f"{training}, {decoder}"
+                    key = row["training"], row["decoder"], row.get("stage")
+                    groups.setdefault(key, []).append(row)
+            for (training, decoder, stage), group in groups.items():
+                label = ", ".join(filter(None, (training, decoder, stage)))
                 lines[label] = axes.errorbar(
                     *_nfe_points(group),
                     label=label,
                     color=f"C{trainings.index(training)}",
+                    alpha=0.4 if stage == "before" else 1.0,
                     **_NFE_LOOKS[decoders.index(decoder) % len(_NFE_LOOKS)],
                     capsize=2,
                     markersize=4,

@@ -131,9 +131,9 @@ def latin(
     completion counts.
 
     Squares are the cyclic one with rows, columns and symbols shuffled. The prompt is `<bos>`, the
-    completion the whole square, row by row, ` 3 1 2 5 4 ...`; held-out rows also have a `template`,
-    the text with all but `givens` cells masked. For models that fill masks; every cell is one
-    token.
+    completion the whole square, row by row, ` 3 1 2 5 4 ...`, and the `template` that text with all
+    but `givens` cells masked. For models that fill masks; every cell is one token. Supervised
+    training does not look at templates, RL and evaluations fill them.
 
     Args:
         n: 2 to 9.   givens: cells of a template that are shown.
@@ -145,15 +145,14 @@ def latin(
         ValueError: for a size out of range, or so many held out that no square is left to train on.
     """
     squares, tested, shown = _latin_squares(n, givens, held_out, seed, size)
+    rng = random.Random(seed + 1)
 
-    def template(cells, at) -> str:
-        return "<bos>" + _say(c if i in at else "<mask>" for i, c in enumerate(cells))
+    def row(cells, at) -> dict:
+        template = "<bos>" + _say(c if i in at else "<mask>" for i, c in enumerate(cells))
+        return {"prompt": "<bos>", **_latin_row(cells), "template": template}
 
-    train = [{"prompt": "<bos>", **_latin_row(cells)} for cells in squares]
-    test = [
-        {"prompt": "<bos>", **_latin_row(cells), "template": template(cells, at)}
-        for cells, at in zip(tested, shown, strict=True)
-    ]
+    train = [row(cells, {*rng.sample(range(n * n), givens)}) for cells in squares]
+    test = [row(cells, at) for cells, at in zip(tested, shown, strict=True)]
     return Task(
         "latin",
         Dataset.from_list(train),
