@@ -82,7 +82,7 @@ def untrained(unit: Unit):
 
 
 def fit(unit: Unit, model, tokenizer, task, fields: dict):
-    """Supervised training -> its arguments, and the first line of a log."""
+    """Supervised training -> the trainer, and the first line of a log."""
     from softar.sft.config import SoftSFTConfig
     from softar.sft.trainer import SoftSFTTrainer
 
@@ -91,7 +91,7 @@ def fit(unit: Unit, model, tokenizer, task, fields: dict):
         trainer = SoftSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer)
         with Watch() as watch:
             trainer.train()
-    return args, unit.line(watch, trainer, fields)
+    return trainer, unit.line(watch, trainer, fields)
 
 
 def fields_of(arm: str, task, steps: int) -> dict:
@@ -110,7 +110,8 @@ def measure(unit: Unit) -> list[dict]:
     task, rows = data(digits)
     model, tokenizer = untrained(unit)
     learnt = task if arm != "no-cot" else no_thought(task)
-    args, line = fit(unit, model, tokenizer, learnt, fields_of(arm, task, steps) | unit.fields)
+    trainer, line = fit(unit, model, tokenizer, learnt, fields_of(arm, task, steps) | unit.fields)
+    args = trainer.args
     lines = [line | rows_hash(rows)]
     for split in unit.splits:
         lines += readouts(decoders(model, tokenizer, args, arm), rows[split], task, split)

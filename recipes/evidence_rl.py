@@ -2,19 +2,24 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import io
-import json
-import os
 import tempfile
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from softar.config import SoftConfig
 from softar.decoders.soft import SelfConsistency, SoftDecoder
 from softar.recipes.evidence_mnns import data, fields_of, fit, untrained
-from softar.recipes.evidence_units import Unit, Watch, readouts, rows_hash
+from softar.recipes.evidence_units import (
+    Unit,
+    Watch,
+    hash_of,
+    keep_weights,
+    readouts,
+    rows_hash,
+    weights_file,
+)
 
 DIGITS = 5
 # What the arms of a seed and a start begin with, trained once; a folder that git ignores
@@ -89,22 +94,14 @@ def start_fields(unit: Unit, task) -> dict:
 
 
 def start_file(unit: Unit, fields: dict) -> Path:
-    """Its name tells whether it was made with these arguments."""
-    made_with = json.dumps([fields, unit.device], sort_keys=True)
-    mark = hashlib.sha256(made_with.encode()).hexdigest()[:8]
-    return FOLDER / f"{unit.options['start']}-seed{unit.seed}-{mark}.safetensors"
+    return weights_file(FOLDER, unit.options["start"], unit, fields)
 
 
 def make_start(unit: Unit, model, tokenizer, task) -> dict:
     """Train the model to be the start, and keep its weights -> the first line of a log."""
     fields = start_fields(unit, task) | unit.fields
     _, line = fit(unit, model, tokenizer, task, fields)
-    file = start_file(unit, fields)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(f".{os.getpid()}.partial")
-    save_file(model.state_dict(), draft)
-    draft.replace(file)  # whole or not at all
-    return line | dict(start_hash=hash_of(file))
+    return line | dict(start_hash=keep_weights(model, start_file(unit, fields)))
 
 
 def open_start(unit: Unit, model, tokenizer, task) -> str:
@@ -114,11 +111,6 @@ def open_start(unit: Unit, model, tokenizer, task) -> str:
         make_start(dataclasses.replace(unit, fields={}), model, tokenizer, task)
     model.load_state_dict(load_file(file, device=str(model.device)))
     return hash_of(file)
-
-
-def hash_of(file: Path) -> str:
-    """By which logs show that arms began with the same weights: the start of its SHA-256."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def go_on(unit: Unit, model, tokenizer, task) -> dict:

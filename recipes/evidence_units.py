@@ -4,6 +4,7 @@ of its log."""
 import functools
 import hashlib
 import json
+import os
 import re
 import tempfile
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from safetensors.torch import save_file
 
 PROCESSOR = Path("/proc/cpuinfo")  # of Linux
 
@@ -90,6 +92,27 @@ def is_not_finite(error: Exception) -> bool:
     return isinstance(error, FloatingPointError) or bool(
         re.search(names, str(error), re.IGNORECASE)
     )
+
+
+def weights_file(folder: Path, name: str, unit: Unit, fields: dict) -> Path:
+    """Its name tells whether the weights were trained with these arguments."""
+    made_with = json.dumps([fields, unit.device], sort_keys=True)
+    mark = hashlib.sha256(made_with.encode()).hexdigest()[:8]
+    return folder / f"{name}-seed{unit.seed}-{mark}.safetensors"
+
+
+def keep_weights(model, file: Path) -> str:
+    """Write them, whole or not at all -> their hash."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(f".{os.getpid()}.partial")
+    save_file(model.state_dict(), draft)
+    draft.replace(file)
+    return hash_of(file)
+
+
+def hash_of(file: Path) -> str:
+    """By which logs show that arms began with the same weights: the start of its SHA-256."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 class Watch:
