@@ -88,7 +88,7 @@ def curve_panel(analysis: Analysis, grid: Grid) -> Panel:
 
     def draw(axes) -> None:
         for i, name in enumerate(names):
-            cells = [analysis.cells[read].by_seed for read in grid.lines[name]]
+            cells = [analysis.cell(read).by_seed for read in grid.lines[name]]
             mean, low, high = ([f(cell) for cell in cells] for f in (np.mean, np.min, np.max))
             axes.plot(xs[:joined], mean[:joined], **look(i), linewidth=1.5, label=name)
             axes.fill_between(
@@ -106,7 +106,7 @@ def curve_panel(analysis: Analysis, grid: Grid) -> Panel:
     said = [
         f"{name}: "
         + ", ".join(
-            f"{share(analysis.cells[read].mean)} at {column}"
+            f"{share(analysis.cell(read).mean)} at {column}"
             for column, read in zip(grid.columns, grid.lines[name])
         )
         for name in names
@@ -144,7 +144,7 @@ def gap_panel(analysis: Analysis) -> Panel:
 def seconds_panel(analysis: Analysis, column: str) -> Panel:
     grid = analysis.evidence.grids[0]
     at, names = grid.columns.index(column), analysis.evidence.seconds[column]
-    reads = {name: grid.lines[name][at] for name in names}
+    reads = {name: analysis.read(grid.lines[name][at]) for name in names}
     seconds = {name: analysis.logs.seconds(read.setting) for name, read in reads.items()}
     seconds = {name: some[np.isfinite(some)] for name, some in seconds.items()}
     seconds = {name: some for name, some in seconds.items() if len(some)}  # not all failed

@@ -101,8 +101,15 @@ class Analysis(NamedTuple):
         of = [each for each in self.results.values() if each.claim.about == about]
         return min((each.by_t if by_t else each.verdict for each in of), key=RANK.index)
 
+    def read(self, read: Read | Best) -> Read:
+        """What was chosen, where there was a choice."""
+        return self.choices[read] if isinstance(read, Best) else read
+
+    def cell(self, read: Read | Best) -> Cell:
+        return self.cells[self.read(read)]
+
     def floor(self, grid: Grid, line: str) -> float | None:
-        return self.logs.rows[grid.lines[line][0].rows].floor
+        return self.logs.rows[self.read(grid.lines[line][0]).rows].floor
 
 
 def analyse(name: str, evidence: Evidence, logs: Logs, draws: int = 10_000) -> Analysis:
@@ -143,18 +150,18 @@ def analyse(name: str, evidence: Evidence, logs: Logs, draws: int = 10_000) -> A
 
 def reads_of(evidence: Evidence) -> dict[Read, None]:
     """All that the tables name, each once."""
-    of_grids = [read for grid in evidence.grids for reads in grid.lines.values() for read in reads]
     return dict.fromkeys(
         read
-        for each in [*sides_of(evidence), *of_grids]
+        for each in named_in(evidence)
         for read in (each.of if isinstance(each, Best) else [each])
     )
 
 
-def sides_of(evidence: Evidence) -> list[Read | Best]:
-    """Ours and theirs, of every claim."""
+def named_in(evidence: Evidence) -> list[Read | Best]:
+    """Ours and theirs, of every claim, and the lines of every grid."""
     parts = [part for claim in evidence.claims for part in claim.parts]
-    return [read for part in parts for reads in (part.ours, part.theirs) for read in reads]
+    sides = [read for part in parts for reads in (part.ours, part.theirs) for read in reads]
+    return sides + [read for g in evidence.grids for reads in g.lines.values() for read in reads]
 
 
 def choices_of(evidence: Evidence, logs: Logs) -> dict[Best, Read]:
@@ -163,7 +170,7 @@ def choices_of(evidence: Evidence, logs: Logs) -> dict[Best, Read]:
     def right(read: Read) -> int:
         return int(logs.scores(read, DEV).sum())
 
-    every = dict.fromkeys(each for each in sides_of(evidence) if isinstance(each, Best))
+    every = dict.fromkeys(each for each in named_in(evidence) if isinstance(each, Best))
     return {each: max(each.of, key=right) for each in every}
 
 

@@ -43,11 +43,12 @@ class Grid(NamedTuple):
     name: str
     corner: str
     columns: tuple[str, ...]
-    lines: dict[str, tuple[Read, ...]]
+    lines: dict[str, tuple[Read | Best, ...]]
     x: str = ""
     drawn: tuple[str, ...] = ()  # of the lines, where not all are drawn
     apart: int = 0  # the last columns, up to which no line is drawn
     floor: str = ""  # the heading of one more column, the floor of each line's rows
+    costs: bool = False  # forwards, steps and seconds too, of each column one
 
 
 class Evidence(NamedTuple):
@@ -60,6 +61,7 @@ class Evidence(NamedTuple):
     gaps_x: str
     beside: str = ""  # what the rows are that `Rows.beside` marks
     notes: tuple[str, ...] = ()  # what has to be known to read the tables
+    borrows: dict[str, tuple[str, ...]] = {}  # experiment -> settings whose logs count here too
 
 
 def less(about: str, says: str, ours: Read, theirs: Read, brief: str = "", **options) -> Claim:

@@ -47,6 +47,7 @@ class Logs:
     missing: dict[int, list[str]]  # of the others that have begun: the settings that are not there
     rows: dict[str, Rows]
     units: dict[tuple[str, int], dict] = field(repr=False, default_factory=dict)
+    borrowed: dict[str, Path] = field(default_factory=dict)  # settings of others, and their folder
 
     def scores(self, read: Read, split: str = TEST) -> np.ndarray:
         """[S, n] of 0 and 1, by whole seed; of DEV, [S, dev]. A unit that failed is wrong in every row.
@@ -58,17 +59,23 @@ class Logs:
         return np.stack([self._scores(read, rows, seed, split) for seed in self.whole])
 
     def _scores(self, read: Read, rows: Rows, seed: int, split: str) -> np.ndarray:
-        log, file = self.units[read.setting, seed], f"{read.setting}-seed{seed}.json"
+        log = self.units[read.setting, seed]
+        file = self.borrowed.get(read.setting, self.folder) / f"{read.setting}-seed{seed}.json"
         hash_there = log["rows"][0].get(f"{TEST}_rows_hash")
         if rows.hash is not None and hash_there not in (None, rows.hash):
             raise ValueError(
-                f"{self.folder / file}: answers the rows {hash_there}, the experiment has "
+                f"{file}: answers the rows {hash_there}, the experiment has "
                 f"{rows.hash}: run this unit again with the code of the others"
             )
         try:
             return scores_in(log, read.readout, split, rows.n if split == TEST else rows.dev)
         except ValueError as error:
-            raise ValueError(f"{self.folder / file}: {error}") from None
+            raise ValueError(f"{file}: {error}") from None
+
+    def steps(self, setting: str) -> np.ndarray:
+        """[S] of training; nan of one that failed."""
+        firsts = [self.units[setting, seed]["rows"][0] for seed in self.whole]
+        return np.array([first.get("steps", np.nan) for first in firsts], float)
 
     def seconds(self, setting: str) -> np.ndarray:
         """[S] of the processor, that the training of each whole seed took; nan of one that failed."""
@@ -93,36 +100,50 @@ class Logs:
         ]
 
 
-def read_logs(folder: Path, settings, seeds, rows: dict[str, Rows]) -> Logs:
+def read_log(file: Path) -> tuple[str, int, dict]:
+    """Setting, seed and all that it says. Raises ValueError for a file that is no log of a unit."""
+    try:
+        log = json.loads(file.read_text(encoding="utf-8"))
+        return log["rows"][0]["setting"], log["rows"][0]["seed"], log
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file} is no log of a unit ({error}): take it away") from None
+
+
+def read_logs(
+    folder: Path, settings, seeds, rows: dict[str, Rows], borrowed: dict[str, Path] | None = None
+) -> Logs:
     """The logs below a folder, which need not be there.
 
     Args:
         settings, seeds: of the experiment's units, all that there shall be.
+        borrowed: settings of other experiments whose logs count as well, and the folder of each.
 
     Raises:
         ValueError: for a file that is no log of a unit of the experiment.
     """
     units: dict[tuple[str, int], dict] = {}
     for file in sorted(folder.glob("*.json")):
-        try:
-            log = json.loads(file.read_text(encoding="utf-8"))
-            setting, seed = log["rows"][0]["setting"], log["rows"][0]["seed"]
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{file} is no log of a unit ({error}): take it away") from None
+        setting, seed, log = read_log(file)
         if setting not in settings or seed not in seeds or file.stem != f"{setting}-seed{seed}":
             raise ValueError(
                 f"{file} says that it is {setting!r} with seed {seed}: the experiment has seeds "
                 f"{seeds[0]} to {seeds[-1]} of {[*settings]}, each in a file of its name"
             )
         units[setting, seed] = log
-    left = {seed: [name for name in settings if (name, seed) not in units] for seed in seeds}
+    for name, of in (borrowed or {}).items():
+        files = {seed: of / f"{name}-seed{seed}.json" for seed in seeds}
+        units |= {(name, s): read_log(file)[2] for s, file in files.items() if file.is_file()}
+    every = [*settings, *(borrowed or {})]
+    left = {seed: [name for name in every if (name, seed) not in units] for seed in seeds}
+    begun = {seed for seed in seeds if any((name, seed) in units for name in settings)}
     return Logs(
         folder=folder,
         planned=[*seeds],
         whole=[seed for seed in seeds if not left[seed]],
-        missing={seed: names for seed, names in left.items() if 0 < len(names) < len(settings)},
+        missing={seed: names for seed, names in left.items() if names and seed in begun},
         rows=rows,
         units=units,
+        borrowed=borrowed or {},
     )
 
 

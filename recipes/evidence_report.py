@@ -60,7 +60,12 @@ def analyses_of(folder: Path, names: list[str]) -> dict[str, Analysis]:
         if name not in rows:
             raise ValueError(f"{folder / ROWS_FILE} lacks {name}: run with --rows")
         module = importlib.import_module(EXPERIMENTS[name].module)
-        logs = read_logs(folder / name, module.SETTINGS, module.SEEDS, rows[name])
+        borrowed = {
+            setting: folder / other
+            for other, settings in EVIDENCE[name].borrows.items()
+            for setting in settings
+        }
+        logs = read_logs(folder / name, module.SETTINGS, module.SEEDS, rows[name], borrowed)
         found[name] = analyse(name, EVIDENCE[name], logs)
     return found
 

@@ -1,5 +1,6 @@
 """The tables of the evidence in Markdown, and the regions of README.md and RESULTS.md that hold them."""
 
+import math
 import re
 import textwrap
 from pathlib import Path
@@ -17,6 +18,7 @@ from softar.recipes.evidence_kinds import Grid
 from softar.results import write_whole
 
 WIDTH = 100
+COSTS = ("forwards an answer", "steps", "seconds of training")
 BEGIN, END = "<!-- evidence: {} -->", "<!-- /evidence: {} -->"
 
 
@@ -70,13 +72,25 @@ def claim_line(result: Result, has_beside: bool) -> list[str]:
 def grid_table(analysis: Analysis, grid: Grid) -> str:
     lines = []
     for name, reads in grid.lines.items():
-        cells = [analysis.cells[read] for read in reads]
+        cells = [analysis.cell(read) for read in reads]
         spread = ["" if cell.sd is None else f" ± {share(cell.sd)}" for cell in cells]
         line = [name, *(share(cell.mean) + sd for cell, sd in zip(cells, spread))]
         if grid.floor:
             line.append(share(analysis.floor(grid, name)))
-        lines.append(line)
-    return table([grid.corner, *grid.columns, *filter(None, [grid.floor])], lines)
+        lines.append(line + (costs_of(analysis, reads) if grid.costs else []))
+    head = [grid.corner, *grid.columns, *filter(None, [grid.floor])]
+    return table(head + ([*COSTS] if grid.costs else []), lines)
+
+
+def costs_of(analysis: Analysis, reads) -> list[str]:
+    """Of a line's columns, COSTS."""
+    logs, every = analysis.logs, [analysis.read(read) for read in reads]
+    numbers = (
+        [logs.forwards(read).mean() for read in every],
+        [logs.steps(read.setting).mean() for read in every],
+        [logs.seconds(read.setting).mean() for read in every],
+    )
+    return [", ".join("?" if math.isnan(n) else f"{n:.0f}" for n in some) for some in numbers]
 
 
 def about_of(analysis: Analysis) -> str:
