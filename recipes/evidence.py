@@ -202,6 +202,7 @@ EXPERIMENTS = {
     "X2-smollm2": Experiment("reachability, SmolLM2-135M", "softar.recipes.evidence_smollm2"),
     "X3": Experiment("Latin squares by masked diffusion", "softar.recipes.evidence_latin"),
     "X4": Experiment("Soft RL on MNNS, 2 x 2", "softar.recipes.evidence_rl"),
+    "methods": Experiment("every method on MNNS", "softar.recipes.evidence_methods"),
 }
 
 if __name__ == "__main__":

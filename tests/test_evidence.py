@@ -14,7 +14,9 @@ from softar.config import SoftConfig
 from softar.evals.edited import answers_after, cut, of_another, thoughts_of
 from softar.evals.seeds import Gain, gain_of, t_interval, t_quantile
 from softar.evaluate import encode
-from softar.recipes import evidence, evidence_latin, evidence_mnns
+from softar.recipes import evidence, evidence_latin, evidence_methods, evidence_mnns
+from softar.recipes.evidence_claims import EVIDENCE
+from softar.recipes.evidence_gains import reads_of
 from softar.recipes.evidence_units import readouts, scores_in, scores_of
 from softar.soft import Soft
 from softar.tasks import load_task
@@ -316,6 +318,38 @@ def test_logs_do_not_make_a_tree_dirty(tmp_path, monkeypatch):
     assert results.commit().endswith("+") and len(results.commit(besides=evidence.LOGS)) == 40
     (tmp_path / "softar" / "new.py").write_text("")
     assert results.commit(besides=evidence.LOGS).endswith("+")
+
+
+def test_units_of_the_table_answer_what_its_lines_read(tiny, tmp_path, monkeypatch):
+    """With 3 digits in the place of 4, two steps each."""
+    monkeypatch.setattr(evidence_mnns, "STEPS", {3: dict.fromkeys(evidence_mnns.ARMS, 2)})
+    monkeypatch.setattr(evidence_methods, "FOLDER", tmp_path / "nets")
+    arms = evidence_methods.ARMS
+    few = {name: arm._replace(steps=4 if arm.row == "coconut" else 2) for name, arm in arms.items()}
+    monkeypatch.setattr(evidence_methods, "ARMS", few)
+    of_4 = [name for name, o in evidence_methods.SETTINGS.items() if o["digits"] == 4]
+    small = {name[:-1] + "3": evidence_methods.SETTINGS[name] | dict(digits=3) for name in of_4}
+    monkeypatch.setattr(evidence_methods, "SETTINGS", small)
+    logs = run("--experiment", "methods", "--seeds", "2", folder=tmp_path / "logs")
+    assert {*logs} == {f"{name}-seed2.json" for name in small}
+    of = {log["rows"][0]["setting"]: log["rows"] for log in logs.values()}
+    for read in reads_of(EVIDENCE["methods"]):
+        if read.setting in of_4:
+            lines = of[read.setting[:-1] + "3"][1:]
+            splits = {line["split"] for line in lines if line["readout"] == read.readout}
+            assert splits == {"dev", "test"}, read
+    first = {name: rows[0] for name, rows in of.items()}
+    nets = {file.stem.rpartition("-seed")[0] for file in (tmp_path / "nets").iterdir()}
+    assert nets == {"again-discrete-traces-3", "again-trace-soft-3"}
+    began = {first[f"{name}-3"]["net_hash"] for name in ("prefix-soft", "prefix-hard")}
+    assert began == {first["again-discrete-traces-3"]["net_hash"]}
+    assert "min_p=0.05," in first["fixed-min-p-3"]["decodes"]
+    assert "prompt_prefix=" in first["prefix-soft-3"]["decodes"]
+    # X1's own arms, once more: the same arguments
+    x1 = evidence_mnns.fields_of("trace-soft", evidence_mnns.data(3)[0], 2)
+    assert first["again-trace-soft-3"]["arguments"] == x1
+    nfe = {line["readout"]: line["nfe"] for line in of["again-trace-soft-3"][1:]}
+    assert nfe["soft"] <= 4 and nfe["soft-beam, 0.5"] <= 4 * 4 and nfe["votes"] > nfe["soft"]
 
 
 def test_before_the_runs_arms_are_tried_and_timed(tiny, tmp_path, capsys):

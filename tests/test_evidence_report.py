@@ -13,6 +13,7 @@ from softar.evals.seeds import Gain, bootstrap_gains
 from softar.recipes import (
     evidence,
     evidence_latin,
+    evidence_methods,
     evidence_mnns,
     evidence_reach,
     evidence_report,
@@ -52,9 +53,11 @@ MODULES = {
     "X2-smollm2": evidence_smollm2,
     "X3": evidence_latin,
     "X4": evidence_rl,
+    "methods": evidence_methods,
 }
 SIZES = {"X1": (12, 8, 9), "X2": (8, 10), "X2-smollm2": (6,), "X3": (14, 9), "X4": (12,)}
-DEV_ROWS = 4  # of X4
+SIZES["methods"] = (12, 9)  # of which X1's logs are read too
+CHOOSE, DEV_ROWS = ("X4", "methods"), 4  # by development rows
 DRAWS = 300
 
 
@@ -65,7 +68,7 @@ def facts(name):
         rows: dict(n=n, groups=[i // 2 for i in range(n)])
         if name == "X3"
         else dict(n=n, dev=DEV_ROWS, groups=[i % 3 for i in range(n)])
-        if name == "X4"
+        if name in CHOOSE
         else dict(n=n, beside=[0, 2, 3], floor=0.25)
         for rows, n in zip(names, SIZES[name], strict=True)
     }
@@ -85,7 +88,7 @@ def made_up(folder, name, seeds=2, share=0.6, **first):
             lines = [
                 read_rows(read.readout, "dev", rng.random(DEV_ROWS) < share, 7)
                 for read in reads_of(evidence_of)
-                if read.setting == setting and name == "X4"
+                if read.setting == setting and name in CHOOSE
             ]
             lines += [
                 read_rows(read.readout, "test", rng.random(facts(name)[read.rows]["n"]) < share, 7)
@@ -343,6 +346,38 @@ def test_claims_of_rl_are_means_over_starts(tmp_path):
     assert "Best on development rows" in page_of({"X4": found})
 
 
+def test_the_table_of_methods_has_lines_of_others_what_was_chosen_and_costs(tmp_path):
+    """X1's logs are lines of it, and a seed is whole where they are there too."""
+    made_up(made_up(tmp_path, "X1", steps=1000), "methods", steps=20)
+    found = everything(tmp_path)["methods"]
+    assert found.logs.whole == [0, 1] and not found.logs.missing
+    of_x1 = everything(tmp_path)["X1"].cells[Read("6 digits", "discrete-6", "discrete")]
+    assert found.cells[Read("6 digits", "discrete-6", "discrete")].mean == of_x1.mean
+    best = next(each for each in found.choices if each.name == "again-trace-soft, swi, 6 digits")
+    right = {read: found.logs.scores(read, "dev").sum() for read in best.of}
+    assert len(right) == 3 and right[found.choices[best]] == max(right.values())
+    lines = {line.split(" | ")[0]: line for line in region_of(found).splitlines()}
+    swi = lines["| again-trace-soft, swi"]
+    assert f"| {found.cell(best).mean:.3f}".replace("0.", ".") in swi
+    assert swi.endswith("| 7, 7 | 20, 20 | 9, 9 |")
+    assert lines["| discrete, discrete"].endswith("| 7, 7 | 1000, 1000 | 9, 9 |")
+    (tmp_path / "X1" / "discrete-6-seed1.json").unlink()
+    found = everything(tmp_path)["methods"]
+    assert found.logs.whole == [0] and found.logs.missing == {1: ["discrete-6"]}
+    made_up(tmp_path / "rest", "X1")
+    (tmp_path / "rest" / "X1").rename(tmp_path / "rest" / "methods")
+    with pytest.raises(ValueError, match="the experiment has seeds 0 to 2"):
+        everything(tmp_path / "rest")
+
+
+def test_a_log_of_others_that_does_not_fit_is_named(tmp_path):
+    made_up(made_up(tmp_path, "X1"), "methods")
+    lines = [read_rows("discrete", "test", [1] * 11, 7)]
+    write_log(tmp_path / "X1", "discrete-6", 0, lines)
+    with pytest.raises(ValueError, match=r"X1/discrete-6-seed0.json: readout='discrete'"):
+        evidence_report.analyses_of(tmp_path, ["methods"])
+
+
 # Claims of the rules
 
 
@@ -352,7 +387,8 @@ def test_each_claim_reads_what_units_answer():
         says = [claim.says for claim in each.claims]
         assert len({*says}) == len(says)
         for read in reads_of(each):
-            assert read.setting in MODULES[name].SETTINGS and read.rows in rows[name]
+            borrowed = {s for settings in each.borrows.values() for s in settings}
+            assert read.setting in {*MODULES[name].SETTINGS} | borrowed and read.rows in rows[name]
         assert {about for about in each.verdicts} <= {claim.about for claim in each.claims}
         assert {s for line in each.gaps.values() for s in line.values()} <= {*says}
         for claim in each.claims:  # README's lines are no longer than its width
