@@ -52,6 +52,7 @@ from .feedback import (
     stack_vectors,
     stretched,
     to_host,
+    where_read,
     width_of,
 )
 from .loops import run_loop
@@ -93,6 +94,9 @@ class SoftOutput:
     why: str = ""  # this one, for people
     # [B, T, D] float16 on the host: what steps of kind LATENT read, 0 elsewhere; None without any
     vectors: Tensor | None = None
+    # [B, T, K] float32, Mixed.perturbed of the first K slots of steps of kind SOFT, -inf elsewhere;
+    # None of mixers without
+    perturbed: Tensor | None = None
 
     def __repr__(self) -> str:
         """Short: shapes and counts, not the tensors."""
@@ -263,6 +267,7 @@ def soft_decode(
     forwards = -(-prompt_length // (generation_config.prefill_chunk_size or prompt_length))
     records: list[Record] = []
     vectors: list[Tensor | None] = []
+    noisy: list[Tensor | None] = []
     any_thinking = bool(progress.thinking.any())
     # The underscored methods are how transformers' own loops prefill and go on
     with evaluating(model):
@@ -287,6 +292,7 @@ def soft_decode(
             progress = progress._replace(done=progress.done | ended)
             finished, any_soft, any_thinking = look(progress, record, step)
             vectors.append(to_host(vector, record.kind == Kind.LATENT))
+            noisy.append(where_read(thought.perturbed, record.kind == Kind.SOFT))
             has_token = vector is None or bool((record.kind != Kind.LATENT).any())
             for each in streamers if has_token else ():
                 each.put(record.token.cpu())
@@ -305,9 +311,9 @@ def soft_decode(
     if not generation_config.return_dict_in_generate:
         return input_ids
     cost = forwards, positions, time.perf_counter() - started
-    how, read = (config, why or reason), stack_vectors(vectors)
+    how, read = (config, why or reason), (stack_vectors(vectors), stack_vectors(noisy, -torch.inf))
     start = progress.answer_start
-    return SoftOutput(input_ids, stack(records), prompt_length, start, *cost, *how, read)
+    return SoftOutput(input_ids, stack(records), prompt_length, start, *cost, *how, *read)
 
 
 def _mk_reader(model, config: SoftConfig) -> Callable[..., dict[str, Tensor]]:

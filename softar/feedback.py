@@ -132,12 +132,18 @@ def to_host(vector: Tensor | None, reads: Tensor) -> Tensor | None:
     return vector.where(reads[:, None], 0).clamp(-most, most).to("cpu", torch.float16)
 
 
-def stack_vectors(steps: list[Tensor | None]) -> Tensor | None:
-    """Steps [B, D], None where nobody reads one -> [B, T, D]; None for none at all."""
+def where_read(perturbed: Tensor | None, reads: Tensor) -> Tensor | None:
+    """softar.Mixed.perturbed [B, K], -inf in rows that do not read their mixture, [B] bool."""
+    return None if perturbed is None else perturbed.masked_fill(~reads[:, None], -torch.inf)
+
+
+def stack_vectors(steps: list[Tensor | None], empty: float = 0.0) -> Tensor | None:
+    """Steps [B, D], None where nobody reads one -> [B, T, D], `empty` there; None for none at
+    all."""
     some = next((step for step in steps if step is not None), None)
     if some is None:
         return None
-    return torch.stack([torch.zeros_like(some) if x is None else x for x in steps], 1)
+    return torch.stack([torch.full_like(some, empty) if x is None else x for x in steps], 1)
 
 
 def feed_vectors(model, token: Tensor, vector: Tensor, reads: Tensor) -> dict[str, Tensor]:

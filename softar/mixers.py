@@ -13,7 +13,7 @@ Shapes: ... any leading dims, K tokens kept.
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +21,10 @@ from torch import Tensor
 
 from .checks import check_choice, shorten
 from .names import lookup
-from .soft import Soft
+from .noise import TINY, Rng, draw, exponential, standard_gamma
+from .soft import Soft, likeliest
 from .soft import hard as one_token
 
-Rng = torch.Generator | Sequence[torch.Generator] | None
-TINY = torch.finfo(torch.float32).tiny
 TOLERANCE = 1e-3  # of the sum of a mixture's weights
 GROUP = "softar.mixers"  # of entry points
 LEAST, MOST = 1e-30, 1e30  # a knob beyond these is its limit in float32, and would only overflow
@@ -40,6 +39,8 @@ class Mixed(NamedTuple):
     # none
     logp: Tensor | None
     vector: Tensor | None = None  # [..., D] of a mixer that is `latent`: what the model reads next
+    # [..., K'] of soft.ids, the largest first, log p and Gumbel noise; of `gumbel` with candidates
+    perturbed: Tensor | None = None
 
 
 class Mixer(NamedTuple):
@@ -75,7 +76,7 @@ class Mixer(NamedTuple):
 
 def hard(dist: Soft, *, rng: Rng = None, sample: bool = False) -> Mixed:
     """One token: the most likely, or with `sample` a draw. logp is that token's."""
-    slot = _draw(dist.weights, rng)[..., 0] if sample else dist.weights.argmax(-1)
+    slot = draw(dist.weights, rng)[..., 0] if sample else dist.weights.argmax(-1)
     token = _pick(dist.ids, slot)
     return Mixed(one_token(token), token, _log(_pick(dist.weights, slot)))
 
@@ -86,23 +87,33 @@ def soft(dist: Soft, *, rng: Rng = None) -> Mixed:
     return Mixed(dist, _pick(dist.ids, dist.weights.argmax(-1)), None)
 
 
-def gumbel(dist: Soft, *, rng: Rng = None, tau: float = 0.5) -> Mixed:
+def gumbel(
+    dist: Soft, *, rng: Rng = None, tau: float = 0.5, candidates: int | None = None
+) -> Mixed:
     """softmax((log p + g) / tau) with standard Gumbel g (arXiv:2508.03440; arXiv:1611.01144, eq.
     2).
 
     The largest weight is an exact draw from `dist` (Gumbel-max), so the recorded text is a sample
     and logp its categorical log-probability. tau -> 0 is sampling, tau -> inf uniform.
     Differentiable in the weights.
+
+    candidates: so many of the largest log p + g are read: draws without replacement
+        (arXiv:1903.06059), one of which is sampling. None reads all.
     """
+    _check_candidates(candidates)
     if not tau > 0:
         raise ValueError(
             f"tau={tau} must be > 0; use the mixer 'hard' with sample=True for the limit 0"
         )
     noise = -exponential(dist.weights, rng).log()
-    perturbed = _log(dist.weights) + noise
+    perturbed, ids = _log(dist.weights) + noise, dist.ids
     slot = perturbed.argmax(-1)
+    if candidates is not None:
+        perturbed, order = perturbed.topk(min(candidates, ids.shape[-1]), -1)
+        ids, slot = ids.gather(-1, order), order[..., 0]
     weights = (perturbed / min(max(tau, LEAST), MOST)).softmax(-1)
-    return Mixed(Soft(dist.ids, weights), _pick(dist.ids, slot), _log(_pick(dist.weights, slot)))
+    mixed = Mixed(Soft(ids, weights), _pick(dist.ids, slot), _log(_pick(dist.weights, slot)))
+    return mixed if candidates is None else mixed._replace(perturbed=perturbed.detach())
 
 
 def k_samples(dist: Soft, *, rng: Rng = None, k: int = 3, weighting: str = "uniform") -> Mixed:
@@ -116,7 +127,7 @@ def k_samples(dist: Soft, *, rng: Rng = None, k: int = 3, weighting: str = "unif
     if k < 1:
         raise ValueError(f"k={k} must be at least 1; 1 is ordinary sampling")
     check_choice("weighting", weighting, ("uniform", "probability"))
-    slots = _draw(dist.weights, rng, k)
+    slots = draw(dist.weights, rng, k)
     ids, probs = dist.ids.gather(-1, slots), dist.weights.gather(-1, slots)
     weights = (
         torch.full_like(probs, 1 / k)
@@ -126,43 +137,58 @@ def k_samples(dist: Soft, *, rng: Rng = None, k: int = 3, weighting: str = "unif
     return Mixed(Soft(ids, weights), ids[..., 0], _log(probs).sum(-1))
 
 
-def mixture_of_inputs(dist: Soft, *, rng: Rng = None, beta: float = 1.0) -> Mixed:
+def mixture_of_inputs(
+    dist: Soft, *, rng: Rng = None, beta: float = 1.0, candidates: int | None = None
+) -> Mixed:
     """Posterior mean after one draw y: w = (H p + (beta + 1 - H) 1_y) / (beta + 1), H the entropy
     of p over log K (arXiv:2505.14827, eq. 5). beta -> inf is sampling. The text, its logp and its
     stop logic are those of sampling.
+
+    candidates: p and H are of so many of the likeliest tokens (the paper's n, 20), and y is drawn
+        from all of `dist`, in a slot of its own. None: of all.
     """
     if not beta >= 0:
         raise ValueError(f"beta={beta} must be >= 0; large values approach plain sampling")
-    p = dist.weights
-    slot = _draw(p, rng)[..., 0]
+    _check_candidates(candidates)
+    slot = draw(dist.weights, rng)[..., 0]
+    token, logp = _pick(dist.ids, slot), _log(_pick(dist.weights, slot))
+    ids, p = likeliest(dist, candidates)
     h = -(p * p.clamp_min(TINY).log()).sum(-1, keepdim=True) / max(math.log(p.shape[-1]), TINY)
-    drawn = torch.zeros_like(p).scatter(-1, slot[..., None], 1.0)
     # Split as 1 - share and share so that an infinite beta, the sampling limit, is exact too.
     share = h / (beta + 1)
-    return Mixed(
-        Soft(dist.ids, share * p + (1 - share) * drawn), _pick(dist.ids, slot), _log(_pick(p, slot))
-    )
+    if candidates is not None:
+        return Mixed(_blend(Soft(ids, p), token, 1 - share, "mix", None), token, logp)
+    drawn = torch.zeros_like(p).scatter(-1, slot[..., None], 1.0)
+    return Mixed(Soft(ids, share * p + (1 - share) * drawn), token, logp)
 
 
 def hybrid(
-    dist: Soft, *, rng: Rng = None, share: float | None = None, gate: str | None = None
+    dist: Soft,
+    *,
+    rng: Rng = None,
+    share: float | None = None,
+    gate: str | None = None,
+    candidates: int | None = None,
 ) -> Mixed:
     """A sampled token beside the belief: `share` (default 0.5) of its embedding, the rest of
     s = sum_i p_i E_i / ||p||_2, or what a trained gate makes of both (HRPO, arXiv:2505.18454, eq. 3
     and 4). The text, its logp and its stop logic are those of sampling.
 
     gate: a file of softar.feedback.Gate. Beside it the weights are the belief's; otherwise they are
-    all that is read, and sum to more than 1.
+        all that is read, and sum to more than 1.
+    candidates: the belief is of so many of the likeliest tokens, and the token drawn from all of
+        `dist`. None: of all.
     """
+    _check_candidates(candidates)
     if share is not None and gate is not None:
         raise ValueError(f"share={share} does nothing beside gate={gate!r}: leave one out")
     share = 0.5 if share is None else share
     if not 0 <= share <= 1:
         raise ValueError(f"share={share} must lie in [0, 1]: 1 is the token alone, 0 the belief")
-    drawn = hard(dist, rng=rng, sample=True)
+    drawn, belief = hard(dist, rng=rng, sample=True), likeliest(dist, candidates)
     if gate is not None:
-        return drawn._replace(soft=dist)
-    normalised = Soft(dist.ids, dist.weights / dist.weights.norm(dim=-1, keepdim=True))
+        return drawn._replace(soft=belief)
+    normalised = Soft(belief.ids, belief.weights / belief.weights.norm(dim=-1, keepdim=True))
     return drawn._replace(soft=guide(normalised, drawn.token, share))
 
 
@@ -184,7 +210,7 @@ def dirichlet(dist: Soft, *, rng: Rng = None, gamma: float = 1.0) -> Mixed:
         raise ValueError(f"gamma={gamma} must be > 0")
     a = min(max(gamma, LEAST), MOST) * dist.weights
     log_u = -exponential(a, rng)
-    log_gamma = _standard_gamma(a + 1, rng).log() + log_u / a.clamp_min(TINY)
+    log_gamma = standard_gamma(a + 1, rng).log() + log_u / a.clamp_min(TINY)
     weights = log_gamma.masked_fill(a == 0, -torch.inf).softmax(-1)
     return Mixed(Soft(dist.ids, weights), _pick(dist.ids, weights.argmax(-1)), None)
 
@@ -214,6 +240,11 @@ def guide(soft: Soft, target: Tensor, alpha: float, how: str = "mix", *, rng: Rn
         return soft
     if alpha == 1:
         return one_token(target)
+    return _blend(soft, target, alpha, how, rng)
+
+
+def _blend(soft: Soft, target: Tensor, alpha: float | Tensor, how: str, rng: Rng) -> Soft:
+    """`guide` at an alpha of each row, [..., 1], or of all."""
     is_target = soft.ids == target[..., None]
     rest = soft.weights.masked_fill(is_target, 0.0)
     had = (soft.weights * is_target).sum(-1, keepdim=True)
@@ -296,7 +327,7 @@ def check_mixed(mixed: Mixed, rows: int, vocab: int, name: str) -> None:
             f"mixer {name!r} gave a {type(mixed).__name__}: give softar.Mixed(softar.Soft(ids, weights), "
             "token, logp)"
         )
-    (ids, weights), token, logp, vector = mixed
+    (ids, weights), token, logp, vector, _ = mixed
     shapes = [tuple(t.shape) for t in (ids, weights, token)]
     is_shaped = ids.dim() == 2 and shapes == [(rows, ids.shape[1])] * 2 + [(rows,)]
     if not is_shaped or (logp is not None and tuple(logp.shape) != (rows,)):
@@ -322,52 +353,9 @@ def check_mixed(mixed: Mixed, rows: int, vocab: int, name: str) -> None:
             raise ValueError(f"mixer {name!r} gave {what} in rows {wrong}, first {value}")
 
 
-def exponential(like: Tensor, rng: Rng) -> Tensor:
-    """Standard exponential noise of like's shape, never 0. A CPU generator draws the same numbers
-    for every device."""
-    if rng is None or isinstance(rng, torch.Generator):
-        noise = torch.empty(
-            like.shape, dtype=like.dtype, device=like.device if rng is None else rng.device
-        )
-        return noise.exponential_(generator=rng).clamp_min(TINY).to(like.device, non_blocking=True)
-    pairs = zip(like, rng, strict=True)
-    rows = [
-        torch.empty(row.shape, dtype=row.dtype, device=r.device).exponential_(generator=r)
-        for row, r in pairs
-    ]
-    # Moved together: one copy to an accelerator, not one a row
-    return torch.stack(rows).clamp_min(TINY).to(like.device, non_blocking=True)
-
-
-def _standard_gamma(a: Tensor, rng: Rng) -> Tensor:
-    if rng is None or isinstance(rng, torch.Generator):
-        return torch._standard_gamma(a if rng is None else a.to(rng.device), generator=rng).to(
-            a.device, non_blocking=True
-        )
-    # from an accelerator: the one place where a mixer waits for it, once a step
-    home = a.to(rng[0].device)
-    rows = [torch._standard_gamma(row, generator=r) for row, r in zip(home, rng, strict=True)]
-    return torch.stack(rows).to(a.device, non_blocking=True)
-
-
-def _draw(weights: Tensor, rng: Rng, n: int = 1) -> Tensor:
-    """Sample n slots with replacement, in proportion to the weights: [..., K] -> [..., n]. By
-    inverting the cumulative distribution in float64: one uniform number a draw, any shape, and no
-    synchronisation as torch.multinomial has."""
-    cumulative = weights.detach().double().cumsum(-1)
-    uniform = _uniform((*weights.shape[:-1], n), rng, weights.device) * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, uniform, right=True).clamp_max(weights.shape[-1] - 1)
-
-
-def _uniform(shape: tuple[int, ...], rng: Rng, device: torch.device) -> Tensor:
-    """Float64 in [0, 1)."""
-    if rng is None or isinstance(rng, torch.Generator):
-        source = device if rng is None else rng.device
-        return torch.rand(shape, generator=rng, device=source, dtype=torch.float64).to(
-            device, non_blocking=True
-        )
-    rows = [torch.rand(shape[1:], generator=r, device=r.device, dtype=torch.float64) for r in rng]
-    return torch.stack(rows).to(device, non_blocking=True)
+def _check_candidates(candidates: int | None) -> None:
+    if candidates is not None and candidates < 1:
+        raise ValueError(f"candidates={candidates} must be at least 1; None reads all")
 
 
 def _pick(values: Tensor, slot: Tensor) -> Tensor:
@@ -379,17 +367,25 @@ def _log(weights: Tensor) -> Tensor:
     return weights.clamp_min(TINY).log().masked_fill(weights == 0, -torch.inf)
 
 
+def _candidates(knobs: dict[str, Any], filtered: float) -> float:
+    return min(knobs["candidates"] or filtered, filtered)
+
+
 MIXERS: dict[str, Mixer | Callable[..., Mixed]] = {
     "hard": Mixer(
         hard, single=True, draws=lambda knobs: knobs["sample"], width=lambda knobs, filtered: 1
     ),
     "soft": Mixer(soft, draws=lambda knobs: False),
-    "gumbel": Mixer(gumbel, only_mixes=True),
+    "gumbel": Mixer(gumbel, width=_candidates, only_mixes=True),
     "k-samples": Mixer(k_samples, width=lambda knobs, filtered: knobs["k"], only_mixes=True),
-    "mixture-of-inputs": Mixer(mixture_of_inputs, only_mixes=True),
+    "mixture-of-inputs": Mixer(
+        mixture_of_inputs,
+        width=lambda knobs, n: _candidates(knobs, n) + (knobs["candidates"] is not None),
+        only_mixes=True,
+    ),
     "dirichlet": Mixer(dirichlet),
     "hybrid": Mixer(
-        hybrid, width=lambda knobs, filtered: filtered + 1, only_mixes=True, gated=True
+        hybrid, width=lambda knobs, n: _candidates(knobs, n) + 1, only_mixes=True, gated=True
     ),
     "hidden": Mixer(
         last_hidden, draws=lambda knobs: False, width=lambda *_: 1, hidden=True, latent=True

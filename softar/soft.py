@@ -100,10 +100,16 @@ def mk_proba_dist(
     if ids is None:
         # a view: no [..., V] of ids is written
         ids = torch.arange(V, device=x.device).expand(x.shape)
-    if keep is not None and keep < weights.shape[-1]:
-        weights, order = weights.topk(keep, -1)
-        weights, ids = weights / weights.sum(-1, keepdim=True), ids.gather(-1, order)
-    return Soft(ids, weights)
+    return likeliest(Soft(ids, weights), keep)
+
+
+def likeliest(soft: Soft, keep: int | None) -> Soft:
+    """The `keep` heaviest slots of a mixture, heaviest first, renormalised: [..., K] -> [..., keep].
+    None, or no fewer than there are, leaves it."""
+    if keep is None or keep >= soft.weights.shape[-1]:
+        return soft
+    weights, order = soft.weights.topk(keep, -1)
+    return Soft(soft.ids.gather(-1, order), weights / weights.sum(-1, keepdim=True))
 
 
 def soft_embed(soft: Soft, embedding: nn.Module, *, rescale: str | None = None) -> Tensor:

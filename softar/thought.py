@@ -307,11 +307,11 @@ def mk_think(config: SoftConfig) -> Callable[..., Mixed]:
         if not is_known:
             check_mixed(mixed, *logits.shape, name_of(config.mixer))
             is_known = True
-        soft, token, logp, vector = mixed
+        soft, token, logp, vector, perturbed = mixed
         if is_soft:
             soft = guide(soft, token, 1 - config.softness)
         nothing = torch.full_like(logits[:, 0], torch.nan)
-        return Mixed(soft, token, nothing if logp is None else logp, vector)
+        return Mixed(soft, token, nothing if logp is None else logp, vector, perturbed)
 
     return think
 

@@ -16,7 +16,7 @@ from tiny import chi_square, seeded
 
 from softar.config import SoftConfig
 from softar.mixers import MIXERS, Mixed, mk_mixer
-from softar.soft import Soft, mk_proba_dist
+from softar.soft import Soft, dense, mk_proba_dist
 
 ODDS = 1e-6  # of a false failure, for each statistical test
 SIX_SIGMA = 6.0  # a normal deviate beyond it: 2e-9
@@ -33,6 +33,9 @@ SETTINGS = {
     "mixture-of-inputs": ("mixture-of-inputs", {"beta": 0.8}),
     "dirichlet": ("dirichlet", {"gamma": 2.0}),
     "hybrid": ("hybrid", {"share": 0.3}),
+    "gumbel, two": ("gumbel", {"tau": 0.4, "candidates": 2}),
+    "mixture-of-inputs, two": ("mixture-of-inputs", {"beta": 0.8, "candidates": 2}),
+    "hybrid, two": ("hybrid", {"share": 0.3, "candidates": 2}),
 }
 DRAWING = [name for name in SETTINGS if name not in ("hard", "soft")]
 light = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -95,14 +98,14 @@ def test_what_every_mixer_returns(name, seed, shape, top_k, min_p):
     before = dist.ids.clone(), dist.weights.clone()
     mixed = mixer_of(name)(dist, rng=seeded(seed))
     assert isinstance(mixed, Mixed)
-    soft, token, logp, vector = mixed
-    assert vector is None
+    soft, token, logp, vector, perturbed = mixed
+    assert vector is None and (perturbed is None or perturbed.shape == soft.ids.shape)
     assert torch.equal(dist.ids, before[0]) and torch.equal(dist.weights, before[1])
     assert soft.ids.shape == soft.weights.shape and soft.ids.shape[:-1] == token.shape == tuple(
         shape
     )
     assert soft.ids.dtype == token.dtype == torch.int64 and soft.weights.dtype == torch.float32
-    if name != "hybrid":
+    if not name.startswith("hybrid"):
         torch.testing.assert_close(soft.weights.sum(-1), torch.ones(shape))
     assert (soft.weights >= 0).all()
     support = torch.zeros(*shape, 30).scatter(-1, dist.ids, dist.weights)
@@ -429,6 +432,39 @@ def test_weights_gradients_pass_where_the_method_has_them():
             assert logits.grad.isfinite().all() and logits.grad.abs().max() > 1e-3, (name, min_p)
 
 
+# -- candidates
+
+
+@pytest.mark.parametrize("name", ["gumbel", "mixture-of-inputs", "hybrid"])
+def test_candidates_narrow_the_mixture_and_not_the_draw(name):
+    """All of them are the mixer without; fewer leave the token and its log-probability as they are."""
+    dist = random_dist(40, V=12, seed=3)
+    whole, every, two = (MIXERS[name](dist, rng=seeded(4), candidates=n) for n in (None, 12, 2))
+    assert torch.equal(whole.token, every.token) and torch.equal(whole.token, two.token)
+    assert torch.equal(whole.logp, two.logp)
+    torch.testing.assert_close(dense(whole.soft, 12), dense(every.soft, 12))
+    kept = dense(two.soft, 12) > 0
+    assert (kept.sum(-1) <= 3).all() and kept.gather(-1, two.token[:, None]).all()
+    top = dist.weights.topk(2, -1)[1]
+    if name != "gumbel":  # the two likeliest beside the token
+        assert kept.gather(-1, top).all()
+    else:  # the first two of the others' order, by the same noise
+        assert torch.equal(two.soft.ids, every.soft.ids[:, :2])
+        assert torch.equal(two.perturbed, every.perturbed[:, :2])
+        torch.testing.assert_close(two.soft.weights, (two.perturbed / 0.5).softmax(-1))
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match=f"candidates={wrong} must be at least 1"):
+            mk_mixer(name, candidates=wrong)
+
+
+def test_one_candidate_is_sampling():
+    dist = random_dist(30, seed=5)
+    for name in ("gumbel", "mixture-of-inputs"):
+        mixed = MIXERS[name](dist, rng=seeded(6), candidates=1)
+        alone = torch.nn.functional.one_hot(mixed.token, 30).float()
+        assert torch.equal(dense(mixed.soft, 30), alone)
+
+
 # -- by name
 
 
@@ -461,6 +497,9 @@ def test_what_decoders_know_of_a_mixer():
         "mixture-of-inputs": (False, True, 9),
         "dirichlet": (False, True, 9),
         "hybrid": (False, True, 10),
+        "gumbel, two": (False, True, 2),
+        "mixture-of-inputs, two": (False, True, 3),
+        "hybrid, two": (False, True, 3),
     }
     assert mk_mixer("k-samples").knobs == {"k": 3, "weighting": "uniform"}
 
