@@ -1,14 +1,17 @@
 """Soft thoughts as actions: exact log-probabilities and divergences of what a mixer drew, and the
 replay they need.
 
-Each family has `logp(logits, soft, **knobs) -> [..., J]`, J components whose importance ratio may
-be clipped one by one (their sum is the step's log-probability), and `kl(logits, ref_logits, soft,
-**knobs) -> [...]`. `logits` are divided by the policy's temperature before they come here; the old,
-the new and the reference policy need the same temperature and the same support, or the ratios mean
-nothing. The entropy is `softar.soft.entropy` of the same logits.
+Each has `logp(logits, soft, **more) -> [..., J]`, J components whose importance ratio may be clipped
+one by one (their sum is the step's log-probability), and `kl(logits, ref_logits, soft, **more) ->
+[...]`. `logits` are divided by the policy's temperature before they come here; the old, the new and
+the reference policy need the same temperature, or the ratios mean nothing. All probabilities are of
+the whole vocabulary: what narrows a mixture comes after the draw (`candidates` of the mixers), so
+that no filter, other under other weights, decides what can be drawn.
 
-Results are float32 (float64 for float64 logits) also for bfloat16 logits, which are widened a chunk
-at a time. Weights are never differentiated: a soft input is a transition of the environment.
+Results are float32 (float64 for float64 logits) also for bfloat16 logits. Weights are never
+differentiated: a soft input is a transition of the environment. Of `k-samples` and `gumbel` it is a
+function of the draws alone, so that nothing is left out; of `mixture-of-inputs` and `hybrid` it
+depends on the belief too, and that dependence on the weights gets no gradient (as in HRPO).
 
 Shapes: ... any leading dims, B batch, P prompt length, C completion steps, V vocabulary, K slots of
 a mixture.
@@ -20,21 +23,29 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from softar.soft import Soft, entropy, soft_inputs, token_inputs
+from softar.soft import NEVER, Soft, entropy, hard, soft_inputs, token_inputs
 
-CHUNK = 1 << 24  # elements of [..., V] widened to float32 at a time
+from .chunked import categorical_kl, log_prob, log_rest, wide
+
+FAR = 80.0  # its exp is still a float32
 
 
 class Action(NamedTuple):
-    """How one mixer's draw is scored."""
+    """What one mixer draws, and how that is scored."""
 
-    logp: Callable[..., Tensor]  # (logits [..., V], Soft [..., K], **knobs) -> [..., J]
-    # (logits [..., V], ref_logits [..., V], Soft [..., K], **knobs) -> [...], nats
+    logp: Callable[..., Tensor]  # (logits [..., V], Soft [..., J], **more) -> [..., J]
+    # (logits [..., V], ref_logits [..., V], Soft [..., J], **more) -> [...], nats
     kl: Callable[..., Tensor]
-    # (logits [..., V], Soft [..., K]) -> [...], nats, of what was drawn; None: of no use here
-    entropy: Callable[..., Tensor] | None = None
+    entropy: Callable[..., Tensor]  # (logits [..., V], Soft [..., J]) -> [...], nats
+    # of a rollout's tensors (softar.rl.rollout.payload): the draws of each step, with weight 0 in
+    # slots without one. What a step reads beside them is a transition of the environment
+    drawn: Callable[[dict[str, Tensor]], Soft]
+    more: tuple[str, ...] = ()  # tensors of a rollout, soft_NAME, that logp and kl take as NAME=
+
+    def of(self, batch: dict[str, Tensor]) -> tuple[Soft, dict[str, Tensor]]:
+        """What logp and kl take of a rollout's tensors, after the logits."""
+        return self.drawn(batch), {name: batch[f"soft_{name}"] for name in self.more}
 
 
 def k_samples_logp(logits: Tensor, soft: Soft) -> Tensor:
@@ -44,13 +55,13 @@ def k_samples_logp(logits: Tensor, soft: Soft) -> Tensor:
     The sum over K is the joint log-probability. A slot of weight 0 is no draw and has 0: a hard
     token recorded with weights (1, 0, 0) is scored as one token.
     """
-    return _log_prob(logits, soft.ids).masked_fill(soft.weights == 0, 0.0)
+    return log_prob(logits, soft.ids).masked_fill(soft.weights == 0, 0.0)
 
 
 def k_samples_kl(logits: Tensor, ref_logits: Tensor, soft: Soft) -> Tensor:
     """Divergence of the joint distributions of the draws, [...] nats: number of draws x KL(softmax
     || ref softmax)."""
-    return (soft.weights > 0).sum(-1) * _categorical_kl(logits, ref_logits)
+    return (soft.weights > 0).sum(-1) * categorical_kl(logits, ref_logits)
 
 
 def k_samples_entropy(logits: Tensor, soft: Soft) -> Tensor:
@@ -62,56 +73,81 @@ def token_logp(logits: Tensor, soft: Soft) -> Tensor:
     """Log-probability of the one token that was drawn, `soft.ids[..., :1]`, [..., 1].
 
     For hard tokens, and where the action is a token and the rest of the mixture a transition (HRPO,
-    arXiv:2505.18454; mixture of inputs, arXiv:2505.14827). A recorded mixture does not start with
-    its token: pass `softar.soft.hard(record.token)`.
+    arXiv:2505.18454; mixture of inputs, arXiv:2505.14827): given the state, that is a function of
+    the token and of the belief as it was in the rollout, so the state that follows is known and has
+    no probability of its own. A recorded mixture does not start with its token: pass
+    `softar.soft.hard(record.token)`.
     """
-    return _log_prob(logits, soft.ids[..., :1])
+    return log_prob(logits, soft.ids[..., :1])
 
 
 def token_kl(logits: Tensor, ref_logits: Tensor, soft: Soft | None = None) -> Tensor:
     """KL(softmax(logits) || softmax(ref_logits)), [...] nats. inf where only the reference excludes
     a token."""
-    return _categorical_kl(logits, ref_logits)
+    return categorical_kl(logits, ref_logits)
 
 
-def gumbel_logp(
-    logits: Tensor, soft: Soft, *, perturbed: Tensor, is_soft: Tensor | None = None
-) -> Tensor:
-    """Log-density of each perturbed log-probability g' = log p + Gumbel noise (SofT-GRPO,
-    arXiv:2511.06411), [..., K].
+def gumbel_logp(logits: Tensor, soft: Soft, *, perturbed: Tensor) -> Tensor:
+    """Log-density of the K largest perturbed log-probabilities g = log p + Gumbel noise, one
+    component for each, [..., K].
 
-    With u = g' - log p, p the policy renormalised over the recorded ids, it is -u - exp(-u). The
-    support counts as given: nothing here scores which ids were kept. The density does not flatten
-    as the policy becomes certain.
+    SofT-GRPO's action (arXiv:2511.06411) without a filter before the noise. There the policy is
+    renormalised over a few likely tokens, others under the new weights than under the old, and what
+    such a change does is nobody's ratio. Here all V tokens are perturbed and the K largest are read
+    (Gumbel-top-k, arXiv:1903.06059): which tokens are there is part of the action, whose density is
+    known under any weights. With t = exp(-g) the K are the first arrivals of independent
+    exponential clocks with rates p: the j-th comes after t_j - t_(j-1) at the rate R_j = 1 - the
+    p of those before it, and is token i with probability p_i / R_j. So
+
+        component j = log p_i(j) - R_j (t_j - t_(j-1)),    R_1 = 1,
+
+    without the waiting time of the first, which has the same law under every policy, and without the
+    Jacobian of t. The first component is the log-probability of the token that stands for the step:
+    K = 1 is sampling, and a single token its first component. For K = V the sum is SofT-GRPO's
+    sum of -u - exp(-u), u = g - log p, up to what no policy changes. The density does not flatten as
+    the policy becomes certain.
 
     Args:
-        logits: [..., V]. soft: ids [..., K], the support; its weights are not read.
-        perturbed: [..., K] g' as drawn, -inf in slots that are no part of the support: there the
-            result is 0. Weights softmax(g' / tau) do not give it back, as they forget a shift:
-            record it (or use `concrete_logp`).
-        is_soft: [...] bool; a step where it is False is the single token in slot 0, scored as
-            `token_logp`, in slot 0.
+        logits: [..., V]. soft: ids [..., K]; its weights are not read.
+        perturbed: [..., K] g as drawn, from the largest down (`softar.Mixed.perturbed`), -inf in
+            slots without a draw: there the result is 0. Weights softmax(g / tau) do not give it
+            back, as they forget a shift.
     """
-    logp, on = _on_support(logits, soft.ids, perturbed, is_soft, "perturbed")
-    u = perturbed.to(logp.dtype).masked_fill(~on, 0.0) - logp
-    return _with_hard(logits, soft, (-u - torch.exp(-u)).masked_fill(~on, 0.0), is_soft)
+    logp, left, _ = _picked(logits, soft.ids, perturbed)
+    gap = perturbed.diff(dim=-1)
+    waited = (-torch.expm1(gap)).log() - perturbed[..., 1:]  # log(t_j - t_(j-1))
+    waited = waited.masked_fill(perturbed[..., 1:] == -torch.inf, -torch.inf).to(logp.dtype)
+    # past this the density is 0 in any float, and the gradient of what is infinite NaN
+    cost = (left[..., 1:-1] + waited).clamp_max(FAR).exp()
+    density = torch.cat([logp[..., :1], logp[..., 1:] - cost], -1)
+    return density.masked_fill(perturbed == -torch.inf, 0.0)
 
 
-def gumbel_kl(
-    logits: Tensor,
-    ref_logits: Tensor,
-    soft: Soft,
-    *,
-    perturbed: Tensor,
-    is_soft: Tensor | None = None,
-) -> Tensor:
-    """Divergence of the two densities of `gumbel_logp`, [...] nats: the sum over the support of D +
-    exp(-D) - 1 with D = log p - log p_ref, each renormalised there. Arguments as there; where
-    is_soft is False the categorical one."""
-    logp = _on_support(logits, soft.ids, perturbed, is_soft, "perturbed")[0]
-    difference = logp - _on_support(ref_logits, soft.ids, perturbed, is_soft, "perturbed")[0]
-    kl = (difference + torch.expm1(-difference)).sum(-1)  # 0 in the slots that are off
-    return kl if is_soft is None else torch.where(is_soft, kl, _categorical_kl(logits, ref_logits))
+def gumbel_kl(logits: Tensor, ref_logits: Tensor, soft: Soft, *, perturbed: Tensor) -> Tensor:
+    """Divergence of the two densities of `gumbel_logp`, [...] nats: of each draw given those before
+    it, which is exact, summed over the draws.
+
+    Before draw j it is (sum of p_i D_i + q_i - p_i over the tokens that are left) / R_j, with D =
+    log p - log q and q the reference: of the token as of the waiting time. The first is KL(p || q).
+    For K = V its mean is the sum over V of D + exp(-D) - 1. Arguments as in `gumbel_logp`.
+    """
+    (logp, left, drawn), (ref_logp, ref_left, _) = (
+        _picked(x, soft.ids, perturbed) for x in (logits, ref_logits)
+    )
+    # the draws put out of the way; where nothing else is left, any other numbers do
+    gone = torch.where(left[..., -1:] > NEVER, -torch.inf, 0.0).expand(drawn.shape)
+    rest, ref_rest = (x.scatter(-1, drawn, gone.to(x)) for x in (logits, ref_logits))
+    # from the last draw back, in shares of what was left: nothing is subtracted from nearly itself
+    difference = (left - ref_left)[..., -1]
+    here = categorical_kl(rest, ref_rest) + _bent(torch.zeros_like(difference), difference)
+    kl = torch.zeros_like(here)
+    for j in reversed(range(perturbed.shape[-1])):
+        exists = perturbed[..., j] > -torch.inf
+        difference = (logp - ref_logp)[..., j].masked_fill(~exists, 0.0)
+        share = (logp[..., j] - left[..., j]).masked_fill(~exists, NEVER)
+        here = (left[..., j + 1] - left[..., j]).exp() * here + _bent(share, difference)
+        kl = kl + here.masked_fill(~exists, 0.0)
+    return kl
 
 
 def concrete_logp(
@@ -127,7 +163,8 @@ def concrete_logp(
 
     With respect to n - 1 of the n coordinates on the support, p renormalised there: log Gamma(n) +
     (n - 1) log tau + sum(log p - (tau + 1) log y) - n logsumexp(log p - tau log y). Its score is
-    that of `gumbel_logp` averaged over the shift that the weights forget, so its variance is lower.
+    that of the density of g' averaged over the shift that the weights forget, so its variance is
+    lower.
     The divergence has no closed form.
 
     Args:
@@ -135,7 +172,8 @@ def concrete_logp(
         log_weights: [..., K] log y, -inf in slots that are no part of the support. None takes the
             logarithm of the weights: wrong where a small tau let a weight underflow to 0, which
             then counts as no part.
-        is_soft: as in `gumbel_logp`.
+        is_soft: [...] bool; a step where it is False is the single token in slot 0, scored as
+            `token_logp`, in slot 0.
     """
     if not tau > 0:
         raise ValueError(
@@ -229,6 +267,31 @@ def replay(
     return outputs.logits[:, -steps:]
 
 
+def _picked(logits: Tensor, ids: Tensor, perturbed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log p of each draw [..., K], log of what was left before each and after the last [..., K + 1],
+    and the ids that were drawn [..., K], the first in slots without a draw."""
+    if perturbed.shape != ids.shape or ids.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(
+            f"perturbed {tuple(perturbed.shape)}, ids {tuple(ids.shape)} and logits {tuple(logits.shape)} must be "
+            f"[..., K], [..., K] and [..., V] with the same leading dims"
+        )
+    exists = perturbed > -torch.inf
+    drawn = torch.where(exists, ids, ids[..., :1])
+    logp = log_prob(logits, drawn)
+    left = [log_rest(logits, drawn).clamp_min(NEVER)]
+    for j in reversed(range(ids.shape[-1])):  # added up from behind, where it may be tiny
+        more = torch.logaddexp(left[-1], logp[..., j])
+        left.append(torch.where(exists[..., j], more, left[-1]))
+    return logp, torch.stack(left[::-1], -1), drawn
+
+
+def _bent(log_weight: Tensor, d: Tensor) -> Tensor:
+    """exp(log_weight) (d + exp(-d) - 1), exact for small d and finite for one far below 0."""
+    weight = log_weight.exp()
+    near = weight * (d + torch.expm1(-d.clamp(-1, 1)))
+    return torch.where(d.abs() < 1, near, weight * (d - 1) + (log_weight - d).clamp_max(FAR).exp())
+
+
 def _on_support(logits: Tensor, ids: Tensor, values: Tensor, is_soft: Tensor | None, name: str):
     """Log-probabilities renormalised over the ids whose value is not -inf (0 elsewhere), and which
     those are."""
@@ -240,7 +303,7 @@ def _on_support(logits: Tensor, ids: Tensor, values: Tensor, is_soft: Tensor | N
     on = values != -torch.inf
     if is_soft is not None:
         on = on & is_soft[..., None]
-    scores = _wide(logits.gather(-1, ids)).masked_fill(~on, -torch.inf)
+    scores = wide(logits.gather(-1, ids)).masked_fill(~on, -torch.inf)
     # A row without support would be nothing but -inf, and its gradient NaN.
     scores = scores.masked_fill(~on.any(-1, keepdim=True), 0.0)
     return scores.log_softmax(-1).masked_fill(~on, 0.0), on
@@ -255,104 +318,31 @@ def _with_hard(logits: Tensor, soft: Soft, scores: Tensor, is_soft: Tensor | Non
     return torch.where(is_soft[..., None], scores, single.to(scores.dtype))
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def mixture(batch: dict[str, Tensor]) -> Soft:
+    """Of a rollout's tensors, what each step read back."""
+    return Soft(batch["soft_ids"], batch["soft_weights"])
 
 
-def _log_prob(logits: Tensor, ids: Tensor) -> Tensor:
-    if ids.shape[:-1] != logits.shape[:-1]:
-        raise ValueError(
-            f"ids {tuple(ids.shape)} and logits {tuple(logits.shape)} must have the same leading dims: one row of "
-            f"logits per step"
-        )
-    flat = _LogProb.apply(logits.reshape(-1, logits.shape[-1]), ids.reshape(-1, ids.shape[-1]))
-    return flat.view(ids.shape)
+def token_entropy(logits: Tensor, soft: Soft) -> Tensor:
+    """Entropy of the token that stands for a step, [...] nats."""
+    return entropy(logits)
 
 
-def _categorical_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    if logits.shape != ref_logits.shape:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and ref_logits {tuple(ref_logits.shape)} must have the same shape: replay "
-            f"both policies on the same record"
-        )
-    V = logits.shape[-1]
-    return _KL.apply(logits.reshape(-1, V), ref_logits.reshape(-1, V)).view(logits.shape[:-1])
+def _token(batch: dict[str, Tensor]) -> Soft:
+    return hard(batch["soft_token"])
 
 
-class _LogProb(torch.autograd.Function):
-    """log softmax at a few ids: [N, V], [N, J] -> [N, J], keeping nothing of [N, V] but the logits
-    themselves."""
-
-    @staticmethod
-    def forward(ctx, logits, ids):
-        rows = _rows(logits)
-        top = _wide(logits.detach().amax(-1, keepdim=True))
-        log_sum = torch.cat(
-            [
-                (_wide(x) - m).exp_().sum(-1, keepdim=True).log_()
-                for x, m in zip(logits.split(rows), top.split(rows))
-            ]
-        )
-        ctx.save_for_backward(logits, ids, top, log_sum)
-        # In this order a large common offset of the logits costs no precision.
-        return _wide(logits.gather(-1, ids)) - top - log_sum
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        logits, ids, top, log_sum = ctx.saved_tensors
-        rows, out = _rows(logits), torch.empty_like(logits)
-        for o, x, i, m, s, g in zip(
-            *(t.split(rows) for t in (out, logits, ids, top, log_sum, grad))
-        ):
-            probs = (_wide(x) - m - s).exp_()
-            o.copy_(probs.mul_(-g.sum(-1, keepdim=True)).scatter_add_(-1, i, g))
-        return out, None
+def _candidates(batch: dict[str, Tensor]) -> Soft:
+    perturbed = batch["soft_perturbed"]
+    ids = batch["soft_ids"][..., : perturbed.shape[-1]]
+    return Soft(ids, (perturbed > -torch.inf).float())
 
 
-class _KL(torch.autograd.Function):
-    """KL(softmax(a) || softmax(b)), [N, V] twice -> [N]; keeps the logits only."""
-
-    @staticmethod
-    def forward(ctx, a, b):
-        kl = torch.cat([_terms(x, y)[-1] for x, y in zip(a.split(_rows(a)), b.split(_rows(a)))])
-        ctx.save_for_backward(a, b, kl)
-        return kl
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        a, b, kl = ctx.saved_tensors
-        to_a = torch.empty_like(a) if ctx.needs_input_grad[0] else None
-        to_b = torch.empty_like(b) if ctx.needs_input_grad[1] else None
-        rows = _rows(a)
-        for n, (x, y, k, g) in enumerate(zip(*(t.split(rows) for t in (a, b, kl, grad[:, None])))):
-            p, q, d, _ = _terms(x, y)
-            if to_a is not None:
-                to_a.narrow(0, n * rows, len(x)).copy_(g * p * (d - k[:, None]))
-            if to_b is not None:
-                to_b.narrow(0, n * rows, len(x)).copy_(g * (q - p))
-        return to_a, to_b
-
-
-def _terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """p, q, log p - log q (0 where p = 0) [n, V] and the divergence [n], of a chunk of logits."""
-    log_p, log_q = _wide(a).log_softmax(-1), _wide(b).log_softmax(-1)
-    p, q = log_p.exp(), log_q.exp()
-    d = (log_p - log_q).masked_fill(p == 0, 0.0)
-    # p d + q - p: the same sum, but no term is negative, so that nearly equal policies do not drown
-    # in rounding.
-    terms = torch.where((d.abs() < 1) & (p > 0), p * (d + torch.expm1(-d)), p * d + (q - p))
-    return p, q, d, terms.sum(-1)
-
-
-def _rows(x: Tensor) -> int:
-    return max(1, CHUNK // x.shape[-1])
-
-
+TOKEN = Action(token_logp, token_kl, token_entropy, _token)
 ACTIONS: dict[str, Action] = {
-    "hard": Action(token_logp, token_kl, lambda logits, soft: entropy(logits)),
-    "k-samples": Action(k_samples_logp, k_samples_kl, k_samples_entropy),
-    "mixture-of-inputs": Action(token_logp, token_kl),
-    "gumbel": Action(gumbel_logp, gumbel_kl),
+    "hard": TOKEN,
+    "k-samples": Action(k_samples_logp, k_samples_kl, k_samples_entropy, mixture),
+    "mixture-of-inputs": TOKEN,
+    "hybrid": TOKEN,
+    "gumbel": Action(gumbel_logp, gumbel_kl, token_entropy, _candidates, ("perturbed",)),
 }

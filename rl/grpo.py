@@ -1,4 +1,4 @@
-"""GRPO on a soft policy: a think step's action is its K draws, so its log-probability is exact.
+"""GRPO on a soft policy: a think step's action is what it drew, so its log-probability is exact.
 
 A rollout is decoded by `softar.generate`, or on vLLM, and replayed in one parallel forward, from
 the mixtures that it recorded: they are transitions of the environment, without gradient. With one
@@ -21,13 +21,13 @@ from softar.thought import Kind
 from softar.training import inside_forward
 
 from . import guards
-from .actions import ACTIONS, replay
+from .actions import ACTIONS, mixture, replay
 from .base import RolloutGRPO
 from .config import SoftGRPOConfig
 from .discretise import discretise
 from .losses import surrogate
 from .metrics import ratio_metrics, rollout_metrics
-from .rollout import Rollout, decode_by_loop, mixture, switch_off_dropout
+from .rollout import Rollout, decode_by_loop, switch_off_dropout
 
 
 class SoftGRPOTrainer(RolloutGRPO):
@@ -154,7 +154,8 @@ class SoftGRPOTrainer(RolloutGRPO):
                 key: value[start : start + size] for key, value in batch.items() if value.dim()
             }
             logits, value = self._replay(model, piece)
-            logps.append(self._action.logp(logits, mixture(piece)))
+            drawn, more = self._action.of(piece)
+            logps.append(self._action.logp(logits, drawn, **more))
             values.append(value)
         return torch.cat(logps), None if values[0] is None else torch.cat(values)
 
@@ -213,15 +214,15 @@ class SoftGRPOTrainer(RolloutGRPO):
         self, logits: Tensor, reference: Tensor | None, inputs: dict[str, Tensor]
     ) -> Tensor:
         """The clipped surrogate, plus beta times the KL, minus entropy_coef times the entropy, both
-        exact in value and of all draws of a step."""
-        args, mask, soft = self.args, inputs["loss_mask"], mixture(inputs)
-        new = self._action.logp(logits, soft)  # [B, C, J]
+        exact in value and of all draws of a step, the entropy of `gumbel` of the first."""
+        args, mask, (soft, more) = self.args, inputs["loss_mask"], self._action.of(inputs)
+        new = self._action.logp(logits, soft, **more)  # [B, C, J]
         old = inputs.get("old_per_token_logps", new.detach())
-        drawn = soft.weights[..., : new.shape[-1]] > 0
+        drawn = soft.weights > 0
         clip = inputs["advantages"], self.epsilon_low, self.epsilon_high
         per_step = surrogate(new, old, *clip, ratio=args.soft_ratio, draws=drawn, delta=args.delta)
         if reference is not None:
-            kl = self._action.kl(logits, reference, soft)
+            kl = self._action.kl(logits, reference, soft, **more)
             per_step = per_step + args.beta * kl
             self._note({"kl": self._mean(kl, mask)})
         loss = self._normalised(per_step, mask, inputs["num_items_in_batch"])

@@ -19,7 +19,6 @@ from trl.trainer.utils import create_model_from_path
 
 from softar.decode import SoftOutput, generate
 from softar.models import plain
-from softar.soft import Soft
 from softar.thought import Kind, Record
 
 CHOSEN = (int(Kind.SOFT), int(Kind.HARD))  # kinds of steps that the policy chose itself
@@ -36,7 +35,7 @@ class Rollout:
 
     def payload(self, width: int) -> dict[str, Tensor]:
         if self.tensors is None:
-            self.tensors = payload(self.out.record, width)
+            self.tensors = payload(self.out.record, width, self.out.perturbed)
         return self.tensors
 
 
@@ -53,27 +52,31 @@ def generators(
     ]
 
 
-def payload(record: Record, width: int) -> dict[str, Tensor]:
-    """The tensors of a rollout, padded to `width` steps: what the replay reads and what the loss
-    counts.
+def payload(record: Record, width: int, perturbed: Tensor | None = None) -> dict[str, Tensor]:
+    """The tensors of a rollout, padded to `width` steps: what the replay reads, what was drawn and
+    what the loss counts.
 
-    soft_ids [B, C, K], soft_weights [B, C, K], soft_alive [B, C] bool (not padding), soft_action
-    [B, C] bool (chosen by the policy: no padding, nothing forced).
+    soft_ids [B, C, K], soft_weights [B, C, K] float32, as they were read, so that a replay reads the
+    same to the bit; soft_token [B, C]; soft_alive [B, C] bool (not padding), soft_action [B, C] bool
+    (chosen by the policy: no padding, nothing forced); soft_perturbed [B, C, J], SoftOutput's, and
+    of a step that read a single token that one draw alone.
     """
     kind = record.kind
     action = torch.isin(kind, torch.tensor(CHOSEN, dtype=kind.dtype, device=kind.device))
     more = width - kind.shape[1]
+    if perturbed is None:
+        perturbed = torch.zeros_like(record.logp)[..., None]
+    single = torch.full_like(perturbed, -torch.inf)
+    single[..., 0] = 0.0
+    drawn = torch.where((kind == Kind.SOFT)[..., None], perturbed, single)
     return {
         "soft_ids": pad(record.ids, (0, 0, 0, more)),
         "soft_weights": pad(record.weights, (0, 0, 0, more)),
+        "soft_token": pad(record.token, (0, more)),
         "soft_alive": pad(kind != Kind.PAD, (0, more)),
         "soft_action": pad(action, (0, more)),
+        "soft_perturbed": pad(drawn, (0, 0, 0, more), value=-torch.inf),
     }
-
-
-def mixture(batch: dict[str, Tensor]) -> Soft:
-    """What each step read back, and, a draw a slot, the action: a slot of weight 0 is no draw."""
-    return Soft(batch["soft_ids"], batch["soft_weights"])
 
 
 @torch.no_grad()

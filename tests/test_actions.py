@@ -131,36 +131,115 @@ def grid(low, high, n=4001):
     return x, x[1] - x[0]
 
 
-def test_gumbel_density_integrates_to_one_and_gives_the_kl():
-    logits, ref = logits_of(6), logits_of(6, seed=1)
-    support = draws(0, 2, 3)
-    x, step = grid(-12, 30)
+def at_times(*times):
+    """Perturbed log-probabilities of arrivals at these times, earliest first."""
+    return -torch.stack([torch.as_tensor(t, dtype=torch.float64) for t in times], -1).log()
 
-    def density(of):  # the same point for all components: they are independent
-        many = Soft(support.ids.expand(len(x), 3), support.weights.expand(len(x), 3))
-        return gumbel_logp(of.expand(len(x), 6), many, perturbed=x[:, None].expand(-1, 3)).double()
 
-    p, q = density(logits), density(ref)
-    assert torch.allclose((p.exp() * step).sum(0), torch.ones(3, dtype=torch.float64), atol=1e-3)
-    kl = (p.exp() * (p - q) * step).sum().item()
-    assert (
-        gumbel_kl(logits, ref, support, perturbed=torch.zeros(3)).item()
-        == pytest.approx(kl, abs=2e-3)
-        and kl > 0.1
+def picks(V, K):
+    return [torch.tensor(ids) for ids in itertools.permutations(range(V), K)]
+
+
+def gumbels(logits, ids, perturbed):
+    """gumbel_logp of one choice of ids at many points, in float64, [N, K]."""
+    N, K = perturbed.shape
+    many = Soft(ids.expand(N, K), torch.ones(N, K))
+    return gumbel_logp(logits.double().expand(N, -1), many, perturbed=perturbed)
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_gumbel_density_integrates_to_one_and_gives_the_kl(K):
+    """Over the ids, and over the times that follow the first: by quadrature, in one and two
+    dimensions."""
+    logits, ref = logits_of(4), logits_of(4, seed=1)
+    x, step = grid(-14, 9, 700 if K == 2 else 100)
+    gaps = torch.cartesian_prod(*[x.exp()] * (K - 1)).view(-1, K - 1)
+    times = torch.cat([torch.full((len(gaps), 1), 0.7, dtype=torch.float64), gaps], 1).cumsum(1)
+    points, volume = at_times(*times.T), gaps.prod(1) * step ** (K - 1)
+    total, kl, expected = 0.0, 0.0, 0.0
+    for ids in picks(4, K):
+        p, q = (gumbels(x, ids, points).sum(-1) for x in (logits, ref))
+        weight = p.exp() * volume
+        total, kl = total + weight.sum(), kl + (weight * (p - q)).sum()
+        ours = gumbel_kl(logits, ref, Soft(ids, torch.ones(K)), perturbed=points[0].float())
+        expected = expected + weight.sum() * ours
+    assert total.item() == pytest.approx(1, abs=1e-3)
+    assert expected.item() == pytest.approx(kl.item(), rel=2e-3) and kl > 0.1
+
+
+def test_of_the_whole_vocabulary_it_is_the_product_of_gumbels():
+    """SofT-GRPO's density and its divergence, up to what no policy changes."""
+    logits, ref = logits_of(3, seed=4).double(), logits_of(3, seed=5).double()
+    g = (logits.log_softmax(-1) + logits_of(50, 3, seed=6)).double()
+    points, order = g.sort(dim=-1, descending=True)
+    logp = lambda x: gumbel_logp(  # noqa: E731
+        x.expand(50, 3), Soft(order, torch.ones(50, 3)), perturbed=points
+    ).sum(-1)
+
+    def product(x):
+        u = g - x.log_softmax(-1)
+        return (-u - (-u).exp()).sum(-1)
+
+    assert torch.allclose(logp(logits) - logp(ref), product(logits) - product(ref), atol=1e-9)
+    mean, rates = 0.0, logits.softmax(-1)
+    for ids in picks(3, 3):
+        chance = rates[ids[0]] * rates[ids[1]] / (1 - rates[ids[0]])
+        one = Soft(ids, torch.ones(3))
+        mean = mean + chance * gumbel_kl(logits, ref, one, perturbed=points[0])
+    difference = logits.log_softmax(-1) - ref.log_softmax(-1)
+    assert mean.item() == pytest.approx((difference + torch.expm1(-difference)).sum().item())
+
+
+def test_one_candidate_is_the_token():
+    logits, ref, token = logits_of(5, 7), logits_of(5, 7, seed=1), torch.randint(7, (5,))
+    one, alone = hard(token), hard(token)._replace(ids=token[:, None].expand(5, 3))
+    padded = torch.tensor([0.3, -torch.inf, -torch.inf]).expand(5, 3)
+    for soft, perturbed in ((one, torch.randn(5, 1)), (alone, padded)):
+        found = gumbel_logp(logits, soft, perturbed=perturbed)
+        assert torch.equal(found[:, :1], token_logp(logits, one)) and not found[:, 1:].any()
+        kl = gumbel_kl(logits, ref, soft, perturbed=perturbed)
+        assert torch.allclose(kl, token_kl(logits, ref), atol=1e-6)
+
+
+def test_the_mixers_candidates_have_this_density():
+    """Scores of what it draws have mean zero, and times a reward they have the gradient that moving
+    the logits under the same noise shows."""
+    V, n, of, step = 4, 50_000, torch.tensor([1.0, -0.5, 0.3, 2.0]), 0.05
+    at = lambda logits: gumbel(  # noqa: E731
+        mk_proba_dist(logits.expand(n, V)),
+        tau=0.8,
+        candidates=2,
+        rng=torch.Generator().manual_seed(0),
     )
+    reward = lambda mixed: (mixed.soft.weights * of[mixed.soft.ids]).sum(-1) ** 2  # noqa: E731
+    logits = logits_of(V, scale=0.8)
+    seen, point = at(logits), logits.clone().requires_grad_()
+    logp = gumbel_logp(point.expand(n, V), seen.soft, perturbed=seen.perturbed).sum(-1)
+    (zero,) = torch.autograd.grad(logp.mean(), point, retain_graph=True)
+    assert zero.abs().max() < 6 / math.sqrt(n) and torch.equal(seen.token, seen.soft.ids[:, 0])
+    (found,) = torch.autograd.grad(((reward(seen) - 1) * logp).mean(), point)
+    moves = step * torch.eye(V)
+    expected = torch.stack(
+        [(reward(at(logits + m)) - reward(at(logits - m))).mean() / (2 * step) for m in moves]
+    )
+    assert (found - expected).abs().max() < 0.03 and expected.abs().max() > 0.2
 
 
-def test_gumbel_actions_draw_the_token_that_the_policy_would():
-    """The perturbed log-probabilities of the mixer have this density: their mean score is zero."""
-    logits = logits_of(5).requires_grad_()
-    n = 20_000
-    noise = -torch.empty(n, 5).exponential_(generator=torch.Generator().manual_seed(0)).log()
-    perturbed = (logits.log_softmax(-1) + noise).detach()
-    everything = Soft(torch.arange(5).expand(n, 5), torch.full((n, 5), 0.2))
-    gumbel_logp(logits.expand(n, 5), everything, perturbed=perturbed).sum(-1).mean().backward()
-    assert logits.grad.abs().max() < 5 * math.sqrt(5 / n)
-    share = torch.bincount(perturbed.argmax(-1), minlength=5) / n
-    assert torch.allclose(share, logits.softmax(-1), atol=5 * math.sqrt(0.25 / n))
+@pytest.mark.parametrize("top", [5.0, 30.0, 95.0])
+def test_a_certain_policy_keeps_its_density_and_divergence(top):
+    """What the second draw has left may be 1e-40 of the whole: against float64."""
+    rows = torch.tensor([[top, 0.0, -1.0, -2.0], [0.9 * top, 0.5, -1.0, -2.5]])
+    soft = Soft(torch.tensor([0, 2]), torch.ones(2))
+    perturbed = torch.tensor([0.4, -1.2 - top])
+    seen = []
+    for dtype in (torch.float32, torch.float64):
+        a, b = rows.to(dtype).requires_grad_()
+        logp = gumbel_logp(a, soft, perturbed=perturbed.to(dtype))
+        kl = gumbel_kl(a, b, soft, perturbed=perturbed.to(dtype))
+        grads = torch.autograd.grad(logp.sum() + kl, [a, b])
+        seen.append([x.double() for x in (logp.detach(), kl.detach(), *grads)])
+    for ours, exact in zip(*seen, strict=True):
+        assert exact.isfinite().all() and torch.allclose(ours, exact, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("tau", [0.3, 1.0, 2.0])
@@ -200,9 +279,11 @@ def test_gradients_against_finite_differences():
     point = logits_of(2, 3, seed=2)
     for f in (
         lambda x: k_samples_logp(x, support),
-        lambda x: gumbel_logp(x, support, perturbed=point),
+        lambda x: gumbel_logp(x, support, perturbed=point.sort(descending=True)[0]),
         lambda x: concrete_logp(x, support, log_weights=point.log_softmax(-1), tau=0.5),
-        lambda x: gumbel_kl(x, logits_of(2, 5, seed=4), support, perturbed=point),
+        lambda x: gumbel_kl(
+            x, logits_of(2, 5, seed=4), support, perturbed=point.sort(descending=True)[0]
+        ),
         lambda x: k_samples_kl(x, logits_of(2, 5, seed=4), support),
     ):
         # Steps and tolerances for float32, in which the functions work
