@@ -10,6 +10,9 @@ Examples:
 softar grpo
 softar grpo --rows soft,hard --num_seeds 3
 
+# Other policies: SofT-GRPO's Gumbel noise, mixture of inputs, HRPO's token beside the belief
+softar grpo --rows gumbel,mixture-of-inputs,hybrid,hard
+
 # An instruct model of 1.5B on one GPU, with LoRA; SmolLM2-135M on a CPU for a few steps
 softar grpo --config grpo_instruct_1b.yaml
 softar grpo --config grpo_smollm2_cpu.yaml

@@ -10,6 +10,9 @@ Examples:
 softar rloo
 softar rloo --rows soft,hard --num_seeds 3
 
+# Other policies: SofT-GRPO's Gumbel noise, mixture of inputs, HRPO's token beside the belief
+softar rloo --rows gumbel,mixture-of-inputs,hybrid,hard
+
 # Any model, data and reward: the options of `softar grpo`, and its configurations
 softar rloo --config grpo_smollm2_cpu.yaml --output_dir runs/rloo_smollm2
 

@@ -16,12 +16,11 @@ from softar.vllm.request import LIMIT
 from .discretise import WAYS
 from .losses import LOSS_TYPES, RATIOS
 from .neutral import IDLE, PPO_IDLE, RLOO_IDLE, check_neutral
+from .policies import DRAWS, KNOBS, LEFT_OUT, NOT_ON_VLLM, check_policy, knobs_of
 
 logger = logging.getLogger(__name__)
 BACKENDS = ("loop", "vllm")
-LEFT_OUT = {"soft_k": 3}  # what acts in some modes only, where it is left out
 COLDEST = 0.01  # vLLM samples at no lower temperature
-MIXERS = ("k-samples", "hard")  # of actions.ACTIONS, those whose action a decode records in full
 
 
 @dataclass
@@ -72,8 +71,8 @@ class SoftGRPOConfig(RolloutConfig):
     """TRL's GRPOConfig plus the soft policy.
 
     `temperature` is one for thought, answer, replay and reference; top_p, top_k and min_p have to
-    stay neutral. KL and entropy are of all draws of a step, in nats: beta and entropy_coef weigh the
-    same units. The KL of a step is exact in value and needs no estimator; its gradient leaves out
+    stay neutral. KL and entropy are of all draws of a step (the entropy of `gumbel` of the first), in
+    nats: beta and entropy_coef weigh the same units. The KL of a step is exact in value and needs no estimator; its gradient leaves out
     that the states depend on the policy too.
 
     The thought ends at `think_end` or after `think_steps`, when think_end is put in, outside the
@@ -84,17 +83,34 @@ class SoftGRPOConfig(RolloutConfig):
 
     _idle, _left_out = IDLE, LEFT_OUT
     _choices = (
-        ("soft_mixer", MIXERS),
+        ("soft_mixer", KNOBS),
         ("soft_ratio", RATIOS),
         ("reward_sees", WAYS),
         ("rollout", BACKENDS),
     )
 
     soft_mixer: str = opt(
-        "k-samples", "What a think step reads back: 'k-samples', or 'hard' (its one drawn token)."
+        "k-samples",
+        "What a think step reads back: the mean of 'k-samples', 'hard' (its one drawn token), 'gumbel' (SofT-GRPO: the "
+        "tokens that are likeliest after noise), 'mixture-of-inputs' or 'hybrid' (a drawn token and the belief).",
     )
     soft_k: int | None = opt(
         None, "Draws of a think step of 'k-samples'; 1 is ordinary sampling. Default: 3."
+    )
+    soft_candidates: int | None = opt(
+        None,
+        "Tokens in a mixture of 'gumbel', each a draw, and in the belief of 'mixture-of-inputs' and 'hybrid'. "
+        "Default: 10.",
+    )
+    soft_tau: float | None = opt(
+        None,
+        "Temperature of the weights of 'gumbel'; towards 0 its first token alone. Default: .1.",
+    )
+    soft_beta: float | None = opt(
+        None, "Weight of the drawn token in 'mixture-of-inputs'; inf: it alone. Default: 1."
+    )
+    soft_share: float | None = opt(
+        None, "Share of the drawn token in 'hybrid'; 1: it alone. Default: .5."
     )
     think_start: str | None = opt(
         None, "Text that opens the thought. Default: the completion starts inside it."
@@ -121,6 +137,7 @@ class SoftGRPOConfig(RolloutConfig):
     )
 
     def __post_init__(self):
+        check_policy(self.soft_mixer)
         super().__post_init__()
         if self.max_completion_length is None:
             raise ValueError("max_completion_length=None: give the longest completion in steps")
@@ -143,19 +160,25 @@ class SoftGRPOConfig(RolloutConfig):
                 f"temperature={self.temperature} must be at least {COLDEST} with rollout='vllm', which "
                 f"samples answers no colder; or give rollout='loop'"
             )
-        if self.decoding().width > LIMIT:
+        if self.soft_mixer in NOT_ON_VLLM:
             raise ValueError(
-                f"soft_k={self.soft_k} must be at most {LIMIT} with rollout='vllm'; or give rollout='loop'"
+                f"soft_mixer={self.soft_mixer!r} is not there with rollout='vllm': "
+                f"{NOT_ON_VLLM[self.soft_mixer]}; give rollout='loop'"
+            )
+        if (over := self.decoding().width - LIMIT) > 0:
+            name = DRAWS.get(self.soft_mixer, "soft_candidates")
+            value = getattr(self, name)
+            raise ValueError(
+                f"{name}={value} must be at most {value - over} with rollout='vllm'; or give rollout='loop'"
             )
 
     def decoding(self) -> SoftConfig:
         """The policy as a configuration: how rollouts are decoded, and what soft_config.json
         records."""
-        hard = self.soft_mixer == "hard"
         has_answer = (self.think_end, self.think_steps) != (None, None)
         return SoftConfig(
             mixer=self.soft_mixer,
-            mixer_args={"sample": True} if hard else {"k": self.soft_k},
+            mixer_args=knobs_of(self),
             temperature=self.temperature,
             top_k=None,
             max_new_tokens=self.max_completion_length,

@@ -64,6 +64,7 @@ class SoftGRPOTrainer(RolloutGRPO):
     def _check_model(self, aux_loss_coef):
         guards.check_trainable(type(self).__name__, self.model, aux_loss_coef)
         guards.check_causal(self.model)
+        guards.check_candidates(plain(self.model), self.args)
         guards.check_prompt_room(
             plain(self.model),
             self.processing_class,

@@ -10,10 +10,12 @@ from torch import nn
 
 from softar.config import CONFIG_FILE, SoftConfig
 from softar.defaults import own_config
+from softar.mixers import mk_mixer
 from softar.models import check_autoregressive, origin_of, room_of
 from softar.training import check_adapter, check_cells
 
 from .config import SoftGRPOConfig
+from .policies import KNOBS
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +87,20 @@ def check_causal(model: nn.Module) -> None:
     check_autoregressive(model, "use DiffusionGRPOTrainer or DiffusionRLOOTrainer")
 
 
+def check_candidates(model: nn.Module, args: SoftGRPOConfig) -> None:
+    """Raise ValueError where candidates leave no token out of the mixture."""
+    most = model.config.get_text_config(decoder=True).vocab_size - 2
+    if args.soft_candidates is not None and args.soft_candidates > most:
+        raise ValueError(
+            f"soft_candidates={args.soft_candidates} must be at most {most}, the model's vocabulary "
+            f"less two"
+        )
+
+
 def policy_of(model, args: SoftGRPOConfig) -> SoftConfig:
     """The policy as a configuration, which soft_config.json records: as `args` say, behind the prefix
     that the model, an adapter too, has been trained with. Raises ValueError where its folder says
-    that its policy draws another number of tokens."""
+    that its mixer has other knobs."""
     is_named = isinstance(model, str)
     adapted = not is_named and is_peft_model(model)
     if adapted and isinstance(model.get_output_embeddings(), BaseTunerLayer):
@@ -100,11 +112,14 @@ def policy_of(model, args: SoftGRPOConfig) -> SoftConfig:
     theirs, ours = own_config(name), args.decoding()
     if theirs is None:
         return ours
-    if theirs.mixer == ours.mixer == "k-samples" and theirs.mixer_args.get("k") != args.soft_k:
-        raise ValueError(
-            f"soft_k={args.soft_k}, but {CONFIG_FILE} in {name} says k={theirs.mixer_args.get('k')}: give the same, or "
-            f"remove the file to train on with another number of draws"
-        )
+    same, knobs = theirs.mixer == ours.mixer, mk_mixer(ours.mixer, **ours.mixer_args).knobs
+    options = {knob: option for option, knob in KNOBS[ours.mixer].items()}
+    for knob, value in theirs.mixer_args.items() if same else ():
+        if knobs[knob] != value:
+            raise ValueError(
+                f"{options.get(knob, knob)}={knobs[knob]!r}, but {CONFIG_FILE} in {name} says {knob}={value!r}: give "
+                f"the same, or remove the file to train on as another policy"
+            )
     return ours.changed(prompt_prefix=theirs.prompt_prefix)
 
 

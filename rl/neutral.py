@@ -3,6 +3,8 @@ nothing."""
 
 from softar.checks import Idle
 
+from .policies import KNOBS, LEFT_OUT, draws_of
+
 SUPPORT = (
     "the replayed log-probabilities are of the whole vocabulary, so the gradient would be wrong"
 )
@@ -70,6 +72,16 @@ NEUTRAL = (
     ("vllm_structured_outputs_regex", (None,), SUPPORT),
 )
 
+
+def _of_mixers(option: str) -> Idle:
+    """An option that some mixers alone have."""
+    mixers = [mixer for mixer, knobs in KNOBS.items() if option in knobs]
+    instead = " or ".join(map(repr, mixers))
+    return Idle(
+        option, lambda c: c.soft_mixer not in mixers, "with this mixer", f"set soft_mixer={instead}"
+    )
+
+
 SHOWN = Idle(
     "num_completions_to_print log_unique_prompts",
     lambda c: not c.log_completions,
@@ -83,16 +95,17 @@ IDLE = (
         "without an engine",
         "set rollout='vllm'",
     ),
+    *map(_of_mixers, LEFT_OUT),
     Idle(
-        "soft_k",
-        lambda c: c.soft_mixer == "hard",
-        "with one token a step",
-        "set soft_mixer='k-samples'",
+        "soft_ratio",
+        lambda c: draws_of(c) == 1,
+        "with one draw a step",
+        "set soft_mixer='k-samples' and soft_k above 1",
     ),
     Idle(
-        "soft_ratio embedding_grad",
-        lambda c: c.soft_mixer == "hard" or c.soft_k == 1,
-        "with one draw a step",
+        "embedding_grad",
+        lambda c: c.soft_mixer in ("k-samples", "hard", "gumbel") and draws_of(c) == 1,
+        "with one draw a step, and nothing beside it",
         "set soft_mixer='k-samples' and soft_k above 1",
     ),
     Idle(

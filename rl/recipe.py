@@ -2,8 +2,8 @@
 from, its reward, RL, before and after.
 
 A row of the table is a policy: `soft` reads the mean of its draws in the thought, `hard` is the
-same with one draw. Both make as many forwards an answer, see as many completions and take as many
-steps.
+same with one draw, the others are named after their mixer. All make as many forwards an answer, see
+as many completions and take as many steps.
 """
 
 import json
@@ -25,14 +25,20 @@ from softar.rows import APART
 from softar.training import opt, tell_progress
 
 from .guards import check_same_policy, policy_of
+from .policies import DRAWS, KNOBS, LEFT_OUT, draws_of
 from .rewards import REWARDS, as_chats, check_columns, rewards_of, score_of
 
-# Fields that make a row of the table what it is: options of several draws go to `soft` alone.
-ROWS = {
-    "soft": dict(soft_mixer="k-samples"),
-    "hard": dict(soft_mixer="hard", soft_k=None, soft_ratio="per_draw", embedding_grad=True),
-}
-GROUPS = {"demo": ["soft", "hard"], "all": ["soft", "hard"]}
+
+def row_of(mixer: str, **fields) -> dict:
+    """Fields that make a row of the table what it is, without the options of other mixers."""
+    others = {option: None for option in LEFT_OUT if option not in KNOBS[mixer]}
+    one = {} if mixer in DRAWS else {"soft_ratio": "per_draw"}
+    return {"soft_mixer": mixer} | others | one | fields
+
+
+ROWS = {"soft": row_of("k-samples"), "hard": row_of("hard", embedding_grad=True)}
+ROWS |= {name: row_of(name) for name in KNOBS if name not in ("k-samples", "hard")}
+GROUPS = {"demo": ["soft", "hard"], "all": [*ROWS]}
 # How the policy to start from is trained on sampled traces where the task brings its own, untrained
 # model.
 SFT = dict(
@@ -61,8 +67,8 @@ class RLScriptArguments(RecipeArguments, ScriptArguments):
     )
     rows: str | None = opt(
         None,
-        "What to train: demo (= all), or names with commas out of soft (soft_k draws a think step) and hard (one draw: "
-        "ordinary sampling). Default: one run as the options say.",
+        "What to train: demo (soft and hard), all, or names with commas out of soft (soft_k draws a think step), hard "
+        "(one draw: ordinary sampling), gumbel, mixture-of-inputs and hybrid. Default: one run as the options say.",
     )
     sft_steps: int = opt(
         1200, "Steps of SFT on sampled traces before RL, where the task brings its own model."
@@ -162,7 +168,7 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
         model=inputs.model,
         algorithm=type(trainer).__name__.removeprefix("Soft").removesuffix("Trainer"),
         decoder=decoder,
-        draws=1 if decoder == "discrete" else args.soft_k,
+        draws=draws_of(args),
         seed=args.seed,
         sft_steps=script.sft_steps if starts_anew else 0,
         sft_seconds=sft_seconds,

@@ -296,12 +296,11 @@ def output_of(
     """The steps that each row read, as what softar.generate returns of a decode. The loop's own
     rules go through them again, so that padding, kinds and the answer's start are theirs."""
     ids = pad([torch.tensor(row) for row in prompts], padding_value=pad_id, padding_side="left")
-    draws, steps = decoding.mixer_args.get("k", 1), max(map(len, read))
-    padding = Read(
-        pad_id, (pad_id,) * draws, (1 / draws,) * draws, int(Kind.PAD), float("nan"), 0.0
-    )
+    width, steps = int(decoding.width), max(map(len, read))
+    slots = one_draw_a_slot if decoding.mixer == "k-samples" else widened_to
+    padding = Read(pad_id, (pad_id,), (1.0,), int(Kind.PAD), float("nan"), 0.0)
     rows = [
-        to_record([one_draw_a_slot(step, draws) for step in row] + [padding] * (steps - len(row)))
+        to_record([slots(step, width) for step in [*row, *[padding] * (steps - len(row))]])
         for row in read
     ]
     record = Record(*(torch.cat(column) for column in zip(*rows, strict=True)))
@@ -324,6 +323,13 @@ def output_of(
     sequences = torch.cat([ids, record.token], 1)
     positions = ids.numel() + len(ids) * (steps - 1)
     return SoftOutput(sequences, again, ids.shape[1], progress.answer_start, steps, positions, 0.0)
+
+
+def widened_to(step: Read, width: int) -> Read:
+    """A step in so many slots, those that are added without weight."""
+    more = width - len(step.ids)
+    ids, weights = (*step.ids, *(step.token,) * more), (*step.weights, *(0.0,) * more)
+    return step._replace(ids=ids, weights=weights)
 
 
 def one_draw_a_slot(step: Read, count: int) -> Read:

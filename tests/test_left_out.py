@@ -32,6 +32,10 @@ CASES = [
     (DIFFUSION, {}, dict(objective="uniform", normalise="tokens", curriculum=0.5), GAUSS, None),
     (DIFFUSION, dict(eval_decode_rows=0), {}, "eval_steps_decoded", None),
     *[(kind, dict(soft_mixer="hard"), {}, "soft_k", rl.LEFT_OUT) for kind in RL],
+    *[
+        (RL[0], {}, dict(soft_mixer=mixer), f"soft_candidates soft_{knob}", rl.LEFT_OUT)
+        for mixer, knob in (("gumbel", "tau"), ("mixture-of-inputs", "beta"), ("hybrid", "share"))
+    ],
     (RL[2], dict(vf_coef=0.0), {}, "cliprange_value", {"cliprange_value": 0.2}),
 ]
 HEAD = [("temperature", "top-k", "head_k"), ("top-k", "temperature", "head_temperature")]

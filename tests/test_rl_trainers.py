@@ -27,8 +27,9 @@ from softar.rl import (
     SoftRLOOConfig,
     SoftRLOOTrainer,
 )
+from softar.rl.actions import mixture
+from softar.rl.losses import LOSS_TYPES
 from softar.rl.neutral import IDLE, NEUTRAL
-from softar.rl.rollout import mixture
 from softar.thought import Kind
 from softar.training import WatchedLosses
 
@@ -113,8 +114,21 @@ def weights(model):
 # -- the loss
 
 
-@pytest.mark.parametrize("mixer", ["k-samples", "hard"])
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+# knobs with which a step of these mixers is one token
+SINGLE = {
+    "k-samples": dict(soft_k=1),
+    "hard": {},
+    "gumbel": dict(soft_candidates=1),
+    "mixture-of-inputs": dict(soft_beta=math.inf),
+    "hybrid": dict(soft_share=1.0),
+}
+
+
+@pytest.mark.parametrize(
+    "loss_type, mixer",
+    [(loss, mixer) for loss in LOSS_TYPES for mixer in ("k-samples", "hard")]
+    + [("dapo", mixer) for mixer in SINGLE if mixer not in ("k-samples", "hard")],
+)
 def test_one_draw_is_trls_grpo(tmp_path, loss_type, mixer):
     options = dict(
         loss_type=loss_type,
@@ -125,7 +139,7 @@ def test_one_draw_is_trls_grpo(tmp_path, loss_type, mixer):
         steps_per_generation=4,
     )
     span = dict(think_steps=None, think_end=None, soft_mixer=mixer, entropy_coef=0.01)
-    span |= dict(soft_k=1) if mixer == "k-samples" else {}
+    span |= SINGLE[mixer]
     ours = trainer(tmp_path, **options, **span)
     plain = {k: v for k, v in (QUICK | options).items() if not k.startswith("think")}
     plain |= dict(use_cpu=True, bf16=False, entropy_coef=0.01, gradient_checkpointing=False)
@@ -572,7 +586,8 @@ def test_reward_sees(tmp_path, sees):
         ({"beta": -1.0}, "beta=-1.0"),
         ({"num_generations": 1}, "num_generations=1"),
         ({"soft_k": 0}, "k=0"),
-        ({"soft_mixer": "gumbel"}, "soft_mixer='gumbel'"),
+        ({"soft_mixer": "dirichlet"}, "soft_mixer='dirichlet'"),
+        ({"soft_mixer": "sogt"}, "soft_mixer='sogt' is unknown"),
         ({"soft_ratio": "all"}, "soft_ratio='all'"),
         ({"reward_sees": "fresh"}, "reward_sees='fresh'"),
         ({"think_steps": 8}, "think_steps=8"),
