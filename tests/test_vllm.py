@@ -748,6 +748,8 @@ def test_registry(server, folder):
             dict(name="soft", answer_top_k=2, answer_temperature=0.5),
             "answer_top_k=2, .*: answers of vllm-soft are greedy",
         ),
+        (dict(name="soft", mixer="hidden", budget=3), "mixer='hidden' asks for hidden states"),
+        (dict(name="soft", mixer="hybrid", gate=__file__), "mixer_args names a gate, a file"),
     ],
 )
 def test_bad_options(options, said, folder):

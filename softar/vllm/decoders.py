@@ -16,7 +16,7 @@ from .client import CONNECTION, ServerDecoder
 from .completions import MODES, CompletionDecoder, Sampling, ends_unseen, split_options
 from .engine import ENGINE, VLLMDecoder
 from .machine import on_cpu
-from .request import LIMIT, fields_of
+from .request import LIMIT, check_read, fields_of
 
 
 def _factory(mode: str) -> Callable[..., CompletionDecoder]:
@@ -51,6 +51,7 @@ def _make_soft(card: Card, common: Common, /, *, url=None, **options) -> Complet
         raise ValueError(
             f"{', '.join(idle)}: answers of vllm-soft are greedy; take decoder {mixer!r} for others"
         )
+    check_read(config.mixer, config.mixer_args)
     soft = fields_of(config)
     # all of a small vocabulary
     if config.top_k is None and len(tokenizer := _tokenizer(card)) <= LIMIT:

@@ -94,10 +94,20 @@ def check_mixer(name: str, allow: Sequence[str]) -> None:
             f"soft: mixer={_quote(name)} is unknown here{did_you_mean(name[:80], known)}: choose one of "
             f"{known} (the server's --allow-mixer lets in others)"
         )
-    if mk_mixer(name).hidden:
+    check_read(name, {})
+
+
+def check_read(name: str, knobs: dict) -> None:
+    """Raise ValueError for a mixer, a known one, whose steps vLLM cannot read."""
+    mixer = mk_mixer(name)
+    if mixer.hidden:
         raise ValueError(
             f"soft: mixer={_quote(name)} asks for hidden states, which vLLM does not hand out: decode "
             "with softar.generate"
+        )
+    if mixer.gated and knobs.get("gate") is not None:
+        raise ValueError(
+            "soft: mixer_args names a gate, a file, which vLLM does not read: decode with softar.generate"
         )
 
 
@@ -145,13 +155,7 @@ def _resolve(fields: dict, vocab: int, tokenizer) -> SoftConfig:
     count = fields.get("mixer_args", {}).get("k", 1)
     if isinstance(count, NUMBER) and count > LIMIT:
         raise ValueError(f"soft: k={_quote(count)} must be at most {LIMIT}")
-    if (
-        "gate" in fields.get("mixer_args", {})
-        and mk_mixer(fields.get("mixer", SoftConfig.mixer)).gated
-    ):
-        raise ValueError(
-            "soft: mixer_args names a gate, a file, which vLLM does not read: decode with softar.generate"
-        )
+    check_read(fields.get("mixer", SoftConfig.mixer), fields.get("mixer_args", {}))
     try:
         config = SoftConfig(**fields)
         check_dist(vocab, **config.filters)
