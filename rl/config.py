@@ -72,8 +72,8 @@ class SoftGRPOConfig(RolloutConfig):
 
     `temperature` is one for thought, answer, replay and reference; top_p, top_k and min_p have to
     stay neutral. KL and entropy are of all draws of a step (the entropy of `gumbel` of the first), in
-    nats: beta and entropy_coef weigh the same units. The KL of a step is exact in value and needs no estimator; its gradient leaves out
-    that the states depend on the policy too.
+    nats: beta and entropy_coef weigh the same units. The KL of a step is exact in value and needs no
+    estimator; its gradient leaves out that the states depend on the policy too.
 
     The thought ends at `think_end` or after `think_steps`, when think_end is put in, outside the
     loss. A row that never closes its thought has no answer: with reward_sees="answer" its reward
