@@ -340,7 +340,7 @@ def _candidates(batch: dict[str, Tensor]) -> Soft:
 
 TOKEN = Action(token_logp, token_kl, token_entropy, _token)
 ACTIONS: dict[str, Action] = {
-    "hard": TOKEN,
+    "hard": TOKEN._replace(drawn=mixture),  # which is the token
     "k-samples": Action(k_samples_logp, k_samples_kl, k_samples_entropy, mixture),
     "mixture-of-inputs": TOKEN,
     "hybrid": TOKEN,

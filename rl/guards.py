@@ -102,6 +102,11 @@ def policy_of(model, args: SoftGRPOConfig) -> SoftConfig:
     that the model, an adapter too, has been trained with. Raises ValueError where its folder says
     that its mixer has other knobs."""
     is_named = isinstance(model, str)
+    if is_named and Path(model, "adapter_config.json").is_file():
+        raise ValueError(
+            f"model={model!r} is the folder of an adapter: give softar.load's model of it, merged, "
+            "model.merge_and_unload().requires_grad_()"
+        )
     adapted = not is_named and is_peft_model(model)
     if adapted and isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise ValueError(

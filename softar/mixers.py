@@ -354,8 +354,10 @@ def check_mixed(mixed: Mixed, rows: int, vocab: int, name: str) -> None:
 
 
 def _check_candidates(candidates: int | None) -> None:
-    if candidates is not None and candidates < 1:
-        raise ValueError(f"candidates={candidates} must be at least 1; None reads all")
+    if candidates is not None and not (isinstance(candidates, int) and candidates >= 1):
+        raise ValueError(
+            f"candidates={candidates} must be a whole number from 1 on; None reads all"
+        )
 
 
 def _pick(values: Tensor, slot: Tensor) -> Tensor:

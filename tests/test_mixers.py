@@ -452,8 +452,8 @@ def test_candidates_narrow_the_mixture_and_not_the_draw(name):
         assert torch.equal(two.soft.ids, every.soft.ids[:, :2])
         assert torch.equal(two.perturbed, every.perturbed[:, :2])
         torch.testing.assert_close(two.soft.weights, (two.perturbed / 0.5).softmax(-1))
-    for wrong in (0, -1):
-        with pytest.raises(ValueError, match=f"candidates={wrong} must be at least 1"):
+    for wrong in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f"candidates={wrong} must be a whole number from 1"):
             mk_mixer(name, candidates=wrong)
 
 

@@ -157,7 +157,7 @@ def test_mixers_without_a_probability_are_refused(tmp_path, kind):
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"soft_candidates": 0}, "candidates=0 must be at least 1"),
+        ({"soft_candidates": 0}, "candidates=0 must be a whole number from 1 on"),
         ({"soft_mixer": "gumbel", "soft_tau": 0.0}, "tau=0.0 must be > 0"),
         ({"soft_mixer": "mixture-of-inputs", "soft_beta": -1.0}, "beta=-1.0 must be >= 0"),
         ({"soft_share": 1.5}, "share=1.5 must lie in"),

@@ -501,8 +501,10 @@ def test_an_adapters_own_folder_says_its_draws(tmp_path):
     ).save_model()
     draws = dict(mixer="k-samples", mixer_args={"k": 5}, prompt_prefix=WORDS)
     SoftConfig(**draws).save(tmp_path / "run")
+    model, tokenizer = softar.load(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"model='.*run' is the folder of an adapter: give softar"):
+        rl_of(tmp_path / "rl", (str(tmp_path / "run"), tokenizer))
     with pytest.raises(ValueError, match=r"soft_k=2, but soft_config\.json in .*run says k=5"):
-        model, tokenizer = softar.load(tmp_path / "run")
         rl_of(tmp_path / "rl", (model.merge_and_unload(), tokenizer))
 
 
