@@ -39,9 +39,7 @@ def mnns_dose(dose: str, **options) -> Claim:
 
 SAME_PATHS = {
     6: mnns_less(
-        "discrete-traces",
-        about="primary",
-        brief="MNNS, 6 digits: trace-soft over discrete, same paths",
+        "discrete-traces", about="primary", brief="MNNS, 6 digits: trace-soft over discrete-traces"
     ),
     5: mnns_less("discrete-traces", 5, about="curve", has_verdict=False),
     4: mnns_less(
@@ -49,7 +47,7 @@ SAME_PATHS = {
         4,
         about="curve",
         has_verdict=False,
-        brief="MNNS, 4 digits: trace-soft over discrete, same paths",
+        brief="MNNS, 4 digits: trace-soft over discrete-traces",
     ),
 }
 X1 = Evidence(
@@ -57,7 +55,11 @@ X1 = Evidence(
     verdicts=("primary", "trend", "dose"),
     claims=(
         SAME_PATHS[6],
-        mnns_less("discrete-traces", way="votes"),
+        mnns_less(
+            "discrete-traces",
+            way="votes",
+            brief="MNNS, 6 digits: trace-soft over discrete-traces, 8 votes",
+        ),
         mnns_less("discrete-traces", way="soft"),
         mnns_less("discrete"),
         mnns_less("no-cot"),
@@ -69,7 +71,6 @@ X1 = Evidence(
             "trend",
             "less discrete-traces, discrete: at 6 digits less at 4",
             (*SAME_PATHS[6].parts, SAME_PATHS[4].parts[0]._replace(weight=-1.0)),
-            brief="MNNS: the gain at 6 digits over that at 4",
         ),
         mnns_dose("another row's", brief="MNNS, 6 digits: own thought over another row's"),
         mnns_dose("top 1"),
@@ -155,6 +156,7 @@ BRIEFS = {  # (control, forwards) -> what README calls it
     ("k = 1", 12): "Latin squares, 12 forwards: soft masks of 5 over 1",
     ("hard-long", 12): "Latin squares, 12 forwards: over longer hard training",
     ("the same, hard", 20): "Latin squares, 20 forwards: soft over bare masks",
+    ("hard-long", 20): "Latin squares, 20 forwards: over longer hard training",
 }
 
 

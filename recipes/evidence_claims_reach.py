@@ -23,26 +23,31 @@ def reach_dose(dose: str) -> Claim:
     return less("dose", f"after own thought less after {dose}", ours, theirs)
 
 
-def voted(brief: str) -> Claim:
+def voted(name: str) -> Claim:
+    brief = f"{name}: soft over discrete-traces, 8 votes"
     return reach_less("discrete-traces", "votes", "primary", brief=brief)
 
 
-VOTED = voted("Reachability: trace-soft over discrete, 8 votes")
+VOTED = voted("Reachability")
 ON_PARITY = reach_less("discrete-traces", "votes", task="-parity", has_verdict=False)
 ON_PARITY = ON_PARITY._replace(about="parity", says="parity: less discrete-traces, 8 votes")
-BESIDE = (
-    reach_less("discrete-traces", "discrete"),
-    reach_less("discrete-traces", "soft"),
-    reach_less("discrete", "discrete", has_verdict=False),
-    reach_less("guided-soft", "soft", has_verdict=False),
-    reach_less("pause", "discrete", has_verdict=False),
-    less(
-        "control",
-        "warm net, not trained on: soft less discrete",
-        reach("warm", "soft"),
-        reach("warm", "discrete"),
-    ),
-)
+
+
+def beside(name: str) -> tuple[Claim, ...]:
+    gold = f"{name}: soft over discrete, gold paths"
+    return (
+        reach_less("discrete-traces", "discrete"),
+        reach_less("discrete-traces", "soft"),
+        reach_less("discrete", "discrete", has_verdict=False, brief=gold),
+        reach_less("guided-soft", "soft", has_verdict=False),
+        reach_less("pause", "discrete", has_verdict=False),
+        less(
+            "control",
+            "warm net, not trained on: soft less discrete",
+            reach("warm", "soft"),
+            reach("warm", "discrete"),
+        ),
+    )
 
 
 def by_arm(*more: str) -> Grid:
@@ -75,7 +80,7 @@ X2 = Evidence(
     verdicts=("primary",),
     claims=(
         VOTED,
-        *BESIDE,
+        *beside("Reachability"),
         reach_dose("another row's"),
         reach_dose("top 1"),
         ON_PARITY,
@@ -112,7 +117,7 @@ X2 = Evidence(
 X2_SMOLLM2 = Evidence(
     title="Reachability in layered graphs, of SmolLM2-135M",
     verdicts=("primary",),
-    claims=(voted("Reachability, SmolLM2: trace-soft over discrete, 8 votes"), *BESIDE),
+    claims=(voted("SmolLM2, graphs"), *beside("SmolLM2, graphs")),
     grids=(by_arm(), by_votes()),
     seconds={"read softly": REACH_ARMS[1:], "read discretely": REACH_ARMS[1:]},
     gaps={"less 8 votes": {"reachability": VOTED.says}},

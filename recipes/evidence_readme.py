@@ -16,9 +16,10 @@ By rules set before the runs; all arms are in [RESULTS.md](RESULTS.md#evidence-r
 
 {table}
 
-*Supported*: at least 3 points, and the 95 % interval above 0; *refuted*: it lies below 3; *open*: neither. *trace-soft*
-learns from random search paths and reads its own mixtures; *discrete* reads single tokens. A *forward* is one run of
-the net (NFE). A model never trained to read mixtures gains nothing; on MNNS, SFT beats RL (RESULTS.md 12, 14).
+*Supported*: at least 3 points, and the 95 % interval above 0 by bootstrap and t; *refuted*: it is below 3; else *open*.
+*trace-soft* learns from random search paths and reads its own mixtures; *discrete-traces* learns the same paths, and
+reads single tokens. 8 votes take 8 times the *forwards* (runs of the net). A model never trained to read mixtures
+gains nothing (RESULTS.md 12); on RL, there, 14.
 """
 
 
@@ -42,9 +43,11 @@ def line_of(result: Result) -> list[str]:
 
 
 def said_of(result: Result) -> str:
-    """ "supported", "open (t: refuted)" """
-    by_t = "" if result.by_t == result.verdict else f" (t: {result.by_t})"
-    return f"{result.verdict}{by_t}" if result.verdict else ""
+    """Of bootstrap and t, where they differ, what is not yet sure: "supported", "open (bootstrap: supported)"."""
+    verdict, by_t = result.verdict, result.by_t
+    if not verdict or verdict == by_t:
+        return verdict or ""
+    return f"open (t: {by_t})" if verdict == "open" else f"open (bootstrap: {verdict})"
 
 
 def losses(results: list[Result]) -> str:

@@ -398,31 +398,9 @@ def test_every_figure_stands_in_the_results(page):
     assert not [figure for figure in figures if figure not in RESULTS]
 
 
-CLAIMS = {  # of the first page: where in RESULTS.md each stands
-    ".981": r"\| guided-soft \| 0\.981 ",
-    ".962": r"\| scheduled-sampling \| 0\.962 ",
-    ".986": r"\| trace-soft \| 0\.986 ",
-    ".940": r"\| discrete-traces \| 0\.886 ± 0\.084 \| 0\.940 ",
-    ".506": r"\| trace-soft \| 0\.986 ± 0\.007 \| 0\.506 ",
-    ".510": r"\| soft-mask \| soft-mask \|.*\| \.510 ± \.039 \| \.913 ± ",
-    ".403": r"\| soft-mask \| hard \|.*\| \.403 ± \.027 \| \.965 ± ",
-    ".913": r"\| \.510 ± \.039 \| \.913 ± ",
-    ".965": r"\| \.403 ± \.027 \| \.965 ± ",
-    ".427": r"\| soft-token, bias \.5 .*\.241 / \.427",
-    ".417": r"hard decoding \.269 / \.417",
-    ".894": r"soft .*mean\s+\.815,\s+against\s+\.894\s+after\s+GRPO",
-    ".942": r"discrete \.927 \.970 \.928,\s+mean\s+\.942",
-    ".414": r"\| hard \| hard \|.*\| \.414 ± \.095 ",
-    ".095": r"\| hard \| hard \|.*\| \.414 ± \.095 ",
-}
-
-
-def test_the_first_page_claims_what_was_measured():
+def test_the_first_page_claims_nothing_by_hand():
     by_hand = without_regions(PAGES["README.md"])  # the others: tests/test_evidence_report.py
-    figures = {*re.findall(r"(?<!\d)\.\d{3}(?!\d)", by_hand)}
-    assert figures == ({*CLAIMS} if by_hand == PAGES["README.md"] else set())
-    lines = re.sub(r"\n(?! *[|*#]|\n)", " ", RESULTS)  # a paragraph on one line
-    assert not [figure for figure, where in CLAIMS.items() if not re.search(where, lines)]
+    assert not re.findall(r"(?<!\d)\.\d{3}(?!\d)", by_hand)
 
 
 @pytest.mark.parametrize("page", PAGES)
