@@ -92,10 +92,10 @@ def gumbel_logp(logits: Tensor, soft: Soft, *, perturbed: Tensor) -> Tensor:
     component for each, [..., K].
 
     SofT-GRPO's action (arXiv:2511.06411) without a filter before the noise. There the policy is
-    renormalised over a few likely tokens, others under the new weights than under the old, and what
-    such a change does is nobody's ratio. Here all V tokens are perturbed and the K largest are read
-    (Gumbel-top-k, arXiv:1903.06059): which tokens are there is part of the action, whose density is
-    known under any weights. With t = exp(-g) the K are the first arrivals of independent
+    renormalised over a few likely tokens, others under the new weights than under the old, and no
+    ratio accounts for that. Here all V tokens are perturbed and the K largest are read (Gumbel-top-k,
+    arXiv:1903.06059): which tokens they are is part of the action, whose density is known under any
+    weights. With t = exp(-g) the K are the first arrivals of independent
     exponential clocks with rates p: the j-th comes after t_j - t_(j-1) at the rate R_j = 1 - the
     p of those before it, and is token i with probability p_i / R_j. So
 
@@ -129,7 +129,9 @@ def gumbel_kl(logits: Tensor, ref_logits: Tensor, soft: Soft, *, perturbed: Tens
 
     Before draw j it is (sum of p_i D_i + q_i - p_i over the tokens that are left) / R_j, with D =
     log p - log q and q the reference: of the token as of the waiting time. The first is KL(p || q).
-    For K = V its mean is the sum over V of D + exp(-D) - 1. Arguments as in `gumbel_logp`.
+    For K = V its mean is the sum over V of D + exp(-D) - 1. It grows like exp(-D) where the reference
+    expects what the policy has given up, as such tokens keep it waiting. Arguments as in
+    `gumbel_logp`.
     """
     (logp, left, drawn), (ref_logp, ref_left, _) = (
         _picked(x, soft.ids, perturbed) for x in (logits, ref_logits)
@@ -164,8 +166,7 @@ def concrete_logp(
     With respect to n - 1 of the n coordinates on the support, p renormalised there: log Gamma(n) +
     (n - 1) log tau + sum(log p - (tau + 1) log y) - n logsumexp(log p - tau log y). Its score is
     that of the density of g' averaged over the shift that the weights forget, so its variance is
-    lower.
-    The divergence has no closed form.
+    lower. The divergence has no closed form.
 
     Args:
         logits: [..., V]. soft: ids and weights [..., K]. tau: > 0, the mixer's.
