@@ -40,6 +40,7 @@ from transformers.generation.logits_process import (
 )
 
 from . import guard
+from .caches import check_cache, check_room
 from .checks import check_fields, check_values
 from .config import SoftConfig, renamed
 from .defaults import chosen, recall
@@ -137,6 +138,7 @@ def generate(
     logits_processor: Sequence[Callable] | None = None,
     stopping_criteria: Sequence[Callable] | None = None,
     generation_config: GenerationConfig | None = None,
+    cache_implementation: str | None = None,
     **kwargs,
 ) -> SoftOutput:
     """Decode softly.
@@ -158,9 +160,12 @@ def generate(
             only of a model that `softar.load` did not open, which remembers its own.
         streamer: a transformers streamer; gets the tokens that stand for the steps.
         logits_processor, stopping_criteria: lists of transformers', applied as in `model.generate`.
-        generation_config: end-of-sequence and pad ids, penalties, cache implementation; default the
+        generation_config: end-of-sequence and pad ids, penalties, the cache's settings; default the
             model's own. What is set there and not followed (beams, sampling, lengths, scores, ...)
             is an error; of the model's own, `config` alone says how a step is chosen.
+        cache_implementation: transformers' name of the cache: "dynamic", "static" (of one size
+            from the beginning), "offloaded", "offloaded_static", "quantized"; default as
+            generation_config says.
         kwargs: fields of SoftConfig by name, which override those of `config` or of the default:
             generate(model, **inputs, mixer="gumbel", top_k=10).
 
@@ -178,6 +183,7 @@ def generate(
     check_values(generate, callback=callback, tokenizer=tokenizer, streamer=streamer)
     check_values(generate, logits_processor=logits_processor, stopping_criteria=stopping_criteria)
     check_values(generate, generation_config=generation_config)
+    check_values(generate, cache_implementation=cache_implementation)
     if attention_mask is not None:
         check_ragged(model, attention_mask)  # the loop below sees nothing of PEFT's wrapper
     own, tokenizer = plain(model).generation_config, tokenizer or origin_of(model).tokenizer
@@ -187,6 +193,9 @@ def generate(
     guard.check_prefix(input_ids, config, tokenizer)
     settings = copy.deepcopy(generation_config or own)
     guard.check_followed(settings, own, also=guard.ALONE)
+    if cache_implementation is not None:
+        settings.cache_implementation = cache_implementation
+    check_cache(model, settings)
     settings.update(**guard.OVERRIDES, max_new_tokens=config.max_new_tokens)
     loop = functools.partial(
         soft_decode, soft_config=config, rng=rng, callback=callback, soft_streamer=streamer, why=why
@@ -229,6 +238,7 @@ def soft_decode(
     started = time.perf_counter()
     asked = guard.callers_arguments(model)
     guard.check_call(model, input_ids, generation_config, model_kwargs, asked)
+    check_cache(model, generation_config)
     guard.check_rng(rng)
     check_values(soft_decode, callback=callback, soft_streamer=soft_streamer)
     config, reason = chosen(soft_config, {}, lambda: recall(model))
@@ -242,6 +252,7 @@ def soft_decode(
         others = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
         stopping_criteria = StoppingCriteriaList([*others, MaxLengthCriteria(length)])
     guard.check_positions(model, input_ids, generation_config, model_kwargs)
+    check_room(model_kwargs.get("past_key_values"), generation_config.max_length - 1)
     if config.switch is not None:  # the shares of its tags fade over the whole length
         length = generation_config.max_length - input_ids.shape[1]
         config = dataclasses.replace(config, max_new_tokens=length)

@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import softar
+from softar.caches import NEVER_STATIC
 from softar.decoders.beam_collapse import BeamCollapse, beam_collapse
 from softar.models.reading import BLIND_TO_PADDING, DECODERS, NEED_TOKENS, ONE_BY_ONE, ONE_ROW
 from softar.models.source import TEXT_ALONE
@@ -170,12 +171,27 @@ def check_soft_is_hard(model, rows):
     assert_close(one.record.entropy, other.record.entropy, **CLOSE)
 
 
+def check_static_cache_is_right_or_refused(model, rows, batch):
+    """batch: the rows decoded with the model's usual cache."""
+    ids, mask = left_padded(rows)
+    config = softar.SoftConfig(mixer="soft", top_k=5, max_new_tokens=STEPS)
+    how = dict(config=config, cache_implementation="static")
+    if model.config.model_type in NEVER_STATIC or not model._supports_default_dynamic_cache():
+        with pytest.raises(ValueError, match=type(model).__name__):
+            softar.generate(model, ids, mask, **how)
+        return
+    static = softar.generate(model, ids, mask, **how)
+    assert static.completions.tolist() == batch.completions.tolist()
+    assert_close(static.record.weights, batch.record.weights, **CLOSE)
+
+
 def check_row_alone_is_row_in_batch(model, rows):
-    """R, of the last row, which is the padded one."""
+    """R, of the last row, which is the padded one; and the same with a cache of one size."""
     batch = decode(model, rows, mixer="soft", top_k=5)
     alone = decode(model, rows[-1:], mixer="soft", top_k=5)
     assert alone.completions[0].tolist() == batch.completions[-1].tolist()
     assert_close(alone.record.entropy[0], batch.record.entropy[-1], **CLOSE)
+    check_static_cache_is_right_or_refused(model, rows, batch)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -236,6 +252,7 @@ def test_tables_name_what_there_is():
         *ONE_BY_ONE,
         *NEED_TOKENS,
         *DECODERS,
+        *NEVER_STATIC,
     } <= known
 
 

@@ -185,7 +185,7 @@ FLOORS = [
     ("_lazy", "checks", "noise", "placement", "progress", "resume", "soft", "specs", "tags"),
     ("feedback", "files", "names", "relaxed"),
     ("mixers", "models", "tasks", "results"),
-    ("draws", "idle"),
+    ("caches", "draws", "idle"),
     ("config", "training"),
     ("switch",),
     ("thought", "defaults", "guard", "loops", "model_card"),

@@ -1,0 +1,64 @@
+"""Which of transformers' caches a decode takes."""
+
+from transformers import GenerationConfig, StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.generation.configuration_utils import (
+    DYNAMIC_CACHE_IMPLEMENTATIONS,
+    STATIC_CACHE_IMPLEMENTATIONS,
+)
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+from .models.kind import plain
+
+CACHES = (*DYNAMIC_CACHE_IMPLEMENTATIONS, *STATIC_CACHE_IMPLEMENTATIONS)
+# transformers' own `generate` answers otherwise, or fails, where these have a static cache; as in
+# softar.models.reading, tests/test_architectures.py tries every architecture
+NEVER_STATIC = ("gpt_neo", "llama4", "llama4_text", "prophetnet", "recurrent_gemma")
+BACKENDS = {"quanto": is_optimum_quanto_available, "hqq": is_hqq_available}  # of quantised ones
+
+
+def check_cache(model, settings: GenerationConfig) -> None:
+    """Raise ValueError for a cache that transformers does not make for this model, plain or wrapped
+    by PEFT, here: it would fail on its way, or take another one without a word."""
+    base, name = plain(model), settings.cache_implementation
+    if name in (None, "dynamic"):
+        return
+    asked, kind = f"cache_implementation={name!r}", type(base).__name__
+    # a model's own file may have one of the old names
+    if name not in CACHES and name != base.generation_config.cache_implementation:
+        raise ValueError(
+            f"{asked} is not decoded with: choose one of {[*CACHES]}; layers that slide or keep a "
+            "state get their own kind in each"
+        )
+    if not base._supports_default_dynamic_cache():
+        raise ValueError(f"{asked}: {kind} has a cache of its own; leave it out")
+    if "static" in name and base.config.model_type in NEVER_STATIC:
+        raise ValueError(f"{asked}: {kind} is not decoded rightly with it; give 'dynamic'")
+    if "offloaded" in name and base.device.type == "cpu":
+        raise ValueError(
+            f"{asked} moves keys and values to the host, where {kind} is already: give 'dynamic' or 'static'"
+        )
+    if "static" in name and model is not base and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{asked} has no room for the virtual tokens of {model.active_peft_config.peft_type.value}: leave it out"
+        )
+    backend = (settings.cache_config or {}).get("backend", "quanto")
+    if name == "quantized" and not BACKENDS.get(backend, bool)():
+        raise ValueError(
+            f"{asked} needs {' or '.join(BACKENDS)}, and {backend!r} is not installed here: install "
+            "optimum-quanto, or give 'dynamic'"
+        )
+
+
+def check_room(cache, positions: int) -> None:
+    """Raise ValueError for a static cache with fewer positions than a decode writes: those of the
+    prompt and of all new tokens but the last."""
+    if not isinstance(cache, StaticCache):
+        return
+    whole = [x for x in cache.layers if isinstance(x, StaticLayer) and not x.is_sliding]
+    room = min((layer.max_cache_len for layer in whole), default=positions)
+    if room < positions:
+        raise ValueError(
+            f"the static cache has room for {room} positions, too few for {positions}, the prompt's and those of "
+            f"all new tokens but the last: give generate max_new_tokens=, or a cache of max_cache_len={positions}"
+        )

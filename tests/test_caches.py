@@ -1,0 +1,175 @@
+"""The caches of transformers under the loop: the same tokens and records whichever holds the keys
+and values, and by name what is refused.
+
+Nets are float64: there rounding, which differs from cache to cache, is nowhere near what tells two
+tokens apart, so that tokens are equal over any number of steps that feed back what they read.
+"""
+
+import copy
+
+import pytest
+import torch
+from tiny import BOS, PROMPTS, counted, left_padded, model_of, seeded, with_lora
+from torch.testing import assert_close
+from transformers import StaticCache
+from transformers.generation.configuration_utils import (
+    ALL_CACHE_IMPLEMENTATIONS,
+    DEPRECATED_STATIC_CACHE_IMPLEMENTATIONS,
+)
+
+import softar
+from softar import SoftConfig
+
+IDS, MASK = left_padded(PROMPTS)
+N = 12  # new tokens
+WAYS = {
+    "hard": dict(mixer="hard", top_k=None),
+    "soft": dict(mixer="soft", top_k=5),
+    "k-samples": dict(mixer="k-samples", top_k=None),
+    "budget": dict(mixer="gumbel", top_k=5, budget=4, answer_temperature=0.7),
+    "tags": dict(mixer="soft", think_start=BOS, think_end=(41,), top_k=5),
+    "switching": dict(switch="block", switch_dwell=2, top_k=5),
+    "hidden": dict(mixer="hidden", budget=5),
+}
+
+
+def net(arch="llama", **changes):
+    return model_of(arch, dtype=torch.float64, **changes)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return net()
+
+
+def decode(model, way="soft", rows=(IDS, MASK), **how):
+    """A generator for each row, so that any may look ahead."""
+    rng = [seeded(i) for i in range(len(rows[0]))]
+    config = SoftConfig(**{"max_new_tokens": N} | WAYS[way])
+    return softar.generate(model, *rows, config=config, **{"rng": rng} | how)
+
+
+def assert_same(one, other):
+    """Tokens, records and costs of two decodes."""
+    assert torch.equal(one.sequences, other.sequences)
+    assert torch.equal(one.answer_start, other.answer_start)
+    for name, a, b in zip(one.record._fields, one.record, other.record, strict=True):
+        if a.is_floating_point():
+            assert_close(a, b, rtol=0, atol=1e-4, equal_nan=True)
+        else:
+            assert torch.equal(a, b), name
+    costs = [(o.num_forwards, o.token_forwards, o.prompt_length) for o in (one, other)]
+    assert costs[0] == costs[1]
+    assert (one.vectors is None) == (other.vectors is None)
+    if one.vectors is not None:
+        assert_close(one.vectors, other.vectors, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_a_static_cache_changes_nothing(arch, way):
+    """Of ragged rows, some of which end early; in Gemma 3 a layer's window slides."""
+    model = net(arch)
+    plain = decode(model, way)
+    assert plain.completions.unique().numel() > 4
+    assert_same(decode(model, way, cache_implementation="static"), plain)
+
+
+def test_a_static_cache_changes_little_in_float32():
+    """One step, after the prompt and the first mixture: a step that is fed back would grow it."""
+    model = model_of("llama")
+    ways = [None, "static"]
+    one, other = (decode(model, max_new_tokens=2, cache_implementation=name) for name in ways)
+    assert_close(one.record.entropy, other.record.entropy, rtol=0, atol=1e-4)
+
+
+def test_the_setting_of_generate_and_of_the_model_is_the_same(llama, monkeypatch):
+    """And a larger max_cache_len, an empty cache of the caller's, and the prompt read in parts."""
+    plain, size = decode(llama), IDS.shape[1] + N - 1
+    settings = copy.deepcopy(llama.generation_config)
+    settings.update(cache_implementation="static", max_cache_len=size + 9)
+    assert_same(decode(llama, generation_config=settings), plain)
+    settings.prefill_chunk_size = 2
+    assert torch.equal(decode(llama, generation_config=settings).sequences, plain.sequences)
+    monkeypatch.setattr(llama.generation_config, "cache_implementation", "static")
+    assert_same(decode(llama), plain)
+    monkeypatch.undo()
+    cache = StaticCache(llama.config, max_cache_len=size)
+    assert torch.equal(plugged(llama, past_key_values=cache), plain.sequences)
+
+
+def plugged(model, **settings):
+    return model.generate(
+        IDS,
+        attention_mask=MASK,
+        custom_generate=softar.soft_decode,
+        soft_config=SoftConfig(**WAYS["soft"]),
+        **{"max_new_tokens": N} | settings,
+    )
+
+
+def refused(model, told, **how):
+    with counted(model) as calls, pytest.raises(ValueError) as caught:
+        decode(model, **how)
+    assert told in str(caught.value) and "\n" not in str(caught.value) and not calls
+
+
+@pytest.mark.parametrize("room", [1, IDS.shape[1], IDS.shape[1] + N - 2])
+def test_a_cache_that_is_too_short_is_refused(llama, room):
+    cache = StaticCache(llama.config, max_cache_len=room)
+    with (
+        counted(llama) as calls,
+        pytest.raises(ValueError, match=f"has room for {room} positions, too few for 16"),
+    ):
+        plugged(llama, past_key_values=cache)
+    assert not calls
+
+
+NAMES = sorted({*ALL_CACHE_IMPLEMENTATIONS, "paged", "nonsense"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_cache_is_taken_or_refused_by_name(llama, name):
+    """On a CPU nothing is moved to the host, and what quantises is not installed."""
+    remedies = {
+        **dict.fromkeys(
+            [*DEPRECATED_STATIC_CACHE_IMPLEMENTATIONS, "paged", "nonsense"], "choose one of"
+        ),
+        **dict.fromkeys(["offloaded", "offloaded_static"], "give 'dynamic' or 'static'"),
+        "quantized": "install optimum-quanto",
+    }
+    if name not in remedies:
+        for model in (llama, with_lora(net())):
+            assert_same(decode(model, cache_implementation=name), decode(model))
+        return
+    refused(llama, f"cache_implementation={name!r}", cache_implementation=name)
+    refused(llama, remedies[name], cache_implementation=name)
+
+
+def test_an_old_name_in_the_models_own_file_is_as_transformers_takes_it():
+    model = net("gemma2")
+    plain = decode(model)
+    for name in ("hybrid", "sliding_window"):
+        model.generation_config.cache_implementation = name
+        assert_same(decode(model), plain)
+
+
+def test_a_model_with_a_cache_of_its_own_takes_no_other():
+    from test_architectures import build
+
+    rwkv, rows = build("rwkv"), (IDS[:1], MASK[:1])
+    refused(
+        rwkv, "RwkvForCausalLM has a cache of its own", rows=rows, cache_implementation="static"
+    )
+
+
+def test_virtual_tokens_have_no_room():
+    from peft import PromptTuningConfig, get_peft_model
+
+    tuned = get_peft_model(net(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    refused(
+        tuned.double(),
+        "virtual tokens of PROMPT_TUNING",
+        rows=(IDS[:1, :2], MASK[:1, :2]),
+        cache_implementation="static",
+    )
