@@ -20,6 +20,7 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor
 from transformers import (
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -56,6 +57,7 @@ from .feedback import (
     where_read,
     width_of,
 )
+from .looks import Looks, every_of
 from .loops import run_loop
 from .mixers import Rng, mk_mixer
 from .models.kind import plain, uncompiled
@@ -63,7 +65,7 @@ from .models.origin import origin_of
 from .models.reading import check_ragged
 from .placement import evaluating
 from .soft import Soft, entropy, soft_inputs
-from .thought import Kind, Record, begin, decide, look, mk_propose, mk_rules, stack, warn_unopened
+from .thought import Kind, Record, begin, decide, mk_propose, mk_rules, stack, warn_unopened
 
 # They choose tokens, which `SoftConfig` does
 SAMPLING = (
@@ -139,6 +141,7 @@ def generate(
     stopping_criteria: Sequence[Callable] | None = None,
     generation_config: GenerationConfig | None = None,
     cache_implementation: str | None = None,
+    look_every: int | None = None,
     **kwargs,
 ) -> SoftOutput:
     """Decode softly.
@@ -166,6 +169,10 @@ def generate(
         cache_implementation: transformers' name of the cache: "dynamic", "static" (of one size
             from the beginning), "offloaded", "offloaded_static", "quantized"; default as
             generation_config says.
+        look_every: steps after which the host looks at the batch, waiting for the device. More than
+            1 decodes the same (up to that many forwards too many, which are dropped and not
+            counted), where no callback, streamer, stopping criterion of its own, vector or generator
+            of several rows needs each step. Default: 8 on an accelerator where nothing does, else 1.
         kwargs: fields of SoftConfig by name, which override those of `config` or of the default:
             generate(model, **inputs, mixer="gumbel", top_k=10).
 
@@ -183,7 +190,7 @@ def generate(
     check_values(generate, callback=callback, tokenizer=tokenizer, streamer=streamer)
     check_values(generate, logits_processor=logits_processor, stopping_criteria=stopping_criteria)
     check_values(generate, generation_config=generation_config)
-    check_values(generate, cache_implementation=cache_implementation)
+    check_values(generate, cache_implementation=cache_implementation, look_every=look_every)
     if attention_mask is not None:
         check_ragged(model, attention_mask)  # the loop below sees nothing of PEFT's wrapper
     own, tokenizer = plain(model).generation_config, tokenizer or origin_of(model).tokenizer
@@ -198,7 +205,13 @@ def generate(
     check_cache(model, settings)
     settings.update(**guard.OVERRIDES, max_new_tokens=config.max_new_tokens)
     loop = functools.partial(
-        soft_decode, soft_config=config, rng=rng, callback=callback, soft_streamer=streamer, why=why
+        soft_decode,
+        soft_config=config,
+        rng=rng,
+        callback=callback,
+        soft_streamer=streamer,
+        look_every=look_every,
+        why=why,
     )
     return run_loop(
         model,
@@ -223,6 +236,7 @@ def soft_decode(
     rng: Rng = None,
     callback: Callable[[dict], None] | None = None,
     soft_streamer: guard.Streamer | None = None,
+    look_every: int | None = None,
     why: str | None = None,
     **model_kwargs,
 ) -> SoftOutput | Tensor:
@@ -241,6 +255,7 @@ def soft_decode(
     check_cache(model, generation_config)
     guard.check_rng(rng)
     check_values(soft_decode, callback=callback, soft_streamer=soft_streamer)
+    check_values(soft_decode, look_every=look_every)
     config, reason = chosen(soft_config, {}, lambda: recall(model))
     config = config.resolve(origin_of(model).tokenizer)
     if why is None:  # else `generate` has looked
@@ -271,6 +286,9 @@ def soft_decode(
     pad, eos = generation_config._pad_token_tensor, generation_config._eos_token_tensor
     rules, progress = mk_rules(config, input_ids.device, pad, eos), begin(config, input_ids)
     streamers = [each for each in (soft_streamer, asked.get("streamer")) if each is not None]
+    need = _need_of_each_step(config, rng, callback, streamers, stopping_criteria)
+    every = every_of(look_every, input_ids.device, need)
+    looks = Looks(config, bool(progress.thinking.any()), every)
     if soft_streamer is not None:  # generate has put the prompt into its own
         soft_streamer.put(input_ids.cpu())
 
@@ -279,7 +297,6 @@ def soft_decode(
     records: list[Record] = []
     vectors: list[Tensor | None] = []
     noisy: list[Tensor | None] = []
-    any_thinking = bool(progress.thinking.any())
     # The underscored methods are how transformers' own loops prefill and go on
     with evaluating(model):
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
@@ -292,7 +309,7 @@ def soft_decode(
             h = entropy(logits, config.entropy_temperature)
             scores = processors(input_ids, logits)
             hidden = outputs.hidden_states[-1][:, -1] if wants_hidden else None
-            thought, answer = propose(scores, step, any_thinking, hidden)
+            thought, answer = propose(scores, step, looks.now.any_thinking, hidden)
             vector = None if thought.vector is None else stretched(thought.vector, length)
             progress, record = decide(rules, progress, h, thought, answer)
             records.append(record)
@@ -301,7 +318,7 @@ def soft_decode(
             if vector is not None:  # of a step without a token length and time are asked alone
                 ended = torch.where(record.kind == Kind.LATENT, limits(input_ids, None), ended)
             progress = progress._replace(done=progress.done | ended)
-            finished, any_soft, any_thinking = look(progress, record, step)
+            looks(progress, record, input_ids.shape[1] >= generation_config.max_length)
             vectors.append(to_host(vector, record.kind == Kind.LATENT))
             noisy.append(where_read(thought.perturbed, record.kind == Kind.SOFT))
             has_token = vector is None or bool((record.kind != Kind.LATENT).any())
@@ -310,11 +327,14 @@ def soft_decode(
             if callback is not None:
                 told = {"step": step, "record": record, "sequences": input_ids, "vector": vector}
                 callback(told)
-            if finished:
+            if looks.now.finished:
                 break
-            mixed = read_next(record, vector) if any_soft else None
+            mixed = read_next(record, vector) if looks.now.any_soft else None
             outputs = _forward(model, input_ids, mixed, model_kwargs)
-            forwards, positions = forwards + 1, positions + len(input_ids)
+    records, noisy = looks.taken(records, noisy)
+    input_ids = input_ids[:, : prompt_length + len(records)]
+    forwards += len(records) - 1
+    positions += (len(records) - 1) * len(input_ids)
     for each in streamers:
         each.end()
     if config.think_start is not None:
@@ -325,6 +345,20 @@ def soft_decode(
     how, read = (config, why or reason), (stack_vectors(vectors), stack_vectors(noisy, -torch.inf))
     start = progress.answer_start
     return SoftOutput(input_ids, stack(records), prompt_length, start, *cost, *how, *read)
+
+
+def _need_of_each_step(config: SoftConfig, rng: Rng, callback, streamers, criteria) -> str | None:
+    """What has to know each step when it is made; None where the host may look less often."""
+    others = [c for c in criteria if not isinstance(c, (*LIMITS, EosTokenCriteria))]
+    needs = {
+        "callback=": callback is not None,
+        "a streamer": bool(streamers),
+        f"mixer={config.mixer!r}, whose vectors the host keeps,": config.is_latent,
+        "a generator that rows share": config.draws
+        and (rng is None or isinstance(rng, torch.Generator)),
+        **{type(criterion).__name__: True for criterion in others},
+    }
+    return next((name for name, is_there in needs.items() if is_there), None)
 
 
 def _mk_reader(model, config: SoftConfig) -> Callable[..., dict[str, Tensor]]:

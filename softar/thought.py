@@ -224,43 +224,18 @@ def decide(
     return progress, Record(ids, weights, token, kind, logp, h.masked_fill(done, 0.0))
 
 
-class Flags(NamedTuple):
-    """What the host has to know of a batch before its next step."""
-
-    finished: bool  # every row is done
-    any_soft: bool  # some row feeds a mixture or a vector
-    any_thinking: bool  # some row goes on thinking
-
-
-def look(progress: Progress, record: Record, step: int) -> Flags:
-    """The one synchronisation of a step. record: of this step, progress: after it, with the rows
-    done that it ended.
-
-    Raises:
-        FloatingPointError: NaN or infinite logits; names the step and the rows.
-    """
-    alive = ~progress.done
-    mixes = (record.kind == Kind.SOFT) | (record.kind == Kind.LATENT)
-    bad = _is_bad(record)
-    flags = [alive.any(), (mixes & alive).any(), (progress.thinking & alive).any(), bad.any()]
-    any_alive, any_soft, any_thinking, any_bad = torch.stack(flags).tolist()
-    if any_bad:
-        check_finite(record, step)
-    return Flags(not any_alive, any_soft, any_thinking)
-
-
 def check_finite(record: Record, step: int) -> None:
     """Raise FloatingPointError that names the rows of this step whose logits were no numbers."""
-    if rows := _is_bad(record).nonzero()[:, 0].tolist():
+    if rows := is_bad(record).nonzero()[:, 0].tolist():
         raise FloatingPointError(
             f"logits are NaN or infinite, or leave no token, at step {step}, rows {rows}: check the "
             f"weights, the dtype (try float32) and the processors"
         )
 
 
-def _is_bad(record: Record) -> Tensor:
+def is_bad(record: Record) -> Tensor:
     """[B] bool. Not looked at where the NaN arises, which would be a second synchronisation: it goes
-    through all before `look`, and rows that had ended hold none."""
+    through all before the host looks, and rows that had ended hold none."""
     return record.entropy.isnan() | record.weights.isnan().any(-1)
 
 

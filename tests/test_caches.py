@@ -9,16 +9,30 @@ import copy
 
 import pytest
 import torch
-from tiny import BOS, PROMPTS, counted, left_padded, model_of, seeded, with_lora
+from tiny import (
+    BOS,
+    END,
+    EOS,
+    PROMPTS,
+    THINK,
+    Forced,
+    counted,
+    edited_logits,
+    left_padded,
+    model_of,
+    seeded,
+    tokenizer_of,
+    with_lora,
+)
 from torch.testing import assert_close
-from transformers import StaticCache
+from transformers import StaticCache, TextStreamer
 from transformers.generation.configuration_utils import (
     ALL_CACHE_IMPLEMENTATIONS,
     DEPRECATED_STATIC_CACHE_IMPLEMENTATIONS,
 )
 
 import softar
-from softar import SoftConfig
+from softar import Kind, SoftConfig
 
 IDS, MASK = left_padded(PROMPTS)
 N = 12  # new tokens
@@ -173,3 +187,76 @@ def test_virtual_tokens_have_no_room():
         rows=(IDS[:1, :2], MASK[:1, :2]),
         cache_implementation="static",
     )
+
+
+# -- how often the host looks
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "hidden"])
+def test_nothing_depends_on_how_often_the_host_looks(llama, way):
+    """Some rows end early, and then all together, so that the last look is late."""
+    ends = Forced(IDS.shape[1], [[None] * step + [EOS] for step in (3, 0, 9)])
+    for how in ({}, dict(logits_processor=[ends])):
+        each, *others = (decode(llama, way, look_every=n, **how) for n in (1, 2, 7))
+        assert how == {} or each.record.kind.shape[1] <= 10
+        for other in others:
+            assert_same(other, each)
+            assert other.record.ids.shape == each.record.ids.shape
+
+
+def test_a_thought_that_begins_and_ends_between_two_looks_is_thought(llama):
+    config = SoftConfig(
+        mixer="gumbel", top_k=5, think_start=THINK, think_end=END, max_new_tokens=20
+    )
+    free = [None, None]
+    script = [
+        [*free, THINK, *free, END],
+        [7, 8],
+        [*free, 9, *free, THINK, *free, *free, END, *free, EOS],
+    ]
+    outs = []
+    for n in (1, 2, 7, 20):
+        how = dict(logits_processor=[Forced(IDS.shape[1], script)], look_every=n)
+        outs.append(
+            softar.generate(
+                llama, IDS, MASK, config=config, rng=[seeded(i) for i in range(3)], **how
+            )
+        )
+        assert_same(outs[-1], outs[0])
+    assert (outs[0].record.kind == Kind.SOFT).any(1)[[0, 2]].all()
+
+
+def test_a_look_that_comes_late_names_the_step(llama):
+    def broken(step, logits):
+        return (
+            logits * torch.where(torch.arange(3) == 1, torch.nan, 1.0)[:, None]
+            if step == 2
+            else logits
+        )
+
+    for n in (1, 7):
+        with (
+            edited_logits(llama, broken),
+            pytest.raises(FloatingPointError, match=r"at step 2, rows \[1\]"),
+        ):
+            decode(llama, look_every=n)
+
+
+@pytest.mark.parametrize(
+    "how, told",
+    [
+        (dict(callback=print), "callback="),
+        (dict(streamer=TextStreamer(tokenizer_of())), "a streamer"),
+        (dict(way="hidden"), "mixer='hidden'"),
+        (dict(way="k-samples", rng=None), "a generator that rows share"),
+        (dict(way="budget", rng=seeded()), "a generator that rows share"),
+        (dict(stopping_criteria=[lambda ids, scores: ids[:, -1] == 1]), "function"),
+        (dict(look_every=0), "look_every=0 must be at least 1"),
+    ],
+)
+def test_what_needs_each_step_is_named(llama, how, told):
+    refused(llama, told, **{"look_every": 2} | how)
+
+
+def test_without_draws_a_shared_generator_needs_nothing(llama):
+    assert_same(decode(llama, rng=seeded(), look_every=3), decode(llama))

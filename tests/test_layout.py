@@ -189,6 +189,7 @@ FLOORS = [
     ("config", "training"),
     ("switch",),
     ("thought", "defaults", "guard", "loops", "model_card"),
+    ("looks",),
     ("decode",),
     ("evaluate", "show"),
     ("sft", "decoders"),
