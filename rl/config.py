@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from trl import GRPOConfig
 
+from softar.caches import CACHES
 from softar.checks import check_choice, check_idle, check_types, fill
 from softar.config import SoftConfig
 from softar.training import check_compile, check_filter, opt
@@ -135,6 +136,11 @@ class SoftGRPOConfig(RolloutConfig):
         "Same seeds, same thoughts up to rounding; the answers are other draws. The log-probabilities are the model's "
         "own replay either way. See vllm_gpu_memory_utilization, vllm_max_model_length and vllm_model_impl.",
     )
+    compile_rollout: bool = opt(
+        False,
+        "Compile the steps of rollout='loop', over cache_implementation='static'. It takes a minute, once for each "
+        "size of the cache.",
+    )
 
     def __post_init__(self):
         check_policy(self.soft_mixer)
@@ -145,6 +151,11 @@ class SoftGRPOConfig(RolloutConfig):
             raise ValueError(
                 f"think_steps={self.think_steps} must lie in 0..{self.max_completion_length - 1}, below "
                 f"max_completion_length={self.max_completion_length}, so that an answer fits"
+            )
+        check_choice("cache_implementation", self.cache_implementation, (None, *CACHES))
+        if self.compile_rollout and self.cache_implementation != "static":
+            raise ValueError(
+                f"compile_rollout=True needs cache_implementation='static', not {self.cache_implementation!r}"
             )
         if self.rollout == "vllm":
             self._check_vllm()

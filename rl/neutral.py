@@ -24,7 +24,6 @@ NEUTRAL = (
     ("min_p", (None, 0.0), SUPPORT),
     ("repetition_penalty", (1.0,), SUPPORT),
     ("generation_kwargs", (None, {}), "the rollout is softar's own and takes no other settings"),
-    ("cache_implementation", (None,), "the rollout is softar's own and has a cache of its own"),
     ("use_vllm", (False,), f"{MIXTURES}; rollout='vllm' decodes softly on vLLM"),
     ("use_transformers_continuous_batching", (False,), MIXTURES),
     ("transformers_continuous_batching_config", (None,), MIXTURES),
@@ -96,6 +95,12 @@ IDLE = (
         "set rollout='vllm'",
     ),
     *map(_of_mixers, LEFT_OUT),
+    Idle(
+        "cache_implementation compile_rollout",
+        lambda c: c.rollout == "vllm",
+        "where vLLM decodes, which has a cache of its own",
+        "set rollout='loop'",
+    ),
     Idle(
         "soft_ratio",
         lambda c: draws_of(c) == 1,

@@ -102,7 +102,14 @@ def decode_by_loop(trainer, ids: Tensor, mask: Tensor, rng: list[torch.Generator
         model.eval()
         try:
             return generate(
-                model, ids, mask, config=trainer.decoding, rng=rng, generation_config=settings
+                model,
+                ids,
+                mask,
+                config=trainer.decoding,
+                rng=rng,
+                generation_config=settings,
+                cache_implementation=args.cache_implementation,
+                compile=args.compile_rollout,
             )
         finally:
             model.train(training)

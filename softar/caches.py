@@ -1,6 +1,11 @@
-"""Which of transformers' caches a decode takes."""
+"""Which of transformers' caches a decode takes, and the forward compiled over one of a fixed size."""
 
-from transformers import GenerationConfig, StaticCache
+import copy
+import warnings
+from collections.abc import Callable
+
+import torch
+from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.generation.configuration_utils import (
     DYNAMIC_CACHE_IMPLEMENTATIONS,
@@ -62,3 +67,58 @@ def check_room(cache, positions: int) -> None:
             f"the static cache has room for {room} positions, too few for {positions}, the prompt's and those of "
             f"all new tokens but the last: give generate max_new_tokens=, or a cache of max_cache_len={positions}"
         )
+
+
+def compiling(device: torch.device) -> CompileConfig:
+    """How a forward is compiled where nobody says how: as one graph, with CUDA graphs on a GPU."""
+    return CompileConfig(
+        fullgraph=True, mode="default" if device.type == "cpu" else "reduce-overhead"
+    )
+
+
+def forward_of(model, settings: GenerationConfig, model_kwargs: dict) -> Callable:
+    """What takes a step of one token: the model, or with compile_config its compiled call. Of a model
+    that does not compile, which is warned of once, the model again.
+
+    Raises:
+        ValueError: where the cache grows, so that a compiled forward would be another each step.
+    """
+    if settings.compile_config is None or settings.disable_compile:
+        return model
+    cache = model_kwargs.get("past_key_values", model_kwargs.get("cache_params"))
+    if not isinstance(cache, StaticCache):
+        raise ValueError(
+            "a decode compiles over a cache of one size: give cache_implementation='static', or leave "
+            "compile and compile_config out"
+        )
+    settings = copy.copy(settings)
+    how = settings.compile_config = copy.copy(settings.compile_config)
+    how._compile_all_devices = True  # on a CPU too, as it was asked for
+    if not model._valid_auto_compile_criteria(model_kwargs, settings):
+        return _given_up(model, "its weights are quantised, or lie on several devices")
+    return _or_given_up(model, model.get_compiled_call(how), how.fullgraph)
+
+
+def _or_given_up(model, compiled: Callable, is_one_graph: bool) -> Callable:
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # slow to import
+
+    def forward(**inputs):
+        nonlocal compiled
+        try:
+            return compiled(**inputs)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            if not is_one_graph:  # a part of it may have written to the cache
+                raise
+            compiled = _given_up(model, " ".join(str(error).split()))
+            return compiled(**inputs)
+
+    return forward
+
+
+def _given_up(model, why: str) -> Callable:
+    """The call that is not compiled, from now on: transformers keeps it as the compiled one."""
+    warnings.warn(
+        f"{type(model).__name__} does not compile ({why:.200}): it decodes uncompiled", stacklevel=2
+    )
+    model._compiled_call = model.__call__
+    return model._compiled_call

@@ -41,7 +41,7 @@ from transformers.generation.logits_process import (
 )
 
 from . import guard
-from .caches import check_cache, check_room
+from .caches import check_cache, check_room, compiling, forward_of
 from .checks import check_fields, check_values
 from .config import SoftConfig, renamed
 from .defaults import chosen, recall
@@ -141,6 +141,7 @@ def generate(
     stopping_criteria: Sequence[Callable] | None = None,
     generation_config: GenerationConfig | None = None,
     cache_implementation: str | None = None,
+    compile: bool = False,
     look_every: int | None = None,
     **kwargs,
 ) -> SoftOutput:
@@ -169,6 +170,10 @@ def generate(
         cache_implementation: transformers' name of the cache: "dynamic", "static" (of one size
             from the beginning), "offloaded", "offloaded_static", "quantized"; default as
             generation_config says.
+        compile: compile the forward of a step by torch.compile, over a cache of one size
+            (cache_implementation="static"); the prompt is read uncompiled. It takes a minute or so, once
+            for a model, a width of the batch and a size of the cache. generation_config may say how
+            (compile_config). A model that does not compile is warned of, and decodes all the same.
         look_every: steps after which the host looks at the batch, waiting for the device. More than
             1 decodes the same (up to that many forwards too many, which are dropped and not
             counted), where no callback, streamer, stopping criterion of its own, vector or generator
@@ -191,6 +196,7 @@ def generate(
     check_values(generate, logits_processor=logits_processor, stopping_criteria=stopping_criteria)
     check_values(generate, generation_config=generation_config)
     check_values(generate, cache_implementation=cache_implementation, look_every=look_every)
+    check_values(generate, compile=compile)
     if attention_mask is not None:
         check_ragged(model, attention_mask)  # the loop below sees nothing of PEFT's wrapper
     own, tokenizer = plain(model).generation_config, tokenizer or origin_of(model).tokenizer
@@ -202,6 +208,9 @@ def generate(
     guard.check_followed(settings, own, also=guard.ALONE)
     if cache_implementation is not None:
         settings.cache_implementation = cache_implementation
+    if compile:
+        settings.compile_config = settings.compile_config or compiling(model.device)
+        settings.disable_compile = False
     check_cache(model, settings)
     settings.update(**guard.OVERRIDES, max_new_tokens=config.max_new_tokens)
     loop = functools.partial(
@@ -268,6 +277,9 @@ def soft_decode(
         stopping_criteria = StoppingCriteriaList([*others, MaxLengthCriteria(length)])
     guard.check_positions(model, input_ids, generation_config, model_kwargs)
     check_room(model_kwargs.get("past_key_values"), generation_config.max_length - 1)
+    forward = forward_of(model, generation_config, model_kwargs)
+    # one graph for all steps: where mixtures may come, tokens are read as such, which is the same
+    always_mixes = forward is not model and (config.is_soft or config.is_latent)
     if config.switch is not None:  # the shares of its tags fade over the whole length
         length = generation_config.max_length - input_ids.shape[1]
         config = dataclasses.replace(config, max_new_tokens=length)
@@ -308,7 +320,8 @@ def soft_decode(
             )
             h = entropy(logits, config.entropy_temperature)
             scores = processors(input_ids, logits)
-            hidden = outputs.hidden_states[-1][:, -1] if wants_hidden else None
+            # copied like the logits: the next step of a CUDA graph writes to where they are
+            hidden = outputs.hidden_states[-1][:, -1].clone() if wants_hidden else None
             thought, answer = propose(scores, step, looks.now.any_thinking, hidden)
             vector = None if thought.vector is None else stretched(thought.vector, length)
             progress, record = decide(rules, progress, h, thought, answer)
@@ -329,8 +342,8 @@ def soft_decode(
                 callback(told)
             if looks.now.finished:
                 break
-            mixed = read_next(record, vector) if looks.now.any_soft else None
-            outputs = _forward(model, input_ids, mixed, model_kwargs)
+            mixed = read_next(record, vector) if always_mixes or looks.now.any_soft else None
+            outputs = forward(**_inputs(model, input_ids, mixed, model_kwargs), return_dict=True)
     records, noisy = looks.taken(records, noisy)
     input_ids = input_ids[:, : prompt_length + len(records)]
     forwards += len(records) - 1
@@ -378,11 +391,12 @@ def _mk_reader(model, config: SoftConfig) -> Callable[..., dict[str, Tensor]]:
     return read
 
 
-def _forward(model, input_ids: Tensor, mixed: dict[str, Tensor] | None, model_kwargs: dict):
-    """Of the last token or, where there are any, of mixtures [B, 1, ...] in its place."""
+def _inputs(model, input_ids: Tensor, mixed: dict[str, Tensor] | None, model_kwargs: dict) -> dict:
+    """Arguments of a forward of the last token or, where there are any, of mixtures [B, 1, ...] in
+    its place."""
     inputs = model.prepare_inputs_for_generation(
         input_ids, next_sequence_length=1, is_first_iteration=False, **model_kwargs
     )
     if mixed is not None:  # the step is prepared as one of a token: Mamba's cache is told by it
         inputs = inputs | {"input_ids": None} | mixed
-    return model(**inputs, return_dict=True)
+    return inputs

@@ -66,7 +66,6 @@ NOT_FOLLOWED: dict[str, str] = {
         "output_scores output_logits output_attentions output_hidden_states".split(), _OUTPUTS
     ),
     "guidance_scale": _CFG,
-    "compile_config": "compile the model yourself: model.forward = torch.compile(model.forward)",
     "decoder_start_token_id": "a causal LM begins with its prompt",
 }
 # In softar.generate, which sets them itself, these as well

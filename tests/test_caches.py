@@ -6,6 +6,7 @@ tokens apart, so that tokens are equal over any number of steps that feed back w
 """
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tiny import (
     with_lora,
 )
 from torch.testing import assert_close
-from transformers import StaticCache, TextStreamer
+from transformers import CompileConfig, LlamaModel, StaticCache, TextStreamer
 from transformers.generation.configuration_utils import (
     ALL_CACHE_IMPLEMENTATIONS,
     DEPRECATED_STATIC_CACHE_IMPLEMENTATIONS,
@@ -260,3 +261,132 @@ def test_what_needs_each_step_is_named(llama, how, told):
 
 def test_without_draws_a_shared_generator_needs_nothing(llama):
     assert_same(decode(llama, rng=seeded(), look_every=3), decode(llama))
+
+
+# -- compiled; by a backend that makes no code, so that no compiler has to be there
+
+
+@pytest.fixture
+def graphs():
+    """The graphs that are compiled meanwhile."""
+    torch._dynamo.reset()
+    yield []
+    torch._dynamo.reset()
+
+
+def compiled(model, way, backend, **how):
+    settings = copy.deepcopy(model.generation_config)
+    settings.update(
+        cache_implementation="static",
+        compile_config=CompileConfig(fullgraph=True, mode="default", backend=backend),
+    )
+    return decode(model, way, generation_config=settings, **how)
+
+
+@pytest.mark.parametrize("way", ["budget", "hidden"])
+def test_one_compiled_graph_decodes_as_the_model_does(graphs, way):
+    """Thought, answer and a second decode of another prompt: the shapes of a step never change."""
+
+    def note(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = net(num_hidden_layers=1)
+    shorter = dict(rows=(IDS[:, 1:], MASK[:, 1:]), max_new_tokens=6)
+    for how in ({}, shorter):
+        assert_same(compiled(model, way, note, **how), decode(model, way, **how))
+    assert len(graphs) == 1
+
+
+def test_a_model_that_does_not_compile_is_named_once_and_decodes(graphs, recwarn):
+    def fails(graph, inputs):
+        graphs.append(graph)
+        raise RuntimeError("no compiler")
+
+    model = net(num_hidden_layers=1)
+    plain = decode(model, "budget")
+    for _ in range(2):
+        assert_same(compiled(model, "budget", fails), plain)
+    told = [str(w.message) for w in recwarn if "does not compile" in str(w.message)]
+    assert len(told) == len(graphs) == 1 and told[0].startswith(
+        "LlamaForCausalLM does not compile ("
+    )
+    broken, forward = net(num_hidden_layers=1), LlamaModel.forward
+    broken.model.forward = lambda **inputs: (
+        torch._dynamo.graph_break(),
+        forward(broken.model, **inputs),
+    )[1]
+    with pytest.warns(UserWarning, match="LlamaForCausalLM does not compile"):
+        assert_same(compiled(broken, "budget", "eager"), plain)
+
+
+def test_compiling_needs_a_cache_of_one_size(llama):
+    refused(llama, "give cache_implementation='static'", compile=True)
+    settings = copy.deepcopy(llama.generation_config)
+    settings.compile_config = CompileConfig()
+    refused(llama, "give cache_implementation='static'", generation_config=settings)
+
+
+# -- by those who decode
+
+
+def test_decoders_pass_it_on(monkeypatch):
+    """The spec's option, a vote's too, reaches `softar.generate`; other decoders take none."""
+    from softar.decoders import soft
+
+    told, inner = [], soft.generate
+
+    def generate(*args, **kwargs):
+        told.append((kwargs["cache_implementation"], kwargs["compile"]))
+        return inner(*args, **kwargs | {"compile": False})
+
+    monkeypatch.setattr(soft, "generate", generate)
+    how = dict(model="mnns-soft-tiny", max_new_tokens=4)
+    for spec in ("soft:", "discrete:", "self-consistency:votes=2,"):
+        decoder = softar.make_decoder(f"{spec}cache_implementation=static,compile=true", **how)
+        assert (
+            decoder.decode(["<bos> D4 D8 D1 D3 ->"])
+            and "cache_implementation=static" in decoder.name
+        )
+    assert told == [("static", True)] * 3
+    for spec, says in (
+        ("soft:cache_implementation=statik", "did you mean 'static'"),
+        ("soft:compile=true", "needs a cache of one size: cache_implementation=static"),
+        ("beam:cache_implementation=static", "takes no 'cache_implementation'"),
+        (
+            "mnns-diffusion-tiny=denoise:cache_implementation=static",
+            "takes no 'cache_implementation'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=says):
+            softar.make_decoder(spec, **how)
+
+
+def test_rollouts_of_rl_take_it(llama, monkeypatch):
+    from types import SimpleNamespace
+
+    from softar.rl import rollout
+
+    told = {}
+    monkeypatch.setattr(rollout, "generate", lambda *args, **kwargs: told.update(kwargs))
+    monkeypatch.setattr(
+        rollout, "unwrap_model_for_generation", lambda model, *_, **__: nullcontext(model)
+    )
+    args = SimpleNamespace(
+        cache_implementation="static",
+        compile_rollout=True,
+        ds3_gather_for_generation=False,
+        gradient_checkpointing_kwargs=None,
+    )
+    trainer = SimpleNamespace(
+        model=llama,
+        model_wrapped=llama,
+        accelerator=None,
+        args=args,
+        decoding=None,
+        eos_token_ids=[EOS],
+        _tokenizer=SimpleNamespace(pad_token_id=0),
+        _dist=SimpleNamespace(summon_full_params=lambda *_, **__: nullcontext()),
+    )
+    rollout.decode_by_loop(trainer, IDS, MASK, [])
+    assert (told["cache_implementation"], told["compile"]) == ("static", True)

@@ -38,7 +38,7 @@ SHORT = SoftConfig(max_new_tokens=3)
 # Settings of generate that act in the loop, or say who wrote the file
 ACT = set(
     "max_length max_new_tokens min_length min_new_tokens max_time stop_strings do_sample use_cache "
-    "cache_implementation cache_config max_cache_len repetition_penalty encoder_repetition_penalty "
+    "cache_implementation compile_config cache_config max_cache_len repetition_penalty encoder_repetition_penalty "
     "no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id "
     "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
     "sequence_bias token_healing watermarking_config num_return_sequences return_dict_in_generate "
@@ -56,7 +56,6 @@ WISHES = {  # where 2 is no value
     "speculation_type": "x",
     "num_assistant_tokens_schedule": "heuristic",
     "continuous_batching_config": {"a": 1},
-    "compile_config": {"a": 1},
     **dict.fromkeys(
         "temperature top_p min_p top_h typical_p epsilon_cutoff eta_cutoff".split(), 0.3
     ),

@@ -58,6 +58,13 @@ def generate(
     answer_temperature: Annotated[
         float | None, typer.Option(help="Temperature of the answer after the thought; 0 is greedy.")
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="Where keys and values are held: dynamic, static, offloaded, ..."),
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile a step, over --cache static: takes a minute.")
+    ] = False,
     chat: Chat = None,
     system: System = None,
     seed: Seed = 0,
@@ -96,6 +103,8 @@ def generate(
         switch_dwell=switch_dwell,
         switch_budget=switch_budget,
         answer_temperature=answer_temperature,
+        cache_implementation=cache,
+        compile=compile or None,
     )
     with streams.only_results():
         common = dict(max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device)

@@ -11,11 +11,13 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from transformers import BatchEncoding
 
+from ..caches import CACHES
+from ..checks import check_choice
 from ..config import BLOCK, TAGS, SoftConfig, renamed
 from ..decode import generate
 from ..defaults import Default, default_of
@@ -47,6 +49,7 @@ class SoftDecoder:
             config.
         stop: strings with which an answer ends, too; a thought is not searched.
         why: where the configuration comes from, for people.
+        cache_implementation, compile: as for `softar.generate`.
     """
 
     # Wide because each is an option of the decoder
@@ -62,6 +65,8 @@ class SoftDecoder:
         columns=None,
         stop: tuple[str, ...] = (),
         why="as configured",
+        cache_implementation: str | None = None,
+        compile: bool = False,
     ):
         decoder = decoder_name(config)
         check_of_kind(model, "autoregressive", name or decoder)
@@ -70,6 +75,7 @@ class SoftDecoder:
         self.columns = columns_of(decoder, model, "autoregressive") | (columns or {})
         self.name, self.stop = name or decoder, [*stop]
         self.rng, self.why = torch.Generator().manual_seed(seed), why
+        self.how = dict(cache_implementation=cache_implementation, compile=compile)
 
     @property
     def draws(self) -> bool:
@@ -102,6 +108,7 @@ class SoftDecoder:
                 callback=callback,
                 tokenizer=self.tokenizer,
                 stopping_criteria=criteria,
+                **self.how,
             )
         title = self.name if self.trace else None
         return read_out(out, self.tokenizer, inputs, started=started, title=title)
@@ -236,8 +243,22 @@ def soft_config(default: Default, decoder: str, options: dict) -> SoftConfig:
     return default.changed(own | changes | {"mixer": mixer, "mixer_args": args})
 
 
+@dataclass(frozen=True)
+class CacheOptions:
+    cache_implementation: str | None = None  # as for `softar.generate`
+    compile: bool = False
+
+    def __post_init__(self):
+        check_choice("cache_implementation", self.cache_implementation, (None, *CACHES))
+        if self.compile and "static" not in (self.cache_implementation or ""):
+            raise ValueError("compile=true needs a cache of one size: cache_implementation=static")
+
+
 def _make_soft(decoder: str, card: Card, common: Common, /, **options) -> SoftDecoder:
-    """options: fields of SoftConfig and knobs of the mixer."""
+    """options: fields of SoftConfig, knobs of the mixer, and those of CacheOptions."""
+    setting = format_options(options, " ")
+    cache = {f.name: options.pop(f.name) for f in fields(CacheOptions) if f.name in options}
+    cache = asdict(CacheOptions(**check_options(CacheOptions, decoder, cache)))
     length = common.max_new_tokens
     asked = options | ({} if length is None else {"max_new_tokens": length})
     soft_config(
@@ -246,9 +267,9 @@ def _make_soft(decoder: str, card: Card, common: Common, /, **options) -> SoftDe
     model, tokenizer = _open(decoder, card, common)
     default = default_of(card.config, tokenizer)
     config = soft_config(default, decoder, asked)
-    labels = common.labels(decoder, card.name, format_options(options, " "))
+    labels = common.labels(decoder, card.name, setting)
     how = dict(seed=common.seed, trace=common.trace, stop=common.stop, why=default.why)
-    return SoftDecoder(model, tokenizer, config, **how, **labels)
+    return SoftDecoder(model, tokenizer, config, **how, **cache, **labels)
 
 
 def _make_beam(card: Card, common: Common, /, **options) -> BeamDecoder:
