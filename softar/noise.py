@@ -6,7 +6,7 @@ alone as in a batch. None is torch's global one.
 Shapes: ... any leading dims, K tokens kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,18 +18,8 @@ TINY = torch.finfo(torch.float32).tiny
 def exponential(like: Tensor, rng: Rng) -> Tensor:
     """Standard exponential noise of like's shape, never 0. A CPU generator draws the same numbers
     for every device."""
-    if rng is None or isinstance(rng, torch.Generator):
-        noise = torch.empty(
-            like.shape, dtype=like.dtype, device=like.device if rng is None else rng.device
-        )
-        return noise.exponential_(generator=rng).clamp_min(TINY).to(like.device, non_blocking=True)
-    pairs = zip(like, rng, strict=True)
-    rows = [
-        torch.empty(row.shape, dtype=row.dtype, device=r.device).exponential_(generator=r)
-        for row, r in pairs
-    ]
-    # Moved together: one copy to an accelerator, not one a row
-    return torch.stack(rows).clamp_min(TINY).to(like.device, non_blocking=True)
+    noise = _drawn(Tensor.exponential_, like.shape, like.dtype, rng, like.device)
+    return noise.clamp_min_(TINY)
 
 
 def standard_gamma(a: Tensor, rng: Rng) -> Tensor:
@@ -54,10 +44,16 @@ def draw(weights: Tensor, rng: Rng, n: int = 1) -> Tensor:
 
 def uniform(shape: tuple[int, ...], rng: Rng, device: torch.device) -> Tensor:
     """Float64 in [0, 1)."""
-    if rng is None or isinstance(rng, torch.Generator):
-        source = device if rng is None else rng.device
-        return torch.rand(shape, generator=rng, device=source, dtype=torch.float64).to(
-            device, non_blocking=True
-        )
-    rows = [torch.rand(shape[1:], generator=r, device=r.device, dtype=torch.float64) for r in rng]
-    return torch.stack(rows).to(device, non_blocking=True)
+    return _drawn(Tensor.uniform_, shape, torch.float64, rng, device)
+
+
+def _drawn(draw: Callable, shape, dtype: torch.dtype, rng: Rng, device: torch.device) -> Tensor:
+    """Drawn in place, by one generator or each row by its own, and moved together: one tensor and
+    one copy to an accelerator, not one a row."""
+    is_shared = rng is None or isinstance(rng, torch.Generator)
+    home = device if rng is None else rng.device if is_shared else rng[0].device
+    noise = torch.empty(shape, dtype=dtype, device=home)
+    pairs = [(noise, rng)] if is_shared else zip(noise.unbind(), rng, strict=True)
+    for part, generator in pairs:
+        draw(part, generator=generator)
+    return noise.to(device, non_blocking=True)
