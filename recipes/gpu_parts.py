@@ -7,10 +7,12 @@ Floors say how fast a part could be at best here: bytes that have to be read ove
 large copy, operations over the rate of a large matrix product, both measured first.
 """
 
+import copy
 import gc
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -227,44 +229,61 @@ def decoders(model, ids: Tensor) -> dict[str, Callable[[int], object]]:
 
 
 def compiled(record: Record, model, about: dict, repeats: int, is_dry: bool, left: Left) -> None:
-    """model.generate with a static cache, which transformers compiles; that needs a C compiler."""
+    """Steps compiled over a static cache, transformers' and softar's; that needs a C compiler."""
+    if DEVICE.type == "cuda" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        record(about | dict(what="compiled", note="no C compiler here"))
+        return
+    torch._dynamo.reset()
+    runs, took = over_static_cache(model, about, is_dry), {}
+    warnings.filterwarnings("error", message=".*does not compile")
+    for what, run in [*runs.items()]:
+        began = time.perf_counter()
+        try:
+            if left() < (0 if is_dry else 50):
+                raise TimeoutError("no time left")
+            for _ in range(2):
+                run()
+            took[what] = time.perf_counter() - began
+        except Exception as error:  # of a compiler's many: the measurements beside it go on
+            record(about | dict(what=what, note=f"{type(error).__name__}: {str(error)[:200]}"))
+            del runs[what]
+    reset_peak()
+    for what, seconds in taken_in_turn(runs, repeats).items():
+        row = about | dict(what=what, note=f"{took[what]:.0f} s until compiled")
+        row |= spread(about["batch"] * about["new_tokens"], seconds)
+        of_floor = row["tokens_per_s"] / row["floor_tokens_per_s"]
+        record(row | dict(of_floor=of_floor, peak_gb=peak_gb()))
+
+
+def over_static_cache(model, about: dict, is_dry: bool) -> dict[str, Callable[[], object]]:
+    """What is timed compiled, by name; softar's with its default of looks, and with one each step."""
     from transformers import CompileConfig
 
-    what = "model.generate, compiled"
-    if DEVICE.type == "cuda" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        record(about | dict(what=what, note="no C compiler here"))
-        return
-    if left() < (0 if is_dry else 50):
-        record(about | dict(what=what, note="no time left"))
-        return
-    ids = prompt(about["batch"], about["prompt"], model.config.vocab_size)
-    how = CompileConfig(backend="eager", mode="default") if is_dry else CompileConfig()
+    ids, new = prompt(about["batch"], about["prompt"], model.config.vocab_size), about["new_tokens"]
+    how = CompileConfig(fullgraph=True)
+    if is_dry:
+        how = CompileConfig(fullgraph=True, backend="eager", mode="default")
     how._compile_all_devices = is_dry
+    static = dict(cache_implementation="static", compile_config=how)
 
-    def run():
-        return model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=about["new_tokens"],
-            cache_implementation="static",
-            compile_config=how,
-        )
+    def theirs():
+        mask = torch.ones_like(ids)
+        asked = dict(attention_mask=mask, do_sample=False, max_new_tokens=new)
+        return model.generate(ids, **asked, **static)
 
-    torch._dynamo.reset()
-    began = time.perf_counter()
-    try:
-        for _ in range(2):
-            run()
-        warm_up = time.perf_counter() - began
-        reset_peak()
-        seconds = taken_in_turn({what: run}, repeats)[what]
-    except Exception as error:  # of a compiler's many: the measurements beside it go on
-        record(about | dict(what=what, note=f"{type(error).__name__}: {str(error)[:200]}"))
-        return
-    row = about | dict(what=what, note=f"{warm_up:.0f} s to compile")
-    row |= spread(about["batch"] * about["new_tokens"], seconds)
-    record(row | dict(of_floor=row["tokens_per_s"] / row["floor_tokens_per_s"], peak_gb=peak_gb()))
+    def ours(look_every=None, **fields):
+        settings = copy.deepcopy(model.generation_config)
+        settings.update(**static)
+        config = softar.SoftConfig(max_new_tokens=new, **fields)
+        how = dict(generation_config=settings, look_every=look_every)
+        return lambda: softar.generate(model, ids, config=config, **how)
+
+    return {
+        "model.generate, compiled": theirs,
+        "softar hard, compiled": ours(mixer="hard", top_k=None),
+        "softar soft, top-k 10, compiled": ours(top_k=10),
+        "softar soft, top-k 10, compiled, each step looked at": ours(look_every=1, top_k=10),
+    }
 
 
 def step_bytes(model, batch: int, length: float) -> float:

@@ -8,6 +8,7 @@ those at which the assertions survive relative perturbations of the weights by 1
 """
 
 import contextlib
+import copy
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from tiny import PROMPTS, left_padded, model_of
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CompileConfig
 
 import softar
 from softar import MIXERS, SoftConfig, mk_proba_dist, soft_embed
@@ -84,6 +86,29 @@ def test_hard_equals_generate(dtype, cache):
     expected = model.generate(input_ids=ids, attention_mask=mask, **settings)
     out = softar.generate(model, ids, mask, config=SoftConfig(mixer="hard", max_new_tokens=12))
     assert torch.equal(out.sequences, expected)
+
+
+@pytest.mark.filterwarnings("error:.*does not compile")
+@pytest.mark.parametrize("look_every", [1, 8])
+def test_a_compiled_step_is_the_models(look_every, record_property):
+    """One step after the prompt's: of more, each that is fed back would add to the rounding."""
+    model, (ids, mask) = causal(torch.float32), inputs()
+    settings = copy.deepcopy(model.generation_config)
+    how = (
+        dict(mode="reduce-overhead")
+        if DEVICE.type == "cuda"
+        else dict(backend="eager", mode="default")
+    )
+    compile_config = CompileConfig(fullgraph=True, **how)
+    settings.update(cache_implementation="static", compile_config=compile_config)
+    config = SoftConfig(mixer="soft", top_k=10, max_new_tokens=2)
+    plain = softar.generate(model, ids, mask, config=config)
+    out = softar.generate(
+        model, ids, mask, config=config, generation_config=settings, look_every=look_every
+    )
+    far = (out.record.entropy - plain.record.entropy).abs().max().item()
+    record_property("largest difference", far)
+    assert far <= 1e-3
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -70,7 +70,8 @@ def test_its_rows_are_measurements(dry):
     assert any("largest difference" in row["measured"] for row in tests)
     decode = [row for row in measured(rows, "decode") if "tokens_per_s" in row]
     whats = {row["what"] for row in decode}
-    assert {"model.generate", "softar hard", "model.generate, compiled"} <= whats
+    ways = ("model.generate", "softar hard", "softar soft, top-k 10")
+    assert {name + how for name in ways for how in ("", ", compiled")} <= whats
     assert {(row["model"], row["batch"]) for row in decode} == {
         (model, batch) for model in ("Qwen3-8B", "Qwen3-0.6B") for batch in (1, 2)
     }
