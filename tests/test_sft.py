@@ -222,6 +222,35 @@ def test_loss_without_targets_is_a_clean_zero():
     assert loss == 0 and len(h) == 0 and not logits.grad.any()
 
 
+@pytest.mark.parametrize("with_soft_labels", [False, True])
+def test_loss_in_pieces_is_the_loss(monkeypatch, with_soft_labels):
+    """Its gradient too; and no float32 is kept for the way back that is as large as the logits."""
+    torch.manual_seed(0)
+    B, T, V, M = 3, 9, 50, 4
+    logits = torch.randn(B, T, V, dtype=torch.bfloat16)
+    labels = torch.randint(V, (B, T)).where(torch.rand(B, T) < 0.8, OFF)
+    thought, soft = torch.rand(B, T) < 0.5, None
+    if with_soft_labels:
+        soft = Soft(torch.randint(V, (B, T, M)), torch.rand(B, T, M).softmax(-1))
+    found, stored = {}, []
+
+    def keep(x):
+        stored.append(x.numel() if x.dtype == torch.float32 else 0)
+        return x
+
+    for piece in (2**25, 4 * V, 1):
+        monkeypatch.setattr(softar.sft.loss, "PIECE", piece)
+        x = logits.clone().requires_grad_()
+        stored.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss, h = soft_loss(x, labels, thought, thought_weight=0.3, soft_labels=soft)
+        (loss + h.sum()).backward()
+        found[piece] = loss.detach(), h.detach(), x.grad
+        assert (max(stored) >= 10 * V) == (piece == 2**25)
+    for piece in (4 * V, 1):
+        torch.testing.assert_close(found[piece], found[2**25])
+
+
 def test_loss_is_of_the_raw_logits_and_takes_low_precision():
     logits = torch.randn(1, 4, 7, dtype=torch.bfloat16)
     labels = torch.tensor([[OFF, 1, 2, 3]])
