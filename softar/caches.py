@@ -106,11 +106,16 @@ def _or_given_up(model, compiled: Callable, is_one_graph: bool) -> Callable:
         nonlocal compiled
         try:
             return compiled(**inputs)
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        except FailOnRecompileLimitHit:
+            why = (
+                "it met more shapes of batches and caches than torch._dynamo.config.recompile_limit"
+            )
+        except TorchDynamoException as error:
             if not is_one_graph:  # a part of it may have written to the cache
                 raise
-            compiled = _given_up(model, " ".join(str(error).split()))
-            return compiled(**inputs)
+            why = " ".join(str(error).split())
+        compiled = _given_up(model, why)
+        return compiled(**inputs)
 
     return forward
 

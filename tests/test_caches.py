@@ -318,6 +318,13 @@ def test_a_model_that_does_not_compile_is_named_once_and_decodes(graphs, recwarn
     )[1]
     with pytest.warns(UserWarning, match="LlamaForCausalLM does not compile"):
         assert_same(compiled(broken, "budget", "eager"), plain)
+    many, rows = net(num_hidden_layers=1), (IDS[:1], MASK[:1])
+    with (
+        torch._dynamo.config.patch(recompile_limit=1),
+        pytest.warns(UserWarning, match="more shapes"),
+    ):
+        compiled(many, "budget", "eager", max_new_tokens=2)
+        assert_same(compiled(many, "budget", "eager", rows=rows), decode(many, "budget", rows=rows))
 
 
 def test_compiling_needs_a_cache_of_one_size(llama):
