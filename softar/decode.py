@@ -57,7 +57,7 @@ from .feedback import (
     where_read,
     width_of,
 )
-from .looks import Looks, every_of
+from .looks import Looks, every_of, need_of_each_step
 from .loops import run_loop
 from .mixers import Rng, mk_mixer
 from .models.kind import plain, uncompiled
@@ -298,7 +298,8 @@ def soft_decode(
     pad, eos = generation_config._pad_token_tensor, generation_config._eos_token_tensor
     rules, progress = mk_rules(config, input_ids.device, pad, eos), begin(config, input_ids)
     streamers = [each for each in (soft_streamer, asked.get("streamer")) if each is not None]
-    need = _need_of_each_step(config, rng, callback, streamers, stopping_criteria)
+    others = [c for c in stopping_criteria if not isinstance(c, (*LIMITS, EosTokenCriteria))]
+    need = need_of_each_step(config, rng, callback, streamers, others)
     every = every_of(look_every, input_ids.device, need)
     looks = Looks(config, bool(progress.thinking.any()), every)
     if soft_streamer is not None:  # generate has put the prompt into its own
@@ -358,20 +359,6 @@ def soft_decode(
     how, read = (config, why or reason), (stack_vectors(vectors), stack_vectors(noisy, -torch.inf))
     start = progress.answer_start
     return SoftOutput(input_ids, stack(records), prompt_length, start, *cost, *how, *read)
-
-
-def _need_of_each_step(config: SoftConfig, rng: Rng, callback, streamers, criteria) -> str | None:
-    """What has to know each step when it is made; None where the host may look less often."""
-    others = [c for c in criteria if not isinstance(c, (*LIMITS, EosTokenCriteria))]
-    needs = {
-        "callback=": callback is not None,
-        "a streamer": bool(streamers),
-        f"mixer={config.mixer!r}, whose vectors the host keeps,": config.is_latent,
-        "a generator that rows share": config.draws
-        and (rng is None or isinstance(rng, torch.Generator)),
-        **{type(criterion).__name__: True for criterion in others},
-    }
-    return next((name for name, is_there in needs.items() if is_there), None)
 
 
 def _mk_reader(model, config: SoftConfig) -> Callable[..., dict[str, Tensor]]:

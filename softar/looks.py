@@ -7,6 +7,7 @@ has ended are dropped.
 Shapes: B batch, K tokens kept.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .checks import check_least
 from .config import SoftConfig
+from .mixers import Rng
 from .thought import Kind, Progress, Record, check_finite, is_bad
 
 EVERY = 8  # steps from look to look on an accelerator, where nothing needs each
@@ -72,6 +74,22 @@ class Looks:
         single = [r._replace(ids=r.ids[:, :1], weights=r.weights[:, :1]) for r, *_ in steps]
         records = [r if thinks else one for (r, _, thinks), one in zip(steps, single, strict=True)]
         return records, [noise if thinks else None for _, noise, thinks in steps]
+
+
+def need_of_each_step(
+    config: SoftConfig, rng: Rng, callback: Callable | None, streamers: list, criteria: list
+) -> str | None:
+    """What has to know each step when it is made; None where the host may look less often. criteria:
+    those beside length, time and end tokens."""
+    is_shared = rng is None or isinstance(rng, torch.Generator)
+    needs = {
+        "callback=": callback is not None,
+        "a streamer": bool(streamers),
+        f"mixer={config.mixer!r}, whose vectors the host keeps,": config.is_latent,
+        "a generator that rows share": config.draws and is_shared,
+        **{type(criterion).__name__: True for criterion in criteria},
+    }
+    return next((name for name, is_there in needs.items() if is_there), None)
 
 
 def every_of(asked: int | None, device: torch.device, need: str | None) -> int:
