@@ -194,9 +194,8 @@ def generate(
     guard.check_prompts(input_ids, attention_mask)
     check_values(generate, callback=callback, tokenizer=tokenizer, streamer=streamer)
     check_values(generate, logits_processor=logits_processor, stopping_criteria=stopping_criteria)
-    check_values(generate, generation_config=generation_config)
+    check_values(generate, generation_config=generation_config, compile=compile)
     check_values(generate, cache_implementation=cache_implementation, look_every=look_every)
-    check_values(generate, compile=compile)
     if attention_mask is not None:
         check_ragged(model, attention_mask)  # the loop below sees nothing of PEFT's wrapper
     own, tokenizer = plain(model).generation_config, tokenizer or origin_of(model).tokenizer
