@@ -29,7 +29,7 @@ NOT_ON_VLLM = {"gumbel": "vLLM's answers do not hold the noise of a draw, which 
 
 def check_policy(mixer: str) -> None:
     """Raise ValueError for a mixer whose draws have no probability that is known here."""
-    if mixer in NO_PROBABILITY:
+    if isinstance(mixer, str) and mixer in NO_PROBABILITY:
         raise ValueError(
             f"soft_mixer={mixer!r} cannot be trained by RL: {NO_PROBABILITY[mixer]}; choose one of "
             f"{[*KNOBS]}"
