@@ -2,9 +2,13 @@
 
 # Sequential steps with a cache beside parallel refreshes, whole vocabulary beside the most likely tokens
 python recipes/bench_soft_sft.py --lengths 8 32 128 512 --seeds 0 1 2
+
+# A sequential step on prompts of 20 to 300 tokens, beside prompts that all have 300
+python recipes/bench_soft_sft.py --ragged --lengths 8 --batch 16
 """
 
 import argparse
+import statistics
 import time
 
 import torch
@@ -19,6 +23,7 @@ WAYS = {
     **{f"parallel, {r} passes": dict(mode="parallel", passes=r) for r in (1, 2, 4)},
 }
 PROMPT, ANSWER = 8, 8
+PAIRS = 5
 
 
 def net(args, seed: int):
@@ -73,6 +78,35 @@ def measure(args, length: int, top_k: int | None) -> None:
         )
 
 
+def ragged(args, length: int) -> None:
+    """A line: processor seconds of a sequential step on prompts of different lengths, padded on the
+    right, and on prompts of one length, medians and the ratio of pairs."""
+    model, generator = net(args, args.seeds[0]), torch.Generator().manual_seed(args.seeds[0])
+    longest, T = 300, 300 + length + ANSWER
+    ids = torch.randint(args.vocab, (args.batch, T), generator=generator)
+    drawn = torch.randint(20, longest + 1, (args.batch, 1), generator=generator)
+    at, took = torch.arange(T), {"ragged": [], "equal": []}
+
+    def feed(logits, gold):
+        return guide(mk_proba_dist(logits, top_k=10), gold, args.alpha, "mix")
+
+    for _ in range(PAIRS + 1):  # the first warms up
+        for name, prompts in (("ragged", drawn), ("equal", torch.full_like(drawn, longest))):
+            thought = (at >= prompts) & (at < prompts + length)
+            mask = (at < prompts + length + ANSWER).long()
+            model.zero_grad()
+            began = time.process_time()
+            logits = soft_forward(model, ids, mask, thought, feed, mode="sequential")
+            (logits * mask[..., None]).square().mean().backward()
+            took[name].append(time.process_time() - began)
+    ratios = [a / b for a, b in zip(took["ragged"][1:], took["equal"][1:], strict=True)]
+    medians = [statistics.median(seconds[1:]) for seconds in took.values()]
+    print(
+        f"| {length} | {medians[0]:.2f} | {medians[1]:.2f} | {statistics.median(ratios):.2f} "
+        f"({min(ratios):.2f} to {max(ratios):.2f}) |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8, 32, 128])
@@ -80,8 +114,14 @@ def main() -> None:
     for name, default in (("batch", 4), ("layers", 3), ("width", 64), ("vocab", 2048)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--alpha", type=float, default=0.3, help="share of the gold token")
+    parser.add_argument("--ragged", action="store_true", help="time prompts of different lengths")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.ragged:
+        print("| thought | ragged, s | equal, s | ratio |\n|---|---|---|---|")
+        for length in args.lengths:
+            ragged(args, length)
+        return
     print(
         "| thought | top_k | way | s per step | cosine | relative error |\n|---|---|---|---|---|---|"
     )

@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import BOS, PAD, VOCAB, counted, model_of, seeded, with_lora
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from softar.mixers import GUIDES, guide
+from softar.models.reading import sees_padding
 from softar.sft.forward import SCHEDULES, mk_alpha, soft_forward
 from softar.soft import Soft, dense, mk_proba_dist, soft_embed
 
@@ -355,9 +357,9 @@ def test_the_number_of_forwards():
         with counted(model) as calls, torch.no_grad():
             soft_forward(model, ids, mask, marked, feeder(), passes=passes)
         assert calls == [(4, 12)] * expected
-    with counted(model) as calls, torch.no_grad():
+    with counted(model) as calls, torch.no_grad():  # rows moved by 1, 2, 0 and 0 columns
         soft_forward(model, ids, mask, marked, feeder(), mode="sequential")
-    assert sum(t for _, t in calls) == 12 and len(calls) == int(marked.any(0).sum()) + 1
+    assert sum(t for _, t in calls) == 13 and len(calls) == 6 + 1
     with counted(model) as calls, torch.no_grad():
         soft_forward(model, ids, mask, torch.zeros_like(marked), feeder(), passes=5)
     assert len(calls) == 1
@@ -464,10 +466,48 @@ def test_a_window_leaves_the_forward_exact_and_from_the_span_on_the_gradient_too
         assert max((ours[n] - reference[n]).abs().max() for n in ours) > 1e-4
 
 
+@pytest.mark.parametrize("last", [None, 7])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_prompts_of_any_length_cost_as_many_steps_as_the_thought_has(padding, last, monkeypatch):
+    """Moved rows have the logits and gradients of rows that are not, which take a step a column."""
+    model, (T, steps) = mild(), (20, 3)
+    ids = torch.randint(5, VOCAB, (6, T), generator=seeded(3))
+    mask, marked = torch.zeros(2, 6, T, dtype=torch.long)
+    prompts = torch.randint(T - 6, T - steps, (6,), generator=seeded(4)).tolist()
+    for row, prompt in enumerate(prompts):
+        begin = 0 if padding == "right" else T - prompt - steps - 1
+        mask[row, begin : begin + prompt + steps + 1] = 1
+        marked[row, begin + prompt : begin + prompt + steps] = 1
+    how = dict(mode="sequential", last=last)
+    with counted(model) as calls:
+        ours = soft_forward(model, ids, mask, marked.bool(), feeder(0.2), **how)
+    assert len(calls) == steps + 1
+    real = mask if last is None else mask[:, -last:]
+    gradients = grads_of(model, ours, real)
+    monkeypatch.setattr("softar.sft.forward.sees_padding", lambda model: False)
+    with counted(model) as calls:
+        theirs = soft_forward(model, ids, mask, marked.bool(), feeder(0.2), **how)
+    assert len(calls) == int(marked.any(0).sum()) + 1
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours[real.bool()], theirs[real.bool()], rtol=1e-5, atol=1e-5)
+    assert_same_gradients(gradients, grads_of(model, theirs, real))
+
+
+@pytest.mark.parametrize("kind, sees", [("llama", True), ("rwkv", False), ("roformer", False)])
+def test_rows_are_not_moved_behind_padding_that_a_model_would_read(kind, sees):
+    model = mild()
+    model.config.model_type = kind
+    assert sees_padding(model) is sees
+    tuned = get_peft_model(mild(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert sees_padding(get_peft_model(mild(), LoraConfig(task_type="CAUSAL_LM")))
+    assert not sees_padding(tuned)
+
+
 def test_a_window_of_one_reaches_back_one_mixture_and_no_further():
     """From the second marked column on, each block (a mixture and the gold tokens up to the next)
     takes the weights of its mixture and all keys and values before it as constants."""
     model, (ids, mask, marked) = mild(), batch("right")
+    marked[:, :3], marked[:3, 3] = False, True  # rows that begin together are not moved
     feed = feeder(0.2)
     columns = marked.any(0).nonzero()[:, 0].tolist()
     table, positions = model.get_input_embeddings(), (mask.cumsum(1) - 1).clamp_min(0)

@@ -71,6 +71,13 @@ def check_reads_mixtures(model) -> None:
         raise ValueError(f"{name} has no cache, in which soft inputs live: take another model")
 
 
+def sees_padding(model) -> bool:
+    """Does a model, plain or wrapped by PEFT, read a padded row as it reads the row by itself?"""
+    whole = plain(model)
+    tuned = None if model is whole else model.active_peft_config.peft_type
+    return whole.config.model_type not in (*BLIND_TO_PADDING, *ONE_ROW) and tuned not in VIRTUAL
+
+
 def check_ragged(model, attention_mask: Tensor) -> None:
     """Raise ValueError for rows [B, P] that a model, plain or wrapped by PEFT, would not decode as
     it does by themselves."""

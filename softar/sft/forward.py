@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..checks import check_choice, check_least
+from ..models.reading import sees_padding
 from ..soft import Soft, soft_inputs, token_inputs
 
 # (logits [..., V], gold [...]) -> the mixture that is read next
@@ -79,7 +80,8 @@ def soft_forward(
 
     Position t with soft_mask[t] reads feed(logits[t - 1], input_ids[t]) instead of its token.
     "sequential" computes this exactly, one cached step per marked column, with gradient through
-    time. "parallel" starts from the gold tokens and refreshes all marked positions at once,
+    time; rows whose marks begin in other columns are moved, so that there are as many columns as the
+    longest span has. "parallel" starts from the gold tokens and refreshes all marked positions at once,
     `passes` times (Jacobi iteration; parallel scheduled sampling, arXiv:1906.04331): after r
     refreshes the first r marked positions of a row are exact, so passes = span length equals
     sequential.
@@ -120,6 +122,12 @@ def soft_forward(
     if attention_mask is not None and attention_mask.all():
         attention_mask = None  # lets attention take its fast path
     if mode == "sequential":
+        if sees_padding(model):
+            moved = _aligned(input_ids, attention_mask, soft_mask)
+            if moved is not None:
+                *batch, shift = moved
+                logits = _sequential(model, *batch, feed, window, first)
+                return _moved_back(logits, shift, T - first)
         return _sequential(model, input_ids, attention_mask, soft_mask, feed, window, first)
     return _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_passes, first)
 
@@ -158,6 +166,34 @@ def _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_pa
                 for name, tokens in gold.items()
             }
     return outputs.logits
+
+
+def _aligned(input_ids: Tensor, attention_mask: Tensor | None, soft_mask: Tensor):
+    """The rows moved to the right, behind padding, so that their first marks stand in one column:
+    ids, mask and marks [B, W], and by how many columns each row was moved. None where there are no
+    fewer marked columns then."""
+    T = input_ids.shape[1]
+    begins = soft_mask.int().argmax(1)
+    shift = torch.where(soft_mask.any(1), begins.max() - begins, 0)
+    at = torch.arange(T + int(shift.max()), device=shift.device) - shift[:, None]
+    is_row = (at >= 0) & (at < T)
+    at = at.clamp(0, T - 1)
+    marks = soft_mask.gather(1, at) & is_row
+    if marks.any(0).sum() >= soft_mask.any(0).sum():
+        return None
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = mask.gather(1, at) * is_row
+    W = int(mask.any(0).nonzero().max()) + 1
+    return input_ids.gather(1, at)[:, :W], mask[:, :W], marks[:, :W], shift
+
+
+def _moved_back(logits: Tensor, shift: Tensor, length: int) -> Tensor:
+    """[B, W, V] of moved rows -> [B, length, V] of the rows as they were, 0 in what was cut off."""
+    logits = torch.nn.functional.pad(
+        logits, (0, 0, 0, max(0, int(shift.max()) + length - logits.shape[1]))
+    )
+    rows = zip(logits.unbind(), shift.tolist(), strict=True)
+    return torch.stack([row[moved : moved + length] for row, moved in rows])
 
 
 def _read(outputs, feed: Feed | None) -> Tensor:
