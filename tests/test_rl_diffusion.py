@@ -101,7 +101,7 @@ def steps_of(batch):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("llada", dict(soften="hard", factor=0.5, steps=None)),
+        ("llada", dict(soften="hard", factor=1.2, steps=None)),
         ("llada", SOFT),
         ("dream", dict(soften="soft-token", temperature=0.7)),
         ("sdar", SOFT | dict(replay="grouped", gen_length=8, steps=9)),
@@ -128,6 +128,7 @@ def test_the_policy_is_scored_as_it_was_rolled_out(kind, options, tmp_path):
     off = logged(made, "ratio/replay_deviation")
     assert len(off) == 2 * (made.args.temperature == 1) and max(off, default=0) < 1e-5
     assert logged(made, "diffusion/nfe") == [out.row_forwards.float().mean()]
+    assert (len({*out.row_forwards.tolist()}) > 1) == ("factor" in options)  # rows of unequal steps
 
 
 def test_masked_language_models_of_transformers(tmp_path):
