@@ -255,7 +255,8 @@ def soft_decode(
     length, soft_config's counts. What of them is not followed (beams, an assistant, scores, ...) is
     an error; stop strings are for `generate`. Returns the sequences, or the SoftOutput with
     return_dict_in_generate=True. Without soft_config it is the model's default, see `generate`; a
-    streamer may be soft_streamer's, too.
+    streamer may be soft_streamer's, too. The caller's own past_key_values then hold the prompt and
+    all new tokens but the last, so that each step is looked at.
     """
     started = time.perf_counter()
     asked = guard.callers_arguments(model)
@@ -298,7 +299,8 @@ def soft_decode(
     rules, progress = mk_rules(config, input_ids.device, pad, eos), begin(config, input_ids)
     streamers = [each for each in (soft_streamer, asked.get("streamer")) if each is not None]
     others = [c for c in stopping_criteria if not isinstance(c, (*LIMITS, EosTokenCriteria))]
-    need = need_of_each_step(config, rng, callback, streamers, others)
+    keeps = guard.gives_cache(asked)
+    need = need_of_each_step(config, rng, callback, streamers, others, keeps)
     every = every_of(look_every, input_ids.device, need)
     looks = Looks(config, bool(progress.thinking.any()), every)
     if soft_streamer is not None:  # generate has put the prompt into its own

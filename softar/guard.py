@@ -16,7 +16,7 @@ from .checks import check_least, check_value, shorten
 from .config import TAGS, SoftConfig
 from .feedback import check_reads_vectors
 from .models.kind import check_autoregressive, plain
-from .models.reading import check_ragged, check_reads_mixtures
+from .models.reading import CACHES, check_ragged, check_reads_mixtures
 from .models.room import room_of
 from .soft import check_dist
 
@@ -104,6 +104,12 @@ def callers_arguments(model) -> dict[str, Any]:
     while frame and not (frame.f_code is code and frame.f_locals["self"] is model):
         frame = frame.f_back
     return {} if frame is None else dict(frame.f_locals)
+
+
+def gives_cache(asked: dict) -> bool:
+    """Does the call have a cache of the caller's, who may go on from it? asked: from
+    `callers_arguments`."""
+    return any(asked.get("kwargs", {}).get(name) is not None for name in CACHES)
 
 
 def check_call(

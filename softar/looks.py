@@ -77,16 +77,22 @@ class Looks:
 
 
 def need_of_each_step(
-    config: SoftConfig, rng: Rng, callback: Callable | None, streamers: list, criteria: list
+    config: SoftConfig,
+    rng: Rng,
+    callback: Callable | None,
+    streamers: list,
+    criteria: list,
+    gives_cache: bool,
 ) -> str | None:
     """What has to know each step when it is made; None where the host may look less often. criteria:
-    those beside length, time and end tokens."""
+    those beside length, time and end tokens. gives_cache: is the cache the caller's?"""
     is_shared = rng is None or isinstance(rng, torch.Generator)
     needs = {
         "callback=": callback is not None,
         "a streamer": bool(streamers),
         f"mixer={config.mixer!r}, whose vectors the host keeps,": config.is_latent,
         "a generator that rows share": config.draws and is_shared,
+        "a cache of the caller's, which would keep steps that are dropped,": gives_cache,
         **{type(criterion).__name__: True for criterion in criteria},
     }
     return next((name for name, is_there in needs.items() if is_there), None)
