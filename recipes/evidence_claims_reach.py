@@ -24,23 +24,30 @@ def reach_dose(dose: str) -> Claim:
 
 
 def voted(name: str) -> Claim:
-    brief = f"{name}: soft over discrete-traces, 8 votes"
+    brief = f"{name}: over discrete-traces, 8 votes"
     return reach_less("discrete-traces", "votes", "primary", brief=brief)
 
 
-VOTED = voted("Reachability")
+VOTED = voted("Graphs, lookup built in")
 ON_PARITY = reach_less("discrete-traces", "votes", task="-parity", has_verdict=False)
 ON_PARITY = ON_PARITY._replace(about="parity", says="parity: less discrete-traces, 8 votes")
 
 
 def beside(name: str) -> tuple[Claim, ...]:
-    gold = f"{name}: soft over discrete, gold paths"
+    gold = f"{name}: over discrete, gold paths"
     return (
-        reach_less("discrete-traces", "discrete"),
+        reach_less("discrete-traces", "discrete", brief=f"{name}: trace-soft over discrete-traces"),
         reach_less("discrete-traces", "soft"),
-        reach_less("discrete", "discrete", has_verdict=False, brief=gold),
+        reach_less("discrete", "discrete", brief=gold),
         reach_less("guided-soft", "soft", has_verdict=False),
         reach_less("pause", "discrete", has_verdict=False),
+        less(
+            "added later",
+            "guided-soft less discrete",
+            reach("guided-soft", "soft"),
+            reach("discrete", "discrete"),
+            has_verdict=False,
+        ),
         less(
             "control",
             "warm net, not trained on: soft less discrete",
@@ -78,9 +85,10 @@ WALKS = (
 X2 = Evidence(
     title="Reachability in layered graphs, of a small net with the lookup of links built in",
     verdicts=("primary",),
+    least_seeds=3,
     claims=(
         VOTED,
-        *beside("Reachability"),
+        *beside("Graphs, lookup built in"),
         reach_dose("another row's"),
         reach_dose("top 1"),
         ON_PARITY,
@@ -110,6 +118,10 @@ X2 = Evidence(
         "All arms start from heads that look links up, built in by hand: they read a mixture of nodes "
         "as they read one, so whether a net learns that is not told. What stands here is whether it "
         "helps a net that can.",
+        "The gain over discrete lost its verdict for some hours, after seed 0 was logged: it has it "
+        "back, as the first rules say. guided-soft less discrete was added after seed 1.",
+        "On parity prompts differ in length, and a batch of trace-soft took a step for every column in "
+        "which any row thinks, three times the seconds, until that was mended (RESULTS.md 18).",
         WARM,
         WALKS,
     ),
@@ -117,6 +129,7 @@ X2 = Evidence(
 X2_SMOLLM2 = Evidence(
     title="Reachability in layered graphs, of SmolLM2-135M",
     verdicts=("primary",),
+    least_seeds=3,
     claims=(voted("SmolLM2, graphs"), *beside("SmolLM2, graphs")),
     grids=(by_arm(), by_votes()),
     seconds={"read softly": REACH_ARMS[1:], "read discretely": REACH_ARMS[1:]},

@@ -40,6 +40,7 @@ class Result(NamedTuple):
     theirs: float | None
     seconds: tuple[float, float] | None = None  # of training, of ours and theirs
     forwards: tuple[float, float] | None = None  # an answer, of ours and theirs
+    least_seeds: int = 2
 
     @property
     def longer(self) -> float | None:
@@ -51,25 +52,34 @@ class Result(NamedTuple):
 
     @property
     def verdict(self) -> str | None:
-        return verdict_on(self.claim, self.gain)
+        return verdict_on(self.claim, self.gain, self.least_seeds)
 
     @property
     def by_t(self) -> str | None:
         """The verdict that t over the seeds gives."""
         of_t = self.gain._replace(low=self.gain.t_low, high=self.gain.t_high)
-        return verdict_on(self.claim, of_t)
+        return verdict_on(self.claim, of_t, self.least_seeds)
 
     @property
     def is_equivalent(self) -> bool:
         return self.gain.is_equivalent(EQUIVALENT)
 
 
-def verdict_on(claim: Claim, gain: Gain) -> str | None:
+def verdict_on(claim: Claim, gain: Gain, least_seeds: int) -> str | None:
     if not claim.has_verdict:
         return None
+    if gain.seeds < least_seeds:
+        return "open"
     if not claim.is_question:
         return gain.verdict(MARGIN)
-    return "open" if gain.seeds < 2 or gain.low <= 0 <= gain.high else THERE
+    return "open" if gain.low <= 0 <= gain.high else THERE
+
+
+def of_both(verdict: str | None, by_t: str | None) -> str:
+    """What bootstrap and t say together: "supported", "open (bootstrap: supported)"."""
+    if not verdict or verdict == by_t:
+        return verdict or ""
+    return f"open (t: {by_t})" if verdict == "open" else f"open (bootstrap: {verdict})"
 
 
 class Cell(NamedTuple):
@@ -143,6 +153,7 @@ def analyse(name: str, evidence: Evidence, logs: Logs, draws: int = 10_000) -> A
             theirs,
             seconds,
             forwards,
+            evidence.least_seeds,
         )
     cells = {read: Cell(each.mean(1)) for read, each in scores.items()}
     return Analysis(name, evidence, logs, results, cells, choices)
@@ -276,13 +287,11 @@ def ranges(numbers: list[int]) -> str:
 
 
 def verdicts_of(result: Result) -> str:
-    """ "supported, equivalent; by t open; ours took 21 % longer; forwards 7, theirs 56" """
-    words = [] if result.verdict is None else [result.verdict]
+    """ "supported, equivalent; ours took 21 % longer; forwards 7, theirs 56" """
+    words = [of_both(result.verdict, result.by_t)]
     if result.verdict is not None and result.is_equivalent:
         words.append("equivalent")
-    said = [", ".join(words)]
-    if result.by_t != result.verdict:
-        said.append(f"by t {result.by_t}")
+    said = [", ".join(filter(None, words))]
     if result.longer is not None and result.longer > EQUAL_SECONDS:
         said.append(f"ours took {100 * result.longer:.0f} % longer")
     if result.forwards is not None:

@@ -60,6 +60,7 @@ class Evidence(NamedTuple):
     gaps: dict[str, dict[str, str]]  # legend -> tick -> `says` of the claim drawn there
     gaps_x: str
     beside: str = ""  # what the rows are that `Rows.beside` marks
+    least_seeds: int = 2  # whole ones, below which nothing is said
     notes: tuple[str, ...] = ()  # what has to be known to read the tables
     borrows: dict[str, tuple[str, ...]] = {}  # experiment -> settings whose logs count here too
 

@@ -3,23 +3,25 @@
 import re
 from pathlib import Path
 
-from softar.recipes.evidence_gains import Analysis, Result, points, share, span
+from softar.recipes.evidence_gains import Analysis, Result, of_both, points, share, span
 from softar.recipes.evidence_tables import BEGIN, END, has_region, rewritten, table, wrapped
 from softar.results import write_whole
 
 FIRST, TABLE = "first screen", "does it help"  # regions
+WIDTH = 119
 LEAST = {"X1": 2}  # whole seeds, without which README keeps its old table
 SECTION = """\
 ## Does it help?
 
-By rules set before the runs; all arms are in [RESULTS.md](RESULTS.md#evidence-rules), of `make report`:
+By rules set before the runs but where [RESULTS.md](RESULTS.md#evidence-rules) says otherwise; there are all arms, the
+seconds of both sides, and gains on rows that a shortcut does not answer (`make report`):
 
 {table}
 
-*Supported*: at least 3 points, and the 95 % interval above 0 by bootstrap and t; *refuted*: it is below 3; else *open*.
-*trace-soft* learns from random search paths and reads its own mixtures; *discrete-traces* learns the same paths, and
-reads single tokens. 8 votes take 8 times the *forwards* (runs of the net). A model never trained to read mixtures
-gains nothing (RESULTS.md 12); on RL, there, 14.
+*Supported*: at least 3 points, the 95 % interval above 0 by bootstrap (shown) and t; *refuted*: below 3; else, and with
+few seeds, *open*; blank: beside the claims. *trace-soft* learns from random search paths and reads its own mixtures;
+*discrete-traces* learns the same paths and reads single tokens. 8 votes take 8 times the *forwards* (runs of the net).
+A net never trained to read mixtures gains little by it or loses (X1, X2; RESULTS.md 12); RL (X4) has not been run.
 """
 
 
@@ -39,40 +41,38 @@ def table_of(results: list[Result]) -> str:
 def line_of(result: Result) -> list[str]:
     both = ["" if value is None else share(value) for value in (result.ours, result.theirs)]
     gain = f"{points(result.gain.mean)} ({span(result.gain.low, result.gain.high)})"
-    return [result.claim.brief, *both, gain, said_of(result)]
+    return [result.claim.brief, *both, gain, of_both(result.verdict, result.by_t)]
 
 
-def said_of(result: Result) -> str:
-    """Of bootstrap and t, where they differ, what is not yet sure: "supported", "open (bootstrap: supported)"."""
-    verdict, by_t = result.verdict, result.by_t
-    if not verdict or verdict == by_t:
-        return verdict or ""
-    return f"open (t: {by_t})" if verdict == "open" else f"open (bootstrap: {verdict})"
-
-
-def losses(results: list[Result]) -> str:
-    """Where the control is ahead, with an interval that says so."""
+def losses(results: list[Result], others: int) -> str:
+    """Where the control is ahead, with an interval that says so. others: such gains without a row."""
     lost = [result for result in results if result.gain.high < 0]
-    if not lost:
-        return "**Where soft loses:** in none of these rows for certain."
-    said = "; ".join(f"{each.claim.brief} ({points(each.gain.mean)})" for each in lost)
-    return f"**Where soft loses:** {said}."
+    said = [f"{each.claim.brief} ({points(each.gain.mean)})" for each in lost]
+    said += [f"{others} more gains in RESULTS.md"] * (others > 0)
+    return f"**Where soft loses:** {'; '.join(said) or 'in none of these rows for certain'}."
 
 
 def first_screen(analyses: dict[str, Analysis], results: list[Result]) -> str:
-    primary = [
-        f"{each.claim.brief.partition(':')[0]}, {points(each.gain.mean)} points, {said_of(each)}"
-        for each in results
-        if each.claim.about == "primary"
-    ]
+    """Of each primary gain all that README has against other controls there, and the verdict on it."""
+    primary = []
+    for each in (result for result in results if result.claim.about == "primary"):
+        where = each.claim.brief.partition(":")[0]
+        gains = [r.gain.mean for r in results if r.claim.brief.startswith(f"{where}:")]
+        over = f" over {len(gains)} controls" if len(gains) > 1 else ""
+        least = f"{points(min(gains))} to " if len(gains) > 1 else ""
+        said = of_both(each.verdict, each.by_t)
+        span_of = f"{least}{points(max(gains))} points{over}"
+        primary.append(f"{where}, {span_of} (primary: {said})")
     interim = [
         f"{name}: {len(each.logs.whole)} of {len(each.logs.planned)} seeds"
         for name, each in analyses.items()
         if each.logs.whole != each.logs.planned
     ]
+    every = [result for each in analyses.values() for result in each.results.values()]
+    others = sum(each.gain.high < 0 and not each.claim.brief for each in every)
     so_far = f" So far ({', '.join(interim)}):" if interim else ""
     head = f"**[Does it help?](#does-it-help)**{so_far}"
-    return wrapped(f"{head} {'; '.join(primary)}. {losses(results)}")
+    return wrapped(f"{head} {'; '.join(primary)}. {losses(results, others)}", WIDTH)
 
 
 def switched(text: str, analyses: dict[str, Analysis]) -> str:

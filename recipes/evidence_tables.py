@@ -8,6 +8,7 @@ from pathlib import Path
 from softar.recipes.evidence_gains import (
     Analysis,
     Result,
+    of_both,
     points,
     seeds_of,
     share,
@@ -27,17 +28,17 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def wrapped(text: str) -> str:
-    return "\n".join(textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False))
+def wrapped(text: str, width: int = WIDTH) -> str:
+    return "\n".join(textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False))
 
 
 def head_of(analysis: Analysis) -> str:
     """Which seeds count, and the verdicts."""
     words = []
     for about in analysis.evidence.verdicts:
-        verdict, by_t = analysis.verdict(about), analysis.verdict(about, by_t=True)
-        colon = ":" if " " in verdict else ""
-        words.append(f"{about}{colon} {verdict}" + ("" if by_t == verdict else f" (by t {by_t})"))
+        verdict = of_both(analysis.verdict(about), analysis.verdict(about, by_t=True))
+        colon = ":" if " " in verdict and not verdict.startswith("open") else ""
+        words.append(f"{about}{colon} {verdict}")
     seeds = seeds_of(analysis.logs)
     failed = [name for name in analysis.logs.failed if is_counted(name, analysis)]
     wrong = f" Failed, and so wrong in every row: {', '.join(failed)}." if failed else ""

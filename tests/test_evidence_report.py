@@ -261,11 +261,14 @@ def test_several_claims_are_as_sure_as_the_least_sure(tmp_path):
     ):
         of = Analysis("X", SMALL, None, {str(i): each for i, each in enumerate(some)}, {}, {})
         assert of.verdict("dose") == verdict
-    assert "none of these" in losses([supported, open_, refuted])
+    assert "none of these" in losses([supported, open_, refuted], 0)
     lost = result(-0.1, -0.2, -0.05)
-    assert losses([supported, lost]).endswith("(-10.0).")
+    assert losses([supported, lost], 0).endswith("(-10.0).")
+    assert losses([supported, lost], 2).endswith("(-10.0); 2 more gains in RESULTS.md.")
     by_t = Result(supported.claim, supported.gain._replace(t_low=-1.0), None, None, None)
-    assert verdicts_of(by_t) == "supported; by t open"
+    assert verdicts_of(by_t) == "open (bootstrap: supported)"
+    few = supported._replace(least_seeds=supported.gain.seeds + 1)
+    assert few.verdict == few.by_t == "open"
 
 
 @pytest.mark.parametrize(
@@ -283,7 +286,7 @@ def test_a_question_is_answered_either_way():
     assert verdict(-0.3, -0.1) == verdict(0.1, 0.3) == "there is one"
     assert verdict(-0.3, 0.1) == verdict(-0.3, -0.1, seeds=1) == "open"
     assert verdict(-0.01, 0.0) == "open, equivalent"
-    assert verdict(0.1, 0.3, t_low=-0.1) == "there is one; by t open"
+    assert verdict(0.1, 0.3, t_low=-0.1) == "open (bootstrap: there is one)"
 
 
 def test_the_best_is_that_of_the_development_rows_over_all_seeds(tmp_path):
