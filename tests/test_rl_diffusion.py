@@ -128,7 +128,9 @@ def test_the_policy_is_scored_as_it_was_rolled_out(kind, options, tmp_path):
     off = logged(made, "ratio/replay_deviation")
     assert len(off) == 2 * (made.args.temperature == 1) and max(off, default=0) < 1e-5
     assert logged(made, "diffusion/nfe") == [out.row_forwards.float().mean()]
-    assert (len({*out.row_forwards.tolist()}) > 1) == ("factor" in options)  # rows of unequal steps
+    if kind in ("llada", "dream"):  # in blocks an end token that is drawn ends a row early
+        # are there rows of unequal steps?
+        assert (len({*out.row_forwards.tolist()}) > 1) == ("factor" in options)
 
 
 def test_masked_language_models_of_transformers(tmp_path):
