@@ -8,6 +8,7 @@ import torch
 from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.generation.configuration_utils import (
+    ALL_STATIC_CACHE_IMPLEMENTATIONS,
     DYNAMIC_CACHE_IMPLEMENTATIONS,
     STATIC_CACHE_IMPLEMENTATIONS,
 )
@@ -26,6 +27,7 @@ def check_cache(model, settings: GenerationConfig) -> None:
     """Raise ValueError for a cache that transformers does not make for this model, plain or wrapped
     by PEFT, here: it would fail on its way, or take another one without a word."""
     base, name = plain(model), settings.cache_implementation
+    is_static = name in ALL_STATIC_CACHE_IMPLEMENTATIONS  # under the old names, too
     if name in (None, "dynamic"):
         return
     asked, kind = f"cache_implementation={name!r}", type(base).__name__
@@ -37,13 +39,13 @@ def check_cache(model, settings: GenerationConfig) -> None:
         )
     if not base._supports_default_dynamic_cache():
         raise ValueError(f"{asked}: {kind} has a cache of its own; leave it out")
-    if "static" in name and base.config.model_type in NEVER_STATIC:
+    if is_static and base.config.model_type in NEVER_STATIC:
         raise ValueError(f"{asked}: {kind} is not decoded rightly with it; give 'dynamic'")
     if "offloaded" in name and base.device.type == "cpu":
         raise ValueError(
             f"{asked} moves keys and values to the host, where {kind} is already: give 'dynamic' or 'static'"
         )
-    if "static" in name and model is not base and model.active_peft_config.is_prompt_learning:
+    if is_static and model is not base and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"{asked} has no room for the virtual tokens of {model.active_peft_config.peft_type.value}: leave it out"
         )
