@@ -3,11 +3,21 @@ and a compiled call are."""
 
 import pytest
 import torch
-from test_caches import IDS, net, plugged
-from tiny import EOS, Forced, counted
-from transformers import DynamicCache, LogitsProcessorList, StaticCache
+from test_architectures import build
+from test_caches import IDS, MASK, net, plugged, refused
+from tiny import EOS, Forced, counted, tokenizer_of
+from transformers import CompileConfig, DynamicCache, LogitsProcessorList, StaticCache
+from transformers.generation.configuration_utils import DEPRECATED_STATIC_CACHE_IMPLEMENTATIONS
 
+from softar import SoftConfig
+from softar.caches import NEVER_STATIC
+from softar.decoders.beam import BeamDecoder, BeamOptions
+from softar.decoders.beam_collapse import BeamCollapse, beam_collapse
+from softar.decoders.search import SearchDecoder
+from softar.decoders.soft_beam import SoftBeam, soft_beam
 from softar.looks import EVERY, every_of
+
+CONFIG = SoftConfig(max_new_tokens=6, budget=3)
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +49,63 @@ def test_what_needs_each_step_gets_it_on_an_accelerator():
     assert (
         every_of(None, gpu, "a cache of the caller's") == 1 and every_of(None, gpu, None) == EVERY
     )
+
+
+# -- a cache that the model's own file names
+
+
+def own_cache(model, name):
+    model.generation_config.cache_implementation = name
+    return model
+
+
+SEARCHES = {
+    "beam": lambda model: BeamDecoder(model, tokenizer_of(), BeamOptions(4)),
+    "soft-beam": lambda model: SearchDecoder(model, tokenizer_of(), CONFIG, SoftBeam(3)),
+    "beam-collapse": lambda model: SearchDecoder(model, tokenizer_of(), CONFIG, BeamCollapse(3)),
+    "soft_beam": lambda model: soft_beam(model, IDS, MASK, CONFIG, SoftBeam(3)),
+    "beam_collapse": lambda model: beam_collapse(model, IDS, MASK, CONFIG, BeamCollapse(3)),
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize(
+    "kind, name, told",
+    [
+        ("gpt_neo", "static", "GPTNeoForCausalLM is not decoded rightly"),
+        ("llama4_text", "hybrid", "Llama4ForCausalLM is not decoded rightly"),
+        ("llama", "offloaded", "where LlamaForCausalLM is already"),
+    ],
+)
+def test_a_search_refuses_it_too(search, kind, name, told):
+    model = own_cache(build(kind), name)
+    with counted(model) as calls, pytest.raises(ValueError, match=told):
+        SEARCHES[search](model)
+    assert not calls
+
+
+@pytest.mark.parametrize("search", ["soft_beam", "beam_collapse"])
+def test_a_search_compiles_nothing(search, monkeypatch):
+    """Read in parts, where transformers would."""
+    model = own_cache(net(num_hidden_layers=1), "static")
+    plain = SEARCHES[search](model)[0].sequences
+    how = model.generation_config.compile_config = CompileConfig()
+    how._compile_all_devices, model.generation_config.prefill_chunk_size = True, 2
+    monkeypatch.setattr(model, "get_compiled_call", None)
+    assert torch.equal(SEARCHES[search](model)[0].sequences, plain)
+
+
+@pytest.mark.parametrize("name", DEPRECATED_STATIC_CACHE_IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", sorted({*NEVER_STATIC} - {"llama4"}))
+def test_old_names_are_static_caches(kind, name):
+    refused(
+        own_cache(build(kind), name), "is not decoded rightly with it", rows=(IDS[:1], MASK[:1])
+    )
+
+
+def test_virtual_tokens_have_no_room_under_an_old_name():
+    from peft import PromptTuningConfig, get_peft_model
+
+    tuned = get_peft_model(net(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    own_cache(tuned.get_base_model(), "hybrid")
+    refused(tuned.double(), "virtual tokens of PROMPT_TUNING", rows=(IDS[:1, :2], MASK[:1, :2]))

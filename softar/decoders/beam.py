@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import BatchEncoding, StoppingCriteriaList
 
+from ..caches import check_cache
 from ..checks import check_least
 from ..config import Ids, SoftConfig
 from ..evaluate import evaluating, read_prompts, resolve
@@ -106,6 +107,7 @@ class BeamDecoder:
             length_penalty=options.length_penalty,
             early_stopping=options.early_stopping,
         )
+        check_cache(model, self.settings)
         if self.settings.stop_strings is not None:
             stop_at(self.settings.stop_strings, tokenizer)
         setting = f"num_beams={options.num_beams}"

@@ -96,9 +96,8 @@ def beam_collapse(
     """
     model, config = uncompiled(model), config.changed(**search.changes)
     check_search(model, input_ids, attention_mask, search.num_beams)
-    settings = guard.OVERRIDES | dict(cache_implementation=None)
     of = model, input_ids, attention_mask, config, search
-    return run_search(_search, *of, settings, stops, tokenizer)
+    return run_search(_search, *of, guard.OVERRIDES, stops, tokenizer)
 
 
 class Block(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from .. import guard
+from ..caches import check_cache
 from ..config import SoftConfig
 from ..decode import SoftOutput
 from ..loops import run_loop
@@ -42,9 +43,11 @@ def run_search(
     stops: Sequence[StoppingCriteria],
     tokenizer,
 ) -> tuple[SoftOutput, list[float]]:
-    """loop: gets config and search, too. settings: in place of the model's own."""
+    """loop: gets config and search, too. settings: in place of the model's own, which says the cache.
+    Nothing is compiled, whatever the model's compile_config: rows come and go."""
     own = copy.deepcopy(plain(model).generation_config)
-    own.update(**settings, max_new_tokens=config.max_new_tokens)
+    own.update(**settings, max_new_tokens=config.max_new_tokens, disable_compile=True)
+    check_cache(model, own)
     loop = functools.partial(loop, config=config, search=search)
     return run_loop(model, loop, input_ids, attention_mask, own, tokenizer=tokenizer, stops=stops)
 

@@ -8,9 +8,11 @@ from typing import NamedTuple
 from transformers import BatchEncoding
 
 from .. import guard
+from ..caches import check_cache
 from ..config import SoftConfig, renamed
 from ..defaults import Default
 from ..evaluate import evaluating, read_prompts, resolve
+from ..models import plain
 from . import beam_collapse, soft_beam
 from .answer import Decoded
 from .beam_collapse import BeamCollapse
@@ -43,6 +45,7 @@ class SearchDecoder:
         decoder = next(name for name, s in SEARCHES.items() if isinstance(search, s.options))
         check_of_kind(model, "autoregressive", name or decoder)
         guard.check_beams(model, search.num_beams)
+        check_cache(model, plain(model).generation_config)
         self.model, self.tokenizer, self.trace = model, tokenizer, trace
         self.config, self.search = resolve(config.changed(**search.changes), tokenizer), search
         setting = f"num_beams={search.num_beams}"
