@@ -22,7 +22,7 @@ from softar.specs import format_options
 from .config import DenoiseConfig
 from .folder import STATED, split_stated
 from .knobs import gather_knobs
-from .loop import DenoiseOutput, denoise
+from .loop import DenoiseOutput, denoise, first_end
 from .models import load
 from .net import Facts, facts
 from .renoised import check_renoised
@@ -127,10 +127,9 @@ class DiffusionDecoder:
         """Text and tokens of a row, and the columns of these."""
         ids, decided = out.sequences[row].tolist(), (out.committed_at[row] >= 0).tolist()
         begin, stop = 0, len(ids)
-        # behind an end token nothing belongs to the answer, whatever was decided there
         if self.config.gen_length:
             begin = out.prompt_length
-            stop = next((i for i in range(begin, stop) if ids[i] in self.ends), stop)
+            stop = begin + first_end(ids[begin:], self.ends)
         text = self.tokenizer.decode(ids[begin:stop], skip_special_tokens=True)
         columns = [i for i in range(min(stop + 1, len(ids))) if decided[i]]
         return text, tuple(ids[i] for i in columns), columns

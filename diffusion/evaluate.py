@@ -10,9 +10,9 @@ from datasets import Dataset
 from softar.evaluate import encode, evaluating, tally
 
 from .config import DenoiseConfig
-from .loop import DenoiseOutput, denoise
+from .loop import DenoiseOutput, denoise, first_end
 from .losses import log_likelihood
-from .net import Facts
+from .net import Facts, facts
 
 
 def evaluate(
@@ -26,7 +26,7 @@ def evaluate(
     batch_size: int = 500,
     seed: int = 0,
 ) -> dict:
-    """Accuracy and cost of answering `rows`.
+    """Accuracy and cost of answering `rows`, by completions up to their first end token.
 
     Args:
         rows: column `template`, a text whose masks are to be filled and whose whole is the answer;
@@ -44,15 +44,17 @@ def evaluate(
         gen_length = slots_of_row(rows[0], tokenizer)
     config = config if gen_length is None else dataclasses.replace(config, gen_length=gen_length)
     rng = torch.Generator().manual_seed(seed)
+    end_ids = facts(model).end_ids if config.end_ids is None else config.end_ids
 
     def answer(batch: list[dict]) -> tuple[list[str], DenoiseOutput, int]:
         inputs = encode(tokenizer, [row["template" if fills else "prompt"] for row in batch]).to(
             model.device
         )
         out = denoise(model, inputs["input_ids"], inputs["attention_mask"], config=config, rng=rng)
-        texts = tokenizer.batch_decode(
-            out.sequences if fills else out.completions, skip_special_tokens=True
-        )
+        rows_of_ids = (out.sequences if fills else out.completions).tolist()
+        if not fills:
+            rows_of_ids = [ids[: first_end(ids, end_ids)] for ids in rows_of_ids]
+        texts = tokenizer.batch_decode(rows_of_ids, skip_special_tokens=True)
         return texts, out, int((out.committed_at >= 0).sum())
 
     return tally(model, rows, score, answer, batch_size)

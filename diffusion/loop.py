@@ -10,7 +10,7 @@ row by row.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,6 +63,12 @@ class DenoiseOutput:
     def completions(self) -> Tensor:
         """[B, L - P] the generated part of `sequences`."""
         return self.sequences[:, self.prompt_length :]
+
+
+def first_end(ids: Sequence[int], end_ids: Collection[int]) -> int:
+    """Where the first end token stands, behind which nothing belongs to an answer, whatever was
+    decided there; their number where none does."""
+    return next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
 
 
 # Wide because a caller may want each of four things beside what is decoded, and none is of the others

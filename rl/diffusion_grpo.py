@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from trl.trainer.utils import use_adapter
 
 from softar.diffusion.config import DenoiseConfig
-from softar.diffusion.loop import DenoiseOutput, denoise
+from softar.diffusion.loop import DenoiseOutput, denoise, first_end
 from softar.diffusion.models import load_original
 from softar.diffusion.net import facts
 from softar.diffusion.record import Trajectory, check_recordable
@@ -127,8 +127,7 @@ class DiffusionGRPOTrainer(RolloutGRPO):
         end_ids = self._facts.end_ids if self.decoding.end_ids is None else self.decoding.end_ids
         for ids, pads in zip(out.sequences.tolist(), (rollout.prompt_mask == 0).sum(1).tolist()):
             row = ids[out.prompt_length :] if self.args.gen_length else ids[pads:]
-            stop = next((i for i, token in enumerate(row) if token in end_ids), len(row))
-            rows.append(row[: stop + ends] if self.args.gen_length else row)
+            rows.append(row[: first_end(row, end_ids) + ends] if self.args.gen_length else row)
         return rows
 
     def _completions(self, rollout):

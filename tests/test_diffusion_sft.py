@@ -669,3 +669,25 @@ def test_rows_with_templates_are_filled():
     assert all(
         t.startswith("D1 D2 D3 D4 -> S1") and t.endswith("S2") and "mask" not in t for t in texts
     )
+
+
+@pytest.mark.parametrize("fills", [False, True])
+def test_an_answer_is_scored_up_to_its_first_end_token(fills):
+    """As the decoders and the rewards of RL read it; templates are whole."""
+    model, tokenizer = load("mnns-diffusion-tiny")
+    ends, texts = tuple(range(0, len(tokenizer), 2)), []  # half of all words: some stand anywhere
+    rows = load_task("mnns", size=8).test.select(range(8))
+    if fills:
+        rows = rows.add_column("template", [f"{row['prompt']} <mask> <mask>" for row in rows])
+
+    def score(text, row):
+        texts[-1].append(text.split())
+        return 1.0
+
+    for end_ids in (None, ends):
+        texts.append([])
+        config, how = DenoiseConfig(end_ids=end_ids), dict(gen_length=6, batch_size=8)
+        evaluate(model, tokenizer, rows, score, config, **how)
+    at = {name: i for name, i in tokenizer.get_vocab().items()}
+    cut = [[*itertools.takewhile(lambda w: at[w] not in ends, words)] for words in texts[0]]
+    assert texts[1] == (texts[0] if fills else cut) and cut != texts[0]
