@@ -139,6 +139,15 @@ def check(inputs, configs):
         raise ValueError(
             "load_in_4bit and load_in_8bit are not there for RL on diffusion models: use LoRA on bfloat16 weights"
         )
+    if inputs.training.gen_length and has_templates(task.train):
+        raise ValueError(
+            f"gen_length={inputs.training.gen_length} puts masks behind prompts, and {task.name!r} has templates, "
+            f"whose own masks are filled: leave it out"
+        )
+    if script.eval_forwards is not None and task.test is None:
+        raise ValueError(
+            f"eval_forwards={script.eval_forwards!r} does nothing without held-out rows: leave it out, or give some"
+        )
     check_columns(script.reward_funcs, task)
     said = {name: value for name, value in stated(script).items() if name != "block_length"}
     if script.model_block_length is not None:
@@ -157,11 +166,14 @@ def budgets(script, args) -> list[int | None]:
     if script.eval_forwards is None:
         return [args.steps]
     try:
-        return [int(number) for number in script.eval_forwards.split(",")]
+        numbers = [int(number) for number in script.eval_forwards.split(",")]
     except ValueError as error:
         raise ValueError(
             f"eval_forwards={script.eval_forwards!r}: give whole numbers with commas, 4,8,12"
         ) from error
+    if twice := [number for number in numbers if numbers.count(number) > 1]:
+        raise ValueError(f"eval_forwards={script.eval_forwards!r} names {twice[0]} twice")
+    return numbers
 
 
 def stated(script) -> dict:

@@ -181,6 +181,13 @@ TEMPLATES = {"train": {"prompt": "<bos>", "template": "<bos> <mask>"}, "test": {
         (dict(task="reasoning_gym:chain_sum"), "has no model of its own"),
         (dict(task="mnns", model_name_or_path="mnns-tiny"), "it reads from left to right"),
         (ONE | dict(eval_forwards="4,x"), "eval_forwards='4,x': give whole numbers"),
+        (ONE | dict(eval_forwards="4,8,4"), "eval_forwards='4,8,4' names 4 twice"),
+        (ONE | dict(gen_length=3), "gen_length=3 puts masks behind prompts, and 'latin' has templ"),
+        (
+            dict(task=None, dataset_name="asked", model_name_or_path="mnns-diffusion-tiny")
+            | dict(eval_forwards="4", reward_funcs="json.dumps"),
+            "eval_forwards='4' does nothing without held-out rows",
+        ),
         (ONE | dict(eval_forwards="4,0"), "eval_forwards='4,0': steps=0"),
         (
             ONE | dict(steps=None, threshold=0.5, schedule="threshold"),
@@ -214,9 +221,10 @@ def test_bad_input_ends_with_one_line(tmp_path, changes, says, monkeypatch, caps
     if "reasoning_gym" in (changes.get("task") or ""):
         pytest.importorskip("reasoning_gym")
     if "dataset_name" in changes:
-        (tmp_path / "data").mkdir()
-        for split, row in TEMPLATES.items():
-            (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+        for name, rows in (("data", TEMPLATES), ("asked", {"train": {"prompt": "<bos> D1 ->"}})):
+            (tmp_path / name).mkdir()
+            for split, row in rows.items():
+                (tmp_path / name / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
         monkeypatch.chdir(tmp_path)
         changes = changes | dict(task_size=None)
     assert_fails(monkeypatch, capsys, RECIPE, options(tmp_path / "out", **changes), says)
