@@ -1,6 +1,7 @@
 """Which of transformers' caches a decode takes, and the forward compiled over one of a fixed size."""
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable
 
@@ -98,6 +99,10 @@ def forward_of(model, settings: GenerationConfig, model_kwargs: dict) -> Callabl
     how._compile_all_devices = True  # on a CPU too, as it was asked for
     if not model._valid_auto_compile_criteria(model_kwargs, settings):
         return _given_up(model, "its weights are quantised, or lie on several devices")
+    # a deep copy has the original's, which would run the original's weights
+    compiled = vars(model).get("_compiled_call")
+    if compiled is not None and inspect.unwrap(compiled).__self__ is not model:
+        del model._compiled_call
     return _or_given_up(model, model.get_compiled_call(how), how.fullgraph)
 
 

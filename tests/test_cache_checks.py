@@ -1,11 +1,14 @@
 """What a cache does not allow, said by each who decodes before the work starts; and whose a cache
 and a compiled call are."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from test_architectures import build
-from test_caches import IDS, MASK, net, plugged, refused
-from tiny import EOS, Forced, counted, tokenizer_of
+from test_caches import IDS, MASK, assert_same, compiled, decode, net, plugged, refused
+from tiny import EOS, Forced, counted, seeded, tokenizer_of
 from transformers import CompileConfig, DynamicCache, LogitsProcessorList, StaticCache
 from transformers.generation.configuration_utils import DEPRECATED_STATIC_CACHE_IMPLEMENTATIONS
 
@@ -109,3 +112,25 @@ def test_virtual_tokens_have_no_room_under_an_old_name():
     tuned = get_peft_model(net(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     own_cache(tuned.get_base_model(), "hybrid")
     refused(tuned.double(), "virtual tokens of PROMPT_TUNING", rows=(IDS[:1, :2], MASK[:1, :2]))
+
+
+# -- whose a compiled call is
+
+
+@pytest.mark.parametrize("by", ["softar", "transformers"])
+def test_a_copy_of_a_model_that_has_compiled_runs_its_own_weights(monkeypatch, by):
+    """Whoever compiled it; and the original keeps what it has. Compiling wraps, and makes no graph."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: functools.wraps(f)(lambda **how: f(**how)))
+    model, way = net(num_hidden_layers=1), "budget"
+    if by == "softar":
+        compiled(model, way, "eager")
+    else:
+        model.get_compiled_call(CompileConfig(fullgraph=True, mode="default", backend="eager"))
+    call, other = model._compiled_call, copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1 + torch.randn(parameter.shape, generator=seeded(3)) / 2)
+    for each in (other, copy.deepcopy(other), model):
+        assert_same(compiled(each, way, "eager"), decode(each, way))
+    assert not torch.equal(decode(other, way).sequences, decode(model, way).sequences)
+    assert by == "transformers" or model._compiled_call is call
