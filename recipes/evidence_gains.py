@@ -287,7 +287,7 @@ def ranges(numbers: list[int]) -> str:
 
 
 def verdicts_of(result: Result) -> str:
-    """ "supported, equivalent; ours took 21 % longer; forwards 7, theirs 56" """
+    """ "supported, equivalent; ours took 21 % longer; forwards 7, 56" """
     words = [of_both(result.verdict, result.by_t)]
     if result.verdict is not None and result.is_equivalent:
         words.append("equivalent")
@@ -297,5 +297,5 @@ def verdicts_of(result: Result) -> str:
     if result.forwards is not None:
         ours, theirs = result.forwards
         if abs(theirs - ours) > EQUAL_FORWARDS * ours:
-            said.append(f"forwards {ours:.3g}, theirs {theirs:.3g}")
+            said.append(f"forwards {ours:.3g}, {theirs:.3g}")
     return "; ".join(filter(None, said))

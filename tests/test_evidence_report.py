@@ -191,7 +191,7 @@ def test_seconds_of_both_are_said_and_more_of_ours_beside_the_verdict(ours, says
     assert seconds_of(found.logs, same_net) is None
 
 
-@pytest.mark.parametrize("theirs, says", [(56.0, "forwards 7, theirs 56"), (7.2, ""), (None, "")])
+@pytest.mark.parametrize("theirs, says", [(56.0, "forwards 7, 56"), (7.2, ""), (None, "")])
 def test_forwards_of_both_are_said_where_they_differ(theirs, says, tmp_path):
     for arm, nfe in {"a": 7.0, "b": theirs}.items():
         lines = [read_rows(name, "test", [1] * n, nfe) for name, n in (("soft", 4), ("far", 2))]

@@ -13,7 +13,7 @@ from tiny import BOS, PAD, VOCAB, counted, model_of, seeded, with_lora
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from softar.mixers import GUIDES, guide
-from softar.models.reading import sees_padding
+from softar.models.reading import reads_moved_rows
 from softar.sft.forward import SCHEDULES, mk_alpha, soft_forward
 from softar.soft import Soft, dense, mk_proba_dist, soft_embed
 
@@ -484,7 +484,7 @@ def test_prompts_of_any_length_cost_as_many_steps_as_the_thought_has(padding, la
     assert len(calls) == steps + 1
     real = mask if last is None else mask[:, -last:]
     gradients = grads_of(model, ours, real)
-    monkeypatch.setattr("softar.sft.forward.sees_padding", lambda model: False)
+    monkeypatch.setattr("softar.sft.forward.reads_moved_rows", lambda model: False)
     with counted(model) as calls:
         theirs = soft_forward(model, ids, mask, marked.bool(), feeder(0.2), **how)
     assert len(calls) == int(marked.any(0).sum()) + 1
@@ -493,14 +493,45 @@ def test_prompts_of_any_length_cost_as_many_steps_as_the_thought_has(padding, la
     assert_same_gradients(gradients, grads_of(model, theirs, real))
 
 
-@pytest.mark.parametrize("kind, sees", [("llama", True), ("rwkv", False), ("roformer", False)])
+def test_rows_are_moved_where_a_batch_becomes_hardly_wider(monkeypatch):
+    """An answer far longer than the others' would move the row's end out, and a table has an end."""
+    model = mild()
+    ids = torch.randint(5, VOCAB, (2, 40), generator=seeded(3))
+    far, near = torch.zeros(2, 2, 40, dtype=torch.bool)
+    far[0, 2:5] = far[1, 34:37] = True  # 32 columns wider
+    near[0, 10:13] = near[1, 13:16] = True
+    for marked, forwards in ((far, 7), (near, 4)):
+        with counted(model) as calls, torch.no_grad():
+            logits = soft_forward(model, ids, None, marked, feeder(), mode="sequential")
+        assert len(calls) == forwards and logits.shape == (2, 40, VOCAB)
+    for room, forwards in ((43, 4), (42, 7)):
+        monkeypatch.setattr("softar.sft.forward.room_of", lambda model, trained, n=room: n)
+        with counted(model) as calls, torch.no_grad():
+            moved = soft_forward(model, ids, None, near, feeder(), mode="sequential")
+        assert len(calls) == forwards
+        torch.testing.assert_close(moved, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_gradients_through_moved_rows_are_finite(attention, dtype):
+    model = mild().to(dtype)
+    model.set_attn_implementation(attention)
+    ids, mask, marked = batch("right")
+    logits = soft_forward(model, ids, mask, marked, feeder(), mode="sequential")
+    assert all(g.isfinite().all() for g in grads_of(model, logits, mask).values())
+
+
+@pytest.mark.parametrize(
+    "kind, sees", [("llama", True), ("rwkv", False), ("roformer", False), ("roberta", False)]
+)
 def test_rows_are_not_moved_behind_padding_that_a_model_would_read(kind, sees):
     model = mild()
     model.config.model_type = kind
-    assert sees_padding(model) is sees
+    assert reads_moved_rows(model) is sees
     tuned = get_peft_model(mild(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert sees_padding(get_peft_model(mild(), LoraConfig(task_type="CAUSAL_LM")))
-    assert not sees_padding(tuned)
+    assert reads_moved_rows(get_peft_model(mild(), LoraConfig(task_type="CAUSAL_LM")))
+    assert not reads_moved_rows(tuned)
 
 
 def test_a_window_of_one_reaches_back_one_mixture_and_no_further():

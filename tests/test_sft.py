@@ -1391,7 +1391,7 @@ def test_the_defaults_are_two_refreshes_of_narrow_mixtures(tmp_path):
     [
         (
             dict(soft_mode="sequential"),
-            "5 forwards, one for each column of thought, of 4 x 10 tokens",
+            "5 forwards or more, one for each column of thought, of about 4 x 10 tokens",
         ),
         (dict(soft_passes=2), "3 forwards of 4 x 10 tokens"),
         (dict(soft_passes=99), "5 forwards of 4 x 10 tokens"),

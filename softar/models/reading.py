@@ -36,6 +36,18 @@ BLIND_TO_PADDING = (
     "trocr",
     "whisper",
 )
+# These count positions in another way where padding is on the left, or take no more columns than
+# they were made for, whatever is padding.
+NOT_MOVED = (
+    "camembert",
+    "data2vec-text",
+    "mpt",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 # PEFT puts virtual tokens before the padding, and counts positions across it.
 VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 ONE_ROW = ("rwkv",)  # reads, after the prompt, the rows of a batch into each other
@@ -71,11 +83,12 @@ def check_reads_mixtures(model) -> None:
         raise ValueError(f"{name} has no cache, in which soft inputs live: take another model")
 
 
-def sees_padding(model) -> bool:
-    """Does a model, plain or wrapped by PEFT, read a padded row as it reads the row by itself?"""
+def reads_moved_rows(model) -> bool:
+    """Does a model, plain or wrapped by PEFT, read rows behind padding as it reads them without?"""
     whole = plain(model)
     tuned = None if model is whole else model.active_peft_config.peft_type
-    return whole.config.model_type not in (*BLIND_TO_PADDING, *ONE_ROW) and tuned not in VIRTUAL
+    blind = (*BLIND_TO_PADDING, *ONE_ROW, *NOT_MOVED)
+    return whole.config.model_type not in blind and tuned not in VIRTUAL
 
 
 def check_ragged(model, attention_mask: Tensor) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..checks import check_choice, check_least
-from ..models.reading import sees_padding
+from ..models.reading import reads_moved_rows
+from ..models.room import room_of
 from ..soft import Soft, soft_inputs, token_inputs
 
 # (logits [..., V], gold [...]) -> the mixture that is read next
@@ -80,11 +81,11 @@ def soft_forward(
 
     Position t with soft_mask[t] reads feed(logits[t - 1], input_ids[t]) instead of its token.
     "sequential" computes this exactly, one cached step per marked column, with gradient through
-    time; rows whose marks begin in other columns are moved, so that there are as many columns as the
-    longest span has. "parallel" starts from the gold tokens and refreshes all marked positions at once,
-    `passes` times (Jacobi iteration; parallel scheduled sampling, arXiv:1906.04331): after r
-    refreshes the first r marked positions of a row are exact, so passes = span length equals
-    sequential.
+    time; rows whose marks begin in other columns are moved, so that there are as many columns as
+    the longest span has, unless the batch becomes more than a quarter wider. "parallel" starts from
+    the gold tokens and refreshes all marked positions at once, `passes` times (Jacobi iteration;
+    parallel scheduled sampling, arXiv:1906.04331): after r refreshes the first r marked positions
+    of a row are exact, so passes = span length equals sequential.
 
     Args:
         input_ids: [B, T], gold tokens. attention_mask: [B, T] or None. soft_mask: [B, T] bool,
@@ -122,13 +123,12 @@ def soft_forward(
     if attention_mask is not None and attention_mask.all():
         attention_mask = None  # lets attention take its fast path
     if mode == "sequential":
-        if sees_padding(model):
-            moved = _aligned(input_ids, attention_mask, soft_mask)
-            if moved is not None:
-                *batch, shift = moved
-                logits = _sequential(model, *batch, feed, window, first)
-                return _moved_back(logits, shift, T - first)
-        return _sequential(model, input_ids, attention_mask, soft_mask, feed, window, first)
+        moved = _aligned(model, input_ids, attention_mask, soft_mask)
+        if moved is None:
+            parts = _sequential(model, input_ids, attention_mask, soft_mask, feed, window, first)
+            return torch.cat(parts, 1)
+        *batch, shift = moved
+        return _moved_back(_sequential(model, *batch, feed, window, first), shift, T - first)
     return _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_passes, first)
 
 
@@ -168,10 +168,12 @@ def _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_pa
     return outputs.logits
 
 
-def _aligned(input_ids: Tensor, attention_mask: Tensor | None, soft_mask: Tensor):
+def _aligned(model, input_ids: Tensor, attention_mask: Tensor | None, soft_mask: Tensor):
     """The rows moved to the right, behind padding, so that their first marks stand in one column:
-    ids, mask and marks [B, W], and by how many columns each row was moved. None where there are no
-    fewer marked columns then."""
+    ids, mask and marks [B, W], and by how many columns each row was moved. None where that leaves no
+    fewer marked columns, or takes more than WIDER columns or than the model has room for."""
+    if not reads_moved_rows(model):
+        return None
     T = input_ids.shape[1]
     begins = soft_mask.int().argmax(1)
     shift = torch.where(soft_mask.any(1), begins.max() - begins, 0)
@@ -184,16 +186,23 @@ def _aligned(input_ids: Tensor, attention_mask: Tensor | None, soft_mask: Tensor
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     mask = mask.gather(1, at) * is_row
     W = int(mask.any(0).nonzero().max()) + 1
+    if W > T and (W > WIDER * T or W > (room_of(model, trained=True) or W)):
+        return None
     return input_ids.gather(1, at)[:, :W], mask[:, :W], marks[:, :W], shift
 
 
-def _moved_back(logits: Tensor, shift: Tensor, length: int) -> Tensor:
-    """[B, W, V] of moved rows -> [B, length, V] of the rows as they were, 0 in what was cut off."""
-    logits = torch.nn.functional.pad(
-        logits, (0, 0, 0, max(0, int(shift.max()) + length - logits.shape[1]))
-    )
-    rows = zip(logits.unbind(), shift.tolist(), strict=True)
-    return torch.stack([row[moved : moved + length] for row, moved in rows])
+def _moved_back(parts: list[Tensor], shift: Tensor, length: int) -> Tensor:
+    """Logits of moved rows, in parts [B, t, V] side by side -> [B, length, V] of the rows as they
+    were, 0 in what was cut off; copied once."""
+    rows, pieces = [part.unbind() for part in parts], []
+    for row, begin in enumerate(shift.tolist()):
+        left = length
+        for part in rows:
+            here = part[row][begin : begin + left]
+            begin, left = max(0, begin - len(part[row])), left - len(here)
+            pieces.append(here)
+        pieces.append(parts[0].new_zeros(left, parts[0].shape[-1]))
+    return torch.cat(pieces).view(len(shift), length, -1)
 
 
 def _read(outputs, feed: Feed | None) -> Tensor:
@@ -248,7 +257,7 @@ def _sequential(model, input_ids, attention_mask, soft_mask, feed, window, start
             inputs[name] = torch.cat([first[:, None], tokens[:, 1:]], 1)
         outputs = advance(inputs)
         logits.append(outputs.logits)
-    return torch.cat(logits, 1)
+    return logits
 
 
 def mixed_forward(
@@ -278,6 +287,7 @@ def _over(mask: Tensor, values: Tensor) -> Tensor:
 
 
 MODES = ("parallel", "sequential")
+WIDER = 1.25  # columns of moved rows, over those of the batch
 SCHEDULES = {
     "constant": lambda x: 0.0,
     "linear": lambda x: x,

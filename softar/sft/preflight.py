@@ -91,7 +91,10 @@ def forecast(args, dataset, span: dict) -> str | None:
     elif args.soft_mode == "parallel":
         cost = f"{passes + 1} forwards of {B} x {length} tokens"
     else:
-        cost = f"{thought + 1} forwards, one for each column of thought, of {B} x {length} tokens in all"
+        cost = (
+            f"{thought + 1} forwards or more, one for each column of thought, of about {B} x {length} "
+            "tokens in all"
+        )
     whole = args.think_end is None and args.think_steps is None
     what = " (no think_end or think_steps: the whole completion is soft)" if whole else ""
     width = (args.soft_top_k or 0) * (ROOM if args.learn_top_k else 1) or "all"
