@@ -8,7 +8,7 @@ import torch
 from trl import GRPOConfig
 
 from softar.caches import CACHES
-from softar.checks import check_choice, check_idle, check_types, fill
+from softar.checks import check_choice, check_idle, check_least, check_types, fill
 from softar.config import SoftConfig
 from softar.training import check_compile, check_filter, opt
 from softar.vllm.machine import require_vllm
@@ -145,6 +145,15 @@ class SoftGRPOConfig(RolloutConfig):
     def __post_init__(self):
         check_policy(self.soft_mixer)
         super().__post_init__()
+        check_least(self, soft_k=1, soft_candidates=1, soft_beta=0)
+        if self.soft_tau is not None and not self.soft_tau > 0:
+            raise ValueError(
+                f"soft_tau={self.soft_tau} must be > 0; soft_candidates=1 is its limit"
+            )
+        if self.soft_share is not None and not 0 <= self.soft_share <= 1:
+            raise ValueError(
+                f"soft_share={self.soft_share} must lie in [0, 1]: 1 is the token alone"
+            )
         if self.max_completion_length is None:
             raise ValueError("max_completion_length=None: give the longest completion in steps")
         if self.think_steps is not None and not 0 <= self.think_steps < self.max_completion_length:

@@ -72,6 +72,15 @@ NEUTRAL = (
 )
 
 
+def _reads_token(c) -> bool:
+    """Is every step of a thought read as its drawn token alone?"""
+    endless = c.soft_mixer == "mixture-of-inputs" and c.soft_beta == float("inf")
+    whole = c.soft_mixer == "hybrid" and c.soft_share == 1
+    return (
+        endless or whole or (c.soft_mixer in ("k-samples", "hard", "gumbel") and draws_of(c) == 1)
+    )
+
+
 def _of_mixers(option: str) -> Idle:
     """An option that some mixers alone have."""
     mixers = [mixer for mixer, knobs in KNOBS.items() if option in knobs]
@@ -87,20 +96,9 @@ SHOWN = Idle(
     "where no completions are shown",
     "set log_completions=True",
 )
-IDLE = (
-    Idle(
-        "vllm_gpu_memory_utilization vllm_max_model_length vllm_model_impl",
-        lambda c: c.rollout != "vllm",
-        "without an engine",
-        "set rollout='vllm'",
-    ),
+# what a row of the recipes decides on, by the mixer that it sets
+OF_POLICY = (
     *map(_of_mixers, LEFT_OUT),
-    Idle(
-        "cache_implementation compile_rollout",
-        lambda c: c.rollout == "vllm",
-        "where vLLM decodes, which has a cache of its own",
-        "set rollout='loop'",
-    ),
     Idle(
         "soft_ratio",
         lambda c: draws_of(c) == 1,
@@ -108,10 +106,34 @@ IDLE = (
         "set soft_mixer='k-samples' and soft_k above 1",
     ),
     Idle(
+        "soft_tau", _reads_token, "with one draw a step, whose weight is 1", "raise soft_candidates"
+    ),
+    Idle(
+        "soft_candidates",
+        lambda c: c.soft_mixer in ("mixture-of-inputs", "hybrid") and _reads_token(c),
+        "where the drawn token is all that is read",
+        "lower soft_beta or soft_share",
+    ),
+    Idle(
         "embedding_grad",
-        lambda c: c.soft_mixer in ("k-samples", "hard", "gumbel") and draws_of(c) == 1,
+        _reads_token,
         "with one draw a step, and nothing beside it",
         "set soft_mixer='k-samples' and soft_k above 1",
+    ),
+)
+IDLE = (
+    Idle(
+        "vllm_gpu_memory_utilization vllm_max_model_length vllm_model_impl",
+        lambda c: c.rollout != "vllm",
+        "without an engine",
+        "set rollout='vllm'",
+    ),
+    *OF_POLICY,
+    Idle(
+        "cache_implementation compile_rollout",
+        lambda c: c.rollout == "vllm",
+        "where vLLM decodes, which has a cache of its own",
+        "set rollout='loop'",
     ),
     Idle(
         "reward_sees",

@@ -43,5 +43,10 @@ def draws_of(config) -> int:
 
 def knobs_of(config) -> dict:
     """What its options say to its mixer."""
-    own = {knob: getattr(config, option) for option, knob in KNOBS[config.soft_mixer].items()}
-    return {"sample": True} if config.soft_mixer == "hard" else own
+    if config.soft_mixer == "hard":
+        return {"sample": True}
+    said = {option: getattr(config, option) for option in KNOBS[config.soft_mixer]}
+    return {  # None is an option that was left out and does nothing
+        KNOBS[config.soft_mixer][option]: LEFT_OUT[option] if value is None else value
+        for option, value in said.items()
+    }

@@ -25,6 +25,7 @@ from softar.rows import APART
 from softar.training import opt, tell_progress
 
 from .guards import check_same_policy, policy_of
+from .neutral import OF_POLICY
 from .policies import DRAWS, KNOBS, LEFT_OUT, draws_of
 from .rewards import REWARDS, as_chats, check_columns, rewards_of, score_of
 
@@ -92,6 +93,7 @@ def rl_recipe(
         about=about,
         arguments=RLScriptArguments,
         config=config,
+        base=base_of(config),
         demo=Path(file).parent / "configs" / demo,
         rows=ROWS,
         groups=GROUPS,
@@ -103,6 +105,13 @@ def rl_recipe(
         train_row=partial(train_row, trainer),
         report=report,
     )
+
+
+def base_of(config: type) -> type:
+    """The same configuration before a row has said which policy it is, on which it depends what the
+    options of policies do."""
+    rules = tuple(rule for rule in config._idle if rule not in OF_POLICY)
+    return type(config.__name__, (config,), {"_idle": rules, "__module__": config.__module__})
 
 
 def check(inputs, configs) -> None:

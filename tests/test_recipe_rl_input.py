@@ -1,10 +1,14 @@
 """The RL recipes with bad input: one line that names it, before any training."""
 
 import json
+import runpy
 
 import pytest
 from launched import PYTHON, assert_fails, run
 from test_recipe_rl import RECIPES, options
+
+from softar.recipe import read, row_config
+from softar.rl.policies import KNOBS
 
 
 def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
@@ -86,3 +90,27 @@ def test_data_that_cannot_be_used(tmp_path, monkeypatch, capsys):
     assert_fails(
         monkeypatch, capsys, RECIPES["grpo"], ["--config", str(tmp_path / "c.yaml")], "max_stepz"
     )
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo", "rloo"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(rows="gumbel", soft_tau=0.3, soft_ratio="joint"),
+        dict(rows="gumbel,soft", soft_candidates=4, soft_k=2),
+        dict(rows="mixture-of-inputs,hard", soft_beta=2.0),
+        dict(rows="hybrid", soft_share=0.25),
+    ],
+    ids=lambda value: value["rows"],
+)
+def test_rows_take_options_of_their_own(tmp_path, algorithm, changes):
+    """Each reaches the rows whose mixer has it."""
+    made = runpy.run_path(RECIPES[algorithm])["RECIPE"]
+    inputs = read(made, options(tmp_path, **changes))
+    configs = {name: row_config(made, inputs, name, 1, tmp_path) for name in inputs.names}
+    for option, value in changes.items():
+        if option != "rows":
+            assert value in {getattr(args, option) for args in configs.values()}, option
+    for args in configs.values():
+        told = [option for option in KNOBS[args.soft_mixer] if option in changes]
+        assert all(getattr(args, option) == changes[option] for option in told)

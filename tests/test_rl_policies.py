@@ -4,6 +4,8 @@ the first update, exact replay, the gradient of the expected reward, and what is
 The equality with TRL's GRPO at one candidate is in test_rl_trainers.py, densities in
 test_actions.py."""
 
+import math
+
 import pytest
 import torch
 from test_rl_trainers import CONFIGS, config, logged, lora, rollout, trainer, weights
@@ -157,10 +159,11 @@ def test_mixers_without_a_probability_are_refused(tmp_path, kind):
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"soft_candidates": 0}, "candidates=0 must be a whole number from 1 on"),
-        ({"soft_mixer": "gumbel", "soft_tau": 0.0}, "tau=0.0 must be > 0"),
-        ({"soft_mixer": "mixture-of-inputs", "soft_beta": -1.0}, "beta=-1.0 must be >= 0"),
-        ({"soft_share": 1.5}, "share=1.5 must lie in"),
+        ({"soft_candidates": 0}, "soft_candidates=0 must be at least 1"),
+        ({"soft_mixer": "gumbel", "soft_tau": 0.0}, "soft_tau=0.0 must be > 0"),
+        ({"soft_mixer": "mixture-of-inputs", "soft_beta": -1.0}, "soft_beta=-1.0 must be at least"),
+        ({"soft_mixer": "k-samples", "soft_k": 0}, "soft_k=0 must be at least 1"),
+        ({"soft_share": 1.5}, "soft_share=1.5 must lie in"),
         ({"soft_tau": 0.1}, "soft_tau=0.1 does nothing with this mixer: set soft_mixer='gumbel'"),
         ({"soft_k": 3}, "soft_k=3 does nothing with this mixer: set soft_mixer='k-samples'"),
         ({"soft_ratio": "joint"}, "soft_ratio='joint' does nothing with one draw a step"),
@@ -169,14 +172,40 @@ def test_mixers_without_a_probability_are_refused(tmp_path, kind):
             "embedding_grad=False does nothing with one draw a step",
         ),
         (
+            {"soft_mixer": "gumbel", "soft_candidates": 1, "soft_tau": 0.3},
+            "soft_tau=0.3 does nothing with one draw a step",
+        ),
+        ({"soft_share": 1.0, "soft_candidates": 10}, "soft_candidates=10 does nothing where"),
+        ({"soft_share": 1.0, "embedding_grad": False}, "embedding_grad=False does nothing with"),
+        (
+            {"soft_mixer": "mixture-of-inputs", "soft_beta": math.inf, "soft_candidates": 3},
+            "soft_candidates=3 does nothing where the drawn token is all",
+        ),
+        (
             {"soft_mixer": "k-samples", "soft_candidates": 3},
             "soft_candidates=3 does nothing .*='gumbel' or 'mixture-of-inputs' or 'hybrid'",
         ),
     ],
 )
 def test_options_that_cannot_be(tmp_path, options, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=f"^{says}"):
         config(tmp_path, **{"soft_mixer": "hybrid", **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"soft_mixer": "gumbel", "soft_candidates": 1},
+        {"soft_mixer": "hybrid", "soft_share": 1.0},
+        {"soft_mixer": "mixture-of-inputs", "soft_beta": math.inf},
+    ],
+)
+def test_the_limits_of_single_tokens_are_there(tmp_path, options):
+    """What was left out and does nothing at them is as it is elsewhere."""
+    made = config(tmp_path, **options)
+    knobs = made.decoding().mixer_args
+    assert knobs["candidates"] == (1 if options["soft_mixer"] == "gumbel" else 10)
+    assert knobs.get("tau", 0.1) == 0.1 and None in (made.soft_tau, made.soft_candidates)
 
 
 def test_more_candidates_than_words(tmp_path):
