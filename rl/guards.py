@@ -10,7 +10,7 @@ from torch import nn
 
 from softar.config import CONFIG_FILE, SoftConfig
 from softar.defaults import own_config
-from softar.mixers import mk_mixer
+from softar.mixers import SHARE, mk_mixer
 from softar.models import check_autoregressive, origin_of, room_of
 from softar.training import check_adapter, check_cells
 
@@ -117,15 +117,26 @@ def policy_of(model, args: SoftGRPOConfig) -> SoftConfig:
     theirs, ours = own_config(name), args.decoding()
     if theirs is None:
         return ours
-    same, knobs = theirs.mixer == ours.mixer, mk_mixer(ours.mixer, **ours.mixer_args).knobs
+    knobs = mk_mixer(ours.mixer, **ours.mixer_args).knobs
     options = {knob: option for option, knob in KNOBS[ours.mixer].items()}
-    for knob, value in theirs.mixer_args.items() if same else ():
+    for knob, value in knobs_said(theirs).items() if theirs.mixer == ours.mixer else ():
         if knobs[knob] != value:
             raise ValueError(
                 f"{options.get(knob, knob)}={knobs[knob]!r}, but {CONFIG_FILE} in {name} says {knob}={value!r}: give "
                 f"the same, or remove the file to train on as another policy"
             )
     return ours.changed(prompt_prefix=theirs.prompt_prefix)
+
+
+def knobs_said(theirs: SoftConfig) -> dict:
+    """The knobs that a model's configuration decides, also by leaving them out. It does not where it
+    reads all candidates, which RL cannot, and where it takes the likeliest token, as it may of any
+    model."""
+    knobs = mk_mixer(theirs.mixer, **theirs.mixer_args).knobs
+    if "share" in knobs and (knobs["share"], knobs["gate"]) == (None, None):
+        knobs["share"] = SHARE
+    open_ones = ("candidates", None), ("share", None), ("sample", False)
+    return {knob: value for knob, value in knobs.items() if (knob, value) not in open_ones}
 
 
 def check_same_policy(folder: str, policy: SoftConfig) -> None:

@@ -27,6 +27,7 @@ from .soft import hard as one_token
 
 TOLERANCE = 1e-3  # of the sum of a mixture's weights
 GROUP = "softar.mixers"  # of entry points
+SHARE = 0.5  # of the token in `hybrid`, where neither it nor a gate is given
 LEAST, MOST = 1e-30, 1e30  # a knob beyond these is its limit in float32, and would only overflow
 
 
@@ -170,7 +171,7 @@ def hybrid(
     gate: str | None = None,
     candidates: int | None = None,
 ) -> Mixed:
-    """A sampled token beside the belief: `share` (default 0.5) of its embedding, the rest of
+    """A sampled token beside the belief: `share` (default SHARE) of its embedding, the rest of
     s = sum_i p_i E_i / ||p||_2, or what a trained gate makes of both (HRPO, arXiv:2505.18454, eq. 3
     and 4). The text, its logp and its stop logic are those of sampling.
 
@@ -182,7 +183,7 @@ def hybrid(
     _check_candidates(candidates)
     if share is not None and gate is not None:
         raise ValueError(f"share={share} does nothing beside gate={gate!r}: leave one out")
-    share = 0.5 if share is None else share
+    share = SHARE if share is None else share
     if not 0 <= share <= 1:
         raise ValueError(f"share={share} must lie in [0, 1]: 1 is the token alone, 0 the belief")
     drawn, belief = hard(dist, rng=rng, sample=True), likeliest(dist, candidates)

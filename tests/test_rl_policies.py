@@ -222,6 +222,11 @@ def test_more_candidates_than_words(tmp_path):
         ({"share": 0.3}, {"soft_mixer": "hybrid"}, r"soft_share=0.5, but .* says share=0.3: give"),
         ({"gate": "g"}, {"soft_mixer": "hybrid"}, r"gate=None, but .* says gate='.*g': give"),
         ({"share": 0.3}, {"soft_mixer": "gumbel"}, None),
+        ({}, {"soft_mixer": "hybrid", "soft_share": 0.3}, r"soft_share=0.3, but .* says share=0.5"),
+        ({}, {"soft_mixer": "hybrid"}, None),
+        ({"tau": 0.1, "candidates": None}, {"soft_mixer": "gumbel"}, None),
+        ({"candidates": 4, "tau": 0.1}, {"soft_mixer": "gumbel"}, "soft_candidates=10, but .*=4"),
+        ({"candidates": 10}, {"soft_mixer": "gumbel"}, r"soft_tau=0.1, but .* says tau=0.5"),
     ],
 )
 def test_a_model_of_another_policy_is_refused(tmp_path, theirs, ours, says):
@@ -230,7 +235,7 @@ def test_a_model_of_another_policy_is_refused(tmp_path, theirs, ours, says):
     if "gate" in theirs:
         Gate(32).save(tmp_path / "g")
         theirs = {"gate": str(tmp_path / "g")}
-    mixer = "gumbel" if "tau" in theirs else "hybrid"
+    mixer = "gumbel" if {"tau", "candidates"} & {*theirs} else "hybrid"
     softar.SoftConfig(mixer, theirs).save(folder)
     if says is None:
         assert trainer(tmp_path, model=str(folder), **ours).policy.mixer == ours["soft_mixer"]
