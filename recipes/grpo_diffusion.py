@@ -35,6 +35,7 @@ from trl import ScriptArguments
 from softar.checks import check_least
 from softar.diffusion.recipe import FOLDER, FolderArguments, check_folder_options
 from softar.recipe import Recipe, RecipeArguments, fit, one_line_errors, run
+from softar.recipe_config import check_taken
 from softar.resume import checkpoint_of
 from softar.rl.config import RolloutConfig
 from softar.rl.diffusion_config import DiffusionGRPOConfig
@@ -135,6 +136,7 @@ def fields(name, training, task) -> dict:
 def check(inputs, configs):
     script, task, model_args = inputs.script, inputs.task, inputs.model_args
     check_least(script, model_block_length=1)
+    check_taken(inputs.argv, inputs.training, ROWS, configs)
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError(
             "load_in_4bit and load_in_8bit are not there for RL on diffusion models: use LoRA on bfloat16 weights"

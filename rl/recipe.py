@@ -20,11 +20,12 @@ from trl import ScriptArguments
 from softar.checks import check_least
 from softar.model_card import example_of
 from softar.recipe import Recipe, RecipeArguments, fit, one_line_errors, thought_fields
+from softar.recipe_config import check_taken
 from softar.resume import checkpoint_of, resumes
 from softar.rows import APART
 from softar.training import opt, tell_progress
 
-from .guards import check_same_policy, policy_of
+from .guards import check_candidates, check_same_policy, policy_of
 from .neutral import OF_POLICY
 from .policies import DRAWS, KNOBS, LEFT_OUT, draws_of
 from .rewards import REWARDS, as_chats, check_columns, rewards_of, score_of
@@ -114,9 +115,17 @@ def base_of(config: type) -> type:
     return type(config.__name__, (config,), {"_idle": rules, "__module__": config.__module__})
 
 
+def starts_anew(inputs) -> bool:
+    """Is the policy to start from made first, of the task's own model?"""
+    return inputs.script.sft_steps > 0 and inputs.model_args.model_name_or_path is None
+
+
 def check(inputs, configs) -> None:
+    import softar
+
     script, model_args = inputs.script, inputs.model_args
     check_least(script, sft_steps=0, eval_draws=1)
+    check_taken(inputs.argv, inputs.training, ROWS, configs)
     if "soft" in configs and configs["soft"].soft_k < 2:
         raise ValueError(
             f"soft_k={configs['soft'].soft_k}: the row 'soft' needs at least 2 draws; 1 is the row 'hard'"
@@ -126,6 +135,10 @@ def check(inputs, configs) -> None:
             "load_in_4bit and load_in_8bit are not there for soft policies: use LoRA on bfloat16 weights"
         )
     check_columns(script.reward_funcs, inputs.task)
+    if starts_anew(inputs):
+        model, _ = softar.load(inputs.model)  # untrained, and tiny
+        for args in configs.values():
+            check_candidates(model, args)
 
 
 def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dict] | None:
@@ -136,10 +149,9 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
     import softar
 
     script, task = inputs.script, inputs.task
-    starts_anew = script.sft_steps > 0 and inputs.model_args.model_name_or_path is None
-    started = time.perf_counter()
-    model = sft_policy(args, task, script) if starts_anew else inputs.model
-    sft_seconds = time.perf_counter() - started if starts_anew else 0.0
+    is_new, started = starts_anew(inputs), time.perf_counter()
+    model = sft_policy(args, task, script) if is_new else inputs.model
+    sft_seconds = time.perf_counter() - started if is_new else 0.0
     with one_line_errors(inputs.program.name):
         model, tokenizer = softar.load(model, seed=args.seed, **inputs.model_options)
         if checkpoint := checkpoint_of(args):
@@ -179,7 +191,7 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
         decoder=decoder,
         draws=draws_of(args),
         seed=args.seed,
-        sft_steps=script.sft_steps if starts_anew else 0,
+        sft_steps=script.sft_steps if is_new else 0,
         sft_seconds=sft_seconds,
         train_steps=trainer.state.global_step,
         train_seconds=seconds,

@@ -1,8 +1,12 @@
-"""Which YAML file a recipe reads: the one named, or that of its demo."""
+"""Which YAML file a recipe reads: the one named, or that of its demo; and options of the command
+line that no row takes."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 from .checks import did_you_mean
+from .rows import APART
 
 
 def with_found_config(argv: list[str], folder: Path) -> list[str]:
@@ -38,3 +42,23 @@ def with_default_config(
         return ["--config", str(demo), *argv]
     task = argv[argv.index("--task") + 1] if "--task" in argv[:-1] else None
     return ["--config", str(task_demos[task]), *argv] if task in task_demos else argv
+
+
+def check_taken(argv: list[str], training, rows: dict[str, dict], configs: dict[str, Any]) -> None:
+    """Raise ValueError for an option of the command line in whose place every row that is named has a
+    value of its own. In a process of one row it may be another's.
+
+    training: the options as they were given. rows: the fields that make each row. configs: of each
+    row that is named.
+    """
+    if APART in os.environ:
+        return
+    for option in (word[2:].partition("=")[0] for word in argv if word.startswith("--")):
+        if all(
+            option in rows.get(name, ()) and getattr(args, option) != getattr(training, option)
+            for name, args in configs.items()
+        ):
+            raise ValueError(
+                f"{option}={getattr(training, option)!r} does nothing with the rows {', '.join(configs)}, which have "
+                f"their own: leave it out, or name a row that takes it"
+            )

@@ -202,7 +202,7 @@ BESIDE = {
     "recipe": {"checks", "tasks", "resume", "rows", "launch", "progress", "arguments", "training"}
     | {"decoders", "model_card", "models", "recipe_config", "recipe_data"},
     "recipe_data": {"files", "tasks"},
-    "recipe_config": {"checks"},
+    "recipe_config": {"checks", "rows"},
     "rows": {"checks", "launch", "progress", "resume", "results"},
     "launch": {"checks"},
     "arguments": {"checks"},

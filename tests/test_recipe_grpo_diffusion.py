@@ -201,6 +201,11 @@ TEMPLATES = {"train": {"prompt": "<bos>", "template": "<bos> <mask>"}, "test": {
         (ONE | dict(soften_args="k=2"), "'k=2' is no JSON object"),
         (ONE | dict(soften_args="[2]"), r"'\[2\]' is no JSON object"),
         (dict(soften="soft-mask", soften_args='{"kk": 2}'), "row 'soft-mask'.*kk"),
+        (
+            dict(rows="hard", soften="soft-mask", soften_args='{"zz": 2}'),
+            "soften='soft-mask' does nothing with the rows hard",
+        ),
+        (dict(rows="hard", soften_args='{"zz": 2}'), "soften_args={'zz': 2} does nothing"),
         (ONE | dict(num_generations=1), "num_generations=1"),
         (ONE | dict(top_k=5), "top_k=5 is not supported"),
         (ONE | dict(select="confidence"), "select='confidence' cannot be replayed"),
