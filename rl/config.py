@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from trl import GRPOConfig
 
-from softar.caches import CACHES
+from softar.caches import CACHES, STATIC, check_one_size
 from softar.checks import check_choice, check_idle, check_least, check_types, fill
 from softar.config import SoftConfig
 from softar.training import check_compile, check_filter, opt
@@ -162,10 +162,8 @@ class SoftGRPOConfig(RolloutConfig):
                 f"max_completion_length={self.max_completion_length}, so that an answer fits"
             )
         check_choice("cache_implementation", self.cache_implementation, (None, *CACHES))
-        if self.compile_rollout and self.cache_implementation != "static":
-            raise ValueError(
-                f"compile_rollout=True needs cache_implementation='static', not {self.cache_implementation!r}"
-            )
+        if self.compile_rollout:
+            check_one_size("compile_rollout=True", self.cache_implementation in STATIC)
         if self.rollout == "vllm":
             self._check_vllm()
         self.decoding()

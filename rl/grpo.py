@@ -9,8 +9,10 @@ Shapes: B rows, P prompt length, C completion steps, K draws, J ratios of a step
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from trl.trainer.utils import use_adapter
 
+from softar.caches import set_cache
 from softar.config import CONFIG_FILE
 from softar.decode import SoftOutput
 from softar.evaluate import prefixed_rows
@@ -64,6 +66,10 @@ class SoftGRPOTrainer(RolloutGRPO):
     def _check_model(self, aux_loss_coef):
         guards.check_trainable(type(self).__name__, self.model, aux_loss_coef)
         guards.check_causal(self.model)
+        how = self.args.cache_implementation, self.args.compile_rollout
+        set_cache(
+            self.model, GenerationConfig(), *how
+        )  # it says what rollouts are not decoded with
         guards.check_candidates(plain(self.model), self.args)
         guards.check_prompt_room(
             plain(self.model),

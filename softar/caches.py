@@ -15,8 +15,9 @@ from transformers.generation.configuration_utils import (
 )
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-from .models.kind import plain
+from .models.kind import plain, uncompiled
 
+STATIC = ALL_STATIC_CACHE_IMPLEMENTATIONS  # the old names included
 CACHES = (*DYNAMIC_CACHE_IMPLEMENTATIONS, *STATIC_CACHE_IMPLEMENTATIONS)
 # transformers' own `generate` answers otherwise, or fails, where these have a static cache; as in
 # softar.models.reading, tests/test_architectures.py tries every architecture
@@ -24,11 +25,33 @@ NEVER_STATIC = ("gpt_neo", "llama4", "llama4_text", "prophetnet", "recurrent_gem
 BACKENDS = {"quanto": is_optimum_quanto_available, "hqq": is_hqq_available}  # of quantised ones
 
 
+def set_cache(model, settings: GenerationConfig, name: str | None, compile: bool) -> None:
+    """Change settings of a decode with this model: the cache's name, where there is one, and whether a
+    step is compiled. Raises ValueError for what it cannot be decoded with."""
+    if name is not None:
+        settings.cache_implementation = name
+    if compile:
+        settings.compile_config = settings.compile_config or compiling(plain(model).device)
+        settings.disable_compile = False
+    check_cache(model, settings)
+    if settings.compile_config is not None and not settings.disable_compile:
+        asked = "compile=True" if compile else "compile_config="
+        check_one_size(asked, settings.cache_implementation in STATIC)
+
+
+def check_one_size(asked: str, is_static: bool) -> None:
+    """Raise ValueError where the cache grows: a compiled forward would be another each step."""
+    if not is_static:
+        raise ValueError(
+            f"{asked} needs a cache of one size: give cache_implementation='static', or leave it out"
+        )
+
+
 def check_cache(model, settings: GenerationConfig) -> None:
     """Raise ValueError for a cache that transformers does not make for this model, plain or wrapped
     by PEFT, here: it would fail on its way, or take another one without a word."""
     base, name = plain(model), settings.cache_implementation
-    is_static = name in ALL_STATIC_CACHE_IMPLEMENTATIONS  # under the old names, too
+    model, is_static = uncompiled(model), name in STATIC
     if name in (None, "dynamic"):
         return
     asked, kind = f"cache_implementation={name!r}", type(base).__name__
@@ -84,16 +107,12 @@ def forward_of(model, settings: GenerationConfig, model_kwargs: dict) -> Callabl
     that does not compile, which is warned of once, the model again.
 
     Raises:
-        ValueError: where the cache grows, so that a compiled forward would be another each step.
+        ValueError: where the cache grows.
     """
     if settings.compile_config is None or settings.disable_compile:
         return model
     cache = model_kwargs.get("past_key_values", model_kwargs.get("cache_params"))
-    if not isinstance(cache, StaticCache):
-        raise ValueError(
-            "a decode compiles over a cache of one size: give cache_implementation='static', or leave "
-            "compile and compile_config out"
-        )
+    check_one_size("compile_config=", isinstance(cache, StaticCache))
     settings = copy.copy(settings)
     how = settings.compile_config = copy.copy(settings.compile_config)
     how._compile_all_devices = True  # on a CPU too, as it was asked for

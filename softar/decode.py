@@ -41,7 +41,7 @@ from transformers.generation.logits_process import (
 )
 
 from . import guard
-from .caches import check_cache, check_room, compiling, forward_of
+from .caches import check_cache, check_room, forward_of, set_cache
 from .checks import check_fields, check_values
 from .config import SoftConfig, renamed
 from .defaults import chosen, recall
@@ -205,12 +205,8 @@ def generate(
     guard.check_prefix(input_ids, config, tokenizer)
     settings = copy.deepcopy(generation_config or own)
     guard.check_followed(settings, own, also=guard.ALONE)
-    if cache_implementation is not None:
-        settings.cache_implementation = cache_implementation
-    if compile:
-        settings.compile_config = settings.compile_config or compiling(model.device)
-        settings.disable_compile = False
-    check_cache(model, settings)
+    name = cache_implementation or settings.cache_implementation or own.cache_implementation
+    set_cache(model, settings, name, compile)
     settings.update(**guard.OVERRIDES, max_new_tokens=config.max_new_tokens)
     loop = functools.partial(
         soft_decode,

@@ -8,15 +8,26 @@ import pytest
 import torch
 from test_architectures import build
 from test_caches import IDS, MASK, assert_same, compiled, decode, net, plugged, refused
-from tiny import EOS, Forced, counted, seeded, tokenizer_of
-from transformers import CompileConfig, DynamicCache, LogitsProcessorList, StaticCache
-from transformers.generation.configuration_utils import DEPRECATED_STATIC_CACHE_IMPLEMENTATIONS
+from test_rl_trainers import config, trainer
+from tiny import EOS, Forced, counted, model_of, seeded, tokenizer_of, with_lora
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StaticCache,
+)
+from transformers.generation.configuration_utils import (
+    DEPRECATED_STATIC_CACHE_IMPLEMENTATIONS,
+    STATIC_CACHE_IMPLEMENTATIONS,
+)
 
 from softar import SoftConfig
 from softar.caches import NEVER_STATIC
 from softar.decoders.beam import BeamDecoder, BeamOptions
 from softar.decoders.beam_collapse import BeamCollapse, beam_collapse
 from softar.decoders.search import SearchDecoder
+from softar.decoders.soft import CacheOptions, SoftDecoder
 from softar.decoders.soft_beam import SoftBeam, soft_beam
 from softar.looks import EVERY, every_of
 
@@ -134,3 +145,53 @@ def test_a_copy_of_a_model_that_has_compiled_runs_its_own_weights(monkeypatch, b
         assert_same(compiled(each, way, "eager"), decode(each, way))
     assert not torch.equal(decode(other, way).sequences, decode(model, way).sequences)
     assert by == "transformers" or model._compiled_call is call
+
+
+# -- by those who keep a model: when they are made
+
+
+@pytest.mark.parametrize("name", ["offloaded", "offloaded_static", "quantized"])
+def test_what_does_not_work_here_is_said_when_it_is_made(llama, tmp_path, name):
+    with pytest.raises(ValueError, match=f"cache_implementation='{name}'"):
+        SoftDecoder(llama, tokenizer_of(), CONFIG, cache_implementation=name)
+    with pytest.raises(ValueError, match=f"cache_implementation='{name}'"):
+        trainer(tmp_path, model=model_of(), cache_implementation=name)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, with_lora, lambda model: model])
+def test_a_wrapped_model_is_told_by_what_it_wraps(wrap):
+    model = own_cache(net(), "static")
+    wrapped = wrap(model)
+    assert SoftDecoder(wrapped, tokenizer_of(), CONFIG, compile=True)
+    own_cache(model, None)
+    with pytest.raises(ValueError, match="compile=True needs a cache of one size"):
+        SoftDecoder(wrapped, tokenizer_of(), CONFIG, compile=True)
+
+
+@pytest.mark.parametrize(
+    "name", [None, "dynamic", "offloaded", "quantized", *STATIC_CACHE_IMPLEMENTATIONS]
+)
+def test_one_rule_says_what_compiles(tmp_path, name):
+    """Where nothing is named a decoder asks the model, which a rollout does not follow."""
+    for make, follows in (
+        (lambda: CacheOptions(name, compile=True), True),
+        (lambda: config(tmp_path, cache_implementation=name, compile_rollout=True), False),
+    ):
+        if name in STATIC_CACHE_IMPLEMENTATIONS or (name is None and follows):
+            assert make()
+        else:
+            with pytest.raises(ValueError, match="needs a cache of one size"):
+                make()
+
+
+def test_the_models_own_static_cache_compiles(monkeypatch):
+    """By `softar.generate`, beside settings that name none, and by a decoder."""
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: made.append(f) or f)
+    model = own_cache(net(num_hidden_layers=1), "static")
+    plain = decode(model)
+    assert_same(decode(model, compile=True), plain)
+    bare = GenerationConfig(eos_token_id=EOS, pad_token_id=0)
+    decode(model, compile=True, generation_config=bare)
+    assert len(made) == 1  # kept by transformers
+    assert SoftDecoder(model, tokenizer_of(), CONFIG, compile=True).decode(["w5 w6"])

@@ -358,7 +358,7 @@ def test_decoders_pass_it_on(monkeypatch):
     assert told == [("static", True)] * 3
     for spec, says in (
         ("soft:cache_implementation=statik", "did you mean 'static'"),
-        ("soft:compile=true", "needs a cache of one size: cache_implementation=static"),
+        ("soft:compile=true", "needs a cache of one size: give cache_implementation='static'"),
         ("beam:cache_implementation=static", "takes no 'cache_implementation'"),
         (
             "mnns-diffusion-tiny=denoise:cache_implementation=static",

@@ -594,7 +594,7 @@ def test_reward_sees(tmp_path, sees):
         ({"think_start": "<think>", "think_end": None}, "think_start='<think>'"),
         ({"max_completion_length": None}, "max_completion_length=None"),
         ({"cache_implementation": "nonsense"}, "cache_implementation='nonsense'"),
-        ({"compile_rollout": True}, "compile_rollout=True needs cache_implementation='static'"),
+        ({"compile_rollout": True}, "compile_rollout=True needs a cache of one size"),
         (
             {"rollout": "vllm", "cache_implementation": "static"},
             "cache_implementation='static' does nothing where vLLM decodes",

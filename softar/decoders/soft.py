@@ -5,6 +5,7 @@ A row's forwards are its own, up to its last token; positions and seconds are it
 batch's, padding and waiting included. The seconds run from text to text, tokenisation included.
 """
 
+import copy
 import functools
 import re
 import statistics
@@ -16,14 +17,14 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 from transformers import BatchEncoding
 
-from ..caches import CACHES
+from ..caches import CACHES, STATIC, check_one_size, set_cache
 from ..checks import check_choice
 from ..config import BLOCK, TAGS, SoftConfig, renamed
 from ..decode import generate
 from ..defaults import Default, default_of
 from ..evaluate import evaluating, read_prompts, resolve
 from ..mixers import GROUP, MIXERS, mk_mixer, name_of
-from ..models import load
+from ..models import load, plain
 from ..names import registered as registered_names
 from ..specs import format_options
 from .answer import Decoded, Decoder, known_sum
@@ -76,6 +77,8 @@ class SoftDecoder:
         self.name, self.stop = name or decoder, [*stop]
         self.rng, self.why = torch.Generator().manual_seed(seed), why
         self.how = dict(cache_implementation=cache_implementation, compile=compile)
+        own = copy.deepcopy(plain(model).generation_config)
+        set_cache(model, own, cache_implementation, compile)  # it says what is not decoded with
 
     @property
     def draws(self) -> bool:
@@ -250,8 +253,8 @@ class CacheOptions:
 
     def __post_init__(self):
         check_choice("cache_implementation", self.cache_implementation, (None, *CACHES))
-        if self.compile and "static" not in (self.cache_implementation or ""):
-            raise ValueError("compile=true needs a cache of one size: cache_implementation=static")
+        if self.compile and self.cache_implementation is not None:  # else the model's own says it
+            check_one_size("compile=true", self.cache_implementation in STATIC)
 
 
 def _make_soft(decoder: str, card: Card, common: Common, /, **options) -> SoftDecoder:
