@@ -47,7 +47,10 @@ def run(folder, *words):
     return json.loads((folder / "decoded.json").read_text())
 
 
-def test_each_model_is_trained_and_decoded_once(trainings, tmp_path, capsys):
+def test_each_model_is_trained_and_decoded_once(trainings, tmp_path, capsys, monkeypatch):
+    steps, threshold = bench_latin.BUDGETS[1], bench_latin.BUDGETS[-1]
+    assert "steps" in steps and "threshold" in threshold
+    monkeypatch.setattr(bench_latin, "BUDGETS", [steps, threshold])
     first = run(tmp_path, "--num_seeds", "1", "--limit", "4", "--", "--max_steps", "2")
     ways = len(bench_latin.BUDGETS)
     assert len(first) == 3 * 3 * ways and {line["seed"] for line in first} == {42}
