@@ -171,7 +171,7 @@ def generate(
             from the beginning), "offloaded", "offloaded_static", "quantized"; default as
             generation_config says.
         compile: compile the forward of a step by torch.compile, over a cache of one size
-            (cache_implementation="static"); the prompt is read uncompiled. It takes a minute or so, once
+            (cache_implementation="static"); the prompt is read uncompiled, in parts too. It takes a minute or so, once
             for a model, a width of the batch and a size of the cache. generation_config may say how
             (compile_config). A model that does not compile is warned of, and decodes all the same.
         look_every: steps after which the host looks at the batch, waiting for the device. More than
@@ -307,9 +307,12 @@ def soft_decode(
     records: list[Record] = []
     vectors: list[Tensor | None] = []
     noisy: list[Tensor | None] = []
+    # transformers compiles the reading of a prompt in parts: a graph for each of their sizes
+    as_prompt = copy.copy(generation_config)
+    as_prompt.disable_compile = True
     # The underscored methods are how transformers' own loops prefill and go on
     with evaluating(model):
-        outputs = model._prefill(input_ids, generation_config, model_kwargs)
+        outputs = model._prefill(input_ids, as_prompt, model_kwargs)
         while True:
             step = len(records)
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)

@@ -147,6 +147,22 @@ def test_a_copy_of_a_model_that_has_compiled_runs_its_own_weights(monkeypatch, b
     assert by == "transformers" or model._compiled_call is call
 
 
+def test_a_prompt_is_read_uncompiled_in_parts_too(llama, monkeypatch):
+    """As on an accelerator, where transformers compiles the parts."""
+    seen = []
+
+    def wrapper(forward, **_):
+        return lambda **how: seen.append(1) or forward(**how)
+
+    monkeypatch.setattr(torch, "compile", wrapper)
+    model, settings = net(num_hidden_layers=1), copy.deepcopy(llama.generation_config)
+    how = CompileConfig()
+    how._compile_all_devices = True
+    settings.update(cache_implementation="static", compile_config=how, prefill_chunk_size=2)
+    out = decode(model, generation_config=settings)
+    assert len(seen) == out.completions.shape[1] - 1
+
+
 # -- by those who keep a model: when they are made
 
 

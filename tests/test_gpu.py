@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import PROMPTS, left_padded, model_of
+from tiny import EOS, PROMPTS, Forced, left_padded, model_of
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
@@ -91,7 +91,8 @@ def test_hard_equals_generate(dtype, cache):
 @pytest.mark.filterwarnings("error:.*does not compile")
 @pytest.mark.parametrize("look_every", [1, 8])
 def test_a_compiled_step_is_the_models(look_every, record_property):
-    """One step after the prompt's: of more, each that is fed back would add to the rounding."""
+    """One step after the prompt's: of more, each that is fed back would add to the rounding. The rows
+    end there, long before the length, so that a late look drops steps."""
     model, (ids, mask) = causal(torch.float32), inputs()
     settings = copy.deepcopy(model.generation_config)
     how = (
@@ -101,11 +102,15 @@ def test_a_compiled_step_is_the_models(look_every, record_property):
     )
     compile_config = CompileConfig(fullgraph=True, **how)
     settings.update(cache_implementation="static", compile_config=compile_config)
-    config = SoftConfig(mixer="soft", top_k=10, max_new_tokens=2)
-    plain = softar.generate(model, ids, mask, config=config)
-    out = softar.generate(
-        model, ids, mask, config=config, generation_config=settings, look_every=look_every
-    )
+    ends, steps = Forced(ids.shape[1], [[None, EOS]] * len(ids)), []
+    config = SoftConfig(mixer="soft", top_k=10, max_new_tokens=12)
+    how = dict(config=config, logits_processor=[lambda *step: steps.append(step) or ends(*step)])
+    plain = softar.generate(model, ids, mask, look_every=1, **how)
+    steps.clear()
+    settings = dict(generation_config=settings, look_every=look_every)
+    out = softar.generate(model, ids, mask, **how, **settings)
+    assert out.completions.shape[1] == out.num_forwards == 2
+    assert len(steps) == max(look_every, 2)
     far = (out.record.entropy - plain.record.entropy).abs().max().item()
     record_property("largest difference", far)
     assert far <= 1e-3
