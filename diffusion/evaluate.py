@@ -124,3 +124,25 @@ def slots_of_row(row: dict, tokenizer) -> int:
     if "template" in row:
         return row["template"].split().count(tokenizer.mask_token)
     return len(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]) + 1
+
+
+def check_steps(model, tokenizer, prompts: list, config: DenoiseConfig) -> None:
+    """Raise ValueError where a prompt has more blocks with masks than there are steps to share, which
+    `denoise` would say in its turn."""
+    known = facts(model)
+    b = config.sub_block_length or known.block_length or config.block_length
+    if config.steps is None or b is None or known.mask_id is None:
+        return
+    for at, prompt in enumerate(prompts):
+        ids = encode(tokenizer, [prompt])["input_ids"]
+        masked = torch.nn.functional.pad(ids == known.mask_id, (0, config.gen_length), value=True)
+        places = masked[0].nonzero()[:, 0]
+        if known.block_length is None or config.grid == "end":  # counted from the end of the prompt
+            places = places - (masked.shape[1] if known.block_length is None else ids.shape[1])
+        if known.shift:  # the store forward may decide the first place of a block
+            places = places[places % (known.block_length or 1) != 0]
+        if (blocks := len({*(places // b).tolist()})) > config.steps:
+            raise ValueError(
+                f"steps={config.steps} cannot be shared by the {blocks} blocks with masks of prompt {at}: give at "
+                f"least {blocks}"
+            )

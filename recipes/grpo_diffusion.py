@@ -190,6 +190,7 @@ def train_row(inputs, name, args):
     from trl import get_peft_config
 
     from softar.diffusion import load
+    from softar.diffusion.evaluate import check_steps
     from softar.model_card import example_of
     from softar.rl import DiffusionGRPOTrainer
     from softar.rl.diffusion_grpo import check_same_policy
@@ -209,6 +210,10 @@ def train_row(inputs, name, args):
             processing_class=tokenizer,
             peft_config=get_peft_config(inputs.model_args),
         )
+        for steps in (args.steps, *budgets(script, args)):
+            config = dataclasses.replace(trainer.decoding, steps=steps)
+            for rows in filter(None, (task.train, task.test)):
+                check_steps(model, tokenizer, rows["prompt"], config)
     trainer.origin = example_of(task, tokenizer)
     how = score_of(rewards[0], task), args, budgets(script, args)
     common = dict(

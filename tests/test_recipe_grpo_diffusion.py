@@ -206,6 +206,12 @@ TEMPLATES = {"train": {"prompt": "<bos>", "template": "<bos> <mask>"}, "test": {
             "soften='soft-mask' does nothing with the rows hard",
         ),
         (dict(rows="hard", soften_args='{"zz": 2}'), "soften_args={'zz': 2} does nothing"),
+        (ONE | dict(block_length=5, steps=3), "steps=3 cannot be shared by the . blocks"),
+        (ONE | dict(block_length=5, steps=8), "steps=4 cannot be shared by the 5 blocks"),
+        (
+            ONE | dict(model_name_or_path="latin-block-tiny", task="latin-prompt", steps=7),
+            "steps=4 cannot be shared by the 5 blocks",
+        ),
         (ONE | dict(num_generations=1), "num_generations=1"),
         (ONE | dict(top_k=5), "top_k=5 is not supported"),
         (ONE | dict(select="confidence"), "select='confidence' cannot be replayed"),
