@@ -34,12 +34,13 @@ from trl import ScriptArguments
 
 from softar.checks import check_least
 from softar.diffusion.recipe import FOLDER, FolderArguments, check_folder_options
-from softar.recipe import Recipe, RecipeArguments, fit, one_line_errors, run
+from softar.recipe import Recipe, fit, one_line_errors, run
 from softar.recipe_config import check_taken
 from softar.resume import checkpoint_of
 from softar.rl.config import RolloutConfig
 from softar.rl.diffusion_config import DiffusionGRPOConfig
-from softar.rl.rewards import REWARDS, as_chats, check_columns, rewards_of, score_of
+from softar.rl.recipe import RewardArguments
+from softar.rl.rewards import as_chats, check_columns, rewards_of, score_of
 from softar.training import opt
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -51,17 +52,9 @@ GROUPS = {"demo": [*ROWS], "all": [*ROWS]}
 
 
 @dataclass
-class DiffusionRLArguments(RecipeArguments, FolderArguments, ScriptArguments):
+class DiffusionRLArguments(RewardArguments, FolderArguments, ScriptArguments):
     from_causal = False  # no option: RL starts from a model that fills masks
 
-    reward_funcs: list[str] | None = opt(
-        None,
-        f"Rewards of a dataset: {', '.join(REWARDS)}, or the dotted path of a function of yours. The table shows the "
-        "first. Default: the task's own score.",
-    )
-    system_prompt: str | None = opt(
-        None, "Text put before the prompts, which then become chats; for instruct models."
-    )
     rows: str | None = opt(
         None,
         f"What to train: demo (= all), or names with commas out of {', '.join(ROWS)}: what a mask shows in the "

@@ -58,7 +58,9 @@ SFT_BATCH = 128  # over all processes
 
 
 @dataclass
-class RLScriptArguments(RecipeArguments, ScriptArguments):
+class RewardArguments(RecipeArguments):
+    """What recipes of RL ask of a dataset, whatever the model."""
+
     reward_funcs: list[str] | None = opt(
         None,
         f"Rewards of a dataset: {', '.join(REWARDS)}, or the dotted path of a function of yours. The table shows the "
@@ -67,6 +69,10 @@ class RLScriptArguments(RecipeArguments, ScriptArguments):
     system_prompt: str | None = opt(
         None, "Text put before the prompts, which then become chats; for instruct models."
     )
+
+
+@dataclass
+class RLScriptArguments(RewardArguments, ScriptArguments):
     rows: str | None = opt(
         None,
         "What to train: demo (soft and hard), all, or names with commas out of soft (soft_k draws a think step), hard "

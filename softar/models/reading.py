@@ -85,17 +85,19 @@ def check_reads_mixtures(model) -> None:
 
 def reads_moved_rows(model) -> bool:
     """Does a model, plain or wrapped by PEFT, read rows behind padding as it reads them without?"""
-    whole = plain(model)
-    tuned = None if model is whole else model.active_peft_config.peft_type
     blind = (*BLIND_TO_PADDING, *ONE_ROW, *NOT_MOVED)
-    return whole.config.model_type not in blind and tuned not in VIRTUAL
+    return plain(model).config.model_type not in blind and peft_type_of(model) not in VIRTUAL
+
+
+def peft_type_of(model) -> str | None:
+    return None if model is plain(model) else model.active_peft_config.peft_type
 
 
 def check_ragged(model, attention_mask: Tensor) -> None:
     """Raise ValueError for rows [B, P] that a model, plain or wrapped by PEFT, would not decode as
     it does by themselves."""
     name, kind = type(plain(model)).__name__, plain(model).config.model_type
-    tuned = None if model is plain(model) else model.active_peft_config.peft_type
+    tuned = peft_type_of(model)
     if tuned in VIRTUAL and not attention_mask.all():
         raise ValueError(
             f"{tuned} by PEFT does not see padding: decode rows of one length, or one by one"
