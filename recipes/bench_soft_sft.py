@@ -3,6 +3,9 @@
 # Sequential steps with a cache beside parallel refreshes, whole vocabulary beside the most likely tokens
 python recipes/bench_soft_sft.py --lengths 8 32 128 512 --seeds 0 1 2
 
+# What a long prompt costs
+python recipes/bench_soft_sft.py --prompt 300 --lengths 16 128 --batch 8 --vocab 512
+
 # A sequential step on prompts of 20 to 300 tokens, beside prompts that all have 300
 python recipes/bench_soft_sft.py --ragged --lengths 8 --batch 16
 """
@@ -22,7 +25,7 @@ WAYS = {
     "sequential": dict(mode="sequential"),
     **{f"parallel, {r} passes": dict(mode="parallel", passes=r) for r in (1, 2, 4)},
 }
-PROMPT, ANSWER = 8, 8
+ANSWER = 8
 PAIRS = 5
 
 
@@ -38,17 +41,20 @@ def net(args, seed: int):
 
 
 def gradient(model, ids, thought, alpha: float, top_k: int | None, way: dict):
-    """-> the gradient of all weights, as one vector, and the seconds of forward and backward."""
+    """-> the gradient of all weights, as one vector, and the processor seconds of forward and
+    backward."""
     model.zero_grad()
+    prompt = int(thought[0].int().argmax())
 
     def feed(logits, gold):
         return guide(mk_proba_dist(logits, top_k=top_k), gold, alpha, "mix")
 
-    began = time.perf_counter()
-    logits = soft_forward(model, ids, None, thought, feed, **way)
-    loss = torch.nn.functional.cross_entropy(logits[:, PROMPT - 1 : -1].mT, ids[:, PROMPT:])
+    began = time.process_time()
+    last = ids.shape[1] - prompt + 1
+    logits = soft_forward(model, ids, None, thought, feed, last=last, **way)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, prompt:])
     loss.backward()
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     return torch.cat([p.grad.flatten() for p in model.parameters()]), seconds
 
 
@@ -59,10 +65,10 @@ def measure(args, length: int, top_k: int | None) -> None:
     for seed in args.seeds:
         model = net(args, seed)
         generator = torch.Generator().manual_seed(seed)
-        shape = (args.batch, PROMPT + length + ANSWER)
+        shape = (args.batch, args.prompt + length + ANSWER)
         ids = torch.randint(args.vocab, shape, generator=generator)
         thought = torch.zeros(shape, dtype=torch.bool)
-        thought[:, PROMPT : PROMPT + length] = True
+        thought[:, args.prompt : args.prompt + length] = True
         exact = gradient(model, ids, thought, args.alpha, None, WAYS["sequential"])[0]
         for name, way in WAYS.items():
             found, seconds = gradient(model, ids, thought, args.alpha, top_k, way)
@@ -111,7 +117,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    for name, default in (("batch", 4), ("layers", 3), ("width", 64), ("vocab", 2048)):
+    for name, default in (
+        ("batch", 4),
+        ("prompt", 8),
+        ("layers", 3),
+        ("width", 64),
+        ("vocab", 2048),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--alpha", type=float, default=0.3, help="share of the gold token")
     parser.add_argument("--ragged", action="store_true", help="time prompts of different lengths")

@@ -353,10 +353,14 @@ def test_after_r_refreshes_the_first_r_marked_positions_are_exact(padding):
 
 def test_the_number_of_forwards():
     model, (ids, mask, marked) = mild(), batch("right")
-    for passes, expected in ((0, 1), (1, 2), (3, 4), (None, 7)):  # the longest span has 6 positions
+    # marks from column 2 to 8: what is before them is read once, what is behind them at the end
+    for passes, refreshes in ((1, 1), (3, 3), (None, 6)):  # the longest span has 6 positions
         with counted(model) as calls, torch.no_grad():
             soft_forward(model, ids, mask, marked, feeder(), passes=passes)
-        assert calls == [(4, 12)] * expected
+        assert calls == [(4, 1), *[(4, 7)] * refreshes, (4, 11)]
+    with counted(model) as calls, torch.no_grad():
+        soft_forward(model, ids, mask, marked, feeder(), passes=0)
+    assert calls == [(4, 12)]
     with counted(model) as calls, torch.no_grad():  # rows moved by 1, 2, 0 and 0 columns
         soft_forward(model, ids, mask, marked, feeder(), mode="sequential")
     assert sum(t for _, t in calls) == 13 and len(calls) == 6 + 1
@@ -382,10 +386,8 @@ def test_alpha_1_is_teacher_forcing_for_any_number_of_passes(how):
         torch.testing.assert_close(logits[mask.bool()], plain[mask.bool()], rtol=1e-5, atol=1e-5)
         assert_same_gradients(grads_of(model, logits, mask), reference)
     bare = model(input_ids=ids).logits
-    for passes in (1, 2):  # bit for bit where the same forward runs
-        assert torch.equal(
-            soft_forward(model, ids, None, marked, feeder(1.0, how), passes=passes), bare
-        )
+    # bit for bit where the same forward runs
+    assert torch.equal(soft_forward(model, ids, None, marked, feeder(1.0, how), passes=0), bare)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -489,6 +491,30 @@ def test_prompts_of_any_length_cost_as_many_steps_as_the_thought_has(padding, la
         theirs = soft_forward(model, ids, mask, marked.bool(), feeder(0.2), **how)
     assert len(calls) == int(marked.any(0).sum()) + 1
     assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours[real.bool()], theirs[real.bool()], rtol=1e-5, atol=1e-5)
+    assert_same_gradients(gradients, grads_of(model, theirs, real))
+
+
+@pytest.mark.parametrize("last", [None, 24])
+@pytest.mark.parametrize("grad_passes", [None, 1])
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_refreshes_compute_the_thought_alone(arch, grad_passes, last, monkeypatch):
+    """Prompts of 6 to 29 tokens, two refreshes: logits and gradients are those of whole forwards."""
+    model, (T, steps) = mild(arch), (33, 3)
+    ids = torch.randint(5, VOCAB, (4, T), generator=seeded(3))
+    mask, marked = torch.zeros(2, 4, T, dtype=torch.long)
+    for row, prompt in enumerate((29, 10, 20, 26)):
+        mask[row, : prompt + steps + 1] = marked[row, prompt : prompt + steps] = 1
+    how = dict(passes=2, grad_passes=grad_passes, last=last)
+    with counted(model) as calls:
+        ours = soft_forward(model, ids, mask, marked.bool(), feeder(0.2), **how)
+    assert calls == [(4, 28), (4, 3), (4, 3), (4, 5)]  # moved, so that thoughts begin together
+    real = mask if last is None else mask[:, -last:]
+    gradients = grads_of(model, ours, real)
+    monkeypatch.setattr("softar.sft.forward._keeps_prefix", lambda model: False)
+    with counted(model) as calls:
+        theirs = soft_forward(model, ids, mask, marked.bool(), feeder(0.2), **how)
+    assert calls == [(4, T)] * 3 and ours.shape == theirs.shape
     torch.testing.assert_close(ours[real.bool()], theirs[real.bool()], rtol=1e-5, atol=1e-5)
     assert_same_gradients(gradients, grads_of(model, theirs, real))
 

@@ -7,15 +7,19 @@ inference: its own mixtures. Training anneals alpha from 1 down.
 Shapes: B batch, T positions, V vocabulary, K tokens kept, D embedding width.
 """
 
+import copy
+import inspect
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..checks import check_choice, check_least
-from ..models.reading import reads_moved_rows
+from ..models.kind import plain
+from ..models.reading import ONE_BY_ONE, reads_moved_rows
 from ..models.room import room_of
 from ..soft import Soft, soft_inputs, token_inputs
 
@@ -81,11 +85,15 @@ def soft_forward(
 
     Position t with soft_mask[t] reads feed(logits[t - 1], input_ids[t]) instead of its token.
     "sequential" computes this exactly, one cached step per marked column, with gradient through
-    time; rows whose marks begin in other columns are moved, so that there are as many columns as
-    the longest span has, unless the batch becomes more than a quarter wider. "parallel" starts from
-    the gold tokens and refreshes all marked positions at once, `passes` times (Jacobi iteration;
-    parallel scheduled sampling, arXiv:1906.04331): after r refreshes the first r marked positions
-    of a row are exact, so passes = span length equals sequential.
+    time. "parallel" starts from the gold tokens and refreshes all marked positions at once,
+    `passes` times (Jacobi iteration; parallel scheduled sampling, arXiv:1906.04331): after r
+    refreshes the first r marked positions of a row are exact, so passes = span length equals
+    sequential. Where that saves a fifth of the positions, and the model's cache holds nothing but
+    keys and values, a refresh computes the marked columns alone and what is before them is read once.
+
+    Rows whose marks begin in other columns are moved, so that there are as many marked columns as
+    the longest span has, unless the batch becomes more than a quarter wider or, in parallel, that
+    saves less than a fifth.
 
     Args:
         input_ids: [B, T], gold tokens. attention_mask: [B, T] or None. soft_mask: [B, T] bool,
@@ -122,14 +130,16 @@ def soft_forward(
         )
     if attention_mask is not None and attention_mask.all():
         attention_mask = None  # lets attention take its fast path
+    longest = int(soft_mask.sum(1).max())
+    passes = longest if passes is None else min(passes, longest)  # more would change nothing
+    batch = input_ids, attention_mask, soft_mask
     if mode == "sequential":
-        moved = _aligned(model, input_ids, attention_mask, soft_mask)
-        if moved is None:
-            parts = _sequential(model, input_ids, attention_mask, soft_mask, feed, window, first)
-            return torch.cat(parts, 1)
-        *batch, shift = moved
-        return _moved_back(_sequential(model, *batch, feed, window, first), shift, T - first)
-    return _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_passes, first)
+        batch, shift = _aligned(model, *batch) or (batch, None)
+        parts = _sequential(model, *batch, feed, window, first)
+    else:
+        batch, shift, once = _cheapest(model, *batch, passes)
+        parts = _parallel(model, batch, feed, passes, grad_passes, first, once)
+    return torch.cat(parts, 1) if shift is None else _moved_back(parts, shift, T - first)
 
 
 def from_position(first: int, length: int) -> dict[str, int]:
@@ -137,40 +147,114 @@ def from_position(first: int, length: int) -> dict[str, int]:
     return {"logits_to_keep": length - first} if first else {}
 
 
-def _parallel(model, input_ids, attention_mask, soft_mask, feed, passes, grad_passes, first):
-    gold = inputs = token_inputs(model, input_ids)
-    longest = int(soft_mask.sum(1).max())
-    passes = longest if passes is None else min(passes, longest)  # more would change nothing
-    rows, cols = soft_mask.nonzero(as_tuple=True)
-    positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp_min(0)
-    some = from_position(first, input_ids.shape[1])
+def _parallel(model, batch, feed, passes, grad_passes, start, once):
+    """Logits from `start` on, in one or two parts; once: what is before the marks is read once."""
+    input_ids, attention_mask, soft_mask = batch
+    gold = token_inputs(model, input_ids)
+    advance = _mk_advance(model, attention_mask, feed, start)
+    cache, parts, begin, end = None, [], 0, input_ids.shape[1]
+    if once:
+        begin, end = _span(soft_mask)
+    if begin > 0:
+        cache = DynamicCache(config=model.config)
+        before = advance({name: tokens[:, :begin] for name, tokens in gold.items()}, cache)
+        parts = [before.logits] * (start < begin)
+    gold = inputs = {name: tokens[:, begin:] for name, tokens in gold.items()}
+    rows, cols = soft_mask[:, begin:].nonzero(as_tuple=True)
+    hidden_from = begin if feed is None else max(begin, start)  # the first column that is looked at
     first_with_grad = 0 if grad_passes is None else passes + 1 - grad_passes
-    for r in range(passes + 1):
+    for r in range(passes):
         with torch.set_grad_enabled(torch.is_grad_enabled() and r >= first_with_grad):
-            outputs = model(
-                **inputs,
-                attention_mask=attention_mask,
-                position_ids=positions,
-                use_cache=False,
-                **some,
-                output_hidden_states=feed is None,
-            )
-            if r < passes:
-                # Only the marked positions pay for the softmax, the mixing and the lookup.
-                last = _read(outputs, feed)[rows, cols - 1 - (0 if feed is None else first)]
-                mixed = _next(model, last, feed, input_ids[rows, cols])
-        if r < passes:
-            # with a graph in any case: gold keeps its gradient
-            inputs = {
-                name: tokens.index_put((rows, cols), mixed[name].to(tokens.dtype))
-                for name, tokens in gold.items()
-            }
-    return outputs.logits
+            some = {name: tokens[:, : end - begin] for name, tokens in inputs.items()}
+            # Only the marked positions pay for the softmax, the mixing and the lookup.
+            seen = _read(advance(some, _copied(cache)), feed)
+            last = seen[rows, cols - 1 - (hidden_from - begin)]
+            mixed = _next(model, last, feed, input_ids[:, begin:][rows, cols])
+        # with a graph in any case: gold keeps its gradient
+        inputs = {
+            name: tokens.index_put((rows, cols), mixed[name].to(tokens.dtype))
+            for name, tokens in gold.items()
+        }
+    return [*parts, advance(inputs, cache).logits]
+
+
+def _cheapest(model, input_ids, attention_mask, soft_mask, passes: int):
+    """How parallel passes compute the fewest positions -> the batch, by how many columns its rows
+    were moved or None, and whether what is before the marks is read once."""
+    batch = input_ids, attention_mask, soft_mask
+    if passes == 0 or not _keeps_prefix(model):
+        return batch, None, False
+    fewest, most = _positions(soft_mask, passes), (passes + 1) * input_ids.shape[1]
+    moved = _aligned(model, *batch)
+    if moved is not None and _positions(moved[0][2], passes) < WORTH * min(fewest, most):
+        return *moved, True
+    return batch, None, fewest < WORTH * most
+
+
+def _span(soft_mask: Tensor) -> tuple[int, int]:
+    """The column before the first that any row [B, T] marks, and the last that any marks: between
+    them are all that a refresh computes."""
+    columns = soft_mask.any(0).nonzero()[:, 0]
+    return int(columns[0]) - 1, int(columns[-1])
+
+
+def _positions(soft_mask: Tensor, passes: int) -> int:
+    """How many positions of a row parallel passes compute, what is before the marks once."""
+    begin, end = _span(soft_mask)
+    return soft_mask.shape[1] + passes * (end - begin)
+
+
+def _keeps_prefix(model) -> bool:
+    """Can a model, plain or wrapped by PEFT, go on from one cache in more than one way, by several
+    positions? Only where that holds keys and values, and no state that is written over."""
+    inner = plain(model)
+    if model.is_gradient_checkpointing and model.training:
+        return False  # drops the cache
+    if "past_key_values" not in inspect.signature(inner.forward).parameters:
+        return False
+    if not reads_moved_rows(model) or inner.config.model_type in ONE_BY_ONE:
+        return False
+    layers = DynamicCache(config=inner.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _copied(cache: DynamicCache | None) -> DynamicCache | None:
+    """Goes on without the other: a layer makes new tensors of what it appends, and never writes
+    into what it has."""
+    if cache is None:
+        return None
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
+
+
+def _mk_advance(model, attention_mask: Tensor | None, feed: Feed | None, start: int):
+    """-> (inputs [B, t, ...], the cache of what is before them or None) to the model's outputs,
+    without the logits of positions before `start`, but for the last."""
+    positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp_min(0)
+
+    def advance(inputs: dict[str, Tensor], cache: DynamicCache | None):
+        begin = 0 if cache is None else cache.get_seq_length()
+        end = begin + inputs["inputs_embeds"].shape[1]
+        return model(
+            **inputs,
+            attention_mask=None if attention_mask is None else attention_mask[:, :end],
+            position_ids=None if positions is None else positions[:, begin:end],
+            **(
+                dict(use_cache=False)
+                if cache is None
+                else dict(past_key_values=cache, use_cache=True)
+            ),
+            **(from_position(min(start, end - 1) - begin, end - begin) if begin < start else {}),
+            output_hidden_states=feed is None,
+        )
+
+    return advance
 
 
 def _aligned(model, input_ids: Tensor, attention_mask: Tensor | None, soft_mask: Tensor):
     """The rows moved to the right, behind padding, so that their first marks stand in one column:
-    ids, mask and marks [B, W], and by how many columns each row was moved. None where that leaves no
+    ids, mask and marks [B, W]; and by how many columns each row was moved. None where that leaves no
     fewer marked columns, or takes more than WIDER columns or than the model has room for."""
     if not reads_moved_rows(model):
         return None
@@ -188,7 +272,7 @@ def _aligned(model, input_ids: Tensor, attention_mask: Tensor | None, soft_mask:
     W = int(mask.any(0).nonzero().max()) + 1
     if W > T and (W > WIDER * T or W > (room_of(model, trained=True) or W)):
         return None
-    return input_ids.gather(1, at)[:, :W], mask[:, :W], marks[:, :W], shift
+    return (input_ids.gather(1, at)[:, :W], mask[:, :W], marks[:, :W]), shift
 
 
 def _moved_back(parts: list[Tensor], shift: Tensor, length: int) -> Tensor:
@@ -222,26 +306,11 @@ def _sequential(model, input_ids, attention_mask, soft_mask, feed, window, start
             "KV cache. Switch it off or use mode='parallel'"
         )
     gold = token_inputs(model, input_ids)
-    positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp_min(0)
+    advance = _mk_advance(model, attention_mask, feed, start)
     cache = DynamicCache(config=model.config)
     columns = soft_mask.any(0).nonzero()[:, 0].tolist()
-
-    # [B, t, ...] -> outputs of t positions, without the logits before `start`
-    def advance(inputs: dict[str, Tensor]):
-        begin = cache.get_seq_length()
-        end = begin + inputs["inputs_embeds"].shape[1]
-        return model(
-            **inputs,
-            attention_mask=None if attention_mask is None else attention_mask[:, :end],
-            position_ids=None if positions is None else positions[:, begin:end],
-            past_key_values=cache,
-            use_cache=True,
-            **(from_position(start - begin, end - begin) if begin < start else {}),
-            output_hidden_states=feed is None,
-        )
-
     ends = [*columns, input_ids.shape[1]]
-    outputs = advance({name: tokens[:, : ends[0]] for name, tokens in gold.items()})
+    outputs = advance({name: tokens[:, : ends[0]] for name, tokens in gold.items()}, cache)
     logits = [outputs.logits]
     for step, (t, end) in enumerate(zip(columns, ends[1:], strict=True), 1):
         last = _read(outputs, feed)[:, -1]
@@ -255,7 +324,7 @@ def _sequential(model, input_ids, attention_mask, soft_mask, feed, window, start
             tokens = inputs[name]
             first = torch.where(_over(rows, mixed), mixed.to(tokens.dtype), tokens[:, 0])
             inputs[name] = torch.cat([first[:, None], tokens[:, 1:]], 1)
-        outputs = advance(inputs)
+        outputs = advance(inputs, cache)
         logits.append(outputs.logits)
     return logits
 
@@ -288,6 +357,9 @@ def _over(mask: Tensor, values: Tensor) -> Tensor:
 
 MODES = ("parallel", "sequential")
 WIDER = 1.25  # columns of moved rows, over those of the batch
+WORTH = (
+    0.8  # positions that parallel passes compute in a way that takes a cache, over those without
+)
 SCHEDULES = {
     "constant": lambda x: 0.0,
     "linear": lambda x: x,
