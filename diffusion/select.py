@@ -20,7 +20,7 @@ from softar.soft import Soft, mk_proba_dist
 # of the vocabulary, whose maxima are taken first; the widest that divides it
 CHUNKS = (256, 128, 64)
 LARGE = 4096  # a vocabulary where that is faster
-TILE = 16384  # columns that stay in the processor's cache
+TILE = 65536  # logits that stay in the processor's cache, and what is made of them
 
 
 class Belief:
@@ -88,7 +88,7 @@ class Belief:
         chunks = self.logits.view(n, V // width, width)
         at = 0
         if V > width:
-            tiles = self.logits.split(TILE, -1)
+            tiles = self.logits.split(_columns(n), -1)
             sums = [(t - self.largest).exp_().view(n, -1, width).sum(-1) for t in tiles]
             mass = torch.cat(sums, -1).double()
             cumulative = mass.cumsum(-1)
@@ -119,11 +119,16 @@ class Belief:
         return _moments(self.logits, self.largest, self.with_entropy)
 
 
+def _columns(n: int) -> int:
+    """How many columns of n positions are a tile, whole chunks."""
+    return max(TILE // max(n, 1) // CHUNKS[0], 1) * CHUNKS[0]
+
+
 def _moments(logits: Tensor, largest: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
     """[n, V], [n, 1] -> sums of exp(z - largest) and, if asked for, of that times (z - largest):
     [n, 1]."""
     n, V = logits.shape
-    width = V if logits.is_cuda else min(TILE, V)
+    width = V if logits.is_cuda else min(_columns(n), V)
     total, weighted = logits.new_zeros(n), logits.new_zeros(n)
     buffers = logits.new_empty(2, n, width)
     for tile in logits.split(width, -1):
