@@ -10,6 +10,7 @@ from softar.recipes.evidence_methods import (
     BEAMS,
     DIGITS,
     DRAWS,
+    REINFORCED,
     SWITCHES,
 )
 
@@ -29,6 +30,7 @@ TRAINED = {  # the same of those trained here
     "learn-top-k": ("soft",),
     "fixed-min-p": ("soft",),
     "fixed-top-k": ("soft",),
+    **dict.fromkeys(REINFORCED, ("drawn", "soft", "discrete")),
 }
 CHOSEN = {  # of these settings the one that is best on development rows
     "swi": (*SWITCHES,),
@@ -36,19 +38,23 @@ CHOSEN = {  # of these settings the one that is best on development rows
     "soft-beam": (*ANCHORS,),
     "beam-collapse": (*AHEAD,),
 }
+ONE_SIZE = tuple(arm for arm, each in ARMS.items() if each.digits == (4,))
+RL_HARD, *SOFT_POLICIES = REINFORCED
 WAYS = (
     *("discrete", "soft", "swi", "hidden", "sampled", *DRAWS),
     *("beam", "votes", "soft-beam", "beam-collapse"),
 )
 HARD, SOFT = AGAIN  # nets
+BEST = "at its best"  # of an arm's read-outs, on development rows
 
 
 def read(arm: str, way: str, digits: int) -> Read | Best:
     def one(name: str) -> Read:
         return Read(f"{digits} digits", f"{arm}-{digits}", name)
 
-    if arm in AGAIN and way in CHOSEN:
-        return Best(f"{arm}, {way}, {digits} digits", tuple(map(one, CHOSEN[way])))
+    some = CHOSEN.get(way) if arm in AGAIN else TRAINED[arm] if way == BEST else None
+    if some is not None:
+        return Best(f"{arm}, {way}, {digits} digits", tuple(map(one, some)))
     return one(way)
 
 
@@ -78,6 +84,7 @@ METHODS = Evidence(
     verdicts=(
         *("switching", "hidden states", "soft-beams", "beam-collapses"),
         *("prefix", "learnt min-p", "learnt top-k"),
+        *(f"RL, {REINFORCED[arm]}" for arm in SOFT_POLICIES),
     ),
     claims=(
         *gains("switching", (SOFT, "swi"), {(SOFT, "soft"): True, (SOFT, "discrete"): True}),
@@ -98,6 +105,17 @@ METHODS = Evidence(
         *gains("learnt min-p", ("learn-min-p", "soft"), {("fixed-min-p", "soft"): True}, (4,)),
         *gains("learnt top-k", ("learn-top-k", "soft"), {(SOFT, "soft"): True}),
         *gains("learnt top-k", ("learn-top-k", "soft"), {("fixed-top-k", "soft"): True}, (4,)),
+        *(
+            claim
+            for arm in SOFT_POLICIES
+            for claim in gains(
+                f"RL, {REINFORCED[arm]}",
+                (arm, BEST),
+                # the seconds of the net that RL begins with are none of its own
+                {(RL_HARD, BEST): True, (HARD, "discrete"): False},
+            )
+        ),
+        *gains("beside", (RL_HARD, BEST), {(HARD, "discrete"): False}, has_verdict=False),
         *gains("beside", (HARD, "swi"), {(HARD, "discrete"): True}, has_verdict=False),
         *gains("beside", (HARD, "soft-beam"), {(HARD, "beam"): True}, has_verdict=False),
         *(
@@ -118,7 +136,7 @@ METHODS = Evidence(
                 for arm, ways in {
                     **{arm: (way,) for arm, way in OF_X1.items()},
                     **dict.fromkeys(AGAIN, WAYS),
-                    **{arm: ways for arm, ways in TRAINED.items() if ARMS[arm].digits == DIGITS},
+                    **{arm: ways for arm, ways in TRAINED.items() if arm not in ONE_SIZE},
                 }.items()
                 for way in ways
             },
@@ -128,12 +146,7 @@ METHODS = Evidence(
             "fixed",
             "filters that are not learnt, read out",
             ("4 digits",),
-            {
-                f"{arm}, {way}": (read(arm, way, 4),)
-                for arm, ways in TRAINED.items()
-                if ARMS[arm].digits == (4,)
-                for way in ways
-            },
+            {f"{arm}, {way}": (read(arm, way, 4),) for arm in ONE_SIZE for way in TRAINED[arm]},
             costs=True,
         ),
     ),
@@ -155,6 +168,10 @@ METHODS = Evidence(
             "prefix": f"{n} digits: prefix-soft, soft, less {HARD}, soft",
             "min-p": f"{n} digits: learn-min-p, soft, less {SOFT}, soft",
             "top-k": f"{n} digits: learn-top-k, soft, less {SOFT}, soft",
+            **{
+                f"RL, {REINFORCED[arm]}": f"{n} digits: {arm}, {BEST}, less {RL_HARD}, {BEST}"
+                for arm in SOFT_POLICIES
+            },
         }
         for n in DIGITS
     },
@@ -166,7 +183,8 @@ METHODS = Evidence(
         f"take {BEAMS} times the forwards of soft; beam-collapse less than that.",
         "The steps and seconds of a prefix are its own: those of the net that it stands before come on "
         "top.",
-        "Lines of RL (gumbel, mixture-of-inputs, hybrid) are missing: X4 has k-samples.",
+        "RL begins with the net of discrete-traces, whose steps and seconds come on top of its own. "
+        f"{BEST}: as the policy draws, softly or discretely, whichever is best on development rows.",
     ),
     borrows={"X1": tuple(f"{arm}-{n}" for n in DIGITS for arm in OF_X1)},
 )

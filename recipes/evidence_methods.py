@@ -11,6 +11,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from softar.recipes import evidence_mnns as mnns
+from softar.recipes import evidence_rl as rl
 from softar.recipes.evidence_units import (
     Unit,
     hash_of,
@@ -68,10 +69,17 @@ ARMS = {
     "fixed-min-p": Arm("trace-soft", dict(soft_min_p=0.05), digits=(4,)),
     "fixed-top-k": Arm("trace-soft", dict(soft_top_k=8), digits=(4,)),
 }
+# RL of the net of discrete-traces, by X4's settings: the policy's mixer, with softar's knobs
+REINFORCED = {f"rl-{mixer}": mixer for mixer in ("hard", "gumbel", "mixture-of-inputs", "hybrid")}
+RL_STEPS = 200
 SETTINGS = {
     f"{arm}-{digits}": dict(arm=arm, digits=digits)
     for digits in DIGITS
-    for arm in (*AGAIN, *(name for name, each in ARMS.items() if digits in each.digits))
+    for arm in (
+        *AGAIN,
+        *(name for name, each in ARMS.items() if digits in each.digits),
+        *REINFORCED,
+    )
 }
 
 
@@ -91,11 +99,13 @@ def measure(unit: Unit) -> list[dict]:
     model, tokenizer = mnns.untrained(unit)
     if arm in AGAIN:
         trainer, line = train_again(unit, model, tokenizer, arm)
+        made = decoders(trainer, tokenizer) | untrained_ways(trainer, tokenizer)
+    elif arm in REINFORCED:
+        trainer, line = reinforce(unit, model, tokenizer, arm)
+        made = policies(trainer, tokenizer)
     else:
         trainer, line = train(unit, model, tokenizer, arm)
-    made = decoders(trainer, tokenizer)
-    if arm in AGAIN:
-        made |= untrained_ways(trainer, tokenizer)
+        made = decoders(trainer, tokenizer)
     lines = [line | rows_hash(rows)]
     for split in unit.splits:
         lines += readouts(made, rows[split], task, split)
@@ -138,6 +148,27 @@ def train(unit: Unit, model, tokenizer, arm: str):
     fields = fields_of(arm, digits) | unit.fields
     trainer, line = mnns.fit(unit, model, tokenizer, learnt, fields)
     return trainer, line | about | dict(decodes=trainer.decoding("soft").shown)
+
+
+def reinforce(unit: Unit, model, tokenizer, arm: str):
+    """-> the trainer, and the first line of a log."""
+    net = open_net(unit, model, tokenizer, "again-discrete-traces")
+    fields = rl.RL | dict(soft_mixer=REINFORCED[arm], max_steps=RL_STEPS) | unit.fields
+    task = mnns.data(unit.options["digits"])[0]
+    trainer, line = rl.reinforce(unit, model, tokenizer, task, fields)
+    return trainer, line | dict(net_hash=net)
+
+
+def policies(trainer, tokenizer) -> dict:
+    """As it was rolled out, softly and discretely; answers are greedy."""
+    from softar.decoders.soft import SoftDecoder
+
+    drawn, of = trainer.args.decoding().changed(answer_temperature=0.0), (trainer.model, tokenizer)
+    ways = {"drawn": drawn} | {
+        name: drawn.changed(mixer=mixer, mixer_args={})
+        for name, mixer in (("soft", "soft"), ("discrete", "hard"))
+    }
+    return {name: SoftDecoder(*of, how, seed=trainer.args.seed) for name, how in ways.items()}
 
 
 def fields_of(arm: str, digits: int) -> dict:

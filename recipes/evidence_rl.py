@@ -121,11 +121,11 @@ def go_on(unit: Unit, model, tokenizer, task) -> dict:
         fields |= dict(seed=unit.seed + LATER)  # another order of rows and traces than the start's
         return fit(unit, model, tokenizer, task, fields | unit.fields)[1]
     fields = RL | OF_DRAWS[how] | dict(max_steps=steps)
-    return reinforce(unit, model, tokenizer, task, fields | unit.fields)
+    return reinforce(unit, model, tokenizer, task, fields | unit.fields)[1]
 
 
-def reinforce(unit: Unit, model, tokenizer, task, fields: dict) -> dict:
-    """RL, rewarded for right answers -> the first line of a log."""
+def reinforce(unit: Unit, model, tokenizer, task, fields: dict):
+    """RL, rewarded for right answers -> the trainer, and the first line of a log."""
     from softar.rl.config import SoftGRPOConfig
     from softar.rl.grpo import SoftGRPOTrainer
     from softar.rl.rewards import reward_of
@@ -141,7 +141,7 @@ def reinforce(unit: Unit, model, tokenizer, task, fields: dict) -> dict:
     curve = [
         (each["step"], each["reward"]) for each in trainer.state.log_history if "reward" in each
     ]
-    return unit.line(watch, trainer, fields) | dict(rewards=curve)
+    return trainer, unit.line(watch, trainer, fields) | dict(rewards=curve)
 
 
 def policy(mixer: str, **knobs) -> SoftConfig:

@@ -14,7 +14,7 @@ from softar.config import SoftConfig
 from softar.evals.edited import answers_after, cut, of_another, thoughts_of
 from softar.evals.seeds import Gain, gain_of, t_interval, t_quantile
 from softar.evaluate import encode
-from softar.recipes import evidence, evidence_latin, evidence_methods, evidence_mnns
+from softar.recipes import evidence, evidence_latin, evidence_methods, evidence_mnns, evidence_rl
 from softar.recipes.evidence_claims import EVIDENCE
 from softar.recipes.evidence_gains import reads_of
 from softar.recipes.evidence_units import readouts, scores_in, scores_of
@@ -327,6 +327,9 @@ def test_units_of_the_table_answer_what_its_lines_read(tiny, tmp_path, monkeypat
     arms = evidence_methods.ARMS
     few = {name: arm._replace(steps=4 if arm.row == "coconut" else 2) for name, arm in arms.items()}
     monkeypatch.setattr(evidence_methods, "ARMS", few)
+    monkeypatch.setattr(evidence_methods, "RL_STEPS", 2)
+    rl = evidence_rl.RL | dict(per_device_train_batch_size=8, num_generations=4)
+    monkeypatch.setattr(evidence_rl, "RL", rl)
     of_4 = [name for name, o in evidence_methods.SETTINGS.items() if o["digits"] == 4]
     small = {name[:-1] + "3": evidence_methods.SETTINGS[name] | dict(digits=3) for name in of_4}
     monkeypatch.setattr(evidence_methods, "SETTINGS", small)
@@ -341,7 +344,8 @@ def test_units_of_the_table_answer_what_its_lines_read(tiny, tmp_path, monkeypat
     first = {name: rows[0] for name, rows in of.items()}
     nets = {file.stem.rpartition("-seed")[0] for file in (tmp_path / "nets").iterdir()}
     assert nets == {"again-discrete-traces-3", "again-trace-soft-3"}
-    began = {first[f"{name}-3"]["net_hash"] for name in ("prefix-soft", "prefix-hard")}
+    later = ("prefix-soft", "prefix-hard", *evidence_methods.REINFORCED)
+    began = {first[f"{name}-3"]["net_hash"] for name in later}
     assert began == {first["again-discrete-traces-3"]["net_hash"]}
     assert "min_p=0.05," in first["fixed-min-p-3"]["decodes"]
     assert "prompt_prefix=" in first["prefix-soft-3"]["decodes"]
