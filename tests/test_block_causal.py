@@ -280,10 +280,10 @@ def test_places_and_columns():
 
 @pytest.mark.parametrize("n", range(1, 18))
 def test_rows_that_the_head_gets_more_change_nothing(n):
-    """Only where there are 4 to 15 of them, in float32 on a processor, and many tokens."""
-    config = block_model().config.to_diff_dict() | dict(vocab_size=4096)
+    """Only where there are 4 to 15 of them, in float32 on a processor, many tokens and a wide head."""
+    config = block_model().config.to_diff_dict() | dict(vocab_size=4096, hidden_size=256)
     model, got = SDARForCausalLM(SdarConfig(**config)), []
-    hidden = torch.randn(n, 16, generator=seeded(n))
+    hidden = torch.randn(n, 256, generator=seeded(n)) / 16
     wanted = model.lm_head(hidden)
     model.lm_head.register_forward_pre_hook(lambda module, args: got.append(len(args[0])))
     torch.testing.assert_close(parts(model).head(hidden), wanted, atol=1e-5, rtol=0)
