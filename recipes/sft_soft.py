@@ -54,6 +54,7 @@ MOVE = dict(alpha_end=None, alpha_hold=None, alpha_span=None)  # left out: a con
 # Of a row whose thoughts are gold tokens: options of mixtures are for the others
 UNLEARNT = dict(
     learn_temperature=False,
+    learn_step_temperature=False,
     learn_min_p=False,
     learn_top_k=False,
     temperature_learning_rate=None,

@@ -117,6 +117,11 @@ def policy_of(model, args: SoftGRPOConfig) -> SoftConfig:
     theirs, ours = own_config(name), args.decoding()
     if theirs is None:
         return ours
+    if theirs.step_temperature is not None:
+        raise ValueError(
+            f"step_temperature in {CONFIG_FILE} of {name}: RL trains at one temperature, its own option; "
+            "take that field out of the file to train so"
+        )
     knobs = mk_mixer(ours.mixer, **ours.mixer_args).knobs
     options = {knob: option for option, knob in KNOBS[ours.mixer].items()}
     for knob, value in knobs_said(theirs).items() if theirs.mixer == ours.mixer else ():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import as_ids, check_choice, check_idle, check_least, check_types, fill, idle_options
-from .feedback import check_feedback
+from .feedback import StepTemperature, check_feedback, load_step_temperature
 from .idle import IDLE
 from .mixers import Mixed, mk_mixer
 from .names import check_not_code
@@ -22,6 +22,7 @@ from .tags import Moves, blanks, moves_of_ids, moves_of_text
 
 Ids = int | str | tuple[int, ...] | None
 CONFIG_FILE = "soft_config.json"
+STEP_TEMPERATURE_FILE = "step_temperature.safetensors"  # beside it
 TAGS = ("think_start", "think_end")
 BLOCK = "block"
 SWITCHES = tuple(
@@ -75,6 +76,9 @@ class SoftConfig:
     # likeliest of "soft", an ordinary sample of the mixers that draw (gumbel, k-samples, ...)
     softness: float = 1.0
     temperature: float = 1.0  # of the thought; 0 is the argmax
+    # times what this makes of the step's last hidden state: a file of softar.feedback.StepTemperature,
+    # as soft SFT writes it beside a checkpoint, or one
+    step_temperature: str | StepTemperature | None = None
     top_k: int | None = 10  # tokens kept in a mixture; None keeps the vocabulary
     top_p: float | None = None
     min_p: float | None = None
@@ -276,12 +280,17 @@ class SoftConfig:
         return tuple(None if own is None else text or moves_of_ids(own) for text, own in pairs)
 
     def save(self, folder: str | Path) -> None:
-        """Write soft_config.json beside a checkpoint."""
+        """Write soft_config.json beside a checkpoint, and the step temperature's file beside that."""
         if callable(self.mixer):
             raise ValueError(
                 f"mixer={self.mixer!r} is a function and cannot be saved: name it, 'module:function'"
             )
-        Path(folder, CONFIG_FILE).write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+        values = self.as_dict()
+        if self.step_temperature is not None:
+            values["step_temperature"] = STEP_TEMPERATURE_FILE
+            own = load_step_temperature(self.step_temperature)
+            own.save(Path(folder, STEP_TEMPERATURE_FILE))
+        Path(folder, CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
 
     def as_dict(self) -> dict[str, Any]:
         """Its fields as a user gives them, without what `resolve` makes of the tags' texts."""
@@ -304,6 +313,8 @@ class SoftConfig:
         if mixer is not None and mixer != values.get("mixer"):
             values = {k: v for k, v in values.items() if k != "mixer_args"} | {"mixer": mixer}
         check_not_code("mixer", values.get("mixer"), f"{CONFIG_FILE} in {folder}")
+        if isinstance(file := values.get("step_temperature"), str):  # of the folder
+            values["step_temperature"] = str(Path(folder, file))
         idle = {name: values.pop(name) for name in sorted(_idle(values))}
         # earlier versions wrote them always
         if idle := {k: v for k, v in idle.items() if (k, v) not in LEFT_OUT.items()}:

@@ -52,6 +52,7 @@ from .feedback import (
     load_gate,
     mean_length,
     stack_vectors,
+    step_temperature_of,
     stretched,
     to_host,
     where_read,
@@ -279,7 +280,8 @@ def soft_decode(
     if config.switch is not None:  # the shares of its tags fade over the whole length
         length = generation_config.max_length - input_ids.shape[1]
         config = dataclasses.replace(config, max_new_tokens=length)
-    if wants_hidden := mk_mixer(config.mixer).hidden:
+    step_temperature = step_temperature_of(config, model)
+    if wants_hidden := mk_mixer(config.mixer).hidden or step_temperature is not None:
         model_kwargs["output_hidden_states"] = True
     read_next, length = _mk_reader(model, config), None
     if config.is_latent and config.rescale is not None:
@@ -290,7 +292,7 @@ def soft_decode(
         )
     processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, SAMPLING))
     limits = StoppingCriteriaList(c for c in stopping_criteria if isinstance(c, LIMITS))
-    propose = mk_propose(config, Draws(rng, len(input_ids)))
+    propose = mk_propose(config, Draws(rng, len(input_ids)), step_temperature)
     pad, eos = generation_config._pad_token_tensor, generation_config._eos_token_tensor
     rules, progress = mk_rules(config, input_ids.device, pad, eos), begin(config, input_ids)
     streamers = [each for each in (soft_streamer, asked.get("streamer")) if each is not None]

@@ -1,9 +1,11 @@
 """What a step reads where that is more than a mixture of tokens: the last hidden state (Coconut,
 arXiv:2412.06769), and what HRPO's gate makes of a sampled token and the belief (arXiv:2505.18454).
+And what the last hidden state says of how a mixture is made: its temperature.
 
 Shapes: ... any leading dims, B batch, V vocabulary, K tokens kept, D embedding width.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from .soft import Soft, per_layer_sizes, soft_embed, token_inputs
 
 SHARPNESS = 8.0  # c of the paper
+REACH = 8.0  # a step's temperature is at most so many times the other, or so many times less
 ROWS = 8192  # of the embedding table that are looked at together
 
 
@@ -64,6 +67,69 @@ def load_gate(file: str | Path, width: int, device: torch.device) -> Gate:
     return gate.float().to(device).requires_grad_(False)
 
 
+class StepTemperature:
+    """How many times a configuration's temperature each step takes: exp(c tanh(u / c)) with
+    c = log REACH and u the mean over the dimensions of weights * h / rms(h), h the last hidden state,
+    after the final norm. Weights of 0 give 1; one step of Adam moves u by its learning rate at most,
+    whatever the width and scale of h.
+
+    Args:
+        weights: [D].
+    """
+
+    def __init__(self, weights: Tensor):
+        self.weights = weights
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., 1] float32, in [1 / REACH, REACH]."""
+        h, c = hidden.float(), math.log(REACH)
+        scale = h.square().mean(-1, keepdim=True).clamp_min(torch.finfo(h.dtype).tiny).rsqrt()
+        u = (h * scale * self.weights).mean(-1, keepdim=True)
+        # of a model that gives no numbers the logits tell
+        return (c * (u / c).tanh()).nan_to_num().exp()
+
+    def __repr__(self) -> str:
+        return f"StepTemperature of width {len(self.weights)}"
+
+    def save(self, file: str | Path) -> None:
+        save_file({"weights": self.weights.detach().contiguous()}, file)
+
+
+def load_step_temperature(source: str | StepTemperature) -> StepTemperature:
+    """What `StepTemperature.save` wrote, on the CPU, or the value itself. Raises ValueError for a file
+    that is none."""
+    if isinstance(source, StepTemperature):
+        return source
+    try:
+        (weights,) = load_file(source).values()
+        if weights.dim() != 1:
+            raise ValueError(f"weights of shape {[*weights.shape]}")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"step_temperature={source!r} holds no weights [D] ({error}): give a file that "
+            "softar.feedback.StepTemperature.save wrote"
+        ) from error
+    return StepTemperature(weights.float())
+
+
+def step_temperature_of(config, model) -> StepTemperature | None:
+    """A configuration's, on the device of the model. Raises ValueError for one of another width."""
+    if config.step_temperature is None:
+        return None
+    weights = load_step_temperature(config.step_temperature).weights
+    if len(weights) != (width := hidden_size(model)):
+        raise ValueError(
+            f"step_temperature={config.step_temperature!r} is for hidden states of width {len(weights)}, and "
+            f"{type(model).__name__} has them of {width}: give the one that was trained with it"
+        )
+    return StepTemperature(weights.to(model.device))
+
+
+def hidden_size(model) -> int:
+    """D, of the last hidden state."""
+    return model.config.get_text_config(decoder=True).hidden_size
+
+
 def check_feedback(config, mixer) -> None:
     """Raise ValueError for a configuration whose vectors nothing would end, or whose gate is not
     there. mixer: its own, a softar.mixers.Mixer."""
@@ -76,25 +142,25 @@ def check_feedback(config, mixer) -> None:
         raise ValueError(
             f"rescale='l2' divides by the norm of weights, and mixer={config.mixer!r} has none: give 'norm'"
         )
-    gate = config.gate
+    gate, step = config.gate, config.step_temperature
     if gate is not None and not (isinstance(gate, str | Path) and Path(gate).is_file()):
         raise ValueError(f"gate={config.gate!r} is no file: give one that Gate.save wrote")
+    if isinstance(step, str) and not Path(step).is_file():
+        raise ValueError(
+            f"step_temperature={step!r} is no file: give one that StepTemperature.save wrote"
+        )
 
 
 def width_of(model) -> int:
     """D, of the input embedding."""
     embedding = model.get_input_embeddings()  # PEFT wraps it
     table = next((m for m in embedding.modules() if isinstance(m, nn.Embedding)), None)
-    return (
-        model.config.get_text_config(decoder=True).hidden_size
-        if table is None
-        else table.embedding_dim
-    )
+    return hidden_size(model) if table is None else table.embedding_dim
 
 
 def check_reads_vectors(model) -> None:
     """Raise ValueError for a model whose hidden states cannot stand in for its embeddings."""
-    name, hidden = type(model).__name__, model.config.get_text_config(decoder=True).hidden_size
+    name, hidden = type(model).__name__, hidden_size(model)
     if hidden != (width := width_of(model)):
         raise ValueError(
             f"{name} has hidden states of width {hidden} and embeddings of {width}, so it cannot read the "

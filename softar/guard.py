@@ -275,6 +275,15 @@ def check_reads(model, config: SoftConfig, input_ids: Tensor, model_kwargs: dict
     check_vocabulary(input_ids, model.get_input_embeddings())
 
 
+def check_one_temperature(config: SoftConfig, who: str) -> None:
+    """Raise ValueError for a temperature of each step where no hidden states are at hand."""
+    if config.step_temperature is not None:
+        raise ValueError(
+            f"step_temperature={config.step_temperature!r}: {who} hands out no hidden states to make a temperature "
+            "of: give None, which decodes at one temperature, or take softar.generate"
+        )
+
+
 def check_vocabulary(input_ids: Tensor, embedding: nn.Module) -> None:
     """Raise ValueError for ids that the embedding does not have: on a GPU they would end the
     process. Looks once, before the first forward."""

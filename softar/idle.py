@@ -105,6 +105,12 @@ IDLE = (
         "choose another mixer",
     ),
     Idle(
+        "step_temperature",
+        lambda c: mk_mixer(c.mixer).latent or not (c.is_soft or (c.temperature and c.mixer_draws)),
+        "where a thought's steps have no temperature: the likeliest tokens, or vectors, are read",
+        "choose a mixer that mixes or draws, and a temperature above 0",
+    ),
+    Idle(
         "rescale",
         lambda c: c.gate is not None,
         "with a gate, which reads the mixture at the length of its l2 norm",

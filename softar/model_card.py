@@ -83,7 +83,7 @@ def model_card(trainer, folder: Path, data: str | None = None, tags=None) -> str
         "tags": sorted({*trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])}),
     } | ({"base_model": base} if base.count("/") == 1 and not Path(base).is_dir() else {})
     told = f"`{file}` says how, and the" if file else "The"
-    how = json.dumps(settings) if settings else "all defaults"
+    how = json.dumps(settings, default=repr) if settings else "all defaults"
     return "\n".join(
         [
             "---",

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import switch as switching
 from .config import SoftConfig
 from .draws import ANSWER, THOUGHT, Draws
+from .feedback import StepTemperature
 from .mixers import BUILT_IN, Mixed, Rng, check_mixed, guide, hard, mk_mixer, name_of
 from .soft import Soft, mk_proba_dist
 from .tags import Speller, mk_speller, scan
@@ -261,10 +262,10 @@ def replay(
     return progress, stack(records)
 
 
-def mk_think(config: SoftConfig) -> Callable[..., Mixed]:
+def mk_think(config: SoftConfig, step: StepTemperature | None = None) -> Callable[..., Mixed]:
     """A function of logits [B, V] float32, random numbers, and the last hidden state [B, D] where
-    the mixer wants it: what each row would do thinking. Of a mixer that is not softar's the first
-    mixture is looked at (check_mixed)."""
+    the mixer or the configuration's step temperature, `step`, wants it: what each row would do
+    thinking. Of a mixer that is not softar's the first mixture is looked at (check_mixed)."""
     mixer, is_soft = mk_mixer(config.mixer, **config.mixer_args), config.is_soft
     filters, wants_hidden = config.filters, mixer.hidden
     is_known = isinstance(config.mixer, str) and config.mixer in BUILT_IN
@@ -278,7 +279,8 @@ def mk_think(config: SoftConfig) -> Callable[..., Mixed]:
     def think(logits: Tensor, rng: Rng, hidden: Tensor | None = None) -> Mixed:
         nonlocal is_known
         more = {"hidden": hidden} if wants_hidden else {}
-        mixed = mixer(mk_proba_dist(logits, **filters), rng=rng, **more)
+        own = {} if step is None else {"temperature": config.temperature * step(hidden)}
+        mixed = mixer(mk_proba_dist(logits, **filters | own), rng=rng, **more)
         if not is_known:
             check_mixed(mixed, *logits.shape, name_of(config.mixer))
             is_known = True
@@ -291,11 +293,13 @@ def mk_think(config: SoftConfig) -> Callable[..., Mixed]:
     return think
 
 
-def mk_propose(config: SoftConfig, draws: Draws) -> Callable[..., tuple[Mixed, Mixed | None]]:
+def mk_propose(
+    config: SoftConfig, draws: Draws, step_temperature: StepTemperature | None = None
+) -> Callable[..., tuple[Mixed, Mixed | None]]:
     """A function of logits [B, V] float32, the step, whether anybody is thinking, and maybe the
     last hidden state [B, D]: what each row would do thinking, and answering (None where nobody
     can)."""
-    think, thought_draws = mk_think(config), config.mixer_draws
+    think, thought_draws = mk_think(config, step_temperature), config.mixer_draws
     filters, answer_draws = config.answer_filters, config.answer_temperature > 0
 
     def propose(

@@ -28,6 +28,7 @@ CASES = [
     (SFT, dict(targets="oracle"), {}, f"soft_passes {MOVE}", sft.LEFT_OUT),
     (SFT, dict(alpha_schedule="constant"), {}, f"soft_passes {MOVE}", sft.LEFT_OUT),
     (SFT, {}, dict(learn_temperature=True), "temperature_learning_rate", sft.LEFT_OUT),
+    (SFT, {}, dict(learn_step_temperature=True), "temperature_learning_rate", sft.LEFT_OUT),
     (SFT, {}, dict(learn_top_k=True), f"filter_learning_rate {GATES}", sft.LEFT_OUT),
     (DIFFUSION, {}, dict(objective="uniform", normalise="tokens", curriculum=0.5), GAUSS, None),
     (DIFFUSION, dict(eval_decode_rows=0), {}, "eval_steps_decoded", None),

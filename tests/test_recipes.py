@@ -59,6 +59,7 @@ def options(output_dir, **changes):
         dict(learn_min_p="true", soft_min_p=0.05, gate_gradient="soft", filter_learning_rate=0.1),
         dict(learn_top_k="true", soft_top_k=5, gate_scale_start=0.5, gate_scale_end=0.1),
         dict(learn_temperature="true", temperature_learning_rate=0.1),
+        dict(learn_step_temperature="true", temperature_learning_rate=0.1),
     ],
     ids=lambda learns: next(iter(learns)),
 )

@@ -40,7 +40,7 @@ from .run import check_search, run_search, search_output
 # Of SoftConfig, what the search decides itself
 FIXED = [
     *"mixer mixer_args softness temperature top_k top_p min_p keep answer_temperature".split(),
-    *"answer_top_k answer_top_p answer_min_p".split(),
+    *"answer_top_k answer_top_p answer_min_p step_temperature".split(),
     *SWITCHES,
 ]
 
@@ -63,7 +63,7 @@ class BeamCollapse:
     def changes(self) -> dict[str, Any]:
         """Fields of SoftConfig by which it reads."""
         own = dict(mixer="soft", mixer_args={}, softness=1.0, answer_temperature=0.0, switch=None)
-        filters = dict(top_p=None, min_p=None, keep=None)
+        filters = dict(top_p=None, min_p=None, keep=None, step_temperature=None)
         return own | filters | {"temperature": self.tau, "top_k": self.num_beams}
 
 

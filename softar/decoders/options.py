@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 from ..checks import WORDS, did_you_mean, fits, words_of
+from ..feedback import StepTemperature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,5 +68,6 @@ def _fitted(decoder: str, name: str, value, kind):
     return value
 
 
-# A spec holds no function
-IN_JSON = WORDS | {bool: "true or false", type(None): "null", dict: "an object", Callable: ""}
+# A spec holds no function, and nothing with weights
+IN_JSON = WORDS | {bool: "true or false", type(None): "null", dict: "an object"}
+IN_JSON |= {Callable: "", StepTemperature: ""}

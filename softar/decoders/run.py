@@ -45,6 +45,7 @@ def run_search(
 ) -> tuple[SoftOutput, list[float]]:
     """loop: gets config and search, too. settings: in place of the model's own, which says the cache.
     Nothing is compiled, whatever the model's compile_config: rows come and go."""
+    guard.check_one_temperature(config, "a search")
     own = copy.deepcopy(plain(model).generation_config)
     own.update(**settings, max_new_tokens=config.max_new_tokens, disable_compile=True)
     check_cache(model, own)

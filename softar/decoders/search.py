@@ -83,7 +83,9 @@ def search_config(
     own = {name: value for name, value in asked.items() if name in names}
     search = search.options(**check_options(search.options, decoder, own))
     others = {name: value for name, value in asked.items() if name not in names}
-    return default.changed(search.changes | others), search
+    config = default.changed(search.changes | others)
+    guard.check_one_temperature(config, decoder)
+    return config, search
 
 
 class Search(NamedTuple):

@@ -77,7 +77,12 @@ class SoftSFTConfig(PlainSFTConfig):
     learn_temperature: bool = opt(False, "Train the mixtures' temperature with the model.")
     temperature_learning_rate: float | None = opt(
         None,
-        "Learning rate of the temperature (of its logarithm), without weight decay. Default: 0.01.",
+        "Learning rate of a learnt temperature (of its logarithm), without weight decay. Default: 0.01.",
+    )
+    learn_step_temperature: bool = opt(
+        False,
+        "Train what makes each step's own temperature of its last hidden state: soft_temperature times a factor "
+        "between 1/8 and 8, which begins as 1.",
     )
     learn_min_p: bool = opt(
         False, "Train soft_min_p with the model, from there on: it filters by a gate."
@@ -277,7 +282,7 @@ class SoftSFTConfig(PlainSFTConfig):
         is_single = mk_mixer(self.soft_mixer).single
         return self.targets == "oracle" or (not is_single and min(self.alphas) < 1)
 
-    def decoding(self, readout: str = "soft", learnt: dict[str, float] | None = None) -> SoftConfig:
+    def decoding(self, readout: str = "soft", learnt: dict[str, Any] | None = None) -> SoftConfig:
         """How the trained model is decoded: 'soft' as it was trained, with these filters in place of
         those it began with, or 'discrete', greedy over the same spans."""
         span = dict(

@@ -23,8 +23,10 @@ from ..models.reading import ONE_BY_ONE, reads_moved_rows
 from ..models.room import room_of
 from ..soft import Soft, soft_inputs, token_inputs
 
-# (logits [..., V], gold [...]) -> the mixture that is read next
-Feed = Callable[[Tensor, Tensor], Soft]
+# (logits [..., V], gold [...]), and maybe hidden= [..., D] -> the mixture that is read next
+Feed = Callable[..., Soft]
+# logits [..., V] and the last hidden states [..., D] that made them, None where nobody asks for them
+Seen = tuple[Tensor, Tensor | None]
 
 
 def mk_alpha(
@@ -66,7 +68,7 @@ def mk_alpha(
     return alpha
 
 
-# Wide because it is one pass in two modes: five say what is read, each mode has knobs of its own.
+# Wide because it is one pass in two modes: six say what is read, each mode has knobs of its own.
 def soft_forward(
     model: nn.Module,
     input_ids: Tensor,
@@ -79,6 +81,7 @@ def soft_forward(
     grad_passes: int | None = None,
     window: int | None = None,
     last: int | None = None,
+    hidden: bool = False,
 ) -> Tensor:
     """Soft teacher forcing: logits of a forward pass in which marked positions read the model's own
     mixtures.
@@ -108,6 +111,7 @@ def soft_forward(
             (truncated BPTT).
         last: only the logits of so many last positions, the one before the first marked column
             among them; the model takes `logits_to_keep`. None: of all.
+        hidden: feed also gets hidden=, [..., D] the last hidden states, which made those logits.
 
     Returns:
         [B, T, V] logits in the model's dtype, or [B, last, V].
@@ -135,10 +139,10 @@ def soft_forward(
     batch = input_ids, attention_mask, soft_mask
     if mode == "sequential":
         batch, shift = _aligned(model, *batch) or (batch, None)
-        parts = _sequential(model, *batch, feed, window, first)
+        parts = _sequential(model, *batch, feed, hidden, window, first)
     else:
         batch, shift, once = _cheapest(model, *batch, passes)
-        parts = _parallel(model, batch, feed, passes, grad_passes, first, once)
+        parts = _parallel(model, batch, feed, hidden, passes, grad_passes, first, once)
     return torch.cat(parts, 1) if shift is None else _moved_back(parts, shift, T - first)
 
 
@@ -147,35 +151,34 @@ def from_position(first: int, length: int) -> dict[str, int]:
     return {"logits_to_keep": length - first} if first else {}
 
 
-def _parallel(model, batch, feed, passes, grad_passes, start, once):
+def _parallel(model, batch, feed, hidden, passes, grad_passes, start, once):
     """Logits from `start` on, in one or two parts; once: what is before the marks is read once."""
     input_ids, attention_mask, soft_mask = batch
     gold = token_inputs(model, input_ids)
-    advance = _mk_advance(model, attention_mask, feed, start)
+    advance = _mk_advance(model, attention_mask, hidden or feed is None, start)
     cache, parts, begin, end = None, [], 0, input_ids.shape[1]
     if once:
         begin, end = _span(soft_mask)
     if begin > 0:
         cache = DynamicCache(config=model.config)
-        before = advance({name: tokens[:, :begin] for name, tokens in gold.items()}, cache)
-        parts = [before.logits] * (start < begin)
+        before, _ = advance({name: tokens[:, :begin] for name, tokens in gold.items()}, cache)
+        parts = [before] * (start < begin)
     gold = inputs = {name: tokens[:, begin:] for name, tokens in gold.items()}
     rows, cols = soft_mask[:, begin:].nonzero(as_tuple=True)
-    hidden_from = begin if feed is None else max(begin, start)  # the first column that is looked at
+    at = cols - 1 - (end - begin)  # counted from the end: there may be fewer logits than columns
     first_with_grad = 0 if grad_passes is None else passes + 1 - grad_passes
     for r in range(passes):
         with torch.set_grad_enabled(torch.is_grad_enabled() and r >= first_with_grad):
             some = {name: tokens[:, : end - begin] for name, tokens in inputs.items()}
             # Only the marked positions pay for the softmax, the mixing and the lookup.
-            seen = _read(advance(some, _copied(cache)), feed)
-            last = seen[rows, cols - 1 - (hidden_from - begin)]
-            mixed = _next(model, last, feed, input_ids[:, begin:][rows, cols])
+            seen = _picked(advance(some, _copied(cache)), rows, at)
+            mixed = _next(model, seen, feed, input_ids[:, begin:][rows, cols])
         # with a graph in any case: gold keeps its gradient
         inputs = {
             name: tokens.index_put((rows, cols), mixed[name].to(tokens.dtype))
             for name, tokens in gold.items()
         }
-    return [*parts, advance(inputs, cache).logits]
+    return [*parts, advance(inputs, cache)[0]]
 
 
 def _cheapest(model, input_ids, attention_mask, soft_mask, passes: int):
@@ -228,15 +231,16 @@ def _copied(cache: DynamicCache | None) -> DynamicCache | None:
     return other
 
 
-def _mk_advance(model, attention_mask: Tensor | None, feed: Feed | None, start: int):
-    """-> (inputs [B, t, ...], the cache of what is before them or None) to the model's outputs,
-    without the logits of positions before `start`, but for the last."""
+def _mk_advance(model, attention_mask: Tensor | None, hidden: bool, start: int):
+    """-> (inputs [B, t, ...], the cache of what is before them or None) to the logits, without
+    those of positions before `start`, but for the last; and the last hidden states [B, t, D], or
+    None."""
     positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp_min(0)
 
     def advance(inputs: dict[str, Tensor], cache: DynamicCache | None):
         begin = 0 if cache is None else cache.get_seq_length()
         end = begin + inputs["inputs_embeds"].shape[1]
-        return model(
+        outputs = model(
             **inputs,
             attention_mask=None if attention_mask is None else attention_mask[:, :end],
             position_ids=None if positions is None else positions[:, begin:end],
@@ -246,8 +250,9 @@ def _mk_advance(model, attention_mask: Tensor | None, feed: Feed | None, start: 
                 else dict(past_key_values=cache, use_cache=True)
             ),
             **(from_position(min(start, end - 1) - begin, end - begin) if begin < start else {}),
-            output_hidden_states=feed is None,
+            output_hidden_states=hidden,
         )
+        return outputs.logits, outputs.hidden_states[-1] if hidden else None
 
     return advance
 
@@ -289,33 +294,36 @@ def _moved_back(parts: list[Tensor], shift: Tensor, length: int) -> Tensor:
     return torch.cat(pieces).view(len(shift), length, -1)
 
 
-def _read(outputs, feed: Feed | None) -> Tensor:
-    """What the next inputs are made of: [B, T, V] logits, or [B, T, D] hidden states."""
-    return outputs.hidden_states[-1] if feed is None else outputs.logits
+def _picked(seen: Seen, *at) -> Seen:
+    return tuple(None if x is None else x[at] for x in seen)
 
 
-def _next(model, last: Tensor, feed: Feed | None, gold: Tensor) -> dict[str, Tensor]:
-    """The inputs after positions whose logits or hidden states are `last`."""
-    return {"inputs_embeds": last} if feed is None else soft_inputs(model, feed(last, gold))
+def _next(model, seen: Seen, feed: Feed | None, gold: Tensor) -> dict[str, Tensor]:
+    """The inputs after positions [...] with these logits and hidden states."""
+    logits, hidden = seen
+    if feed is None:
+        return {"inputs_embeds": hidden}
+    more = {} if hidden is None else {"hidden": hidden}
+    return soft_inputs(model, feed(logits, gold, **more))
 
 
-def _sequential(model, input_ids, attention_mask, soft_mask, feed, window, start):
+def _sequential(model, input_ids, attention_mask, soft_mask, feed, hidden, window, start):
     if model.is_gradient_checkpointing and model.training:
         raise ValueError(
             "sequential soft teacher forcing needs gradient_checkpointing=False: checkpointed layers drop the "
             "KV cache. Switch it off or use mode='parallel'"
         )
     gold = token_inputs(model, input_ids)
-    advance = _mk_advance(model, attention_mask, feed, start)
+    advance = _mk_advance(model, attention_mask, hidden or feed is None, start)
     cache = DynamicCache(config=model.config)
     columns = soft_mask.any(0).nonzero()[:, 0].tolist()
     ends = [*columns, input_ids.shape[1]]
-    outputs = advance({name: tokens[:, : ends[0]] for name, tokens in gold.items()}, cache)
-    logits = [outputs.logits]
+    seen = advance({name: tokens[:, : ends[0]] for name, tokens in gold.items()}, cache)
+    logits = [seen[0]]
     for step, (t, end) in enumerate(zip(columns, ends[1:], strict=True), 1):
-        last = _read(outputs, feed)[:, -1]
+        last = _picked(seen, slice(None), -1)
         if window is not None and step > 1 and (step - 1) % window == 0:
-            last = last.detach()
+            last = tuple(None if x is None else x.detach() for x in last)
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
         inputs = {name: tokens[:, t:end] for name, tokens in gold.items()}
@@ -324,8 +332,8 @@ def _sequential(model, input_ids, attention_mask, soft_mask, feed, window, start
             tokens = inputs[name]
             first = torch.where(_over(rows, mixed), mixed.to(tokens.dtype), tokens[:, 0])
             inputs[name] = torch.cat([first[:, None], tokens[:, 1:]], 1)
-        outputs = advance(inputs, cache)
-        logits.append(outputs.logits)
+        seen = advance(inputs, cache)
+        logits.append(seen[0])
     return logits
 
 

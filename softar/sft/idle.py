@@ -7,7 +7,7 @@ SOFT_INPUTS = "soft_mode soft_passes soft_grad_passes soft_window"
 ALPHA = "alpha_schedule alpha_start alpha_end alpha_hold alpha_span"
 MOVE = "alpha_end alpha_hold alpha_span"
 MIXTURES = """soft_mixer soft_mixer_args soft_temperature soft_top_k soft_top_p soft_min_p guidance
-    learn_temperature learn_min_p learn_top_k thought_loss entropy_coef"""
+    learn_temperature learn_step_temperature learn_min_p learn_top_k thought_loss entropy_coef"""
 IDLE = (
     Idle(
         "latents_per_step latent_stage_steps latent_step_end latent_uniform_prob",
@@ -77,9 +77,9 @@ IDLE = (
     ),
     Idle(
         "temperature_learning_rate",
-        lambda c: not c.learn_temperature,
+        lambda c: not (c.learn_temperature or c.learn_step_temperature),
         "without a temperature to learn",
-        "set learn_temperature=True",
+        "set learn_temperature=True or learn_step_temperature=True",
     ),
     Idle(
         "filter_learning_rate gate_gradient gate_scale_start gate_scale_end",

@@ -1,14 +1,17 @@
-"""The filters of the mixtures as far as soft SFT trains them: temperature, min-p, top-k.
+"""The filters of the mixtures as far as soft SFT trains them: temperature, min-p, top-k, and what
+makes a temperature of each step.
 
 While it trains each is a parameter of the model, in a form that has no bounds; what decoding uses are
-plain numbers, which soft_config.json keeps.
+plain numbers, which soft_config.json keeps, and the file beside it.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..feedback import StepTemperature, hidden_size, load_step_temperature
 from ..relaxed import relaxed_dist
 from ..soft import Soft, mk_proba_dist
 
@@ -19,11 +22,13 @@ PARAMETERS = {
     "min_p": "soft_logit_min_p",
     "top_k": "soft_logit_top_k",
 }
+STEP = "step_temperature"
+STEP_PARAMETER = "soft_step_temperature"  # [D], the weights
 
 
 def learnt_of(args) -> list[str]:
     """The filters that a SoftSFTConfig trains."""
-    return [name for name in PARAMETERS if getattr(args, f"learn_{name}")]
+    return [name for name in (*PARAMETERS, STEP) if getattr(args, f"learn_{name}")]
 
 
 def mixture(logits: Tensor, args, learnt: dict[str, Tensor], most: int, progress: float) -> Soft:
@@ -45,10 +50,12 @@ class LearntFilters:
     Args:
         args: a SoftSFTConfig.
         vocab_size: bounds a learnt top-k.
+        split: are the weights split among processes (FSDP, DeepSpeed)?
     """
 
-    def __init__(self, model: nn.Module, args, vocab_size: int):
-        self.model, self.args, self.names = model, args, learnt_of(args)
+    def __init__(self, model: nn.Module, args, vocab_size: int, split: bool = False):
+        self.model, self.args, learnt = model, args, learnt_of(args)
+        self.names = [name for name in learnt if name != STEP]
         self.most = min(ROOM * (args.soft_top_k or 1), vocab_size)
         if "top_k" in self.names and args.soft_top_k >= vocab_size:
             raise ValueError(
@@ -57,6 +64,19 @@ class LearntFilters:
         for name in self.names:
             start = torch.tensor(self._free(name, args.filters[name]), device=model.device)
             model.register_parameter(PARAMETERS[name], nn.Parameter(start))
+        self.step = None  # for step temperatures
+        if STEP in learnt:
+            if split:
+                raise ValueError(
+                    "learn_step_temperature=True is not for FSDP and DeepSpeed, which would split its weights: leave "
+                    "it out, or train by DDP"
+                )
+            self.step = nn.Parameter(torch.zeros(hidden_size(model), device=model.device))
+            model.register_parameter(STEP_PARAMETER, self.step)
+
+    def __bool__(self) -> bool:
+        """Is there anything that it trains?"""
+        return bool(self.names) or self.step is not None
 
     def parameter(self, name: str) -> nn.Parameter:
         return self.model.get_parameter(PARAMETERS[name])
@@ -65,37 +85,63 @@ class LearntFilters:
         """Their numbers [], with gradients."""
         return {name: self._number(name, self.parameter(name)) for name in self.names}
 
-    def plain(self) -> dict[str, float]:
-        """Their numbers as decoding uses them."""
-        numbers = {name: value.item() for name, value in self.values().items()}
-        if "top_k" in numbers:  # as the gate rounds it
-            numbers["top_k"] = math.floor(numbers["top_k"] + 0.5)
-        return numbers
+    def plain(self) -> dict[str, float | StepTemperature]:
+        """Fields of SoftConfig: how decoding uses them."""
+        fields = {name: value.item() for name, value in self.values().items()}
+        if "top_k" in fields:  # as the gate rounds it
+            fields["top_k"] = math.floor(fields["top_k"] + 0.5)
+        if self.step is not None:
+            fields[STEP] = StepTemperature(self.step.detach().clone())
+        return fields
 
-    def mixture(self, logits: Tensor, progress: float) -> Soft:
-        return mixture(logits, self.args, self.values(), self.most, progress)
+    def logged(self) -> dict[str, float]:
+        """Their numbers, of step temperatures the largest factor that a hidden state can get."""
+        values = self.values()
+        if self.step is not None:  # the state that is parallel to the weights
+            values[STEP] = StepTemperature(self.step)(self.step)
+        return {name: value.item() for name, value in values.items()}
+
+    def mixture(self, logits: Tensor, progress: float, hidden: Tensor | None = None) -> Soft:
+        """hidden: [..., D] the last hidden states, where a step has its own temperature."""
+        values = self.values()
+        if self.step is not None:
+            number = values.get("temperature", self.args.soft_temperature)
+            values["temperature"] = number * StepTemperature(self.step)(hidden)
+        return mixture(logits, self.args, values, self.most, progress)
 
     def nothing(self) -> Tensor | float:
         """A 0 with all of them in its graph."""
-        return sum((0.0 * value for value in self.values().values()), 0.0)
+        step = 0.0 if self.step is None else 0.0 * self.step.sum()
+        return sum((0.0 * value for value in self.values().values()), step)
+
+    def rates(self) -> list[tuple[nn.Parameter, float]]:
+        """Their learning rates."""
+        own, other = self.args.temperature_learning_rate, self.args.filter_learning_rate
+        rates = [(self.parameter(n), own if n == "temperature" else other) for n in self.names]
+        return rates if self.step is None else [*rates, (self.step, own)]
 
     def without(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of the model: they belong to the decoding."""
-        ends = tuple(PARAMETERS[name] for name in self.names)
+        ends = (*(PARAMETERS[name] for name in self.names), STEP_PARAMETER)
         return {k: v for k, v in state_dict.items() if not k.endswith(ends)}
 
     def state(self) -> dict[str, float]:
         return {name: self.parameter(name).item() for name in self.names}
 
-    def restore(self, state: dict[str, float], numbers: dict[str, float]) -> None:
-        """From `state()`, or of a checkpoint without one from the numbers of its soft_config.json.
-        Raises ValueError for one that no training can go on from."""
+    def restore(self, state: dict[str, float], config: dict[str, Any]) -> None:
+        """From `state()`, or of a checkpoint without one from the fields of its soft_config.json. Raises
+        ValueError for one that no training can go on from."""
+        if self.step is not None:
+            own = config[STEP]
+            self.step.data.zero_()  # decodes at the number alone
+            if own is not None:
+                self.step.data.copy_(load_step_temperature(own).weights)
         for name in self.names:
             try:
-                free = state[name] if name in state else self._free(name, numbers[name])
+                free = state[name] if name in state else self._free(name, config[name])
             except (TypeError, ValueError):  # None, or an end of its range
                 raise ValueError(
-                    f"the checkpoint decodes with {name}={numbers[name]} and did not learn it: resume without "
+                    f"the checkpoint decodes with {name}={config[name]} and did not learn it: resume without "
                     f"learn_{name}, or begin a new training"
                 ) from None
             self.parameter(name).data.fill_(free)

@@ -120,13 +120,15 @@ STARTS = {  # of a learnt filter: where it may begin
     ),
     "top_k": (lambda value: value is not None and value > 1, "start above 1, e.g. 10"),
 }
+FILTERS = {"step_temperature": "temperature"}  # what each is a part of
 
 
 def check_learnable(args, name: str) -> None:
     """Raise ValueError where a filter that is to be learnt would get no gradient."""
-    (fits, remedy), start = STARTS[name], args.filters[name]
+    part = FILTERS.get(name, name)
+    (fits, remedy), start = STARTS[part], args.filters[part]
     if not fits(start):
-        raise ValueError(f"soft_{name}={start} cannot be learnt from: {remedy}")
+        raise ValueError(f"soft_{part}={start} cannot be learnt from: {remedy}")
     if name == "top_k" and args.soft_top_p is not None:
         raise ValueError(
             f"soft_top_p={args.soft_top_p} is taken of what a learnt top_k leaves: give one of them"
@@ -138,7 +140,7 @@ def check_learnable(args, name: str) -> None:
         why = "no mixture is ever read: alpha stays 1, or the mixer gives single tokens"
     elif args.soft_mode == "parallel" and (args.soft_grad_passes == 1 or args.soft_passes == 0):
         why = "soft_passes=0 and soft_grad_passes=1 take the soft inputs as constants"
-    elif not _has_gradient(args, name):
+    elif not _has_gradient(args, part):
         why = f"mixtures of soft_mixer={args.soft_mixer!r} with these filters do not depend on it"
     if why is not None:
         raise ValueError(f"learn_{name}=True gets no gradient: {why}; leave it at False")

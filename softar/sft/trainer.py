@@ -121,7 +121,7 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         split = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.model, self._tables = self._prefix.freeze(self.model, split)
         self.model_wrapped = self.model
-        self._learnt = LearntFilters(self.model, args, vocab)
+        self._learnt = LearntFilters(self.model, args, vocab, split)
         self._alpha = args.alpha()
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
         self._span = self._thought_span()
@@ -191,11 +191,9 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
-        rates = {"temperature": self.args.temperature_learning_rate}
-        for name in self._learnt.names:
+        for parameter, rate in self._learnt.rates():
             # decay would pull each to where its free form is 0
-            rate = rates.get(name, self.args.filter_learning_rate)
-            give_own_rate(self, [self._learnt.parameter(name)], rate)
+            give_own_rate(self, [parameter], rate)
         if self._tables:  # decay would move the rows that stay
             give_own_rate(self, self._tables, self.args.learning_rate)
         return optimizer
@@ -258,6 +256,7 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
                 grad_passes=args.soft_grad_passes,
                 window=args.soft_window,
                 last=last,
+                hidden=args.learn_step_temperature,
             )
             return soft_forward(unwrapped, ids, mask, marked, feed, **soft), nothing
 
@@ -268,11 +267,11 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         state = rng.get_state()
         progress = self._progress()
 
-        def feed(logits: Tensor, gold: Tensor) -> Soft:
+        def feed(logits: Tensor, gold: Tensor, hidden: Tensor | None = None) -> Soft:
             if args.soft_mode == "parallel":
                 # the noise belongs to the position: every refresh sees the same
                 rng.set_state(state)
-            dist = self._learnt.mixture(logits, progress)
+            dist = self._learnt.mixture(logits, progress, hidden)
             return guide(self._mixer(dist, rng=rng).soft, gold, alpha, args.guidance, rng=rng)
 
         return feed
@@ -290,8 +289,8 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
             metrics["latent_stage"].append(self.stage)
         if len(h):
             metrics["thought_entropy"].append(h.mean().item())
-        for name, value in self._learnt.values().items():
-            metrics[f"soft_{name}"].append(value.item())
+        for name, value in self._learnt.logged().items():
+            metrics[f"soft_{name}"].append(value)
 
     # -- evaluation and checkpoints
 
@@ -339,7 +338,7 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         return CONFIG_FILE, changes_of(self.decoding())
 
     def _save(self, output_dir: str | None = None, state_dict=None):
-        if self._learnt.names:
+        if self._learnt:
             if state_dict is None:
                 state_dict = self.accelerator.get_state_dict(self.model)
             state_dict = self._learnt.without(state_dict)
@@ -347,7 +346,7 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         self.decoding().save(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model, trial):
-        if self._learnt.names:
+        if self._learnt:
             self.state.stateful_callbacks[FILTERS] = self._learnt.state()
         with no_interrupt():
             super()._save_checkpoint(model, trial)
@@ -361,10 +360,10 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         self._restore_learnt(self.state.best_model_checkpoint)
 
     def _restore_learnt(self, folder: str) -> None:
-        if self._learnt.names:
+        if self._learnt:
             state = TrainerState.load_from_json(Path(folder, TRAINER_STATE_NAME))
-            numbers = SoftConfig.load(folder).filters
-            self._learnt.restore(state.stateful_callbacks.get(FILTERS, {}), numbers)
+            config = vars(SoftConfig.load(folder))
+            self._learnt.restore(state.stateful_callbacks.get(FILTERS, {}), config)
 
 
 FILTERS = "softar_filters"  # in trainer_state.json

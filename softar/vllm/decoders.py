@@ -9,6 +9,7 @@ from ..decoders.card import Card
 from ..decoders.options import Common
 from ..decoders.soft import soft_config
 from ..defaults import default_of
+from ..guard import check_one_temperature
 from ..mixers import mk_mixer
 from ..models import MODELS, load
 from ..specs import format_options
@@ -52,6 +53,7 @@ def _make_soft(card: Card, common: Common, /, *, url=None, **options) -> Complet
             f"{', '.join(idle)}: answers of vllm-soft are greedy; take decoder {mixer!r} for others"
         )
     check_read(config.mixer, config.mixer_args)
+    check_one_temperature(config, "vLLM")
     soft = fields_of(config)
     # all of a small vocabulary
     if config.top_k is None and len(tokenizer := _tokenizer(card)) <= LIMIT:

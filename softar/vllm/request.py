@@ -131,6 +131,11 @@ def parse(asked) -> dict:
         size = len(repr(name)) + len(repr(value))
         _check_size(f"field {_quote(name)}", size, SIZES.get(name, SIZES["field"]))
     asked = renamed(asked, "soft: ")
+    if "step_temperature" in asked:
+        raise ValueError(
+            "soft: step_temperature is made of hidden states, which vLLM does not hand out: give temperature, or "
+            "decode with softar.generate"
+        )
     if unknown := [name for name in asked if name not in FIELDS]:
         raise ValueError(f"soft: unknown fields {_quote(unknown)}; known are {', '.join(FIELDS)}")
     for name, value in asked.items():
