@@ -113,6 +113,8 @@ class BlockCausal(Masked):
 
     def begin(self, block: Block) -> None:
         super().begin(block)
+        if self.narrows:  # of rows that are whole nothing is stored any more
+            self.reader.sit(self.canvas.alive)
         self.halted = False
         # Who takes tokens back may take those that are shown for those that are not.
         revises = self.schedule.revises or self.softener.revises or self.config.remask
@@ -131,6 +133,9 @@ class BlockCausal(Masked):
         elif not self.reader.forwards:
             self.reader.prefill(self.canvas.ids, lo // b * b)
 
+    def _live(self, block: Block) -> list[int] | None:
+        return None if block.carried else super()._live(block)
+
     def _window(self, block: Block, index: int) -> Window:
         whole = index == 0
         if self.quirks.whole_for_first and not block.carried:
@@ -144,7 +149,7 @@ class BlockCausal(Masked):
         if block.carried and index:  # what a public sampler leaves a mask its own block decides
             self.reader.alone = self.reader.alone | (self.canvas.masked & block.inside)
             return False
-        return super().more(self.wanted, index) and not self.halted
+        return super().more(block, index) and not self.halted
 
     def step(self, block: Block, index: int) -> dict:
         told = super().step(block, index)

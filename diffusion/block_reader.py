@@ -18,6 +18,9 @@ from .net import Facts, Parts
 from .reader import Reader, Window
 from .schedules import Block
 
+# columns of a block in which a row that waits leaves the batch for so many forwards that it pays
+# to move the keys and values of another into its place
+LONG = 16
 CHUNK = 2048  # places of a store forward, whose attention mask has as many rows
 
 
@@ -25,7 +28,9 @@ class PrefixCache:
     """Keys and values of places [0, end), in the order of the grid. A forward writes those of its own
     places [lo, hi); whoever means them to stay writes them last. Grows by doubling."""
 
-    def __init__(self):
+    def __init__(self, rows: int | None = None):
+        """rows: of the batch, where a forward may be of the first of them alone."""
+        self.rows = rows
         self.lo = self.hi = self.end = 0
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -35,7 +40,7 @@ class PrefixCache:
         """keys, values [B, heads, W, head_dim] -> of all up to end, [B, heads, U, head_dim]."""
         if layer not in self.layers or self.layers[layer][0].shape[2] < self.end:
             self.layers[layer] = self._grown(layer, keys), self._grown(layer, values, 1)
-        both = self.layers[layer]
+        both = [part[: len(keys)] for part in self.layers[layer]]
         for kept, new in zip(both, (keys, values), strict=True):
             kept[:, :, self.lo : self.hi] = new
         return both[0][:, :, : self.end], both[1][:, :, : self.end]
@@ -43,8 +48,8 @@ class PrefixCache:
     def _grown(self, layer: int, new: Tensor, which: int = 0) -> Tensor:
         old = self.layers[layer][which] if layer in self.layers else new[:, :, :0]
         room = max(self.end, 2 * old.shape[2])
-        grown = new.new_empty(*new.shape[:2], room, new.shape[3])
-        grown[:, :, : old.shape[2]] = old
+        grown = new.new_empty(self.rows or len(new), new.shape[1], room, new.shape[3])
+        grown[: len(old), :, : old.shape[2]] = old
         return grown
 
     def get_mask_sizes(self, query_length: int, layer: int) -> tuple[int, int]:
@@ -64,9 +69,13 @@ class BlockReader(Reader):
         there = grid.inside(0, grid.number * grid.b)
         super().__init__(net, facts, config, there, fixed)
         self.alone = grid.alone  # [B, L]
-        self.grid, self.cache = grid, PrefixCache() if config.cache != "off" else None
+        self.grid = grid
+        self.cache = PrefixCache(len(self.order)) if config.cache != "off" else None
+        # what `_layout` made last, and of which places, gaps and seats
+        self.layout, self.laid_out = None, (None, None, None)
         self.stored = 0  # places whose keys and values are final
-        # [B, D] the output at the last of them: with shifted logits it is about the next place
+        # [B, D] the output at the last of them, of the rows that were computed: with shifted logits
+        # it is about the next place
         self.last: Tensor | None = None
 
     def block_window(self, block: Block, *, whole: bool, look_back: bool) -> Window:
@@ -96,7 +105,11 @@ class BlockReader(Reader):
             return
         before, step = self.forwards, max(CHUNK // self.grid.b, 1) * self.grid.b
         for lo in range(self.stored, hi, step):
-            self.last = self._forward(canvas, lo, min(lo + step, hi))[:, -1]
+            last = self._forward(canvas, lo, min(lo + step, hi))[:, -1]
+        self.last = last
+        if self.seated is not None:
+            self.last = last.new_zeros(len(self.order), last.shape[-1])
+            self.last[self.seated] = last
         self.stored, self.forwards = hi, before + 1
         self.stores.append(before)
 
@@ -112,46 +125,67 @@ class BlockReader(Reader):
         first, self.stored = min(self.stored, lo), lo
         return window._replace(span=(first, hi))
 
-    def __call__(self, canvas: Tensor, window: Window, rows: Tensor, cols: Tensor) -> Tensor:
-        """-> logits [n, V] float32 about the positions (rows, cols), which lie in the window."""
+    def __call__(
+        self,
+        canvas: Tensor,
+        window: Window,
+        rows: Tensor,
+        cols: Tensor,
+        live: list[int] | None = None,
+    ) -> Tensor:
+        """As of any reader."""
         lo, hi = window.span
+        if live is not None:
+            self.sit(live, move=self.grid.b >= LONG)
         if lo == hi and self.cache is not None:
             self.store(canvas, lo)
             self.stores.pop()  # the last of them decides something
         lo = lo if self.cache is not None else 0
-        hidden = self._forward(canvas, lo, hi) if lo < hi else self.last[:, None]
+        is_last = lo == hi
+        hidden = self.last[:, None] if is_last else self._forward(canvas, lo, hi)
+        halves = self._halves(canvas)
+        seats = [rows + half if is_last else self._seat(rows + half) for half in halves]
         source = self.grid.place(rows, cols) - self.facts.shift * ~self.alone[rows, cols] - lo
-        chosen = [hidden[rows + half, source.clamp_min(0)] for half in self._halves(canvas)]
+        chosen = [hidden[seat, source.clamp_min(0)] for seat in seats]
         if self.last is not None and lo % self.grid.b == 0:  # the first place's was said before it
             before = (source < 0)[:, None]
             chosen = [
                 torch.where(before, self.last[rows + half], own)
-                for half, own in zip(self._halves(canvas), chosen, strict=True)
+                for half, own in zip(halves, chosen, strict=True)
             ]
         return self.guided(self.net.head(torch.cat(chosen)).float())
-
-    def _halves(self, canvas: Tensor) -> list[int]:
-        """Where the rows of each reading begin in a batch: with the prompt, and without it."""
-        return [0, len(canvas)] if self.twice else [0]
 
     def _forward(self, canvas: Tensor, lo: int, hi: int) -> Tensor:
         """-> hidden [B, hi - lo, D] of places [lo, hi), which see all places of their block and of
         those before."""
-        at, _ = self.grid.places(lo, hi)
+        at, positions, mask = self._layout(lo, hi)
+        end = -(-hi // self.grid.b) * self.grid.b  # of the block
         embeds = self._embedded(canvas, at, lo)
         if self.twice:
             embeds = torch.cat([embeds, self._embedded(self.without_prompt(canvas), at, lo)])
-        positions = self.grid.positions(at)
-        end = -(-hi // self.grid.b) * self.grid.b  # of the block
-        mask = self._mask(lo, hi, end)
-        if self.twice:
-            positions = positions.repeat(2, 1)
-            mask = mask if mask is None or len(mask) == 1 else mask.repeat(2, 1, 1, 1)
+        embeds = self.of_seats(embeds)
         if self.cache is not None:
             self.cache.lo, self.cache.hi, self.cache.end = lo, hi, end
         self.forwards += 1
         self.positions += embeds.shape[0] * embeds.shape[1]
         return self.net.body(embeds, mask, positions, self.cache)
+
+    def _layout(self, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Columns [B, W] of the places [lo, hi); their positions, and which places they see, of the
+        rows that have a seat. The steps of a block have the same."""
+        span, gaps, seated = self.laid_out
+        if span != (lo, hi) or gaps is not self.grid.gaps or seated is not self.seated:
+            at, _ = self.grid.places(lo, hi)
+            positions = self.grid.positions(at)
+            mask = self._mask(lo, hi, -(-hi // self.grid.b) * self.grid.b)
+            is_of_rows = mask is not None and len(mask) > 1
+            if self.twice:
+                positions = positions.repeat(2, 1)
+                mask = mask.repeat(2, 1, 1, 1) if is_of_rows else mask
+            mask = self.of_seats(mask) if is_of_rows else mask
+            self.layout = at, self.of_seats(positions), mask
+            self.laid_out = (lo, hi), self.grid.gaps, self.seated
+        return self.layout
 
     def _mask(self, lo: int, hi: int, end: int) -> Tensor | None:
         """[1 or B, 1, hi - lo, end] bool, which places see which; None: all see all."""

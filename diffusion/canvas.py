@@ -41,6 +41,8 @@ class Canvas:
         # [B] int64, positions of which the last forward said nothing. A step only sets it and the
         # next `has_masks` raises it, so that one wait for the device answers both questions.
         self.bad = torch.zeros_like(self.at_start)
+        # rows that the last `has_masks` found with masks in its block, or busy; and anywhere
+        self.live = self.alive = [*range(len(self.ids))]
 
     def block(self, start: int, end: int, steps: Tensor) -> Block:
         inside = self.columns(start, end)[None]
@@ -52,18 +54,21 @@ class Canvas:
         count = (self.masked & inside).sum(-1)
         return Block(columns[0], columns[-1] + 1, count, steps, inside)
 
-    def has_masks(self, block: Block, forwards: int) -> bool:
-        """Has the block masks? The one synchronisation of a step. Raises FloatingPointError where
-        the last of so many forwards gave NaN, or -inf for all tokens."""
-        masks = self.masked & block.inside
-        left, bad = torch.stack([masks.any(), self.bad.any()]).tolist()
-        if bad:
-            rows = self.bad.nonzero()[:, 0].tolist()
+    def has_masks(self, block: Block, forwards: int, busy: Tensor | None = None) -> bool:
+        """Has the block masks? The one synchronisation of a step, which also notes the rows that
+        have some, or are busy [B] bool. Raises FloatingPointError where the last of so many forwards
+        gave NaN, or -inf for all tokens."""
+        inside = (self.masked & block.inside).any(-1)
+        of_rows = (inside, inside if busy is None else busy, self.masked.any(-1), self.bad > 0)
+        left, live, alive, bad = torch.stack(of_rows).tolist()
+        self.live, self.alive = ([r for r, has in enumerate(x) if has] for x in (live, alive))
+        if any(bad):
+            rows = [row for row, is_bad in enumerate(bad) if is_bad]
             raise FloatingPointError(
                 f"the logits of forward {forwards - 1} are NaN, or -inf for every token, in rows {rows}: check the "
                 f"weights and the dtype, try float32"
             )
-        return left
+        return any(left)
 
     def watch(self, certain: Tensor, rows: Tensor) -> None:
         """Note positions [n] in rows [n] that are certain to a NaN degree."""

@@ -53,7 +53,8 @@ class DenoiseOutput:
     # [B] int64: of each row those that there were until it needed none, and those of them that store
     row_forwards: Tensor
     row_stores: Tensor
-    token_forwards: int  # positions computed in them, over all rows, padding included
+    # positions computed in them, over the rows that something was asked of, padding included
+    token_forwards: int
     seconds: float
     # canvases [B, L] before each forward, and the last; with history=True
     states: list[Tensor] | None

@@ -23,7 +23,7 @@ from .reader import Reader, Window, with_answer
 from .record import Recorder
 from .remask import remask
 from .revise import Recall
-from .schedules import Block, Rule, Step
+from .schedules import SCHEDULES, Block, Rule, Step
 from .select import Belief, Draws
 from .soften import Slots, mk_softener
 
@@ -65,6 +65,9 @@ class Masked:
         self.propose = Proposer(
             config, facts, self.end_ids, draws, with_entropy=self.softener.wants_entropy
         )
+        # rows that wait leave the batch; a rule of the user's may do whatever it likes with them
+        name = config.schedule_name
+        self.narrows = self.quirks.waits and isinstance(name, str) and name in SCHEDULES
         # of a decode that is to be replayed
         self.recorder = Recorder(canvas, self._block_numbers(real)) if record else None
 
@@ -90,25 +93,31 @@ class Masked:
     def begin(self, block: Block) -> None:
         self.canvas.decoded = torch.zeros_like(self.canvas.masked)
         self.rule, self.recall = mk_rule(self.config, block, self.draws), Recall()
-        self.outlasts = self.schedule.outlasts
+        self.outlasts, self.wanted = self.schedule.outlasts, block
         if not self.softener.carries:
             self.reader.forget()
         elif not self.quirks.stays_soft:
             self.reader.forget(~self.canvas.masked)
 
     def more(self, block: Block, index: int) -> bool:
-        return self.rule.more(index, self.canvas.has_masks(block, self.reader.forwards))
+        busy = self.rule.busy if self.outlasts else None
+        left = self.canvas.has_masks(self.wanted, self.reader.forwards, busy)
+        return self.rule.more(index, left)
 
     def step(self, block: Block, index: int) -> dict:
         canvas, reader = self.canvas, self.reader
         window = self._window(block, index)
         is_open = canvas.masked & self._reach(block, window)
-        busy = self.rule.busy if self.outlasts else is_open.any(-1)
-        busy = busy | (not self.quirks.waits)  # a row that waits for others stays as is
+        # a row that waits for others stays as is
+        busy = torch.ones_like(is_open[:, 0])
+        if self.quirks.waits:
+            masks = canvas.masked & self.wanted.inside
+            busy = self.rule.busy if self.outlasts else masks.any(-1)
+            is_open = is_open & busy[:, None]
         candidates = is_open | canvas.decoded if self.schedule.revises else is_open
         asked = self._asked(candidates, window) & busy[:, None]
         rows, cols = asked.nonzero(as_tuple=True)
-        logits = reader(canvas.ids, window, rows, cols)
+        logits = reader(canvas.ids, window, rows, cols, self._live(block))
         needed = asked[:, : canvas.width].any(-1)
         self.row_forwards = self.row_forwards.masked_fill(needed, reader.forwards)
         logits = self.constrain(logits, canvas.ids, rows, cols)
@@ -137,6 +146,11 @@ class Masked:
         believed = asked, lambda here: belief.logits[here]
         told = dict(believed=believed, where=where, soft=soft)
         return report(self, block, asked, commit, certain, **told)
+
+    def _live(self, block: Block) -> list[int] | None:
+        """The rows that a step's forward computes; None: as the forward before. Of those without
+        anything to be asked it need say nothing."""
+        return (self.canvas.live or None) if self.narrows else None
 
     def _window(self, block: Block, index: int) -> Window:
         """The columns of the next forward."""

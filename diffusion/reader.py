@@ -49,7 +49,7 @@ class WindowCache:
             self.layers[layer] = keys, values
             return keys, values
         lo, hi = self.window
-        all_keys, all_values = self.layers[layer]
+        all_keys, all_values = (part[: len(keys)] for part in self.layers[layer])
         all_keys[:, :, lo:hi] = keys
         all_values[:, :, lo:hi] = values
         return all_keys, all_values
@@ -64,9 +64,15 @@ class WindowCache:
         return self.get_query_offset()
 
 
+def swap(cache, a: int, b: int) -> None:
+    """Let two rows of all keys and values change places."""
+    for part in (part for both in cache.layers.values() for part in both):
+        part[[a, b]] = part[[b, a]]
+
+
 class Reader:
-    """Runs the model on a window of the canvas. Keeps what forwards leave: keys and values, soft
-    slots, counts."""
+    """Runs the model on a window of the canvas, for the rows that have a seat. Keeps what forwards
+    leave: keys and values, soft slots, counts."""
 
     def __init__(
         self, net: Parts, facts: Facts, config: DenoiseConfig, real: Tensor, fixed: Tensor
@@ -81,6 +87,13 @@ class Reader:
             self.positions_of = self.positions_of.repeat(2, 1)
             self.mask = None if self.mask is None else self.mask.repeat(2, 1)
         self.cache = WindowCache() if config.cache in ("prefix", "dual") else None
+        # the rows (with guidance twice as many) as they lie in the cache, and how many of them have
+        # a seat; [n] which those are, and [rows] the seat of each: None where all have their own
+        self.order = [*range(len(self.positions_of))]
+        self.seats = len(self.order)
+        self.seated: Tensor | None = None
+        self.seat: Tensor | None = None
+        self.last_window: Window | None = None  # a block's steps have the same
         self.forwards = self.positions = 0
         self.stores: list[int] = []  # the forwards that store and decide nothing, from 0
         self.where: Tensor | None = None  # [B, L] bool, slots that show a mixture
@@ -96,27 +109,73 @@ class Reader:
         return self.columns(lo, hi)
 
     def columns(self, lo: int, hi: int) -> Window:
-        index = torch.arange(self.length, device=self.fixed.device)
-        return Window(lo, hi, ((index >= lo) & (index < hi))[None])
+        if self.last_window is None or self.last_window[:2] != (lo, hi):
+            index = torch.arange(self.length, device=self.fixed.device)
+            self.last_window = Window(lo, hi, ((index >= lo) & (index < hi))[None])
+        return self.last_window
 
-    def __call__(self, canvas: Tensor, window: Window, rows: Tensor, cols: Tensor) -> Tensor:
-        """-> logits [n, V] float32 about the positions (rows, cols), which lie in the window."""
+    def sit(self, rows: list[int], *, move: bool = True) -> None:
+        """From now on forwards compute these rows; no others, or, where keys and values are not to
+        be moved, those that lie before the last of them."""
+        rows = [row + half for half in self._halves(self.fixed) for row in rows]
+        order, sits = [*self.order], set(rows)
+        if self.cache is None or not self.cache.layers:
+            order = rows + [row for row in order if row not in sits]
+        elif move:
+            free = [i for i, row in enumerate(order[: len(rows)]) if row not in sits]
+            come = [i for i, row in enumerate(order) if i >= len(rows) and row in sits]
+            for a, b in zip(free, come, strict=True):
+                order[a], order[b] = order[b], order[a]
+                swap(self.cache, a, b)
+        n = 1 + max(i for i, row in enumerate(order) if row in sits)
+        if order[:n] == self.order[: self.seats]:
+            return
+        self.order, self.seats, self.seated, self.seat = order, n, None, None
+        if order[:n] != [*range(len(order))]:
+            index = torch.tensor(order, device=self.fixed.device)
+            self.seated, self.seat = index[:n], index.argsort()
+
+    def of_seats(self, part: Tensor | None) -> Tensor | None:
+        """[rows, ...] -> [n, ...] of those that have a seat."""
+        return part if part is None or self.seated is None else part[self.seated]
+
+    def _seat(self, rows: Tensor) -> Tensor:
+        return rows if self.seat is None else self.seat[rows]
+
+    def _halves(self, canvas: Tensor) -> list[int]:
+        """Where the rows of each reading begin in a batch: with the prompt, and without it."""
+        return [0, len(canvas)] if self.twice else [0]
+
+    def __call__(
+        self,
+        canvas: Tensor,
+        window: Window,
+        rows: Tensor,
+        cols: Tensor,
+        live: list[int] | None = None,
+    ) -> Tensor:
+        """-> logits [n, V] float32 about the positions (rows, cols), which lie in the window. live:
+        the rows that are computed, all that are asked about among them; None: as before."""
         lo, hi = window.lo, window.hi
+        if self.cache is not None:
+            self.cache.window = None if (lo, hi) == (0, self.length) else (lo, hi)
+            if self.cache.window is None:
+                self.cache.layers = {}
+        if live is not None:
+            self.sit(live)
         embeds = self._inputs(canvas, lo, hi)
         if self.twice:
             embeds = torch.cat([embeds, self._inputs(self.without_prompt(canvas), lo, hi)])
-        if self.cache is not None:
-            self.cache.window = None if (lo, hi) == (0, self.length) else (lo, hi)
-        hidden = self.net.body(embeds, self.mask, self.positions_of[:, lo:hi], self.cache)
+        embeds, positions = self.of_seats(embeds), self.of_seats(self.positions_of[:, lo:hi])
+        hidden = self.net.body(embeds, self.of_seats(self.mask), positions, self.cache)
         self.forwards, self.positions = (
             self.forwards + 1,
             self.positions + embeds.shape[0] * embeds.shape[1],
         )
         # With shifted logits nothing is about the first token, whose own output stands in.
         source = torch.maximum(cols - self.facts.shift, self.first[rows]).clamp_min(lo) - lo
-        chosen = hidden[rows, source]
-        if self.twice:
-            chosen = torch.cat([chosen, hidden[rows + len(canvas), source]])
+        chosen = [hidden[self._seat(rows + half), source] for half in self._halves(canvas)]
+        chosen = torch.cat(chosen) if self.twice else chosen[0]
         return self.guided(self.net.head(chosen).float())
 
     def without_prompt(self, canvas: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from test_denoise import EOS, MASK, VOCAB, denoiser, left_padded, seeded
-from tiny import Largest
+from tiny import Largest, counted
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from softar.diffusion import DenoiseConfig, block_reader, denoise
@@ -139,6 +139,40 @@ def test_a_row_of_a_batch_is_the_row_alone_and_the_cache_is_exact(seed):
             assert alone.row_forwards[0] <= out.row_forwards[r] and alone.num_forwards <= (
                 out.num_forwards
             )
+
+
+@pytest.mark.parametrize("seed", range(0, 70, 3))
+def test_rows_that_wait_leave_the_batch(seed, monkeypatch):
+    """Whether keys and values are moved for that or not: the same decode, of no more positions."""
+    rows, knobs, model = setting(seed)
+    outs = []
+    for least in (1, 99):
+        monkeypatch.setattr(block_reader, "LONG", least)
+        with counted(model.model) as sizes:
+            outs.append(decode(model, rows, history=True, **knobs))
+        assert outs[-1].token_forwards == sum(b * t for b, t in sizes)
+    moved, stay = outs
+    for name in ("sequences", "committed_at", "row_forwards", "row_stores"):
+        assert torch.equal(getattr(moved, name), getattr(stay, name)), name
+    torch.testing.assert_close(moved.confidence, stay.confidence, equal_nan=True)
+    assert moved.token_forwards <= stay.token_forwards <= len(rows) * sum(t for _, t in sizes)
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.3])
+@pytest.mark.parametrize("least", [1, 99])
+def test_a_batch_computes_what_its_rows_do_alone(threshold, least, monkeypatch):
+    """Of rows that fit the grid alike, also where one ends early: no position more, if keys and values
+    are moved."""
+    monkeypatch.setattr(block_reader, "LONG", least)
+    model, rows = block_model(), torch.randint(1, EOS, (4, 8), generator=seeded()).tolist()
+    ends = decode(model, rows, gen_length=16).completions[:2, 3].tolist()
+    knobs = dict(gen_length=16, threshold=threshold, end_ids=tuple(ends))
+    out = decode(model, rows, **knobs)
+    alone = [decode(model, [row], [r], **knobs) for r, row in enumerate(rows)]
+    assert [out.sequences[r].tolist() for r in range(4)] == [a.sequences[0].tolist() for a in alone]
+    most = sum(a.token_forwards for a in alone)
+    assert out.token_forwards == most if least == 1 else most <= out.token_forwards
+    assert out.token_forwards < 4 * max(a.token_forwards for a in alone)
 
 
 @pytest.mark.parametrize("shift", [0, 1])
