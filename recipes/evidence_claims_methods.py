@@ -112,10 +112,10 @@ METHODS = Evidence(
                 f"RL, {REINFORCED[arm]}",
                 (arm, BEST),
                 # the seconds of the net that RL begins with are none of its own
-                {(RL_HARD, BEST): True, (HARD, "discrete"): False},
+                {(RL_HARD, BEST): True, (SOFT, "soft"): False},
             )
         ),
-        *gains("beside", (RL_HARD, BEST), {(HARD, "discrete"): False}, has_verdict=False),
+        *gains("beside", (RL_HARD, BEST), {(SOFT, "soft"): False}, has_verdict=False),
         *gains("beside", (HARD, "swi"), {(HARD, "discrete"): True}, has_verdict=False),
         *gains("beside", (HARD, "soft-beam"), {(HARD, "beam"): True}, has_verdict=False),
         *(
@@ -183,7 +183,7 @@ METHODS = Evidence(
         f"take {BEAMS} times the forwards of soft; beam-collapse less than that.",
         "The steps and seconds of a prefix are its own: those of the net that it stands before come on "
         "top.",
-        "RL begins with the net of discrete-traces, whose steps and seconds come on top of its own. "
+        "RL begins with the net of trace-soft, whose steps and seconds come on top of its own. "
         f"{BEST}: as the policy draws, softly or discretely, whichever is best on development rows.",
     ),
     borrows={"X1": tuple(f"{arm}-{n}" for n in DIGITS for arm in OF_X1)},

@@ -69,7 +69,7 @@ ARMS = {
     "fixed-min-p": Arm("trace-soft", dict(soft_min_p=0.05), digits=(4,)),
     "fixed-top-k": Arm("trace-soft", dict(soft_top_k=8), digits=(4,)),
 }
-# RL of the net of discrete-traces, by X4's settings: the policy's mixer, with softar's knobs
+# RL of the net of trace-soft, by X4's settings: the policy's mixer, with softar's knobs
 REINFORCED = {f"rl-{mixer}": mixer for mixer in ("hard", "gumbel", "mixture-of-inputs", "hybrid")}
 RL_STEPS = 200
 SETTINGS = {
@@ -152,7 +152,7 @@ def train(unit: Unit, model, tokenizer, arm: str):
 
 def reinforce(unit: Unit, model, tokenizer, arm: str):
     """-> the trainer, and the first line of a log."""
-    net = open_net(unit, model, tokenizer, "again-discrete-traces")
+    net = open_net(unit, model, tokenizer, "again-trace-soft")
     fields = rl.RL | dict(soft_mixer=REINFORCED[arm], max_steps=RL_STEPS) | unit.fields
     task = mnns.data(unit.options["digits"])[0]
     trainer, line = rl.reinforce(unit, model, tokenizer, task, fields)

@@ -344,9 +344,12 @@ def test_units_of_the_table_answer_what_its_lines_read(tiny, tmp_path, monkeypat
     first = {name: rows[0] for name, rows in of.items()}
     nets = {file.stem.rpartition("-seed")[0] for file in (tmp_path / "nets").iterdir()}
     assert nets == {"again-discrete-traces-3", "again-trace-soft-3"}
-    later = ("prefix-soft", "prefix-hard", *evidence_methods.REINFORCED)
-    began = {first[f"{name}-3"]["net_hash"] for name in later}
-    assert began == {first["again-discrete-traces-3"]["net_hash"]}
+    for net, later in (
+        ("again-discrete-traces", ("prefix-soft", "prefix-hard")),
+        ("again-trace-soft", evidence_methods.REINFORCED),
+    ):
+        began = {first[f"{name}-3"]["net_hash"] for name in later}
+        assert began == {first[f"{net}-3"]["net_hash"]}
     assert "min_p=0.05," in first["fixed-min-p-3"]["decodes"]
     assert "prompt_prefix=" in first["prefix-soft-3"]["decodes"]
     # X1's own arms, once more: the same arguments
