@@ -3,14 +3,17 @@
 Each forward of the decode is made again on what it read, for the slots that it committed and no
 others: of a row's forwards, and of all rows, `chunk` canvases at a time, whose pieces are handed out
 one after the other. Whoever sums a loss over pieces, each with a backward of its own, needs memory
-for one of them, whatever the number of steps.
+for one of them, whatever the number of steps. Forwards of a piece that read the same, as those of
+answers to one prompt do until their draws part, are made once.
 
 Weights of mixtures are never differentiated: what a slot shows is a transition, as the canvas is.
 
 Shapes: B rows, L columns, V vocabulary, D width; p canvases of a piece, each a row at one of its
-forwards; n slots, flat; b block length, g copies of blocks, T places of a packed row.
+forwards, u of them different; n slots, flat; b block length, g copies of blocks, T places of a packed
+row.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -94,9 +97,10 @@ def replay(
         )
     if hidden is not None and method != "one-step":
         raise ValueError(f"hidden does not go with method={method!r}: it is of 'one-step' alone")
-    view, read = METHODS[method]
+    view, packs, read = METHODS[method]
     steps = view(trajectory, model_facts.mask_id, hidden)
-    return _pieces(_Net(model, model_facts, config, embedding_grad), steps, read, chunk)
+    net = _Net(model, model_facts, config, embedding_grad)
+    return (read(net, steps, *pack) for pack in packs(steps, chunk))
 
 
 def prompt_masks(
@@ -144,22 +148,43 @@ class _Net(NamedTuple):
         return Piece(rows, cols, logits.index_fill(-1, never, torch.finfo(logits.dtype).min))
 
 
-def _pieces(net: _Net, steps: Trajectory, read: Callable, chunk: int) -> Iterator[Piece]:
-    for rows, at in _forwards(steps.committed_at, chunk if read is _packed else 1, chunk):
-        yield read(net, steps, rows, at)
-
-
-def _forwards(committed_at: Tensor, most: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows [p] and of each the forwards [p, g <= most] that committed something, -1 for none; p g is
-    at most `chunk`."""
-    every = [row[row >= 0].unique() for row in committed_at.unbind()]
-    packs = [(r, part) for r, row in enumerate(every) for part in row.split(most) if len(part)]
+def _packs(steps: Trajectory, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows [p] and of each the forwards [p, g] that committed something, -1 for none; p g is at most
+    `chunk`."""
+    every = [row[row >= 0].unique() for row in steps.committed_at.unbind()]
+    packs = [(r, part) for r, row in enumerate(every) for part in row.split(chunk) if len(part)]
     packs.sort(key=lambda pack: len(pack[1]), reverse=True)
     while packs:
         g = len(packs[0][1])
         now, packs = packs[: max(chunk // g, 1)], packs[max(chunk // g, 1) :]
-        rows = torch.tensor([r for r, _ in now], device=committed_at.device)
+        rows = torch.tensor([r for r, _ in now], device=steps.after.device)
         yield rows, nn.utils.rnn.pad_sequence([at for _, at in now], True, -1)
+
+
+def _canvases(steps: Trajectory, chunk: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Rows [p], a forward [p] of each that committed something, and a number [p] of what it read;
+    equal numbers stand together; p is at most `chunk`."""
+    every, numbers = [], {}
+    for r in range(len(steps.after)):
+        for at, read in _read(steps.rows(slice(r, r + 1))):
+            number = numbers.setdefault(read, len(numbers))
+            every.append((number, r, at))
+    every.sort()
+    for i in range(0, len(every), chunk):
+        number, rows, at = torch.tensor(every[i : i + chunk], device=steps.after.device).unbind(1)
+        yield rows, at, number
+
+
+def _read(steps: Trajectory) -> Iterator[tuple[int, bytes]]:
+    """The forwards of one row that committed something, and of each a digest of all that it read."""
+    forwards = steps.committed_at[steps.committed_at >= 0].unique()
+    canvases = _canvas(steps, forwards.new_zeros(1), forwards[None])[0].cpu().numpy()
+    block, soft_at, *mixtures = (part[0].cpu().numpy() for part in steps[3:])
+    for at, canvas in zip(forwards.tolist(), canvases):
+        shown = soft_at == at
+        parts = canvas, block, *(part[shown] for part in mixtures)
+        digest = hashlib.blake2b(b"".join(part.tobytes() for part in parts), digest_size=16)
+        yield at, digest.digest()
 
 
 def _canvas(steps: Trajectory, rows: Tensor, at: Tensor) -> Tensor:
@@ -169,9 +194,20 @@ def _canvas(steps: Trajectory, rows: Tensor, at: Tensor) -> Tensor:
     return torch.where(known, steps.after[rows][:, None], steps.before[rows][:, None])
 
 
-def _whole(net: _Net, steps: Trajectory, rows: Tensor, at: Tensor) -> Piece:
-    """The forwards `at` [p, 1], each over its whole canvas."""
-    block, shift = steps.block[rows], net.facts.shift
+def _whole(net: _Net, steps: Trajectory, rows: Tensor, at: Tensor, number: Tensor) -> Piece:
+    """The forwards `at` [p], each over its whole canvas; those of one number are one."""
+    which = number.unique_consecutive(return_inverse=True)[1]
+    first = torch.cat([which.new_ones(1), which.diff()]).nonzero()[:, 0]  # [u] of p
+    canvas, cols = (steps.committed_at[rows] == at[:, None]).nonzero(as_tuple=True)
+    hidden, start = _outputs(net, steps, rows[first], at[first, None])
+    # with shifted logits nothing is about the first token, whose own output stands in
+    source = which[canvas], torch.maximum(cols - net.facts.shift, start[which[canvas]])
+    return net.piece(hidden, source, rows[canvas], cols)
+
+
+def _outputs(net: _Net, steps: Trajectory, rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """[u, L, D] of the forwards `at` [u, 1], and the first column [u] of each row."""
+    block = steps.block[rows]
     there = block >= 0
     ids = _canvas(steps, rows, at)[:, 0]
     embeds = net.embed(ids, steps, rows, at, lambda canvas, copy, column: column)
@@ -179,11 +215,8 @@ def _whole(net: _Net, steps: Trajectory, rows: Tensor, at: Tensor) -> Piece:
     if net.facts.block_length is not None:
         sees = there[:, None] & (block[:, None] <= block[..., None])
         mask = (sees | torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device))[:, None]
-    hidden = net.parts.body(embeds, mask, (there.long().cumsum(1) - 1).clamp_min(0))
-    canvas, cols = (steps.committed_at[rows] == at).nonzero(as_tuple=True)
-    # with shifted logits nothing is about the first token, whose own output stands in
-    source = torch.maximum(cols - shift, there.long().argmax(1)[canvas])
-    return net.piece(hidden, (canvas, source), rows[canvas], cols)
+    positions = (there.long().cumsum(1) - 1).clamp_min(0)
+    return net.parts.body(embeds, mask, positions), there.long().argmax(1)
 
 
 def _packed(net: _Net, steps: Trajectory, rows: Tensor, at: Tensor) -> Piece:
@@ -245,10 +278,10 @@ def _left_to_right(trajectory: Trajectory, mask_id: int, hidden: Tensor | None) 
     return _bare(trajectory, (committed.cumsum(1) - 1).masked_fill(~committed, -1))
 
 
-# how it takes a trajectory, and what of it stands in a forward
-METHODS: dict[str, tuple[Callable, Callable]] = {
-    "exact": (_as_recorded, _whole),
-    "grouped": (_as_recorded, _packed),
-    "one-step": (_one_step, _whole),
-    "left-to-right": (_left_to_right, _whole),
+# how it takes a trajectory, what of it stands in a forward, and how that is read
+METHODS: dict[str, tuple[Callable, Callable, Callable]] = {
+    "exact": (_as_recorded, _canvases, _whole),
+    "grouped": (_as_recorded, _packs, _packed),
+    "one-step": (_one_step, _canvases, _whole),
+    "left-to-right": (_left_to_right, _canvases, _whole),
 }

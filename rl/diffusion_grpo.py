@@ -41,6 +41,11 @@ from .rollout import switch_off_dropout
 
 POLICY_FILE = "denoise_config.json"
 PREFIX = "trajectory_"
+# of TRL's batch, what the loss reads of each row
+ROW_PARTS = (
+    *(PREFIX + name for name in Trajectory._fields),
+    *("advantages", "loss_mask", "old_per_token_logps", "hidden", "rollout_prob"),
+)
 
 
 @dataclass
@@ -61,6 +66,9 @@ class DiffusionGRPOTrainer(RolloutGRPO):
     without special tokens; `completion_ids` with them. Dropout stays off, in rollout and replay. With
     beta > 0 the reference is the model as it was given (a frozen copy), or under PEFT the model
     without its new adapter. Each checkpoint holds denoise_config.json, the policy as a way to decode.
+
+    Without a KL or an entropy in the loss, rows with an advantage of 0, as in a group of equal rewards,
+    have no gradient and are not replayed; what is logged of an update, its entropy too, is of the others.
 
     Logged, at no forward of its own: `agreement/greedy`, the share of committed tokens that are the
     likeliest of their belief, as all are that temperature 0 commits in their place: the further it is
@@ -219,13 +227,18 @@ class DiffusionGRPOTrainer(RolloutGRPO):
 
     def _compute_loss(self, model, inputs):
         args, mask = self.args, inputs["loss_mask"]
-        steps = Trajectory(*(inputs[PREFIX + name] for name in Trajectory._fields))
-        old, hidden = inputs.get("old_per_token_logps"), inputs.get("hidden")
         # what a slot weighs in the loss, which adds them up
         with torch.enable_grad():
             ones = torch.zeros_like(mask, requires_grad=True)
             total = self._normalised(ones, mask, inputs["num_items_in_batch"])
             (weights,) = torch.autograd.grad(total, ones)
+        inputs = {name: inputs.get(name) for name in ROW_PARTS} | {"weights": weights}
+        if not (args.beta or args.entropy_coef):
+            rows = teaching(inputs["advantages"])
+            inputs = {name: part if part is None else part[rows] for name, part in inputs.items()}
+        mask, weights = inputs["loss_mask"], inputs["weights"]
+        steps = Trajectory(*(inputs[PREFIX + name] for name in Trajectory._fields))
+        old, hidden = inputs["old_per_token_logps"], inputs["hidden"]
         clip = Clip(self.epsilon_low, self.epsilon_high, args.delta, args.ratio)
         by_row = args.ratio == "trajectory" and old is not None
         losses = Losses(
@@ -258,7 +271,7 @@ class DiffusionGRPOTrainer(RolloutGRPO):
             return summed(each, learnt)
 
         loss = inside_forward(model, unwrapped, forward, steps.after)
-        self._note_update(losses, inputs.get("rollout_prob"), mask, clip)
+        self._note_update(losses, inputs["rollout_prob"], mask, clip)
         return loss
 
     def _note_update(self, losses: Losses, then: Tensor | None, mask: Tensor, clip: Clip) -> None:
@@ -307,6 +320,14 @@ class DiffusionGRPOTrainer(RolloutGRPO):
             load_original(inner, folder)
         else:
             super()._load_weights(folder, model)
+
+
+def teaching(advantages: Tensor) -> Tensor:
+    """[B] bool, the rows that have a gradient: not those with an advantage of 0, as in a group of equal
+    rewards. One row at least, so that no parameter is left without."""
+    rows = advantages != 0
+    rows[0] |= ~rows.any()
+    return rows
 
 
 def agreement(steps: Trajectory, mask_id: int) -> tuple[Tensor, Tensor]:

@@ -161,6 +161,53 @@ def test_no_more_canvases_at_a_time_than_the_chunk(kind):
     assert max(sizes) <= 4 and sum(sizes) == sum(len(row[row >= 0].unique()) for row in at)
 
 
+@pytest.mark.parametrize("soften", ["hard", "soft-mask"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_reads_the_same_is_read_once(kind, soften):
+    """As answers to one prompt do until they part; their values and gradients are those of each alone."""
+    model, sizes = copy.deepcopy(model_of(kind)).double(), []
+    rows, knobs = (
+        [ROWS[0]] * 3 + [ROWS[2]] * 3,
+        dict(soften=soften, soften_args=ARGS.get(soften, {})),
+    )
+    config, out = decoded(model, rows, **knobs)
+    steps = out.trajectory
+    every = set()
+    for r, order in enumerate(steps.committed_at):
+        for at in order[order >= 0].unique():
+            known = (order >= 0) & (order < at)
+            shown = steps.soft_at[r] == at
+            parts = (torch.where(known, steps.after[r], steps.before[r]), steps.block[r])
+            parts += tuple(part[r][shown] for part in steps[5:])
+            every.add(str([part.tolist() for part in parts]))
+    pairs = sum(len(row[row >= 0].unique()) for row in steps.committed_at)
+    assert 2 < len(every) <= pairs - 4  # the first forwards are the same
+    hook = model.model.register_forward_hook(
+        lambda module, args, got: sizes.append(got.last_hidden_state.shape[0])
+    )
+    together = log_probs(model, steps, config, chunk=1000)
+    assert sizes == [len(every)]
+    sizes.clear()
+    log_probs(model, steps, config, method="one-step", chunk=1000)
+    firsts = 2 if kind in KINDS[:2] else sizes[0]  # where the last block may be an answer's own
+    assert sizes == [firsts]
+    hook.remove()
+    alone = [log_probs(model, steps.rows(slice(r, r + 1)), config) for r in range(6)]
+    torch.testing.assert_close(together, torch.cat(alone))
+    weights = torch.randn(together.shape, generator=seeded(1)).double()
+    both = [
+        torch.autograd.grad((values * weights).sum(), [*model.parameters()])
+        for values in (together, torch.cat(alone))
+    ]
+    torch.testing.assert_close(*both, atol=1e-5, rtol=1e-4)  # norms are in float32
+    if soften == "hard":
+        return
+    twins = steps.rows(torch.tensor([0, 0]))  # which read other mixtures in the same slots
+    twins.soft_weights[1] = twins.soft_weights[1].flip(-1)
+    first, second = log_probs(model, twins, config)
+    assert torch.allclose(first, alone[0][0]) and not torch.allclose(first, second, atol=1e-3)
+
+
 # -- estimates
 
 

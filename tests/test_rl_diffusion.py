@@ -190,6 +190,42 @@ def test_the_loss_is_that_of_all_steps_at_once(replay, ratio, loss_type, tmp_pat
         torch.testing.assert_close(grads[i], grads[i + 1], atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("ratio", ["token", "trajectory"])
+@pytest.mark.parametrize("advantages", [[0.5, 0, 0, -0.5], [0, 0, 0.1, 0], [0, 0, 0, 0]])
+def test_rows_without_an_advantage_are_not_replayed(advantages, ratio, tmp_path):
+    """The loss and its gradient are those of all rows, as every loss_type divides; a KL or an entropy in
+    the loss is of all of them."""
+    advantages, seen = torch.tensor(advantages).float(), []
+    every, zeros = torch.ones(4, dtype=torch.bool), advantages == 0
+    teach = ~zeros if not zeros.all() else torch.arange(4) == 0
+    for changes in (dict(loss_type="grpo"), dict(loss_type="dapo"), dict(entropy_coef=0.1)):
+        made = trainer(tmp_path, ratio=ratio, steps=4, **changes, **SOFT)
+        batch = rollout(made) | {"advantages": advantages}
+        body = made.model.model
+        body.register_forward_hook(lambda module, args, got: seen.append(len(got[0])))
+        steps, rows = steps_of(batch), every if "entropy_coef" in changes else teach
+        seen.clear()
+        log_probs(made.model, steps.rows(rows), made.decoding, **made._how)
+        forwards = sum(seen)
+        logp = made._log_probs(made.model, steps, None)
+        moved = logp + 0.1 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(1))
+        for old in (None, moved):
+            batch["old_per_token_logps"] = old
+            seen.clear()
+            loss = made._compute_loss(made.model, batch)
+            assert sum(seen) == forwards * (1 if ratio == "token" or old is None else 2)
+            if "entropy_coef" in changes:
+                continue
+            grads = []
+            for value in (loss, expected := dense(made, batch, old)):
+                made.model.zero_grad()
+                value.backward()
+                grads.append(torch.cat([p.grad.flatten() for p in made.model.parameters()]))
+            assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+            torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
+            assert bool(grads[0].any()) == (not zeros.all())
+
+
 def test_a_piece_is_gone_before_the_next_is_made(tmp_path):
     """A forward and a backward of each, one after the other, whatever the number of steps."""
     made, seen = trainer(tmp_path, steps=6, **SOFT), []
@@ -222,6 +258,30 @@ def test_kl_and_entropy(tmp_path):
     made = trainer(tmp_path, beta=0.5, peft=adapter, max_steps=3)
     made.train()
     assert abs(logged(made, "kl")[0]) < 1e-6 < logged(made, "kl")[2]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_kl_is_that_of_the_whole_beliefs(adapted, tmp_path):
+    """To the model as it was, of every committed token, weighed like its surrogate; no row is left out."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") if adapted else None
+    made = trainer(tmp_path, beta=0.3, loss_type="grpo", peft=adapter, **SOFT)
+    reference = net()  # the tests' model before the trainer had it
+    batch = rollout(made) | {"advantages": torch.zeros(4)}
+    with torch.no_grad():
+        for number, weight in enumerate(p for p in made.model.parameters() if p.requires_grad):
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+            weight.add_(0.1 * noise)
+    loss, steps, how = made._compute_loss(made.model, batch), steps_of(batch), made._how
+    kl = torch.zeros(batch["loss_mask"].shape)
+    with torch.no_grad():
+        inner = made.model.eval()
+        both = (replay(model, steps, made.decoding, **how) for model in (inner, reference))
+        for new, old in zip(*both, strict=True):
+            p, q = new.logits.log_softmax(-1), old.logits.log_softmax(-1)
+            kl[new.rows, new.cols] = (p.exp() * (p - q)).nan_to_num().sum(-1)
+    mask = batch["loss_mask"]
+    expected = 0.3 * ((kl * mask).sum(1) / mask.sum(1)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4) and expected > 1e-3
 
 
 def test_it_learns(tmp_path):
@@ -403,7 +463,12 @@ def test_agreement_of_draws_with_greedy_decoding_and_of_slots_with_what_they_sho
     soften, tmp_path
 ):
     options = SOFT if soften == "soft-mask" else dict(soften=soften)
-    made, seen = trainer(tmp_path, max_steps=1, learning_rate=0.0, steps=4, **options), []
+    options = options | dict(max_steps=1, learning_rate=0.0, steps=4)
+
+    def unlike(completions, **columns):  # every row has an advantage, and is replayed
+        return [float(i) for i in range(len(completions))]
+
+    made, seen = trainer(tmp_path, reward=unlike, **options), []
     metrics = made._rollout_metrics
     made._rollout_metrics = lambda rollout: seen.append(rollout.out.trajectory) or metrics(rollout)
     made.train()
