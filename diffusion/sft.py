@@ -52,10 +52,10 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
     Takes the datasets that TRL takes, prompt-completion or language modelling; prompts are never
     masked. The model comes from `softar.diffusion.load`: block-causal ones train on doubled rows,
     DiffusionGemma with objective="canvas". With `softmasking_prob` a SoftMaskHead is
-    trained along; each checkpoint holds its values in transparency_config.json, from where `load`
-    and `denoise` take them. With objective="uniform" the checkpoint says so in its config.json, an
-    adapter in diffusion_process.json. With `score(answer, row)` every evaluation also decodes
-    held-out rows.
+    trained along, from the numbers on that the model knows of an earlier training; each checkpoint
+    holds its values in transparency_config.json, from where `load` and `denoise` take them. With
+    objective="uniform" the checkpoint says so in its config.json, an adapter in
+    diffusion_process.json. With `score(answer, row)` every evaluation also decodes held-out rows.
     """
 
     _tag_names = ["trl", "sft", "softar", "masked-diffusion"]
@@ -125,10 +125,10 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         args, inner, device = self.args, plain(self.model), self.accelerator.device
         if args.objective == "canvas":
             return Canvases(args, self._facts)
-        # what an earlier training taught it; set again when this one is saved
+        # what an earlier training taught it, noted in the facts; set again when this one is saved
         inner.config.soft_mask = None
         if args.softmasking_prob:
-            self.head = args.head().to(self.model.device)
+            self.head = args.head(learnt=self._facts.soft_mask).to(self.model.device)
             # so that DDP, the optimiser and checkpoints see it
             inner.add_module("soft_mask_head", self.head)
         if args.objective == "uniform":

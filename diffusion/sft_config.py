@@ -14,7 +14,6 @@ from softar.checks import (
     check_types,
     fill,
     idle_options,
-    take_back,
 )
 from softar.training import PlainSFTConfig, opt
 
@@ -32,11 +31,11 @@ LEFT_OUT = dict(
     tau_end=1e-3,
     gamma_min=-3.5,
     gamma_max=-1.75,
-    head_k=3,
-    head_temperature=1.0,
     eval_steps_decoded=8,
     self_conditioning_prob=0.5,
 )
+# Of a head where neither an option nor the model says it
+HEAD = dict(k=3, algorithm="top-k", scale=1e-6, centre=-0.75, steepness=20 / 3, temperature=1.0)
 OF_MASKS = "softmasking_prob noise noise_level complementary on_policy_prob whole_answer packing"
 OF_UNIFORM = "uniform_loss curriculum view_scale"
 # what another objective has, and what to do about it
@@ -71,7 +70,7 @@ IDLE = (
     ),
     Idle(
         "head_temperature",
-        lambda c: c.softmasking_prob and c.head_algorithm == "top-k",
+        lambda c: c.softmasking_prob and c.head_algorithm in (None, "top-k"),
         "with head_algorithm='top-k'",
         "choose 'temperature'",
     ),
@@ -185,15 +184,26 @@ class DiffusionSFTConfig(PlainSFTConfig):
     softmasking_prob: float = opt(
         0.0, "Share of the steps that read their rows twice; 0 is hard training."
     )
-    head_k: int | None = opt(None, "Soft masks: tokens in a mixture, of 'top-k'. Default: 3.")
-    head_algorithm: str = opt(
-        "top-k", "Soft masks: 'top-k', or 'temperature' over the whole vocabulary."
+    head_algorithm: str | None = opt(
+        None,
+        "Soft masks: 'top-k', or 'temperature' over the whole vocabulary. Default, here and of the head's other "
+        "numbers: those that the model was trained with; of a hard model top-k.",
     )
-    head_scale: float = opt(1e-6, "Soft masks: scale at the start, in (0, 1).")
-    head_centre: float = opt(-0.75, "Soft masks: centre at the start, nats below 0.")
-    head_steepness: float = opt(20 / 3, "Soft masks: steepness at the start.")
+    head_k: int | None = opt(
+        None, "Soft masks: tokens in a mixture, of 'top-k'. Default: the model's, else 3."
+    )
+    head_scale: float | None = opt(
+        None, "Soft masks: scale at the start, in (0, 1). Default: the model's, else 1e-6."
+    )
+    head_centre: float | None = opt(
+        None, "Soft masks: centre at the start, nats below 0. Default: the model's, else -0.75."
+    )
+    head_steepness: float | None = opt(
+        None, "Soft masks: steepness at the start. Default: the model's, else 6.67."
+    )
     head_temperature: float | None = opt(
-        None, "Soft masks: temperature at the start, of 'temperature'. Default: 1."
+        None,
+        "Soft masks: temperature at the start, of 'temperature'. Default: the model's, else 1.",
     )
     head_learning_rate: float = opt(
         1e-2, "Soft masks: learning rate of the head, without weight decay."
@@ -214,7 +224,7 @@ class DiffusionSFTConfig(PlainSFTConfig):
         check_choice("noise", self.noise, NOISES)
         check_choice("noise_level", self.noise_level, LEVELS)
         check_choice("normalise", self.normalise, NORMALISATIONS)
-        check_choice("head_algorithm", self.head_algorithm, ALGORITHMS)
+        check_choice("head_algorithm", self.head_algorithm, (None, *ALGORITHMS))
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("uniform_loss", self.uniform_loss, UNIFORM_LOSSES)
         if not 0 <= self.time_low <= self.time_high <= 1:
@@ -230,10 +240,9 @@ class DiffusionSFTConfig(PlainSFTConfig):
         self._check_objective()
         self._check_uniform()
         self._check_masks()
+        check_idle(self, IDLE, left_out)
         if self.softmasking_prob:
             self.head()
-        check_idle(self, IDLE, left_out)
-        take_back(self, [HEADLESS], left_out)
 
     @property
     def idle_head(self) -> list[str]:
@@ -300,15 +309,33 @@ class DiffusionSFTConfig(PlainSFTConfig):
         """The schedule of the curriculum."""
         return GaussianToDiscrete(vocab_size, self.gamma_min, self.gamma_max)
 
-    def head(self, make: type[SoftMaskHead] = SoftMaskHead) -> SoftMaskHead:
-        of_one = dict(k=self.head_k, temperature=self.head_temperature)  # of one algorithm each
-        return make(
-            scale=self.head_scale,
-            centre=self.head_centre,
-            steepness=self.head_steepness,
-            algorithm=self.head_algorithm,
-            **{name: value for name, value in of_one.items() if value is not None},
-        )
+    def head(
+        self, make: type[SoftMaskHead] = SoftMaskHead, learnt: dict | None = None
+    ) -> SoftMaskHead:
+        """The head at the start. learnt: the `soften_args` that the model was trained with, which hold
+        where no option says otherwise, and not for another algorithm. Raises ValueError for numbers
+        that nothing can be learnt from, or that do nothing with the model's algorithm."""
+        named = {name: getattr(self, f"head_{name}") for name in HEAD}
+        named = {name: value for name, value in named.items() if value is not None}
+        learnt = learnt or {}
+        algorithm = named.get("algorithm", learnt.get("algorithm", HEAD["algorithm"]))
+        idle = {"top-k": "temperature", "temperature": "k"}[algorithm]
+        if idle in named:
+            raise ValueError(
+                f"head_{idle}={named[idle]} does nothing with the head that the model was trained with, of "
+                f"{algorithm!r}: leave it out, or give head_algorithm"
+            )
+        if learnt.get("algorithm") != algorithm:
+            learnt = {}
+        learnt = {name: value for name, value in learnt.items() if name in HEAD}
+        try:
+            return make(**HEAD | learnt | named)
+        except ValueError as error:
+            if not learnt:
+                raise
+            raise ValueError(
+                f"{error}. The model was trained with {learnt}: name other numbers, as head_scale="
+            ) from None
 
 
 def check_fits(args: DiffusionSFTConfig, facts: Facts) -> Facts:

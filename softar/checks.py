@@ -135,18 +135,13 @@ def fill(config, defaults: dict[str, Any]) -> set[str]:
     return left_out
 
 
-def take_back(config, rules: Iterable[Idle], left_out: set[str]) -> None:
-    """None again for options that `fill` has filled and that do nothing."""
-    for name, *_ in [*idle_options(config, rules)]:
-        if name in left_out:
-            object.__setattr__(config, name, None)
-
-
 def check_idle(config, rules: Iterable[Idle], left_out: set[str] = frozenset()) -> None:
     """Raise ValueError for an option of a dataclass that is away from its default and does nothing.
     left_out: from `fill`; those that do nothing are None again."""
     rules = [*rules]
-    take_back(config, rules, left_out)
+    for name, *_ in [*idle_options(config, rules)]:
+        if name in left_out:
+            object.__setattr__(config, name, None)
     for name, value, default, rule in idle_options(config, rules):
         raise ValueError(
             f"{name}={value!r} does nothing {rule.why}: {rule.remedy}, or leave it at {default!r}"

@@ -430,6 +430,62 @@ def test_resume_is_exact(tmp_path, task):
     assert again.head.settings() == whole.head.settings()
 
 
+def further(folder, task, learnt, **changes):
+    """The head at the start of a training of a model that knows this one."""
+    model, tokenizer = load("mnns-diffusion-tiny", seed=0)
+    model.config.soft_mask = learnt
+    options = dict(output_dir=str(folder), softmasking_prob=0.5, report_to="none") | changes
+    rows = task.train.select(range(2))
+    args = DiffusionSFTConfig(**options)
+    made = DiffusionSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    return made.head.settings()
+
+
+NUMBERS = dict(scale=0.9, centre=-0.3, steepness=2.5)
+LEARNT = {
+    "top-k": NUMBERS | dict(k=2, algorithm="top-k", scheduling="none"),
+    "temperature": NUMBERS | dict(temperature=0.7, algorithm="temperature"),
+}
+
+
+@pytest.mark.parametrize("algorithm", LEARNT)
+def test_training_goes_on_with_the_head_that_the_model_has(tmp_path, task, algorithm):
+    """Its numbers where no option says another; another algorithm begins anew, as a hard model does."""
+    learnt = LEARNT[algorithm]
+    known = {name: value for name, value in learnt.items() if name != "scheduling"}
+    anew = pytest.approx(SoftMaskHead(algorithm=algorithm).settings())
+    other = {"top-k": "temperature", "temperature": "top-k"}[algorithm]
+    assert further(tmp_path, task, None, head_algorithm=algorithm) == anew
+    assert further(tmp_path, task, LEARNT[other], head_algorithm=algorithm) == anew
+    for changes in ({}, dict(head_scale=0.2), dict(head_algorithm=algorithm, head_centre=-2.0)):
+        said = {name.removeprefix("head_"): value for name, value in changes.items()}
+        head = further(tmp_path, task, learnt, **changes)
+        assert {name: head[name] for name in known} == pytest.approx(known | said, abs=1e-5)
+    with pytest.raises(ValueError, match=r"scale=1.0, .*trained with {'scale': 1.0.*head_scale="):
+        further(tmp_path, task, learnt | dict(scale=1.0))
+    assert further(tmp_path, task, learnt | dict(scale=1.0), head_scale=0.5)[
+        "scale"
+    ] == pytest.approx(0.5)
+
+
+def test_an_option_that_the_algorithm_of_the_model_leaves_idle_is_refused(tmp_path, task):
+    with pytest.raises(ValueError, match=r"head_k=4 does nothing with .* 'temperature'"):
+        further(tmp_path, task, LEARNT["temperature"], head_k=4)
+    for named, algorithm in (("head_k", "temperature"), ("head_temperature", "top-k")):
+        with pytest.raises(ValueError, match=rf"{named}=1 does nothing w.*{algorithm}.*None"):
+            DiffusionSFTConfig(softmasking_prob=0.5, head_algorithm=algorithm, **{named: 1})
+
+
+def test_a_saved_head_is_where_the_next_training_begins(tmp_path, task):
+    first, _ = trainer_of(tmp_path / "first", task, **SOFT)
+    first.train()
+    first.save_model()
+    model, tokenizer = load(tmp_path / "first")
+    args = DiffusionSFTConfig(str(tmp_path / "next"), softmasking_prob=0.8, report_to="none")
+    made = DiffusionSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer)
+    assert made.head.settings() == pytest.approx(first.head.settings(), abs=1e-5)
+
+
 SAVING = dict(save_strategy="steps", save_steps=1, max_steps=4)
 
 

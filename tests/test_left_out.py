@@ -39,10 +39,6 @@ CASES = [
     ],
     (RL[2], dict(vf_coef=0.0), {}, "cliprange_value", {"cliprange_value": 0.2}),
 ]
-HEAD = [("temperature", "top-k", "head_k"), ("top-k", "temperature", "head_temperature")]
-for idle, acts, option in HEAD:
-    ways = [dict(softmasking_prob=0.5, head_algorithm=way) for way in (idle, acts)]
-    CASES.append((DIFFUSION, *ways, option, None))
 
 
 @pytest.mark.parametrize("make, idle, acts, options, values", CASES)
