@@ -126,6 +126,19 @@ def slots_of_row(row: dict, tokenizer) -> int:
     return len(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]) + 1
 
 
+def check_masks(tokenizer, prompts: list, mask_id: int) -> None:
+    """Raise ValueError for a prompt without masks, of which gen_length=0 would leave nothing to fill."""
+    mask = tokenizer.mask_token
+    for at, prompt in enumerate(prompts):
+        if mask and isinstance(prompt, str) and mask in prompt:
+            continue
+        if not (encode(tokenizer, [prompt])["input_ids"] == mask_id).any():
+            raise ValueError(
+                f"gen_length=0 fills the masks of templates, and prompt {at}, {prompt!r:.80}, has none (token id "
+                f"{mask_id}): give it some, or a gen_length"
+            )
+
+
 def check_steps(model, tokenizer, prompts: list, config: DenoiseConfig) -> None:
     """Raise ValueError where a prompt has more blocks with masks than there are steps to share, which
     `denoise` would say in its turn."""

@@ -183,7 +183,8 @@ def train_row(inputs, name, args):
     from trl import get_peft_config
 
     from softar.diffusion import load
-    from softar.diffusion.evaluate import check_steps
+    from softar.diffusion.evaluate import check_masks, check_steps
+    from softar.diffusion.net import facts
     from softar.model_card import example_of
     from softar.rl import DiffusionGRPOTrainer
     from softar.rl.diffusion_grpo import check_same_policy
@@ -203,6 +204,8 @@ def train_row(inputs, name, args):
             processing_class=tokenizer,
             peft_config=get_peft_config(inputs.model_args),
         )
+        if task.test is not None and not args.gen_length:
+            check_masks(tokenizer, task.test["prompt"], facts(model).mask_id)
         for steps in (args.steps, *budgets(script, args)):
             config = dataclasses.replace(trainer.decoding, steps=steps)
             for rows in filter(None, (task.train, task.test)):

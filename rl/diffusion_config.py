@@ -82,8 +82,8 @@ class DiffusionGRPOConfig(RolloutConfig):
 
     max_completion_length: int | None = opt(
         None,
-        "TRL's name of gen_length: give one of the two. With gen_length=0 the most masks of a template, which "
-        "'dr_grpo' divides by.",
+        "TRL's name of gen_length: give one of the two. With gen_length=0 the most masks of a template, for "
+        "'dr_grpo' alone, which divides by it.",
     )
     gen_length: int | None = opt(
         None,
@@ -158,6 +158,11 @@ class DiffusionGRPOConfig(RolloutConfig):
             raise ValueError(
                 f"max_completion_length={most}, but gen_length={self.gen_length}, which is the length of answers: give "
                 f"one of the two"
+            )
+        if most and not self.gen_length and self.loss_type != "dr_grpo":
+            raise ValueError(
+                f"max_completion_length={most} does nothing with gen_length=0, where templates say how many masks they "
+                f"have: leave it out, or give loss_type='dr_grpo', which divides by it"
             )
         self.max_completion_length = most or self.gen_length or None
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:

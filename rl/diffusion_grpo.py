@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from trl.trainer.utils import use_adapter
 
 from softar.diffusion.config import DenoiseConfig
+from softar.diffusion.evaluate import check_masks
 from softar.diffusion.loop import DenoiseOutput, denoise, first_end
 from softar.diffusion.models import load_original
 from softar.diffusion.net import facts
@@ -112,6 +114,10 @@ class DiffusionGRPOTrainer(RolloutGRPO):
             "gen_length",
             self.args.gen_length,
         )
+        for rows in (self.train_dataset, self.eval_dataset) if not self.args.gen_length else ():
+            for part in rows.values() if isinstance(rows, dict) else (rows,):
+                if isinstance(part, Dataset):
+                    check_masks(self.processing_class, part["prompt"], self._facts.mask_id)
 
     def _check_same_policy(self, folder):
         check_same_policy(folder, self.args.decoding())

@@ -182,6 +182,16 @@ TEMPLATES = {"train": {"prompt": "<bos>", "template": "<bos> <mask>"}, "test": {
         (dict(task="mnns", model_name_or_path="mnns-tiny"), "it reads from left to right"),
         (ONE | dict(eval_forwards="4,x"), "eval_forwards='4,x': give whole numbers"),
         (ONE | dict(eval_forwards="4,8,4"), "eval_forwards='4,8,4' names 4 twice"),
+        (ONE | dict(max_completion_length=20), "max_completion_length=20 does nothing with gen_le"),
+        (
+            dict(task="mnns", model_name_or_path="mnns-diffusion-tiny", gen_length=0),
+            "gen_length=0 fills the masks of templates, and prompt 0, .* has none",
+        ),
+        (
+            dict(task=None, dataset_name="bare", model_name_or_path="latin-diffusion-tiny")
+            | dict(gen_length=0, reward_funcs="json.dumps"),
+            "prompt 0, '<bos>', has none",
+        ),
         (ONE | dict(gen_length=3), "gen_length=3 puts masks behind prompts, and 'latin' has templ"),
         (
             dict(task=None, dataset_name="asked", model_name_or_path="mnns-diffusion-tiny")
@@ -232,7 +242,9 @@ def test_bad_input_ends_with_one_line(tmp_path, changes, says, monkeypatch, caps
     if "reasoning_gym" in (changes.get("task") or ""):
         pytest.importorskip("reasoning_gym")
     if "dataset_name" in changes:
-        for name, rows in (("data", TEMPLATES), ("asked", {"train": {"prompt": "<bos> D1 ->"}})):
+        asked = {"train": {"prompt": "<bos> D1 ->"}}
+        bare = {"train": {"prompt": "<bos> <mask>"}, "test": {"prompt": "<bos>"}}
+        for name, rows in (("data", TEMPLATES), ("asked", asked), ("bare", bare)):
             (tmp_path / name).mkdir()
             for split, row in rows.items():
                 (tmp_path / name / f"{split}.jsonl").write_text(json.dumps(row) + "\n")

@@ -363,13 +363,16 @@ def test_the_length_of_answers_has_two_names(make, tmp_path):
         (dict(max_completion_length=64), (64, 64)),
         (dict(gen_length=32), (32, 32)),
         (dict(gen_length=32, max_completion_length=32), (32, 32)),
-        (dict(gen_length=0, max_completion_length=7), (0, 7)),
+        (dict(gen_length=0, max_completion_length=7, loss_type="dr_grpo"), (0, 7)),
     ):
         config = make(str(tmp_path), **options)
         assert (config.gen_length, config.max_completion_length) == expected
         assert config.decoding().gen_length == expected[0]
     with pytest.raises(ValueError, match="gen_length=32, which is the length of answers"):
         make(str(tmp_path), gen_length=32, max_completion_length=64)
+    for loss_type in ("grpo", "bnpo", "dapo"):
+        with pytest.raises(ValueError, match="max_completion_length=7 does nothing with gen_leng"):
+            make(str(tmp_path), gen_length=0, max_completion_length=7, loss_type=loss_type)
 
 
 @pytest.mark.parametrize("option", SHORTHANDS)
@@ -406,6 +409,16 @@ def test_a_prompt_that_leaves_no_room_is_said(tmp_path):
     bert.config.mask_token_id = MASK
     with pytest.raises(ValueError, match="has 2 tokens, and with gen_length=6 that is more"):
         trainer(tmp_path, model=bert)
+
+
+@pytest.mark.parametrize("at", [0, 3, 23])
+def test_each_template_holds_a_mask(at, tmp_path):
+    """One without would be a rollout of nothing; which of them is said."""
+    prompts = [*TEMPLATES]
+    prompts[at] = "w5 w6"
+    with pytest.raises(ValueError, match=f"gen_length=0 .* prompt {at}, 'w5 w6', has none"):
+        trainer(tmp_path, prompts=prompts, gen_length=0)
+    trainer(tmp_path, prompts=prompts)  # masks stand behind them
 
 
 def test_an_evaluation_and_the_command_of_the_card(tmp_path):
