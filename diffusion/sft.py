@@ -19,6 +19,7 @@ from softar.model_card import OwnCard, changes_of, decode_command
 from softar.models import room_of
 from softar.sft.data import SoftCollator
 from softar.sft.preflight import check_tokens
+from softar.split import check_split, with_whole_weights
 from softar.training import (
     MicroBatches,
     WatchedLosses,
@@ -103,6 +104,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             data_collator=collator(self._fill, pad_to_multiple_of=args.pad_to_multiple_of),
             **kwargs,
         )
+        check_split(self)
         check_adapter(type(self).__name__, self.model)
         self._room, length = room_of(self.model, trained=True), self._facts.block_length
         if args.train_padding and length is not None:
@@ -236,13 +238,9 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             steps = steps_for(
                 self._facts, rows, self.processing_class, self.args.eval_steps_decoded
             )
-            scores = evaluate(
-                self.accelerator.unwrap_model(self.model),
-                self.processing_class,
-                rows,
-                self._score,
-                self.decoding(steps=steps),
-                seed=self.args.seed,
+            how = (self.processing_class, rows, self._score, self.decoding(steps=steps))
+            scores = with_whole_weights(
+                self, lambda model: evaluate(model, *how, seed=self.args.seed)
             )
             metrics[f"{metric_key_prefix}_accuracy"] = scores["accuracy"]
             self.log({f"{metric_key_prefix}_accuracy": scores["accuracy"]})

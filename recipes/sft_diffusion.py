@@ -200,18 +200,21 @@ def open_model(inputs, seed):
 def train_row(inputs, name, args):
     from softar.diffusion.evaluate import nll_bound
     from softar.diffusion.sft import DiffusionSFTTrainer
+    from softar.split import on_main
 
     script, task = inputs.script, inputs.task
     with one_line_errors(inputs.program.name):
         model, tokenizer = open_model(inputs, args.seed)
         trainer = supervised(DiffusionSFTTrainer, model, tokenizer, inputs, task, args)
     common = fit_supervised(inputs, trainer, args, training=name)
-    samples, accelerator = script.likelihood_samples, trainer.accelerator
-    if samples and trainer.uniform is None and accelerator.is_main_process:
-        plain = accelerator.unwrap_model(trainer.model)
-        common["nll_bound"] = nll_bound(
-            plain, trainer.processing_class, task.test, samples=samples, seed=args.seed
-        )
+    samples = script.likelihood_samples
+
+    def bound(model):
+        how = dict(samples=samples, seed=args.seed)
+        common["nll_bound"] = nll_bound(model, trainer.processing_class, task.test, **how)
+
+    if samples and trainer.uniform is None:
+        on_main(trainer, bound)
     schedules = script.schedules.split(",")
     return measured(
         trainer, task, common, lambda model: decode_all(trainer, task, schedules, args.seed)

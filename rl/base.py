@@ -14,6 +14,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import pad
 
 from softar.model_card import OwnCard
+from softar.split import check_split
 from softar.training import WatchedLosses, check_arguments, no_interrupt
 
 from . import guards
@@ -70,6 +71,7 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        check_split(self)
         args.beta = beta
         # TRL would replay the reference on token ids, `_compute_loss` does it on what was read
         self.beta = 0.0

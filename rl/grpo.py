@@ -19,6 +19,7 @@ from softar.evaluate import prefixed_rows
 from softar.guard import check_prefix
 from softar.model_card import changes_of
 from softar.models import plain
+from softar.split import check_split
 from softar.thought import Kind
 from softar.training import inside_forward
 
@@ -66,6 +67,8 @@ class SoftGRPOTrainer(RolloutGRPO):
     def _check_model(self, aux_loss_coef):
         guards.check_trainable(type(self).__name__, self.model, aux_loss_coef)
         guards.check_causal(self.model)
+        why = "what is compiled does not gather weights, leave it out"
+        check_split(self, compile_rollout=(self.args.compile_rollout, why))
         how = self.args.cache_implementation, self.args.compile_rollout
         set_cache(
             self.model, GenerationConfig(), *how

@@ -27,6 +27,11 @@ NEUTRAL = (
     ("use_vllm", (False,), f"{MIXTURES}; rollout='vllm' decodes softly on vLLM"),
     ("use_transformers_continuous_batching", (False,), MIXTURES),
     ("transformers_continuous_batching_config", (None,), MIXTURES),
+    (
+        "ds3_gather_for_generation",
+        (True,),
+        "processes decode as many steps as their texts are long, so each has the weights whole",
+    ),
     ("use_liger_kernel", (False,), "its loss and kernels take token ids, no mixtures"),
     ("cast_lm_head_to_fp32", (False,), "the reference would keep its own head"),
     ("importance_sampling_level", ("token",), "soft_ratio says how a soft step is weighted"),

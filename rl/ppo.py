@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from softar.split import is_split
 from softar.training import give_own_rate
 
 from .config import SoftPPOConfig
@@ -41,7 +42,7 @@ class SoftPPOTrainer(SoftGRPOTrainer):
     ):
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         # On the outermost module: DDP and the optimiser find it there, and PEFT does not freeze it.
-        width = self.model.get_output_embeddings().weight.shape[-1]
+        width = self.model.get_output_embeddings().in_features
         head = nn.Linear(width, 1, device=self.accelerator.device, dtype=torch.float32)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
@@ -81,7 +82,8 @@ class SoftPPOTrainer(SoftGRPOTrainer):
             hook.remove()
         # a model that makes all logits has the replay's last ones here too
         hidden = seen[0][:, -logits.shape[1] :]
-        return logits, model.v_head(hidden.float())[..., 0]
+        # float32, but for DeepSpeed and FSDP in half precision
+        return logits, model.v_head(hidden.to(model.v_head.weight.dtype)).float()[..., 0]
 
     def _compute_loss(self, model, inputs):
         reference = self._reference(model, inputs) if self.args.beta else None
@@ -127,6 +129,11 @@ class SoftPPOTrainer(SoftGRPOTrainer):
         if not path.is_file():
             raise ValueError(
                 f"resume_from_checkpoint={resume_from_checkpoint!r} holds no {VALUE_HEAD}: it was not PPO"
+            )
+        if is_split(self.accelerator):
+            raise ValueError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r}: the value head does not go back into a split "
+                f"model; resume under DDP, or start a new run from its weights"
             )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.model.v_head.load_state_dict(load_file(path))

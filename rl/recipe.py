@@ -23,6 +23,7 @@ from softar.recipe import Recipe, RecipeArguments, fit, one_line_errors, thought
 from softar.recipe_config import check_taken
 from softar.resume import checkpoint_of, resumes
 from softar.rows import APART
+from softar.split import on_main
 from softar.training import opt, tell_progress
 
 from .guards import check_candidates, check_same_policy, policy_of
@@ -177,12 +178,12 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
 
     def measure(stage: str) -> dict:
         """On the main process; nothing where there are no held-out rows."""
-        if task.test is None or not accelerator.is_main_process:
+        if task.test is None:
             return {}
-        plain, how = accelerator.unwrap_model(trainer.model), (trainer.policy, script.eval_draws)
-        found = evaluate(plain, tokenizer, task.test, score, args, *how)
-        print(f"{name}, seed {args.seed}: accuracy {found['accuracy']:.3f} {stage}", flush=True)
-        return found
+        how = (tokenizer, task.test, score, args, trainer.policy, script.eval_draws)
+        if found := on_main(trainer, lambda model: evaluate(model, *how)):
+            print(f"{name}, seed {args.seed}: accuracy {found['accuracy']:.3f} {stage}", flush=True)
+        return found or {}
 
     decoder, before = decoder_of(args), measure("before")
     accelerator.wait_for_everyone()

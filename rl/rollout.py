@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import create_model_from_path
 
 from softar.decode import SoftOutput, generate
 from softar.models import plain
+from softar.split import with_whole_weights
 from softar.thought import Kind, Record
 
 CHOSEN = (int(Kind.SOFT), int(Kind.HARD))  # kinds of steps that the policy chose itself
@@ -87,15 +87,8 @@ def decode_by_loop(trainer, ids: Tensor, mask: Tensor, rng: list[torch.Generator
     settings = GenerationConfig(
         pad_token_id=trainer._tokenizer.pad_token_id, eos_token_id=trainer.eos_token_ids
     )
-    with (
-        unwrap_model_for_generation(
-            trainer.model_wrapped,
-            trainer.accelerator,
-            gather_deepspeed3_params=args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        ) as model,
-        trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
-    ):
+
+    def decode(model: nn.Module) -> SoftOutput:
         # The model's own settings would fill what these leave open: a repetition penalty, say
         base = plain(model)
         before, base.generation_config = base.generation_config, settings
@@ -114,6 +107,8 @@ def decode_by_loop(trainer, ids: Tensor, mask: Tensor, rng: list[torch.Generator
         finally:
             model.train(training)
             base.generation_config = before
+
+    return with_whole_weights(trainer, decode)
 
 
 def save_rollouts(path: Path, micro: int, batches: list[dict[str, Tensor]]) -> None:

@@ -321,8 +321,10 @@ def measured(trainer, task: "Task", common: dict, decode: Callable) -> list[dict
         accelerator.print(f"{title}: {does} {len(task.test)} held-out rows")
     if task.score is None:
         lines = [common | (trainer.evaluate() if task.test is not None else {})]
-    elif accelerator.is_main_process:
-        lines = [common | line for line in decode(accelerator.unwrap_model(trainer.model))]
+    else:
+        from .split import on_main
+
+        lines = on_main(trainer, lambda model: [common | line for line in decode(model)])
     accelerator.wait_for_everyone()
     return lines if accelerator.is_main_process else None
 

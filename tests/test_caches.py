@@ -372,18 +372,16 @@ def test_decoders_pass_it_on(monkeypatch):
 def test_rollouts_of_rl_take_it(llama, monkeypatch):
     from types import SimpleNamespace
 
+    from softar import split
     from softar.rl import rollout
 
     told = {}
     monkeypatch.setattr(rollout, "generate", lambda *args, **kwargs: told.update(kwargs))
     monkeypatch.setattr(
-        rollout, "unwrap_model_for_generation", lambda model, *_, **__: nullcontext(model)
+        split, "unwrap_model_for_generation", lambda model, *_, **__: nullcontext(model)
     )
     args = SimpleNamespace(
-        cache_implementation="static",
-        compile_rollout=True,
-        ds3_gather_for_generation=False,
-        gradient_checkpointing_kwargs=None,
+        cache_implementation="static", compile_rollout=True, gradient_checkpointing_kwargs=None
     )
     trainer = SimpleNamespace(
         model=llama,
@@ -393,7 +391,6 @@ def test_rollouts_of_rl_take_it(llama, monkeypatch):
         decoding=None,
         eos_token_ids=[EOS],
         _tokenizer=SimpleNamespace(pad_token_id=0),
-        _dist=SimpleNamespace(summon_full_params=lambda *_, **__: nullcontext()),
     )
     rollout.decode_by_loop(trainer, IDS, MASK, [])
     assert (told["cache_implementation"], told["compile"]) == ("static", True)

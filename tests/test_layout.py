@@ -187,7 +187,7 @@ FLOORS = [
     ("mixers", "models", "tasks", "results"),
     ("caches", "draws", "idle"),
     ("config", "training"),
-    ("switch",),
+    ("switch", "split"),
     ("thought", "defaults", "guard", "loops", "model_card"),
     ("looks",),
     ("decode",),
@@ -199,7 +199,17 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # what the recipes share stands on no floor
 BESIDE = {
-    "recipe": {"checks", "tasks", "resume", "rows", "launch", "progress", "arguments", "training"}
+    "recipe": {
+        "checks",
+        "tasks",
+        "resume",
+        "rows",
+        "launch",
+        "progress",
+        "arguments",
+        "training",
+        "split",
+    }
     | {"decoders", "model_card", "models", "recipe_config", "recipe_data"},
     "recipe_data": {"files", "tasks"},
     "recipe_config": {"checks", "rows"},

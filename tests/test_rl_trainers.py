@@ -664,7 +664,7 @@ def test_options_that_do_nothing_are_refused(tmp_path, kind):
 # TRL's own options that act on soft policies as on others
 ACTS = (
     "model_init_kwargs trust_remote_code router_aux_loss_coef num_generations num_generations_eval "
-    "max_completion_length ds3_gather_for_generation shuffle_dataset pad_to_multiple_of generation_batch_size "
+    "max_completion_length shuffle_dataset pad_to_multiple_of generation_batch_size "
     "steps_per_generation temperature chat_template_kwargs beta num_iterations epsilon epsilon_high delta "
     "reward_weights multi_objective_aggregation scale_rewards loss_type mask_truncated_completions entropy_coef "
     "log_completions log_completions_hub_repo use_transformers_paged vllm_importance_sampling_cap"

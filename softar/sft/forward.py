@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -104,7 +105,7 @@ def soft_forward(
         feed: logits [..., V] and gold ids [...] to the mixture read next; differentiable where
             gradients shall flow. None: the last hidden state is read (Coconut, arXiv:2412.06769).
         passes: refreshes, each one forward, before the last forward. None, and at most: the longest
-            span of the batch.
+            span of the batch (of all processes' batches, under FSDP2 and ZeRO-3).
         grad_passes: how many of the passes + 1 forwards, counted from the last, carry gradient.
             None: all. 1 treats the soft inputs as constants. Earlier ones run without a graph.
         window: sequential only: cut the gradient through time every `window` marked columns
@@ -134,16 +135,32 @@ def soft_forward(
         )
     if attention_mask is not None and attention_mask.all():
         attention_mask = None  # lets attention take its fast path
-    longest = int(soft_mask.sum(1).max())
+    longest = most_of_all(int(soft_mask.sum(1).max()), model)
     passes = longest if passes is None else min(passes, longest)  # more would change nothing
     batch = input_ids, attention_mask, soft_mask
     if mode == "sequential":
         batch, shift = _aligned(model, *batch) or (batch, None)
         parts = _sequential(model, *batch, feed, hidden, window, first)
     else:
-        batch, shift, once = _cheapest(model, *batch, passes)
+        whole = batch, None, False  # as many forwards in all processes
+        batch, shift, once = whole if has_split_weights(model) else _cheapest(model, *batch, passes)
         parts = _parallel(model, batch, feed, hidden, passes, grad_passes, first, once)
     return torch.cat(parts, 1) if shift is None else _moved_back(parts, shift, T - first)
+
+
+def has_split_weights(model: nn.Module) -> bool:
+    """Are its weights split over processes, by FSDP2 or ZeRO-3?"""
+    return isinstance(model, FSDPModule) or hasattr(next(model.parameters()), "ds_id")
+
+
+def most_of_all(n: int, model: nn.Module) -> int:
+    """n, or of a split model the largest n of all processes: each forward waits for the others', so
+    that all have to run as many."""
+    if not has_split_weights(model):
+        return n
+    most = torch.tensor(n, device=next(model.parameters()).device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def from_position(first: int, length: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from ..guard import check_range
 from ..mixers import mk_mixer
 from .data import thought_mask
-from .learnt import ROOM, mixture
+from .learnt import ROOM, learnt_of, mixture
 
 LOOKED_AT = 1000  # rows that the forecast is made from
 
@@ -54,6 +54,16 @@ def _check_column(lists, first: int, room: int | None, vocab_size: int) -> None:
     ends = pc.min_max(pc.list_flatten(lists)).as_py()
     if ends["min"] is not None:
         check_range("the data", ends["min"], ends["max"], vocab_size)
+
+
+def whole_weights_for(args) -> dict:
+    """What of a SoftSFTConfig needs whole weights, as check_split takes it."""
+    in_step = "it takes as many forwards as a thought is long, and processes run theirs in step; use 'parallel'"
+    alone = "what is learnt of the mixtures cannot be split; leave it out, or train under DDP"
+    sequential = args.soft_mode == "sequential" and args.soft_mode
+    return {"soft_mode": (sequential, in_step)} | {
+        f"learn_{name}": (True, alone) for name in learnt_of(args)
+    }
 
 
 def check_takes_fewer_logits(model, dataset) -> None:

@@ -23,6 +23,7 @@ from ..mixers import guide, mk_mixer
 from ..model_card import OwnCard, changes_of
 from ..models import check_autoregressive, room_of
 from ..soft import Soft, check_dist
+from ..split import check_split, with_whole_weights
 from ..training import (
     MicroBatches,
     WatchedLosses,
@@ -49,7 +50,7 @@ from .forward import mixed_forward, soft_forward
 from .latent import LatentStages, mk_curriculum
 from .learnt import LearntFilters
 from .loss import soft_loss
-from .preflight import check_takes_fewer_logits, check_tokens, forecast
+from .preflight import check_takes_fewer_logits, check_tokens, forecast, whole_weights_for
 from .think_tokens import prefix_of
 
 
@@ -116,8 +117,8 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         rows = {"train": self.train_dataset, "eval": self.eval_dataset}
         check_tokens(rows, args, room_of(self.model), vocab)
         check_dist(vocab, **args.filters, prefix="soft_")
-        inner = self.accelerator.unwrap_model(self.model)
-        _freeze(inner, args.freeze_embeddings, args.freeze_layers)
+        check_split(self, **whole_weights_for(args))
+        _freeze(self.accelerator.unwrap_model(self.model), args)
         split = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.model, self._tables = self._prefix.freeze(self.model, split)
         self.model_wrapped = self.model
@@ -312,14 +313,8 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         # never empty: fewer rows are counted twice
         share = rows.select(range(rank % len(rows), len(rows), processes))
-        result = evaluate(
-            self.accelerator.unwrap_model(self.model),
-            self.processing_class,
-            share,
-            self._score,
-            self.decoding(readout),
-            seed=self.args.seed,
-        )
+        how = (self.processing_class, share, self._score, self.decoding(readout))
+        result = with_whole_weights(self, lambda model: evaluate(model, *how, seed=self.args.seed))
         sums = torch.tensor(
             [result["accuracy"] * len(share), len(share)], device=self.accelerator.device
         )
@@ -383,10 +378,10 @@ def _check_columns(args: SoftSFTConfig, train_dataset, eval_dataset, score) -> N
         check_traces(eval_dataset, args.targets)
 
 
-def _freeze(model: nn.Module, embeddings: bool, layers: int) -> None:
-    if embeddings:
+def _freeze(model: nn.Module, args: SoftSFTConfig) -> None:
+    if args.freeze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
-    if layers:
+    if layers := args.freeze_layers:
         stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), [])
         if layers > len(stack):
             raise ValueError(

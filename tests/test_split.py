@@ -1,0 +1,212 @@
+"""Two gloo processes with the weights split between them by FSDP2 train as one process with whole
+weights: soft SFT whose thoughts and GRPO whose texts end sooner in one process than in the other, PPO,
+accuracies. This file is also the program of the two.
+
+accelerate gives FSDP to GPUs alone, so the program says to it that these are such: what runs is
+torch's own FSDP2. What accelerate does with it here without that is refused by name.
+"""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import warm
+from accelerate import DistributedType, PartialState
+from accelerate.commands.launch import (
+    _validate_launch_command,
+    launch_command_parser,
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+)
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from safetensors.torch import load_file, save_file
+from test_rl_ddp import SGD
+from test_rl_trainers import trainer
+from test_sft import calm, data, trainer_of
+from tiny import EOS, model_of
+
+from softar.split import GATHERS, WHOLE, check_split, is_split
+
+FSDP2 = dict(
+    ACCELERATE_USE_FSDP="true",
+    FSDP_VERSION="2",
+    FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+    FSDP_RESHARD_AFTER_FORWARD="true",
+    FSDP_STATE_DICT_TYPE=WHOLE,
+    ACCELERATE_USE_CPU="true",
+    ACCELERATE_TORCH_DEVICE="cpu",
+)
+
+
+def ending():
+    """A model whose texts end at unlike lengths."""
+    model = model_of()
+    with torch.no_grad():
+        model.lm_head.weight[EOS] *= 3
+    return model
+
+
+def sft(folder, rows):
+    graded = dict(score=lambda answer, row: float(len(answer) % 7), eval_new_tokens=9)
+    return trainer_of(
+        folder,
+        eval_dataset=data(8, seed=3),
+        **graded,
+        eval_strategy="steps",
+        eval_steps=1,
+        model=calm(),
+        alpha_schedule="constant",
+        alpha_start=0.3,
+        per_device_train_batch_size=rows,
+        **SGD | dict(learning_rate=0.05),
+    )
+
+
+def rl(kind, **options):
+    def made(folder, rows):
+        how = dict(per_device_train_batch_size=rows, max_completion_length=40, loss_type="dapo")
+        return trainer(folder, kind, model=ending(), **how, **SGD, **options)
+
+    return made
+
+
+CASES = {
+    "sft": sft,
+    "grpo": rl("grpo", num_iterations=2),
+    "ppo": rl("ppo", kl_coef=0.0, num_ppo_epochs=2, vf_coef=1.0),
+}
+
+
+def train(folder, name, processes):
+    """-> {what: tensor} after two steps: weights, and what was logged."""
+    done = CASES[name](folder / name, 8 // processes)
+    done.train()
+    seen = ("reward", "eval_soft_accuracy", "eval_discrete_accuracy")
+    logged = [entry[key] for entry in done.state.log_history for key in seen if key in entry]
+    weights = done.accelerator.get_state_dict(done.model)
+    return {k: v.contiguous() for k, v in weights.items()} | {"logged": torch.tensor(logged)}
+
+
+def main(folder):
+    begin = AcceleratorState.__init__
+
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = with_fsdp
+    for name in CASES:
+        found = train(folder, name, int(os.environ["WORLD_SIZE"]))
+        if os.environ["RANK"] == "0":
+            save_file(found, folder / f"{name}.safetensors")
+    with pytest.raises(ValueError, match=r"soft_mode='sequential' under FSDP .* use 'parallel'"):
+        trainer_of(folder / "sequential", soft_mode="sequential", **SGD)
+    with pytest.raises(ValueError, match=r"learn_temperature=True under FSDP"):
+        trainer_of(folder / "learnt", learn_temperature=True, **SGD)
+    PartialState().wait_for_everyone()
+    # a process that leaves while gloo's threads run may abort
+    PartialState().destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    env = os.environ | FSDP2 | {"OMP_NUM_THREADS": "1"}
+    done = warm.run(__file__, [folder], env, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_split_weights_train_as_whole_ones(two, tmp_path, name):
+    theirs, ours = load_file(two / f"{name}.safetensors"), train(tmp_path, name, 1)
+    assert theirs.keys() == ours.keys() and len(ours["logged"])
+    for key in ours:
+        torch.testing.assert_close(theirs[key], ours[key], atol=1e-5, rtol=1e-5, msg=key)
+
+
+# -- what is refused
+
+
+def test_where_accelerate_would_not_split_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for make in (trainer_of, trainer):
+        with pytest.raises(ValueError, match=r"FSDP splits .* --num_processes N alone"):
+            make(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DeepSpeed splits weights over GPUs"):
+        check_split(SimpleNamespace(accelerator=split_by()))
+
+
+def split_by(fsdp=None, zero=None):
+    """What a trainer's accelerator says of itself."""
+    kind = DistributedType.FSDP if fsdp else DistributedType.DEEPSPEED if zero else "NO"
+    return SimpleNamespace(
+        distributed_type=DistributedType(kind),
+        state=SimpleNamespace(deepspeed_plugin=zero, fsdp_plugin=fsdp),
+    )
+
+
+def zero(stage, gathers=True):
+    config = {"zero_optimization": {GATHERS: gathers}}
+    return SimpleNamespace(zero_stage=stage, deepspeed_config=config)
+
+
+def fsdp(version=2, form=WHOLE):
+    return SimpleNamespace(fsdp_version=version, state_dict_type=SimpleNamespace(name=form))
+
+
+@pytest.mark.parametrize(
+    "found, options, says",
+    [
+        (split_by(fsdp(1)), {}, "fsdp_version=1: SimpleNamespace trains under FSDP2"),
+        (split_by(fsdp(form="SHARDED_STATE_DICT")), {}, "fsdp_state_dict_type=SHARDED_STATE_DICT"),
+        (split_by(zero=zero(3, gathers=False)), {}, f"{GATHERS} is off"),
+        (split_by(fsdp()), dict(a=(7, "leave it out")), "a=7 under FSDP or ZeRO-3: leave it out"),
+        (split_by(fsdp()), dict(a=(False, "leave it out")), None),
+        (split_by(zero=zero(2, gathers=False)), dict(a=(7, "no")), None),
+        (split_by(), dict(a=(7, "no")), None),
+    ],
+)
+def test_ways_to_split_that_cannot_be_trained_under(found, options, says):
+    trainer = SimpleNamespace(accelerator=found)
+    if says is None:
+        check_split(trainer, **options)
+    else:
+        with pytest.raises(ValueError, match=says):
+            check_split(trainer, **options)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+def test_configurations_for_eight_gpus(name, monkeypatch):
+    """accelerate reads them, makes of them what it tells the processes, and that is trained under."""
+    file = str(Path(__file__).parent.parent / "recipes" / "configs" / f"accelerate_{name}.yaml")
+    args = launch_command_parser().parse_args(["--config_file", file, "recipe.py"])
+    args, defaults, _ = _validate_launch_command(args)
+    assert (args.num_processes, args.mixed_precision, args.use_cpu) == (8, "bf16", False)
+    if name == "zero3":
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        _, told = prepare_deepspeed_cmd_env(args)
+    else:
+        told = prepare_multi_gpu_env(args)
+    for key, value in told.items():
+        monkeypatch.setenv(key, value)
+    if name == "fsdp2":
+        found = split_by(FullyShardedDataParallelPlugin())
+    else:
+        gathers = told["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
+        found = split_by(zero=zero(int(told["ACCELERATE_DEEPSPEED_ZERO_STAGE"]), gathers))
+    check_split(SimpleNamespace(accelerator=found))
+    assert is_split(found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
