@@ -28,6 +28,8 @@ TRAINED = {  # the same of those trained here
     "prefix-hard": ("discrete", "soft"),
     "learn-min-p": ("soft",),
     "learn-top-k": ("soft",),
+    "learn-step": ("soft",),
+    "learn-one": ("soft",),
     "fixed-min-p": ("soft",),
     "fixed-top-k": ("soft",),
     **dict.fromkeys(REINFORCED, ("drawn", "soft", "discrete")),
@@ -83,7 +85,7 @@ METHODS = Evidence(
     title="Every method, on MNNS with 4 and 6 digits",
     verdicts=(
         *("switching", "hidden states", "soft-beams", "beam-collapses"),
-        *("prefix", "learnt min-p", "learnt top-k"),
+        *("prefix", "learnt min-p", "learnt top-k", "learnt temperature"),
         *(f"RL, {REINFORCED[arm]}" for arm in SOFT_POLICIES),
     ),
     claims=(
@@ -105,6 +107,8 @@ METHODS = Evidence(
         *gains("learnt min-p", ("learn-min-p", "soft"), {("fixed-min-p", "soft"): True}, (4,)),
         *gains("learnt top-k", ("learn-top-k", "soft"), {(SOFT, "soft"): True}),
         *gains("learnt top-k", ("learn-top-k", "soft"), {("fixed-top-k", "soft"): True}, (4,)),
+        *gains("learnt temperature", ("learn-step", "soft"), {(SOFT, "soft"): True}),
+        *gains("learnt temperature", ("learn-step", "soft"), {("learn-one", "soft"): True}, (4,)),
         *(
             claim
             for arm in SOFT_POLICIES
@@ -144,7 +148,7 @@ METHODS = Evidence(
         ),
         Grid(
             "fixed",
-            "filters that are not learnt, read out",
+            "controls at one size, read out",
             ("4 digits",),
             {f"{arm}, {way}": (read(arm, way, 4),) for arm in ONE_SIZE for way in TRAINED[arm]},
             costs=True,
@@ -167,6 +171,7 @@ METHODS = Evidence(
             "soft-beam": f"{n} digits: {SOFT}, soft-beam, less {SOFT}, soft",
             "prefix": f"{n} digits: prefix-soft, soft, less {HARD}, soft",
             "min-p": f"{n} digits: learn-min-p, soft, less {SOFT}, soft",
+            "temperature": f"{n} digits: learn-step, soft, less {SOFT}, soft",
             "top-k": f"{n} digits: learn-top-k, soft, less {SOFT}, soft",
             **{
                 f"RL, {REINFORCED[arm]}": f"{n} digits: {arm}, {BEST}, less {RL_HARD}, {BEST}"

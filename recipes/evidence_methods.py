@@ -66,6 +66,8 @@ ARMS = {
     "prefix-hard": Arm("discrete-traces", **PREFIX),
     "learn-min-p": Arm("trace-soft", dict(learn_min_p=True, soft_min_p=0.05)),
     "learn-top-k": Arm("trace-soft", dict(learn_top_k=True, soft_top_k=8)),
+    "learn-step": Arm("trace-soft", dict(learn_step_temperature=True)),
+    "learn-one": Arm("trace-soft", dict(learn_temperature=True), digits=(4,)),
     "fixed-min-p": Arm("trace-soft", dict(soft_min_p=0.05), digits=(4,)),
     "fixed-top-k": Arm("trace-soft", dict(soft_top_k=8), digits=(4,)),
 }
