@@ -17,6 +17,7 @@ from .soft import Soft, per_layer_sizes, soft_embed, token_inputs
 
 SHARPNESS = 8.0  # c of the paper
 REACH = 8.0  # a step's temperature is at most so many times the other, or so many times less
+STACKED = ("gemma3n_text",)  # their last hidden states are [altup_num_inputs, B, T, D]
 ROWS = 8192  # of the embedding table that are looked at together
 
 
@@ -126,8 +127,15 @@ def step_temperature_of(config, model) -> StepTemperature | None:
 
 
 def hidden_size(model) -> int:
-    """D, of the last hidden state."""
-    return model.config.get_text_config(decoder=True).hidden_size
+    """D, of the last hidden state. Raises ValueError for a model that has several in its place."""
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type in STACKED:
+        raise ValueError(
+            f"{type(model).__name__} ({config.model_type}) has several last hidden states side by side, of which no "
+            "temperature is made and none is read: leave out step_temperature and learn_step_temperature, and take a "
+            "mixer of tokens"
+        )
+    return config.word_embed_proj_dim if config.model_type == "opt" else config.hidden_size
 
 
 def check_feedback(config, mixer) -> None:

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import softar
 from softar.caches import NEVER_STATIC
 from softar.decoders.beam_collapse import BeamCollapse, beam_collapse
+from softar.feedback import STACKED, StepTemperature, hidden_size
 from softar.models.reading import BLIND_TO_PADDING, DECODERS, NEED_TOKENS, ONE_BY_ONE, ONE_ROW
 from softar.models.source import TEXT_ALONE
 from softar.rl.actions import k_samples_logp, replay
@@ -194,6 +195,17 @@ def check_row_alone_is_row_in_batch(model, rows):
     return batch
 
 
+@torch.no_grad()
+def check_width_of_hidden_states_is_known(model):
+    out = model(input_ids=torch.tensor(ROWS[:1]), output_hidden_states=True)
+    if model.config.model_type not in STACKED:
+        assert out.hidden_states[-1].shape == (1, len(ROWS[0]), hidden_size(model))
+        return
+    assert out.hidden_states[-1].dim() == 4
+    with pytest.raises(ValueError, match=f"{type(model).__name__} .* several last hidden states"):
+        hidden_size(model)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 def test_architecture_is_right_or_refused(kind):
@@ -218,6 +230,7 @@ def test_architecture_is_right_or_refused(kind):
             rows = rows[:1]
         assert not calls
     if kind not in REFUSED:
+        check_width_of_hidden_states_is_known(model)
         check_soft_is_hard(model, rows)
         batch = check_row_alone_is_row_in_batch(model, rows)
         check_static_cache_is_right_or_refused(model, rows, batch)
@@ -240,6 +253,23 @@ def test_beams_look_ahead_and_are_read_again_or_are_refused(kind):
             decoded += 1
             assert torch.equal(found.sequences, greedy.sequences)
     assert decoded == {"mamba": 0, "lfm2": 1, "prophetnet": 1}.get(kind, 2)
+
+
+@pytest.mark.parametrize("kind", ["opt", "gemma3n_text"])
+def test_a_temperature_of_each_step_is_of_the_last_hidden_state_or_refused(kind):
+    """Of what the head reads, where that is narrower than the layers."""
+    more = {"word_embed_proj_dim": 24} if kind == "opt" else {}
+    model = build(kind, **more)
+    width = model.get_output_embeddings().in_features
+    how = dict(step_temperature=StepTemperature(torch.randn(width, generator=seeded())))
+    if kind in STACKED:
+        with counted(model) as calls, pytest.raises(ValueError, match="leave out step_temperature"):
+            decode(model, ROWS, **how)
+        assert not calls
+    else:
+        check_width_of_hidden_states_is_known(model)
+        alone, both = decode(model, ROWS[1:], **how), decode(model, ROWS, **how)
+        assert_close(alone.record.weights[0], both.record.weights[1], **CLOSE)
 
 
 def test_tables_name_what_there_is():

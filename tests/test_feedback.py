@@ -342,12 +342,15 @@ def test_settings_that_cannot_be(fields, told):
 
 
 def test_models_that_cannot_read_their_hidden_states(tmp_path):
-    from transformers import AutoModelForCausalLM, OPTConfig
+    from transformers import AutoModelForCausalLM, ElectraConfig, OPTConfig
 
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16)
-    opt = AutoModelForCausalLM.from_config(OPTConfig(**sizes, word_embed_proj_dim=8, vocab_size=64))
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    narrow = ElectraConfig(**sizes, embedding_size=8, intermediate_size=16, is_decoder=True)
     with pytest.raises(ValueError, match="hidden states of width 16 and embeddings of 8"):
-        decode(opt, [PROMPT], mixer="hidden", budget=2)
+        decode(AutoModelForCausalLM.from_config(narrow), [PROMPT], mixer="hidden", budget=2)
+    # its last one is as narrow as its embeddings
+    opt = AutoModelForCausalLM.from_config(OPTConfig(**sizes, ffn_dim=16, word_embed_proj_dim=8))
+    assert decode(opt, [PROMPT], mixer="hidden", budget=2).vectors.shape[-1] == 8
     file = tmp_path / "gate.safetensors"
     gate_of(WIDTH + 1).save(file)
     for content in (None, b"not one"):
