@@ -19,7 +19,7 @@ from softar.training import WatchedLosses, check_arguments, no_interrupt
 
 from . import guards
 from .config import RolloutConfig
-from .losses import aggregate, leave_one_out
+from .losses import aggregate, is_level, leave_one_out
 from .metrics import reward_metrics
 from .rewards import check_scored, with_checks
 from .rollout import frozen_copy, generators, load_rollouts, save_rollouts
@@ -156,8 +156,12 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
         return self._with_advantages(batch, rollout)
 
     def _with_advantages(self, batch: dict[str, Tensor], rollout) -> dict[str, Tensor]:
-        """The batch with the advantages of this method; GRPO's are those that TRL put there."""
-        return batch
+        """The batch with the advantages of this method; GRPO's are those that TRL put there, but 0
+        where nothing tells the answers to a prompt apart."""
+        level = is_level(rollout.compared, self._group)
+        advantages = self.accelerator.gather(batch["advantages"]).masked_fill(level, 0.0)
+        self._relog_advantages(advantages)
+        return batch | {"advantages": self._local(advantages)}
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         """TRL's, on what the rewards may see."""
@@ -173,8 +177,15 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
             rewards, self.reward_func_names, self.reward_funcs, each_row=self._scores_each_row
         )
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
-        self._rollout.rewards = total.masked_fill(rewards.isnan().all(1), torch.nan)
+        total = total.masked_fill(rewards.isnan().all(1), torch.nan)
+        each = self.multi_objective_aggregation == "normalize_then_sum"
+        self._rollout.rewards, self._rollout.compared = total, rewards if each else total[:, None]
         return rewards
+
+    @property
+    def _group(self) -> int:
+        """Answers to a prompt."""
+        return self.num_generations if self.model.training else self.num_generations_eval
 
     def _local(self, rows: Tensor) -> Tensor:
         """This process's part of a tensor with the rows of all."""
@@ -260,7 +271,6 @@ class LeaveOneOut:
     _scores_each_row = True
 
     def _with_advantages(self, batch, rollout):
-        group = self.num_generations if self.model.training else self.num_generations_eval
-        advantages = leave_one_out(rollout.rewards, group)
+        advantages = leave_one_out(rollout.rewards, self._group)
         self._relog_advantages(advantages)
         return batch | {"advantages": self._local(advantages)}

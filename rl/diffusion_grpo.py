@@ -58,6 +58,8 @@ class Decoded:
     prompt_mask: Tensor  # [B, P]
     hidden: Tensor | None  # [B, L] bool, what "one-step" masks of the prompt
     rewards: Tensor | None = None  # [rows of all processes], NaN for a row without a score
+    # [rows of all processes, n], what advantages are made of: the rewards, or those of each function
+    compared: Tensor | None = None
 
 
 class DiffusionGRPOTrainer(RolloutGRPO):

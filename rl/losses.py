@@ -157,7 +157,8 @@ def gae(
 
 
 def leave_one_out(rewards: Tensor, group: int) -> Tensor:
-    """Each reward less the mean of the others in its group (RLOO, arXiv:2402.14740, eq. 8), [N].
+    """Each reward less the mean of the others in its group (RLOO, arXiv:2402.14740, eq. 8), [N];
+    exactly 0 where all are equal.
 
     rewards: [N], groups of `group` answers to one prompt standing together.
     """
@@ -167,7 +168,20 @@ def leave_one_out(rewards: Tensor, group: int) -> Tensor:
             f"compared with the others to its prompt"
         )
     grouped = rewards.view(-1, group)
-    return (grouped - (grouped.sum(1, keepdim=True) - grouped) / (group - 1)).view(-1)
+    advantages = (grouped - (grouped.sum(1, keepdim=True) - grouped) / (group - 1)).view(-1)
+    return advantages.masked_fill(is_level(rewards[:, None], group), 0.0)
+
+
+def is_level(rewards: Tensor, group: int) -> Tensor:
+    """[N] bool: have all answers to the same prompt equal rewards? Their advantages are 0, and what
+    comes out of a mean of them is rounding, which an optimiser that scales gradients would train on.
+
+    rewards: [N, n], n of each answer, NaN for one that is not given, which is left aside.
+    """
+    grouped = rewards.view(-1, group, rewards.shape[1])
+    missing = grouped.isnan()
+    least, most = (grouped.masked_fill(missing, end) for end in (torch.inf, -torch.inf))
+    return (most.amax(1) <= least.amin(1)).all(1).repeat_interleave(group)
 
 
 def value_loss(

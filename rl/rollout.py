@@ -31,6 +31,8 @@ class Rollout:
     out: SoftOutput
     tensors: dict[str, Tensor] | None = None  # see payload
     rewards: Tensor | None = None  # [rows of all processes], NaN for a row without a score
+    # [rows of all processes, n], what advantages are made of: the rewards, or those of each function
+    compared: Tensor | None = None
     values: Tensor | None = None  # [B, C] of a value head, where an update comes before their use
 
     def payload(self, width: int) -> dict[str, Tensor]:

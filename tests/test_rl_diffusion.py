@@ -226,6 +226,36 @@ def test_rows_without_an_advantage_are_not_replayed(advantages, ratio, tmp_path)
             assert bool(grads[0].any()) == (not zeros.all())
 
 
+@pytest.mark.parametrize("reward", [0.6, 0.7])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(dict(scale_rewards=scale) for scale in ("group", "batch", "none")),
+        dict(multi_objective_aggregation="normalize_then_sum"),
+        dict(kind="rloo"),
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_a_group_of_equal_rewards_has_no_advantage(options, reward, tmp_path):
+    def equal_then_not(completions, **columns):
+        return [reward] * 6 + [0.0, 0.2, 0.4, 0.6, 0.8, 0.9]
+
+    sizes = dict(per_device_train_batch_size=12, num_generations=6)
+    made = trainer(tmp_path, reward=equal_then_not, **sizes, **options)
+    advantages = rollout(made)["advantages"]
+    assert not advantages[:6].any() and advantages[6:].all()
+    assert list(made._logs["advantages"])[-12:] == advantages.tolist()
+
+
+def test_equal_totals_of_unlike_rewards_keep_the_advantages_of_each(tmp_path):
+    """Where TRL compares each reward function's by itself, and weighs only then."""
+    one = lambda completions, **columns: [0.0, 0.0, 0.0, 1.0]  # noqa: E731
+    other = lambda completions, **columns: [2.0, 2.0, 2.0, 0.0]  # noqa: E731
+    options = dict(multi_objective_aggregation="normalize_then_sum", reward_weights=[1.0, 0.5])
+    options |= dict(reward=[one, other])
+    assert rollout(trainer(tmp_path, **options))["advantages"].all()
+
+
 def test_a_piece_is_gone_before_the_next_is_made(tmp_path):
     """A forward and a backward of each, one after the other, whatever the number of steps."""
     made, seen = trainer(tmp_path, steps=6, **SOFT), []

@@ -1,9 +1,19 @@
 """Surrogate, normalisations, advantages and value loss against their definitions, step by step."""
 
+import math
+
 import pytest
 import torch
 
-from softar.rl.losses import LOSS_TYPES, aggregate, gae, leave_one_out, surrogate, value_loss
+from softar.rl.losses import (
+    LOSS_TYPES,
+    aggregate,
+    gae,
+    is_level,
+    leave_one_out,
+    surrogate,
+    value_loss,
+)
 
 
 def numbers(*shape, seed=0):
@@ -152,6 +162,24 @@ def test_leave_one_out():
     for n, group in ((5, 3), (4, 1)):
         with pytest.raises(ValueError, match=f"group={group}"):
             leave_one_out(torch.zeros(n), group)
+
+
+@pytest.mark.parametrize("group", range(2, 17))
+def test_equal_rewards_have_no_advantage(group):
+    """To the bit, whatever the mean is rounded to; others keep theirs."""
+    other = torch.arange(group, dtype=torch.float)
+    for reward in (0.0, 0.1, 0.3, 0.6, 0.7, 1 / 3, -0.9, 1e4 / 3, 1e-8):
+        rewards = torch.cat([torch.full((group,), reward), other])
+        advantages = leave_one_out(rewards, group)
+        assert not advantages[:group].any() and (advantages[group:] != 0).sum() >= group - 1
+
+
+def test_which_groups_are_level():
+    nan = math.nan
+    rewards = [[1.0, nan], [1, 2], [nan, nan], [1, 2], [1, 2], [1, 3]]
+    assert is_level(torch.tensor(rewards), 3).tolist() == [True] * 3 + [False] * 3
+    assert is_level(torch.tensor(rewards)[:, :1], 3).all()
+    assert is_level(torch.full((3, 1), nan), 3).all()
 
 
 def test_value_loss_takes_the_worse():
