@@ -60,8 +60,8 @@ class ShuffledHead(SoftMaskHead):
 
 @dataclasses.dataclass
 class ShuffledConfig(DiffusionSFTConfig):
-    def head(self, make: type = ShuffledHead) -> SoftMaskHead:
-        return super().head(make)
+    def head(self, make: type = ShuffledHead, learnt: dict | None = None) -> SoftMaskHead:
+        return super().head(make, learnt)
 
 
 @functools.cache

@@ -189,7 +189,7 @@ TEMPLATES = {"train": {"prompt": "<bos>", "template": "<bos> <mask>"}, "test": {
         ),
         (
             dict(task=None, dataset_name="bare", model_name_or_path="latin-diffusion-tiny")
-            | dict(gen_length=0, reward_funcs="json.dumps"),
+            | dict(gen_length=0, reward_funcs="collections.Counter"),
             "prompt 0, '<bos>', has none",
         ),
         (ONE | dict(gen_length=3), "gen_length=3 puts masks behind prompts, and 'latin' has templ"),
