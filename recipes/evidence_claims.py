@@ -63,6 +63,7 @@ SAME_PATHS = {
 }
 X1 = Evidence(
     title="MNNS with 4, 5 and 6 digits",
+    brief="a 2-layer net",
     verdicts=("primary", "trend", "dose"),
     claims=(
         SAME_PATHS[6],
@@ -125,7 +126,8 @@ X1 = Evidence(
     notes=(
         "One bit, the parity of the digits' sum, answers .535, .623 and .717 of the rows at 4, 5 and "
         "6 digits, and 4 digits had fewer sequences and a third of the seconds: the trend is "
-        "confounded. So all gains stand also on the other rows.",
+        "confounded. So all gains are printed for the other rows too; several do not hold there, that "
+        "over discrete among them.",
         "A thought cut to one token a step is nothing that trace-soft was trained to read. Another "
         "row's thought comes with the same answer as often as the last column of the doses says.",
         "The rule on doses names no size: 6 digits, where the primary gain is, count, the others stand "
@@ -172,11 +174,11 @@ CONTROLS = {  # of the curves
     "shuffled": ("shuffled", "soft", "shuffled"),
 }
 BRIEFS = {  # (control, forwards) -> what README calls it
-    ("k = 1", 12): "Latin squares, 12 forwards: soft masks of 5 over 1",
-    ("hard-long", 12): "Latin squares, 12 forwards: over longer hard training",
-    ("the same, hard", 12): "Latin squares, 12 forwards: over bare masks, the same net",
-    ("shuffled", 20): "Latin squares, 20 forwards: over another row's beliefs",
-    ("hard-long", 20): "Latin squares, 20 forwards: over longer hard training",
+    ("k = 1", 12): "Latin, 12 forwards: soft masks over masks of 1 token",
+    ("hard-long", 12): "Latin, 12 forwards: soft masks over longer hard training",
+    ("the same, hard", 12): "Latin, 12 forwards: soft masks over bare masks, same net",
+    ("shuffled", 20): "Latin, 20 forwards: soft masks over another row's beliefs",
+    ("hard-long", 20): "Latin, 20 forwards: soft masks over longer hard training",
 }
 
 
@@ -188,6 +190,7 @@ def latin_control(name: str, forwards: int) -> Claim:
 
 X3 = Evidence(
     title="Latin squares by masked diffusion",
+    brief="squares by masked diffusion",
     verdicts=("primary",),
     claims=(
         *(latin_control(name, 12) for name in CONTROLS),

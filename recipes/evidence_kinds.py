@@ -32,7 +32,7 @@ class Claim(NamedTuple):
     says: str  # ours less theirs, in words that no other claim of the experiment has
     parts: tuple[Part, ...]
     has_verdict: bool = True
-    brief: str = ""  # what README calls it, where it stands there
+    brief: str = ""  # what README calls it, where it stands there: "where: ours over theirs"
     is_question: bool = False  # is there a difference, either way? In place of a margin
     has_seconds: bool = True  # do those of both tell how long each was trained?
 
@@ -63,6 +63,7 @@ class Evidence(NamedTuple):
     least_seeds: int = 2  # whole ones, below which nothing is said
     notes: tuple[str, ...] = ()  # what has to be known to read the tables
     borrows: dict[str, tuple[str, ...]] = {}  # experiment -> settings whose logs count here too
+    brief: str = ""  # task and net, on README's first screen
 
 
 def less(about: str, says: str, ours: Read, theirs: Read, brief: str = "", **options) -> Claim:

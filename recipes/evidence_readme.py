@@ -4,24 +4,36 @@ import re
 from pathlib import Path
 
 from softar.recipes.evidence_gains import Analysis, Result, of_both, points, share, span
+from softar.recipes.evidence_kinds import Claim
 from softar.recipes.evidence_tables import BEGIN, END, has_region, rewritten, table, wrapped
 from softar.results import write_whole
 
 FIRST, TABLE = "first screen", "does it help"  # regions
 WIDTH = 119
+PRETRAINED = "X2-smollm2"  # the experiment
+UNTRIED = (
+    "All nets are tiny and trained here; X2 was first registered on the pretrained SmolLM2-135M, which "
+    "has not run: X2's verdict does not stand for it. "
+)
+ARMS = (
+    "*trace-soft* trains on random search paths and reads its own mixtures, *discrete-traces* on the "
+    "same paths and reads single tokens; *discrete* and *guided-soft*, which reads mixtures too, train "
+    "on correct paths. Points of accuracy:"
+)
 LEAST = {"X1": 2}  # whole seeds, without which README keeps its old table
 SECTION = """\
 ## Does it help?
 
 By rules set before the runs but where [RESULTS.md](RESULTS.md#evidence-rules) says otherwise; there are all arms, the
-seconds of both sides, and gains on rows that a shortcut does not answer (`make report`):
+seconds of both sides, and for MNNS gains on rows that a shortcut does not answer (`make report`):
 
 {table}
 
 *Supported*: at least 3 points, the 95 % interval above 0 by bootstrap (shown) and t; *refuted*: below 3; else, and with
-few seeds, *open*; blank: beside the claims. *trace-soft* learns from random search paths and reads its own mixtures;
-*discrete-traces* learns the same paths and reads single tokens. 8 votes take 8 times the *forwards* (runs of the net).
-A net never trained to read mixtures gains little by it or loses (X1, X2; RESULTS.md 12); RL (X4) has not been run.
+few seeds, *open*; blank: beside the claims. 8 votes take 8 times the *forwards* (runs of the net); on graphs they add
+nothing, and discrete-traces is as good as who reads a random walk's last node; guided-soft nearly equals trace-soft
+when it reads single tokens. Masks of 1 token do worse than hard training: half the gain over them is harm. Nets never
+trained to read mixtures gain little by it or lose (X1, X2; RESULTS.md 12); RL (X4) has not been run.
 """
 
 
@@ -30,7 +42,7 @@ def regions(analyses: dict[str, Analysis]) -> dict[str, str]:
     counted = {name: each for name, each in analyses.items() if each.logs.whole}
     results = [result for each in counted.values() for result in each.results.values()]
     brief = [result for result in results if result.claim.brief]
-    return {FIRST: first_screen(counted, brief), TABLE: table_of(brief)}
+    return {FIRST: first_screen(counted), TABLE: table_of(brief)}
 
 
 def table_of(results: list[Result]) -> str:
@@ -44,35 +56,66 @@ def line_of(result: Result) -> list[str]:
     return [result.claim.brief, *both, gain, of_both(result.verdict, result.by_t)]
 
 
-def losses(results: list[Result], others: int) -> str:
-    """Where the control is ahead, with an interval that says so. others: such gains without a row."""
+def losses(results: list[Result]) -> str:
+    """Where the control is ahead, with an interval that says so; those without a row are counted."""
     lost = [result for result in results if result.gain.high < 0]
-    said = [f"{each.claim.brief} ({points(each.gain.mean)})" for each in lost]
-    said += [f"{others} more gains in RESULTS.md"] * (others > 0)
-    return f"**Where soft loses:** {'; '.join(said) or 'in none of these rows for certain'}."
+    rows, more = ([r for r in lost if bool(r.claim.brief) is shown] for shown in (True, False))
+    to: dict[str, list[str]] = {}
+    for each in rows:
+        where, control = place_of(each.claim), control_of(each.claim)
+        to.setdefault(where, []).append(f"to {control} ({points(each.gain.mean)})")
+    said = [f"{where}: {', '.join(some)}" for where, some in to.items()]
+    said = said or ["in none of these rows for certain"]
+    if more:
+        guided = sum(is_over_guided(each.claim) for each in more)
+        said.append(f"{len(more)} more in RESULTS.md" + f", {guided} to guided-soft" * (guided > 0))
+    return f"**Where soft loses:** {'; '.join(said)}."
 
 
-def first_screen(analyses: dict[str, Analysis], results: list[Result]) -> str:
-    """Of each primary gain all that README has against other controls there, and the verdict on it."""
-    primary = []
-    for each in (result for result in results if result.claim.about == "primary"):
-        where = each.claim.brief.partition(":")[0]
-        gains = [r.gain.mean for r in results if r.claim.brief.startswith(f"{where}:")]
-        over = f" over {len(gains)} controls" if len(gains) > 1 else ""
-        least = f"{points(min(gains))} to " if len(gains) > 1 else ""
-        said = of_both(each.verdict, each.by_t)
-        span_of = f"{least}{points(max(gains))} points{over}"
-        primary.append(f"{where}, {span_of} (primary: {said})")
-    interim = [
-        f"{name}: {len(each.logs.whole)} of {len(each.logs.planned)} seeds"
-        for name, each in analyses.items()
-        if each.logs.whole != each.logs.planned
-    ]
+def place_of(claim: Claim) -> str:
+    return claim.brief.partition(": ")[0]
+
+
+def control_of(claim: Claim) -> str:
+    return claim.brief.partition(" over ")[2]
+
+
+def is_over_guided(claim: Claim) -> bool:
+    return any(read.setting.startswith("guided-soft") for p in claim.parts for read in p.theirs)
+
+
+def first_screen(analyses: dict[str, Analysis]) -> str:
+    """Of each experiment the gains beside its primary one, and all losses."""
     every = [result for each in analyses.values() for result in each.results.values()]
-    others = sum(each.gain.high < 0 and not each.claim.brief for each in every)
-    so_far = f" So far ({', '.join(interim)}):" if interim else ""
-    head = f"**[Does it help?](#does-it-help)**{so_far}"
-    return wrapped(f"{head} {'; '.join(primary)}. {losses(results, others)}", WIDTH)
+    untried = "" if PRETRAINED in analyses else UNTRIED
+    head = wrapped(f"**[Does it help?](#does-it-help)** {untried}{ARMS}", WIDTH)
+    bullets = filter(None, (bullet(name, each) for name, each in analyses.items()))
+    items = (wrapped(f"- {line}", WIDTH - 2) for line in (*bullets, losses(every)))
+    return "\n".join([head, *(item.replace("\n", "\n  ") for item in items)])
+
+
+def bullet(name: str, analysis: Analysis) -> str:
+    """Where the primary gain of an experiment is: all gains that README has there, the least first,
+    each with its verdict. Nothing where README has no primary gain."""
+    rows = [result for result in analysis.results.values() if result.claim.brief]
+    where = [place_of(r.claim) for r in rows if r.claim.about == "primary"]
+    if not where:
+        return ""
+    there = [r for r in rows if place_of(r.claim) == where[0] and r.gain.high >= 0]
+    gains = [gain_of(result) for result in sorted(there, key=lambda r: r.gain.mean)]
+    whole, planned = (len(seeds) for seeds in (analysis.logs.whole, analysis.logs.planned))
+    seeds = f"{whole} seeds" if whole == planned else f"{whole} of {planned} seeds so far"
+    seeds += ", intervals over rows alone" * (whole == 1)
+    about = "; ".join(filter(None, [f"{name}, {seeds}", analysis.evidence.brief]))
+    return f"{where[0]} ({about}): {'; '.join(gains) or 'no gain'}."
+
+
+def gain_of(result: Result) -> str:
+    """ "+3.4 points over discrete, correct paths: *open*" """
+    said = of_both(result.verdict, result.by_t)
+    return f"{points(result.gain.mean)} over {control_of(result.claim)}" + f": *{said}*" * bool(
+        said
+    )
 
 
 def switched(text: str, analyses: dict[str, Analysis]) -> str:

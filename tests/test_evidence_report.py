@@ -33,7 +33,14 @@ from softar.recipes.evidence_gains import (
 from softar.recipes.evidence_kinds import Best, Claim, Evidence, Grid, Part
 from softar.recipes.evidence_logs import Read, read_logs, read_rows_of, rows_from
 from softar.recipes.evidence_page import page_of
-from softar.recipes.evidence_readme import LEAST, line_of, losses, update_readme
+from softar.recipes.evidence_readme import (
+    LEAST,
+    bullet,
+    first_screen,
+    line_of,
+    losses,
+    update_readme,
+)
 from softar.recipes.evidence_tables import (
     BEGIN,
     END,
@@ -261,14 +268,34 @@ def test_several_claims_are_as_sure_as_the_least_sure(tmp_path):
     ):
         of = Analysis("X", SMALL, None, {str(i): each for i, each in enumerate(some)}, {}, {})
         assert of.verdict("dose") == verdict
-    assert "none of these" in losses([supported, open_, refuted], 0)
+    assert "none of these" in losses([supported, open_, refuted])
     lost = result(-0.1, -0.2, -0.05)
-    assert losses([supported, lost], 0).endswith("(-10.0).")
-    assert losses([supported, lost], 2).endswith("(-10.0); 2 more gains in RESULTS.md.")
+    named = lost._replace(claim=lost.claim._replace(brief="Graphs: ours over theirs"))
+    assert losses([supported, named]).endswith(" Graphs: to theirs (-10.0).")
+    assert losses([named, lost, lost]).endswith("(-10.0); 2 more in RESULTS.md.")
+    guided = Part((A,), (A._replace(setting="guided-soft-4"),))
+    over = lost._replace(claim=lost.claim._replace(parts=(guided,)))
+    assert losses([lost, over]).endswith("; 2 more in RESULTS.md, 1 to guided-soft.")
     by_t = Result(supported.claim, supported.gain._replace(t_low=-1.0), None, None, None)
     assert verdicts_of(by_t) == "open (bootstrap: supported)"
     few = supported._replace(least_seeds=supported.gain.seeds + 1)
     assert few.verdict == few.by_t == "open"
+
+
+def test_the_first_screen_gives_each_gain_its_own_verdict_the_least_first(tmp_path):
+    names = "Graphs: ours over all", "Graphs: ours over some", "Graphs: ours over mixtures"
+    gains = Gain(0.11, *[0.08, 0.13] * 3, 6, 900), Gain(0.03, *[-0.01, 0.07] * 3, 6, 900)
+    gains += (Gain(-0.04, *[-0.06, -0.02] * 3, 6, 900),)
+    claims = [Claim("primary" if i == 0 else "beside", n, (), brief=n) for i, n in enumerate(names)]
+    results = {c.says: Result(c, gain, None, 0.8, 0.7) for c, gain in zip(claims, gains)}
+    small(tmp_path, {(arm, seed): ([1] * 4, [1] * 2) for arm in "ab" for seed in (0, 1)})
+    logs = read_logs(tmp_path, ["a", "b"], range(2), ROWS)
+    found = Analysis("X2", SMALL._replace(brief="a net"), logs, results, {}, {})
+    gained = "+3.0 over some: *open*; +11.0 over all: *supported*"
+    assert bullet("X2", found) == f"Graphs (X2, 2 seeds; a net): {gained}."
+    says = " ".join(first_screen({"X2": found}).split())
+    assert "does not stand for it" in says and says.endswith("Graphs: to mixtures (-4.0).")
+    assert "does not stand" not in first_screen({"X2": found, "X2-smollm2": found})
 
 
 @pytest.mark.parametrize(
@@ -398,6 +425,7 @@ def test_each_claim_reads_what_units_answer():
             gain = Gain(*[-0.1] * 7, 8, 600)
             shown = Result(claim, gain._replace(t_low=-0.2, high=0.1), None, 0.5, 0.5)
             assert len(" | ".join(line_of(shown))) + 4 <= 120, claim.brief
+            assert not claim.brief or re.fullmatch(r"[^:]+: \S.* over \S.*", claim.brief)
 
 
 @pytest.mark.rest
@@ -462,7 +490,8 @@ def test_the_report_writes_pages_and_plots(reported):
     for page, limit in (("README.md", 120), ("RESULTS.md", 200)):
         assert max(map(len, pages[page].splitlines())) <= limit
     screen = " ".join(pages["README.md"].split("```bash")[0].split())
-    assert "**Where soft loses:**" in screen and "points" in screen  # before any command
+    assert "**Where soft loses:**" in screen and "X1, 2 of 8 seeds so far" in screen
+    assert "X3, 1 of 16 seeds so far, intervals over rows alone" in screen  # before any command
     pngs = [file.read_bytes() for file in (reported / "out").glob("*.png")]
     assert len(pngs) == 6 and all(png.startswith(b"\x89PNG") for png in pngs)
     # and a second time it finds nothing to do
