@@ -14,9 +14,9 @@ python recipes/gpu.py --parts reach --minutes 8 --output runs/gpu-reach
 python recipes/gpu.py --dry_run
 
 # On a machine without network that has torch, transformers, accelerate and peft, from the root of the checkout:
-# `make gpu-wheels` before, carry the folder build/gpu-wheels, and there
-python3 -m pip install -q --no-index --no-deps --no-compile --target /tmp/site build/gpu-wheels/*.whl
-PYTHONPATH=.:/tmp/site python3 recipes/gpu.py --output $OUT --commit COMMIT
+# `make gpu-wheels` before, carry the folder build/gpu-wheels, and there (DIR: a folder of packages; OUT: of results)
+python3 -m pip install -q --no-index --no-deps --no-compile --target DIR build/gpu-wheels/*.whl
+PYTHONPATH=.:DIR python3 recipes/gpu.py --output OUT --commit COMMIT
 
 Each part is a process of its own with a share of the time: one that fails or hangs costs only itself, and what it has
 measured until then stays. A part that ends early leaves its time to those after it. Models are made here with random
