@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_architectures import build
 from test_guidance import assert_same_gradients, batch, grads_of, mild
 from test_sft import ADAM, data, logged, lora, trained, trainer_of
 from tiny import END, PROMPTS, VOCAB, WIDTH, left_padded, model_of, seeded, with_lora
@@ -19,7 +20,7 @@ from softar.rl import SoftGRPOConfig
 from softar.rl.guards import policy_of
 from softar.sft.config import SoftSFTConfig
 from softar.sft.forward import soft_forward
-from softar.sft.learnt import LearntFilters
+from softar.sft.learnt import LearntFilters, begins_from
 from softar.soft import Soft, dense, mk_proba_dist
 from softar.vllm.request import parse
 
@@ -268,6 +269,13 @@ def test_it_is_kept_beside_the_checkpoint_and_resumed(tmp_path, peft, number):
         with pytest.raises(ValueError, match=message):
             softar.make_decoder(f"{saved}={name}", max_new_tokens=4)
     softar.make_decoder(f"{saved}=soft-beam:step_temperature=null", max_new_tokens=4)
+    # a second training goes on from it, or says that it would get lost
+    second = trainer_of(tmp_path / "second", model=opened, **LEARN, **ADAM)
+    assert torch.equal(second.model.soft_step_temperature.detach(), own)
+    with pytest.raises(
+        ValueError, match=r"step_temperature in .* give learn_step_temperature=True"
+    ):
+        trainer_of(tmp_path / "third", model=softar.load(str(saved))[0], soft_top_k=8)
     with pytest.raises(ValueError, match=r"step_temperature in .*: RL trains at one temperature"):
         policy_of(str(saved), SoftGRPOConfig(str(tmp_path), soft_mixer="hard"))
 
@@ -347,6 +355,14 @@ def test_files_and_models_that_do_not_fit(tmp_path):
 def test_trainings_that_cannot_be(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         SoftSFTConfig(str(tmp_path), learn_step_temperature=True, **options)
+
+
+def test_hidden_states_side_by_side_are_refused_before_the_data_is_read(tmp_path):
+    args = SoftSFTConfig(str(tmp_path), learn_step_temperature=True)
+    with pytest.raises(
+        ValueError, match=r"Gemma3nForCausalLM .* leave out .*learn_step_temperature"
+    ):
+        begins_from(build("gemma3n_text"), args)
 
 
 def test_weights_that_are_split_are_refused(tmp_path):

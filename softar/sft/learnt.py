@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..feedback import StepTemperature, hidden_size, load_step_temperature
+from ..config import CONFIG_FILE, SoftConfig
+from ..defaults import own_config
+from ..feedback import StepTemperature, hidden_size, load_step_temperature, step_temperature_of
+from ..models import origin_of
 from ..relaxed import relaxed_dist
 from ..soft import Soft, mk_proba_dist
 
@@ -29,6 +32,27 @@ STEP_PARAMETER = "soft_step_temperature"  # [D], the weights
 def learnt_of(args) -> list[str]:
     """The filters that a SoftSFTConfig trains."""
     return [name for name in (*PARAMETERS, STEP) if getattr(args, f"learn_{name}")]
+
+
+def begins_from(model, args) -> SoftConfig | None:
+    """The model's own configuration, where it has a step temperature that is trained on. model: or
+    the name of one. Raises ValueError for one that would get lost, and where none can be made of
+    the model's hidden states."""
+    is_named, learns = isinstance(model, str), args.learn_step_temperature
+    if learns and not is_named:
+        hidden_size(model)
+    name = model if is_named else origin_of(model).name
+    theirs = own_config(name, args.soft_mixer)
+    if theirs is None or theirs.step_temperature is None:
+        return None
+    if not learns:
+        raise ValueError(
+            f"step_temperature in {CONFIG_FILE} of {name}: this training would leave it out; give "
+            "learn_step_temperature=True to train it on, or take that field out of the file"
+        )
+    if not is_named:
+        step_temperature_of(theirs, model)
+    return theirs
 
 
 def mixture(logits: Tensor, args, learnt: dict[str, Tensor], most: int, progress: float) -> Soft:
@@ -51,9 +75,17 @@ class LearntFilters:
         args: a SoftSFTConfig.
         vocab_size: bounds a learnt top-k.
         split: are the weights split among processes (FSDP, DeepSpeed)?
+        theirs: what `begins_from` says of the model.
     """
 
-    def __init__(self, model: nn.Module, args, vocab_size: int, split: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        args,
+        vocab_size: int,
+        split: bool = False,
+        theirs: SoftConfig | None = None,
+    ):
         self.model, self.args, learnt = model, args, learnt_of(args)
         self.names = [name for name in learnt if name != STEP]
         self.most = min(ROOM * (args.soft_top_k or 1), vocab_size)
@@ -71,7 +103,10 @@ class LearntFilters:
                     "learn_step_temperature=True is not for FSDP and DeepSpeed, which would split its weights: leave "
                     "it out, or train by DDP"
                 )
-            self.step = nn.Parameter(torch.zeros(hidden_size(model), device=model.device))
+            start = torch.zeros(hidden_size(model), device=model.device)
+            if theirs is not None:
+                start = step_temperature_of(theirs, model).weights.clone()
+            self.step = nn.Parameter(start)
             model.register_parameter(STEP_PARAMETER, self.step)
 
     def __bool__(self) -> bool:

@@ -48,7 +48,7 @@ from .data import (
 )
 from .forward import mixed_forward, soft_forward
 from .latent import LatentStages, mk_curriculum
-from .learnt import LearntFilters
+from .learnt import LearntFilters, begins_from
 from .loss import soft_loss
 from .preflight import check_takes_fewer_logits, check_tokens, forecast, whole_weights_for
 from .think_tokens import prefix_of
@@ -85,6 +85,7 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         _check_columns(args, train_dataset, eval_dataset, score)
         if args.completion_logits:
             check_takes_fewer_logits(model, train_dataset)
+        theirs = begins_from(model, args)
         self._prefix = prefix_of(model, processing_class, args, kwargs)
         train_dataset, eval_dataset = map(self._prefix.before, (train_dataset, eval_dataset))
         if args.targets != "gold":
@@ -122,12 +123,11 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         split = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.model, self._tables = self._prefix.freeze(self.model, split)
         self.model_wrapped = self.model
-        self._learnt = LearntFilters(self.model, args, vocab, split)
-        self._alpha = args.alpha()
+        self._learnt = LearntFilters(self.model, args, vocab, split, theirs)
+        self._alpha, self._rng = args.alpha(), torch.Generator()
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
         self._span = self._thought_span()
         self._curriculum = mk_curriculum(self.model, processing_class, rows, args, self._span)
-        self._rng = torch.Generator()
 
     def _thought_span(self) -> dict:
         """What tells the thought in a completion, as thought_mask takes it."""
