@@ -72,7 +72,9 @@ class DiffusionGRPOTrainer(RolloutGRPO):
     without its new adapter. Each checkpoint holds denoise_config.json, the policy as a way to decode.
 
     Without a KL or an entropy in the loss, rows with an advantage of 0, as in a group of equal rewards,
-    have no gradient and are not replayed; what is logged of an update, its entropy too, is of the others.
+    have no gradient and are not replayed by the updates; what is logged of these, the entropy too, is
+    of the others, and nothing where there are none. Evaluations, and the old log-probabilities that
+    num_iterations > 1 needs, are of all rows.
 
     Logged, at no forward of its own: `agreement/greedy`, the share of committed tokens that are the
     likeliest of their belief, as all are that temperature 0 commits in their place: the further it is
@@ -241,10 +243,13 @@ class DiffusionGRPOTrainer(RolloutGRPO):
             total = self._normalised(ones, mask, inputs["num_items_in_batch"])
             (weights,) = torch.autograd.grad(total, ones)
         inputs = {name: inputs.get(name) for name in ROW_PARTS} | {"weights": weights}
-        if not (args.beta or args.entropy_coef):
+        # an evaluation logs the entropy of all rows, and so reads them
+        skips = self.model.training and not (args.beta or args.entropy_coef)
+        if skips:
             rows = teaching(inputs["advantages"])
             inputs = {name: part if part is None else part[rows] for name, part in inputs.items()}
         mask, weights = inputs["loss_mask"], inputs["weights"]
+        counts = mask * (inputs["advantages"] != 0)[:, None] if skips else mask
         steps = Trajectory(*(inputs[PREFIX + name] for name in Trajectory._fields))
         old, hidden = inputs["old_per_token_logps"], inputs["hidden"]
         clip = Clip(self.epsilon_low, self.epsilon_high, args.delta, args.ratio)
@@ -279,12 +284,14 @@ class DiffusionGRPOTrainer(RolloutGRPO):
             return summed(each, learnt)
 
         loss = inside_forward(model, unwrapped, forward, steps.after)
-        self._note_update(losses, inputs["rollout_prob"], mask, clip)
+        self._note_update(losses, inputs["rollout_prob"], counts, clip)
         return loss
 
     def _note_update(self, losses: Losses, then: Tensor | None, mask: Tensor, clip: Clip) -> None:
         """then: [B, L] probabilities that the rollout itself gave what it committed, NaN where they are
-        not known."""
+        not known. mask: [B, L], what counts; where nothing does in any process nothing is noted."""
+        if not self._mean(mask, torch.ones_like(mask)):
+            return
         new, advantages = losses.new, losses.advantages
         old = new if losses.old is None else losses.old
         self._note({"entropy": self._mean(losses.entropy, mask)})
@@ -297,7 +304,7 @@ class DiffusionGRPOTrainer(RolloutGRPO):
             self._note({"kl": self._mean(losses.kl, mask)})
         if clip.ratio == "trajectory":
             new, old = ((part * mask).sum(1, keepdim=True) for part in (new, old))
-            mask = torch.ones_like(new)
+            mask = mask.amax(1, keepdim=True)
         bounds = advantages, clip.low, clip.high
         parts = new[..., None], old[..., None], bounds, mask[..., None]
         self._note(ratio_metrics(*parts, self._mean, self.accelerator.gather))

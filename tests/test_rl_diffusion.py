@@ -226,6 +226,38 @@ def test_rows_without_an_advantage_are_not_replayed(advantages, ratio, tmp_path)
             assert bool(grads[0].any()) == (not zeros.all())
 
 
+@pytest.mark.parametrize("ratio", ["token", "trajectory"])
+def test_a_row_that_stands_in_for_none_is_not_logged(ratio, tmp_path):
+    """Alone it logs nothing; beside another process, which waits for its sums, it adds 0 to them."""
+    made = trainer(tmp_path, ratio=ratio, steps=4, **SOFT)
+    batch = rollout(made) | {"advantages": torch.zeros(4)}
+    metrics = made._metrics["train"]
+    metrics.clear()
+    made._compute_loss(made.model, batch)
+    assert not metrics
+    made.accelerator.reduce = lambda sums: sums + torch.tensor([3.0, 4.0])
+    made._compute_loss(made.model, batch)
+    names = {"entropy", "agreement/greedy", "ratio/replay_deviation", "clip_ratio/low_mean"}
+    assert {name: metrics[name] for name in names} == {name: [0.75] for name in names}
+
+
+def test_an_evaluation_reads_all_rows(tmp_path):
+    made, seen = trainer(tmp_path, steps=4, **SOFT), []
+    batch, body = rollout(made), made.model.model
+    body.register_forward_hook(lambda module, args, got: seen.append(len(got[0])))
+    log_probs(made.model, steps_of(batch), made.decoding, **made._how)
+    forwards = sum(seen)
+    made.model.eval()
+    logged = []
+    for advantages in (torch.ones(4), torch.zeros(4), torch.tensor([0, 0, 1.0, 0])):
+        seen.clear()
+        with torch.no_grad():
+            made._compute_loss(made.model, batch | {"advantages": advantages})
+        assert sum(seen) == forwards
+        logged.append(made._metrics["eval"]["entropy"][-1])
+    assert len({*logged}) == 1 and logged[0] > 0
+
+
 @pytest.mark.parametrize("reward", [0.6, 0.7])
 @pytest.mark.parametrize(
     "options",
