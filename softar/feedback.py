@@ -82,10 +82,10 @@ class StepTemperature:
         self.weights = weights
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., 1] float32, in [1 / REACH, REACH]."""
+        """[..., D] -> [..., 1] float32, in [1 / REACH, REACH], on its device."""
         h, c = hidden.float(), math.log(REACH)
         scale = h.square().mean(-1, keepdim=True).clamp_min(torch.finfo(h.dtype).tiny).rsqrt()
-        u = (h * scale * self.weights).mean(-1, keepdim=True)
+        u = (h * scale * self.weights.to(h.device)).mean(-1, keepdim=True)
         # of a model that gives no numbers the logits tell
         return (c * (u / c).tanh()).nan_to_num().exp()
 
@@ -114,7 +114,7 @@ def load_step_temperature(source: str | StepTemperature) -> StepTemperature:
 
 
 def step_temperature_of(config, model) -> StepTemperature | None:
-    """A configuration's, on the device of the model. Raises ValueError for one of another width."""
+    """A configuration's, on the device of the model's first part. Raises ValueError for one of another width."""
     if config.step_temperature is None:
         return None
     weights = load_step_temperature(config.step_temperature).weights

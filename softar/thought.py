@@ -279,7 +279,9 @@ def mk_think(config: SoftConfig, step: StepTemperature | None = None) -> Callabl
     def think(logits: Tensor, rng: Rng, hidden: Tensor | None = None) -> Mixed:
         nonlocal is_known
         more = {"hidden": hidden} if wants_hidden else {}
-        own = {} if step is None else {"temperature": config.temperature * step(hidden)}
+        own = {}
+        if step is not None:
+            own = {"temperature": config.temperature * step(hidden).to(logits.device)}
         mixed = mixer(mk_proba_dist(logits, **filters | own), rng=rng, **more)
         if not is_known:
             check_mixed(mixed, *logits.shape, name_of(config.mixer))

@@ -22,6 +22,7 @@ from softar.sft.config import SoftSFTConfig
 from softar.sft.forward import soft_forward
 from softar.sft.learnt import LearntFilters, begins_from
 from softar.soft import Soft, dense, mk_proba_dist
+from softar.thought import mk_think
 from softar.vllm.request import parse
 
 
@@ -77,6 +78,18 @@ def test_gradients_are_those_of_finite_differences(name, size):
         wanted = (up - down) / 0.04
         assert (slope * way).sum().item() == pytest.approx(wanted, rel=0.02, abs=2e-4)
     assert (slope.abs().max() > 1e-4) == (name == "weights" or size > 0)
+
+
+def test_a_model_may_lie_on_several_devices(tmp_path):
+    """As with a device_map: weights, hidden states and logits each elsewhere."""
+    hidden, logits = torch.randn(2, WIDTH), torch.randn(2, VOCAB).to("meta")
+    step = steps_of()
+    assert step(hidden.to("meta")).device.type == "meta"
+    read = mk_think(SoftConfig(step_temperature=step), step)(logits, None, hidden)
+    assert read.soft.weights.device.type == "meta"
+    args = SoftSFTConfig(str(tmp_path), learn_step_temperature=True, soft_top_k=4)
+    learnt = LearntFilters(model_of(), args, VOCAB)
+    assert learnt.mixture(logits, 0.0, hidden).weights.device.type == "meta"
 
 
 # -- decoding

@@ -141,7 +141,8 @@ class LearntFilters:
         values = self.values()
         if self.step is not None:
             number = values.get("temperature", self.args.soft_temperature)
-            values["temperature"] = number * StepTemperature(self.step)(hidden)
+            factor = StepTemperature(self.step)(hidden).to(logits.device)
+            values["temperature"] = number * factor
         return mixture(logits, self.args, values, self.most, progress)
 
     def nothing(self) -> Tensor | float:
