@@ -104,7 +104,8 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             data_collator=collator(self._fill, pad_to_multiple_of=args.pad_to_multiple_of),
             **kwargs,
         )
-        check_split(self)
+        why = "the head's numbers cannot be split; leave it at 0, or train under DDP"
+        check_split(self, softmasking_prob=(args.softmasking_prob, why))
         check_adapter(type(self).__name__, self.model)
         self._room, length = room_of(self.model, trained=True), self._facts.block_length
         if args.train_padding and length is not None:
@@ -123,12 +124,10 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         self.objective = self._make_objective()
 
     def _make_objective(self) -> Masked | Uniform | Canvases:
-        """The model's configuration says from now on what it is trained for."""
+        """The model's configuration says from now on with what noise it is trained."""
         args, inner, device = self.args, plain(self.model), self.accelerator.device
         if args.objective == "canvas":
             return Canvases(args, self._facts)
-        # what an earlier training taught it, noted in the facts; set again when this one is saved
-        inner.config.soft_mask = None
         if args.softmasking_prob:
             self.head = args.head(learnt=self._facts.soft_mask).to(self.model.device)
             # so that DDP, the optimiser and checkpoints see it
@@ -139,6 +138,16 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         if self.uniform is None:
             return Masked(args, self._facts, self.head)
         return Uniform(args, self._facts, self.uniform, device)
+
+    def train(self, *args, **kwargs):
+        """The model's configuration says from then on with which head it was trained last, or that it
+        was trained hard."""
+        if self.head is None and self.args.objective != "canvas":
+            plain(self.model).config.soft_mask = None
+        output = super().train(*args, **kwargs)
+        if self.head is not None:
+            learn_head(self.model, self.head.settings())
+        return output
 
     # -- loss
 

@@ -70,9 +70,15 @@ IDLE = (
     ),
     Idle(
         "head_temperature",
-        lambda c: c.softmasking_prob and c.head_algorithm in (None, "top-k"),
+        lambda c: c.softmasking_prob and c.head_algorithm == "top-k",
         "with head_algorithm='top-k'",
         "choose 'temperature'",
+    ),
+    Idle(
+        "head_temperature",
+        lambda c: c.softmasking_prob and c.head_algorithm is None and c.head_k is not None,
+        "beside head_k, which is of another algorithm",
+        "name a head_algorithm and drop one",
     ),
     Idle(
         "head_k",
@@ -242,7 +248,10 @@ class DiffusionSFTConfig(PlainSFTConfig):
         self._check_masks()
         check_idle(self, IDLE, left_out)
         if self.softmasking_prob:
-            self.head()
+            # which algorithm the model has is not known yet
+            self.head(
+                learnt=None if self.head_temperature is None else {"algorithm": "temperature"}
+            )
 
     @property
     def idle_head(self) -> list[str]:
@@ -322,7 +331,7 @@ class DiffusionSFTConfig(PlainSFTConfig):
         idle = {"top-k": "temperature", "temperature": "k"}[algorithm]
         if idle in named:
             raise ValueError(
-                f"head_{idle}={named[idle]} does nothing with the head that the model was trained with, of "
+                f"head_{idle}={named[idle]} does nothing with the model's head, or that of a hard model, of "
                 f"{algorithm!r}: leave it out, or give head_algorithm"
             )
         if learnt.get("algorithm") != algorithm:
@@ -331,7 +340,7 @@ class DiffusionSFTConfig(PlainSFTConfig):
         try:
             return make(**HEAD | learnt | named)
         except ValueError as error:
-            if not learnt:
+            if not learnt.keys() - {"algorithm"}:
                 raise
             raise ValueError(
                 f"{error}. The model was trained with {learnt}: name other numbers, as head_scale="

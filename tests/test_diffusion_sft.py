@@ -468,9 +468,49 @@ def test_training_goes_on_with_the_head_that_the_model_has(tmp_path, task, algor
     ] == pytest.approx(0.5)
 
 
+def test_a_trainer_that_has_not_trained_leaves_the_model_the_head_that_it_has(tmp_path, task):
+    """One that fails, or another before the one that trains; a training that is not saved counts."""
+    model, tokenizer = load("mnns-diffusion-tiny", seed=0)
+    model.config.soft_mask = learnt = dict(LEARNT["top-k"])
+    quick = dict(softmasking_prob=0.9, max_steps=2, save_strategy="no", head_learning_rate=0.1)
+
+    def make(**changes):
+        options = quick | dict(report_to="none", eval_decode_rows=0) | changes
+        args = DiffusionSFTConfig(str(tmp_path), **options)
+        rows = task.train.select(range(8))
+        return DiffusionSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+
+    with pytest.raises(ValueError, match="head_temperature=2"):
+        make(head_temperature=2.0)
+    assert facts(model).soft_mask == learnt
+    starts = [make().head.settings() for _ in range(2)]
+    assert starts[0] == starts[1] and starts[0]["scale"] == pytest.approx(0.9)
+    trained = make()
+    trained.train()
+    assert trained.head.settings() != pytest.approx(starts[0], abs=1e-3)
+    assert make().head.settings() == pytest.approx(trained.head.settings(), abs=1e-5)
+
+
+def test_a_head_is_refused_where_weights_are_split(tmp_path, task, monkeypatch):
+    monkeypatch.setattr("softar.split.is_split", lambda accelerator: True)
+    with pytest.raises(ValueError, match=r"softmasking_prob=0\.5 under FSDP or ZeRO-3: the head's"):
+        further(tmp_path, task, None)
+    trainer_of(tmp_path, task)
+
+
 def test_an_option_that_the_algorithm_of_the_model_leaves_idle_is_refused(tmp_path, task):
     with pytest.raises(ValueError, match=r"head_k=4 does nothing with .* 'temperature'"):
         further(tmp_path, task, LEARNT["temperature"], head_k=4)
+    for learnt in (LEARNT["top-k"], None):
+        with pytest.raises(ValueError, match=r"head_temperature=0.4 does nothing with .* 'top-k'"):
+            further(tmp_path, task, learnt, head_temperature=0.4)
+    head = further(tmp_path, task, LEARNT["temperature"], head_temperature=0.4)
+    assert head == pytest.approx(LEARNT["temperature"] | dict(temperature=0.4, k=3), abs=1e-5)
+    with pytest.raises(ValueError, match=r"head_temperature=0\.4 does nothing beside head_k"):
+        DiffusionSFTConfig(softmasking_prob=0.5, head_k=2, head_temperature=0.4)
+    with pytest.raises(ValueError, match=r"temperature=-1.*: start inside") as caught:
+        DiffusionSFTConfig(softmasking_prob=0.5, head_temperature=-1.0)
+    assert "trained with" not in str(caught.value)
     for named, algorithm in (("head_k", "temperature"), ("head_temperature", "top-k")):
         with pytest.raises(ValueError, match=rf"{named}=1 does nothing w.*{algorithm}.*None"):
             DiffusionSFTConfig(softmasking_prob=0.5, head_algorithm=algorithm, **{named: 1})
@@ -568,8 +608,11 @@ def test_load_and_denoise_pick_the_head_up(tmp_path, task):
     # what a model learnt goes with it, file or no file, until it is trained hard
     model.save_pretrained(tmp_path / "copy")
     assert facts(load(tmp_path / "copy")[0]).soft_mask == load_head(tmp_path)
-    args = DiffusionSFTConfig(output_dir=str(tmp_path / "hard"), report_to="none")
-    DiffusionSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer)
+    quick = dict(max_steps=1, save_strategy="no", report_to="none", eval_decode_rows=0)
+    args = DiffusionSFTConfig(output_dir=str(tmp_path / "hard"), **quick)
+    hard = DiffusionSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer)
+    assert facts(model).soft_mask == load_head(tmp_path)
+    hard.train()
     assert facts(model).soft_mask is None and decoded()[2] is None
 
 
@@ -636,7 +679,10 @@ def test_a_head_file_that_does_not_fit_the_model(tmp_path, field, value):
         (dict(softmasking_prob=0.5, head_k=0), "k=0"),
         (dict(noise="share"), "noise='share' does not go with normalise='answer'"),
         # what changes nothing
-        (dict(SOFT, head_temperature=2.0), "head_temperature=2.0 .* head_algorithm='top-k'"),
+        (
+            dict(SOFT, head_algorithm="top-k", head_temperature=2.0),
+            "head_temperature=2.0 .* head_algorithm='top-k'",
+        ),
         (dict(SOFT, head_algorithm="temperature", head_k=4), "head_k=4 .*'temperature'"),
         (dict(tau_start=0.1), "tau_start=0.1 does nothing without a curriculum"),
         (dict(gamma_max=0.0), "gamma_max=0.0 does nothing without a curriculum"),
