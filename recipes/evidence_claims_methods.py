@@ -116,7 +116,7 @@ METHODS = Evidence(
                 f"RL, {REINFORCED[arm]}",
                 (arm, BEST),
                 # the seconds of the net that RL begins with are none of its own
-                {(RL_HARD, BEST): True, (SOFT, "soft"): False},
+                {(RL_HARD, BEST): True, (SOFT, "soft"): False, (HARD, "discrete"): False},
             )
         ),
         *gains("beside", (RL_HARD, BEST), {(SOFT, "soft"): False}, has_verdict=False),
@@ -189,6 +189,7 @@ METHODS = Evidence(
         "The steps and seconds of a prefix are its own: those of the net that it stands before come on "
         "top.",
         "RL begins with the net of trace-soft, whose steps and seconds come on top of its own. "
+        "More supervised training for as long is no line here; X4 has it. "
         f"{BEST}: as the policy draws, softly or discretely, whichever is best on development rows.",
     ),
     borrows={"X1": tuple(f"{arm}-{n}" for n in DIGITS for arm in OF_X1)},

@@ -26,7 +26,15 @@ import softar
 from softar.caches import NEVER_STATIC
 from softar.decoders.beam_collapse import BeamCollapse, beam_collapse
 from softar.feedback import STACKED, StepTemperature, hidden_size
-from softar.models.reading import BLIND_TO_PADDING, DECODERS, NEED_TOKENS, ONE_BY_ONE, ONE_ROW
+from softar.models.reading import (
+    BLIND_TO_PADDING,
+    DECODERS,
+    IN_PLACE,
+    NEED_TOKENS,
+    ONE_BY_ONE,
+    ONE_ROW,
+    SHORT_CACHES,
+)
 from softar.models.source import TEXT_ALONE
 from softar.rl.actions import k_samples_logp, replay
 from softar.sft.forward import mixed_forward, soft_forward
@@ -272,6 +280,31 @@ def test_a_temperature_of_each_step_is_of_the_last_hidden_state_or_refused(kind)
         assert_close(alone.record.weights[0], both.record.weights[1], **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", "ctrl gemma3_text gpt2 lfm2 llama mistral moshi".split())
+def test_parallel_training_is_whole_forwards_refreshed(kind):
+    """By the definition, behind a prompt longer than any window; most kinds read it once."""
+    model, passes = build(kind), 2
+    ids, marked = torch.randint(5, 37, (2, 16), generator=seeded()), torch.zeros(2, 16).bool()
+    marked[0, 11:14] = marked[1, 10:14] = True
+
+    def feed(logits, gold):
+        return mk_proba_dist(logits, top_k=3)
+
+    def whole(inputs):
+        inputs = {name: tokens.clone() for name, tokens in inputs.items()}
+        return model(**inputs, use_cache=False).logits
+
+    with torch.no_grad():
+        inputs, at = token_inputs(model, ids), marked[:, 1:]
+        for _ in range(passes):
+            mixed = soft_inputs(model, feed(whole(inputs)[:, :-1][at], None))
+            inputs = token_inputs(model, ids)
+            inputs["inputs_embeds"][marked] = mixed["inputs_embeds"].to(model.dtype)
+        logits = soft_forward(model, ids, None, marked, feed, passes=passes)
+        assert_close(logits, whole(inputs), rtol=0, atol=1e-4)
+
+
 def test_tables_name_what_there_is():
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     assert {
@@ -281,6 +314,8 @@ def test_tables_name_what_there_is():
         *BLIND_TO_PADDING,
         *ONE_ROW,
         *ONE_BY_ONE,
+        *SHORT_CACHES,
+        *IN_PLACE,
         *NEED_TOKENS,
         *DECODERS,
         *NEVER_STATIC,

@@ -52,6 +52,9 @@ NOT_MOVED = (
 VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 ONE_ROW = ("rwkv",)  # reads, after the prompt, the rows of a batch into each other
 ONE_BY_ONE = ("prophetnet",)  # reads, after the prompt, one position at a time
+# transformers keeps less in their caches than their forwards look back to
+SHORT_CACHES = ("moshi",)
+IN_PLACE = ("ctrl",)  # scales the embeddings that it is given, in place
 # Their classes are causal whatever is_decoder says.
 DECODERS = ("gpt_neox", "gpt_neox_japanese")
 

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..checks import check_choice, check_least
 from ..models.kind import plain
-from ..models.reading import ONE_BY_ONE, reads_moved_rows
+from ..models.reading import IN_PLACE, ONE_BY_ONE, SHORT_CACHES, reads_moved_rows
 from ..models.room import room_of
 from ..soft import Soft, soft_inputs, token_inputs
 
@@ -232,7 +232,7 @@ def _keeps_prefix(model) -> bool:
         return False  # drops the cache
     if "past_key_values" not in inspect.signature(inner.forward).parameters:
         return False
-    if not reads_moved_rows(model) or inner.config.model_type in ONE_BY_ONE:
+    if not reads_moved_rows(model) or inner.config.model_type in (*ONE_BY_ONE, *SHORT_CACHES):
         return False
     layers = DynamicCache(config=inner.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
@@ -257,6 +257,8 @@ def _mk_advance(model, attention_mask: Tensor | None, hidden: bool, start: int):
     def advance(inputs: dict[str, Tensor], cache: DynamicCache | None):
         begin = 0 if cache is None else cache.get_seq_length()
         end = begin + inputs["inputs_embeds"].shape[1]
+        if plain(model).config.model_type in IN_PLACE:
+            inputs = {name: tokens.clone() for name, tokens in inputs.items()}
         outputs = model(
             **inputs,
             attention_mask=None if attention_mask is None else attention_mask[:, :end],
