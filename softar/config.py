@@ -222,7 +222,8 @@ class SoftConfig:
 
     @property
     def entropy_temperature(self) -> float:
-        """Of the entropy in the record: the thought's; 1 where that is 0, and with a switch."""
+        """Of the entropy in the record: the thought's, which a step_temperature multiplies; 1 where
+        that is 0, and with a switch, whatever the step."""
         return 1.0 if self.switch is not None else self.temperature or 1.0
 
     @property

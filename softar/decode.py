@@ -321,10 +321,13 @@ def soft_decode(
             logits = outputs.logits[:, -1].to(
                 copy=True, dtype=torch.float32, device=input_ids.device
             )
-            h = entropy(logits, config.entropy_temperature)
-            scores = processors(input_ids, logits)
             # copied like the logits: the next step of a CUDA graph writes to where they are
             hidden = outputs.hidden_states[-1][:, -1].clone() if wants_hidden else None
+            temperature = config.entropy_temperature
+            if step_temperature is not None and config.switch is None:
+                temperature = temperature * step_temperature(hidden).to(logits.device)
+            h = entropy(logits, temperature)
+            scores = processors(input_ids, logits)
             thought, answer = propose(scores, step, looks.now.any_thinking, hidden)
             vector = None if thought.vector is None else stretched(thought.vector, length)
             progress, record = decide(rules, progress, h, thought, answer)

@@ -44,7 +44,8 @@ class Record(NamedTuple):
     # [B, T] float32, log-probability under the step's filtered distribution of the token(s) drawn,
     # or of the one fed back (0 if greedy); NaN where a mixer draws none, for FORCED and PAD
     logp: Tensor
-    # [B, T] float32 nats, of the unfiltered distribution at SoftConfig.entropy_temperature
+    # [B, T] float32 nats, of the unfiltered distribution at SoftConfig.entropy_temperature, times the
+    # factor of the step where there is a step_temperature and no switch
     entropy: Tensor
 
 

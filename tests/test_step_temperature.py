@@ -21,8 +21,8 @@ from softar.rl.guards import policy_of
 from softar.sft.config import SoftSFTConfig
 from softar.sft.forward import soft_forward
 from softar.sft.learnt import LearntFilters, begins_from
-from softar.soft import Soft, dense, mk_proba_dist
-from softar.thought import mk_think
+from softar.soft import Soft, dense, entropy, mk_proba_dist
+from softar.thought import Kind, mk_think
 from softar.vllm.request import parse
 
 
@@ -135,12 +135,39 @@ def test_each_step_is_mixed_at_its_own_temperature(arch, tuned):
         for t in range(out.record.token.shape[1]):
             seen = model(inputs_embeds=inputs, output_hidden_states=True)
             factors.append(step(seen.hidden_states[-1][0, -1]).item())
-            wanted = mk_proba_dist(seen.logits[:, -1], temperature=0.8 * factors[-1], top_k=12)
+            own = 0.8 * factors[-1]
+            h = entropy(seen.logits[0, -1], own).item()
+            assert out.record.entropy[row, t].item() == pytest.approx(h, rel=1e-3, abs=1e-3)
+            wanted = mk_proba_dist(seen.logits[:, -1], temperature=own, top_k=12)
             read = Soft(out.record.ids[row, None, t], out.record.weights[row, None, t])
             torch.testing.assert_close(dense(read, VOCAB), dense(wanted, VOCAB), **near)
             mixed = softar.soft_embed(read, embed)
             inputs = torch.cat([inputs, mixed[None].to(inputs)], 1)
         assert max(factors) > 1.2 * min(factors)
+
+
+def test_a_cold_stop_is_told_by_the_steps_temperature_and_a_switch_is_not():
+    model, hot = model_of(eos_token_id=None), steps_of(8.0)
+    cold = StepTemperature(-hot.weights)
+    how = dict(think_end=END, max_new_tokens=8)
+    for step in (hot, cold):
+        told = decode(model, PROMPTS, step_temperature=step, budget=3, **how).record.entropy
+        plain = decode(model, PROMPTS, budget=3, **how).record.entropy
+        assert not torch.allclose(told[:, 0], plain[:, 0], atol=1e-2)
+        level = (told[0, 0] + plain[0, 0]).item() / 2  # between: one of them stops at once
+        stops = dict(cold_stop_entropy=level, cold_stop_steps=1, **how)
+        ends = [
+            decode(model, PROMPTS[:1], step_temperature=each, **stops).record.kind[0, 0]
+            for each in (step, None)
+        ]
+        assert (ends[0] == Kind.FORCED) == bool(told[0, 0] < level)
+        assert (ends[1] == Kind.FORCED) == bool(plain[0, 0] < level)
+        turns = dict(switch="block", switch_dwell=1, **how)
+        one, other = (
+            decode(model, PROMPTS, step_temperature=each, **turns).record.entropy[:, 0]
+            for each in (step, None)
+        )
+        assert torch.equal(one, other)
 
 
 def test_a_model_that_gives_no_numbers_is_named():
