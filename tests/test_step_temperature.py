@@ -1,6 +1,8 @@
 """A temperature of each step, made of its last hidden state: its value and gradients, decoding by it,
 and a training that keeps it beside the checkpoint."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from test_architectures import build
 from test_guidance import assert_same_gradients, batch, grads_of, mild
 from test_sft import ADAM, data, logged, lora, trained, trainer_of
+from test_split import fsdp, split_by, zero
 from tiny import END, PROMPTS, VOCAB, WIDTH, left_padded, model_of, seeded, with_lora
+from transformers import Trainer
 
 import softar
 from softar import SoftConfig
@@ -21,7 +25,9 @@ from softar.rl.guards import policy_of
 from softar.sft.config import SoftSFTConfig
 from softar.sft.forward import soft_forward
 from softar.sft.learnt import LearntFilters, begins_from
+from softar.sft.preflight import whole_weights_for
 from softar.soft import Soft, dense, entropy, mk_proba_dist
+from softar.split import check_split
 from softar.thought import Kind, mk_think
 from softar.vllm.request import parse
 
@@ -405,9 +411,21 @@ def test_hidden_states_side_by_side_are_refused_before_the_data_is_read(tmp_path
         begins_from(build("gemma3n_text"), args)
 
 
-def test_weights_that_are_split_are_refused(tmp_path):
-    args = SoftSFTConfig(str(tmp_path), learn_step_temperature=True)
-    with pytest.raises(
-        ValueError, match="learn_step_temperature=True is not for FSDP and DeepSpeed"
-    ):
-        LearntFilters(model_of(), args, VOCAB, split=True)
+def test_weights_that_are_split_are_refused(tmp_path, monkeypatch):
+    """By FSDP2 and ZeRO-3; ZeRO-1 and ZeRO-2 have them whole."""
+    options = whole_weights_for(SoftSFTConfig(str(tmp_path), learn_step_temperature=True))
+    for there in (split_by(), *(split_by(zero=zero(stage)) for stage in (1, 2))):
+        check_split(SimpleNamespace(accelerator=there), **options)
+    for there in (split_by(zero=zero(3)), split_by(fsdp())):
+        with pytest.raises(ValueError, match="learn_step_temperature=True under FSDP or ZeRO-3"):
+            check_split(SimpleNamespace(accelerator=there), **options)
+    # transformers' trainer notes it when it makes its accelerator
+    make = Trainer.create_accelerator_and_postprocess
+
+    def under_deepspeed(self):
+        make(self)
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", under_deepspeed)
+    made = trainer_of(tmp_path, learn_step_temperature=True)
+    assert made.is_deepspeed_enabled and made._learnt.step is not None

@@ -74,18 +74,10 @@ class LearntFilters:
     Args:
         args: a SoftSFTConfig.
         vocab_size: bounds a learnt top-k.
-        split: are the weights split among processes (FSDP, DeepSpeed)?
         theirs: what `begins_from` says of the model.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        args,
-        vocab_size: int,
-        split: bool = False,
-        theirs: SoftConfig | None = None,
-    ):
+    def __init__(self, model: nn.Module, args, vocab_size: int, theirs: SoftConfig | None = None):
         self.model, self.args, learnt = model, args, learnt_of(args)
         self.names = [name for name in learnt if name != STEP]
         self.most = min(ROOM * (args.soft_top_k or 1), vocab_size)
@@ -98,11 +90,6 @@ class LearntFilters:
             model.register_parameter(PARAMETERS[name], nn.Parameter(start))
         self.step = None  # for step temperatures
         if STEP in learnt:
-            if split:
-                raise ValueError(
-                    "learn_step_temperature=True is not for FSDP and DeepSpeed, which would split its weights: leave "
-                    "it out, or train by DDP"
-                )
             start = torch.zeros(hidden_size(model), device=model.device)
             if theirs is not None:
                 start = step_temperature_of(theirs, model).weights.clone()

@@ -123,7 +123,7 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         split = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.model, self._tables = self._prefix.freeze(self.model, split)
         self.model_wrapped = self.model
-        self._learnt = LearntFilters(self.model, args, vocab, split, theirs)
+        self._learnt = LearntFilters(self.model, args, vocab, theirs)
         self._alpha, self._rng = args.alpha(), torch.Generator()
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
         self._span = self._thought_span()
