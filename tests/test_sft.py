@@ -1393,7 +1393,7 @@ def test_the_defaults_are_two_refreshes_of_narrow_mixtures(tmp_path):
             dict(soft_mode="sequential"),
             "5 forwards or more, one for each column of thought, of about 4 x 10 tokens",
         ),
-        (dict(soft_passes=2), "3 forwards of 4 x 10 tokens"),
+        (dict(soft_passes=2), "3 forwards of 4 x 10 tokens, or one more that reads the prompts"),
         (dict(soft_passes=99), "5 forwards of 4 x 10 tokens"),
         (dict(targets="oracle"), "1 forward of 4 x 10 tokens"),
         (dict(think_steps=None, soft_passes=1), r"whole completion is soft\).*2 forwards"),

@@ -100,6 +100,8 @@ def forecast(args, dataset, span: dict) -> str | None:
         cost = f"1 forward of {B} x {length} tokens"
     elif args.soft_mode == "parallel":
         cost = f"{passes + 1} forwards of {B} x {length} tokens"
+        if passes:  # softar.sft.forward decides it by each batch
+            cost += ", or one more that reads the prompts for all others"
     else:
         cost = (
             f"{thought + 1} forwards or more, one for each column of thought, of about {B} x {length} "
