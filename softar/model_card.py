@@ -4,11 +4,12 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import __version__
-from .config import CONFIG_FILE
+from .config import CONFIG_FILE, STEP_TEMPERATURE_FILE
 from .models import plain
 from .names import is_code
 from .results import versions, write_whole
@@ -55,6 +56,16 @@ class OwnCard:
         folder = Path(output_dir or self.args.output_dir)
         # over the one that PEFT writes beside an adapter
         write_whole(folder / "README.md", model_card(self, folder))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """With what says how it is decoded, of which transformers does not know."""
+        job, args = self.push_in_progress, self.args
+        is_pushed = args.hub_always_push or job is None or job.is_done()
+        if is_pushed and self.is_world_process_zero() and args.hub_strategy != "end":
+            for name in (self.card_config()[0], STEP_TEMPERATURE_FILE):
+                if name is not None and Path(checkpoint_folder, name).is_file():
+                    shutil.copy(Path(checkpoint_folder, name), Path(args.output_dir, name))
+        super()._push_from_checkpoint(checkpoint_folder)
 
 
 def model_card(trainer, folder: Path, data: str | None = None, tags=None) -> str:

@@ -8,10 +8,11 @@ import pytest
 import yaml
 from datasets import Dataset
 from peft import LoraConfig
+from trl import SFTTrainer
 
 import softar
 from softar.cli.app import main
-from softar.config import SoftConfig
+from softar.config import CONFIG_FILE, STEP_TEMPERATURE_FILE, SoftConfig
 from softar.diffusion.head import HEAD_FILE
 from softar.diffusion.models import load
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
@@ -175,3 +176,24 @@ def test_the_command_names_a_mixer_of_ones_own(tmp_path, monkeypatch, capsys):
     folder = str(tmp_path / "mine")
     decoder = softar.make_decoder(command[-1], model=folder, max_new_tokens=args.eval_new_tokens)
     assert decoder.config == trainer.decoding()
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "end"])
+def test_a_push_takes_what_says_how_it_is_decoded(tmp_path, monkeypatch, strategy):
+    pushed = []
+    monkeypatch.setattr(
+        SFTTrainer,
+        "_push_from_checkpoint",
+        lambda self, folder: pushed.append({p.name for p in tmp_path.iterdir() if p.is_file()}),
+    )
+    trainer = object.__new__(SoftSFTTrainer)
+    trainer.args = SoftSFTConfig(str(tmp_path), hub_strategy=strategy)
+    trainer.push_in_progress = None
+    monkeypatch.setattr(SoftSFTTrainer, "is_world_process_zero", lambda self: True)
+    monkeypatch.setattr(SoftSFTTrainer, "card_config", lambda self: (CONFIG_FILE, {}))
+    names = {CONFIG_FILE, STEP_TEMPERATURE_FILE}
+    (tmp_path / "checkpoint-1").mkdir()
+    for name in names:
+        (tmp_path / "checkpoint-1" / name).write_text("")
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert pushed == [set() if strategy == "end" else names]
