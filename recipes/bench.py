@@ -20,157 +20,22 @@ OMP_NUM_THREADS=1 softar bench beams --batch 1 --new_tokens 32 --cpu_time
 softar bench memory
 """
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import softar
-from softar.checks import check_choice
 from softar.mixers import guide
-from softar.results import device, versions, write_results
+from softar.recipes.bench_decode import beams, decode
+from softar.recipes.bench_tools import (
+    clock_of,
+    interleaved,
+    largest,
+    parser_of,
+    run_bench,
+    show,
+    spread,
+)
 from softar.sft.forward import soft_forward
 from softar.soft import Soft, dense, mk_proba_dist, soft_embed
-
-console = Console()
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def timed(run, clock=time.perf_counter) -> float:
-    """Seconds of one call."""
-    synchronise()
-    started = clock()
-    run()
-    synchronise()
-    return clock() - started
-
-
-def clock_of(args) -> Callable[[], float]:
-    return time.process_time if args.cpu_time else time.perf_counter
-
-
-def interleaved(
-    runs: dict, repeats: int, *, warm_up: bool = True, clock=time.perf_counter
-) -> dict[str, list[float]]:
-    """Seconds of each run, taken in turn (forwards, then backwards) so that a drift of the machine
-    hits all alike."""
-    for run in runs.values() if warm_up else ():
-        run()
-    seconds = {name: [] for name in runs}
-    for repeat in range(repeats):
-        for name in list(runs)[:: 1 if repeat % 2 == 0 else -1]:
-            seconds[name].append(timed(runs[name], clock))
-    return seconds
-
-
-def decode(args) -> list[dict]:
-    """Decoding overhead: tokens/s of softar.generate over those of
-    model.generate(do_sample=False)."""
-    model, tokenizer = softar.load(args.model, dtype=args.dtype)
-    chat = [{"role": "user", "content": "Tell me a long story about a fox and a crane."}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    new = args.new_tokens
-    rows = []
-    for batch in args.batch:
-        inputs = tokenizer([text] * batch, return_tensors="pt").to(model.device)
-
-        def hf(inputs=inputs):
-            return model.generate(**inputs, do_sample=False, max_new_tokens=new)
-
-        def ours(config, inputs=inputs):
-            return softar.generate(model, **inputs, config=config)
-
-        configs = {
-            "hard": softar.SoftConfig(mixer="hard", top_k=None, max_new_tokens=new),
-            "soft, top-k 10": softar.SoftConfig(top_k=10, max_new_tokens=new),
-            "gumbel, top-k 10": softar.SoftConfig(mixer="gumbel", top_k=10, max_new_tokens=new),
-            "switching": softar.SoftConfig(switch="block", switch_dwell=4, max_new_tokens=new),
-            "3 samples": softar.SoftConfig(mixer="k-samples", top_k=None, max_new_tokens=new),
-            "hybrid, top-k 10": softar.SoftConfig(mixer="hybrid", top_k=10, max_new_tokens=new),
-            "hidden states": softar.SoftConfig(mixer="hidden", budget=new, max_new_tokens=new),
-        }
-        configs = {
-            name: config
-            for name, config in configs.items()
-            if args.decoders is None or name in args.decoders
-        }
-        assert torch.equal(hf(), ours(configs["hard"]).sequences), "not model.generate's tokens"
-        # a row that ended early would be compared at another length
-        for name, config in configs.items():
-            assert ours(config).num_forwards == new, f"{name} ended early: take fewer tokens"
-        runs = {"model.generate": hf} | {name: (lambda c=c: ours(c)) for name, c in configs.items()}
-        check_choice("beside", args.beside, runs)
-        rows += compared("decode", {args.beside: runs[args.beside]} | runs, batch, args)
-    show(
-        f"decoding: tokens/s, and their ratio to {args.beside}",
-        rows,
-        ("batch", "decoder", "tokens_per_s", "ratio", "ratio_low", "ratio_high"),
-    )
-    return rows
-
-
-def compared(bench: str, runs: dict, batch: int, args) -> list[dict]:
-    """Tokens per second of each run, and their ratio to those of the first."""
-    seconds = interleaved(runs, args.repeats, clock=clock_of(args))
-    base, rows = seconds[next(iter(runs))], []
-    for name, took in seconds.items():
-        ratio, low, high = spread(a / b for a, b in zip(base, took, strict=True))
-        rows.append(
-            dict(
-                bench=bench,
-                model=args.model,
-                batch=batch,
-                new_tokens=args.new_tokens,
-                decoder=name,
-                tokens_per_s=batch * args.new_tokens / spread(took)[0],
-                ratio=ratio,
-                ratio_low=low,
-                ratio_high=high,
-                repeats=args.repeats,
-                clock="processor" if args.cpu_time else "wall",
-            )
-        )
-    return rows
-
-
-def beams(args) -> list[dict]:
-    """Search overhead: tokens/s of soft beams over those of beam search of the same width."""
-    from softar.decoders.beam import BeamDecoder, BeamOptions
-    from softar.decoders.beam_collapse import BeamCollapse
-    from softar.decoders.search import SearchDecoder
-    from softar.decoders.soft_beam import SoftBeam
-
-    model, tokenizer = softar.load(args.model, dtype=args.dtype)
-    model.generation_config.eos_token_id = None  # a search that ended early would be shorter
-    chat = [{"role": "user", "content": "Tell me a long story about a fox and a crane."}]
-    config, B = softar.SoftConfig(max_new_tokens=args.new_tokens), args.num_beams
-    searches = {"soft-beam": SoftBeam(B), "beam-collapse": BeamCollapse(B)}
-    decoders = {"beam": BeamDecoder(model, tokenizer, BeamOptions(args.new_tokens, B))}
-    for name, search in searches.items():
-        decoders[name] = SearchDecoder(model, tokenizer, config, search)
-    rows = []
-    for batch in args.batch:
-        runs = {
-            name: (lambda decoder=decoder, batch=batch: decoder.decode([chat] * batch))
-            for name, decoder in decoders.items()
-            if args.decoders is None or name in ("beam", *args.decoders)
-        }
-        rows += compared("beams", runs, batch, args)
-    show(
-        f"{B} beams: tokens/s, and their ratio to beam search",
-        rows,
-        ("batch", "decoder", "tokens_per_s", "ratio", "ratio_low", "ratio_high"),
-    )
-    return rows
 
 
 def sft(args) -> list[dict]:
@@ -302,62 +167,6 @@ def memory(args) -> list[dict]:
     return rows
 
 
-def largest(run) -> int:
-    """Peak bytes allocated beyond what was there before, from the profiler's allocation events."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with (
-        torch.no_grad(),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-    ):
-        run()
-    now = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
-
-
-def show(title: str, rows: list[dict], columns: tuple[str, ...]) -> None:
-    table = Table(title=title, caption=f"{device()}, torch {torch.__version__}")
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    for row in rows:
-        cells = [row[c] for c in columns]
-        table.add_row(
-            *[f"{c:.4g}" if isinstance(c, float) else str("-" if c is None else c) for c in cells]
-        )
-    console.print(table)
-
-
-def spread(values) -> tuple[float, float, float]:
-    """-> median, least, greatest."""
-    values = list(values)
-    return statistics.median(values), min(values), max(values)
-
-
-def parser_of(description: str) -> argparse.ArgumentParser:
-    """A parser that prints the description as it stands, with the option that `run_bench` reads."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output", default="runs/bench", help="folder that the results are written to"
-    )
-    return parser
-
-
-def run_bench(name: str, measure: Callable, args) -> None:
-    """Print the conditions, measure, and write the rows to NAME.json in the folder
-    `args.output`."""
-    conditions = f"{device()}, {torch.get_num_threads()} threads, {versions()}"
-    console.print(f"{name} on {conditions}", soft_wrap=True)
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    console.print(f"written: {write_results(folder / f'{name}.json', measure(args))}")
-
-
 BENCHES = {"decode": decode, "beams": beams, "sft": sft, "agreement": agreement, "memory": memory}
 
 
@@ -374,9 +183,7 @@ def main() -> None:
         "--batch", type=int, nargs="+", default=[1, 8], help="decode, beams: rows decoded together"
     )
     parser.add_argument(
-        "--decoders",
-        nargs="+",
-        help="decode, beams: only these decoders, 'hard' or 'beam' among them",
+        "--decoders", nargs="+", help="decode, beams: only these decoders, beside 'hard' or 'beam'"
     )
     parser.add_argument("--beside", default="model.generate", help="decode: what ratios are to")
     parser.add_argument(

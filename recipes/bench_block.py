@@ -40,7 +40,7 @@ from softar.diffusion.families import (
     SDARForCausalLM,
 )
 from softar.diffusion.masked import Masked
-from softar.recipes.bench import interleaved, parser_of, run_bench, show, spread, timed
+from softar.recipes.bench_tools import interleaved, parser_of, run_bench, show, spread, timed
 from softar.recipes.block_loops import fast_loop, llada2_loop, sdar_loop
 
 FIXED = dict(

@@ -16,7 +16,15 @@ import torch
 
 import softar
 from softar.caches import compiling
-from softar.recipes.bench import clock_of, interleaved, parser_of, run_bench, show, spread, timed
+from softar.recipes.bench_tools import (
+    clock_of,
+    interleaved,
+    parser_of,
+    run_bench,
+    show,
+    spread,
+    timed,
+)
 
 CACHES = {
     "dynamic": {},

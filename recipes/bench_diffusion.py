@@ -44,17 +44,6 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from softar.diffusion import SOFTENERS, DenoiseConfig, denoise
 from softar.diffusion.select import Belief
 from softar.diffusion.soften import Slots, mk_softener
-from softar.recipes.bench import (
-    console,
-    interleaved,
-    largest,
-    parser_of,
-    run_bench,
-    show,
-    spread,
-    synchronise,
-    timed,
-)
 from softar.recipes.bench_diffusion_training import doubled_row, softeners, training
 from softar.recipes.bench_llada import (
     CACHES,
@@ -65,6 +54,17 @@ from softar.recipes.bench_llada import (
     public,
     samplers,
     tokens,
+)
+from softar.recipes.bench_tools import (
+    console,
+    interleaved,
+    largest,
+    parser_of,
+    run_bench,
+    show,
+    spread,
+    synchronise,
+    timed,
 )
 from softar.soft import soft_embed
 

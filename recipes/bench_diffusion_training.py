@@ -8,7 +8,7 @@ import torch
 from softar.diffusion import DenoiseConfig, load
 from softar.diffusion.doubled import doubled
 from softar.diffusion.evaluate import evaluate
-from softar.recipes.bench import console, largest, show, spread
+from softar.recipes.bench_tools import console, largest, show, spread
 from softar.tasks import load_task
 
 STEPS = 20

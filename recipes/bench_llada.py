@@ -16,7 +16,7 @@ from softar.diffusion.architectures import (
     LladaForMaskedDiffusion,
     llama_name,
 )
-from softar.recipes.bench import interleaved
+from softar.recipes.bench_tools import interleaved
 
 LLADA = dict(vocab_size=126_464, mask_token_id=126_336, eos_token_id=126_081, bos_token_id=126_080)
 TINY = dict(vocab_size=512, mask_token_id=511, eos_token_id=510, bos_token_id=509)

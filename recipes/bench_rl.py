@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from softar.models import word_tokenizer
-from softar.recipes.bench import interleaved, parser_of, run_bench, show, spread
+from softar.recipes.bench_tools import interleaved, parser_of, run_bench, show, spread
 from softar.rl import SoftGRPOConfig, SoftGRPOTrainer
 
 # of the model; <eos> lies beyond them, so that every completion runs to its full length

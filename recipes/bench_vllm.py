@@ -30,7 +30,7 @@ from pathlib import Path
 
 import psutil
 
-from softar.recipes.bench import console, parser_of, run_bench, show, spread, timed
+from softar.recipes.bench_tools import console, parser_of, run_bench, show, spread, timed
 from softar.vllm.export import exported
 from softar.vllm.machine import on_cpu, require_vllm, settings
 
