@@ -93,8 +93,9 @@ def largest(run) -> int:
     return peak
 
 
-def show(title: str, rows: list[dict], columns: tuple[str, ...]) -> None:
-    table = Table(title=title, caption=f"{device()}, torch {torch.__version__}")
+def show(title: str, rows: list[dict], columns: tuple[str, ...], on: str | None = None) -> None:
+    """Print a table. on: what it was measured on; by default this machine's `device`."""
+    table = Table(title=title, caption=f"{on or device()}, torch {torch.__version__}")
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
     for row in rows:

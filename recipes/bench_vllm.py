@@ -258,7 +258,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--model", default="smollm2-135m", help="a model that softar.load opens")
     parser.add_argument("--dtype", default="float32", help="type of the weights")
@@ -299,12 +299,16 @@ def main() -> None:
         action="store_true",
         help="measure the workers' processor time, for a busy machine; CPU only",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     require_vllm()
     if args.cpu_time and not on_cpu():
         parser.error("--cpu_time is for engines on CPU: a GPU computes on while its worker waits")
     args.eager = args.enforce_eager or on_cpu()
-    run_bench("vllm", throughput, args)
+    return args
+
+
+def main() -> None:
+    run_bench("vllm", throughput, parse())
 
 
 if __name__ == "__main__":

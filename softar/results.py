@@ -65,10 +65,11 @@ def commit(besides: str | None = None) -> str | None:
     return head + ("+" if dirty else "")
 
 
-def device() -> str:
+def device(kind: str | None = None) -> str:
+    """Name of this machine's "cuda" or "cpu"; by default of its GPU, where it has one."""
     import torch  # here, so that what only writes a file does without it
 
-    if torch.cuda.is_available():
+    if kind != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 

@@ -95,6 +95,7 @@ def test_the_commands():
         "rloo",
         "demo",
         "bench",
+        "speed",
     ]
     assert {e.values[0] for e in examples()} == {"", *GROUP.commands}  # each has some
 

@@ -86,4 +86,9 @@ PROGRAMS = TRAINING | {
         ["--limit 100 --output_dir runs/quick"],
     ),
     "bench": Entry("bench", "Measure speed and memory.", ["decode --model smollm2-135m", "memory"]),
+    "speed": Entry(
+        "speed",
+        "Measure how far each path is from what the machine allows, and draw a page.",
+        ["", "--paths decode --caches dynamic static compiled"],
+    ),
 }
