@@ -70,6 +70,8 @@ class Masked:
         self.narrows = self.quirks.waits and isinstance(name, str) and name in SCHEDULES
         # of a decode that is to be replayed
         self.recorder = Recorder(canvas, self._block_numbers(real)) if record else None
+        # elsewhere to find out which rows are the same would wait for the device
+        self.reader.shares = record and input_ids.device.type == "cpu"
 
     def _canvas(self, input_ids: Tensor, facts: Facts) -> Canvas:
         return Canvas(input_ids, self.config.gen_length, facts.mask_id)

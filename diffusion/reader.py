@@ -70,6 +70,19 @@ def swap(cache, a: int, b: int) -> None:
         part[[a, b]] = part[[b, a]]
 
 
+def same_rows(*parts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[u] the first of all rows that are the same in the parts [n, ...], to the bit, and [n] which of
+    these each row is."""
+    there = [part.flatten(1).contiguous() for part in parts if part is not None]
+    rows = zip(*(part.view(torch.uint8).cpu().numpy() for part in there))
+    first: dict[bytes, int] = {}
+    which = [
+        first.setdefault(b"".join(part.tobytes() for part in row), i) for i, row in enumerate(rows)
+    ]
+    device = there[0].device
+    return tuple(torch.tensor(which, device=device).unique(return_inverse=True))
+
+
 class Reader:
     """Runs the model on a window of the canvas, for the rows that have a seat. Keeps what forwards
     leave: keys and values, soft slots, counts."""
@@ -87,6 +100,8 @@ class Reader:
             self.positions_of = self.positions_of.repeat(2, 1)
             self.mask = None if self.mask is None else self.mask.repeat(2, 1)
         self.cache = WindowCache() if config.cache in ("prefix", "dual") else None
+        # are rows that read the same computed once? As the answers to a prompt do, until draws part
+        self.shares = False
         # the rows (with guidance twice as many) as they lie in the cache, and how many of them have
         # a seat; [n] which those are, and [rows] the seat of each: None where all have their own
         self.order = [*range(len(self.positions_of))]
@@ -167,7 +182,7 @@ class Reader:
         if self.twice:
             embeds = torch.cat([embeds, self._inputs(self.without_prompt(canvas), lo, hi)])
         embeds, positions = self.of_seats(embeds), self.of_seats(self.positions_of[:, lo:hi])
-        hidden = self.net.body(embeds, self.of_seats(self.mask), positions, self.cache)
+        hidden = self._hidden(embeds, self.of_seats(self.mask), positions)
         self.forwards, self.positions = (
             self.forwards + 1,
             self.positions + embeds.shape[0] * embeds.shape[1],
@@ -177,6 +192,14 @@ class Reader:
         chosen = [hidden[self._seat(rows + half), source] for half in self._halves(canvas)]
         chosen = torch.cat(chosen) if self.twice else chosen[0]
         return self.guided(self.net.head(chosen).float())
+
+    def _hidden(self, embeds: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+        """[n, T, D]"""
+        if not self.shares:
+            return self.net.body(embeds, mask, positions, self.cache)
+        first, which = same_rows(embeds, mask)
+        mask = mask if mask is None else mask[first]
+        return self.net.body(embeds[first], mask, positions[first], None)[which]
 
     def without_prompt(self, canvas: Tensor) -> Tensor:
         """[B, L] what the guided-away reading sees: masks where the caller gave tokens, but for those
