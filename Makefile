@@ -44,7 +44,7 @@ demo: setup ## train to think in soft tokens, compare with all else, write table
 	$(LAUNCH) recipes/sft_soft.py --output_dir runs/demo $(ARGS)
 	$(BIN)/python recipes/demo.py --trained runs/demo --output_dir runs/demo
 
-evidence: setup ## what is left of the experiments of RESULTS.md, hours, to tests/evidence; X=X1 is one, ARGS=--list runs none
+evidence: setup ## what is left of the experiments of RESULTS.md, hours, to tests/evidence; X=X1 or X=diffusion-rl is one, ARGS=--list runs none
 	$(BIN)/python recipes/evidence.py $(if $(X),--experiment $(X)) $(ARGS)
 
 report: setup ## tables of the experiments' logs, into README.md and RESULTS.md, and a page of them in runs/evidence

@@ -203,6 +203,9 @@ EXPERIMENTS = {
     "X3": Experiment("Latin squares by masked diffusion", "softar.recipes.evidence_latin"),
     "X4": Experiment("Soft RL on MNNS, 2 x 2", "softar.recipes.evidence_rl"),
     "methods": Experiment("every method on MNNS", "softar.recipes.evidence_methods"),
+    "diffusion-rl": Experiment(
+        "RL of masked diffusion, Latin squares", "softar.recipes.evidence_diffusion_rl"
+    ),
 }
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 "Evidence: rules", as tables. An experiment is added by an entry in EVIDENCE, a region in RESULTS.md
 and `facts` in its module."""
 
+from softar.recipes.evidence_claims_diffusion_rl import DIFFUSION_RL
 from softar.recipes.evidence_claims_methods import METHODS
 from softar.recipes.evidence_claims_reach import X2, X2_SMOLLM2
 from softar.recipes.evidence_claims_rl import X4
@@ -223,4 +224,12 @@ X3 = Evidence(
         "forwards are read on all rows, the others on the first 1000.",
     ),
 )
-EVIDENCE = {"X1": X1, "X2": X2, "X2-smollm2": X2_SMOLLM2, "X3": X3, "X4": X4, "methods": METHODS}
+EVIDENCE = {
+    "X1": X1,
+    "X2": X2,
+    "X2-smollm2": X2_SMOLLM2,
+    "X3": X3,
+    "X4": X4,
+    "methods": METHODS,
+    "diffusion-rl": DIFFUSION_RL,
+}

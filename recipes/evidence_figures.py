@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from softar.recipes.evidence_gains import Analysis, points, seeds_of, share
-from softar.recipes.evidence_kinds import MARGIN, Grid
+from softar.recipes.evidence_kinds import Grid
 from softar.show.plots import plot
 
 SIZE = (4.6, 4.0)  # inches of a panel
@@ -115,10 +115,11 @@ def curve_panel(analysis: Analysis, grid: Grid) -> Panel:
 
 
 def gap_panel(analysis: Analysis) -> Panel:
-    lines = {}
+    lines, claims = {}, []
     for legend, by_tick in analysis.evidence.gaps.items():
         results = [analysis.results[says] for says in by_tick.values()]
         lines[legend] = [result.gain for result in results]
+        claims += [result.claim for result in results]
         if all(result.beside for result in results):
             lines["other rows"] = [result.beside for result in results]
     ticks = [*next(iter(analysis.evidence.gaps.values()))]
@@ -130,7 +131,10 @@ def gap_panel(analysis: Analysis) -> Panel:
             ends = np.maximum([mean - low, high - mean], 0)
             axes.errorbar(xs, mean, ends, **look(i), linewidth=1.2, capsize=3, label=legend)
         axes.axhline(0, color=MUTED, linewidth=0.8)
-        axes.axhline(100 * MARGIN, color=MUTED, linewidth=0.8, linestyle=":", label="the margin")
+        for margin in sorted({claim.margin for claim in claims if claim.has_verdict}):
+            axes.axhline(
+                100 * margin, color=MUTED, linewidth=0.8, linestyle=":", label="the margin"
+            )
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set(xlabel=analysis.evidence.gaps_x, ylabel="gain in points")
 

@@ -71,7 +71,7 @@ def verdict_on(claim: Claim, gain: Gain, least_seeds: int) -> str | None:
     if gain.seeds < least_seeds:
         return "open"
     if not claim.is_question:
-        return gain.verdict(MARGIN)
+        return gain.verdict(claim.margin)
     return "open" if gain.low <= 0 <= gain.high else THERE
 
 
@@ -291,6 +291,8 @@ def verdicts_of(result: Result) -> str:
     words = [of_both(result.verdict, result.by_t)]
     if result.verdict is not None and result.is_equivalent:
         words.append("equivalent")
+    if result.verdict is not None and result.claim.margin != MARGIN:
+        words.append(f"margin {100 * result.claim.margin:.0f}")
     said = [", ".join(filter(None, words))]
     if result.longer is not None and result.longer > EQUAL_SECONDS:
         said.append(f"ours took {100 * result.longer:.0f} % longer")

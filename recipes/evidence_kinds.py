@@ -35,6 +35,7 @@ class Claim(NamedTuple):
     brief: str = ""  # what README calls it, where it stands there: "where: ours over theirs"
     is_question: bool = False  # is there a difference, either way? In place of a margin
     has_seconds: bool = True  # do those of both tell how long each was trained?
+    margin: float = MARGIN  # which a supported gain reaches
 
 
 class Grid(NamedTuple):
@@ -64,6 +65,7 @@ class Evidence(NamedTuple):
     notes: tuple[str, ...] = ()  # what has to be known to read the tables
     borrows: dict[str, tuple[str, ...]] = {}  # experiment -> settings whose logs count here too
     brief: str = ""  # task and net, on README's first screen
+    in_readme: bool = True  # does that tell where soft lost?
 
 
 def less(about: str, says: str, ours: Read, theirs: Read, brief: str = "", **options) -> Claim:

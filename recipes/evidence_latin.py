@@ -1,17 +1,15 @@
 """X3 of the evidence: Latin squares by masked diffusion (RESULTS.md, "Evidence: rules")."""
 
-import contextlib
 import dataclasses
 import functools
-import io
-import tempfile
+from collections.abc import Callable
 
 from torch import Tensor
 
 from softar.diffusion.head import SoftMaskHead
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.diffusion.soften import Slots, soft_mask
-from softar.recipes.evidence_units import Unit, Watch, on_disk, readouts, rows_hash
+from softar.recipes.evidence_units import Unit, on_disk, readouts, rows_hash
 from softar.soft import Soft
 
 DEV, TEST, CURVE = 500, 5000, 1000
@@ -87,9 +85,12 @@ def data():
 
 
 def facts() -> dict[str, dict]:
+    return facts_of(data()[1]["test"])
+
+
+def facts_of(rows) -> dict[str, dict]:
     """Of the test rows, and of the first of them, what the analysis has to know
     (`evidence_logs.Rows`)."""
-    rows = data()[1]["test"]
     numbers: dict[str, int] = {}
     groups = [numbers.setdefault(square, len(numbers)) for square in rows["group"]]
     of_test = rows_hash({"test": rows})["test_rows_hash"]
@@ -108,32 +109,50 @@ def measure(unit: Unit) -> list[dict]:
     model, tokenizer = load("latin-diffusion-tiny", seed=unit.seed, device=unit.device)
     make = ShuffledConfig if arm == "shuffled" else DiffusionSFTConfig
     fields = TRAINING | ARMS[arm] | unit.fields
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = make(output_dir=folder, **fields, **unit.training)
-        trainer = DiffusionSFTTrainer(
+    line = fit(unit, model, tokenizer, task, fields, make)
+    soft = how_soft(arm, line["arguments"]["head"])
+    made = functools.partial(decoders, model, tokenizer, soft)
+    return [line | rows_hash(rows), *answers(unit, made, task, rows, (BUDGET,), OTHERS)]
+
+
+def fit(unit: Unit, model, tokenizer, task, fields: dict, config: type = DiffusionSFTConfig):
+    """Supervised training -> the first line of a log."""
+
+    def make(args: dict) -> DiffusionSFTTrainer:
+        args = config(**args)
+        return DiffusionSFTTrainer(
             model, args, train_dataset=task.train, processing_class=tokenizer
         )
-        with Watch() as watch:
-            trainer.train()
+
+    trainer, line = unit.train(make, fields)
     head = None if trainer.head is None else trainer.head.settings()
-    lines = [unit.line(watch, trainer, fields | {"head": head}) | rows_hash(rows)]
+    return line | dict(arguments=fields | {"head": head})
+
+
+def how_soft(arm: str, head: dict | None) -> dict | None:
+    """Fields of a softly decoding DenoiseConfig; None: the arm has no such way."""
+    if arm == "shuffled":
+        return dict(soften=functools.partial(shuffled, **head))
+    return None if head is None else dict(soften="soft-mask", soften_args=head)
+
+
+def answers(unit: Unit, made: Callable, task, rows: dict, budgets: tuple, others: tuple) -> list:
+    """The lines of a log after its first. made: decoders by name, of so many forwards each; those of
+    `budgets` answer all rows, of `others` the first."""
+    lines = []
     for split in unit.splits:
         few = rows[split].select(range(min(CURVE, len(rows[split]))))
-        for budgets, some in (((BUDGET,), rows[split]), (OTHERS, few)):
-            made = decoders(model, tokenizer, arm, head, budgets)
-            lines += readouts(made, some, task, split)
+        for forwards, some in ((budgets, rows[split]), (others, few)):
+            lines += readouts(made(forwards), some, task, split)
     return lines
 
 
-def decoders(model, tokenizer, arm: str, head: dict | None, budgets: tuple[int, ...]) -> dict:
+def decoders(model, tokenizer, soft: dict | None, budgets: tuple[int, ...]) -> dict:
+    """Hard ones, and those as `soft` says, of so many forwards each."""
     from softar.diffusion.config import DenoiseConfig
     from softar.diffusion.decoders import DiffusionDecoder
 
-    ways = {"hard": dict(soften="hard")}
-    if arm == "shuffled":
-        ways["soft"] = dict(soften=functools.partial(shuffled, **head))
-    elif head is not None:
-        ways["soft"] = dict(soften="soft-mask", soften_args=head)
+    ways = {"hard": dict(soften="hard")} | ({} if soft is None else {"soft": soft})
     return {
         f"{name}, {steps}": DiffusionDecoder(
             model, tokenizer, DenoiseConfig(gen_length=0, steps=steps, **way)

@@ -1,12 +1,9 @@
 """X1 of the evidence: MNNS with 4, 5 and 6 digits (RESULTS.md, "Evidence: rules")."""
 
-import contextlib
 import functools
-import io
-import tempfile
 from dataclasses import replace
 
-from softar.recipes.evidence_units import Unit, Watch, on_disk, read_rows, readouts, rows_hash
+from softar.recipes.evidence_units import Unit, on_disk, read_rows, readouts, rows_hash
 from softar.recipes.sft_soft import ROWS
 
 DIGITS = (4, 5, 6)
@@ -86,12 +83,11 @@ def fit(unit: Unit, model, tokenizer, task, fields: dict):
     from softar.sft.config import SoftSFTConfig
     from softar.sft.trainer import SoftSFTTrainer
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = SoftSFTConfig(output_dir=folder, **(unit.training | fields))
-        trainer = SoftSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer)
-        with Watch() as watch:
-            trainer.train()
-    return trainer, unit.line(watch, trainer, fields)
+    def make(args: dict) -> SoftSFTTrainer:
+        args = SoftSFTConfig(**args)
+        return SoftSFTTrainer(model, args, train_dataset=task.train, processing_class=tokenizer)
+
+    return unit.train(make, fields)
 
 
 def fields_of(arm: str, task, steps: int) -> dict:

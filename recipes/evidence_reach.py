@@ -1,12 +1,9 @@
 """X2 of the evidence: reachability in layered graphs (RESULTS.md, "Evidence: rules"), of the net
 trained here from its first step; evidence_smollm2.py has the pretrained one."""
 
-import contextlib
 import functools
 import hashlib
-import io
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -191,16 +188,15 @@ def pauses(name: str) -> Dataset:
 
 
 def fit(model, tokenizer, rows: Dataset, fields: dict, unit: Unit):
-    """Train -> the arguments, the trainer, and the watch of its steps."""
+    """Train -> the trainer, and the first line of a log."""
     from softar.sft.config import SoftSFTConfig
     from softar.sft.trainer import SoftSFTTrainer
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = SoftSFTConfig(output_dir=folder, **fields, **unit.training)
-        trainer = SoftSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
-        with Watch() as watch:
-            trainer.train()
-    return args, trainer, watch
+    def make(args: dict) -> SoftSFTTrainer:
+        args = SoftSFTConfig(**args)
+        return SoftSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+
+    return unit.train(make, fields)
 
 
 def warm(name: str, unit: Unit):
@@ -239,10 +235,10 @@ def warm_up(name: str, model, tokenizer, unit: Unit) -> dict:
         fields |= dict(max_steps=stage.steps, learning_rate=stage.rate)
         fields |= dict(think_steps=task.think_steps)
         rows = without(task.train, held_out).select_columns(["prompt", "completion"])
-        _, trainer, watch = fit(model, tokenizer, rows, fields, unit)
+        _, line = fit(model, tokenizer, rows, fields, unit)
         about["steps"] += stage.steps
-        about["processor_seconds"] += watch.processor
-        about["train_loss"].append(trainer.state.log_history[-1].get("train_loss"))
+        about["processor_seconds"] += line["processor_seconds"]
+        about["train_loss"].append(line["train_loss"])
     return about
 
 
@@ -267,13 +263,12 @@ def measure(unit: Unit) -> list[dict]:
     model, tokenizer, about = warm(name, unit)
     fields = fields_of(net, arm) | unit.fields
     if arm == "warm":
-        args, trainer = SoftSFTConfig("", **fields, **unit.training), None
-        with Watch() as watch:
-            pass
+        args, line = SoftSFTConfig("", **fields, **unit.training), unit.line(Watch(), None, fields)
     else:
         learnt = pauses(name) if arm == "pause" else task.train
-        args, trainer, watch = fit(model, tokenizer, learnt, fields, unit)
-    lines = [unit.line(watch, trainer, fields) | rows_hash(rows) | {"warm_up": about}]
+        trainer, line = fit(model, tokenizer, learnt, fields, unit)
+        args = trainer.args
+    lines = [line | rows_hash(rows) | {"warm_up": about}]
     for split in unit.splits:
         made = decoders(model, tokenizer, args, arm.removesuffix("-parity"))
         lines += readouts(made, rows[split], task, split, net.batch_size)

@@ -39,7 +39,9 @@ trained to read mixtures gain little by it or lose (X1, X2; RESULTS.md 12); RL (
 
 def regions(analyses: dict[str, Analysis]) -> dict[str, str]:
     """Region of README -> what stands in it."""
-    counted = {name: each for name, each in analyses.items() if each.logs.whole}
+    counted = {
+        name: each for name, each in analyses.items() if each.logs.whole and each.evidence.in_readme
+    }
     results = [result for each in counted.values() for result in each.results.values()]
     brief = [result for result in results if result.claim.brief]
     return {FIRST: first_screen(counted), TABLE: table_of(brief)}

@@ -1,9 +1,6 @@
 """X4 of the evidence: RL on soft policies, 2 x 2 (RESULTS.md, "Evidence: rules")."""
 
-import contextlib
 import dataclasses
-import io
-import tempfile
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -13,7 +10,6 @@ from softar.decoders.soft import SelfConsistency, SoftDecoder
 from softar.recipes.evidence_mnns import data, fields_of, fit, untrained
 from softar.recipes.evidence_units import (
     Unit,
-    Watch,
     hash_of,
     keep_weights,
     readouts,
@@ -131,17 +127,21 @@ def reinforce(unit: Unit, model, tokenizer, task, fields: dict):
     from softar.rl.rewards import reward_of
 
     length = dict(think_steps=task.think_steps, max_completion_length=task.max_new_tokens)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = SoftGRPOConfig(output_dir=folder, **(unit.training | length | fields))
-        trainer = SoftGRPOTrainer(
+
+    def make(args: dict) -> SoftGRPOTrainer:
+        args = SoftGRPOConfig(**length | args)
+        return SoftGRPOTrainer(
             model, reward_of(task), args, train_dataset=task.train, processing_class=tokenizer
         )
-        with Watch() as watch:
-            trainer.train()
-    curve = [
+
+    trainer, line = unit.train(make, fields)
+    return trainer, line | dict(rewards=rewards_by_step(trainer))
+
+
+def rewards_by_step(trainer) -> list[tuple]:
+    return [
         (each["step"], each["reward"]) for each in trainer.state.log_history if "reward" in each
     ]
-    return trainer, unit.line(watch, trainer, fields) | dict(rewards=curve)
 
 
 def policy(mixer: str, **knobs) -> SoftConfig:

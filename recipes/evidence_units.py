@@ -1,13 +1,16 @@
 """What the experiments of the evidence share: a unit, which is one arm with one seed, and the lines
 of its log."""
 
+import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +48,14 @@ class Unit:
             logging_steps=100,
             disable_tqdm=True,
         )
+
+    def train(self, make: Callable, fields: dict):
+        """make: the trainer, of its arguments -> that trainer, afterwards, and the first line of a log."""
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            trainer = make(dict(output_dir=folder) | self.training | fields)
+            with Watch() as watch:
+                trainer.train()
+        return trainer, self.line(watch, trainer, fields)
 
     def line(self, watch: "Watch", trainer, arguments: dict) -> dict:
         """The first of a log: what was trained, and what it took; trainer None: nothing was."""
@@ -116,7 +127,9 @@ def hash_of(file: Path) -> str:
 
 
 class Watch:
-    """Seconds inside a `with`: of the processor, by this process, and of the wall."""
+    """Seconds inside a `with`: of the processor, by this process, and of the wall; before one, none."""
+
+    processor = wall = 0.0
 
     def __enter__(self):
         self.processor, self.wall = -time.process_time(), -time.perf_counter()

@@ -391,7 +391,9 @@ def test_decoding_shuffled_shows_masks_the_beliefs_about_masks_of_another_row(ti
         return seen[-1][1]
 
     monkeypatch.setattr(evidence_latin, "shuffled", spy)
-    made = evidence_latin.decoders(model, tokenizer, "shuffled", head, (6,))
+    made = evidence_latin.decoders(
+        model, tokenizer, evidence_latin.how_soft("shuffled", head), (6,)
+    )
     made["soft, 6"].decode([*rows["test"]["template"][:7]])
     committed = 0
     for slots, soft in seen:

@@ -12,6 +12,7 @@ import pytest
 from softar.evals.seeds import Gain, bootstrap_gains
 from softar.recipes import (
     evidence,
+    evidence_diffusion_rl,
     evidence_latin,
     evidence_methods,
     evidence_mnns,
@@ -39,6 +40,7 @@ from softar.recipes.evidence_readme import (
     first_screen,
     line_of,
     losses,
+    regions,
     update_readme,
 )
 from softar.recipes.evidence_tables import (
@@ -61,9 +63,11 @@ MODULES = {
     "X3": evidence_latin,
     "X4": evidence_rl,
     "methods": evidence_methods,
+    "diffusion-rl": evidence_diffusion_rl,
 }
 SIZES = {"X1": (12, 8, 9), "X2": (8, 10), "X2-smollm2": (6,), "X3": (14, 9), "X4": (12,)}
 SIZES["methods"] = (12, 9)  # of which X1's logs are read too
+SIZES["diffusion-rl"] = (14, 9)
 CHOOSE, DEV_ROWS = ("X4", "methods"), 4  # by development rows
 DRAWS = 300
 
@@ -73,7 +77,7 @@ def facts(name):
     names = dict.fromkeys(read.rows for read in reads_of(EVIDENCE[name]))
     return {
         rows: dict(n=n, groups=[i // 2 for i in range(n)])
-        if name == "X3"
+        if name in ("X3", "diffusion-rl")
         else dict(n=n, dev=DEV_ROWS, groups=[i % 3 for i in range(n)])
         if name in CHOOSE
         else dict(n=n, beside=[0, 2, 3], floor=0.25)
@@ -249,6 +253,23 @@ def test_many_gains_are_drawn_as_each_by_itself_row_by_row(grouped):
         rows = np.concatenate([np.flatnonzero(groups == group) for group in some])
         for k in range(2):
             assert found[k, i] == pytest.approx(gains[k][seeds][:, rows].mean())
+
+
+@pytest.mark.parametrize("mean, verdict", [(0.16, "supported"), (0.14, "open")])
+def test_a_claim_may_want_more(mean, verdict):
+    gain = Gain(mean, *[0.1, 0.2] * 3, 3, 900)
+    says = verdicts_of(Result(Claim("wanted", "w", (), margin=0.15), gain, None, None, None))
+    assert says == f"{verdict}, margin 15"
+    assert verdicts_of(Result(Claim("a", "a", ()), gain, None, None, None)) == "supported"
+
+
+def test_readme_does_not_count_what_rl_lost(tmp_path):
+    """After RL less before: neither is soft thinking against a control."""
+    made_up(made_up(tmp_path, "X1"), "diffusion-rl", seeds=3)
+    found = everything(tmp_path)
+    alone = regions({"X1": found["X1"]})
+    assert found["diffusion-rl"].logs.whole and regions(found) == alone
+    assert "margin 15" in region_of(found["diffusion-rl"])
 
 
 def test_several_claims_are_as_sure_as_the_least_sure(tmp_path):
