@@ -96,6 +96,7 @@ def test_the_commands():
         "demo",
         "bench",
         "speed",
+        "estimate",
     ]
     assert {e.values[0] for e in examples()} == {"", *GROUP.commands}  # each has some
 

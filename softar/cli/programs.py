@@ -91,4 +91,9 @@ PROGRAMS = TRAINING | {
         "Measure how far each path is from what the machine allows, and draw a page.",
         ["", "--paths decode --caches dynamic static compiled"],
     ),
+    "estimate": Entry(
+        "estimate",
+        "Compute what a model takes on GPUs, on paper: memory, tokens per second, seconds a step.",
+        ["", "--model Qwen/Qwen3-32B --gpu a100 --gpus 4", "--measure smollm2-135m"],
+    ),
 }
