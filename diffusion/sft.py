@@ -130,8 +130,6 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             return Canvases(args, self._facts)
         if args.softmasking_prob:
             self.head = args.head(learnt=self._facts.soft_mask).to(self.model.device)
-            # so that DDP, the optimiser and checkpoints see it
-            inner.add_module("soft_mask_head", self.head)
         if args.objective == "uniform":
             self.uniform = noise_for(self._facts, self.processing_class, args.noise_eps)
         inner.config.diffusion_process = None if self.uniform is None else self.uniform.settings()
@@ -142,11 +140,18 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
     def train(self, *args, **kwargs):
         """The model's configuration says from then on with which head it was trained last, or that it
         was trained hard."""
-        if self.head is None and self.args.objective != "canvas":
-            plain(self.model).config.soft_mask = None
-        output = super().train(*args, **kwargs)
-        if self.head is not None:
-            learn_head(self.model, self.head.settings())
+        inner = plain(self.model)
+        if self.head is None:
+            if self.args.objective != "canvas":
+                inner.config.soft_mask = None
+            return super().train(*args, **kwargs)
+        # for DDP and the optimiser; and only meanwhile: what is made of the model later has its weights
+        inner.add_module("soft_mask_head", self.head)
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            del inner.soft_mask_head
+        learn_head(self.model, self.head.settings())
         return output
 
     # -- loss

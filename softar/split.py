@@ -11,7 +11,6 @@ from collections.abc import Callable
 from accelerate import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.distributed import DistributedBackend
 from trl.models.utils import unwrap_model_for_generation
 
@@ -56,12 +55,17 @@ def with_whole_weights(trainer, function: Callable):
     processes. On each device there must be room for the model."""
     accelerator, args = trainer.accelerator, trainer.args
     how = dict(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
+    error = None
     with unwrap_model_for_generation(trainer.model_wrapped, accelerator, **how) as model:
-        if not isinstance(model, FSDPModule):
-            return function(model)
-        reshard = accelerator.state.fsdp_plugin.reshard_after_forward
-        # the outermost module has to be the first that FSDP2 sees at work
-        return inside_forward(model, model, lambda: _gathered(model, function, reshard))
+        try:
+            if not isinstance(model, FSDPModule):
+                return function(model)
+            # the outermost module has to be the first that FSDP2 sees at work
+            return inside_forward(model, model, lambda: _gathered(model, function))
+        # TRL puts gradient checkpointing and DeepSpeed's hooks back only where nothing is raised
+        except BaseException as raised:
+            error = raised
+    raise error
 
 
 def on_main(trainer, function: Callable):
@@ -81,8 +85,11 @@ def _zero(accelerator) -> dict:
     return accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
 
 
-def _gathered(model: nn.Module, function: Callable, reshard: bool):
+def _gathered(model: nn.Module, function: Callable):
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    # whether each lets go of its weights after a forward; torch sets that and does not tell it
+    groups = [group for part in parts for group in part._get_fsdp_state()._fsdp_param_groups]
+    before = [group.post_forward_mesh_info for group in groups]
     model.set_reshard_after_forward(False)
     for part in parts:
         part.unshard()
@@ -91,6 +98,5 @@ def _gathered(model: nn.Module, function: Callable, reshard: bool):
     finally:
         for part in parts:
             part.reshard()
-            # as accelerate has it: the head, and an embedding tied to it, stay for the backward pass
-            again = isinstance(part, GradientCheckpointingLayer | nn.Embedding)
-            part.set_reshard_after_forward(reshard and again, recurse=False)
+        for group, info in zip(groups, before, strict=True):
+            group.post_forward_mesh_info = info

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion.architectures import LladaConfig, LladaForMaskedDiffusion
@@ -489,6 +490,36 @@ def test_a_trainer_that_has_not_trained_leaves_the_model_the_head_that_it_has(tm
     trained.train()
     assert trained.head.settings() != pytest.approx(starts[0], abs=1e-3)
     assert make().head.settings() == pytest.approx(trained.head.settings(), abs=1e-5)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_head_is_of_its_training_alone(tmp_path, task, stops):
+    """What is made of the model later has the model's weights: hard checkpoints, for one."""
+    model, tokenizer = load("mnns-diffusion-tiny", seed=0)
+    names = {*model.state_dict()}
+
+    def make(**changes):
+        options = dict(max_steps=1, save_steps=1, report_to="none", eval_decode_rows=0) | changes
+        args = DiffusionSFTConfig(str(tmp_path), **options)
+        rows = task.train.select(range(2))
+        return DiffusionSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+
+    soft = make(**SOFT | dict(softmasking_prob=1.0, head_learning_rate=0.1))
+    if stops:
+        soft.log = None
+        with pytest.raises(TypeError):
+            soft.train()
+        del soft.log
+    else:
+        soft.train()
+    assert {*model.state_dict()} == names
+    if not stops:
+        make().train()
+        saved = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+        assert not [name for name in saved if "mask" in name]
+    head = soft.head.settings()
+    soft.train()  # again
+    assert soft.head.settings() != head and {*model.state_dict()} == names
 
 
 def test_a_head_is_refused_where_weights_are_split(tmp_path, task, monkeypatch):

@@ -6,6 +6,7 @@ accelerate gives FSDP to GPUs alone, so the program says to it that these are su
 torch's own FSDP2. What accelerate does with it here without that is refused by name.
 """
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -28,8 +29,14 @@ from test_rl_ddp import SGD
 from test_rl_trainers import trainer
 from test_sft import calm, data, trainer_of
 from tiny import EOS, model_of
+from torch import nn
+from torch.distributed import HashStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from softar.split import GATHERS, WHOLE, check_split, is_split
+from softar.split import GATHERS, WHOLE, check_split, is_split, with_whole_weights
 
 FSDP2 = dict(
     ACCELERATE_USE_FSDP="true",
@@ -130,6 +137,81 @@ def test_split_weights_train_as_whole_ones(two, tmp_path, name):
     assert theirs.keys() == ours.keys() and len(ours["logged"])
     for key in ours:
         torch.testing.assert_close(theirs[key], ours[key], atol=1e-5, rtol=1e-5, msg=key)
+
+
+# -- all weights at hand
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process, for FSDP2."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def trainer_with(model, backend):
+    backend.unwrap_model = lambda model: model
+    args = SimpleNamespace(gradient_checkpointing_kwargs=None)
+    return SimpleNamespace(model_wrapped=model, accelerator=backend, args=args)
+
+
+def whole_after_a_forward(model):
+    """The modules of FSDP2 whose weights stay gathered after it."""
+    model(torch.tensor([[5, 6, 7]]))
+    parts = [(name, m) for name, m in model.named_modules() if isinstance(m, FSDPModule)]
+    kept = {name for name, m in parts if not all(isinstance(p, DTensor) for p in m.parameters())}
+    for _, part in parts:
+        part.reshard()
+    return kept
+
+
+WRAPS = {  # kind of module -> does it let go of its weights after its forward?
+    "layers": {LlamaDecoderLayer: True},
+    "by size": {nn.Linear: True},
+    "kept": {LlamaDecoderLayer: False, nn.Embedding: True},
+    "nested": {LlamaMLP: True, LlamaDecoderLayer: False},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_are_let_go_of_afterwards_as_before(alone, wrap, fails):
+    model = model_of()
+    for kind, lets_go in WRAPS[wrap].items():
+        for module in [m for m in model.modules() if isinstance(m, kind)]:
+            fully_shard(module, mesh=alone, reshard_after_forward=lets_go)
+    fully_shard(model, mesh=alone)
+    before, seen = whole_after_a_forward(model), []
+
+    def function(model):
+        for _ in range(2):
+            model(torch.tensor([[5, 6, 7]]))
+            seen.extend(type(p) for p in model.parameters())
+        if fails:
+            raise KeyError("of an evaluation")
+
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+        with_whole_weights(trainer_with(model, split_by(fsdp())), function)
+    assert {*seen} == {nn.Parameter}
+    assert whole_after_a_forward(model) == before and (
+        wrap == "none" or before < {*dict(model.named_modules())}
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_layers_are_recomputed_after_an_evaluation_that_fails(error):
+    model = model_of().train()
+    model.gradient_checkpointing_enable()
+
+    def function(model):
+        assert not model.is_gradient_checkpointing
+        raise error("of an evaluation")
+
+    with pytest.raises(error, match="of an evaluation"):
+        with_whole_weights(trainer_with(model, split_by()), function)
+    assert model.is_gradient_checkpointing
 
 
 # -- what is refused
