@@ -14,13 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softar.largest import CHUNKS, Largest, chunk_of
 from softar.mixers import Rng
-from softar.soft import Soft, mk_proba_dist
-
-# of the vocabulary, whose maxima are taken first; the widest that divides it
-CHUNKS = (256, 128, 64)
-LARGE = 4096  # a vocabulary where that is faster
-TILE = 65536  # logits that stay in the processor's cache, and what is made of them
+from softar.soft import TILE, Soft, mk_proba_dist
 
 
 class Belief:
@@ -32,43 +28,19 @@ class Belief:
         self.with_entropy = with_entropy  # computed along with the normaliser then, nearly for free
 
     @cached_property
-    def _peaks(self) -> Tensor | None:
-        """[n, V / chunk] maxima of the chunks of the vocabulary; None where it is small."""
-        n, V = self.logits.shape
-        if V < LARGE or self._chunk is None or self.logits.is_cuda or n == 0:
-            return None
-        return self.logits.view(n, -1, self._chunk).amax(-1)
+    def _peaks(self) -> Largest:
+        return Largest(self.logits)
 
-    @cached_property
-    def _chunk(self) -> int | None:
-        V = self.logits.shape[-1]
-        return next((size for size in CHUNKS if V % size == 0), None)
-
-    @cached_property
+    @property
     def top_token(self) -> Tensor:
         """[n] the most likely token; of equal ones the lowest id."""
-        if self._peaks is None:
-            return self.logits.argmax(-1)
-        size, first = self._chunk, self._peaks.argmax(-1)
-        inside = self.logits.view(len(first), -1, size)[torch.arange(len(first)), first]
-        return first * size + inside.argmax(-1)
+        return self._peaks.id
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
         """-> logits and ids [n, k] of the k most likely tokens, most likely first; `top_token`
         leads."""
-        size = self._chunk
-        if self._peaks is None or k * size > self.logits.shape[-1] // 4:
-            values, ids = self.logits.topk(k, -1)
-        else:  # the k largest lie in the k chunks of largest maximum
-            chunks = self._peaks.topk(k, -1).indices
-            n = len(chunks)
-            inside = self.logits.view(n, -1, size)[torch.arange(n)[:, None], chunks].reshape(
-                n, k * size
-            )
-            values, slots = inside.topk(k, -1)
-            ids = chunks.gather(-1, slots // size) * size + slots % size
-        lead = self.top_token[:, None]
-        return values, torch.cat([lead, ids[:, 1:].where(ids[:, 1:] != lead, ids[:, :1])], -1)
+        ids = self._peaks.ids(k)
+        return self.logits.gather(-1, ids), ids
 
     def prob(self, ids: Tensor) -> Tensor:
         """[n, K] ids -> their probabilities [n, K]."""
@@ -84,7 +56,7 @@ class Belief:
         """[n] numbers in [0, 1) -> [n] tokens, drawn from the belief: first a chunk of the
         vocabulary, then a token of it."""
         n, V = self.logits.shape
-        width = self._chunk or V
+        width = chunk_of(V) or V
         chunks = self.logits.view(n, V // width, width)
         at = 0
         if V > width:

@@ -13,10 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .largest import Largest
+
 RESCALES = (None, "l2", "norm")
 # A log-probability that stands for that of what cannot come: its exp is 0 in float64 too, and no
 # loss that multiplies it overflows.
 NEVER = -1e4
+TILE = 65536  # logits that stay in a processor's cache, and what is made of them
 
 
 class Soft(NamedTuple):
@@ -76,16 +79,13 @@ def mk_proba_dist(
     if len(banned):
         x = x.index_fill(-1, torch.as_tensor(banned, device=x.device), -torch.inf)
     if not torch.is_tensor(temperature) and temperature == 0:
-        return hard(x.argmax(-1))
+        return hard(Largest(x).id)
 
     ids = None  # vocabulary order
     if top_k is not None and top_k < V:
-        top = x.argmax(-1, keepdim=True)
         # exact before the temperature too: dividing by T > 0 keeps the order
-        x, ids = x.topk(top_k, -1)
-        # Equal logits come in any order; the one that argmax takes leads, so that slot 0 is the
-        # greedy token.
-        ids = torch.cat([top, ids[..., 1:].where(ids[..., 1:] != top, ids[..., :1])], -1)
+        ids = Largest(x).ids(top_k)  # slot 0 is the greedy token
+        x = x.gather(-1, ids)
     scaled = tempered(x, temperature)
     if top_p is not None or min_p is not None:
         probs = (x if temperature_last else scaled).softmax(-1)
@@ -215,7 +215,15 @@ def entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     -inf logits count as probability 0, with a clean gradient. A row holding NaN or +inf, or nothing
     but -inf, gives NaN: the decoding loop uses that as its check.
     """
-    logp = tempered(logits.float(), temperature).log_softmax(-1)
+    x = tempered(logits.float(), temperature)
+    if x.device.type == "cpu" and x.dim() > 1 and x.numel() > TILE and not x.requires_grad:
+        rows = x.flatten(0, -2).split(max(TILE // x.shape[-1], 1))
+        return torch.cat([_entropy(some) for some in rows]).view(x.shape[:-1])
+    return _entropy(x)
+
+
+def _entropy(x: Tensor) -> Tensor:
+    logp = x.log_softmax(-1)
     probs = logp.exp()
     # Every term is >= 0, so nothing cancels; the clamp makes 0 log 0 a 0 whose gradient is 0, and
     # lets NaN through.

@@ -9,6 +9,8 @@ from engine_script import KINDS
 from tiny import BOS, EOS, VOCAB
 
 import softar
+from softar.mixers import Mixed
+from softar.soft import hard
 from softar.vllm.completions import Completion, CompletionDecoder, Sampling
 from softar.vllm.rows import CHUNK, Rows
 
@@ -149,3 +151,31 @@ def test_a_thought_that_never_begins_is_warned_of(recwarn, prompts, rows, warns)
     assert len(decoder.rows(["a"] * len(prompts), prompts, answers, 0.0)) == len(prompts)
     said = [str(w.message) for w in recwarn if "no thought began" in str(w.message)]
     assert len(said) == warns and (not warns or f"think_start=({START},)" in said[0])
+
+
+def strict(dist, *, rng=None):
+    """A user's mixer, whose draw raises for what is not finite."""
+    slot = torch.multinomial(dist.weights, 1)
+    return Mixed(hard(dist.ids.gather(-1, slot)[:, 0]), dist.ids[:, 0], None)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", range(len(KINDS) + 1))
+def test_logits_that_are_not_finite_end_no_step(place, value):
+    """vLLM ends their request after it; its neighbour does as it does alone."""
+    fields, draws = [*KINDS, (dict(mixer="test_vllm_rows:strict", top_k=1), False)][place]
+    records = []
+    for names in (["a", "broken"], ["a"]):
+        engine = Engine(0, unruly=False)
+        for number, name in enumerate(names):
+            engine.add(name, [BOS, 5], fields, number if draws else None)
+        logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(1))
+        logits[1, 7] = value
+        logits = logits[: len(names)]
+        turns = engine.rows.think(logits, names, [2] * len(names), [False] * len(names))
+        engine.rows.choose(turns, torch.tensor([[4], [4]][: len(names)]))
+        (group,) = engine.rows.groups.values()
+        records.append(group.record)
+    beside, alone = records
+    for both, one in zip(beside, alone, strict=True):
+        torch.testing.assert_close(both[:1], one, equal_nan=True)

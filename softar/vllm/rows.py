@@ -129,18 +129,20 @@ class Group:
     def think(self, logits: Tensor, shared: torch.Generator) -> tuple[Tensor, Mixed]:
         """logits [G, V] float32, not written to -> the entropy, where anyone wants it, and what
         each row would do thinking."""
-        # vLLM ends a request whose logits are not finite (softar.vllm.finite); until then its draws
-        # must not end the engine
-        logits = logits.masked_fill(~logits.amax(-1, keepdim=True).isfinite(), 0)
+        c, rng = self.config, shared
+        if c.mixer_draws:
+            # vLLM ends a request whose logits are not finite (softar.vllm.finite); until then its
+            # draws must not end the engine
+            broken = ~logits.amax(-1, keepdim=True).isfinite()
+            if logits.is_cuda or broken.any():  # to look would be to wait for a GPU
+                logits = logits.masked_fill(broken, 0)
+            if self.rows[0].draws is not None:
+                rng = [row.draws.at(row.steps, THOUGHT) for row in self.rows]
         h = torch.zeros_like(logits[:, 0])
-        c = self.config
         if self.wants_record or (c.cold_stop_entropy, c.switch) != (None, None):
             h = entropy(logits, c.entropy_temperature)
         if self.banned is not None:
             logits = logits.index_fill(-1, self.banned, -torch.inf)
-        rng = shared
-        if self.rows[0].draws is not None:
-            rng = [row.draws.at(row.steps, THOUGHT) for row in self.rows]
         return h, self.mix(logits, rng)
 
     def choose(self, h: Tensor, thought: Mixed, sampled: Tensor) -> Record:
