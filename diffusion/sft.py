@@ -19,7 +19,7 @@ from softar.model_card import OwnCard, changes_of, decode_command
 from softar.models import room_of
 from softar.sft.data import SoftCollator
 from softar.sft.preflight import check_tokens
-from softar.split import check_split, with_whole_weights
+from softar.split import check_split, is_split, with_whole_weights
 from softar.training import (
     MicroBatches,
     WatchedLosses,
@@ -305,17 +305,29 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
                 save_noise(self.uniform, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        inner = plain(self.model)
-        if inner is self.model and facts(inner).family != "masked_lm":
-            load_original(inner, resume_from_checkpoint)
+        if self._has_original_names():
+            load_original(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_head(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        if self._has_original_names():
+            load_original(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+        self._load_head(self.state.best_model_checkpoint)
+
+    def _has_original_names(self) -> bool:
+        """Has a checkpoint's model.safetensors other names of weights than the model here?"""
+        is_whole = plain(self.model) is self.model and not is_split(self.accelerator)
+        return is_whole and self._facts.family != "masked_lm"
+
+    def _load_head(self, folder: str) -> None:
         if self.head is not None:
-            file = Path(resume_from_checkpoint, RAW_HEAD)
+            file = Path(folder, RAW_HEAD)
             if not file.is_file():
-                raise ValueError(
-                    f"resume_from_checkpoint={resume_from_checkpoint!r} holds no {RAW_HEAD}: it was hard"
-                )
+                raise ValueError(f"the checkpoint {folder!r} holds no {RAW_HEAD}: it was hard")
             self.head.load_state_dict(load_file(file))
 
     def _save_checkpoint(self, model, trial):

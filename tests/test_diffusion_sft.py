@@ -359,7 +359,7 @@ def task():
     return load_task("mnns", size=256)
 
 
-def trainer_of(folder, task, **changes):
+def trainer_of(folder, task, eval_dataset=None, **changes):
     options = dict(
         output_dir=str(folder),
         per_device_train_batch_size=32,
@@ -374,9 +374,8 @@ def trainer_of(folder, task, **changes):
     )
     model, tokenizer = load("mnns-diffusion-tiny", seed=0)
     args = DiffusionSFTConfig(**(options | changes))
-    return DiffusionSFTTrainer(
-        model, args, train_dataset=task.train, processing_class=tokenizer
-    ), tokenizer
+    rows = dict(train_dataset=task.train, eval_dataset=eval_dataset)
+    return DiffusionSFTTrainer(model, args, **rows, processing_class=tokenizer), tokenizer
 
 
 def losses_of(trainer):
@@ -429,6 +428,25 @@ def test_resume_is_exact(tmp_path, task):
     again.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-3"))
     assert losses_of(again) == losses_of(whole)
     assert again.head.settings() == whole.head.settings()
+
+
+def test_the_best_checkpoint_is_taken_up_with_its_head(tmp_path, task):
+    keeping = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
+    keeping |= dict(load_best_model_at_end=True, metric_for_best_model="loss", max_steps=2)
+    trainer, _ = trainer_of(
+        tmp_path, task, eval_dataset=task.train.select(range(2)), **keeping, **SOFT
+    )
+    trainer.evaluate = lambda **options: {"eval_loss": float(trainer.state.global_step)}
+    trainer.train()
+    best = tmp_path / "checkpoint-1"
+    assert trainer.state.best_model_checkpoint == str(best)
+    for folder, here in ((best, True), (tmp_path / "checkpoint-2", False)):
+        settings = json.loads((folder / HEAD_FILE).read_text())
+        is_same = settings["transparency_scale"] == trainer.head.settings()["scale"]
+        weights, learnt = load(str(folder))[0].state_dict(), trainer.model.state_dict()
+        assert is_same == here
+        assert all(torch.equal(weights[name], learnt[name]) for name in learnt) == here
+    assert trainer.model.config.soft_mask == trainer.head.settings()
 
 
 def further(folder, task, learnt, **changes):
