@@ -131,7 +131,7 @@ def gap_panel(analysis: Analysis) -> Panel:
             ends = np.maximum([mean - low, high - mean], 0)
             axes.errorbar(xs, mean, ends, **look(i), linewidth=1.2, capsize=3, label=legend)
         axes.axhline(0, color=MUTED, linewidth=0.8)
-        for margin in sorted({claim.margin for claim in claims if claim.has_verdict}):
+        for margin in sorted({claim.margin for claim in claims}):
             axes.axhline(
                 100 * margin, color=MUTED, linewidth=0.8, linestyle=":", label="the margin"
             )

@@ -41,11 +41,6 @@ class Largest:
         return self.chunks.amax(-1)
 
     @cached_property
-    def value(self) -> Tensor:
-        """[..., 1] the largest; NaN in a row that holds one."""
-        return (self.x if self.chunks is None else self.peaks).amax(-1, keepdim=True)
-
-    @cached_property
     def id(self) -> Tensor:
         """[...] where it is; of equal ones the lowest, as `argmax` says."""
         if self.chunks is None:

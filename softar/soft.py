@@ -217,7 +217,9 @@ def entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """
     x = tempered(logits.float(), temperature)
     if x.device.type == "cpu" and x.dim() > 1 and x.numel() > TILE and not x.requires_grad:
-        rows = x.flatten(0, -2).split(max(TILE // x.shape[-1], 1))
+        # a row is one thread's
+        height = max(TILE // x.shape[-1], 1) * torch.get_num_threads()
+        rows = x.flatten(0, -2).split(height)
         return torch.cat([_entropy(some) for some in rows]).view(x.shape[:-1])
     return _entropy(x)
 

@@ -12,7 +12,7 @@ from softar.recipes.evidence_claims import EVIDENCE
 from softar.recipes.evidence_gains import reads_of
 from softar.recipes.evidence_units import Unit
 
-SIZES = dict(DEV=4, TEST=6, DRAWN=20, SEEDS=range(1), OTHERS=(4, 12, 20))
+SIZES = dict(DEV=4, TEST=6, DRAWN=20, SEEDS=range(1))
 FEW = dict(per_device_train_batch_size=8)
 
 
@@ -57,7 +57,9 @@ def test_units_answer_what_the_claims_read(tiny, tmp_path):
     assert said["sft-hard"]["head"] is None and said["sft-soft-mask"]["head"]["k"] == 5
 
 
-def test_arms_that_learn_nothing_answer_as_the_shipped_net_hard_and_softly(tiny):
+def test_arms_that_learn_nothing_answer_as_the_shipped_net_hard_and_softly(tiny, monkeypatch):
+    monkeypatch.setattr(diffusion_rl, "OTHERS", (2,))
+
     def lines_of(arm, **fields):
         options = diffusion_rl.SETTINGS[arm]
         return diffusion_rl.measure(Unit("diffusion-rl", arm, options, 0, "cpu", ("dev",), fields))
@@ -68,9 +70,15 @@ def test_arms_that_learn_nothing_answer_as_the_shipped_net_hard_and_softly(tiny)
     assert first == lines_of("sft-soft-mask", **still, head_learning_rate=0.0)[1:]
 
 
-def test_rows_are_of_squares_that_nothing_was_trained_or_chosen_on(tiny):
+@pytest.mark.parametrize("seed", [0, diffusion_rl.ROWS_SEED])
+def test_rows_are_of_squares_that_nothing_was_trained_or_chosen_on(tiny, monkeypatch, seed):
+    monkeypatch.setattr(diffusion_rl, "ROWS_SEED", seed)
+    monkeypatch.setattr(diffusion_rl, "DRAWN", 80)
     task, rows = diffusion_rl.data()
     learnt, dev, test = {*task.train["answer"]}, {*rows["dev"]["group"]}, {*rows["test"]["group"]}
     assert not learnt & (dev | test) and not dev & test
     assert dev <= {*tasks.latin().test["answer"]} and len(rows["test"]) == 6
+    drawn = {*tasks.latin(held_out=diffusion_rl.DRAWN, seed=seed, size=0).test["answer"]}
+    known = {*task.train["answer"], *task.test["answer"]}
+    assert seed or len(drawn & known) >= 50  # 0 draws first what the net was tried on: left out
     assert diffusion_rl.RL["steps"] == diffusion_rl.FORWARDS

@@ -18,7 +18,7 @@ def scores(*shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("V", SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("is_strided", [False, True])
 def test_the_largest_are_those_of_topk(V, dtype, is_strided):
     x = scores(2, 3, V, dtype=dtype)
@@ -26,12 +26,11 @@ def test_the_largest_are_those_of_topk(V, dtype, is_strided):
     found = Largest(x)
     assert (found.chunks is None) == (V < LARGE or chunk_of(V) is None)
     assert torch.equal(found.id, x.argmax(-1))
-    assert torch.equal(found.value, x.amax(-1, keepdim=True))
     for k in (1, 2, 10, 60, V):
         ids = found.ids(k)
         assert torch.equal(x.gather(-1, ids), x.topk(k, -1).values)
         assert torch.equal(ids[..., 0], x.argmax(-1))
-        assert all(len(set(row.tolist())) == k for row in ids.flatten(0, -2)) or k == V
+        assert all(len(set(row.tolist())) == k for row in ids.flatten(0, -2))
 
 
 @pytest.mark.parametrize("V", [300, 49152])
@@ -39,7 +38,6 @@ def test_a_nan_is_the_largest(V):
     x = scores(3, V)
     x[2, 9] = torch.nan
     found = Largest(x)
-    assert found.value.isnan()[:, 0].tolist() == [False, False, True]
     assert found.id.tolist() == x.argmax(-1).tolist() and found.id[2] == 9
     assert found.ids(4)[2, 0] == 9
 

@@ -9,7 +9,7 @@ from engine_script import KINDS
 from tiny import BOS, EOS, VOCAB
 
 import softar
-from softar.mixers import Mixed
+from softar.mixers import Mixed, Mixer
 from softar.soft import hard
 from softar.vllm.completions import Completion, CompletionDecoder, Sampling
 from softar.vllm.rows import CHUNK, Rows
@@ -159,11 +159,15 @@ def strict(dist, *, rng=None):
     return Mixed(hard(dist.ids.gather(-1, slot)[:, 0]), dist.ids[:, 0], None)
 
 
+still = Mixer(strict, draws=lambda knobs: False)  # says that it draws nothing
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("place", range(len(KINDS) + 1))
+@pytest.mark.parametrize("place", range(len(KINDS) + 2))
 def test_logits_that_are_not_finite_end_no_step(place, value):
     """vLLM ends their request after it; its neighbour does as it does alone."""
-    fields, draws = [*KINDS, (dict(mixer="test_vllm_rows:strict", top_k=1), False)][place]
+    users = [dict(mixer=f"test_vllm_rows:{name}", top_k=1) for name in ("strict", "still")]
+    fields, draws = [*KINDS, *((fields, False) for fields in users)][place]
     records = []
     for names in (["a", "broken"], ["a"]):
         engine = Engine(0, unruly=False)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..config import SoftConfig
 from ..draws import THOUGHT, RowDraws
-from ..mixers import Mixed
+from ..mixers import BUILT_IN, Mixed
 from ..soft import Soft, entropy, soft_embed
 from ..thought import Progress, Record, begin, decide, join, mk_rules, mk_think
 from .record import log_columns
@@ -130,9 +130,9 @@ class Group:
         """logits [G, V] float32, not written to -> the entropy, where anyone wants it, and what
         each row would do thinking."""
         c, rng = self.config, shared
-        if c.mixer_draws:
+        if c.mixer_draws or c.mixer not in BUILT_IN:
             # vLLM ends a request whose logits are not finite (softar.vllm.finite); until then its
-            # draws must not end the engine
+            # draws, or a user's mixer, must not end the engine
             broken = ~logits.amax(-1, keepdim=True).isfinite()
             if logits.is_cuda or broken.any():  # to look would be to wait for a GPU
                 logits = logits.masked_fill(broken, 0)
