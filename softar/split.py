@@ -65,7 +65,10 @@ def with_whole_weights(trainer, function: Callable):
         # TRL puts gradient checkpointing and DeepSpeed's hooks back only where nothing is raised
         except BaseException as raised:
             error = raised
-    raise error
+    try:
+        raise error
+    finally:
+        del error  # it holds this frame, which would hold it
 
 
 def on_main(trainer, function: Callable):
@@ -90,10 +93,10 @@ def _gathered(model: nn.Module, function: Callable):
     # whether each lets go of its weights after a forward; torch sets that and does not tell it
     groups = [group for part in parts for group in part._get_fsdp_state()._fsdp_param_groups]
     before = [group.post_forward_mesh_info for group in groups]
-    model.set_reshard_after_forward(False)
-    for part in parts:
-        part.unshard()
     try:
+        model.set_reshard_after_forward(False)
+        for part in parts:
+            part.unshard()
         return function(model)
     finally:
         for part in parts:

@@ -9,6 +9,7 @@ torch's own FSDP2. What accelerate does with it here without that is refused by 
 import contextlib
 import os
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -176,8 +177,8 @@ WRAPS = {  # kind of module -> does it let go of its weights after its forward?
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("fails", [False, True])
-def test_weights_are_let_go_of_afterwards_as_before(alone, wrap, fails):
+@pytest.mark.parametrize("fails", [None, "function", "gathering"])
+def test_weights_are_let_go_of_afterwards_as_before(alone, monkeypatch, wrap, fails):
     model = model_of()
     for kind, lets_go in WRAPS[wrap].items():
         for module in [m for m in model.modules() if isinstance(m, kind)]:
@@ -192,12 +193,21 @@ def test_weights_are_let_go_of_afterwards_as_before(alone, wrap, fails):
         if fails:
             raise KeyError("of an evaluation")
 
+    def gather(part):
+        """The last to be gathered finds no room."""
+        if part is parts[-1][1]:
+            raise KeyError("of memory")
+        unshard(part)
+
+    parts = [(name, m) for name, m in model.named_modules() if isinstance(m, FSDPModule)]
+    unshard = FSDPModule.unshard
+    if fails == "gathering":
+        monkeypatch.setattr(FSDPModule, "unshard", gather)
     with pytest.raises(KeyError) if fails else contextlib.nullcontext():
         with_whole_weights(trainer_with(model, split_by(fsdp())), function)
-    assert {*seen} == {nn.Parameter}
-    assert whole_after_a_forward(model) == before and (
-        wrap == "none" or before < {*dict(model.named_modules())}
-    )
+    assert {*seen} == (set() if fails == "gathering" else {nn.Parameter})
+    assert whole_after_a_forward(model) == before
+    assert wrap == "none" or before < {name for name, _ in parts}
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -212,6 +222,19 @@ def test_layers_are_recomputed_after_an_evaluation_that_fails(error):
     with pytest.raises(error, match="of an evaluation"):
         with_whole_weights(trainer_with(model, split_by()), function)
     assert model.is_gradient_checkpointing
+
+
+def test_what_an_evaluation_that_fails_held_is_let_go_of():
+    held = []
+
+    def function(model):
+        cache = nn.Linear(2, 2)
+        held.append(weakref.ref(cache))
+        raise ValueError("of an evaluation")
+
+    with contextlib.suppress(ValueError):
+        with_whole_weights(trainer_with(model_of(), split_by()), function)
+    assert held[0]() is None
 
 
 # -- what is refused
