@@ -20,11 +20,15 @@ OMP_NUM_THREADS=1 softar bench beams --batch 1 --new_tokens 32 --cpu_time
 softar bench memory
 """
 
+import sys
+from pathlib import Path
+
 import torch
 
 import softar
+from softar.checks import check_least, one_line_errors
 from softar.mixers import guide
-from softar.recipes.bench_decode import beams, decode
+from softar.recipes.bench_decode import beams, check_names, decode
 from softar.recipes.bench_tools import (
     clock_of,
     interleaved,
@@ -36,6 +40,8 @@ from softar.recipes.bench_tools import (
 )
 from softar.sft.forward import soft_forward
 from softar.soft import Soft, dense, mk_proba_dist, soft_embed
+
+PROGRAM = Path(sys.argv[0]).name
 
 
 def sft(args) -> list[dict]:
@@ -170,6 +176,16 @@ def memory(args) -> list[dict]:
 BENCHES = {"decode": decode, "beams": beams, "sft": sft, "agreement": agreement, "memory": memory}
 
 
+def check(args) -> None:
+    """Raises ValueError for what cannot be measured here."""
+    # a step goes from one forward after the prompt's to the next: with fewer tokens there is none
+    check_least(args, new_tokens=3, num_beams=1, length=1, repeats=1)
+    check_least(dict(batch=min(args.batch)), batch=1)
+    check_names(args)
+    if args.cpu_time and torch.cuda.is_available():
+        raise ValueError("--cpu_time: a GPU computes on while its processor waits, leave it out")
+
+
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument(
@@ -199,6 +215,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.bench == "agreement" and args.model_path is None:
         parser.error("agreement needs --model_path, a folder with a model trained on MNNS")
+    with one_line_errors(PROGRAM):
+        check(args)
     run_bench(args.bench, BENCHES[args.bench], args)
 
 

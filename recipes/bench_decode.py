@@ -14,7 +14,7 @@ from torch import nn
 
 import softar
 from softar.checks import check_choice
-from softar.recipes.bench_tools import clock_of, interleaved, show, spread
+from softar.recipes.bench_tools import clock_of, interleaved, show, spread, synchronise
 
 COLUMNS = (
     "batch",
@@ -51,10 +51,19 @@ def chosen(args, names) -> list[str]:
     return list(dict.fromkeys([next(iter(names)), *(args.decoders or names)]))
 
 
+def check_names(args) -> None:
+    """Raises ValueError for what is no decoder of this bench."""
+    if args.bench == "decode":
+        check_choice("beside", args.beside, ["model.generate", *chosen(args, DECODERS)])
+    elif args.bench == "beams":
+        chosen(args, SEARCHES)
+    elif args.decoders:
+        raise ValueError(f"--decoders does nothing for {args.bench}: it is of decode and beams")
+
+
 def decode(args) -> list[dict]:
     """Tokens/s of softar.generate over those of model.generate(do_sample=False)."""
     names, new = chosen(args, DECODERS), args.new_tokens
-    check_choice("beside", args.beside, ["model.generate", *names])
     model, tokenizer = softar.load(args.model, dtype=args.dtype)
     text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     configs = {name: softar.SoftConfig(max_new_tokens=new, **fields(name, new)) for name in names}
@@ -143,6 +152,11 @@ class Steps:
             str, list[list[float]]
         ] = {}  # from the head's logits to the next forward
 
+    def now(self) -> float:
+        """A GPU computes on while its processor goes ahead: waited for, at each reading."""
+        synchronise()
+        return self.clock()
+
     def watch(self, name: str, run: Callable[[], object]) -> Callable[[], object]:
         """`run` with its steps timed."""
 
@@ -151,10 +165,10 @@ class Steps:
             # some loops call the body and the head one after the other, so neither is in the other
             hooks = [
                 self.model.get_decoder().register_forward_pre_hook(
-                    lambda *_: starts.append(self.clock())
+                    lambda *_: starts.append(self.now())
                 ),
                 self.model.get_output_embeddings().register_forward_hook(
-                    lambda *_: ends.append(self.clock())
+                    lambda *_: ends.append(self.now())
                 ),
             ]
             try:
@@ -162,7 +176,8 @@ class Steps:
             finally:
                 for hook in hooks:
                     hook.remove()
-            steps = list(zip(starts[1:], ends[1:], starts[2:], strict=False))
+            assert len(starts) == len(ends), f"{name}: the body and the head ran unlike often"
+            steps = list(zip(starts[1:-1], ends[1:-1], starts[2:], strict=True))
             self.whole.setdefault(name, []).append([then - start for start, _, then in steps])
             self.outside.setdefault(name, []).append([then - end for _, end, then in steps])
 

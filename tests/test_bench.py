@@ -47,9 +47,33 @@ def test_steps_are_taken_at_their_least(mixer, more):
     run()  # nothing reads the clock outside
 
 
-@pytest.mark.parametrize("name", ["decode", "beams"])
-def test_an_unknown_decoder_is_named_before_a_model_is_loaded(name, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench", name, "--decoders", "swithcing"])
+def test_each_reading_waits_for_the_gpu(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench_decode, "synchronise", lambda: seen.append("wait"))
+    model = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+    steps = bench_decode.Steps(model, lambda: seen.append("read") or 0.0)
+    steps.watch("it", lambda: model(torch.tensor([[1, 2, 3]])))()
+    assert seen == ["wait", "read"] * 2
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("decode --decoders swithcing", "swithcing"),
+        ("beams --decoders swithcing", "swithcing"),
+        ("decode --beside hrad", "hrad"),
+        ("sft --decoders hard", "--decoders does nothing for sft"),
+        ("decode --new_tokens 2", "new_tokens=2 must be at least 3"),
+        ("beams --repeats 0", "repeats=0 must be at least 1"),
+        ("decode --batch 8 0", "batch=0 must be at least 1"),
+        ("decode --cpu_time", "--cpu_time: a GPU"),
+    ],
+)
+def test_wrong_options_are_named_before_a_model_is_loaded(words, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", *words.split()])
     monkeypatch.setattr(softar, "load", lambda *_, **__: pytest.fail("a model was loaded"))
-    with pytest.raises(ValueError, match="swithcing"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit) as end:
         bench.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and says in err and len(err.splitlines()) == 1
