@@ -20,7 +20,9 @@ softar speed --rows runs/speed/speed.json runs/gpu/results.json --output runs/bo
 
 A limit is counted, not fitted: what a path's forwards have to read (weights, keys and values) over the bandwidth of a
 large copy, or their products with the weights (two operations a weight and position, six with the gradient) over the
-rate of a large matrix product, whichever takes longer. Copy, product and the paths of a table are taken in turn, so
+rate of a large matrix product, whichever takes longer. It is no bound: a copy's rate counts bytes read and written,
+and with ordinary stores a CPU also reads the lines it writes over, so that reading can be up to 1.5 times faster.
+Copy, product and the paths of a table are taken in turn, so
 that what else the machine does hits all alike: shares are of pairs, their median with the lowest and the highest.
 Weights are random, in float32 on a CPU and bfloat16 on a GPU: SmolLM2-135M's shape and Qwen3-0.6B's for decoding and
 training; for denoising a small net with LLaDA's vocabulary and LLaDA-8B's shape, and small ones that fill block by
@@ -52,6 +54,7 @@ from softar.recipes.speed_limits import Rates, probes, size_of
 from softar.recipes.speed_page import cells_of, heading, rates_of, write_page
 from softar.recipes.speed_paths import SMOLLM2, TABLES, Table, Timed, dtype_of
 from softar.results import device as name_of
+from softar.results import write_results
 from softar.vllm.machine import on_cpu, require_vllm
 
 PROGRAM = Path(sys.argv[0]).name
@@ -69,7 +72,7 @@ def vllm(args, device: torch.device) -> list[dict]:
     options = dict(concurrency=n, tokens=args.new_tokens, prompt_tokens=args.prompt)
     options |= dict(repeats=args.repeats, output=args.output, dtype=words_of(dtype))
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    words += ["--modes", "plugin", "soft", "record", *["--cpu_time"][: args.cpu_time]]
+    words += ["--modes", "plugin", "soft", "record"]
     rates = [speed_limits.measured(device, dtype)] * args.repeats
     found = bench_vllm.throughput(bench_vllm.parse(words))
     with torch.device("meta"):
@@ -92,16 +95,19 @@ def vllm(args, device: torch.device) -> list[dict]:
 def measured(args, table: Table) -> list[dict]:
     """Rows of paths that are taken in turn with the machine's copy and product."""
     rulers = probes(table.device, dtype_of(table.device), args.dry_run)
-    clock, first = clock_of(args), {}
+    clock, first, why = clock_of(args), {}, None
     for name, path in [*table.paths.items()]:
         try:
             first[name] = timed(path.run, clock)
         except Exception as error:  # of a compiler's many: the paths beside it go on
             if not path.compiles:
                 raise
-            why = f"{name} is left out: {type(error).__name__}: {error}"
-            console.print(why, soft_wrap=True, markup=False)
+            why = error
+            says = f"{name} is left out: {type(error).__name__}: {error}"
+            console.print(says, soft_wrap=True, markup=False)
             del table.paths[name]
+    if not table.paths:
+        raise RuntimeError(f"{table.title}: nothing compiles here, add --caches static") from why
     runs = {name: ruler.run for name, ruler in rulers.items()}
     for run in runs.values():
         run()
@@ -159,7 +165,12 @@ def tables(args) -> Iterator[list[dict]]:
 
 
 def speeds(args) -> list[dict]:
-    return [row for rows in tables(args) for row in rows]
+    """All rows, written after each table: what fails later leaves them."""
+    every = []
+    for rows in tables(args):
+        every += rows
+        write_results(Path(args.output) / "speed.json", every)
+    return every
 
 
 def part(record: parts.Record, is_dry: bool, left: parts.Left) -> None:
@@ -210,11 +221,23 @@ def parse(argv: list[str] | None = None) -> Namespace:
     if parser.parse_known_args(argv)[0].dry_run:
         parser.set_defaults(batch=[1, 2], prompt=6, new_tokens=4, repeats=2)
     args = parser.parse_args(argv)
+    for name in ("paths", "devices", "caches", "batch"):
+        values = getattr(args, name)
+        setattr(args, name, values and [*dict.fromkeys(values)])
     with one_line_errors(PROGRAM, (ValueError, ImportError, OSError)):
+        if args.rows:
+            check_rows(args, parser)
         check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     return args
+
+
+def check_rows(args, parser) -> None:
+    """Raises ValueError for an option that measures, beside --rows."""
+    for name, value in vars(args).items():
+        if name not in ("rows", "output") and value != parser.get_default(name):
+            raise ValueError(f"--{name} does nothing beside --rows, which measures nothing")
 
 
 def check(args) -> None:
@@ -229,16 +252,27 @@ def check(args) -> None:
         )
     if args.caches and "decode" not in args.paths:
         raise ValueError("--caches is of decoding: add --paths decode, or leave it out")
+    if "denoise" in args.paths and args.new_tokens % 2:
+        raise ValueError(
+            f"new_tokens={args.new_tokens} must be even for --paths denoise: it decides twice as many, "
+            "in blocks of 4"
+        )
     if "vllm" in args.paths:
+        for name in ("cpu_time", "threads", "dry_run"):
+            if getattr(args, name):
+                raise ValueError(
+                    f"--{name} does nothing for an engine of vLLM: leave it out beside --paths vllm"
+                )
         require_vllm()
         if (here := "cpu" if on_cpu() else "cuda") not in args.devices:
             raise ValueError(f"--paths vllm: vLLM runs on {here} here, add --devices {here}")
-    check_writable(args.output, "output")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     folder = Path(args.output)
+    with one_line_errors(PROGRAM):
+        check_writable(folder, "output")
     if not args.rows:
         run_bench("speed", speeds, args)
     with one_line_errors(PROGRAM):

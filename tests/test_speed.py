@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from softar.recipes import bench_vllm, gpu, speed
 from softar.recipes.speed_limits import Rates, Work, size_of
-from softar.recipes.speed_page import tables_of
+from softar.recipes.speed_page import number, tables_of
 from softar.recipes.speed_paths import TABLES, Table, Timed
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_the_longer_of_reading_and_computing_is_the_limit(seed):
 
 def test_every_path_has_its_share_and_its_ratio(dry):
     content = json.loads((dry / "speed.json").read_text())
-    assert content["commit"] and content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["torch"] == torch.__version__
     tables = tables_of(content["rows"])
     assert [table[0]["kind"] for table in tables] == ["decode"] * 2 + ["denoise"] * 2 + ["train"]
     for rows in tables:
@@ -116,6 +116,10 @@ def test_a_path_that_does_not_compile_is_left_out():
     paths["soft"] = Timed(dict, 4, [Work(1.0, 1.0)], True, "hard")
     (row,) = speed.measured(speed.parse(TINY), Table("decode", "", "", CPU, paths))
     assert row["path"] == "soft" and row["beside"] is None
+    paths = {"hard": Timed(fails, 4, [Work(1.0, 1.0)], False, None, True)}
+    with pytest.raises(RuntimeError, match="batch 1: nothing compiles here") as error:
+        speed.measured(speed.parse(TINY), Table("decode", "batch 1", "", CPU, paths))
+    assert str(error.value.__cause__) == "no compiler"
     with pytest.raises(RuntimeError, match="no compiler"):
         paths = {"hard": Timed(fails, 4, [Work(1.0, 1.0)], False)}
         speed.measured(speed.parse(TINY), Table("decode", "", "", CPU, paths))
@@ -131,6 +135,7 @@ def test_vllm_has_the_limit_of_decoding(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_vllm, "throughput", throughput)
     monkeypatch.setattr(bench_vllm, "require_vllm", lambda: None)
     monkeypatch.setattr(speed, "require_vllm", lambda: None)
+    monkeypatch.setattr(speed, "on_cpu", lambda: True)
     monkeypatch.setattr(speed.speed_limits, "measured", lambda *_: Rates(1e10, 1e11))
     words = ["--paths", "vllm", "--devices", "cpu", "--repeats", "2", "--output", str(tmp_path)]
     rows = speed.speeds(speed.parse(words))
@@ -144,12 +149,32 @@ def test_vllm_has_the_limit_of_decoding(monkeypatch, tmp_path):
         assert row["share_high"] == pytest.approx(100 / row["limit"])
 
 
-def test_the_part_of_the_gpu_program():
+def test_what_fails_leaves_the_tables_before(monkeypatch, tmp_path):
+    def tables(args):
+        yield [dict(path="hard")]
+        raise RuntimeError("the engine ended")
+
+    monkeypatch.setattr(speed, "tables", tables)
+    with pytest.raises(RuntimeError, match="the engine ended"):
+        speed.main([*TINY, "--output", str(tmp_path)])
+    assert rows_of(tmp_path) == [dict(path="hard")]
+
+
+def test_the_part_of_the_gpu_program(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     rows, about = [], gpu.PARTS["speed"]
     assert about.measure == "speed.part" and "speed" not in gpu.BY_DEFAULT
     speed.part(rows.append, True, lambda: -1.0)  # a table, then the time is over
     assert {row["table"] for row in rows} == {"Decoding, batch 1"}
     assert all(row["what"] == row["path"] and {*about.columns} <= {*row} for row in rows)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_value_that_is_named_twice_is_taken_once():
+    words = "--batch 8 1 8 --paths train decode train --devices cpu cpu --caches static static"
+    args = speed.parse(words.split())
+    assert (args.batch, args.paths) == ([8, 1], ["train", "decode"])
+    assert (args.devices, args.caches) == (["cpu"], ["static"])
 
 
 # -- the page
@@ -183,6 +208,11 @@ def test_one_page_of_several_machines(dry, tmp_path):
     assert not (tmp_path / "speed.json").exists()
 
 
+@pytest.mark.parametrize("x, says", [(999.4, "999"), (999.7, "1,000"), (12345.6, "12,346")])
+def test_a_number_has_no_exponent(x, says):
+    assert number(x) == says
+
+
 # -- what is refused
 
 
@@ -192,7 +222,12 @@ def test_one_page_of_several_machines(dry, tmp_path):
         (["--repeats", "0"], "repeats=0 must be at least 1"),
         (["--batch", "1", "0"], "batch=0 must be at least 1"),
         (["--new_tokens", "1"], "new_tokens=1 must be at least 2"),
+        (["--new_tokens", "7"], "new_tokens=7 must be even"),
         (["--paths", "train", "--caches", "static"], "--caches is of decoding"),
+        (["--paths", "vllm", "--threads", "1"], "--threads does nothing"),
+        (["--paths", "vllm", "--cpu_time"], "--cpu_time does nothing"),
+        (["--paths", "decode", "vllm", "--dry_run"], "--dry_run does nothing"),
+        (["--rows", "empty.json", "--repeats", "9"], "--repeats does nothing beside --rows"),
         (["--devices", "cuda"], "there is no CUDA device here"),
         (["--rows", "nothing.json"], "nothing.json"),
         (["--rows", "empty.json"], "empty.json has no rows of speed"),
