@@ -14,6 +14,7 @@ softar estimate --model Qwen/Qwen3-32B --gpu a100 --gpus 4 --new_tokens 4096
 softar estimate --measure smollm2-135m
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from softar.recipes import speed_limits
 from softar.recipes.bench_tools import console, interleaved, parser_of, run_bench, show, spread
 from softar.rl.actions import replay
 from softar.rl.chunked import log_prob
-from softar.sft.forward import soft_forward
+from softar.sft.forward import WORTH, soft_forward
 from softar.sft.loss import soft_loss
 from softar.soft import Soft, mk_proba_dist
 
@@ -81,34 +82,40 @@ def shape_of(config, rank: int = 16) -> Shape:
     """Raise ValueError for what is not a dense decoder as Llama is one."""
     config = config.get_text_config(decoder=True)
     said = vars(config)
-    if name := next((name for name in EXPERTS if said.get(name)), None):
-        raise ValueError(
-            f"{name}={said[name]}: experts that read a part of the tokens are not estimated, take a dense model"
-        )
     if missing := [name for name in SIZES if not isinstance(said.get(name), int)]:
         raise ValueError(
             f"{config.model_type} has no {missing[0]} as Llama has: such models are not estimated"
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    stack = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    width, inner, layers, heads, vocab = (said[name] for name in SIZES)
+    queries = heads * (head_width := said.get("head_dim") or width // heads)
+    values = (said.get("num_key_value_heads") or heads) * head_width
+    stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), [])
+    seven = [(queries, width), (width, queries), *[(values, width)] * 2]
+    seven += [*[(inner, width)] * 2, (width, inner)]
+    if [matrices_of(layer) for layer in stack] != [sorted(seven)] * layers:
+        raise ValueError(
+            f"{config.model_type} has not in each layer the seven matrices of Llama's, four of attention "
+            "and gate, up and down: such models are not estimated, take one that has"
+        )
     matrices = [m for m in stack.modules() if isinstance(m, nn.Linear)]
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     weights, in_stack = (sum(p.numel() for p in m.parameters()) for m in (model, stack))
-    width, inner, layers, heads, vocab = (said[name] for name in SIZES)
-    head_width = said.get("head_dim") or width // heads
     return Shape(
         weights,
         weights - (0 if head is embedding else embedding.numel()),
         in_stack // layers,
         sum(rank * (m.in_features + m.out_features) for m in matrices),
-        *(layers, width, inner, heads, heads * head_width),
-        (said.get("num_key_value_heads") or heads) * head_width,
-        vocab,
+        *(layers, width, inner, heads, queries, values, vocab),
     )
 
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+def matrices_of(layer: nn.Module) -> list[tuple]:
+    """Their shapes; experts and filters among them."""
+    return sorted(tuple(p.shape) for p in layer.parameters() if p.dim() > 1)
+
+
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -166,6 +173,7 @@ def memory(s: Shape, job: Job, gpus: int) -> dict[str, float]:
     update = activations(s, job, 1) + (8 + 2 * job.bytes) * logits * job.new
     decoded = job.bytes * s.weights if gpus > 1 else whole
     decoded += cache(s, job, job.rows, length) + 12 * job.rows * s.vocab + record(job, job.rows)
+    decoded += 3 * job.bytes * job.rows * job.prompt * s.inner  # gate, up and product, of prompts
     return dict(SFT=kept + whole + sft, update=kept + whole + update, rollout=kept + decoded)
 
 
@@ -203,10 +211,11 @@ def seconds(s: Shape, job: Job, m: Machine) -> dict[str, float]:
     """Of a step of soft SFT, of batch rows, and of GRPO, of job.rows in micro-batches."""
     length = job.prompt + job.new
     positions = 1 + job.passes  # of a row, in rows; refreshes without a prompt where that is kept
-    if m.gpus == 1 and not job.recompute:
-        positions = 1 + job.passes * job.new / length
+    once = 1 + job.passes * job.new / length
+    if m.gpus == 1 and not job.recompute and once < WORTH * positions:
+        positions = once
     sft = training_seconds(s, job, m, job.batch * length, forwards=positions)
-    pieces = max(1, round(job.rows / job.batch))
+    pieces = math.ceil(job.rows / job.batch)
     update = pieces * training_seconds(s, job, m, job.rows / pieces * length)
     rollout = decode_seconds(s, job, m, job.rows)
     end = update_seconds(s, job, m)
@@ -280,16 +289,18 @@ def parts_of(model, job: Job) -> dict:
 
 
 def measure(args) -> list[dict]:
-    """Seconds of each part beside its limit."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, _ = softar.load(args.measure, dtype="float32", device=device)
+    """Seconds of each part beside its limit. On a GPU in bfloat16, all that AdamW moves too."""
+    check_least(args, repeats=1)
+    device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+    model, _ = softar.load(args.measure, dtype=dtype, device=device)
+    shape, rows = shape_of(model.config), []
     model.generation_config.eos_token_id = None  # all run to their full length
-    job = Job(False, batch=2, rows=8, prompt=32, new=32, recompute=False, bytes=4)
+    job = Job(False, batch=2, rows=8, prompt=32, new=32, recompute=False)
+    job = job._replace(bytes=model.dtype.itemsize)
     took = interleaved(parts_of(model, job), args.repeats)
     is_small = model.num_parameters() < 2**24
     rates = speed_limits.measured(model.device, model.dtype, is_small)
     machine = Machine(rates.operations, rates.read, 0, 0, 0, gpus=1)
-    shape, rows = shape_of(model.config), []
     least = seconds(shape, job, machine)
     alone = decode_seconds(shape, job, machine, 1)
     limits = alone, least["rollout"], least["sft"], least["grpo"]
@@ -308,6 +319,9 @@ def table(args) -> list[dict]:
     """A line for each model, all weights and LoRA."""
     least = dict(gpus=1, lora_r=1, batch=1, rows=1, prompt=1, new_tokens=1, passes=0)
     check_least(args, **least)
+    for name in ("step_share", "train_share"):
+        if not 0 < (share := vars(args)[name]) <= 1:
+            raise ValueError(f"{name}={share} must be above 0 and at most 1")
     machine = GPUS[args.gpu]._replace(gpus=args.gpus, step=args.step_share, train=args.train_share)
     sizes = dict(batch=args.batch, rows=args.rows, prompt=args.prompt, new=args.new_tokens)
     sizes |= dict(passes=args.passes, recompute=not args.keep_activations)
@@ -357,6 +371,12 @@ def main() -> None:
     for name, (default, about) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=about)
     args = parser.parse_args()
+    alone = {"measure", "output", "repeats"}  # what --measure reads
+    beside = vars(args).keys() - alone if args.measure else {"repeats"}
+    for name in sorted(beside):
+        if (value := vars(args)[name]) != parser.get_default(name):
+            how = "beside" if args.measure else "without"
+            raise ValueError(f"{name}={value} does nothing {how} --measure: leave it out")
     run_bench("estimate", measure if args.measure else table, args)
 
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import VOCAB, model_of
-from transformers import GPT2Config, LlamaConfig, MixtralConfig
+from transformers import (
+    FalconH1Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PhiConfig,
+    Starcoder2Config,
+)
 
 import softar
 from softar.recipes import estimate
@@ -20,6 +28,7 @@ SHAPES = [
     dict(num_hidden_layers=3, intermediate_size=80, num_key_value_heads=4),
     dict(tie_word_embeddings=True, vocab_size=96),
 ]
+SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 README = Path(__file__).parent.parent / "recipes" / "README.md"
 
 
@@ -95,7 +104,7 @@ def test_the_formulas_of_the_page_by_hand():
     sft = rows * length * (3 * 32 * 2 * d + a) + 10 * rows * length * v
     update = rows * length * (32 * 2 * d + a) + 12 * rows * new * v
     cache = 2 * 32 * 1024 * 2 * 64
-    rollout = 2 * n + cache * length + 12 * 64 * v + 64 * new * (36 + 17)
+    rollout = 2 * n + cache * length + 12 * 64 * v + 64 * new * (36 + 17) + 6 * 64 * 512 * inner
     found = estimate.memory(shape, Job(True), gpus=8)
     states = (16 * adapter + 2 * n) / 8
     assert found == pytest.approx(
@@ -118,8 +127,11 @@ def test_the_formulas_of_the_page_by_hand():
 @pytest.mark.parametrize(
     "config, says",
     [
-        (MixtralConfig(num_local_experts=4), "num_local_experts=4: experts"),
         (GPT2Config(), "gpt2 has no hidden_size"),
+        *[
+            (kind(**SMALL), f"{kind.model_type} has not in each layer the seven matrices")
+            for kind in (MixtralConfig, GPTNeoXConfig, PhiConfig, Starcoder2Config, FalconH1Config)
+        ],
     ],
 )
 def test_what_is_not_estimated_is_named(config, says):
@@ -142,6 +154,41 @@ def test_the_table_of_the_page(monkeypatch, capsys, tmp_path):
 def test_it_times_a_model_beside_its_limits(monkeypatch, capsys, tmp_path):
     printed = run(monkeypatch, capsys, tmp_path, "--measure", "mnns-tiny", "--repeats", "1")
     assert re.search(r"GB/s.*decode 8.*sft.*grpo", printed, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ("--measure mnns-tiny --repeats 0", "repeats=0 must be at least 1"),
+        ("--measure mnns-tiny --batch 2", "batch=2 does nothing beside --measure"),
+        ("--measure mnns-tiny --gpu a100", "gpu=a100 does nothing beside --measure"),
+        ("--repeats 2", "repeats=2 does nothing without --measure"),
+        ("--step_share 0", "step_share=0.0 must be above 0"),
+        ("--train_share 1.5", "train_share=1.5 must be above 0 and at most 1"),
+        ("--train_share nan", "train_share=nan must be"),
+    ],
+)
+def test_options_that_are_refused(monkeypatch, capsys, tmp_path, options, says):
+    with pytest.raises(ValueError, match=says):
+        run(monkeypatch, capsys, tmp_path, *options.split())
+
+
+@pytest.mark.parametrize(
+    "job, gpus, forwards",
+    [
+        (dict(recompute=False), 1, 1 + 2 / 2),
+        (dict(recompute=False), 8, 3),
+        (dict(), 1, 3),
+        (dict(recompute=False, prompt=100, new=300), 1, 3),  # saves less than a fifth
+    ],
+)
+def test_what_is_before_the_thoughts_is_read_once_where_soft_sft_does(job, gpus, forwards):
+    shape, job = shape_of(LlamaConfig(**estimate.MODELS["8b"])), Job(False, **job)
+    machine = estimate.GPUS["h100"]._replace(gpus=gpus, link=1e30)
+    tokens = job.batch * (job.prompt + job.new)
+    trained = estimate.training_seconds(shape, job, machine, tokens, forwards=forwards)
+    end = estimate.update_seconds(shape, job, machine)
+    assert estimate.seconds(shape, job, machine)["sft"] == pytest.approx(trained + end)
 
 
 @pytest.mark.parametrize("option", ["--gpus", "--new_tokens", "--batch"])
