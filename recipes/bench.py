@@ -16,6 +16,9 @@ softar bench agreement --model_path runs/demo/guided-soft-seed0
 OMP_NUM_THREADS=1 softar bench decode --batch 1 --cpu_time --beside hard --decoders hard switching "hidden states"
 OMP_NUM_THREADS=1 softar bench beams --batch 1 --new_tokens 32 --cpu_time
 
+# What soft requests add to a step of vLLM's, which it does not start
+OMP_NUM_THREADS=1 softar bench rows --cpu_time
+
 # Peak memory of a soft step against the batch, the kept tokens and the vocabulary
 softar bench memory
 """
@@ -29,6 +32,7 @@ import softar
 from softar.checks import check_least, one_line_errors
 from softar.mixers import guide
 from softar.recipes.bench_decode import beams, check_names, decode
+from softar.recipes.bench_rows import rows
 from softar.recipes.bench_tools import (
     clock_of,
     interleaved,
@@ -173,7 +177,14 @@ def memory(args) -> list[dict]:
     return rows
 
 
-BENCHES = {"decode": decode, "beams": beams, "sft": sft, "agreement": agreement, "memory": memory}
+BENCHES = {
+    "decode": decode,
+    "beams": beams,
+    "rows": rows,
+    "sft": sft,
+    "agreement": agreement,
+    "memory": memory,
+}
 
 
 def check(args) -> None:
@@ -203,7 +214,7 @@ def main() -> None:
     )
     parser.add_argument("--beside", default="model.generate", help="decode: what ratios are to")
     parser.add_argument(
-        "--new_tokens", type=int, default=64, help="decode, beams: tokens to generate"
+        "--new_tokens", type=int, default=64, help="decode, beams, rows: tokens to generate"
     )
     parser.add_argument("--num_beams", type=int, default=4, help="beams: hypotheses of a prompt")
     parser.add_argument(

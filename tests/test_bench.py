@@ -2,13 +2,14 @@
 
 import sys
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import softar
-from softar.recipes import bench, bench_decode
+from softar.recipes import bench, bench_decode, bench_rows
 
 TINY = dict(
     vocab_size=16,
@@ -77,3 +78,12 @@ def test_wrong_options_are_named_before_a_model_is_loaded(words, says, monkeypat
         bench.main()
     err = capsys.readouterr().err
     assert end.value.code == 2 and says in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_steps_of_rows_inside_vllm_are_timed_one_by_one(record, monkeypatch):
+    monkeypatch.setattr(bench_rows, "V", 30)
+    clock = iter(range(1000))  # a second from one reading to the next
+    monkeypatch.setattr(bench_rows, "clock_of", lambda args: lambda: next(clock))
+    found = bench_rows.measured(3, record, SimpleNamespace(repeats=2, new_tokens=4))
+    assert (found["step_ms"], found["feed_ms"]) == (1000, 1000) and next(clock) == 2 * 4 * 3
