@@ -15,6 +15,7 @@ from tiny import counted, seeded, with_lora
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion.net import facts
 from softar.diffusion.proposals import Proposer
+from softar.diffusion.reader import same_rows
 from softar.diffusion.record import UNFIT, check_recordable
 from softar.diffusion.replay import log_probs, prompt_masks, replay
 from softar.diffusion.select import Selector
@@ -387,3 +388,16 @@ def test_max_prob_is_confidence_without_the_draw():
         denoise(model, *rows, **knobs, rng=seeded(seed)).committed_at == 0 for seed in range(5)
     ]
     assert not all(torch.equal(first[0], other) for other in first)
+
+
+def test_rows_are_the_same_where_all_their_parts_are():
+    """Mixtures alike behind other padding are other rows; so are numbers that differ by a bit."""
+    embeds = torch.zeros(6, 2, 3)
+    embeds[2, 1, 1] = torch.finfo(torch.float32).tiny
+    embeds[5] = embeds[2]
+    mask = torch.ones(6, 2, dtype=torch.long)
+    mask[1, 0] = mask[4, 0] = 0
+    first, which = same_rows(embeds, mask)
+    assert first.tolist() == [0, 1, 2] and which.tolist() == [0, 1, 2, 0, 1, 2]
+    first, which = same_rows(embeds, None)
+    assert first.tolist() == [0, 2] and which.tolist() == [0, 0, 1, 0, 0, 1]
