@@ -148,9 +148,8 @@ class Steps:
     def __init__(self, model: nn.Module, clock: Callable[[], float]):
         self.model, self.clock = model, clock
         self.whole: dict[str, list[list[float]]] = {}
-        self.outside: dict[
-            str, list[list[float]]
-        ] = {}  # from the head's logits to the next forward
+        # from the head's logits to the next forward
+        self.outside: dict[str, list[list[float]]] = {}
 
     def now(self) -> float:
         """A GPU computes on while its processor goes ahead: waited for, at each reading."""

@@ -45,10 +45,9 @@ class Largest:
         """[...] where it is; of equal ones the lowest, as `argmax` says."""
         if self.chunks is None:
             return self.x.argmax(-1)
-        first = self.peaks.argmax(-1, keepdim=True)
-        return (first * self.chunks.shape[-1] + self._inside(first).argmax(-1, keepdim=True))[
-            ..., 0
-        ]
+        first = self.peaks.argmax(-1)
+        slot = self._inside(first[..., None]).argmax(-1)
+        return first * self.chunks.shape[-1] + slot
 
     def ids(self, k: int) -> Tensor:
         """[..., K] where the k largest are, the largest first; `id` leads."""
