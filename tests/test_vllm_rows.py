@@ -1,6 +1,7 @@
 """The rows that think inside vLLM, under a toy that schedules them as it likes."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -12,7 +13,9 @@ import softar
 from softar.mixers import Mixed, Mixer
 from softar.soft import hard
 from softar.vllm.completions import Completion, CompletionDecoder, Sampling
+from softar.vllm.request import OWN
 from softar.vllm.rows import CHUNK, Rows
+from softar.vllm.runners import admit
 
 
 class Engine:
@@ -183,3 +186,38 @@ def test_logits_that_are_not_finite_end_no_step(place, value):
     beside, alone = records
     for both, one in zip(beside, alone, strict=True):
         torch.testing.assert_close(both[:1], one, equal_nan=True)
+
+
+def test_a_record_makes_vllm_rank_no_log_probabilities():
+    """Its sampler would order the vocabulary of every row for what the record then replaces."""
+    vllm = pytest.importorskip("vllm")
+    outputs = pytest.importorskip("vllm.v1.outputs")
+    owner = SimpleNamespace(
+        model=SimpleNamespace(embed_input_ids=torch.nn.Embedding(VOCAB, 8)),
+        device=torch.device("cpu"),
+        model_config=SimpleNamespace(seed=0),
+    )
+    rows, asked = None, {}
+    for name, record in (("read", True), ("blind", False), ("wide", True)):
+        own = {"config": dict(top_k=5 if name == "wide" else 3, budget=2), "record": record}
+        asked[name] = vllm.SamplingParams(logprobs=4, extra_args={OWN: own})
+        new = SimpleNamespace(req_id=name, prompt_token_ids=[BOS, 5], sampling_params=asked[name])
+        rows = admit(rows, new, owner)
+        assert new.sampling_params.logprobs == (None if record else 4)
+    assert {params.logprobs for params in asked.values()} == {4}  # the scheduler's, who hands out
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
+    steps = []
+    for given in (None, outputs.LogprobsTensors(*torch.full((2, 3, 9), 7.0), torch.full((3,), 7))):
+        tokens = torch.zeros(3, 1, dtype=torch.long)
+        out = SimpleNamespace(sampled_token_ids=tokens, logprobs_tensors=given)
+        out = rows.step(logits, [*asked], [2 + len(steps)] * 3, [False] * 3, lambda out=out: out)
+        steps.append(out.logprobs_tensors)
+    made, over = steps
+    assert made.logprob_token_ids.shape == made.logprobs.shape == (3, 7)
+    assert over.logprobs.shape == (3, 9) and (over.logprobs[1] == 7).all()  # another's stay
+    for row, width in ((0, 3), (2, 5)):
+        best = logits[row].topk(width)
+        assert made.logprob_token_ids[row, 2 : 2 + width].tolist() == best.indices.tolist()
+        weights = made.logprobs[row, 2 : 2 + width].exp()
+        torch.testing.assert_close(weights, best.values.softmax(-1))
+        torch.testing.assert_close(over.logprobs[row, 2 : 2 + width].exp(), weights)

@@ -1,5 +1,4 @@
-"""The soft requests of a vLLM batch: who thinks, what each reads next, what it has read. Nothing
-here imports vLLM.
+"""The soft requests of a vLLM batch: who thinks, what each reads next, what it has read.
 
 A request chooses as a row of `softar.generate` does, by the same `decide`: all requests of a
 configuration that step together are one `Group`, which they enter and leave as vLLM schedules them.
@@ -236,7 +235,7 @@ class Rows:
         self.choose(turns, out.sampled_token_ids)
         for turn in turns:
             if turn.group.wants_record:
-                out.logprobs_tensors = write(turn, out.logprobs_tensors)
+                out.logprobs_tensors = write(turn, out.logprobs_tensors, len(names))
         return out
 
     def think(
@@ -372,11 +371,24 @@ class Lookup(nn.Module):
         return self.lookup(ids.flatten()).unflatten(0, ids.shape)
 
 
-def write(turn: Turn, out: Any) -> Any:
-    """The record of a turn into vLLM's LogprobsTensors: each [R, width], the ranks [R]. Returns
-    them."""
+def write(turn: Turn, out: Any, size: int) -> Any:
+    """The record of a turn into vLLM's LogprobsTensors of a batch of `size` requests: each [R,
+    width], the ranks [R]. Returns them.
+
+    out: None where no other request asked for log-probabilities.
+    """
     record = turn.group.record
-    more = record.ids.shape[1] + 2 - out.logprobs.shape[1]
+    columns = record.ids.shape[1] + 2
+    if out is None:
+        from vllm.v1.outputs import LogprobsTensors
+
+        zeros = record.logp.new_zeros
+        out = LogprobsTensors(
+            zeros(size, columns, dtype=torch.int32),
+            zeros(size, columns),
+            zeros(size, dtype=torch.int64),
+        )
+    more = columns - out.logprobs.shape[1]
     if more > 0:  # somebody asked for the log-probabilities of a few tokens only
         names = ("logprob_token_ids", "logprobs")
         out = out._replace(

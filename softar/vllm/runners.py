@@ -5,6 +5,7 @@ Nothing here imports vLLM. The mixtures go into the state's own buffer of input 
 CUDA graphs read.
 """
 
+from copy import copy
 from typing import Any
 
 from ..config import SoftConfig
@@ -106,6 +107,11 @@ def admit(rows, new, owner):
     soft = soft_of(new.sampling_params)
     if soft is None:
         return rows
+    if soft["record"]:
+        # The record takes the place of log-probabilities: of this runner's copy alone, or its sampler
+        # would rank the whole vocabulary for what is then written over.
+        new.sampling_params = copy(new.sampling_params)
+        new.sampling_params.logprobs = None
     if rows is None:
         rows = Rows(
             lambda ids: owner.model.embed_input_ids(ids), owner.device, owner.model_config.seed
