@@ -7,9 +7,9 @@ python recipes/bench_vllm.py --concurrency 16 --repeats 4
 # On a busy machine: processor time
 python recipes/bench_vllm.py --cpu_time
 
-# Another model, on a GPU with CUDA graphs (--enforce_eager: without them) python
-recipes/bench_vllm.py --model HuggingFaceTB/SmolLM2-1.7B-Instruct --dtype bfloat16 --concurrency 16
-64 256
+# Another model, on a GPU with CUDA graphs (--enforce_eager: without them)
+python recipes/bench_vllm.py --model HuggingFaceTB/SmolLM2-1.7B-Instruct --dtype bfloat16 \\
+    --concurrency 16 64 256
 
 The modes: `none`, discrete requests to an engine without the plug-in and without prompt embeddings;
 to the other engine `plugin`, discrete requests, `soft`, soft ones, `mixed`, every other one soft,
