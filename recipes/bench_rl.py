@@ -1,8 +1,8 @@
 """What the soft policy adds to TRL's GRPO where both do the same: one draw a step. A table and a
 rl.json.
 
-# Rollout beside TRL's model.generate, and update (loss and backward) beside TRL's, interleaved in
-one run python recipes/bench_rl.py
+# Rollout beside TRL's model.generate, and update (loss and backward) beside TRL's, interleaved
+python recipes/bench_rl.py
 
 # On a busy machine: processor time, one thread
 OMP_NUM_THREADS=1 python recipes/bench_rl.py --cpu_time --threads 1 --repeats 15

@@ -334,9 +334,13 @@ def test_a_crowd_that_comes_and_goes_changes_no_answer(server):
     """tests/fuzz/chaos.py has more of them, for longer."""
     prompts = [f"<bos> w{i} w{i + 9}" for i in (11, 17, 23)]
     chaos = Chaos(server.url, server.model, prompts, max_tokens=12, key=KEY)
-    found = asyncio.run(chaos.run(8, 5, server.process.pid))
+    kinds = ("answers", "streams", "refused", "streams left")
+    for _ in range(12):  # a busy machine answers few in five seconds
+        found = asyncio.run(chaos.run(8, 5, server.process.pid))
+        if all(found.get(kind) for kind in kinds):
+            break
     assert chaos.wrong == [] and found["lost"] == 0 and found["healthy"], found
-    assert min(found[what] for what in ("answers", "streams", "refused", "streams left")) > 0
+    assert min(found.get(kind, 0) for kind in kinds) > 0, found
     before, *_, after = found["memory"]
     assert after - before < 200
 
