@@ -134,7 +134,8 @@ class SoftGRPOConfig(RolloutConfig):
         "What decodes the rollouts: 'loop', softar.generate on the model itself, or 'vllm', an engine of vLLM 0.32 in "
         "each process, which gets the policy's weights before each rollout (`make vllm`, or pip install softar[vllm]). "
         "Same seeds, same thoughts up to rounding; the answers are other draws. The log-probabilities are the model's "
-        "own replay either way. See vllm_gpu_memory_utilization, vllm_max_model_length and vllm_model_impl.",
+        "own replay either way. See vllm_gpu_memory_utilization, vllm_max_model_length, vllm_model_impl and "
+        "vllm_tensor_parallel_size: so many processes share an engine, each with a part of the weights.",
     )
     compile_rollout: bool = opt(
         False,
@@ -173,6 +174,7 @@ class SoftGRPOConfig(RolloutConfig):
             require_vllm()
         except ImportError as error:
             raise ValueError(f"rollout='vllm': {error}; or give rollout='loop'") from None
+        check_least(self, vllm_tensor_parallel_size=1)
         if self.temperature < COLDEST:
             raise ValueError(
                 f"temperature={self.temperature} must be at least {COLDEST} with rollout='vllm', which "

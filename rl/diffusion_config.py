@@ -29,7 +29,8 @@ DIFFUSION_IDLE = (
         "set replay='one-step'",
     ),
     Idle(
-        "vllm_gpu_memory_utilization vllm_max_model_length vllm_model_impl cache_implementation",
+        "vllm_gpu_memory_utilization vllm_max_model_length vllm_model_impl vllm_tensor_parallel_size "
+        "cache_implementation",
         lambda c: True,
         f"where {OWN_LOOP}",
         "leave them out",

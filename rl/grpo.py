@@ -100,6 +100,7 @@ class SoftGRPOTrainer(RolloutGRPO):
             max_model_length=args.vllm_max_model_length,
             max_num_seqs=max(train_rows, args.per_device_eval_batch_size),
             model_impl=args.vllm_model_impl,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
         )
 
     # -- rollout

@@ -71,7 +71,6 @@ NEUTRAL = (
     ("vllm_server_port", (8000,), "the engine runs in the trainer's process"),
     ("vllm_server_timeout", (240.0,), "the engine runs in the trainer's process"),
     ("vllm_group_port", (51216,), "the engine runs in the trainer's process"),
-    ("vllm_tensor_parallel_size", (1,), "each process has an engine of its own"),
     ("vllm_enable_sleep_mode", (False,), "the engine stays awake"),
     ("vllm_structured_outputs_regex", (None,), SUPPORT),
 )
@@ -128,7 +127,7 @@ OF_POLICY = (
 )
 IDLE = (
     Idle(
-        "vllm_gpu_memory_utilization vllm_max_model_length vllm_model_impl",
+        "vllm_gpu_memory_utilization vllm_max_model_length vllm_model_impl vllm_tensor_parallel_size",
         lambda c: c.rollout != "vllm",
         "without an engine",
         "set rollout='vllm'",

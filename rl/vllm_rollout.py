@@ -12,6 +12,7 @@ import contextlib
 import copy
 import tempfile
 import time
+from itertools import chain
 
 import torch
 from accelerate.utils import is_peft_model
@@ -38,7 +39,8 @@ VALUE_HEAD = "v_head."  # PPO's, on the policy's module
 
 
 class VLLMRollout(VLLMGeneration):
-    """A colocated engine that decodes softly.
+    """A colocated engine that decodes softly, one in each process, or one for `tensor_parallel_size`
+    processes, each of which holds a part of its weights and computes for the prompts of all.
 
     Args:
         model, accelerator, processing_class, options: as for VLLMGeneration, whose `sync_weights`
@@ -47,8 +49,9 @@ class VLLMRollout(VLLMGeneration):
         decoding: the policy, with its texts resolved to ids. eos: ids that end a row.
 
     Raises:
-        ValueError: a version of vLLM that the plug-in does not know, a quantised model, or heads of
-            a width that vLLM has no kernel for.
+        ValueError: a version of vLLM that the plug-in does not know, a quantised model, heads of a
+            width that vLLM has no kernel for, or processes or heads that `tensor_parallel_size`
+            does not divide.
     """
 
     def __init__(self, model, accelerator, processing_class, decoding, eos: list[int], **options):
@@ -67,6 +70,12 @@ class VLLMRollout(VLLMGeneration):
 
         base = plain(self.model)
         check_policy(vllm.__version__, base)
+        shares, processes = self.tensor_parallel_size, self.accelerator.num_processes
+        check_shares(shares, processes, base.config)
+        self.group = None  # of the processes that share the engine
+        if shares > 1:
+            ranks = torch.arange(processes).view(-1, shares).tolist()
+            self.group, _ = torch.distributed.new_subgroups_by_enumeration(ranks)
         # Under autocast the policy computes in this, whatever its weights are kept in
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = mixed.get(self.accelerator.mixed_precision, base.dtype)
@@ -79,7 +88,7 @@ class VLLMRollout(VLLMGeneration):
             save_config(base if self.stand_in is None else widened(self.stand_in), dtype, folder)
             variables = settings(folder)
             if SPACE in variables:  # GiB of a CPU's memory
-                share = int(variables[SPACE]) // self.accelerator.num_processes
+                share = int(variables[SPACE]) // processes
                 variables[SPACE] = str(max(1, share))
             joins = torch.distributed.is_initialized()
             with environment(variables), as_torchrun(self.accelerator):
@@ -92,9 +101,10 @@ class VLLMRollout(VLLMGeneration):
                     enable_prefix_caching=False,
                     enforce_eager=on_cpu(),
                     distributed_executor_backend="external_launcher",
+                    tensor_parallel_size=shares,
                     gpu_memory_utilization=self.gpu_memory_utilization,
                     max_model_len=self.max_model_length,
-                    max_num_seqs=self.max_num_seqs,
+                    max_num_seqs=shares * self.max_num_seqs,
                     # vLLM 0.32 cannot take back a seeded draw on a CPU, and does where a prompt is
                     # not through
                     enable_chunked_prefill=False if on_cpu() else None,
@@ -217,6 +227,9 @@ class VLLMRollout(VLLMGeneration):
         from vllm import SamplingParams
 
         began, most = time.perf_counter(), self.decoding.max_new_tokens
+        first, count = 0, len(prompts)
+        if self.group is not None:
+            first, prompts, seeds = self._of_all(prompts, seeds)
         longest = max(map(len, prompts))
         if longest + most > self.limit:
             raise ValueError(
@@ -245,9 +258,9 @@ class VLLMRollout(VLLMGeneration):
             )
         for o in outs:
             check_ended(o.outputs[0])
-        out = output_of(
-            prompts, [record_of(o.outputs[0]) for o in outs], self.decoding, self.eos, self.pad
-        )
+        own = slice(first, first + count)
+        read = [record_of(o.outputs[0]) for o in outs[own]]
+        out = output_of(prompts[own], read, self.decoding, self.eos, self.pad)
         record = type(out.record)(*(x.to(here) for x in out.record))
         return SoftOutput(
             out.sequences.to(here),
@@ -258,6 +271,14 @@ class VLLMRollout(VLLMGeneration):
             out.token_forwards,
             time.perf_counter() - began,
         )
+
+    def _of_all(self, prompts, seeds) -> tuple[int, list[list[int]], list[int]]:
+        """The place of the first of these among the prompts and seeds of all processes that share
+        the engine, which it has to be given in each of them; and those."""
+        parts = [None] * self.tensor_parallel_size
+        torch.distributed.all_gather_object(parts, (prompts, seeds), group=self.group)
+        first = sum(len(rows) for rows, _ in parts[: torch.distributed.get_rank(self.group)])
+        return first, *(list(chain.from_iterable(column)) for column in zip(*parts, strict=True))
 
     def close(self) -> None:
         """End the engine and let go of its memory."""
@@ -279,6 +300,16 @@ def check_policy(version: str, model) -> None:
         )
     if not is_narrow(model.config):
         check_heads(model.name_or_path, model.config)
+
+
+def check_shares(shares: int, processes: int, config) -> None:
+    """Raise ValueError where processes or heads cannot be shared out so."""
+    heads = config.num_attention_heads
+    for what, number in (("processes", processes), ("attention heads", heads)):
+        if number % shares:
+            raise ValueError(
+                f"vllm_tensor_parallel_size={shares} must divide the {number} {what}: give another"
+            )
 
 
 def save_config(model, dtype: torch.dtype, folder: str) -> None:

@@ -214,14 +214,20 @@ def narrow(folder):
     return pairs
 
 
-def two(folder, rank):
+TWO = {1: "two", 2: "split"}
+
+
+def two(folder, rank, shares):
+    """shares: 2, one engine split over both; 1, one in each."""
     os.environ.update(rank)
-    made = run(folder / "two", "grpo", "vllm", per_device_train_batch_size=2)
+    name, parts = TWO[shares], dict(per_device_train_batch_size=2, vllm_tensor_parallel_size=shares)
+    made = run(folder / name, "grpo", "vllm", **parts)
     pairs = pair(made)
     made.train()
+    long = refused(made._engine.decode, [[tiny.BOS] * (250 * (os.environ["RANK"] == "0") + 3)], [0])
     made.close()
     if os.environ["RANK"] == "1":
-        torch.save(dict(found(made), pairs=pairs), folder / "two.pt")
+        torch.save(dict(found(made), pairs=pairs, long=long), folder / f"{name}.pt")
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
 
@@ -241,8 +247,8 @@ def start(folder):
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rl")
     start(folder)
-    two = torch.load(folder / "two.pt", weights_only=False)
-    return torch.load(folder / "out.pt", weights_only=False) | {"two": two}
+    of_two = {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in TWO.values()}
+    return torch.load(folder / "out.pt", weights_only=False) | of_two
 
 
 def apart(out, own):
@@ -357,14 +363,22 @@ def test_a_prompt_that_is_too_long_says_so(made):
     )
 
 
-def test_two_processes_are_one(made):
-    theirs = made["two"]
+@pytest.mark.parametrize("name", TWO.values())
+def test_two_processes_are_one(made, name):
+    """With an engine each, and with one that is split over both."""
+    theirs = made[name]
     assert [apart(*pair) for pair in theirs["pairs"]] == [0] * 3
     for (mine, _), (all_rows, _) in zip(theirs["pairs"], made["grpo"]["pairs"], strict=True):
         width = mine.completions.shape[1]
         assert torch.equal(mine.completions, all_rows.completions[2:, :width])
     for key, value in made["grpo"]["weights"].items():
         torch.testing.assert_close(theirs["weights"][key], value, atol=1e-5, rtol=0)
+
+
+def test_a_prompt_of_one_process_that_is_too_long_ends_none_in_waiting(made):
+    """The other one, which shares the engine, would wait for it."""
+    assert made["two"]["long"] is None
+    assert "a prompt of 253 tokens" in made["split"]["long"]
 
 
 # --- without an engine ---
@@ -410,7 +424,7 @@ def test_a_record_that_follows_other_rules_is_an_error():
         ({"temperature": 0.001}, "temperature=0.001 must be at least 0.01 with rollout='vllm'"),
         ({"soft_k": 300}, "soft_k=300 must be at most 256 with rollout='vllm'"),
         ({"vllm_mode": "server"}, "vllm_mode='server' is not supported.*in the trainer's process"),
-        ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2 is not supported"),
+        ({"vllm_tensor_parallel_size": 0}, "vllm_tensor_parallel_size=0 must be at least 1"),
         ({"vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode=True is not supported"),
         (
             {"vllm_structured_outputs_regex": "a"},
@@ -448,6 +462,11 @@ def test_an_engine_that_does_not_think_is_refused(tmp_path, monkeypatch):
         trainer(tmp_path, model=model_of("llama"), rollout="vllm")
 
 
+def test_an_engine_for_more_processes_than_there_are_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="vllm_tensor_parallel_size=2 must divide the 1 processes"):
+        trainer(tmp_path, model=model_of("llama"), rollout="vllm", vllm_tensor_parallel_size=2)
+
+
 def test_a_quantised_model_is_refused(tmp_path):
     model, decoding = model_of("llama"), config(tmp_path).decoding()
     model.is_quantized = True
@@ -459,10 +478,11 @@ if __name__ == "__main__":
     import vllm  # noqa: F401
 
     folder, fork = Path(sys.argv[1]), multiprocessing.get_context("fork")
-    jobs = [fork.Process(target=two, args=(folder, rank)) for rank in warm.ranks(2)]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join()
-    assert [job.exitcode for job in jobs] == [0, 0]
+    for shares in TWO:
+        jobs = [fork.Process(target=two, args=(folder, rank, shares)) for rank in warm.ranks(2)]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join()
+        assert [job.exitcode for job in jobs] == [0, 0]
     main(folder)
