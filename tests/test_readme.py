@@ -440,7 +440,7 @@ def test_length_and_width():
     assert len(PAGES["README.md"].splitlines()) <= 120
     for page, text in [*PAGES.items(), ("RESULTS.md", RESULTS)]:
         for line in text.splitlines():
-            limit = 120 if page == "README.md" or not line.startswith("|") else 200
+            limit = 120 if page == "README.md" or not line.startswith("|") else 210
             assert len(line) <= limit, f"{page}: {line}"
 
 
