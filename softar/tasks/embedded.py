@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+from collections.abc import Callable
 
 from datasets import Dataset
 
@@ -144,24 +145,12 @@ def latin(
     Raises:
         ValueError: for a size out of range, or so many held out that no square is left to train on.
     """
-    squares, tested, shown = _latin_squares(n, givens, held_out, seed, size)
-    rng = random.Random(seed + 1)
 
     def row(cells, at) -> dict:
         template = "<bos>" + _say(c if i in at else "<mask>" for i, c in enumerate(cells))
         return {"prompt": "<bos>", **_latin_row(cells), "template": template}
 
-    train = [row(cells, {*rng.sample(range(n * n), givens)}) for cells in squares]
-    test = [row(cells, at) for cells, at in zip(tested, shown, strict=True)]
-    return Task(
-        "latin",
-        Dataset.from_list(train),
-        Dataset.from_list(test),
-        _score_latin,
-        think_steps=None,
-        models=MODELS["latin"],
-        max_new_tokens=n * n + 1,
-    )
+    return _latin_task("latin", row, n, givens, held_out, seed, size, n * n + 1)
 
 
 def latin_prompt(
@@ -179,31 +168,26 @@ def latin_prompt(
 
     Args as of `latin`; training rows have templates of their own, of as many givens.
     """
-    squares, tested, shown = _latin_squares(n, givens, held_out, seed, size)
-    rng = random.Random(seed + 1)
 
     def row(cells, at) -> dict:
         prompt = _say(c if i in at else "." for i, c in enumerate(cells)).strip()
         return {"prompt": prompt, **_latin_row(cells)}
 
-    train = [row(cells, {*rng.sample(range(n * n), givens)}) for cells in squares]
-    test = [row(cells, at) for cells, at in zip(tested, shown, strict=True)]
-    return Task(
-        "latin-prompt",
-        Dataset.from_list(train),
-        Dataset.from_list(test),
-        _score_latin,
-        think_steps=None,
-        models=MODELS["latin-prompt"],
-        max_new_tokens=n * n,
-    )
+    return _latin_task("latin-prompt", row, n, givens, held_out, seed, size, n * n)
 
 
-def _latin_squares(
-    n: int, givens: int, held_out: int, seed: int, size: int | None
-) -> tuple[list, list, list]:
-    """Squares to train on and squares held out, row by row, and which cells of the latter are
-    shown."""
+def _latin_task(
+    name: str,
+    row: Callable[[list[int], set[int]], dict],
+    n: int,
+    givens: int,
+    held_out: int,
+    seed: int,
+    size: int | None,
+    max_new_tokens: int,
+) -> Task:
+    """row: of a square's cells, row by row, and which of them are shown, makes what a data set
+    holds."""
     check_least({"held_out": held_out}, held_out=1)
     if not 2 <= n <= 9 or not 0 <= givens < n * n:
         raise ValueError(f"n={n}, givens={givens}: needs 2 <= n <= 9 and 0 <= givens < n * n")
@@ -211,11 +195,21 @@ def _latin_squares(
     tested = [_latin_square(n, rng) for _ in range(held_out)]
     excluded = set(map(tuple, tested))
     squares = [_latin_square(n, rng) for _ in range(LATIN_SIZE if size is None else size)]
-    shown = [{*rng.sample(range(n * n), givens)} for _ in tested]
+    test = [row(cells, {*rng.sample(range(n * n), givens)}) for cells in tested]
     train = [square for square in squares if tuple(square) not in excluded]
     if not train and size != 0:
         raise ValueError(f"held_out={held_out}: every square of n={n} is held out, take fewer")
-    return train, tested, shown
+    rng = random.Random(seed + 1)
+    train = [row(cells, {*rng.sample(range(n * n), givens)}) for cells in train]
+    return Task(
+        name,
+        Dataset.from_list(train),
+        Dataset.from_list(test),
+        _score_latin,
+        think_steps=None,
+        models=MODELS[name],
+        max_new_tokens=max_new_tokens,
+    )
 
 
 def _latin_row(cells: list[int]) -> dict:
