@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import EOS, PROMPTS, Forced, left_padded, model_of
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 
@@ -25,6 +24,7 @@ from softar import MIXERS, SoftConfig, mk_proba_dist, soft_embed
 from softar.diffusion import SOFTENERS, DenoiseConfig, denoise
 from softar.diffusion import load as load_denoiser
 from softar.diffusion.architectures import LladaConfig, LladaForMaskedDiffusion
+from softar.recipes.bench_tools import largest
 from softar.soft import Soft, dense
 
 pytestmark = pytest.mark.gpu
@@ -322,14 +322,7 @@ def peak_bytes(run):
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    now = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
+    return largest(run)
 
 
 B, V, D, K = (8, 150_000, 1024, 10) if DEVICE.type == "cuda" else (8, 6000, 64, 10)
