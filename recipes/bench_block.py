@@ -251,7 +251,7 @@ def decoding(args) -> list[dict]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, repeats=5)
     parser.add_argument("--family", choices=FAMILIES, default="sdar", help="whose model and loop")
     parser.add_argument("--against", help="folder of the public code")
     parser.add_argument("--block_length", type=int, help="4 of sdar, 64 of canvases, else 32")
@@ -263,13 +263,6 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=64, help="a multiple of the block length")
     parser.add_argument(
         "--soften", nargs="+", choices=SOFTENERS, default=[*SOFTENERS], help="softeners to time"
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="how often each is timed")
-    parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument(
-        "--cpu_time",
-        action="store_true",
-        help="measure processor time, for a busy machine; with --threads 1",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the prompt")
     args = parser.parse_args()

@@ -108,17 +108,12 @@ def cost(args) -> list[dict]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, repeats=7)
     parser.add_argument("--model", default="smollm2-135m", help="a model that softar.load opens")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], help="types of the weights")
     parser.add_argument("--caches", nargs="+", default=[*CACHES], choices=CACHES, help="which")
     parser.add_argument("--batch", type=int, default=1, help="rows decoded together")
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens to generate")
-    parser.add_argument("--repeats", type=int, default=7, help="how often each is timed")
-    parser.add_argument("--threads", type=int, default=None, help="number of torch's threads")
-    parser.add_argument(
-        "--cpu_time", action="store_true", help="measure processor time, for a busy machine"
-    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -33,7 +33,6 @@ einops); --original is generate.py of github.com/ML-GSAI/LLaDA at b7e6c35. Neith
 softar.
 """
 
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -56,6 +55,7 @@ from softar.recipes.bench_llada import (
     tokens,
 )
 from softar.recipes.bench_tools import (
+    clock_of,
     console,
     interleaved,
     largest,
@@ -324,17 +324,11 @@ BENCHES = {
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, repeats=3)
     parser.add_argument("bench", choices=BENCHES, help="what to measure")
     parser.add_argument("--size", choices=SIZES, default="small", help="size of the random net")
     parser.add_argument("--device", default="cpu", help="device of the net")
     parser.add_argument("--dtype", help="type of the weights; default: float32, on CUDA bfloat16")
-    parser.add_argument("--threads", type=int, help="number of torch's threads")
-    parser.add_argument(
-        "--cpu_time",
-        action="store_true",
-        help="measure processor time, for a busy machine; with --threads 1",
-    )
     parser.add_argument(
         "--model",
         default="latin-diffusion-tiny",
@@ -368,10 +362,9 @@ def main() -> None:
     )
     parser.add_argument("--against", help="denoise: the folder of the public samplers, see above")
     parser.add_argument("--original", help="denoise: LLaDA's own generate.py; needs --against")
-    parser.add_argument("--repeats", type=int, default=3, help="how often each is timed")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and prompts")
     args = parser.parse_args()
-    args.clock = time.process_time if args.cpu_time else time.perf_counter
+    args.clock = clock_of(args)
     if args.original and not args.against:
         parser.error("--original needs --against, whose model it runs")
     if args.threads:

@@ -121,16 +121,11 @@ def cost(args) -> list[dict]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, repeats=9)
     parser.add_argument(
         "--batch", type=int, default=16, help="number of completions, all of one prompt"
     )
     parser.add_argument("--length", type=int, default=64, help="number of steps of a completion")
-    parser.add_argument("--repeats", type=int, default=9, help="how often each is timed")
-    parser.add_argument("--threads", type=int, default=None, help="number of torch's threads")
-    parser.add_argument(
-        "--cpu_time", action="store_true", help="measure processor time, for a busy machine"
-    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -55,14 +55,23 @@ def spread(values) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def parser_of(description: str) -> argparse.ArgumentParser:
-    """A parser that prints the description as it stands, with the option that `run_bench` reads."""
+def parser_of(description: str, repeats: int | None = None) -> argparse.ArgumentParser:
+    """A parser that prints the description as it stands, with the option that `run_bench` reads.
+    repeats: the default of a bench that times in this process, which has the options for it."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--output", default="runs/bench", help="folder that the results are written to"
     )
+    if repeats is not None:
+        parser.add_argument("--repeats", type=int, default=repeats, help="how often each is timed")
+        parser.add_argument("--threads", type=int, help="number of torch's threads")
+        parser.add_argument(
+            "--cpu_time",
+            action="store_true",
+            help="measure processor time, for a busy machine; with --threads 1",
+        )
     return parser
 
 

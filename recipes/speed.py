@@ -188,7 +188,7 @@ def part(record: parts.Record, is_dry: bool, left: parts.Left) -> None:
 
 def parse(argv: list[str] | None = None) -> Namespace:
     devices = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, repeats=5)
     parser.set_defaults(output="runs/speed")
     parser.add_argument(
         "--paths", choices=PATHS, nargs="+", default=["decode", "denoise", "train"], help="which"
@@ -208,11 +208,6 @@ def parse(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument(
         "--new_tokens", type=int, default=16, help="tokens to decode; denoise: two such blocks"
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="how often each is timed")
-    parser.add_argument("--threads", type=int, help="number of torch's threads")
-    parser.add_argument(
-        "--cpu_time", action="store_true", help="measure processor time, for a busy machine"
     )
     parser.add_argument(
         "--rows", nargs="+", metavar="FILE", help="draw the page of these, and measure nothing"
