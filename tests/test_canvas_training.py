@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from test_denoise import denoiser
 from test_renoised import CANVAS, VOCAB, gemma
-from tiny import EOS, tokenizer_of
+from tiny import EOS, QUIET, tokenizer_of
 
 import softar
 from softar.diffusion import load
@@ -133,10 +133,7 @@ def trainer_of(folder, peft_config=None, model=None, **changes):
         per_device_train_batch_size=4,
         max_steps=4,
         learning_rate=3e-3,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **QUIET,
         eval_decode_rows=0,
     )
     args = DiffusionSFTConfig(**(options | changes))

@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_architectures import build
+from tiny import QUIET
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -492,10 +493,7 @@ def test_trains_and_decodes(tmp_path):
         per_device_train_batch_size=32,
         max_steps=60,
         learning_rate=5e-3,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **QUIET,
         eval_decode_rows=0,
         softmasking_prob=0.5,
         normalise="masks",

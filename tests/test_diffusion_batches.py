@@ -11,6 +11,7 @@ import warm
 from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from tiny import QUIET
 
 import softar
 from softar.diffusion.convert import convert
@@ -25,10 +26,7 @@ SGD = dict(
     max_grad_norm=0.0,
     max_steps=2,
     lr_scheduler_type="constant",
-    logging_steps=1,
-    report_to="none",
-    save_strategy="no",
-    disable_tqdm=True,
+    **QUIET,
     eval_decode_rows=0,
     seed=1,
 )

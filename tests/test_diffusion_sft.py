@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
+from tiny import QUIET
 
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion.architectures import LladaConfig, LladaForMaskedDiffusion
@@ -365,10 +366,7 @@ def trainer_of(folder, task, eval_dataset=None, **changes):
         per_device_train_batch_size=32,
         max_steps=6,
         learning_rate=3e-3,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **QUIET,
         eval_decode_rows=0,
         seed=3,
     )

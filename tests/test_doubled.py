@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_block_causal import block_model
 from test_denoise import MASK
+from tiny import QUIET
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from softar.diffusion import denoise
@@ -126,10 +127,7 @@ def trainer_of(folder, **changes):
         per_device_train_batch_size=16,
         max_steps=4,
         learning_rate=3e-3,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **QUIET,
         eval_decode_rows=0,
     )
     model, tokenizer = convert(*softar.load("mnns-tiny", seed=0), block_length=4)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny import seeded
+from tiny import QUIET, seeded
 
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion.architectures import LladaConfig, LladaForMaskedDiffusion
@@ -85,10 +85,7 @@ def trainer_of(model, tokenizer, rows, folder, **changes):
         per_device_train_batch_size=16,
         max_steps=6,
         learning_rate=3e-3,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **QUIET,
         seed=3,
     )
     args = DiffusionSFTConfig(**(options | UNIFORM | changes))

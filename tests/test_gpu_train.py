@@ -6,7 +6,7 @@ Skipped without one; with SOFTAR_GPU_DRY=1 they run on the CPU, as `recipes/gpu.
 import pytest
 import torch
 from datasets import Dataset
-from tiny import model_of, tokenizer_of
+from tiny import QUIET, model_of, tokenizer_of
 
 from softar.diffusion import load as load_denoiser
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
@@ -25,11 +25,8 @@ def options(folder, dtype):
         output_dir=str(folder),
         per_device_train_batch_size=4,
         max_steps=1,
-        logging_steps=1,
+        **QUIET,
         learning_rate=1e-2,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         bf16=dtype == torch.bfloat16,
         tf32=False if DEVICE.type == "cuda" else None,  # the reference is computed in float32
     )

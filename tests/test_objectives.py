@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from test_block_causal import block_model
 from test_denoise import MASK, denoiser
+from tiny import QUIET
 
 import softar
 from softar.diffusion.convert import convert
@@ -291,10 +292,7 @@ def trainer_of(folder, blocks=True, peft_config=None, **changes):
         per_device_train_batch_size=4,
         max_steps=4,
         learning_rate=1e-2,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **QUIET,
         eval_decode_rows=0,
     )
     made = convert(*softar.load("mnns-tiny", seed=0), block_length=4 if blocks else None)

@@ -16,8 +16,8 @@ from test_denoise import MASK, VOCAB, denoiser
 from test_diffusion_rows import KINDS as ROW_KINDS
 from test_diffusion_rows import write as write_bert
 from test_renoised import gemma
+from tiny import QUIET, tokenizer_of, with_lora
 from tiny import model_of as causal
-from tiny import tokenizer_of, with_lora
 from transformers import BertConfig, BertForMaskedLM
 
 from softar.diffusion import denoise
@@ -47,11 +47,8 @@ QUICK = dict(
     gen_length=6,
     steps=3,
     max_steps=2,
-    logging_steps=1,
+    **QUIET,
     learning_rate=1e-2,
-    save_strategy="no",
-    disable_tqdm=True,
-    report_to="none",
     replay_chunk=5,
 )
 SOFT = dict(soften="soft-mask", soften_args=dict(scale=0.8, centre=-4.0))

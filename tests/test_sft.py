@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file
-from tiny import BOS, EOS, PAD, model_of, tokenizer_of
+from tiny import BOS, EOS, PAD, QUIET, model_of, tokenizer_of
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -106,10 +106,7 @@ def config_of(folder, cls=SoftSFTConfig, **settings):
         learning_rate=0.1,
         optim="sgd",  # Adam would turn rounding errors of vanishing gradients into whole steps
         lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        report_to="none",
+        **QUIET,
     )
     return cls(**{**common, **settings})
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from safetensors import safe_open
-from tiny import model_of, tokenizer_of
+from tiny import QUIET, model_of, tokenizer_of
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -72,10 +72,7 @@ def trainer_of(folder, base, rows=ROWS, peft_config=None, tokenizer=None, **sett
         alpha_start=0.0,
         think_steps=2,
         think_tokens=2,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
+        **QUIET,
     )
     model, own = softar.load(base)
     return SoftSFTTrainer(
@@ -416,10 +413,7 @@ RL = dict(
     num_generations=2,
     per_device_train_batch_size=4,
     max_steps=1,
-    logging_steps=1,
-    save_strategy="no",
-    report_to="none",
-    disable_tqdm=True,
+    **QUIET,
 )
 
 

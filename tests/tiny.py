@@ -58,6 +58,8 @@ CONFIGS = {
     ),
 }
 ARCHS = tuple(CONFIGS)
+# of a training: every step is logged, nothing shown or kept
+QUIET = dict(logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True)
 
 
 def model_of(arch="llama", seed=0, dtype=torch.float32, **changes):
