@@ -45,11 +45,21 @@ def read_rows(path: str | Path) -> Rows:
 
 def read_dataset(path: str | Path) -> "Dataset":
     """The rows of a file as a datasets.Dataset, for training."""
+    return dataset_of(path, [row for _, row in read_rows(path)])
+
+
+def dataset_of(path: str | Path, rows: list[dict]) -> "Dataset":
+    """The rows that were read from `path`, with all columns that any of them has; None where a row
+    lacks one. (`Dataset.from_list` keeps the columns of the first row alone.)
+
+    Raises:
+        ValueError: for a column with values of different kinds.
+    """
     import datasets
 
-    rows = read_rows(path)
+    names = dict.fromkeys(name for row in rows for name in row)
     try:
-        return datasets.Dataset.from_list([row for _, row in rows])
+        return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
     except Exception as error:  # of pyarrow, in many classes
         raise ValueError(
             f"{path}: a column holds values of different kinds ({shorten(str(error))}): give each "

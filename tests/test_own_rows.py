@@ -108,6 +108,18 @@ def test_other_names_of_columns_and_chats(tmp_path):
     assert task.test[0]["prompt"] == rows[0]["question"] and task.test[0]["more"] == [1]
 
 
+def test_columns_that_the_first_row_lacks(tmp_path):
+    """They are there, None where a row has none: a scorer, groups and training lost them."""
+    rows = [
+        {"prompt": "a", "answer": "1"},
+        {"answer": "2", "prompt": "b", "group": "g", "unit": "m"},
+    ]
+    for ending in ("jsonl", "json"):
+        file = write(tmp_path, f"rows.{ending}", rows)
+        for read in (load_task(file).test, read_dataset(file)):
+            assert read["group"] == [None, "g"] and read["unit"] == [None, "m"]
+
+
 @pytest.mark.parametrize(
     "name, text, spec, says",
     [

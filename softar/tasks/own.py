@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..checks import check_choice, did_you_mean
-from ..files import READERS, Rows, column, is_file, read_rows
+from ..files import READERS, Rows, column, dataset_of, is_file, read_rows
 from ..names import is_code, load_code
 from ..specs import parse_options
 from .task import Task
@@ -158,10 +158,7 @@ def _rows(path: Path, rows: Rows, options: Options, with_answer: bool) -> Datase
         raise ValueError(
             f"{path}, line {line}: texts and chats in one file: give prompts of one kind"
         )
-    try:
-        return Dataset.from_list(read)
-    except Exception as error:  # of pyarrow, in many classes
-        raise ValueError(f"{path}: a column holds values of different kinds ({error})") from error
+    return dataset_of(path, read)
 
 
 def _row(path: Path, row: dict, line: int, options: Options, with_answer: bool) -> dict:
