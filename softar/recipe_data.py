@@ -1,6 +1,8 @@
 """What a recipe trains on: a task by name, or rows in TRL's formats."""
 
 import dataclasses
+import os
+import sys
 from typing import TYPE_CHECKING
 
 from .files import is_file, read_dataset
@@ -10,6 +12,21 @@ if TYPE_CHECKING:
 
 # TRL's, for supervised training
 SFT_FORMATS = (("prompt", "completion"), ("messages",), ("conversations",), ("text",))
+HELD_OUT = "test"  # TRL's dataset_test_split where nobody gives one
+TASK, FILE, DATASET, MIXTURE = "a task", "a file", "a dataset", "datasets of a YAML file"
+# Of each option of the rows: what it is where it is left out, the sources that read it, and what to
+# do with another
+OPTIONS = {
+    "task_size": (None, (TASK,), "give the rows to train on in a file of their own"),
+    "dataset_config": (None, (DATASET,), "leave it out"),
+    "dataset_train_split": ("train", (DATASET, MIXTURE), "leave it out"),
+    "dataset_test_split": (
+        HELD_OUT,
+        (DATASET, MIXTURE),
+        "leave it out; a folder with train and test files has held-out rows",
+    ),
+    "dataset_streaming": (False, (), "leave it out; all rows are read before a training"),
+}
 
 
 def open_task(script, mixture, formats: tuple[tuple[str, ...], ...] = SFT_FORMATS) -> "Task":
@@ -19,6 +36,7 @@ def open_task(script, mixture, formats: tuple[tuple[str, ...], ...] = SFT_FORMAT
 
     if sum(map(bool, (script.task, script.dataset_name, mixture.datasets))) != 1:
         raise ValueError("give exactly one of --task, --dataset_name and (in a YAML file) datasets")
+    check_source(script)
     try:
         if script.task:
             task = load_task(script.task, size=script.task_size)
@@ -27,10 +45,27 @@ def open_task(script, mixture, formats: tuple[tuple[str, ...], ...] = SFT_FORMAT
     except (OSError, ImportError) as error:
         raise ValueError(f"the data cannot be loaded: {error}") from error
     check_formats(task, formats)
-    if script.eval_rows is None or task.test is None:
+    if script.eval_rows is None:
         return task
+    if task.test is None:
+        raise ValueError(
+            f"eval_rows={script.eval_rows}: {task.name!r} has no held-out rows: leave it out, or give a folder with "
+            "train and test files"
+        )
     rows = range(min(script.eval_rows, len(task.test)))
     return dataclasses.replace(task, test=task.test.select(rows))
+
+
+def check_source(script) -> None:
+    """Raise ValueError for an option that the source of the rows does not read."""
+    if script.task or not script.dataset_name:
+        source = TASK if script.task else MIXTURE
+    else:
+        source = FILE if is_file(script.dataset_name) else DATASET
+    for option, (left_out, sources, remedy) in OPTIONS.items():
+        value = getattr(script, option)
+        if value != left_out and source not in sources:
+            raise ValueError(f"{option}={value!r} says nothing to {source}: {remedy}")
 
 
 def check_formats(task: "Task", formats: tuple[tuple[str, ...], ...]) -> None:
@@ -65,5 +100,21 @@ def open_dataset(script, mixture) -> "Task":
         name, data = ",".join(d.path for d in mixture.datasets), get_dataset(mixture)
     if train not in data:
         raise ValueError(f"dataset_train_split={train!r} is not among {sorted(data)}")
-    test = data[script.dataset_test_split] if script.dataset_test_split in data else None
-    return Task(name, data[train], test, score=None, think_steps=None)
+    return Task(name, data[train], held_out(data, script), score=None, think_steps=None)
+
+
+def held_out(data: dict, script):
+    """The split to evaluate on; None where nobody named one and there is no HELD_OUT. Of what the
+    data has instead ("validation", which a file dev.jsonl becomes) it is said how to name it."""
+    test, others = script.dataset_test_split, sorted({*data} - {script.dataset_train_split})
+    if test in data:
+        return data[test]
+    if test != HELD_OUT:
+        raise ValueError(f"dataset_test_split={test!r} is not among {sorted(data)}")
+    if others and os.environ.get("RANK", "0") == "0":
+        print(
+            f"no held-out rows: the data has no split {test!r}, but {others}: "
+            f"--dataset_test_split {others[-1]} evaluates on that",
+            file=sys.stderr,
+        )
+    return None

@@ -221,7 +221,7 @@ def test_lines_of_a_csv_with_line_ends_in_it(tmp_path):
 
 def script(**given):
     names = dict(task=None, dataset_name=None, dataset_config=None, task_size=None, eval_rows=None)
-    splits = dict(dataset_train_split="train", dataset_test_split="test")
+    splits = dict(dataset_train_split="train", dataset_test_split="test", dataset_streaming=False)
     return SimpleNamespace(**names | splits | given), SimpleNamespace(datasets=[])
 
 
@@ -242,3 +242,38 @@ def test_a_recipe_takes_a_file(tmp_path):
         open_task(*script(task=file))
     with pytest.raises(ValueError, match=r"there is no such file"):
         open_task(*script(dataset_name=str(tmp_path / "gone.jsonl")))
+
+
+def test_held_out_rows_are_not_lost_without_a_word(tmp_path, capsys):
+    """A folder with dev.jsonl has a split "validation", which nobody named."""
+    rows = [{"prompt": r["prompt"], "completion": " " + r["answer"]} for r in ROWS]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "dev"):
+        write(tmp_path / "data", f"{split}.jsonl", rows)
+    folder = str(tmp_path / "data")
+    assert open_task(*script(dataset_name=folder)).test is None
+    assert "--dataset_test_split validation" in capsys.readouterr().err
+    task = open_task(*script(dataset_name=folder, dataset_test_split="validation", eval_rows=2))
+    assert len(task.test) == 2 and not capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"dataset_test_split='dev' is not among \['train', 'val"):
+        open_task(*script(dataset_name=folder, dataset_test_split="dev"))
+    with pytest.raises(ValueError, match=r"eval_rows=2: .* has no held-out rows"):
+        open_task(*script(dataset_name=folder, eval_rows=2))
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (dict(task_size=2), "task_size=2 says nothing to a file: give the rows"),
+        (dict(dataset_config="main"), "dataset_config='main' says nothing to a file"),
+        (dict(dataset_test_split="dev"), "dataset_test_split='dev' says nothing to a file"),
+        (dict(dataset_train_split="all"), "dataset_train_split='all' says nothing to a file"),
+        (dict(dataset_streaming=True), "dataset_streaming=True says nothing to a file"),
+        (dict(task="mnns", dataset_config="main"), "dataset_config='main' says nothing to a task"),
+        (dict(task="mnns", dataset_test_split="dev"), "'dev' says nothing to a task"),
+    ],
+)
+def test_options_of_rows_that_their_source_does_not_read(tmp_path, given, says):
+    file = write(tmp_path, "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
+    with pytest.raises(ValueError, match=says):
+        open_task(*script(**{} if "task" in given else dict(dataset_name=file), **given))
