@@ -492,6 +492,18 @@ def test_folders_without_a_safe_model_are_named(folder, tmp_path):
         load(tmp_path / "junk.gguf")
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma"])
+def test_a_folder_without_a_tokenizer_is_named(arch, tmp_path):
+    """Of Qwen and Gemma transformers makes one without words, to which every text is empty."""
+    model_of(arch).save_pretrained(tmp_path)
+    says = "okenizer" if arch == "llama" else "it comes without a tokenizer .* save the one"
+    with pytest.raises(ValueError, match=says) as caught:
+        load(tmp_path)
+    assert f"model={str(tmp_path)!r}" in str(caught.value)
+    tokenizer_of().save_pretrained(tmp_path)
+    assert len(load(tmp_path)[1]) == VOCAB
+
+
 def test_remote_code_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     text = (

@@ -69,6 +69,7 @@ def load(
             model, tokenizer = MODELS[name](dtype=dtype, seed=seed, **kwargs)
         else:
             model, tokenizer = _open(name, dtype=dtype, device=device, seed=seed, **kwargs)
+        _check_tokenizer(tokenizer)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -82,6 +83,18 @@ def load(
     for each in (model, plain(model)):  # an adapter's base, which has its weights, merged or not
         note_origin(each, name, tokenizer)
     return model, tokenizer
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where it has no tokens but special ones: of some models (Qwen's, GPT-2's,
+    Gemma's) transformers makes such a one where the folder has no files of a tokenizer, and every
+    text is then empty or unknown."""
+    special = {*tokenizer.all_special_tokens} | tokenizer.get_added_vocab().keys()
+    if len(tokenizer) <= len(special):
+        raise ValueError(
+            f"it comes without a tokenizer (transformers made an empty {type(tokenizer).__name__}): save the one "
+            "it was trained with beside it, tokenizer.save_pretrained(FOLDER)"
+        )
 
 
 def _open(name: str, *, dtype, device, seed: int, **model_kwargs):
