@@ -63,6 +63,9 @@ class SweepArguments:
     max_new_tokens: int | None = opt(
         None, "Number of tokens to generate. Default: the length of the embedded task's answers."
     )
+    chat: bool | None = opt(
+        None, "Use the models' chat templates. Default: of those that have one."
+    )
     batch_size: int = opt(256, "Number of rows decoded together.")
     repeats: int = opt(1, "Passes over the rows in each run, for the spread of the times.")
     dtype: str = opt("auto", "Type of the weights: auto (as stored), float32, bfloat16, float16.")

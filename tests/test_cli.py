@@ -665,6 +665,8 @@ def test_decoders_of_a_comparison_by_its_model():
 def test_chats_of_a_comparison():
     from datasets import Dataset
 
+    from softar.evals.chats import with_chat
+
     class Decoder:
         columns = {"model": "some"}
 
@@ -673,11 +675,19 @@ def test_chats_of_a_comparison():
 
     rows, chatty, plain = Dataset.from_dict({"prompt": ["Hi"]}), Decoder(Chatty()), Decoder(Plain())
     chat = [[{"role": "user", "content": "Hi"}]]
-    assert [*inputs.with_chat(rows, [chatty], None)["prompt"]] == chat
-    assert [*inputs.with_chat(rows, [chatty], False)["prompt"]] == ["Hi"]
-    assert [*inputs.with_chat(rows, [chatty, plain], None)["prompt"]] == ["Hi"]
+    assert [*with_chat(rows, [chatty], None)["prompt"]] == chat
+    assert [*with_chat(rows, [chatty], False)["prompt"]] == ["Hi"]
+    assert [*with_chat(rows, [chatty, plain], None)["prompt"]] == ["Hi"]
     with pytest.raises(ValueError, match="model='some' has no chat template"):
-        inputs.with_chat(rows, [chatty, plain], True)
+        with_chat(rows, [chatty, plain], True)
+    # rows whose prompts are chats already: they became the content of a message
+    chats = Dataset.from_dict({"prompt": chat})
+    assert [*with_chat(chats, [chatty], None)["prompt"]] == chat
+    assert [*with_chat(chats, [chatty], True)["prompt"]] == chat
+    with pytest.raises(ValueError, match="model='some' has no chat template, and the prompts are"):
+        with_chat(chats, [chatty, plain], None)
+    with pytest.raises(ValueError, match="--no-chat, and the prompts are chats"):
+        with_chat(chats, [chatty], False)
 
 
 def test_length_of_an_answer():

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import warm
 from rich.console import Console
 from trl import TrlParser
 
+from softar.decoders.answer import Decoded
 from softar.evals import sweep as module
 from softar.evals.sweep import Grid, read_grid, sweep
 from softar.evals.sweep_summary import aggregate, plot_sweep, read_sweep, sweep_table
@@ -64,6 +66,29 @@ def test_runs_are_the_product_of_the_grid():
         tasks=["latin"], soft=["hard"], vary={"select": ["margin", "entropy"], "steps": [4, 8]}
     ).runs()
     assert varied[1].spec == "hard:select=margin,steps=8"
+
+
+def test_prompts_are_chats_where_the_model_has_a_template(tmp_path, monkeypatch):
+    """As `softar compare` decodes them: a chat model read bare texts in a sweep."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "2 + 2", "answer": "4"}\n')
+
+    class Chatty:
+        name, columns, tokenizer = "chatty", {"model": "m"}, SimpleNamespace(chat_template="{{ }}")
+        read = []
+
+        def decode(self, prompts):
+            self.read += prompts
+            return [Decoded("4", (1,), 1.0, 1.0, 0.1) for _ in prompts]
+
+    monkeypatch.setattr(module, "_decoder", lambda grid, run: Chatty())
+    task = str(tmp_path / "rows.jsonl")
+    for chat, prompt in ((None, [{"role": "user", "content": "2 + 2"}]), (False, "2 + 2")):
+        Chatty.read.clear()
+        grid = Grid(tasks=[task], soft=["m=soft"], max_new_tokens=4, chat=chat)
+        assert module.measure(grid, grid.runs()[0])["accuracy"] == 1
+        assert Chatty.read and all(read == prompt for read in Chatty.read)
+    with pytest.raises(ValueError, match="chat='yes' must be true, false or null"):
+        Grid(tasks=[task], soft=["m=soft"], chat="yes")
 
 
 def test_summary(whole):

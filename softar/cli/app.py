@@ -17,7 +17,7 @@ import typer
 from .. import __version__
 from . import inputs, streams
 from .commands import compare, fill, generate, trace
-from .options import Dtype, Json, Length
+from .options import Chat, Dtype, Json, Length
 from .programs import PROGRAMS, QUIET, add_programs, run_program
 
 # Elsewhere than in a bug these say what is wrong with the input, or with the machine.
@@ -222,6 +222,7 @@ def sweep(
         int | None, typer.Option(help="Number of held-out rows of each task.  [default: all]")
     ] = None,
     max_new_tokens: Length = None,
+    chat: Chat = None,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", help="Folder of this grid; the same command resumes in it."),
@@ -253,6 +254,7 @@ def sweep(
         seeds=seed,
         limit=limit,
         max_new_tokens=max_new_tokens,
+        chat=chat,
     )
     options = {k: v for k, v in options.items() if v is not None and v != []}
     with streams.only_results():

@@ -318,6 +318,7 @@ def compare(
       softar compare --task rows.jsonl:score=number -m smollm2-135m -d discrete -d gumbel:budget=16
     """
     from ..checks import check_writable
+    from ..evals.chats import with_chat
     from ..evals.compare import compare as run
     from ..tasks import load_task
 
@@ -337,7 +338,7 @@ def compare(
             decoders.append(inputs.open_decoder(spec, model, {}, **common))
         comparison = run(
             decoders,
-            inputs.with_chat(rows, decoders, chat),
+            with_chat(rows, decoders, chat),
             loaded.score,
             baseline=baseline or decoders[0].name,
             repeats=repeats,

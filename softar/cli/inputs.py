@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..evals.chats import takes_chat, tokenizer_of
 from . import streams
 
 if TYPE_CHECKING:
@@ -207,22 +208,6 @@ def with_options(spec: str, options: dict[str, Any]) -> str:
     return f"{spec}{',' if in_spec else ':'}{format_options(chosen)}" if chosen else spec
 
 
-def tokenizer_of(decoder):
-    from ..decoders.soft import SelfConsistency
-
-    return decoder.decoder.tokenizer if isinstance(decoder, SelfConsistency) else decoder.tokenizer
-
-
-def takes_chat(decoder) -> bool:
-    """Does it turn chat messages into a prompt, or the server that it asks?"""
-    from ..decoders.openai import OpenAIDecoder
-
-    if isinstance(decoder, OpenAIDecoder):
-        return decoder.request.api == "chat"
-    tokenizer = tokenizer_of(decoder)
-    return tokenizer is not None and tokenizer.chat_template is not None
-
-
 def as_prompt(decoder, text: str, chat: bool | None, system: str | None = None) -> str | list[dict]:
     """Chat messages where the decoder takes them (chat None), or where they are asked for; else
     text.
@@ -364,22 +349,6 @@ def first(rows, limit: int | None):
     if limit < 1:
         raise ValueError(f"--limit {limit} must be at least 1 row")
     return rows.select(range(min(limit, len(rows))))
-
-
-def with_chat(rows, decoders: list, chat: bool | None):
-    """The rows, with chat messages for prompts where all decoders have a template, or where that is
-    asked for."""
-    templates = [*map(takes_chat, decoders)]
-    if chat and not all(templates):
-        bare = decoders[templates.index(False)].columns["model"]
-        raise ValueError(f"--chat: model={bare!r} has no chat template; leave it out")
-    if "template" in rows.column_names or not (all(templates) if chat is None else chat):
-        return rows
-    from datasets import Dataset
-
-    return Dataset.from_list(
-        [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    )
 
 
 def read_grid(file: Path | None) -> dict:

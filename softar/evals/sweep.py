@@ -21,6 +21,7 @@ from ..decoders.registry import ALONE, make_decoder, parse_spec
 from ..results import write_results, write_whole
 from ..specs import format_options
 from ..tasks import MODELS, load_task
+from .chats import with_chat
 from .sweep_summary import GRID_FILE, read_rows, write_summary
 
 ROLES = ("soft", "baseline")
@@ -43,6 +44,8 @@ class Grid:
     limit: int | None = None  # held-out rows of each task, the first ones; None is all
     # None: what the task says, as the embedded ones and lm-eval's do
     max_new_tokens: int | None = None
+    # prompts in the chat template of a decoder's model; None is where it has one
+    chat: bool | None = None
     batch_size: int = 64
     repeats: int = 1  # passes over the rows in each run
     dtype: str = "auto"
@@ -64,6 +67,8 @@ class Grid:
         for name in ("limit", "max_new_tokens", "batch_size", "repeats"):
             if not isinstance(getattr(self, name), int | None):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number")
+        if not isinstance(self.chat, bool | None):
+            raise ValueError(f"chat={self.chat!r} must be true, false or null")
         check_least(self, limit=1, max_new_tokens=0, batch_size=1, repeats=1)
         if unknown := sorted(set(self.models) - set(self.tasks)):
             raise ValueError(
@@ -269,6 +274,9 @@ def measure(grid: Grid, run: Run, console=None) -> dict:
 
     task, rows = _held_out(grid, run)
     decoder, failed = _decoder(grid, run), "its decoder failed, as said above"  # by compare
+    if parse_spec(run.spec).family == "vllm":
+        decoder.start()  # until then it has no tokenizer
+    rows = with_chat(rows, [decoder], grid.chat)
     try:
         comparison = compare(
             [decoder],
