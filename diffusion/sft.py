@@ -18,7 +18,7 @@ from trl import SFTTrainer
 from softar.model_card import OwnCard, changes_of, decode_command
 from softar.models import room_of
 from softar.sft.data import SoftCollator
-from softar.sft.preflight import check_tokens
+from softar.sft.preflight import check_tokens, say_cut
 from softar.split import check_split, is_split, with_whole_weights
 from softar.training import (
     MicroBatches,
@@ -107,6 +107,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         why = "the head's numbers cannot be split; leave it at 0, or train under DDP"
         check_split(self, softmasking_prob=(args.softmasking_prob, why))
         check_adapter(type(self).__name__, self.model)
+        say_cut(self, train_dataset)
         self._room, length = room_of(self.model, trained=True), self._facts.block_length
         if args.train_padding and length is not None:
             self.train_dataset, self.eval_dataset = (

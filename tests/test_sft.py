@@ -1543,6 +1543,17 @@ def test_rows_beyond_the_table_of_positions_are_refused(tmp_path):
     trainer_of(tmp_path, long)  # computed positions
 
 
+def test_rows_that_max_length_takes_from_are_counted(tmp_path, capsys):
+    """TRL cuts them, and drops what is prompt alone, without a word."""
+    rows = [("<bos> w5", " w6 w7"), ("<bos> w5", " w6" * 9), ("<bos>" + " w5" * 9, " w6")]
+    data = Dataset.from_list([{"prompt": p, "completion": c} for p, c in rows])
+    trainer_of(tmp_path, data, max_length=8)
+    said = "max_length=8: of 3 training rows 1 are as long or cut there and 1 are left out"
+    assert said in capsys.readouterr().out
+    trainer_of(tmp_path, data)
+    assert "max_length" not in capsys.readouterr().out
+
+
 def test_tokens_of_every_column_and_every_dataset_are_checked(tmp_path):
     args = SoftSFTConfig(str(tmp_path), max_length=8)
     rows = [{"input_ids": [1, 5]}] * 1500 + [{"input_ids": [1, 5, 6, 7]}, {"input_ids": [1]}]

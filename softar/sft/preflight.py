@@ -56,6 +56,23 @@ def _check_column(lists, first: int, room: int | None, vocab_size: int) -> None:
         check_range("the data", ends["min"], ends["max"], vocab_size)
 
 
+def say_cut(trainer, given) -> None:
+    """Print what max_length has taken from the training rows: TRL cuts them at it and drops those
+    that are prompt throughout then, without a word. given: the rows before TRL has prepared them."""
+    rows, room = trainer.train_dataset, trainer.args.max_length
+    if room is None or not (isinstance(given, Dataset) and isinstance(rows, Dataset)):
+        return
+    tables = rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
+    lengths = [pc.list_value_length(table["input_ids"]) for table in tables]
+    cut = sum(pc.sum(pc.greater_equal(each, room)).as_py() for each in lengths)
+    dropped = len(given) - len(rows)
+    taken = [f"{cut} are as long or cut there"] if cut else []
+    taken += [f"{dropped} are left out, as their prompts fill it"] if dropped > 0 else []
+    if taken:
+        said = " and ".join(taken)
+        trainer.accelerator.print(f"max_length={room}: of {len(given)} training rows {said}")
+
+
 def whole_weights_for(args) -> dict:
     """What of a SoftSFTConfig needs whole weights, as check_split takes it."""
     in_step = "it takes as many forwards as a thought is long, and processes run theirs in step; use 'parallel'"

@@ -50,7 +50,7 @@ from .forward import mixed_forward, soft_forward
 from .latent import LatentStages, mk_curriculum
 from .learnt import LearntFilters, begins_from
 from .loss import soft_loss
-from .preflight import check_takes_fewer_logits, check_tokens, forecast, whole_weights_for
+from .preflight import check_takes_fewer_logits, check_tokens, forecast, say_cut, whole_weights_for
 from .think_tokens import prefix_of
 
 
@@ -117,6 +117,7 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         vocab = self.model.config.get_text_config(decoder=True).vocab_size
         rows = {"train": self.train_dataset, "eval": self.eval_dataset}
         check_tokens(rows, args, room_of(self.model), vocab)
+        say_cut(self, train_dataset)
         check_dist(vocab, **args.filters, prefix="soft_")
         check_split(self, **whole_weights_for(args))
         _freeze(self.accelerator.unwrap_model(self.model), args)
