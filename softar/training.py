@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pyarrow.compute as pc
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset, Value
+from datasets import Dataset, IterableDataset, LargeList, List, Value
 from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -169,6 +169,7 @@ def opt(default: Any, text: str):
 
 TEXTS = ("messages", "text", "input_ids")  # columns of which TRL's SFT needs one, or the pair
 PAIR = ("prompt", "completion")
+CHATS = (*PAIR, "messages")  # columns that may hold chats
 
 
 def check_arguments(trainer: str, model, kind: type, args, tokenizer) -> None:
@@ -226,13 +227,26 @@ def _check_rows_of(dataset, name: str) -> None:
         columns = dataset.column_names
         used = PAIR if {*PAIR} <= {*columns} else [name for name in TEXTS if name in columns][:1]
         check_cells(dataset, [*used, *({"traces"} & {*columns})], name)
+        kinds = ["a chat" if is_list(dataset.features[each]) else "text" for each in used]
+        if used == PAIR and len({*kinds}) > 1:
+            raise ValueError(
+                f"{name} has {kinds[0]} as prompt and {kinds[1]} as completion: give both as texts, or both as "
+                "lists of messages"
+            )
+
+
+def is_list(feature) -> bool:
+    return isinstance(feature, (List, LargeList))
 
 
 def check_cells(dataset: Dataset, columns: list[str], name: str) -> None:
-    """Raise ValueError for cells of text that hold None, or numbers. name: of the dataset."""
+    """Raise ValueError for cells of text that hold None, numbers, or lists of anything but messages.
+    name: of the dataset."""
     for column in columns:
         feature = dataset.features[column]
         kind = feature.dtype if isinstance(feature, Value) else "text"
+        if column in CHATS and is_list(feature) and isinstance(feature.feature, Value):
+            kind = f"lists of {feature.feature.dtype}"  # of no messages
         if kind not in ("text", "string", "large_string", "null"):
             raise ValueError(
                 f"{name} holds {kind} in column {column!r}: give text, or a chat as a list of messages"

@@ -1427,6 +1427,12 @@ def test_rows_that_cannot_be_trained_on_are_named_before_the_first_step(tmp_path
         ({"prompt": [None], "completion": ["b"]}, "row 0 of train_dataset holds None .* 'prompt'"),
         ({"text": ["b", None]}, "row 1 of train_dataset holds None in column 'text'"),
         ({"prompt": ["a"], "completion": [5]}, "train_dataset holds int64 in column 'completion'"),
+        ({"prompt": [["a"]], "completion": [["b"]]}, "holds lists of string in column 'prompt'"),
+        ({"messages": [[]]}, "holds lists of null in column 'messages'"),
+        (
+            {"prompt": ["a"], "completion": [[{"role": "assistant", "content": "b"}]]},
+            "train_dataset has text as prompt and a chat as completion: give both",
+        ),
     ):
         with pytest.raises(ValueError, match=says):
             trainer_of(tmp_path, Dataset.from_dict(columns))
