@@ -899,7 +899,9 @@ BAD = [
     (["compare", *FEW, "--baseline", "soft:softness=1"], "baseline='soft:softness=1'"),
     (["compare", *FEW, "--repeats", "0"], "repeats=0"),
     (["compare", *FEW, "--nfe", "0"], "must be > 0"),
-    (["trace", PROMPT, *SOFT, "--html", "nowhere/page.html"], "nowhere"),
+    # before a model is opened
+    (["trace", PROMPT, "-m", "./gone", "--html", "nowhere/page.html"], "is in no folder that is"),
+    (["trace", PROMPT, "-m", "./gone", "--html", "."], "--html '.' is a folder"),
     (["sweep"], "the grid lacks"),
     (["sweep", "--plot", "nowhere"], "holds no sweep"),
     (

@@ -230,6 +230,9 @@ def trace(
       softar trace "<bos> D4 D8 D1 D3 ->" -m mnns-soft-tiny --json
     """
     text, traces = streams.read_text(prompt), []
+    if html is not None and (html.is_dir() or not html.parent.is_dir()):
+        why = "is a folder" if html.is_dir() else "is in no folder that is there"
+        raise ValueError(f"--html {str(html)!r} {why}: name a file in one")
     common = dict(max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device)
     with streams.only_results():
         for spec in inputs.distinct(decoder or []) or [None]:
