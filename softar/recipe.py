@@ -17,7 +17,7 @@ from .progress import duration
 from .recipe_config import with_default_config, with_found_config
 from .recipe_data import SFT_FORMATS, open_task
 from .resume import checkpoint_of
-from .rows import APART, CUSTOM, Row, check_resume, jobs_of, parse_rows, train_rows
+from .rows import APART, CUSTOM, Row, check_resume, jobs_of, keeps_something, parse_rows, train_rows
 
 if TYPE_CHECKING:
     from .tasks import Task
@@ -115,7 +115,7 @@ def run(recipe: Recipe, program: Program | None = None) -> None:
     """
     argv, is_command = sys.argv[1:], program is not None
     program = program or recipe.program
-    with interruptible():
+    with interruptible() as folders:
         if {"-h", "--help", "--help_all"} & {*argv}:
             show_help(recipe, program, everything="--help_all" in argv)
             return
@@ -127,6 +127,7 @@ def run(recipe: Recipe, program: Program | None = None) -> None:
             sys.exit(launch(program, processes, argv))
         with one_line_errors(program.name):
             inputs = read(recipe, argv, program)
+        folders.append(inputs.training.output_dir)
         with one_line_errors(program.name, FloatingPointError, code=1):
             train(recipe, inputs)
 
@@ -383,12 +384,15 @@ OTHER_KIND = {
 
 @contextlib.contextmanager
 def interruptible():
-    """Ctrl-C ends a run with how to go on, not with a traceback."""
+    """Ctrl-C ends a run with how to go on, not with a traceback. Gives a list, for the output folder
+    once it is known: where nothing is kept in it, that is said."""
+    folders: list[str] = []
     try:
-        yield
+        yield folders
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; the last checkpoint is whole: go on with --resume_from_checkpoint true",
-            file=sys.stderr,
-        )
+        if any(map(keeps_something, folders)):
+            said = "the last checkpoint is whole: go on with --resume_from_checkpoint true"
+        else:
+            said = "nothing was kept, it was before the first checkpoint (--save_steps)"
+        print(f"\ninterrupted; {said}", file=sys.stderr)
         sys.exit(130)

@@ -199,6 +199,12 @@ def _holds_run(folder: Path) -> bool:
     return (folder / "row.json").exists() or any(folder.glob("checkpoint-*"))
 
 
+def keeps_something(output: str | Path) -> bool:
+    """Is there in an output folder what a resume would go on from, of any row?"""
+    folders = [folder for folder in Path(output).glob("*") if folder.name != EARLIER]
+    return any(map(_holds_run, [Path(output), *folders]))
+
+
 def saved_row(folder: Path, training) -> list[dict] | None:
     """The lines of a row that an earlier run has finished, if this one goes on from it; else
     None."""

@@ -267,10 +267,22 @@ def test_an_input_error_is_one_line_and_code_2(capsys):
         raise TypeError("a bug")
 
 
-def test_an_interruption_says_how_to_go_on(capsys):
-    with pytest.raises(SystemExit) as end, interruptible():
+@pytest.mark.parametrize("kept", ["checkpoint-2", "soft-seed0/row.json", "soft-seed0/checkpoint-2"])
+def test_an_interruption_says_how_to_go_on(tmp_path, capsys, kept):
+    (tmp_path / kept).mkdir(parents=True)
+    with pytest.raises(SystemExit) as end, interruptible() as folders:
+        folders.append(str(tmp_path))
         raise KeyboardInterrupt
     assert end.value.code == 130 and "--resume_from_checkpoint true" in capsys.readouterr().err
+
+
+def test_an_interruption_before_the_first_checkpoint_says_so(tmp_path, capsys):
+    (tmp_path / "_earlier" / "checkpoint-2").mkdir(parents=True)  # of a run before
+    for outputs in ([], [str(tmp_path)]):
+        with pytest.raises(SystemExit), interruptible() as folders:
+            folders += outputs
+            raise KeyboardInterrupt
+        assert "interrupted; nothing was kept" in capsys.readouterr().err
 
 
 class Trained:
