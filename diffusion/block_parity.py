@@ -118,6 +118,16 @@ def dmax(block: Block, config, draws: Draws, *, sure: float = 0.9) -> Rule:
     return DMax(block, config.threshold or 0.0, sure)
 
 
+OF_FAST_V2 = dict(  # what both loops of Fast-dLLM v2 do
+    rule=above,
+    blocks=True,
+    proposes_mask=True,
+    filtered_score=True,
+    mk_grid=FastGrid,
+    first_from_store=True,
+    whole_for_first=True,
+    is_patient=True,
+)
 BLOCK_PARITY: dict[str, Quirks] = {
     # JetAstra/SDAR's generate.py at c2041a83, and its copy in the evaluation harness
     "sdar": Quirks(
@@ -130,32 +140,9 @@ BLOCK_PARITY: dict[str, Quirks] = {
         stop="any",
     ),
     # Fast-dLLM v2's generate, as the hub's modelling file has it
-    "fast_dllm_v2": Quirks(
-        rule=above,
-        blocks=True,
-        proposes_mask=True,
-        filtered_score=True,
-        mk_grid=FastGrid,
-        first_from_store=True,
-        whole_for_first=True,
-        is_patient=True,
-        stop="any",
-        stops_inside="answer",
-    ),
+    "fast_dllm_v2": Quirks(**OF_FAST_V2, stop="any", stops_inside="answer"),
     # its batch_sample, in NVlabs/Fast-dLLM's v2 folder at 6cf27228
-    "fast_dllm_v2_batch": Quirks(
-        rule=above,
-        blocks=True,
-        proposes_mask=True,
-        filtered_score=True,
-        mk_grid=FastGrid,
-        loses=last_tokens,
-        first_from_store=True,
-        whole_for_first=True,
-        stores_each=True,
-        is_patient=True,
-        stop="filled",
-    ),
+    "fast_dllm_v2_batch": Quirks(**OF_FAST_V2, loses=last_tokens, stores_each=True, stop="filled"),
     # LLaDA2.0's own generate, and dllm's LLaDA2Sampler at ca176752
     "llada2": Quirks(rule=rounds, blocks=True, stop="any", stops_inside="gapless"),
     # LLaDA2.1's own generate, as dllm carries it at ca176752

@@ -276,6 +276,8 @@ def open_dcoder_p2(block: Block, config, draws: Draws) -> Rule:
     return Until(rule, most=steps)
 
 
+# Dream's loop, and what has been made of it
+OF_DREAM = dict(competes="canvas", one_block=True, filtered_score=True, top_p_first=True)
 PARITY: dict[str, Quirks] = BLOCK_PARITY | {
     # ML-GSAI/LLaDA generate.py at b7e6c35
     "llada": Quirks(rule=llada, competes="before", noise="canvas", renormalised_ends=1),
@@ -290,17 +292,9 @@ PARITY: dict[str, Quirks] = BLOCK_PARITY | {
     # aim-uofa/EvoTokenDLM at f80e9ac
     "evotoken": Quirks(rule=fast_dllm, competes="before", proposes_mask=False, stays_soft=True),
     # Dream's generation_utils.py, and IBM's soft masking on it at 091695d
-    "dream": Quirks(
-        rule=dream, competes="canvas", one_block=True, filtered_score=True, top_p_first=True
-    ),
+    "dream": Quirks(rule=dream, **OF_DREAM),
     # NVlabs/Fast-dLLM's Dream at 24cc59e, without and with a cache
-    "dream_threshold": Quirks(
-        rule=dream_threshold,
-        competes="canvas",
-        one_block=True,
-        filtered_score=True,
-        top_p_first=True,
-    ),
+    "dream_threshold": Quirks(rule=dream_threshold, **OF_DREAM),
     "dream_block": Quirks(rule=dream_block, filtered_score=True, top_p_first=True),
     # ZHZisZZ/dllm at ca17675: MDLMSampler's sample, and its infill of templates
     "dllm": Quirks(
@@ -318,23 +312,9 @@ PARITY: dict[str, Quirks] = BLOCK_PARITY | {
         renormalised_ends=0,
     ),
     # pengzhangzhi/Open-dLLM at 8b38787: alg maskgit_plus, entropy or topk_margin; origin; p2
-    "open_dcoder": Quirks(
-        rule=open_dcoder, competes="canvas", one_block=True, filtered_score=True, top_p_first=True
-    ),
-    "open_dcoder_origin": Quirks(
-        rule=open_dcoder_origin,
-        competes="canvas",
-        one_block=True,
-        filtered_score=True,
-        top_p_first=True,
-    ),
-    "open_dcoder_p2": Quirks(
-        rule=Schedule(open_dcoder_p2, revises=True),
-        competes="canvas",
-        one_block=True,
-        filtered_score=True,
-        top_p_first=True,
-    ),
+    "open_dcoder": Quirks(rule=open_dcoder, **OF_DREAM),
+    "open_dcoder_origin": Quirks(rule=open_dcoder_origin, **OF_DREAM),
+    "open_dcoder_p2": Quirks(rule=Schedule(open_dcoder_p2, revises=True), **OF_DREAM),
     # DiffusionGemma's `generate` in transformers 5.19: its draws, its positions, and it decodes rows
     # on that have ended
     "diffusion_gemma": Quirks(lenient=False),
