@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from test_denoise import EOS, MASK, VOCAB, denoiser, left_padded, seeded
+from test_denoise import EOS, MASK, SIZES, denoiser, left_padded, seeded
 from tiny import Largest, counted
 from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -27,26 +27,12 @@ from softar.diffusion.soften import SOFTENERS
 @functools.cache
 def block_model(shift=0, block_length=4):
     """A tiny random one in float64, where two ways to compute the same agree in every decision."""
-    sizes = dict(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        mask_token_id=MASK,
-        eos_token_id=EOS,
-        tie_word_embeddings=False,
-        initializer_range=0.4,
-        block_length=block_length,
-    )
     kinds = ((SDARForCausalLM, SdarConfig), (Fast_dLLM_QwenForCausalLM, FastDllmConfig))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         make, config = kinds[shift]
         head_dim = {} if shift else {"head_dim": 8}
-        return make(config(**sizes, **head_dim)).double().eval()
+        return make(config(**SIZES, block_length=block_length, **head_dim)).double().eval()
 
 
 TAKE_BACK = ("p2", "wino", "ancestral")  # the last with remask

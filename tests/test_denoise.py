@@ -40,24 +40,26 @@ PROMPTS = ([5, 11, 12, 13, 14], [5, 21], [5, 31, 32])
 HOLED = ([5, MASK, 12, MASK, MASK, 15, MASK], [MASK, 22, MASK, MASK], [5, 31, MASK, 33, 34, MASK])
 
 
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=64,
+    mask_token_id=MASK,
+    eos_token_id=EOS,
+    tie_word_embeddings=False,
+    initializer_range=0.4,
+)
+
+
 @functools.cache
 def denoiser(family="llada", dtype=torch.float32, **changes):
     """A tiny random masked-diffusion model in eval mode; the same weights for the same
     arguments."""
-    sizes = dict(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        mask_token_id=MASK,
-        eos_token_id=EOS,
-        bos_token_id=None,
-        tie_word_embeddings=False,
-        initializer_range=0.4,
-    )
+    sizes = SIZES | dict(bos_token_id=None)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if family == "llada":
