@@ -19,12 +19,16 @@ from softar.diffusion.architectures import (
 from softar.recipes.bench_tools import interleaved
 
 LLADA = dict(vocab_size=126_464, mask_token_id=126_336, eos_token_id=126_081, bos_token_id=126_080)
+EIGHTH = dict(vocab_size=15_808, mask_token_id=15_792, eos_token_id=15_760, bos_token_id=15_759)
 TINY = dict(vocab_size=512, mask_token_id=511, eos_token_id=510, bos_token_id=509)
 SIZES = {  # vocabulary, width, inner width, layers, heads
     "tiny": TINY
     | dict(hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4),
     "small": LLADA
     | dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8),
+    # all widths of 8b and its vocabulary by 8: the head is as small a part of a forward as there
+    "eighth": EIGHTH
+    | dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=32, num_attention_heads=4),
     "8b": LLADA
     | dict(
         hidden_size=4096, intermediate_size=12_288, num_hidden_layers=32, num_attention_heads=32
