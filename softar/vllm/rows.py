@@ -382,12 +382,8 @@ def write(turn: Turn, out: Any, size: int) -> Any:
     if out is None:
         from vllm.v1.outputs import LogprobsTensors
 
-        zeros = record.logp.new_zeros
-        out = LogprobsTensors(
-            zeros(size, columns, dtype=torch.int32),
-            zeros(size, columns),
-            zeros(size, dtype=torch.int64),
-        )
+        logs, ranks = record.logp.new_zeros(size, columns), record.token.new_zeros(size)
+        out = LogprobsTensors(logs.to(torch.int32), logs, ranks)
     more = columns - out.logprobs.shape[1]
     if more > 0:  # somebody asked for the log-probabilities of a few tokens only
         names = ("logprob_token_ids", "logprobs")
