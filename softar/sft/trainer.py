@@ -92,8 +92,7 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
             train_dataset = add_trace_ids(train_dataset, processing_class, args.max_length)
         if args.targets == "oracle" and eval_dataset is not None:
             eval_dataset = add_trace_ids(eval_dataset, processing_class, args.max_length)
-        pad = processing_class.pad_token_id
-        if pad is None:
+        if (pad := processing_class.pad_token_id) is None:
             raise ValueError(
                 "the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token"
             )
