@@ -195,7 +195,7 @@ TEMPLATES = {"train": {"prompt": "<bos>", "template": "<bos> <mask>"}, "test": {
         (ONE | dict(gen_length=3), "gen_length=3 puts masks behind prompts, and 'latin' has templ"),
         (
             dict(task=None, dataset_name="asked", model_name_or_path="mnns-diffusion-tiny")
-            | dict(eval_forwards="4", reward_funcs="json.dumps"),
+            | dict(eval_forwards="4", eval_rows=None, reward_funcs="json.dumps"),
             "eval_forwards='4' does nothing without held-out rows",
         ),
         (ONE | dict(eval_forwards="4,0"), "eval_forwards='4,0': steps=0"),

@@ -313,9 +313,8 @@ def test_configurations_are_read_and_make_sense(file, tmp_path, monkeypatch):
     if "mnns" not in file:
         pytest.importorskip("reasoning_gym")
     chats = [{"prompt": [{"role": "user", "content": "1 + 1"}], "solution": "$2$"}]
-    monkeypatch.setattr(
-        "datasets.load_dataset", lambda *args, **kw: {"train": Dataset.from_list(chats)}
-    )
+    splits = {split: Dataset.from_list(chats) for split in ("train", "test")}
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kw: splits)
     asked = []  # no hub is reachable here
     monkeypatch.setattr("softar.models.check_there", lambda name, *args, **kw: asked.append(name))
     (algorithm,) = {*RECIPES} & {*file.split("_")}

@@ -76,7 +76,10 @@ def test_data_that_cannot_be_used(tmp_path, monkeypatch, capsys):
     for split, line in lines.items():
         (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps(line) + "\n")
         changes = dict(
-            task_size=None, model_name_or_path="mnns-tiny", dataset_name=tmp_path / "data"
+            task_size=None,
+            eval_rows=None,
+            model_name_or_path="mnns-tiny",
+            dataset_name=tmp_path / "data",
         )
         says = "and rows need prompt" if split == "train" else "--reward_funcs"
         assert_fails(

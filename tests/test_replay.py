@@ -241,8 +241,11 @@ def test_a_share_of_the_prompt_is_hidden():
     assert not (hidden & ~given).any() and 0.1 < hidden.sum() / given.sum() < 0.2
     with torch.no_grad():
         how = dict(method="one-step", hidden=hidden)
-        same = log_probs(model, out.trajectory, config, **how) == log_probs(
-            model, out.trajectory, config, method="one-step"
+        # in batches of other sizes, whose sums other kernels may make
+        same = torch.isclose(
+            log_probs(model, out.trajectory, config, **how),
+            log_probs(model, out.trajectory, config, method="one-step"),
+            atol=1e-5,
         )
     whole = ~hidden.any(1)
     assert whole.any() and same[whole].all() and not same[~whole].all()

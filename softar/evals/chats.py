@@ -4,9 +4,11 @@ from ..checks import shorten
 
 
 def tokenizer_of(decoder):
+    """A decoder's; None of the user's own that has none."""
     from ..decoders.soft import SelfConsistency
 
-    return decoder.decoder.tokenizer if isinstance(decoder, SelfConsistency) else decoder.tokenizer
+    inner = decoder.decoder if isinstance(decoder, SelfConsistency) else decoder
+    return getattr(inner, "tokenizer", None)
 
 
 def takes_chat(decoder) -> bool:
