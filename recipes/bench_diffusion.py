@@ -367,6 +367,12 @@ def main() -> None:
     args.clock = clock_of(args)
     if args.original and not args.against:
         parser.error("--original needs --against, whose model it runs")
+    if args.against and not Path(args.against, "generate.py").is_file():
+        parser.error(
+            f"--against {args.against}: no generate.py is in it, give Fast-dLLM's folder llada"
+        )
+    if args.original and not Path(args.original).is_file():
+        parser.error(f"--original {args.original}: no such file, give LLaDA's generate.py")
     if args.threads:
         torch.set_num_threads(args.threads)
     run_bench(args.bench, BENCHES[args.bench], args)

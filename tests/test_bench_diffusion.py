@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,26 @@ def test_the_first_of_two_passes_keeps_no_graph(tmp_path):
     held = {row["way"]: row["held_mb"] for row in rows("training", tmp_path, "--repeats", "1")}
     # a graph of its own would make it 2
     assert 0 < held["hard"] < held["two passes always"] < 1.2 * held["hard"]
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--against", "FOLDER"], "--against FOLDER: no generate.py is in it"),
+        (
+            ["--against", "LLADA", "--original", "LLADA/gone.py"],
+            "--original LLADA/gone.py: no such",
+        ),
+        (["--original", "gone.py"], "--original needs --against"),
+    ],
+)
+def test_public_code_that_is_not_there_is_named(tmp_path, monkeypatch, capsys, options, says):
+    for name in ("FOLDER", "LLADA"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "LLADA" / "generate.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["bench_diffusion.py", "denoise", *options])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "recipes" / "bench_diffusion.py"), run_name="__main__")
+    assert end.value.code == 2 and says in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FOLDER", "LLADA"]
