@@ -135,6 +135,9 @@ X1 = Evidence(
         "beside. guided-soft less discrete, both on gold paths, was added after seed 1.",
         "no-cot, discrete, scheduled-sampling and guided-soft run with rates that were chosen for "
         "others: a verdict on a gain over them is one on these settings.",
+        "Logs are of four commits, some seeds of two: 1d24977 and a3f83db (0), 1d24977 and b16a12f (1), "
+        "b16a12f and 4487d35 (2), 4487d35 (3 to 7). Of seed 4 11 units and of 5 to 7 all are of an AMD "
+        "EPYC, the others of Intel Xeons: within seed 4 arms on different processors are compared.",
     ),
 )
 
