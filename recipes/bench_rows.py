@@ -1,8 +1,9 @@
 """
 Part of bench.py: what soft requests add to a step of vLLM's, measured without vLLM.
 
-softar.vllm.rows does all of it and imports no vLLM, so it is driven here by logits as the engine would: the
-rows think, the engine's own sampler is left out, they choose, and their mixtures go into the next inputs.
+softar.vllm.rows does all of it, and wants of vLLM only the columns of a record, which are made here. So it
+is driven by logits as the engine would: the rows think, the engine's own sampler is left out, they choose, and
+their mixtures go into the next inputs.
 """
 
 from types import SimpleNamespace
