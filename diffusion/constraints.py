@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from softar.guard import check_ids
+from softar.guard import check_ids, check_unpadded
 from softar.models import room_of
 from softar.placement import evaluating
 
@@ -95,7 +95,8 @@ def label_probs(
     committed. A classifier by a template, as "The film was [MASK]."
 
     Args:
-        input_ids: [B, T] with masks; attention_mask: [B, T], None means no padding.
+        input_ids: [B, T] with masks; attention_mask: [B, T], None means no padding, which is looked
+            for as `denoise` does.
         labels: K token ids.
 
     Returns:
@@ -117,6 +118,8 @@ def label_probs(
         raise ValueError(
             f"rows {bare} hold no mask (id {known.mask_id}): put it where the label belongs"
         )
+    if attention_mask is None:
+        check_unpadded(model, input_ids)
     with evaluating(model):
         embeds = net.embedding(input_ids)
         _, logits = forward_masked(net, known, embeds, attention_mask, masked, input_ids)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.generation.streamers import TextDiffusionStreamer
 
 from softar.checks import check_fields, check_values, made
-from softar.guard import Streamer, check_ids
+from softar.guard import Streamer, check_ids, check_unpadded
 from softar.mixers import Rng
 from softar.models import room_of
 from softar.placement import evaluating
@@ -98,7 +98,8 @@ def denoise(
             about the clean token, 1 the process itself. DiffusionGemma has no mask either: see
             renoised.py.
         input_ids: [B, P] prompts, padded on the left; mask tokens in them are filled, too.
-        attention_mask: [B, P]; None means no padding.
+        attention_mask: [B, P]; None means no padding, and what looks like it is an error, or of a pad
+            token that texts hold, too, a warning.
         config: a DenoiseConfig, or a dict of its fields. Default: DenoiseConfig().
         rng: torch.Generator for every draw, or one per row; a row with its own generator decodes
             the same alone and in a batch. None uses torch's global one.
@@ -134,6 +135,8 @@ def denoise(
     config = replace(config, **fields)
     config = config.as_trained(model_facts)
     _check(model, model_facts, net, config, input_ids)
+    if attention_mask is None:
+        check_unpadded(model, input_ids)
     real = _real(model_facts, input_ids, attention_mask)
     if plain(model).config.model_type in READS_PADDING and not real.all():
         raise ValueError(

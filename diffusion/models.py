@@ -40,11 +40,13 @@ from softar.models import (
     diffusion_sign,
     latin_tiny,
     opening,
+    plain,
     settings_of,
     word_tokenizer,
     wrap,
 )
 from softar.models import MODELS as AUTOREGRESSIVE
+from softar.models.origin import note_origin
 from softar.placement import to_device, to_dtype, to_machine
 from softar.progress import without_bars
 
@@ -155,7 +157,10 @@ def load(
             model, tokenizer = _open(name, stated, dtype=dtype, **kwargs)
         if name not in MODELS:  # an embedded one, trained, came through here by its folder
             learn_head(model, _head_file(name, kwargs))
-    return to_machine(model, dtype, device).eval(), tokenizer
+    model = to_machine(model, dtype, device).eval()
+    for each in (model, plain(model)):
+        note_origin(each, name, tokenizer)
+    return model, tokenizer
 
 
 def _open(name: str, stated: Stated, *, dtype, **model_kwargs):

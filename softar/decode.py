@@ -152,7 +152,8 @@ def generate(
         model: a causal LM of transformers, plain or wrapped by PEFT. As in transformers, what
             torch.compile(model) wraps is run uncompiled; model.forward may be compiled.
         input_ids: [B, P] prompts, padded on the left, each with the configuration's prompt_prefix
-            in it, where it has one. attention_mask: [B, P]; None means no padding.
+            in it, where it has one. attention_mask: [B, P]; None means no padding, and what looks
+            like it is an error, or of a pad token that texts hold, too, a warning.
         config: what is fed back, where, and for how long, as a SoftConfig or a dict of its fields.
             Default: as the model's soft_config.json says; without one softly between its think
             tags; else in narrow, noisy mixtures for the first half, then discretely
@@ -197,7 +198,9 @@ def generate(
     check_values(generate, logits_processor=logits_processor, stopping_criteria=stopping_criteria)
     check_values(generate, generation_config=generation_config, compile=compile)
     check_values(generate, cache_implementation=cache_implementation, look_every=look_every)
-    if attention_mask is not None:
+    if attention_mask is None:
+        guard.check_unpadded(model, input_ids, tokenizer)
+    else:
         check_ragged(model, attention_mask)  # the loop below sees nothing of PEFT's wrapper
     own, tokenizer = plain(model).generation_config, tokenizer or origin_of(model).tokenizer
     fields = check_fields(SoftConfig, renamed(kwargs), generate)

@@ -5,6 +5,7 @@ Shapes: B batch, P prompt length.
 
 import inspect
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from .checks import check_least, check_value, shorten
+from .checks import as_ids, check_least, check_value, shorten
 from .config import TAGS, SoftConfig
 from .feedback import check_reads_vectors
 from .models.kind import check_autoregressive, plain
+from .models.origin import origin_of
 from .models.reading import CACHES, check_ragged, check_reads_mixtures
 from .models.room import room_of
 from .soft import check_dist
@@ -71,6 +73,8 @@ NOT_FOLLOWED: dict[str, str] = {
 # In softar.generate, which sets them itself, these as well
 LENGTHS = dict.fromkeys(["max_length", "max_new_tokens", "min_length"], "give max_new_tokens=")
 ALONE = LENGTHS | {"num_return_sequences": "repeat the prompt, with a generator for each row"}
+
+PAD, OF_TEXTS = "pad_token_id", ("bos_token_id", "eos_token_id", "unk_token_id")
 
 
 @runtime_checkable
@@ -160,6 +164,41 @@ def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         raise ValueError(
             f"attention_mask has padding on the right in rows {holed}: set tokenizer.padding_side='left'"
         )
+
+
+def check_unpadded(model, input_ids: Tensor, tokenizer=None) -> None:
+    """Of prompts [B, P] without attention_mask: raise ValueError where rows begin or end with the pad
+    token, which they would read as text. Where it is a token of texts, too (GPT-2's is its eos and
+    bos), warn where rows have unlike numbers of it there. tokenizer: None is the one that `load`
+    opened with the model; without one the pad token is the model's."""
+    pad, texts = _pad_and_texts(plain(model), tokenizer or origin_of(model).tokenizer)
+    if pad is None:
+        return
+    is_pad = (input_ids == pad).long()
+    ends = torch.stack([each.cumprod(1).sum(1) for each in (is_pad, is_pad.flip(1))])
+    if not ends.any():
+        return
+    rows = ends.any(0).nonzero()[:, 0].tolist()
+    said = (
+        f"rows {rows[:8]} of input_ids begin or end with the pad token {pad}, and without "
+        "attention_mask it is read as text"
+    )
+    remedy = "attention_mask=, as tokenizer(texts, padding=True) makes it"
+    if pad not in texts:
+        raise ValueError(f"{said}: give {remedy}, or torch.ones_like(input_ids) where it is meant")
+    if (ends != ends[:, :1]).any():
+        warnings.warn(f"{said}; where it is padding, give {remedy}", stacklevel=3)
+
+
+def _pad_and_texts(model, tokenizer) -> tuple[int | None, set[int]]:
+    """The pad token, where it is known, and special tokens that begin, end or stand in texts."""
+    known = [model.generation_config.to_dict()] if model.can_generate() else []
+    known += [model.config.get_text_config(decoder=True).to_dict()]
+    if tokenizer is not None:
+        known.insert(0, {name: getattr(tokenizer, name) for name in (PAD, *OF_TEXTS)})
+    pads = [ids[PAD] for ids in known if ids.get(PAD) is not None]
+    texts = {i for ids in known for name in OF_TEXTS for i in as_ids(ids.get(name)) or ()}
+    return pads[0] if pads else None, texts
 
 
 def check_prefix(input_ids: Tensor, config: SoftConfig, tokenizer) -> None:

@@ -13,6 +13,7 @@ from transformers import (
 from softar.diffusion import DenoiseConfig, denoise, label_probs, load
 from softar.diffusion.net import facts, parts
 from softar.diffusion.soften import SOFTENERS
+from softar.models import origin_of
 
 SETTINGS = [
     *(dict(soften=name) for name in SOFTENERS),
@@ -52,6 +53,19 @@ def test_confidences_are_of_what_is_left():
     probs = label_probs(model, ids, allowed)
     assert probs.shape == (8, 3)
     torch.testing.assert_close(probs[4], logits, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_without_a_mask_is_no_text():
+    model, (ids, mask) = denoiser(pad_token_id=0), left_padded([[*row, MASK] for row in PROMPTS])
+    for call in (
+        lambda *mask: denoise(model, ids, *mask, gen_length=2),
+        lambda *mask: label_probs(model, ids, [5], *mask),
+    ):
+        with pytest.raises(ValueError, match="begin or end with the pad token 0"):
+            call()
+        call(mask)
+    opened, tokenizer = load("mnns-diffusion-tiny")
+    assert origin_of(opened).tokenizer is tokenizer  # which names the pad token
 
 
 def test_slots_that_allow_everything_change_nothing():

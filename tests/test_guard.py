@@ -84,7 +84,7 @@ def test_every_setting_of_generate_acts_or_is_refused():
 def test_a_setting_that_is_not_followed_is_refused_by_name(llama, name):
     settings = GenerationConfig(pad_token_id=0, eos_token_id=2)
     setattr(settings, name, WISHES.get(name, 3))
-    refused(llama, IDS, told=f"{name}=", config=SHORT, generation_config=settings)
+    refused(llama, IDS, MASK, told=f"{name}=", config=SHORT, generation_config=settings)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,26 @@ def test_prompts_that_are_none(llama, ids, told):
     refused(llama, ids, told=told, config=SHORT)
 
 
+def test_padding_without_a_mask_is_no_text(llama):
+    """Ids that begin, or end, with a pad token which no text holds: they would be read as such."""
+    for ids, rows in ((IDS, [1, 2]), (IDS[1:], [0, 1]), (IDS.flip(1), [1, 2])):
+        told = f"rows {rows} of input_ids begin or end with the pad token 0, and without attention_mask"
+        refused(llama, ids, told=told, config=SHORT)
+    refused(with_lora(model_of()), IDS, told="begin or end with the pad token 0", config=SHORT)
+    assert softar.generate(llama, IDS, torch.ones_like(IDS), config=SHORT)  # where it is meant
+
+
+@pytest.mark.parametrize("also, id", [("bos_token_id", BOS), ("eos_token_id", [2, BOS])])
+def test_a_pad_token_that_texts_hold_is_warned_of_where_rows_differ(also, id, recwarn):
+    """As GPT-2's, which is its bos and eos: every prompt may begin with one of it."""
+    model = model_of(**dict(pad_token_id=BOS, bos_token_id=None) | {also: id})
+    for ids in ([[BOS, 5, 6], [BOS, 7, 8]], [[BOS, BOS, 5]], [[5, BOS, 6], [5, 7, 8]]):
+        softar.generate(model, torch.tensor(ids), config=SHORT)
+    assert not [w for w in recwarn if "pad token" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"rows \[0, 1\] .* pad token 1, .*where it is padding"):
+        softar.generate(model, torch.tensor([[BOS, BOS, 5], [BOS, 6, 7]]), config=SHORT)
+
+
 @pytest.mark.parametrize(
     "asked, told",
     [
@@ -219,7 +239,7 @@ def test_prompts_that_are_none(llama, ids, told):
     ],
 )
 def test_arguments_that_do_not_fit(llama, asked, told):
-    refused(llama, IDS, told=told, **{"config": SHORT} | asked)
+    refused(llama, IDS, told=told, **{"config": SHORT, "attention_mask": MASK} | asked)
 
 
 def test_a_dict_is_a_configuration(llama):

@@ -268,17 +268,18 @@ def test_ids_that_lack_the_prefix_are_refused():
     model, tokenizer = model_of(), tokenizer_of()
     add_think_tokens(model, tokenizer, 2)
     config = SoftConfig(prompt_prefix=WORDS, max_new_tokens=2)
-    ids = encode(tokenizer, ["w5 w6", f"w5 {WORDS} w6", f"w6{WORDS}"])["input_ids"]
-    assert softar.generate(model, ids[1:], config=config, tokenizer=tokenizer)
+    inputs = encode(tokenizer, ["w5 w6", f"w5 {WORDS} w6", f"w6{WORDS}"])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    assert softar.generate(model, ids[1:], mask[1:], config=config, tokenizer=tokenizer)
     for rows, why in (
-        (ids, r"rows \[0\] of input_ids.*prompt_prefix=None"),
-        (ids[:1, -1:], "rows"),
+        ((ids, mask), r"rows \[0\] of input_ids.*prompt_prefix=None"),
+        ((ids[:1, -1:],), "rows"),
     ):
         with pytest.raises(ValueError, match=why):
-            softar.generate(model, rows, config=config, tokenizer=tokenizer)
-    assert softar.generate(model, ids, config=config, prompt_prefix=None, tokenizer=tokenizer)
+            softar.generate(model, *rows, config=config, tokenizer=tokenizer)
+    assert softar.generate(model, ids, mask, config=config, prompt_prefix=None, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="is text: pass tokenizer="):
-        softar.generate(model, ids[1:], config=config)
+        softar.generate(model, ids[1:], mask[1:], config=config)
     with pytest.raises(ValueError, match="prompt_prefix='' is empty"):
         SoftConfig(prompt_prefix="")
 
@@ -292,14 +293,15 @@ def test_a_prefix_of_words_may_join_the_prompt():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="!", eos_token="!")
     model, prefix = model_of(vocab_size=300), "Think softly: "
     config = SoftConfig(prompt_prefix=prefix, max_new_tokens=2)
-    ids = encode(tokenizer, ["what is it", "it"], prefix)["input_ids"]
+    inputs = encode(tokenizer, ["what is it", "it"], prefix)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     alone = tokenizer.encode(prefix)
     assert alone not in [row[i : i + len(alone)] for row in ids.tolist() for i in range(9)]
     for made in (SoftDecoder, partial(SearchDecoder, search=SoftBeam(num_beams=1))):
         assert len(made(model, tokenizer, config).decode(["what is it", "it"])) == 2
     rows = Dataset.from_list([{"prompt": "why is it"}])
     assert evaluate(model, tokenizer, rows, lambda text, row: 1, config)["n"] == 1
-    assert softar.generate(model, ids, config=config, tokenizer=tokenizer)
+    assert softar.generate(model, ids, mask, config=config, tokenizer=tokenizer)
     with pytest.raises(ValueError, match=r"rows \[0, 1\] of input_ids"):
         softar.generate(model, ids[:, -1:], config=config, tokenizer=tokenizer)
 
