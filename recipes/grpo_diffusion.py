@@ -36,6 +36,7 @@ from softar.checks import check_least
 from softar.diffusion.recipe import FOLDER, FolderArguments, check_folder_options
 from softar.recipe import Recipe, fit, one_line_errors, run
 from softar.recipe_config import check_taken
+from softar.recipe_data import evaluates
 from softar.resume import checkpoint_of
 from softar.rl.config import RolloutConfig
 from softar.rl.diffusion_config import DiffusionGRPOConfig
@@ -200,7 +201,7 @@ def train_row(inputs, name, args):
             rewards,
             args,
             train_dataset=task.train,
-            eval_dataset=task.test if args.eval_strategy != "no" else None,
+            eval_dataset=task.test if evaluates(args) else None,
             processing_class=tokenizer,
             peft_config=get_peft_config(inputs.model_args),
         )

@@ -21,6 +21,7 @@ from softar.checks import check_least
 from softar.model_card import example_of
 from softar.recipe import Recipe, RecipeArguments, fit, one_line_errors, thought_fields
 from softar.recipe_config import check_taken
+from softar.recipe_data import evaluates
 from softar.resume import checkpoint_of, resumes
 from softar.rows import APART
 from softar.split import on_main
@@ -169,7 +170,7 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
             rewards,
             args,
             train_dataset=task.train,
-            eval_dataset=task.test if args.eval_strategy != "no" else None,
+            eval_dataset=task.test if evaluates(args) else None,
             processing_class=tokenizer,
             peft_config=get_peft_config(inputs.model_args),
         )

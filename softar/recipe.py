@@ -15,7 +15,7 @@ from .checks import check_choice, check_least, check_writable, one_line_errors
 from .launch import Program, default_accelerate_config, is_launched, launch, split_processes
 from .progress import duration
 from .recipe_config import with_default_config, with_found_config
-from .recipe_data import SFT_FORMATS, open_task
+from .recipe_data import SFT_FORMATS, check_held_out, evaluates, open_task
 from .resume import checkpoint_of
 from .rows import APART, CUSTOM, Row, check_resume, jobs_of, keeps_something, parse_rows, train_rows
 
@@ -152,6 +152,7 @@ def read(recipe: Recipe, argv: list[str], program: Program | None = None) -> Inp
     names = parse_rows(script.rows, recipe.rows, recipe.groups)
     check_least(script, num_seeds=1, eval_rows=1)
     task = recipe.prepare(script, open_task(script, mixture, recipe.formats))
+    check_held_out(script, training, task)
     model, options = named_model(model_args, task, task.models.get(recipe.model_kind))
     if model != task.models.get(recipe.model_kind):
         check_named_model(model, recipe.model_kind, script, options)
@@ -266,12 +267,12 @@ def supervised(trainer: type, model, tokenizer, inputs: Inputs, task: "Task", ar
 
     from .model_card import example_of
 
-    evaluates = args.eval_strategy != "no" or task.score is None
+    wanted = evaluates(args) or task.score is None
     made = trainer(
         model,
         args,
         train_dataset=task.train,
-        eval_dataset=task.test if evaluates else None,
+        eval_dataset=task.test if wanted else None,
         processing_class=tokenizer,
         score=task.score,
         peft_config=adapter or get_peft_config(inputs.model_args),

@@ -56,6 +56,29 @@ def open_task(script, mixture, formats: tuple[tuple[str, ...], ...] = SFT_FORMAT
     return dataclasses.replace(task, test=task.test.select(rows))
 
 
+def evaluates(training) -> bool:
+    """Do training arguments ask for evaluations, and so for held-out rows?"""
+    return training.eval_strategy != "no" or training.eval_on_start
+
+
+def check_held_out(script, training, task: "Task") -> None:
+    """Raise ValueError for evaluations without rows, which transformers would name when the model is
+    open."""
+    if task.test is not None or not evaluates(training):
+        return
+    asked = f"eval_strategy={training.eval_strategy.value!r}"
+    if training.eval_strategy == "no":
+        asked = f"eval_on_start={training.eval_on_start}"
+    remedy = "give a folder with train and test files"
+    if script.task:
+        remedy = "give the task some"
+    elif not (script.dataset_name and is_file(script.dataset_name)):
+        remedy = "name a split of the data, --dataset_test_split"
+    raise ValueError(
+        f"{asked} needs held-out rows, and {task.name!r} has none: leave it out, or {remedy}"
+    )
+
+
 def check_source(script) -> None:
     """Raise ValueError for an option that the source of the rows does not read."""
     if script.task or not script.dataset_name:

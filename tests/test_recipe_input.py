@@ -2,11 +2,16 @@
 
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from launched import ENV, PYTHON, ROOT, assert_fails, run, run_here
 from test_recipes import RECIPE, options
 from tiny import model_of, tokenizer_of
+from trl import ModelConfig
+
+import softar
+from softar.recipe import supervised
 
 
 def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
@@ -112,6 +117,37 @@ def test_an_unwritable_folder_and_an_unknown_key(tmp_path, monkeypatch, capsys):
     )
     (tmp_path / "c.yaml").write_text("task: mnns\nmax_stepz: 3\n")
     assert_fails(monkeypatch, capsys, RECIPE, ["--config", str(tmp_path / "c.yaml")], "max_stepz")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(eval_strategy="steps", eval_steps=1), "eval_strategy='steps' needs held-out rows"),
+        (
+            dict(eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end="true"),
+            "eval_strategy='epoch' needs held-out rows",
+        ),
+        (dict(eval_on_start="true"), "eval_on_start=True needs held-out rows"),
+    ],
+)
+def test_evaluations_without_rows_are_named_before_a_model_is_opened(
+    tmp_path, monkeypatch, capsys, changes, says
+):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "<bos> w5", "completion": " w6"}\n')
+    monkeypatch.setattr(softar, "load", None)
+    changes |= dict(rows=None, task_size=None, dataset_name=file, model_name_or_path="mnns-tiny")
+    says += ".*rows.jsonl' has none: leave it out, or give a folder with train and test files"
+    assert_fails(monkeypatch, capsys, RECIPE, options(tmp_path / "out", **changes), says)
+
+
+def test_an_evaluation_at_the_start_has_the_held_out_rows(monkeypatch):
+    monkeypatch.setattr("softar.model_card.example_of", lambda task, tokenizer: None)
+    task, inputs = softar.load_task("mnns", size=8), SimpleNamespace(model_args=ModelConfig())
+    for start, rows in ((True, task.test), (False, None)):
+        args = SimpleNamespace(eval_strategy="no", eval_on_start=start)
+        made = supervised(lambda *_, **kw: SimpleNamespace(**kw), None, None, inputs, task, args)
+        assert made.eval_dataset is rows
 
 
 def test_rows_that_need_traces_say_so_before_the_first_is_trained(tmp_path, monkeypatch, capsys):
