@@ -2,12 +2,20 @@
 
 import json
 import zipfile
+from enum import Enum
 from pathlib import Path
 
 STATE = "trainer_state.json"  # comes last in a checkpoint
 PICKLES = (".pt", ".pth", ".bin")
 WEIGHTS = ("*model*.safetensors", "*model*.bin")
 ANY_WHOLE = "whole"
+ARGUMENTS = "softar_arguments"  # in STATE, what the training was told of the following
+# The optimiser goes on with these as they were; so it does with the learning rates of its parts
+KEPT = ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+RATE = "learning_rate"  # the end of their names
+LENGTH = ("max_steps", "num_train_epochs")
+SCHEDULE = (*LENGTH, "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
 
 
 def resumes(training) -> bool:
@@ -29,7 +37,52 @@ def checkpoint_of(training) -> str | None:
     path = last_checkpoint(training.output_dir) if wanted.lower() == "true" else wanted
     if path is not None:
         check_whole(path)
+        changes(path, training)
     return path
+
+
+def arguments_of(training) -> dict:
+    """What a checkpoint has to know of training arguments, for `changes`."""
+    rates = [name for name in vars(training) if name.endswith(RATE)]
+    values = {name: getattr(training, name) for name in (*KEPT, *rates, *SCHEDULE, *ROWS)}
+    return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
+
+
+def changes(checkpoint: str | Path, training) -> str | None:
+    """What becomes different where a training goes on from a checkpoint with other arguments, in a
+    line; None where nothing does, and of a checkpoint that does not know its own.
+
+    Raises:
+        ValueError: for what would do nothing, as the optimiser in the checkpoint has its own.
+    """
+    file = Path(checkpoint, STATE)
+    state = json.loads(file.read_text()) if file.is_file() else {}
+    before = state.get("stateful_callbacks", {}).get(ARGUMENTS)
+    if before is None:
+        return None
+    now = arguments_of(training)
+    other = {k: v for k, v in now.items() if k in before and v != before[k]}
+    if training.max_steps > 0 and "max_steps" not in other:
+        other.pop("num_train_epochs", None)  # does not count
+    has_optimiser = Path(checkpoint, "scheduler.pt").is_file()
+    for name in other if has_optimiser else ():
+        if name in KEPT or name.endswith(RATE):
+            raise ValueError(
+                f"{name}={other[name]!r} does nothing, as {str(checkpoint)!r} goes on with its optimiser's "
+                f"{before[name]!r}: give the same, or start a new run from its weights"
+            )
+    said = [
+        ", ".join(f"{k}={other[k]!r}, not {before[k]!r}" for k in names if k in other) + what
+        for names, what in WHAT.items()
+        if {*names} & {*other}
+    ]
+    return f"goes on from {checkpoint} with {'; '.join(said)}" if said else None
+
+
+WHAT = {
+    SCHEDULE: " (schedules go on as if it had been so from the start)",
+    ROWS: " (of this epoch some rows come twice, others not)",
+}
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

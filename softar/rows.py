@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .checks import one_line_errors
 from .launch import Program
-from .resume import ANY_WHOLE, STATE, check_whole, checkpoint_of, resumes
+from .resume import ANY_WHOLE, STATE, changes, check_whole, checkpoint_of, resumes
 
 CUSTOM = "custom"  # one run, exactly as the options say
 # set for a process that trains one row and leaves table and plot to its parent
@@ -64,11 +64,19 @@ def train_rows(
     lines_of = {row: saved_row(folder, configs[row]) for row, folder in folders.items()}
     left = [row for row, lines in lines_of.items() if lines is None]
     with one_line_errors(program.name):
-        for row in left:
-            checkpoint_of(configs[row])  # before hours of training, not when the row's turn comes
+        # before hours of training, not when the row's turn comes
+        begin = {row: checkpoint_of(configs[row]) for row in left}
+    if is_main and not is_child:
+        for (name, seed), lines in lines_of.items():
+            if lines is not None:
+                steps = lines[0]["train_steps"]
+                print(f"{name}, seed {seed}: trained already, {steps} steps, and kept as it is")
     results = []
     with anew([*folders.values()]) if starts else contextlib.nullcontext():
         if jobs > 1 and len(left) > 1 and not is_child:
+            for row, path in begin.items():  # the processes say it to their logs alone
+                if path is not None and (line := changes(path, configs[row])):
+                    print(line)
             train_apart({row: folders[row] for row in left}, jobs, console, program)
             lines_of |= {row: json.loads((folders[row] / "row.json").read_text()) for row in left}
         for row, lines in lines_of.items():

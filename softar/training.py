@@ -29,7 +29,7 @@ from trl.models.utils import _ForwardRedirection
 from .checks import check_writable
 from .models.kind import uncompiled
 from .progress import Pace, step_line
-from .resume import check_whole, last_checkpoint, last_whole
+from .resume import ARGUMENTS, arguments_of, changes, check_whole, last_checkpoint, last_whole
 
 
 @contextlib.contextmanager
@@ -88,12 +88,15 @@ class WatchedLosses:
         """True is the newest checkpoint of the output folder, a path that one.
 
         Raises:
-            ValueError: the checkpoint is damaged. FloatingPointError: a loss or a gradient is.
+            ValueError: the checkpoint is damaged, or its optimiser goes on with other numbers than
+                were given. FloatingPointError: a loss or a gradient is damaged.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str):
             check_whole(resume_from_checkpoint)
+            if line := changes(resume_from_checkpoint, self.args):
+                self.accelerator.print(line)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -140,6 +143,7 @@ class WatchedLosses:
 
     def _save_checkpoint(self, model, trial):
         self.state.stateful_callbacks[LOSSES] = {"sum": self._losses, "steps": self._loss_steps}
+        self.state.stateful_callbacks[ARGUMENTS] = arguments_of(self.args)
         super()._save_checkpoint(model, trial)
 
     def _finalize_training(self, trial, num_train_samples, start_time):

@@ -332,7 +332,7 @@ def test_each_row_has_a_run_of_its_own_in_wandb(tmp_path, monkeypatch):
     assert drawn == [("a", ["a"]), ("b", ["b"])] and wandb.run is None
 
 
-def test_rows_and_seeds_are_trained_in_folders_of_their_own_and_once(tmp_path):
+def test_rows_and_seeds_are_trained_in_folders_of_their_own_and_once(tmp_path, capsys):
     first = Trained(tmp_path)
     results, folders = first.run(["a", "long"], num_seeds=2)
     rows = [("a", 42), ("long", 42), ("a", 43), ("long", 43)]
@@ -341,7 +341,10 @@ def test_rows_and_seeds_are_trained_in_folders_of_their_own_and_once(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == results
     (folders["a", 43] / "row.json").unlink()
     later = Trained(tmp_path, resume_from_checkpoint="true")
+    capsys.readouterr()
     assert later.run(["a", "long"], num_seeds=2)[0] == results and later.done == [("a", 43)]
+    kept = [line for line in capsys.readouterr().out.splitlines() if "trained already" in line]
+    assert [line.split(":")[0] for line in kept] == ["a, seed 42", "long, seed 42", "long, seed 43"]
     anew = Trained(tmp_path)
     assert anew.run(["a"])[0] == results[:1] and anew.done == [("a", 42)]
 

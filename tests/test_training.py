@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from softar.checks import one_line_errors
 from softar.diffusion.sft_config import DiffusionSFTConfig
-from softar.resume import checkpoint_of, damage, last_checkpoint, last_whole
+from softar.resume import changes, checkpoint_of, damage, last_checkpoint, last_whole
 from softar.rl.config import SoftGRPOConfig
 from softar.sft.config import SoftSFTConfig
 
@@ -107,6 +107,54 @@ def two_checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     sft.trained(folder, **SAVING | dict(max_steps=2), **sft.ADAM)
     return folder
+
+
+OTHERS = {
+    "nothing": ({}, None),
+    "length": (dict(max_steps=3), "max_steps=3, not 2 (schedules go on as if it had been so"),
+    "rows": (
+        dict(per_device_train_batch_size=2, lr_scheduler_type="linear"),
+        "lr_scheduler_type='linear', not 'constant' (schedules go on as if it had been so from the start); "
+        "per_device_train_batch_size=2, not 4 (of this epoch some rows come twice",
+    ),
+    "epochs": (dict(num_train_epochs=9), None),  # max_steps counts
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_going_on_with_other_arguments_says_what_becomes_different(
+    tmp_path, two_checkpoints, capsys, name
+):
+    others, says = OTHERS[name]
+    made = sft.trainer_of(tmp_path, **SAVING | dict(max_steps=2) | sft.ADAM | others)
+    checkpoint = two_checkpoints / "checkpoint-1"
+    found = changes(checkpoint, made.args)
+    if says is None:
+        assert found is None
+    else:
+        assert found.startswith(f"goes on from {checkpoint} with ") and says in found
+    made.train(resume_from_checkpoint=str(checkpoint))
+    assert ("goes on from" in capsys.readouterr().out) == (says is not None)
+
+
+def test_what_a_checkpoints_optimiser_has_of_its_own_is_not_given_anew(tmp_path, two_checkpoints):
+    """It would do nothing: transformers loads the rate with the optimiser and the schedule."""
+    checkpoint, how = two_checkpoints / "checkpoint-1", SAVING | dict(max_steps=2) | sft.ADAM
+    for others in (dict(learning_rate=0.5), dict(weight_decay=0.5), dict(adam_beta2=0.5)):
+        (name,) = others
+        made = sft.trainer_of(tmp_path, **how | others)
+        says = f"{name}=0.5 does nothing, as .*checkpoint-1' goes on with its optimiser's"
+        with pytest.raises(ValueError, match=says):
+            made.train(resume_from_checkpoint=str(checkpoint))
+        made.args.output_dir, made.args.resume_from_checkpoint = str(two_checkpoints), "true"
+        with pytest.raises(ValueError, match=says.replace("-1", "-2")):
+            checkpoint_of(made.args)  # in a recipe, before a model is opened
+    shutil.copytree(checkpoint, tmp_path / "weights")
+    for file in ("optimizer.pt", "scheduler.pt"):  # as with save_only_model
+        (tmp_path / "weights" / file).unlink()
+    assert changes(tmp_path / "weights", made.args) is None
+    (tmp_path / "weights" / "trainer_state.json").unlink()
+    assert changes(tmp_path / "weights", made.args) is None
 
 
 HARM = {
