@@ -55,8 +55,11 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
         check_arguments(name, model, self._config, args, processing_class)
         guards.check_turn(name, reward_funcs, kwargs)
         guards.check_prompts(name, train_dataset, "train_dataset")
+        guards.check_prompts(name, eval_dataset, "eval_dataset")
         self._check_policy(model, args, processing_class)
         train_dataset, eval_dataset = map(self._as_read, (train_dataset, eval_dataset))
+        guards.check_asked(processing_class, train_dataset, "train_dataset")
+        guards.check_asked(processing_class, eval_dataset, "eval_dataset")
         adapted = peft_config is not None or (isinstance(model, nn.Module) and is_peft_model(model))
         args = copy.copy(args)
         beta, args.beta = args.beta, args.beta if adapted else 0.0

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,7 +13,7 @@ from softar.config import CONFIG_FILE, SoftConfig
 from softar.defaults import own_config
 from softar.mixers import SHARE, mk_mixer
 from softar.models import check_autoregressive, origin_of, room_of
-from softar.training import check_adapter, check_cells
+from softar.training import check_adapter, check_cells, is_blank
 
 from .config import SoftGRPOConfig
 from .policies import KNOBS
@@ -43,6 +44,21 @@ def check_prompts(trainer: str, dataset, name: str) -> None:
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: give at least one row")
     check_cells(dataset, ["prompt"], name)
+
+
+def check_asked(tokenizer, dataset, name: str) -> None:
+    """Raise ValueError for a prompt without a token, which no policy could go on from; of other prompts
+    that say nothing, as a BOS token alone, print how many there are. name: of the dataset."""
+    if not isinstance(dataset, Dataset):
+        return
+    blank = [(i, prompt) for i, prompt in enumerate(dataset["prompt"]) if is_blank(prompt)]
+    for number, prompt in blank:
+        if not (prompt if isinstance(prompt, list) else tokenizer(prompt)["input_ids"]):
+            raise ValueError(
+                f"row {number} of {name} has an empty prompt: begin it with a BOS token, or drop such rows"
+            )
+    if blank:
+        PartialState().print(f"{len(blank)} of {len(dataset)} prompts in {name} say nothing")
 
 
 def check_prompt_room(model: nn.Module, tokenizer, dataset, option: str, most: int) -> None:

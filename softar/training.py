@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import pyarrow.compute as pc
 import torch
+from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset, LargeList, List, Value
 from torch import Tensor, nn
@@ -210,7 +211,8 @@ def without_task(adapter):
 
 
 def check_data(train_dataset, eval_dataset) -> None:
-    """Raise ValueError for rows that TRL's SFT would fail on without saying what they lack."""
+    """Raise ValueError for rows that TRL's SFT would fail on without saying what they lack, or learn
+    nothing from; of some that teach no more than an end say how many."""
     columns = train_dataset.column_names if isinstance(train_dataset, Dataset) else TEXTS
     if not any(column in columns for column in TEXTS) and not {*PAIR} <= {*columns}:
         raise ValueError(
@@ -237,6 +239,24 @@ def _check_rows_of(dataset, name: str) -> None:
                 f"{name} has {kinds[0]} as prompt and {kinds[1]} as completion: give both as texts, or both as "
                 "lists of messages"
             )
+        if used[-1] != "input_ids":
+            _check_blank(dataset, used[-1], name)
+
+
+def _check_blank(dataset: Dataset, column: str, name: str) -> None:
+    if blank := sum(map(is_blank, dataset[column])):
+        said = f"{name} holds nothing but white space in column {column!r}"
+        if blank == len(dataset):
+            raise ValueError(f"{said}: give texts to learn")
+        PartialState().print(f"{said} in {blank} of {len(dataset)} rows: they teach its end alone")
+
+
+def is_blank(cell) -> bool:
+    """Is a text nothing but white space; does no message of a chat say anything, not even by a tool?"""
+    if isinstance(cell, str):
+        return not cell.strip()
+    said = (value for message in cell for key, value in message.items() if key != "role")
+    return not any(value.strip() if isinstance(value, str) else value for value in said)
 
 
 def is_list(feature) -> bool:

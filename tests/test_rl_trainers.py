@@ -856,6 +856,12 @@ def test_rows_and_models_that_cannot_be_trained_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=says):
             trainer(tmp_path, rows=rows)
+    for full, empty in (("a", ""), ([{"role": "user", "content": "a"}], [])):
+        rows = Dataset.from_dict({"prompt": [full, empty]})
+        for name, part in (("train", dict(rows=rows)), ("eval", dict(eval_rows=rows))):
+            says = f"row 1 of {name}_dataset has an empty prompt: begin it with a BOS token"
+            with pytest.raises(ValueError, match=says):
+                trainer(tmp_path, **part)
     settings = dict(vocab_size=64, n_positions=12, n_embd=32, n_layer=1, n_head=2)
     table = GPT2LMHeadModel(GPT2Config(**settings, bos_token_id=1, eos_token_id=2))
     long = Dataset.from_dict({"prompt": ["<bos> w5", "<bos>" + " w6" * 4]})

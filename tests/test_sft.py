@@ -43,7 +43,7 @@ from softar.soft import Soft, entropy, mk_proba_dist
 from softar.tags import moves_of_ids
 from softar.tasks import load_task
 from softar.thought import Kind
-from softar.training import no_interrupt
+from softar.training import check_data, no_interrupt
 
 OFF = -100
 CHAT = (
@@ -1442,6 +1442,29 @@ def test_rows_that_cannot_be_trained_on_are_named_before_the_first_step(tmp_path
             Dataset.from_list([{"prompt": "<bos> w5 w6 w7", "completion": " w8"}]),
             max_length=3,
         )
+
+
+def test_rows_that_teach_no_more_than_an_end_are_counted(tmp_path, capsys):
+    rows = data(8).to_list()
+    rows[1]["completion"], rows[3]["completion"] = "", " \n"
+    trainer_of(tmp_path, Dataset.from_list(rows))
+    said = "train_dataset holds nothing but white space in column 'completion'"
+    assert f"{said} in 2 of 8 rows" in capsys.readouterr().out
+    nothing = [[{"role": "user", "content": "a"}], [{"role": "assistant", "content": " "}]]
+    called = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]
+    for row in (
+        {"prompt": "a", "completion": ""},
+        {"text": " "},
+        {"messages": [{"role": "user", "content": ""}]},
+        dict(zip(("prompt", "completion"), nothing, strict=True)),
+    ):
+        with pytest.raises(
+            ValueError, match=f"nothing but white space in column '{[*row][-1]}': give"
+        ):
+            check_data(Dataset.from_list([row] * 3), None)
+        with pytest.raises(ValueError, match="eval_dataset holds nothing"):
+            check_data(data(2), Dataset.from_list([row]))
+    check_data(Dataset.from_list([{"prompt": nothing[0], "completion": called}]), None)
 
 
 def test_a_tag_that_the_tokenizer_merges_is_refused_by_row(tmp_path):
