@@ -40,6 +40,13 @@ def check_split(trainer, **options) -> None:
         raise ValueError(
             f"fsdp_state_dict_type={form}: a checkpoint is a model to be opened, give {WHOLE}"
         )
+    args = trainer.args
+    has_state = args.optim != "sgd" or "momentum" in (args.optim_args or "")
+    if backend.is_fsdp and not (has_state or args.save_strategy == "no" or args.save_only_model):
+        raise ValueError(
+            "optim='sgd' under FSDP2: torch does not go on from a checkpoint of an optimiser without a state; give "
+            "optim_args='momentum=0.9', another optim, or save_strategy='no'"
+        )
     if backend.is_zero3 and not _zero(accelerator).get(GATHERS):
         raise ValueError(
             f"{GATHERS} is off: a checkpoint is a model to be opened, set it (in accelerate's file "

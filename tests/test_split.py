@@ -33,6 +33,11 @@ from test_sft import calm, data, trainer_of
 from tiny import EOS, model_of
 from torch import nn
 from torch.distributed import HashStore
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -291,6 +296,13 @@ def fsdp(version=2, form=WHOLE):
     return SimpleNamespace(fsdp_version=version, state_dict_type=SimpleNamespace(name=form))
 
 
+def training(**changes):
+    common = dict(
+        optim="adamw_torch", optim_args=None, save_strategy="steps", save_only_model=False
+    )
+    return SimpleNamespace(**common | changes)
+
+
 @pytest.mark.parametrize(
     "found, options, says",
     [
@@ -304,12 +316,38 @@ def fsdp(version=2, form=WHOLE):
     ],
 )
 def test_ways_to_split_that_cannot_be_trained_under(found, options, says):
-    trainer = SimpleNamespace(accelerator=found)
+    trainer = SimpleNamespace(accelerator=found, args=training())
     if says is None:
         check_split(trainer, **options)
     else:
         with pytest.raises(ValueError, match=says):
             check_split(trainer, **options)
+
+
+def test_an_optimiser_without_a_state_is_refused_where_it_could_not_go_on(alone):
+    sgd = functools.partial(training, optim="sgd")
+    with pytest.raises(ValueError, match=r"optim='sgd' under FSDP2: .*momentum=0.9"):
+        check_split(SimpleNamespace(accelerator=split_by(fsdp()), args=sgd()))
+    for found, args in (
+        (fsdp(), sgd(save_strategy="no")),
+        (fsdp(), sgd(save_only_model=True)),
+        (fsdp(), sgd(optim_args="momentum=0.9")),
+        (None, sgd()),
+    ):
+        check_split(SimpleNamespace(accelerator=split_by(found), args=args))
+    # with a torch that goes on, the rule goes
+    model, how = fully_shard(nn.Linear(2, 2), mesh=alone), StateDictOptions(full_state_dict=True)
+    for momentum, goes_on in (
+        (0.9, contextlib.nullcontext()),
+        (0.0, pytest.raises(AssertionError)),
+    ):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with goes_on:
+            state = get_optimizer_state_dict(model, optimizer, options=how)
+            set_optimizer_state_dict(model, optimizer, state, options=how)
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "zero3"])
@@ -331,7 +369,7 @@ def test_configurations_for_eight_gpus(name, monkeypatch):
     else:
         gathers = told["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
         found = split_by(zero=zero(int(told["ACCELERATE_DEEPSPEED_ZERO_STAGE"]), gathers))
-    check_split(SimpleNamespace(accelerator=found))
+    check_split(SimpleNamespace(accelerator=found, args=training()))
     assert is_split(found)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_architectures import build
 from test_guidance import assert_same_gradients, batch, grads_of, mild
 from test_sft import ADAM, data, logged, lora, trained, trainer_of
-from test_split import fsdp, split_by, zero
+from test_split import fsdp, split_by, training, zero
 from tiny import END, PROMPTS, VOCAB, WIDTH, left_padded, model_of, seeded, with_lora
 from transformers import Trainer
 
@@ -415,10 +415,10 @@ def test_weights_that_are_split_are_refused(tmp_path, monkeypatch):
     """By FSDP2 and ZeRO-3; ZeRO-1 and ZeRO-2 have them whole."""
     options = whole_weights_for(SoftSFTConfig(str(tmp_path), learn_step_temperature=True))
     for there in (split_by(), *(split_by(zero=zero(stage)) for stage in (1, 2))):
-        check_split(SimpleNamespace(accelerator=there), **options)
+        check_split(SimpleNamespace(accelerator=there, args=training()), **options)
     for there in (split_by(zero=zero(3)), split_by(fsdp())):
         with pytest.raises(ValueError, match="learn_step_temperature=True under FSDP or ZeRO-3"):
-            check_split(SimpleNamespace(accelerator=there), **options)
+            check_split(SimpleNamespace(accelerator=there, args=training()), **options)
     # transformers' trainer notes it when it makes its accelerator
     make = Trainer.create_accelerator_and_postprocess
 
