@@ -3,6 +3,7 @@
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,6 +14,7 @@ import softar
 from softar.mixers import Mixed, Mixer
 from softar.soft import hard
 from softar.vllm.completions import Completion, CompletionDecoder, Sampling
+from softar.vllm.plugin import from_new_request
 from softar.vllm.request import OWN
 from softar.vllm.rows import CHUNK, Rows
 from softar.vllm.runners import admit
@@ -221,3 +223,23 @@ def test_a_record_makes_vllm_rank_no_log_probabilities():
         weights = made.logprobs[row, 2 : 2 + width].exp()
         torch.testing.assert_close(weights, best.values.softmax(-1))
         torch.testing.assert_close(over.logprobs[row, 2 : 2 + width].exp(), weights)
+
+
+@pytest.mark.parametrize("soft", [None, {"record": False}, {"record": True}], ids=str)
+def test_no_text_is_made_of_the_tokens_of_a_record(soft):
+    """By vLLM's own way from a step's log-probabilities to those of the output."""
+    logprobs = pytest.importorskip("vllm.v1.engine.logprobs")
+    from vllm.v1.outputs import LogprobsLists
+
+    params = SimpleNamespace(num_logprobs=2, prompt_logprobs=None, flat_logprobs=True)
+    params.extra_args = None if soft is None else {OWN: soft}
+    made = from_new_request(
+        logprobs.LogprobsProcessor.from_new_request,
+        tokenizer=tiny.tokenizer_of(),
+        request=SimpleNamespace(sampling_params=params),
+    )
+    step = [[7, 8, 9]], [[-1.0, -2.0, -3.0]], [1]
+    made._update_sample_logprobs(LogprobsLists(*map(np.array, step)))
+    has_record = soft == {"record": True}
+    assert made.logprobs.token_ids == [7, 8, 9]
+    assert made.logprobs.decoded_tokens == ([None] * 3 if has_record else ["w7", "w8", "w9"])

@@ -35,6 +35,7 @@ def register() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.logprobs import LogprobsProcessor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from .http import init_processor
@@ -42,6 +43,7 @@ def register() -> None:
     patch(BaseRenderer, "_tokenize_prompt", tokenize_prompt)
     patch(InputProcessor, "__init__", init_processor)
     patch(InputProcessor, "process_inputs", process_inputs)
+    patch(LogprobsProcessor, "from_new_request", from_new_request)
     patch(EngineCore, "preprocess_add_request", preprocess_add_request)
     Scheduler.softar_blocks = ()  # to be set to zero
     patch(Scheduler, "schedule", schedule)
@@ -93,6 +95,13 @@ def process_inputs(
             params.flat_logprobs = True
             params.logprobs = 1 + SoftConfig(**soft["config"]).width
     return request
+
+
+def from_new_request(method, tokenizer, request):
+    """The tokens of a record are read as ids: vLLM would make a text of each, one by one."""
+    soft = soft_of(request.sampling_params)
+    has_record = soft is not None and soft["record"]
+    return method(tokenizer=None if has_record else tokenizer, request=request)
 
 
 # --- the engine's core: its scheduler and cache of prefixes ---
