@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import CONFIGS, SIZES, VOCAB, model_of, tokenizer_of, with_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from softar import placement
+import softar
+from softar import SoftConfig, placement
 from softar.models import MNNS_WORDS, load
 from softar.models.source import FIXED
 
@@ -204,6 +205,25 @@ def test_adapter_folder_loads_base_and_adapter(folder, tmp_path, base):
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
         load(tmp_path)
+
+
+def test_a_merged_adapter_is_a_folder_that_softar_and_transformers_open(tmp_path):
+    """As softar/README.md says, with how it decodes beside it."""
+    config = SoftConfig(budget=3, top_k=4, max_new_tokens=5)
+    base, tokenizer = load("mnns-tiny", seed=3)
+    with_lora(base).save_pretrained(tmp_path / "adapter")
+    config.save(tmp_path / "adapter")
+    model, tokenizer = load(tmp_path / "adapter", seed=3)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    wanted, whole = softar.generate(model, ids), tmp_path / "whole"
+    model.merge_and_unload().save_pretrained(whole)
+    tokenizer.save_pretrained(whole)
+    SoftConfig.load(tmp_path / "adapter").save(whole)
+    found = softar.generate(load(whole)[0], ids)
+    assert found.config == wanted.config == config
+    torch.testing.assert_close(found.record.weights[:, 0], wanted.record.weights[:, 0])
+    theirs = AutoModelForCausalLM.from_pretrained(whole).eval()
+    assert torch.equal(logits(theirs, tokenizer), logits(load(whole)[0], tokenizer))
 
 
 GROWN = {
