@@ -7,8 +7,6 @@ small, they are called as they are.
 Shapes: ... any leading dims, V vocabulary, K asked for.
 """
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -24,25 +22,21 @@ class Largest:
     """Of x, [..., V], never written to; without gradients."""
 
     def __init__(self, x: Tensor):
-        self.x = x.detach()
+        self.x, self._id = x.detach(), None
+        V, size = x.shape[-1], chunk_of(x.shape[-1])
+        wins = size is not None and V >= LARGE and x.device.type == "cpu" and x.numel() > 0
+        # [..., V / chunk, chunk], and the maxima of the chunks; None where that wins nothing
+        self.chunks = self.x.unflatten(-1, (-1, size)) if wins else None
+        self.peaks = self.chunks.amax(-1) if wins else None
 
-    @cached_property
-    def chunks(self) -> Tensor | None:
-        """[..., V / chunk, chunk]; None where that wins nothing."""
-        V = self.x.shape[-1]
-        size = chunk_of(V)
-        if size is None or V < LARGE or self.x.device.type != "cpu" or self.x.numel() == 0:
-            return None
-        return self.x.unflatten(-1, (-1, size))
-
-    @cached_property
-    def peaks(self) -> Tensor:
-        """[..., V / chunk] the maxima of the chunks."""
-        return self.chunks.amax(-1)
-
-    @cached_property
+    @property
     def id(self) -> Tensor:
         """[...] where it is; of equal ones the lowest, as `argmax` says."""
+        if self._id is None:  # functools.cached_property holds a lock, which does not compile
+            self._id = self._found()
+        return self._id
+
+    def _found(self) -> Tensor:
         if self.chunks is None:
             return self.x.argmax(-1)
         first = self.peaks.argmax(-1)
