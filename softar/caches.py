@@ -1,6 +1,7 @@
 """Which of transformers' caches a decode takes, and the forward compiled over one of a fixed size."""
 
 import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -122,28 +123,31 @@ def forward_of(model, settings: GenerationConfig, model_kwargs: dict) -> Callabl
     compiled = vars(model).get("_compiled_call")
     if compiled is not None and inspect.unwrap(compiled).__self__ is not model:
         del model._compiled_call
-    return _or_given_up(model, model.get_compiled_call(how), how.fullgraph)
+    give_up = functools.partial(_given_up, model)
+    return or_given_up(model.get_compiled_call(how), give_up, how.fullgraph)
 
 
-def _or_given_up(model, compiled: Callable, is_one_graph: bool) -> Callable:
+def or_given_up(
+    compiled: Callable, give_up: Callable[[str], Callable], is_one_graph: bool = True
+) -> Callable:
+    """What torch.compile gave, or from where it does not compile on what give_up makes of the
+    reason."""
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # slow to import
 
-    def forward(**inputs):
+    def call(*args, **inputs):
         nonlocal compiled
         try:
-            return compiled(**inputs)
+            return compiled(*args, **inputs)
         except FailOnRecompileLimitHit:
-            why = (
-                "it met more shapes of batches and caches than torch._dynamo.config.recompile_limit"
-            )
+            why = "it met more shapes or settings than torch._dynamo.config.recompile_limit"
         except TorchDynamoException as error:
             if not is_one_graph:  # a part of it may have written to the cache
                 raise
             why = " ".join(str(error).split())
-        compiled = _given_up(model, why)
-        return compiled(**inputs)
+        compiled = give_up(why)
+        return compiled(*args, **inputs)
 
-    return forward
+    return call
 
 
 def _given_up(model, why: str) -> Callable:

@@ -246,12 +246,16 @@ class SoftConfig:
         return mixer.draws(mixer.knobs)
 
     @property
+    def filtered(self) -> float:
+        """Tokens that the filters keep for a mixture; inf where that is the vocabulary."""
+        limits = [k for k in (self.top_k, self.keep, math.inf) if k is not None]
+        return 1 if self.temperature == 0 else min(limits)
+
+    @property
     def width(self) -> float:
         """Tokens in a mixture, K; inf where that is the vocabulary."""
         mixer = mk_mixer(self.mixer, **self.mixer_args)
-        limits = [k for k in (self.top_k, self.keep, math.inf) if k is not None]
-        filtered = 1 if self.temperature == 0 else min(limits)
-        width = mixer.width(mixer.knobs, filtered) + (self.softness < 1)
+        width = mixer.width(mixer.knobs, self.filtered) + (self.softness < 1)
         if self.switch is None:
             return width
         tags = zip((self.think_start, self.think_end), (self.switch_open, self.switch_close))

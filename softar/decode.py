@@ -20,11 +20,9 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor
 from transformers import (
-    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
-    MaxTimeCriteria,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
@@ -53,20 +51,19 @@ from .feedback import (
     mean_length,
     stack_vectors,
     step_temperature_of,
-    stretched,
     to_host,
-    where_read,
     width_of,
 )
-from .looks import Looks, every_of, need_of_each_step
+from .looks import Looks, every_of, flags_of, need_of_each_step
 from .loops import run_loop
 from .mixers import Rng, mk_mixer
 from .models.kind import plain, uncompiled
 from .models.origin import origin_of
 from .models.reading import check_ragged
 from .placement import evaluating
-from .soft import Soft, entropy, soft_inputs
-from .thought import Kind, Record, begin, decide, mk_propose, mk_rules, stack, warn_unopened
+from .soft import Soft, soft_inputs
+from .step import KNOWN, compiled, is_over, mk_step, separate
+from .thought import Kind, Record, begin, mk_rules, stack, warn_unopened
 
 # They choose tokens, which `SoftConfig` does
 SAMPLING = (
@@ -79,7 +76,6 @@ SAMPLING = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
 )
-LIMITS = (MaxLengthCriteria, MaxTimeCriteria)
 
 
 @dataclass(frozen=True, repr=False)
@@ -173,9 +169,12 @@ def generate(
             from the beginning), "offloaded", "offloaded_static", "quantized"; default as
             generation_config says.
         compile: compile the forward of a step by torch.compile, over a cache of one size
-            (cache_implementation="static"); the prompt is read uncompiled, in parts too. It takes a minute or so, once
-            for a model, a width of the batch and a size of the cache. generation_config may say how
-            (compile_config). A model that does not compile is warned of, and decodes all the same.
+            (cache_implementation="static"); the prompt is read uncompiled, in parts too. It takes a
+            minute or so, once for a model, a width of the batch and a size of the cache. What is
+            around the forward (filters, mixer, rules, record) is compiled with it, once for a
+            configuration and a width; not of "dirichlet", of mixers that are not softar's, and with
+            a step_temperature. generation_config may say how (compile_config). What does not compile
+            is warned of, and decodes all the same.
         look_every: steps after which the host looks at the batch, waiting for the device. More than
             1 decodes the same (up to that many forwards too many, which are dropped and not
             counted), where no callback, streamer, stopping criterion of its own, vector or generator
@@ -294,12 +293,14 @@ def soft_decode(
             input_ids.device,
         )
     processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, SAMPLING))
-    limits = StoppingCriteriaList(c for c in stopping_criteria if isinstance(c, LIMITS))
-    propose = mk_propose(config, Draws(rng, len(input_ids)), step_temperature)
+    others = StoppingCriteriaList(c for c in stopping_criteria if type(c) not in KNOWN)
     pad, eos = generation_config._pad_token_tensor, generation_config._eos_token_tensor
     rules, progress = mk_rules(config, input_ids.device, pad, eos), begin(config, input_ids)
+    draws, progress = Draws(rng, len(input_ids)), separate(progress)
+    take_step = mk_step(config, rules, stopping_criteria, step_temperature, length)
+    if forward is not model:
+        take_step = compiled(take_step, config, generation_config.compile_config)
     streamers = [each for each in (soft_streamer, asked.get("streamer")) if each is not None]
-    others = [c for c in stopping_criteria if not isinstance(c, (*LIMITS, EosTokenCriteria))]
     keeps = guard.gives_cache(asked)
     need = need_of_each_step(config, rng, callback, streamers, others, keeps)
     every = every_of(look_every, input_ids.device, need)
@@ -322,27 +323,27 @@ def soft_decode(
             step = len(records)
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
             logits = outputs.logits[:, -1].to(
-                copy=True, dtype=torch.float32, device=input_ids.device
+                copy=True,
+                dtype=torch.float32,
+                device=input_ids.device,
+                memory_format=torch.contiguous_format,
             )
             # copied like the logits: the next step of a CUDA graph writes to where they are
             hidden = outputs.hidden_states[-1][:, -1].clone() if wants_hidden else None
-            temperature = config.entropy_temperature
-            if step_temperature is not None and config.switch is None:
-                temperature = temperature * step_temperature(hidden).to(logits.device)
-            h = entropy(logits, temperature)
-            scores = processors(input_ids, logits)
-            thought, answer = propose(scores, step, looks.now.any_thinking, hidden)
-            vector = None if thought.vector is None else stretched(thought.vector, length)
-            progress, record = decide(rules, progress, h, thought, answer)
+            # a processor may write to what it gets, of which the entropy is another
+            scores = processors(input_ids, logits.clone()) if processors else logits
+            draw = functools.partial(draws.at, step)
+            stepped = take_step(progress, logits, scores, draw, looks.now.any_thinking, hidden)
+            progress, record, flags, vector, perturbed = stepped
             records.append(record)
             input_ids = torch.cat([input_ids, record.token[:, None]], 1)
-            ended = stopping_criteria(input_ids, None)
-            if vector is not None:  # of a step without a token length and time are asked alone
-                ended = torch.where(record.kind == Kind.LATENT, limits(input_ids, None), ended)
-            progress = progress._replace(done=progress.done | ended)
-            looks(progress, record, input_ids.shape[1] >= generation_config.max_length)
+            if others:  # they judge tokens, which a step of kind LATENT does not have
+                ended = others(input_ids, None) & (record.kind != Kind.LATENT)
+                progress = progress._replace(done=progress.done | ended)
+                flags = flags_of(progress, record)
+            looks(flags, record, is_over(stopping_criteria, input_ids.shape[1]))
             vectors.append(to_host(vector, record.kind == Kind.LATENT))
-            noisy.append(where_read(thought.perturbed, record.kind == Kind.SOFT))
+            noisy.append(perturbed)
             has_token = vector is None or bool((record.kind != Kind.LATENT).any())
             for each in streamers if has_token else ():
                 each.put(record.token.cpu())

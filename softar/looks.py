@@ -44,19 +44,19 @@ class Looks:
         self.waiting: list[tuple[Tensor, Record]] = []
         self.now, self.steps = Flags(False, False, any_thinking), 0
 
-    def __call__(self, progress: Progress, record: Record, is_last: bool) -> Flags:
-        """After a step. record: of it, progress: after it, with the rows done that it ended.
+    def __call__(self, flags: Tensor, record: Record, is_last: bool) -> Flags:
+        """After a step. flags: of it, `flags_of`. is_last: all rows end with it, whatever they say.
 
         Raises:
             FloatingPointError: NaN or infinite logits; names the step and the rows.
         """
-        self.waiting.append((_flags(progress, record), record))
+        self.waiting.append((flags, record))
         if len(self.waiting) < self.every and not is_last:
             soft = self.now.any_thinking and self.mixes
             self.now = Flags(False, soft, self.now.any_thinking or self.opens)
             return self.now
-        flags, records = zip(*self.waiting, strict=True)
-        for row, step in zip(torch.stack(flags).tolist(), records, strict=True):
+        waiting, records = zip(*self.waiting, strict=True)
+        for row, step in zip(torch.stack(waiting).tolist(), records, strict=True):
             any_alive, any_soft, any_thinking, any_bad = row
             if any_bad:
                 check_finite(step, self.steps)
@@ -65,6 +65,8 @@ class Looks:
             if self.now.finished:
                 break
         self.waiting.clear()
+        if is_last:
+            self.now = self.now._replace(finished=True)
         return self.now
 
     def taken(self, records: list[Record], noisy: list) -> tuple[list[Record], list]:
@@ -109,9 +111,11 @@ def every_of(asked: int | None, device: torch.device, need: str | None) -> int:
     return asked
 
 
-def _flags(progress: Progress, record: Record) -> Tensor:
-    """[4] bool, on the device: is a row alive, does one mix, does one think, is one bad."""
+def flags_of(progress: Progress, record: Record) -> Tensor:
+    """[4] bool, on the device: is a row alive, does one mix, does one think, is one bad. progress:
+    after the step of the record, with the rows done that it ended."""
     alive = ~progress.done
-    mixes = (record.kind == Kind.SOFT) | (record.kind == Kind.LATENT)
+    # int: to a compiler no tensor is equal to a member of an enumeration
+    mixes = (record.kind == int(Kind.SOFT)) | (record.kind == int(Kind.LATENT))
     each = [alive, mixes & alive, progress.thinking & alive, is_bad(record)]
     return torch.stack(each).any(1)

@@ -1,7 +1,7 @@
 """Random numbers of mixers: exponential and uniform noise, draws from weights.
 
 `rng` is one generator for all rows, or one per row (leading dim): then a row draws the same numbers
-alone as in a batch. None is torch's global one.
+alone as in a batch. None is torch's global one. A tensor is the numbers themselves, drawn ahead.
 
 Shapes: ... any leading dims, K tokens kept.
 """
@@ -11,13 +11,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Rng = torch.Generator | Sequence[torch.Generator] | None
+Rng = torch.Generator | Sequence[torch.Generator] | Tensor | None
 TINY = torch.finfo(torch.float32).tiny
 
 
 def exponential(like: Tensor, rng: Rng) -> Tensor:
     """Standard exponential noise of like's shape, never 0. A CPU generator draws the same numbers
     for every device."""
+    if isinstance(rng, Tensor):
+        return rng
     noise = _drawn(Tensor.exponential_, like.shape, like.dtype, rng, like.device)
     return noise.clamp_min_(TINY)
 
@@ -44,6 +46,8 @@ def draw(weights: Tensor, rng: Rng, n: int = 1) -> Tensor:
 
 def uniform(shape: tuple[int, ...], rng: Rng, device: torch.device) -> Tensor:
     """Float64 in [0, 1)."""
+    if isinstance(rng, Tensor):
+        return rng
     return _drawn(Tensor.uniform_, shape, torch.float64, rng, device)
 
 

@@ -216,7 +216,9 @@ def entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     but -inf, gives NaN: the decoding loop uses that as its check.
     """
     x = tempered(logits.float(), temperature)
-    if x.device.type == "cpu" and x.dim() > 1 and x.numel() > TILE and not x.requires_grad:
+    is_large = x.device.type == "cpu" and x.dim() > 1 and x.numel() > TILE
+    # a compiler makes tiles of its own
+    if is_large and not x.requires_grad and not torch.compiler.is_compiling():
         # a row is one thread's
         height = max(TILE // x.shape[-1], 1) * torch.get_num_threads()
         rows = x.flatten(0, -2).split(height)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import switch as switching
 from .config import SoftConfig
-from .draws import ANSWER, THOUGHT, Draws
+from .draws import ANSWER, THOUGHT
 from .feedback import StepTemperature
 from .mixers import BUILT_IN, Mixed, Rng, check_mixed, guide, hard, mk_mixer, name_of
 from .soft import Soft, mk_proba_dist
@@ -297,24 +297,25 @@ def mk_think(config: SoftConfig, step: StepTemperature | None = None) -> Callabl
 
 
 def mk_propose(
-    config: SoftConfig, draws: Draws, step_temperature: StepTemperature | None = None
+    config: SoftConfig, step_temperature: StepTemperature | None = None
 ) -> Callable[..., tuple[Mixed, Mixed | None]]:
-    """A function of logits [B, V] float32, the step, whether anybody is thinking, and maybe the
-    last hidden state [B, D]: what each row would do thinking, and answering (None where nobody
-    can)."""
+    """A function of logits [B, V] float32, a function that gives the random numbers of a purpose
+    (softar.draws), whether anybody is thinking, and maybe the last hidden state [B, D]: what each
+    row would do thinking, and answering (None where nobody can)."""
     think, thought_draws = mk_think(config, step_temperature), config.mixer_draws
     filters, answer_draws = config.answer_filters, config.answer_temperature > 0
+    has_single = config.has_single
 
     def propose(
-        logits: Tensor, step: int, any_thinking: bool, hidden: Tensor | None = None
+        logits: Tensor, draw: Callable[[int], Rng], any_thinking: bool, hidden: Tensor | None = None
     ) -> tuple[Mixed, Mixed | None]:
         answer = None
-        if config.has_single or not any_thinking:
-            rng = draws.at(step, ANSWER) if answer_draws else None
+        if has_single or not any_thinking:
+            rng = draw(ANSWER) if answer_draws else None
             answer = hard(mk_proba_dist(logits, **filters), rng=rng, sample=answer_draws)
         if not any_thinking:
             return answer, answer
-        return think(logits, draws.at(step, THOUGHT) if thought_draws else None, hidden), answer
+        return think(logits, draw(THOUGHT) if thought_draws else None, hidden), answer
 
     return propose
 

@@ -3,6 +3,7 @@ and a compiled call are."""
 
 import copy
 import functools
+import inspect
 
 import pytest
 import torch
@@ -152,7 +153,8 @@ def test_a_prompt_is_read_uncompiled_in_parts_too(llama, monkeypatch):
     seen = []
 
     def wrapper(forward, **_):
-        return lambda **how: seen.append(1) or forward(**how)
+        is_model = inspect.ismethod(forward)  # else the step around it
+        return lambda *a, **how: seen.append(is_model) or forward(*a, **how)
 
     monkeypatch.setattr(torch, "compile", wrapper)
     model, settings = net(num_hidden_layers=1), copy.deepcopy(llama.generation_config)
@@ -160,7 +162,7 @@ def test_a_prompt_is_read_uncompiled_in_parts_too(llama, monkeypatch):
     how._compile_all_devices = True
     settings.update(cache_implementation="static", compile_config=how, prefill_chunk_size=2)
     out = decode(model, generation_config=settings)
-    assert len(seen) == out.completions.shape[1] - 1
+    assert sum(seen) == out.completions.shape[1] - 1
 
 
 # -- by those who keep a model: when they are made
@@ -209,5 +211,5 @@ def test_the_models_own_static_cache_compiles(monkeypatch):
     assert_same(decode(model, compile=True), plain)
     bare = GenerationConfig(eos_token_id=EOS, pad_token_id=0)
     decode(model, compile=True, generation_config=bare)
-    assert len(made) == 1  # kept by transformers
+    assert len([*filter(inspect.ismethod, made)]) == 1  # kept by transformers
     assert SoftDecoder(model, tokenizer_of(), CONFIG, compile=True).decode(["w5 w6"])

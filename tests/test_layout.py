@@ -191,6 +191,7 @@ FLOORS = [
     ("switch", "split"),
     ("thought", "defaults", "guard", "loops", "model_card"),
     ("looks",),
+    ("step",),
     ("decode",),
     ("evaluate", "show"),
     ("sft", "decoders"),

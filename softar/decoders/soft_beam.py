@@ -29,12 +29,13 @@ from transformers import (
 from .. import guard
 from ..checks import check_choice, check_least, check_types
 from ..config import SWITCHES, SoftConfig
-from ..decode import LIMITS, SoftOutput, generate
+from ..decode import SoftOutput, generate
 from ..mixers import Mixed, guide, hard
 from ..models.kind import uncompiled
 from ..placement import evaluating
 from ..soft import Soft, entropy, mk_proba_dist, soft_inputs
 from ..soft import hard as one_token
+from ..step import LIMITS
 from ..thought import Kind, Progress, Record, begin, decide, mk_rules, stack
 from .beam import NEUTRAL, counted
 from .run import check_search, run_search, search_output
