@@ -185,7 +185,9 @@ def check_reads_vectors(model) -> None:
 def mean_length(embedding: nn.Module, vocab_size: int, device: torch.device) -> float:
     """Mean l2 norm of a model's input embeddings."""
     if type(embedding) is nn.Embedding:  # which looks rows up, and does nothing else to them
-        return float(embedding.weight[:vocab_size].norm(dim=-1, dtype=torch.float32).mean())
+        table = embedding.weight[:vocab_size]
+        wide = torch.promote_types(table.dtype, torch.float32)
+        return float(table.norm(dim=-1, dtype=wide).mean())
     ids = torch.arange(vocab_size, device=device)
     parts = [embedding(some).float().norm(dim=-1).sum() for some in ids.split(ROWS)]
     return float(sum(parts)) / vocab_size

@@ -23,7 +23,7 @@ WAYS = {
     "switching": dict(
         switch="block", switch_dwell=2, top_k=5, think_end=(41,), switch_budget=3, switch_final=()
     ),
-    "hidden": dict(mixer="hidden", budget=5),
+    "hidden": dict(mixer="hidden", budget=5, rescale="norm"),
     "gumbel": dict(mixer="gumbel", mixer_args={"candidates": 3}, budget=4, answer_temperature=0.7),
     "k-samples": dict(mixer="k-samples", top_k=None),
     "mixture-of-inputs": dict(mixer="mixture-of-inputs", top_k=5, keep=3, budget=4),
