@@ -14,7 +14,8 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from softar.mixers import GUIDES, guide
 from softar.models.reading import reads_moved_rows
-from softar.sft.forward import SCHEDULES, mk_alpha, soft_forward
+from softar.sft.forward import soft_forward
+from softar.sft.guidance import SCHEDULES, mk_alpha
 from softar.soft import Soft, dense, mk_proba_dist, soft_embed
 
 light = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -13,7 +13,8 @@ from ..mixers import GUIDES, mk_mixer
 from ..relaxed import GRADIENTS
 from ..soft import check_dist
 from ..training import PlainSFTConfig, opt
-from .forward import MODES, mk_alpha
+from .forward import MODES
+from .guidance import mk_alpha
 from .idle import IDLE
 from .learnt import learnt_of
 from .preflight import check_learnable

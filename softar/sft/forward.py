@@ -1,15 +1,10 @@
-"""Guidance: how much of the gold token a soft input holds, and soft teacher forcing, the forward
-pass that uses it.
-
-alpha = 1 is teacher forcing: the model reads the gold tokens. alpha = 0 is what it will meet at
-inference: its own mixtures. Training anneals alpha from 1 down.
+"""Soft teacher forcing: the forward pass in which a model reads its own mixtures.
 
 Shapes: B batch, T positions, V vocabulary, K tokens kept, D embedding width.
 """
 
 import copy
 import inspect
-import math
 from collections.abc import Callable
 
 import torch
@@ -28,45 +23,6 @@ from ..soft import Soft, soft_inputs, token_inputs
 Feed = Callable[..., Soft]
 # logits [..., V] and the last hidden states [..., D] that made them, None where nobody asks for them
 Seen = tuple[Tensor, Tensor | None]
-
-
-def mk_alpha(
-    schedule: str = "linear",
-    *,
-    start: float = 1.0,
-    end: float = 0.0,
-    hold: float = 0.0,
-    span: float = 0.6,
-) -> Callable[[float], float]:
-    """A schedule progress -> alpha: `start` while progress < hold, then down to `end` over the next
-    `span`, then `end`.
-
-    Args:
-        schedule: "constant" (start throughout), "linear", "cosine", or "step" (start, then end
-            after hold + span).
-        start, end: alpha in [0, 1]; 1 is teacher forcing.
-        hold, span: fractions of the training in [0, 1], hold + span <= 1.
-    """
-    check_choice("alpha_schedule", schedule, sorted(SCHEDULES))
-    for name, value in (
-        ("alpha_start", start),
-        ("alpha_end", end),
-        ("alpha_hold", hold),
-        ("alpha_span", span),
-    ):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} must lie in [0, 1]")
-    if hold + span > 1:
-        raise ValueError(
-            f"alpha_hold={hold} + alpha_span={span} must be at most 1, the whole training"
-        )
-    shape = SCHEDULES[schedule]
-
-    def alpha(progress: float) -> float:
-        x = 0.0 if progress < hold else 1.0 if span == 0 else min(1.0, (progress - hold) / span)
-        return start + (end - start) * shape(x)
-
-    return alpha
 
 
 # Wide because it is one pass in two modes: six say what is read, each mode has knobs of its own.
@@ -387,9 +343,3 @@ WIDER = 1.25  # columns of moved rows, over those of the batch
 WORTH = (
     0.8  # positions that parallel passes compute in a way that takes a cache, over those without
 )
-SCHEDULES = {
-    "constant": lambda x: 0.0,
-    "linear": lambda x: x,
-    "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
-    "step": lambda x: float(x >= 1 - 1e-9),
-}
