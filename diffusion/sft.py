@@ -28,6 +28,7 @@ from softar.training import (
     check_data,
     give_own_rate,
     no_interrupt,
+    unpacked,
     without_task,
 )
 
@@ -41,7 +42,7 @@ from .net import facts, plain
 from .noise import NOISE_FILE, save_noise
 from .objectives import Canvases, Masked, Place, Rows, Uniform
 from .rows import PackedCollator, close_rows, filled, packed
-from .sft_config import DiffusionSFTConfig, check_fits, unpacked
+from .sft_config import DiffusionSFTConfig, check_fits
 from .uniform import noise_for
 
 RAW_HEAD = "soft_mask_head.safetensors"

@@ -1,8 +1,6 @@
 """The options of diffusion SFT."""
 
-import copy
 from dataclasses import dataclass, fields
-from typing import ClassVar
 
 from trl import SFTConfig
 
@@ -93,8 +91,6 @@ IDLE = (
         "raise eval_decode_rows",
     ),
     Idle("pad_token", lambda c: True, "here", "set the tokenizer's"),
-    Idle("packing_strategy", lambda c: not c.packing, "without packing", "set packing=True"),
-    Idle("eval_packing", lambda c: True, "here, where held-out rows stay apart", "drop it"),
     Idle(
         "average_tokens_across_devices",
         lambda c: True,
@@ -110,7 +106,6 @@ class DiffusionSFTConfig(PlainSFTConfig):
     float32 by itself. With `packing` several documents stand in a row of `max_length` and do not see
     each other."""
 
-    packs: ClassVar[bool] = True
     gradient_checkpointing: bool = opt(False, "Recompute activations to save memory.")
     objective: str = opt(
         "masked",
@@ -305,14 +300,6 @@ class DiffusionSFTConfig(PlainSFTConfig):
                     f"{name}=True does not go with normalise={self.normalise!r}, which weighs by the rate: set "
                     f"normalise='masks'"
                 )
-        if not self.packing:
-            return
-        if self.packing_strategy != "bfd":
-            raise ValueError(
-                f"packing_strategy={self.packing_strategy!r} cuts documents in two: leave it at 'bfd'"
-            )
-        if self.max_length is None:
-            raise ValueError("packing=True needs a max_length, which is the length of its rows")
 
     def gaussian(self, vocab_size: int) -> GaussianToDiscrete:
         """The schedule of the curriculum."""
@@ -375,11 +362,3 @@ def check_fits(args: DiffusionSFTConfig, facts: Facts) -> Facts:
             "train_padding=True does not go with packing=True, which leaves no padding to train: set one to False"
         )
     return facts
-
-
-def unpacked(args: DiffusionSFTConfig) -> DiffusionSFTConfig:
-    """For TRL, which packs without regard to masks of documents: a copy where it would."""
-    if args.packing:
-        args = copy.copy(args)
-        args.packing = False
-    return args

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow.compute as pc
 import torch
@@ -27,7 +27,7 @@ from transformers import (
 from trl import SFTConfig
 from trl.models.utils import _ForwardRedirection
 
-from .checks import check_writable
+from .checks import Idle, check_idle, check_writable
 from .models.kind import uncompiled
 from .progress import Pace, step_line
 from .resume import ARGUMENTS, arguments_of, changes, check_whole, last_checkpoint, last_whole
@@ -306,12 +306,19 @@ def check_compile(args) -> None:
             )
 
 
+IDLE_PACKING = (
+    Idle("packing_strategy", lambda c: not c.packing, "without packing", "set packing=True"),
+    Idle(
+        "eval_packing", lambda c: c.eval_packing, "here, where held-out rows stay apart", "drop it"
+    ),
+)
+
+
 @dataclass
 class PlainSFTConfig(SFTConfig):
-    """TRL's SFTConfig for a loss of our own: CPU where there is nothing else, and an example a row
-    except where a trainer packs by itself."""
+    """TRL's SFTConfig for a loss of our own: CPU where there is nothing else, and rows that the
+    trainers pack by themselves."""
 
-    packs: ClassVar[bool] = False
     logging_nan_inf_filter: bool = opt(
         False, "Not there: a NaN or infinite loss ends the training."
     )
@@ -323,14 +330,31 @@ class PlainSFTConfig(SFTConfig):
             self.bf16 = bool(self.bf16)
         super().__post_init__()
         check_filter(self)
-        if (self.packing and not self.packs) or self.padding_free:
-            given = f"packing={self.packing}, padding_free={self.padding_free}"
-            raise ValueError(f"{given}: {type(self).__name__} needs an example a row")
+        if self.padding_free:
+            raise ValueError(
+                f"padding_free=True: {type(self).__name__} needs rows, set it to False; packing=True fills them"
+            )
+        if self.packing and self.packing_strategy != "bfd":
+            raise ValueError(
+                f"packing_strategy={self.packing_strategy!r} cuts examples in two: leave it at 'bfd'"
+            )
+        if self.packing and self.max_length is None:
+            raise ValueError("packing=True needs a max_length, which is the length of its rows")
+        check_idle(self, IDLE_PACKING)
+        self.eval_packing = False  # TRL would pack what `evaluate` is given
         if self.loss_type != "nll" or self.label_smoothing_factor:
             given = f"loss_type={self.loss_type!r}, label_smoothing_factor={self.label_smoothing_factor}"
             raise ValueError(
                 f"{given}: {type(self).__name__} has a loss of its own, leave them at 'nll' and 0"
             )
+
+
+def unpacked(args: PlainSFTConfig) -> PlainSFTConfig:
+    """For TRL, which packs without telling where thoughts or noise begin: a copy where it would."""
+    if args.packing:
+        args = copy.copy(args)
+        args.packing = False
+    return args
 
 
 class ProgressLines(TrainerCallback):

@@ -9,6 +9,7 @@ is compared agrees to 2e-5 where a layer computes in float32, and to 1e-12 elsew
 this is for make .1 and more.
 """
 
+import contextlib
 import dataclasses
 import warnings
 
@@ -34,6 +35,7 @@ from softar.models.reading import (
     ONE_BY_ONE,
     ONE_ROW,
     SHORT_CACHES,
+    check_keeps_apart,
 )
 from softar.models.source import TEXT_ALONE
 from softar.rl.actions import k_samples_logp, replay
@@ -132,6 +134,16 @@ NOT_BUILT = {
 }
 # transformers' own code cannot run these in float64
 FLOAT32 = "bloom granite_swa granitemoe_swa mpt prophetnet xglm xlnet".split()
+# of packed rows, told by positions where examples begin
+MIXED = """
+    afmoe bamba bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot
+    blenderbot-small bloom camembert data2vec-text electra ernie falcon falcon_h1 falcon_mamba
+    gpt_oss granitemoehybrid inkling_text jamba kimi_linear lfm2 lfm2_moe mamba mamba2 marian
+    mbart megatron-bert minimax mpt mvp nemotron_h olmo_hybrid opt pegasus plbart prophetnet
+    qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rembert roberta
+    roberta-prelayernorm roc_bert roformer rwkv trocr xglm xlm-roberta xlm-roberta-xl xmod zamba2
+    zaya
+""".split()
 REFUSED = {*NEED_TOKENS, "cpmant", "openai-gpt", "reformer", "xlm", "xlnet"} - {*NOT_BUILT}
 
 
@@ -203,6 +215,14 @@ def check_row_alone_is_row_in_batch(model, rows):
     return batch
 
 
+def check_packed_rows_are_kept_apart_or_refused(model, kind):
+    """Of those that keep them apart logits are off by at most 4e-6 of how much they differ between
+    positions, of the others by .8 and more."""
+    ids, says = torch.randint(5, 37, (23,), generator=seeded()), f"{type(model).__name__} reads the"
+    with pytest.raises(ValueError, match=says) if kind in MIXED else contextlib.nullcontext():
+        check_keeps_apart(model, ids, [10, 8, 5], rows=2)
+
+
 @torch.no_grad()
 def check_width_of_hidden_states_is_known(model):
     out = model(input_ids=torch.tensor(ROWS[:1]), output_hidden_states=True)
@@ -239,6 +259,7 @@ def test_architecture_is_right_or_refused(kind):
         assert not calls
     if kind not in REFUSED:
         check_width_of_hidden_states_is_known(model)
+        check_packed_rows_are_kept_apart_or_refused(model, kind)
         check_soft_is_hard(model, rows)
         batch = check_row_alone_is_row_in_batch(model, rows)
         check_static_cache_is_right_or_refused(model, rows, batch)
@@ -319,6 +340,7 @@ def test_tables_name_what_there_is():
         *NEED_TOKENS,
         *DECODERS,
         *NEVER_STATIC,
+        *MIXED,
     } <= known
 
 

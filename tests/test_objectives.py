@@ -389,7 +389,7 @@ def test_only_answers_that_end_are_filled(max_length):
         (dict(whole_answer=True, normalise="tokens"), "whole_answer=True does not go with norm"),
         (dict(on_policy_prob=1.5), r"on_policy_prob=1.5 must lie in \[0, 1\]"),
         (dict(on_policy_prob=0.5, softmasking_prob=0.5), "on_policy_prob=0.5 shows tokens where"),
-        (dict(packing=True, packing_strategy="wrapped"), "packing_strategy='wrapped' cuts docum"),
+        (dict(packing=True, packing_strategy="wrapped"), "packing_strategy='wrapped' cuts examp"),
         (dict(packing_strategy="bfd_split"), "packing_strategy='bfd_split' does nothing without"),
         (dict(packing=True, max_length=None), "packing=True needs a max_length"),
         (

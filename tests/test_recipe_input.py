@@ -54,7 +54,7 @@ def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
         (dict(report_to="tensorbord"), "report_to='tensorbord' is unknown, did you mean 'tensorb"),
         (dict(report_to="clearml"), "report_to='clearml' is not installed: pip install clearml"),
         (dict(num_seeds=0), "num_seeds=0"),
-        (dict(packing="true"), "packing=True"),
+        (dict(padding_free="true"), "padding_free=True"),
         (
             dict(gradient_checkpointing="true", soft_mode="sequential"),
             "gradient_checkpointing=True",

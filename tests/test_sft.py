@@ -975,6 +975,7 @@ RESUMED = {
     "trace-soft": dict(targets="traces", alpha_schedule="constant", alpha_start=0.0),
     "gumbel": dict(soft_mixer="gumbel", alpha_span=1.0),
     "coin": dict(soft_mixer="hard", guidance="coin", thought_loss="alpha", alpha_span=1.0),
+    "packed rows": dict(packing=True, max_length=16, alpha_span=1.0),
     "lora with dropout": dict(peft_config=lora(lora_dropout=0.3), alpha_span=1.0),
 }
 
@@ -1000,7 +1001,6 @@ def test_a_resumed_run_goes_on_exactly(tmp_path, name):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (dict(packing=True), "packing=True"),
         (dict(padding_free=True), "padding_free=True"),
         (dict(soft_mode="sequential", gradient_checkpointing=True), "gradient_checkpointing=True"),
         (dict(soft_mode="both"), "soft_mode='both'.*parallel"),

@@ -24,6 +24,7 @@ _HOME = {
     "check_fixed": "softar.models.source",
     "check_there": "softar.models.there",
     "check_autoregressive": "softar.models.kind",
+    "check_keeps_apart": "softar.models.reading",
     "check_ragged": "softar.models.reading",
     "check_reads_mixtures": "softar.models.reading",
     "diffusion_sign": "softar.models.kind",

@@ -1,4 +1,5 @@
-"""Which causal models can read mixtures, and which of them rows of different lengths.
+"""Which causal models can read mixtures, and which of them rows of different lengths, or of several
+examples.
 
 tests/test_architectures.py decodes with every causal architecture of transformers and holds these
 tables: what is not named here satisfies both.
@@ -6,6 +7,7 @@ tables: what is not named here satisfies both.
 
 import inspect
 
+import torch
 from torch import Tensor
 
 from .kind import check_autoregressive, plain
@@ -109,3 +111,39 @@ def check_ragged(model, attention_mask: Tensor) -> None:
         raise ValueError(f"{name} does not keep the rows of a batch apart: decode them one by one")
     if kind in BLIND_TO_PADDING and not attention_mask.all():
         raise ValueError(f"{name} does not see padding: decode rows of one length, or one by one")
+
+
+LEAK = 0.02  # of how much a model's logits differ between positions; rounding makes less
+TRIED = 8  # examples of a row
+
+
+@torch.no_grad()
+def check_keeps_apart(model, ids: Tensor, lengths: list[int], rows: int = 1) -> None:
+    """Raise ValueError for a model, plain or wrapped by PEFT, that does not read the examples of a
+    packed row as it reads each alone, told by nothing but positions where they begin.
+
+    Tried, not looked up: it depends on the model, on its attention's kernels and on the lengths.
+
+    Args:
+        ids: [T] tokens of a row; lengths: of its examples, one after the other, T in all.
+        rows: of a batch, as some kernels keep the examples of one row apart, and of several not.
+    """
+    was_training, at = model.training, torch.arange(len(ids), device=ids.device)
+
+    def logits(ids: Tensor, positions: Tensor) -> Tensor:  # [t], [t] -> [t, V]
+        batch = {"input_ids": ids, "position_ids": positions}
+        batch = {name: row.repeat(rows, 1) for name, row in batch.items()}
+        return model(**batch, attention_mask=None, use_cache=False).logits[0].float()
+
+    model.eval()
+    try:
+        together = logits(ids, torch.cat([at[:n] for n in lengths])).split(lengths)
+        alone = [logits(part, at[: len(part)]) for part in ids.split(lengths)[:TRIED]]
+    finally:
+        model.train(was_training)
+    off = max((a - b).abs().mean(-1).max().item() for a, b in zip(together, alone, strict=False))
+    if off > LEAK * torch.cat(alone).std(0).mean().item():
+        raise ValueError(
+            f"packing=True: {type(plain(model)).__name__} reads the examples of a row into each other: set it to "
+            "False; flash attention keeps them apart with per_device_train_batch_size=1 alone"
+        )

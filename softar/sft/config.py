@@ -21,6 +21,14 @@ from .preflight import check_learnable
 
 TARGETS = ("gold", "traces", "oracle")
 THOUGHT_LOSSES = ("constant", "alpha")
+PACKED = {  # what goes with packed rows alone, and why nothing else does
+    "soft_mode": (
+        "parallel",
+        "its steps go by columns, where packed thoughts do not begin together",
+    ),
+    "targets": ("gold", "traces have other lengths than the completions that are packed"),
+    "latent_stages": (None, "its rows change their lengths from stage to stage"),
+}
 # What options that act in some modes only are where they are left out
 LEFT_OUT = dict(
     latents_per_step=1,
@@ -39,7 +47,8 @@ LEFT_OUT = dict(
 @dataclass
 class SoftSFTConfig(PlainSFTConfig):
     """TRL's SFTConfig plus what makes it soft. Without an accelerator it trains on the CPU in
-    float32 by itself."""
+    float32 by itself. With `packing` several examples stand in a row of `max_length` and do not see
+    each other; losses and gradients are those of rows of their own."""
 
     idle: ClassVar = IDLE  # which options do nothing beside which others
     # JSON on the command line
@@ -198,6 +207,11 @@ class SoftSFTConfig(PlainSFTConfig):
         check_least(self, soft_passes=0, soft_grad_passes=1, soft_window=1, think_steps=0)
         check_least(self, latent_stages=1, latents_per_step=1, latent_stage_steps=1)
         self._check_stages()
+        for name, (value, why) in PACKED.items():
+            if self.packing and (given := getattr(self, name)) != value:
+                raise ValueError(
+                    f"{name}={given!r} does not go with packing=True: {why}; set it to False"
+                )
         check_least(self, think_tokens=0, freeze_layers=0, eval_decode_rows=0, eval_new_tokens=1)
         if self.soft_mode == "sequential" and self.gradient_checkpointing:
             raise ValueError(

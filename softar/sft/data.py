@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..evaluate import tag_ids
@@ -137,6 +138,38 @@ class SoftCollator(DataCollatorForLanguageModeling):
             shape = (len(traces), M, longest)
             batch |= {"trace_ids": trace_ids.view(shape), "trace_mask": trace_mask.view(shape)}
         return batch
+
+
+@dataclass
+class PackedCollator(SoftCollator):
+    """Rows of `packed` also give `thought` [B, T] bool, and `position_ids` [B, T], which are 0 where
+    an example begins and all over the padding."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = super().torch_call(examples)
+        if "seq_lengths" not in examples[0]:
+            return batch
+        T = batch["input_ids"].shape[1]
+        positions = [[i for n in e["seq_lengths"] for i in range(n)] for e in examples]
+        thought = _pad([e["thought"] for e in examples], T, 0)[0].bool()
+        return batch | {"position_ids": _pad(positions, T, 0)[0], "thought": thought}
+
+
+def packed(dataset: Dataset, length: int, span: dict) -> Dataset:
+    """Tokenised examples in rows of up to `length` tokens, each in the row that it fits best, the
+    longest first; `seq_lengths` says where they end, `thought` what of them is thought. What stands
+    before an example is not its own, so its first token is neither target nor thought.
+
+    span: what tells the thought, as thought_mask takes it.
+    """
+
+    def marked(row: dict) -> dict:
+        labels = row.get("labels", row["input_ids"])
+        thought = thought_mask(torch.tensor([labels]), **span)[0].tolist()
+        return {"labels": [-100, *labels[1:]], "thought": [False, *thought[1:]]}
+
+    dataset = dataset.map(marked, desc="Marking thoughts")
+    return pack_dataset(dataset.select_columns(["input_ids", "labels", "thought"]), length, "bfd")
 
 
 def _pad(rows: list[list[int]], length: int, value: int) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,7 @@ def soft_forward(
     window: int | None = None,
     last: int | None = None,
     hidden: bool = False,
+    position_ids: Tensor | None = None,
 ) -> Tensor:
     """Soft teacher forcing: logits of a forward pass in which marked positions read the model's own
     mixtures.
@@ -69,38 +70,52 @@ def soft_forward(
         last: only the logits of so many last positions, the one before the first marked column
             among them; the model takes `logits_to_keep`. None: of all.
         hidden: feed also gets hidden=, [..., D] the last hidden states, which made those logits.
+        position_ids: [B, T] of packed rows, parallel only: a 0 begins an example (each token of the
+            padding is one), which sees no other where softar.models.check_keeps_apart passes the
+            model. The mask is not read, and each pass computes whole rows, as prompts stand between
+            thoughts.
 
     Returns:
         [B, T, V] logits in the model's dtype, or [B, last, V].
 
     Raises:
-        ValueError: an unknown mode, a count out of its range, column 0 marked, logits left out that
-            a mixture is made of, or sequential under gradient checkpointing (transformers then drops
-            the cache).
+        ValueError: an unknown mode, a count out of its range, a row's or example's first token
+            marked, logits left out that a mixture is made of, or sequential with packed rows or under
+            gradient checkpointing (transformers then drops the cache).
     """
     check_choice("mode", mode, MODES)
     counts = dict(passes=passes, grad_passes=grad_passes, window=window, last=last)
     check_least(counts, passes=0, grad_passes=1, window=1, last=1)
-    if soft_mask[:, 0].any():
-        raise ValueError("soft_mask marks column 0: the first token has no belief before it")
+    if mode == "sequential" and position_ids is not None:
+        raise ValueError(
+            "mode='sequential' goes by columns, and packed rows by examples: use 'parallel'"
+        )
+    begins = position_ids == 0 if position_ids is not None else torch.zeros_like(soft_mask)
+    begins[:, 0] = True
+    if (soft_mask & begins).any():
+        where = "column 0" if position_ids is None else "a token at position 0"
+        raise ValueError(f"soft_mask marks {where}: the first token has no belief before it")
     T = input_ids.shape[1]
     first = 0 if last is None else max(0, T - last)
     if soft_mask[:, : first + 1].any():
         raise ValueError(
             f"last={last} of {T} positions: the mixtures are made of logits before those, take more"
         )
-    if attention_mask is not None and attention_mask.all():
-        attention_mask = None  # lets attention take its fast path
-    longest = most_of_all(int(soft_mask.sum(1).max()), model)
+    if position_ids is not None or (attention_mask is not None and attention_mask.all()):
+        attention_mask = None  # lets attention take its fast path, or tell examples by positions
+    example = begins.flatten().cumsum(0)[soft_mask.flatten()]  # the number of each marked token's
+    longest = most_of_all(int(example.bincount(minlength=1).max()), model)
     passes = longest if passes is None else min(passes, longest)  # more would change nothing
-    batch = input_ids, attention_mask, soft_mask
+    batch, shift, once = (input_ids, attention_mask, soft_mask), None, False
     if mode == "sequential":
         batch, shift = _aligned(model, *batch) or (batch, None)
-        parts = _sequential(model, *batch, feed, hidden, window, first)
+    elif position_ids is None and not has_split_weights(model):  # which run as many forwards each
+        batch, shift, once = _cheapest(model, *batch, passes)
+    advance = _mk_advance(model, batch[1], position_ids, hidden or feed is None, first)
+    if mode == "sequential":
+        parts = _sequential(model, batch, feed, advance, window)
     else:
-        whole = batch, None, False  # as many forwards in all processes
-        batch, shift, once = whole if has_split_weights(model) else _cheapest(model, *batch, passes)
-        parts = _parallel(model, batch, feed, hidden, passes, grad_passes, first, once)
+        parts = _parallel(model, batch, feed, advance, passes, grad_passes, first, once)
     return torch.cat(parts, 1) if shift is None else _moved_back(parts, shift, T - first)
 
 
@@ -124,11 +139,10 @@ def from_position(first: int, length: int) -> dict[str, int]:
     return {"logits_to_keep": length - first} if first else {}
 
 
-def _parallel(model, batch, feed, hidden, passes, grad_passes, start, once):
+def _parallel(model, batch, feed, advance, passes, grad_passes, start, once):
     """Logits from `start` on, in one or two parts; once: what is before the marks is read once."""
-    input_ids, attention_mask, soft_mask = batch
+    input_ids, _, soft_mask = batch
     gold = token_inputs(model, input_ids)
-    advance = _mk_advance(model, attention_mask, hidden or feed is None, start)
     cache, parts, begin, end = None, [], 0, input_ids.shape[1]
     if once:
         begin, end = _span(soft_mask)
@@ -204,11 +218,14 @@ def _copied(cache: DynamicCache | None) -> DynamicCache | None:
     return other
 
 
-def _mk_advance(model, attention_mask: Tensor | None, hidden: bool, start: int):
+def _mk_advance(
+    model, attention_mask: Tensor | None, positions: Tensor | None, hidden: bool, start: int
+):
     """-> (inputs [B, t, ...], the cache of what is before them or None) to the logits, without
     those of positions before `start`, but for the last; and the last hidden states [B, t, D], or
     None."""
-    positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp_min(0)
+    if attention_mask is not None:
+        positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
 
     def advance(inputs: dict[str, Tensor], cache: DynamicCache | None):
         begin = 0 if cache is None else cache.get_seq_length()
@@ -282,14 +299,14 @@ def _next(model, seen: Seen, feed: Feed | None, gold: Tensor) -> dict[str, Tenso
     return soft_inputs(model, feed(logits, gold, **more))
 
 
-def _sequential(model, input_ids, attention_mask, soft_mask, feed, hidden, window, start):
+def _sequential(model, batch, feed, advance, window):
     if model.is_gradient_checkpointing and model.training:
         raise ValueError(
             "sequential soft teacher forcing needs gradient_checkpointing=False: checkpointed layers drop the "
             "KV cache. Switch it off or use mode='parallel'"
         )
+    input_ids, _, soft_mask = batch
     gold = token_inputs(model, input_ids)
-    advance = _mk_advance(model, attention_mask, hidden or feed is None, start)
     cache = DynamicCache(config=model.config)
     columns = soft_mask.any(0).nonzero()[:, 0].tolist()
     ends = [*columns, input_ids.shape[1]]

@@ -94,6 +94,12 @@ IDLE = (
         "leave think_tokens out",
     ),
     Idle(
+        "completion_logits",
+        lambda c: c.packing,
+        "with packing, where prompts stand between the completions of a row",
+        "leave packing out",
+    ),
+    Idle(
         "think_tags",
         lambda c: c.think_tokens == 0 or c.think_end != TAGS[1],
         f"without think_tokens and think_end={TAGS[1]!r}, which stands in the data",

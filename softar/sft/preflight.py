@@ -3,6 +3,7 @@
 import inspect
 from itertools import islice
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -11,10 +12,29 @@ from datasets import Dataset
 
 from ..guard import check_range
 from ..mixers import mk_mixer
-from .data import thought_mask
+from ..models import check_keeps_apart
+from .data import check_pickable, check_traces, thought_mask
 from .learnt import ROOM, learnt_of, mixture
 
 LOOKED_AT = 1000  # rows that the forecast is made from
+
+
+def check_columns(model, args, train_dataset, eval_dataset, score) -> None:
+    """Raise ValueError for data that lacks what the options need."""
+    if args.packing:
+        check_pickable(train_dataset, "packing=True")
+    if score is not None and eval_dataset is not None:
+        check_pickable(eval_dataset, "eval_dataset with score=")
+        if "prompt" not in eval_dataset.column_names:
+            raise ValueError(
+                f"score= needs a column 'prompt' in the held-out rows, not {eval_dataset.column_names}"
+            )
+    if args.targets != "gold":
+        check_traces(train_dataset, args.targets)
+    if args.targets == "oracle" and eval_dataset is not None:
+        check_traces(eval_dataset, args.targets)
+    if args.completion_logits:
+        check_takes_fewer_logits(model, train_dataset)
 
 
 def check_tokens(rows, args, room: int | None, vocab_size: int) -> None:
@@ -73,12 +93,32 @@ def say_cut(trainer, given) -> None:
         trainer.accelerator.print(f"max_length={room}: of {len(given)} training rows {said}")
 
 
+def check_packed(trainer, examples: int) -> None:
+    """Print how full the packed training rows are. Raises ValueError for a model that would mix the
+    examples of a row. examples: that stand in them."""
+    rows, args = trainer.train_dataset, trainer.args
+    tables = rows.select_columns("seq_lengths").with_format("arrow").iter(batch_size=1000)
+    lengths = [each for table in tables for each in table["seq_lengths"].to_pylist()]
+    filled = sum(map(sum, lengths)) / len(rows) / args.max_length
+    trainer.accelerator.print(
+        f"packing=True: {examples} training examples in {len(rows)} rows, {filled:.0%} of their "
+        f"{args.max_length} tokens filled; steps and epochs count rows"
+    )
+    several = next((i for i, each in enumerate(lengths) if len(each) > 1), None)
+    if several is not None:
+        ids = torch.tensor(rows[several]["input_ids"], device=trainer.model.device)
+        with trainer.compute_loss_context_manager():  # in the dtype of the training
+            beside = min(2, args.per_device_train_batch_size)
+            check_keeps_apart(trainer.model, ids, lengths[several], beside)
+
+
 def whole_weights_for(args) -> dict:
     """What of a SoftSFTConfig needs whole weights, as check_split takes it."""
     in_step = "it takes as many forwards as a thought is long, and processes run theirs in step; use 'parallel'"
     alone = "what is learnt of the mixtures cannot be split; leave it out, or train under DDP"
     sequential = args.soft_mode == "sequential" and args.soft_mode
-    return {"soft_mode": (sequential, in_step)} | {
+    tried = "that a model keeps examples apart is tried with whole weights; leave it out, or train under DDP"
+    return {"soft_mode": (sequential, in_step), "packing": (args.packing, tried)} | {
         f"learn_{name}": (True, alone) for name in learnt_of(args)
     }
 
@@ -109,7 +149,14 @@ def forecast(args, dataset, span: dict) -> str | None:
         return None
     rows = list(islice(dataset, LOOKED_AT))
     labels = [row.get("labels", row["input_ids"]) for row in rows]
-    thoughts = [int(thought_mask(torch.tensor([row]), **span).sum()) for row in labels]
+    if args.packing:  # each example's
+        ends = [
+            (np.array(row["thought"], int), np.cumsum([0, *row["seq_lengths"][:-1]]))
+            for row in rows
+        ]
+        thoughts = [int(np.add.reduceat(*each).max()) for each in ends]
+    else:
+        thoughts = [int(thought_mask(torch.tensor([row]), **span).sum()) for row in labels]
     length, thought, B = max(map(len, labels)), max(thoughts), args.per_device_train_batch_size
     passes_of = args.soft_passes or 0
     passes = min(thought, passes_of)
@@ -117,7 +164,7 @@ def forecast(args, dataset, span: dict) -> str | None:
         cost = f"1 forward of {B} x {length} tokens"
     elif args.soft_mode == "parallel":
         cost = f"{passes + 1} forwards of {B} x {length} tokens"
-        if passes:  # softar.sft.forward decides it by each batch
+        if passes and not args.packing:  # softar.sft.forward decides it by each batch
             cost += ", or one more that reads the prompts for all others"
     else:
         cost = (

@@ -33,16 +33,17 @@ from ..training import (
     give_own_rate,
     inside_forward,
     no_interrupt,
+    unpacked,
 )
 from .config import SoftSFTConfig
 from .data import (
+    PackedCollator,
     SoftCollator,
     add_trace_ids,
-    check_pickable,
     check_tag,
-    check_traces,
     frontier,
     longest_completion,
+    packed,
     spelled,
     thought_mask,
 )
@@ -50,7 +51,14 @@ from .forward import mixed_forward, soft_forward
 from .latent import LatentStages, mk_curriculum
 from .learnt import LearntFilters, begins_from
 from .loss import soft_loss
-from .preflight import check_takes_fewer_logits, check_tokens, forecast, say_cut, whole_weights_for
+from .preflight import (
+    check_columns,
+    check_packed,
+    check_tokens,
+    forecast,
+    say_cut,
+    whole_weights_for,
+)
 from .think_tokens import prefix_of
 
 
@@ -82,9 +90,7 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         check_arguments(type(self).__name__, model, SoftSFTConfig, args, processing_class)
         check_data(train_dataset, eval_dataset)
         self._score, self._decode_rows = score, eval_dataset
-        _check_columns(args, train_dataset, eval_dataset, score)
-        if args.completion_logits:
-            check_takes_fewer_logits(model, train_dataset)
+        check_columns(model, args, train_dataset, eval_dataset, score)
         theirs = begins_from(model, args)
         self._prefix = prefix_of(model, processing_class, args, kwargs)
         train_dataset, eval_dataset = map(self._prefix.before, (train_dataset, eval_dataset))
@@ -98,11 +104,11 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
             )
         super().__init__(
             model,
-            args,
+            unpacked(args),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=SoftCollator(pad),
+            data_collator=(PackedCollator if args.packing else SoftCollator)(pad),
             **kwargs,
         )
         # by TRL, for every mixture of experts whose configuration has a coefficient
@@ -128,6 +134,8 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
         self._span = self._thought_span()
         self._curriculum = mk_curriculum(self.model, processing_class, rows, args, self._span)
+        if args.packing:
+            self._pack()
 
     def _thought_span(self) -> dict:
         """What tells the thought in a completion, as thought_mask takes it."""
@@ -148,10 +156,15 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
 
     # -- data
 
+    def _pack(self) -> None:
+        self.args.packing, examples = True, len(self.train_dataset)
+        self.train_dataset = packed(self.train_dataset, self.args.max_length, self._span)
+        check_packed(self, examples)
+
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "trace_ids" not in self._signature_columns:
-            self._signature_columns.append("trace_ids")
+        more = {"trace_ids", "thought"} - {*self._signature_columns}
+        self._signature_columns += sorted(more)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Draw each row's trace here, before the target tokens are counted."""
@@ -207,7 +220,9 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         training, alpha = self.model.training, self._alpha(self._progress())
         given, inputs = inputs, self.staged(inputs)
         labels = inputs["labels"]
-        if self._curriculum is None:
+        if "thought" in inputs:
+            thought = inputs["thought"]
+        elif self._curriculum is None:
             thought = thought_mask(labels, **self._span)
             # a text without a prompt: its first token has no belief before it
             thought[:, 0] = False
@@ -258,6 +273,7 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
                 window=args.soft_window,
                 last=last,
                 hidden=args.learn_step_temperature,
+                position_ids=inputs.get("position_ids"),
             )
             return soft_forward(unwrapped, ids, mask, marked, feed, **soft), nothing
 
@@ -362,20 +378,6 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
 
 
 FILTERS = "softar_filters"  # in trainer_state.json
-
-
-def _check_columns(args: SoftSFTConfig, train_dataset, eval_dataset, score) -> None:
-    """Raise ValueError for data that lacks what the options need."""
-    if score is not None and eval_dataset is not None:
-        check_pickable(eval_dataset, "eval_dataset with score=")
-        if "prompt" not in eval_dataset.column_names:
-            raise ValueError(
-                f"score= needs a column 'prompt' in the held-out rows, not {eval_dataset.column_names}"
-            )
-    if args.targets != "gold":
-        check_traces(train_dataset, args.targets)
-    if args.targets == "oracle" and eval_dataset is not None:
-        check_traces(eval_dataset, args.targets)
 
 
 def _freeze(model: nn.Module, args: SoftSFTConfig) -> None:
