@@ -8,6 +8,9 @@ python recipes/bench_soft_sft.py --prompt 300 --lengths 16 128 --batch 8 --vocab
 
 # A sequential step on prompts of 20 to 300 tokens, beside prompts that all have 300
 python recipes/bench_soft_sft.py --ragged --lengths 8 --batch 16
+
+# Examples of 20 to 200 tokens padded to the longest, beside packed rows of 200 and 400
+python recipes/bench_soft_sft.py --packed 200 400 --batch 12
 """
 
 import argparse
@@ -15,10 +18,13 @@ import statistics
 import time
 
 import torch
+from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from softar.mixers import guide
+from softar.sft.data import PackedCollator, packed, thought_mask
 from softar.sft.forward import soft_forward
+from softar.sft.loss import soft_loss
 from softar.soft import mk_proba_dist
 
 WAYS = {
@@ -113,6 +119,66 @@ def ragged(args, length: int) -> None:
     )
 
 
+SPAN = dict(start=(), end=(), steps=None)  # the whole completion is thought
+MIXTURES = {  # lengths of examples, of numbers in [0, 1)
+    "20 to 200": lambda where: 20 + 180 * where,
+    "20 to 200, most short": lambda where: 20 * 10**where,
+    "13, as MNNS": lambda where: torch.full((8 * len(where),), 13),
+}
+CASES = [  # and how much of each is thought, passes
+    *((name, share, 2) for name in [*MIXTURES][:2] for share in (0.8, 0.4, 0.1)),
+    ("20 to 200", 0.8, 0),
+    ("13, as MNNS", 0.4, 2),
+]
+
+
+def drawn(args, name: str, share: float) -> list[dict]:
+    generator = torch.Generator().manual_seed(args.seeds[0])
+    where = torch.rand(args.batch, generator=generator)
+    rows = []
+    for n in MIXTURES[name](where).long().tolist():
+        ids = torch.randint(args.vocab, (n,), generator=generator).tolist()
+        prompt = max(1, round((1 - share) * n))
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
+
+
+def in_packs(args, name: str, share: float, passes: int) -> None:
+    """A line for each length of rows: processor seconds of a step on padded rows and on packed ones,
+    medians, and the ratio of pairs."""
+    model, examples = net(args, args.seeds[0]), drawn(args, name, share)
+    collate = PackedCollator(0)
+    batches = {"padded": collate(examples)}
+    for length in args.packed:
+        rows = packed(Dataset.from_list(examples), length, SPAN)
+        batches[length] = collate([*rows])
+
+    def feed(logits, gold):
+        return guide(mk_proba_dist(logits, top_k=10), gold, args.alpha, "mix")
+
+    def step(batch) -> float:
+        model.zero_grad()
+        began = time.process_time()
+        labels, mask = batch["labels"], batch["attention_mask"]
+        thought = batch.get("thought", thought_mask(labels, **SPAN))
+        how = dict(passes=passes, position_ids=batch.get("position_ids"))
+        logits = soft_forward(model, batch["input_ids"], mask, thought, feed, **how)
+        soft_loss(logits, labels, thought)[0].backward()
+        return time.process_time() - began
+
+    took = [{key: step(batch) for key, batch in batches.items()} for _ in range(PAIRS + 1)][1:]
+    for length in args.packed:
+        batch, gains = batches[length], [times["padded"] / times[length] for times in took]
+        medians = [statistics.median(times[key] for times in took) for key in ("padded", length)]
+        sizes = ["{} x {}".format(*b["input_ids"].shape) for b in (batches["padded"], batch)]
+        print(
+            f"| {name} | {share} | {passes} | {sizes[0]}, {medians[0]:.2f} s | "
+            f"{sizes[1]}, {medians[1]:.2f} s | {statistics.median(gains):.2f} "
+            f"({min(gains):.2f} to {max(gains):.2f}) |",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8, 32, 128])
@@ -127,8 +193,16 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--alpha", type=float, default=0.3, help="share of the gold token")
     parser.add_argument("--ragged", action="store_true", help="time prompts of different lengths")
+    parser.add_argument("--packed", type=int, nargs="+", help="time packed rows of these lengths")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.packed:
+        print(
+            "| lengths | thought | passes | padded | packed | times faster |\n|---|---|---|---|---|---|"
+        )
+        for case in CASES:
+            in_packs(args, *case)
+        return
     if args.ragged:
         print("| thought | ragged, s | equal, s | ratio |\n|---|---|---|---|")
         for length in args.lengths:
