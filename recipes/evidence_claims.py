@@ -64,7 +64,6 @@ SAME_PATHS = {
 }
 X1 = Evidence(
     title="MNNS with 4, 5 and 6 digits",
-    brief="a 2-layer net",
     verdicts=("primary", "trend", "dose"),
     claims=(
         SAME_PATHS[6],

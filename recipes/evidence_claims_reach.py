@@ -141,7 +141,6 @@ X2 = Evidence(
 )
 X2_SMOLLM2 = Evidence(
     title="Reachability in layered graphs, of SmolLM2-135M",
-    brief="the same graphs, a pretrained net",
     verdicts=("primary",),
     least_seeds=3,
     claims=(voted("SmolLM2, graphs"), *beside("SmolLM2, graphs")),

@@ -11,10 +11,12 @@ from softar.results import write_whole
 FIRST, TABLE = "first screen", "does it help"  # regions
 WIDTH = 119
 PRETRAINED = "X2-smollm2"  # the experiment
+TINY = "All nets are tiny and trained here"
 UNTRIED = (
-    "All nets are tiny and trained here; X2 was first registered on the pretrained SmolLM2-135M, which "
-    "has not run: X2's verdict does not stand for it. "
+    f"{TINY}; X2 was first registered on the pretrained SmolLM2-135M, which has not run: X2's verdict "
+    "does not stand for it. "
 )
+TRIED = f"{TINY}, but for SmolLM2-135M. "
 ARMS = (
     "*trace-soft* trains on random search paths and reads its own mixtures, *discrete-traces* on the "
     "same paths and reads single tokens; *discrete* and *guided-soft*, which reads mixtures too, train "
@@ -24,16 +26,14 @@ LEAST = {"X1": 2}  # whole seeds, without which README keeps its old table
 SECTION = """\
 ## Does it help?
 
-By rules set before the runs but where [RESULTS.md](RESULTS.md#evidence-rules) says otherwise; there are all arms, the
-seconds of both sides, and for MNNS gains on rows that a shortcut does not answer (`make report`):
+By rules set before the runs unless [RESULTS.md](RESULTS.md#evidence-rules) says otherwise; it has all arms and seconds:
 
 {table}
 
-*Supported*: at least 3 points, the 95 % interval above 0 by bootstrap (shown) and t; *refuted*: below 3; else, and with
-few seeds, *open*; blank: beside the claims. 8 votes take 8 times the *forwards* (runs of the net); on graphs they add
-nothing, and discrete-traces is as good as who reads a random walk's last node; guided-soft nearly equals trace-soft
-when it reads single tokens. Masks of 1 token do worse than hard training: half the gain over them is harm. Nets never
-trained to read mixtures gain little by it or lose (X1, X2; RESULTS.md 12); RL (X4) has not been run.
+*Supported*: at least 3 points, the 95 % interval above 0 by bootstrap (shown) and t; *refuted*: below 3; else, and
+with few seeds, *open*; blank: beside the claims. 8 votes take 8 times the *forwards* (runs of the net); on graphs they
+add nothing. Masks of 1 token do worse than hard training: half the gain over them is harm. Nets not trained to read
+mixtures gain little or lose (RESULTS.md 12). RL (X4) has not run.
 """
 
 
@@ -89,8 +89,8 @@ def is_over_guided(claim: Claim) -> bool:
 def first_screen(analyses: dict[str, Analysis]) -> str:
     """Of each experiment the gains beside its primary one, and all losses."""
     every = [result for each in analyses.values() for result in each.results.values()]
-    untried = "" if PRETRAINED in analyses else UNTRIED
-    head = wrapped(f"**[Does it help?](#does-it-help)** {untried}{ARMS}", WIDTH)
+    nets = TRIED if PRETRAINED in analyses else UNTRIED
+    head = wrapped(f"**[Does it help?](#does-it-help)** {nets}{ARMS}", WIDTH)
     bullets = filter(None, (bullet(name, each) for name, each in analyses.items()))
     items = (wrapped(f"- {line}", WIDTH - 2) for line in (*bullets, losses(every)))
     return "\n".join([head, *(item.replace("\n", "\n  ") for item in items)])
