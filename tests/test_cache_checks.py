@@ -132,7 +132,9 @@ def test_virtual_tokens_have_no_room_under_an_old_name():
 @pytest.mark.parametrize("by", ["softar", "transformers"])
 def test_a_copy_of_a_model_that_has_compiled_runs_its_own_weights(monkeypatch, by):
     """Whoever compiled it; and the original keeps what it has. Compiling wraps, and makes no graph."""
-    monkeypatch.setattr(torch, "compile", lambda f, **_: functools.wraps(f)(lambda **how: f(**how)))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **_: functools.wraps(f)(lambda *some, **how: f(*some, **how))
+    )
     model, way = net(num_hidden_layers=1), "budget"
     if by == "softar":
         compiled(model, way, "eager")
