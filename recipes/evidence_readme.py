@@ -10,13 +10,7 @@ from softar.results import write_whole
 
 FIRST, TABLE = "first screen", "does it help"  # regions
 WIDTH = 119
-PRETRAINED = "X2-smollm2"  # the experiment
-TINY = "All nets are tiny and trained here"
-UNTRIED = (
-    f"{TINY}; X2 was first registered on the pretrained SmolLM2-135M, which has not run: X2's verdict "
-    "does not stand for it. "
-)
-TRIED = f"{TINY}, but for SmolLM2-135M. "
+NETS = "All nets are tiny and trained here, but for SmolLM2-135M. "
 ARMS = (
     "*trace-soft* trains on random search paths and reads its own mixtures, *discrete-traces* on the "
     "same paths and reads single tokens; *discrete* and *guided-soft*, which reads mixtures too, train "
@@ -89,8 +83,7 @@ def is_over_guided(claim: Claim) -> bool:
 def first_screen(analyses: dict[str, Analysis]) -> str:
     """Of each experiment the gains beside its primary one, and all losses."""
     every = [result for each in analyses.values() for result in each.results.values()]
-    nets = TRIED if PRETRAINED in analyses else UNTRIED
-    head = wrapped(f"**[Does it help?](#does-it-help)** {nets}{ARMS}", WIDTH)
+    head = wrapped(f"**[Does it help?](#does-it-help)** {NETS}{ARMS}", WIDTH)
     bullets = filter(None, (bullet(name, each) for name, each in analyses.items()))
     items = (wrapped(f"- {line}", WIDTH - 2) for line in (*bullets, losses(every)))
     return "\n".join([head, *(item.replace("\n", "\n  ") for item in items)])
