@@ -315,8 +315,7 @@ def test_the_first_screen_gives_each_gain_its_own_verdict_the_least_first(tmp_pa
     gained = "+3.0 over some: *open*; +11.0 over all: *supported*"
     assert bullet("X2", found) == f"Graphs (X2, 2 seeds; a net): {gained}."
     says = " ".join(first_screen({"X2": found}).split())
-    assert "does not stand for it" in says and says.endswith("Graphs: to mixtures (-4.0).")
-    assert "does not stand" not in first_screen({"X2": found, "X2-smollm2": found})
+    assert says.endswith("Graphs: to mixtures (-4.0).")
 
 
 @pytest.mark.parametrize(
