@@ -7,6 +7,7 @@ STARTS = ("self-fed", "teacher-forced")
 HOWS = ("start", "draws-1", "draws-3", "sft")
 SIX_FORWARDS = ("1 draw", "3 draws", "soft", "discrete")
 WAYS = ("1 draw", "3 draws", "votes", "soft", "discrete")
+OF_ONE_NET = dict(has_verdict=False, has_seconds=False, has_control=False)  # after less before
 
 
 def rl(start: str, how: str, way: str) -> Read:
@@ -53,25 +54,28 @@ def from_start(start: str, what: str) -> Claim:
 def after_less_before(start: str, how: str, way: str) -> Claim:
     """has_seconds: those of an arm leave out its start's, so that nothing is to be compared."""
     says = f"{how} less its start, both {way}: {start}"
-    options = dict(has_verdict=False, has_seconds=False)
-    return less("after", says, rl(start, how, way), rl(start, "start", way), **options)
+    return less("after", says, rl(start, how, way), rl(start, "start", way), **OF_ONE_NET)
 
 
 OF_POLICIES = {start: from_start(start, POLICIES) for start in STARTS}
 SELF_FED, TEACHER_FORCED = (claim.parts[0] for claim in OF_POLICIES.values())
 X4 = Evidence(
     title="Soft RL on MNNS, 2 x 2",
+    brief="3 drawn tokens a step, or 1",
     verdicts=("primary", "interaction", "rl less sft", "draws less chains"),
     claims=(
-        over_starts("primary", POLICIES),
+        over_starts("primary", POLICIES, brief="RL, MNNS: thoughts of 3 draws over 1 draw"),
         Claim(
             "interaction",
             "the primary gain: from self-fed less from teacher-forced",
             (SELF_FED, TEACHER_FORCED._replace(weight=-1.0)),
             is_question=True,
+            has_control=False,
         ),
-        over_starts("rl less sft", BEST),
-        over_starts("draws less chains", CHAINS),
+        over_starts("rl less sft", BEST, brief="RL, MNNS: the best policy over longer SFT"),
+        over_starts(
+            "draws less chains", CHAINS, brief="RL, MNNS: thoughts of 3 draws over 1 draw, 3 votes"
+        ),
         over_starts("beside", TRAINING, has_verdict=False),
         *OF_POLICIES.values(),
         *(from_start(start, what) for what in (BEST, CHAINS, TRAINING) for start in STARTS),
@@ -85,8 +89,7 @@ X4 = Evidence(
             "draws-3, 3 draws, less its start, soft: self-fed",
             rl("self-fed", "draws-3", "3 draws"),
             rl("self-fed", "start", "soft"),
-            has_verdict=False,
-            has_seconds=False,
+            **OF_ONE_NET,
         ),
     ),
     grids=(

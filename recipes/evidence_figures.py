@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from softar.recipes.evidence_gains import Analysis, points, seeds_of, share
-from softar.recipes.evidence_kinds import Grid
+from softar.recipes.evidence_kinds import MARGIN, Grid
 from softar.show.plots import plot
 
 SIZE = (4.6, 4.0)  # inches of a panel
@@ -131,7 +131,8 @@ def gap_panel(analysis: Analysis) -> Panel:
             ends = np.maximum([mean - low, high - mean], 0)
             axes.errorbar(xs, mean, ends, **look(i), linewidth=1.2, capsize=3, label=legend)
         axes.axhline(0, color=MUTED, linewidth=0.8)
-        for margin in sorted({claim.margin for claim in claims}):
+        margins = {claim.margin for claim in claims if claim.has_verdict} or {MARGIN}
+        for margin in margins:
             axes.axhline(
                 100 * margin, color=MUTED, linewidth=0.8, linestyle=":", label="the margin"
             )

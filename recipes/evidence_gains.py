@@ -294,8 +294,15 @@ def verdicts_of(result: Result) -> str:
     if result.verdict is not None and result.claim.margin != MARGIN:
         words.append(f"margin {100 * result.claim.margin:.0f}")
     said = [", ".join(filter(None, words))]
-    if result.longer is not None and result.longer > EQUAL_SECONDS:
-        said.append(f"ours took {100 * result.longer:.0f} % longer")
+    if result.longer is not None:
+        both = {"ours": result.longer}
+        if result.verdict == result.by_t == "refuted":  # to which theirs are in favour
+            both["theirs"] = 1 / (1 + result.longer) - 1
+        said += [
+            f"{whose} took {100 * more:.0f} % longer"
+            for whose, more in both.items()
+            if more > EQUAL_SECONDS
+        ]
     if result.forwards is not None:
         ours, theirs = result.forwards
         if abs(theirs - ours) > EQUAL_FORWARDS * ours:

@@ -35,6 +35,7 @@ class Claim(NamedTuple):
     brief: str = ""  # what README calls it, where it stands there: "where: ours over theirs"
     is_question: bool = False  # is there a difference, either way? In place of a margin
     has_seconds: bool = True  # do those of both tell how long each was trained?
+    has_control: bool = True  # is theirs one, to which soft thinking can lose?
     margin: float = MARGIN  # which a supported gain reaches
 
 

@@ -19,31 +19,33 @@ ARMS = (
 LEAST = {"X1": 2}  # whole seeds, without which README keeps its old table
 SECTION = """\
 ## Does it help?
-
-By rules set before the runs unless [RESULTS.md](RESULTS.md#evidence-rules) says otherwise; it has all arms and seconds:
-
 {table}
 
-*Supported*: at least 3 points, the 95 % interval above 0 by bootstrap (shown) and t; *refuted*: below 3; else, and
-with few seeds, *open*; blank: beside the claims. 8 votes take 8 times the *forwards* (runs of the net); on graphs they
-add nothing. Masks of 1 token do worse than hard training: half the gain over them is harm. Nets not trained to read
-mixtures gain little or lose (RESULTS.md 12). RL (X4) has not run.
+Rules were set before runs unless [RESULTS.md](RESULTS.md#evidence-rules) says otherwise; it has all arms and seconds.
+*Supported*: at least 3 points, the 95 % interval above 0 by bootstrap (shown) and t; *refuted*: below 3; else, or of
+few seeds, *open*; blank: beside the claims. Votes multiply *forwards* (runs of the net). Masks of 1 token are worse
+than hard training: half the gain over them is harm. Nets not trained on mixtures gain little or lose (RESULTS.md 12).
 """
 
 
 def regions(analyses: dict[str, Analysis]) -> dict[str, str]:
     """Region of README -> what stands in it."""
-    counted = {
-        name: each for name, each in analyses.items() if each.logs.whole and each.evidence.in_readme
-    }
-    results = [result for each in counted.values() for result in each.results.values()]
-    brief = [result for result in results if result.claim.brief]
-    return {FIRST: first_screen(counted), TABLE: table_of(brief)}
+    shown = {name: each for name, each in analyses.items() if each.evidence.in_readme}
+    counted = {name: each for name, each in shown.items() if each.logs.whole}
+    return {FIRST: first_screen(counted), TABLE: table_of(shown)}
 
 
-def table_of(results: list[Result]) -> str:
+def table_of(analyses: dict[str, Analysis]) -> str:
     head = ["accuracy, one way over another", "soft", "control", "points (95 %)", "verdict"]
-    return table(head, [line_of(result) for result in results])
+    return table(head, [line for name, each in analyses.items() for line in lines_of(name, each)])
+
+
+def lines_of(name: str, analysis: Analysis) -> list[list[str]]:
+    """Of the claims that README has; one that says so while no seed is whole."""
+    if analysis.logs.whole:
+        return [line_of(result) for result in analysis.results.values() if result.claim.brief]
+    where = primary_place(analysis.evidence.claims)
+    return [[f"{where} ({name})", "", "", "", "no seed yet"]] if where else []
 
 
 def line_of(result: Result) -> list[str]:
@@ -54,7 +56,7 @@ def line_of(result: Result) -> list[str]:
 
 def losses(results: list[Result]) -> str:
     """Where the control is ahead, with an interval that says so; those without a row are counted."""
-    lost = [result for result in results if result.gain.high < 0]
+    lost = [result for result in results if result.claim.has_control and result.gain.high < 0]
     rows, more = ([r for r in lost if bool(r.claim.brief) is shown] for shown in (True, False))
     to: dict[str, list[str]] = {}
     for each in rows:
@@ -70,6 +72,11 @@ def losses(results: list[Result]) -> str:
 
 def place_of(claim: Claim) -> str:
     return claim.brief.partition(": ")[0]
+
+
+def primary_place(claims: tuple[Claim, ...]) -> str:
+    """Where the primary gain of an experiment is; empty where README has none."""
+    return next((place_of(c) for c in claims if c.brief and c.about == "primary"), "")
 
 
 def control_of(claim: Claim) -> str:
@@ -93,16 +100,16 @@ def bullet(name: str, analysis: Analysis) -> str:
     """Where the primary gain of an experiment is: all gains that README has there, the least first,
     each with its verdict. Nothing where README has no primary gain."""
     rows = [result for result in analysis.results.values() if result.claim.brief]
-    where = [place_of(r.claim) for r in rows if r.claim.about == "primary"]
+    where = primary_place(tuple(result.claim for result in rows))
     if not where:
         return ""
-    there = [r for r in rows if place_of(r.claim) == where[0] and r.gain.high >= 0]
+    there = [r for r in rows if place_of(r.claim) == where and r.gain.high >= 0]
     gains = [gain_of(result) for result in sorted(there, key=lambda r: r.gain.mean)]
     whole, planned = (len(seeds) for seeds in (analysis.logs.whole, analysis.logs.planned))
     seeds = f"{whole} seeds" if whole == planned else f"{whole} of {planned} seeds so far"
     seeds += ", intervals over rows alone" * (whole == 1)
     about = "; ".join(filter(None, [f"{name}, {seeds}", analysis.evidence.brief]))
-    return f"{where[0]} ({about}): {'; '.join(gains) or 'no gain'}."
+    return f"{where} ({about}): {'; '.join(gains) or 'no gain'}."
 
 
 def gain_of(result: Result) -> str:
