@@ -26,18 +26,21 @@ RL = dict(
     warmup_steps=5,
     adam_beta2=0.99,
     beta=0.0,
+    loss_type="grpo",
     scale_rewards="none",
     logging_steps=25,
 )
-SFT = latin.TRAINING | dict(learning_rate=1e-3)
-SETTINGS = {
+SFT = latin.TRAINING
+SETTINGS = {  # of a rate of its own: chosen for it on development rows
     "start": dict(how="start"),
     "hard": dict(how="hard", max_steps=600),
     "soft-mask": dict(how="soft-mask", max_steps=600),
     "hard-kl": dict(how="hard", max_steps=600, beta=0.05),
-    "hard-one-step": dict(how="hard", max_steps=900, replay="one-step", hide_prompt=0.15),
-    "sft-hard": dict(how="sft", max_steps=4400),
-    "sft-soft-mask": dict(how="sft", max_steps=3700, softmasking_prob=0.8),
+    "hard-one-step": dict(
+        how="hard", max_steps=900, learning_rate=2e-4, replay="one-step", hide_prompt=0.15
+    ),
+    "sft-hard": dict(how="sft", max_steps=4400, learning_rate=1e-3),
+    "sft-soft-mask": dict(how="sft", max_steps=3700, learning_rate=1e-3, softmasking_prob=0.8),
 }
 SEEDS = range(3)
 
