@@ -4,7 +4,7 @@ limit, in one run. A table, and in the folder --output speed.json, speed.png and
 
 Examples:
 
-# This machine's CPU, and its GPU where it has one: 5 minutes on one core
+# This machine's CPU, and its GPU where it has one: minutes on one core
 softar speed
 
 # Decoding compiled, too, which takes a minute first; inside vLLM

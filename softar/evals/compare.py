@@ -300,7 +300,7 @@ def _items(rows: "Dataset | list[dict]") -> list[dict]:
         raise ValueError(
             f"rows is a {type(rows).__name__}: give a datasets.Dataset or a list of dicts"
         )
-    return rows.to_list()  # at once: row by row it takes 0.1 ms for each
+    return rows.to_list()  # at once, which is faster than row by row
 
 
 def _named(decoders: dict[str, Decoder] | list[NamedDecoder]) -> dict[str, Decoder]:
