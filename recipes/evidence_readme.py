@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from softar.recipes.evidence_gains import Analysis, Result, of_both, points, share, span
-from softar.recipes.evidence_kinds import Claim
+from softar.recipes.evidence_kinds import Best, Claim
 from softar.recipes.evidence_tables import BEGIN, END, has_region, rewritten, table, wrapped
 from softar.results import write_whole
 
@@ -84,7 +84,9 @@ def control_of(claim: Claim) -> str:
 
 
 def is_over_guided(claim: Claim) -> bool:
-    return any(read.setting.startswith("guided-soft") for p in claim.parts for read in p.theirs)
+    theirs = [each for part in claim.parts for each in part.theirs]
+    reads = [read for each in theirs for read in (each.of if isinstance(each, Best) else (each,))]
+    return any(read.setting.startswith("guided-soft") for read in reads)
 
 
 def first_screen(analyses: dict[str, Analysis]) -> str:

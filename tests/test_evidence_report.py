@@ -329,6 +329,8 @@ def test_several_claims_are_as_sure_as_the_least_sure(tmp_path):
     guided = Part((A,), (A._replace(setting="guided-soft-4"),))
     over = lost._replace(claim=lost.claim._replace(parts=(guided,)))
     assert losses([lost, over]).endswith("; 2 more in RESULTS.md, 1 to guided-soft.")
+    best = lost._replace(claim=lost.claim._replace(parts=(Part((A,), (Best("all", (A, B)),)),)))
+    assert losses([best, over]).endswith("; 2 more in RESULTS.md, 1 to guided-soft.")
     by_t = Result(supported.claim, supported.gain._replace(t_low=-1.0), None, None, None)
     assert verdicts_of(by_t) == "open (bootstrap: supported)"
     before = lost._replace(claim=lost.claim._replace(has_control=False))
