@@ -15,6 +15,7 @@ from softar.show.plots import plot
 
 SIZE = (4.6, 4.0)  # inches of a panel
 MARKERS = "osD^vP"
+LETTERS = 13  # an inch, of two columns of a legend beside their marks
 # what is drawn in -> the name that it has in the page's style
 COLOURS = {"#1c1e24": "ink", "#5f6470": "muted", "#e3e3de": "line"}
 SERIES = {"#4338ca": "s0", "#b45309": "s1", "#0f766e": "s2", "#be185d": "s3"}
@@ -219,4 +220,5 @@ def svg(panel: Panel, name: str) -> str:
 
 def legend(drawing, axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside lower center", ncols=2)
+    wide = sum(sorted(map(len, labels))[-2:]) > LETTERS * drawing.get_size_inches()[0]
+    drawing.legend(handles, labels, loc="outside lower center", ncols=1 if wide else 2)

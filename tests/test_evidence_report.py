@@ -22,6 +22,7 @@ from softar.recipes import (
     evidence_smollm2,
 )
 from softar.recipes.evidence_claims import EVIDENCE
+from softar.recipes.evidence_figures import SIZE, figures_of, legend
 from softar.recipes.evidence_gains import (
     Analysis,
     Result,
@@ -629,6 +630,21 @@ def test_a_region_is_replaced_and_nothing_else():
     for wrong in ("a\n", page + page, page.replace(END.format("X1"), "")):
         with pytest.raises(ValueError, match=r"RESULTS.md has no region 'X1': put the lines"):
             rewritten(wrong, "X1", "new", "RESULTS.md")
+
+
+def test_legends_are_as_wide_as_their_figure(tmp_path):
+    """Those of two columns were cut off at both sides."""
+    made_up(made_up(tmp_path, "X4"), "diffusion-rl", seeds=3)
+    for name in ("X4", "diffusion-rl"):
+        (gains,) = (f for f in figures_of(everything(tmp_path)[name]) if f.name == f"{name}-gains")
+        with plot(tmp_path / "gains.png", figsize=SIZE) as (drawing, axes):
+            gains.panels[0].draw(axes[0, 0])
+            legend(drawing, axes[0, 0])
+            (box,) = drawing.legends
+            drawing.draw_without_rendering()
+            extent = box.get_window_extent()
+            assert 0 <= extent.x0 and extent.x1 <= drawing.bbox.width
+            assert [text.get_text() for text in box.get_texts()].count("the margin") == 1
 
 
 # Bad input
