@@ -403,11 +403,18 @@ def test_the_first_page_claims_nothing_by_hand():
     assert not re.findall(r"(?<!\d)\.\d{3}(?!\d)", by_hand)
 
 
+def anchors_of(page):
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_names_exist(page):
     folder = (ROOT / page).parent
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", PAGES[page]):
         assert (folder / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", PAGES[page]):
+        assert anchor in anchors_of(folder / target if target else ROOT / page), anchor
     for name in re.findall(r"(?:recipes|tests)/[\w./]+\.(?:py|yaml)", PAGES[page]):
         assert (ROOT / name).is_file(), name
     for target in re.findall(r"`make (\w+)", PAGES[page]):

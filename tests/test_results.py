@@ -10,6 +10,7 @@ from test_readme import HANDLERS, PAGES, RESULTS, ROOT, check
 
 CHANGES = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 OTHERS = {"24cc59e", "189fa7a", "c2041a8", "ca17675"}  # commits of other repositories
+COMMIT = r"(?<![\w/.,])[0-9a-f]{7}(?!\w)"
 SETTING = re.compile(r"[A-Z_]+=\S*")  # of the environment, before a command
 
 
@@ -38,8 +39,10 @@ def test_command_is_right(line, request, tmp_path, monkeypatch, capsys):
     check(line, request=request, monkeypatch=monkeypatch, capsys=capsys)
 
 
-def test_commits_are_of_this_history():
+def test_every_section_names_a_commit_and_all_are_of_this_history():
     """One that went when its branch was rebased tells nobody what was measured."""
+    for section in re.split(r"^## (?=\d)", RESULTS.split("## Evidence")[0], flags=re.MULTILINE)[1:]:
+        assert re.search(COMMIT, section), section.splitlines()[0]
     log = ["git", "rev-list", "HEAD"]
     shallow = ["git", "rev-parse", "--is-shallow-repository"]
     whole = subprocess.run(shallow, cwd=ROOT, capture_output=True, text=True)
@@ -47,7 +50,7 @@ def test_commits_are_of_this_history():
         pytest.skip("no history here, or not all of it")
     history = subprocess.run(log, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     there = {line[:7] for line in history.split()}
-    named = re.findall(r"(?<![\w/.])(?=\d*[a-f])[0-9a-f]{7}(?!\w)", RESULTS)
+    named = re.findall(COMMIT, RESULTS)
     assert len({*named}) > 50 and {*named} & OTHERS == OTHERS
     assert not {*named} - OTHERS - there
     logs = [file.read_text() for file in (ROOT / "tests/evidence").glob("*/*.json")]
