@@ -1,12 +1,10 @@
 """What README.md says of the evidence: its first screen and "Does it help?", whichever way it went."""
 
-import re
 from pathlib import Path
 
 from softar.recipes.evidence_gains import Analysis, Result, of_both, points, share, span
 from softar.recipes.evidence_kinds import Best, Claim
-from softar.recipes.evidence_tables import BEGIN, END, has_region, rewritten, table, wrapped
-from softar.results import write_whole
+from softar.recipes.evidence_tables import has_region, table, update, wrapped
 
 FIRST, TABLE = "first screen", "does it help"  # regions
 WIDTH = 119
@@ -16,16 +14,6 @@ ARMS = (
     "same paths and reads single tokens; *discrete* and *guided-soft*, which reads mixtures too, train "
     "on correct paths. Points of accuracy:"
 )
-LEAST = {"X1": 2}  # whole seeds, without which README keeps its old table
-SECTION = """\
-## Does it help?
-{table}
-
-Rules were set before runs unless [RESULTS.md](RESULTS.md#evidence-rules) says otherwise; it has all arms and seconds.
-*Supported*: at least 3 points, the 95 % interval above 0 by bootstrap (shown) and t; *refuted*: below 3; else, or of
-few seeds, *open*; blank: beside the claims. Votes multiply *forwards* (runs of the net). Masks of 1 token are worse
-than hard training: half the gain over them is harm. Nets not trained on mixtures gain little or lose (RESULTS.md 12).
-"""
 
 
 def regions(analyses: dict[str, Analysis]) -> dict[str, str]:
@@ -122,42 +110,8 @@ def gain_of(result: Result) -> str:
     )
 
 
-def switched(text: str, analyses: dict[str, Analysis]) -> str:
-    """README with the regions in place of the table that it had; as it is where it has them.
-
-    Raises:
-        ValueError: while too few seeds are whole.
-    """
-    for name, least in LEAST.items():
-        whole = len(analyses[name].logs.whole) if name in analyses else 0
-        if whole < least:
-            raise ValueError(
-                f"readme=True: {name} has {whole} whole seeds, README's table needs {least}: "
-                "run make evidence on"
-            )
-    if has_region(text, TABLE):
-        return text
-    empty = {name: f"{BEGIN.format(name)}\n{END.format(name)}" for name in (FIRST, TABLE)}
-    body = SECTION.format(table=empty[TABLE])
-    text, found = re.subn(
-        r"^## Does it help\?\n.*?(?=^## )", lambda _: f"{body}\n", text, flags=re.M | re.S
-    )
-    if found != 1:
-        raise ValueError("README.md has no section '## Does it help?': write its heading")
-    return text.replace("```bash\n", f"{empty[FIRST]}\n\n```bash\n", 1)
-
-
-def update_readme(
-    file: Path, analyses: dict[str, Analysis], *, write: bool, switch: bool = False
-) -> bool:
+def update_readme(file: Path, analyses: dict[str, Analysis], *, write: bool) -> bool:
     """Are its regions what they should be? With `write` they are, afterwards. A page without them
-    is left alone, unless `switch` puts them there."""
-    old = new = file.read_text(encoding="utf-8")
-    if switch:
-        new = switched(new, analyses)
-    if has_region(new, TABLE):
-        for name, body in regions(analyses).items():
-            new = rewritten(new, name, body, file.name)
-    if write and new != old:
-        write_whole(file, new)
-    return new == old
+    is left alone."""
+    has_regions = has_region(file.read_text(encoding="utf-8"), TABLE)
+    return not has_regions or update(file, regions(analyses), write)

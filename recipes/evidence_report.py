@@ -11,9 +11,6 @@ python recipes/evidence_report.py
 python recipes/evidence_report.py --logs runs/evidence-gpu --output runs/gpu-report
 python recipes/evidence_report.py --json
 
-# README's table from the evidence from now on, once enough seeds are whole
-python recipes/evidence_report.py --readme
-
 # After rows were changed, or an experiment added: what the analysis knows of the test rows
 python recipes/evidence_report.py --rows
 
@@ -157,19 +154,17 @@ def run(args) -> int:
         if args.experiment is None:
             if args.pages is not None:
                 folder = Path(args.pages)
-                update_pages(folder, analyses, switch=args.readme)
+                update_pages(folder, analyses)
             print(f"page: {write_report(Path(args.output), analyses)}")
     return 0
 
 
-def update_pages(
-    folder: Path, analyses: dict[str, Analysis], *, switch: bool = False, write: bool = True
-) -> list[str]:
+def update_pages(folder: Path, analyses: dict[str, Analysis], *, write: bool = True) -> list[str]:
     """Put the tables into README.md and RESULTS.md -> those that had others."""
     regions = {name: region_of(each) for name, each in analyses.items()}
     readme, results = (folder / page for page in PAGES)
     same = {
-        readme: update_readme(readme, analyses, write=write, switch=switch),
+        readme: update_readme(readme, analyses, write=write),
         results: update(results, regions, write),
     }
     return [file.name for file, is_same in same.items() if not is_same]
@@ -184,7 +179,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", default="runs/evidence", help="folder of page and plots")
     parser.add_argument("--pages", help="folder of README.md and RESULTS.md to rewrite")
     parser.add_argument("--json", action="store_true", help="print every number, write nothing")
-    parser.add_argument("--readme", action="store_true", help="give README the table of this")
     parser.add_argument("--rows", action="store_true", help=f"write {ROWS_FILE} of the logs anew")
     args = parser.parse_args(argv)
     if args.pages is None and args.logs == str(ROOT / LOGS):

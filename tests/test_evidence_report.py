@@ -36,8 +36,6 @@ from softar.recipes.evidence_kinds import Best, Claim, Evidence, Grid, Part
 from softar.recipes.evidence_logs import Read, read_logs, read_rows_of, rows_from
 from softar.recipes.evidence_page import page_of
 from softar.recipes.evidence_readme import (
-    LEAST,
-    SECTION,
     bullet,
     first_screen,
     line_of,
@@ -288,13 +286,6 @@ def test_readme_says_of_an_experiment_that_it_has_no_seed_until_it_has_one(tmp_p
     assert "X4, 2 of 6 seeds so far" in " ".join(after["first screen"].split())
 
 
-def test_the_section_that_a_report_writes_into_readme_is_the_one_there():
-    (there,) = re.findall(
-        r"^## Does it help\?\n.*?(?=^## )", (ROOT / "README.md").read_text(), re.M | re.S
-    )
-    assert without_regions(there).split() == SECTION.format(table="").split()
-
-
 def test_arms_of_rl_began_with_the_same_weights():
     """Of the logs of this checkout. Where this fails a start was trained anew, on another processor."""
     began: dict[tuple, set] = {}
@@ -524,9 +515,9 @@ def checkout(tmp_path):
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
-    """The same, after a report that switched README."""
+    """The same, after a report."""
     folder = copy_of_pages(tmp_path_factory.mktemp("reported"))
-    assert report(folder, "--readme") == 0
+    assert report(folder) == 0
     return folder
 
 
@@ -605,22 +596,10 @@ def test_numbers_as_json(checkout, capsys):
     assert (checkout / "RESULTS.md").read_text() == before and not (checkout / "out").exists()
 
 
-def test_readme_keeps_its_table_until_enough_seeds_are_whole(tmp_path):
+def test_readme_without_regions_is_left_alone(tmp_path):
     readme = tmp_path / "README.md"
-    old = "# softar\n\n```bash\nsoftar\n```\n\n## Does it help?\n\nold\n\n## Where\n"
-    for seeds in (1, 2):
-        readme.write_text(old)
-        logs = made_up(tmp_path / f"logs{seeds}", "X1", seeds=seeds)
-        found = {"X1": everything(logs)["X1"]}
-        assert update_readme(readme, found, write=True) and readme.read_text() == old
-        if seeds < LEAST["X1"]:
-            with pytest.raises(ValueError, match="X1 has 1 whole seeds, README's table needs 2"):
-                update_readme(readme, found, write=True, switch=True)
-            continue
-        assert not update_readme(readme, found, write=True, switch=True)
-        text = readme.read_text()
-        assert "old" not in text and text.endswith("## Where\n")
-        assert update_readme(readme, found, write=True, switch=True) and readme.read_text() == text
+    readme.write_text("# softar\n")
+    assert update_readme(readme, {}, write=True) and readme.read_text() == "# softar\n"
 
 
 def test_a_region_is_replaced_and_nothing_else():
