@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softar.models import plain
+from softar.models.reading import cache_name
 
 from .architectures import Published
 from .noise import UniformNoise, read_noise
@@ -119,6 +120,7 @@ def parts(model: nn.Module) -> Parts:
         return _parts_of_canvases(inner)
     embedding = inner.get_input_embeddings()
     if "logits_shift" in inner.config:
+        by = cache_name(inner.model)
 
         def body(
             embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache=None
@@ -127,7 +129,7 @@ def parts(model: nn.Module) -> Parts:
                 inputs_embeds=embeds,
                 attention_mask=_for_attention(attention_mask, embeds, inner.config),
                 position_ids=position_ids,
-                past_key_values=cache,
+                **{by: cache},
                 use_cache=cache is not None,
                 is_causal=False,
             ).last_hidden_state

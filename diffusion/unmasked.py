@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from softar.models.reading import cache_name
 from softar.soft import Soft
 
 from .net import Parts
@@ -28,6 +29,7 @@ class CanvasReader:
         places = torch.arange(L, device=real.device).expand_as(self.real)
         self.positions_of = places if by_column else (self.real.cumsum(1) - 1).clamp_min(0)
         self.cache = DynamicCache(config=net.body.config.get_text_config(decoder=True))
+        self.cache_name = cache_name(self.encoder)
         self.stored = 0  # columns
         self.rows = torch.arange(len(real), device=real.device)  # those that it still reads
         self.forwards = self.positions = 0  # of both
@@ -50,11 +52,11 @@ class CanvasReader:
                 (*ids.shape, 0), dtype=self.net.body.dtype, device=ids.device
             ),
             attention_mask=self.real[self.rows, :end],
-            past_key_values=self.cache,
+            **{self.cache_name: self.cache},
             position_ids=at,
         )
         self.encoder(
-            input_ids=ids, attention_mask=masks, past_key_values=self.cache, position_ids=at
+            input_ids=ids, attention_mask=masks, **{self.cache_name: self.cache}, position_ids=at
         )
         self.stored = end
         self.stores.append(self.forwards)
@@ -68,7 +70,7 @@ class CanvasReader:
             config=self.net.body.config,
             # only its shape is looked at, and its dtype
             inputs_embeds=real[:, self.stored :, None],
-            past_key_values=self.cache,
+            **{self.cache_name: self.cache},
             decoder_attention_mask=real,
         )
 
@@ -82,7 +84,7 @@ class CanvasReader:
         noisy = noisy[self.rows]
         hidden = self.decoder(
             decoder_input_ids=noisy,
-            past_key_values=self.cache,
+            **{self.cache_name: self.cache},
             self_conditioning_logits=conditioning,
             self_conditioning_mask=told,
             decoder_attention_mask=self.mask,

@@ -17,6 +17,7 @@ from transformers.generation.configuration_utils import (
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from .models.kind import plain, uncompiled
+from .models.reading import cache_in
 
 STATIC = ALL_STATIC_CACHE_IMPLEMENTATIONS  # the old names included
 CACHES = (*DYNAMIC_CACHE_IMPLEMENTATIONS, *STATIC_CACHE_IMPLEMENTATIONS)
@@ -112,8 +113,7 @@ def forward_of(model, settings: GenerationConfig, model_kwargs: dict) -> Callabl
     """
     if settings.compile_config is None or settings.disable_compile:
         return model
-    cache = model_kwargs.get("past_key_values", model_kwargs.get("cache_params"))
-    check_one_size("compile_config=", isinstance(cache, StaticCache))
+    check_one_size("compile_config=", isinstance(cache_in(model_kwargs), StaticCache))
     settings = copy.copy(settings)
     how = settings.compile_config = copy.copy(settings.compile_config)
     how._compile_all_devices = True  # on a CPU too, as it was asked for

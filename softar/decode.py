@@ -59,7 +59,7 @@ from .loops import run_loop
 from .mixers import Rng, mk_mixer
 from .models.kind import plain, uncompiled
 from .models.origin import origin_of
-from .models.reading import check_ragged
+from .models.reading import cache_in, check_ragged
 from .placement import evaluating
 from .soft import Soft, soft_inputs
 from .step import KNOWN, compiled, is_over, mk_step, separate
@@ -254,7 +254,7 @@ def soft_decode(
     length, soft_config's counts. What of them is not followed (beams, an assistant, scores, ...) is
     an error; stop strings are for `generate`. Returns the sequences, or the SoftOutput with
     return_dict_in_generate=True. Without soft_config it is the model's default, see `generate`; a
-    streamer may be soft_streamer's, too. The caller's own past_key_values then hold the prompt and
+    streamer may be soft_streamer's, too. The caller's own cache then holds the prompt and
     all new tokens but the last, so that each step is looked at.
     """
     started = time.perf_counter()
@@ -275,7 +275,7 @@ def soft_decode(
         others = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
         stopping_criteria = StoppingCriteriaList([*others, MaxLengthCriteria(length)])
     guard.check_positions(model, input_ids, generation_config, model_kwargs)
-    check_room(model_kwargs.get("past_key_values"), generation_config.max_length - 1)
+    check_room(cache_in(model_kwargs), generation_config.max_length - 1)
     forward = forward_of(model, generation_config, model_kwargs)
     # one graph for all steps: where mixtures may come, tokens are read as such, which is the same
     always_mixes = forward is not model and (config.is_soft or config.is_latent)

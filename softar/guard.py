@@ -18,7 +18,7 @@ from .config import TAGS, SoftConfig
 from .feedback import check_reads_vectors
 from .models.kind import check_autoregressive, plain
 from .models.origin import origin_of
-from .models.reading import CACHES, check_ragged, check_reads_mixtures
+from .models.reading import cache_in, check_ragged, check_reads_mixtures
 from .models.room import room_of
 from .soft import check_dist
 
@@ -113,7 +113,7 @@ def callers_arguments(model) -> dict[str, Any]:
 def gives_cache(asked: dict) -> bool:
     """Does the call have a cache of the caller's, who may go on from it? asked: from
     `callers_arguments`."""
-    return any(asked.get("kwargs", {}).get(name) is not None for name in CACHES)
+    return cache_in(asked.get("kwargs", {})) is not None
 
 
 def check_call(

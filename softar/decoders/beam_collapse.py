@@ -30,7 +30,7 @@ from ..config import SWITCHES, SoftConfig
 from ..decode import SAMPLING, SoftOutput
 from ..mixers import Mixed
 from ..models.kind import uncompiled
-from ..models.reading import ONE_BY_ONE
+from ..models.reading import ONE_BY_ONE, cache_in
 from ..placement import evaluating
 from ..soft import Soft, entropy, mk_proba_dist, soft_inputs, tempered
 from ..thought import Kind, Progress, Record, Rules, begin, check_finite, decide, mk_rules
@@ -139,7 +139,7 @@ def _search(
 
 def check_rereads(model, inputs: dict, search: BeamCollapse) -> None:
     """Raise ValueError for a model whose cache cannot be copied, or not go on by several positions."""
-    name, cache = type(model).__name__, inputs.get("past_key_values")
+    name, cache = type(model).__name__, cache_in(inputs)
     if cache is None:
         raise ValueError(
             f"{name} has no cache that beams can look ahead from: give another decoder"
@@ -219,7 +219,7 @@ class Path:
             ahead = self._forward(ahead, token[:, None], None, group.rows, B)
             scores, parent, token = self._expand(scores, ahead.logits, ended)
             h, ended, progress = ahead.h[parent], ended[parent], progress.select(parent)
-            ahead.inputs["past_key_values"].reorder_cache(parent)
+            cache_in(ahead.inputs).reorder_cache(parent)
             ahead = ahead._replace(tokens=ahead.tokens[parent])
             tokens, alive, entropies = (
                 [column[parent] for column in columns] for columns in (tokens, alive, entropies)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..models.reading import CACHES
 from ..thought import Progress
 
 
@@ -29,8 +30,10 @@ class Group(NamedTuple):
             k: v[index] if isinstance(v, Tensor) and len(v) == n else v
             for k, v in self.inputs.items()
         }
-        inputs["past_key_values"] = copy.deepcopy(inputs["past_key_values"])
-        inputs["past_key_values"].reorder_cache(index)
+        for name in CACHES:
+            if inputs.get(name) is not None:
+                inputs[name] = copy.deepcopy(inputs[name])
+                inputs[name].reorder_cache(index)
         columns = (self.rows, self.tokens, self.logits, self.h)
         return Group(*(c[index] for c in columns), inputs, self.progress.select(index))
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .kind import check_autoregressive, plain
 
-# Parameters of a forward by which a model takes its state from step to step.
-CACHES = ("past_key_values", "cache_params", "state")
+# Parameters of a forward by which a model takes its state from step to step: since transformers 5.24
+# all models have the first, which the old names are turned into with a warning.
+CACHES = ("cache", "past_key_values", "cache_params", "state")
 # What mixtures have no answer to.
 NEED_TOKENS = {
     "deepseek_v4": "it chooses experts by the token's id",
@@ -81,11 +82,22 @@ def check_reads_mixtures(model) -> None:
         )
     if config.model_type in NEED_TOKENS:
         raise ValueError(f"{name} cannot read mixtures: {NEED_TOKENS[config.model_type]}")
-    takes = inspect.signature(model.forward).parameters
-    if "inputs_embeds" not in takes:
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name} cannot read mixtures: its forward takes no inputs_embeds")
-    if not any(cache in takes for cache in CACHES):
+    if cache_name(model) is None:
         raise ValueError(f"{name} has no cache, in which soft inputs live: take another model")
+
+
+def cache_name(model) -> str | None:
+    """By which parameter the forward of a model, plain or wrapped by PEFT, or of a part of one takes
+    its cache; None for one that has none."""
+    takes = inspect.signature(plain(model).forward).parameters
+    return next((name for name in CACHES if name in takes), None)
+
+
+def cache_in(inputs: dict):
+    """The cache among the arguments of a forward, under whichever name; None for none."""
+    return next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
 
 
 def reads_moved_rows(model) -> bool:

@@ -4,7 +4,6 @@ Shapes: B batch, T positions, V vocabulary, K tokens kept, D embedding width.
 """
 
 import copy
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..checks import check_choice, check_least
 from ..models.kind import plain
-from ..models.reading import IN_PLACE, ONE_BY_ONE, SHORT_CACHES, reads_moved_rows
+from ..models.reading import IN_PLACE, ONE_BY_ONE, SHORT_CACHES, cache_name, reads_moved_rows
 from ..models.room import room_of
 from ..soft import Soft, soft_inputs, token_inputs
 
@@ -200,7 +199,7 @@ def _keeps_prefix(model) -> bool:
     inner = plain(model)
     if model.is_gradient_checkpointing and model.training:
         return False  # drops the cache
-    if "past_key_values" not in inspect.signature(inner.forward).parameters:
+    if cache_name(inner) not in ("cache", "past_key_values"):
         return False
     if not reads_moved_rows(model) or inner.config.model_type in (*ONE_BY_ONE, *SHORT_CACHES):
         return False
@@ -224,6 +223,7 @@ def _mk_advance(
     """-> (inputs [B, t, ...], the cache of what is before them or None) to the logits, without
     those of positions before `start`, but for the last; and the last hidden states [B, t, D], or
     None."""
+    by = cache_name(model)
     if attention_mask is not None:
         positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
 
@@ -236,11 +236,7 @@ def _mk_advance(
             **inputs,
             attention_mask=None if attention_mask is None else attention_mask[:, :end],
             position_ids=None if positions is None else positions[:, begin:end],
-            **(
-                dict(use_cache=False)
-                if cache is None
-                else dict(past_key_values=cache, use_cache=True)
-            ),
+            **(dict(use_cache=False) if cache is None else {by: cache, "use_cache": True}),
             **(from_position(min(start, end - 1) - begin, end - begin) if begin < start else {}),
             output_hidden_states=hidden,
         )
