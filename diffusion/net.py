@@ -129,7 +129,7 @@ def parts(model: nn.Module) -> Parts:
                 inputs_embeds=embeds,
                 attention_mask=_for_attention(attention_mask, embeds, inner.config),
                 position_ids=position_ids,
-                **{by: cache},
+                **({} if by is None else {by: cache}),
                 use_cache=cache is not None,
                 is_causal=False,
             ).last_hidden_state

@@ -106,7 +106,7 @@ class DiffusionSFTConfig(PlainSFTConfig):
     float32 by itself. With `packing` several documents stand in a row of `max_length` and do not see
     each other."""
 
-    gradient_checkpointing: bool = opt(False, "Recompute activations to save memory.")
+    gradient_checkpointing: bool | None = opt(None, "Recompute activations to save memory.")
     objective: str = opt(
         "masked",
         "Noise to undo: 'masked' tokens, 'uniform'ly random ones (Duo), or a 'canvas' of these, of DiffusionGemma.",

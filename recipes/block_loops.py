@@ -20,7 +20,7 @@ class Reread(DynamicCache):
     """Keys and values to read, which a forward does not add to."""
 
     def __init__(self, kept: DynamicCache):
-        self.kept = kept
+        self.kept, self.layers = kept, kept.layers
 
     def update(self, keys, values, layer, *args, **kwargs):
         if layer >= len(self.kept.layers) or not self.kept.layers[layer].is_initialized:

@@ -37,7 +37,7 @@ class RolloutConfig(GRPOConfig):
     logging_nan_inf_filter: bool = opt(
         False, "Not there: a NaN or infinite loss ends the training."
     )
-    gradient_checkpointing: bool = opt(False, "Recompute activations to save memory.")
+    gradient_checkpointing: bool | None = opt(None, "Recompute activations to save memory.")
 
     def __post_init__(self):
         check_compile(self)

@@ -15,6 +15,8 @@ import warnings
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import save_file
 from tiny import PAD, counted, left_padded, model_of, seeded, tokenizer_of
@@ -79,11 +81,14 @@ LINEAR = dict(layer_types=["linear_attention", "full_attention"])
 MAMBA = dict(layer_types=["mamba", "attention"])
 MORE = {
     **dict.fromkeys(
-        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 youtu".split(),
+        """axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa
+        longcat_flash minicpm3 youtu""".split(),
         ALL_HEADS,
     ),
     **dict.fromkeys("qwen3_next qwen3_5_text qwen3_5_moe_text".split(), LINEAR),
+    "bailing_hybrid": LINEAR | ALL_HEADS,
     "bamba": dict(attn_layer_indices=[1]),
+    "dory": dict(n_input_layers=1, n_output_layers=1),
     "falcon_h1": dict(mamba_d_ssm=64),
     "gemma3n_text": dict(
         layer_types=["sliding_attention", "full_attention"], activation_sparsity_pattern=[0.0, 0.0]
@@ -121,6 +126,7 @@ NOT_BUILT = {
     "blt": "reads bytes through three nets of their own",
     "cohere_compass_text": "its configuration has no default that builds",
     "dbrx": "transformers 5.19 cannot build it: its attention's configuration has no rope_theta",
+    "dots3_note": "names settings of its 42nd layer; its text model is dots3_note_text",
     "gemma3n": "needs timm; as a text model it is gemma3n_text",
     "gemma4_assistant": "drafts for a Gemma 4 and reads its cache",
     "gemma4_unified_assistant": "drafts for a Gemma 4 and reads its cache",
@@ -136,14 +142,16 @@ NOT_BUILT = {
 FLOAT32 = "bloom granite_swa granitemoe_swa mpt prophetnet xglm xlnet".split()
 # of packed rows, told by positions where examples begin
 MIXED = """
-    afmoe bamba bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot
-    blenderbot-small bloom camembert data2vec-text electra ernie falcon falcon_h1 falcon_mamba
+    afmoe bailing_hybrid bamba bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot
+    blenderbot-small bloom camembert data2vec-text electra ernie falcon_h1 falcon_mamba
     gpt_oss granitemoehybrid inkling_text jamba kimi_linear lfm2 lfm2_moe mamba mamba2 marian
     mbart megatron-bert minimax mpt mvp nemotron_h olmo_hybrid opt pegasus plbart prophetnet
     qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rembert roberta
     roberta-prelayernorm roc_bert roformer rwkv trocr xglm xlm-roberta xlm-roberta-xl xmod zamba2
     zaya
 """.split()
+if Version(transformers.__version__) < Version("5.24"):
+    MIXED.append("falcon")
 REFUSED = {*NEED_TOKENS, "cpmant", "openai-gpt", "reformer", "xlm", "xlnet"} - {*NOT_BUILT}
 
 
@@ -156,6 +164,9 @@ def tiny_config(config_class, **more):
     }
     sizes = {name: size for name, size in FIELDS.items() if name in fields}
     return config_class(**sizes | MORE.get(config_class.model_type, {}) | parts | more)
+
+
+MORE["fuyu"] = dict(text_config=tiny_config(CONFIG_MAPPING["persimmon"]))
 
 
 def build(kind, **more):

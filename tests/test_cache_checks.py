@@ -15,6 +15,7 @@ from transformers import (
     CompileConfig,
     DynamicCache,
     GenerationConfig,
+    LlamaForCausalLM,
     LogitsProcessorList,
     StaticCache,
 )
@@ -31,6 +32,7 @@ from softar.decoders.search import SearchDecoder
 from softar.decoders.soft import CacheOptions, SoftDecoder
 from softar.decoders.soft_beam import SoftBeam, soft_beam
 from softar.looks import EVERY, every_of
+from softar.models.reading import cache_in, cache_name, check_reads_mixtures
 
 CONFIG = SoftConfig(max_new_tokens=6, budget=3)
 
@@ -215,3 +217,21 @@ def test_the_models_own_static_cache_compiles(monkeypatch):
     decode(model, compile=True, generation_config=bare)
     assert len([*filter(inspect.ismethod, made)]) == 1  # kept by transformers
     assert SoftDecoder(model, tokenizer_of(), CONFIG, compile=True).decode(["w5 w6"])
+
+
+class OneName(LlamaForCausalLM):
+    """Takes its cache as all models do since transformers 5.24, whichever is installed."""
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, cache=None, **how):
+        return super().forward(input_ids, attention_mask, inputs_embeds=inputs_embeds, **how)
+
+
+def test_a_cache_has_the_name_that_the_forward_gives_it():
+    model, cache = OneName(model_of().config), DynamicCache()
+    check_reads_mixtures(model)
+    assert cache_name(model) == cache_name(with_lora(model)) == "cache"
+    assert cache_name(net()) in ("cache", "past_key_values")
+    for name in ("cache", "past_key_values", "cache_params"):
+        assert cache_in({"input_ids": IDS, name: cache}) is cache
+    assert cache_in({"past_key_values": None, "cache_params": cache}) is cache
+    assert cache_in({"use_cache": True}) is None

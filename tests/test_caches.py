@@ -164,7 +164,7 @@ def test_every_cache_is_taken_or_refused_by_name(llama, name):
 
 
 def test_an_old_name_in_the_models_own_file_is_as_transformers_takes_it():
-    model = net("gemma2")
+    model = net("gemma3")
     plain = decode(model)
     for name in ("hybrid", "sliding_window"):
         model.generation_config.cache_implementation = name

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from test_architectures import build
 from tiny import QUIET
@@ -347,7 +347,7 @@ def test_scaled_logits_are_refused():
 
 def test_models_that_are_no_longer_their_own_weights_are_refused():
     adapted = causal()
-    adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), adapted)
     apart = causal()
     apart.lm_head.to("meta")
     for model, says in ((adapted, "holds an adapter"), (apart, r"\['cpu', 'meta'\]: load it in")):

@@ -53,7 +53,8 @@ def test_it_is_bounded_and_sees_no_scale(seed, size, scale):
     factor = step(h)
     assert factor.shape == (3, 5, 1) and factor.dtype == torch.float32
     assert ((factor >= 1 / REACH - 1e-6) & (factor <= REACH + 1e-5)).all()
-    torch.testing.assert_close(step(scale * h), factor, rtol=1e-4, atol=0)
+    # what rounds is the sum in the exponent, of numbers as large as the weights
+    torch.testing.assert_close(step(scale * h), factor, rtol=1e-5 + 4e-7 * size, atol=0)
     assert torch.equal(step(h)[1, 2], step(h[1, 2]))
     most = step(step.weights)  # as a training logs it
     assert (factor.log().abs() <= most.log() + 1e-5).all()

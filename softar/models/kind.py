@@ -7,7 +7,10 @@ from transformers import PreTrainedModel
 
 ELSEWHERE = "use softar.diffusion.load"  # what opens the other kind of models
 # Types and classes of masked-diffusion models, also of those that softar does not open yet.
-TYPES = re.compile(r"llada|dream|sdar|a2d-|mdlm|bd3lm|.*dllm|.*diffusion", re.IGNORECASE)
+# of speech, one's part is a net that denoises sound
+TYPES = re.compile(
+    r"(?!vibevoice)(llada|dream|sdar|a2d-|mdlm|bd3lm|.*dllm|.*diffusion)", re.IGNORECASE
+)
 CLASSES = re.compile(r"\w+For(MaskedLM|MaskedDiffusion|BlockDiffusion)")
 # Their classes have a mask token in any case, of the time when one net was for both.
 MASK_OF_OLD = ("xlm", "flaubert")

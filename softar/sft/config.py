@@ -54,8 +54,8 @@ class SoftSFTConfig(PlainSFTConfig):
     # JSON on the command line
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "soft_mixer_args"]
 
-    gradient_checkpointing: bool = opt(
-        False, "Recompute activations to save memory. Not with soft_mode='sequential'."
+    gradient_checkpointing: bool | None = opt(
+        None, "Recompute activations to save memory. Not with soft_mode='sequential'."
     )
     soft_mode: str = opt(
         "parallel",
