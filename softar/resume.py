@@ -11,11 +11,20 @@ WEIGHTS = ("*model*.safetensors", "*model*.bin")
 ANY_WHOLE = "whole"
 ARGUMENTS = "softar_arguments"  # in STATE, what the training was told of the following
 # The optimiser goes on with these as they were; so it does with the learning rates of its parts
-KEPT = ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+KEPT = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 RATE = "learning_rate"  # the end of their names
 LENGTH = ("max_steps", "num_train_epochs")
 SCHEDULE = (*LENGTH, "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
-ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
+ROWS = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed"),
+    *("train_sampling_strategy", "dataloader_drop_last"),
+    *("num_generations", "steps_per_generation", "num_iterations"),
+)
+# What rows are made of, where there are texts to learn
+TEXTS = (
+    *("max_length", "packing", "truncation_mode", "shuffle_dataset", "dataset_text_field"),
+    *("completion_only_loss", "assistant_only_loss", "eos_token", "chat_template_path"),
+)
 
 
 def resumes(training) -> bool:
@@ -43,8 +52,8 @@ def checkpoint_of(training) -> str | None:
 
 def arguments_of(training) -> dict:
     """What a checkpoint has to know of training arguments, for `changes`."""
-    rates = [name for name in vars(training) if name.endswith(RATE)]
-    values = {name: getattr(training, name) for name in (*KEPT, *rates, *SCHEDULE, *ROWS)}
+    kept = {*KEPT, *SCHEDULE, *ROWS, *TEXTS}
+    values = {k: v for k, v in vars(training).items() if k in kept or k.endswith(RATE)}
     return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
 
 
@@ -65,15 +74,15 @@ def changes(checkpoint: str | Path, training) -> str | None:
     if training.max_steps > 0 and "max_steps" not in other:
         other.pop("num_train_epochs", None)  # does not count
     has_optimiser = Path(checkpoint, "scheduler.pt").is_file()
-    for name in other if has_optimiser else ():
-        if name in KEPT or name.endswith(RATE):
-            raise ValueError(
-                f"{name}={other[name]!r} does nothing, as {str(checkpoint)!r} goes on with its optimiser's "
-                f"{before[name]!r}: give the same, or start a new run from its weights"
-            )
+    of_optimiser = tuple(name for name in other if name in KEPT or name.endswith(RATE))
+    for name in of_optimiser if has_optimiser else ():
+        raise ValueError(
+            f"{name}={other[name]!r} does nothing, as {str(checkpoint)!r} goes on with its optimiser's "
+            f"{before[name]!r}: give the same, or start a new run from its weights"
+        )
     said = [
         ", ".join(f"{k}={other[k]!r}, not {before[k]!r}" for k in names if k in other) + what
-        for names, what in WHAT.items()
+        for names, what in (*WHAT.items(), (of_optimiser, ANEW))
         if {*names} & {*other}
     ]
     return f"goes on from {checkpoint} with {'; '.join(said)}" if said else None
@@ -82,7 +91,9 @@ def changes(checkpoint: str | Path, training) -> str | None:
 WHAT = {
     SCHEDULE: " (schedules go on as if it had been so from the start)",
     ROWS: " (of this epoch some rows come twice, others not)",
+    TEXTS: " (rows are made so from here on, and the place in this epoch is counted in them)",
 }
+ANEW = " (the checkpoint has no optimiser, so that it begins anew)"
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

@@ -118,6 +118,15 @@ OTHERS = {
         "per_device_train_batch_size=2, not 4 (of this epoch some rows come twice",
     ),
     "epochs": (dict(num_train_epochs=9), None),  # max_steps counts
+    "cut": (dict(max_length=7), "max_length=7, not 1024 (rows are made so from here on, and the"),
+    "packed": (
+        dict(max_length=20, packing=True),
+        "max_length=20, not 1024, packing=True, not False (rows are made so",
+    ),
+    "order": (
+        dict(train_sampling_strategy="sequential"),
+        "train_sampling_strategy='sequential', not 'random' (of this epoch some rows come twice",
+    ),
 }
 
 
@@ -140,10 +149,13 @@ def test_going_on_with_other_arguments_says_what_becomes_different(
 def test_what_a_checkpoints_optimiser_has_of_its_own_is_not_given_anew(tmp_path, two_checkpoints):
     """It would do nothing: transformers loads the rate with the optimiser and the schedule."""
     checkpoint, how = two_checkpoints / "checkpoint-1", SAVING | dict(max_steps=2) | sft.ADAM
-    for others in (dict(learning_rate=0.5), dict(weight_decay=0.5), dict(adam_beta2=0.5)):
-        (name,) = others
+    for others in (
+        *(dict(optim="sgd"), dict(optim_args="amsgrad=True")),
+        *(dict(learning_rate=0.5), dict(weight_decay=0.5), dict(adam_beta2=0.5)),
+    ):
+        ((name, value),) = others.items()
         made = sft.trainer_of(tmp_path, **how | others)
-        says = f"{name}=0.5 does nothing, as .*checkpoint-1' goes on with its optimiser's"
+        says = f"{name}={value!r} does nothing, as .*checkpoint-1' goes on with its optimiser's"
         with pytest.raises(ValueError, match=says):
             made.train(resume_from_checkpoint=str(checkpoint))
         made.args.output_dir, made.args.resume_from_checkpoint = str(two_checkpoints), "true"
@@ -152,7 +164,10 @@ def test_what_a_checkpoints_optimiser_has_of_its_own_is_not_given_anew(tmp_path,
     shutil.copytree(checkpoint, tmp_path / "weights")
     for file in ("optimizer.pt", "scheduler.pt"):  # as with save_only_model
         (tmp_path / "weights" / file).unlink()
-    assert changes(tmp_path / "weights", made.args) is None
+    says = (
+        "with adam_beta2=0.5, not 0.999 (the checkpoint has no optimiser, so that it begins anew)"
+    )
+    assert changes(tmp_path / "weights", made.args) == f"goes on from {tmp_path / 'weights'} {says}"
     (tmp_path / "weights" / "trainer_state.json").unlink()
     assert changes(tmp_path / "weights", made.args) is None
 
