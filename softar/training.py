@@ -27,7 +27,7 @@ from transformers import (
 from trl import SFTConfig
 from trl.models.utils import _ForwardRedirection
 
-from .checks import Idle, check_idle, check_writable
+from .checks import Idle, check_idle, check_least, check_writable
 from .models.kind import uncompiled
 from .progress import Pace, step_line
 from .resume import ARGUMENTS, arguments_of, changes, check_whole, last_checkpoint, last_whole
@@ -330,6 +330,7 @@ class PlainSFTConfig(SFTConfig):
             self.bf16 = bool(self.bf16)
         super().__post_init__()
         check_filter(self)
+        check_least(self, pad_to_multiple_of=1)
         if self.padding_free:
             raise ValueError(
                 f"padding_free=True: {type(self).__name__} needs rows, set it to False; packing=True fills them"

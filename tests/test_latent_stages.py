@@ -74,6 +74,14 @@ def test_a_batch_has_its_first_latents_in_one_column():
     assert text["input_ids"][1].tolist() == rows[1][0]
 
 
+def test_a_batch_at_a_stage_is_padded_to_a_multiple(tmp_path):
+    trainer = trainer_of(tmp_path, rows_of(), pad_to_multiple_of=8, max_steps=4, **KNOBS)
+    (batch, *_) = trainer.get_train_dataloader()
+    assert batch["input_ids"].shape[1] % 8 == 0
+    made = trainer._curriculum.batch(batch, [1] * len(batch["input_ids"]))
+    assert {part.shape[1] % 8 for part in made.values()} == {0}
+
+
 def hand(model, ids, latent, mask):
     """Logits of one row, whose latents are appended one by one without a cache, [T, V]."""
     embed = model.get_input_embeddings()(ids[mask])

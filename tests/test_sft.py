@@ -1601,6 +1601,24 @@ def test_tokens_of_every_column_and_every_dataset_are_checked(tmp_path):
         check_tokens({"a": rows, "b": rows.select([])}, args, None, 64)
 
 
+@pytest.mark.parametrize("rows", [{}, dict(packing=True, max_length=10)], ids=str)
+def test_batches_are_padded_to_a_multiple(tmp_path, rows):
+    trainer = trainer_of(tmp_path, pad_to_multiple_of=7, **rows)
+    for batch in trainer.get_train_dataloader():
+        assert {part.shape[-1] % 7 for part in batch.values()} == {0}
+    same(trained(tmp_path, pad_to_multiple_of=7, **rows), trained(tmp_path, **rows), atol=1e-4)
+
+
+def test_what_no_batch_can_be_padded_to_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="pad_to_multiple_of=0 must be at least 1"):
+        config_of(tmp_path, pad_to_multiple_of=0)
+    args = SoftSFTConfig(str(tmp_path), max_length=6, pad_to_multiple_of=4)
+    rows = Dataset.from_list([{"input_ids": [1, 5, 6, 7, 8]}])
+    check_tokens(rows, args, 8, 64)
+    with pytest.raises(ValueError, match="pads 5 tokens to 8, and the model's positions end at 7"):
+        check_tokens(rows, args, 7, 64)
+
+
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
 def test_virtual_tokens_and_masked_diffusion_are_refused(tmp_path, kind):
     with pytest.raises(

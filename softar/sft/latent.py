@@ -26,6 +26,7 @@ class Curriculum(NamedTuple):
     span: dict  # what tells the thought, as thought_mask takes it
     step_end: Moves  # how the text that ends a step is spelled; (): every token is a step
     pad: int  # the token that stands where latents are
+    multiple: int = 1  # of this many columns is a batch
 
     def row(self, ids: list[int], labels: list[int], inside: list[bool], stage: int) -> tuple:
         """A row at a stage -> ids, labels (-100 at latents), and the column of its first latent.
@@ -66,6 +67,7 @@ class Curriculum(NamedTuple):
             rows.append(self.row(*(column[:n] for column in row), stage))
         first = max(start for _, _, start in rows)
         width = max(first - start + len(ids) for ids, _, start in rows)
+        width += -width % self.multiple
 
         def lay(values: list[list[int]], fill: int) -> Tensor:
             """Each behind `first - start` of the fill, [B, T]."""
@@ -93,7 +95,8 @@ def mk_curriculum(model, tokenizer, rows: dict, args, span: dict) -> Curriculum 
     check_reads_vectors(model)
     step_end = spelled(tokenizer, args.latent_step_end)
     counts = args.latent_stages, args.latents_per_step
-    curriculum = Curriculum(*counts, span, step_end, tokenizer.pad_token_id)
+    multiple = args.pad_to_multiple_of or 1
+    curriculum = Curriculum(*counts, span, step_end, tokenizer.pad_token_id, multiple)
     check_curriculum(rows, curriculum, room_of(model))
     check_step_end(rows["train"], curriculum, args.latent_step_end)
     if args.max_steps <= 0 and isinstance(rows["train"], Dataset):

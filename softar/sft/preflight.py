@@ -54,11 +54,11 @@ def check_tokens(rows, args, room: int | None, vocab_size: int) -> None:
     done = 0
     for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         for name in columns:
-            _check_column(table[name], done, room, vocab_size)
+            _check_column(table[name], done, room, vocab_size, args)
         done += len(table)
 
 
-def _check_column(lists, first: int, room: int | None, vocab_size: int) -> None:
+def _check_column(lists, first: int, room: int | None, vocab_size: int, args) -> None:
     """lists: an arrow column of ids, or of lists of them, whose first row has this number."""
     row_of = None
     if pa.types.is_nested(lists.type.value_type):  # traces
@@ -70,6 +70,12 @@ def _check_column(lists, first: int, room: int | None, vocab_size: int) -> None:
         raise ValueError(
             f"row {number} of the data has {longest} tokens, and the model's positions end at {room}: set "
             f"max_length={room}, or drop such rows"
+        )
+    multiple = 1 if args.packing else args.pad_to_multiple_of or 1
+    if room is not None and len(lengths) and longest + -longest % multiple > room:
+        raise ValueError(
+            f"pad_to_multiple_of={multiple} pads {longest} tokens to {longest + -longest % multiple}, and the model's "
+            f"positions end at {room}: lower one of pad_to_multiple_of and max_length"
         )
     ends = pc.min_max(pc.list_flatten(lists)).as_py()
     if ends["min"] is not None:

@@ -102,13 +102,14 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
             raise ValueError(
                 "the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token"
             )
+        collator = PackedCollator if args.packing else SoftCollator
         super().__init__(
             model,
             unpacked(args),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=(PackedCollator if args.packing else SoftCollator)(pad),
+            data_collator=collator(pad, pad_to_multiple_of=args.pad_to_multiple_of),
             **kwargs,
         )
         # by TRL, for every mixture of experts whose configuration has a coefficient
