@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from softar.checks import check_choice, check_least
-from softar.guard import check_ids
+from softar.guard import check_ids, check_unpadded
 from softar.models import room_of
 from softar.placement import evaluating
 
@@ -79,11 +79,11 @@ def log_likelihood(
             to 5 % off at 16 tokens, at 3 no bound at all.
 
     Raises:
-        ValueError: for an `answer` that marks no token, and a sequence longer than the model's
-            positions.
+        ValueError: for an `answer` that marks no token, ids that look padded, as there is no mask to
+            tell, and a sequence longer than the model's positions.
     """
     model_facts, net = check_has_mask(facts(model), "a bound by masks"), parts(model)
-    _check_likelihood(model_facts, room_of(model, trained=True), input_ids, answer)
+    _check_likelihood(model, model_facts, room_of(model, trained=True), input_ids, answer)
     check_least({"samples": samples, "batch_size": batch_size}, samples=1, batch_size=1)
     check_choice("parity", parity, (None, "llada"))
     if model_facts.uniform is not None:
@@ -109,7 +109,9 @@ def log_likelihood(
     return total / samples
 
 
-def _check_likelihood(facts: Facts, room: int | None, ids: Tensor, answer: Tensor) -> None:
+def _check_likelihood(
+    model: nn.Module, facts: Facts, room: int | None, ids: Tensor, answer: Tensor
+) -> None:
     check_ids("input_ids", ids, 1, facts.vocab_size, "log_likelihood")
     is_mask = torch.is_tensor(answer) and answer.dtype == torch.bool
     if not is_mask or answer.shape != ids.shape or not answer.any():
@@ -118,6 +120,7 @@ def _check_likelihood(facts: Facts, room: int | None, ids: Tensor, answer: Tenso
             f"answer of {what} must mark tokens of input_ids, {tuple(ids.shape)}: give torch.bool of that shape"
         )
     check_width(ids[None], room)
+    check_unpadded(model, ids[None], takes_mask=False)
 
 
 def mask_counts(A: int, n: int, first: int, parity: str | None = None) -> Tensor:

@@ -166,11 +166,11 @@ def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         )
 
 
-def check_unpadded(model, input_ids: Tensor, tokenizer=None) -> None:
-    """Of prompts [B, P] without attention_mask: raise ValueError where rows begin or end with the pad
+def check_unpadded(model, input_ids: Tensor, tokenizer=None, *, takes_mask: bool = True) -> None:
+    """Of ids [B, T] without attention_mask: raise ValueError where rows begin or end with the pad
     token, which they would read as text. Where it is a token of texts, too (GPT-2's is its eos and
     bos), warn where rows have unlike numbers of it there. tokenizer: None is the one that `load`
-    opened with the model; without one the pad token is the model's."""
+    opened with the model; without one the pad token is the model's. takes_mask: can a mask be given?"""
     pad, texts = _pad_and_texts(plain(model), tokenizer or origin_of(model).tokenizer)
     if pad is None:
         return
@@ -179,10 +179,12 @@ def check_unpadded(model, input_ids: Tensor, tokenizer=None) -> None:
     if not ends.any():
         return
     rows = ends.any(0).nonzero()[:, 0].tolist()
-    said = (
-        f"rows {rows[:8]} of input_ids begin or end with the pad token {pad}, and without "
-        "attention_mask it is read as text"
-    )
+    said = f"rows {rows[:8]} of input_ids begin or end with the pad token {pad}, and "
+    if not takes_mask:
+        if pad not in texts:
+            raise ValueError(f"{said}it would be read as text: cut it off")
+        return
+    said += "without attention_mask it is read as text"
     remedy = "attention_mask=, as tokenizer(texts, padding=True) makes it"
     if pad not in texts:
         raise ValueError(f"{said}: give {remedy}, or torch.ones_like(input_ids) where it is meant")

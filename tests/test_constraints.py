@@ -11,6 +11,7 @@ from transformers import (
 )
 
 from softar.diffusion import DenoiseConfig, denoise, label_probs, load
+from softar.diffusion.losses import log_likelihood
 from softar.diffusion.net import facts, parts
 from softar.diffusion.soften import SOFTENERS
 from softar.models import origin_of
@@ -64,6 +65,11 @@ def test_padding_without_a_mask_is_no_text():
         with pytest.raises(ValueError, match="begin or end with the pad token 0"):
             call()
         call(mask)
+    short = int(mask.sum(1).argmin())
+    row, real = ids[short], mask[short].bool()
+    with pytest.raises(ValueError, match="the pad token 0, and it would be read as text: cut it o"):
+        log_likelihood(model, row, real, samples=2)
+    log_likelihood(model, row[real], real[real], samples=2)
     opened, tokenizer = load("mnns-diffusion-tiny")
     assert origin_of(opened).tokenizer is tokenizer  # which names the pad token
 

@@ -336,6 +336,17 @@ def test_without_a_mask_there_is_no_padding(mode):
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_without_a_mask_is_no_text(padding):
+    model, (ids, _, marked) = mild(), batch(padding)
+    with counted(model) as calls:
+        with pytest.raises(
+            ValueError, match=r"rows \[1, 2, 3\] of .* with the pad token 0, and wi"
+        ):
+            soft_forward(model, ids, None, marked, feeder())
+    assert not calls
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
 def test_after_r_refreshes_the_first_r_marked_positions_are_exact(padding):
     model = mild()
     ids, mask, marked = batch(padding)
@@ -388,7 +399,8 @@ def test_alpha_1_is_teacher_forcing_for_any_number_of_passes(how):
         assert_same_gradients(grads_of(model, logits, mask), reference)
     bare = model(input_ids=ids).logits
     # bit for bit where the same forward runs
-    assert torch.equal(soft_forward(model, ids, None, marked, feeder(1.0, how), passes=0), bare)
+    ones = torch.ones_like(ids)
+    assert torch.equal(soft_forward(model, ids, ones, marked, feeder(1.0, how), passes=0), bare)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..checks import check_choice, check_least
+from ..guard import check_unpadded
 from ..models.kind import plain
 from ..models.reading import IN_PLACE, ONE_BY_ONE, SHORT_CACHES, cache_name, reads_moved_rows
 from ..models.room import room_of
@@ -56,8 +57,8 @@ def soft_forward(
     saves less than a fifth.
 
     Args:
-        input_ids: [B, T], gold tokens. attention_mask: [B, T] or None. soft_mask: [B, T] bool,
-            False in column 0.
+        input_ids: [B, T], gold tokens. attention_mask: [B, T], None means no padding, and what looks
+            like it is an error. soft_mask: [B, T] bool, False in column 0.
         feed: logits [..., V] and gold ids [...] to the mixture read next; differentiable where
             gradients shall flow. None: the last hidden state is read (Coconut, arXiv:2412.06769).
         passes: refreshes, each one forward, before the last forward. None, and at most: the longest
@@ -79,8 +80,9 @@ def soft_forward(
 
     Raises:
         ValueError: an unknown mode, a count out of its range, a row's or example's first token
-            marked, logits left out that a mixture is made of, or sequential with packed rows or under
-            gradient checkpointing (transformers then drops the cache).
+            marked, logits left out that a mixture is made of, ids that look padded without a mask, or
+            sequential with packed rows or under gradient checkpointing (transformers then drops the
+            cache).
     """
     check_choice("mode", mode, MODES)
     counts = dict(passes=passes, grad_passes=grad_passes, window=window, last=last)
@@ -94,6 +96,8 @@ def soft_forward(
     if (soft_mask & begins).any():
         where = "column 0" if position_ids is None else "a token at position 0"
         raise ValueError(f"soft_mask marks {where}: the first token has no belief before it")
+    if attention_mask is None and position_ids is None:
+        check_unpadded(model, input_ids)
     T = input_ids.shape[1]
     first = 0 if last is None else max(0, T - last)
     if soft_mask[:, : first + 1].any():
