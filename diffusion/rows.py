@@ -83,16 +83,14 @@ def packed(dataset, length: int):
 
 @dataclass
 class PackedCollator(SoftCollator):
-    """The attention mask holds the number of each token's document, from 1 on, as `forward_masked`
-    takes it. Rows without `seq_lengths` are a document each."""
+    """Gives also `documents` [B, T], the number of each token's document, from 1 on, and 0 at padding,
+    as `forward_masked` takes it. Rows without `seq_lengths` are a document each."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = super().torch_call(examples)
-        for mask, lengths in zip(
-            batch["attention_mask"], (e.get("seq_lengths", ()) for e in examples), strict=True
-        ):
+        documents = batch["attention_mask"].clone()
+        for row, example in zip(documents, examples, strict=True):
+            lengths = torch.tensor(example.get("seq_lengths", ()), dtype=torch.long)
             numbers = torch.arange(1, len(lengths) + 1)
-            mask[: sum(lengths)] = numbers.repeat_interleave(
-                torch.tensor(lengths, dtype=torch.long)
-            )
-        return batch
+            row[: lengths.sum()] = numbers.repeat_interleave(lengths)
+        return batch | {"documents": documents}

@@ -190,7 +190,8 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
 
     def _rows(self, inputs: dict[str, Tensor]) -> Rows:
         """The batch; its mask is None where there is no padding to hide."""
-        maskable, mask = inputs["labels"] != -100, inputs["attention_mask"]
+        maskable = inputs["labels"] != -100
+        mask = inputs["documents" if self.args.packing else "attention_mask"]
         if not self.args.packing:  # else each document has been looked at
             check_width(maskable, self._room)
         if self.args.train_padding and self._facts.block_length is None:

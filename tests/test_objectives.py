@@ -343,11 +343,26 @@ def test_rows_are_packed_whole_and_trained_by_documents(tmp_path):
     assert sorted(split) == sorted(tuple(row["input_ids"]) for row in plain_rows)
     assert len(trainer.train_dataset) < len(plain_rows) / 2
     batch = next(iter(trainer.get_train_dataloader()))
-    assert batch["attention_mask"].max() > 1
+    assert batch["documents"].max() > 1
     rows = trainer._rows(batch)
     drawn = trainer.objective.draw(rows, PLACE._replace(rows=[0, 1, 2, 3]))
     assert int(trainer.objective.count(rows, drawn)) == int(rows.documents.amax(1).add(1).sum())
     assert dataclasses.replace(trainer.args, max_steps=3).packing, "it can be a configuration again"
+
+
+@pytest.mark.parametrize("way", ["packing", None])
+def test_tokens_that_are_seen_are_counted_without_padding(tmp_path, way):
+    how = dict(max_steps=1, include_num_input_tokens_seen="non_padding")
+    trainer = trainer_of(tmp_path, **WAYS["packing"] | how if way else how)
+    collate, sizes = trainer.data_collator, []
+
+    def counted(rows):
+        sizes.append(sum(len(row["input_ids"]) for row in rows))
+        return collate(rows)
+
+    trainer.data_collator = counted
+    trainer.train()
+    assert trainer.state.num_input_tokens_seen == sizes[0]
 
 
 @pytest.mark.parametrize("packing", [False, True])
