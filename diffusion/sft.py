@@ -222,8 +222,8 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         return Place(step, numbers, of, training, progress)
 
     def _note(self, training: bool, share: Tensor | None) -> None:
-        if not training or (self.state.global_step + 1) % max(1, int(self.state.logging_steps)):
-            return  # a step that is not logged need not wait for the device
+        if not training or not self.is_logged:
+            return
         metrics = self._metrics["train"]
         metrics[self.objective.share].append(share.item())
         if self.head is not None:

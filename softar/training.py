@@ -68,6 +68,14 @@ class MicroBatches:
     def restart_micro(self) -> None:
         self._micro = 0
 
+    @property
+    def is_logged(self) -> bool:
+        """Will what is noted of this step be logged? A step that is not need not wait for the device."""
+        args, step = self.args, self.state.global_step + 1
+        if args.logging_strategy == "steps" and step % max(1, int(self.state.logging_steps)) == 0:
+            return True
+        return args.logging_strategy == "epoch" or (args.logging_first_step and step == 1)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self.restart_micro()
         return super().get_batch_samples(epoch_iterator, num_batches, device)

@@ -243,9 +243,7 @@ def test_training_on_packed_rows_is_training_on_their_examples(tmp_path, way):
         assert len(runs[-1].train_dataset) == rows
         runs[-1].train()
     logs = [run.state.log_history for run in runs]
-    names = "loss grad_norm alpha eval_loss eval_gold_loss".split()
-    # logged as the mean of micro-batches
-    for name in [*names, "thought_entropy"] if parts == 1 else names:
+    for name in "loss grad_norm alpha eval_loss eval_gold_loss thought_entropy".split():
         alone, together = ([x[name] for x in log if name in x] for log in logs)
         assert alone and together == pytest.approx(alone, rel=1e-4, abs=1e-5), name
     alone, together = (run.model.state_dict() for run in runs)

@@ -1286,15 +1286,31 @@ def test_ctrl_c_during_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
 
 
 def test_entropy_of_the_log_is_that_of_the_thoughts_steps(tmp_path):
+    """Of all steps, also where micro-batches have unlike numbers of them."""
     model, train = calm(), data(4)
-    trainer = trained(tmp_path, train, model=copy.deepcopy(model), max_steps=1, think_steps=2)
+    more = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    trainer = trained(tmp_path, train, model=copy.deepcopy(model), max_steps=1, **more)
     tokenizer, found = tokenizer_of(), []
     for row in train:
         ids = torch.tensor([tokenizer(row["prompt"] + row["completion"])["input_ids"]])
         begin = len(tokenizer(row["prompt"])["input_ids"])
         # alpha = 1 at step 0: gold inputs
-        found += entropy(model(ids).logits[0, begin - 1 : begin + 1]).tolist()
+        found += entropy(model(ids).logits[0, begin - 1 :]).tolist()
     assert logged(trainer, "thought_entropy")[0] == pytest.approx(sum(found) / len(found), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("how", "steps"),
+    [
+        (dict(logging_steps=3, logging_first_step=True), [1, 3]),
+        (dict(logging_strategy="epoch", logging_steps=99), [2, 4]),  # of two steps each
+    ],
+    ids=["first", "epochs"],
+)
+def test_each_log_has_what_is_noted_of_its_steps(tmp_path, how, steps):
+    log = trained(tmp_path, **how).state.log_history
+    assert [entry["step"] for entry in log if "thought_entropy" in entry] == steps
+    assert [entry["step"] for entry in log if "alpha" in entry] == steps
 
 
 # -- options that do nothing, defaults, and what is said before the first step

@@ -132,6 +132,9 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         self.model_wrapped = self.model
         self._learnt = LearntFilters(self.model, args, vocab, theirs)
         self._alpha, self._rng = args.alpha(), torch.Generator()
+        nothing = torch.zeros(2, device=self.accelerator.device)
+        # entropies of a thought's steps, and of how many
+        self._thought = {mode: nothing.clone() for mode in ("train", "eval")}
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
         self._span = self._thought_span()
         self._curriculum = mk_curriculum(self.model, processing_class, rows, args, self._span)
@@ -298,17 +301,27 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         return self.state.global_step / max(1, self.state.max_steps)
 
     def _note(self, training: bool, alpha: float, h: Tensor) -> None:
-        if training and (self.state.global_step + 1) % max(1, int(self.state.logging_steps)):
-            return  # a step that is not logged need not wait for the device
-        metrics = self._metrics["train" if training else "eval"]
+        if training and not self.is_logged:
+            return
+        mode = "train" if training else "eval"
+        metrics = self._metrics[mode]
         if self._curriculum is None:
             metrics["alpha"].append(alpha)
         else:
             metrics["latent_stage"].append(self.stage)
-        if len(h):
-            metrics["thought_entropy"].append(h.mean().item())
+        sums = torch.stack([h.detach().sum(), h.new_tensor(len(h))])
+        self._thought[mode] += self.accelerator.reduce(sums)
         for name, value in self._learnt.logged().items():
             metrics[f"soft_{name}"].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The entropy is a mean over the steps of thoughts, whatever micro-batches they stood in."""
+        mode = "train" if self.model.training else "eval"
+        total, count = self._thought[mode].tolist()
+        self._thought[mode].zero_()
+        if count:
+            self._metrics[mode]["thought_entropy"] = [total / count]
+        super().log(logs, start_time)
 
     # -- evaluation and checkpoints
 
