@@ -329,12 +329,22 @@ class DiffusionGRPOTrainer(RolloutGRPO):
             Path(output_dir or self.args.output_dir, POLICY_FILE), _as_json(self.args.decoding())
         )
 
+    @property
+    def _has_original_names(self) -> bool:
+        """Has a checkpoint's model.safetensors other names of weights than the model here?"""
+        return plain(self.model) is self.model and self._facts.family != "masked_lm"
+
     def _load_weights(self, folder, model):
-        inner = plain(self.model)
-        if inner is self.model and self._facts.family != "masked_lm":
-            load_original(inner, folder)
+        if self._has_original_names:
+            load_original(self.model, folder)
         else:
             super()._load_weights(folder, model)
+
+    def _load_best_model(self):
+        if self._has_original_names:
+            load_original(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
 
 def teaching(advantages: Tensor) -> Tensor:

@@ -137,3 +137,9 @@ class SoftPPOTrainer(SoftGRPOTrainer):
             )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.model.v_head.load_state_dict(load_file(path))
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        if not is_split(self.accelerator):
+            path = Path(self.state.best_model_checkpoint, VALUE_HEAD)
+            self.model.v_head.load_state_dict(load_file(path))

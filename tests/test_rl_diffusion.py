@@ -382,6 +382,21 @@ def test_a_resumed_training_is_the_same(adapted, tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
 
+def test_the_best_checkpoint_is_taken_up(tmp_path):
+    """Its weights have the names of the published models."""
+    keeping = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
+    keeping |= dict(load_best_model_at_end=True, metric_for_best_model="loss", **SOFT)
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
+    config = DiffusionGRPOConfig(str(tmp_path), **QUICK | keeping)
+    made = DiffusionGRPOTrainer(net(), words, config, rows, rows, tokenizer_of(VOCAB))
+    made.evaluate = lambda **options: {"eval_loss": float(made.state.global_step)}
+    made.train()
+    learnt = made.model.state_dict()
+    for step, here in ((1, True), (2, False)):
+        saved = load(str(tmp_path / f"checkpoint-{step}"))[0].state_dict()
+        assert all(torch.equal(saved[name], learnt[name]) for name in learnt) == here
+
+
 def test_bfloat16_rolls_out_what_it_scores(tmp_path, monkeypatch):
     """Both under autocast; where one is not, the log says so."""
     made, seen = trainer(tmp_path, bf16=True, max_steps=1, learning_rate=0.0, **SOFT), []

@@ -632,6 +632,18 @@ def test_bad_ppo_options(tmp_path, options, message):
         config(tmp_path, "ppo", **options)
 
 
+def test_the_best_checkpoint_is_taken_up_with_its_value_head(tmp_path):
+    keeping = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
+    keeping |= dict(load_best_model_at_end=True, metric_for_best_model="loss", max_steps=2)
+    made = trainer(tmp_path, "ppo", eval_rows=ROWS, **keeping)
+    made.evaluate = lambda **options: {"eval_loss": float(made.state.global_step)}
+    made.train()
+    learnt = made.model.v_head.state_dict()
+    for step, here in ((1, True), (2, False)):
+        saved = load_file(tmp_path / f"checkpoint-{step}" / "v_head.safetensors")
+        assert all(torch.equal(saved[name], learnt[name]) for name in learnt) == here
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_options_that_do_nothing_are_refused(tmp_path, kind):
     """One by one, at a value that is not neutral; what they go with makes them act."""
