@@ -128,13 +128,9 @@ def fields(name, training, task) -> dict:
 
 
 def check(inputs, configs):
-    script, task, model_args = inputs.script, inputs.task, inputs.model_args
+    script, task = inputs.script, inputs.task
     check_least(script, model_block_length=1)
     check_taken(inputs.argv, inputs.training, ROWS, configs)
-    if model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError(
-            "load_in_4bit and load_in_8bit are not there for RL on diffusion models: use LoRA on bfloat16 weights"
-        )
     if inputs.training.gen_length and has_templates(task.train):
         raise ValueError(
             f"gen_length={inputs.training.gen_length} puts masks behind prompts, and {task.name!r} has templates, "

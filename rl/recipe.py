@@ -131,16 +131,12 @@ def starts_anew(inputs) -> bool:
 def check(inputs, configs) -> None:
     import softar
 
-    script, model_args = inputs.script, inputs.model_args
+    script = inputs.script
     check_least(script, sft_steps=0, eval_draws=1)
     check_taken(inputs.argv, inputs.training, ROWS, configs)
     if "soft" in configs and configs["soft"].soft_k < 2:
         raise ValueError(
             f"soft_k={configs['soft'].soft_k}: the row 'soft' needs at least 2 draws; 1 is the row 'hard'"
-        )
-    if model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError(
-            "load_in_4bit and load_in_8bit are not there for soft policies: use LoRA on bfloat16 weights"
         )
     check_columns(script.reward_funcs, inputs.task)
     if starts_anew(inputs):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .checks import check_choice, check_least, check_writable, one_line_errors
 from .launch import Program, default_accelerate_config, is_launched, launch, split_processes
 from .progress import duration
-from .recipe_config import with_default_config, with_found_config
+from .recipe_config import check_model_options, with_default_config, with_found_config
 from .recipe_data import SFT_FORMATS, check_held_out, evaluates, open_task
 from .resume import checkpoint_of
 from .rows import APART, CUSTOM, Row, check_resume, jobs_of, keeps_something, parse_rows, train_rows
@@ -148,6 +148,7 @@ def read(recipe: Recipe, argv: list[str], program: Program | None = None) -> Inp
     argv = with_found_config(argv, recipe.demo.parent)
     argv = with_default_config(argv, recipe.demo, recipe.task_demos)
     script, training, model_args, mixture = parse(recipe, argv, recipe.base)
+    check_model_options(model_args, script)
     quiet(bars=sys.stderr.isatty())
     names = parse_rows(script.rows, recipe.rows, recipe.groups)
     check_least(script, num_seeds=1, eval_rows=1)

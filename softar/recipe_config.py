@@ -1,5 +1,5 @@
 """Which YAML file a recipe reads: the one named, or that of its demo; and options of the command
-line that no row takes."""
+line that no row takes, or nothing at all."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,29 @@ from typing import Any
 
 from .checks import did_you_mean
 from .rows import APART
+
+QUANTISED = ("load_in_", "bnb_", "use_bnb_")  # how the names of such options begin
+OF_LORA = ("lora_", "use_rslora", "use_dora")
+
+
+def check_model_options(model_args, script) -> None:
+    """Raise ValueError for options of TRL's ModelConfig and ScriptArguments that no recipe reads, and
+    for LoRA's without an adapter."""
+    left_out = vars(type(model_args)())
+    for name, value in vars(model_args).items():
+        if value == left_out[name]:
+            continue
+        if name.startswith(QUANTISED):
+            raise ValueError(
+                f"{name}={value!r}: softar trains no quantised weights, leave it out; give --dtype bfloat16 and "
+                "--use_peft"
+            )
+        if name.startswith(OF_LORA) and not model_args.use_peft:
+            raise ValueError(
+                f"{name}={value!r} does nothing without an adapter: give --use_peft true"
+            )
+    if script.ignore_bias_buffers:
+        raise ValueError("ignore_bias_buffers=True does nothing here: leave it out")
 
 
 def with_found_config(argv: list[str], folder: Path) -> list[str]:

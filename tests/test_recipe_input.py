@@ -55,6 +55,10 @@ def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
         (dict(report_to="clearml"), "report_to='clearml' is not installed: pip install clearml"),
         (dict(num_seeds=0), "num_seeds=0"),
         (dict(padding_free="true"), "padding_free=True"),
+        (dict(lora_r=4), "lora_r=4 does nothing without an adapter: give --use_peft"),
+        (dict(load_in_4bit="true", use_peft="true"), "load_in_4bit=True: softar trains no quant"),
+        (dict(bnb_4bit_quant_type="fp4"), "bnb_4bit_quant_type='fp4': softar trains no quantised"),
+        (dict(ignore_bias_buffers="true"), "ignore_bias_buffers=True does nothing here"),
         (
             dict(gradient_checkpointing="true", soft_mode="sequential"),
             "gradient_checkpointing=True",
