@@ -30,7 +30,15 @@ from trl.models.utils import _ForwardRedirection
 from .checks import Idle, check_idle, check_least, check_writable
 from .models.kind import uncompiled
 from .progress import Pace, step_line
-from .resume import ARGUMENTS, arguments_of, changes, check_whole, last_checkpoint, last_whole
+from .resume import (
+    ARGUMENTS,
+    arguments_of,
+    changes,
+    check_whole,
+    checkpoint_of,
+    last_checkpoint,
+    last_whole,
+)
 
 
 @contextlib.contextmanager
@@ -94,12 +102,15 @@ class WatchedLosses:
     _losses, _loss_steps = 0.0, 0  # their sum since the start of the training, and of how many
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """True is the newest checkpoint of the output folder, a path that one.
+        """True is the newest checkpoint of the output folder, a path that one, False none; left out it is
+        what the arguments say.
 
         Raises:
             ValueError: the checkpoint is damaged, or its optimiser goes on with other numbers than
                 were given. FloatingPointError: a loss or a gradient is damaged.
         """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = checkpoint_of(self.args)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str):

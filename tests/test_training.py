@@ -172,6 +172,19 @@ def test_what_a_checkpoints_optimiser_has_of_its_own_is_not_given_anew(tmp_path,
     assert changes(tmp_path / "weights", made.args) is None
 
 
+def test_arguments_say_what_to_go_on_from(tmp_path):
+    how = dict(save_strategy="steps", save_steps=2, max_steps=4, resume_from_checkpoint="true")
+    first = sft.trained(tmp_path, **how)
+    assert [entry["step"] for entry in first.state.log_history if "loss" in entry] == [1, 2, 3, 4]
+    again = sft.trainer_of(tmp_path, **how | dict(max_steps=6))
+    seen, step = [], again.training_step
+    again.training_step = lambda *args: seen.append(again.state.global_step) or step(*args)
+    again.train()
+    assert seen == [4, 5]
+    again.train(resume_from_checkpoint=False)
+    assert seen[2:] == [*range(6)]
+
+
 HARM = {
     "empty": lambda file: file.write_bytes(b""),
     "half": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
