@@ -20,12 +20,12 @@ from softar.models import room_of
 from softar.sft.data import SoftCollator
 from softar.sft.preflight import check_tokens, say_cut
 from softar.split import check_split, is_split, with_whole_weights
+from softar.texts import check_data
 from softar.training import (
     MicroBatches,
     WatchedLosses,
     check_adapter,
     check_arguments,
-    check_data,
     give_own_rate,
     no_interrupt,
     unpacked,
@@ -76,8 +76,9 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         score: Callable[[str, dict], float] | None = None,
         **kwargs,
     ):
-        check_arguments(type(self).__name__, model, DiffusionSFTConfig, args, processing_class)
-        check_data(train_dataset, eval_dataset)
+        name = type(self).__name__
+        check_arguments(name, model, DiffusionSFTConfig, args, processing_class, kwargs)
+        check_data(args, train_dataset, eval_dataset)
         if args.idle_head:
             warnings.warn(
                 f"{', '.join(args.idle_head)} do nothing with softmasking_prob=0", stacklevel=2

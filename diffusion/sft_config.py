@@ -90,7 +90,18 @@ IDLE = (
         "with eval_decode_rows=0, where nothing is decoded",
         "raise eval_decode_rows",
     ),
-    Idle("pad_token", lambda c: True, "here", "set the tokenizer's"),
+    Idle(
+        "neftune_noise_alpha",
+        lambda c: c.softmasking_prob or c.curriculum,
+        "to the mixtures that are read in the place of tokens",
+        "set softmasking_prob and curriculum to 0",
+    ),
+    Idle(
+        "eos_token",
+        lambda c: True,
+        "to the model's facts, which are read before",
+        "set the tokenizer's and the model's own",
+    ),
     Idle(
         "average_tokens_across_devices",
         lambda c: True,
@@ -238,6 +249,7 @@ class DiffusionSFTConfig(PlainSFTConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
         check_least(self, head_learning_rate=0, eval_decode_rows=0, eval_steps_decoded=1)
+        self._check_template()
         self._check_objective()
         self._check_uniform()
         self._check_masks()
@@ -253,6 +265,13 @@ class DiffusionSFTConfig(PlainSFTConfig):
         """The options of a head that is not there. A file shared by rows with and without one may
         name them, so that they are no error but told of when training begins."""
         return [name for name, *_ in idle_options(self, [HEADLESS])]
+
+    def _check_template(self):
+        path = self.chat_template_path
+        if path is not None and not str(path).endswith((".jinja", ".j2")):
+            raise ValueError(
+                f"chat_template_path={path!r}: tokens of another tokenizer are not there, give a .jinja file"
+            )
 
     def _check_objective(self):
         """Raise ValueError for options of another objective."""

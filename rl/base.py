@@ -52,7 +52,8 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
         **kwargs,
     ):
         name = type(self).__name__
-        check_arguments(name, model, self._config, args, processing_class)
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        check_arguments(name, model, self._config, args, processing_class, kwargs, *rewards)
         guards.check_turn(name, reward_funcs, kwargs)
         guards.check_prompts(name, train_dataset, "train_dataset")
         guards.check_prompts(name, eval_dataset, "eval_dataset")

@@ -10,13 +10,14 @@ from trl import GRPOConfig
 from softar.caches import CACHES, STATIC, check_one_size
 from softar.checks import check_choice, check_idle, check_least, check_types, fill
 from softar.config import SoftConfig
-from softar.training import check_compile, check_filter, opt
+from softar.inherited import UNASKED, check_before, check_filter, check_neutral
+from softar.training import opt
 from softar.vllm.machine import require_vllm
 from softar.vllm.request import LIMIT
 
 from .discretise import WAYS
 from .losses import LOSS_TYPES, RATIOS
-from .neutral import IDLE, PPO_IDLE, RLOO_IDLE, check_neutral
+from .neutral import IDLE, NEUTRAL, PPO_IDLE, RLOO_IDLE
 from .policies import DRAWS, KNOBS, LEFT_OUT, NOT_ON_VLLM, check_policy, knobs_of
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class RolloutConfig(GRPOConfig):
     gradient_checkpointing: bool | None = opt(None, "Recompute activations to save memory.")
 
     def __post_init__(self):
-        check_compile(self)
+        check_before(self)
         check_types(self, besides=GRPOConfig)
         left_out = fill(self, self._left_out)
         if not torch.accelerator.is_available():
@@ -53,14 +54,15 @@ class RolloutConfig(GRPOConfig):
             )
         super().__post_init__()
         check_filter(self)
-        check_neutral(self, self._reasons)
+        check_neutral(self, NEUTRAL, self._reasons)
+        check_least(self, pad_to_multiple_of=1)
         for name, choices in (*self._choices, ("loss_type", LOSS_TYPES)):
             check_choice(name, getattr(self, name), choices)
         if not 0 < self.temperature < float("inf"):
             raise ValueError(
                 f"temperature={self.temperature} must be > 0 and finite: the policy has to be sampled"
             )
-        check_idle(self, self._idle, left_out)
+        check_idle(self, (UNASKED, *self._idle), left_out)
         if self.delta is not None and not self.delta > 0:
             raise ValueError(f"delta={self.delta} must be > 0, the bound of a ratio; None is none")
         if self.beta < 0:

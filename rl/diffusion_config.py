@@ -129,6 +129,11 @@ class DiffusionGRPOConfig(RolloutConfig):
     )
 
     def __post_init__(self):
+        if str(self.pad_to_multiple_of).lower() not in ("auto", "none", "null"):
+            raise ValueError(
+                f"pad_to_multiple_of={self.pad_to_multiple_of!r} does nothing to canvases, which are as wide as their "
+                f"prompts and gen_length make them: leave it out"
+            )
         super().__post_init__()
         check_least(self, replay_chunk=1, max_completion_length=1)
         if not 0 <= self.hide_prompt < 1:

@@ -13,7 +13,8 @@ from softar.config import CONFIG_FILE, SoftConfig
 from softar.defaults import own_config
 from softar.mixers import SHARE, mk_mixer
 from softar.models import check_autoregressive, origin_of, room_of
-from softar.training import check_adapter, check_cells, is_blank
+from softar.texts import check_cells, is_blank
+from softar.training import check_adapter
 
 from .config import SoftGRPOConfig
 from .policies import KNOBS

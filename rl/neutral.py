@@ -2,6 +2,7 @@
 nothing."""
 
 from softar.checks import Idle
+from softar.inherited import OF_ALL
 
 from .policies import KNOBS, LEFT_OUT, draws_of
 
@@ -17,8 +18,22 @@ WEIGHTS = (
     "the log-probabilities are the model's own replay, and those of vLLM's answers are not recorded, "
     "so there is no ratio to correct by; rollout='loop' decodes with the model itself and needs none"
 )
+IN_GROUPS = (
+    "prompts come in groups, in the order of seed, or as they are with shuffle_dataset=False"
+)
+NO_LOGITS = "an evaluation keeps losses and rewards, and calls no compute_metrics"
 # (option, neutral values, why)
 NEUTRAL = (
+    *OF_ALL,
+    ("train_sampling_strategy", ("random",), IN_GROUPS),
+    ("length_column_name", ("length",), IN_GROUPS),
+    ("data_seed", (None,), IN_GROUPS),
+    ("prediction_loss_only", (False,), NO_LOGITS),
+    ("include_for_metrics", ([],), NO_LOGITS),
+    ("batch_eval_metrics", (False,), NO_LOGITS),
+    ("average_tokens_across_devices", (True,), "loss_type says how steps are averaged"),
+    ("include_num_input_tokens_seen", ("no",), "num_tokens of the log has them"),
+    ("liger_kernel_config", (None,), "its loss and kernels take token ids, no mixtures"),
     ("top_p", (1.0,), SUPPORT),
     ("top_k", (0, None), SUPPORT),
     ("min_p", (None, 0.0), SUPPORT),
@@ -166,15 +181,3 @@ PPO_IDLE = (
         "give the value loss a weight",
     ),
 )
-
-
-def check_neutral(args, reasons: dict[str, str]) -> None:
-    """Raise ValueError for an option of TRL's that a soft policy has no use for. reasons: that a kind
-    of policy has, and others have not."""
-    for name, neutral, why in NEUTRAL:
-        value = getattr(args, name)
-        if value not in neutral:
-            raise ValueError(
-                f"{name}={value!r} is not supported by {type(args).__name__}: {reasons.get(name, why)}. Leave it at "
-                f"{neutral[0]!r}"
-            )

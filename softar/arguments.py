@@ -110,7 +110,10 @@ class RecipeParser(TrlParser):
                     )
         if not everything:
             rest = len(self.groups["trl"]) + len(self.groups["transformers"])
-            lines += ["", f"{ALL} lists {rest} more, of TRL and of transformers; they work, too."]
+            lines += [
+                "",
+                f"{ALL} lists {rest} more, of TRL and of transformers; idle ones are refused.",
+            ]
         return "\n".join(lines)
 
 

@@ -54,7 +54,8 @@ def arguments_of(training) -> dict:
     """What a checkpoint has to know of training arguments, for `changes`."""
     kept = {*KEPT, *SCHEDULE, *ROWS, *TEXTS}
     values = {k: v for k, v in vars(training).items() if k in kept or k.endswith(RATE)}
-    return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
+    values = {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
 def changes(checkpoint: str | Path, training) -> str | None:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from trl.distributed import DistributedBackend
 from trl.models.utils import unwrap_model_for_generation
 
+from .inherited import check_whole_rows
 from .training import inside_forward
 
 
@@ -40,6 +41,7 @@ def check_split(trainer, **options) -> None:
         raise ValueError(
             f"fsdp_state_dict_type={form}: a checkpoint is a model to be opened, give {WHOLE}"
         )
+    check_whole_rows(accelerator.parallelism_config)
     args = trainer.args
     has_state = args.optim != "sgd" or "momentum" in (args.optim_args or "")
     if backend.is_fsdp and not (has_state or args.save_strategy == "no" or args.save_only_model):

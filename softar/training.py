@@ -11,11 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
-from accelerate import PartialState
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset, LargeList, List, Value
 from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -27,7 +24,16 @@ from transformers import (
 from trl import SFTConfig
 from trl.models.utils import _ForwardRedirection
 
-from .checks import Idle, check_idle, check_least, check_writable
+from .checks import check_idle, check_least, check_writable
+from .inherited import (
+    IDLE_TEXTS,
+    OF_TEXTS,
+    check_before,
+    check_filter,
+    check_neutral,
+    check_open,
+    check_prepares,
+)
 from .models.kind import uncompiled
 from .progress import Pace, step_line
 from .resume import (
@@ -191,14 +197,10 @@ def opt(default: Any, text: str):
     return field(default=default, metadata={"help": text})
 
 
-TEXTS = ("messages", "text", "input_ids")  # columns of which TRL's SFT needs one, or the pair
-PAIR = ("prompt", "completion")
-CHATS = (*PAIR, "messages")  # columns that may hold chats
-
-
-def check_arguments(trainer: str, model, kind: type, args, tokenizer) -> None:
+def check_arguments(trainer: str, model, kind: type, args, tokenizer, others: dict, *names) -> None:
     """Raise ValueError for arguments that no trainer of this name can work with. kind: the class of
-    its configuration."""
+    its configuration. others: the arguments that go on to TRL's trainer. names: what it may have to
+    open beside the model."""
     if uncompiled(model) is not model:
         raise ValueError(
             f"model is compiled, and {trainer} runs its parts one by one: hand over the model itself"
@@ -207,6 +209,7 @@ def check_arguments(trainer: str, model, kind: type, args, tokenizer) -> None:
         raise ValueError(f"args={args!r}: {trainer} needs a {kind.__name__}")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"processing_class={tokenizer!r}: {trainer} needs the model's tokenizer")
+    check_open(args, others, (model, *names))
     check_writable(args.output_dir)
 
 
@@ -229,110 +232,6 @@ def without_task(adapter):
     return adapter
 
 
-def check_data(train_dataset, eval_dataset) -> None:
-    """Raise ValueError for rows that TRL's SFT would fail on without saying what they lack, or learn
-    nothing from; of some that teach no more than an end say how many."""
-    columns = train_dataset.column_names if isinstance(train_dataset, Dataset) else TEXTS
-    if not any(column in columns for column in TEXTS) and not {*PAIR} <= {*columns}:
-        raise ValueError(
-            f"train_dataset has the columns {columns}: name yours 'prompt' and 'completion', or 'messages', "
-            f"or 'text'"
-        )
-    _check_rows_of(train_dataset, "train_dataset")
-    _check_rows_of(eval_dataset, "eval_dataset")
-
-
-def _check_rows_of(dataset, name: str) -> None:
-    if isinstance(dataset, dict):  # DatasetDict among them
-        for key, rows in dataset.items():
-            _check_rows_of(rows, f"{name}[{key!r}]")
-    elif isinstance(dataset, (Dataset, IterableDataset)) and next(iter(dataset), None) is None:
-        raise ValueError(f"{name} is empty: give at least one row")
-    elif isinstance(dataset, Dataset):
-        columns = dataset.column_names
-        used = PAIR if {*PAIR} <= {*columns} else [name for name in TEXTS if name in columns][:1]
-        check_cells(dataset, [*used, *({"traces"} & {*columns})], name)
-        kinds = ["a chat" if is_list(dataset.features[each]) else "text" for each in used]
-        if used == PAIR and len({*kinds}) > 1:
-            raise ValueError(
-                f"{name} has {kinds[0]} as prompt and {kinds[1]} as completion: give both as texts, or both as "
-                "lists of messages"
-            )
-        if used[-1] != "input_ids":
-            _check_blank(dataset, used[-1], name)
-
-
-def _check_blank(dataset: Dataset, column: str, name: str) -> None:
-    if blank := sum(map(is_blank, dataset[column])):
-        said = f"{name} holds nothing but white space in column {column!r}"
-        if blank == len(dataset):
-            raise ValueError(f"{said}: give texts to learn")
-        PartialState().print(f"{said} in {blank} of {len(dataset)} rows: they teach its end alone")
-
-
-def is_blank(cell) -> bool:
-    """Is a text nothing but white space; does no message of a chat say anything, not even by a tool?"""
-    if isinstance(cell, str):
-        return not cell.strip()
-    said = (value for message in cell for key, value in message.items() if key != "role")
-    return not any(value.strip() if isinstance(value, str) else value for value in said)
-
-
-def is_list(feature) -> bool:
-    return isinstance(feature, (List, LargeList))
-
-
-def check_cells(dataset: Dataset, columns: list[str], name: str) -> None:
-    """Raise ValueError for cells of text that hold None, numbers, or lists of anything but messages.
-    name: of the dataset."""
-    for column in columns:
-        feature = dataset.features[column]
-        kind = feature.dtype if isinstance(feature, Value) else "text"
-        if column in CHATS and is_list(feature) and isinstance(feature.feature, Value):
-            kind = f"lists of {feature.feature.dtype}"  # of no messages
-        if kind not in ("text", "string", "large_string", "null"):
-            raise ValueError(
-                f"{name} holds {kind} in column {column!r}: give text, or a chat as a list of messages"
-            )
-    first = 0
-    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
-        for column in columns:
-            if table[column].null_count:
-                number = first + pc.index(pc.is_null(table[column]), True).as_py()
-                raise ValueError(
-                    f"row {number} of {name} holds None in column {column!r}: give text, or drop such rows"
-                )
-        first += len(table)
-
-
-def check_filter(args) -> None:
-    """Raise ValueError for the option of transformers that hides NaN losses."""
-    if args.logging_nan_inf_filter:
-        raise ValueError(
-            f"logging_nan_inf_filter=True hides NaN losses, {type(args).__name__} stops at them: "
-            f"leave it at False"
-        )
-
-
-def check_compile(args) -> None:
-    """Raise ValueError for the options that compile a model as a whole. The trainers run its parts
-    one by one under the wrapper, so it would compile what is around them, anew in each step."""
-    for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
-        if value := getattr(args, name):
-            raise ValueError(
-                f"{name}={value!r} makes this training slower: leave it out; in Python, hand over a model with "
-                f"model.forward = torch.compile(model.forward)"
-            )
-
-
-IDLE_PACKING = (
-    Idle("packing_strategy", lambda c: not c.packing, "without packing", "set packing=True"),
-    Idle(
-        "eval_packing", lambda c: c.eval_packing, "here, where held-out rows stay apart", "drop it"
-    ),
-)
-
-
 @dataclass
 class PlainSFTConfig(SFTConfig):
     """TRL's SFTConfig for a loss of our own: CPU where there is nothing else, and rows that the
@@ -343,30 +242,23 @@ class PlainSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
-        check_compile(self)
+        check_before(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True
             self.bf16 = bool(self.bf16)
         super().__post_init__()
         check_filter(self)
+        check_neutral(self, OF_TEXTS)
+        check_prepares(self)
         check_least(self, pad_to_multiple_of=1)
-        if self.padding_free:
-            raise ValueError(
-                f"padding_free=True: {type(self).__name__} needs rows, set it to False; packing=True fills them"
-            )
         if self.packing and self.packing_strategy != "bfd":
             raise ValueError(
                 f"packing_strategy={self.packing_strategy!r} cuts examples in two: leave it at 'bfd'"
             )
         if self.packing and self.max_length is None:
             raise ValueError("packing=True needs a max_length, which is the length of its rows")
-        check_idle(self, IDLE_PACKING)
+        check_idle(self, IDLE_TEXTS)
         self.eval_packing = False  # TRL would pack what `evaluate` is given
-        if self.loss_type != "nll" or self.label_smoothing_factor:
-            given = f"loss_type={self.loss_type!r}, label_smoothing_factor={self.label_smoothing_factor}"
-            raise ValueError(
-                f"{given}: {type(self).__name__} has a loss of its own, leave them at 'nll' and 0"
-            )
 
 
 def unpacked(args: PlainSFTConfig) -> PlainSFTConfig:

@@ -184,10 +184,10 @@ def test_imports_point_one_way(folder):
 FLOORS = [
     ("largest",),
     ("_lazy", "checks", "noise", "placement", "progress", "resume", "soft", "specs", "tags"),
-    ("feedback", "files", "names", "relaxed"),
+    ("feedback", "files", "inherited", "names", "relaxed"),
     ("mixers", "models", "tasks", "results"),
     ("caches", "draws", "idle"),
-    ("config", "training"),
+    ("config", "texts", "training"),
     ("switch", "split"),
     ("thought", "defaults", "guard", "loops", "model_card"),
     ("looks",),

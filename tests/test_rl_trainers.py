@@ -1,7 +1,6 @@
 """RL on a soft policy: TRL's loss at one draw, exact replay, resuming, PPO and RLOO, and what is
 refused."""
 
-import dataclasses
 import inspect
 import json
 import math
@@ -17,7 +16,7 @@ from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from tiny import END, EOS, model_of, tokenizer_of, with_lora
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from softar.rl import (
     SoftGRPOConfig,
@@ -29,7 +28,6 @@ from softar.rl import (
 )
 from softar.rl.actions import mixture
 from softar.rl.losses import LOSS_TYPES
-from softar.rl.neutral import IDLE, NEUTRAL
 from softar.thought import Kind
 from softar.training import WatchedLosses
 
@@ -646,11 +644,7 @@ def test_the_best_checkpoint_is_taken_up_with_its_value_head(tmp_path):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_options_that_do_nothing_are_refused(tmp_path, kind):
-    """One by one, at a value that is not neutral; what they go with makes them act."""
-    for name, neutral, _ in NEUTRAL:
-        other = {bool: not neutral[0], int: 7, float: 0.125, str: "other", type(None): 0.125}
-        with pytest.raises(ValueError, match=rf"{name}|deprecated"):
-            config(tmp_path, kind, **{name: other[type(neutral[0])]})
+    """What they go with makes them act."""
     for options, says in (
         (dict(vllm_max_model_length=64), "vllm_max_model_length=64 .*rollout='vllm'"),
         (dict(soft_mixer="hard", soft_k=2), "soft_k=2 does nothing"),
@@ -671,24 +665,6 @@ def test_options_that_do_nothing_are_refused(tmp_path, kind):
     else:
         with pytest.raises(ValueError, match="scale_rewards='none' does nothing with"):
             config(tmp_path, kind, scale_rewards="none")
-
-
-# TRL's own options that act on soft policies as on others
-ACTS = (
-    "model_init_kwargs trust_remote_code router_aux_loss_coef num_generations num_generations_eval "
-    "max_completion_length shuffle_dataset pad_to_multiple_of generation_batch_size "
-    "steps_per_generation temperature chat_template_kwargs beta num_iterations epsilon epsilon_high delta "
-    "reward_weights multi_objective_aggregation scale_rewards loss_type mask_truncated_completions entropy_coef "
-    "log_completions log_completions_hub_repo use_transformers_paged vllm_importance_sampling_cap"
-)
-
-
-def test_each_option_of_trl_acts_or_is_refused():
-    """The last two are other names of options that are refused. A new one needs a look."""
-    base = {field.name for field in dataclasses.fields(TrainingArguments)}
-    theirs = {field.name for field in dataclasses.fields(trl.GRPOConfig)} - base
-    refused = {name for name, *_ in NEUTRAL} | {n for rule in IDLE for n in rule.options.split()}
-    assert theirs - refused == {*ACTS.split()} and not refused & {*ACTS.split()}
 
 
 def test_entropy_and_kl_count_the_same_draws(tmp_path):

@@ -42,8 +42,9 @@ from softar.sft.trainer import SoftSFTTrainer, soft_loss
 from softar.soft import Soft, entropy, mk_proba_dist
 from softar.tags import moves_of_ids
 from softar.tasks import load_task
+from softar.texts import check_data
 from softar.thought import Kind
-from softar.training import check_data, no_interrupt
+from softar.training import no_interrupt
 
 OFF = -100
 CHAT = (
@@ -1468,6 +1469,7 @@ def test_rows_that_teach_no_more_than_an_end_are_counted(tmp_path, capsys):
     assert f"{said} in 2 of 8 rows" in capsys.readouterr().out
     nothing = [[{"role": "user", "content": "a"}], [{"role": "assistant", "content": " "}]]
     called = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]
+    args = config_of(tmp_path)
     for row in (
         {"prompt": "a", "completion": ""},
         {"text": " "},
@@ -1477,10 +1479,10 @@ def test_rows_that_teach_no_more_than_an_end_are_counted(tmp_path, capsys):
         with pytest.raises(
             ValueError, match=f"nothing but white space in column '{[*row][-1]}': give"
         ):
-            check_data(Dataset.from_list([row] * 3), None)
+            check_data(args, Dataset.from_list([row] * 3), None)
         with pytest.raises(ValueError, match="eval_dataset holds nothing"):
-            check_data(data(2), Dataset.from_list([row]))
-    check_data(Dataset.from_list([{"prompt": nothing[0], "completion": called}]), None)
+            check_data(args, data(2), Dataset.from_list([row]))
+    check_data(args, Dataset.from_list([{"prompt": nothing[0], "completion": called}]), None)
 
 
 def test_a_tag_that_the_tokenizer_merges_is_refused_by_row(tmp_path):

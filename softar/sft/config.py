@@ -29,6 +29,14 @@ PACKED = {  # what goes with packed rows alone, and why nothing else does
     "targets": ("gold", "traces have other lengths than the completions that are packed"),
     "latent_stages": (None, "its rows change their lengths from stage to stage"),
 }
+# What goes with gold targets alone, as TRL does it to the rows that it makes and traces are not among
+# them; and what does nothing
+OF_GOLD = {
+    "truncation_mode": "keep_start",
+    "eos_token": None,
+    "chat_template_path": None,
+    "assistant_only_loss": False,
+}
 # What options that act in some modes only are where they are left out
 LEFT_OUT = dict(
     latents_per_step=1,
@@ -207,6 +215,7 @@ class SoftSFTConfig(PlainSFTConfig):
         check_least(self, soft_passes=0, soft_grad_passes=1, soft_window=1, think_steps=0)
         check_least(self, latent_stages=1, latents_per_step=1, latent_stage_steps=1)
         self._check_stages()
+        self._check_texts()
         for name, (value, why) in PACKED.items():
             if self.packing and (given := getattr(self, name)) != value:
                 raise ValueError(
@@ -254,6 +263,19 @@ class SoftSFTConfig(PlainSFTConfig):
             raise ValueError("completion_logits=True is not for latent_stages: set it to False")
         if self.max_steps > 0:
             self.stage_steps(self.max_steps)
+
+    def _check_texts(self) -> None:
+        if self.completion_only_loss is False:
+            raise ValueError(
+                "completion_only_loss=False: prompts would be thought, too, which decoding reads as they are; leave "
+                "it out, texts without prompts are learnt whole"
+            )
+        for name, left_out in OF_GOLD.items() if self.targets != "gold" else ():
+            if (value := getattr(self, name)) != left_out:
+                raise ValueError(
+                    f"{name}={value!r} says nothing to traces, with targets={self.targets!r}: leave it at "
+                    f"{left_out!r}, and give rows and a tokenizer that are so already"
+                )
 
     def alpha(self) -> Callable[[float], float]:
         """The guidance schedule, progress in [0, 1] -> alpha."""

@@ -100,6 +100,12 @@ IDLE = (
         "leave packing out",
     ),
     Idle(
+        "neftune_noise_alpha",
+        lambda c: c.is_soft,
+        "to the mixtures that are read in the place of tokens",
+        "train on gold tokens alone, alpha_schedule='constant'",
+    ),
+    Idle(
         "think_tags",
         lambda c: c.think_tokens == 0 or c.think_end != TAGS[1],
         f"without think_tokens and think_end={TAGS[1]!r}, which stands in the data",

@@ -9,10 +9,12 @@ import pyarrow.compute as pc
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from torch import nn
 
 from ..guard import check_range
 from ..mixers import mk_mixer
-from ..models import check_keeps_apart
+from ..models import check_autoregressive, check_keeps_apart
+from ..training import check_adapter
 from .data import check_pickable, check_traces, thought_mask
 from .learnt import ROOM, learnt_of, mixture
 
@@ -35,6 +37,18 @@ def check_columns(model, args, train_dataset, eval_dataset, score) -> None:
         check_traces(eval_dataset, args.targets)
     if args.completion_logits:
         check_takes_fewer_logits(model, train_dataset)
+
+
+def check_model(trainer) -> None:
+    """Raise ValueError for a model that soft SFT cannot train."""
+    # by TRL, for every mixture of experts whose configuration has a coefficient
+    if trainer.aux_loss_enabled:
+        raise ValueError(
+            f"router_aux_loss_coef={trainer.router_aux_loss_coef}: soft SFT leaves out the experts' "
+            f"load-balancing loss, set it to 0 to agree"
+        )
+    check_adapter(type(trainer).__name__, trainer.model)
+    check_autoregressive(trainer.model, "train it with softar.diffusion's DiffusionSFTTrainer")
 
 
 def check_tokens(rows, args, room: int | None, vocab_size: int) -> None:
@@ -116,6 +130,20 @@ def check_packed(trainer, examples: int) -> None:
         with trainer.compute_loss_context_manager():  # in the dtype of the training
             beside = min(2, args.per_device_train_batch_size)
             check_keeps_apart(trainer.model, ids, lengths[several], beside)
+
+
+def freeze(model: nn.Module, args) -> None:
+    """Keep what a SoftSFTConfig says as it is. Raises ValueError for more layers than there are."""
+    if args.freeze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+    if layers := args.freeze_layers:
+        stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), [])
+        if layers > len(stack):
+            raise ValueError(
+                f"freeze_layers={layers} but {type(model).__name__} has {len(stack)} layers"
+            )
+        for layer in list(stack)[:layers]:
+            layer.requires_grad_(False)
 
 
 def whole_weights_for(args) -> dict:

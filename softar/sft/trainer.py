@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerState
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer import TRAINER_STATE_NAME
@@ -21,15 +21,14 @@ from ..config import CONFIG_FILE, TAGS, SoftConfig
 from ..evaluate import evaluate
 from ..mixers import guide, mk_mixer
 from ..model_card import OwnCard, changes_of
-from ..models import check_autoregressive, room_of
+from ..models import room_of
 from ..soft import Soft, check_dist
 from ..split import check_split, with_whole_weights
+from ..texts import check_data
 from ..training import (
     MicroBatches,
     WatchedLosses,
-    check_adapter,
     check_arguments,
-    check_data,
     give_own_rate,
     inside_forward,
     no_interrupt,
@@ -53,9 +52,11 @@ from .learnt import LearntFilters, begins_from
 from .loss import soft_loss
 from .preflight import (
     check_columns,
+    check_model,
     check_packed,
     check_tokens,
     forecast,
+    freeze,
     say_cut,
     whole_weights_for,
 )
@@ -87,8 +88,8 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         score: Callable[[str, dict], float] | None = None,
         **kwargs,
     ):
-        check_arguments(type(self).__name__, model, SoftSFTConfig, args, processing_class)
-        check_data(train_dataset, eval_dataset)
+        check_arguments(type(self).__name__, model, SoftSFTConfig, args, processing_class, kwargs)
+        check_data(args, train_dataset, eval_dataset)
         self._score, self._decode_rows = score, eval_dataset
         check_columns(model, args, train_dataset, eval_dataset, score)
         theirs = begins_from(model, args)
@@ -112,21 +113,14 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
             data_collator=collator(pad, pad_to_multiple_of=args.pad_to_multiple_of),
             **kwargs,
         )
-        # by TRL, for every mixture of experts whose configuration has a coefficient
-        if self.aux_loss_enabled:
-            raise ValueError(
-                f"router_aux_loss_coef={self.router_aux_loss_coef}: soft SFT leaves out the experts' "
-                f"load-balancing loss, set it to 0 to agree"
-            )
-        check_adapter(type(self).__name__, self.model)
-        check_autoregressive(self.model, "train it with softar.diffusion's DiffusionSFTTrainer")
+        check_model(self)
         vocab = self.model.config.get_text_config(decoder=True).vocab_size
         rows = {"train": self.train_dataset, "eval": self.eval_dataset}
         check_tokens(rows, args, room_of(self.model), vocab)
         say_cut(self, train_dataset)
         check_dist(vocab, **args.filters, prefix="soft_")
         check_split(self, **whole_weights_for(args))
-        _freeze(self.accelerator.unwrap_model(self.model), args)
+        freeze(self.accelerator.unwrap_model(self.model), args)
         split = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.model, self._tables = self._prefix.freeze(self.model, split)
         self.model_wrapped = self.model
@@ -392,16 +386,3 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
 
 
 FILTERS = "softar_filters"  # in trainer_state.json
-
-
-def _freeze(model: nn.Module, args: SoftSFTConfig) -> None:
-    if args.freeze_embeddings:
-        model.get_input_embeddings().requires_grad_(False)
-    if layers := args.freeze_layers:
-        stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), [])
-        if layers > len(stack):
-            raise ValueError(
-                f"freeze_layers={layers} but {type(model).__name__} has {len(stack)} layers"
-            )
-        for layer in list(stack)[:layers]:
-            layer.requires_grad_(False)

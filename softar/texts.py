@@ -1,0 +1,110 @@
+"""Rows of text that the trainers take, and what of them is refused before any is tokenised."""
+
+import pyarrow.compute as pc
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset, LargeList, List, Value
+
+PAIR = ("prompt", "completion")
+CHATS = (*PAIR, "messages")  # columns that may hold chats
+TEXT = "text"  # where dataset_text_field is left out
+
+
+def check_data(args, train_dataset, eval_dataset) -> None:
+    """Raise ValueError for rows that TRL's SFT would fail on without saying what they lack, or learn
+    nothing from, and for options that say nothing to them; of some that teach no more than an end say
+    how many."""
+    field = args.dataset_text_field
+    if isinstance(train_dataset, Dataset):
+        columns = train_dataset.column_names
+        if not _read(columns, field):
+            raise ValueError(
+                f"train_dataset has the columns {columns}: name yours 'prompt' and 'completion', or 'messages', "
+                f"or {field!r}"
+            )
+        _check_said(args, columns)
+    _check_rows_of(train_dataset, "train_dataset", field)
+    _check_rows_of(eval_dataset, "eval_dataset", field)
+
+
+def _read(columns: list[str], field: str) -> list[str]:
+    """The columns that TRL's SFT reads: it needs one, or the pair."""
+    if {*PAIR} <= {*columns}:
+        return [*PAIR]
+    return [name for name in ("messages", field, "input_ids") if name in columns][:1]
+
+
+def _check_said(args, columns: list[str]) -> None:
+    """Raise ValueError for options about texts that these columns do not ask."""
+    field, said = args.dataset_text_field, {}
+    if "input_ids" in columns or _read(columns, field) != [field]:
+        said["dataset_text_field"] = field if field != TEXT else None
+    if "labels" in columns or not {"completion", "completion_mask"} & {*columns}:
+        said["completion_only_loss"] = args.completion_only_loss or None
+    for name, value in said.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r} says nothing to rows with the columns {columns}: leave it out"
+            )
+
+
+def _check_rows_of(dataset, name: str, field: str) -> None:
+    if isinstance(dataset, dict):  # DatasetDict among them
+        for key, rows in dataset.items():
+            _check_rows_of(rows, f"{name}[{key!r}]", field)
+    elif isinstance(dataset, (Dataset, IterableDataset)) and next(iter(dataset), None) is None:
+        raise ValueError(f"{name} is empty: give at least one row")
+    elif isinstance(dataset, Dataset):
+        columns = dataset.column_names
+        used = _read(columns, field)
+        check_cells(dataset, [*used, *({"traces"} & {*columns})], name)
+        kinds = ["a chat" if is_list(dataset.features[each]) else "text" for each in used]
+        if len({*kinds}) > 1:
+            raise ValueError(
+                f"{name} has {kinds[0]} as prompt and {kinds[1]} as completion: give both as texts, or both as "
+                "lists of messages"
+            )
+        if used[-1] != "input_ids":
+            _check_blank(dataset, used[-1], name)
+
+
+def _check_blank(dataset: Dataset, column: str, name: str) -> None:
+    if blank := sum(map(is_blank, dataset[column])):
+        said = f"{name} holds nothing but white space in column {column!r}"
+        if blank == len(dataset):
+            raise ValueError(f"{said}: give texts to learn")
+        PartialState().print(f"{said} in {blank} of {len(dataset)} rows: they teach its end alone")
+
+
+def is_blank(cell) -> bool:
+    """Is a text nothing but white space; does no message of a chat say anything, not even by a tool?"""
+    if isinstance(cell, str):
+        return not cell.strip()
+    said = (value for message in cell for key, value in message.items() if key != "role")
+    return not any(value.strip() if isinstance(value, str) else value for value in said)
+
+
+def is_list(feature) -> bool:
+    return isinstance(feature, (List, LargeList))
+
+
+def check_cells(dataset: Dataset, columns: list[str], name: str) -> None:
+    """Raise ValueError for cells of text that hold None, numbers, or lists of anything but messages.
+    name: of the dataset."""
+    for column in columns:
+        feature = dataset.features[column]
+        kind = feature.dtype if isinstance(feature, Value) else "text"
+        if column in CHATS and is_list(feature) and isinstance(feature.feature, Value):
+            kind = f"lists of {feature.feature.dtype}"  # of no messages
+        if kind not in ("text", "string", "large_string", "null"):
+            raise ValueError(
+                f"{name} holds {kind} in column {column!r}: give text, or a chat as a list of messages"
+            )
+    first = 0
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        for column in columns:
+            if table[column].null_count:
+                number = first + pc.index(pc.is_null(table[column]), True).as_py()
+                raise ValueError(
+                    f"row {number} of {name} holds None in column {column!r}: give text, or drop such rows"
+                )
+        first += len(table)
