@@ -250,6 +250,16 @@ def test_training_on_packed_rows_is_training_on_their_examples(tmp_path, way):
     assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_packed_rows_are_shuffled_where_that_is_asked_for(tmp_path, shuffled):
+    """They come with the longest example first."""
+    rows = trainer_of(
+        tmp_path, train=data(40), packing=True, max_length=12, shuffle_dataset=shuffled
+    ).train_dataset
+    first = [lengths[0] for lengths in rows["seq_lengths"]]
+    assert (first == sorted(first, reverse=True)) is not shuffled
+
+
 def test_what_is_drawn_is_drawn_for_packed_rows_too(tmp_path):
     losses = []
     for seed in (0, 1):

@@ -156,7 +156,10 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
 
     def _pack(self) -> None:
         self.args.packing, examples = True, len(self.train_dataset)
-        self.train_dataset = packed(self.train_dataset, self.args.max_length, self._span)
+        rows = packed(self.train_dataset, self.args.max_length, self._span)
+        # the longest stand first
+        shuffles, seed = self.args.shuffle_dataset, self.args.seed
+        self.train_dataset = rows.shuffle(seed=seed) if shuffles else rows
         check_packed(self, examples)
 
     def _set_signature_columns_if_needed(self):
