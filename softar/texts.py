@@ -5,7 +5,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset, LargeList, List, Value
 
 PAIR = ("prompt", "completion")
-CHATS = (*PAIR, "messages")  # columns that may hold chats
+CHATS = (*PAIR, "messages", "conversations")  # columns that may hold chats
 TEXT = "text"  # where dataset_text_field is left out
 
 
@@ -30,7 +30,7 @@ def _read(columns: list[str], field: str) -> list[str]:
     """The columns that TRL's SFT reads: it needs one, or the pair."""
     if {*PAIR} <= {*columns}:
         return [*PAIR]
-    return [name for name in ("messages", field, "input_ids") if name in columns][:1]
+    return [name for name in (*CHATS[2:], field, "input_ids") if name in columns][:1]
 
 
 def _check_said(args, columns: list[str]) -> None:
@@ -79,7 +79,7 @@ def is_blank(cell) -> bool:
     """Is a text nothing but white space; does no message of a chat say anything, not even by a tool?"""
     if isinstance(cell, str):
         return not cell.strip()
-    said = (value for message in cell for key, value in message.items() if key != "role")
+    said = (v for message in cell for key, v in message.items() if key not in ("role", "from"))
     return not any(value.strip() if isinstance(value, str) else value for value in said)
 
 

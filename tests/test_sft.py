@@ -1485,6 +1485,19 @@ def test_rows_that_teach_no_more_than_an_end_are_counted(tmp_path, capsys):
     check_data(args, Dataset.from_list([{"prompt": nothing[0], "completion": called}]), None)
 
 
+def test_a_column_of_conversations_is_learnt(tmp_path):
+    chat = [{"from": "user", "value": "w5 w6"}, {"from": "assistant", "value": "w7"}]
+    tokenizer = tokenizer_of()
+    tokenizer.chat_template = CHAT
+    made = trainer_of(
+        tmp_path, Dataset.from_list([{"conversations": chat}] * 4), tokenizer=tokenizer
+    )
+    assert made.train_dataset[0]["labels"] == [1, 5, 6, 7, 2]
+    said = [{"from": "user", "value": " "}, {"from": "assistant", "value": ""}]
+    with pytest.raises(ValueError, match="nothing but white space in column 'conversations'"):
+        trainer_of(tmp_path, Dataset.from_list([{"conversations": said}]), tokenizer=tokenizer)
+
+
 def test_a_tag_that_the_tokenizer_merges_is_refused_by_row(tmp_path):
     core = Tokenizer(
         WordLevel(
