@@ -881,6 +881,7 @@ SIGNATURES = {
     "_save": "output_dir state_dict",
     "_save_checkpoint": "model trial",
     "_load_from_checkpoint": "resume_from_checkpoint model",
+    "_load_best_model": "",
     "_log_completion_extra": "column values",
     "create_optimizer": "model",
     "evaluate": "eval_dataset ignore_keys metric_key_prefix",
