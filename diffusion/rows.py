@@ -75,10 +75,13 @@ def filled(dataset, block_length: int, end_id: int, max_length: int | None):
     return dataset.map(fill)
 
 
-def packed(dataset, length: int):
-    """Tokenised rows as documents of rows of up to `length` tokens, each the best fit for the next
-    longest document; `seq_lengths` says where they end."""
-    return pack_dataset(dataset.select_columns(["input_ids", "labels"]), length, "bfd")
+def packed(dataset, args):
+    """Tokenised rows as documents of rows of up to `max_length` tokens, each the best fit for the next
+    longest document; `seq_lengths` says where they end. The longest stand first, or, as in TRL, rows
+    are shuffled where a DiffusionSFTConfig says so."""
+    columns = dataset.select_columns(["input_ids", "labels"])
+    rows = pack_dataset(columns, args.max_length, "bfd")
+    return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
 
 
 @dataclass

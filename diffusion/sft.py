@@ -120,8 +120,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         check_tokens(rows, args, self._room, self._facts.vocab_size)
         self.args.packing = args.packing
         if args.packing:
-            rows = packed(self.train_dataset, args.max_length)
-            self.train_dataset = rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
+            self.train_dataset = packed(self.train_dataset, args)
         self._evaluated = torch.zeros(2, device=self.accelerator.device)  # loss, and its divisor
         self._was_uniform = self._facts.uniform is not None
         self.head = self.uniform = None
