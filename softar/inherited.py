@@ -41,7 +41,7 @@ def check_neutral(args, options=OF_ALL, reasons: dict[str, str] | None = None) -
     """Raise ValueError for an option that these arguments have no use for. reasons: that a kind of
     trainer has, and others have not."""
     for name, neutral, why in options:
-        value = getattr(args, name)
+        value = vars(args).get(name, neutral[0])  # older versions lack some
         if value not in neutral:
             raise ValueError(
                 f"{name}={value!r} is not supported by {type(args).__name__}: {(reasons or {}).get(name, why)}. Leave "
