@@ -284,6 +284,7 @@ def split_by(fsdp=None, zero=None):
     return SimpleNamespace(
         distributed_type=DistributedType(kind),
         state=SimpleNamespace(deepspeed_plugin=zero, fsdp_plugin=fsdp),
+        parallelism_config=None,
     )
 
 

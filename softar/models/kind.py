@@ -60,6 +60,12 @@ def plain(model) -> PreTrainedModel:
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
+def recomputes(model: PreTrainedModel) -> bool:
+    """Are activations made again in the backward pass? transformers 5.24 warns of the old name."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    return getattr(model, next(name for name in names if hasattr(type(model), name)))
+
+
 def uncompiled(model):
     """What torch.compile wrapped, which `generate` of the wrapper runs as well; else the same."""
     is_wrapper = isinstance(model, nn.Module) and "_orig_mod" in model._modules

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..checks import check_choice, check_least
 from ..guard import check_unpadded
-from ..models.kind import plain
+from ..models.kind import plain, recomputes
 from ..models.reading import IN_PLACE, ONE_BY_ONE, SHORT_CACHES, cache_name, reads_moved_rows
 from ..models.room import room_of
 from ..soft import Soft, soft_inputs, token_inputs
@@ -201,7 +201,7 @@ def _keeps_prefix(model) -> bool:
     """Can a model, plain or wrapped by PEFT, go on from one cache in more than one way, by several
     positions? Only where that holds keys and values, and no state that is written over."""
     inner = plain(model)
-    if model.is_gradient_checkpointing and model.training:
+    if recomputes(plain(model)) and model.training:
         return False  # drops the cache
     if cache_name(inner) not in ("cache", "past_key_values"):
         return False
@@ -300,7 +300,7 @@ def _next(model, seen: Seen, feed: Feed | None, gold: Tensor) -> dict[str, Tenso
 
 
 def _sequential(model, batch, feed, advance, window):
-    if model.is_gradient_checkpointing and model.training:
+    if recomputes(plain(model)) and model.training:
         raise ValueError(
             "sequential soft teacher forcing needs gradient_checkpointing=False: checkpointed layers drop the "
             "KV cache. Switch it off or use mode='parallel'"
