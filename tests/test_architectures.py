@@ -152,7 +152,8 @@ MIXED = """
 """.split()
 if Version(transformers.__version__) < Version("5.24"):
     MIXED.append("falcon")
-REFUSED = {*NEED_TOKENS, "cpmant", "openai-gpt", "reformer", "xlm", "xlnet"} - {*NOT_BUILT}
+SINCE_5_24 = ("bailing_hybrid", "dots3_note")
+REFUSED = {*NEED_TOKENS, "cpmant", "openai-gpt", "reformer", "xlnet"} - {*NOT_BUILT}
 
 
 def tiny_config(config_class, **more):
@@ -287,12 +288,11 @@ def test_beams_look_ahead_and_are_read_again_or_are_refused(kind):
         try:
             found, _ = beam_collapse(model, ids, mask, config, BeamCollapse(1, every))
         except ValueError as error:
-            said = "has no cache" if kind == "mamba" else "goes on by one position"
-            assert f"{type(model).__name__} {said}" in str(error)
+            assert f"{type(model).__name__} goes on by one position" in str(error)
         else:
             decoded += 1
             assert torch.equal(found.sequences, greedy.sequences)
-    assert decoded == {"mamba": 0, "lfm2": 1, "prophetnet": 1}.get(kind, 2)
+    assert decoded == {"mamba": 1, "lfm2": 1, "prophetnet": 1}.get(kind, 2)
 
 
 @pytest.mark.parametrize("kind", ["opt", "gemma3n_text"])
@@ -338,7 +338,7 @@ def test_parallel_training_is_whole_forwards_refreshed(kind):
 
 
 def test_tables_name_what_there_is():
-    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *SINCE_5_24}
     assert {
         *NOT_BUILT,
         *REFUSED,
@@ -392,7 +392,12 @@ def test_layers_read_it_in_training_and_replay(layered):
     mask[:, 4:7] = True
     modes = [
         soft_forward(
-            layered, out.sequences, None, mask, lambda x, gold: mk_proba_dist(x, top_k=3), mode=mode
+            layered,
+            out.sequences,
+            torch.ones_like(out.sequences),  # the pad token may be drawn
+            mask,
+            lambda x, gold: mk_proba_dist(x, top_k=3),
+            mode=mode,
         )
         for mode in ("parallel", "sequential")
     ]

@@ -18,6 +18,7 @@ CACHES = ("cache", "past_key_values", "cache_params", "state")
 # What mixtures have no answer to.
 NEED_TOKENS = {
     "deepseek_v4": "it chooses experts by the token's id",
+    "xlm": "beside each it reads a language, and ahead of it a mask",
     "gemma3n": "its forward takes no mixtures for the layers; open it with softar.load, or as Gemma3nForCausalLM",
 }
 # transformers counts the positions of these from the left edge, or lets their state run over the
