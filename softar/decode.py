@@ -59,7 +59,7 @@ from .loops import run_loop
 from .mixers import Rng, mk_mixer
 from .models.kind import plain, uncompiled
 from .models.origin import origin_of
-from .models.reading import cache_in, check_ragged
+from .models.reading import cache_in, check_ragged, check_virtual_tokens
 from .placement import evaluating
 from .soft import Soft, soft_inputs
 from .step import KNOWN, compiled, is_over, mk_step, separate
@@ -197,10 +197,12 @@ def generate(
     check_values(generate, logits_processor=logits_processor, stopping_criteria=stopping_criteria)
     check_values(generate, generation_config=generation_config, compile=compile)
     check_values(generate, cache_implementation=cache_implementation, look_every=look_every)
+    # the loop below sees nothing of PEFT's wrapper
+    check_virtual_tokens(model)
     if attention_mask is None:
         guard.check_unpadded(model, input_ids, tokenizer)
     else:
-        check_ragged(model, attention_mask)  # the loop below sees nothing of PEFT's wrapper
+        check_ragged(model, attention_mask)
     own, tokenizer = plain(model).generation_config, tokenizer or origin_of(model).tokenizer
     fields = check_fields(SoftConfig, renamed(kwargs), generate)
     config, why = chosen(config, fields, lambda: recall(model, tokenizer, fields.get("mixer")))

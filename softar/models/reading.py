@@ -5,12 +5,14 @@ tests/test_architectures.py decodes with every causal architecture of transforme
 tables: what is not named here satisfies both.
 """
 
+import importlib.metadata
 import inspect
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
-from .kind import check_autoregressive, plain
+from .kind import check_autoregressive, plain, uncompiled
 
 # Parameters of a forward by which a model takes its state from step to step: since transformers 5.24
 # all models have the first, which the old names are turned into with a warning.
@@ -109,6 +111,20 @@ def reads_moved_rows(model) -> bool:
 
 def peft_type_of(model) -> str | None:
     return None if model is plain(model) else model.active_peft_config.peft_type
+
+
+def check_virtual_tokens(model) -> None:
+    """Raise ValueError for virtual tokens that PEFT would leave out while a model decodes: up to 0.21
+    it looks for the cache by the name that it had before transformers 5.24."""
+    model = uncompiled(model)
+    if model is plain(model) or not model.active_peft_config.is_prompt_learning:
+        return
+    installed = importlib.metadata.version("peft")
+    if cache_name(model) == "cache" and Version(installed) < Version("0.22"):
+        raise ValueError(
+            f"{peft_type_of(model)} by PEFT {installed} loses its virtual tokens with transformers >= 5.24: "
+            "install peft >= 0.22, or 'transformers<5.24'"
+        )
 
 
 def check_ragged(model, attention_mask: Tensor) -> None:
