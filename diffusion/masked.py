@@ -143,6 +143,8 @@ class Masked:
         canvas.commit(block, commit, drop, proposal, certain, reader.forwards - 1)
         if self.recorder is not None:
             self.recorder.note(reader, commit)
+            if self.config.alg_temp:
+                self.recorder.draws(reader.forwards - 1, is_open, order, commit)
         canvas.watch(score + prob, rows)  # some selectors look at no logit
         where, soft = self._soften(belief, rows, cols, window, busy)
         believed = asked, lambda here: belief.logits[here]

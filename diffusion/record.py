@@ -22,6 +22,7 @@ from .canvas import Canvas
 from .config import DenoiseConfig
 from .net import Facts
 from .reader import Reader
+from .schedules import SCHEDULES
 from .select import SELECTORS, mk_selector
 from .soften import mk_softener
 
@@ -41,6 +42,10 @@ class Trajectory(NamedTuple):
     soft_column: Tensor  # [B, M] int64
     soft_ids: Tensor  # [B, M, K] int64
     soft_weights: Tensor  # [B, M, K] float32
+    # of a decode that draws its slots, too (alg_temp), else -1: the first forward in which a column
+    # could be drawn, and as which of the slots of its forward it was
+    opened_at: Tensor  # [B, L] int64
+    drawn_as: Tensor  # [B, L] int64
 
     def rows(self, which: Tensor | slice) -> "Trajectory":
         return Trajectory(*(part[which] for part in self))
@@ -51,6 +56,8 @@ class Recorder:
 
     def __init__(self, canvas: Canvas, block: Tensor):
         self.canvas, self.block, self.before = canvas, block, canvas.ids
+        self.opened_at = torch.full_like(canvas.ids, -1)
+        self.drawn_as = torch.full_like(canvas.ids, -1)
         self.mixtures: Soft | None = None  # [B, L, K] what was shown last in each slot
         self.read: list[tuple[int, Tensor, Soft]] = []  # forward, [m, 2] row and column, [m, K]
 
@@ -62,6 +69,17 @@ class Recorder:
         rows, cols = (reader.where & commit.any(-1, keepdim=True)).nonzero(as_tuple=True)
         mixed = Soft(*(part[rows, cols] for part in self.mixtures))
         self.read.append((reader.forwards - 1, torch.stack([rows, cols], -1), mixed))
+
+    def draws(self, forward: int, is_open: Tensor, order: Tensor, commit: Tensor) -> None:
+        """Of the slots `is_open` [B, L] bool this forward draws those of highest `order` [B, L], one by
+        one: `commit`. No draw is where all of them commit."""
+        fresh = is_open & (self.opened_at < 0)
+        self.opened_at = self.opened_at.masked_fill(fresh, forward)
+        ranked = order.masked_fill(~commit, -torch.inf).argsort(
+            dim=-1, descending=True, stable=True
+        )
+        drawn = commit & (is_open & ~commit).any(-1, keepdim=True)
+        self.drawn_as = torch.where(drawn, ranked.argsort(-1), self.drawn_as)
 
     def shows(self, where: Tensor, soft: Soft) -> None:
         """From now on the slots `where` [B, L] bool show these mixtures [m, K]."""
@@ -101,6 +119,8 @@ class Recorder:
             at.new_zeros(shape).index_put(where, cols[order]),
             ids.new_zeros(*shape, K).index_put(where, ids[order]),
             weights.new_zeros(*shape, K).index_put(where, weights[order]),
+            self.opened_at,
+            self.drawn_as,
         )
 
 
@@ -145,8 +165,8 @@ UNFIT: tuple[tuple[str, Callable[[DenoiseConfig], bool], str], ...] = (
     ("ends_last", lambda c: c.ends_last, "whether a slot waits depends on the token drawn for it"),
     (
         "alg_temp",
-        lambda c: c.alg_temp > 0,
-        "the slots are drawn too, by the model's scores; give 0",
+        lambda c: c.alg_temp > 0 and c.schedule_name not in SCHEDULES,
+        "what a schedule of yours makes of drawn scores is not known; give 0",
     ),
     ("top_k", lambda c: c.top_k is not None, WHOLE),
     ("top_p", lambda c: c.top_p is not None, WHOLE),

@@ -25,10 +25,12 @@ from softar.soft import Soft, soft_embed
 
 from .config import DenoiseConfig
 from .net import Facts, Parts, facts, parts
+from .order import choices, open_slots
 from .proposals import never_proposed
 from .record import Trajectory, check_recordable
 
 CHUNK = 16
+ESTIMATES = ("one-step", "left-to-right")
 
 
 class Piece(NamedTuple):
@@ -39,15 +41,24 @@ class Piece(NamedTuple):
     # [n, V] float32 (float64 of float64), over the temperature; the lowest number for what is never
     # proposed
     logits: Tensor
+    # [n, L] log-probabilities of each column to be the next slot, where slots were drawn, too
+    choices: Tensor | None = None
+
+    def log_probs(self, token: Tensor) -> Tensor:
+        """[n] of the tokens [n] of all slots, and of having drawn these."""
+        logp = self.logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+        if self.choices is None:
+            return logp
+        return logp + self.choices.gather(-1, self.cols[:, None])[:, 0]
 
 
 def log_probs(model: nn.Module, trajectory: Trajectory, config: DenoiseConfig, **how) -> Tensor:
     """[B, L] of each committed token, 0 elsewhere: the sum over a row is the log-probability of all
     that was drawn in it. Arguments are those of `replay`; with gradient it holds all pieces."""
     values = [], [], []
-    for rows, cols, logits in replay(model, trajectory, config, **how):
-        token = trajectory.after[rows, cols]
-        logp = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+    for piece in replay(model, trajectory, config, **how):
+        rows, cols = piece.rows, piece.cols
+        logp = piece.log_probs(trajectory.after[rows, cols])
         for part, value in zip(values, (rows, cols, logp), strict=True):
             part.append(value)
     if not values[0]:
@@ -95,6 +106,11 @@ def replay(
             f"method='grouped' is for block-causal models, and {type(model).__name__} reads the whole canvas: give "
             f"'exact'"
         )
+    if config.alg_temp and method in ESTIMATES:
+        raise ValueError(
+            f"alg_temp={config.alg_temp} draws the slots, and method={method!r} knows no order: give 'exact', or "
+            f"alg_temp=0"
+        )
     if hidden is not None and method != "one-step":
         raise ValueError(f"hidden does not go with method={method!r}: it is of 'one-step' alone")
     view, packs, read = METHODS[method]
@@ -139,13 +155,29 @@ class _Net(NamedTuple):
         where = canvas, place(canvas, copy, steps.soft_column[source])
         return embeds.index_put(where, mixed.to(embeds.dtype))
 
-    def piece(self, hidden: Tensor, source: tuple, rows: Tensor, cols: Tensor) -> Piece:
-        """hidden [p, T, D]; source: where the output about each slot is."""
+    def asked(self, steps: Trajectory, rows: Tensor, at: Tensor) -> Tensor:
+        """[p, L] bool of the forwards `at` [p] of the rows [p]: the slots whose logits are needed."""
+        commits = (steps.committed_at[rows] == at[:, None]) & (at >= 0)[:, None]
+        return commits | open_slots(steps, rows, at) if self.config.alg_temp else commits
+
+    def piece(self, hidden: Tensor, source: tuple, steps: Trajectory, place: tuple) -> Piece:
+        """hidden [p, T, D]; source: where the output about each slot is; place: of each slot that is
+        asked about its forward among those of the piece, row and column, and the row's forward."""
         logits = self.parts.head(hidden[source])
         logits = logits if logits.dtype == torch.float64 else logits.float()
+        *place, at = place
+        _, rows, cols = place
         never = torch.tensor(never_proposed(self.config, self.facts), device=cols.device)
+        least = torch.finfo(logits.dtype).min
+        drawn = None
+        if self.config.alg_temp:
+            here = steps.committed_at[rows, cols] == at
+            drawn = choices(
+                self.config, steps, logits.index_fill(-1, never, least), tuple(place), here
+            )
+            logits, rows, cols = logits[here], rows[here], cols[here]
         logits = logits / self.config.temperature
-        return Piece(rows, cols, logits.index_fill(-1, never, torch.finfo(logits.dtype).min))
+        return Piece(rows, cols, logits.index_fill(-1, never, least), drawn)
 
 
 def _packs(steps: Trajectory, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -179,10 +211,11 @@ def _read(steps: Trajectory) -> Iterator[tuple[int, bytes]]:
     """The forwards of one row that committed something, and of each a digest of all that it read."""
     forwards = steps.committed_at[steps.committed_at >= 0].unique()
     canvases = _canvas(steps, forwards.new_zeros(1), forwards[None])[0].cpu().numpy()
-    block, soft_at, *mixtures = (part[0].cpu().numpy() for part in steps[3:])
+    shown = steps.block, steps.soft_at, steps.soft_column, steps.soft_ids, steps.soft_weights
+    block, soft_at, *mixtures = (part[0].cpu().numpy() for part in shown)
     for at, canvas in zip(forwards.tolist(), canvases):
-        shown = soft_at == at
-        parts = canvas, block, *(part[shown] for part in mixtures)
+        its = soft_at == at
+        parts = canvas, block, *(part[its] for part in mixtures)
         digest = hashlib.blake2b(b"".join(part.tobytes() for part in parts), digest_size=16)
         yield at, digest.digest()
 
@@ -198,11 +231,11 @@ def _whole(net: _Net, steps: Trajectory, rows: Tensor, at: Tensor, number: Tenso
     """The forwards `at` [p], each over its whole canvas; those of one number are one."""
     which = number.unique_consecutive(return_inverse=True)[1]
     first = torch.cat([which.new_ones(1), which.diff()]).nonzero()[:, 0]  # [u] of p
-    canvas, cols = (steps.committed_at[rows] == at[:, None]).nonzero(as_tuple=True)
+    canvas, cols = net.asked(steps, rows, at).nonzero(as_tuple=True)
     hidden, start = _outputs(net, steps, rows[first], at[first, None])
     # with shifted logits nothing is about the first token, whose own output stands in
     source = which[canvas], torch.maximum(cols - net.facts.shift, start[which[canvas]])
-    return net.piece(hidden, source, rows[canvas], cols)
+    return net.piece(hidden, source, steps, (canvas, rows[canvas], cols, at[canvas]))
 
 
 def _outputs(net: _Net, steps: Trajectory, rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +257,9 @@ def _packed(net: _Net, steps: Trajectory, rows: Tensor, at: Tensor) -> Piece:
     as it stood then. A copy sees itself, and what is finished of the blocks before it."""
     b, shift, block = net.facts.block_length, net.facts.shift, steps.block[rows]
     L, g = block.shape[1], at.shape[1]
-    asked = (steps.committed_at[rows][:, None] == at[..., None]) & (at >= 0)[..., None]  # [p, g, L]
+    asked = net.asked(steps, rows.repeat_interleave(g), at.flatten()).unflatten(
+        0, at.shape
+    )  # [p, g, L]
     number = block[:, None].masked_fill(~asked, -1).amax(-1)  # [p, g] of the block
     start = (block[:, None] == number[..., None]).long().argmax(-1)
     column = (start[..., None] + torch.arange(b, device=at.device)).clamp_max(L - 1)  # [p, g, b]
@@ -254,7 +289,8 @@ def _packed(net: _Net, steps: Trajectory, rows: Tensor, at: Tensor) -> Piece:
     source = torch.maximum(cols - shift, first)
     inside = source >= start[canvas, which]
     source = torch.where(inside, place(canvas, which, source), source)
-    return net.piece(hidden, (canvas, source), rows[canvas], cols)
+    place = canvas * g + which, rows[canvas], cols, at[canvas, which]
+    return net.piece(hidden, (canvas, source), steps, place)
 
 
 def _as_recorded(trajectory: Trajectory, mask_id: int, hidden: Tensor | None) -> Trajectory:

@@ -100,6 +100,11 @@ def _moments(logits: Tensor, largest: Tensor, with_entropy: bool) -> tuple[Tenso
     """[n, V], [n, 1] -> sums of exp(z - largest) and, if asked for, of that times (z - largest):
     [n, 1]."""
     n, V = logits.shape
+    if logits.requires_grad and torch.is_grad_enabled():
+        shifted = logits - largest
+        e = shifted.exp()
+        finite = shifted.clamp_min(torch.finfo(logits.dtype).min)
+        return e.sum(-1, True), (finite * e).sum(-1, True)
     width = V if logits.is_cuda else min(_columns(n), V)
     total, weighted = logits.new_zeros(n), logits.new_zeros(n)
     buffers = logits.new_empty(2, n, width)

@@ -32,6 +32,8 @@ class Leaf(NamedTuple):
     order: list[int]  # the forward that decided each column, -1 for the prompt's
     soft: list[tuple[int, int, Tensor, Tensor]]  # forward, column, ids [K], weights [K]
     prob: Tensor  # with a graph
+    # as which of its forward each column was drawn, where slots are draws, too, else -1
+    drawn: list[int]
 
 
 def net(seed: int) -> LladaForMaskedDiffusion:
@@ -56,31 +58,47 @@ def leaves(model, config: DenoiseConfig, through: bool = False) -> list[Leaf]:
     steps, table = config.steps, model.get_input_embeddings().weight
     counts = [SLOTS // steps + (i < SLOTS % steps) for i in range(steps)]
 
-    def grow(ids, order, shown, soft, at, logp):
+    def grow(ids, order, shown, soft, at, logp, drawn):
         open_ = [c for c, token in enumerate(ids) if token == MASK]
         if not open_:
-            return [Leaf(ids, order, soft, logp.exp())]
+            return [Leaf(ids, order, soft, logp.exp(), drawn)]
         inputs = [
             shown[c][1] @ table[shown[c][0]] if c in shown else table[i] for c, i in enumerate(ids)
         ]
         logits = model(inputs_embeds=torch.stack(inputs)[None], use_cache=False).logits[0]
         logits = logits[:, :WORDS]
         sure = logits.softmax(-1).amax(-1)
-        first = sorted(open_, key=lambda c: -sure[c].item())[: counts[at]]
         draws = (logits / config.temperature).log_softmax(-1)
         soft = soft + [(at, c, *mixture) for c, mixture in shown.items()]
-        found = []
-        for tokens in itertools.product(range(WORDS), repeat=len(first)):
-            new, when, now = [*ids], [*order], logp
-            for c, token in zip(first, tokens, strict=True):
-                new[c], when[c], now = token, at, now + draws[c, token]
+        found, chosen = [], picked(sure, open_, counts[at], config.alg_temp)
+        ways = itertools.product(chosen, itertools.product(range(WORDS), repeat=counts[at]))
+        for (first, ranks, likely), tokens in ways:
+            new, when, ranked, now = [*ids], [*order], [*drawn], logp + likely
+            for c, rank, token in zip(first, ranks, tokens, strict=True):
+                new[c], when[c], ranked[c], now = token, at, rank, now + draws[c, token]
             rest = [c for c in open_ if c not in first and config.soften == "soft-token"]
             mixtures = {c: mixed(logits[c], through) for c in rest}
-            found += grow(new, when, mixtures, soft, at + 1, now)
+            found += grow(new, when, mixtures, soft, at + 1, now, ranked)
         return found
 
     ids = [*PROMPT, *[MASK] * SLOTS]
-    return grow(ids, [-1] * len(ids), {}, [], 0, torch.zeros((), dtype=torch.float64))
+    none = [-1] * len(ids)
+    return grow(ids, none, {}, [], 0, torch.zeros((), dtype=torch.float64), none)
+
+
+def picked(sure: Tensor, open_: list[int], count: int, alg_temp: float) -> list[tuple]:
+    """The slots that a forward may decide, as which each was drawn, and the log-probability of that."""
+    if not alg_temp or count == len(open_):
+        first = sorted(open_, key=lambda c: -sure[c].item())[:count]
+        return [(first, [-1] * count, 0.0)]
+    found = []
+    for first in itertools.permutations(open_, count):
+        left, logp = [*open_], 0.0
+        for c in first:
+            logp = logp + sure[c] / alg_temp - torch.logsumexp(sure[left] / alg_temp, 0)
+            left.remove(c)
+        found.append((first, range(count), logp))
+    return found
 
 
 def mixed(logits: Tensor, through: bool) -> tuple[Tensor, Tensor]:
@@ -105,12 +123,14 @@ def trajectory(found: list[Leaf]) -> Trajectory:
         for i, (forward, c, tokens, share) in enumerate(leaf.soft):
             at[row, i], column[row, i], ids[row, i] = forward, c, tokens
             weights[row, i] = share.detach()
-    before = after.masked_fill(order >= 0, MASK)
-    return Trajectory(before, after, order, torch.zeros_like(after), at, column, ids, weights)
+    before, drawn = after.masked_fill(order >= 0, MASK), torch.tensor([x.drawn for x in found])
+    opened = torch.where((before == MASK) & (drawn >= 0).any(), 0, -1)
+    block = torch.zeros_like(after)
+    return Trajectory(before, after, order, block, at, column, ids, weights, opened, drawn)
 
 
 def reward(found: list[Leaf]) -> Tensor:
-    """[27] 1 where all slots agree, half where two neighbours do: tokens have to fit together."""
+    """[trajectories] 1 where all slots agree, half where two neighbours do: tokens have to fit together."""
     slots = torch.tensor([leaf.ids[-SLOTS:] for leaf in found])
     same = (slots[:, 1:] == slots[:, :-1]).double()
     return same.mean(1)
@@ -123,7 +143,7 @@ def gradient(model, value: Tensor) -> Tensor:
 
 
 def scores(model, config: DenoiseConfig, steps: Trajectory, **how) -> Tensor:
-    """[27, weights]: the gradient of each trajectory's log-probability by that method."""
+    """[trajectories, weights]: the gradient of each trajectory's log-probability by that method."""
     logp = log_probs(model, steps, config, chunk=1000, **how).sum(1)
     return torch.stack([gradient(model, one) for one in logp])
 
@@ -189,13 +209,14 @@ def main() -> None:
             print(f"| {steps} | {soften} | {method} | {' | '.join(cells)} |", flush=True)
 
 
-def policy(steps: int, soften: str = "hard") -> DenoiseConfig:
+def policy(steps: int, soften: str = "hard", alg_temp: float = 0.0) -> DenoiseConfig:
     knobs = dict(k=K, bias=BIAS) if soften == "soft-token" else {}
     return DenoiseConfig(
         gen_length=SLOTS,
         steps=steps,
         temperature=0.7,
         select="max-prob",
+        alg_temp=alg_temp,
         soften=soften,
         soften_args=knobs,
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from softar.checks import Idle, check_least
 from softar.diffusion.config import DenoiseConfig
-from softar.diffusion.replay import METHODS
+from softar.diffusion.replay import ESTIMATES, METHODS
 from softar.training import opt
 
 from .config import RolloutConfig
@@ -58,6 +58,7 @@ DECODING = (
     "factor",
     "entropy_bound",
     "select",
+    "alg_temp",
     "soften",
     "soften_args",
     "rescale",
@@ -102,6 +103,10 @@ class DiffusionGRPOConfig(RolloutConfig):
     select: str = opt(
         "max-prob", "Which slots commit: by the belief alone, never by the tokens drawn."
     )
+    alg_temp: float = opt(
+        0.0,
+        "Above 0 the slots of a forward are drawn from softmax(score / alg_temp), and are actions, too.",
+    )
     soften: str | None = opt(None, "What a mask shows. Default: as the model was trained.")
     soften_args: dict[str, Any] | None = opt(None, "Knobs of the softener.")
     rescale: str | None = opt(None, "Length of mixtures: None, 'l2' or 'norm'.")
@@ -129,6 +134,11 @@ class DiffusionGRPOConfig(RolloutConfig):
     )
 
     def __post_init__(self):
+        if self.alg_temp and self.replay in ESTIMATES:
+            raise ValueError(
+                f"alg_temp={self.alg_temp} draws the slots, and replay={self.replay!r} knows no order: give 'exact', or "
+                f"alg_temp=0"
+            )
         if str(self.pad_to_multiple_of).lower() not in ("auto", "none", "null"):
             raise ValueError(
                 f"pad_to_multiple_of={self.pad_to_multiple_of!r} does nothing to canvases, which are as wide as their "

@@ -159,7 +159,8 @@ class DiffusionGRPOTrainer(RolloutGRPO):
         tensors = {PREFIX + name: part for name, part in steps._asdict().items()}
         if rollout.hidden is not None:
             tensors["hidden"] = rollout.hidden
-        if self.args.temperature == 1:  # else it is of a belief that nothing was drawn from
+        # at others it is of a belief that nothing was drawn from; of drawn slots it says nothing
+        if self.args.temperature == 1 and not self.args.alg_temp:
             then = rollout.out.confidence
             more = steps.after.shape[1] - then.shape[1]  # which a block has behind the answer
             tensors["rollout_prob"] = nn.functional.pad(then, (0, more), value=torch.nan)

@@ -115,7 +115,7 @@ class Losses:
     def __call__(self, piece: Piece, reference: Piece | None) -> Tensor:
         where = rows, _ = piece.rows, piece.cols
         token = self.steps.after[where]
-        new = token_logp(piece.logits, hard(token))[:, 0]
+        new = piece.log_probs(token)
         self.new[where] = new.detach()
         self.is_top[where] = (piece.logits.argmax(-1) == token).to(self.is_top.dtype)
         if self.row is None:
@@ -126,10 +126,14 @@ class Losses:
             per_slot = value + slope * (new - new.detach())
         if reference is not None:
             kl = token_kl(piece.logits, reference.logits)
+            if piece.choices is not None:
+                kl = kl + token_kl(piece.choices, reference.choices)
             self.kl[where] = kl.detach()
             per_slot = per_slot + self.beta * kl
         loss = (self.weights[where] * per_slot).sum()
         with torch.set_grad_enabled(bool(self.entropy_weight) and torch.is_grad_enabled()):
             nats = entropy(piece.logits)
+            if piece.choices is not None:
+                nats = nats + entropy(piece.choices)
         self.entropy[where] = nats.detach()
         return loss - self.entropy_weight * nats.sum() if self.entropy_weight else loss

@@ -132,7 +132,7 @@ def test_pieces_do_not_matter(kind):
     grads = {"whole": torch.autograd.grad((whole * weights).sum(), [*model.parameters()])}
     for method in ("exact", "grouped") if kind == "fast_dllm" else ("exact",):
         model.zero_grad()
-        for rows, cols, logits in replay(model, steps, config, method=method, chunk=4):
+        for rows, cols, logits, _ in replay(model, steps, config, method=method, chunk=4):
             token = steps.after[rows, cols][:, None]
             logp = logits.log_softmax(-1).gather(-1, token)[:, 0]
             torch.testing.assert_close(logp, whole[rows, cols])
@@ -183,7 +183,7 @@ def test_what_reads_the_same_is_read_once(kind, soften):
             known = (order >= 0) & (order < at)
             shown = steps.soft_at[r] == at
             parts = (torch.where(known, steps.after[r], steps.before[r]), steps.block[r])
-            parts += tuple(part[r][shown] for part in steps[5:])
+            parts += tuple(part[r][shown] for part in steps[5:8])
             every.add(str([part.tolist() for part in parts]))
     pairs = sum(len(row[row >= 0].unique()) for row in steps.committed_at)
     assert 2 < len(every) <= pairs - 4  # the first forwards are the same
@@ -256,9 +256,10 @@ def test_a_share_of_the_prompt_is_hidden():
 bench = import_module("softar.recipes.bench_replay")
 
 
-def enumerated(model, config, monkeypatch, **knobs):
+def enumerated(model, config, monkeypatch, ways=None, **knobs):
     """denoise() on a row for each way to fill the slots, whose tokens it is made to draw."""
-    ways = torch.tensor([*itertools.product(range(bench.WORDS), repeat=bench.SLOTS)])
+    ways = ways or [*itertools.product(range(bench.WORDS), repeat=bench.SLOTS)]
+    ways = torch.tensor(ways)
     rows = [torch.Generator().manual_seed(5) for _ in ways]
 
     def scripted(self, belief, asked, block):
@@ -308,6 +309,108 @@ def test_the_estimator_expects_the_policy_gradient(soften, steps, monkeypatch):
         assert (estimate - truth).norm() < 1e-5 * truth.norm()
 
 
+# -- slots that are drawn, too
+
+
+@pytest.mark.parametrize("soften", ["hard", "soft-mask"])
+@pytest.mark.parametrize("select", ["max-prob", "margin", "entropy"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_drawn_slots_are_scored_as_they_were_drawn(kind, select, soften, monkeypatch):
+    """Of each slot that the loop took, its share among those that were left, by the loop's own scores."""
+    seen, reorder = [], Proposer.reorder
+
+    def watched(self, score, is_open):
+        seen.append((score, is_open, drawn := reorder(self, score, is_open)))
+        return drawn
+
+    monkeypatch.setattr(Proposer, "reorder", watched)
+    model = model_of(kind)
+    knobs = dict(soften=soften, soften_args=ARGS.get(soften, {}), select=select, alg_temp=0.3)
+    blocks = dict(block_length=4, steps=4) if kind in ("llada", "dream") else dict(steps=9)
+    config, out = decoded(model, **knobs, **blocks)
+    width = out.sequences.shape[1]
+    at, wanted = out.trajectory.committed_at, torch.zeros(out.trajectory.after.shape)
+    wanted[:, :width] = out.confidence.nan_to_num(1.0).log()
+    commits = {int(forward) for forward in at.unique() if forward >= 0}
+    # forwards that store a finished block decide nothing
+    assert len(seen) == len(commits)
+    drawn = 0
+    for forward, (score, is_open, drawn_order) in zip(sorted(commits), seen, strict=True):
+        for r in range(len(at)):
+            left = is_open[r].nonzero()[:, 0].tolist()
+            now = (at[r] == forward).nonzero()[:, 0].tolist()
+            if len(now) == len(left):
+                continue
+            for c in sorted(now, key=lambda c: -drawn_order[r, c]):
+                wanted[r, c] += (score[r, left] / 0.3).log_softmax(-1)[left.index(c)]
+                left.remove(c)
+                drawn += 1
+    assert drawn > 3
+    with torch.no_grad():
+        whole = log_probs(model, out.trajectory, config, chunk=1000)
+        torch.testing.assert_close(whole[:, :width], wanted[:, :width], atol=2e-5, rtol=1e-5)
+        ways = [dict(chunk=5)]
+        if kind in ("sdar", "fast_dllm"):
+            ways += [dict(method="grouped", chunk=3), dict(method="grouped", chunk=50)]
+        for how in ways:
+            own = log_probs(model, out.trajectory, config, **how)
+            torch.testing.assert_close(own, whole, atol=2e-5, rtol=1e-5)
+    for method in ("one-step", "left-to-right"):
+        with pytest.raises(ValueError, match="alg_temp=0.3 draws the slots, and method="):
+            log_probs(model, out.trajectory, config, method=method)
+
+
+def drawn_orders(monkeypatch):
+    """denoise() from now on takes the slots of row r in the order of the r-th permutation, of as many
+    as there are, over and over."""
+    orders = [*itertools.permutations(range(bench.SLOTS))]
+
+    def scripted(self, score, is_open):
+        places = torch.full(score.shape, -torch.inf)
+        for r in range(len(score)):
+            for place, slot in enumerate(orders[r % len(orders)]):
+                places[r, len(bench.PROMPT) + slot] = -place
+        return places.masked_fill(~is_open, -torch.inf)
+
+    monkeypatch.setattr(Proposer, "reorder", scripted)
+    return len(orders)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("select", ["max-prob", "margin", "entropy", "leftmost"])
+@pytest.mark.parametrize("soften", ["hard", "soft-token"])
+def test_the_estimator_expects_the_policy_gradient_of_drawn_slots(
+    soften, select, steps, monkeypatch
+):
+    """All tokens in all orders: their probabilities add up to 1, and for the score that the bench writes
+    down anew the gradient is that of the expected reward."""
+    model, config = bench.net(1), bench.policy(steps, soften, alg_temp=0.3)
+    config = DenoiseConfig(**vars(config) | dict(select=select))
+    number = drawn_orders(monkeypatch)
+    ways = [*itertools.product(range(bench.WORDS), repeat=bench.SLOTS)]
+    recorded = enumerated(model, config, monkeypatch, [way for way in ways for _ in range(number)])
+    monkeypatch.undo()
+    logp = log_probs(model, recorded, config).sum(1)
+    p = logp.detach().exp()
+    assert p.sum().item() == pytest.approx(1, abs=1e-6)
+    if select != "max-prob":
+        return
+    found = bench.leaves(model, config)
+    prob, value = torch.stack([leaf.prob for leaf in found]), bench.reward(found)
+    assert prob.sum().item() == pytest.approx(1, abs=1e-9) and len(found) == len(p)
+    truth = bench.gradient(model, (prob * value).sum())
+    keys = {(*leaf.ids, *leaf.order, *leaf.drawn): i for i, leaf in enumerate(found)}
+    kept = recorded.after, recorded.committed_at, recorded.drawn_as
+    which = torch.tensor([keys[tuple(row)] for row in torch.cat(kept, 1).tolist()])
+    torch.testing.assert_close(p, prob.detach()[which], atol=1e-6, rtol=1e-5)
+    estimate = bench.gradient(model, (p * (value[which] - 0.3) * logp).sum())
+    assert (estimate - truth).norm() < 1e-5 * truth.norm()
+    fixed = recorded._replace(drawn_as=torch.full_like(recorded.drawn_as, -1))
+    blind = log_probs(model, fixed, config).sum(1)
+    estimate = bench.gradient(model, (p * (value[which] - 0.3) * blind).sum())
+    assert (estimate - truth).norm() > 0.05 * truth.norm()
+
+
 # -- what is refused
 
 
@@ -317,7 +420,10 @@ REFUSED = {
     "greedy": (dict(temperature=0.0), "temperature=0.0 cannot be replayed: nothing is drawn"),
     "top_k": (dict(top_k=5), "top_k=5 cannot be replayed: draws are scored under the whole belief"),
     "top_p": (dict(top_p=0.9), "top_p=0.9 cannot"),
-    "alg_temp": (dict(alg_temp=0.5), "alg_temp=0.5 cannot be replayed: the slots are drawn too"),
+    "alg_temp": (
+        dict(alg_temp=0.5, schedule=lambda block, config, draws: None),
+        "alg_temp=0.5 cannot be replayed: what a schedule of yours makes of drawn scores is not known",
+    ),
     "cfg_scale": (dict(cfg_scale=1.0), "cfg_scale=1.0 cannot"),
     "cache": (dict(cache="dual", block_length=4), "cache='dual' cannot be replayed: its keys"),
     "whole": (

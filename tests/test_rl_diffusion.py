@@ -103,6 +103,8 @@ def steps_of(batch):
         ("dream", dict(soften="soft-token", temperature=0.7)),
         ("sdar", SOFT | dict(replay="grouped", gen_length=8, steps=9)),
         ("fast_dllm", SOFT | dict(replay="exact", gen_length=8, steps=9)),
+        ("llada", dict(soften="hard", alg_temp=0.3)),
+        ("sdar", SOFT | dict(replay="grouped", gen_length=8, steps=9, alg_temp=0.3)),
     ],
 )
 def test_the_policy_is_scored_as_it_was_rolled_out(kind, options, tmp_path):
@@ -119,11 +121,14 @@ def test_the_policy_is_scored_as_it_was_rolled_out(kind, options, tmp_path):
     (out,) = seen
     model.train()
     logp = made._log_probs(model, out.trajectory, None)[:, : out.sequences.shape[1]]
-    if made.args.temperature == 1:
+    tokens_alone = made.args.temperature == 1 and not made.args.alg_temp
+    if made.args.alg_temp:
+        assert (out.trajectory.drawn_as > 0).any()
+    if tokens_alone:
         then = out.confidence.nan_to_num(1.0)
         torch.testing.assert_close(logp.exp(), then, atol=0, rtol=1e-5)
     off = logged(made, "ratio/replay_deviation")
-    assert len(off) == 2 * (made.args.temperature == 1) and max(off, default=0) < 1e-5
+    assert len(off) == 2 * tokens_alone and max(off, default=0) < 1e-5
     assert logged(made, "diffusion/nfe") == [out.row_forwards.float().mean()]
     if kind in ("llada", "dream"):  # in blocks an end token that is drawn ends a row early
         # are there rows of unequal steps?
@@ -568,7 +573,7 @@ def test_agreement_of_draws_with_greedy_decoding_and_of_slots_with_what_they_sho
     assert logged(made, "agreement/greedy") == [pytest.approx(share)] and 0 < share < 1
     same = []
     for r, row in enumerate(steps.after.tolist()):
-        for at, col, ids, weights in zip(*(part[r].tolist() for part in steps[4:]), strict=True):
+        for at, col, ids, weights in zip(*(part[r].tolist() for part in steps[4:8]), strict=True):
             if 0 <= at == steps.committed_at[r, col]:
                 pairs = [(w, i) for i, w in zip(ids, weights, strict=True) if i != MASK]
                 same.append(max(pairs)[1] == row[col])
