@@ -1,7 +1,8 @@
 """The probability of the order in which slots were drawn, where a decode draws these too (alg_temp).
 
 A forward draws without replacement from softmax(score / alg_temp) over its open slots, so what it
-drew has the probability of Plackett and Luce: of each slot among those that were left.
+drew has the probability of Plackett and Luce: of each slot among those that were left. DCoLT
+(arXiv:2505.10446) learns a module's score so; here the score is the belief's own.
 
 Shapes: m open slots, flat, L columns of the canvas; n of them committed.
 """

@@ -11,6 +11,7 @@ from softar.recipes.grpo_diffusion import ROWS, asked
 
 START = "latin-diffusion-tiny"  # the shipped net, which all arms begin with
 FORWARDS, OTHERS = 8, (4, 12, 20)  # of the policies, and for the curve
+DRAWN_AT = 0.1  # alg_temp of the read-outs whose slots are drawn
 DEV, TEST = 500, 2000
 DRAWN = 30_000  # templates, most of them of squares that the shipped net was trained on
 ROWS_SEED = 2
@@ -18,7 +19,8 @@ RL = dict(
     gen_length=0,  # templates have masks of their own
     steps=FORWARDS,
     temperature=0.25,
-    per_device_train_batch_size=256,
+    alg_temp=0.05,
+    per_device_train_batch_size=512,
     num_generations=8,
     replay_chunk=256,
     learning_rate=2e-4,
@@ -28,16 +30,18 @@ RL = dict(
     beta=0.0,
     loss_type="grpo",
     scale_rewards="none",
-    logging_steps=25,
+    logging_steps=10,
 )
+# what a forward commits is no draw: the surest slots
+SUREST = dict(how="hard", alg_temp=0.0, per_device_train_batch_size=256)
 SFT = latin.TRAINING
 SETTINGS = {  # of a rate of its own: chosen for it on development rows
     "start": dict(how="start"),
-    "hard": dict(how="hard", max_steps=600),
-    "soft-mask": dict(how="soft-mask", max_steps=600),
-    "hard-kl": dict(how="hard", max_steps=600, beta=0.05),
+    "hard": dict(how="hard", max_steps=150),
+    "soft-mask": dict(how="soft-mask", max_steps=150),
+    "hard-surest": dict(**SUREST, max_steps=900, learning_rate=1e-4),
     "hard-one-step": dict(
-        how="hard", max_steps=900, learning_rate=2e-4, replay="one-step", hide_prompt=0.15
+        **SUREST, max_steps=900, learning_rate=1e-4, replay="one-step", hide_prompt=0.15
     ),
     "sft-hard": dict(how="sft", max_steps=4400, learning_rate=1e-3),
     "sft-soft-mask": dict(how="sft", max_steps=3700, learning_rate=1e-3, softmasking_prob=0.8),
@@ -77,7 +81,14 @@ def measure(unit: Unit) -> list[dict]:
     begins = facts_of(model).soft_mask  # hard training makes the net forget it
     line = train(unit, model, tokenizer, task)
     soft = latin.how_soft(unit.setting, facts_of(model).soft_mask or begins)
-    made = functools.partial(latin.decoders, model, tokenizer, soft)
+
+    def made(forwards: tuple[int, ...]) -> dict:
+        some = latin.decoders(model, tokenizer, soft, forwards)
+        if forwards == (FORWARDS,):
+            drawn = latin.decoders(model, tokenizer, soft, forwards, alg_temp=DRAWN_AT)
+            some |= {f"drawn {name}": decoder for name, decoder in drawn.items()}
+        return some
+
     return [line | rows_hash(rows), *latin.answers(unit, made, task, rows, (FORWARDS,), OTHERS)]
 
 

@@ -147,15 +147,15 @@ def answers(unit: Unit, made: Callable, task, rows: dict, budgets: tuple, others
     return lines
 
 
-def decoders(model, tokenizer, soft: dict | None, budgets: tuple[int, ...]) -> dict:
-    """Hard ones, and those as `soft` says, of so many forwards each."""
+def decoders(model, tokenizer, soft: dict | None, budgets: tuple[int, ...], **fields) -> dict:
+    """Hard ones, and those as `soft` says, of so many forwards each. fields: of a DenoiseConfig."""
     from softar.diffusion.config import DenoiseConfig
     from softar.diffusion.decoders import DiffusionDecoder
 
     ways = {"hard": dict(soften="hard")} | ({} if soft is None else {"soft": soft})
     return {
         f"{name}, {steps}": DiffusionDecoder(
-            model, tokenizer, DenoiseConfig(gen_length=0, steps=steps, **way)
+            model, tokenizer, DenoiseConfig(gen_length=0, steps=steps, **way, **fields)
         )
         for name, way in ways.items()
         for steps in budgets

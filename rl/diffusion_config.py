@@ -136,8 +136,8 @@ class DiffusionGRPOConfig(RolloutConfig):
     def __post_init__(self):
         if self.alg_temp and self.replay in ESTIMATES:
             raise ValueError(
-                f"alg_temp={self.alg_temp} draws the slots, and replay={self.replay!r} knows no order: give 'exact', or "
-                f"alg_temp=0"
+                f"alg_temp={self.alg_temp} draws the slots, and replay={self.replay!r} knows no order: give 'exact', "
+                f"or alg_temp=0"
             )
         if str(self.pad_to_multiple_of).lower() not in ("auto", "none", "null"):
             raise ValueError(

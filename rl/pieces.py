@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from softar.diffusion.record import Trajectory
 from softar.diffusion.replay import Piece
-from softar.soft import entropy, hard
+from softar.soft import entropy
 
-from .actions import token_kl, token_logp
+from .actions import token_kl
 from .losses import surrogate
 
 RATIOS = ("token", "trajectory")

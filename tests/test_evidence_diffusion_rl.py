@@ -46,11 +46,12 @@ def test_units_answer_what_the_claims_read(tiny, tmp_path):
         there = {line["split"]: line for line in lines if line["readout"] == read.readout}
         known = rows["all" if read.rows == "all" else "first 5"]
         assert {*there} == {"dev", "test"} and there["test"]["n"] == known["n"]
-        assert there["test"]["nfe"] == int(read.readout.split()[1])
+        assert there["test"]["nfe"] == int(read.readout.split(", ")[1])
         assert first["test_rows_hash"] == known["hash"]
     said = {arm: first["arguments"] for arm, (first, _) in of.items()}
     of_rl = {arm: fields for arm, fields in said.items() if "num_generations" in fields}
-    assert {arm for arm, fields in of_rl.items() if fields["beta"]} == {"hard-kl"}
+    drawn = {arm for arm, fields in of_rl.items() if fields.get("alg_temp")}
+    assert drawn == {"hard", "soft-mask"} and len(of_rl) == 4
     assert {arm for arm, fields in of_rl.items() if "replay" in fields} == {"hard-one-step"}
     assert {fields["soften"] for fields in of_rl.values()} == {"hard", "soft-mask"}
     assert said["start"] == {} and of["start"][0]["steps"] == 0

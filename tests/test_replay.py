@@ -356,7 +356,7 @@ def test_drawn_slots_are_scored_as_they_were_drawn(kind, select, soften, monkeyp
             own = log_probs(model, out.trajectory, config, **how)
             torch.testing.assert_close(own, whole, atol=2e-5, rtol=1e-5)
     for method in ("one-step", "left-to-right"):
-        with pytest.raises(ValueError, match="alg_temp=0.3 draws the slots, and method="):
+        with pytest.raises(ValueError, match=r"alg_temp=0\.3 draws the slots, and method="):
             log_probs(model, out.trajectory, config, method=method)
 
 

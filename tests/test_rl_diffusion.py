@@ -167,11 +167,12 @@ def dense(made, batch, old):
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("ratio", ["token", "trajectory"])
-@pytest.mark.parametrize("replay", ["exact", "one-step"])
+@pytest.mark.parametrize("replay", ["exact", "slots drawn", "one-step"])
 def test_the_loss_is_that_of_all_steps_at_once(replay, ratio, loss_type, tmp_path):
     """In value and gradient, where the policy has moved so far that the clip holds some."""
-    options = dict(ratio=ratio, loss_type=loss_type, replay=replay, epsilon=0.05)
-    options |= dict(hide_prompt=0.3) if replay == "one-step" else SOFT
+    options = dict(ratio=ratio, loss_type=loss_type, epsilon=0.05)
+    options |= dict(replay=replay, hide_prompt=0.3) if replay == "one-step" else SOFT
+    options |= dict(alg_temp=0.3) if replay == "slots drawn" else {}
     made = trainer(tmp_path, **options)
     batch = rollout(made)
     made.model.eval()
@@ -324,11 +325,13 @@ def test_kl_and_entropy(tmp_path):
     assert abs(logged(made, "kl")[0]) < 1e-6 < logged(made, "kl")[2]
 
 
+@pytest.mark.parametrize("alg_temp", [0.0, 0.3])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_the_kl_is_that_of_the_whole_beliefs(adapted, tmp_path):
-    """To the model as it was, of every committed token, weighed like its surrogate; no row is left out."""
+def test_the_kl_is_that_of_the_whole_beliefs(adapted, alg_temp, tmp_path):
+    """To the model as it was, of every committed token and of the draw of its slot, weighed like its
+    surrogate; no row is left out."""
     adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") if adapted else None
-    made = trainer(tmp_path, beta=0.3, loss_type="grpo", peft=adapter, **SOFT)
+    made = trainer(tmp_path, beta=0.3, loss_type="grpo", peft=adapter, alg_temp=alg_temp, **SOFT)
     reference = net()  # the tests' model before the trainer had it
     batch = rollout(made) | {"advantages": torch.zeros(4)}
     with torch.no_grad():
@@ -341,8 +344,11 @@ def test_the_kl_is_that_of_the_whole_beliefs(adapted, tmp_path):
         inner = made.model.eval()
         both = (replay(model, steps, made.decoding, **how) for model in (inner, reference))
         for new, old in zip(*both, strict=True):
-            p, q = new.logits.log_softmax(-1), old.logits.log_softmax(-1)
-            kl[new.rows, new.cols] = (p.exp() * (p - q)).nan_to_num().sum(-1)
+            pairs = [(new.logits.log_softmax(-1), old.logits.log_softmax(-1))]
+            if alg_temp:
+                pairs.append((new.choices, old.choices))
+            for p, q in pairs:
+                kl[new.rows, new.cols] += (p.exp() * (p - q)).nan_to_num().sum(-1)
     mask = batch["loss_mask"]
     expected = 0.3 * ((kl * mask).sum(1) / mask.sum(1)).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4) and expected > 1e-3
