@@ -149,9 +149,11 @@ X2_SMOLLM2 = Evidence(
     gaps={"less 8 votes": {"reachability": VOTED.says}},
     gaps_x="task",
     notes=(
-        "Seed 0 is of c45c068 and one AMD EPYC with AVX2, beside a second run.",
-        "In seed 0 no arm ends above the warm net that all begin with (.750 discretely): 900 seconds "
-        "more taught it nothing, on random paths or on correct ones.",
+        "Seed 0 is of c45c068; of seed 1 warm and discrete, too, discrete-traces and trace-soft are of "
+        "7de5c75, guided-soft and pause of 515a6e9. All on one AMD EPYC with AVX2, beside a second run.",
+        "In seed 0 no arm ends above the warm net that all begin with (.750 discretely), in seed 1 one "
+        "does, discrete, by a point (.718, .708): 900 seconds more taught it little or nothing, on random "
+        "paths or on correct ones.",
         WARM,
         WALKS,
     ),
