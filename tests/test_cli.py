@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import typer
 
+from softar import tasks
 from softar.arguments import PROCESSES, TITLES, RecipeParser
 from softar.cli import app as cli
 from softar.cli import inputs, streams
@@ -653,6 +654,16 @@ def test_the_default_comparison(softar, task):
     assert code == 0 and len(found) == len(inputs.COMPARED[task])
     families = {row["family"] for row in found}
     assert families == ({"autoregressive", "diffusion"} if task == "mnns" else {"diffusion"})
+
+
+@pytest.mark.parametrize("task", ["mnns", "latin", "latin-prompt"])
+def test_a_diffusion_decoder_without_a_model_has_that_of_the_task(softar, task):
+    """Of all tasks it had that of one, which could not read the others' prompts."""
+    code, out, _ = softar(
+        "compare", "--task", task, "--limit", 3, "--json", "-d", "hard", "-d", "soft-mask"
+    )
+    found = json.loads(out)["rows"]
+    assert code == 0 and {row["model"] for row in found} == {tasks.MODELS[task]["diffusion"]}
 
 
 def test_decoders_of_a_comparison_by_its_model():

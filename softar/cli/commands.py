@@ -338,7 +338,8 @@ def compare(
             length = inputs.answer_length(loaded, spec, max_new_tokens)
             common = dict(max_new_tokens=length, seed=seed, dtype=dtype, device=device)
             common |= dict(stop=loaded.stop)
-            decoders.append(inputs.open_decoder(spec, model, {}, **common))
+            its = model or inputs.model_of_task(loaded, spec)
+            decoders.append(inputs.open_decoder(spec, its, {}, **common))
         comparison = run(
             decoders,
             with_chat(rows, decoders, chat),

