@@ -38,6 +38,12 @@ IDLE = (
         "with a select that scores at random",
         "choose another select",
     ),
+    Idle(
+        "alg_temp",
+        lambda c: c.steps == 1 or c.block_length == 1,
+        "where a forward commits all that is open",
+        "give more steps, or longer blocks",
+    ),
     Idle("cfg_keep_ids", lambda c: c.cfg_scale == 0, "without guidance", "give a cfg_scale"),
     Idle(
         "cache",

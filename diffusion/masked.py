@@ -63,7 +63,12 @@ class Masked:
         self.reader = self._reader(net, facts, real)
         self.constrain = Constraints(config.allowed, config.logits_processor, canvas, facts)
         self.propose = Proposer(
-            config, facts, self.end_ids, draws, with_entropy=self.softener.wants_entropy
+            config,
+            facts,
+            self.end_ids,
+            draws,
+            with_entropy=self.softener.wants_entropy,
+            record=record,
         )
         # rows that wait leave the batch; a rule of the user's may do whatever it likes with them
         name = config.schedule_name

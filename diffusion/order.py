@@ -30,11 +30,12 @@ def choices(
     """[n, L] log-probabilities of each column to be drawn when the slots `here` [m] bool were; of a
     slot that nobody drew, as nothing else was left, 0 for its own.
 
-    logits: [m, V], without a temperature; place: of each slot its forward (any number), row and
-    column [m].
+    logits: [m, V] float32 or float64, without a temperature; place: of each slot its forward (any
+    number), row and column [m]. The decode has refused selectors that draw.
     """
     forward, rows, cols = place
-    score = mk_selector(config.select)(Belief(logits), steps.after[rows, cols], _no_draws)
+    score = mk_selector(config.select)(Belief(logits), steps.after[rows, cols], None)
+    score = score if score.dtype == torch.float64 else score.float()
     which = forward.unique(return_inverse=True)[1]
     L = steps.after.shape[1]
     shape, least = (int(which.max()) + 1 if len(which) else 0, L), torch.finfo(score.dtype).min
@@ -44,7 +45,3 @@ def choices(
     mine, own = drawn[here, None], torch.arange(L, device=cols.device) == cols[here, None]
     left = own | ((number >= mine) & (mine >= 0))
     return scores[which[here]].masked_fill(~left, least).log_softmax(-1)
-
-
-def _no_draws():
-    raise ValueError("a selector that draws has no score to replay: choose another")

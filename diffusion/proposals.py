@@ -33,7 +33,8 @@ def never_proposed(config: DenoiseConfig, facts: Facts) -> list[int]:
 
 
 class Proposer:
-    """Makes proposals as a configuration says. with_entropy: somebody will ask for the belief's."""
+    """Makes proposals as a configuration says. with_entropy: somebody will ask for the belief's;
+    record: the decode is kept for a replay."""
 
     def __init__(
         self,
@@ -43,9 +44,12 @@ class Proposer:
         draws: Draws,
         *,
         with_entropy: bool,
+        record: bool = False,
     ):
         self.config, self.facts, self.end_ids, self.draws = config, facts, end_ids, draws
         self.quirks, self.select = config.quirks, mk_selector(config.select)
+        # whose draws a replay would not know
+        self.only_scores = record and config.alg_temp > 0
         self.with_entropy = with_entropy or self.select.wants_entropy
         self.is_filtered = (
             config.temperature > 0 or config.top_k is not None or config.top_p is not None
@@ -95,6 +99,11 @@ class Proposer:
         )
 
     def _uniform(self, asked: Tensor) -> Tensor:
+        if self.only_scores:
+            raise ValueError(
+                f"select={self.config.select!r:.80} draws numbers, and with alg_temp={self.config.alg_temp} a replay "
+                f"needs its scores: give alg_temp=0, or another select"
+            )
         if self.quirks.noise == "canvas":
             return self.draws.whole(tuple(asked.shape), torch.float32)[asked]
         return self.draws.at(asked)

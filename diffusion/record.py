@@ -3,7 +3,8 @@ and the mixtures that it read.
 
 The slots that commit are chosen by a rule that looks at the model's belief alone, and their tokens
 are then draws from it; so the probability of what was drawn is the product of the committed tokens'
-probabilities, each given what its forward read. `check_recordable` refuses whatever else would have a part
+probabilities, each given what its forward read; and of the slots' own, where they are draws, too
+(order.py). `check_recordable` refuses whatever else would have a part
 in it.
 
 Shapes: B rows, L columns of the canvas (of a block-causal model up to the end of its last block), M
@@ -71,8 +72,8 @@ class Recorder:
         self.read.append((reader.forwards - 1, torch.stack([rows, cols], -1), mixed))
 
     def draws(self, forward: int, is_open: Tensor, order: Tensor, commit: Tensor) -> None:
-        """Of the slots `is_open` [B, L] bool this forward draws those of highest `order` [B, L], one by
-        one: `commit`. No draw is where all of them commit."""
+        """Of the slots `is_open` [B, L] bool this forward draws `commit` [B, L] bool, one by one: those
+        of the highest `order` [B, L] float32, scores with noise. No draw is where all of them commit."""
         fresh = is_open & (self.opened_at < 0)
         self.opened_at = self.opened_at.masked_fill(fresh, forward)
         ranked = order.masked_fill(~commit, -torch.inf).argsort(

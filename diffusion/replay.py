@@ -1,10 +1,10 @@
 """Log-probabilities of what a recorded decode has drawn.
 
-Each forward of the decode is made again on what it read, for the slots that it committed and no
-others: of a row's forwards, and of all rows, `chunk` canvases at a time, whose pieces are handed out
-one after the other. Whoever sums a loss over pieces, each with a backward of its own, needs memory
-for one of them, whatever the number of steps. Forwards of a piece that read the same, as those of
-answers to one prompt do until their draws part, are made once.
+Each forward of the decode is made again on what it read, for the slots that it committed and, where
+they were drawn, those that it could have drawn: of a row's forwards, and of all rows, `chunk` canvases
+at a time, whose pieces are handed out one after the other. Whoever sums a loss over pieces, each with
+a backward of its own, needs memory for one of them, whatever the number of steps. Forwards of a piece
+that read the same, as those of answers to one prompt do until their draws part, are made once.
 
 Weights of mixtures are never differentiated: what a slot shows is a transition, as the canvas is.
 
@@ -53,8 +53,9 @@ class Piece(NamedTuple):
 
 
 def log_probs(model: nn.Module, trajectory: Trajectory, config: DenoiseConfig, **how) -> Tensor:
-    """[B, L] of each committed token, 0 elsewhere: the sum over a row is the log-probability of all
-    that was drawn in it. Arguments are those of `replay`; with gradient it holds all pieces."""
+    """[B, L] of each committed token, and of the draw of its slot, 0 elsewhere: the sum over a row is
+    the log-probability of all that was drawn in it. Arguments are those of `replay`; with gradient it
+    holds all pieces."""
     values = [], [], []
     for piece in replay(model, trajectory, config, **how):
         rows, cols = piece.rows, piece.cols
@@ -88,7 +89,8 @@ def replay(
             step's block. Estimates, without soft slots: "one-step" reads the canvas once, with all
             slots masked (diffu-GRPO, arXiv:2504.12216, section 3.1); "left-to-right" as if the slots
             had been decoded one by one from the left (JustGRPO, arXiv:2601.15165).
-        chunk: canvases, or copies of blocks, in a forward, at most.
+        chunk: canvases, or copies of blocks, in a forward, at most. Each has logits [V] for the slots
+            that it committed; where slots were drawn, for all that were open.
         hidden: [B, L] bool, tokens of the prompt that "one-step" masks too; None: none.
         embedding_grad: do the input embeddings get gradient through mixtures? Single tokens give
             them theirs.
@@ -257,9 +259,7 @@ def _packed(net: _Net, steps: Trajectory, rows: Tensor, at: Tensor) -> Piece:
     as it stood then. A copy sees itself, and what is finished of the blocks before it."""
     b, shift, block = net.facts.block_length, net.facts.shift, steps.block[rows]
     L, g = block.shape[1], at.shape[1]
-    asked = net.asked(steps, rows.repeat_interleave(g), at.flatten()).unflatten(
-        0, at.shape
-    )  # [p, g, L]
+    asked = net.asked(steps, rows.repeat_interleave(g), at.flatten()).view(*at.shape, L)
     number = block[:, None].masked_fill(~asked, -1).amax(-1)  # [p, g] of the block
     start = (block[:, None] == number[..., None]).long().argmax(-1)
     column = (start[..., None] + torch.arange(b, device=at.device)).clamp_max(L - 1)  # [p, g, b]

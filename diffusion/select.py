@@ -103,8 +103,10 @@ def _moments(logits: Tensor, largest: Tensor, with_entropy: bool) -> tuple[Tenso
     if logits.requires_grad and torch.is_grad_enabled():
         shifted = logits - largest
         e = shifted.exp()
-        finite = shifted.clamp_min(torch.finfo(logits.dtype).min)
-        return e.sum(-1, True), (finite * e).sum(-1, True)
+        if not with_entropy:
+            return e.sum(-1, True), e.new_zeros(n, 1)
+        # a token without a share has none in the gradient: its logit times 0 would be NaN there
+        return e.sum(-1, True), (shifted.where(e > 0, 0.0) * e).sum(-1, True)
     width = V if logits.is_cuda else min(_columns(n), V)
     total, weighted = logits.new_zeros(n), logits.new_zeros(n)
     buffers = logits.new_empty(2, n, width)

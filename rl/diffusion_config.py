@@ -75,8 +75,8 @@ class DiffusionGRPOConfig(RolloutConfig):
     """TRL's GRPOConfig for a masked-diffusion policy: how rollouts are decoded, and how they are
     replayed. The options of decoding are those of DenoiseConfig.
 
-    Every committed token is an action, those behind an end token too. KL and entropy are of each
-    committed token, exact in value, in nats.
+    Every committed token is an action, those behind an end token too, and with alg_temp > 0 the draw of
+    its slot. KL and entropy are of each committed token and this draw, exact in value, in nats.
     """
 
     _idle, _left_out, _reasons = DIFFUSION_IDLE, {}, REASONS
@@ -101,11 +101,12 @@ class DiffusionGRPOConfig(RolloutConfig):
     factor: float | None = opt(None, "Of schedule 'factor', > 0.")
     entropy_bound: float | None = opt(None, "Of schedule 'entropy-bound', nats.")
     select: str = opt(
-        "max-prob", "Which slots commit: by the belief alone, never by the tokens drawn."
+        "max-prob", "How slots are scored: by the belief alone, never by the tokens drawn."
     )
     alg_temp: float = opt(
         0.0,
-        "Above 0 the slots of a forward are drawn from softmax(score / alg_temp), and are actions, too.",
+        "Above 0 the slots of a forward are drawn from softmax(score / alg_temp), and are actions, too; the replay "
+        "then has logits of all open slots in memory, not of those that committed.",
     )
     soften: str | None = opt(None, "What a mask shows. Default: as the model was trained.")
     soften_args: dict[str, Any] | None = opt(None, "Knobs of the softener.")
@@ -134,7 +135,7 @@ class DiffusionGRPOConfig(RolloutConfig):
     )
 
     def __post_init__(self):
-        if self.alg_temp and self.replay in ESTIMATES:
+        if self.alg_temp > 0 and self.replay in ESTIMATES:
             raise ValueError(
                 f"alg_temp={self.alg_temp} draws the slots, and replay={self.replay!r} knows no order: give 'exact', "
                 f"or alg_temp=0"

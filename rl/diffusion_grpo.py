@@ -1,5 +1,6 @@
 """GRPO and RLOO on a masked-diffusion policy, hard or soft: the action of a forward is the tokens that
-it commits, in slots that are chosen by the belief alone, so their log-probability is exact.
+it commits, in slots that the belief alone decides, or that are drawn by it and so are actions, too;
+their log-probability is exact.
 
 A rollout is decoded by `softar.diffusion.denoise`, which records what each forward read and
 committed, and replayed piece by piece.
@@ -78,7 +79,8 @@ class DiffusionGRPOTrainer(RolloutGRPO):
 
     Logged, at no forward of its own: `agreement/greedy`, the share of committed tokens that are the
     likeliest of their belief, as all are that temperature 0 commits in their place: the further it is
-    below 1, the less the policy that is trained is the one that greedy decoding follows.
+    below 1, the less the policy that is trained is the one that greedy decoding follows. Of slots that
+    are drawn, where that takes the surest, it says nothing.
     `agreement/soft`, of soft policies, is the share of tokens that the slot, soft when it committed,
     had led with in its mixture: near 1, soft masks anticipate what a hard decode puts there; the
     rest is where another forward changed the model's mind, or the draw was another.
@@ -244,6 +246,9 @@ class DiffusionGRPOTrainer(RolloutGRPO):
             total = self._normalised(ones, mask, inputs["num_items_in_batch"])
             (weights,) = torch.autograd.grad(total, ones)
         inputs = {name: inputs.get(name) for name in ROW_PARTS} | {"weights": weights}
+        for name in ("opened_at", "drawn_as"):  # a checkpoint may hold rollouts from before these
+            if inputs[PREFIX + name] is None:
+                inputs[PREFIX + name] = torch.full_like(inputs[PREFIX + "after"], -1)
         # an evaluation logs the entropy of all rows, and so reads them
         skips = self.model.training and not (args.beta or args.entropy_coef)
         if skips:

@@ -1348,6 +1348,8 @@ BAD_CONFIGS = [
         dict(select="random", alg_temp=0.5),
         "alg_temp=0.5 does nothing with a select that scores at random",
     ),
+    (dict(steps=1, alg_temp=0.5), "alg_temp=0.5 does nothing where a forward commits all"),
+    (dict(block_length=1, alg_temp=0.5), "alg_temp=0.5 does nothing where a forward commits all"),
     (dict(gen_length=0, cache="dual"), "cache='dual' does nothing.*give a block_length"),
     (dict(gen_length=True), "gen_length=True must be a whole number"),
     (dict(top_k=2.0, temperature=1.0), "top_k=2.0 must be a whole number"),

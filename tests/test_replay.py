@@ -18,7 +18,7 @@ from softar.diffusion.proposals import Proposer
 from softar.diffusion.reader import same_rows
 from softar.diffusion.record import UNFIT, check_recordable
 from softar.diffusion.replay import log_probs, prompt_masks, replay
-from softar.diffusion.select import Selector
+from softar.diffusion.select import Belief, Selector, mk_selector
 from softar.diffusion.soften import SOFTENERS
 
 ROWS = ([5, 11, 12, 13, 14], [5, 21], [5, 31, 32])
@@ -409,6 +409,65 @@ def test_the_estimator_expects_the_policy_gradient_of_drawn_slots(
     blind = log_probs(model, fixed, config).sum(1)
     estimate = bench.gradient(model, (p * (value[which] - 0.3) * blind).sum())
     assert (estimate - truth).norm() > 0.05 * truth.norm()
+
+
+@pytest.mark.parametrize("select", ["max-prob", "margin", "entropy", "leftmost"])
+@pytest.mark.parametrize("kind", ["llada", "fast_dllm"])
+def test_gradients_of_drawn_slots_are_finite(kind, select):
+    """At low temperatures too, of models that are sure and never propose the mask: its logit is the
+    lowest number, and times 0 it was NaN. Beside the scores as torch's softmax gives them."""
+    model = model_of(kind)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(4)
+    config, out = decoded(model, steps=4 if kind == "llada" else 9, select=select, alg_temp=0.01)
+    steps = out.trajectory
+    logp = log_probs(model, steps, config)
+    grads = torch.autograd.grad(logp.sum(), [*model.parameters()])
+    assert all(grad.isfinite().all() for grad in grads)
+    without = steps._replace(drawn_as=torch.full_like(steps.drawn_as, -1))
+    tokens = torch.autograd.grad(log_probs(model, without, config).sum(), [*model.parameters()])
+    moved = max((a - b).abs().max() for a, b in zip(grads, tokens, strict=True))
+    assert (moved > 1e-3) == (select != "leftmost")
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_differentiable_scores_are_those_of_the_loop(scale):
+    logits = scale * torch.randn(5, 300, generator=seeded(0), dtype=torch.float64)
+    logits[:, 7] = torch.finfo(logits.dtype).min
+    leaf, by_hand = (logits.clone().requires_grad_() for _ in range(2))
+    p = by_hand.softmax(-1)
+    top = p.topk(2, -1).values
+    wanted = {
+        "max-prob": top[:, 0],
+        "margin": top[:, 0] - top[:, 1],
+        "entropy": (p * p.clamp_min(1e-300).log()).sum(-1),
+    }
+    for name, value in wanted.items():
+        score = mk_selector(name)(Belief(leaf), logits.argmax(-1), None)
+        plain = mk_selector(name)(Belief(logits), logits.argmax(-1), None)
+        torch.testing.assert_close(score, plain)
+        torch.testing.assert_close(score, value)
+        pairs = (score, leaf), (value, by_hand)
+        found, right = (torch.autograd.grad(s.sum(), x, retain_graph=True)[0] for s, x in pairs)
+        torch.testing.assert_close(found, right)
+        assert right.abs().max() > 1e-4 or scale > 1
+
+
+def test_a_selector_that_draws_is_refused_where_slots_are_drawn():
+    def noisy(belief, token, uniform):
+        return belief.prob(belief.top_token[:, None])[:, 0] + 0.01 * uniform().float()
+
+    knobs = dict(select=Selector(noisy, looks_at_token=False), steps=4)
+    assert decoded(model_of("llada"), **knobs)[1].trajectory is not None
+    with counted(model_of("llada")), pytest.raises(ValueError, match="draws numbers, and with alg"):
+        decoded(model_of("llada"), **knobs, alg_temp=0.5)
+
+
+def test_whole_numbers_are_scores():
+    model = model_of("llada")
+    select = Selector(lambda belief, token, uniform: belief.top_token % 3, looks_at_token=False)
+    config, out = decoded(model, steps=4, select=select, alg_temp=0.5)
+    assert log_probs(model, out.trajectory, config).isfinite().all()
 
 
 # -- what is refused

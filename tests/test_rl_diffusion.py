@@ -313,6 +313,18 @@ def test_a_sum_of_losses_is_a_loss():
         assert summed(lambda: iter([weight.sum()]), [weight]).requires_grad is False
 
 
+def test_rollouts_of_older_checkpoints_are_taken_up(tmp_path):
+    """They do not say which slots were drawn, as none were."""
+    made = trainer(tmp_path, **SOFT)
+    batch = rollout(made)
+    names = ("trajectory_opened_at", "trajectory_drawn_as")
+    old = {name: part for name, part in batch.items() if name not in names}
+    assert len(old) == len(batch) - 2
+    assert made._compute_loss(made.model, old).item() == pytest.approx(
+        made._compute_loss(made.model, batch).item(), abs=1e-9
+    )
+
+
 def test_kl_and_entropy(tmp_path):
     """The reference is the model as it was: no KL at first, then some; adapters are taken off for it."""
     made = trainer(tmp_path, beta=0.5, entropy_coef=0.01, max_steps=3, **SOFT)
@@ -638,6 +650,13 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
             dict(reward=lambda completions, **columns: [math.nan] * 4),
             "returned nan for the completion",
         ),
+        (
+            dict(alg_temp=0.3, replay="one-step"),
+            r"alg_temp=0\.3 draws the slots, and replay='one-step'",
+        ),
+        (dict(alg_temp=-1.0, replay="one-step"), r"alg_temp=-1\.0 must be >= 0"),
+        (dict(alg_temp=0.3, threshold=0.9, steps=None), "compares probabilities: alg_temp"),
+        (dict(alg_temp=0.3, steps=1), r"alg_temp=0\.3 does nothing where a forward commits all"),
         (dict(model=causal()), "names no mask token"),
         (dict(model=gemma()), "redraws its slots"),
         (dict(model="a/name"), "needs one from softar.diffusion.load"),
