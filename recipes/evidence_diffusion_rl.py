@@ -23,7 +23,7 @@ RL = dict(
     per_device_train_batch_size=512,
     num_generations=8,
     replay_chunk=256,
-    learning_rate=2e-4,
+    learning_rate=4e-4,
     lr_scheduler_type="linear",
     warmup_steps=5,
     adam_beta2=0.99,
@@ -41,10 +41,10 @@ SETTINGS = {  # of a rate of its own: chosen for it on development rows
     "soft-mask": dict(how="soft-mask", max_steps=150),
     "hard-surest": dict(**SUREST, max_steps=900, learning_rate=1e-4),
     "hard-one-step": dict(
-        **SUREST, max_steps=900, learning_rate=1e-4, replay="one-step", hide_prompt=0.15
+        **SUREST, max_steps=2050, learning_rate=1e-4, replay="one-step", hide_prompt=0.15
     ),
-    "sft-hard": dict(how="sft", max_steps=4400, learning_rate=1e-3),
-    "sft-soft-mask": dict(how="sft", max_steps=3700, learning_rate=1e-3, softmasking_prob=0.8),
+    "sft-hard": dict(how="sft", max_steps=5000, learning_rate=1e-3),
+    "sft-soft-mask": dict(how="sft", max_steps=4000, learning_rate=3e-3, softmasking_prob=0.8),
 }
 SEEDS = range(3)
 
