@@ -50,6 +50,7 @@ ROWS = {
     "hard": dict(soften="hard", soften_args=None, rescale=None, embedding_grad=True),
 }
 GROUPS = {"demo": [*ROWS], "all": [*ROWS]}
+GREEDY = dict(temperature=0.0, alg_temp=0.0)  # tokens, and slots
 
 
 @dataclass
@@ -242,7 +243,7 @@ def measure(trainer, task, common: dict, score, args, forwards: list) -> list[di
     net, tokenizer = accelerator.unwrap_model(trainer.model), trainer.processing_class
     for decoder, settings in softeners(policy, facts(net).soft_mask).items():
         for steps in forwards:
-            config = dataclasses.replace(policy, temperature=0.0, steps=steps, **settings)
+            config = dataclasses.replace(policy, **GREEDY, steps=steps, **settings)
             found = evaluate(
                 net,
                 tokenizer,

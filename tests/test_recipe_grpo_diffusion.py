@@ -10,7 +10,7 @@ from launched import ACCELERATE, PYTHON, ROOT, argv, assert_fails, recipe, resul
 from safetensors.torch import load_file
 from trl import get_peft_config
 
-from softar.diffusion import load
+from softar.diffusion import evaluate, load
 from softar.diffusion.net import facts
 from softar.recipe import read
 from softar.tasks import load_task
@@ -89,6 +89,20 @@ def test_an_interrupted_run_goes_on_as_the_same_policy(tmp_path, monkeypatch, ca
         for run in (whole, half)
     ]
     assert rows[0] == rows[1] and len(rows[0]) == 4
+
+
+def test_evaluations_are_greedy_in_tokens_and_slots(tmp_path, monkeypatch):
+    """Whatever the policy draws; the table says so."""
+    decoded, real = [], evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: decoded.append(a[4]) or real(*a, **k))
+    run_here(
+        monkeypatch,
+        RECIPE,
+        *options(tmp_path, **ONE | dict(eval_rows=4, max_steps=1, alg_temp=0.3)),
+    )
+    assert [(how.temperature, how.alg_temp) for how in decoded] == [(0, 0)] * 4
+    policy = json.loads((tmp_path / "denoise_config.json").read_text())
+    assert policy["alg_temp"] == 0.3
 
 
 def test_any_model_dataset_and_reward(tmp_path, monkeypatch, capsys):
