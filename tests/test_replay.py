@@ -416,7 +416,7 @@ def test_the_estimator_expects_the_policy_gradient_of_drawn_slots(
 def test_gradients_of_drawn_slots_are_finite(kind, select):
     """At low temperatures too, of models that are sure and never propose the mask: its logit is the
     lowest number, and times 0 it was NaN. Beside the scores as torch's softmax gives them."""
-    model = model_of(kind)
+    model = copy.deepcopy(model_of(kind))  # all tests share it
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(4)
     config, out = decoded(model, steps=4 if kind == "llada" else 9, select=select, alg_temp=0.01)
