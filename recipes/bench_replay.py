@@ -23,6 +23,9 @@ PROMPT, BIAS, K = (0, 2), 0.5, 2
 HIDE = 0.15
 # of the policy before an update, how far its weights move, in units of their gradient's length
 MOVE = 0.1
+# of drawn slots, as if nobody had drawn them
+TOKENS = "exact, tokens alone"
+ESTIMATES = ("exact", "one-step", "hidden", "left-to-right")
 
 
 class Leaf(NamedTuple):
@@ -169,6 +172,8 @@ def compared(seed: int, config: DenoiseConfig, method: str) -> tuple[float, floa
     truth = gradient(model, (prob * value).sum())
     found = leaves(model, config)
     steps, p = trajectory(found), prob.detach()
+    if method == TOKENS:
+        steps = steps._replace(drawn_as=torch.full_like(steps.drawn_as, -1))
     advantage = value - (p * value).sum()
     moved = net(seed)
     with torch.no_grad():
@@ -177,7 +182,9 @@ def compared(seed: int, config: DenoiseConfig, method: str) -> tuple[float, floa
         torch.nn.utils.vector_to_parameters(state, moved.parameters())
     mean, square, weight = torch.zeros_like(truth), 0.0, 0.0
     for hidden, chance in hidings(method, steps.after.shape[1]):
-        how = dict(method="one-step" if method == "hidden" else method, hidden=hidden)
+        how = dict(
+            method={"hidden": "one-step", TOKENS: "exact"}.get(method, method), hidden=hidden
+        )
         each = advantage[:, None] * scores(model, config, steps, **how)
         mean = mean + chance * (p[:, None] * each).sum(0)
         square += chance * (p * each.square().sum(1)).sum()
@@ -195,18 +202,22 @@ def main() -> None:
     seeds = parser.parse_args().seeds
     print("| forwards | slots show | replay | cosine | relative error | variance | mean weight |")
     print("|---|---|---|---|---|---|---|")
-    for steps, soften in (
-        (3, "hard"),
-        (2, "hard"),
-        (1, "hard"),
-        (3, "soft-token"),
-        (2, "soft-token"),
+    for steps, soften, alg_temp, methods in (
+        (3, "hard", 0.0, ESTIMATES),
+        (2, "hard", 0.0, ESTIMATES),
+        (1, "hard", 0.0, ESTIMATES),
+        (3, "soft-token", 0.0, ESTIMATES),
+        (2, "soft-token", 0.0, ESTIMATES),
+        (3, "hard", 0.1, ("exact", TOKENS)),
+        (2, "hard", 0.1, ("exact", TOKENS)),
+        (2, "soft-token", 0.1, ("exact", TOKENS)),
     ):
-        for method in ("exact", "one-step", "hidden", "left-to-right"):
-            config = policy(steps, soften)
+        shows = f"{soften}, drawn at {alg_temp}" if alg_temp else soften
+        for method in methods:
+            config = policy(steps, soften, alg_temp)
             rows = [sorted(column) for column in zip(*(compared(s, config, method) for s in seeds))]
             cells = (f"{c[len(c) // 2]:.3g} ({c[0]:.3g} to {c[-1]:.3g})" for c in rows)
-            print(f"| {steps} | {soften} | {method} | {' | '.join(cells)} |", flush=True)
+            print(f"| {steps} | {shows} | {method} | {' | '.join(cells)} |", flush=True)
 
 
 def policy(steps: int, soften: str = "hard", alg_temp: float = 0.0) -> DenoiseConfig:
