@@ -68,7 +68,9 @@ def data():
 
 
 def facts() -> dict[str, dict]:
-    return latin.facts_of(data()[1]["test"])
+    rows = data()[1]
+    of = latin.facts_of(rows["test"])
+    return {name: each | dict(dev=len(rows["dev"])) for name, each in of.items()}
 
 
 def measure(unit: Unit) -> list[dict]:

@@ -68,7 +68,7 @@ MODULES = {
 SIZES = {"X1": (12, 8, 9), "X2": (8, 10), "X2-smollm2": (6,), "X3": (14, 9), "X4": (12,)}
 SIZES["methods"] = (12, 9)  # of which X1's logs are read too
 SIZES["diffusion-rl"] = (14, 9)
-CHOOSE, DEV_ROWS = ("X4", "methods"), 4  # by development rows
+CHOOSE, DEV_ROWS = ("X4", "methods", "diffusion-rl"), 4  # by development rows
 DRAWS = 300
 
 
@@ -77,6 +77,7 @@ def facts(name):
     names = dict.fromkeys(read.rows for read in reads_of(EVIDENCE[name]))
     return {
         rows: dict(n=n, groups=[i // 2 for i in range(n)])
+        | (dict(dev=DEV_ROWS) if name in CHOOSE else {})
         if name in ("X3", "diffusion-rl")
         else dict(n=n, dev=DEV_ROWS, groups=[i % 3 for i in range(n)])
         if name in CHOOSE
