@@ -4,8 +4,7 @@ and the mixtures that it read.
 The slots that commit are chosen by a rule that looks at the model's belief alone, and their tokens
 are then draws from it; so the probability of what was drawn is the product of the committed tokens'
 probabilities, each given what its forward read; and of the slots' own, where they are draws, too
-(order.py). `check_recordable` refuses whatever else would have a part
-in it.
+(order.py). `check_recordable` refuses whatever else would have a part in it.
 
 Shapes: B rows, L columns of the canvas (of a block-causal model up to the end of its last block), M
 the most soft slots that a row's forwards have read, K tokens of a mixture; m of them, flat.

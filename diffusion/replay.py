@@ -167,16 +167,14 @@ class _Net(NamedTuple):
         asked about its forward among those of the piece, row and column, and the row's forward."""
         logits = self.parts.head(hidden[source])
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        *place, at = place
-        _, rows, cols = place
+        forward, rows, cols, at = place
         never = torch.tensor(never_proposed(self.config, self.facts), device=cols.device)
         least = torch.finfo(logits.dtype).min
         drawn = None
         if self.config.alg_temp:
             here = steps.committed_at[rows, cols] == at
-            drawn = choices(
-                self.config, steps, logits.index_fill(-1, never, least), tuple(place), here
-            )
+            scored = logits.index_fill(-1, never, least)
+            drawn = choices(self.config, steps, scored, (forward, rows, cols), here)
             logits, rows, cols = logits[here], rows[here], cols[here]
         logits = logits / self.config.temperature
         return Piece(rows, cols, logits.index_fill(-1, never, least), drawn)

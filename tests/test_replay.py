@@ -415,7 +415,7 @@ def test_the_estimator_expects_the_policy_gradient_of_drawn_slots(
 @pytest.mark.parametrize("kind", ["llada", "fast_dllm"])
 def test_gradients_of_drawn_slots_are_finite(kind, select):
     """At low temperatures too, of models that are sure and never propose the mask: its logit is the
-    lowest number, and times 0 it was NaN. Beside the scores as torch's softmax gives them."""
+    lowest number, and times 0 it was NaN. All scores but one that never changes add to the gradient."""
     model = copy.deepcopy(model_of(kind))  # all tests share it
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(4)
@@ -432,6 +432,7 @@ def test_gradients_of_drawn_slots_are_finite(kind, select):
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_differentiable_scores_are_those_of_the_loop(scale):
+    """And have the gradient that torch's softmax gives them."""
     logits = scale * torch.randn(5, 300, generator=seeded(0), dtype=torch.float64)
     logits[:, 7] = torch.finfo(logits.dtype).min
     leaf, by_hand = (logits.clone().requires_grad_() for _ in range(2))
@@ -459,7 +460,7 @@ def test_a_selector_that_draws_is_refused_where_slots_are_drawn():
 
     knobs = dict(select=Selector(noisy, looks_at_token=False), steps=4)
     assert decoded(model_of("llada"), **knobs)[1].trajectory is not None
-    with counted(model_of("llada")), pytest.raises(ValueError, match="draws numbers, and with alg"):
+    with pytest.raises(ValueError, match="draws numbers, and with alg"):
         decoded(model_of("llada"), **knobs, alg_temp=0.5)
 
 
