@@ -22,6 +22,7 @@ from softar.sft.preflight import check_tokens, say_cut
 from softar.split import check_split, is_split, with_whole_weights
 from softar.texts import check_data
 from softar.training import (
+    EvaluatedRows,
     MicroBatches,
     WatchedLosses,
     check_adapter,
@@ -48,7 +49,7 @@ from .uniform import noise_for
 RAW_HEAD = "soft_mask_head.safetensors"
 
 
-class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
+class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
     """TRL's SFTTrainer with a diffusion loss in `compute_loss`.
 
     Takes the datasets that TRL takes, prompt-completion or language modelling; prompts are never
@@ -121,7 +122,6 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         self.args.packing = args.packing
         if args.packing:
             self.train_dataset = packed(self.train_dataset, args)
-        self._evaluated = torch.zeros(2, device=self.accelerator.device)  # loss, and its divisor
         self._was_uniform = self._facts.uniform is not None
         self.head = self.uniform = None
         self.objective = self._make_objective()
@@ -185,7 +185,7 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
             total, count = total * self.accelerator.num_processes, num_items_in_batch
         mean = total / count + loss.nothing
         if not training:
-            self._evaluated += torch.stack([total, count]).detach()
+            self.note_evaluated("loss", total, count)
         self._note(training, loss.share if training else None)
         return (mean, CausalLMOutput(logits=loss.logits)) if return_outputs else mean
 
@@ -238,15 +238,6 @@ class DiffusionSFTTrainer(WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
         if self.head is not None:
             give_own_rate(self, [*self.head.parameters()], self.args.head_learning_rate)
         return made
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """The loss is that of all rows at once, whatever the size of a batch."""
-        self._evaluated.zero_()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, count = self.accelerator.reduce(self._evaluated).tolist()
-        if count:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / count
-        return output
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

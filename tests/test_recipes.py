@@ -403,3 +403,6 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
     for key in ("eval_soft_accuracy", "eval_discrete_accuracy"):
         one, two = ([e[key] for e in history if key in e] for history in histories)
         assert one == pytest.approx(two, abs=1e-2) and len(one) == 1
+    for key in ("eval_loss", "eval_gold_loss"):
+        one, two = ([e[key] for e in history if key in e] for history in histories)
+        assert one == pytest.approx(two, rel=1e-4) and len(one) == 1

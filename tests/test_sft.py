@@ -867,6 +867,22 @@ def test_eval_loss_is_of_what_it_is_trained_to_read_and_gold_stands_beside_it(tm
         assert found["eval_loss"] == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [dict(alpha_schedule="constant", alpha_start=0.4), dict(targets="oracle", entropy_coef=0.1)],
+)
+def test_losses_of_an_evaluation_do_not_depend_on_its_batches(tmp_path, settings):
+    """The rows are of unequal lengths, and the last batch is smaller."""
+    rows, found = data(5, traces=(2, 3)), []
+    for size in (1, 2, 5):
+        how = dict(eval_dataset=rows, think_steps=2, per_device_eval_batch_size=size)
+        metrics = trainer_of(tmp_path, rows, **how, **settings).evaluate()
+        found.append([metrics["eval_loss"], metrics["eval_gold_loss"]])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] == pytest.approx(found[0], rel=1e-5)
+    assert found[0][0] != pytest.approx(found[0][1], rel=1e-3)
+
+
 def test_gradients_reach_the_thought_through_the_answer_alone(tmp_path):
     """With weight 0 on the thought the answer's loss still moves the logits of the thought:
     gradient through inputs."""

@@ -26,6 +26,7 @@ from ..soft import Soft, check_dist
 from ..split import check_split, with_whole_weights
 from ..texts import check_data
 from ..training import (
+    EvaluatedRows,
     MicroBatches,
     WatchedLosses,
     check_arguments,
@@ -63,7 +64,7 @@ from .preflight import (
 from .think_tokens import prefix_of
 
 
-class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
+class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrainer):
     """TRL's SFTTrainer with soft teacher forcing in `compute_loss`.
 
     Takes the datasets that TRL takes, prompt-completion or language modelling, and a column
@@ -126,9 +127,8 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         self.model_wrapped = self.model
         self._learnt = LearntFilters(self.model, args, vocab, theirs)
         self._alpha, self._rng = args.alpha(), torch.Generator()
-        nothing = torch.zeros(2, device=self.accelerator.device)
         # entropies of a thought's steps, and of how many
-        self._thought = {mode: nothing.clone() for mode in ("train", "eval")}
+        self._thought = torch.zeros(2, device=self.accelerator.device)
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
         self._span = self._thought_span()
         self._curriculum = mk_curriculum(self.model, processing_class, rows, args, self._span)
@@ -237,7 +237,8 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
         count = torch.as_tensor(count, device=logits.device).clamp(min=1)
         weight = alpha if self.args.thought_loss == "alpha" and training else 1.0
         loss, h = soft_loss(logits, labels, thought, thought_weight=weight, soft_labels=oracle)
-        loss = (loss + self.args.entropy_coef * h.sum()) / count + nothing
+        whole = loss + self.args.entropy_coef * h.sum()
+        loss = whole / count + nothing
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP averages, the count is of all processes
             loss = loss * self.accelerator.num_processes
@@ -247,8 +248,8 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
             if alpha < 1 or oracle is not None:
                 gold, _ = self._logits(model, given, thought, 1.0, None)
             total, _ = soft_loss(gold, given["labels"], torch.zeros_like(given["labels"]).bool())
-            count = (given["labels"][:, 1:] != -100).sum().clamp(min=1)
-            self._metrics["eval"]["gold_loss"].append((total / count).item())
+            self.note_evaluated("loss", whole, (labels[:, 1:] != -100).sum())
+            self.note_evaluated("gold_loss", total, (given["labels"][:, 1:] != -100).sum())
         return (loss, CausalLMOutput(logits=logits)) if return_outputs else loss
 
     def _logits(self, model, inputs, thought: Tensor, alpha: float, oracle: Soft | None) -> tuple:
@@ -306,18 +307,21 @@ class SoftSFTTrainer(LatentStages, WatchedLosses, OwnCard, MicroBatches, SFTTrai
             metrics["alpha"].append(alpha)
         else:
             metrics["latent_stage"].append(self.stage)
-        sums = torch.stack([h.detach().sum(), h.new_tensor(len(h))])
-        self._thought[mode] += self.accelerator.reduce(sums)
+        entropy = h.detach().sum(), h.new_tensor(len(h))
+        if training:
+            self._thought += self.accelerator.reduce(torch.stack(entropy))
+        else:
+            self.note_evaluated("thought_entropy", *entropy)
         for name, value in self._learnt.logged().items():
             metrics[f"soft_{name}"].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The entropy is a mean over the steps of thoughts, whatever micro-batches they stood in."""
-        mode = "train" if self.model.training else "eval"
-        total, count = self._thought[mode].tolist()
-        self._thought[mode].zero_()
-        if count:
-            self._metrics[mode]["thought_entropy"] = [total / count]
+        if self.model.training:
+            total, count = self._thought.tolist()
+            self._thought.zero_()
+            if count:
+                self._metrics["train"]["thought_entropy"] = [total / count]
         super().log(logs, start_time)
 
     # -- evaluation and checkpoints
