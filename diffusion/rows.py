@@ -5,6 +5,7 @@ TRL tokenises prompt and completion as one text; there such a tokenizer would cl
 but not before its completion, and the end of both twice.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,21 @@ from trl import pack_dataset
 from softar.sft.data import SoftCollator
 
 
-def close_rows(dataset, tokenizer: PreTrainedTokenizerBase, text_field: str = "text"):
+def close_rows(
+    dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    text_field: str = "text",
+    num_proc: int | None = None,
+):
     """Rows of text, with `prompt` and `completion` or `text_field`, tokenised as they are decoded:
     [CLS] prompt [SEP] completion [SEP]. Anything else comes back as it is: chats, tokens, streams of
     unknown columns, and rows for a tokenizer that closes nothing."""
     if isinstance(dataset, dict):  # DatasetDict among them
         return type(dataset)(
-            {name: close_rows(rows, tokenizer, text_field) for name, rows in dataset.items()}
+            {
+                name: close_rows(rows, tokenizer, text_field, num_proc)
+                for name, rows in dataset.items()
+            }
         )
     columns = dataset.column_names if isinstance(dataset, (Dataset, IterableDataset)) else None
     if not columns or "input_ids" in columns or not closes(tokenizer):
@@ -43,7 +52,14 @@ def close_rows(dataset, tokenizer: PreTrainedTokenizerBase, text_field: str = "t
         ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         return {"input_ids": first + ids, "completion_mask": [0] * len(first) + [1] * len(ids)}
 
-    return dataset.map(closed)
+    return mapped(dataset, closed, num_proc)
+
+
+def mapped(dataset, function: Callable[[dict], dict], num_proc: int | None):
+    """`map` in num_proc processes; a stream, which goes row by row, has one."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(function)
+    return dataset.map(function, num_proc=num_proc)
 
 
 def closes(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -53,13 +69,16 @@ def closes(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer(tokenizer.mask_token)["input_ids"][-1] == tokenizer.eos_token_id
 
 
-def filled(dataset, block_length: int, end_id: int, max_length: int | None):
+def filled(
+    dataset, block_length: int, end_id: int, max_length: int | None, num_proc: int | None = None
+):
     """Tokenised rows with end tokens up to the end of their last block, trained as part of the
     answer (dllm's BD3LM): decoding has slots there, too. Rows that end in what is not trained stay
     as they are, and those of `max_length` tokens, which may have been cut: they don't end there."""
     if isinstance(dataset, dict):
         return {
-            name: filled(rows, block_length, end_id, max_length) for name, rows in dataset.items()
+            name: filled(rows, block_length, end_id, max_length, num_proc)
+            for name, rows in dataset.items()
         }
     if dataset is None:
         return None
@@ -72,7 +91,7 @@ def filled(dataset, block_length: int, end_id: int, max_length: int | None):
         ends = [] if row["labels"][-1] == -100 else [end_id] * room
         return {"input_ids": row["input_ids"] + ends, "labels": row["labels"] + ends}
 
-    return dataset.map(fill)
+    return mapped(dataset, fill, num_proc)
 
 
 def packed(dataset, args):

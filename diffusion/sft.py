@@ -92,7 +92,7 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
                 f"train_padding={args.train_padding}: the model has no such token to pad with"
             )
         train_dataset, eval_dataset = (
-            close_rows(rows, processing_class, args.dataset_text_field)
+            close_rows(rows, processing_class, args.dataset_text_field, args.dataset_num_proc)
             for rows in (train_dataset, eval_dataset)
         )
         if args.objective == "canvas":
@@ -114,7 +114,7 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
         self._room, length = room_of(self.model, trained=True), self._facts.block_length
         if args.train_padding and length is not None:
             self.train_dataset, self.eval_dataset = (
-                filled(rows, length, self._fill, args.max_length)
+                filled(rows, length, self._fill, args.max_length, args.dataset_num_proc)
                 for rows in (self.train_dataset, self.eval_dataset)
             )
         rows = {"train": self.train_dataset, "eval": self.eval_dataset}

@@ -4,6 +4,8 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+import test_diffusion_batches as blocks
+import test_diffusion_rows as closing
 import test_rl_trainers as rl
 import test_sft as sft
 import tiny
@@ -193,3 +195,38 @@ def test_a_column_of_text_may_have_another_name(tmp_path):
         sft.trainer_of(tmp_path, dataset_text_field="story")
     with pytest.raises(ValueError, match="dataset_kwargs has the key 'x', which does nothing"):
         sft.trainer_of(tmp_path, dataset_kwargs={"x": 1})
+
+
+def packed(folder):
+    return sft.trainer_of(folder, think_steps=2, packing=True, max_length=16, dataset_num_proc=2)
+
+
+def with_traces(folder):
+    return sft.trainer_of(
+        folder, sft.data(traces=(2,)), think_steps=2, targets="traces", dataset_num_proc=2
+    )
+
+
+def filled_blocks(folder):
+    return blocks.trainer_of(folder, "blocks, filled", 8, dataset_num_proc=2)
+
+
+def closed(folder):
+    closing.write(folder, "bert")
+    return closing.trainer_of(folder, closing.KINDS["text"], dataset_num_proc=2)[0]
+
+
+@pytest.mark.parametrize("make", [packed, with_traces, filled_blocks, closed])
+def test_rows_are_made_ready_in_as_many_processes_as_are_asked_for(tmp_path, make, monkeypatch):
+    whole, seen = Dataset.map, []
+
+    def told(rows, function=None, *args, num_proc=None, **options):
+        if function.__module__.startswith("softar."):
+            seen.append(num_proc)
+        return whole(rows, function, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dataset, "map", told)
+        alone = make(tmp_path)
+    assert seen and set(seen) == {2}
+    assert make(tmp_path).train_dataset.to_list() == alone.train_dataset.to_list()

@@ -155,12 +155,12 @@ class PackedCollator(SoftCollator):
         return batch | {"position_ids": _pad(positions, T, 0)[0], "thought": thought}
 
 
-def packed(dataset: Dataset, length: int, span: dict) -> Dataset:
+def packed(dataset: Dataset, length: int, span: dict, num_proc: int | None = None) -> Dataset:
     """Tokenised examples in rows of up to `length` tokens, each in the row that it fits best, the
     longest first; `seq_lengths` says where they end, `thought` what of them is thought. What stands
     before an example is not its own, so its first token is neither target nor thought.
 
-    span: what tells the thought, as thought_mask takes it.
+    span: what tells the thought, as thought_mask takes it. num_proc: processes that mark thoughts.
     """
 
     def marked(row: dict) -> dict:
@@ -168,7 +168,7 @@ def packed(dataset: Dataset, length: int, span: dict) -> Dataset:
         thought = thought_mask(torch.tensor([labels]), **span)[0].tolist()
         return {"labels": [-100, *labels[1:]], "thought": [False, *thought[1:]]}
 
-    dataset = dataset.map(marked, desc="Marking thoughts")
+    dataset = dataset.map(marked, num_proc=num_proc, desc="Marking thoughts")
     return pack_dataset(dataset.select_columns(["input_ids", "labels", "thought"]), length, "bfd")
 
 
@@ -206,8 +206,11 @@ def check_traces(dataset: Dataset, targets: str) -> None:
         )
 
 
-def add_trace_ids(dataset: Dataset, tokenizer, max_length: int | None = None) -> Dataset:
-    """Tokenise the column `traces`, prompt included, as TRL tokenises prompt and completion."""
+def add_trace_ids(
+    dataset: Dataset, tokenizer, max_length: int | None = None, num_proc: int | None = None
+) -> Dataset:
+    """Tokenise the column `traces`, prompt included, as TRL tokenises prompt and completion, in
+    num_proc processes."""
 
     def tokenise(row: dict) -> dict:
         if isinstance(row["prompt"], str):
@@ -219,7 +222,7 @@ def add_trace_ids(dataset: Dataset, tokenizer, max_length: int | None = None) ->
             ids = [tokenizer.apply_chat_template(c, return_dict=True)["input_ids"] for c in chats]
         return {"trace_ids": [x[:max_length] for x in ids]}
 
-    return dataset.map(tokenise, desc="Tokenizing traces")
+    return dataset.map(tokenise, num_proc=num_proc, desc="Tokenizing traces")
 
 
 def frontier(

@@ -96,10 +96,11 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         theirs = begins_from(model, args)
         self._prefix = prefix_of(model, processing_class, args, kwargs)
         train_dataset, eval_dataset = map(self._prefix.before, (train_dataset, eval_dataset))
+        how = processing_class, args.max_length, args.dataset_num_proc
         if args.targets != "gold":
-            train_dataset = add_trace_ids(train_dataset, processing_class, args.max_length)
+            train_dataset = add_trace_ids(train_dataset, *how)
         if args.targets == "oracle" and eval_dataset is not None:
-            eval_dataset = add_trace_ids(eval_dataset, processing_class, args.max_length)
+            eval_dataset = add_trace_ids(eval_dataset, *how)
         if (pad := processing_class.pad_token_id) is None:
             raise ValueError(
                 "the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token"
@@ -156,7 +157,8 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
 
     def _pack(self) -> None:
         self.args.packing, examples = True, len(self.train_dataset)
-        rows = packed(self.train_dataset, self.args.max_length, self._span)
+        args = self.args
+        rows = packed(self.train_dataset, args.max_length, self._span, args.dataset_num_proc)
         # the longest stand first
         shuffles, seed = self.args.shuffle_dataset, self.args.seed
         self.train_dataset = rows.shuffle(seed=seed) if shuffles else rows
