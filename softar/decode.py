@@ -59,7 +59,7 @@ from .loops import run_loop
 from .mixers import Rng, mk_mixer
 from .models.kind import plain, uncompiled
 from .models.origin import origin_of
-from .models.reading import cache_in, check_ragged, check_virtual_tokens
+from .models.reading import cache_in, check_ragged
 from .placement import evaluating
 from .soft import Soft, soft_inputs
 from .step import KNOWN, compiled, is_over, mk_step, separate
@@ -197,8 +197,6 @@ def generate(
     check_values(generate, logits_processor=logits_processor, stopping_criteria=stopping_criteria)
     check_values(generate, generation_config=generation_config, compile=compile)
     check_values(generate, cache_implementation=cache_implementation, look_every=look_every)
-    # the loop below sees nothing of PEFT's wrapper
-    check_virtual_tokens(model)
     if attention_mask is None:
         guard.check_unpadded(model, input_ids, tokenizer)
     else:

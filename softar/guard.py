@@ -18,7 +18,7 @@ from .config import TAGS, SoftConfig
 from .feedback import check_reads_vectors
 from .models.kind import check_autoregressive, plain
 from .models.origin import origin_of
-from .models.reading import cache_in, check_ragged, check_reads_mixtures
+from .models.reading import cache_in, check_ragged, check_reads_mixtures, check_virtual_tokens
 from .models.room import room_of
 from .soft import check_dist
 
@@ -273,7 +273,8 @@ def check_rng(rng) -> None:
 
 
 def check_causal(model) -> None:
-    """Raise ValueError for what is no causal LM of transformers, plain or wrapped by PEFT."""
+    """Raise ValueError for what is no causal LM of transformers, plain or wrapped by PEFT, or one
+    whose virtual tokens PEFT would leave out."""
     name = type(model).__name__
     if not isinstance(model, nn.Module) or not isinstance(
         inner := model if isinstance(model, PreTrainedModel) else _base(model), PreTrainedModel
@@ -285,6 +286,7 @@ def check_causal(model) -> None:
     check_autoregressive(inner)
     if not inner.can_generate():
         raise ValueError(f"{name} cannot generate: give a causal LM (AutoModelForCausalLM)")
+    check_virtual_tokens(model)
 
 
 def _base(model: nn.Module):

@@ -28,7 +28,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import softar
 from softar.caches import NEVER_STATIC
+from softar.decoders.beam import BeamDecoder, BeamOptions
 from softar.decoders.beam_collapse import BeamCollapse, beam_collapse
+from softar.decoders.soft_beam import SoftBeam, soft_beam
 from softar.feedback import STACKED, StepTemperature, hidden_size
 from softar.models import reading
 from softar.models.reading import (
@@ -446,9 +448,17 @@ def test_virtual_tokens_that_peft_would_leave_out_are_refused(way, monkeypatch):
     monkeypatch.setattr(reading, "cache_name", lambda model: "cache")
     monkeypatch.setattr("importlib.metadata.version", lambda name: way)
     if way == "0.21.2":
-        with counted(model) as calls, pytest.raises(ValueError, match=r"install peft >= 0\.22"):
-            decode(model, [[1, 11, 12]])
-        assert not calls
+        ids, mask = left_padded([[1, 11, 12]])
+        beams = model, ids, mask, softar.SoftConfig(max_new_tokens=2)
+        for start in (
+            lambda: decode(model, [[1, 11, 12]]),
+            lambda: soft_beam(*beams, SoftBeam(num_beams=2)),
+            lambda: beam_collapse(*beams, BeamCollapse(num_beams=2)),
+            lambda: BeamDecoder(model, tokenizer_of(), BeamOptions(2)),
+        ):
+            with counted(model) as calls, pytest.raises(ValueError, match=r"peft >= 0\.22"):
+                start()
+            assert not calls
     else:
         reading.check_virtual_tokens(model)
 

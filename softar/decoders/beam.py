@@ -16,6 +16,7 @@ from ..config import Ids, SoftConfig
 from ..evaluate import evaluating, read_prompts, resolve
 from ..loops import stop_at
 from ..models import plain
+from ..models.reading import check_virtual_tokens
 from ..show.trace import Step, Trace, Words
 from ..tags import matches, scan
 from .answer import Decoded
@@ -88,6 +89,7 @@ class BeamDecoder:
         stop: tuple[str, ...] = (),
     ):
         check_of_kind(model, "autoregressive", name or "beam")
+        check_virtual_tokens(model)
         self.model, self.tokenizer, self.trace = model, tokenizer, trace
         self.num_beams, self.stop = options.num_beams, [*stop]
         self.thought = resolve(
