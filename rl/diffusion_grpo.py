@@ -113,13 +113,7 @@ class DiffusionGRPOTrainer(RolloutGRPO):
             raise ValueError(
                 f"{type(self).__name__} takes gradients piece by piece, which FSDP and DeepSpeed do not: leave them out"
             )
-        guards.check_prompt_room(
-            plain(self.model),
-            self.processing_class,
-            self.train_dataset,
-            "gen_length",
-            self.args.gen_length,
-        )
+        guards.check_prompt_room(self, "gen_length")
         for rows in (self.train_dataset, self.eval_dataset) if not self.args.gen_length else ():
             for part in rows.values() if isinstance(rows, dict) else (rows,):
                 if isinstance(part, Dataset):

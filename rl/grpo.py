@@ -74,13 +74,7 @@ class SoftGRPOTrainer(RolloutGRPO):
             self.model, GenerationConfig(), *how
         )  # it says what rollouts are not decoded with
         guards.check_candidates(plain(self.model), self.args)
-        guards.check_prompt_room(
-            plain(self.model),
-            self.processing_class,
-            self.train_dataset,
-            "max_completion_length",
-            self.args.max_completion_length,
-        )
+        guards.check_prompt_room(self, "max_completion_length")
 
     def _check_same_policy(self, folder):
         guards.check_same_policy(folder, self.policy)

@@ -62,25 +62,35 @@ def check_asked(tokenizer, dataset, name: str) -> None:
         PartialState().print(f"{len(blank)} of {len(dataset)} prompts in {name} say nothing")
 
 
-def check_prompt_room(model: nn.Module, tokenizer, dataset, option: str, most: int) -> None:
-    """Raise ValueError for a prompt that leaves no room for `most` steps, an option of this name, in
-    the model's table of positions, where it has one."""
-    room = room_of(model)
-    if room is None or not isinstance(dataset, Dataset):
+def check_prompt_room(trainer, option: str) -> None:
+    """Raise ValueError for a prompt, of an evaluation too, that leaves no room for the steps of a
+    rollout, the option of this name, in the model's table of positions, where it has one."""
+    room, most = room_of(trainer.model), getattr(trainer.args, option)
+    if room is None:
         return
-    for number, prompt in enumerate(dataset["prompt"]):
-        if isinstance(prompt, str):
-            ids = tokenizer(prompt)["input_ids"]
-        else:
-            ids = tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=True
-            )
-            ids = ids["input_ids"]
-        if len(ids) + most > room:
-            raise ValueError(
-                f"prompt {number} has {len(ids)} tokens, and with {option}={most} that is "
-                f"more than the {room} positions in the model's table: shorten one of them"
-            )
+    for name in ("train_dataset", "eval_dataset"):
+        rows = getattr(trainer, name)
+        for part in rows.values() if isinstance(rows, dict) else (rows,):
+            for number, prompt in enumerate(part["prompt"] if isinstance(part, Dataset) else ()):
+                length = len(_read(trainer, prompt))
+                if length + most > room:
+                    raise ValueError(
+                        f"prompt {number} of {name} has {length} tokens, and with {option}={most} that is "
+                        f"more than the {room} positions in the model's table: shorten one of them"
+                    )
+
+
+def _read(trainer, prompt: str | list[dict]) -> list[int]:
+    """The ids that TRL's trainer reads of a prompt."""
+    if isinstance(prompt, str):
+        return trainer.processing_class(prompt)["input_ids"]
+    return trainer.processing_class.apply_chat_template(
+        prompt,
+        chat_template=trainer.chat_template,
+        add_generation_prompt=True,
+        return_dict=True,
+        **trainer.chat_template_kwargs,
+    )["input_ids"]
 
 
 def check_trainable(trainer: str, model: nn.Module, aux_loss_coef: float | None) -> None:

@@ -75,6 +75,7 @@ def trainer(
     peft=None,
     rows=ROWS,
     eval_rows=None,
+    tokenizer=None,
     **options,
 ):
     return TRAINERS[kind](
@@ -83,7 +84,7 @@ def trainer(
         config(folder, kind, **options),
         rows,
         eval_rows,
-        tokenizer_of(),
+        tokenizer or tokenizer_of(),
         peft_config=peft,
     )
 
@@ -853,9 +854,22 @@ def test_rows_and_models_that_cannot_be_trained_are_named(tmp_path):
     settings = dict(vocab_size=64, n_positions=12, n_embd=32, n_layer=1, n_head=2)
     table = GPT2LMHeadModel(GPT2Config(**settings, bos_token_id=1, eos_token_id=2))
     long = Dataset.from_dict({"prompt": ["<bos> w5", "<bos>" + " w6" * 4]})
-    with pytest.raises(ValueError, match="prompt 1 has 5 tokens, and with max_completion_length=8"):
+    says = "prompt 1 of {} has 5 tokens, and with max_completion_length=8"
+    with pytest.raises(ValueError, match=says.format("train_dataset")):
         trainer(tmp_path, rows=long, model=table)
-    trainer(tmp_path, rows=long.select([0]), model=table)
+    short = long.select([0])
+    with pytest.raises(ValueError, match=says.format("eval_dataset")):
+        trainer(tmp_path, rows=short, eval_rows={"short": short, "long": long}, model=table)
+    trainer(tmp_path, rows=short, model=table)
+    tokenizer = tokenizer_of()
+    tokenizer.chat_template = (
+        "<bos>{% for m in messages %} {{ m['content'] }}{% endfor %}{{ more }}"
+    )
+    chat = Dataset.from_list([{"prompt": [{"role": "user", "content": "w5"}]}])
+    parts = dict(rows=chat, model=table, tokenizer=tokenizer)
+    trainer(tmp_path, **parts)
+    with pytest.raises(ValueError, match="prompt 0 of train_dataset has 6 tokens"):
+        trainer(tmp_path, **parts, chat_template_kwargs={"more": " w6" * 4})
     diffusion = model_of()
     diffusion.config.mask_token_id = 7
     for kind in TRAINERS:
