@@ -1,13 +1,19 @@
 """Does what is installed here fit together? Imports run in a process of their own, as a user's
 would."""
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tomllib
-from importlib.metadata import PackageNotFoundError, distribution, distributions
+from importlib.metadata import (
+    PackageNotFoundError,
+    distribution,
+    distributions,
+    packages_distributions,
+)
 from itertools import chain
 from pathlib import Path
 
@@ -82,6 +88,36 @@ def run(code):
 @pytest.mark.parametrize("requirement", requirements(PROJECT["dependencies"]), ids=str)
 def test_requirement_of_the_project_is_met(requirement):
     assert fits(requirement, installed(requirement.name))
+
+
+def imported(file):
+    """The top-level names that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        yield from (name.split(".")[0] for name in names)
+
+
+def test_what_is_imported_is_required():
+    """By the project, or by an extra: what comes along with another library may go with it."""
+    required = {
+        canonicalize_name(Requirement(line).name)
+        for line in [*PROJECT["dependencies"], *chain.from_iterable(EXTRAS.values())]
+    }
+    files = [
+        file for f in ("softar", "diffusion", "rl", "recipes") for file in ROOT.glob(f"{f}/**/*.py")
+    ]
+    own = {"softar", *(file.stem for file in files)}
+    theirs = {name for file in files for name in imported(file)} - own - {*sys.stdlib_module_names}
+    theirs -= {"pydantic", "psutil"}  # where vLLM is imported, which asks for them
+    providers = packages_distributions()
+    missing = {
+        name
+        for name in theirs
+        if not required & {canonicalize_name(n) for n in [*providers.get(name, ()), name]}
+    }
+    assert not missing and {"torch", "numpy", "vllm"} <= theirs
 
 
 def test_requirements_of_the_requirements_are_met():
