@@ -42,7 +42,8 @@ def head_of(analysis: Analysis) -> str:
     seeds = seeds_of(analysis.logs)
     failed = [name for name in analysis.logs.failed if is_counted(name, analysis)]
     wrong = f" Failed, and so wrong in every row: {', '.join(failed)}." if failed else ""
-    return f"**{seeds[0].upper()}{seeds[1:]}. {'; '.join(words).capitalize()}.**{wrong}"
+    said = "; ".join(words)
+    return f"**{seeds[0].upper()}{seeds[1:]}. {said[0].upper()}{said[1:]}.**{wrong}"
 
 
 def is_counted(name: str, analysis: Analysis) -> bool:
