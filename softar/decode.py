@@ -27,16 +27,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
-from transformers.generation.logits_process import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
 
 from . import guard
 from .caches import check_cache, check_room, forward_of, set_cache
@@ -61,21 +51,10 @@ from .models.kind import plain, uncompiled
 from .models.origin import origin_of
 from .models.reading import cache_in, check_ragged
 from .placement import evaluating
+from .processors import asked_of, check_given, leaves_none
 from .soft import Soft, soft_inputs
 from .step import KNOWN, compiled, is_over, mk_step, separate
 from .thought import Kind, Record, begin, mk_rules, stack, warn_unopened
-
-# They choose tokens, which `SoftConfig` does
-SAMPLING = (
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    MinPLogitsWarper,
-    TypicalLogitsWarper,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-)
 
 
 @dataclass(frozen=True, repr=False)
@@ -161,7 +140,8 @@ def generate(
         tokenizer: for think_start and think_end as text, for stop strings, and to find think tags;
             only of a model that `softar.load` did not open, which remembers its own.
         streamer: a transformers streamer; gets the tokens that stand for the steps.
-        logits_processor, stopping_criteria: lists of transformers', applied as in `model.generate`.
+        logits_processor, stopping_criteria: lists of transformers', applied as in `model.generate`,
+            but that a repetition penalty does not count the padding before a prompt as said.
         generation_config: end-of-sequence and pad ids, penalties, the cache's settings; default the
             model's own. What is set there and not followed (beams, sampling, lengths, scores, ...)
             is an error; of the model's own, `config` alone says how a step is chosen.
@@ -195,6 +175,7 @@ def generate(
     guard.check_prompts(input_ids, attention_mask)
     check_values(generate, callback=callback, tokenizer=tokenizer, streamer=streamer)
     check_values(generate, logits_processor=logits_processor, stopping_criteria=stopping_criteria)
+    check_given(logits_processor)
     check_values(generate, generation_config=generation_config, compile=compile)
     check_values(generate, cache_implementation=cache_implementation, look_every=look_every)
     if attention_mask is None:
@@ -292,7 +273,7 @@ def soft_decode(
             model.config.get_text_config(decoder=True).vocab_size,
             input_ids.device,
         )
-    processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, SAMPLING))
+    processors = asked_of(logits_processor, input_ids, model_kwargs.get("attention_mask"))
     others = StoppingCriteriaList(c for c in stopping_criteria if type(c) not in KNOWN)
     pad, eos = generation_config._pad_token_tensor, generation_config._eos_token_tensor
     rules, progress = mk_rules(config, input_ids.device, pad, eos), begin(config, input_ids)
@@ -331,7 +312,10 @@ def soft_decode(
             # copied like the logits: the next step of a CUDA graph writes to where they are
             hidden = outputs.hidden_states[-1][:, -1].clone() if wants_hidden else None
             # a processor may write to what it gets, of which the entropy is another
-            scores = processors(input_ids, logits.clone()) if processors else logits
+            scores = logits
+            if processors:
+                scores = processors(input_ids, logits.clone())
+                logits = logits.masked_fill(leaves_none(scores)[:, None], torch.nan)  # named later
             draw = functools.partial(draws.at, step)
             stepped = take_step(progress, logits, scores, draw, looks.now.any_thinking, hidden)
             progress, record, flags, vector, perturbed = stepped

@@ -1233,23 +1233,6 @@ def test_rows_that_part_and_meet_again_go_on_as_they_would(llama, span):
     assert all(map(torch.equal, join(pieces), at_once.select(order)))
 
 
-def test_processors_that_leave_no_token_are_named_at_their_step(llama):
-    ids, mask = left_padded(PROMPTS)
-
-    class Nothing(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            return (
-                scores
-                if input_ids.shape[1] < ids.shape[1] + 2
-                else torch.full_like(scores, -torch.inf)
-            )
-
-    with pytest.raises(FloatingPointError, match="step 2"):
-        softar.generate(
-            llama, ids, mask, config=SoftConfig(max_new_tokens=N), logits_processor=[Nothing()]
-        )
-
-
 def test_stop_strings_end_a_row(endless, monkeypatch):
     """transformers' own criterion cannot read a vocabulary of whole words, so a stand-in reads the
     last token."""

@@ -183,7 +183,18 @@ def test_imports_point_one_way(folder):
 # on a lower floor.
 FLOORS = [
     ("largest",),
-    ("_lazy", "checks", "noise", "placement", "progress", "resume", "soft", "specs", "tags"),
+    (
+        "_lazy",
+        "checks",
+        "noise",
+        "placement",
+        "processors",
+        "progress",
+        "resume",
+        "soft",
+        "specs",
+        "tags",
+    ),
     ("feedback", "files", "inherited", "names", "relaxed"),
     ("mixers", "models", "tasks", "results"),
     ("caches", "draws", "idle"),

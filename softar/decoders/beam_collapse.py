@@ -27,11 +27,12 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from .. import guard
 from ..checks import check_least, check_types
 from ..config import SWITCHES, SoftConfig
-from ..decode import SAMPLING, SoftOutput
+from ..decode import SoftOutput
 from ..mixers import Mixed
 from ..models.kind import uncompiled
 from ..models.reading import ONE_BY_ONE, cache_in
 from ..placement import evaluating
+from ..processors import asked_of, leaves_none
 from ..soft import Soft, entropy, mk_proba_dist, soft_inputs, tempered
 from ..thought import Kind, Progress, Record, Rules, begin, check_finite, decide, mk_rules
 from .group import Group
@@ -125,7 +126,7 @@ def _search(
     check_rereads(model, inputs, search)
     pad, eos = generation_config._pad_token_tensor, generation_config._eos_token_tensor
     rules = mk_rules(config, input_ids.device, pad, eos)
-    processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, SAMPLING))
+    processors = asked_of(logits_processor, input_ids, inputs.get("attention_mask"))
     path = Path(model, config, search, rules, processors, input_ids)
     with evaluating(model):
         groups = [path.begin(input_ids, generation_config, inputs)]
@@ -313,10 +314,12 @@ class Path:
         """The processed logits of the next step, and the entropy of the raw ones."""
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=tokens.device)
         h = entropy(logits, self.config.temperature)
+        scores = self.processors(tokens, logits)
+        h = h.masked_fill(leaves_none(scores), torch.nan)
         if h.isnan().any():
             blank = Record(tokens, h[:, None], tokens, tokens, h, h)
             check_finite(blank, tokens.shape[1] - self.P)
-        return self.processors(tokens, logits), h
+        return scores, h
 
     def finished(self) -> tuple[Progress, Record]:
         T = int((self.record.kind != Kind.PAD).any(0).sum())

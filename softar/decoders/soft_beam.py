@@ -33,6 +33,7 @@ from ..decode import SoftOutput, generate
 from ..mixers import Mixed, guide, hard
 from ..models.kind import uncompiled
 from ..placement import evaluating
+from ..processors import asked_of
 from ..soft import Soft, entropy, mk_proba_dist, soft_inputs
 from ..soft import hard as one_token
 from ..step import LIMITS
@@ -129,10 +130,11 @@ def _search(
     guard.check_reads(model, config, input_ids, model_kwargs)
     guard.check_positions(model, input_ids, generation_config, model_kwargs)
     hypotheses = Hypotheses(config, search.num_beams, input_ids, generation_config)
+    asked = asked_of(logits_processor, input_ids, model_kwargs.get("attention_mask"))
     with evaluating(model), counted(model) as shapes, reading(model, hypotheses.inputs(model)):
         sequences = model._beam_search(
             input_ids,
-            LogitsProcessorList([hypotheses.look, *logits_processor, hypotheses]),
+            LogitsProcessorList([hypotheses.look, *asked, hypotheses]),
             stopping_criteria,
             generation_config,
             **model_kwargs,

@@ -1,0 +1,95 @@
+"""transformers' logits processors in softar's loops."""
+
+import pytest
+import torch
+from tiny import PROMPTS, left_padded, model_of
+from transformers import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
+
+import softar
+from softar import SoftConfig
+from softar.decoders.beam_collapse import BeamCollapse, beam_collapse
+from softar.decoders.soft_beam import SoftBeam, soft_beam
+
+N = 6
+LOOPS = {
+    "hard": dict(mixer="hard"),
+    "soft": dict(mixer="soft", budget=3, top_k=5, answer_temperature=0.0),
+    "drawn": dict(mixer="hard", mixer_args={"sample": True}),
+    "an answer that is drawn": dict(mixer="soft", budget=0, answer_temperature=1.0),
+    "soft beams": SoftBeam(3, 0.4),
+    "collapsed beams": BeamCollapse(3, 2),
+}
+
+
+def decoded(model, ids, mask, loop, **more):
+    """What each row read, its tokens and weights."""
+    if isinstance(how := LOOPS[loop], dict):
+        config = SoftConfig(max_new_tokens=N, **how)
+        draws = [torch.Generator().manual_seed(7) for _ in ids]
+        out = softar.generate(model, ids, mask, config=config, rng=draws, **more)
+    else:
+        search = soft_beam if isinstance(how, SoftBeam) else beam_collapse
+        out, _ = search(model, ids, mask, SoftConfig(max_new_tokens=N), how)
+    return [
+        (row.tolist(), w.sort(-1).values) for row, w in zip(out.completions, out.record.weights)
+    ]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_repetition_penalty_does_not_count_padding_as_said(loop):
+    """Padded with the token that the shortest row says first."""
+    model = model_of(eos_token_id=None).double()
+    short = min(PROMPTS, key=len)
+    (first, *_), _ = decoded(model, torch.tensor([short]), None, "hard")[0]
+    ids, mask = left_padded(PROMPTS)
+    ids[mask == 0] = first
+    model.generation_config.repetition_penalty = 3.0
+    for prompt, (tokens, weights) in zip(PROMPTS, decoded(model, ids, mask, loop), strict=True):
+        alone = torch.tensor([prompt])
+        ((expected, same),) = decoded(model, alone, torch.ones_like(alone), loop)
+        assert tokens == expected
+        torch.testing.assert_close(weights, same, atol=1e-6, rtol=0)
+    assert decoded(model, torch.tensor([short]), None, "hard")[0][0][0] == first
+
+
+class Nothing(LogitsProcessor):
+    """No token is left in the second row, from the third step on."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] < self.length + 2:
+            return scores
+        return scores.index_fill(0, torch.tensor([1]), -torch.inf)
+
+
+@pytest.mark.parametrize("loop", [name for name, how in LOOPS.items() if isinstance(how, dict)])
+def test_processors_that_leave_no_token_are_named_at_their_step(loop):
+    ids, mask = left_padded(PROMPTS)
+    with pytest.raises(FloatingPointError, match=r"leave no token, at step 2, rows \[1\]"):
+        decoded(
+            model_of(eos_token_id=None), ids, mask, loop, logits_processor=[Nothing(ids.shape[1])]
+        )
+
+
+@pytest.mark.parametrize(
+    "given", [TopKLogitsWarper(5), TemperatureLogitsWarper(0.5), MinPLogitsWarper(0.1)], ids=type
+)
+def test_a_processor_that_chooses_tokens_is_refused(given):
+    """It did nothing."""
+    ids, mask = left_padded(PROMPTS)
+    others = [RepetitionPenaltyLogitsProcessor(1.2), given]
+    with pytest.raises(
+        ValueError, match=rf"a {type(given).__name__}, which is not followed.*top_k="
+    ):
+        decoded(model_of(), ids, mask, "soft", logits_processor=others)
+    model = model_of()  # in a model's own settings it is no wish of the caller's
+    model.generation_config.update(do_sample=True, top_k=5)
+    decoded(model, ids, mask, "soft")
