@@ -61,7 +61,7 @@ class SweepArguments:
     seeds: list[int] = many("Seeds of everything that the decoders draw.", 0)
     limit: int | None = opt(None, "Number of held-out rows of each task. Default: all.")
     max_new_tokens: int | None = opt(
-        None, "Number of tokens to generate. Default: the length of the embedded task's answers."
+        None, "Number of tokens to generate. Default: what the task says, else the model's default."
     )
     chat: bool | None = opt(
         None, "Use the models' chat templates. Default: of those that have one."

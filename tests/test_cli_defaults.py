@@ -1,6 +1,7 @@
 """What the commands say of defaults, refuse before work, and let through to a terminal."""
 
 import io
+import json
 import sys
 import unicodedata
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedConfig
 
-from softar import SoftConfig
+from softar import SoftConfig, load, make_decoder
 from softar.cli import app as cli
 from softar.cli import streams
+from softar.decoders.answer import Decoded
+from softar.decoders.soft import SoftDecoder
 from softar.models.source import cached_if_offline
 from softar.models.there import check_there
 from softar.show.terminal import harmless
@@ -102,3 +105,28 @@ def test_the_shell_completes(monkeypatch, capsys):
     monkeypatch.setenv("COMP_CWORD", "1")
     code, out, _ = run(capsys)
     assert code == 0 and out.split() == ["generate"]
+
+
+def test_every_command_decodes_as_long_as_the_model_says(capsys, tmp_path, monkeypatch):
+    """`compare` cut all at 128 tokens, so that a longer thought had no answer; `sweep` asked."""
+    for part in load("mnns-tiny"):
+        part.save_pretrained(tmp_path)
+    SoftConfig(budget=130, max_new_tokens=140).save(tmp_path)
+    rows, lengths = tmp_path / "rows.jsonl", []
+    rows.write_text(json.dumps({"prompt": PROMPT, "answer": "S0"}) + "\n")
+
+    def decode(decoder, prompts):
+        lengths.append(decoder.config.max_new_tokens)
+        return [Decoded("S0", (1,), 1.0, 1.0, 0.1) for _ in prompts]
+
+    monkeypatch.setattr(SoftDecoder, "decode", decode)
+    for command in (
+        ["generate", PROMPT, "-m", tmp_path],
+        ["compare", "-t", rows, "-m", tmp_path, "-d", "soft", "-d", "discrete"],
+        ["sweep", "-t", rows, "--soft", f"{tmp_path}=soft", "-o", tmp_path / "sweep"],
+    ):
+        code, _, err = run(capsys, *command)
+        assert code == 0 and {*lengths} == {140}, err
+        lengths.clear()
+    make_decoder(f"{tmp_path}=soft").decode([PROMPT])
+    assert lengths == [140]

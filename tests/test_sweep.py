@@ -270,7 +270,6 @@ def test_a_folder_without_a_readable_grid_is_refused(whole, tmp_path):
         (dict(batch_size=0), "batch_size=0 must be"),
         (dict(models={"sudoku": "x"}), r"models names \['sudoku'\]"),
         (dict(tasks=["sudoku"]), "task='sudoku' is unknown"),
-        (dict(tasks=["reasoning_gym:chain_sum"]), "needs max_new_tokens"),
         (dict(soft=["soft-musk"]), "'soft-musk' is unknown"),
         (
             dict(soft=["gumbel"], tasks=["mnns"]),

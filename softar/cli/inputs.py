@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ..decoders.answer import Decoded
     from ..decoders.card import Card
 
-NEW_TOKENS = 128  # where neither the model nor its default says how many
 # What `softar models` and `softar tasks` list; tests hold it against the tables of the package,
 # which need torch.
 MODELS = {
@@ -55,8 +54,6 @@ OWN = (
     "rows of prompt and answer, .jsonl, .json, .csv or .parquet; score: exact, number, regex (with "
     "pattern=), module:function",
 )
-# masks behind a prompt that says no number of them
-DIFFUSION_LENGTH = {"mnns-diffusion-tiny": 5, "latin-block-tiny": 25}
 # what `softar compare` decodes with where nothing is named: which of the task's models, and how
 COMPARED = {
     "mnns": [
@@ -110,14 +107,14 @@ def open_decoder(
     """The decoder of a spec, or the default one of the model, with what the command's own options
     say.
 
-    max_new_tokens: None is the model's default, see softar.defaults. fills: does
-    it have to fill masks? None: it may. common: fields of Common.
+    max_new_tokens: None is the model's default (default_length). fills: does it have to fill masks?
+    None: it may. common: fields of Common.
     """
     with streams.waiting("loading"):
         quiet()
         from ..decoders.card import describe
         from ..decoders.options import Common
-        from ..decoders.registry import build, card_of, own_decoder, parse_spec
+        from ..decoders.registry import build, card_of, default_length, own_decoder, parse_spec
 
         asked = parse_spec(spec) if spec else None
         model = (asked and asked.model) or model or default_model(spec)
@@ -188,15 +185,6 @@ def default_model(spec: str | None) -> str | None:
 def model_of_task(task, spec: str) -> str | None:
     """The model that the package brings for a task, for a diffusion decoder that names none."""
     return task.models.get("diffusion") if family(spec) == "diffusion" else None
-
-
-def default_length(card: "Card", family: str) -> int | None:
-    """None: the decoder takes its model's default."""
-    if family == "autoregressive":
-        return None
-    if family == "diffusion":
-        return DIFFUSION_LENGTH.get(card.name, NEW_TOKENS)
-    return NEW_TOKENS if card.config is None else card.config.max_new_tokens
 
 
 def with_options(spec: str, options: dict[str, Any]) -> str:
@@ -325,14 +313,12 @@ def compared(task: str, model: str | None, dtype: str, device: str | None) -> li
     return ["discrete", "soft", "gumbel"]
 
 
-def answer_length(task, spec: str, max_new_tokens: int | None) -> int:
+def answer_length(task, spec: str, max_new_tokens: int | None) -> int | None:
     """Tokens to generate: none where a diffusion model fills a template; else what the option or
-    the task says."""
+    the task says; None where neither does: the model's default."""
     if "template" in task.test.column_names and family(spec) == "diffusion":
         return 0
-    if max_new_tokens is not None:
-        return max_new_tokens
-    return task.max_new_tokens or NEW_TOKENS
+    return task.max_new_tokens if max_new_tokens is None else max_new_tokens
 
 
 def file_name(task: str) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ..checks import did_you_mean
 from ..config import SoftConfig
+from ..defaults import PLAIN_LENGTH
 from ..mixers import MIXERS
 from ..names import CODE, HINT, is_code, lookup, note_named, registered
 from ..specs import parse_options
@@ -30,6 +31,8 @@ FAMILIES = {
     "openai": "softar.decoders.openai",
 }
 ALONE = (OWN, "openai")  # whose decoders need not be told a model
+# masks behind a prompt, of models made for so many
+MASKS = {"mnns-diffusion-tiny": 5, "latin-block-tiny": 25}
 
 
 class Spec(NamedTuple):
@@ -54,7 +57,7 @@ def make_decoder(
     spec: str,
     *,
     model: str | None = None,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     seed: int = 0,
     trace: bool = False,
     dtype: str = "auto",
@@ -70,7 +73,7 @@ def make_decoder(
             decoder's name.
         model: where the spec names none. Opened once for all decoders of a family.
         max_new_tokens: length of the completion; of diffusion the masks appended, 0 to fill
-            templates.
+            templates. None: the model's default (default_length).
         seed: of what the decoder draws; it keeps its generator, so that a second call draws other
             numbers.
         trace: record each answer's steps, in Decoded.trace.
@@ -83,8 +86,21 @@ def make_decoder(
     asked = parse_spec(spec)
     if asked.model is None and model is None and asked.family not in ALONE:
         raise ValueError(f"{spec!r} names no model: write MODEL={spec}, or pass model=")
-    common = Common(max_new_tokens, seed, trace, dtype, device, tuple(stop), asked.prefix)
-    return build(asked.decoder, card_of(asked, model), common, asked.options)
+    card = card_of(asked, model)
+    length = default_length(card, asked.family) if max_new_tokens is None else max_new_tokens
+    common = Common(length, seed, trace, dtype, device, tuple(stop), asked.prefix)
+    return build(asked.decoder, card, common, asked.options)
+
+
+def default_length(card: Card, family: str) -> int | None:
+    """Tokens that a decoder generates where nobody says how many: as many as the model's
+    soft_config.json or think tags say (softar.defaults), which an autoregressive decoder finds out
+    itself: None."""
+    if family == "autoregressive":
+        return None
+    if family == "diffusion":
+        return MASKS.get(card.name, PLAIN_LENGTH)
+    return PLAIN_LENGTH if card.config is None else card.config.max_new_tokens
 
 
 def card_of(asked: Spec, model: str | None) -> Card:

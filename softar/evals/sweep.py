@@ -42,7 +42,7 @@ class Grid:
     models: dict[str, str] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)  # of what a decoder draws; the held-out rows are always the same
     limit: int | None = None  # held-out rows of each task, the first ones; None is all
-    # None: what the task says, as the embedded ones and lm-eval's do
+    # None: what the task says, as the embedded ones and lm-eval's do, else each model's default
     max_new_tokens: int | None = None
     # prompts in the chat template of a decoder's model; None is where it has one
     chat: bool | None = None
@@ -192,10 +192,7 @@ def _gather(runs: list[Run], folder: Path) -> list[dict]:
 def _check(grid: Grid, runs: list[Run]) -> None:
     """Raise ValueError for what is wrong with a grid, as far as it shows before a model is opened."""
     for task in grid.tasks:
-        if _task(task).max_new_tokens is None and grid.max_new_tokens is None:
-            raise ValueError(
-                f"task={task!r} needs max_new_tokens: how long its answers are is not known"
-            )
+        _task(task)
     for run in runs:
         if twice := sorted(set(parse_spec(run.decoder).options) & set(grid.vary)):
             raise ValueError(
@@ -328,8 +325,9 @@ def _held_out(grid: Grid, run: Run):
     return task, task.test.select(range(n))
 
 
-def _length(grid: Grid, run: Run) -> int:
-    """How many tokens to generate: none where a diffusion model fills a template."""
+def _length(grid: Grid, run: Run) -> int | None:
+    """How many tokens to generate: none where a diffusion model fills a template; None where
+    neither grid nor task says: the model's default."""
     _, rows = _held_out(grid, run)
     if "template" in rows.column_names and parse_spec(run.spec).family == "diffusion":
         return 0
