@@ -14,7 +14,7 @@ from typing import Any
 
 from .checks import as_ids, check_choice, check_idle, check_least, check_types, fill, idle_options
 from .feedback import StepTemperature, check_feedback, load_step_temperature
-from .idle import IDLE
+from .idle import IDLE, warn_of_no_answer
 from .mixers import Mixed, mk_mixer
 from .names import check_not_code
 from .soft import RESCALES, check_dist
@@ -159,6 +159,7 @@ class SoftConfig:
                 f"think_start={self.think_start!r} closes the thought as well: give another think_end"
             )
         check_idle(self, IDLE, left_out)
+        warn_of_no_answer(self)
 
     def changed(self, **changes) -> "SoftConfig":
         """With these fields in place of its own; fields of its own that would say nothing beside

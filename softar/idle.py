@@ -1,5 +1,7 @@
 """Fields of a SoftConfig that do nothing beside its others: they are refused, at the edge."""
 
+import warnings
+
 from .checks import Idle
 from .mixers import mk_mixer
 
@@ -11,6 +13,19 @@ def _draws(c) -> bool:
 
 def _is_endless(c) -> bool:
     return (c.think_end, c.budget, c.cold_stop_entropy) == (None, None, None)
+
+
+def warn_of_no_answer(c) -> None:
+    """Of a budget that alone ends the thought, where the text ends before. It is allowed:
+    benchmarks time thoughts alone."""
+    if c.budget is None or not c.hide_thought or c.budget < c.max_new_tokens:
+        return
+    if (c.think_end, c.cold_stop_entropy) == (None, None):
+        warnings.warn(
+            f"budget={c.budget} is not below max_new_tokens={c.max_new_tokens}, thought and answer "
+            "together: no answer follows; raise max_new_tokens, or lower budget",
+            stacklevel=2,  # always the same line, so that it is said once
+        )
 
 
 IDLE = (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -262,3 +263,26 @@ def test_white_space_may_follow_a_thought_that_the_prompt_closes(endless):
         ids = torch.tensor([tokenizer.encode(text)])
         out = softar.generate(model, ids, config=config, tokenizer=tokenizer)
         assert (out.record.kind == kind).all(), text
+
+
+@pytest.mark.parametrize(
+    ("fields", "silent"),
+    [
+        (dict(budget=64), True),
+        (dict(budget=9, max_new_tokens=9), True),
+        (dict(budget=8, max_new_tokens=9), False),
+        (dict(budget=64, hide_thought=False), False),  # the thought is the text
+        (dict(budget=64, think_end="</think>"), False),  # it may end the thought before
+        (dict(budget=64, cold_stop_entropy=0.1), False),
+        (dict(max_new_tokens=9), False),
+    ],
+)
+def test_a_budget_that_leaves_no_answer_is_told(fields, silent):
+    """The answers were empty, without a word."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            SoftConfig(**fields).changed(top_k=5)
+    assert [str(each.message)[-48:] for each in heard] == [
+        "answer follows; raise max_new_tokens, or lower budget"[-48:]
+    ] * silent

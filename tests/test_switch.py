@@ -117,7 +117,7 @@ def test_rows_switch_by_the_rule_whatever_their_entropies(seed, reference):
     [
         (dict(), "switch_dwell=512 is not below max_new_tokens=64: .* never mixes again"),
         (dict(budget=3, max_new_tokens=600), "switch_dwell=512 is not below budget=3"),
-        (dict(budget=600), "switch_dwell=512 is not below max_new_tokens=64"),
+        (dict(budget=600, think_end=END), "switch_dwell=512 is not below max_new_tokens=64"),
         (dict(switch_dwell=3, budget=3), "switch_dwell=3 is not below budget=3"),
         (dict(switch_dwell=2, budget=3), None),
         (dict(max_new_tokens=513), None),
