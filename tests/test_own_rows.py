@@ -97,6 +97,20 @@ def half(text, row):
     return 0.5 * (text == row["answer"])
 
 
+@pytest.mark.parametrize("answer", [7, 0, 1.5, False, True, "7", ["a", "b"], {"a": 1}])
+def test_a_scorer_of_ones_own_gets_the_answer_as_it_is(tmp_path, answer):
+    """It got the text of a number or a truth value, which equals neither."""
+    for ending in ("jsonl", "json", "parquet"):
+        file = write(tmp_path, f"rows.{ending}", [{"prompt": "q", "answer": answer}])
+        row = load_task(f"{file}:score={__name__}:same").test[0]
+        assert row["answer"] == answer and type(row["answer"]) is type(answer)
+        assert same(json.dumps(answer), row) == 1
+
+
+def same(text, row):
+    return json.loads(text) == row["answer"]
+
+
 def test_other_names_of_columns_and_chats(tmp_path):
     rows = [
         {"question": [{"role": "user", "content": "2 + 2"}], "gold": 4, "kind": "sum", "more": [1]},

@@ -150,7 +150,8 @@ def _regex(options: Options):
 
 
 def _rows(path: Path, rows: Rows, options: Options, with_answer: bool) -> Dataset:
-    """The columns prompt, answer and maybe group, and all that the file has beside them."""
+    """The columns prompt, answer and maybe group, and all that the file has beside them.
+    with_answer: each row needs one, which becomes text, as softar's own scorers read it."""
     read = [_row(path, row, line, options, with_answer) for line, row in rows]
     kinds = [isinstance(row["prompt"], str) for row in read]
     if len({*kinds}) > 1:
@@ -175,7 +176,7 @@ def _row(path: Path, row: dict, line: int, options: Options, with_answer: bool) 
             raise ValueError(
                 f"{path}, line {line}: {options.answer}={answer!r:.60} must be a text or a number"
             )
-        out["answer"] = answer if isinstance(answer, (dict, list)) else str(answer)
+        out["answer"] = str(answer) if with_answer else answer
     if options.group in row:
         group = row[options.group]
         out["group"] = None if group in (None, "") else str(group)  # as .csv has it
