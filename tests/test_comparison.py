@@ -185,15 +185,16 @@ def test_turns_batches_and_warm_up():
 
 
 def test_column():
+    """A template is for those that fill masks: any column of that name was decoded by all."""
     data = questions(2, template=["q1", "q0"], other=["q1", "q1"])
-    for column, prompts in (
-        (None, ["q1", "q0"]),
-        ("prompt", ["q0", "q1"]),
-        ("other", ["q1", "q1"]),
+    for column, prompts, filled in (
+        (None, ["q0", "q1"], ["q1", "q0"]),
+        ("prompt", ["q0", "q1"], ["q0", "q1"]),
+        ("other", ["q1", "q1"], ["q1", "q1"]),
     ):
-        fake = Fake()
-        compare([fake], data, score, column=column, warmup=0, **QUIET)
-        assert fake.calls == [prompts]
+        fake, fills = Fake(), Fake("fills", columns=dict(family="diffusion"))
+        compare([fake, fills], data, score, column=column, warmup=0, **QUIET)
+        assert (fake.calls, fills.calls) == ([prompts], [filled])
 
 
 def test_rows_as_a_list_of_dicts():

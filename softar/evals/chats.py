@@ -42,7 +42,7 @@ def with_chat(rows, decoders: list, chat: bool | None = None):
             raise ValueError(f"{why}, and the prompts are chats, {first}: give texts as prompts")
         return rows
     is_asked = not bare if chat is None else chat
-    if "template" in rows.column_names or not is_asked:
+    if not is_asked:
         return rows
     from datasets import Dataset
 

@@ -217,7 +217,8 @@ def compare(
         score: (text, row) -> a number, 1 for right and 0 for wrong.
         extract: what of a text is the answer, for the agreement of two decoders; a Task has its
             own.
-        column: of `rows`, what is decoded; None: `template` if there is one, else `prompt`.
+        column: of `rows`, what is decoded; None: `prompt`, but of diffusion decoders, which fill
+            masks, `template` if there is one.
         group: column that says which rows belong together, as the wordings of one problem do: they
             are drawn together in every interval. None: `group` if there is one; a row without it,
             or with None there, stands alone.
@@ -244,16 +245,18 @@ def compare(
         raise ValueError("the dataset is empty: there is nothing to compare on")
     sizes = dict(batch_size=batch_size, repeats=repeats, warmup=warmup, bootstrap=bootstrap)
     check_least(sizes, batch_size=1, repeats=1, warmup=0, bootstrap=1)
-    column = column or ("template" if "template" in items[0] else "prompt")
-    if bare := [i for i, item in enumerate(items) if column not in item]:
-        raise ValueError(f"column={column!r} is missing: row {bare[0]} has {list(items[bare[0]])}")
+    columns = {name: column or _column_of(decoder, items[0]) for name, decoder in named.items()}
+    for asked in columns.values():
+        if bare := [i for i, item in enumerate(items) if asked not in item]:
+            has = list(items[bare[0]])
+            raise ValueError(f"column={asked!r} is missing: row {bare[0]} has {has}")
     if group is not None and not any(group in item for item in items):
         raise ValueError(f"group={group!r} is no column: row 0 has {list(items[0])}")
     groups = number_groups([_group(item.get(group or GROUP)) for item in items])
     baseline = next(iter(named)) if baseline is None else baseline
     check_choice("baseline", baseline, named)
     console = Console(stderr=True) if console is None else console
-    contest = Contest(named, items, column, score, extract, batch_size=batch_size, console=console)
+    contest = Contest(named, items, columns, score, extract, batch_size=batch_size, console=console)
     contest.run(repeats, warmup)
     passes = contest.answered()
     scored = {name: taken for name, taken in passes.items() if any(p.done.any() for p in taken)}
@@ -278,6 +281,12 @@ def compare(
         seed=seed,
         groups=groups,
     )
+
+
+def _column_of(decoder: Decoder, row: dict) -> str:
+    """What of the rows a decoder is asked where nobody says which column."""
+    fills = isinstance(decoder, NamedDecoder) and decoder.columns.get("family") == "diffusion"
+    return "template" if "template" in row and (fills or "prompt" not in row) else "prompt"
 
 
 def _group(value):

@@ -31,7 +31,7 @@ class Contest:
         self,
         decoders: dict[str, Decoder],
         items: list[dict],
-        column: str,
+        columns: dict[str, str],  # by decoder: of the items, what it is asked
         score: Callable[[str, dict], float],
         extract: Callable[[str], str],
         *,
@@ -39,7 +39,7 @@ class Contest:
         console: Console,
     ):
         self.decoders, self.items = decoders, items
-        self.prompts = [item[column] for item in items]
+        self.columns = columns
         self.score, self.extract, self.batch_size = score, extract, batch_size
         self.console, self.progress = console, None
         self.passes: dict[str, list[Pass]] = {name: [] for name in decoders}
@@ -111,7 +111,8 @@ class Contest:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         try:
-            return _decode(self.decoders[name], self.prompts[begin:end])
+            asked = [item[self.columns[name]] for item in self.items[begin:end]]
+            return _decode(self.decoders[name], asked)
         except Exception as error:  # whatever it is, the others go on
             self.fail(None, name, error)
             if isinstance(error, Unfinished) and self.passes[name]:
