@@ -80,8 +80,8 @@ def filled(
             name: filled(rows, block_length, end_id, max_length, num_proc)
             for name, rows in dataset.items()
         }
-    if dataset is None:
-        return None
+    if dataset is None or "seq_lengths" in (dataset.column_names or []):  # packed since
+        return dataset
 
     def fill(row: dict) -> dict:
         length = len(row["input_ids"])

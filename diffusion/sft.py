@@ -10,19 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 
+from softar.held_out import EvaluatedRows
 from softar.model_card import OwnCard, changes_of, decode_command
 from softar.models import room_of
 from softar.sft.data import SoftCollator
 from softar.sft.preflight import check_tokens, say_cut
 from softar.split import check_split, is_split, with_whole_weights
-from softar.texts import check_data
+from softar.texts import check_data, check_rows
 from softar.training import (
-    EvaluatedRows,
     MicroBatches,
     WatchedLosses,
     check_adapter,
@@ -58,7 +59,7 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
     trained along, from the numbers on that the model knows of an earlier training; each checkpoint
     holds its values in transparency_config.json, from where `load` and `denoise` take them. With
     objective="uniform" the checkpoint says so in its config.json, an adapter in
-    diffusion_process.json. With `score(answer, row)` every evaluation also decodes held-out rows.
+    diffusion_process.json. With `score(answer, row)` every evaluation also decodes its rows.
     """
 
     _tag_names = ["trl", "sft", "softar", "masked-diffusion"]
@@ -85,16 +86,15 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
                 f"{', '.join(args.idle_head)} do nothing with softmasking_prob=0", stacklevel=2
             )
         self._facts = check_fits(args, facts(model))
-        self._score, self._decode_rows = score, eval_dataset
+        self._score, self._held_out = score, eval_dataset
         self._fill = self._facts.eos_id if args.train_padding else processing_class.pad_token_id
         if self._fill is None:
             raise ValueError(
                 f"train_padding={args.train_padding}: the model has no such token to pad with"
             )
-        train_dataset, eval_dataset = (
-            close_rows(rows, processing_class, args.dataset_text_field, args.dataset_num_proc)
-            for rows in (train_dataset, eval_dataset)
-        )
+        # `prepared` asks for them before TRL has them
+        self.args, self.processing_class = args, processing_class
+        train_dataset, eval_dataset = map(self.prepared, (train_dataset, eval_dataset))
         if args.objective == "canvas":
             kwargs["peft_config"] = without_task(kwargs.get("peft_config"))
         collator = PackedCollator if args.packing else SoftCollator
@@ -111,12 +111,10 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
         check_split(self, softmasking_prob=(args.softmasking_prob, why))
         check_adapter(type(self).__name__, self.model)
         say_cut(self, train_dataset)
-        self._room, length = room_of(self.model, trained=True), self._facts.block_length
-        if args.train_padding and length is not None:
-            self.train_dataset, self.eval_dataset = (
-                filled(rows, length, self._fill, args.max_length, args.dataset_num_proc)
-                for rows in (self.train_dataset, self.eval_dataset)
-            )
+        self._room = room_of(self.model, trained=True)
+        self.train_dataset, self.eval_dataset = map(
+            self._filled, (self.train_dataset, self.eval_dataset)
+        )
         rows = {"train": self.train_dataset, "eval": self.eval_dataset}
         check_tokens(rows, args, self._room, self._facts.vocab_size)
         self.args.packing = args.packing
@@ -156,6 +154,30 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
             del inner.soft_mask_head
         learn_head(self.model, self.head.settings())
         return output
+
+    # -- data
+
+    def check_held_out(self, rows) -> None:
+        check_rows(rows, "eval_dataset", self.args.dataset_text_field)
+
+    def prepared(self, rows):
+        """Rows as TRL is to tokenise them."""
+        args = self.args
+        return close_rows(
+            rows, self.processing_class, args.dataset_text_field, args.dataset_num_proc
+        )
+
+    def _filled(self, rows):
+        """Rows that TRL has tokenised, with the padding that is trained along."""
+        args, length = self.args, self._facts.block_length
+        if not args.train_padding or length is None:
+            return rows
+        return filled(rows, length, self._fill, args.max_length, args.dataset_num_proc)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if eval_dataset is not None and not isinstance(eval_dataset, str):  # the constructor's are
+            eval_dataset = self._filled(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
 
     # -- loss
 
@@ -239,21 +261,11 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
             give_own_rate(self, [*self.head.parameters()], self.args.head_learning_rate)
         return made
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        n = self.args.eval_decode_rows
-        if self._score is not None and self._decode_rows is not None and n:
-            rows = self._decode_rows.select(range(min(len(self._decode_rows), n)))
-            steps = steps_for(
-                self._facts, rows, self.processing_class, self.args.eval_steps_decoded
-            )
-            how = (self.processing_class, rows, self._score, self.decoding(steps=steps))
-            scores = with_whole_weights(
-                self, lambda model: evaluate(model, *how, seed=self.args.seed)
-            )
-            metrics[f"{metric_key_prefix}_accuracy"] = scores["accuracy"]
-            self.log({f"{metric_key_prefix}_accuracy": scores["accuracy"]})
-        return metrics
+    def scored(self, rows: Dataset) -> dict[str, float]:
+        steps = steps_for(self._facts, rows, self.processing_class, self.args.eval_steps_decoded)
+        how = (self.processing_class, rows, self._score, self.decoding(steps=steps))
+        found = with_whole_weights(self, lambda model: evaluate(model, *how, seed=self.args.seed))
+        return {"accuracy": found["accuracy"]}
 
     def decoding(self, **changes) -> DenoiseConfig:
         """How the model is decoded as it was trained: hard, or with the head's soft masks; a model

@@ -22,8 +22,8 @@ def check_data(args, train_dataset, eval_dataset) -> None:
                 f"or {field!r}"
             )
         _check_said(args, columns)
-    _check_rows_of(train_dataset, "train_dataset", field)
-    _check_rows_of(eval_dataset, "eval_dataset", field)
+    check_rows(train_dataset, "train_dataset", field)
+    check_rows(eval_dataset, "eval_dataset", field)
 
 
 def _read(columns: list[str], field: str) -> list[str]:
@@ -47,10 +47,12 @@ def _check_said(args, columns: list[str]) -> None:
             )
 
 
-def _check_rows_of(dataset, name: str, field: str) -> None:
+def check_rows(dataset, name: str, field: str) -> None:
+    """Raise ValueError for rows of a data set, or several by name, that TRL's SFT would fail on without
+    saying what they lack, or learn nothing from. name: of the data set; field: its column of text."""
     if isinstance(dataset, dict):  # DatasetDict among them
         for key, rows in dataset.items():
-            _check_rows_of(rows, f"{name}[{key!r}]", field)
+            check_rows(rows, f"{name}[{key!r}]", field)
     elif isinstance(dataset, (Dataset, IterableDataset)) and next(iter(dataset), None) is None:
         raise ValueError(f"{name} is empty: give at least one row")
     elif isinstance(dataset, Dataset):

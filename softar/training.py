@@ -99,52 +99,6 @@ class MicroBatches:
         return super().evaluate(*args, **kwargs)
 
 
-class EvaluatedRows:
-    """Mixin of a trainer, first among its bases. What an evaluation notes is a mean over all its rows at
-    once, whatever the size of a batch and whichever process had it. accelerate fills the last batches
-    of several processes up with rows that were there before, in full: those do not count."""
-
-    _evaluated: dict[str, Tensor] | None = None  # by name: sum and count, of this process
-
-    def note_evaluated(self, name: str, total: Tensor, count: Tensor) -> None:
-        """Of one batch; outside an evaluation nothing is kept."""
-        if self._evaluated is not None:
-            sums = self._evaluated.setdefault(name, torch.zeros(2, device=total.device))
-            if self._has_own_rows:
-                sums += torch.stack([total, count]).detach()
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        B = len(inputs["labels"])
-        own = self._count_own(B)
-        self._has_own_rows = own > 0
-        if 0 < own < B:
-            inputs = {name: value[:own] for name, value in inputs.items()}
-        loss, *read = super().prediction_step(model, inputs, *args, **kwargs)
-        if 0 < own < B:  # the processes gather these, and leave out what follows the last row
-            read = [
-                x if x is None else torch.cat([x, x[-1:].expand(B - own, *x[0].shape)])
-                for x in read
-            ]
-        return loss, *read
-
-    def _count_own(self, B: int) -> int:
-        """How many of this process' B rows come for the first time: the first ones."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return B
-        return min(B, max(0, state.remainder - B * self.accelerator.process_index))
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._evaluated = {}
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        found, self._evaluated = self._evaluated, None
-        for name, sums in found.items():
-            total, count = self.accelerator.reduce(sums).tolist()
-            if count:
-                output.metrics[f"{metric_key_prefix}_{name}"] = total / count
-        return output
-
-
 class WatchedLosses:
     """Mixin of a trainer, first among its bases. It stops at a loss or a gradient that is NaN or
     infinite, before the weights take it (transformers would log 0 and go on), and its train_loss is

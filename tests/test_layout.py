@@ -199,7 +199,7 @@ FLOORS = [
     ("mixers", "models", "tasks", "results"),
     ("caches", "draws", "idle"),
     ("config", "texts", "training"),
-    ("switch", "split"),
+    ("held_out", "switch", "split"),
     ("thought", "defaults", "guard", "loops", "model_card"),
     ("looks",),
     ("step",),

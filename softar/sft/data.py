@@ -189,7 +189,7 @@ def check_pickable(dataset: Dataset, needs: str) -> None:
     be picked."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"{needs} needs a single datasets.Dataset that is no stream, not {type(dataset).__name__}"
+            f"{needs} needs a datasets.Dataset that is no stream, not {type(dataset).__name__}"
         )
 
 
@@ -206,11 +206,14 @@ def check_traces(dataset: Dataset, targets: str) -> None:
         )
 
 
-def add_trace_ids(
-    dataset: Dataset, tokenizer, max_length: int | None = None, num_proc: int | None = None
-) -> Dataset:
-    """Tokenise the column `traces`, prompt included, as TRL tokenises prompt and completion, in
-    num_proc processes."""
+def add_trace_ids(dataset, tokenizer, max_length: int | None = None, num_proc: int | None = None):
+    """Tokenise the column `traces` of a data set, several by name, or None, prompt included, as TRL
+    tokenises prompt and completion, in num_proc processes."""
+    if isinstance(dataset, dict):
+        how = tokenizer, max_length, num_proc
+        return type(dataset)({name: add_trace_ids(rows, *how) for name, rows in dataset.items()})
+    if dataset is None:
+        return None
 
     def tokenise(row: dict) -> dict:
         if isinstance(row["prompt"], str):

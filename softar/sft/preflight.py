@@ -21,22 +21,32 @@ from .learnt import ROOM, learnt_of, mixture
 LOOKED_AT = 1000  # rows that the forecast is made from
 
 
-def check_columns(model, args, train_dataset, eval_dataset, score) -> None:
-    """Raise ValueError for data that lacks what the options need."""
+def check_columns(model, args, train_dataset) -> None:
+    """Raise ValueError for training data that lacks what the options need."""
     if args.packing:
         check_pickable(train_dataset, "packing=True")
-    if score is not None and eval_dataset is not None:
-        check_pickable(eval_dataset, "eval_dataset with score=")
-        if "prompt" not in eval_dataset.column_names:
-            raise ValueError(
-                f"score= needs a column 'prompt' in the held-out rows, not {eval_dataset.column_names}"
-            )
     if args.targets != "gold":
         check_traces(train_dataset, args.targets)
-    if args.targets == "oracle" and eval_dataset is not None:
-        check_traces(eval_dataset, args.targets)
     if args.completion_logits:
         check_takes_fewer_logits(model, train_dataset)
+
+
+def check_held_out(args, rows, score) -> None:
+    """Raise ValueError for held-out rows, one data set or several by name, that lack what an evaluation
+    reads of them."""
+    if isinstance(rows, dict):
+        for each in rows.values():
+            check_held_out(args, each, score)
+        return
+    if score is not None and args.eval_decode_rows and rows is not None:
+        check_pickable(rows, "eval_dataset with score=")
+        if "prompt" not in rows.column_names:
+            raise ValueError(
+                f"score= needs a column 'prompt' in the held-out rows, not {rows.column_names}: give it, or "
+                "eval_decode_rows=0"
+            )
+    if args.targets == "oracle" and rows is not None:
+        check_traces(rows, args.targets)
 
 
 def check_model(trainer) -> None:

@@ -19,14 +19,14 @@ from trl import SFTTrainer
 
 from ..config import CONFIG_FILE, TAGS, SoftConfig
 from ..evaluate import evaluate
+from ..held_out import EvaluatedRows
 from ..mixers import guide, mk_mixer
 from ..model_card import OwnCard, changes_of
 from ..models import room_of
 from ..soft import Soft, check_dist
 from ..split import check_split, with_whole_weights
-from ..texts import check_data
+from ..texts import check_data, check_rows
 from ..training import (
-    EvaluatedRows,
     MicroBatches,
     WatchedLosses,
     check_arguments,
@@ -53,6 +53,7 @@ from .learnt import LearntFilters, begins_from
 from .loss import soft_loss
 from .preflight import (
     check_columns,
+    check_held_out,
     check_model,
     check_packed,
     check_tokens,
@@ -69,8 +70,8 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
 
     Takes the datasets that TRL takes, prompt-completion or language modelling, and a column
     `traces` (texts, each an alternative to the completion) for targets="traces" and "oracle". With
-    `score(answer, row) -> float` every evaluation also decodes held-out rows and logs their
-    accuracy, read out softly and discretely. Each checkpoint holds soft_config.json, the way it
+    `score(answer, row) -> float` every evaluation also decodes its rows and logs their accuracy,
+    read out softly and discretely. Each checkpoint holds soft_config.json, the way it
     wants to be decoded.
     """
 
@@ -91,16 +92,15 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
     ):
         check_arguments(type(self).__name__, model, SoftSFTConfig, args, processing_class, kwargs)
         check_data(args, train_dataset, eval_dataset)
-        self._score, self._decode_rows = score, eval_dataset
-        check_columns(model, args, train_dataset, eval_dataset, score)
+        self._score, self._held_out = score, eval_dataset
+        check_columns(model, args, train_dataset)
+        check_held_out(args, eval_dataset, score)
         theirs = begins_from(model, args)
         self._prefix = prefix_of(model, processing_class, args, kwargs)
-        train_dataset, eval_dataset = map(self._prefix.before, (train_dataset, eval_dataset))
-        how = processing_class, args.max_length, args.dataset_num_proc
-        if args.targets != "gold":
-            train_dataset = add_trace_ids(train_dataset, *how)
-        if args.targets == "oracle" and eval_dataset is not None:
-            eval_dataset = add_trace_ids(eval_dataset, *how)
+        # `prepared` asks for them before TRL has them
+        self.args, self.processing_class = args, processing_class
+        train_dataset = self.prepared(train_dataset, traced=("traces", "oracle"))
+        eval_dataset = self.prepared(eval_dataset)
         if (pad := processing_class.pad_token_id) is None:
             raise ValueError(
                 "the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token"
@@ -154,6 +154,17 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         return super().train(*args, **kwargs)
 
     # -- data
+
+    def check_held_out(self, rows) -> None:
+        check_rows(rows, "eval_dataset", self.args.dataset_text_field)
+        check_held_out(self.args, rows, self._score)
+
+    def prepared(self, rows, traced=("oracle",)):
+        """Rows as TRL is to tokenise them. traced: the targets that are made of the rows' traces."""
+        rows, args = self._prefix.before(rows), self.args
+        if args.targets not in traced:
+            return rows
+        return add_trace_ids(rows, self.processing_class, args.max_length, args.dataset_num_proc)
 
     def _pack(self) -> None:
         self.args.packing, examples = True, len(self.train_dataset)
@@ -328,18 +339,8 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
 
     # -- evaluation and checkpoints
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self._score is not None and self._decode_rows is not None and self.args.eval_decode_rows:
-            count = min(len(self._decode_rows), self.args.eval_decode_rows)
-            rows = self._decode_rows.select(range(count))
-            accuracies = {
-                f"{metric_key_prefix}_{r}_accuracy": self.accuracy(rows, r)
-                for r in ("soft", "discrete")
-            }
-            metrics.update(accuracies)
-            self.log(dict(accuracies))
-        return metrics
+    def scored(self, rows: Dataset) -> dict[str, float]:
+        return {f"{r}_accuracy": self.accuracy(rows, r) for r in ("soft", "discrete")}
 
     def accuracy(self, rows: Dataset, readout: str) -> float:
         """Mean score of the answers to `rows`, read out 'soft' or 'discrete'."""

@@ -1,0 +1,106 @@
+"""Evaluations of the SFT trainers: rows that are handed over are read and answered as the constructor's."""
+
+import pytest
+import test_diffusion_rows
+import test_sft
+from datasets import Dataset, DatasetDict
+from tiny import QUIET
+
+import softar
+from softar.diffusion.convert import convert
+from softar.diffusion.models import load
+from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
+from softar.tasks import load_task
+
+FIRST, SECOND = (
+    [dict(row) for row in load_task("mnns", size=8).test.select(at)]
+    for at in (range(3), range(3, 8))
+)
+
+
+def soft(folder, rows, score=None, **kw):
+    if kw.get("targets") != "oracle":
+        kw |= dict(alpha_schedule="constant", alpha_start=0.0)
+    kw |= dict(think_steps=2, eval_new_tokens=3)
+    train = test_sft.data(8, traces=(2,))
+    return test_sft.trainer_of(folder, train, eval_dataset=rows, score=score, **kw)
+
+
+def diffusion(folder, rows, score=None, **kw):
+    model, tokenizer = load("mnns-diffusion-tiny", seed=0)
+    if kw.get("train_padding"):
+        model, tokenizer = convert(*softar.load("mnns-tiny", seed=0), block_length=4)
+    train = rows["a"] if isinstance(rows, dict) else rows
+    return diffusion_trainer(folder, model, tokenizer, rows, score, train=train, **kw)
+
+
+def closing(folder, rows, score=None, **kw):
+    test_diffusion_rows.write(folder, "bert")
+    return diffusion_trainer(folder, *load(folder), rows, score, train=rows, **kw)
+
+
+def diffusion_trainer(folder, model, tokenizer, rows, score, train, **kw):
+    args = DiffusionSFTConfig(output_dir=str(folder / "out"), max_steps=1, **QUIET, **kw)
+    parts = dict(train_dataset=train, eval_dataset=rows, processing_class=tokenizer, score=score)
+    return DiffusionSFTTrainer(model, args, **parts)
+
+
+def mnns(rows):
+    return Dataset.from_list([{"prompt": r["prompt"], "completion": r["completion"]} for r in rows])
+
+
+TEXTS = Dataset.from_list([{"prompt": f"why {i}?", "completion": f" so {i}"} for i in range(3)])
+CASES = {
+    "gold": (soft, test_sft.data(5), {}),
+    "think tokens": (soft, test_sft.data(5), dict(think_tokens=2)),
+    "oracle": (soft, test_sft.data(5, traces=(2,)), dict(targets="oracle")),
+    "masks": (diffusion, mnns(SECOND), {}),
+    "filled blocks": (diffusion, mnns(SECOND), dict(train_padding=True)),
+    "filled and packed": (
+        diffusion,
+        mnns(SECOND),
+        dict(train_padding=True, packing=True, max_length=32),
+    ),
+    "a tokenizer that closes texts": (closing, TEXTS, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_that_are_handed_over_are_read_as_the_constructors(tmp_path, case):
+    make, rows, kw = CASES[case]
+    trainer = make(tmp_path, rows, **kw)
+    own = trainer.evaluate()["eval_loss"]
+    for given in (rows, trainer.eval_dataset):  # prepared before, too
+        assert trainer.evaluate(given)["eval_loss"] == own
+    found = trainer.evaluate({"a": rows, "b": rows.select([0])})
+    assert found["eval_a_loss"] == own != found["eval_b_loss"]
+
+
+@pytest.mark.parametrize(
+    ("make", "rows", "others", "names"),
+    [
+        (soft, test_sft.data(3), test_sft.data(4, seed=1), ["soft_accuracy", "discrete_accuracy"]),
+        (diffusion, mnns(FIRST), mnns(SECOND), ["accuracy"]),
+    ],
+)
+def test_accuracies_are_of_the_rows_that_are_evaluated(tmp_path, make, rows, others, names):
+    asked = []
+
+    def score(answer, row):
+        asked.append(row["prompt"])
+        return float(row["prompt"] in others["prompt"])
+
+    def check(expected, given=None):
+        asked.clear()
+        found = trainer.evaluate(given)
+        for prefix, (value, _) in expected.items():
+            assert all(found[f"{prefix}_{name}"] == value for name in names)
+        assert asked == [p for _, of in expected.values() for _ in names for p in of["prompt"]]
+
+    trainer = make(tmp_path / "one", rows, score)
+    check({"eval": (0.0, rows)})
+    check({"eval": (1.0, others)}, others)
+    check({"eval_x": (0.0, rows), "eval_y": (1.0, others)}, DatasetDict(x=rows, y=others))
+    trainer = make(tmp_path / "two", {"a": rows, "b": others}, score)
+    check({"eval_a": (0.0, rows), "eval_b": (1.0, others)})
+    check({"eval": (1.0, others)}, others)
