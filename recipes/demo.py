@@ -121,8 +121,10 @@ def run(args, console: Console) -> None:
         task = load_task(name)
         rows = task.test.select(range(min(args.limit or len(task.test), len(task.test))))
 
-        def made(spec: str, length=length, **options):
-            return make_decoder(spec, max_new_tokens=length, seed=args.seed, **options)
+        how = dict(max_new_tokens=length, seed=args.seed, extract=task.extract)
+
+        def made(spec: str, how=how, **options):
+            return make_decoder(spec, **how, **options)
 
         comparison = compare(
             {label: made(spec) for label, spec in decoders.items()},

@@ -603,6 +603,24 @@ def test_compare_says_each_failure_once(softar, monkeypatch, width):
     assert [(out + err).count(f"<{i}>") for i in (1, 2, 3, 4)] == [1, 1, 1, 1]
 
 
+def test_votes_of_a_comparison_are_on_what_the_task_reads(softar, monkeypatch):
+    from softar.evals import compare
+
+    made = []
+
+    def taken(decoders, *_, **__):
+        made.extend(decoders)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(compare, "compare", taken)
+    names = "self-consistency:votes=2", "vllm-self-consistency:votes=2"
+    monkeypatch.setattr("softar.vllm.engine.VLLMDecoder.start", lambda self: None)
+    softar("compare", "-m", "mnns-tiny", "--no-chat", *(word for d in names for word in ("-d", d)))
+    here, vllm = made
+    for read in (here.normalise, vllm.sampling.extract):
+        assert read("S1 S4") == read("S2 S4") == "S4"
+
+
 def test_the_default_comparison_names_each_model_beside_its_decoders(softar, monkeypatch):
     """Short names in a terminal of 120 columns and of 80, no two rows alike."""
     words = ["compare", "--limit", 2]

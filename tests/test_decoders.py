@@ -21,14 +21,8 @@ from softar.decoders.answer import Decoded
 from softar.decoders.beam import BeamDecoder, BeamOptions
 from softar.decoders.card import Card, describe
 from softar.decoders.registry import FAMILIES, decoders_of, find, make_decoder, parse_spec
-from softar.decoders.soft import (
-    DECODERS,
-    SelfConsistency,
-    SoftDecoder,
-    elect,
-    last_match,
-    soft_config,
-)
+from softar.decoders.soft import DECODERS, SelfConsistency, SoftDecoder, elect, soft_config
+from softar.decoders.votes import commonest, last_match, reader
 from softar.defaults import default_of
 from softar.diffusion import SOFTENERS as DIFFUSION
 from softar.diffusion import DenoiseConfig, denoise
@@ -38,6 +32,7 @@ from softar.evaluate import encode, evaluate
 from softar.models import folder_of
 from softar.specs import format_options
 from softar.tasks import load_task
+from softar.vllm.completions import Completion
 from softar.vllm.request import parse as parse_request
 
 N = 10  # new tokens
@@ -537,6 +532,48 @@ def test_votes_of_a_prompt_are_of_one_batch():
     assert [d.text for d in pattern.decode(["p", "q"])] == ["3 or 4", "none"] and pattern.agreement[
         0
     ] == 2 / 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(["", "a", "b", "c"]), min_size=1, max_size=9))
+def test_the_commonest_answer_wins_and_an_empty_one_never_over_another(ballots):
+    first, share = commonest(ballots)
+    best = ballots[first]
+    most = max(Counter(filter(None, ballots)).values(), default=len(ballots))
+    assert ballots.index(best) == first and ballots.count(best) == most
+    assert share == most / len(ballots) and (best or not any(ballots))
+    before = [ballots.index(text) for text in {*ballots} if text and ballots.count(text) == most]
+    assert not best or first == min(before)
+
+
+THOUGHTS = ["Let me see, 17. So 3", "17? No: 4", "I say 4", "Perhaps 17, but 4", "17 it is not: 3"]
+
+
+@pytest.mark.parametrize("option, wins", [("", THOUGHTS[1]), (",pattern=1.", THOUGHTS[0])])
+def test_votes_are_on_what_the_task_reads(tmp_path, option, wins):
+    """However the thoughts before it differ; a pattern of the user's comes first."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "answer": "4"}')
+    extract = load_task(f"{tmp_path}/rows.jsonl:score=number").extract
+    spec = f"mnns-tiny=self-consistency:votes=5{option}"
+    decoder = make_decoder(spec, max_new_tokens=4, extract=extract)
+    votes = [vote(text, 1) for text in THOUGHTS]
+    assert elect(votes, decoder.normalise)[0].text == wins
+    whole = make_decoder("mnns-tiny=self-consistency:votes=5", max_new_tokens=4)
+    assert elect(votes, whole.normalise)[1] == 1 / 5
+    vllm = make_decoder(
+        f"mnns-tiny=vllm-self-consistency:votes=5{option}", max_new_tokens=4, extract=extract
+    )
+    completions = [Completion(text, (), None) for text in THOUGHTS]
+    (row,) = vllm.rows(["p"], [[1]], [completions], 0.0)
+    assert row.text == wins
+
+
+def test_a_text_that_the_task_cannot_read_is_no_vote():
+    texts = ["none", "no", "none", "x 3"]
+    assert (
+        elect([vote(t, 1) for t in texts], reader(None, lambda t: str(int(t[-1]))))[0].text == "x 3"
+    )
+    assert reader(None, str.strip)(" a  b ") == "a b"
 
 
 def test_self_consistency_counts_all_votes(tiny):

@@ -540,6 +540,21 @@ def test_results_say_what_they_cost_and_how_they_were_decoded(folder, manager, t
     assert plot_sweep(tmp_path, tmp_path / "plot.png").is_file()
 
 
+def test_what_a_harness_task_reads_is_what_its_filter_finds(tasks):
+    """So that votes are on it: gsm8k's thoughts never agree to the word."""
+    found = """filter_list:
+- {name: number, filter: [{function: regex, regex_pattern: "is (\\\\d+)"}, {function: take_first}]}
+- {name: letter, filter: [{function: multi_choice_regex}, {function: take_first}]}
+"""
+    text = (tasks / "generated.yaml").read_text().replace("task: generated", "task: filtered")
+    (tasks / "filtered.yaml").write_text(text + found)
+    read = load_task(f"lm_eval:filtered:include={tasks},filter=number").extract
+    texts = ("I think 4, it is 3.", "it is 3w49 is 5", "none")
+    assert [read(text) for text in texts] == ["3", "3", ""]
+    read = load_task(f"lm_eval:filtered:include={tasks},filter=letter").extract
+    assert read(" (A) w49 no") == "(A)"  # of this one the row's choices are asked for
+
+
 def test_a_harness_task_is_a_task(tasks, folder, manager):
     """By its name in compare and sweep, with the prompts, filters, metric and lengths of lm-eval:
     the accuracy is that of `softar-eval`."""
@@ -547,6 +562,7 @@ def test_a_harness_task_is_a_task(tasks, folder, manager):
     assert (task.max_new_tokens, task.stop, task.train) == (8, ("w49",), None)
     assert task.test["prompt"] == PROMPTS
     assert [task.score(text, task.test[3]) for text in ("w3", "w3w49 w1", "w4")] == [1, 1, 0]
+    assert [task.extract(text) for text in (" w3 ", "w3w49 w1")] == ["w3", "w3"]
     for name, says in (
         ("generatd", "is unknown to lm-eval, did you mean 'generated'"),
         ("chosen", "is scored by likelihoods .multiple_choice., and decoders generate"),

@@ -173,6 +173,12 @@ def test_ctrl_c_inside_a_decoder_is_no_failure(tmp_path, monkeypatch):
     assert not results(tmp_path)
 
 
+def test_votes_are_on_what_the_task_reads():
+    grid = read_grid(dict(tasks=["mnns"], soft=["mnns-tiny=self-consistency:votes=2"], limit=2))
+    decoder = module._decoder(grid, grid.runs()[0])
+    assert decoder.normalise("S1 S4") == decoder.normalise("S2 S4") == "S4"
+
+
 def test_length_is_that_of_the_tasks_completions():
     """A diffusion model fills a template and adds nothing to it."""
     lengths = {

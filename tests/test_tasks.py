@@ -218,6 +218,14 @@ def test_gym_held_out_questions_never_come_up_in_training():
     assert not set(made.train["prompt"]) & set(made.test["prompt"])
 
 
+def test_gym_reads_what_it_scores():
+    made = load_task("reasoning_gym:chain_sum", size=5)
+    row = made.test[0]
+    text = f"1 + 1, so <answer>{row['answer']}</answer>"
+    assert made.extract(text) == row["answer"] == made.extract(f" {row['answer']} ")
+    assert made.score(text, row) == 1
+
+
 def test_gym_is_seeded():
     one, same, other = (load_task("reasoning_gym:chain_sum", size=50, seed=s) for s in (0, 0, 1))
     assert one.train["prompt"] == same.train["prompt"] and one.test["prompt"] == same.test["prompt"]

@@ -9,8 +9,10 @@ import tiny
 import torch
 from engine_script import KINDS
 from tiny import BOS, EOS, VOCAB
+from transformers import AddedToken
 
 import softar
+from softar.defaults import THINK_TAGS
 from softar.mixers import Mixed, Mixer
 from softar.soft import hard
 from softar.vllm.completions import Completion, CompletionDecoder, Sampling
@@ -243,3 +245,55 @@ def test_no_text_is_made_of_the_tokens_of_a_record(soft):
     has_record = soft == {"record": True}
     assert made.logprobs.token_ids == [7, 8, 9]
     assert made.logprobs.decoded_tokens == ([None] * 3 if has_record else ["w7", "w8", "w9"])
+
+
+TAGS = ["<think>", "</think>"]
+PLAIN = [f"<think>way {i}</think> The answer is {v}" for i, v in enumerate([3, 7, 7, 3, 7])]
+
+
+def voter(**options):
+    return CompletionDecoder("toy", Sampling("self-consistency", **options), seed=0, trace=False)
+
+
+def test_votes_count_what_stands_behind_the_thoughts():
+    """Under every pair of tags; without them the whole text."""
+    for start, end in THINK_TAGS:
+        texts = [text.replace(TAGS[0], start).replace(TAGS[1], end) for text in PLAIN]
+        answers = [[Completion(text, (1, 2), None) for text in texts]]
+        (row,) = voter(votes=5).rows(["q"], [[1]], answers, 0.1)
+        assert row.text == texts[1]
+    bare = [Completion(text, (), None) for text in ("a 7", "b 3", "b  3", "c 7")]
+    assert voter(votes=4).rows(["q"], [[1]], [bare], 0.1)[0].text == "b 3"
+    assert voter(votes=4, pattern=r"\d").rows(["q"], [[1]], [bare], 0.1)[0].text == "a 7"
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_thought_that_does_not_end_is_no_vote(special, opened):
+    """Nor do special tokens behind an answer tell it from another, and the prompt may have opened
+    the thought."""
+    tokenizer = tiny.tokenizer_of()
+    tokenizer.add_tokens([AddedToken(tag, special=special) for tag in TAGS])
+    start, end = tokenizer.convert_tokens_to_ids(TAGS)
+    prompt, begin = ([BOS, start], ()) if opened else ([BOS], (start,))
+    ids = [(5, 6), (5, 7), (9, end, 11), (10, end, 8, EOS), (4, end, 8), (5, 6)]
+    ids = [(*begin, *row) for row in ids]
+    completions = [
+        Completion(tokenizer.decode(row, skip_special_tokens=True), row, None) for row in ids
+    ]
+    decoder = voter(votes=6, extract=lambda text: text.split()[-1])
+    decoder.tokenizer = tokenizer
+    assert decoder.rows(["q"], [prompt], [completions], 0.1)[0].tokens == ids[3]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(pattern="("), "pattern='\\(' is no regular expression"),
+        (dict(pattern=3), "pattern=3 must be"),
+        (dict(extract="f"), "extract='f' must be"),
+    ],
+)
+def test_what_is_voted_on_is_checked_before(options, says):
+    with pytest.raises(ValueError, match=says):
+        voter(**options)

@@ -337,7 +337,7 @@ def compare(
         for spec in inputs.distinct(decoder or inputs.compared(task, model, dtype, device)):
             length = inputs.answer_length(loaded, spec, max_new_tokens)
             common = dict(max_new_tokens=length, seed=seed, dtype=dtype, device=device)
-            common |= dict(stop=loaded.stop)
+            common |= dict(stop=loaded.stop, extract=loaded.extract)
             its = model or inputs.model_of_task(loaded, spec)
             decoders.append(inputs.open_decoder(spec, its, {}, **common))
         comparison = run(

@@ -27,12 +27,14 @@ class Common:
     device: str | None = None
     stop: tuple[str, ...] = ()  # an answer ends with any of these
     prefix: str = ""  # of its name: "mnns-soft-tiny=" where the spec names a model
+    extract: Callable[[str], str] | None = None  # a Task's: what of an answer is voted on
 
     def overridden(self, decoder: str, options: dict) -> "Common":
         """Changed by those of a decoder's options that are named as its fields. Raises ValueError
         for a value of another type than the field's."""
         overrides = {key: options[key] for key in self.OPTIONS if key in options}
-        return Common(**check_options(Common, decoder, dataclasses.asdict(self) | overrides))
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Common(**check_options(Common, decoder, fields | overrides))
 
     def labels(self, decoder: str, model: str, setting: str) -> dict:
         """A decoder's name in tables, and its columns there."""

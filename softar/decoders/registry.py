@@ -53,6 +53,7 @@ class Spec(NamedTuple):
         return "" if self.model is None else f"{self.model}="
 
 
+# Wide because each is what every decoder of a comparison shares
 def make_decoder(
     spec: str,
     *,
@@ -63,6 +64,7 @@ def make_decoder(
     dtype: str = "auto",
     device: str | None = None,
     stop: tuple[str, ...] = (),
+    extract: Callable[[str], str] | None = None,
 ) -> Decoder:
     """The decoder of a spec, `[MODEL=]NAME[:key=value,key=value]`.
 
@@ -79,6 +81,9 @@ def make_decoder(
         trace: record each answer's steps, in Decoded.trace.
         dtype, device: as for softar.load.
         stop: strings at which an answer of softar's own autoregressive decoders ends early.
+        extract: text -> what of it is the answer, "" for none; a Task's own. Decoders that vote,
+            self-consistency and vllm-self-consistency, vote on it where no pattern= is given; None:
+            on the whole text.
 
     Raises:
         ValueError: naming what is unknown or does not fit.
@@ -88,7 +93,8 @@ def make_decoder(
         raise ValueError(f"{spec!r} names no model: write MODEL={spec}, or pass model=")
     card = card_of(asked, model)
     length = default_length(card, asked.family) if max_new_tokens is None else max_new_tokens
-    common = Common(length, seed, trace, dtype, device, tuple(stop), asked.prefix)
+    stops = tuple(stop)
+    common = Common(length, seed, trace, dtype, device, stops, asked.prefix, extract)
     return build(asked.decoder, card, common, asked.options)
 
 

@@ -7,10 +7,8 @@ batch's, padding and waiting included. The seconds run from text to text, tokeni
 
 import copy
 import functools
-import re
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -34,6 +32,7 @@ from .options import Common, check_options
 from .read import read_out
 from .search import SEARCHES, SearchDecoder, search_config
 from .stop import StopStrings
+from .votes import commonest, reader, squeezed
 
 
 class SoftDecoder:
@@ -128,7 +127,9 @@ class SelfConsistency:
     Args:
         decoder: any that samples.
         votes: samples per prompt. Of equally common answers the one seen first wins.
-        normalise: text -> what is voted on. None: the text without differences of white space.
+        normalise: text -> what is voted on, "" for no vote; a Task's `extract`, say. None: the whole
+            text without differences of white space, so that thoughts before an answer must agree
+            to the word. `softar.decoders.votes.reader` makes one.
     """
 
     def __init__(
@@ -166,31 +167,16 @@ class SelfConsistency:
 def elect(votes: list[Decoded], normalise: Callable[[str], str]) -> tuple[Decoded, float]:
     """The first of the votes whose normalised text is the commonest, at the cost of all; and the
     share it got."""
-    texts = [normalise(vote.text) for vote in votes]
-    best, count = Counter(texts).most_common(1)[0]  # of equals the first seen
+    first, share = commonest([normalise(vote.text) for vote in votes])
     entropies = [vote.entropy for vote in votes if vote.entropy is not None]
     winner = replace(
-        votes[texts.index(best)],
+        votes[first],
         num_forwards=known_sum(vote.num_forwards for vote in votes),
         token_forwards=known_sum(vote.token_forwards for vote in votes),
         seconds=sum(vote.seconds for vote in votes),
         entropy=statistics.mean(entropies) if entropies else None,
     )
-    return winner, count / len(votes)
-
-
-def squeezed(text: str) -> str:
-    return " ".join(text.split())
-
-
-def last_match(pattern: str) -> Callable[[str], str]:
-    """Text -> what of it the regular expression matches last, without differences of white space;
-    all if nothing."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"pattern={pattern!r} is no regular expression: {error}") from None
-    return lambda text: squeezed([text, *(match.group() for match in compiled.finditer(text))][-1])
+    return winner, share
 
 
 def decoder_name(config: SoftConfig) -> str:
@@ -310,7 +296,8 @@ def _make_search(decoder: str, card: Card, common: Common, /, **options) -> Sear
 class VoteOptions:
     votes: int = 8
     of: str = "sampled"  # the decoder that votes; it takes the other options
-    pattern: str | None = None  # regular expression: its last match in the text is what is voted on
+    # regular expression: its last match in the text is what is voted on; None: what the task reads
+    pattern: str | None = None
 
 
 def _make_self_consistency(card: Card, common: Common, /, **options) -> SelfConsistency:
@@ -326,7 +313,7 @@ def _make_self_consistency(card: Card, common: Common, /, **options) -> SelfCons
         raise ValueError(f"self-consistency of {vote.of!r}: {error}") from None
     settings = [format_options({"votes": vote.votes} | voting, " "), voter.columns["setting"]]
     labels = common.labels("self-consistency", card.name, " ".join(filter(None, settings)))
-    normalise = None if vote.pattern is None else last_match(vote.pattern)
+    normalise = reader(vote.pattern, common.extract)
     return SelfConsistency(voter, vote.votes, normalise, **labels)
 
 

@@ -303,6 +303,7 @@ def measure(grid: Grid, run: Run, console=None) -> dict:
 
 
 def _decoder(grid: Grid, run: Run):
+    task = _task(run.task)
     return make_decoder(
         run.spec,
         model=_model_of(grid, run),
@@ -310,7 +311,8 @@ def _decoder(grid: Grid, run: Run):
         seed=run.seed,
         dtype=grid.dtype,
         device=grid.device,
-        stop=_task(run.task).stop,
+        stop=task.stop,
+        extract=task.extract,
     )
 
 

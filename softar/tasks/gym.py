@@ -53,21 +53,24 @@ def gym_task(name: str, *, seed: int, size: int | None) -> Task:
             f"task='{GYM}{name}', size={size}: no question is left to hold out; take a smaller size"
         )
 
+    def extract(text: str) -> str:
+        """What stands in <answer> tags, without tags the whole text."""
+        tagged = extract_answer(text)
+        return text.strip() if tagged is None else tagged
+
     def score(answer: str, row: dict) -> float:
-        """The dataset's own score; what stands in <answer> tags counts, without tags the whole
-        text."""
+        """The dataset's own score of what `extract` reads."""
         entry = thaw(json.loads(row["entry"]))
-        tagged = extract_answer(answer)
+        answer = extract(answer)
         try:
-            return float(items.score_answer(answer.strip() if tagged is None else tagged, entry))
+            return float(items.score_answer(answer, entry))
         except (
             Exception
         ):  # several scorers parse the model's text without a guard: unreadable is wrong
             return 0.0
 
-    return Task(
-        GYM + name, Dataset.from_list(train), Dataset.from_list(test), score, think_steps=None
-    )
+    rows = Dataset.from_list(train), Dataset.from_list(test)
+    return Task(GYM + name, *rows, score, think_steps=None, extract=extract)
 
 
 def _gym_row(item: dict) -> dict:

@@ -19,6 +19,7 @@ from .task import Task
 
 HARNESS = "lm_eval:"
 FEWSHOT_SEED = 1234  # lm-eval's default
+INVALID = "[invalid]"  # what its filters say of a text in which they find nothing
 MAX_TOKENS = 256  # lm-eval's own, for a task that says nothing
 
 
@@ -73,19 +74,30 @@ def harness_task(spec: str) -> Task:
         for i, doc in documents.items()
     ]
 
-    def extract(text: str) -> str:
+    def cut(text: str) -> str:
         """What stands before a stop string."""
         ends = [at for s in stop if (at := text.find(s)) >= 0]
         return text[: min(ends)] if ends else text
 
-    def score(text: str, row: dict) -> float:
+    def filtered(text: str, doc: dict, prompt: str = ""):
+        """What the filter makes of it."""
         from lm_eval.api.instance import Instance
 
+        instance = Instance("generate_until", doc, (prompt, gen), 0, resps=[cut(text)])
+        next(each for each in task._filters if each.name == filter_name).apply([instance])
+        return instance.filtered_resps[filter_name]
+
+    def extract(text: str) -> str:
+        """What the filter reads, "" for nothing; the text where the filter asks for the row, as those
+        of multiple choice do."""
+        try:
+            return _text(filtered(text, {}))
+        except Exception:
+            return cut(text).strip()
+
+    def score(text: str, row: dict) -> float:
         doc = documents[row["document"]]
-        instance = Instance("generate_until", doc, (row["prompt"], gen), 0, resps=[extract(text)])
-        for ensemble in task._filters:
-            ensemble.apply([instance])
-        found = task.process_results(doc, [instance.filtered_resps[filter_name]])
+        found = task.process_results(doc, [filtered(text, doc, row["prompt"])])
         if metric not in found:
             raise ValueError(f"task={spec!r} has no metric={metric!r}: it has {[*found]}")
         return float(found[metric])
@@ -96,10 +108,16 @@ def harness_task(spec: str) -> Task:
         test=Dataset.from_list(rows),
         score=score,
         think_steps=None,
-        extract=lambda text: extract(text).strip(),
+        extract=extract,
         max_new_tokens=int(gen.get("max_gen_toks") or MAX_TOKENS),
         stop=stop,
     )
+
+
+def _text(found) -> str:
+    """Of what a filter gives."""
+    found = found[0] if isinstance(found, (list, tuple)) and len(found) == 1 else found
+    return "" if found == INVALID else str(found).strip()
 
 
 def _options(spec: str, text: str) -> Options:

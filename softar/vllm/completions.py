@@ -2,8 +2,8 @@
 completions counts."""
 
 import random
-from collections import Counter
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -11,6 +11,8 @@ from ..checks import check_choice, check_least, check_value
 from ..config import SoftConfig
 from ..decode import SoftOutput
 from ..decoders.answer import Decoded
+from ..decoders.votes import commonest, reader
+from ..defaults import THINK_TAGS
 from ..evaluate import prefixed
 from ..show.trace import Step, Trace, thought
 from ..thought import Progress, Record, begin, mk_rules, replay, warn_unopened
@@ -20,13 +22,27 @@ from .request import parse
 MODES = {
     "greedy": ("logprobs",),
     "sampled": ("logprobs", "temperature", "top_p", "top_k"),
-    "self-consistency": ("logprobs", "temperature", "top_p", "top_k", "votes"),
+    "self-consistency": (
+        "logprobs",
+        "temperature",
+        "top_p",
+        "top_k",
+        "votes",
+        "pattern",
+        "extract",
+    ),
     "beam": ("logprobs", "num_beams"),
     "soft": ("soft",),
 }
 
 
-TEXTS = ("mode", "soft", "prompt_prefix")  # fields of Sampling that are no numbers
+TEXTS = (
+    "mode",
+    "soft",
+    "prompt_prefix",
+    "pattern",
+    "extract",
+)  # fields of Sampling that are no numbers
 
 
 @dataclass(frozen=True)
@@ -38,8 +54,12 @@ class Sampling:
     temperature: float = 1.0  # of sampled and self-consistency
     top_p: float | None = None
     top_k: int | None = None
-    # samples of self-consistency; the commonest text wins, among equals the first seen
+    # samples of self-consistency; the commonest answer behind the thoughts wins, of equals the first
     votes: int = 8
+    # regular expression: its last match in an answer is what is voted on
+    pattern: str | None = None
+    # without one: what of an answer is voted on, a Task's; None: all of it
+    extract: Callable[[str], str] | None = field(default=None, repr=False)
     num_beams: int = 4
     soft: dict | None = None  # of mode soft: what softar.vllm.plugin takes; the answer is greedy
     prompt_prefix: str | None = None  # as in SoftConfig
@@ -52,11 +72,14 @@ class Sampling:
             raise ValueError(
                 f"mode={self.mode!r}, soft={self.soft!r}: mode 'soft' needs soft=, and no other takes it"
             )
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in TEXTS and isinstance(value, (str, bool, list, dict)):
-                raise ValueError(f"{field.name}={value!r} must be a number")
+        for name in (each.name for each in fields(self)):
+            value = getattr(self, name)
+            if name not in TEXTS and isinstance(value, (str, bool, list, dict)):
+                raise ValueError(f"{name}={value!r} must be a number")
         check_value("prompt_prefix", self.prompt_prefix, str | None)
+        check_value("pattern", self.pattern, str | None)
+        check_value("extract", self.extract, Callable | None)
+        reader(self.pattern)  # what is no regular expression is said now
         if self.prompt_prefix == "":
             raise ValueError("prompt_prefix='' is empty; None is for none")
         check_least(self, max_new_tokens=1, votes=1, num_beams=1, top_k=1, logprobs=0)
@@ -103,7 +126,8 @@ class Sampling:
             "self-consistency": ["votes", "temperature"],
             "beam": ["num_beams"],
         }
-        filters = [name for name in ("top_p", "top_k") if self.draws and getattr(self, name)]
+        filters = ("top_p", "top_k", "pattern")
+        filters = [name for name in filters if self.draws and getattr(self, name)]
         names = [*names.get(self.mode, []), *filters]
         return " ".join(f"{name}={getattr(self, name)}" for name in names)
 
@@ -189,8 +213,9 @@ class CompletionDecoder:
     ) -> Decoded:
         chosen = completions[0]
         if self.sampling.mode == "self-consistency":
-            best = Counter(c.text.strip() for c in completions).most_common(1)[0][0]
-            chosen = next(c for c in completions if c.text.strip() == best)
+            read = reader(self.sampling.pattern, self.sampling.extract)
+            ballots = [read(behind_thought(c, ids, self.tokenizer)) for c in completions]
+            chosen = completions[commonest(ballots)[0]]
         text = chosen.text
         if start:
             text = self.tokenizer.decode(chosen.tokens[start:], skip_special_tokens=True)
@@ -217,6 +242,25 @@ class CompletionDecoder:
         return Trace(
             text, [Step("hard", word, None, [(word, 1.0)]) for word in words], title=self.name
         )
+
+
+def behind_thought(completion: Completion, prompt: list[int], tokenizer) -> str:
+    """What stands behind the thought, special tokens stripped: "" where that does not end, all of
+    the text where there is none. A thought is what stands between two of softar.defaults.THINK_TAGS;
+    the prompt's token ids may open it. tokenizer: None looks at the completion's text alone."""
+    text, before, special = completion.text, "", ()
+    if tokenizer is not None:  # tags may be special tokens, which the text does not have
+        text, before = tokenizer.decode(completion.tokens), tokenizer.decode(prompt)
+        special = tokenizer.all_special_tokens
+    for start, end in THINK_TAGS:
+        if end in text:
+            answer = text.rpartition(end)[2]
+            for token in special:
+                answer = answer.replace(token, "")
+            return answer
+        if start in text or before.rfind(start) > before.rfind(end):
+            return ""
+    return completion.text
 
 
 class _Numbers:
@@ -275,7 +319,7 @@ def token_ids(tokenizer, prompt, prefix: str | None = None) -> list[int]:
 def split_options(options: dict, others: tuple[str, ...]) -> tuple[dict, dict]:
     """The fields of Sampling, and the others. Raises ValueError for what is neither, or has no use
     in the mode."""
-    known = [field.name for field in fields(Sampling)]
+    known = [each.name for each in fields(Sampling)]
     if unknown := sorted(set(options) - {*known, *others}):
         raise ValueError(
             f"unknown options {unknown} of a vLLM decoder; known: {sorted({*known, *others})}"

@@ -29,6 +29,8 @@ def _factory(mode: str) -> Callable[..., CompletionDecoder]:
                 f"mode={options['mode']!r} is not an option: name the decoder, one of {sorted(DECODERS)}"
             )
         options |= {"mode": mode, "max_new_tokens": common.max_new_tokens}
+        if mode == "self-consistency":
+            options.setdefault("extract", common.extract)
         options = {"prompt_prefix": default_of(card.config).config.prompt_prefix} | options
         sampling, _ = split_options(options, ENGINE if url is None else CONNECTION)
         labels = common.labels(f"vllm-{mode}", card.name, Sampling(**sampling).setting)
