@@ -65,7 +65,8 @@ def plateau(t: Tensor, *, eta: float, t_on: float, t_off: float, alpha_on: float
     rise = alpha_on * (1 - t) / (1 - t_on)
     rest = alpha_on + (1 - alpha_on) * (t_off - t) / t_off
     flat = torch.full_like(t, alpha_on)
-    return torch.where(t > t_on, rise, torch.where(t >= t_off, flat, rest))
+    alpha = torch.where(t > t_on, rise, torch.where(t >= t_off, flat, rest))
+    return alpha.masked_fill(t <= 0, 1.0)  # in the end all of it, with t_off=0 too
 
 
 class Remasking(NamedTuple):

@@ -49,12 +49,12 @@ def main(args, config, stated):
     if tokenizer is None:
         raise ValueError(f"model={args.model!r} holds no tokenizer, so there is no text to show")
     known = facts(model)
-    prompt = args.prompt or "<bos> D1 D1 D1 D2 ->"
+    # before the template, whose special tokens may hold underscores, too
+    prompt = with_masks(args.prompt or "<bos> D1 D1 D1 D2 ->", tokenizer.mask_token)
     if args.chat:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
-    prompt = with_masks(prompt, tokenizer.mask_token)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not args.chat).to(
         model.device
     )
@@ -97,7 +97,9 @@ class View:
         slots = {}
         if step is not None:
             self.forwards = step["step"] + 1
-            new, waits = step["committed"][0].cpu(), self.canvas == self.mask_id
+            new = step["committed"][0].cpu()
+            self.widen(len(new))
+            waits = self.canvas == self.mask_id
             self.canvas = torch.where(waits & ~new, self.mask_id, step["sequences"][0].cpu())
             self.confidence = torch.where(new, step["confidence"][0].cpu(), self.confidence)
             if step["soft"] is not None:
@@ -112,6 +114,13 @@ class View:
             time.sleep(self.delay)
         self.since = time.perf_counter()
         return picture
+
+    def widen(self, length: int) -> None:
+        """Some models read whole blocks: the canvas may end behind gen_length."""
+        more = length - len(self.canvas)
+        self.canvas = torch.nn.functional.pad(self.canvas, (0, more), value=self.mask_id)
+        self.is_prompt = torch.nn.functional.pad(self.is_prompt, (0, more), value=False)
+        self.confidence = torch.nn.functional.pad(self.confidence, (0, more))
 
     def last(self, output: DenoiseOutput) -> Group:
         """The result, with what a rule filled in behind an end token."""

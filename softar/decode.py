@@ -100,6 +100,14 @@ class SoftOutput:
         rows = zip(self.completions, self.record.kind, self.answer_start.tolist(), strict=True)
         return [tokens[start:][kind[start:] != Kind.PAD] for tokens, kind, start in rows]
 
+    @property
+    def row_forwards(self) -> Tensor:
+        """[B] int64, forwards up to the last step of each row by itself. Not of beams, which are
+        counted where they are searched."""
+        # forwards before the first token, but one
+        prefill = self.num_forwards - self.record.kind.shape[1]
+        return prefill + (self.record.kind != Kind.PAD).sum(1)
+
 
 @delegates(SoftConfig)
 # Wide because five of these are those of model.generate, passed on.

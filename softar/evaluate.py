@@ -29,9 +29,9 @@ def evaluate(
     """Accuracy and cost of answering `rows` (column `prompt`: text or chat messages).
 
     Returns:
-        accuracy: mean score in [0, 1]; n: rows; nfe: forward passes per answer; token_forwards:
-        positions computed per answer; seconds: decoding alone; tokens_per_s: generated tokens,
-        padding not counted.
+        accuracy: mean score in [0, 1]; n: rows; nfe: forward passes per answer, to its own last
+        token whatever the batch; token_forwards: positions computed per answer; seconds: decoding
+        alone; tokens_per_s: generated tokens, padding not counted.
     """
     rng = torch.Generator().manual_seed(seed)
 
@@ -57,7 +57,7 @@ def tally(
 ) -> dict:
     """The accuracy and cost of `answer`, batch by batch, with the model in eval mode meanwhile.
 
-    answer: rows of a batch -> their texts, the decoder's output (num_forwards, token_forwards,
+    answer: rows of a batch -> their texts, the decoder's output (row_forwards, token_forwards,
     seconds), and the number of tokens it generated.
     """
     if len(rows) == 0:
@@ -70,7 +70,7 @@ def tally(
             points += [
                 check_score(score(text, row)) for text, row in zip(texts, batch, strict=True)
             ]
-            forwards += out.num_forwards * len(batch)
+            forwards += int(out.row_forwards.sum())
             positions += out.token_forwards
             tokens += made
             seconds += out.seconds

@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import END, EOS, PAD, VOCAB, counted, edited_logits, model_of, tokenizer_of, with_lora
@@ -28,6 +29,7 @@ from softar.diffusion import SOFTENERS as DIFFUSION
 from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion import load as load_diffusion
 from softar.diffusion.decoders import DiffusionDecoder, denoise_config
+from softar.diffusion.evaluate import evaluate as fill
 from softar.evaluate import encode, evaluate
 from softar.models import folder_of
 from softar.specs import format_options
@@ -447,6 +449,23 @@ def test_the_sum_of_the_evaluation_is_that_of_the_decoder():
     )
     assert found["nfe"] == decoded[0].num_forwards
     assert found["token_forwards"] * 40 == pytest.approx(sum(d.token_forwards for d in decoded))
+
+
+def test_the_forwards_of_an_evaluation_are_each_rows_own():
+    """Whatever the batch, in which a row waits for the longest."""
+    rows = load_task("mnns").test.select(range(12))
+    model, tokenizer = model_of(), tokenizer_of()
+    ends = Dataset.from_list([{"prompt": f"<bos> w{5 + i}"} for i in range(12)])
+    config = SoftConfig(mixer="hard", max_new_tokens=9)
+    model.lm_head.weight.data[EOS] *= 4  # so that rows end early, and not together
+    of_masks, words = load_diffusion("mnns-diffusion-tiny")
+    how = dict(config=DenoiseConfig(threshold=0.9), gen_length=5)
+    for batches in (
+        [evaluate(model, tokenizer, ends, lambda *_: 1, config, batch_size=n) for n in (1, 5, 12)],
+        [fill(of_masks, words, rows, lambda *_: 1, batch_size=n, **how) for n in (1, 5, 12)],
+    ):
+        alone, *others = [found["nfe"] for found in batches]
+        assert others == pytest.approx([alone] * 2) and alone < batches[0]["token_forwards"]
 
 
 @pytest.mark.parametrize("name", ["discrete", "soft", "beam", *DIFFUSION])

@@ -892,6 +892,16 @@ def test_the_loop_of_remdm_rises_stays_and_ends():
         assert (float(sigma.max()) > 0) == (0.05 < round(t, 6) <= 0.55), index
 
 
+@pytest.mark.parametrize("t_on", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("t_off", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("alpha_on", [0.0, 0.5, 1.0])
+def test_the_loop_of_remdm_fills_all_at_the_ends_of_its_ranges(t_on, t_off, alpha_on):
+    if t_off <= t_on:
+        knobs = dict(t_on=t_on, t_off=t_off, alpha_on=alpha_on, eta=0.5)
+        out = run(denoiser(), gen_length=8, steps=5, remask="loop", remask_args=knobs)
+        assert not (out.completions == MASK).any()
+
+
 @pytest.mark.parametrize("select", ["confidence", "random"])
 @pytest.mark.parametrize("strategy", REMASKS)
 def test_remasking_fills_all_in_the_end(strategy, select):

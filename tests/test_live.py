@@ -115,3 +115,33 @@ def test_words_of_a_subword_tokenizer():
     console.print(view.mixtures({0: ([3, 4], [0.5, 0.5])}))
     text = console.export_text()
     assert "⟨1B⟩" in text and "[/b] 0.50" in text
+
+
+UNDERSCORES = "{% for m in messages %}<bos> {{ m['content'] }}{% endfor %} -><|eot_id|>"
+
+
+def test_the_special_tokens_of_a_template_stay_whole(monkeypatch):
+    """An underscore of the prompt is a mask, one of a template is its own."""
+    model, tokenizer = load("mnns-diffusion-tiny")
+    tokenizer.chat_template = UNDERSCORES
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    seen = []
+
+    def stop(model, ids, *args, **options):
+        seen.append(tokenizer.decode(ids[0]))
+        raise SystemExit
+
+    monkeypatch.setattr(recipe, "load", lambda *args, **options: (model, tokenizer))
+    monkeypatch.setattr(recipe, "denoise", stop)
+    with pytest.raises(SystemExit):
+        recipe.main(*recipe.parse(["--chat", "--prompt", "D1 _ D2", "--gen_length", "5"]))
+    assert seen == [f"<bos> D1 {tokenizer.mask_token} D2 -> <|eot_id|>"]
+
+
+def test_a_canvas_of_whole_blocks_is_shown(capsys):
+    """It is wider than gen_length asks."""
+    how = "--model latin-block-tiny --parity sdar --block_length 5 --gen_length 7 --threshold 0.9".split()
+    recipe.main(
+        *recipe.parse([*how, "--prompt", ". . 5 . 3 . . . 4 . . . . . . . . . 3 . . . . . 5"])
+    )
+    assert "masks 0" in capsys.readouterr().out

@@ -28,7 +28,6 @@ def read_out(
     """
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in out.answers]
     is_step = out.record.kind != Kind.PAD  # [B, T]; padding stands at the end
-    lengths = is_step.sum(1).tolist()
     is_token = is_step & (out.record.kind != Kind.LATENT)
     tokens = [tuple(ids[own].tolist()) for ids, own in zip(out.completions, is_token, strict=True)]
     entropy = (out.record.entropy.masked_fill(~is_step, 0.0).sum(1) / is_step.sum(1)).tolist()
@@ -36,8 +35,7 @@ def read_out(
     soft_steps = is_soft.sum(1).tolist()
     seconds = (time.perf_counter() - started) / len(texts)
     if forwards is None:
-        prefill = out.num_forwards - is_step.shape[1]  # forwards before the first token, but one
-        forwards = [float(prefill + length) for length in lengths]
+        forwards = out.row_forwards.float().tolist()
     return [
         Decoded(
             text=texts[row],
