@@ -93,6 +93,16 @@ def test_scorers(tmp_path, score, answer, right, wrong):
     assert [task.score(text, row) for text in wrong] == [0] * len(wrong)
 
 
+def test_the_patterns_that_an_error_advises_are_read(tmp_path):
+    file = write(tmp_path, "rows.jsonl", [{"prompt": "q", "answer": "72"}])
+    with pytest.raises(ValueError, match="needs one") as caught:
+        load_task(f"{file}:score=regex")
+    advised = re.findall(r'e\.g\. (pattern=(?:"[^"]*"|[^";]*))', str(caught.value))
+    for pattern, text in zip(advised, ("Answer: 72", "72, sure"), strict=True):
+        task = load_task(f"{file}:score=regex,{pattern}")
+        assert task.score(text, task.test[0]) == 1
+
+
 def half(text, row):
     return 0.5 * (text == row["answer"])
 
@@ -190,7 +200,23 @@ def test_columns_that_the_first_row_lacks(tmp_path):
             ":score=numbr",
             "score='numbr' is unknown, did you mean 'number'?",
         ),
-        ("r.jsonl", '{"prompt": "a", "answer": "b"}', ":score=regex", "score=regex needs one"),
+        (
+            "r.jsonl",
+            '{"prompt": "a", "answer": "b"}',
+            ":score=regex",
+            r"score=regex needs one, e.g. pattern=Answer: (\d+); one with commas",
+        ),
+        *(
+            ("r.jsonl", '{"prompt": "a", "answer": "b"}', f":score=regex,pattern={value}", says)
+            for value, says in [
+                (r'"is (\d+)"', r"JSON string: double its backslashes (\\d for \d), or leave"),
+                (r"'is (\d+)'", r"(\\d for \d), in double quotes, or leave the quotes out"),
+                ("'is it'", "take double quotes, or leave"),
+                ('"is it', "end it with a double quote, or leave"),
+                ('"is" it', "end it with a double quote, or leave"),
+                (r'"\bis"', "holds a backspace: double the backslashes"),
+            ]
+        ),
         (
             "r.jsonl",
             '{"prompt": "a", "answer": "b"}',

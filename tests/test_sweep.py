@@ -448,6 +448,8 @@ def test_recipe_reads_command_line_and_yaml(tmp_path):
     with pytest.raises(ValueError, match="vary='a' must be key=value"):
         sweep_recipe.mapping("vary", ["a"])
     assert [json_or_text(v) for v in ("0.5", "null", "soft", 3)] == [0.5, None, "soft", 3]
+    with pytest.raises(ValueError, match="begins with a quote"):
+        json_or_text(r'"\d"')
 
 
 @pytest.mark.rest

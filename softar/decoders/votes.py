@@ -1,8 +1,9 @@
 """Which of several answers is the commonest, and what of a text is voted on."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+
+from ..specs import regular_expression
 
 
 def commonest(ballots: Sequence[str]) -> tuple[int, float]:
@@ -42,8 +43,5 @@ def squeezed(text: str) -> str:
 def last_match(pattern: str) -> Callable[[str], str]:
     """Text -> what of it the regular expression matches last, without differences of white space;
     all if nothing."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"pattern={pattern!r} is no regular expression: {error}") from None
+    compiled = regular_expression(pattern)
     return lambda text: squeezed([text, *(match.group() for match in compiled.finditer(text))][-1])

@@ -15,7 +15,7 @@ from datasets import Dataset
 from ..checks import check_choice, did_you_mean
 from ..files import READERS, Rows, column, dataset_of, is_file, read_rows
 from ..names import is_code, load_code
-from ..specs import parse_options
+from ..specs import parse_options, regular_expression
 from .task import Task
 
 NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
@@ -106,7 +106,8 @@ def _scorer(options: Options) -> tuple[Callable[[str, dict], float], Callable[[s
     if (options.pattern is not None) != (options.score == "regex"):
         raise ValueError(
             f"score={options.score}, pattern={options.pattern!r}: a pattern goes with score=regex, and "
-            'score=regex needs one, e.g. pattern="Answer: (.*)"'
+            r"score=regex needs one, e.g. pattern=Answer: (\d+); one with commas stands in double quotes, "
+            r'its backslashes doubled, e.g. pattern="(\\d+), sure"'
         )
     read, same = SCORERS[options.score](options)
     return (lambda text, row: float(same(read(text), read_answer(row, read)))), read
@@ -137,10 +138,7 @@ def _number(options: Options):
 
 
 def _regex(options: Options):
-    try:
-        pattern = re.compile(options.pattern)
-    except re.error as error:
-        raise ValueError(f"pattern={options.pattern!r} is no regular expression: {error}") from None
+    pattern = regular_expression(options.pattern)
 
     def read(text: str) -> str:
         matches = [*pattern.finditer(text)]
