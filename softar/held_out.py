@@ -4,6 +4,7 @@ they are answered."""
 from collections.abc import Callable
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 
@@ -19,6 +20,7 @@ class EvaluatedRows:
 
     _score: Callable[[str, dict], float] | None = None
     _held_out = None  # the constructor's rows, as they were given
+    _decoded: Dataset | None = None  # of the evaluation that runs
     _evaluated: dict[str, Tensor] | None = None  # by name: sum and count, of this process
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -38,14 +40,13 @@ class EvaluatedRows:
             rows = self._held_out[rows]
         if given:
             eval_dataset = self.prepared(rows)
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         count = self.args.eval_decode_rows
         if self._score is not None and rows is not None and count:
-            found = self.scored(rows.select(range(min(len(rows), count))))
-            found = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-            metrics.update(found)
-            self.log(dict(found))
-        return metrics
+            self._decoded = rows.select(range(min(len(rows), count)))
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._decoded = None
 
     def note_evaluated(self, name: str, total: Tensor, count: Tensor) -> None:
         """Of one batch; outside an evaluation nothing is kept."""
@@ -76,6 +77,7 @@ class EvaluatedRows:
         return min(B, max(0, state.remainder - B * self.accelerator.process_index))
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """All that is found of the rows is there when it is logged and callbacks look at it."""
         self._evaluated = {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         found, self._evaluated = self._evaluated, None
@@ -83,4 +85,7 @@ class EvaluatedRows:
             total, count = self.accelerator.reduce(sums).tolist()
             if count:
                 output.metrics[f"{metric_key_prefix}_{name}"] = total / count
+        if self._decoded is not None:
+            for name, value in self.scored(self._decoded).items():
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output

@@ -5,6 +5,7 @@ import test_diffusion_rows
 import test_sft
 from datasets import Dataset, DatasetDict
 from tiny import QUIET
+from transformers import EarlyStoppingCallback
 
 import softar
 from softar.diffusion.convert import convert
@@ -40,7 +41,7 @@ def closing(folder, rows, score=None, **kw):
 
 
 def diffusion_trainer(folder, model, tokenizer, rows, score, train, **kw):
-    args = DiffusionSFTConfig(output_dir=str(folder / "out"), max_steps=1, **QUIET, **kw)
+    args = DiffusionSFTConfig(output_dir=str(folder / "out"), **{**QUIET, "max_steps": 1} | kw)
     parts = dict(train_dataset=train, eval_dataset=rows, processing_class=tokenizer, score=score)
     return DiffusionSFTTrainer(model, args, **parts)
 
@@ -104,3 +105,20 @@ def test_accuracies_are_of_the_rows_that_are_evaluated(tmp_path, make, rows, oth
     trainer = make(tmp_path / "two", {"a": rows, "b": others}, score)
     check({"eval_a": (0.0, rows), "eval_b": (1.0, others)})
     check({"eval": (1.0, others)}, others)
+
+
+@pytest.mark.parametrize(
+    ("make", "rows", "metric"),
+    [(soft, test_sft.data(3), "soft_accuracy"), (diffusion, mnns(FIRST), "accuracy")],
+)
+def test_callbacks_see_accuracies(tmp_path, make, rows, metric):
+    """The second evaluation is no better, and the first step's model is kept."""
+    every = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+    best = dict(metric_for_best_model=metric, greater_is_better=True, load_best_model_at_end=True)
+    trainer = make(tmp_path, rows, lambda answer, row: 0.5, **every, **best, max_steps=4)
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=1))
+    trainer.train()
+    state = trainer.state
+    assert (state.global_step, state.best_metric, state.best_global_step) == (2, 0.5, 1)
+    logged = [entry for entry in state.log_history if f"eval_{metric}" in entry]
+    assert len(logged) == 2 and all("eval_loss" in entry for entry in logged)
