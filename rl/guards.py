@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from softar.config import CONFIG_FILE, SoftConfig
-from softar.defaults import own_config
+from softar.defaults import config_of, own_config
 from softar.mixers import SHARE, mk_mixer
 from softar.models import check_autoregressive, origin_of, room_of
 from softar.texts import check_cells, is_blank
@@ -141,7 +141,7 @@ def policy_of(model, args: SoftGRPOConfig) -> SoftConfig:
             "merge it, model.merge_and_unload().requires_grad_()"
         )
     name = model if is_named else origin_of(model).name
-    theirs, ours = own_config(name), args.decoding()
+    theirs, ours = (own_config if is_named else config_of)(model), args.decoding()
     if theirs is None:
         return ours
     if theirs.step_temperature is not None:

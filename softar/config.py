@@ -16,13 +16,11 @@ from .checks import as_ids, check_choice, check_idle, check_least, check_types, 
 from .feedback import StepTemperature, check_feedback, load_step_temperature
 from .idle import IDLE, warn_of_no_answer
 from .mixers import Mixed, mk_mixer
-from .names import check_not_code
+from .names import CONFIG_FILE, STEP_TEMPERATURE_FILE, check_not_code
 from .soft import RESCALES, check_dist
 from .tags import Moves, blanks, moves_of_ids, moves_of_text
 
 Ids = int | str | tuple[int, ...] | None
-CONFIG_FILE = "soft_config.json"
-STEP_TEMPERATURE_FILE = "step_temperature.safetensors"  # beside it
 TAGS = ("think_start", "think_end")
 BLOCK = "block"
 SWITCHES = tuple(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from .checks import made
 from .config import CONFIG_FILE, SoftConfig, renamed
 from .mixers import mk_mixer
-from .models.embedded import folder_of
+from .models.beside import file_of, is_hub_id
 from .models.origin import origin_of
 from .names import note_named
 
@@ -85,19 +85,29 @@ def recall(model, tokenizer=None, mixer=None) -> Default:
     """How an open model, plain or wrapped by PEFT, is decoded by default. tokenizer: where
     `softar.load` did not open the model. mixer: the caller's, so that the one which the model's file
     names counts no more: it may be code that nobody has asked for."""
+    return default_of(config_of(model, mixer), tokenizer or origin_of(model).tokenizer)
+
+
+def config_of(model, mixer: str | Callable | None = None) -> SoftConfig | None:
+    """`own_config` of an open model: of a hub id that of the revision which `softar.load` opened."""
     origin = origin_of(model)
-    return default_of(own_config(origin.name, mixer), tokenizer or origin.tokenizer)
+    name = "" if is_hub_id(origin.name) else origin.name  # not what else is in the cache
+    return own_config(name, mixer, origin.folder)
 
 
-def own_config(name: str | Path, mixer: str | Callable | None = None) -> SoftConfig | None:
-    """What the soft_config.json says of a model in a folder, or of one that the package brings;
-    None where there is none. mixer: as SoftConfig.load takes it.
+def own_config(
+    name: str | Path, mixer: str | Callable | None = None, folder: Path | None = None
+) -> SoftConfig | None:
+    """What the soft_config.json says of a model in a folder, of one that the package brings, or of
+    a hub id as far as it is in the cache; None where there is none. mixer: as SoftConfig.load takes
+    it. folder: where the file lies, of a model that is open.
 
     Raises:
         ValueError: naming `name`, for one that cannot be read.
     """
-    folder = folder_of(name) if name else None
-    if folder is None or not (folder / CONFIG_FILE).is_file():
+    file = file_of(name, CONFIG_FILE) if name and folder is None else None
+    folder = folder if file is None else file.parent
+    if folder is None:
         return None
     try:
         return SoftConfig.load(folder, mixer=mixer)

@@ -19,6 +19,9 @@ from typing import Any
 
 from .checks import check_choice, shorten
 
+# Beside a model's weights: how it is decoded (softar.SoftConfig), and what that names
+CONFIG_FILE = "soft_config.json"
+STEP_TEMPERATURE_FILE = "step_temperature.safetensors"
 CODE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):([A-Za-z_]\w*(?:\.\w+)*)")
 HINT = " or 'module:name' of your own"
 # What has been asked for by "module:name" in this process: what a checkpoint may name, too

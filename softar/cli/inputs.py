@@ -112,7 +112,7 @@ def open_decoder(
     """
     with streams.waiting("loading"):
         quiet()
-        from ..decoders.card import describe
+        from ..decoders.card import describe, with_config
         from ..decoders.options import Common
         from ..decoders.registry import build, card_of, default_length, own_decoder, parse_spec
 
@@ -120,6 +120,7 @@ def open_decoder(
         model = (asked and asked.model) or model or default_model(spec)
     with streams.waiting(f"opening {model}"):
         card = describe(model) if asked is None else card_of(asked, model)
+        card = with_config(card) if asked is None and not fills else card
         if options.get("kind") is not None:  # whatever its folder looks like
             card = dataclasses.replace(card, kind="diffusion")
         if fills:

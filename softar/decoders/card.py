@@ -5,15 +5,13 @@ It does not stand in softar.models, which is below SoftConfig and knows no other
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 from ..config import CONFIG_FILE, SoftConfig
 from ..defaults import own_config
-from ..models import MODELS, diffusion_sign, folder_of, plain
+from ..models import MODELS, diffusion_sign, fetch_config, file_of, folder_of, plain
 from ..names import is_unasked_code
 
 OTHERWISE = "if it fills masks and its folder does not say so, kind= does, e.g. kind=open_dcoder"
@@ -28,16 +26,31 @@ class Card:
     folder: Path | None  # where its files lie; None: not in a folder of this machine
     kind: str | None  # of KINDS; None: not known, as of a hub id that is not in the cache
     config: SoftConfig | None  # what its soft_config.json says; None where it has none
+    # a decoder's own, which goes in place of code that the file names
+    mixer: str | None = field(default=None, compare=False)
 
 
 def describe(name: str, mixer: str | None = None) -> Card:
     """mixer: a decoder's own, which goes in place of code that the model's file names and nobody
     has asked for. Raises ValueError for a soft_config.json that cannot be read."""
     folder, kind = folder_of(name), _kind_of(name)
-    if kind == "diffusion":
-        return Card(name, folder, kind, None)
+    config = None if kind == "diffusion" else _own_config(name, mixer)
+    return Card(name, folder, kind, config, mixer)
+
+
+def with_config(card: Card) -> Card:
+    """With the newest soft_config.json of a hub id, for who decodes by it; others ask no hub, as the
+    name may be one of a server's."""
+    if card.kind == "diffusion":
+        return card
+    folder = fetch_config(card.name, fresh=True)
+    config = card.config if folder is None else _own_config(card.name, card.mixer, folder)
+    return replace(card, config=config)
+
+
+def _own_config(name: str, mixer: str | None, folder: Path | None = None) -> SoftConfig | None:
     is_code = is_unasked_code(_read_json(name, CONFIG_FILE).get("mixer"))
-    return Card(name, folder, kind, own_config(name, mixer if is_code else None))
+    return own_config(name, mixer if is_code else None, folder)
 
 
 def open_model(card: Card, kind: str, decoder: str, opener: Callable[[], tuple]) -> tuple:
@@ -103,18 +116,11 @@ def _kind_of_config(config: dict) -> str | None:
 def _read_json(name: str, file: str) -> dict:
     """A JSON file of a folder, or of a hub id as far as it is in the cache; {} where there is
     none."""
-    folder = folder_of(name)
     try:
-        path = folder / file if folder is not None else try_to_load_from_cache(name, file)
-        if not isinstance(path, (str, Path)) or not Path(path).is_file():
-            return {}
-        settings = json.loads(Path(path).read_text())
+        path = file_of(name, file)
+        settings = {} if path is None else json.loads(path.read_text())
         return settings if isinstance(settings, dict) else {}
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ):  # no hub id; what cannot be read is for `load` to say
+    except (OSError, ValueError, RecursionError):  # what cannot be read is for `load` to say
         return {}
 
 

@@ -17,7 +17,7 @@ from ..mixers import MIXERS
 from ..names import CODE, HINT, is_code, lookup, note_named, registered
 from ..specs import parse_options
 from .answer import Decoder
-from .card import Card, describe
+from .card import Card, describe, with_config
 from .options import Common
 from .own import GROUP, OWN, make_own
 
@@ -116,7 +116,10 @@ def card_of(asked: Spec, model: str | None) -> Card:
     if mixer is None and asked.decoder != "vllm-soft":  # which decodes by the file's
         mixer = asked.decoder if asked.decoder in MIXERS else SoftConfig.mixer
     name = asked.model or model
-    return Card("", None, None, None) if name is None else describe(name, mixer)
+    if name is None:
+        return Card("", None, None, None)
+    card = describe(name, mixer)
+    return with_config(card) if asked.family in ("autoregressive", "vllm") else card
 
 
 def build(decoder: str, card: Card, common: Common, options: dict) -> Decoder:

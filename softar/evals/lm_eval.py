@@ -28,7 +28,7 @@ from ..decoders.card import describe, open_model
 from ..decoders.options import check_options
 from ..decoders.soft import decoder_name
 from ..decoders.stop import StopStrings
-from ..defaults import default_of
+from ..defaults import recall
 from ..evaluate import prefixed
 from ..mixers import mk_mixer
 from ..models import load
@@ -233,7 +233,7 @@ class SoftarLM(LoadedLM):
         harness, loading, changes = split_args("softar", SoftConfig, options)
         super().__init__(name, "autoregressive", load, harness, loading, seed)
         try:
-            self.default = default_of(self.card.config, self.tokenizer)
+            self.default = recall(self.model, self.tokenizer)
             changes = check_options(SoftConfig, "softar", renamed(changes))
             # where neither model nor task says how long, lm-eval's own default
             length = {} if self.default.kind == "own" else {"max_new_tokens": HARNESS_LENGTH}

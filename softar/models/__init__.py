@@ -15,6 +15,8 @@ _HOME = {
     "folder_of": "softar.models.embedded",
     "word_tokenizer": "softar.models.embedded",
     "FETCH": "softar.models.source",
+    "fetch_config": "softar.models.beside",
+    "file_of": "softar.models.beside",
     "check_fit": "softar.models.errors",
     "opening": "softar.models.errors",
     "base_of": "softar.models.adapter",

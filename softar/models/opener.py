@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..checks import check_least, check_values, did_you_mean
 from ..placement import to_device, to_dtype, to_machine
 from .adapter import base_of, wrap
+from .beside import WHERE, fetch_config
 from .embedded import MODELS, named
 from .errors import opening
 from .gguf_file import load_gguf
@@ -80,8 +81,9 @@ def load(
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model = to_machine(model, dtype, device).eval()
+    folder = fetch_config(name, **{key: kwargs[key] for key in WHERE if key in kwargs})
     for each in (model, plain(model)):  # an adapter's base, which has its weights, merged or not
-        note_origin(each, name, tokenizer)
+        note_origin(each, name, tokenizer, folder)
     return model, tokenizer
 
 

@@ -1,5 +1,6 @@
 """Where an open model comes from."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -12,11 +13,13 @@ ORIGIN = "softar_origin"  # attribute of a model that `load` opened
 class Origin(NamedTuple):
     name: str  # as in `load`, or transformers' name_or_path
     tokenizer: PreTrainedTokenizerBase | None  # None: not known
+    # of a hub id that has a soft_config.json: where in the hub's cache that lies
+    folder: Path | None = None
 
 
-def note_origin(model, name: str, tokenizer) -> None:
+def note_origin(model, name: str, tokenizer, folder: Path | None = None) -> None:
     """What `load` notes on a model that it opens."""
-    vars(model)[ORIGIN] = Origin(name, tokenizer)
+    vars(model)[ORIGIN] = Origin(name, tokenizer, folder)
 
 
 def origin_of(model) -> Origin:

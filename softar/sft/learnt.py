@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import CONFIG_FILE, SoftConfig
-from ..defaults import own_config
+from ..defaults import config_of, own_config
 from ..feedback import StepTemperature, hidden_size, load_step_temperature, step_temperature_of
 from ..models import origin_of
 from ..relaxed import relaxed_dist
@@ -42,7 +42,8 @@ def begins_from(model, args) -> SoftConfig | None:
     if learns and not is_named:
         hidden_size(model)
     name = model if is_named else origin_of(model).name
-    theirs = own_config(name, args.soft_mixer)
+    own = own_config if is_named else config_of
+    theirs = own(model, args.soft_mixer)
     if theirs is None or theirs.step_temperature is None:
         return None
     if not learns:

@@ -9,9 +9,9 @@ from peft import PeftConfig, TrainableTokensConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..defaults import own_config
+from ..defaults import config_of, own_config
 from ..evaluate import prefixed_rows
-from ..models import add_think_tokens, origin_of
+from ..models import add_think_tokens
 from ..models.think_tokens import only_rows, tables_of
 
 
@@ -66,8 +66,8 @@ def prefix_of(model, tokenizer, args, others: dict) -> Prefix:
     """
     n = args.think_tokens
     if not n:
-        name = model if isinstance(model, str) else origin_of(model).name
-        own = own_config(name, args.soft_mixer)
+        read = own_config if isinstance(model, str) else config_of
+        own = read(model, args.soft_mixer)
         return Prefix(None if own is None else own.prompt_prefix)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
