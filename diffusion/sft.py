@@ -26,10 +26,10 @@ from softar.texts import check_data, check_rows
 from softar.training import (
     MicroBatches,
     WatchedLosses,
-    check_adapter,
     check_arguments,
     give_own_rate,
     no_interrupt,
+    prepare_trained,
     unpacked,
     without_task,
 )
@@ -109,7 +109,7 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
         )
         why = "the head's numbers cannot be split; leave it at 0, or train under DDP"
         check_split(self, softmasking_prob=(args.softmasking_prob, why))
-        check_adapter(type(self).__name__, self.model)
+        prepare_trained(name, self.model, beside=args.softmasking_prob > 0)
         say_cut(self, train_dataset)
         self._room = room_of(self.model, trained=True)
         self.train_dataset, self.eval_dataset = map(

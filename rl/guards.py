@@ -14,7 +14,7 @@ from softar.defaults import config_of, own_config
 from softar.mixers import SHARE, mk_mixer
 from softar.models import check_autoregressive, origin_of, room_of
 from softar.texts import check_cells, is_blank
-from softar.training import check_adapter
+from softar.training import prepare_trained
 
 from .config import SoftGRPOConfig
 from .policies import KNOBS
@@ -94,14 +94,14 @@ def _read(trainer, prompt: str | list[dict]) -> list[int]:
 
 
 def check_trainable(trainer: str, model: nn.Module, aux_loss_coef: float | None) -> None:
-    """Raise ValueError for a model that the trainer of this name cannot train. aux_loss_coef: of a
-    mixture of experts whose load-balancing loss is asked for."""
+    """Make a saved adapter trainable. Raises ValueError for a model that the trainer of this name
+    cannot train. aux_loss_coef: of a mixture of experts whose load-balancing loss is asked for."""
     if aux_loss_coef is not None:
         raise ValueError(
             f"router_aux_loss_coef={aux_loss_coef}: {trainer} leaves out the experts' load-balancing "
             f"loss, set it to 0 to agree"
         )
-    check_adapter(trainer, model)
+    prepare_trained(trainer, model)
     dropouts = (m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p)
     if rates := sorted({*dropouts}):
         logger.warning(

@@ -213,13 +213,30 @@ def check_arguments(trainer: str, model, kind: type, args, tokenizer, others: di
     check_writable(args.output_dir)
 
 
-def check_adapter(trainer: str, model: nn.Module) -> None:
-    """Raise ValueError for virtual tokens, which nothing that feeds embeddings puts before a
-    prompt."""
-    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+def prepare_trained(trainer: str, model: nn.Module, *, beside: bool = False) -> None:
+    """Let the active adapter of a PeftModel be trained on, where all of it is frozen as PEFT opens a
+    saved one, for inference. What else has been set by hand stays.
+
+    beside: is anything trained that is no part of the model?
+
+    Raises ValueError for virtual tokens, which nothing that feeds embeddings puts before a prompt, and
+    for a model of which nothing would be trained.
+    """
+    if is_peft_model(model):
+        name, config = model.active_adapter, model.active_peft_config
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"peft_type={config.peft_type.value}: {trainer} feeds mixtures of tokens, virtual tokens are not "
+                "there; use LoRA"
+            )
+        own = [p for key, p in model.named_parameters() if name in key.split(".")]
+        if config.inference_mode and not any(p.requires_grad for p in own):
+            config.inference_mode = False
+            model.set_adapter(name)
+    if not beside and not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
-            f"peft_type={model.active_peft_config.peft_type.value}: {trainer} feeds mixtures of tokens, "
-            f"virtual tokens are not there; use LoRA"
+            f"model: no parameter of this {type(model).__name__} has requires_grad, so {trainer} would train "
+            "nothing: call model.requires_grad_(), or give peft_config; an adapter is opened by softar's load"
         )
 
 

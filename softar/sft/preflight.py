@@ -14,7 +14,7 @@ from torch import nn
 from ..guard import check_range
 from ..mixers import mk_mixer
 from ..models import check_autoregressive, check_keeps_apart
-from ..training import check_adapter
+from ..training import prepare_trained
 from .data import check_pickable, check_traces, thought_mask
 from .learnt import ROOM, learnt_of, mixture
 
@@ -50,15 +50,16 @@ def check_held_out(args, rows, score) -> None:
 
 
 def check_model(trainer) -> None:
-    """Raise ValueError for a model that soft SFT cannot train."""
+    """Make a saved adapter trainable. Raises ValueError for a model that soft SFT cannot train."""
     # by TRL, for every mixture of experts whose configuration has a coefficient
     if trainer.aux_loss_enabled:
         raise ValueError(
             f"router_aux_loss_coef={trainer.router_aux_loss_coef}: soft SFT leaves out the experts' "
             f"load-balancing loss, set it to 0 to agree"
         )
-    check_adapter(type(trainer).__name__, trainer.model)
     check_autoregressive(trainer.model, "train it with softar.diffusion's DiffusionSFTTrainer")
+    beside = bool(trainer.args.think_tokens or learnt_of(trainer.args))
+    prepare_trained(type(trainer).__name__, trainer.model, beside=beside)
 
 
 def check_tokens(rows, args, room: int | None, vocab_size: int) -> None:
