@@ -264,7 +264,8 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
     def scored(self, rows: Dataset) -> dict[str, float]:
         steps = steps_for(self._facts, rows, self.processing_class, self.args.eval_steps_decoded)
         how = (self.processing_class, rows, self._score, self.decoding(steps=steps))
-        found = with_whole_weights(self, lambda model: evaluate(model, *how, seed=self.args.seed))
+        sizes = dict(batch_size=self.args.per_device_eval_batch_size, seed=self.args.seed)
+        found = with_whole_weights(self, lambda model: evaluate(model, *how, **sizes))
         return {"accuracy": found["accuracy"]}
 
     def decoding(self, **changes) -> DenoiseConfig:

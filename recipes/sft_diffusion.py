@@ -216,18 +216,17 @@ def train_row(inputs, name, args):
     if samples and trainer.uniform is None:
         on_main(trainer, bound)
     schedules = script.schedules.split(",")
-    return measured(
-        trainer, task, common, lambda model: decode_all(trainer, task, schedules, args.seed)
-    )
+    return measured(trainer, task, common, lambda model: decode_all(trainer, task, schedules))
 
 
-def decode_all(trainer, task, schedules, seed):
+def decode_all(trainer, task, schedules):
     """The held-out rows under every decoding: hard, and softly as the model was trained, or else
     without training. A uniform-state model shows no masks, and steps more than its slots are of use
     to it; DiffusionGemma reads its own belief, or none."""
     from softar.diffusion.config import DenoiseConfig
     from softar.diffusion.evaluate import evaluate
 
+    args = trainer.args
     plain, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     learnt = {} if trainer.head is None else trainer.head.settings()
     decoders = {"hard": dict(soften="hard")}
@@ -242,7 +241,13 @@ def decode_all(trainer, task, schedules, seed):
             for budget in budgets:
                 config = DenoiseConfig(**settings, **SCHEDULES[schedule](budget))
                 yield dict(decoder=decoder, schedule=schedule, budget=budget) | evaluate(
-                    plain, tokenizer, task.test, task.score, config, seed=seed
+                    plain,
+                    tokenizer,
+                    task.test,
+                    task.score,
+                    config,
+                    batch_size=args.per_device_eval_batch_size,
+                    seed=args.seed,
                 )
 
 

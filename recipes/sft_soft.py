@@ -203,7 +203,13 @@ def train_row(inputs, name, args):
         for readout in ("soft", "discrete"):
             config = trainer.decoding(readout)
             yield {"readout": readout} | evaluate(
-                model, tokenizer, task.test, task.score, config, seed=args.seed
+                model,
+                tokenizer,
+                task.test,
+                task.score,
+                config,
+                batch_size=args.per_device_eval_batch_size,
+                seed=args.seed,
             )
 
     common = fit_supervised(inputs, trainer, args, decoder=name)

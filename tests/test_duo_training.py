@@ -515,7 +515,7 @@ def test_the_recipe_decodes_a_uniform_model_hard_and_in_more_steps_than_slots(tm
     task = load_task("mnns", size=32)
     task = dataclasses.replace(task, test=task.test.select(range(8)))
     trainer = trainer_of(*load("mnns-diffusion-tiny", seed=0), task.train, tmp_path, max_steps=1)
-    rows = list(recipe["decode_all"](trainer, task, ["uniform", "pyramid"], 0))
+    rows = list(recipe["decode_all"](trainer, task, ["uniform", "pyramid"]))
     assert [(r["decoder"], r["schedule"], r["budget"], r["nfe"]) for r in rows] == [
         ("hard", "uniform", steps, steps) for steps in (4, 5, 8, 12)
     ]

@@ -1,5 +1,7 @@
 """Evaluations of the SFT trainers: rows that are handed over are read and answered as the constructor's."""
 
+import pkgutil
+
 import pytest
 import test_diffusion_rows
 import test_sft
@@ -122,3 +124,29 @@ def test_callbacks_see_accuracies(tmp_path, make, rows, metric):
     assert (state.global_step, state.best_metric, state.best_global_step) == (2, 0.5, 1)
     logged = [entry for entry in state.log_history if f"eval_{metric}" in entry]
     assert len(logged) == 2 and all("eval_loss" in entry for entry in logged)
+
+
+@pytest.mark.parametrize(
+    ("module", "make", "rows"),
+    [
+        ("softar.evaluate.generate", soft, test_sft.data(5)),
+        ("softar.diffusion.evaluate.denoise", diffusion, mnns(SECOND)),
+    ],
+)
+def test_as_many_rows_are_decoded_at_once_as_the_options_say(
+    tmp_path, monkeypatch, module, make, rows
+):
+    decode, sizes = pkgutil.resolve_name(module.replace(".evaluate.", ".evaluate:")), []
+    monkeypatch.setattr(
+        module, lambda m, ids, *a, **k: sizes.append(len(ids)) or decode(m, ids, *a, **k)
+    )
+    found = {}
+    for size in (2, 8):
+        sizes.clear()
+        trainer = make(
+            tmp_path, rows, lambda text, row: len(text) / 100, per_device_eval_batch_size=size
+        )
+        found[size] = trainer.evaluate()
+        assert set(sizes) == ({2, 1} if size == 2 else {5})
+    same = {name: value for name, value in found[2].items() if name.endswith("accuracy")}
+    assert same == {name: pytest.approx(found[8][name]) for name in same} != {}

@@ -348,7 +348,8 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         # never empty: fewer rows are counted twice
         share = rows.select(range(rank % len(rows), len(rows), processes))
         how = (self.processing_class, share, self._score, self.decoding(readout))
-        result = with_whole_weights(self, lambda model: evaluate(model, *how, seed=self.args.seed))
+        sizes = dict(batch_size=self.args.per_device_eval_batch_size, seed=self.args.seed)
+        result = with_whole_weights(self, lambda model: evaluate(model, *how, **sizes))
         sums = torch.tensor(
             [result["accuracy"] * len(share), len(share)], device=self.accelerator.device
         )
