@@ -1,21 +1,32 @@
 """How near the gradient of a replayed decode is to that of the expected reward: nets of three tokens
-that fill three slots, whose every trajectory is enumerated, so that no number is a sample. Prints a
-table.
+that fill three slots, whose every trajectory is enumerated, so that no number is a sample. And what
+a replay costs beside its bare forwards. Prints a table.
 
 python recipes/bench_replay.py
+
+# Latin squares in 8 forwards, 256 rows: processor time of one thread
+OMP_NUM_THREADS=1 python recipes/bench_replay.py --cost 9
 """
 
 import argparse
+import functools
 import itertools
+import time
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from softar.checks import check_least
+from softar.diffusion import denoise, load
 from softar.diffusion.architectures import LladaConfig, LladaForMaskedDiffusion
 from softar.diffusion.config import DenoiseConfig
+from softar.diffusion.models import facts
 from softar.diffusion.record import Trajectory
-from softar.diffusion.replay import log_probs
+from softar.diffusion.replay import log_probs, replay
+from softar.evaluate import encode
+from softar.recipes.bench_tools import interleaved, spread
+from softar.tasks import load_task
 
 WORDS, MASK, SLOTS = 3, 3, 3
 PROMPT, BIAS, K = (0, 2), 0.5, 2
@@ -26,6 +37,8 @@ MOVE = 0.1
 # of drawn slots, as if nobody had drawn them
 TOKENS = "exact, tokens alone"
 ESTIMATES = ("exact", "one-step", "hidden", "left-to-right")
+# of the costs: templates and completions of each, as the recipe's; forwards; canvases in one
+ROWS, GROUP, STEPS, CHUNK = 32, 8, 8, 256
 
 
 class Leaf(NamedTuple):
@@ -196,10 +209,53 @@ def compared(seed: int, config: DenoiseConfig, method: str) -> tuple[float, floa
     return float(cosine), float(error), float(spread / truth.square().sum()), weight
 
 
+def cost(repeats: int) -> None:
+    """Print the processor time of a replay with its backward, over that of as many forwards of the same
+    rows by the bare model with theirs. A replay makes forwards that read the same once."""
+    model, tokenizer = load("latin-diffusion-tiny")
+    templates = load_task("latin").train["template"][:ROWS]
+    ids = encode(tokenizer, [text for text in templates for _ in range(GROUP)])["input_ids"]
+
+    def bare() -> None:
+        model.zero_grad()
+        for part in ids.repeat(STEPS, 1).split(CHUNK):
+            logits = model(input_ids=part, use_cache=False).logits
+            logits.log_softmax(-1)[..., 0].sum().backward()
+
+    def replayed(steps: Trajectory, config: DenoiseConfig) -> None:
+        model.zero_grad()
+        for piece in replay(model, steps, config, chunk=CHUNK):
+            piece.log_probs(steps.after[piece.rows, piece.cols]).sum().backward()
+
+    runs = {"bare": bare}
+    for soften, alg_temp in itertools.product(("hard", "soft-mask"), (0.0, 0.05)):
+        knobs = dict(soften=soften, select="max-prob", alg_temp=alg_temp)
+        config = DenoiseConfig(gen_length=0, steps=STEPS, temperature=0.25, **knobs)
+        steps = denoise(
+            model, ids, config=config, rng=torch.Generator().manual_seed(0), record=True
+        ).trajectory
+        name = f"{soften}, {f'drawn at {alg_temp}' if alg_temp else 'the surest'}"
+        runs[name] = functools.partial(replayed, steps, config.as_trained(facts(model)))
+    seconds = interleaved(runs, repeats, clock=time.process_time)
+    print(f"{len(ids)} rows, {STEPS} forwards, {repeats} repeats: over the bare model")
+    for name in [*runs][1:]:
+        pairs = [own / other for own, other in zip(seconds[name], seconds["bare"], strict=True)]
+        median, least, most = spread(pairs)
+        print(f"| {name} | {median:.2f} ({least:.2f} to {most:.2f}) |", flush=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--cost", type=int, metavar="REPEATS", help="what a replay costs")
+    args = parser.parse_args()
+    if args.cost is not None:
+        check_least(args, cost=1)
+        torch.set_num_threads(1)
+        return cost(args.cost)
+    seeds = args.seeds
     print("| forwards | slots show | replay | cosine | relative error | variance | mean weight |")
     print("|---|---|---|---|---|---|---|")
     for steps, soften, alg_temp, methods in (

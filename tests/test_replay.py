@@ -570,3 +570,12 @@ def test_rows_are_the_same_where_all_their_parts_are():
     assert first.tolist() == [0, 1, 2] and which.tolist() == [0, 1, 2, 0, 1, 2]
     first, which = same_rows(embeds, None)
     assert first.tolist() == [0, 2] and which.tolist() == [0, 0, 1, 0, 0, 1]
+
+
+def test_the_bench_of_costs_says_each_policy(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ROWS", 1)
+    monkeypatch.setattr(bench, "GROUP", 2)
+    bench.cost(1)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) == 4 and sum("drawn at 0.05" in row for row in rows) == 2
+    assert all(float(row.split("|")[2].split()[0]) > 0 for row in rows)
