@@ -94,9 +94,9 @@ class MicroBatches:
         self.restart_micro()
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def evaluate(self, *args, **kwargs):
+    def evaluation_loop(self, *args, **kwargs):  # of `predict`, too
         self.restart_micro()
-        return super().evaluate(*args, **kwargs)
+        return super().evaluation_loop(*args, **kwargs)
 
 
 class WatchedLosses:

@@ -55,6 +55,7 @@ def mnns(rows):
 TEXTS = Dataset.from_list([{"prompt": f"why {i}?", "completion": f" so {i}"} for i in range(3)])
 CASES = {
     "gold": (soft, test_sft.data(5), {}),
+    "draws": (soft, test_sft.data(5), dict(soft_mixer="gumbel")),
     "think tokens": (soft, test_sft.data(5), dict(think_tokens=2)),
     "oracle": (soft, test_sft.data(5, traces=(2,)), dict(targets="oracle")),
     "masks": (diffusion, mnns(SECOND), {}),
@@ -75,6 +76,8 @@ def test_rows_that_are_handed_over_are_read_as_the_constructors(tmp_path, case):
     own = trainer.evaluate()["eval_loss"]
     for given in (rows, trainer.eval_dataset):  # prepared before, too
         assert trainer.evaluate(given)["eval_loss"] == own
+    for _ in range(2):
+        assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == own
     found = trainer.evaluate({"a": rows, "b": rows.select([0])})
     assert found["eval_a_loss"] == own != found["eval_b_loss"]
 
