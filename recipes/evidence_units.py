@@ -145,8 +145,9 @@ def readouts(decoders: dict, rows, task, split: str, batch_size: int = 500) -> l
     from softar.evals.compare import compare
 
     found = compare(decoders, rows, task.score, batch_size=batch_size, warmup=0, bootstrap=1)
-    if found.failures or found.interrupted:
-        raise RuntimeError(f"a decoder failed: {found.failures or 'interrupted'}")
+    failures = found.failures + found.scorer_failures
+    if failures or found.interrupted:
+        raise RuntimeError(f"a decoder or the scorer failed: {failures or 'interrupted'}")
     costs = {row["name"]: row["nfe"] for row in found.rows}
     return [
         read_rows(name, split, passes[0].scores, costs[name])

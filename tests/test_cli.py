@@ -584,19 +584,45 @@ def test_compare_says_what_failed(softar):
 
 
 @pytest.mark.parametrize("width", ["60", "120"])
-def test_compare_says_each_failure_once(softar, monkeypatch, width):
-    """The first of a decoder when it happens, the others behind the table, which has their
-    number."""
+def test_compare_says_of_a_failing_scorer_how_often_and_where_first(softar, monkeypatch, width):
+    """Its answers count 0, which is no failure of the command."""
     from softar.tasks import embedded
 
     def picky(text, row):
+        asked.append(row)
         if len(asked) < 4:
-            asked.append(row)
             raise RuntimeError(f"no score for <{len(asked)}>")
         return plain(text, row)
 
     asked, plain = [], embedded._score_mnns
     monkeypatch.setattr(embedded, "_score_mnns", picky)
+    monkeypatch.setenv("COLUMNS", width)
+    code, out, err = softar("compare", *FEW)
+    said = "the scorer failed on 3 answers, which count 0"
+    assert code == 0 and said in " ".join(out.split()) and err.count(f"{said}; first") == 1
+    assert [(out + err).count(f"<{i}>") for i in (1, 2, 3)] == [1, 0, 0]
+    found = json.loads(softar("compare", *FEW, "--json")[1])
+    assert found["scorer_failures"] == found["failures"] == []
+    monkeypatch.setattr(embedded, "_score_mnns", lambda *_: 1 / 0)
+    code, out, err = softar("compare", *FEW)
+    assert (code, out) == (2, "") and "the scorer failed on every row, first" in err
+
+
+@pytest.mark.parametrize("width", ["60", "120"])
+def test_compare_says_each_failure_once(softar, monkeypatch, width):
+    """The first of a decoder when it happens, the others behind the table, which has their
+    number."""
+    from softar.tasks import embedded
+
+    def picky(text):
+        if len(asked) < 4:
+            asked.append(text)
+            raise RuntimeError(f"no sum in <{len(asked)}>")
+        return plain(text)
+
+    asked, plain = [], embedded._last_sum
+    monkeypatch.setattr(embedded, "_score_mnns", lambda text, row: 1.0)
+    monkeypatch.setattr(embedded, "_last_sum", picky)
     monkeypatch.setenv("COLUMNS", width)
     code, out, err = softar("compare", *FEW)
     assert code == 1 and "4 failures" in out

@@ -28,6 +28,16 @@ from softar.evals.intervals import (
 )
 
 QUIET = dict(bootstrap=200, console=Console(file=StringIO()))
+TOLD = (
+    "n",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "agreement",
+)
 
 
 def questions(n, **columns):
@@ -478,33 +488,53 @@ def test_scorer_failures():
     found = compare(
         [a, b], questions(9), picky, repeats=2, bootstrap=200, console=Console(file=err, width=200)
     )
-    assert [(f.row, f.decoder) for f in found.failures] == [
+    failures = found.scorer_failures
+    assert [(f.row, f.decoder) for f in failures] == [
         (i, name) for name in "ab" for i in (1, 3, 4, 5, 6, 8)
     ]
-    assert found.failures[0] == Failure(1, "a", "ZeroDivisionError: division by zero")
-    assert "nan" in found.failures[1].message and "'1'" in found.failures[3].message
+    assert failures[0] == Failure(1, "a", "ZeroDivisionError: division by zero")
+    assert "nan" in failures[1].message and "'1'" in failures[3].message
     row_a, row_b = found.rows
-    # rows 0, 2 and 7
-    assert (row_a["n"], row_a["accuracy"], row_b["accuracy"]) == (3, pytest.approx(2 / 3), 1)
-    assert row_b["gain"] == pytest.approx(1 / 3) and row_a["complete"] and row_b["complete"]
-    assert err.getvalue().count("failed: ") == 2 and "a, row 1: ZeroDivisionError" in err.getvalue()
+    # right are rows 0 and 2, and with b row 7
+    assert (row_a["n"], row_a["accuracy"]) == (9, pytest.approx(2 / 9))
+    assert row_b["gain"] == pytest.approx(1 / 9) and row_a["complete"] and row_b["complete"]
+    assert found.failures == [] and err.getvalue().count("failed") == 1
+    said = "the scorer failed on 12 answers, which count 0"
+    assert f"{said}; first a, row 1: ZeroDivisionError" in err.getvalue() and said in str(found)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=20))
+def test_a_scorer_that_fails_where_others_say_0_gives_the_same_rows(right):
+    """As `float(text.split()[-1]) == row["answer"]` does on an answer that ends in no number."""
+
+    def strict(text, row):
+        if not score(text, row):
+            raise ValueError("no number in it")
+        return 1
+
+    made = [
+        compare([Fake("a"), Fake("b", lambda i, _: right[i])], questions(len(right)), each, **QUIET)
+        for each in (score, strict)
+    ]
+    plain, failing = ([{k: row[k] for k in TOLD} for row in found.rows] for found in made)
+    assert plain == failing and len(made[1].scorer_failures) == right.count(False)
 
 
 def test_gain_is_over_the_rows_that_both_have():
-    """b's score is missing where a is right, so that the accuracies differ by more than the
+    """b answers where a is right, and fails elsewhere, so that the accuracies differ by more than the
     gain."""
-    a, b = Fake("a", lambda i, _: i < 2), Fake("b", lambda i, _: i != 2)
 
-    def half(text, row):
-        if row["answer"] in ("a0", "a2") and len(b.calls) == 2:
-            raise RuntimeError("no")
-        return score(text, row)
+    class Fails(Fake):
+        def decode(self, prompts):
+            found = super().decode(prompts)
+            raise Unfinished("gone", {i: found[i] for i in (1, 3)})
 
-    found = compare([a, b], questions(4), half, **QUIET)
+    a, b = Fake("a", lambda i, _: i % 2 == 1), Fails("b")
+    found = compare([a, b], questions(4), score, warmup=0, console=QUIET["console"])
     row_a, row_b = found.rows
     assert (row_a["accuracy"], row_b["accuracy"], row_b["n"]) == (0.5, 1, 2)
-    # rows 1 and 3: 1 and 1 against 1 and 0
-    assert row_b["gain"] == 0.5 and len(found.failures) == 2
+    assert row_b["gain"] == 0 and len(found.failures) == 1
 
 
 def test_every_score_fails():
@@ -522,13 +552,8 @@ def test_all_scores_of_one_decoder_fail(tmp_path):
         **QUIET,
     )
     row = found.rows[1]
-    assert [row[k] for k in ("n", "accuracy", "accuracy_low", "gain", "gain_low")] == [
-        0,
-        None,
-        None,
-        None,
-        None,
-    ]
+    assert [row[k] for k in ("n", "accuracy", "accuracy_low", "gain")] == [3, 0, 0, -1]
+    assert {f.decoder for f in found.scorer_failures} == {"b"}
     found.save(tmp_path)
     strict_json((tmp_path / "results.json").read_text())
     found.plot(tmp_path / "plot.png")
@@ -692,8 +717,8 @@ def test_interrupted_before_any_score_succeeded():
     found = compare([bad], questions(4), lambda *_: 1 / 0, batch_size=2, warmup=1, **QUIET)
     assert (
         found.interrupted
-        and [f.row for f in found.failures] == [0, 1]
-        and found.rows[0]["accuracy"] is None
+        and [f.row for f in found.scorer_failures] == [0, 1]
+        and found.rows[0]["accuracy"] == 0
     )
 
 
@@ -931,7 +956,7 @@ def test_save(tmp_path):
     assert [(x["decoder"], x["repeat"], x["row"]) for x in answers] == [
         (name, r, i) for name in ("a", b.name) for r in range(2) for i in range(3)
     ]
-    assert [x["score"] for x in answers] == [1, None, 1, 1, None, 1, 0, None, 0, 1, None, 1]
+    assert [x["score"] for x in answers] == [1, 0, 1, 1, 0, 1, 0, 0, 0, 1, 0, 1]
     assert answers[6] == dict(
         row=0, decoder=b.name, repeat=0, text="wrong", score=0, num_forwards=4, seconds=0.001
     )

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import warm
+from datasets import Dataset
 from rich.console import Console
 from trl import TrlParser
 
@@ -406,6 +407,35 @@ def test_a_file_that_no_sweep_wrote(tmp_path, place, text, why):
             read(tmp_path)
         said = str(caught.value)
         assert said.startswith(str(file)) and why in said and "\n" not in said
+
+
+def test_a_table_says_what_failed(tmp_path, monkeypatch):
+    """Of a scorer that fails where an answer is wrong, too: it counts 0, so that no run is better."""
+
+    class Half:
+        name, columns = "half", dict(decoder="half", model="m", setting="", family="f")
+
+        def decode(self, prompts):
+            return [Decoded(str(i % 2), (1,), 1.0, 1.0, 0.001) for i in range(len(prompts))]
+
+    task = SimpleNamespace(
+        name="t", test=Dataset.from_list([{"prompt": "p"}] * 8), stop=(), extract=str.strip
+    )
+    task.score, task.max_new_tokens = lambda text, row: 1 / int(text), 4
+    monkeypatch.setattr(module, "_task", lambda name: task)
+    monkeypatch.setattr(module, "_decoder", lambda grid, run: Half())
+    grid = read_grid(dict(tasks=["t"], soft=["mnns-tiny=discrete"], seeds=[0, 1]))
+    rows = sweep(grid, tmp_path / "s", console=Console(file=open(os.devnull, "w")))
+    assert [(row["accuracy"], row["n"], row["scorer_failures"]) for row in rows] == [
+        (0.5, 8, 4)
+    ] * 2
+    console = Console(record=True, width=120, file=open(os.devnull, "w"))
+    console.print(sweep_table(points := aggregate(rows)))
+    assert (points[0]["n"], points[0]["scorer_failures"], points[0]["failures"]) == (8, 8, 0)
+    text = console.export_text()
+    assert (
+        "scorer failed" in text and " n " in text and " failed" not in text.replace("r failed", "")
+    )
 
 
 def test_a_table_of_a_sweep():

@@ -181,7 +181,8 @@ class Printer:
 
 
 def report(comparison: "Comparison", as_json: bool) -> int:
-    """Print a comparison -> exit code: 0, 1 where a decoder or a row failed, 130 after Ctrl-C."""
+    """Print a comparison -> exit code: 0, 1 where a decoder failed or an answer could not be
+    read, 130 after Ctrl-C."""
     c = comparison
     if as_json:
         print_json(
@@ -190,6 +191,7 @@ def report(comparison: "Comparison", as_json: bool) -> int:
                 "baseline": c.baseline,
                 "rows": c.rows,
                 "failures": [failure._asdict() for failure in c.failures],
+                "scorer_failures": [failure._asdict() for failure in c.scorer_failures],
                 "left_out": c.left_out,
                 "interrupted": c.interrupted,
                 "overhead": c.overhead,

@@ -20,7 +20,7 @@ from ..checks import check_choice, check_least, check_writable
 from ..decoders.answer import Decoder, NamedDecoder, as_decoder
 from ..results import write_csv, write_results, write_whole
 from .chart import TABLE_WIDTH, comparison_table, plot_frontier
-from .contest import Contest, Failure
+from .contest import Contest, Failure, scorer_remark
 from .intervals import number_groups
 from .summary import Pass, number, summarise
 
@@ -64,6 +64,7 @@ class Comparison:
     rows: list[dict]
     baseline: str | None  # its name; None where it is not among the rows
     failures: list[Failure] = field(default_factory=list)
+    scorer_failures: list[Failure] = field(default_factory=list)  # of answers that count 0 for it
     interrupted: bool = False
     overhead: float = 0.0  # share of the time after the warm-up that was not spent in decoders
     # without a row: failed, not reached, or over the budget
@@ -141,8 +142,9 @@ class Comparison:
         notes += [f"without a row: {', '.join(self.left_out)}"] if self.left_out else []
         mute = [short[row["name"]] for row in self.rows if self._is_mute(row["name"])]
         notes += [f"all answers are empty: {', '.join(mute)}"] if mute else []
-        n = len(self.failures)
-        return notes + [f"{n} failure{'s' * (n > 1)}"] * (n > 0)
+        n, m = len(self.failures), len(self.scorer_failures)
+        notes += [f"{n} failure{'s' * (n > 1)}"] * (n > 0)
+        return notes + [scorer_remark(m)] * (m > 0)
 
     def _is_mute(self, name: str) -> bool:
         """As a chat model is that is asked without its template, or a thought that never ends."""
@@ -156,13 +158,13 @@ class Comparison:
 
     def save(self, folder: str | Path) -> Path:
         """Write results.json and results.csv (`rows`), rows.jsonl (a line for each answer: row,
-        decoder, repeat, text, score, num_forwards, seconds), and failures.jsonl if there are any;
-        each file whole or not at all -> folder."""
+        decoder, repeat, text, score, num_forwards, seconds), and failures.jsonl, the
+        scorer's too, if there are any; each file whole or not at all -> folder."""
         folder = Path(folder)
         check_writable(folder, "folder")
         write_whole(folder / "rows.jsonl", _json_lines(self._answers()))
-        if self.failures:
-            failures = (failure._asdict() for failure in self.failures)
+        if self.failures or self.scorer_failures:
+            failures = (each._asdict() for each in [*self.failures, *self.scorer_failures])
             write_whole(folder / "failures.jsonl", _json_lines(failures))
         else:  # of an earlier comparison
             (folder / "failures.jsonl").unlink(missing_ok=True)
@@ -230,14 +232,16 @@ def compare(
         console: rich's, for the progress bar (only on a terminal) and the first failure of each
             decoder; None: stderr.
 
-    A scorer that fails on a row, or gives a number that is not finite, leaves that row out of the accuracy; a
-    decoder that fails is left with what it has, and the others go on. Both are in `failures`.
-    Ctrl-C ends the decoding and what is done is kept. A decoder with a whole pass counts by its
-    whole passes, one without by the rows that it did (then `complete` is False).
+    An answer on which the scorer fails, or gives what is no finite number, counts 0: the console says
+    once of how many, and of which first; all are in `scorer_failures`. A decoder that fails is left
+    with what it has, in `n` rows, and the others go on; an answer that `extract` fails on is left out
+    of the agreement. Both are in `failures`. Ctrl-C ends the decoding and what is done is kept. A
+    decoder with a whole pass counts by its whole passes, one without by the rows that it did (then
+    `complete` is False).
 
     Raises:
-        ValueError: before anything is decoded, for arguments that do not fit; at the end, if no row
-            could be scored.
+        ValueError: before anything is decoded, for arguments that do not fit; at the end, if no
+            decoder answered, or the scorer failed on every answer.
     """
     started = time.perf_counter()
     named, items = _named(decoders), _items(rows)
@@ -261,7 +265,7 @@ def compare(
     passes = contest.answered()
     scored = {name: taken for name, taken in passes.items() if any(p.done.any() for p in taken)}
     if not contest.interrupted:
-        _check_scores(scored, contest.failures)
+        _check_scores(scored, contest)
     baseline = baseline if baseline in scored else None
     labels = {
         name: _labels(name, decoder, task, seed) | dict(peak_memory=contest.memory.get(name))
@@ -273,6 +277,7 @@ def compare(
         rows=summary,
         baseline=baseline,
         failures=list(contest.failures),
+        scorer_failures=list(contest.scorer_failures),
         interrupted=contest.interrupted,
         overhead=(whole - contest.decoding) / (whole - contest.warming),
         left_out=[name for name in named if name not in scored],
@@ -334,11 +339,11 @@ def _named(decoders: dict[str, Decoder] | list[NamedDecoder]) -> dict[str, Decod
     return named
 
 
-def _check_scores(passes: dict[str, list[Pass]], failures: Iterable[Failure]) -> None:
+def _check_scores(passes: dict[str, list[Pass]], contest: Contest) -> None:
     if not passes:
-        raise NoAnswers(f"every decoder failed, first: {next(iter(failures))}")
-    if not any(np.isfinite(p.scores).any() for taken in passes.values() for p in taken):
-        first = next(failure for failure in failures if failure.row is not None)
+        raise NoAnswers(f"every decoder failed, first: {next(iter(contest.failures))}")
+    if not contest.has_score:
+        first = next(iter(contest.scorer_failures))
         raise ValueError(f"the scorer failed on every row, first: {first}")
 
 

@@ -16,7 +16,7 @@ from .summary import Pass
 
 
 class Failure(NamedTuple):
-    row: int | None  # index of the row whose score is missing; None: the decoder itself failed
+    row: int | None  # index of the row that was scored or read; None: the decoder itself failed
     decoder: str
     message: str
 
@@ -46,6 +46,8 @@ class Contest:
         # a set in order: a row that fails in every repeat is listed once
         self.failures: dict[Failure, None] = {}
         self.failed: set[str] = set()  # decoders; the first failure of each is printed
+        self.scorer_failures: dict[Failure, None] = {}  # as above; their answers count 0
+        self.has_score = False  # did the scorer ever not fail?
         self.interrupted = False
         self.memory: dict[str, int] = {}  # bytes at most on a GPU, by decoder
         self.decoding = self.warming = 0.0  # seconds in decoders, and of those in the warm-up
@@ -69,6 +71,9 @@ class Contest:
                     alive = [name for name in alive if self.turn(name)]
         except KeyboardInterrupt:
             self.interrupted = True
+        if self.scorer_failures and self.has_score:
+            remark = scorer_remark(len(self.scorer_failures))
+            self._print(f"{remark}; first {next(iter(self.scorer_failures))}")
 
     def answered(self) -> dict[str, list[Pass]]:
         """The passes that hold an answer, of the decoders that have any."""
@@ -126,23 +131,41 @@ class Contest:
                 self.memory[name] = max(peak, self.memory.get(name, 0))
 
     def take(self, name: str, i: int, decoded: Decoded) -> None:
-        """Score an answer into the decoder's latest pass."""
+        """Score an answer into the decoder's latest pass: with 0 where the scorer fails, as one that
+        reads a number does on what is none. Left out, wrong answers would make a decoder better."""
         taken = self.passes[name][-1]
         taken.answers[i] = decoded
         try:
             # a copy, so that what a scorer writes into its row does not reach the next decoder's
             taken.scores[i] = check_score(self.score(decoded.text, dict(self.items[i])))
+            self.has_score = True
+        except Exception as error:
+            taken.scores[i] = 0.0
+            self.scorer_failures[_failure(i, name, error)] = None
+        try:
             taken.read[i] = self.extract(decoded.text)
         except Exception as error:
             self.fail(i, name, error)
         taken.done[i] = True
 
     def fail(self, row: int | None, name: str, error: Exception) -> None:
-        failure = Failure(row, name, " ".join(f"{type(error).__name__}: {error}".split()))
+        failure = _failure(row, name, error)
         if name not in self.failed:
             self.failed.add(name)
-            self.console.print(f"failed: {failure}", markup=False, highlight=False, soft_wrap=True)
+            self._print(f"failed: {failure}")
         self.failures[failure] = None
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def scorer_remark(n: int) -> str:
+    answers = f"{n} answers, which count" if n > 1 else "1 answer, which counts"
+    return f"the scorer failed on {answers} 0"
+
+
+def _failure(row: int | None, name: str, error: Exception) -> Failure:
+    return Failure(row, name, " ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def _decode(decoder: Decoder, prompts: list) -> list[Decoded]:

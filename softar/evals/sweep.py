@@ -265,8 +265,8 @@ def _perform(grid: Grid, run: Run, folder: Path, console, count: str) -> None:
 
 
 def measure(grid: Grid, run: Run, console=None) -> dict:
-    """Decode one run -> its row of results.json, with columns for the run, its role, and each
-    option that varies."""
+    """Decode one run -> its row of results.json, with columns for the run, its role, how often it and
+    the scorer failed, and each option that varies."""
     from .compare import NoAnswers, compare
 
     task, rows = _held_out(grid, run)
@@ -298,6 +298,8 @@ def measure(grid: Grid, run: Run, console=None) -> dict:
         spec=run.decoder,
         varied=format_options(dict(run.setting), " "),
         seed=run.seed,
+        failures=len(comparison.failures),
+        scorer_failures=len(comparison.scorer_failures),
     )
     return comparison.rows[0] | columns | dict(run.setting)
 

@@ -10,6 +10,8 @@ from .chart import PANELS, log_ticks
 from .costs import read_harness
 from .parallelism import AR_TPF, add_aup
 
+# how often a run failed that is whole, for instance in a later pass: column -> head in the table
+FAILED = {"failures": "failed", "scorer_failures": "scorer failed"}
 GRID_FILE, SUMMARY_FILE, PLOT_FILE = "grid.json", "summary.json", "sweep.png"
 
 
@@ -38,7 +40,8 @@ def aggregate(rows: list[dict]) -> list[dict]:
     """One point for each task, decoder and setting, over its seeds: task, role, spec, model, varied
     (text), n_seeds, accuracy, accuracy_sd (0 for one seed), nfe, seconds_per_row, tokens_per_s, tpf
     (tokens per forward), aup (of the decoder over its settings, softar.evals.parallelism),
-    peak_memory (most over the seeds, of a GPU). In the order of the rows."""
+    peak_memory (most over the seeds, of a GPU), n (least rows with a score), failures and
+    scorer_failures (of all seeds). In the order of the rows."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         setting = row["run"].rsplit("-seed", 1)[0]
@@ -57,6 +60,8 @@ def _point(seeds: list[dict]) -> dict:
     }
     peaks = [peak for peak in values["peak_memory"] if peak is not None]
     means["peak_memory"] = max(peaks, default=None)
+    means["n"] = min((row["n"] for row in seeds if "n" in row), default=None)
+    means |= {name: sum(row.get(name, 0) for row in seeds) for name in FAILED}
     spread = statistics.stdev(row["accuracy"] for row in seeds) if len(seeds) > 1 else 0.0
     common = {name: seeds[0][name] for name in ("task", "role", "spec", "model", "varied")}
     return common | means | dict(accuracy_sd=spread, n_seeds=len(seeds))
@@ -163,7 +168,8 @@ def _annotate(axes, points: list[dict], option: str, color: str) -> None:
 
 def sweep_table(points: list[dict]):
     """rich.table.Table, a line for each point of `aggregate`; decoder and setting fold where they
-    must."""
+    must. Rows (n) and failures where there are any, or the rows of a task are not as many
+    everywhere."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -172,7 +178,11 @@ def sweep_table(points: list[dict]):
     heads = ("task", "role", "decoder", "setting", "accuracy", "NFE", "s/row", "tokens/s")
     parallel = any((p.get("tpf") or 0) > AR_TPF for p in points)
     on_gpu = any(p.get("peak_memory") for p in points)
-    for name in (*heads, *(("TPF", "AUP") if parallel else ()), *(("peak MB",) if on_gpu else ())):
+    failed = [name for name in FAILED if any(p.get(name) for p in points)]
+    sizes = {(p["task"], p.get("n")) for p in points}
+    counted = bool(failed) or len(sizes) > len({task for task, _ in sizes})
+    heads += ("TPF", "AUP") * parallel + ("peak MB",) * on_gpu + ("n",) * counted
+    for name in (*heads, *(FAILED[name] for name in failed)):
         is_long = name in ("decoder", "setting")
         table.add_column(name, no_wrap=not is_long, overflow="fold" if is_long else "ellipsis")
     for p in points:
@@ -184,6 +194,9 @@ def sweep_table(points: list[dict]):
         costs = ["-" if p[name] is None else f"{p[name]:{form}}" for name, form in shown.items()]
         if on_gpu:
             costs.append("-" if p["peak_memory"] is None else f"{p['peak_memory'] / 2**20:.0f}")
+        if counted:
+            costs.append("-" if p["n"] is None else str(p["n"]))
+        costs += [str(p[name]) for name in failed]
         table.add_row(p["task"], p["role"], Text(p["spec"]), Text(p["varied"]), accuracy, *costs)
     return table
 
