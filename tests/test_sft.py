@@ -1628,6 +1628,16 @@ def test_rows_that_max_length_takes_from_are_counted(tmp_path, capsys):
     assert "max_length" not in capsys.readouterr().out
 
 
+def test_completions_that_an_evaluation_would_cut_are_said(tmp_path, capsys):
+    """The saved soft_config.json decodes no more tokens either."""
+    data = Dataset.from_list([{"prompt": "<bos> w5", "completion": " w6" * n} for n in (2, 9)])
+    trainer_of(tmp_path, data, eval_new_tokens=9)
+    said = "eval_new_tokens=9: the longest completion has 10 tokens"  # its end among them
+    assert said in capsys.readouterr().out
+    trainer_of(tmp_path, data, eval_new_tokens=10)
+    assert "eval_new_tokens" not in capsys.readouterr().out
+
+
 def test_tokens_of_every_column_and_every_dataset_are_checked(tmp_path):
     args = SoftSFTConfig(str(tmp_path), max_length=8)
     rows = [{"input_ids": [1, 5]}] * 1500 + [{"input_ids": [1, 5, 6, 7]}, {"input_ids": [1]}]

@@ -110,6 +110,8 @@ def _check_column(lists, first: int, room: int | None, vocab_size: int, args) ->
 def say_cut(trainer, given) -> None:
     """Print what max_length has taken from the training rows: TRL cuts them at it and drops those
     that are prompt throughout then, without a word. given: the rows before TRL has prepared them."""
+    if (most := getattr(trainer.args, "eval_new_tokens", None)) is not None:  # autoregressive
+        _say_short(trainer, most)
     rows, room = trainer.train_dataset, trainer.args.max_length
     if room is None or not (isinstance(given, Dataset) and isinstance(rows, Dataset)):
         return
@@ -122,6 +124,21 @@ def say_cut(trainer, given) -> None:
     if taken:
         said = " and ".join(taken)
         trainer.accelerator.print(f"max_length={room}: of {len(given)} training rows {said}")
+
+
+def _say_short(trainer, most: int) -> None:
+    """Print where completions that are trained on are longer than those that evaluations, and whoever
+    decodes by the saved soft_config.json, get."""
+    rows = trainer.train_dataset
+    if not isinstance(rows, Dataset) or "labels" not in rows.column_names:
+        return
+    tables = rows.select_columns("labels").with_format("numpy").iter(batch_size=1000)
+    longest = max(int((each != -100).sum()) for table in tables for each in table["labels"])
+    if longest > most:
+        trainer.accelerator.print(
+            f"eval_new_tokens={most}: the longest completion has {longest} tokens; evaluations, and decoding by the "
+            f"saved soft_config.json, cut there"
+        )
 
 
 def check_packed(trainer, examples: int) -> None:
