@@ -13,6 +13,8 @@ import softar
 from softar.diffusion.convert import convert
 from softar.diffusion.models import load
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
+from softar.recipes.sft_soft import BaseConfig
+from softar.sft.config import SoftSFTConfig
 from softar.tasks import load_task
 
 FIRST, SECOND = (
@@ -153,3 +155,35 @@ def test_as_many_rows_are_decoded_at_once_as_the_options_say(
         assert set(sizes) == ({2, 1} if size == 2 else {5})
     same = {name: value for name, value in found[2].items() if name.endswith("accuracy")}
     assert same == {name: pytest.approx(found[8][name]) for name in same} != {}
+
+
+MOVING = dict(alpha_schedule="linear", alpha_start=1.0)
+STAGES = dict(latent_stages=2, think_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("what", "settings"),
+    [("alpha", MOVING), ("alpha", MOVING | dict(soft_mixer="hard")), ("the latent stage", STAGES)],
+)
+def test_the_best_model_is_not_chosen_by_how_it_is_trained(tmp_path, what, settings):
+    every = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+
+    def config(**options):
+        return SoftSFTConfig(output_dir=str(tmp_path), **{**QUIET} | every | options)
+
+    keep = dict(load_best_model_at_end=True)
+    for options in (
+        keep,
+        keep | dict(metric_for_best_model="eval_loss"),
+        keep | dict(metric_for_best_model="a_loss"),  # of a data set by name
+        dict(save_strategy="best", metric_for_best_model="loss"),
+        dict(lr_scheduler_type="reduce_lr_on_plateau"),
+    ):
+        with pytest.raises(ValueError, match=f"loss' changes with {what}.*eval_gold_loss.*eval_so"):
+            config(**settings, **options)
+    for metric in ("gold_loss", "eval_a_gold_loss", "eval_soft_accuracy"):
+        config(**settings, **keep, metric_for_best_model=metric)
+    config(**settings)
+    config(**keep, alpha_schedule="constant", alpha_start=0.5)
+    config(**keep, targets="oracle")
+    BaseConfig(output_dir=str(tmp_path), **{**QUIET} | every | settings, **keep)  # of all rows

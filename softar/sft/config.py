@@ -246,9 +246,23 @@ class SoftSFTConfig(PlainSFTConfig):
                 "of tokens: leave it out"
             )
         self.alpha()
+        self.check_best()
         check_idle(self, self.idle, left_out)
         for name in learnt_of(self):
             check_learnable(self, name)
+
+    def check_best(self) -> None:
+        """Raise ValueError where models are told apart by a loss of inputs that change meanwhile."""
+        metric = self.metric_for_best_model or ""  # transformers takes "loss" where it needs one
+        if not metric.endswith("loss") or metric.endswith("gold_loss"):
+            return
+        moves = self.latent_stages is None and self.targets != "oracle" and len(self.alphas) > 1
+        if moves or self.latent_stages is not None:
+            what = "alpha" if moves else "the latent stage"
+            raise ValueError(
+                f"metric_for_best_model={metric!r} changes with {what}, whatever the model is worth: give "
+                "'eval_gold_loss', or with a score 'eval_soft_accuracy'"
+            )
 
     def _check_stages(self) -> None:
         if not 0 <= self.latent_uniform_prob <= 1:
