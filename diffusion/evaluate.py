@@ -15,16 +15,19 @@ from .losses import log_likelihood
 from .net import Facts, facts
 
 
+# Wide because each is a choice of its own, and callers say few of them.
 def evaluate(
     model,
     tokenizer,
     rows: Dataset,
-    score: Callable[[str, dict], float],
+    score: Callable[..., float],
     config: DenoiseConfig,
     *,
     gen_length: int | None = None,
     batch_size: int = 500,
     seed: int = 0,
+    template: dict | None = None,
+    with_ids: bool = False,
 ) -> dict:
     """Accuracy and cost of answering `rows`, by completions up to their first end token.
 
@@ -32,7 +35,9 @@ def evaluate(
         rows: column `template`, a text whose masks are to be filled and whose whole is the answer;
             or `prompt`, text or chat messages, which `gen_length` masks follow (None: as many as
             the completion of the first row has).
+        score: of an answer, score(text, row); with_ids: score(text, row, ids).
         config: its gen_length does not count.
+        template: keywords of the chat template, for all rows.
 
     Returns:
         As `softar.evaluate.evaluate`: accuracy, n, nfe, token_forwards, seconds, tokens_per_s.
@@ -46,18 +51,22 @@ def evaluate(
     rng = torch.Generator().manual_seed(seed)
     end_ids = facts(model).end_ids if config.end_ids is None else config.end_ids
 
-    def answer(batch: list[dict]) -> tuple[list[str], DenoiseOutput, int]:
-        inputs = encode(tokenizer, [row["template" if fills else "prompt"] for row in batch]).to(
-            model.device
-        )
+    def answer(batch: list[dict]) -> tuple[list[tuple], DenoiseOutput, int]:
+        prompts = [row["template" if fills else "prompt"] for row in batch]
+        inputs = encode(tokenizer, prompts, templates=[template or {}] * len(batch))
+        inputs = inputs.to(model.device)
         out = denoise(model, inputs["input_ids"], inputs["attention_mask"], config=config, rng=rng)
         rows_of_ids = (out.sequences if fills else out.completions).tolist()
         if not fills:
             rows_of_ids = [ids[: first_end(ids, end_ids)] for ids in rows_of_ids]
         texts = tokenizer.batch_decode(rows_of_ids, skip_special_tokens=True)
-        return texts, out, int((out.committed_at >= 0).sum())
+        answers = [*zip(texts, rows_of_ids, strict=True)]
+        return answers, out, int((out.committed_at >= 0).sum())
 
-    return tally(model, rows, score, answer, batch_size)
+    def judge(answer: tuple[str, list[int]], row: dict) -> float:
+        return score(answer[0], row, *answer[1:] if with_ids else ())
+
+    return tally(model, rows, judge, answer, batch_size)
 
 
 def nll_bound(model, tokenizer, rows: Dataset, *, samples: int = 128, seed: int = 0) -> float:
@@ -139,15 +148,17 @@ def check_masks(tokenizer, prompts: list, mask_id: int) -> None:
             )
 
 
-def check_steps(model, tokenizer, prompts: list, config: DenoiseConfig) -> None:
+def check_steps(
+    model, tokenizer, prompts: list, config: DenoiseConfig, template: dict | None = None
+) -> None:
     """Raise ValueError where a prompt has more blocks with masks than there are steps to share, which
-    `denoise` would say in its turn."""
+    `denoise` would say in its turn. template: as for `evaluate`."""
     known = facts(model)
     b = config.sub_block_length or known.block_length or config.block_length
     if config.steps is None or b is None or known.mask_id is None:
         return
     for at, prompt in enumerate(prompts):
-        ids = encode(tokenizer, [prompt])["input_ids"]
+        ids = encode(tokenizer, [prompt], templates=[template or {}])["input_ids"]
         masked = torch.nn.functional.pad(ids == known.mask_id, (0, config.gen_length), value=True)
         places = masked[0].nonzero()[:, 0]
         if known.block_length is None or config.grid == "end":  # counted from the end of the prompt

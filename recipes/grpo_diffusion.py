@@ -207,9 +207,9 @@ def train_row(inputs, name, args):
         for steps in (args.steps, *budgets(script, args)):
             config = dataclasses.replace(trainer.decoding, steps=steps)
             for rows in filter(None, (task.train, task.test)):
-                check_steps(model, tokenizer, rows["prompt"], config)
+                check_steps(model, tokenizer, rows["prompt"], config, args.chat_template_kwargs)
     trainer.origin = example_of(task, tokenizer)
-    how = score_of(rewards[0], task), args, budgets(script, args)
+    how = score_of(task, trainer), args, budgets(script, args)
     common = dict(
         task=task.name,
         model=inputs.model,
@@ -252,6 +252,8 @@ def measure(trainer, task, common: dict, score, args, forwards: list) -> list[di
                 config,
                 gen_length=args.gen_length,
                 batch_size=args.per_device_eval_batch_size,
+                template=args.chat_template_kwargs,
+                with_ids=True,
             )
             own = steps or args.threshold or args.factor or args.entropy_bound
             lines.append(common | dict(decoder=decoder, budget=own or round(found["nfe"])) | found)

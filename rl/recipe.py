@@ -171,7 +171,7 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
             peft_config=get_peft_config(inputs.model_args),
         )
     trainer.origin = example_of(task, tokenizer)
-    accelerator, score = trainer.accelerator, score_of(rewards[0], task)
+    accelerator, score = trainer.accelerator, score_of(task, trainer)
 
     def measure(stage: str) -> dict:
         """On the main process; nothing where there are no held-out rows."""
@@ -216,7 +216,7 @@ def decoder_of(args) -> str:
 
 def evaluate(model, tokenizer, rows, score, args, policy, draws: int) -> dict:
     """Accuracy and cost of the policy as it acts, but with greedy answers: what the reward would
-    see is scored.
+    see is scored, by score(text, row, ids).
 
     The thoughts are drawn from generators seeded 0, 1, ..., draws - 1, whatever the training's seed
     is.
@@ -232,18 +232,26 @@ def evaluate(model, tokenizer, rows, score, args, policy, draws: int) -> dict:
     def answering(rng):
         def answer(batch):
             prompts = [row["prompt"] for row in batch]
-            inputs = encode(tokenizer, prompts, config.prompt_prefix).to(model.device)
+            inputs = encode(tokenizer, prompts, config.prompt_prefix, templates(prompts))
+            inputs = inputs.to(model.device)
             out = generate(model, **inputs, config=config, rng=rng, tokenizer=tokenizer)
             ids = discretise(out.record, out.answer_start, args.reward_sees)
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            return texts, out, int((out.record.kind != Kind.PAD).sum())
+            answers = [*zip(texts, ids, strict=True)]
+            return answers, out, int((out.record.kind != Kind.PAD).sum())
 
         return answer
+
+    def templates(prompts):  # as the rollouts': of columns of the rows TRL's RL hears none
+        return [args.chat_template_kwargs or {}] * len(prompts)
+
+    def judge(answer, row):
+        return score(answer[0], row, answer[1])
 
     config = policy.changed(answer_temperature=0.0)
     each = [answering(torch.Generator().manual_seed(i)) for i in range(draws)]
     tallies = [
-        tally(model, rows, score, answer, args.per_device_eval_batch_size) for answer in each
+        tally(model, rows, judge, answer, args.per_device_eval_batch_size) for answer in each
     ]
     mean = {key: sum(one[key] for one in tallies) / draws for key in tallies[0]}
     return mean | {"n": len(rows), "eval_draws": draws}

@@ -1,6 +1,7 @@
 """What scores a completion: a task's own scorer, one of TRL's rewards, or a function of the user's,
 by name."""
 
+import asyncio
 import dataclasses
 import functools
 import importlib
@@ -66,22 +67,34 @@ def named_reward(name: str) -> Callable:
         ) from error
 
 
-def score_of(reward: Callable, task: Task) -> Callable[[str, dict], float]:
-    """A scorer of single answers: the task's, or this reward (None, for what it cannot judge,
-    counts 0)."""
+def score_of(task: Task, trainer) -> Callable[[str, dict, list[int]], float]:
+    """A scorer of single answers, of text, row and tokens: the task's, or the first reward of the
+    trainer, which gets what TRL passes (None, for what it cannot judge, counts 0)."""
     if task.score is not None:
-        return task.score
+        return lambda text, row, ids: task.score(text, row)
+    reward = trainer.reward_funcs[0]
 
-    def score(text: str, row: dict) -> float:
+    def score(text: str, row: dict, ids: list[int]) -> float:
         completion = (
             text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
         )
-        columns = {
-            name: [value] for name, value in row.items() if name not in ("prompt", "completion")
-        }
-        return float(reward(prompts=[row["prompt"]], completions=[completion], **columns)[0] or 0.0)
+        told = {name: [value] for name, value in row.items() if name not in NOT_TOLD}
+        # what a reward logs of held-out rows is none of the training's numbers
+        told |= dict(trainer_state=trainer.state, log_extra=unheard, log_metric=unheard)
+        told |= dict(prompts=[row["prompt"]], completions=[completion], completion_ids=[ids])
+        values = reward(**told)
+        if inspect.isawaitable(values):  # in the loop that the rollouts' are awaited in
+            values = asyncio.run_coroutine_threadsafe(values, trainer.async_loop).result()
+        return float(values[0] or 0.0)
 
     return score
+
+
+NOT_TOLD = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from rewards
+
+
+def unheard(*args) -> None:
+    pass
 
 
 def check_columns(names: list[str] | None, task: Task) -> None:

@@ -118,14 +118,17 @@ def prefixed_rows(rows, prefix: str | None):
     return rows.map(lambda row: {"prompt": prefixed(row["prompt"], prefix)})
 
 
-def encode(tokenizer, prompts: list, prefix: str | None = None):
+def encode(
+    tokenizer, prompts: list, prefix: str | None = None, templates: list[dict] | None = None
+):
     """Prompts, text or chat messages, to a left-padded batch. prefix: a configuration's
-    prompt_prefix. Raises ValueError where the chat template leaves it out."""
+    prompt_prefix. templates: of each prompt, keywords of the chat template. Raises ValueError where
+    the template leaves the prefix out."""
     prompts = [prefixed(prompt, prefix) for prompt in prompts]
     if not isinstance(prompts[0], str):
         prompts = [
-            tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
-            for p in prompts
+            tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True, **told)
+            for p, told in zip(prompts, templates or [{}] * len(prompts), strict=True)
         ]
         if prefix is not None and any(prefix not in text for text in prompts):
             raise ValueError(

@@ -1,21 +1,28 @@
 """The RL recipes as their users run them: the real command line, a few steps each."""
 
+import functools
 import importlib.util
 import json
 import re
 import runpy
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
+import test_rl_diffusion as rl_diffusion
+import test_rl_trainers as rl
 import torch
 import warm
 from datasets import Dataset
 from launched import ACCELERATE, ENV, PYTHON, ROOT, argv, recipe, results_of, run, run_here
 from safetensors.torch import load_file
+from tiny import tokenizer_of
 from trl import get_peft_config
 
 import softar
+import softar.diffusion.evaluate as of_masks
+import softar.rl.recipe as of_recipe
 from softar.config import SoftConfig
 from softar.recipe import read
 from softar.rl.rewards import reward_of, score_of
@@ -264,13 +271,73 @@ def test_a_tasks_score_is_its_reward():
 def test_a_reward_that_cannot_judge_counts_as_no_point():
     task = load_task("mnns", size=4)
     bare = type(task)("own", task.train, task.test, None, None)
-    score = score_of(
-        lambda completions, answer, **kw: [None if answer[0] == "?" else len(completions[0])], bare
-    )
+
+    def reward(completions, answer, **kw):
+        return [None if answer[0] == "?" else len(completions[0])]
+
+    score = score_of(bare, SimpleNamespace(reward_funcs=[reward], state=None))
     assert (
-        score("abc", {"prompt": "p", "answer": "?"}) == 0.0
-        and score("abc", {"prompt": "p", "answer": "S1"}) == 3.0
+        score("abc", {"prompt": "p", "answer": "?"}, []) == 0.0
+        and score("abc", {"prompt": "p", "answer": "S1"}, []) == 3.0
     )
+
+
+SEEN = []  # by the rewards below: tokens and what they say
+
+
+def by_ids(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns):
+    """Asks for all that TRL passes."""
+    assert trainer_state.global_step == 0
+    log_metric("ends", 1.0)
+    log_extra("ends", [1.0] * len(completions))
+    SEEN.extend(zip(completion_ids, [chat[0]["content"] for chat in completions], strict=True))
+    return [float(len(ids)) for ids in completion_ids]
+
+
+async def by_ids_later(**told):
+    return by_ids(**told)
+
+
+TEMPLATE = "{% for m in messages %} {{ m['content'] }}{% endfor %}{{ more or '' }}"
+
+
+@pytest.mark.parametrize("reward", [by_ids, by_ids_later])
+@pytest.mark.parametrize("kind", ["soft", "masks"])
+def test_the_table_asks_and_rewards_as_the_rollouts(tmp_path, monkeypatch, kind, reward):
+    """The chat template's arguments are in the prompts of "before" and "after", too, and a reward gets
+    there what it gets from TRL; what it logs is not the training's."""
+    is_soft = kind == "soft"
+    rows = Dataset.from_list([{"prompt": [dict(role="user", content=f"w{i}")]} for i in (6, 7)])
+    tokenizer = tokenizer_of(*() if is_soft else (rl_diffusion.VOCAB,))
+    tokenizer.chat_template = TEMPLATE
+    monkeypatch.setattr(rl_diffusion, "tokenizer_of", lambda size: tokenizer)
+    more = dict(chat_template_kwargs={"more": " w9 w9"}, reward=reward)
+    if is_soft:
+        made = rl.trainer(tmp_path, rows=rows, tokenizer=tokenizer, reward_sees="stream", **more)
+    else:
+        made = rl_diffusion.trainer(tmp_path, prompts=[*rows["prompt"]], **more)
+    module, name = (softar.decode, "generate") if is_soft else (of_masks, "denoise")
+    read, decode = [], getattr(module, name)
+
+    @functools.wraps(decode)
+    def spied(*inputs, **kw):
+        read.extend((kw["input_ids"] if is_soft else inputs[1]).tolist())
+        return decode(*inputs, **kw)
+
+    monkeypatch.setattr(module, name, spied)
+    ask = made.model, tokenizer, rows, score_of(SimpleNamespace(score=None), made)
+    SEEN.clear()
+    if is_soft:
+        found = of_recipe.evaluate(*ask, made.args, made.policy, 1)
+    else:
+        how = dict(gen_length=6, template=made.args.chat_template_kwargs, with_ids=True)
+        found = of_masks.evaluate(*ask, made.decoding, **how)
+    assert read == made._tokenize_prompts([*rows["prompt"]])[0]
+    assert [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in SEEN] == [
+        t for _, t in SEEN
+    ]
+    assert found["accuracy"] == sum(len(ids) for ids, _ in SEEN) / 2
+    assert not any(map(len, made._metrics.values()))
 
 
 @pytest.mark.rest
