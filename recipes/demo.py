@@ -137,8 +137,8 @@ def run(args, console: Console) -> None:
             console=console,
         )
         comparison.save(folder / name)
-        plot = comparison.plot(folder / name / "plot.png", title=name)
         console.print(comparison.table())
+        plot = comparison.plot(folder / name / "plot.png", title=name)
         console.print(f"results: {folder / name}   plot: {plot}", soft_wrap=True)
         if comparison.interrupted:
             raise KeyboardInterrupt

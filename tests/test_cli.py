@@ -562,6 +562,15 @@ def test_compare_matches_budgets(softar):
     assert json.loads(softar(*words, *specs)[1])["rows"] == []
 
 
+def test_a_plot_that_fails_hides_no_table(softar, monkeypatch, tmp_path):
+    def plot(*_):
+        raise ValueError("nothing to draw with")
+
+    monkeypatch.setattr("softar.evals.compare.Comparison.plot", plot)
+    code, out, err = softar("compare", *FEW, "--output", tmp_path, "--plot")
+    assert code == 2 and "accuracy" in out and "nothing to draw with" in err
+
+
 def test_compare_says_what_failed(softar):
     """A decoder that cannot read the rows: the other goes on, and the exit code is 1."""
     code, out, err = softar(

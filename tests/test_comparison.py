@@ -288,9 +288,39 @@ def test_pairs_see_what_two_samples_cannot():
 def test_interval_of_a_known_case():
     """The mean of n fair coins: 1.96 standard errors on either side."""
     n = 400
-    low, high = interval(bootstrap_means(np.arange(n)[:, None] % 2 * 1.0, 20_000)[:, 0])
+    low, high = interval(bootstrap_means(np.arange(n)[:, None] % 2 * 1.0, 20_000)[:, 0], 0.5)
     assert low == pytest.approx(0.5 - 1.96 * 0.5 / math.sqrt(n), abs=0.003)
     assert high == pytest.approx(0.5 + 1.96 * 0.5 / math.sqrt(n), abs=0.003)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 120), st.integers(1, 3))
+def test_every_interval_holds_its_mean(data, n, repeats):
+    """To the last digit, or a plot has bars of negative length."""
+    kind = data.draw(
+        st.sampled_from([st.just(0.01), st.just(1 / 3), st.floats(0, 1), st.booleans()])
+    )
+    drawn = data.draw(st.lists(kind, min_size=n, max_size=n))
+    which = data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
+    rows = [row | dict(group=group) for row, group in zip(questions(n), which)]
+    each = dict(zip((row["answer"] for row in rows), drawn))
+    found = compare(
+        [Fake("a"), Fake("b", lambda i, _: i % 2 == 0)],
+        rows if data.draw(st.booleans()) else questions(n),
+        lambda text, row: each[row["answer"]] if score(text, row) else drawn[0],
+        repeats=repeats,
+        **QUIET,
+    )
+    for row in found.rows:
+        for key in ("accuracy", "gain"):
+            if row[key] is not None:
+                assert row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
+
+
+@pytest.mark.parametrize("n", [50, 100])
+def test_a_plot_of_scores_that_are_all_alike(tmp_path, n):
+    found = compare([Fake("a")], questions(n), lambda *_: 0.01, **QUIET)
+    assert found.plot(tmp_path / "plot.png").is_file()
 
 
 def test_coverage():
@@ -304,7 +334,9 @@ def test_coverage():
             (hard + rng.normal(0, 0.1, n) < 0.5) * 1.0,
             (hard + rng.normal(0, 0.1, n) < 0.6) * 1.0,
         )
-        low, high = interval(bootstrap_means((b - a)[:, None], 400, seed=trial)[:, 0])
+        low, high = interval(
+            bootstrap_means((b - a)[:, None], 400, seed=trial)[:, 0], (b - a).mean()
+        )
         hits["bootstrap"] += low <= 0.1 <= high
         low, high = gain_interval(b - a, np.arange(n))
         hits["formula"] += low <= 0.1 <= high
@@ -451,7 +483,7 @@ def test_bootstrap_means_are_means_of_the_known(rows, seed):
     again = bootstrap_means(np.concatenate([values, values], 1), 50, seed)
     assert np.allclose(again[:, :2], again[:, 2:], equal_nan=True)
     if np.isnan(values[:, 0]).all():
-        assert interval(means[:, 0]) == (None, None)
+        assert interval(means[:, 0], None) == (None, None)
 
 
 def test_seed_of_the_bootstrap(monkeypatch):

@@ -354,11 +354,11 @@ def compare(
         if folder is not None:
             comparison.save(folder)
             streams.say(f"saved in {folder}")
-            if plot and comparison.rows:
-                comparison.plot(folder / "plot.png")
-        if budget is not None:
-            comparison = comparison.matched(*budget)
-    raise typer.Exit(streams.report(comparison, as_json))
+        shown = comparison if budget is None else comparison.matched(*budget)
+    code = streams.report(shown, as_json)
+    if plot and comparison.rows:  # last, as a plot that fails should hide no number
+        comparison.plot(folder / "plot.png")
+    raise typer.Exit(code)
 
 
 def _budget(**budgets: float | None) -> tuple[str, float] | None:

@@ -95,10 +95,14 @@ def draw_counts(n: int, draws: int, rng: np.random.Generator) -> Iterator[np.nda
         yield np.bincount(drawn.ravel(), minlength=m * n).reshape(m, n).astype(float)
 
 
-def interval(means: np.ndarray) -> Interval:
-    """By percentiles."""
+def interval(means: np.ndarray, mean: float | None) -> Interval:
+    """By percentiles. mean: of all rows, which the interval holds: where all scores are alike, the
+    resampled means differ from it by rounding."""
     means = means[np.isfinite(means)]
-    return tuple(map(float, np.quantile(means, [0.025, 0.975]))) if len(means) else (None, None)
+    if mean is None or len(means) == 0:
+        return None, None
+    low, high = map(float, np.quantile(means, [0.025, 0.975]))
+    return min(low, mean), max(high, mean)
 
 
 def _sums(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

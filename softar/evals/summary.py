@@ -74,8 +74,9 @@ def _intervals(
     accuracies, differences = [None] * len(used), [None] * len(used)
     if not all(both):
         means = bootstrap_means(np.concatenate([scores, gains], 1), draws, seed, groups)
-        accuracies = [interval(column) for column in means.T[: len(used)]]
-        differences = [interval(column) for column in means.T[len(used) :]]
+        held = [number(_mean(column)) for column in np.concatenate([scores, gains], 1).T]
+        found = [interval(*pair) for pair in zip(means.T, held, strict=True)]
+        accuracies, differences = found[: len(used)], found[len(used) :]
     for i, values in enumerate(verdicts.values()):
         if binary[i]:
             accuracies[i] = share_interval(scores[:, i], groups, len(values))
