@@ -221,6 +221,19 @@ class SoftRLOOConfig(SoftGRPOConfig):
 
     loss_type: str = opt("dr_grpo", "Normalisation of the loss; 'dr_grpo' is RLOO's own.")
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_compared(self)
+
+
+def check_compared(config: GRPOConfig) -> None:
+    """Raise ValueError where an evaluation of leave-one-out advantages has nothing to leave out."""
+    if config.num_generations_eval is not None and config.num_generations_eval < 2:
+        raise ValueError(
+            f"num_generations_eval={config.num_generations_eval} must be at least 2: evaluations compare the answers "
+            "to a prompt, too"
+        )
+
 
 # PPO's name, TRL's name of the same thing, and PPO's default (None: TRL's own way to a default).
 ALIASES = (

@@ -9,7 +9,7 @@ from softar.diffusion.config import DenoiseConfig
 from softar.diffusion.replay import ESTIMATES, METHODS
 from softar.training import opt
 
-from .config import RolloutConfig
+from .config import RolloutConfig, check_compared
 from .neutral import NEUTRAL, SHOWN, group_options
 from .pieces import RATIOS
 
@@ -203,3 +203,7 @@ class DiffusionRLOOConfig(DiffusionGRPOConfig):
     _idle = (*DIFFUSION_IDLE, group_options("with leave-one-out advantages", "DiffusionGRPOConfig"))
 
     loss_type: str = opt("dr_grpo", "Normalisation of the loss; 'dr_grpo' is RLOO's own.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_compared(self)

@@ -20,7 +20,8 @@ from softar.diffusion.sft import DiffusionSFTTrainer
 from softar.diffusion.sft_config import DiffusionSFTConfig
 from softar.models.adapter import wrap
 from softar.resume import changes, checkpoint_of, damage, last_checkpoint, last_whole
-from softar.rl.config import SoftGRPOConfig
+from softar.rl.config import SoftGRPOConfig, SoftRLOOConfig
+from softar.rl.diffusion_config import DiffusionRLOOConfig
 from softar.sft.config import SoftSFTConfig
 
 SAVING = dict(save_strategy="steps", save_steps=1, max_steps=4, gradient_accumulation_steps=2)
@@ -328,3 +329,13 @@ def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path, kind):
     frozen = bare(kind).requires_grad_(False)
     with pytest.raises(ValueError, match=r"no parameter .*requires_grad.*train nothing"):
         ALL_KINDS[kind](tmp_path, model=frozen, max_steps=1)
+
+
+@pytest.mark.parametrize("make", [SoftRLOOConfig, DiffusionRLOOConfig])
+def test_an_evaluation_of_rloo_compares_answers(tmp_path, make):
+    """One answer to a prompt ended the training at its first evaluation."""
+    folder, few = str(tmp_path), dict(num_generations=2, per_device_train_batch_size=2)
+    with pytest.raises(ValueError, match="num_generations_eval=1 must be at least 2"):
+        make(folder, **few, num_generations_eval=1)
+    make(folder, **few, num_generations_eval=2)
+    SoftGRPOConfig(folder, **few, num_generations_eval=1)
