@@ -124,17 +124,24 @@ def check_columns(names: list[str] | None, task: Task) -> None:
 
 
 def as_chats(task: Task, system_prompt: str | None) -> Task:
-    """With a system prompt, text prompts become conversations."""
+    """With a system prompt, text prompts become conversations. Raises ValueError for one that has a
+    system message of its own, of which most templates take one alone."""
     if system_prompt is None:
         return task
 
-    def chat(row):
+    def chat(row, number):
         prompt = row["prompt"]
         user = [{"role": "user", "content": prompt.strip()}] if isinstance(prompt, str) else prompt
+        for message in user:
+            if message["role"] in ("system", "developer"):
+                raise ValueError(
+                    f"system_prompt={system_prompt!r:.80}: row {number} of {task.name!r} has a {message['role']} "
+                    f"message, {message['content']!r:.80}: leave it out, or take those out of the rows"
+                )
         return {"prompt": [{"role": "system", "content": system_prompt}, *user]}
 
     parts = {
-        name: rows.map(chat)
+        name: rows.map(chat, with_indices=True)
         for name, rows in (("train", task.train), ("test", task.test))
         if rows is not None
     }

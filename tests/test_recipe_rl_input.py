@@ -1,14 +1,18 @@
 """The RL recipes with bad input: one line that names it, before any training."""
 
+import dataclasses
 import json
 import runpy
 
 import pytest
+from datasets import Dataset
 from launched import PYTHON, assert_fails, run
 from test_recipe_rl import RECIPES, options
 
 from softar.recipe import read, row_config
 from softar.rl.policies import KNOBS
+from softar.rl.rewards import as_chats
+from softar.tasks import Task
 
 
 def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
@@ -120,3 +124,16 @@ def test_rows_take_options_of_their_own(tmp_path, algorithm, changes):
     for args in configs.values():
         told = [option for option in KNOBS[args.soft_mixer] if option in changes]
         assert all(getattr(args, option) == changes[option] for option in told)
+
+
+def test_a_second_system_message_is_refused():
+    """Rows that have one got another before it."""
+    user = {"role": "user", "content": "w5"}
+    chats = Dataset.from_list([{"prompt": [user]}, {"prompt": [{**user, "role": "system"}, user]}])
+    task = Task("own", chats.select([0]), chats, None, None)
+    with pytest.raises(
+        ValueError, match=r"system_prompt='Be brief\.': row 1 of 'own' has a system mes"
+    ):
+        as_chats(task, "Be brief.")
+    one = as_chats(dataclasses.replace(task, test=None), "Be brief.").train[0]["prompt"]
+    assert [message["role"] for message in one] == ["system", "user"]
