@@ -3,11 +3,13 @@ decoding."""
 
 import dataclasses
 from collections.abc import Callable
+from itertools import takewhile
 
 import torch
 from datasets import Dataset
 
 from softar.evaluate import encode, evaluating, tally
+from softar.sft.data import check_pickable
 
 from .config import DenoiseConfig
 from .loop import DenoiseOutput, denoise, first_end
@@ -38,6 +40,9 @@ def evaluate(
         score: of an answer, score(text, row); with_ids: score(text, row, ids).
         config: its gen_length does not count.
         template: keywords of the chat template, for all rows.
+
+    Raises:
+        ValueError: for rows that do not say how many masks there are, with gen_length=None.
 
     Returns:
         As `softar.evaluate.evaluate`: accuracy, n, nfe, token_forwards, seconds, tokens_per_s.
@@ -121,18 +126,54 @@ def steps_for(known: Facts, rows: Dataset, tokenizer, steps: int) -> int:
     return max(steps, *(most_blocks(row, tokenizer, known.block_length) for row in rows))
 
 
-def most_blocks(row: dict, tokenizer, length: int) -> int:
-    """Blocks that may have masks of a row, wherever the first one begins."""
-    slots = slots_of_row(row, tokenizer)
+def most_blocks(row: dict, tokenizer, length: int, slots: int | None = None) -> int:
+    """Blocks that may have masks of a row, wherever the first one begins. slots: its masks, where the
+    row does not say it."""
+    slots = slots_of_row(row, tokenizer) if slots is None else slots
     span = len(row["template"].split()) if "template" in row else slots
     return min(slots, (span - 2) // length + 2)
 
 
 def slots_of_row(row: dict, tokenizer) -> int:
-    """Its masks, or those that take the place of its completion."""
+    """Its masks, or those that take the place of its completion, text or the rest of a chat. Raises
+    ValueError for a row without either."""
     if "template" in row:
         return row["template"].split().count(tokenizer.mask_token)
-    return len(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]) + 1
+    if not says_slots(row):
+        raise ValueError(
+            f"rows with the columns {[*row]} do not say how many tokens to fill: give gen_length, or rows with a "
+            "completion"
+        )
+    answer = row["completion"]
+    if isinstance(answer, str):
+        answer = answer.removesuffix(tokenizer.eos_token or "")
+        return len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1
+    whole = tokenizer.apply_chat_template(row["prompt"] + answer, tokenize=False)
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    asked = encode(tokenizer, [row["prompt"]])["input_ids"][0].tolist()
+    # the completion begins where they differ, as in TRL's rows
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(ids, asked, strict=False))
+    return max(1, len(ids) - len([*same]))
+
+
+def says_slots(columns) -> bool:
+    """Do rows of these columns say how many tokens are to be filled?"""
+    return "template" in columns or {"prompt", "completion"} <= {*columns}
+
+
+def check_decoded(args, rows, score) -> None:
+    """Raise ValueError for held-out rows, one data set or several by name, that a DiffusionSFTTrainer
+    with this score could not decode."""
+    if isinstance(rows, dict):
+        for each in rows.values():
+            check_decoded(args, each, score)
+    elif score is not None and args.eval_decode_rows and rows is not None:
+        check_pickable(rows, "eval_dataset with score=")
+        if not says_slots(rows.column_names):
+            raise ValueError(
+                "score= needs columns 'prompt' and 'completion', or 'template', in the held-out rows, not "
+                f"{rows.column_names}: give them, or eval_decode_rows=0"
+            )
 
 
 def check_masks(tokenizer, prompts: list, mask_id: int) -> None:

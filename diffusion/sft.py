@@ -36,7 +36,7 @@ from softar.training import (
 
 from .config import DenoiseConfig
 from .doubled import documents_of
-from .evaluate import evaluate, steps_for
+from .evaluate import check_decoded, evaluate, steps_for
 from .head import HEAD_FILE, learn_head, save_head
 from .inputs import check_width
 from .models import load_original
@@ -87,6 +87,7 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
             )
         self._facts = check_fits(args, facts(model))
         self._score, self._held_out = score, eval_dataset
+        check_decoded(args, eval_dataset, score)
         self._fill = self._facts.eos_id if args.train_padding else processing_class.pad_token_id
         if self._fill is None:
             raise ValueError(
@@ -159,6 +160,7 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
 
     def check_held_out(self, rows) -> None:
         check_rows(rows, "eval_dataset", self.args.dataset_text_field)
+        check_decoded(self.args, rows, self._score)
 
     def prepared(self, rows):
         """Rows as TRL is to tokenise them."""

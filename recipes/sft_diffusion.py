@@ -139,7 +139,7 @@ def last_answers(rows):
 
 
 def check(inputs, configs):
-    from softar.diffusion.evaluate import has_texts
+    from softar.diffusion.evaluate import has_texts, says_slots
 
     script, task = inputs.script, inputs.task
     check_least(script, likelihood_samples=0, block_length=1)
@@ -152,6 +152,12 @@ def check(inputs, configs):
     if script.likelihood_samples and not (task.test is not None and has_texts(task.test)):
         raise ValueError(
             f"likelihood_samples needs held-out rows with prompt and completion as text; {task.name} has none"
+        )
+    rows = [] if task.score is None or task.test is None else [task.test, task.train]
+    if rows and not any(says_slots(each.column_names) for each in rows):
+        raise ValueError(
+            f"{task.name!r} has held-out rows of {task.test.column_names} and training rows of "
+            f"{task.train.column_names}: no completion says how many tokens an answer has; give held-out rows one"
         )
     objectives = [a.objective for a in configs.values()]
     redraws = [name for name in objectives if name != "masked"]
@@ -235,8 +241,9 @@ def decode_all(trainer, task, schedules):
     elif trainer.uniform is None:
         name = "soft-token" if trainer.head is None else "soft-mask"
         decoders[name] = dict(soften=name, soften_args=learnt)
+    length = slots_of(task, tokenizer)
     for schedule in schedules if trainer.args.objective == "masked" else ["uniform"]:
-        budgets = budgets_of(schedule, trainer.args.objective, plain, tokenizer, task)
+        budgets = budgets_of(schedule, trainer.args.objective, plain, tokenizer, task, length)
         for decoder, settings in decoders.items():
             for budget in budgets:
                 config = DenoiseConfig(**settings, **SCHEDULES[schedule](budget))
@@ -246,21 +253,34 @@ def decode_all(trainer, task, schedules):
                     task.test,
                     task.score,
                     config,
+                    gen_length=length,
                     batch_size=args.per_device_eval_batch_size,
                     seed=args.seed,
                 )
 
 
-def budgets_of(schedule, objective, model, tokenizer, task) -> list:
+def slots_of(task, tokenizer) -> int | None:
+    """Tokens to fill of each held-out row, where these don't say it: as many as the longest completion
+    of the training rows has."""
+    from softar.diffusion.evaluate import says_slots, slots_of_row
+
+    if says_slots(task.test.column_names):
+        return None
+    pairs = task.train.select_columns(["prompt", "completion"])
+    return max(slots_of_row(row, tokenizer) for row in pairs)
+
+
+def budgets_of(schedule, objective, model, tokenizer, task, length=None) -> list:
     """Numbers of steps, or what else the schedule is asked by. Each block of a block-causal model
-    gets one step at least, each canvas as many as another."""
+    gets one step at least, each canvas as many as another. length: tokens to fill, where the rows
+    don't say it."""
     from softar.diffusion.evaluate import most_blocks, slots_of_row
     from softar.diffusion.net import facts
 
     budgets, known = BUDGETS[schedule], facts(model)
     if schedule != "uniform":
         return budgets
-    slots = slots_of_row(task.test[0], tokenizer)
+    slots = slots_of_row(task.test[0], tokenizer) if length is None else length
     if objective == "canvas":
         return [b * -(-slots // known.block_length) for b in budgets]
     if objective == "uniform":
@@ -268,7 +288,7 @@ def budgets_of(schedule, objective, model, tokenizer, task) -> list:
     budgets = [b for b in budgets if b < slots] + [slots]
     if known.block_length is None:
         return budgets
-    most = max(most_blocks(row, tokenizer, known.block_length) for row in task.test)
+    most = max(most_blocks(row, tokenizer, known.block_length, length) for row in task.test)
     if few := [b for b in budgets if b < most]:
         print(f"steps {few} are left out: a row may have {most} blocks, and each takes a step")
     return [b for b in budgets if b >= most] or [most]

@@ -15,13 +15,8 @@ def check_data(args, train_dataset, eval_dataset) -> None:
     how many."""
     field = args.dataset_text_field
     if isinstance(train_dataset, Dataset):
-        columns = train_dataset.column_names
-        if not _read(columns, field):
-            raise ValueError(
-                f"train_dataset has the columns {columns}: name yours 'prompt' and 'completion', or 'messages', "
-                f"or {field!r}"
-            )
-        _check_said(args, columns)
+        _check_read(train_dataset, "train_dataset", field)
+        _check_said(args, train_dataset.column_names)
     check_rows(train_dataset, "train_dataset", field)
     check_rows(eval_dataset, "eval_dataset", field)
 
@@ -31,6 +26,16 @@ def _read(columns: list[str], field: str) -> list[str]:
     if {*PAIR} <= {*columns}:
         return [*PAIR]
     return [name for name in (*CHATS[2:], field, "input_ids") if name in columns][:1]
+
+
+def _check_read(dataset: Dataset, name: str, field: str) -> list[str]:
+    """The same of these rows. Raises ValueError where it reads none."""
+    columns = dataset.column_names
+    if not (used := _read(columns, field)):
+        raise ValueError(
+            f"{name} has the columns {columns}: name yours 'prompt' and 'completion', or 'messages', or {field!r}"
+        )
+    return used
 
 
 def _check_said(args, columns: list[str]) -> None:
@@ -56,8 +61,7 @@ def check_rows(dataset, name: str, field: str) -> None:
     elif isinstance(dataset, (Dataset, IterableDataset)) and next(iter(dataset), None) is None:
         raise ValueError(f"{name} is empty: give at least one row")
     elif isinstance(dataset, Dataset):
-        columns = dataset.column_names
-        used = _read(columns, field)
+        columns, used = dataset.column_names, _check_read(dataset, name, field)
         check_cells(dataset, [*used, *({"traces"} & {*columns})], name)
         kinds = ["a chat" if is_list(dataset.features[each]) else "text" for each in used]
         if len({*kinds}) > 1:

@@ -1,5 +1,6 @@
 """Evaluations of the SFT trainers: rows that are handed over are read and answered as the constructor's."""
 
+import json
 import pkgutil
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import EarlyStoppingCallback
 
 import softar
 from softar.diffusion.convert import convert
+from softar.diffusion.evaluate import slots_of_row
 from softar.diffusion.models import load
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.recipes.sft_soft import BaseConfig
@@ -187,3 +189,57 @@ def test_the_best_model_is_not_chosen_by_how_it_is_trained(tmp_path, what, setti
     config(**keep, alpha_schedule="constant", alpha_start=0.5)
     config(**keep, targets="oracle")
     BaseConfig(output_dir=str(tmp_path), **{**QUIET} | every | settings, **keep)  # of all rows
+
+
+def as_chat(row):
+    sides = (("prompt", "user"), ("completion", "assistant"))
+    return {name: [{"role": role, "content": row[name].strip()}] for name, role in sides}
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ m['content'] }} ", "{{ '<bos> ' + m['content'] + ' <eos>' }} "]
+)
+def test_chats_are_decoded_in_as_many_slots_as_they_are_learnt_in(tmp_path, template):
+    rows = mnns(SECOND).map(as_chat)
+    model, tokenizer = load("mnns-diffusion-tiny", seed=0)
+    tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
+    trainer = diffusion_trainer(tmp_path, model, tokenizer, rows, lambda *_: 1.0, train=rows)
+    assert trainer.evaluate()["eval_accuracy"] == 1.0
+    for row, read in zip(rows, trainer.train_dataset, strict=True):
+        assert slots_of_row(row, tokenizer) == sum(label != -100 for label in read["labels"]) > 3
+
+
+@pytest.mark.parametrize("arch", ["bert", "roberta"])
+@pytest.mark.parametrize("kind", test_diffusion_rows.KINDS)
+def test_slots_are_the_tokens_of_the_completion_and_its_end(tmp_path, arch, kind):
+    _, last = test_diffusion_rows.write(tmp_path, arch)
+    row = json.loads(json.dumps(test_diffusion_rows.KINDS[kind]).replace("<END>", last))
+    trainer, tokenizer = test_diffusion_rows.trainer_of(tmp_path, row)
+    for given in (row, trainer.train_dataset[0]):
+        labels = trainer.train_dataset[0]["labels"]
+        assert slots_of_row(given, tokenizer) == sum(label != -100 for label in labels)
+
+
+def test_rows_that_cannot_be_decoded_are_named_before_the_training(tmp_path):
+    rows, score = mnns(SECOND), lambda *_: 1.0
+    texts = Dataset.from_list([{"text": row["prompt"] + row["completion"]} for row in rows])
+    stream = rows.to_iterable_dataset()
+    no_columns = r"score= needs columns 'prompt' and 'completion'.*\['text'\].*eval_decode_rows=0"
+    no_stream = r"score= needs a datasets.Dataset that is no stream"
+    unread = r"eval_dataset.* has the columns \['prompt', 'answer'\]: name yours 'prompt' and 'co"
+    asked = Dataset.from_list([{"prompt": row["prompt"], "answer": "S0"} for row in rows])
+    for given, says in ((texts, no_columns), (stream, no_stream), (asked, unread)):
+        for held_out in (given, {"a": rows, "b": given}):
+            parts = dict(rows=held_out, train=rows)
+            model, tokenizer = load("mnns-diffusion-tiny", seed=0)
+            with pytest.raises(ValueError, match=says):
+                diffusion_trainer(tmp_path, model, tokenizer, **parts, score=score)
+            trainer = diffusion_trainer(tmp_path, model, tokenizer, rows, score, train=rows)
+            with pytest.raises(ValueError, match=says):
+                trainer.evaluate(held_out)
+            if given is not asked:  # the loss alone
+                diffusion_trainer(
+                    tmp_path, model, tokenizer, **parts, score=score, eval_decode_rows=0
+                )
+    with pytest.raises(ValueError, match=r"eval_dataset has the columns \['prompt', 'answer'\]"):
+        soft(tmp_path, asked)

@@ -225,3 +225,40 @@ def test_of_a_conversation_the_last_message_is_learnt():
     rows = runpy.run_path(RECIPE)["last_answers"](Dataset.from_list([{"messages": talk}] * 2))
     assert rows.column_names == ["prompt", "completion"]
     assert rows[0] == {"prompt": talk[:3], "completion": talk[3:]}
+
+
+FOLDER = dict(model_name_or_path="mnns-diffusion-tiny", max_steps=1, save_strategy="no")
+
+
+def folder_of(path, train, test):
+    path.mkdir()
+    for name, columns in (("train", train), ("test", test)):
+        rows = [
+            {"prompt": f"<bos> D{i} D2 D1 D3 ->", "completion": " S4 S-4 S-3 S0", "answer": "S0"}
+            for i in range(4)
+        ]
+        rows[0]["completion"] = " S0"  # the longest counts, not the first
+        rows = Dataset.from_list(rows)
+        if "text" in columns:
+            rows = rows.map(lambda row: {"text": row["prompt"] + row["completion"]})
+        rows.select_columns(columns).to_json(path / f"{name}.jsonl")
+    return path
+
+
+def test_held_out_rows_without_completions_get_the_slots_of_the_longest_that_is_learnt(
+    tmp_path, monkeypatch
+):
+    asked = ["prompt", "answer"]
+    task = folder_of(tmp_path / "rows", [*asked, "completion"], asked)
+    changes = dict(FOLDER, task=task, task_size=None, eval_rows=None)
+    changes = {name: value for name, value in ({**QUICK} | changes).items() if value is not None}
+    run_here(monkeypatch, RECIPE, *argv({**changes, "output_dir": tmp_path / "out"}))
+    budgets = {line["budget"] for line in results_of(tmp_path / "out")["rows"]}
+    assert budgets == {4, 5}  # four words and the end
+
+
+def test_no_completion_anywhere_is_named_before_a_model_is_opened(tmp_path, monkeypatch, capsys):
+    asked = ["prompt", "answer"]
+    task = folder_of(tmp_path / "rows", [*asked, "text"], asked)
+    told = argv(dict(FOLDER, task=task, output_dir=tmp_path / "out"))
+    assert_fails(monkeypatch, capsys, RECIPE, told, "no completion says how many tokens")
