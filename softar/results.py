@@ -2,16 +2,19 @@
 there."""
 
 import csv
+import hashlib
 import importlib.metadata
 import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 PACKAGES = ("softar", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+LONGEST = 255  # bytes of a name that file systems take
 
 
 def write_results(
@@ -46,6 +49,17 @@ def write_whole(file: str | Path, text: str) -> Path:
     draft = file.with_name(f"{file.name}.{os.getpid()}.partial")
     draft.write_text(text, encoding="utf-8", newline="")
     return draft.replace(file)
+
+
+def as_name(text: str, end: str = "") -> str:
+    """A text as the name of a file or folder, for instance a task that is a path: what is no letter,
+    digit or one of _.=+- is a "-". Of one that is too long to be a name, `end` left out, the
+    beginning and a hash of the text."""
+    name = re.sub(r"[^\w.=+-]+", "-", text)
+    if len(f"{name}{end}".encode()) > LONGEST:
+        short = f"-{hashlib.sha256(text.encode(errors='backslashreplace')).hexdigest()[:10]}{end}"
+        return name.encode()[: LONGEST - len(short.encode())].decode(errors="ignore") + short
+    return name + end
 
 
 def commit(besides: str | None = None) -> str | None:

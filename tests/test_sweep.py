@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 import warm
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from trl import TrlParser
 
@@ -67,6 +70,35 @@ def test_runs_are_the_product_of_the_grid():
         tasks=["latin"], soft=["hard"], vary={"select": ["margin", "entropy"], "steps": [4, 8]}
     ).runs()
     assert varied[1].spec == "hard:select=margin,steps=8"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(min_size=1, max_size=300), st.sampled_from([1, 40]), st.integers(0, 2**32))
+def test_a_run_has_a_name_that_a_folder_can_have(task, times, seed):
+    """As long ones as paths make, too: cut, and told from each other; all others stay as they were."""
+    runs = [
+        module.Run(f"{task * times}{end}", "soft", "discrete", (), each)
+        for end in ("a", "b")
+        for each in (seed, seed + 1)
+    ]
+    names = [run.name for run in runs]
+    for run, name in zip(runs, names):
+        whole = re.sub(r"[^\w.=+-]+", "-", f"{run.task}-soft-discrete-seed{run.seed}")
+        assert len(name.encode()) <= 255 and "/" not in name
+        assert (name == whole) == (len(whole.encode()) <= 255) and name.endswith(f"-seed{run.seed}")
+    assert len({*names}) == 4
+    if len(str(seed)) == len(str(seed + 1)):  # the seeds of a setting are one point of a plot
+        assert len({name.rsplit("-seed", 1)[0] for name in names}) == 2
+
+
+def test_a_sweep_of_long_paths(tmp_path):
+    deep = tmp_path.joinpath(*["a_project_of_a_long_name"] * 8)
+    deep.mkdir(parents=True)
+    (deep / "rows.jsonl").write_text('{"prompt": "<bos> D4 D8 D1 D3 ->", "answer": "S0"}\n')
+    grid = dict(tasks=[f"{deep}/rows.jsonl"], soft=["mnns-tiny=discrete"], max_new_tokens=4)
+    quiet = Console(file=open(os.devnull, "w"))
+    rows = sweep(read_grid(grid), tmp_path / "out", console=quiet)
+    assert rows == sweep(read_grid(grid), tmp_path / "out", console=quiet) and len(rows) == 1
 
 
 def test_prompts_are_chats_where_the_model_has_a_template(tmp_path, monkeypatch):

@@ -323,10 +323,13 @@ def compare(
     from ..checks import check_writable
     from ..evals.chats import with_chat
     from ..evals.compare import compare as run
+    from ..results import as_name
     from ..tasks import load_task
 
     budget = _budget(nfe=nfe, token_forwards=token_forwards)
-    folder = output or (Path("runs", f"compare-{inputs.file_name(task)}") if plot else None)
+    folder = output or (
+        Path("runs", as_name(f"compare-{as_name(task).strip('-')}")) if plot else None
+    )
     with streams.only_results():
         inputs.quiet()
         loaded = load_task(task)

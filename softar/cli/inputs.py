@@ -322,11 +322,6 @@ def answer_length(task, spec: str, max_new_tokens: int | None) -> int | None:
     return task.max_new_tokens if max_new_tokens is None else max_new_tokens
 
 
-def file_name(task: str) -> str:
-    """Of what belongs to a task, whose name may hold a path."""
-    return re.sub(r"[^\w.=+-]+", "-", task).strip("-")
-
-
 def read_vary(items: list[str]) -> dict[str, list]:
     """["key=1,2"] -> {"key": [1, 2]}; values are JSON where they are, else text."""
     from ..specs import json_or_text, lists_by_key

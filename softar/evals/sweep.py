@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 from ..checks import check_least, check_writable
 from ..decoders.registry import ALONE, make_decoder, parse_spec
-from ..results import write_results, write_whole
+from ..results import as_name, write_results, write_whole
 from ..specs import format_options
 from ..tasks import MODELS, load_task
 from .chats import with_chat
@@ -113,7 +112,7 @@ class Run:
     @property
     def name(self) -> str:
         """Of its folder."""
-        return re.sub(r"[^\w.=+-]+", "-", f"{self.task}-{self.role}-{self.spec}-seed{self.seed}")
+        return as_name(f"{self.task}-{self.role}-{self.spec}", f"-seed{self.seed}")
 
 
 def read_grid(values: dict) -> Grid:
