@@ -8,7 +8,7 @@ from itertools import takewhile
 import torch
 from datasets import Dataset
 
-from softar.evaluate import encode, evaluating, tally
+from softar.evaluate import encode, evaluating, tally, template_of
 from softar.sft.data import check_pickable
 
 from .config import DenoiseConfig
@@ -39,7 +39,8 @@ def evaluate(
             the completion of the first row has).
         score: of an answer, score(text, row); with_ids: score(text, row, ids).
         config: its gen_length does not count.
-        template: keywords of the chat template, for all rows.
+        template: keywords of the chat template, for all rows. None: what the columns `tools` and
+            `chat_template_kwargs` of each say.
 
     Raises:
         ValueError: for rows that do not say how many masks there are, with gen_length=None.
@@ -58,7 +59,8 @@ def evaluate(
 
     def answer(batch: list[dict]) -> tuple[list[tuple], DenoiseOutput, int]:
         prompts = [row["template" if fills else "prompt"] for row in batch]
-        inputs = encode(tokenizer, prompts, templates=[template or {}] * len(batch))
+        told = [template_of(row) if template is None else template for row in batch]
+        inputs = encode(tokenizer, prompts, templates=told)
         inputs = inputs.to(model.device)
         out = denoise(model, inputs["input_ids"], inputs["attention_mask"], config=config, rng=rng)
         rows_of_ids = (out.sequences if fills else out.completions).tolist()
@@ -148,9 +150,10 @@ def slots_of_row(row: dict, tokenizer) -> int:
     if isinstance(answer, str):
         answer = answer.removesuffix(tokenizer.eos_token or "")
         return len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1
-    whole = tokenizer.apply_chat_template(row["prompt"] + answer, tokenize=False)
+    told = template_of(row)
+    whole = tokenizer.apply_chat_template(row["prompt"] + answer, tokenize=False, **told)
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    asked = encode(tokenizer, [row["prompt"]])["input_ids"][0].tolist()
+    asked = encode(tokenizer, [row["prompt"]], templates=[told])["input_ids"][0].tolist()
     # the completion begins where they differ, as in TRL's rows
     same = takewhile(lambda pair: pair[0] == pair[1], zip(ids, asked, strict=False))
     return max(1, len(ids) - len([*same]))
@@ -193,7 +196,7 @@ def check_steps(
     model, tokenizer, prompts: list, config: DenoiseConfig, template: dict | None = None
 ) -> None:
     """Raise ValueError where a prompt has more blocks with masks than there are steps to share, which
-    `denoise` would say in its turn. template: as for `evaluate`."""
+    `denoise` would say in its turn. template: keywords of the chat template."""
     known = facts(model)
     b = config.sub_block_length or known.block_length or config.block_length
     if config.steps is None or b is None or known.mask_id is None:

@@ -252,7 +252,7 @@ def measure(trainer, task, common: dict, score, args, forwards: list) -> list[di
                 config,
                 gen_length=args.gen_length,
                 batch_size=args.per_device_eval_batch_size,
-                template=args.chat_template_kwargs,
+                template=args.chat_template_kwargs or {},
                 with_ids=True,
             )
             own = steps or args.threshold or args.factor or args.entropy_bound

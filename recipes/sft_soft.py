@@ -238,12 +238,14 @@ def thought_of(folder, task):
     """How a trained model thinks about the first held-out row."""
     import softar
     from softar.config import SoftConfig
-    from softar.evaluate import encode
+    from softar.evaluate import encode, template_of
     from softar.show.figures import thought_table
 
     model, tokenizer = softar.load(folder)
     config = SoftConfig.load(folder)
-    inputs = encode(tokenizer, task.test["prompt"][:1], config.prompt_prefix).to(model.device)
+    row = task.test[0]
+    inputs = encode(tokenizer, [row["prompt"]], config.prompt_prefix, [template_of(row)])
+    inputs = inputs.to(model.device)
     out = softar.generate(model, **inputs, config=config, tokenizer=tokenizer)
     return thought_table(out, tokenizer)
 

@@ -1,5 +1,6 @@
 """Decode held-out rows and score the answers: the accuracy of a model under one way of decoding."""
 
+import json
 import math
 from collections.abc import Callable
 
@@ -26,7 +27,8 @@ def evaluate(
     batch_size: int = 512,
     seed: int = 0,
 ) -> dict:
-    """Accuracy and cost of answering `rows` (column `prompt`: text or chat messages).
+    """Accuracy and cost of answering `rows` (column `prompt`: text or chat messages, whose template
+    hears the columns `tools` and `chat_template_kwargs`, as in TRL's SFT).
 
     Returns:
         accuracy: mean score in [0, 1]; n: rows; nfe: forward passes per answer, to its own last
@@ -37,7 +39,8 @@ def evaluate(
 
     def answer(batch: list[dict]) -> tuple[list[str], SoftOutput, int]:
         prompts = [row["prompt"] for row in batch]
-        inputs = encode(tokenizer, prompts, config.prompt_prefix).to(model.device)
+        told = [*map(template_of, batch)]
+        inputs = encode(tokenizer, prompts, config.prompt_prefix, told).to(model.device)
         out = generate(
             model,
             inputs["input_ids"],
@@ -116,6 +119,14 @@ def prefixed_rows(rows, prefix: str | None):
     if first is None or not isinstance(first.get("prompt"), str):
         return rows  # in a chat the template puts it there
     return rows.map(lambda row: {"prompt": prefixed(row["prompt"], prefix)})
+
+
+def template_of(row: dict) -> dict:
+    """Keywords of the chat template that the columns of a row say, as TRL's SFT reads them: `tools`, a
+    list or its JSON, and `chat_template_kwargs`."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
 
 
 def encode(

@@ -454,6 +454,36 @@ def test_text_without_a_prompt_is_thought_from_its_second_token_on(tmp_path, spy
     assert all(map(math.isfinite, logged(trainer)))
 
 
+TOOLS = '[{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]'
+ASKED = "{% for tool in tools or [] %}w60 {% endfor %}{{ more or '' }}" + CHAT
+
+
+@pytest.mark.parametrize(
+    "columns", [{}, dict(tools=TOOLS), dict(chat_template_kwargs={"more": "w61 "})]
+)
+def test_a_rows_columns_for_the_chat_template_are_heard_as_by_trl(tmp_path, monkeypatch, columns):
+    """In traces, whose labels begin where the gold path's do, and in prompts that are decoded."""
+    train, tokenizer = chat_data(4), tokenizer_of()
+    tokenizer.chat_template = ASKED
+    train = Dataset.from_list([row | {"traces": [row["completion"]]} | columns for row in train])
+    kw = dict(tokenizer=tokenizer, eval_dataset=train, score=lambda text, row: 0.0)
+    trainer = trainer_of(tmp_path, train, targets="traces", **kw)
+    for row in trainer.train_dataset:
+        assert row["trace_ids"] == [row["input_ids"]]
+    asked, real = [], softar.evaluate.generate
+    monkeypatch.setattr(
+        softar.evaluate,
+        "generate",
+        lambda model, ids, mask, **kw: asked.extend(zip(ids, mask)) or real(model, ids, mask, **kw),
+    )
+    trainer.accuracy(train, "soft")
+    trained_on = [
+        [t for t, label in zip(row["input_ids"], row["labels"]) if label == OFF]
+        for row in trainer.train_dataset
+    ]
+    assert [ids[mask.bool()].tolist() for ids, mask in asked] == trained_on
+
+
 def chat_data(n):
     rng = random.Random(0)
     return Dataset.from_list(

@@ -13,7 +13,7 @@ from torch import Tensor
 from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..evaluate import tag_ids
+from ..evaluate import tag_ids, template_of
 from ..soft import Soft
 from ..tags import Moves, matches, moves_of_ids, moves_of_text, single
 
@@ -221,8 +221,11 @@ def add_trace_ids(dataset, tokenizer, max_length: int | None = None, num_proc: i
             texts = [row["prompt"] + t + ("" if t.endswith(eos) else eos) for t in row["traces"]]
             ids = tokenizer(texts)["input_ids"]
         else:
-            chats = [row["prompt"] + trace for trace in row["traces"]]
-            ids = [tokenizer.apply_chat_template(c, return_dict=True)["input_ids"] for c in chats]
+            chats, told = [row["prompt"] + trace for trace in row["traces"]], template_of(row)
+            ids = [
+                tokenizer.apply_chat_template(chat, return_dict=True, **told)["input_ids"]
+                for chat in chats
+            ]
         return {"trace_ids": [x[:max_length] for x in ids]}
 
     return dataset.map(tokenise, num_proc=num_proc, desc="Tokenizing traces")
