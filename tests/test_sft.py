@@ -484,6 +484,20 @@ def test_a_rows_columns_for_the_chat_template_are_heard_as_by_trl(tmp_path, monk
     assert [ids[mask.bool()].tolist() for ids, mask in asked] == trained_on
 
 
+@pytest.mark.parametrize("chats", [("prompt", "completion"), ("traces",)])
+def test_traces_are_of_the_prompts_kind(tmp_path, chats):
+    """Of chats with traces of text a row of numbers ended in a TypeError."""
+    said = [{"role": "user", "content": "w5"}]
+    row = dict(prompt="w5", completion=" w6", traces=[" w6"])
+    row |= {name: [said] if name == "traces" else said for name in chats}
+    tokenizer = tokenizer_of()
+    tokenizer.chat_template = CHAT
+    with pytest.raises(
+        ValueError, match=r"the prompts are (chats|texts) and the traces (texts|chats): give"
+    ):
+        trainer_of(tmp_path, Dataset.from_list([row] * 4), tokenizer=tokenizer, targets="traces")
+
+
 def chat_data(n):
     rng = random.Random(0)
     return Dataset.from_list(

@@ -16,6 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..evaluate import tag_ids, template_of
 from ..soft import Soft
 from ..tags import Moves, matches, moves_of_ids, moves_of_text, single
+from ..texts import is_list
 
 
 def thought_mask(
@@ -203,6 +204,15 @@ def check_traces(dataset: Dataset, targets: str) -> None:
     if not all(dataset["traces"]):
         raise ValueError(
             f"targets={targets!r}: row {list(map(bool, dataset['traces'])).index(False)} has no traces"
+        )
+    prompt, traces = dataset.features["prompt"], dataset.features["traces"]
+    if not is_list(traces):
+        raise ValueError(f"targets={targets!r}: column 'traces' holds no lists: give several a row")
+    of_prompt, of_traces = ("chats" if is_list(f) else "texts" for f in (prompt, traces.feature))
+    if of_prompt != of_traces:
+        raise ValueError(
+            f"targets={targets!r}: the prompts are {of_prompt} and the traces {of_traces}: give both as texts, or each "
+            "trace, too, as a list of messages"
         )
 
 
