@@ -576,13 +576,13 @@ def test_compare_says_what_failed(softar):
     code, out, err = softar(
         "compare",
         "--task",
-        "latin",
+        "latin-prompt",
         "--limit",
         "4",
         "-d",
         "mnns-soft-tiny=soft",
         "-d",
-        "latin-diffusion-tiny=hard:steps=2",
+        "latin-block-tiny=hard:steps=5",
         "--json",
     )
     found = json.loads(out)
