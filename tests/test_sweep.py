@@ -480,6 +480,10 @@ def test_a_table_of_a_sweep():
     assert "m=s[k]" in text and "0.300 ± 0.141" in text and max(map(len, text.splitlines())) <= 80
     for head in ("task", "role", "decoder", "setting", "accuracy", "NFE", "s/row", "tokens/s"):
         assert head in text
+    console.print(sweep_table([row | dict(task="d/" * 120) for row in aggregate(rows)]))
+    text_of_paths = console.export_text()
+    assert "decoder" in text_of_paths and "0.300 ± 0.141" in text_of_paths
+    assert text_of_paths.count("d/") == 240 and "m=s[k]" in text_of_paths.replace("\n", "")
     assert text.count("s") >= 90 and "0.900" in text and "…" not in text
 
 

@@ -167,8 +167,8 @@ def _annotate(axes, points: list[dict], option: str, color: str) -> None:
 
 
 def sweep_table(points: list[dict]):
-    """rich.table.Table, a line for each point of `aggregate`; decoder and setting fold where they
-    must. Rows (n) and failures where there are any, or the rows of a task are not as many
+    """rich.table.Table, a line for each point of `aggregate`; task, decoder and setting fold where
+    they must. Rows (n) and failures where there are any, or the rows of a task are not as many
     everywhere."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -183,7 +183,7 @@ def sweep_table(points: list[dict]):
     counted = bool(failed) or len(sizes) > len({task for task, _ in sizes})
     heads += ("TPF", "AUP") * parallel + ("peak MB",) * on_gpu + ("n",) * counted
     for name in (*heads, *(FAILED[name] for name in failed)):
-        is_long = name in ("decoder", "setting")
+        is_long = name in ("task", "decoder", "setting")
         table.add_column(name, no_wrap=not is_long, overflow="fold" if is_long else "ellipsis")
     for p in points:
         accuracy = f"{p['accuracy']:.3f}" + (
