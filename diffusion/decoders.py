@@ -16,6 +16,7 @@ from softar.decoders.answer import Decoded, Decoder
 from softar.decoders.card import Card, check_of_kind, columns_of, open_model
 from softar.decoders.options import Common, check_options
 from softar.evaluate import evaluating, read_prompts
+from softar.models import kept
 from softar.names import registered as registered_names
 from softar.specs import format_options
 
@@ -152,7 +153,7 @@ class Nats:
         return float(self.nats[row, columns].nanmean())
 
 
-_load = functools.cache(load)
+_load = kept(load)
 
 
 def _open(decoder: str, card: Card, dtype: str, device: str | None, stated: dict):

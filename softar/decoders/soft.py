@@ -22,7 +22,7 @@ from ..decode import generate
 from ..defaults import Default, default_of
 from ..evaluate import evaluating, read_prompts, resolve
 from ..mixers import GROUP, MIXERS, mk_mixer, name_of
-from ..models import load, plain
+from ..models import kept, load, plain
 from ..names import registered as registered_names
 from ..specs import format_options
 from .answer import Decoded, Decoder, known_sum
@@ -193,7 +193,7 @@ HARD = {"discrete": {}, "sampled": {"sample": True}}
 SWITCHING = "swi"  # the belief, and single tokens, by turns
 
 
-_load = functools.cache(load)
+_load = kept(load)
 
 
 def _open(decoder: str, card: Card, common: Common):

@@ -12,6 +12,8 @@ _HOME = {
     "CHECKPOINTS": "softar.models.embedded",
     "MNNS_WORDS": "softar.models.embedded",
     "latin_tiny": "softar.models.embedded",
+    "kept": "softar.models.stamp",
+    "stamp_of": "softar.models.stamp",
     "folder_of": "softar.models.embedded",
     "word_tokenizer": "softar.models.embedded",
     "FETCH": "softar.models.source",
