@@ -1,4 +1,7 @@
-"""Models stay open for as long as their files stay the same."""
+"""Models stay open for as long as their files stay the same; a sweep knows its rows and weights."""
+
+import json
+import os
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 import softar
 from softar import make_decoder
 from softar.diffusion import load as load_diffusion
+from softar.evals.sweep import Grid, sweep
 from softar.models.stamp import stamp_of
 
 PROMPT = "<bos> D4 D8 D1 D3 ->"
@@ -55,3 +59,56 @@ def test_the_base_of_an_adapter_counts_too(tmp_path):
     save(base, tokenizer, tmp_path / "base")
     assert stamp_of(tmp_path / "adapter") != before
     assert stamp_of("owner/name") == stamp_of("mnns-tiny") == ()
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Of four rows and a model in a folder."""
+    write(tmp_path / "rows.jsonl", 4)
+    save(*softar.load("mnns-soft-tiny"), tmp_path / "model")
+    task = str(tmp_path / "rows.jsonl")
+    return Grid(
+        tasks=[task], soft=["soft"], models={task: str(tmp_path / "model")}, max_new_tokens=5
+    )
+
+
+def write(file, n, answer="S0"):
+    rows = [{"prompt": PROMPT, "answer": answer}] * n
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_sweep_reads_the_rows_anew_and_mixes_no_others_in(grid, tmp_path):
+    folder = tmp_path / "sweep"
+    assert sweep(grid, folder)[0]["n"] == 4 and len(sweep(grid, folder)) == 1
+    for n, answer in ((6, "S0"), (4, "S1")):
+        write(tmp_path / "rows.jsonl", n, answer)
+        with pytest.raises(
+            ValueError, match=r"the rows of task='.*rows\.jsonl' have changed since"
+        ):
+            sweep(grid, folder)
+        assert sweep(grid, tmp_path / f"of {n}")[0]["n"] == n
+    write(tmp_path / "rows.jsonl", 4)
+    assert len(sweep(grid, folder)) == 1
+
+
+def test_a_sweep_mixes_no_other_weights_in(grid, tmp_path, monkeypatch):
+    folder, weights = tmp_path / "sweep", tmp_path / "model" / "model.safetensors"
+    sweep(grid, folder)
+    os.utime(weights, ns=(0, 0))
+    with pytest.raises(ValueError, match=r"the files of model='.*model' have changed since"):
+        sweep(grid, folder)
+    # a folder of an earlier version, which did not note them
+    known = json.loads((folder / "grid.json").read_text())
+    (folder / "grid.json").write_text(
+        json.dumps({k: v for k, v in known.items() if k not in ("rows", "weights")})
+    )
+    assert len(sweep(grid, folder)) == 1
+    perform = softar.evals.sweep._perform
+
+    def trained_meanwhile(*args):
+        perform(*args)
+        os.utime(weights, ns=(1, 1))
+
+    monkeypatch.setattr(softar.evals.sweep, "_perform", trained_meanwhile)
+    with pytest.raises(ValueError, match="have changed since"):
+        sweep(grid, tmp_path / "other")

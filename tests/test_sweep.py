@@ -454,7 +454,7 @@ def test_a_table_says_what_failed(tmp_path, monkeypatch):
         name="t", test=Dataset.from_list([{"prompt": "p"}] * 8), stop=(), extract=str.strip
     )
     task.score, task.max_new_tokens = lambda text, row: 1 / int(text), 4
-    monkeypatch.setattr(module, "_task", lambda name: task)
+    monkeypatch.setattr(module, "load_task", lambda name: task)
     monkeypatch.setattr(module, "_decoder", lambda grid, run: Half())
     grid = read_grid(dict(tasks=["t"], soft=["mnns-tiny=discrete"], seeds=[0, 1]))
     rows = sweep(grid, tmp_path / "s", console=Console(file=open(os.devnull, "w")))

@@ -8,6 +8,7 @@ is not run again. At the end `summary.json` (as results.json, all rows) and `sum
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from typing import Any
 
 from ..checks import check_least, check_writable
 from ..decoders.registry import ALONE, make_decoder, parse_spec
+from ..models import MODELS as EMBEDDED
+from ..models import stamp_of
 from ..results import as_name, write_results, write_whole
 from ..specs import format_options
 from ..tasks import MODELS, load_task
@@ -138,9 +141,10 @@ def sweep(grid: Grid, folder: str | Path, *, console=None) -> list[dict]:
         console: rich's, for progress; None is one on stderr.
 
     Raises:
-        ValueError: before anything is decoded, for a folder of another grid, an unknown task, or a
-            decoder that does not exist or does not take its options; at the end if runs failed
-            (they are named, and are tried again by the next call; all others are done).
+        ValueError: before anything is decoded, for a folder of another grid, or of other rows or
+            weights, an unknown task, or a decoder that does not exist or does not take its options;
+            at the end if runs failed (they are named, and are tried again by the next call; all
+            others are done), or if a model's files were written meanwhile.
         KeyboardInterrupt: after a remark on how to resume.
     """
     import torch
@@ -149,8 +153,10 @@ def sweep(grid: Grid, folder: str | Path, *, console=None) -> list[dict]:
 
     console = Console(stderr=True) if console is None else console
     folder, runs = Path(folder), grid.runs()
+    _task.cache_clear()  # rows of a file may have changed since the last sweep
     _check(grid, runs)
-    _claim(grid, folder)
+    sources = _sources(grid, runs)
+    _claim(grid, sources, folder)
     # Only the end is waited for, however long the others take
     # unasked, processes on CPUs stay strangers
     on_cpu = grid.device == "cpu" or not torch.accelerator.is_available()
@@ -166,6 +172,7 @@ def sweep(grid: Grid, folder: str | Path, *, console=None) -> list[dict]:
         for run in share:
             _perform(grid, run, folder, console, f"[{runs.index(run) + 1}/{len(runs)}]")
         state.wait_for_everyone()
+        _check_sources(folder, _sources(grid, runs), sources)
     except KeyboardInterrupt:
         done = sum(_finished(folder, run) is not None for run in runs)
         remark = f"interrupted; {done} of {len(runs)} runs are whole in {folder}: the same command resumes"
@@ -214,9 +221,38 @@ def _model_of(grid: Grid, run: Run) -> str | None:
     return model
 
 
-def _claim(grid: Grid, folder: Path) -> None:
-    """Keep the grid in its folder, or raise ValueError where another one is: its results would be
-    mixed up."""
+def _sources(grid: Grid, runs: list[Run]) -> dict[str, dict[str, str]]:
+    """What the grid names and does not hold: by task a digest of the rows, by model in a folder or
+    a file of its files' sizes and times."""
+    rows = {run.task: _held_out(grid, run)[1] for run in runs}
+    models = {_model_of(grid, run) for run in runs} - {None, *EMBEDDED}
+    stamps = {model: stamp for model in sorted(models) if (stamp := stamp_of(model))}
+    return {
+        "rows": {task: _digest(held.to_list()) for task, held in rows.items()},
+        "weights": {model: _digest(stamp) for model, stamp in stamps.items()},
+    }
+
+
+def _digest(value) -> str:
+    # images and the like count by their type: their text holds addresses
+    text = json.dumps(value, sort_keys=True, default=lambda other: type(other).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check_sources(folder: Path, ours: dict, theirs: dict) -> None:
+    """Raise ValueError for rows or weights that are not those of the runs in the folder."""
+    for kind, what in (("rows", "the rows of task={!r}"), ("weights", "the files of model={!r}")):
+        known = theirs.get(kind, {})  # of an older grid nothing is
+        if other := [name for name in known if ours[kind].get(name) != known[name]]:
+            raise ValueError(
+                f"{what.format(other[0])} have changed since {folder} was begun: take another folder, "
+                "or delete this one"
+            )
+
+
+def _claim(grid: Grid, sources: dict, folder: Path) -> None:
+    """Keep the grid and its sources in its folder, or raise ValueError where others are: the results
+    would be mixed up."""
     file, ours = folder / GRID_FILE, json.loads(json.dumps(dataclasses.asdict(grid)))
     # before the file: another process may write both meanwhile
     has_runs = any(folder.glob("runs/*/results.json"))
@@ -227,7 +263,7 @@ def _claim(grid: Grid, folder: Path) -> None:
                 f"{folder} holds runs without a {GRID_FILE}, of an unknown grid: take another folder"
             )
         check_writable(folder, "folder")
-        write_whole(file, json.dumps(ours, indent=1) + "\n")
+        write_whole(file, json.dumps(ours | sources, indent=1) + "\n")
         return
     try:
         theirs = json.loads(file.read_text())
@@ -235,12 +271,13 @@ def _claim(grid: Grid, folder: Path) -> None:
         raise ValueError(
             f"{file} cannot be read ({error}): take another folder, or delete this one"
         ) from None
-    for name in dict.fromkeys([*ours, *theirs]):
+    for name in dict.fromkeys([*ours, *(name for name in theirs if name not in sources)]):
         if ours.get(name) != theirs.get(name):
             raise ValueError(
                 f"{folder} is of another grid, with {name}={theirs.get(name)!r} and not {ours.get(name)!r}: "
                 "take another folder, or delete this one"
             )
+    _check_sources(folder, sources, theirs)
 
 
 def _perform(grid: Grid, run: Run, folder: Path, console, count: str) -> None:
