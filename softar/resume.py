@@ -58,6 +58,19 @@ def arguments_of(training) -> dict:
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
+def others(before: dict, training) -> dict:
+    """The arguments of a training that are other than before, as `arguments_of` gave those."""
+    now = arguments_of(training)
+    other = {k: v for k, v in now.items() if k in before and v != before[k]}
+    if training.max_steps > 0 and "max_steps" not in other:
+        other.pop("num_train_epochs", None)  # does not count
+    return other
+
+
+def is_of_optimiser(name: str) -> bool:
+    return name in KEPT or name.endswith(RATE)
+
+
 def changes(checkpoint: str | Path, training) -> str | None:
     """What becomes different where a training goes on from a checkpoint with other arguments, in a
     line; None where nothing does, and of a checkpoint that does not know its own.
@@ -70,12 +83,9 @@ def changes(checkpoint: str | Path, training) -> str | None:
     before = state.get("stateful_callbacks", {}).get(ARGUMENTS)
     if before is None:
         return None
-    now = arguments_of(training)
-    other = {k: v for k, v in now.items() if k in before and v != before[k]}
-    if training.max_steps > 0 and "max_steps" not in other:
-        other.pop("num_train_epochs", None)  # does not count
+    other = others(before, training)
     has_optimiser = Path(checkpoint, "scheduler.pt").is_file()
-    of_optimiser = tuple(name for name in other if name in KEPT or name.endswith(RATE))
+    of_optimiser = tuple(filter(is_of_optimiser, other))
     for name in of_optimiser if has_optimiser else ():
         raise ValueError(
             f"{name}={other[name]!r} does nothing, as {str(checkpoint)!r} goes on with its optimiser's "

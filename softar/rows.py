@@ -18,13 +18,25 @@ from pathlib import Path
 
 from .checks import one_line_errors
 from .launch import Program
-from .resume import ANY_WHOLE, STATE, changes, check_whole, checkpoint_of, resumes
+from .resume import (
+    ANY_WHOLE,
+    LENGTH,
+    STATE,
+    arguments_of,
+    changes,
+    check_whole,
+    checkpoint_of,
+    is_of_optimiser,
+    others,
+    resumes,
+)
 
 CUSTOM = "custom"  # one run, exactly as the options say
 # set for a process that trains one row and leaves table and plot to its parent
 APART = "SOFTAR_TRAIN_APART"
 EARLIER = "_earlier"
 LOG = "train.log"  # what such a process says, in the row's folder
+TOLD = "row_arguments.json"  # what a finished row was trained with
 
 Row = tuple[str, int]
 
@@ -66,11 +78,12 @@ def train_rows(
     with one_line_errors(program.name):
         # before hours of training, not when the row's turn comes
         begin = {row: checkpoint_of(configs[row]) for row in left}
+        how = {row: kept_with(folders[row], configs[row]) for row in {*folders} - {*left}}
     if is_main and not is_child:
         for (name, seed), lines in lines_of.items():
             if lines is not None:
-                steps = lines[0]["train_steps"]
-                print(f"{name}, seed {seed}: trained already, {steps} steps, and kept as it is")
+                kept = f"{lines[0]['train_steps']} steps, and kept as it is{how[name, seed]}"
+                print(f"{name}, seed {seed}: trained already, {kept}")
     results = []
     with anew([*folders.values()]) if starts else contextlib.nullcontext():
         if jobs > 1 and len(left) > 1 and not is_child:
@@ -83,9 +96,11 @@ def train_rows(
             if lines is None:
                 file = folders[row] / "row.json"
                 file.unlink(missing_ok=True)
+                told = arguments_of(configs[row])  # trainers may write into theirs
                 lines = train(row[0], configs[row])
                 end_run()
                 if lines is not None:  # the main process
+                    write_whole(folders[row] / TOLD, json.dumps(told))
                     write_whole(file, json.dumps(lines))
             results += lines or []
             if is_main and not is_child and results:
@@ -220,7 +235,28 @@ def saved_row(folder: Path, training) -> list[dict] | None:
     if not resumes(training) or not file.exists():
         return None
     lines = json.loads(file.read_text())
-    return lines if training.max_steps in (-1, lines[0]["train_steps"]) else None
+    goes_on = training.max_steps == -1 and {*LENGTH} & {*others(_told(folder), training)}
+    return None if goes_on or training.max_steps not in (-1, lines[0]["train_steps"]) else lines
+
+
+def kept_with(folder: Path, training) -> str:
+    """With what a finished row was trained that these arguments say otherwise, as the end of a line.
+    Raises ValueError for what a resume of an unfinished one would refuse, too."""
+    before = _told(folder)
+    other = {k: v for k, v in others(before, training).items() if k not in LENGTH}
+    for name in filter(is_of_optimiser, other):
+        raise ValueError(
+            f"{name}={other[name]!r} does nothing, as {str(folder)!r} is trained already, with {before[name]!r}: give "
+            "the same, or start anew without resume_from_checkpoint"
+        )
+    said = ", ".join(f"{k}={before[k]!r}, not {v!r}" for k, v in other.items())
+    return said and f", trained with {said}"
+
+
+def _told(folder: Path) -> dict:
+    """The arguments of a finished row, as far as they are known."""
+    file = folder / TOLD
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def check_resume(training, is_single: bool) -> None:

@@ -1,6 +1,7 @@
 """What the training recipes share, without any training."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -301,7 +302,8 @@ class Trained:
     def train(self, name, args):
         self.done.append((name, args.seed))
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        return [dict(row=name, seed=args.seed, train_steps=args.max_steps)]
+        steps = 4 if args.max_steps == -1 else args.max_steps
+        return [dict(row=name, seed=args.seed, train_steps=steps)]
 
     def run(self, names, num_seeds=1, jobs=1):
         return train_rows(
@@ -347,6 +349,38 @@ def test_rows_and_seeds_are_trained_in_folders_of_their_own_and_once(tmp_path, c
     assert [line.split(":")[0] for line in kept] == ["a, seed 42", "long, seed 42", "long, seed 43"]
     anew = Trained(tmp_path)
     assert anew.run(["a"])[0] == results[:1] and anew.done == [("a", 42)]
+
+
+@pytest.mark.parametrize(
+    ("now", "trains", "says"),
+    [
+        ({}, False, "kept as it is\n"),
+        (dict(num_train_epochs=3.0), True, None),  # in the place of 1.0
+        (dict(num_train_epochs=3.0, max_steps=4), False, "kept as it is\n"),
+        (dict(max_steps=9), True, None),
+        (
+            dict(weight_decay=0.5),
+            False,
+            "error: weight_decay=0.5 does nothing.*trained already, with 0.1",
+        ),
+        (dict(learning_rate=1.0), False, "error: learning_rate=1.0 does nothing.*give the same"),
+        (dict(seed=3), False, "kept as it is, trained with seed=42, not 3\n"),
+    ],
+)
+def test_a_finished_row_is_resumed_as_it_was_trained(tmp_path, capsys, now, trains, says):
+    """Other options were left out without a word, more epochs too."""
+    before = dict(learning_rate=0.1, weight_decay=0.1, num_train_epochs=1.0, max_steps=-1)
+    Trained(tmp_path, **before).run([CUSTOM])
+    capsys.readouterr()
+    later = Trained(tmp_path, **before | now, resume_from_checkpoint="true")
+    if says is not None and says.startswith("error"):
+        with pytest.raises(SystemExit):
+            later.run([CUSTOM])
+    else:
+        later.run([CUSTOM])
+    assert bool(later.done) == trains
+    if says is not None:
+        assert re.search(says, "".join(capsys.readouterr()))
 
 
 def test_a_single_custom_run_lies_in_the_output_folder_itself(tmp_path):
