@@ -1547,13 +1547,60 @@ def test_a_column_of_conversations_is_learnt(tmp_path):
     chat = [{"from": "user", "value": "w5 w6"}, {"from": "assistant", "value": "w7"}]
     tokenizer = tokenizer_of()
     tokenizer.chat_template = CHAT
-    made = trainer_of(
-        tmp_path, Dataset.from_list([{"conversations": chat}] * 4), tokenizer=tokenizer
-    )
+    rows, how = Dataset.from_list([{"conversations": chat}] * 4), dict(tokenizer=tokenizer)
+    made = trainer_of(tmp_path, rows, alpha_schedule="constant", alpha_start=1.0, **how)
     assert made.train_dataset[0]["labels"] == [1, 5, 6, 7, 2]
     said = [{"from": "user", "value": " "}, {"from": "assistant", "value": ""}]
     with pytest.raises(ValueError, match="nothing but white space in column 'conversations'"):
         trainer_of(tmp_path, Dataset.from_list([{"conversations": said}]), tokenizer=tokenizer)
+
+
+TURNS = (
+    "{% for m in messages %}{% if m['role'] != 'assistant' %}<bos> {{ m['content'] }} {% else %}"
+    "{% generation %}{{ m['content'] }} <eos>{% endgeneration %} {% endif %}{% endfor %}"
+)
+BOTH = dict(think_start="<think>", think_end="</think>")
+
+
+@pytest.mark.parametrize(
+    ("answers", "options", "thought"),
+    [
+        (["<think> w7 </think> w8"], {}, "what users say would be thought"),
+        (["<think> w7 </think> w8"], dict(think_end="</think>"), "what users say would be thought"),
+        (["<think> w7 </think> w8"], dict(think_steps=2), "what users say would be thought"),
+        (["<think> w7 </think> w8"], BOTH, "w7"),
+        (["w7 </think> w8"], dict(think_end="</think>", assistant_only_loss=True), "w7"),
+        (["w7 </think> w8"], BOTH | dict(assistant_only_loss=True), "w7"),
+        (["w7 w8"], dict(think_steps=1, assistant_only_loss=True), "w7"),
+        (["w7", "<think> w8 </think> w9"], BOTH, "w8"),
+        (["w7", "w8"], dict(assistant_only_loss=True), "w7 <eos> w8 <eos>"),
+        (["<think> w7 </think>", "<think> w8 </think>"], BOTH, "row 3.* think_end='</think>' 2 times"),
+        (["w7", "w8 </think> w9"], dict(think_end="</think>", assistant_only_loss=True), "of 2 answers"),
+        (["w7", "w8"], dict(think_steps=1, assistant_only_loss=True), "of 2 answers"),
+        (["w7", "w8"], BOTH, "row 3 .*without think_start='<think>'"),
+    ],
+)  # fmt: skip
+def test_thoughts_of_whole_chats_are_found_or_refused(tmp_path, answers, options, thought):
+    """What systems and users say was read as mixtures, and of several thoughts the first alone was one."""
+    said = [{"role": "system", "content": "w40"}]
+    for number, answer in enumerate(answers):
+        said += [
+            {"role": "user", "content": f"w5{number}"},
+            {"role": "assistant", "content": answer},
+        ]
+    easy = [said[1], {"role": "assistant", "content": "<think> w30 </think> w31"}]
+    rows = Dataset.from_list([{"messages": easy}] * 3 + [{"messages": said}])
+    tokenizer = tokenizer_of()
+    tokenizer.chat_template = TURNS
+    if not thought.startswith("w7") and thought != "w8":
+        with pytest.raises(ValueError, match=thought):
+            trainer_of(tmp_path, rows, tokenizer=tokenizer, **options)
+        return
+    made = trainer_of(tmp_path, rows, tokenizer=tokenizer, **options)
+    row = made.train_dataset[3]
+    inside = thought_mask(torch.tensor([row["labels"]]), **made._span)[0].tolist()
+    soft = [token for token, is_soft in zip(row["input_ids"], inside) if is_soft]
+    assert tokenizer.decode(soft) == thought
 
 
 def test_a_tag_that_the_tokenizer_merges_is_refused_by_row(tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor
 from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..config import TAGS
 from ..evaluate import tag_ids, template_of
 from ..soft import Soft
 from ..tags import Moves, matches, moves_of_ids, moves_of_text, single
@@ -76,6 +77,45 @@ def spelled(tokenizer, text: str | None) -> Moves:
             f"the tokenizer has no tokens for {text!r}: name a text that the data really contains"
         )
     return moves_of_text(tokenizer, text) or moves_of_ids(ids)
+
+
+def has_turns(dataset) -> bool:
+    """Are rows whole chats, which do not say what of them is prompt?"""
+    columns = [] if isinstance(dataset, dict) else dataset.column_names or []
+    return "prompt" not in columns and bool({"messages", "conversations"} & {*columns})
+
+
+def check_thoughts(dataset: Dataset, args, tokenizer, span: dict, is_chat: bool) -> None:
+    """Raise ValueError for tokenised rows in which thoughts are not where a SoftSFTConfig says, or of
+    whole chats (`is_chat`) in more than one place. span: as thought_mask takes it."""
+    for name in TAGS:
+        if (text := getattr(args, name)) is not None:
+            check_tag(dataset, name, text, args.targets, tokenizer)
+    for number, row in enumerate(dataset if is_chat and args.is_soft else ()):
+        labels = row.get("labels", row["input_ids"])
+        if why := _ambiguous(labels, args, span):
+            raise ValueError(
+                f"row {number} of the data is a chat {why}: give rows of prompt and completion, one for each answer"
+            )
+
+
+def _ambiguous(labels: list[int], args, span: dict) -> str | None:
+    """Why thought_mask would not find the thoughts of a whole chat; None where it does."""
+    learnt = [label != -100 for label in labels]
+    answers = sum(now and not before for now, before in zip(learnt, [False, *learnt], strict=False))
+    starts, ends = (len(matches(span[tag], labels)) for tag in ("start", "end"))
+    if ends > 1:
+        return f"with think_end={args.think_end!r} {ends} times, of which the first alone ends a thought"
+    if (
+        args.think_start is not None
+        and not starts
+        and not (args.assistant_only_loss and answers == 1)
+    ):
+        return f"without think_start={args.think_start!r}, so that all before think_end is thought"
+    is_bounded = args.think_steps is not None or (args.think_end is not None and not starts)
+    if is_bounded and answers > 1:
+        return f"of {answers} answers, and the thought of the first alone is found"
+    return None
 
 
 def check_tag(dataset: Dataset, name: str, text: str, targets: str, tokenizer) -> None:

@@ -15,7 +15,7 @@ from ..guard import check_range
 from ..mixers import mk_mixer
 from ..models import check_autoregressive, check_keeps_apart
 from ..training import prepare_trained
-from .data import check_pickable, check_traces, thought_mask
+from .data import check_pickable, check_traces, has_turns, thought_mask
 from .learnt import ROOM, learnt_of, mixture
 
 LOOKED_AT = 1000  # rows that the forecast is made from
@@ -25,6 +25,12 @@ def check_columns(model, args, train_dataset) -> None:
     """Raise ValueError for training data that lacks what the options need."""
     if args.packing:
         check_pickable(train_dataset, "packing=True")
+    is_said = args.assistant_only_loss or args.think_start is not None
+    if has_turns(train_dataset) and args.is_soft and not is_said:
+        raise ValueError(
+            f"the rows have the columns {train_dataset.column_names}, chats in which what users say would be thought, "
+            "too: give rows of prompt and completion, think_start, or assistant_only_loss=True"
+        )
     if args.targets != "gold":
         check_traces(train_dataset, args.targets)
     if args.completion_logits:

@@ -40,8 +40,9 @@ from .data import (
     PackedCollator,
     SoftCollator,
     add_trace_ids,
-    check_tag,
+    check_thoughts,
     frontier,
+    has_turns,
     longest_completion,
     packed,
     spelled,
@@ -131,21 +132,19 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         # entropies of a thought's steps, and of how many
         self._thought = torch.zeros(2, device=self.accelerator.device)
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
-        self._span = self._thought_span()
+        self._span = self._thought_span(is_chat=has_turns(train_dataset))
         self._curriculum = mk_curriculum(self.model, processing_class, rows, args, self._span)
         if args.packing:
             self._pack()
 
-    def _thought_span(self) -> dict:
+    def _thought_span(self, is_chat: bool) -> dict:
         """What tells the thought in a completion, as thought_mask takes it."""
-        args = self.args
-        tags = {name: getattr(args, name) for name in TAGS}
-        moves = {name: spelled(self.processing_class, text) for name, text in tags.items()}
+        args, tokenizer = self.args, self.processing_class
+        start, end = (spelled(tokenizer, getattr(args, name)) for name in TAGS)
+        span = dict(start=start, end=end, steps=args.think_steps)
         if isinstance(self.train_dataset, Dataset):  # a stream shows its rows only once
-            for name, text in tags.items():
-                if text is not None:
-                    check_tag(self.train_dataset, name, text, args.targets, self.processing_class)
-        return dict(start=moves["think_start"], end=moves["think_end"], steps=args.think_steps)
+            check_thoughts(self.train_dataset, args, tokenizer, span, is_chat)
+        return span
 
     def train(self, *args, **kwargs):
         """Says first what a step will cost."""
