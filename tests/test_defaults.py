@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import softar
 from softar import Kind, SoftConfig
-from softar.decoders.card import Card
+from softar.decoders.card import Card, describe
 from softar.decoders.options import Common
-from softar.decoders.registry import make_decoder
+from softar.decoders.registry import default_length, make_decoder
 from softar.defaults import NARROW, default_of, recall, think_tags
 from softar.models.origin import note_origin
 from softar.tags import matches, moves_of_ids, moves_of_text
@@ -286,3 +286,13 @@ def test_a_budget_that_leaves_no_answer_is_told(fields, silent):
     assert [str(each.message)[-48:] for each in heard] == [
         "answer follows; raise max_new_tokens, or lower budget"[-48:]
     ] * silent
+
+
+@pytest.mark.parametrize(("tags", "length"), [([], 128), (["<think>", "</think>"], 1024)])
+def test_decoders_of_one_model_are_as_long_on_vllm(tags, length, tmp_path):
+    """Else a comparison of both would be one of lengths."""
+    tokenizer = byte_tokenizer(tags=tags)
+    model_of("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert default_length(describe(str(tmp_path)), "vllm") == length
+    assert make_decoder("gumbel", model=str(tmp_path)).config.max_new_tokens == length

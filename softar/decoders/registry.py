@@ -106,7 +106,9 @@ def default_length(card: Card, family: str) -> int | None:
         return None
     if family == "diffusion":
         return MASKS.get(card.name, PLAIN_LENGTH)
-    return PLAIN_LENGTH if card.config is None else card.config.max_new_tokens
+    if card.config is not None:
+        return card.config.max_new_tokens
+    return import_module(FAMILIES[family]).tagged_length(card) if family == "vllm" else PLAIN_LENGTH
 
 
 def card_of(asked: Spec, model: str | None) -> Card:

@@ -81,6 +81,11 @@ def _decoder(card: Card, common: Common, url: str | None, **options) -> Completi
     return VLLMDecoder(card.name, dtype=common.dtype, **options)
 
 
+def tagged_length(card: Card) -> int:
+    """Tokens of a model without a soft_config.json: as its think tags say, where it has any."""
+    return default_of(None, _tokenizer(card)).config.max_new_tokens
+
+
 def _tokenizer(card: Card):
     """Without the weights where the model is a folder."""
     if card.folder is not None and (card.folder / "tokenizer_config.json").is_file():
