@@ -293,9 +293,10 @@ def test_votes(server):
     for row, made in zip(rows, decoder.completions):
         texts = [c.text for c in made]
         assert len(made) == 5
-        most = max(texts.count(text) for text in texts)
+        votes = [text for text in texts if text not in ("", "<think>", "</think>")] or texts
+        most = max(votes.count(text) for text in votes)
         split += len({*texts}) > 1 and texts[0] != row.text
-        assert row.text == next(text for text in texts if texts.count(text) == most)
+        assert row.text == next(text for text in votes if votes.count(text) == most)
         assert row.tokens == next(c.tokens for c in made if c.text == row.text)
     assert split, "somewhere the first vote lost"
 
