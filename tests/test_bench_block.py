@@ -96,11 +96,15 @@ class Fast_dLLM_QwenForCausalLM(a_package_that_is_not_here.Model):
 def benched(monkeypatch, tmp_path, words, **families):
     """-> the rows of a run, over other models."""
     for name, build in families.items():
-        family = bench_block.FAMILIES[name]._replace(build=lambda args, build=build: build())
+        family = bench_block.FAMILIES[name]._replace(
+            build=lambda args, build=build: copy.deepcopy(build())
+        )
         monkeypatch.setitem(bench_block.FAMILIES, name, family)
     words = f"--repeats 2 --output {tmp_path} {words}"
     monkeypatch.setattr(sys, "argv", ["bench_block.py", *words.split()])
     bench_block.main()
+    for build in families.values():  # others share them
+        build().requires_grad_()
     rows = json.loads((tmp_path / "bench_block.json").read_text())["rows"]
     assert all(row["tokens_per_s"] > 0 and len(row["seconds"]) == 2 for row in rows)
     return {row["sampler"]: row["forwards"] for row in rows}

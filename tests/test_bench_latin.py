@@ -61,7 +61,8 @@ def test_each_model_is_trained_and_decoded_once(trainings, tmp_path, capsys, mon
     table = (tmp_path / "table.md").read_text()
     assert len(table.splitlines()) == 2 + 3 * 3 * ways and table in capsys.readouterr().out
     forwards = {(line["kind"], line["budget"]): line["nfe"] for line in both}
-    assert forwards["blocks", "steps 10"] == 15 and forwards["whole", "steps 10"] == 10
+    # a row that says an end token needs none of the blocks behind it
+    assert 10 < forwards["blocks", "steps 10"] <= 15 and forwards["whole", "steps 10"] == 10
     assert forwards["place", "steps 10"] == 10
 
 

@@ -44,7 +44,7 @@ def test_blocks_complete_squares(decoding, least):
     task = load_task("latin-prompt", size=1)
     rows, config = task.test.select(range(60)), DenoiseConfig(soften=decoding)
     found = evaluate(model, tokenizer, rows, task.score, config, gen_length=25)
-    assert found["accuracy"] > least and found["nfe"] == 30, found
+    assert found["accuracy"] > least and 29 < found["nfe"] <= 30, found
     blind = rows.map(lambda row: {"prompt": " ".join("." * 25), "clues": row["prompt"]})
     clues = evaluate(
         model,
