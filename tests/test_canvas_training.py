@@ -218,7 +218,8 @@ def test_what_does_not_go_together_is_refused_before_work(tmp_path, options, wor
 def test_an_evaluation_has_steps_for_all_canvases_and_blocks(tmp_path, kind, steps):
     """Three canvases of 8, or up to 6 blocks of 4, whatever `eval_steps_decoded` is."""
     if kind == "canvas":
-        model, tokenizer, objective, word = gemma(), tokenizer_of(VOCAB), "canvas", " w20"
+        model, tokenizer = copy.deepcopy(gemma()), tokenizer_of(VOCAB)
+        objective, word = "canvas", " w20"
     else:
         model, tokenizer = convert(*softar.load("mnns-tiny", seed=0), block_length=4)
         objective, word = "masked", " S1"
