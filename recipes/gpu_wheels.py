@@ -27,7 +27,7 @@ CARRIED = ("trl", "datasets", "fastcore", "gguf", "dill", "multiprocess", "pytes
 # what is there beside torch, transformers, accelerate and peft, of what these ask for
 PRESENT = """
     torch transformers accelerate peft huggingface-hub numpy pandas pyarrow pyyaml jinja2 packaging psutil
-    filelock tqdm xxhash fsspec requests httpx matplotlib rich typer iniconfig pluggy pygments
+    safetensors tokenizers filelock tqdm xxhash fsspec requests httpx matplotlib rich typer iniconfig pluggy pygments
 """.split()
 
 

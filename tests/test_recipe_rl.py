@@ -117,7 +117,7 @@ def test_the_demo_ends_with_table_results_and_plot(tmp_path, algorithm):
             2,
             2,
         )
-        assert 0 <= row["accuracy"] <= 1 and 5 <= row["nfe"] <= 6
+        assert 0 <= row["accuracy"] <= 1 and 4 <= row["nfe"] <= 6
         # PPO's second step is its second epoch on the same rollouts
         fresh = [1] if algorithm == "ppo" else [1, 2]
         assert [step for step, _ in row.get("rewards", [])] == (
