@@ -73,10 +73,9 @@ class OfOwnText(LogitsProcessor):
         self.inner, self.prompts, self.pads = inner, prompts, pads
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        pads = self.pads
-        if len(input_ids) != len(pads):  # beams, of any of the prompts
-            begins = input_ids[:, None, : self.prompts.shape[1]] == self.prompts
-            pads = pads[begins.all(2).long().argmax(1)]
+        pads, begins = self.pads, input_ids[:, : self.prompts.shape[1]]
+        if not torch.equal(begins, self.prompts):  # beams, of any of the prompts
+            pads = pads[(begins[:, None] == self.prompts).all(2).long().argmax(1)]
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         first = input_ids.gather(1, pads[:, None])
         return self.inner(torch.where(columns < pads[:, None], first, input_ids), scores)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import PROMPTS, left_padded, model_of
+from tiny import PROMPTS, VOCAB, left_padded, model_of
 from transformers import (
     LogitsProcessor,
     MinPLogitsWarper,
@@ -15,6 +15,7 @@ import softar
 from softar import SoftConfig
 from softar.decoders.beam_collapse import BeamCollapse, beam_collapse
 from softar.decoders.soft_beam import SoftBeam, soft_beam
+from softar.processors import asked_of
 
 N = 6
 LOOPS = {
@@ -56,6 +57,16 @@ def test_a_repetition_penalty_does_not_count_padding_as_said(loop):
         assert tokens == expected
         torch.testing.assert_close(weights, same, atol=1e-6, rtol=0)
     assert decoded(model, torch.tensor([short]), None, "hard")[0][0][0] == first
+
+
+def test_beams_of_one_prompt_may_be_as_many_as_the_prompts():
+    """A group of collapsed beams is of some of the rows, which the count does not tell."""
+    ids, mask = left_padded(PROMPTS)
+    (penalty,) = asked_of([RepetitionPenaltyLogitsProcessor(2.0)], ids, mask)
+    for row in range(len(ids)):
+        beams = ids[row].expand(len(ids), -1)
+        penalised = (penalty(beams, torch.ones(len(ids), VOCAB)) != 1).nonzero()[:, 1]
+        assert {*penalised.tolist()} == {*PROMPTS[row]}
 
 
 class Nothing(LogitsProcessor):
