@@ -18,7 +18,8 @@ from ..names import is_code, load_code
 from ..specs import parse_options, regular_expression
 from .task import Task
 
-NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+# of "10-8" the last is 8, not -8: a sign stands behind no word, number or closing bracket
+NUMBER = re.compile(r"(?:(?<![\w.)\]])[-\u2212])?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 SPLITS = ("train", "test")
 
 
@@ -126,7 +127,7 @@ def _exact(options: Options):
 def _number(options: Options):
     def read(text: str) -> str:
         numbers = NUMBER.findall(text)
-        return numbers[-1].replace(",", "").rstrip(".") if numbers else ""
+        return numbers[-1].replace(",", "").replace("\u2212", "-").rstrip(".") if numbers else ""
 
     def same(text: str, gold: str) -> bool:
         try:
