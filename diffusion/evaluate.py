@@ -8,7 +8,7 @@ from itertools import takewhile
 import torch
 from datasets import Dataset
 
-from softar.evaluate import encode, evaluating, tally, template_of
+from softar.evaluate import Chat, encode, evaluating, prompt_of, tally, template_of
 from softar.sft.data import check_pickable
 
 from .config import DenoiseConfig
@@ -58,10 +58,10 @@ def evaluate(
     end_ids = facts(model).end_ids if config.end_ids is None else config.end_ids
 
     def answer(batch: list[dict]) -> tuple[list[tuple], DenoiseOutput, int]:
-        prompts = [row["template" if fills else "prompt"] for row in batch]
-        told = [template_of(row) if template is None else template for row in batch]
-        inputs = encode(tokenizer, prompts, templates=told)
-        inputs = inputs.to(model.device)
+        prompts = [prompt_of(row, "template" if fills else "prompt") for row in batch]
+        if template is not None:
+            prompts = [p if isinstance(p, str) else Chat(p, template) for p in prompts]
+        inputs = encode(tokenizer, prompts).to(model.device)
         out = denoise(model, inputs["input_ids"], inputs["attention_mask"], config=config, rng=rng)
         rows_of_ids = (out.sequences if fills else out.completions).tolist()
         if not fills:
@@ -153,7 +153,7 @@ def slots_of_row(row: dict, tokenizer) -> int:
     told = template_of(row)
     whole = tokenizer.apply_chat_template(row["prompt"] + answer, tokenize=False, **told)
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    asked = encode(tokenizer, [row["prompt"]], templates=[told])["input_ids"][0].tolist()
+    asked = encode(tokenizer, [prompt_of(row)])["input_ids"][0].tolist()
     # the completion begins where they differ, as in TRL's rows
     same = takewhile(lambda pair: pair[0] == pair[1], zip(ids, asked, strict=False))
     return max(1, len(ids) - len([*same]))
@@ -202,7 +202,8 @@ def check_steps(
     if config.steps is None or b is None or known.mask_id is None:
         return
     for at, prompt in enumerate(prompts):
-        ids = encode(tokenizer, [prompt], templates=[template or {}])["input_ids"]
+        asked = prompt if isinstance(prompt, str) else Chat(prompt, template or {})
+        ids = encode(tokenizer, [asked])["input_ids"]
         masked = torch.nn.functional.pad(ids == known.mask_id, (0, config.gen_length), value=True)
         places = masked[0].nonzero()[:, 0]
         if known.block_length is None or config.grid == "end":  # counted from the end of the prompt

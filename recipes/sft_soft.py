@@ -238,13 +238,13 @@ def thought_of(folder, task):
     """How a trained model thinks about the first held-out row."""
     import softar
     from softar.config import SoftConfig
-    from softar.evaluate import encode, template_of
+    from softar.evaluate import encode, prompt_of
     from softar.show.figures import thought_table
 
     model, tokenizer = softar.load(folder)
     config = SoftConfig.load(folder)
     row = task.test[0]
-    inputs = encode(tokenizer, [row["prompt"]], config.prompt_prefix, [template_of(row)])
+    inputs = encode(tokenizer, [prompt_of(row)], config.prompt_prefix)
     inputs = inputs.to(model.device)
     out = softar.generate(model, **inputs, config=config, tokenizer=tokenizer)
     return thought_table(out, tokenizer)

@@ -224,16 +224,15 @@ def evaluate(model, tokenizer, rows, score, args, policy, draws: int) -> dict:
     import torch
 
     from softar.decode import generate
-    from softar.evaluate import encode, tally
+    from softar.evaluate import Chat, encode, tally
     from softar.thought import Kind
 
     from .discretise import discretise
 
     def answering(rng):
         def answer(batch):
-            prompts = [row["prompt"] for row in batch]
-            inputs = encode(tokenizer, prompts, config.prompt_prefix, templates(prompts))
-            inputs = inputs.to(model.device)
+            prompts = [asked(row["prompt"]) for row in batch]
+            inputs = encode(tokenizer, prompts, config.prompt_prefix).to(model.device)
             out = generate(model, **inputs, config=config, rng=rng, tokenizer=tokenizer)
             ids = discretise(out.record, out.answer_start, args.reward_sees)
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -242,8 +241,9 @@ def evaluate(model, tokenizer, rows, score, args, policy, draws: int) -> dict:
 
         return answer
 
-    def templates(prompts):  # as the rollouts': of columns of the rows TRL's RL hears none
-        return [args.chat_template_kwargs or {}] * len(prompts)
+    def asked(prompt):  # as the rollouts': of columns of the rows TRL's RL hears none
+        is_text = isinstance(prompt, str)
+        return prompt if is_text else Chat(prompt, args.chat_template_kwargs or {})
 
     def judge(answer, row):
         return score(answer[0], row, answer[1])

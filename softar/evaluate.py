@@ -38,9 +38,8 @@ def evaluate(
     rng = torch.Generator().manual_seed(seed)
 
     def answer(batch: list[dict]) -> tuple[list[str], SoftOutput, int]:
-        prompts = [row["prompt"] for row in batch]
-        told = [*map(template_of, batch)]
-        inputs = encode(tokenizer, prompts, config.prompt_prefix, told).to(model.device)
+        prompts = [prompt_of(row) for row in batch]
+        inputs = encode(tokenizer, prompts, config.prompt_prefix).to(model.device)
         out = generate(
             model,
             inputs["input_ids"],
@@ -121,6 +120,26 @@ def prefixed_rows(rows, prefix: str | None):
     return rows.map(lambda row: {"prompt": prefixed(row["prompt"], prefix)})
 
 
+class Chat(list):
+    """Chat messages with what their template is to hear. template: its keywords."""
+
+    def __init__(self, messages: list[dict], template: dict):
+        super().__init__(messages)
+        self.template = template
+
+
+def prompt_of(row: dict, column: str = "prompt"):
+    """What a row asks: its text, or its chat messages with the keywords of `template_of`."""
+    prompt = row[column]
+    return Chat(prompt, template_of(row)) if isinstance(prompt, list) else prompt
+
+
+def chat_text(tokenizer, chat: list[dict]) -> str:
+    """Chat messages as the template of the tokenizer writes them, up to the answer's begin."""
+    told = getattr(chat, "template", {})
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **told)
+
+
 def template_of(row: dict) -> dict:
     """Keywords of the chat template that the columns of a row say, as TRL's SFT reads them: `tools`, a
     list or its JSON, and `chat_template_kwargs`."""
@@ -129,18 +148,12 @@ def template_of(row: dict) -> dict:
     return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
 
 
-def encode(
-    tokenizer, prompts: list, prefix: str | None = None, templates: list[dict] | None = None
-):
+def encode(tokenizer, prompts: list, prefix: str | None = None):
     """Prompts, text or chat messages, to a left-padded batch. prefix: a configuration's
-    prompt_prefix. templates: of each prompt, keywords of the chat template. Raises ValueError where
-    the template leaves the prefix out."""
+    prompt_prefix. Raises ValueError where the chat template leaves the prefix out."""
     prompts = [prefixed(prompt, prefix) for prompt in prompts]
     if not isinstance(prompts[0], str):
-        prompts = [
-            tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True, **told)
-            for p, told in zip(prompts, templates or [{}] * len(prompts), strict=True)
-        ]
+        prompts = [chat_text(tokenizer, prompt) for prompt in prompts]
         if prefix is not None and any(prefix not in text for text in prompts):
             raise ValueError(
                 f"the chat template does not write prompt_prefix={prefix!r}: take the tokenizer that was saved with "

@@ -30,11 +30,12 @@ from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion import load as load_diffusion
 from softar.diffusion.decoders import DiffusionDecoder, denoise_config
 from softar.diffusion.evaluate import evaluate as fill
-from softar.evaluate import encode, evaluate
+from softar.evals.compare import compare
+from softar.evaluate import encode, evaluate, prompt_of
 from softar.models import folder_of
 from softar.specs import format_options
 from softar.tasks import load_task
-from softar.vllm.completions import Completion
+from softar.vllm.completions import Completion, token_ids
 from softar.vllm.request import parse as parse_request
 
 N = 10  # new tokens
@@ -717,6 +718,38 @@ def test_chats_are_read_by_the_template(tiny, filler):
         lambda: BeamDecoder(model, tokenizer, BeamOptions(N, 2)),
     ):
         assert answers(make().decode(chats)) == answers(make().decode(PROMPTS))
+
+
+def test_templates_hear_what_the_columns_of_a_row_say(tiny):
+    """As they do in training, in every way of answering rows."""
+    template = "{{ bos_token }}{% for t in tools or [] %} {{ t.name }}{% endfor %}{% if more %} {{ more }}{% endif %}"
+    model, tokenizer = tiny[0], tokenizer_of()
+    tokenizer.chat_template = template + "{% for m in messages %} {{ m['content'] }}{% endfor %}"
+    tools = [{"name": "D4"}, {"name": "D8"}]
+    said = [
+        {"tools": tools, "chat_template_kwargs": {"more": "D3"}},
+        {"tools": json.dumps(tools), "chat_template_kwargs": None},
+        {"tools": None, "chat_template_kwargs": {"more": "D1"}},
+        {},
+    ]
+    heard = ["D4 D8 D3 ", "D4 D8 ", "D1 ", ""]
+    rows = [{"prompt": [{"role": "user", "content": "D5"}]} | columns for columns in said]
+    texts = [{"prompt": f"<bos> {more}D5"} for more in heard]
+    decoders = [
+        SoftDecoder(model, tokenizer, SoftConfig(max_new_tokens=N)),
+        BeamDecoder(model, tokenizer, BeamOptions(N, 2)),
+    ]
+    for decoder in decoders:
+        found = [
+            [
+                answer.text
+                for answer in compare({"a": decoder}, some, lambda *_: 1.0).passes["a"][0].answers
+            ]
+            for some in (rows, texts)
+        ]
+        assert found[0] == found[1] and len({*found[0]}) > 1
+    for row, text in zip(rows, texts, strict=True):
+        assert token_ids(tokenizer, prompt_of(row)) == token_ids(tokenizer, text["prompt"])
 
 
 def test_models_are_in_eval_mode_meanwhile():

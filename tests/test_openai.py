@@ -137,6 +137,25 @@ def test_what_a_request_holds(monkeypatch):
     assert "Authorization" not in bare, "no key goes anywhere unasked"
 
 
+def test_a_chat_says_what_its_template_hears():
+    messages, tools = [{"role": "user", "content": "q"}], [{"type": "function"}]
+    rows = [
+        {"prompt": messages, "answer": "a"}
+        | {"tools": json.dumps(tools), "chat_template_kwargs": {"enable_thinking": False}},
+        {"prompt": messages, "answer": "a", "tools": None, "chat_template_kwargs": None},
+        {"prompt": "text", "answer": "a", "tools": tools},
+    ]
+    with fake(echo) as (url, asked):
+        compare([decoder_of(url, concurrency=1)], rows, lambda *_: 1.0, warmup=0)
+    told = [
+        {name: body.get(name) for name in ("tools", "chat_template_kwargs")} for _, body, _ in asked
+    ]
+    assert told == [
+        dict(tools=tools, chat_template_kwargs={"enable_thinking": False}),
+        *[dict(tools=None, chat_template_kwargs=None)] * 2,
+    ]
+
+
 def test_draws_are_seeded():
     with fake(echo) as (url, asked):
         for seed in (0, 0, 1):

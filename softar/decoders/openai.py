@@ -60,7 +60,10 @@ class Request:
         """The request's JSON, for a text or chat messages."""
         is_text = isinstance(prompt, str)
         if self.api == "chat":
-            what = {"messages": [{"role": "user", "content": prompt}] if is_text else prompt}
+            what = {"messages": [{"role": "user", "content": prompt}] if is_text else [*prompt]}
+            told = dict(getattr(prompt, "template", {}))
+            what["tools"] = told.pop("tools", None)
+            what["chat_template_kwargs"] = told or None  # as vLLM and SGLang call it
         elif is_text:
             what = {"prompt": prompt}
         else:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..decoders.answer import Decoded, Decoder, Unfinished
-from ..evaluate import check_score
+from ..evaluate import check_score, prompt_of
 from .summary import Pass
 
 
@@ -116,7 +116,7 @@ class Contest:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         try:
-            asked = [item[self.columns[name]] for item in self.items[begin:end]]
+            asked = [prompt_of(item, self.columns[name]) for item in self.items[begin:end]]
             return _decode(self.decoders[name], asked)
         except Exception as error:  # whatever it is, the others go on
             self.fail(None, name, error)

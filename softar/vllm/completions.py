@@ -13,7 +13,7 @@ from ..decode import SoftOutput
 from ..decoders.answer import Decoded
 from ..decoders.votes import commonest, reader
 from ..defaults import THINK_TAGS
-from ..evaluate import prefixed
+from ..evaluate import chat_text, prefixed
 from ..show.trace import Step, Trace, thought
 from ..thought import Progress, Record, begin, mk_rules, replay, warn_unopened
 from .request import parse
@@ -312,8 +312,7 @@ def token_ids(tokenizer, prompt, prefix: str | None = None) -> list[int]:
     prompt = prefixed(prompt, prefix)
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
 
 
 def split_options(options: dict, others: tuple[str, ...]) -> tuple[dict, dict]:
