@@ -36,7 +36,7 @@ def evaluate(
     Args:
         rows: column `template`, a text whose masks are to be filled and whose whole is the answer;
             or `prompt`, text or chat messages, which `gen_length` masks follow (None: as many as
-            the completion of the first row has).
+            the longest completion of the rows has).
         score: of an answer, score(text, row); with_ids: score(text, row, ids).
         config: its gen_length does not count.
         template: keywords of the chat template, for all rows. None: what the columns `tools` and
@@ -52,7 +52,7 @@ def evaluate(
     if fills:
         gen_length = 0
     elif gen_length is None and len(rows):
-        gen_length = slots_of_row(rows[0], tokenizer)
+        gen_length = most_slots(rows, tokenizer)
     config = config if gen_length is None else dataclasses.replace(config, gen_length=gen_length)
     rng = torch.Generator().manual_seed(seed)
     end_ids = facts(model).end_ids if config.end_ids is None else config.end_ids
@@ -123,9 +123,10 @@ def steps_for(known: Facts, rows: Dataset, tokenizer, steps: int) -> int:
     if known.block_length is None or not len(rows):
         return steps
     if known.mask_id is None:
-        canvases = -(-slots_of_row(rows[0], tokenizer) // known.block_length)
+        canvases = -(-most_slots(rows, tokenizer) // known.block_length)
         return -(-steps // canvases) * canvases
-    return max(steps, *(most_blocks(row, tokenizer, known.block_length) for row in rows))
+    slots = None if "template" in rows.column_names else most_slots(rows, tokenizer)
+    return max(steps, *(most_blocks(row, tokenizer, known.block_length, slots) for row in rows))
 
 
 def most_blocks(row: dict, tokenizer, length: int, slots: int | None = None) -> int:
@@ -134,6 +135,11 @@ def most_blocks(row: dict, tokenizer, length: int, slots: int | None = None) -> 
     slots = slots_of_row(row, tokenizer) if slots is None else slots
     span = len(row["template"].split()) if "template" in row else slots
     return min(slots, (span - 2) // length + 2)
+
+
+def most_slots(rows: Dataset, tokenizer) -> int:
+    """Slots in which each of the rows can be answered as it was written."""
+    return max(slots_of_row(row, tokenizer) for row in rows)
 
 
 def slots_of_row(row: dict, tokenizer) -> int:

@@ -262,25 +262,24 @@ def decode_all(trainer, task, schedules):
 def slots_of(task, tokenizer) -> int | None:
     """Tokens to fill of each held-out row, where these don't say it: as many as the longest completion
     of the training rows has."""
-    from softar.diffusion.evaluate import says_slots, slots_of_row
+    from softar.diffusion.evaluate import most_slots, says_slots
 
     if says_slots(task.test.column_names):
         return None
-    pairs = task.train.select_columns(["prompt", "completion"])
-    return max(slots_of_row(row, tokenizer) for row in pairs)
+    return most_slots(task.train.select_columns(["prompt", "completion"]), tokenizer)
 
 
 def budgets_of(schedule, objective, model, tokenizer, task, length=None) -> list:
     """Numbers of steps, or what else the schedule is asked by. Each block of a block-causal model
     gets one step at least, each canvas as many as another. length: tokens to fill, where the rows
     don't say it."""
-    from softar.diffusion.evaluate import most_blocks, slots_of_row
+    from softar.diffusion.evaluate import most_blocks, most_slots
     from softar.diffusion.net import facts
 
     budgets, known = BUDGETS[schedule], facts(model)
     if schedule != "uniform":
         return budgets
-    slots = slots_of_row(task.test[0], tokenizer) if length is None else length
+    slots = most_slots(task.test, tokenizer) if length is None else length
     if objective == "canvas":
         return [b * -(-slots // known.block_length) for b in budgets]
     if objective == "uniform":
@@ -288,7 +287,9 @@ def budgets_of(schedule, objective, model, tokenizer, task, length=None) -> list
     budgets = [b for b in budgets if b < slots] + [slots]
     if known.block_length is None:
         return budgets
-    most = max(most_blocks(row, tokenizer, known.block_length, length) for row in task.test)
+    own = "template" in task.test.column_names  # each row has its masks
+    each = None if own else slots
+    most = max(most_blocks(row, tokenizer, known.block_length, each) for row in task.test)
     if few := [b for b in budgets if b < most]:
         print(f"steps {few} are left out: a row may have {most} blocks, and each takes a step")
     return [b for b in budgets if b >= most] or [most]

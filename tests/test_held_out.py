@@ -11,9 +11,11 @@ from tiny import QUIET
 from transformers import EarlyStoppingCallback
 
 import softar
+from softar.diffusion.config import DenoiseConfig
 from softar.diffusion.convert import convert
-from softar.diffusion.evaluate import slots_of_row
+from softar.diffusion.evaluate import evaluate, slots_of_row, steps_for
 from softar.diffusion.models import load
+from softar.diffusion.net import facts
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.recipes.sft_soft import BaseConfig
 from softar.sft.config import SoftSFTConfig
@@ -207,6 +209,22 @@ def test_chats_are_decoded_in_as_many_slots_as_they_are_learnt_in(tmp_path, temp
     assert trainer.evaluate()["eval_accuracy"] == 1.0
     for row, read in zip(rows, trainer.train_dataset, strict=True):
         assert slots_of_row(row, tokenizer) == sum(label != -100 for label in read["labels"]) > 3
+
+
+def test_every_row_gets_the_slots_of_the_longest(tmp_path):
+    """A short first row would leave no room for the others' answers."""
+    short, long = {"prompt": "<bos> D1", "completion": " S1"}, {"prompt": "<bos> D2"}
+    rows = Dataset.from_list([short, long | {"completion": " S1 S2 S3 S4"}])
+    model, tokenizer = load("mnns-diffusion-tiny", seed=0)
+    seen = []
+    score = lambda answer, row, ids: float(seen.append(len(ids)) is None)  # noqa: E731
+    config = DenoiseConfig(steps=2, end_ids=())
+    evaluate(model, tokenizer, rows, score, config, with_ids=True)
+    assert seen == [5, 5]
+    rows = Dataset.from_list([short, long | {"completion": " S1" * 11}])
+    blocks, _ = convert(*softar.load("mnns-tiny", seed=0), block_length=4)
+    steps = steps_for(facts(blocks), rows, tokenizer, 1)
+    evaluate(blocks, tokenizer, rows, lambda *_: 1.0, DenoiseConfig(steps=steps, end_ids=()))
 
 
 @pytest.mark.parametrize("arch", ["bert", "roberta"])
