@@ -15,10 +15,10 @@ from typing import Any
 from .checks import as_ids, check_choice, check_idle, check_least, check_types, fill, idle_options
 from .feedback import StepTemperature, check_feedback, load_step_temperature
 from .idle import IDLE, warn_of_no_answer
-from .mixers import Mixed, mk_mixer
+from .mixers import MIXERS, Mixed, mk_mixer
 from .names import CONFIG_FILE, STEP_TEMPERATURE_FILE, check_not_code
 from .soft import RESCALES, check_dist
-from .tags import Moves, blanks, moves_of_ids, moves_of_text
+from .tags import Moves, blanks, ids_of_text, moves_of_ids, moves_of_text
 
 Ids = int | str | tuple[int, ...] | None
 TAGS = ("think_start", "think_end")
@@ -97,6 +97,8 @@ class SoftConfig:
     spelling: tuple = field(default=(), repr=False, compare=False)
     # soft steps at most, then think_end is put in (or, without one, the answer starts)
     budget: int | None = None
+    # of a model that was trained on vectors: the budget of decoders that read tokens in their place
+    token_budget: int | None = None
     # nats; the same after `cold_stop_steps` consecutive steps below it
     cold_stop_entropy: float | None = None
     cold_stop_steps: int | None = None  # 256 with a cold stop
@@ -136,7 +138,7 @@ class SoftConfig:
             )
         check_choice("rescale", self.rescale, RESCALES)
         check_feedback(self, mk_mixer(self.mixer))
-        check_least(self, max_new_tokens=1, cold_stop_steps=1, budget=0)
+        check_least(self, max_new_tokens=1, cold_stop_steps=1, budget=0, token_budget=0)
         _check_switch(self)
         if self.cold_stop_entropy is not None and not self.cold_stop_entropy >= 0:
             raise ValueError(
@@ -265,7 +267,7 @@ class SoftConfig:
         """The same configuration with what is given as text (think_start, think_end, switch_final)
         turned into token ids."""
         names = [n for n in (*TAGS, "switch_final") if isinstance(getattr(self, n), str)]
-        ids = {name: _ids_of(tokenizer, name, getattr(self, name)) for name in names}
+        ids = {name: ids_of_text(tokenizer, name, getattr(self, name)) for name in names}
         if not ids.keys() & {*TAGS}:
             return dataclasses.replace(self, **ids) if ids else self
         moves = [*self.spelling[:2]] or [(), ()]
@@ -315,6 +317,9 @@ class SoftConfig:
                 f"{CONFIG_FILE} in {folder} has unknown fields {unknown}; known: {sorted(fields)}"
             )
         if mixer is not None and mixer != values.get("mixer"):
+            theirs = MIXERS.get(values.get("mixer"))  # maybe code that nobody has asked for
+            if theirs is not None and theirs.latent and not mk_mixer(mixer).latent:
+                values["budget"] = values.pop("token_budget", None)
             values = {k: v for k, v in values.items() if k != "mixer_args"} | {"mixer": mixer}
         check_not_code("mixer", values.get("mixer"), f"{CONFIG_FILE} in {folder}")
         if isinstance(file := values.get("step_temperature"), str):  # of the folder
@@ -325,21 +330,6 @@ class SoftConfig:
             message = f"{CONFIG_FILE} in {folder}: {idle} say nothing beside its other fields"
             warnings.warn(f"{message} and are left out", stacklevel=2)
         return cls(**values)
-
-
-def _ids_of(tokenizer, name: str, text: str) -> tuple[int, ...]:
-    if tokenizer is None:
-        raise ValueError(f"{name}={text!r} is text: pass tokenizer=, or its token ids")
-    try:
-        ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-    except Exception as error:  # tokenizers raises no class of its own
-        raise ValueError(
-            f"{name}={text!r} cannot be read by the tokenizer ({error}): give words of its "
-            "vocabulary, or token ids"
-        ) from error
-    if not ids:
-        raise ValueError(f"{name}={text!r} is empty for this tokenizer")
-    return ids
 
 
 def _check_switch(config: SoftConfig) -> None:

@@ -44,8 +44,11 @@ class Default(NamedTuple):
     def changed(self, fields: dict[str, Any]) -> SoftConfig:
         """With these fields in place of its own. A budget of its own is half of the length that
         comes of it; a plain model that is given tags thinks apart from its answer; one that is
-        decoded in single tokens needs nothing that makes mixtures readable."""
+        decoded in single tokens needs nothing that makes mixtures readable; of one that was
+        trained on vectors, tokens have a budget of their own."""
         fields, config = renamed(fields), self.config
+        if config.is_latent and not mk_mixer(fields.get("mixer", config.mixer)).latent:
+            fields = {"budget": config.token_budget} | fields
         if self.kind == "plain" and mk_mixer(fields.get("mixer", config.mixer)).single:
             return SoftConfig(max_new_tokens=config.max_new_tokens).changed(**fields)
         if self.kind == "plain" and fields.get("think_end") is not None:

@@ -120,6 +120,12 @@ IDLE = (
         "choose another mixer",
     ),
     Idle(
+        "token_budget",
+        lambda c: not mk_mixer(c.mixer).latent,
+        "with a mixer of tokens, whose budget it would be",
+        "give budget",
+    ),
+    Idle(
         "step_temperature",
         lambda c: mk_mixer(c.mixer).latent or not (c.is_soft or (c.temperature and c.mixer_draws)),
         "where a thought's steps have no temperature: the likeliest tokens, or vectors, are read",

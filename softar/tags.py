@@ -23,6 +23,23 @@ KINDS = {"BPE", "Unigram"}  # tokenizers whose tokens stand one behind the other
 SPACES = {"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t"}  # how vocabularies write white space
 
 
+def ids_of_text(tokenizer, name: str, text: str) -> tuple[int, ...]:
+    """The tokens of a text that a field of a configuration, `name`, gives. Raises ValueError without a
+    tokenizer, and for a text that it cannot read."""
+    if tokenizer is None:
+        raise ValueError(f"{name}={text!r} is text: pass tokenizer=, or its token ids")
+    try:
+        ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    except Exception as error:  # tokenizers raises no class of its own
+        raise ValueError(
+            f"{name}={text!r} cannot be read by the tokenizer ({error}): give words of its "
+            "vocabulary, or token ids"
+        ) from error
+    if not ids:
+        raise ValueError(f"{name}={text!r} is empty for this tokenizer")
+    return ids
+
+
 def moves_of_ids(ids: tuple[int, ...]) -> Moves:
     """Of a tag that is these ids and no others (Knuth, Morris, Pratt 1977)."""
     moves = []

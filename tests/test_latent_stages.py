@@ -233,6 +233,32 @@ def test_training_follows_the_stages_and_forgets_the_optimiser(tmp_path, monkeyp
     assert trainer.decoding("discrete").mixer == "hard"
 
 
+@pytest.mark.parametrize("stages", [None, 2])
+@pytest.mark.parametrize("span", [dict(think_steps=3), dict(think_end="</think>"), dict()])
+def test_a_saved_folder_is_decoded_in_tokens_as_the_trainer_does(tmp_path, stages, span):
+    """Whatever the trained model reads; so many latents are not so many tokens."""
+    latent = {} if stages is None else dict(latent_stages=stages, latents_per_step=2)
+    args = config_of(tmp_path, **KNOBS | dict(think_end=None, latent_stages=None) | latent | span)
+    model_of().save_pretrained(tmp_path)
+    tokenizer_of().save_pretrained(tmp_path)
+    args.decoding().save(tmp_path)
+    trained = args.decoding("discrete").resolve(tokenizer_of())
+    name = str(tmp_path)
+    made = {s: softar.make_decoder(s, model=name) for s in "discrete sampled soft beam".split()}
+    made["votes"] = softar.make_decoder("self-consistency:votes=2", model=name).decoder
+    assert made["discrete"].config.changed(top_k=None) == trained
+    for decoder in made.values():
+        config = decoder.thought if decoder is made["beam"] else decoder.config
+        assert (config.budget, config.think_end) == (trained.budget, trained.think_end)
+    model, _ = softar.load(name, device="cpu")
+    out = softar.generate(model, torch.tensor([[BOS, 11]]), mixer="hard", max_new_tokens=5)
+    assert out.config.budget == trained.budget
+    assert softar.make_decoder("discrete:budget=1", model=name).config.budget == 1
+    if stages is not None:
+        assert softar.make_decoder("hidden", model=name).config.budget == 4
+        assert softar.generate(model, torch.tensor([[BOS, 11]])).config.budget == 4
+
+
 def test_a_resumed_run_goes_on_exactly_across_stages(tmp_path):
     kw = (
         KNOBS

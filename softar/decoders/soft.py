@@ -268,7 +268,8 @@ def _make_beam(card: Card, common: Common, /, **options) -> BeamDecoder:
     model, tokenizer = _open("beam", card, common)
     default = default_of(card.config, tokenizer)
     names = {"own": (*TAGS, "budget", "prompt_prefix"), "tags": TAGS, "plain": ()}[default.kind]
-    trained = {name: getattr(default.config, name) for name in ("max_new_tokens", *names)}
+    own = soft_config(default, "discrete", {})
+    trained = {name: getattr(own, name) for name in ("max_new_tokens", *names)}
     asked = {} if length is None else {"max_new_tokens": length}
     search = BeamOptions(**trained | asked | check_options(BeamOptions, "beam", options))
     setting = format_options({"num_beams": search.num_beams} | options, " ")

@@ -346,7 +346,8 @@ class SoftSFTConfig(PlainSFTConfig):
             return SoftConfig(mixer="hard", top_k=None, **span)
         if self.latent_stages is not None:
             latents = self.latent_stages * self.latents_per_step
-            return SoftConfig(mixer="hidden", **span | {"budget": latents})
+            span |= dict(budget=latents, token_budget=self.think_steps)
+            return SoftConfig(mixer="hidden", **span)
         # trained on its own single tokens; read out softly it gets its belief
         single = mk_mixer(self.soft_mixer).single
         return SoftConfig(
