@@ -51,6 +51,8 @@ class BlockCausal(Masked):
         self.first_from_store = quirks.first_from_store and facts.shift == 1
         super().__init__(config, net, facts, input_ids, real, draws, record=record)
         self.number: int | None = None  # of the block of the grid that is being decoded
+        # [B] places before which nothing of the row is left to be stored
+        self.kept = (self.grid.begin - self.grid.origin) // self.grid.b * self.grid.b
         # [B] rows in which a step has put an end token
         self.filled = torch.zeros_like(self.canvas.masked[:, 0])
 
@@ -107,10 +109,6 @@ class BlockCausal(Masked):
             if lo < self.grid.own:
                 yield (lo, lo + length), False
 
-    def _seen(self, block: Block) -> Block:
-        """What a result shows of it."""
-        return block._replace(inside=block.inside & self.canvas.columns(0, self.canvas.width))
-
     def begin(self, block: Block) -> None:
         super().begin(block)
         if self.narrows:  # of rows that are whole nothing is stored any more
@@ -123,15 +121,19 @@ class BlockCausal(Masked):
         if lo // b != self.number:  # its first place may be the caller's, and not asked about
             self.number = lo // b
             self.reader.forget()  # later blocks read tokens
+        due = self.begins & (self.kept < (here := lo // b * b))
+        self.kept = self.kept.masked_fill(due, here)
         if block.carried:  # nothing more will be known of it
             self.rule, self.outlasts = Quota(lambda index, left: left), False
             return
         if self.quirks.ends_are_gaps:
             self.grid.leave_out(self.canvas.ids == self.eos_id)
         if not self.quirks.joins:
-            self.reader.store(self.canvas.ids, lo // b * b)
+            self.reader.store(self.canvas.ids, here)
+            due = due & (self.reader.cache is not None)
+            self.row_forwards, self.own_stores = self.row_forwards + due, self.own_stores + due
         elif not self.reader.forwards:
-            self.reader.prefill(self.canvas.ids, lo // b * b)
+            self.reader.prefill(self.canvas.ids, here)
 
     def _live(self, block: Block) -> list[int] | None:
         return None if block.carried else super()._live(block)

@@ -50,7 +50,8 @@ class DenoiseOutput:
     # NFE: forward passes; one over conditional and unconditional rows together counts once
     num_forwards: int
     store_forwards: int  # those of them that store keys and values and decide nothing
-    # [B] int64: of each row those that there were until it needed none, and those of them that store
+    # [B] int64: of each row those that it needed, which are those of the row alone, and those of them
+    # that store. With parity= those that there were until it needed none: public rows do not wait
     row_forwards: Tensor
     row_stores: Tensor
     # positions computed in them, over the rows that something was asked of, padding included

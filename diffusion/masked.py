@@ -57,7 +57,9 @@ class Masked:
         self.config, self.draws = config, draws
         self.quirks, self.schedule = config.quirks, config.scheduler
         self.canvas = canvas = self._canvas(input_ids, facts)
-        self.row_forwards = torch.zeros_like(canvas.at_start)  # to the row's last that it needed
+        # [B] a row's own, and those of them that store; of public samplers, whose rows do not wait
+        # for each other, to the last that it needed
+        self.row_forwards = self.own_stores = torch.zeros_like(canvas.at_start)
         self.end_ids = facts.end_ids if config.end_ids is None else config.end_ids
         self.softener = mk_softener(config.soften, **config.soften_args)
         self.reader = self._reader(net, facts, real)
@@ -101,6 +103,8 @@ class Masked:
         self.canvas.decoded = torch.zeros_like(self.canvas.masked)
         self.rule, self.recall = mk_rule(self.config, block, self.draws), Recall()
         self.outlasts, self.wanted = self.schedule.outlasts, block
+        # [B] bool, rows that would begin the block alone, too
+        self.begins = (self._seen(block).inside & self.canvas.masked).any(-1)
         if not self.softener.carries:
             self.reader.forget()
         elif not self.quirks.stays_soft:
@@ -125,8 +129,11 @@ class Masked:
         asked = self._asked(candidates, window) & busy[:, None]
         rows, cols = asked.nonzero(as_tuple=True)
         logits = reader(canvas.ids, window, rows, cols, self._live(block))
-        needed = asked[:, : canvas.width].any(-1)
-        self.row_forwards = self.row_forwards.masked_fill(needed, reader.forwards)
+        if self.quirks.waits:
+            self.row_forwards = self.row_forwards + (busy & self.begins)
+        else:
+            needed = asked[:, : canvas.width].any(-1)
+            self.row_forwards = self.row_forwards.masked_fill(needed, reader.forwards)
         logits = self.constrain(logits, canvas.ids, rows, cols)
         belief, token, score, prob = self.propose(logits, asked, block)
 
@@ -156,6 +163,10 @@ class Masked:
         told = dict(believed=believed, where=where, soft=soft)
         return report(self, block, asked, commit, certain, **told)
 
+    def _seen(self, block: Block) -> Block:
+        """What a result shows of it."""
+        return block._replace(inside=block.inside & self.canvas.columns(0, self.canvas.width))
+
     def _live(self, block: Block) -> list[int] | None:
         """The rows that a step's forward computes; None: as the forward before. Of those without
         anything to be asked it need say nothing."""
@@ -172,6 +183,8 @@ class Masked:
     @property
     def row_stores(self) -> Tensor:
         """[B] those of them that store."""
+        if self.quirks.waits:
+            return self.own_stores
         return sum((self.row_forwards > at for at in self.reader.stores), 0 * self.canvas.at_start)
 
     def _reach(self, block: Block, window: Window) -> Tensor:

@@ -321,6 +321,9 @@ def test_a_row_decodes_alone_as_in_any_batch(c):
         torch.testing.assert_close(
             alone.confidence[0], out.confidence[r, -T:], rtol=0, atol=1e-4, equal_nan=True
         )
+        assert alone.row_forwards[0] == out.row_forwards[r], r  # not those that it waits for
+        # what decodes on without a mask, in case one comes back, needs nothing then
+        assert alone.row_forwards[0] == alone.num_forwards or c.knobs.get("remask")
 
 
 def test_most_combinations_run():

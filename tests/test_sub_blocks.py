@@ -89,6 +89,8 @@ def test_a_row_alone_is_a_row_of_a_batch_with_an_approximate_cache(seed):
         if knobs["gen_length"] or MASK in row:
             alone = decode(model, [row], [r], **knobs)
             assert torch.equal(alone.sequences[0], out.sequences[r, -alone.sequences.shape[1] :]), r
+            assert alone.row_forwards[0] == out.row_forwards[r], r
+            assert alone.row_stores[0] == out.row_stores[r], r
 
 
 @pytest.mark.parametrize("shift", [0, 1])
