@@ -130,10 +130,14 @@ def steps_for(known: Facts, rows: Dataset, tokenizer, steps: int) -> int:
 
 
 def most_blocks(row: dict, tokenizer, length: int, slots: int | None = None) -> int:
-    """Blocks that may have masks of a row, wherever the first one begins. slots: its masks, where the
-    row does not say it."""
-    slots = slots_of_row(row, tokenizer) if slots is None else slots
-    span = len(row["template"].split()) if "template" in row else slots
+    """Blocks that may have masks of a row, wherever the first one begins. slots: its masks, where it
+    has no template."""
+    if "template" not in row:
+        slots = span = slots_of_row(row, tokenizer) if slots is None else slots
+    elif masks := masks_of(row, tokenizer):
+        slots, span = len(masks), masks[-1] - masks[0] + 1
+    else:
+        return 0
     return min(slots, (span - 2) // length + 2)
 
 
@@ -146,7 +150,7 @@ def slots_of_row(row: dict, tokenizer) -> int:
     """Its masks, or those that take the place of its completion, text or the rest of a chat. Raises
     ValueError for a row without either."""
     if "template" in row:
-        return row["template"].split().count(tokenizer.mask_token)
+        return len(masks_of(row, tokenizer))
     if not says_slots(row):
         raise ValueError(
             f"rows with the columns {[*row]} do not say how many tokens to fill: give gen_length, or rows with a "
@@ -165,17 +169,29 @@ def slots_of_row(row: dict, tokenizer) -> int:
     return max(1, len(ids) - len([*same]))
 
 
+def masks_of(row: dict, tokenizer) -> list[int]:
+    """Where the masks of its template stand, in tokens. Raises ValueError for a tokenizer without a
+    mask token."""
+    if tokenizer.mask_token_id is None:
+        raise ValueError(
+            "a column template holds masks, and the tokenizer has no mask token: leave the column out, or give "
+            "the tokenizer that softar.diffusion.load opens"
+        )
+    ids = encode(tokenizer, [prompt_of(row, "template")])["input_ids"][0]
+    return (ids == tokenizer.mask_token_id).nonzero()[:, 0].tolist()
+
+
 def says_slots(columns) -> bool:
     """Do rows of these columns say how many tokens are to be filled?"""
     return "template" in columns or {"prompt", "completion"} <= {*columns}
 
 
-def check_decoded(args, rows, score) -> None:
+def check_decoded(args, rows, score, tokenizer) -> None:
     """Raise ValueError for held-out rows, one data set or several by name, that a DiffusionSFTTrainer
     with this score could not decode."""
     if isinstance(rows, dict):
         for each in rows.values():
-            check_decoded(args, each, score)
+            check_decoded(args, each, score, tokenizer)
     elif score is not None and args.eval_decode_rows and rows is not None:
         check_pickable(rows, "eval_dataset with score=")
         if not says_slots(rows.column_names):
@@ -183,6 +199,8 @@ def check_decoded(args, rows, score) -> None:
                 "score= needs columns 'prompt' and 'completion', or 'template', in the held-out rows, not "
                 f"{rows.column_names}: give them, or eval_decode_rows=0"
             )
+        if "template" in rows.column_names and len(rows):
+            masks_of(rows[0], tokenizer)
 
 
 def check_masks(tokenizer, prompts: list, mask_id: int) -> None:

@@ -87,7 +87,7 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
             )
         self._facts = check_fits(args, facts(model))
         self._score, self._held_out = score, eval_dataset
-        check_decoded(args, eval_dataset, score)
+        check_decoded(args, eval_dataset, score, processing_class)
         self._fill = self._facts.eos_id if args.train_padding else processing_class.pad_token_id
         if self._fill is None:
             raise ValueError(
@@ -160,7 +160,7 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
 
     def check_held_out(self, rows) -> None:
         check_rows(rows, "eval_dataset", self.args.dataset_text_field)
-        check_decoded(self.args, rows, self._score)
+        check_decoded(self.args, rows, self._score, self.processing_class)
 
     def prepared(self, rows):
         """Rows as TRL is to tokenise them."""

@@ -1,5 +1,6 @@
 """Evaluations of the SFT trainers: rows that are handed over are read and answered as the constructor's."""
 
+import copy
 import json
 import pkgutil
 
@@ -7,16 +8,18 @@ import pytest
 import test_diffusion_rows
 import test_sft
 from datasets import Dataset, DatasetDict
-from tiny import QUIET
+from test_renoised import VOCAB, gemma
+from tiny import QUIET, tokenizer_of
 from transformers import EarlyStoppingCallback
 
 import softar
 from softar.diffusion.config import DenoiseConfig
 from softar.diffusion.convert import convert
-from softar.diffusion.evaluate import evaluate, slots_of_row, steps_for
+from softar.diffusion.evaluate import evaluate, most_blocks, slots_of_row, steps_for
 from softar.diffusion.models import load
 from softar.diffusion.net import facts
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
+from softar.evaluate import encode
 from softar.recipes.sft_soft import BaseConfig
 from softar.sft.config import SoftSFTConfig
 from softar.tasks import load_task
@@ -225,6 +228,42 @@ def test_every_row_gets_the_slots_of_the_longest(tmp_path):
     blocks, _ = convert(*softar.load("mnns-tiny", seed=0), block_length=4)
     steps = steps_for(facts(blocks), rows, tokenizer, 1)
     evaluate(blocks, tokenizer, rows, lambda *_: 1.0, DenoiseConfig(steps=steps, end_ids=()))
+
+
+def holed(mask):
+    """Templates whose masks or words are no words between blanks."""
+    return ["<bos> D1" + mask * 24, f"D1 {mask}. S1", f"S1{mask}S2 {mask}"]
+
+
+@pytest.mark.parametrize("kind", ["words", "bytes"])
+def test_masks_of_templates_are_counted_in_tokens(tmp_path, kind):
+    """So that there is a step for each of their blocks, and no training ends at its evaluation."""
+    if kind == "bytes":
+        test_diffusion_rows.write(tmp_path, "bert")
+    else:
+        mnns_tiny = convert(*softar.load("mnns-tiny", seed=0), block_length=2)
+    model, tokenizer = load(tmp_path) if kind == "bytes" else mnns_tiny
+    for template in holed(tokenizer.mask_token)[: 1 if kind == "words" else 3]:
+        row = {"template": template}
+        ids = encode(tokenizer, [template])["input_ids"][0]
+        places = (ids == tokenizer.mask_token_id).nonzero()[:, 0]
+        assert slots_of_row(row, tokenizer) == len(places) == template.count(tokenizer.mask_token)
+        for length in (1, 2, 3, 8, 30):
+            blocks = [len({*((places + at) // length).tolist()}) for at in range(length)]
+            assert max(blocks) <= most_blocks(row, tokenizer, length) <= len(places)
+    if kind == "words":
+        rows = Dataset.from_list([{"template": holed(tokenizer.mask_token)[0]}] * 2)
+        config = DenoiseConfig(steps=steps_for(facts(model), rows, tokenizer, 8))
+        assert config.steps > 8
+        evaluate(model, tokenizer, rows, lambda *_: 1.0, config)
+
+
+def test_templates_for_a_model_without_a_mask_are_named_before_the_training(tmp_path):
+    rows = Dataset.from_list([row | {"template": row["prompt"]} for row in mnns(SECOND)])
+    model, tokenizer = copy.deepcopy(gemma()), tokenizer_of(VOCAB)
+    with pytest.raises(ValueError, match="a column template holds masks, and the tokenizer has no"):
+        how = dict(train=mnns(SECOND), objective="canvas")
+        diffusion_trainer(tmp_path, model, tokenizer, rows, lambda *_: 1.0, **how)
 
 
 @pytest.mark.parametrize("arch", ["bert", "roberta"])
