@@ -4,8 +4,10 @@ one line."""
 import dataclasses
 import json
 import math
+import random
 import re
 import time
+import warnings
 from collections import Counter
 
 import pytest
@@ -374,6 +376,60 @@ def test_where_the_answer_begins(where, answer, tiny):
         beam = BeamDecoder(model, tokenizer, BeamOptions(20, 2, **where)).decode(["<bos> w20"])[0]
     assert soft.text == beam.text == answer
     assert soft.tokens == beam.tokens == tuple(words)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        dict(think_end="</think>"),
+        dict(think_start="<think>", think_end="</think>"),
+        dict(think_start=(3, 9), think_end=(11, END)),
+        dict(think_end="</think>", hide_thought=False),
+        dict(budget=2),
+        dict(budget=2, hide_thought=False),
+    ],
+    ids=str,
+)
+def test_beams_answer_what_greedy_decoding_does(where, tiny):
+    """Whatever prompts and texts open and close: the one candidate is the same, and its text."""
+    model, tokenizer = tiny
+    discrete = SoftDecoder(model, tokenizer, SoftConfig(mixer="hard", max_new_tokens=5, **where))
+    beam = BeamDecoder(model, tokenizer, BeamOptions(5, 2, **where))
+    r = random.Random(0)
+    for _ in range(25):
+        words = [r.choice([3, 9, 11, END, 12, EOS]) for _ in range(5)]
+        prompts = [
+            " ".join(["<bos>", *r.choices(["<think>", "w9", "w11", "</think>"], k=r.randint(0, 3))])
+            for _ in range(3)
+        ]
+        answers = []
+        for decoder in (discrete, beam):
+            with scripted(model, words), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of prompts that open no thought
+                answers.append([(a.text, a.tokens) for a in decoder.decode(prompts)])
+        assert answers[0] == answers[1], (words, prompts)
+
+
+@pytest.mark.parametrize(
+    "own, asked, text",
+    [
+        (dict(budget=2, hide_thought=False), "", "w10 w11 w12 w13"),
+        (dict(budget=2, hide_thought=False), ":hide_thought=true", "w12 w13"),
+        (dict(budget=2), "", "w12 w13"),
+        (dict(budget=2), ":hide_thought=false", "w10 w11 w12 w13"),
+        (dict(cold_stop_entropy=0.5, hide_thought=False), "", "w10 w11 w12 w13"),
+        (dict(mixer="hidden", budget=3, token_budget=2, hide_thought=False), "", "w10 w11 w12 w13"),
+    ],
+    ids=str,
+)
+def test_beams_hide_the_thoughts_that_the_model_says(own, asked, text, tmp_path):
+    model_of("llama").save_pretrained(tmp_path)
+    tokenizer_of().save_pretrained(tmp_path)
+    SoftConfig(max_new_tokens=9, **own).save(tmp_path)
+    for name in ("beam", "discrete"):
+        decoder = make_decoder(name + asked, model=str(tmp_path), device="cpu")
+        with scripted(decoder.model, [10, 11, 12, 13, EOS]):
+            assert decoder.decode(["<bos> w20"])[0].text == text
 
 
 def test_an_opened_thought_hides_the_answer_until_it_ends(tiny):

@@ -12,16 +12,15 @@ from transformers import BatchEncoding, StoppingCriteriaList
 
 from ..caches import check_cache
 from ..checks import check_least
-from ..config import Ids, SoftConfig
+from ..config import TAGS, Ids, SoftConfig
 from ..evaluate import evaluating, read_prompts, resolve
 from ..loops import stop_at
 from ..models import plain
 from ..models.reading import check_virtual_tokens
 from ..show.trace import Step, Trace, Words
-from ..tags import matches, scan
 from .answer import Decoded
 from .card import check_of_kind, columns_of
-from .stop import stops_of
+from .stop import answer_starts, stops_of
 
 # Sampling is off, with neutral values: what is None generate fills from the model's configuration,
 # and it warns of what beam search does not use.
@@ -40,6 +39,8 @@ NEUTRAL = dict(
     use_cache=True,
     return_dict_in_generate=False,
 )
+# fields of SoftConfig that say where the answer begins
+SHARED = ("max_new_tokens", *TAGS, "budget", "prompt_prefix", "hide_thought")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class BeamOptions:
     think_end: Ids = None
     budget: int | None = None
     prompt_prefix: str | None = None
+    hide_thought: bool = True
 
     def __post_init__(self):
         if self.num_beams < 2:
@@ -93,13 +95,7 @@ class BeamDecoder:
         self.model, self.tokenizer, self.trace = model, tokenizer, trace
         self.num_beams, self.stop = options.num_beams, [*stop]
         self.thought = resolve(
-            SoftConfig(
-                think_start=options.think_start,
-                think_end=options.think_end,
-                budget=options.budget,
-                prompt_prefix=options.prompt_prefix,
-            ),
-            tokenizer,
+            SoftConfig(**{name: getattr(options, name) for name in SHARED}), tokenizer
         )
         self.settings = copy.deepcopy(plain(model).generation_config)
         self.settings.update(
@@ -134,14 +130,10 @@ class BeamDecoder:
                 generation_config=self.settings,
                 stopping_criteria=StoppingCriteriaList(stops),
                 tokenizer=self.tokenizer,
-            ).tolist()
-        rows = [self._unpadded(sequence[width:]) for sequence in sequences]
-        starts = [
-            self._answer_start(ids[mask.bool()].tolist(), row)
-            for ids, mask, row in zip(
-                inputs["input_ids"], inputs["attention_mask"], rows, strict=True
             )
-        ]
+        rows = [self._unpadded(row) for row in sequences[:, width:].tolist()]
+        starts = answer_starts(self.thought, sequences, width)
+        starts = [min(start, len(row)) for start, row in zip(starts, rows, strict=True)]
         texts = [
             self.tokenizer.decode(row[start:], skip_special_tokens=True)
             for row, start in zip(rows, starts, strict=True)
@@ -170,22 +162,6 @@ class BeamDecoder:
         while row and row[-1] == self.settings.pad_token_id:
             row = row[:-1]
         return row
-
-    def _answer_start(self, prompt: list[int], row: list[int]) -> int:
-        """Tokens of a completion before its answer, as `softar.generate` counts them where nothing
-        is forced."""
-        c = self.thought
-        if c.think_end is None:
-            return min(c.budget or 0, len(row))
-        opens, closes = c.moves
-        if opens is not None:
-            (opened,), _ = scan(opens, [prompt])
-            (closed,), _ = scan(closes, [prompt])
-            if opened <= closed and not matches(opens, row):
-                return 0  # it never thought
-        # a tag that the prompt has begun is whole in the row
-        ends = [n - len(prompt) for n in matches(closes, [*prompt, *row]) if n >= len(prompt)]
-        return ends[0] + 1 if ends else len(row)
 
     def _trace(self, inputs: BatchEncoding, i: int, row: list[int], start: int) -> Trace:
         words = Words(self.tokenizer)

@@ -17,7 +17,7 @@ from transformers import BatchEncoding
 
 from ..caches import CACHES, STATIC, check_one_size, set_cache
 from ..checks import check_choice
-from ..config import BLOCK, TAGS, SoftConfig, renamed
+from ..config import BLOCK, SoftConfig, renamed
 from ..decode import generate
 from ..defaults import Default, default_of
 from ..evaluate import evaluating, read_prompts, resolve
@@ -26,7 +26,7 @@ from ..models import kept, load, plain
 from ..names import registered as registered_names
 from ..specs import format_options
 from .answer import Decoded, Decoder, known_sum
-from .beam import BeamDecoder, BeamOptions
+from .beam import SHARED, BeamDecoder, BeamOptions
 from .card import Card, check_of_kind, columns_of, open_model
 from .options import Common, check_options
 from .read import read_out
@@ -267,11 +267,11 @@ def _make_beam(card: Card, common: Common, /, **options) -> BeamDecoder:
     BeamOptions(max_new_tokens=length or 1, **check_options(BeamOptions, "beam", options))
     model, tokenizer = _open("beam", card, common)
     default = default_of(card.config, tokenizer)
-    names = {"own": (*TAGS, "budget", "prompt_prefix"), "tags": TAGS, "plain": ()}[default.kind]
-    own = soft_config(default, "discrete", {})
-    trained = {name: getattr(own, name) for name in ("max_new_tokens", *names)}
-    asked = {} if length is None else {"max_new_tokens": length}
-    search = BeamOptions(**trained | asked | check_options(BeamOptions, "beam", options))
+    asked = check_options(BeamOptions, "beam", options)
+    asked |= {} if length is None else {"max_new_tokens": length}
+    own = soft_config(default, "discrete", {k: v for k, v in asked.items() if k in SHARED})
+    own = own.changed(cold_stop_entropy=None)  # which beams do not heed
+    search = BeamOptions(**{name: getattr(own, name) for name in SHARED} | asked)
     setting = format_options({"num_beams": search.num_beams} | options, " ")
     labels = common.labels("beam", card.name, setting)
     how = dict(trace=common.trace, stop=common.stop)

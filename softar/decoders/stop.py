@@ -40,8 +40,7 @@ class StopStrings(StoppingCriteria):
         if self.config.has_answer and self.config.hide_thought:
             if self.thoughts is None or self.replay:
                 self.thoughts = Thoughts(self.config, input_ids[:, : self.prompt_length])
-            for step in range(self.thoughts.steps, tokens.shape[1]):
-                self.thoughts.read(tokens[:, step])
+            self.thoughts.read(tokens)
             starts = (self.thoughts.ends - tokens[:, : -self.window].shape[1]).tolist()
         tails = map(self._tail, tokens[:, -self.window :].tolist(), starts)
         ends = [any(text in tail for text in self.stop) for tail in tails]
@@ -64,8 +63,12 @@ class Thoughts:
         self.ends = progress.answer_start  # [B] steps before the answer; all so far in a thought
         self.start, self.end = progress.spelled.unbind(1)
 
-    def read(self, token: Tensor) -> None:
-        """One step's tokens [B]."""
+    def read(self, tokens: Tensor) -> None:
+        """The tokens [B, t] of all steps, of which it has read some."""
+        for step in range(self.steps, tokens.shape[1]):
+            self._step(tokens[:, step])
+
+    def _step(self, token: Tensor) -> None:
         rules, self.steps = self.rules, self.steps + 1
         if rules.end is None and rules.budget is not None:
             over = self.thinking & (self.lengths >= rules.budget)
@@ -79,6 +82,16 @@ class Thoughts:
         if rules.start is not None:
             self.start, is_whole = rules.start(self.start, token)
             self.thinking = self.thinking | (is_whole & ~self.closed)
+
+
+def answer_starts(config: SoftConfig, sequences: Tensor, prompt_length: int) -> list[int]:
+    """Of each row [B, P + t] the tokens before its answer, as `softar.generate` counts them where
+    nothing is forced; behind a text's end where its thought never ends. config: resolved."""
+    if not (config.has_answer and config.hide_thought):
+        return [0] * len(sequences)
+    thoughts = Thoughts(config, sequences[:, :prompt_length])
+    thoughts.read(sequences[:, prompt_length:])
+    return thoughts.ends.tolist()
 
 
 def stops_of(
