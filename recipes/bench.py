@@ -122,7 +122,7 @@ def agreement(args) -> list[dict]:
     ids = encode(tokenizer, texts)["input_ids"]
     labels = ids.clone()
     labels[:, : len(tokenizer(task.test["prompt"][0])["input_ids"])] = -100
-    soft_mask = thought_mask(labels, steps=task.think_steps)
+    soft_mask = thought_mask(ids, labels, steps=task.think_steps)
 
     def logits(alpha, **how):
         return soft_forward(

@@ -160,7 +160,7 @@ def in_packs(args, name: str, share: float, passes: int) -> None:
         model.zero_grad()
         began = time.process_time()
         labels, mask = batch["labels"], batch["attention_mask"]
-        thought = batch.get("thought", thought_mask(labels, **SPAN))
+        thought = batch.get("thought", thought_mask(batch["input_ids"], labels, **SPAN))
         how = dict(passes=passes, position_ids=batch.get("position_ids"))
         logits = soft_forward(model, batch["input_ids"], mask, thought, feed, **how)
         soft_loss(logits, labels, thought)[0].backward()

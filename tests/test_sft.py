@@ -35,7 +35,7 @@ import softar.sft.trainer
 from softar.config import SoftConfig
 from softar.evaluate import evaluate
 from softar.sft.config import SoftSFTConfig
-from softar.sft.data import SoftCollator, spelled, thought_mask
+from softar.sft.data import SoftCollator, spelled, thought_mask, thought_of
 from softar.sft.forward import soft_forward
 from softar.sft.preflight import check_tokens
 from softar.sft.trainer import SoftSFTTrainer, soft_loss
@@ -264,43 +264,86 @@ def test_loss_is_of_the_raw_logits_and_takes_low_precision():
 
 
 def mask_of(rows, **span):
-    """With tags as ids."""
-    span = {k: v if k == "steps" else moves_of_ids(tuple(v)) for k, v in span.items()}
-    labels = torch.tensor([row + [OFF] * (max(map(len, rows)) - len(row)) for row in rows])
-    return [[t for t, on in enumerate(row) if on] for row in thought_mask(labels, **span).tolist()]
+    """With tags as ids; each row a prompt and a completion."""
+    span = {k: v if k in ("steps", "space") else moves_of_ids(tuple(v)) for k, v in span.items()}
+    longest = max(len(prompt + new) for prompt, new in rows)
+    rest = [longest - len(prompt + new) for prompt, new in rows]
+    ids = [prompt + new + [PAD] * n for (prompt, new), n in zip(rows, rest, strict=True)]
+    labels = [
+        [OFF] * len(prompt) + new + [OFF] * n for (prompt, new), n in zip(rows, rest, strict=True)
+    ]
+    mask = thought_mask(torch.tensor(ids), torch.tensor(labels), **span)
+    return [[t for t, on in enumerate(row) if on] for row in mask.tolist()]
 
 
 @pytest.mark.parametrize(
     ("span", "expected"),
     [
-        (dict(), [[2, 3, 4, 5, 6, 7], [1, 2, 3], [0, 1, 2, 3]]),
-        (dict(steps=0), [[], [], []]),
-        (dict(steps=3), [[2, 3, 4], [1, 2, 3], [0, 1, 2]]),
-        (dict(steps=9), [[2, 3, 4, 5, 6, 7], [1, 2, 3], [0, 1, 2, 3]]),
-        (dict(end=[9]), [[2, 3, 4], [1, 2, 3], [0]]),  # row 1 has no end: thought throughout
-        (dict(end=[9, 6]), [[2, 3, 4, 5], [1, 2, 3], [0, 1, 2, 3]]),
-        # rows 1, 2: the tag stands in the prompt
-        (dict(start=[8], end=[9]), [[3, 4], [1, 2, 3], [0]]),
-        (dict(start=[8, 7], end=[9, 6]), [[4, 5], [1, 2, 3], [0, 1, 2, 3]]),
+        (dict(), [[2, 3, 4, 5, 6, 7], [1, 2, 3], [0, 1, 2, 3], [2, 3]]),
+        (dict(steps=0), [[], [], [], []]),
+        (dict(steps=3), [[2, 3, 4], [1, 2, 3], [0, 1, 2], [2, 3]]),
+        (dict(steps=9), [[2, 3, 4, 5, 6, 7], [1, 2, 3], [0, 1, 2, 3], [2, 3]]),
+        # row 1 has no end: thought throughout; the prompt of row 3 ends with it
+        (dict(end=[9]), [[2, 3, 4], [1, 2, 3], [0], []]),
+        (dict(end=[9, 6]), [[2, 3, 4, 5], [1, 2, 3], [0, 1, 2, 3], [2, 3]]),
+        # row 1: the tag stands in the prompt; row 2: nowhere
+        (dict(start=[8], end=[9]), [[3, 4], [1, 2, 3], [], []]),
+        (dict(start=[8, 7], end=[9, 6]), [[4, 5], [], [], []]),
     ],
 )
 def test_thought_mask(span, expected):
-    rows = [[OFF, OFF, 8, 7, 5, 9, 6, 9], [OFF, 5, 5, 5], [5, 9, 5, 7]]
+    rows = [([5, 5], [8, 7, 5, 9, 6, 9]), ([8], [5, 5, 5]), ([], [5, 9, 5, 7]), ([8, 9], [5, 5])]
     assert mask_of(rows, **span) == expected
 
 
 def test_thought_mask_at_the_edges():
     # A start tag in the middle: what stands before it is no thought. The last token, or half a tag,
     # opens nothing more.
-    assert mask_of([[OFF, 5, 5, 8, 7, 5, 9, 5]], start=[8, 7], end=[9]) == [[5]]
-    assert mask_of([[OFF, 5, 8]], start=[8], end=[9]) == [[]]
-    assert mask_of([[OFF, 5, 8]], start=[8, 7], end=[9]) == [[1, 2]]
-    assert mask_of([[OFF, 9, 8, 5]], start=[8], end=[9]) == [[]]
-    # Tags of the prompt have no labels; only the first end counts.
-    assert mask_of([[OFF, 5, 9, 5, 9, 5]], end=[9]) == [[1]]
-    assert mask_of([[9, 5]], end=[9]) == [[]]
-    # Half a tag at the end of a row does not match across the padding.
-    assert mask_of([[OFF, 5, 9], [OFF, 5, 9, 6]], end=[9, 6]) == [[1, 2], [1, 2]]
+    assert mask_of([([1], [5, 5, 8, 7, 5, 9, 5])], start=[8, 7], end=[9]) == [[5]]
+    assert mask_of([([1], [5, 8])], start=[8], end=[9]) == [[]]
+    assert mask_of([([1], [5, 8])], start=[8, 7], end=[9]) == [[]]
+    # Only the first end of what is open counts.
+    assert mask_of([([1], [9, 8, 5])], start=[8], end=[9]) == [[3]]
+    assert mask_of([([1], [5, 9, 5, 9, 5])], end=[9]) == [[1]]
+    assert mask_of([([], [9, 5])], end=[9]) == [[]]
+    # A tag may begin in the prompt. Half a tag at the end of a row does not match across the padding.
+    assert mask_of([([8], [7, 5])], start=[8, 7], end=[9]) == [[2]]
+    assert mask_of([([1], [5, 9]), ([1], [5, 9, 6])], end=[9, 6]) == [[1, 2], [1, 2]]
+    # What is not learnt in the middle of a row is nothing that the model has said.
+    ids, labels = torch.tensor([[1, 5, 9, 8, 5]]), torch.tensor([[OFF, 5, OFF, OFF, 5]])
+    ends = dict(end=moves_of_ids((9,)))
+    assert thought_mask(ids, labels, **ends).tolist() == [[False, True, False, False, True]]
+
+
+@pytest.mark.parametrize("tags", [dict(end=(4,)), dict(start=(3,), end=(4,)), dict(end=(4, 3)),
+                                  dict(start=(3, 4), end=(4, 4))], ids=str)  # fmt: skip
+def test_what_is_thought_is_what_decoding_reads_as_mixtures(tags):
+    """Of rows in which tags, white space and words stand anywhere."""
+    rng, space, n = random.Random(0), (6,), 6
+    lengths = [rng.randrange(1, 6) for _ in range(400)]
+    rows = [
+        ([BOS, *rng.choices([3, 4, 6, 7], k=k)], rng.choices([3, 4, 6, 7], k=n)) for k in lengths
+    ]
+    ids, mask = tiny.left_padded([prompt for prompt, _ in rows])
+    out = softar.generate(
+        model_of(eos_token_id=None),
+        ids,
+        mask,
+        config=SoftConfig(
+            **{f"think_{name}": tag for name, tag in tags.items()},
+            spelling=((), (), space),
+            max_new_tokens=n,
+        ),
+        logits_processor=[tiny.Forced(ids.shape[1], [new for _, new in rows])],
+    )
+    assert out.completions.tolist() == [new for _, new in rows]
+    read = (out.record.kind == Kind.SOFT).tolist()
+    expected = [
+        [len(prompt) + t for t, is_soft in enumerate(row) if is_soft]
+        for (prompt, _), row in zip(rows, read, strict=True)
+    ]
+    assert mask_of(rows, space=space, **tags) == expected
+    assert 40 < sum(map(bool, expected)) < 360
 
 
 # -- batches
@@ -1570,14 +1613,17 @@ BOTH = dict(think_start="<think>", think_end="</think>")
         (["<think> w7 </think> w8"], dict(think_steps=2), "what users say would be thought"),
         (["<think> w7 </think> w8"], BOTH, "w7"),
         (["w7 </think> w8"], dict(think_end="</think>", assistant_only_loss=True), "w7"),
-        (["w7 </think> w8"], BOTH | dict(assistant_only_loss=True), "w7"),
+        (["w7 </think> w8"], BOTH | dict(assistant_only_loss=True), "row 3.* no think_start='<think>'"),
+        (["<think> w7 </think> w8 </think>"], BOTH | dict(assistant_only_loss=True), "w7"),
+        (["w7", "<think> w8 </think> w9"], BOTH | dict(assistant_only_loss=True), "w8"),
         (["w7 w8"], dict(think_steps=1, assistant_only_loss=True), "w7"),
         (["w7", "<think> w8 </think> w9"], BOTH, "w8"),
         (["w7", "w8"], dict(assistant_only_loss=True), "w7 <eos> w8 <eos>"),
         (["<think> w7 </think>", "<think> w8 </think>"], BOTH, "row 3.* think_end='</think>' 2 times"),
         (["w7", "w8 </think> w9"], dict(think_end="</think>", assistant_only_loss=True), "of 2 answers"),
         (["w7", "w8"], dict(think_steps=1, assistant_only_loss=True), "of 2 answers"),
-        (["w7", "w8"], BOTH, "row 3 .*without think_start='<think>'"),
+        (["w7", "w8"], BOTH, ""),
+        (["w7", "w8 </think> w9"], BOTH, "row 3.* and no think_start='<think>' before it"),
     ],
 )  # fmt: skip
 def test_thoughts_of_whole_chats_are_found_or_refused(tmp_path, answers, options, thought):
@@ -1592,13 +1638,13 @@ def test_thoughts_of_whole_chats_are_found_or_refused(tmp_path, answers, options
     rows = Dataset.from_list([{"messages": easy}] * 3 + [{"messages": said}])
     tokenizer = tokenizer_of()
     tokenizer.chat_template = TURNS
-    if not thought.startswith("w7") and thought != "w8":
+    if not re.fullmatch(r"(w7|w8|<eos>| )*", thought):
         with pytest.raises(ValueError, match=thought):
             trainer_of(tmp_path, rows, tokenizer=tokenizer, **options)
         return
     made = trainer_of(tmp_path, rows, tokenizer=tokenizer, **options)
     row = made.train_dataset[3]
-    inside = thought_mask(torch.tensor([row["labels"]]), **made._span)[0].tolist()
+    inside = thought_of(row["input_ids"], row["labels"], made._span)
     soft = [token for token, is_soft in zip(row["input_ids"], inside) if is_soft]
     assert tokenizer.decode(soft) == thought
 
@@ -1642,14 +1688,16 @@ TAGGED = {
 
 def test_a_tag_is_told_by_its_text_however_the_tokenizer_cuts_it(tmp_path):
     tokenizer, tags = merging(), dict(think_start="<think>", think_end="</think>")
-    rows = [{"prompt": "a", "completion": text} for text in TAGGED]
+    rows = [
+        {"prompt": "a" if "<think>" in text else "a<think>", "completion": text} for text in TAGGED
+    ]
     model = model_of(vocab_size=len(tokenizer))
     trainer = trainer_of(
         tmp_path, Dataset.from_list(rows), model=model, tokenizer=tokenizer, eos_token="~", **tags
     )
     for row, expected in zip(trainer.train_dataset, TAGGED.values(), strict=True):
-        labels = torch.tensor([row["labels"]])
-        mask = thought_mask(labels, **trainer._span)
+        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+        mask = thought_mask(ids, labels, **trainer._span)
         pieces = tokenizer.convert_ids_to_tokens(labels[mask].tolist())
         assert [p for p in pieces if p != "~"] == expected
 
@@ -1686,7 +1734,7 @@ def test_training_reads_what_decoding_has_read(completion):
 
     labels = torch.tensor([[-100] * len(prompt) + new])
     span = dict(start=spelled(tokenizer, "<think>"), end=spelled(tokenizer, "</think>"))
-    thought = thought_mask(labels, **span)
+    thought = thought_mask(out.sequences, labels, **span)
     soft_forward(model, out.sequences, None, thought, feed, mode="sequential")
     kinds = out.record.kind[0]
     assert thought[0, len(prompt) :].tolist() == (kinds == Kind.SOFT).tolist()
@@ -1694,6 +1742,57 @@ def test_training_reads_what_decoding_has_read(completion):
     for t, mixture in zip(steps, fed, strict=True):
         assert mixture.ids.tolist() == out.record.ids[:, t].tolist()
         torch.testing.assert_close(mixture.weights, out.record.weights[:, t])
+
+
+@pytest.mark.parametrize("way", ["padded", "packed", "stream", "chats"])
+def test_answers_behind_a_closed_or_unopened_thought_are_trained_as_they_are_decoded(
+    tmp_path, spy, way
+):
+    """They read mixtures, and with thought_loss="alpha" had no weight in the end."""
+    tokenizer, model = tokenizer_of(), model_of()
+    asks = ["w11 <think>", "w12 <think> </think>", "w13"]
+    replies = ["w20 w21 </think> w22", "w30 w31", "w40 w41"]
+    rows = [{"prompt": f"<bos> {a}", "completion": f" {r}"} for a, r in zip(asks, replies)]
+    if way == "chats":
+        tokenizer.chat_template = CHAT.replace(
+            "<bos> {{ m['content'] }} ",
+            "<bos> {{ m['content'] }} {% if closed %}<think> </think> {% endif %}",
+        )
+        for i, row in enumerate(rows):
+            ask = asks[i].replace("<think> </think>", "")
+            row["prompt"] = [{"role": "user", "content": ask}]
+            row["completion"] = [{"role": "assistant", "content": replies[i]}]
+            row["chat_template_kwargs"] = {"closed": i == 1}
+    data = Dataset.from_list(rows)
+    trainer = trainer_of(
+        tmp_path,
+        data.to_iterable_dataset() if way == "stream" else data,
+        model=copy.deepcopy(model),
+        tokenizer=tokenizer,
+        alpha_schedule="constant",
+        alpha_start=0.0,
+        thought_loss="alpha",
+        max_steps=1,
+        per_device_train_batch_size=3,
+        **BOTH,
+        **dict(packing=True, max_length=32) if way == "packed" else {},
+    )
+    trainer.train()
+    (seen,) = spy
+    assert torch.equal(seen["soft"], seen["thought"]) and seen["thought_weight"] == 0
+    read = []
+    for prompt, reply in zip(asks, replies, strict=True):
+        ids, new = tokenizer(f"<bos> {prompt}", return_tensors="pt"), tokenizer(reply).input_ids
+        out = softar.generate(
+            model,
+            **ids,
+            config=trainer.decoding().changed(max_new_tokens=len(new)),
+            logits_processor=[tiny.Forced(ids.input_ids.shape[1], [new])],
+            tokenizer=tokenizer,
+        )
+        read += out.completions[out.record.kind == Kind.SOFT].tolist()
+    assert tokenizer.decode(read) == "w20 w21"
+    assert seen["ids"][seen["soft"]].tolist() == read
 
 
 def test_rows_beyond_the_table_of_positions_are_refused(tmp_path):

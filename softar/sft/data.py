@@ -16,36 +16,69 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..config import TAGS
 from ..evaluate import tag_ids, template_of
 from ..soft import Soft
-from ..tags import Moves, matches, moves_of_ids, moves_of_text, single
+from ..tags import Moves, blanks, matches, moves_of_ids, moves_of_text, single
 from ..texts import is_list
 
 
 def thought_mask(
-    labels: Tensor, *, start: Moves = (), end: Moves = (), steps: int | None = None
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    start: Moves = (),
+    end: Moves = (),
+    steps: int | None = None,
+    space: tuple[int, ...] = (),
 ) -> Tensor:
-    """Which positions are thought, and so read mixtures: [B, T] labels (-100 off the completion) ->
-    [B, T] bool.
+    """Which positions are thought, and so read mixtures: those at which a decode by the same tags
+    (softar.thought) reads them when it says what the row says. input_ids, labels: [B, T], -100 off
+    the completion; all before its first token is prompt -> [B, T] bool.
 
-    With `end` (how a tag is spelled, from `softar.tags`) the completion's tokens before its first
-    occurrence (a row without it is thought throughout) and, where the completion holds `start`,
-    after that; with `steps` the first so many; with neither the whole completion. As in decoding,
-    a tag of several tokens ends the thought with its last: until then nothing tells that it is one.
+    With `steps` the completion's first so many tokens. With `end` (how a tag is spelled, from
+    `softar.tags`) those before its first occurrence; without one there the whole completion; none
+    where the prompt ends with it, but for `space` (tokens of white space). With `start`, too, only
+    what an occurrence of it, in prompt or completion, has opened; without one nothing. With none of
+    them the whole completion. A tag of several tokens ends the thought with its last: until then
+    nothing tells that it is one.
     """
     inside = labels != -100
     if steps is not None:
         return inside & (inside.cumsum(1) <= steps)
-    tokens = [single(moves) for moves in (start, end)]
-    if all(
-        token is not None or not moves for token, moves in zip(tokens, (start, end), strict=True)
-    ):
-        return _between(labels, inside, *tokens)
-    # a tag in the prompt has no label
-    for thought, row in zip(inside, labels.tolist(), strict=True):
-        if ends := matches(end, row):
-            thought[ends[0] :] = False
-        if starts := matches(start, row):
-            thought[: starts[0] + 1] = False
-    return inside
+    before = inside.cumsum(1) == 0
+    said = input_ids.where(before | inside, -1)
+    opens, closes = (_whole(moves, said) for moves in (start, end))
+    blank = torch.zeros_like(inside)
+    for token in space:
+        blank = blank | (said == token)
+    opened, closed, last = (_last(marks & before) for marks in (opens, closes, ~blank))
+    shut = (closed > opened) & (last <= closed)
+    opens, closes = opens & inside, closes & inside
+    thinks = opens.cumsum(1) > opens.long()
+    thinks = thinks | (opened > closed)[:, None] if start else torch.ones_like(inside)
+    over = (closes & thinks).cumsum(1) > 0
+    return inside & thinks & ~over & ~shut[:, None]
+
+
+def thought_of(input_ids: list[int], labels: list[int], span: dict) -> list[bool]:
+    """thought_mask of one row. span: what tells the thought, as that takes it."""
+    return thought_mask(torch.tensor([input_ids]), torch.tensor([labels]), **span)[0].tolist()
+
+
+def _whole(moves: Moves, ids: Tensor) -> Tensor:
+    """Where in ids [B, T] a tag is whole, [B, T] bool; of one token, as most models have them,
+    without leaving the device."""
+    if (token := single(moves)) is not None:
+        return ids == token
+    whole = torch.zeros(ids.shape, dtype=torch.bool)
+    if moves:
+        for found, row in zip(whole, ids.tolist(), strict=True):
+            found[matches(moves, row)] = True
+    return whole.to(ids.device)
+
+
+def _last(marks: Tensor) -> Tensor:
+    """The last column of marks [B, T] bool, -1 without any -> [B] int64."""
+    columns = torch.arange(marks.shape[1], device=marks.device)
+    return columns.where(marks, -1).amax(1)
 
 
 def longest_completion(labels: Tensor) -> int:
@@ -53,17 +86,6 @@ def longest_completion(labels: Tensor) -> int:
     labels. labels: [B, T], -100 off the completions."""
     T, at = labels.shape[1], (labels != -100).any(0).nonzero()[:, 0]
     return T if len(at) == 0 else T - max(0, int(at[0]) - 1)
-
-
-def _between(labels: Tensor, inside: Tensor, start: int | None, end: int | None) -> Tensor:
-    """thought_mask for tags of one token each, as most models have them: without leaving the
-    device."""
-    if end is not None:
-        inside = inside & ((labels == end).cumsum(1) == 0)
-    if start is not None:
-        opened = (labels == start).long()
-        inside = inside & ((opened.cumsum(1) > opened) | (opened.sum(1, keepdim=True) == 0))
-    return inside
 
 
 def spelled(tokenizer, text: str | None) -> Moves:
@@ -79,6 +101,13 @@ def spelled(tokenizer, text: str | None) -> Moves:
     return moves_of_text(tokenizer, text) or moves_of_ids(ids)
 
 
+def span_of(args, tokenizer) -> dict[str, Any]:
+    """What tells the thought in rows of this tokenizer by a SoftSFTConfig, as thought_mask takes it."""
+    start, end = (spelled(tokenizer, getattr(args, name)) for name in TAGS)
+    space = blanks(tokenizer) if end else ()
+    return dict(start=start, end=end, steps=args.think_steps, space=space)
+
+
 def has_turns(dataset) -> bool:
     """Are rows whole chats, which do not say what of them is prompt?"""
     columns = [] if isinstance(dataset, dict) else dataset.column_names or []
@@ -87,31 +116,29 @@ def has_turns(dataset) -> bool:
 
 def check_thoughts(dataset: Dataset, args, tokenizer, span: dict, is_chat: bool) -> None:
     """Raise ValueError for tokenised rows in which thoughts are not where a SoftSFTConfig says, or of
-    whole chats (`is_chat`) in more than one place. span: as thought_mask takes it."""
+    chats (`is_chat`: whole ones) in more than one place. span: as thought_mask takes it."""
     for name in TAGS:
         if (text := getattr(args, name)) is not None:
             check_tag(dataset, name, text, args.targets, tokenizer)
-    for number, row in enumerate(dataset if is_chat and args.is_soft else ()):
-        labels = row.get("labels", row["input_ids"])
-        if why := _ambiguous(labels, args, span):
+    has_several = args.is_soft and (is_chat or args.assistant_only_loss)
+    for number, row in enumerate(dataset if has_several else ()):
+        if why := _ambiguous(row, args, span):
             raise ValueError(
                 f"row {number} of the data is a chat {why}: give rows of prompt and completion, one for each answer"
             )
 
 
-def _ambiguous(labels: list[int], args, span: dict) -> str | None:
-    """Why thought_mask would not find the thoughts of a whole chat; None where it does."""
+def _ambiguous(row: dict[str, Any], args, span: dict) -> str | None:
+    """Why thought_mask would not find the thoughts of a chat; None where it does."""
+    labels = row.get("labels", row["input_ids"])
     learnt = [label != -100 for label in labels]
     answers = sum(now and not before for now, before in zip(learnt, [False, *learnt], strict=False))
     starts, ends = (len(matches(span[tag], labels)) for tag in ("start", "end"))
-    if ends > 1:
+    if ends > 1 and not (args.assistant_only_loss and answers == 1):
         return f"with think_end={args.think_end!r} {ends} times, of which the first alone ends a thought"
-    if (
-        args.think_start is not None
-        and not starts
-        and not (args.assistant_only_loss and answers == 1)
-    ):
-        return f"without think_start={args.think_start!r}, so that all before think_end is thought"
+    if args.think_start is not None and not matches(span["start"], row["input_ids"]):
+        why = f"with think_end={args.think_end!r} and no think_start={args.think_start!r} before it"
+        return why if ends else None
     is_bounded = args.think_steps is not None or (args.think_end is not None and not starts)
     if is_bounded and answers > 1:
         return f"of {answers} answers, and the thought of the first alone is found"
@@ -206,7 +233,7 @@ def packed(dataset: Dataset, length: int, span: dict, num_proc: int | None = Non
 
     def marked(row: dict) -> dict:
         labels = row.get("labels", row["input_ids"])
-        thought = thought_mask(torch.tensor([labels]), **span)[0].tolist()
+        thought = thought_of(row["input_ids"], labels, span)
         return {"labels": [-100, *labels[1:]], "thought": [False, *thought[1:]]}
 
     dataset = dataset.map(marked, num_proc=num_proc, desc="Marking thoughts")

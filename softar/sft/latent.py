@@ -14,7 +14,7 @@ from torch import Tensor
 from ..feedback import check_reads_vectors
 from ..models import room_of
 from ..tags import Moves, matches, single
-from .data import spelled, thought_mask
+from .data import spelled, thought_mask, thought_of
 
 
 class Curriculum(NamedTuple):
@@ -60,7 +60,7 @@ class Curriculum(NamedTuple):
         """A collated batch with each row at its own stage, and `latent_mask` [B, T] bool. Rows are
         padded on both sides, so that the first latents of all stand in one column."""
         mask = batch["attention_mask"].bool()
-        inside = thought_mask(batch["labels"], **self.span) & mask
+        inside = thought_mask(batch["input_ids"], batch["labels"], **self.span) & mask
         columns = (batch["input_ids"].tolist(), batch["labels"].tolist(), inside.tolist())
         rows = []
         for n, stage, *row in zip(mask.sum(1).tolist(), stages, *columns, strict=True):
@@ -126,8 +126,8 @@ def check_step_end(dataset, curriculum: Curriculum, text: str | None) -> None:
     one step."""
     if not curriculum.step_end or not isinstance(dataset, Dataset):
         return
-    for _, labels in (each for row in dataset for each in texts_of(row)):
-        inside = thought_mask(torch.tensor([labels]), **curriculum.span)[0].tolist()
+    for ids, labels in (each for row in dataset for each in texts_of(row)):
+        inside = thought_of(ids, labels, curriculum.span)
         thought = [label for label, is_thought in zip(labels, inside, strict=True) if is_thought]
         if matches(curriculum.step_end, thought):
             return
@@ -160,7 +160,7 @@ def check_curriculum(rows, curriculum: Curriculum, room: int | None) -> None:
 
 def check_row(ids: list[int], labels: list[int], curriculum: Curriculum, room: int | None) -> None:
     """Raise ValueError, what goes on after the row's name, for a row that some stage cannot use."""
-    inside = thought_mask(torch.tensor([labels]), **curriculum.span)[0].tolist()
+    inside = thought_of(ids, labels, curriculum.span)
     try:
         each = [curriculum.row(ids, labels, inside, s) for s in range(curriculum.stages + 1)]
     except ValueError as error:

@@ -15,7 +15,7 @@ from ..guard import check_range
 from ..mixers import mk_mixer
 from ..models import check_autoregressive, check_keeps_apart
 from ..training import prepare_trained
-from .data import check_pickable, check_traces, has_turns, thought_mask
+from .data import check_pickable, check_traces, has_turns, thought_of
 from .learnt import ROOM, learnt_of, mixture
 
 LOOKED_AT = 1000  # rows that the forecast is made from
@@ -224,7 +224,8 @@ def forecast(args, dataset, span: dict) -> str | None:
         ]
         thoughts = [int(np.add.reduceat(*each).max()) for each in ends]
     else:
-        thoughts = [int(thought_mask(torch.tensor([row]), **span).sum()) for row in labels]
+        pairs = zip(rows, labels, strict=True)
+        thoughts = [sum(thought_of(row["input_ids"], own, span)) for row, own in pairs]
     length, thought, B = max(map(len, labels)), max(thoughts), args.per_device_train_batch_size
     passes_of = args.soft_passes or 0
     passes = min(thought, passes_of)

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
-from ..config import CONFIG_FILE, TAGS, SoftConfig
+from ..config import CONFIG_FILE, SoftConfig
 from ..evaluate import evaluate
 from ..held_out import EvaluatedRows
 from ..mixers import guide, mk_mixer
@@ -45,7 +45,7 @@ from .data import (
     has_turns,
     longest_completion,
     packed,
-    spelled,
+    span_of,
     thought_mask,
 )
 from .forward import mixed_forward, soft_forward
@@ -132,19 +132,13 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         # entropies of a thought's steps, and of how many
         self._thought = torch.zeros(2, device=self.accelerator.device)
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
-        self._span = self._thought_span(is_chat=has_turns(train_dataset))
+        self._span = span_of(args, processing_class)
+        if isinstance(self.train_dataset, Dataset):  # a stream shows its rows only once
+            is_chat = has_turns(train_dataset)
+            check_thoughts(self.train_dataset, args, processing_class, self._span, is_chat)
         self._curriculum = mk_curriculum(self.model, processing_class, rows, args, self._span)
         if args.packing:
             self._pack()
-
-    def _thought_span(self, is_chat: bool) -> dict:
-        """What tells the thought in a completion, as thought_mask takes it."""
-        args, tokenizer = self.args, self.processing_class
-        start, end = (spelled(tokenizer, getattr(args, name)) for name in TAGS)
-        span = dict(start=start, end=end, steps=args.think_steps)
-        if isinstance(self.train_dataset, Dataset):  # a stream shows its rows only once
-            check_thoughts(self.train_dataset, args, tokenizer, span, is_chat)
-        return span
 
     def train(self, *args, **kwargs):
         """Says first what a step will cost."""
@@ -236,7 +230,7 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         if "thought" in inputs:
             thought = inputs["thought"]
         elif self._curriculum is None:
-            thought = thought_mask(labels, **self._span)
+            thought = thought_mask(inputs["input_ids"], labels, **self._span)
             # a text without a prompt: its first token has no belief before it
             thought[:, 0] = False
         else:
