@@ -16,11 +16,13 @@ from softar.results import write_whole
 from softar.soft import Soft, soft_embed
 
 from .losses import forward_masked
-from .net import Facts, Parts, plain
+from .net import Facts, Parts, facts, plain
+from .noise import NOISE_FILE, save_noise
 from .select import Belief
 from .soften import SCALE_SCHEDULES, Slots, mk_softener, soft_mask
 
 HEAD_FILE = "transparency_config.json"
+HARD = "none"  # the published name of no algorithm
 ALGORITHMS = {"top-k": "mixinputs_with_topk", "temperature": "mixinputs_with_temp"}
 FIELDS = {
     "scale": "transparency_scale",
@@ -109,18 +111,35 @@ def mix_belief(
     return soft_embed(head(slots), net.embedding)
 
 
+def save_reading(model: nn.Module, folder: str | Path) -> None:
+    """Say beside saved weights with which soft masks and of which noise the model was trained, in
+    place of what an earlier training left in the folder. An adapter of a model of masks says it when
+    it is a hard one, too: it would be decoded as its base."""
+    known, is_adapter = facts(model), plain(model) is not model
+    says = is_adapter and known.mask_id is not None
+    (Path(folder) / HEAD_FILE).unlink(missing_ok=True)
+    (Path(folder) / NOISE_FILE).unlink(missing_ok=True)
+    if says or known.soft_mask:
+        save_head(known.soft_mask or {}, folder)
+    if says:
+        save_noise(known.uniform, folder)
+
+
 def save_head(settings: dict, folder: str | Path) -> None:
-    """Write transparency_config.json: settings as `SoftMaskHead.settings` gives them."""
-    named = {"transparency_alg": ALGORITHMS[settings["algorithm"]]}
-    named |= {field: settings[name] for name, field in FIELDS.items() if name in settings}
-    named.setdefault("transparency_scheduling", "none")
+    """Write transparency_config.json: settings as `SoftMaskHead.settings` gives them, {} of a hard
+    model."""
+    named = {"transparency_alg": HARD}
+    if settings:
+        named = {"transparency_alg": ALGORITHMS[settings["algorithm"]]}
+        named |= {field: settings[name] for name, field in FIELDS.items() if name in settings}
+        named.setdefault("transparency_scheduling", "none")
     write_whole(Path(folder) / HEAD_FILE, json.dumps(named, indent=1) + "\n")
 
 
 def load_head(folder: str | Path) -> dict | None:
-    """The `soften_args` that a folder's transparency_config.json holds; None where there is no such
-    file, or it says that the model is a hard one. Raises ValueError naming what is missing, unknown
-    or out of range."""
+    """The `soften_args` that a folder's transparency_config.json holds, {} where it says that the
+    model is a hard one; None where there is no such file. Raises ValueError naming what is missing,
+    unknown or out of range."""
     file = Path(folder) / HEAD_FILE
     if not file.is_file():
         return None
@@ -133,11 +152,11 @@ def load_head(folder: str | Path) -> dict | None:
         raise ValueError(
             f"{file} holds {unknown if isinstance(named, dict) else type(named).__name__}: known are {sorted(fields)}"
         )
+    if named.get("transparency_alg") == HARD:
+        return {}
     needed = {"transparency_alg", *(FIELDS[name] for name in ("scale", "centre", "steepness"))}
     if missing := sorted(needed - set(named)):
         raise ValueError(f"{file} lacks {missing}")
-    if named["transparency_alg"] == "none":
-        return None
     algorithms = {public: name for name, public in ALGORITHMS.items()}
     settings = {name: named[field] for name, field in FIELDS.items() if field in named}
     try:
@@ -159,14 +178,14 @@ def _unsoftplus(x: float) -> float:
 
 
 def learn_head(model: nn.Module, settings: dict | None) -> None:
-    """Let a model know the soft-mask head that it was trained with (`load_head`); None leaves what
-    it knows."""
+    """Let a model know the soft-mask head that it was trained with (`load_head`), {} none; None
+    leaves what it knows."""
     if settings is None:
         return
     config = plain(model).config
     k = settings.get("k", 1)
-    if settings["algorithm"] == "top-k" and k > config.vocab_size:
+    if settings and settings["algorithm"] == "top-k" and k > config.vocab_size:
         raise ValueError(
             f"{HEAD_FILE} is of another model: mixinputs_k={k}, the vocabulary has {config.vocab_size}"
         )
-    config.soft_mask = settings
+    config.soft_mask = settings or None

@@ -37,11 +37,11 @@ from softar.training import (
 from .config import DenoiseConfig
 from .doubled import documents_of
 from .evaluate import check_decoded, evaluate, steps_for
-from .head import HEAD_FILE, learn_head, save_head
+from .head import HEAD_FILE, learn_head, save_reading
 from .inputs import check_width
 from .models import load_original
 from .net import facts, plain
-from .noise import NOISE_FILE, save_noise
+from .noise import NOISE_FILE
 from .objectives import Canvases, Masked, Place, Rows, Uniform
 from .rows import PackedCollator, close_rows, filled, packed
 from .sft_config import DiffusionSFTConfig, check_fits
@@ -59,11 +59,13 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
     trained along, from the numbers on that the model knows of an earlier training; each checkpoint
     holds its values in transparency_config.json, from where `load` and `denoise` take them. With
     objective="uniform" the checkpoint says so in its config.json, an adapter in
-    diffusion_process.json. With `score(answer, row)` every evaluation also decodes its rows.
+    diffusion_process.json; that of a hard model of masks says that in both files. With
+    `score(answer, row)` every evaluation also decodes its rows.
     """
 
     _tag_names = ["trl", "sft", "softar", "masked-diffusion"]
     card_method = "that fills masks, trained by masked diffusion"
+    beside = (HEAD_FILE, NOISE_FILE)
     # the loss is divided by what is counted over the whole accumulated batch
     loss_is_scaled_for_ga = True
 
@@ -121,7 +123,6 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
         self.args.packing = args.packing
         if args.packing:
             self.train_dataset = packed(self.train_dataset, args)
-        self._was_uniform = self._facts.uniform is not None
         self.head = self.uniform = None
         self.objective = self._make_objective()
 
@@ -302,17 +303,12 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
             )
             state_dict = {k: v for k, v in state_dict.items() if "soft_mask_head." not in k}
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        save_reading(self.model, folder)
+        (folder / RAW_HEAD).unlink(missing_ok=True)
         if self.head is not None:
-            folder = Path(output_dir or self.args.output_dir)
-            save_head(self.head.settings(), folder)
             # a resumed training goes on from these, to the bit
             save_file(self.head.state_dict(), folder / RAW_HEAD)
-        if plain(self.model) is not self.model and self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            (folder / NOISE_FILE).unlink(missing_ok=True)
-            # without the file the adapter would have the noise of its base
-            if self.uniform is not None or self._was_uniform:
-                save_noise(self.uniform, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self._has_original_names():

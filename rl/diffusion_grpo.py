@@ -24,9 +24,11 @@ from trl.trainer.utils import use_adapter
 
 from softar.diffusion.config import DenoiseConfig
 from softar.diffusion.evaluate import check_masks
+from softar.diffusion.head import HEAD_FILE, save_reading
 from softar.diffusion.loop import DenoiseOutput, denoise, first_end
 from softar.diffusion.models import load_original
 from softar.diffusion.net import facts
+from softar.diffusion.noise import NOISE_FILE
 from softar.diffusion.record import Trajectory, check_recordable
 from softar.diffusion.replay import Piece, log_probs, prompt_masks, replay
 from softar.model_card import changes_of, decode_command
@@ -89,6 +91,7 @@ class DiffusionGRPOTrainer(RolloutGRPO):
     _tag_names = ["trl", "grpo", "softar", "masked-diffusion"]
     _config = DiffusionGRPOConfig
     card_method = "that fills masks, trained by reinforcement learning"
+    beside = (HEAD_FILE, NOISE_FILE)
 
     def _check_policy(self, model, args, tokenizer):
         name = type(self).__name__
@@ -325,9 +328,9 @@ class DiffusionGRPOTrainer(RolloutGRPO):
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)
-        write_whole(
-            Path(output_dir or self.args.output_dir, POLICY_FILE), _as_json(self.args.decoding())
-        )
+        folder = Path(output_dir or self.args.output_dir)
+        save_reading(self.model, folder)
+        write_whole(folder / POLICY_FILE, _as_json(self.args.decoding()))
 
     @property
     def _has_original_names(self) -> bool:

@@ -33,6 +33,8 @@ class OwnCard:
 
     origin = Origin()
     card_method = "trained to think in mixtures of tokens"
+    # files beside the weights that say more of how they are decoded
+    beside: tuple[str, ...] = (STEP_TEMPERATURE_FILE,)
 
     def card_command(self, folder: str | Path) -> str:
         """The command that decodes what lies in the folder. A mixer of one's own is named there, as
@@ -62,8 +64,9 @@ class OwnCard:
         job, args = self.push_in_progress, self.args
         is_pushed = args.hub_always_push or job is None or job.is_done()
         if is_pushed and self.is_world_process_zero() and args.hub_strategy != "end":
-            for name in (self.card_config()[0], STEP_TEMPERATURE_FILE):
-                if name is not None and Path(checkpoint_folder, name).is_file():
+            for name in {self.card_config()[0], *self.beside} - {None}:
+                Path(args.output_dir, name).unlink(missing_ok=True)  # of an earlier training
+                if Path(checkpoint_folder, name).is_file():
                     shutil.copy(Path(checkpoint_folder, name), Path(args.output_dir, name))
         super()._push_from_checkpoint(checkpoint_folder)
 

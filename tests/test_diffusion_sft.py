@@ -31,6 +31,7 @@ from softar.diffusion.net import facts, parts
 from softar.diffusion.select import Belief
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.diffusion.soften import Slots, soft_mask
+from softar.diffusion.uniform import noise_for
 from softar.tasks import load_task
 
 
@@ -323,6 +324,15 @@ def test_head_file_round_trip(tmp_path):
     assert load_head(tmp_path) == settings | {"scheduling": "none"}
     DenoiseConfig(soften="soft-mask", soften_args=load_head(tmp_path))
     assert load_head(tmp_path / "nowhere") is None
+
+
+def test_a_head_file_that_says_none_overrules_the_configuration(tmp_path):
+    model, _ = load("latin-diffusion-tiny")
+    model.save_pretrained(tmp_path)
+    assert facts(load(tmp_path)[0]).soft_mask == facts(model).soft_mask is not None
+    for numbers in ({}, {"transparency_scale": 0.1, "transparency_centre": -1}):
+        (tmp_path / HEAD_FILE).write_text(json.dumps({"transparency_alg": "none"} | numbers))
+        assert load_head(tmp_path) == {} and facts(load(tmp_path)[0]).soft_mask is None
 
 
 @pytest.mark.parametrize(
@@ -702,6 +712,48 @@ def test_an_adapter_brings_its_head(tmp_path, task, use_dora):
     )
     with pytest.raises(ValueError, match="another base"):
         load(tmp_path / "adapter")
+
+
+HARD = dict(softmasking_prob=0.0)
+UNIFORM = dict(objective="uniform", normalise="tokens")
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_folder_is_decoded_as_it_was_trained_last(tmp_path, task, adapted):
+    """Whatever the base was trained for, and an earlier training in the same folder."""
+    folders = tmp_path / "out", tmp_path / "out" / "checkpoint-1"
+
+    def check(options, base):
+        model, tokenizer = load(base)
+        wraps = adapted and not (base / "adapter_config.json").exists()
+        peft = LoraConfig(r=2, target_modules=["q_proj"]) if wraps else None
+        some = QUIET | dict(max_steps=1, save_strategy="steps", save_steps=1, eval_decode_rows=0)
+        args = DiffusionSFTConfig(str(tmp_path / "out"), **some | options)
+        rows = dict(train_dataset=task.train.select(range(8)), peft_config=peft)
+        trainer = DiffusionSFTTrainer(model, args, **rows, processing_class=tokenizer)
+        trainer.train()
+        trainer.save_model()
+        known = facts(trainer.model)
+        assert (known.soft_mask is not None) == (options is SOFT)
+        assert (known.uniform is not None) == (options is UNIFORM)
+        for folder in folders:
+            again, _ = load(folder)
+            soft = known.soft_mask and known.soft_mask | {"scheduling": "none"}
+            assert facts(again) == known._replace(soft_mask=soft)
+            assert (folder / "soft_mask_head.safetensors").exists() == (options is SOFT)
+            ids = tokenizer(task.test["prompt"][:1], return_tensors="pt")["input_ids"]
+            denoise(again, ids, gen_length=3)
+
+    for name, uniform in (("hard", False), ("soft", False), ("uniform", True)):
+        model, tokenizer = load("mnns-diffusion-tiny", seed=5)
+        model.config.soft_mask = SoftMaskHead(scale=0.4).settings() if name == "soft" else None
+        if uniform:
+            model.config.diffusion_process = noise_for(facts(model), tokenizer, 1e-3).settings()
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        for options in (SOFT, HARD, UNIFORM, HARD):
+            check(options, tmp_path / name)
+        check(HARD, tmp_path / "out")  # a saved one, trained on
 
 
 @pytest.mark.parametrize(("field", "value"), [("mixinputs_k", 5000), ("transparency_scale", 3.0)])

@@ -402,7 +402,7 @@ def test_an_adapter_says_what_it_is(tmp_path, runs):
     assert (tmp_path / "adapter" / NOISE_FILE).is_file()
     # the same folder, now of masks
     assert facts(adapted(tmp_path / "base", "adapter")).uniform is None
-    assert not (tmp_path / "adapter" / NOISE_FILE).exists()
+    assert json.loads((tmp_path / "adapter" / NOISE_FILE).read_text()) == {"kind": "masked"}
     # a base that is uniform, and an adapter that is not
     untrained(tmp_path / "base").save_pretrained(tmp_path / "base")
     assert facts(load(tmp_path / "base")[0]).uniform is not None

@@ -15,6 +15,7 @@ from softar.cli.app import main
 from softar.config import CONFIG_FILE, STEP_TEMPERATURE_FILE, SoftConfig
 from softar.diffusion.head import HEAD_FILE
 from softar.diffusion.models import load
+from softar.diffusion.noise import NOISE_FILE
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.model_card import PROMPT, Origin, changes_of, command_of, decode_command, example_of
 from softar.sft.config import SoftSFTConfig
@@ -179,21 +180,35 @@ def test_the_command_names_a_mixer_of_ones_own(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "end"])
-def test_a_push_takes_what_says_how_it_is_decoded(tmp_path, monkeypatch, strategy):
+@pytest.mark.parametrize(
+    ("kind", "config", "names"),
+    [
+        (SoftSFTTrainer, SoftSFTConfig, {CONFIG_FILE, STEP_TEMPERATURE_FILE}),
+        (DiffusionSFTTrainer, DiffusionSFTConfig, {HEAD_FILE, NOISE_FILE}),
+        (DiffusionSFTTrainer, DiffusionSFTConfig, {NOISE_FILE}),
+    ],
+)
+def test_a_push_takes_what_says_how_it_is_decoded(
+    tmp_path, monkeypatch, strategy, kind, config, names
+):
+    """In place of what a training before has left."""
     pushed = []
     monkeypatch.setattr(
         SFTTrainer,
         "_push_from_checkpoint",
         lambda self, folder: pushed.append({p.name for p in tmp_path.iterdir() if p.is_file()}),
     )
-    trainer = object.__new__(SoftSFTTrainer)
-    trainer.args = SoftSFTConfig(str(tmp_path), hub_strategy=strategy)
+    trainer = object.__new__(kind)
+    trainer.args = config(str(tmp_path), hub_strategy=strategy)
     trainer.push_in_progress = None
-    monkeypatch.setattr(SoftSFTTrainer, "is_world_process_zero", lambda self: True)
-    monkeypatch.setattr(SoftSFTTrainer, "card_config", lambda self: (CONFIG_FILE, {}))
-    names = {CONFIG_FILE, STEP_TEMPERATURE_FILE}
+    file = CONFIG_FILE if kind is SoftSFTTrainer else None
+    monkeypatch.setattr(kind, "is_world_process_zero", lambda self: True)
+    monkeypatch.setattr(kind, "card_config", lambda self: (file, {}))
+    old = {HEAD_FILE} if kind is DiffusionSFTTrainer else set()
+    for name in old:
+        (tmp_path / name).write_text("old")
     (tmp_path / "checkpoint-1").mkdir()
     for name in names:
         (tmp_path / "checkpoint-1" / name).write_text("")
     trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
-    assert pushed == [set() if strategy == "end" else names]
+    assert pushed == [old if strategy == "end" else names]

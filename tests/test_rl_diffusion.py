@@ -23,7 +23,9 @@ from transformers import BertConfig, BertForMaskedLM
 from softar.diffusion import denoise
 from softar.diffusion.config import SHORTHANDS
 from softar.diffusion.decoders import denoise_config
+from softar.diffusion.head import SoftMaskHead, save_head
 from softar.diffusion.models import load
+from softar.diffusion.net import facts
 from softar.diffusion.record import Trajectory
 from softar.diffusion.replay import log_probs, replay
 from softar.evaluate import encode
@@ -403,6 +405,28 @@ def test_a_resumed_training_is_the_same(adapted, tmp_path):
     other = trainer(tmp_path / "whole", model=mk(), **options | dict(steps=2))
     with pytest.raises(ValueError, match="another policy: now steps=2, not 3"):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_folder_keeps_the_soft_masks_of_its_model_alone(adapted, tmp_path):
+    """Those that an adapter learnt are in no configuration, and those of a run before are there."""
+    settings = SoftMaskHead(scale=0.4).settings()
+    for soft_mask in (settings, None):
+        base, again = net(), tmp_path / "again"
+        base.config.soft_mask = None if soft_mask else settings
+        base.save_pretrained(tmp_path / "base")
+        model = load(tmp_path / "base")[0]
+        if adapted:
+            with_lora(model).save_pretrained(tmp_path / "adapter")
+            save_head(soft_mask or {}, tmp_path / "adapter")
+            model = load(tmp_path / "adapter")[0]
+        else:
+            model.config.soft_mask = soft_mask
+        made = trainer(again, model=model, max_steps=1, soften="hard")
+        made.train()
+        made.save_model()
+        known = facts(load(again)[0]).soft_mask
+        assert known == (soft_mask and soft_mask | {"scheduling": "none"})
 
 
 def test_the_best_checkpoint_is_taken_up(tmp_path):
