@@ -119,7 +119,7 @@ class SoftarDiffusionLM(LoadedLM):
     def _check_asked(self, asked: dict) -> None:
         """Raise BadArgument for what a task asks of a sampler: here model_args say how to denoise."""
         is_greedy = not self.how.temperature and self.known.mask_id is not None
-        if asked.get("do_sample") and is_greedy:
+        if asked.get("do_sample") and asked.get("temperature") != 0 and is_greedy:
             raise BadArgument(
                 f"gen_kwargs do_sample=True, and the model is denoised greedily: give model_args temperature=, or "
                 f"--gen_kwargs do_sample=False (asked: {asked})"

@@ -283,6 +283,17 @@ def test_sampling_of_a_task_is_of_the_discrete_text(folder):
     )
     settings, _ = SoftarLM(folder, budget=2, answer_temperature=0.7)._settings(hot, 8)
     assert settings.answer_temperature == 0.7
+    # temperature 0 is greedy, whoever says it, and whatever filters stand beside it
+    for how in (dict(temperature=0), dict(temperature=0.0, top_p=0.5)):
+        assert (
+            hard.generate_until(asked(PROMPTS, do_sample=True, **how), disable_tqdm=True) == greedy
+        )
+    for said in (dict(mixer="hard", temperature=0), dict(budget=2, answer_temperature=0)):
+        lm = SoftarLM(folder, **said)
+        for how in (hot, hot | dict(top_p=0.5, top_k=3, min_p=0.1)):
+            assert lm._settings(how, 8)[0] == lm._settings({}, 8)[0]
+    with pytest.raises(BadArgument, match="answer_top_p=2"):
+        SoftarLM(folder, budget=2)._settings(hot | dict(top_p=2.0), 8)
     with pytest.raises(BadArgument, match="whole text is the thought"):
         SoftarLM(folder).generate_until(asked(PROMPTS, **hot), disable_tqdm=True)
     with pytest.raises(BadArgument, match="'penalty'"):

@@ -310,11 +310,14 @@ class SoftarLM(LoadedLM):
         """A task's generation arguments -> SoftConfig, GenerationConfig. The user's model_args
         override the task's."""
         asked = dict(asked)
-        config = self._configured(self.changes | {"max_new_tokens": max_new_tokens})
         samples, how = asked.pop("do_sample", False), {k: asked.pop(k, None) for k in SAMPLING}
-        if samples:
-            how |= {"temperature": how["temperature"] or 1.0, "top_k": how["top_k"] or None}
-            config = config.changed(**self._sampling(config, how))
+        try:
+            config = self._configured(self.changes | {"max_new_tokens": max_new_tokens})
+            if samples and how["temperature"] != 0:  # which is greedy
+                how |= {"temperature": how["temperature"] or 1.0, "top_k": how["top_k"] or None}
+                config = config.changed(**self._sampling(config, how))
+        except ValueError as error:
+            raise BadArgument(error) from error
         settings = copy.deepcopy(self.model.generation_config)
         if unknown := settings.update(**asked):
             raise BadArgument(
@@ -323,6 +326,9 @@ class SoftarLM(LoadedLM):
         return config, settings
 
     def _sampling(self, config: SoftConfig, how: dict) -> dict:
+        name = "answer_temperature" if config.has_answer else "temperature"
+        if self.changes.get(name) == 0:  # the user's text is greedy, and has no filters
+            return {}
         if config.has_answer:
             return {f"answer_{k}": v for k, v in how.items() if f"answer_{k}" not in self.changes}
         if mk_mixer(config.mixer).single:
