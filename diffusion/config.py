@@ -14,7 +14,7 @@ from .net import Facts
 from .own_schedule import checked
 from .parity import PARITY
 from .quirks import DEFAULT, Quirks
-from .remask import REMASKS, check_remask
+from .remask import REMASKED, REMASKS, check_remask
 from .schedules import SCHEDULE_KNOBS, SCHEDULES, Schedule, mk_schedule
 from .select import SELECTORS, mk_selector
 from .soften import Softener, mk_softener
@@ -93,7 +93,8 @@ class DenoiseConfig:
     # of block-causal models: where their blocks are counted from, the "start" of a row, so that an
     # answer may begin inside a block, or the "end" of its prompt, whose first block is then short
     grid: str = "start"
-    remask: str | None = None  # ReMDM: "cap", "rescale", "conf" or "loop"
+    # ReMDM: "cap", "rescale", "conf" or "loop"; with the schedule uniform or ancestral
+    remask: str | None = None
     remask_args: dict[str, Any] = field(default_factory=dict)  # eta, t_on, t_off, alpha_on
     # of the proposals; 0 is the argmax. (first, last) is one that goes from the first towards the
     # last, in equal steps. None is the model's own: 0, or of DiffusionGemma (0.8, 0.4)
@@ -261,15 +262,20 @@ class DenoiseConfig:
                 )
             return
         check_remask(self.remask, self.remask_args)
-        schedule = mk_schedule(self.schedule_name)
-        if schedule.revises:
+        if self.quirks.rule is not None:
             raise ValueError(
-                f"schedule={self.schedule_name!r} masks decoded tokens again itself: it does not go with "
-                f"remask={self.remask!r}"
+                f"parity={self.parity!r} has a rule of its own for what commits, and so has remask={self.remask!r}: "
+                f"leave one out"
             )
-        if not schedule.takes_steps:
+        if mk_schedule(self.schedule_name) not in [SCHEDULES[name] for name in REMASKED]:
             raise ValueError(
-                f"remask={self.remask!r} needs a fixed number of steps: schedule={self.schedule_name!r} has none"
+                f"remask={self.remask!r} sets by itself how many commit, and schedule={self.schedule_name!r} does not "
+                f"go with it: choose one of {[*REMASKED]}"
+            )
+        if self.ends_last and mk_selector(self.select).is_random:
+            raise ValueError(
+                f"ends_last={self.ends_last} says nothing to remask={self.remask!r} with select={self.select!r}, "
+                f"which draw each position by itself: choose another select"
             )
         if self.steps is None:
             raise ValueError(f"remask={self.remask!r} needs steps=")

@@ -222,7 +222,7 @@ class Masked:
 
 
 def mk_rule(config: DenoiseConfig, block: Block, draws: Draws) -> Rule:
-    if config.remask is not None and config.quirks.rule is None:
+    if config.remask is not None:
         return remask(block, config, draws)
     return config.scheduler(block, config, draws, **config.schedule_args)
 

@@ -139,6 +139,8 @@ def check_remask(name: str, knobs: dict) -> None:
 RANGES = dict.fromkeys(
     ("eta", "t_on", "t_off", "alpha_on"), (lambda x: 0 <= x <= 1, "must lie in [0, 1]")
 )
+# the schedules beside it: as many in each step, or drawn
+REMASKED = ("uniform", "ancestral")
 REMASKS: dict[str, Remasking] = {
     "cap": Remasking(cap),
     "rescale": Remasking(rescale),

@@ -27,7 +27,7 @@ from softar.diffusion.architectures import (
 from softar.diffusion.decoders import denoise_config
 from softar.diffusion.net import parts
 from softar.diffusion.reader import Reader
-from softar.diffusion.remask import REMASKS, remask
+from softar.diffusion.remask import REMASKED, REMASKS, remask
 from softar.diffusion.schedules import SCHEDULES, Block, Quota, Step
 from softar.diffusion.select import SELECTORS, Belief, Draws, mk_selector
 from softar.diffusion.soften import SOFTENERS, Softener, evolving
@@ -139,6 +139,8 @@ def combination(seed):
     if shares_out and knobs["steps"] and r.random() < 0.6:
         knobs["remask"] = r.choice([*REMASKS])
         knobs["remask_args"] = {} if knobs["remask"] == "conf" else r.choice([{}, {"eta": 0.5}])
+        if schedule not in REMASKED:
+            knobs |= dict(schedule="uniform", schedule_args={})
     # what does nothing is refused
     if knobs["cfg_scale"] == 0:
         knobs["cfg_keep_ids"] = None
@@ -1310,16 +1312,26 @@ BAD_CONFIGS = [
     (dict(remask="cap"), "remask='cap' needs steps="),
     (
         dict(remask="cap", threshold=0.9),
-        "remask='cap' needs a fixed number of steps: schedule='threshold'",
+        "remask='cap' sets by itself how many commit, and schedule='threshold'",
     ),
     (
         dict(remask="cap", steps=8, schedule=lambda block, config, draws: None),
-        "remask='cap' needs a fixed number of steps: schedule=<function",
+        "remask='cap' sets by itself how many commit, and schedule=<function",
     ),
     (
         dict(remask="cap", schedule="pyramid"),
-        "remask='cap' needs a fixed number.*schedule='pyramid'",
+        "remask='cap' sets.*schedule='pyramid' does not go with it: choose one of .*'ancestral'",
     ),
+    *(
+        (dict(remask="cap", steps=8, schedule=name), f"remask='cap' sets.*schedule='{name}'")
+        for name in SCHEDULES
+        if SCHEDULES[name].takes_steps and name not in REMASKED
+    ),
+    (
+        dict(remask="cap", steps=8, select="random", ends_last=True),
+        "ends_last=True says nothing to remask='cap' with select='random'",
+    ),
+    (dict(remask="cap", steps=8, parity="llada"), "parity='llada' has a rule.*remask='cap'"),
     (dict(remask="cap", steps=8, soften="evolving"), "soften='evolving' revises"),
     (
         dict(remask="cap", steps=8, remask_args={"sigma": 1}),

@@ -30,7 +30,7 @@ from softar.diffusion.families import (
     SdarConfig,
     SDARForCausalLM,
 )
-from softar.diffusion.remask import REMASKS
+from softar.diffusion.remask import REMASKED, REMASKS
 from softar.diffusion.schedules import SCHEDULES
 from softar.diffusion.select import SELECTORS
 from softar.diffusion.soften import SOFTENERS
@@ -146,7 +146,7 @@ def cases(draw):
         fields["soften_args"] = one([*SOFT_MASK, {"k": 5, "scale": 1.0}, {"k": VOCAB}])
     if SCHEDULES[schedule].takes_steps:
         fields["steps"] = one([None, 1, 2, 3, 6, 12])
-        if fields["steps"] and draw(st.booleans()):
+        if fields["steps"] and schedule in REMASKED and draw(st.booleans()):
             fields["remask"] = one(REMASKS)
             if fields["remask"] != "conf":
                 fields["remask_args"] = one([{}, {"eta": 0.3}, {"eta": 1.0}])
