@@ -40,6 +40,12 @@ IDLE = (
     ),
     Idle(
         "alg_temp",
+        lambda c: mk_selector(c.select) == SELECTORS["leftmost"],
+        "but shuffle with select='leftmost', whose scores are all alike",
+        "choose another select",
+    ),
+    Idle(
+        "alg_temp",
         lambda c: c.steps == 1 or c.block_length == 1,
         "where a forward commits all that is open",
         "give more steps, or longer blocks",

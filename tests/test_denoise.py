@@ -1373,6 +1373,10 @@ BAD_CONFIGS = [
         dict(select="random", alg_temp=0.5),
         "alg_temp=0.5 does nothing with a select that scores at random",
     ),
+    (
+        dict(select="leftmost", alg_temp=0.5),
+        "alg_temp=0.5 does nothing but shuffle with select='leftmost'",
+    ),
     (dict(steps=1, alg_temp=0.5), "alg_temp=0.5 does nothing where a forward commits all"),
     (dict(block_length=1, alg_temp=0.5), "alg_temp=0.5 does nothing where a forward commits all"),
     (dict(gen_length=0, cache="dual"), "cache='dual' does nothing.*give a block_length"),
