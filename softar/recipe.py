@@ -16,8 +16,19 @@ from .launch import Program, default_accelerate_config, is_launched, launch, spl
 from .progress import duration
 from .recipe_config import check_model_options, with_default_config, with_found_config
 from .recipe_data import SFT_FORMATS, check_held_out, evaluates, open_task
+from .recipe_model import check_named_model, check_stays, named_model
 from .resume import checkpoint_of
-from .rows import APART, CUSTOM, Row, check_resume, jobs_of, keeps_something, parse_rows, train_rows
+from .rows import (
+    APART,
+    CUSTOM,
+    Row,
+    check_resume,
+    folders_of,
+    jobs_of,
+    keeps_something,
+    parse_rows,
+    train_rows,
+)
 
 if TYPE_CHECKING:
     from .tasks import Task
@@ -127,7 +138,8 @@ def run(recipe: Recipe, program: Program | None = None) -> None:
             sys.exit(launch(program, processes, argv))
         with one_line_errors(program.name):
             inputs = read(recipe, argv, program)
-        folders.append(inputs.training.output_dir)
+        rows = folders_of(inputs.names, inputs.training, inputs.script.num_seeds)
+        folders.extend(rows.values())
         with one_line_errors(program.name, FloatingPointError, code=1):
             train(recipe, inputs)
 
@@ -157,6 +169,7 @@ def read(recipe: Recipe, argv: list[str], program: Program | None = None) -> Inp
     model, options = named_model(model_args, task, task.models.get(recipe.model_kind))
     if model != task.models.get(recipe.model_kind):
         check_named_model(model, recipe.model_kind, script, options)
+        check_stays(model, training, folders_of(names, training, script.num_seeds))
     program = program or recipe.program
     inputs = Inputs(program, argv, names, script, training, model_args, task, model, options)
     output = training.output_dir
@@ -335,20 +348,6 @@ def measured(trainer, task: "Task", common: dict, decode: Callable) -> list[dict
 # -- input
 
 
-def named_model(model_args, task: "Task", default: str | None) -> tuple[str, dict]:
-    """The model to open, `default` where none is named, and what its loading takes from TRL's
-    ModelConfig."""
-    name = model_args.model_name_or_path or default
-    if name is None:
-        raise ValueError(f"task {task.name!r} has no model of its own: give --model_name_or_path")
-    options = {"dtype": model_args.dtype}
-    if model_args.attn_implementation:
-        options["attn_implementation"] = model_args.attn_implementation
-    if model_args.model_revision not in (None, "main"):
-        options["revision"] = model_args.model_revision
-    return name, options
-
-
 def check_loggers(names: list[str]) -> None:
     """Raise ValueError for a logger of --report_to that is not there or not installed."""
     from transformers.integrations import integration_utils as loggers
@@ -359,36 +358,11 @@ def check_loggers(names: list[str]) -> None:
             raise ValueError(f"report_to={name!r} is not installed: pip install {name}")
 
 
-def check_named_model(name: str, kind: str, script, options: dict) -> None:
-    """Raise ValueError for a model that is nowhere, or of the wrong kind, before anything else is
-    touched."""
-    from .decoders.card import describe
-    from .models import MODELS, check_there
-    from .tasks import MODELS as OF_TASKS
-
-    known = {*MODELS, *(name for models in OF_TASKS.values() for name in models.values())}
-    check_there(name, sorted(known), **{k: v for k, v in options.items() if k == "revision"})
-    has = describe(name).kind
-    is_diffusion = kind == "diffusion" and not script.from_causal
-    needs = "diffusion" if is_diffusion else "autoregressive"
-    is_said = is_diffusion and script.kind is not None  # of a folder that looks like another's
-    if has not in (None, needs) and not is_said:
-        raise ValueError(f"model={name!r}: {OTHER_KIND[has]}")
-
-
-OTHER_KIND = {
-    "diffusion": "it fills masks: `softar diffusion-sft` trains it, without --from_causal, and by RL "
-    "`softar diffusion-grpo`",
-    "autoregressive": "it reads from left to right: `softar sft` and `softar grpo` train it; `softar diffusion-sft "
-    "--from_causal true` makes a diffusion model of a causal LM (Llama, Qwen, ...) first",
-}
-
-
 @contextlib.contextmanager
 def interruptible():
-    """Ctrl-C ends a run with how to go on, not with a traceback. Gives a list, for the output folder
-    once it is known: where nothing is kept in it, that is said."""
-    folders: list[str] = []
+    """Ctrl-C ends a run with how to go on, not with a traceback. Gives a list, for the folders of its
+    rows once they are known: where nothing is kept in them, that is said."""
+    folders: list[Path] = []
     try:
         yield folders
     except KeyboardInterrupt:

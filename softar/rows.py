@@ -37,6 +37,16 @@ APART = "SOFTAR_TRAIN_APART"
 EARLIER = "_earlier"
 LOG = "train.log"  # what such a process says, in the row's folder
 TOLD = "row_arguments.json"  # what a finished row was trained with
+# What a run leaves in a row's folder that decides how it is resumed, or how it is decoded
+LEFT = (
+    *("checkpoint-*", "row.json", TOLD, "README.md", "training_args.bin"),
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
+    *("adapter_config.json", "soft_config.json", "denoise_config.json"),
+    *("transparency_config.json", "diffusion_process.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("*.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "additional_chat_templates"),
+)
 
 Row = tuple[str, int]
 
@@ -67,11 +77,7 @@ def train_rows(
     is_child, is_main = APART in os.environ, PartialState().is_main_process
     if is_child:  # its parent ends it by SIGINT, which a shell may have told both to ignore
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    seeds = range(training.seed, training.seed + num_seeds)
-    folders = {(name, seed): output / f"{name}-seed{seed}" for seed in seeds for name in names}
-    if [*folders] == [(CUSTOM, training.seed)] and not is_child:
-        folders = {(CUSTOM, training.seed): output}
-    starts = not resumes(training) and is_main and not is_child
+    folders = folders_of(names, training, num_seeds)
     configs = {row: configure(*row, folder) for row, folder in folders.items()}
     lines_of = {row: saved_row(folder, configs[row]) for row, folder in folders.items()}
     left = [row for row, lines in lines_of.items() if lines is None]
@@ -84,8 +90,9 @@ def train_rows(
             if lines is not None:
                 kept = f"{lines[0]['train_steps']} steps, and kept as it is{how[name, seed]}"
                 print(f"{name}, seed {seed}: trained already, {kept}")
+    begins = [folders[row] for row, path in begin.items() if is_from_start(path, folders[row])]
     results = []
-    with anew([*folders.values()]) if starts else contextlib.nullcontext():
+    with anew(begins if is_main and not is_child else []):
         if jobs > 1 and len(left) > 1 and not is_child:
             for row, path in begin.items():  # the processes say it to their logs alone
                 if path is not None and (line := changes(path, configs[row])):
@@ -107,6 +114,20 @@ def train_rows(
                 write_results(output / "results.json", results)
     PartialState().destroy_process_group()  # not earlier: the next row's trainer joins the same one
     return (results if is_main and not is_child else []), folders
+
+
+def folders_of(names: list[str], training, num_seeds: int) -> dict[Row, Path]:
+    """The folder of each row. A single run as the options say has the output folder itself."""
+    output, seeds = Path(training.output_dir), range(training.seed, training.seed + num_seeds)
+    folders = {(name, seed): output / f"{name}-seed{seed}" for seed in seeds for name in names}
+    if [*folders] == [(CUSTOM, training.seed)] and APART not in os.environ:
+        return {(CUSTOM, training.seed): output}
+    return folders
+
+
+def is_from_start(checkpoint: str | None, folder: Path) -> bool:
+    """Is what lies in a row's folder an earlier run's, where it goes on from this checkpoint?"""
+    return checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve()
 
 
 def end_run() -> None:
@@ -168,14 +189,14 @@ def start_apart(row: Row, folder: Path, program: Program) -> subprocess.Popen:
 
 @contextlib.contextmanager
 def anew(folders: list[Path]) -> Iterator[None]:
-    """A run from the start: nothing of an earlier one stays where a later resume would take it for
-    its own. An error of the input that only shows when a trainer is made, before anything has been
-    trained, leaves the folders as they were."""
+    """Rows from the start: nothing of an earlier run stays in their folders where a later resume, or
+    who decodes them, would take it for theirs. An error of the input that only shows when a trainer
+    is made, before anything has been trained, leaves the folders as they were."""
     undo = [set_apart(folder) for folder in folders]
     try:
         yield
     except SystemExit as end:
-        if end.code == 2 and not any(_holds_run(folder) for folder in folders):
+        if end.code == 2 and not any(map(keeps_something, folders)):
             for put_back in undo:
                 put_back()
         raise
@@ -184,30 +205,30 @@ def anew(folders: list[Path]) -> Iterator[None]:
             shutil.rmtree(folder / EARLIER / EARLIER, ignore_errors=True)
 
 
+def left_in(folder: Path) -> list[Path]:
+    """What an earlier run left in a row's folder, as LEFT says."""
+    return sorted({path for pattern in LEFT for path in folder.glob(pattern)})
+
+
 def set_apart(folder: Path) -> Callable[[], None]:
-    """Move the checkpoints of a folder into one named EARLIER (push_to_hub skips that name), in
-    place of what was there, which goes into a folder inside until the run is over, and delete its
-    row.json -> what undoes it."""
-    row, earlier, older = folder / "row.json", folder / EARLIER, folder / f"{EARLIER}{EARLIER}"
-    lines = row.read_text() if row.exists() else None
-    row.unlink(missing_ok=True)
-    checkpoints = [*folder.glob("checkpoint-*")]
-    if checkpoints:
+    """Move what an earlier run left into a folder named EARLIER (push_to_hub skips that name), in
+    place of what was there, which goes into a folder inside until the run is over -> what undoes
+    it."""
+    earlier, older, left = folder / EARLIER, folder / f"{EARLIER}{EARLIER}", left_in(folder)
+    if left:
         if earlier.exists():
             earlier.rename(older)
         earlier.mkdir()
         if older.exists():
             older.rename(earlier / EARLIER)
-        for checkpoint in checkpoints:
-            checkpoint.rename(earlier / checkpoint.name)
-        print(f"starts anew; the checkpoints of an earlier run are now in {earlier}")
+        for path in left:
+            path.rename(earlier / path.name)
+        print(f"starts anew; model and checkpoints of an earlier run are now in {earlier}")
 
     def put_back() -> None:
-        if lines is not None:
-            row.write_text(lines)
-        if checkpoints:
-            for checkpoint in checkpoints:
-                (earlier / checkpoint.name).rename(checkpoint)
+        if left:
+            for path in left:
+                (earlier / path.name).rename(path)
             if (earlier / EARLIER).exists():
                 (earlier / EARLIER).rename(older)
             shutil.rmtree(earlier)
@@ -218,14 +239,9 @@ def set_apart(folder: Path) -> Callable[[], None]:
     return put_back
 
 
-def _holds_run(folder: Path) -> bool:
-    return (folder / "row.json").exists() or any(folder.glob("checkpoint-*"))
-
-
-def keeps_something(output: str | Path) -> bool:
-    """Is there in an output folder what a resume would go on from, of any row?"""
-    folders = [folder for folder in Path(output).glob("*") if folder.name != EARLIER]
-    return any(map(_holds_run, [Path(output), *folders]))
+def keeps_something(folder: str | Path) -> bool:
+    """Is there in a row's folder what a resume would go on from?"""
+    return Path(folder, "row.json").exists() or any(Path(folder).glob("checkpoint-*"))
 
 
 def saved_row(folder: Path, training) -> list[dict] | None:

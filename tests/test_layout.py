@@ -223,9 +223,10 @@ BESIDE = {
         "training",
         "split",
     }
-    | {"decoders", "model_card", "models", "recipe_config", "recipe_data"},
+    | {"model_card", "recipe_config", "recipe_data", "recipe_model"},
     "recipe_data": {"files", "tasks"},
     "recipe_config": {"checks", "rows"},
+    "recipe_model": {"decoders", "models", "resume", "rows", "tasks"},
     "rows": {"checks", "launch", "progress", "resume", "results"},
     "launch": {"checks"},
     "arguments": {"checks"},

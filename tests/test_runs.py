@@ -93,14 +93,16 @@ def test_earlier_checkpoints_are_set_apart_in_place_of_still_earlier_ones(tmp_pa
     with anew([tmp_path]):
         pass
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
-    (tmp_path / "row.json").write_text("[]")
-    (tmp_path / "model.safetensors").write_text("")
+    (tmp_path / "rows.json").write_text("[]")  # somebody's own
     for step in (2, 4):
         checkpoint_at(tmp_path, step)
+        (tmp_path / "row.json").write_text("[]")
+        (tmp_path / "model.safetensors").write_text("")
         with anew([tmp_path]):
             assert not (tmp_path / "row.json").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["_earlier", "model.safetensors"]
-    assert [p.name for p in (tmp_path / "_earlier").iterdir()] == ["checkpoint-4"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["_earlier", "rows.json"]
+    left = sorted(p.name for p in (tmp_path / "_earlier").iterdir())
+    assert left == ["checkpoint-4", "model.safetensors", "row.json"]
     assert capsys.readouterr().out.count(f"now in {tmp_path / '_earlier'}") == 2
 
 
@@ -268,18 +270,19 @@ def test_an_input_error_is_one_line_and_code_2(capsys):
         raise TypeError("a bug")
 
 
-@pytest.mark.parametrize("kept", ["checkpoint-2", "soft-seed0/row.json", "soft-seed0/checkpoint-2"])
+@pytest.mark.parametrize("kept", ["checkpoint-2", "row.json"])
 def test_an_interruption_says_how_to_go_on(tmp_path, capsys, kept):
-    (tmp_path / kept).mkdir(parents=True)
+    (tmp_path / "soft-seed0" / kept).mkdir(parents=True)
     with pytest.raises(SystemExit) as end, interruptible() as folders:
-        folders.append(str(tmp_path))
+        folders += [tmp_path / "hard-seed0", tmp_path / "soft-seed0"]
         raise KeyboardInterrupt
     assert end.value.code == 130 and "--resume_from_checkpoint true" in capsys.readouterr().err
 
 
 def test_an_interruption_before_the_first_checkpoint_says_so(tmp_path, capsys):
     (tmp_path / "_earlier" / "checkpoint-2").mkdir(parents=True)  # of a run before
-    for outputs in ([], [str(tmp_path)]):
+    (tmp_path / "hard-seed0" / "checkpoint-2").mkdir(parents=True)  # of another row
+    for outputs in ([], [tmp_path], [tmp_path / "soft-seed0"]):
         with pytest.raises(SystemExit), interruptible() as folders:
             folders += outputs
             raise KeyboardInterrupt
