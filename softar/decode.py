@@ -149,7 +149,8 @@ def generate(
             only of a model that `softar.load` did not open, which remembers its own.
         streamer: a transformers streamer; gets the tokens that stand for the steps.
         logits_processor, stopping_criteria: lists of transformers', applied as in `model.generate`,
-            but that a repetition penalty does not count the padding before a prompt as said.
+            but that those which penalise or ban what was said (a repetition penalty, n-grams, bad
+            words) see neither the padding before a prompt nor the pad tokens of latent steps.
         generation_config: end-of-sequence and pad ids, penalties, the cache's settings; default the
             model's own. What is set there and not followed (beams, sampling, lengths, scores, ...)
             is an error; of the model's own, `config` alone says how a step is chosen.
@@ -281,7 +282,9 @@ def soft_decode(
             model.config.get_text_config(decoder=True).vocab_size,
             input_ids.device,
         )
-    processors = asked_of(logits_processor, input_ids, model_kwargs.get("attention_mask"))
+    silent: list[Tensor] = []  # of each step the rows [B] of which no token stands for it
+    mask = model_kwargs.get("attention_mask")
+    processors = asked_of(logits_processor, input_ids, mask, silent if config.is_latent else None)
     others = StoppingCriteriaList(c for c in stopping_criteria if type(c) not in KNOWN)
     pad, eos = generation_config._pad_token_tensor, generation_config._eos_token_tensor
     rules, progress = mk_rules(config, input_ids.device, pad, eos), begin(config, input_ids)
@@ -328,15 +331,16 @@ def soft_decode(
             stepped = take_step(progress, logits, scores, draw, looks.now.any_thinking, hidden)
             progress, record, flags, vector, perturbed = stepped
             records.append(record)
+            silent.append(record.kind == Kind.LATENT)
             input_ids = torch.cat([input_ids, record.token[:, None]], 1)
             if others:  # they judge tokens, which a step of kind LATENT does not have
-                ended = others(input_ids, None) & (record.kind != Kind.LATENT)
+                ended = others(input_ids, None) & ~silent[-1]
                 progress = progress._replace(done=progress.done | ended)
                 flags = flags_of(progress, record)
             looks(flags, record, is_over(stopping_criteria, input_ids.shape[1]))
-            vectors.append(to_host(vector, record.kind == Kind.LATENT))
+            vectors.append(to_host(vector, silent[-1]))
             noisy.append(perturbed)
-            has_token = vector is None or bool((record.kind != Kind.LATENT).any())
+            has_token = vector is None or not bool(silent[-1].all())
             for each in streamers if has_token else ():
                 each.put(record.token.cpu())
             if callback is not None:

@@ -11,7 +11,9 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopHLogitsWarper,
     TopKLogitsWarper,
@@ -30,6 +32,12 @@ SAMPLING = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
 )
+# They look at which tokens a text holds, or which stand side by side
+READING = (
+    RepetitionPenaltyLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 
 
 def check_given(processors: Sequence | None) -> None:
@@ -44,41 +52,59 @@ def check_given(processors: Sequence | None) -> None:
 
 
 def asked_of(
-    processors: Sequence, prompts: Tensor, attention_mask: Tensor | None
+    processors: Sequence,
+    prompts: Tensor,
+    attention_mask: Tensor | None,
+    silent: list[Tensor] | None = None,
 ) -> LogitsProcessorList:
     """Those that a loop asks, in which a row alone is the row in a batch.
 
-    prompts, attention_mask: [N, P], padded on the left.
+    prompts, attention_mask: [N, P], padded on the left. silent: the loop appends to it, for each
+    step, the rows [N] bool of which no token stands for it; None: there are none.
     """
     asked = [each for each in processors if not isinstance(each, SAMPLING)]
-    if attention_mask is not None and attention_mask.dim() == 2 and not attention_mask.all():
+    is_ragged = attention_mask is not None and attention_mask.dim() == 2
+    if not is_ragged or attention_mask.all():
+        pads = torch.zeros_like(prompts[:, 0])
+    else:
         pads = attention_mask[:, : prompts.shape[1]].long().argmax(1)
+    if silent is not None or pads.any():
         asked = [
-            OfOwnText(each, prompts, pads)
-            if isinstance(each, RepetitionPenaltyLogitsProcessor)
-            else each
+            OfOwnText(each, prompts, pads, silent) if isinstance(each, READING) else each
             for each in asked
         ]
     return LogitsProcessorList(asked)
 
 
 class OfOwnText(LogitsProcessor):
-    """A processor that takes ids as a set, shown the first token of a row in the place of the padding
-    before it: padding is often an end token, which would be penalised as if it had been said.
+    """A processor that is shown what a row has read and said, and neither the padding before it nor
+    the tokens of latent steps: that is often an end token, which would be penalised or banned as if
+    it had been said.
 
-    pads: [N] int64, of the prompts [N, P].
+    pads: [N] int64, of the prompts [N, P]. silent: see asked_of.
     """
 
-    def __init__(self, inner: LogitsProcessor, prompts: Tensor, pads: Tensor):
-        self.inner, self.prompts, self.pads = inner, prompts, pads
+    def __init__(
+        self, inner: LogitsProcessor, prompts: Tensor, pads: Tensor, silent: list[Tensor] | None
+    ):
+        self.inner, self.prompts, self.pads, self.silent = inner, prompts, pads, silent
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        pads, begins = self.pads, input_ids[:, : self.prompts.shape[1]]
+        P = self.prompts.shape[1]
+        pads, begins = self.pads, input_ids[:, :P]
         if not torch.equal(begins, self.prompts):  # beams, of any of the prompts
             pads = pads[(begins[:, None] == self.prompts).all(2).long().argmax(1)]
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-        first = input_ids.gather(1, pads[:, None])
-        return self.inner(torch.where(columns < pads[:, None], first, input_ids), scores)
+        said = torch.arange(input_ids.shape[1], device=input_ids.device) >= pads[:, None]
+        if is_set := isinstance(self.inner, RepetitionPenaltyLogitsProcessor):
+            # its prompt_ignore_length counts columns: padding shows the first token instead
+            input_ids = input_ids.where(said, input_ids.gather(1, pads[:, None]))
+            said = torch.ones_like(said)
+        if self.silent:
+            said[:, P:] &= ~torch.stack(self.silent, 1)
+        elif is_set:
+            return self.inner(input_ids, scores)
+        rows = zip(input_ids, said, scores, strict=True)
+        return torch.cat([self.inner(ids[own][None], row[None]) for ids, own, row in rows])
 
 
 def leaves_none(scores: Tensor) -> Tensor:

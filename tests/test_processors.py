@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from tiny import PROMPTS, VOCAB, left_padded, model_of
+from tiny import BOS, END, EOS, PROMPTS, VOCAB, left_padded, model_of
 from transformers import (
     LogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -42,15 +44,18 @@ def decoded(model, ids, mask, loop, **more):
     ]
 
 
+@pytest.mark.parametrize(
+    "asked", [dict(repetition_penalty=3.0), dict(no_repeat_ngram_size=1)], ids=str
+)
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_repetition_penalty_does_not_count_padding_as_said(loop):
+def test_processors_do_not_count_padding_as_said(loop, asked):
     """Padded with the token that the shortest row says first."""
     model = model_of(eos_token_id=None).double()
     short = min(PROMPTS, key=len)
     (first, *_), _ = decoded(model, torch.tensor([short]), None, "hard")[0]
     ids, mask = left_padded(PROMPTS)
     ids[mask == 0] = first
-    model.generation_config.repetition_penalty = 3.0
+    model.generation_config.update(**asked)
     for prompt, (tokens, weights) in zip(PROMPTS, decoded(model, ids, mask, loop), strict=True):
         alone = torch.tensor([prompt])
         ((expected, same),) = decoded(model, alone, torch.ones_like(alone), loop)
@@ -67,6 +72,49 @@ def test_beams_of_one_prompt_may_be_as_many_as_the_prompts():
         beams = ids[row].expand(len(ids), -1)
         penalised = (penalty(beams, torch.ones(len(ids), VOCAB)) != 1).nonzero()[:, 1]
         assert {*penalised.tolist()} == {*PROMPTS[row]}
+
+
+class Seen(LogitsProcessor):
+    """Keeps the scores [B, V] of each step."""
+
+    def __init__(self):
+        self.scores = []
+
+    def __call__(self, input_ids, scores):
+        self.scores.append(scores.clone())
+        return scores
+
+
+READING = {  # by the token of latent steps and the length of the prompt
+    "repetition": lambda pad, length: RepetitionPenaltyLogitsProcessor(3.0),
+    "of answers": lambda pad, length: RepetitionPenaltyLogitsProcessor(3.0, length),
+    "1-grams": lambda pad, length: NoRepeatNGramLogitsProcessor(1),
+    "2-grams": lambda pad, length: NoRepeatNGramLogitsProcessor(2),
+    "bad words": lambda pad, length: NoBadWordsLogitsProcessor([[pad, t] for t in range(9, 64)]),
+}
+
+
+@pytest.mark.parametrize("pad", [EOS, 11, 32, 50])
+@pytest.mark.parametrize("reading", READING.values(), ids=READING)
+def test_processors_see_what_a_row_has_said_and_no_latent_steps(reading, pad):
+    """Whatever token stands for them: an end, one of a prompt. The last row has none of them, as its
+    prompt closes the thought."""
+    model, prompts = model_of(eos_token_id=None), [*PROMPTS, [BOS, 41, END]]
+    model.generation_config.pad_token_id = pad
+    ids, mask = left_padded(prompts)
+    ids[mask == 0] = pad
+    config = SoftConfig(mixer="hidden", budget=2, think_end=END, max_new_tokens=N)
+    before, after = Seen(), Seen()
+    asked = [before, reading(pad, ids.shape[1]), after]
+    out = softar.generate(model, ids, mask, config=config, logits_processor=asked)
+    latent = out.record.kind == softar.Kind.LATENT
+    assert latent.sum(1).tolist() == [2, 2, 2, 0]
+    for row, prompt in enumerate(prompts):
+        alone = reading(pad, len(prompt))
+        for t in range(N):
+            said = out.completions[row, :t][~latent[row, :t]].tolist()
+            expected = alone(torch.tensor([prompt + said]), before.scores[t][row : row + 1])
+            torch.testing.assert_close(after.scores[t][row : row + 1], expected)
 
 
 class Nothing(LogitsProcessor):
