@@ -15,6 +15,7 @@ from tqdm import tqdm
 from softar.checks import check_least, check_values
 from softar.decoders.options import check_options
 from softar.evals.lm_eval import SAMPLING, BadArgument, LoadedLM, model_name, split_args
+from softar.mixers import Rng
 
 from .config import DenoiseConfig
 from .decoders import forwards_of, name_of
@@ -48,12 +49,12 @@ BOUND = tuple(field.name for field in dataclasses.fields(Bound))
 class SoftarDiffusionLM(LoadedLM):
     """A masked-diffusion model; as `--model_args`:
 
-    pretrained or model: what softar.diffusion.load takes. seed: of every draw; by default what
-    --seed sets. Every field of DenoiseConfig, and the knobs of schedules. Without gen_length a
-    task's max_gen_toks is how many tokens are generated, rounded up to whole blocks and cut again;
-    with it, it is gen_length. Every field of Bound. What a folder does not say of its model, by the
-    names in STATED. Arguments of HFLM and of `load` as for
-    `softar`; there is no batch_size=auto.
+    pretrained or model: what softar.diffusion.load takes. seed: of every draw, by default what
+    --seed sets; with parity= a batch has one generator, elsewhere each row its own. Every field of
+    DenoiseConfig, and the knobs of schedules. Without gen_length a task's max_gen_toks is how many
+    tokens are generated, rounded up to whole blocks and cut again; with it, it is gen_length. Every
+    field of Bound. What a folder does not say of its model, by the names in STATED. Arguments of
+    HFLM and of `load` as for `softar`; there is no batch_size=auto.
     """
 
     def __init__(self, pretrained=None, *, model=None, seed=None, batch_size=1, **options):
@@ -102,7 +103,7 @@ class SoftarDiffusionLM(LoadedLM):
                 context,
                 attention_mask,
                 config=config,
-                rng=self.generators(context, attention_mask),
+                rng=self._rng(context, attention_mask),
             )
         except ValueError as error:
             raise BadArgument(error) from error
@@ -115,6 +116,13 @@ class SoftarDiffusionLM(LoadedLM):
         answers = [up_to(row[:keep], ends) for row in out.completions.tolist()]
         self.count(forwards_of(out), sum(map(len, answers)), out)
         return self.padded(context, answers)
+
+    def _rng(self, context: Tensor, mask: Tensor | None) -> Rng:
+        """One generator for each row; for a public sampler, whose rows share their draws, for the
+        batch."""
+        if self.how.parity is None:
+            return self.generators(context, mask)
+        return self.generator(*context.flatten().tolist())
 
     def _check_asked(self, asked: dict) -> None:
         """Raise BadArgument for what a task asks of a sampler: here model_args say how to denoise."""

@@ -150,7 +150,14 @@ class Dream:
 
 
 def dream(block: Block, config, draws: Draws, *, eps: float = 1e-3) -> Rule:
+    check_said(config, "steps")
     return Dream(config.steps, eps)
+
+
+def check_said(config, *names: str) -> None:
+    """Raise ValueError for what a public sampler has to be told, and is not."""
+    if missing := [name for name in names if getattr(config, name) is None]:
+        raise ValueError(f"parity={config.parity!r} needs {'= and '.join(missing)}=: give them")
 
 
 class Candidates:
@@ -177,6 +184,7 @@ class Candidates:
 
 
 def dream_threshold(block: Block, config, draws: Draws) -> Rule:
+    check_said(config, "steps", "threshold")
     return Candidates(int(block.count.max()), config.steps, config.threshold)
 
 
@@ -252,7 +260,7 @@ class Origin:
     def __call__(self, step: Step) -> tuple[Tensor, None]:
         i, commit = step.index, torch.zeros_like(step.open)
         chance = 1 - self.time[i + 1] / self.time[i] if i < self.steps - 1 else 1
-        commit[step.open] = self.draws.whole((int(step.open.sum()),), torch.float32) < chance
+        commit[step.open] = self.draws.at(step.open, torch.float32) < chance
         return commit, None
 
 

@@ -48,6 +48,8 @@ class Proposer:
     ):
         self.config, self.facts, self.end_ids, self.draws = config, facts, end_ids, draws
         self.quirks, self.select = config.quirks, mk_selector(config.select)
+        if self.quirks.noise != "slots" and (config.temperature > 0 or self.select.is_random):
+            draws.check_one(config.parity)
         # whose draws a replay would not know
         self.only_scores = record and config.alg_temp > 0
         self.with_entropy = with_entropy or self.select.wants_entropy

@@ -17,7 +17,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from softar.mixers import Rng
 from softar.soft import Soft
 
 from .canvas import Canvas
@@ -54,7 +53,7 @@ COMPARES = [
 ]
 
 
-def check_renoised(config: DenoiseConfig, facts: Facts, rng: Rng = None) -> None:
+def check_renoised(config: DenoiseConfig, facts: Facts) -> None:
     """Raise ValueError for options that mean nothing where every slot is drawn anew in each
     forward."""
     check_options(config, OPTIONS, "DiffusionGemma, which draws every slot anew in each forward")
@@ -87,10 +86,6 @@ def check_renoised(config: DenoiseConfig, facts: Facts, rng: Rng = None) -> None
         raise ValueError(
             f"steps={config.steps} cannot be shared by {n} canvases: choose a multiple of {n}"
         )
-    if config.parity is not None and isinstance(rng, (list, tuple)):
-        raise ValueError(
-            f"parity={PARITY!r} draws for all rows at once: give one generator, not one for each row"
-        )
 
 
 def canvases(config: DenoiseConfig, facts: Facts) -> int:
@@ -113,8 +108,10 @@ class Renoised:
         draws: Draws,
     ):
         """input_ids: [B, P]; real: [B, P] bool, what is not padding."""
-        check_renoised(config, facts, draws.rng)
+        check_renoised(config, facts)
         self.is_public = config.parity is not None
+        if self.is_public:
+            draws.check_one(PARITY)
         length = input_ids.shape[1] + canvases(config, facts) * facts.block_length
         # the stand-in for a mask is the id behind the last token
         canvas = Canvas(input_ids, config.gen_length, facts.vocab_size, length=length)

@@ -272,13 +272,21 @@ class Draws:
             )
         self.rng, self.device = rng, device
 
-    def at(self, where: Tensor) -> Tensor:
-        """[B, L] bool -> [n] float64 in [0, 1), row by row."""
+    def check_one(self, parity: str) -> None:
+        """Raise ValueError for one generator per row beside a public sampler that draws for the
+        whole batch."""
+        if isinstance(self.rng, (list, tuple)):
+            raise ValueError(
+                f"parity={parity!r} draws for all rows at once: give one generator, not one for each row"
+            )
+
+    def at(self, where: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """[B, L] bool -> [n] in [0, 1), row by row."""
         if self.rng is None or isinstance(self.rng, torch.Generator):
-            return self.whole((int(where.sum()),))
+            return self.whole((int(where.sum()),), dtype)
         counts = where.sum(-1).tolist()
         numbers = [
-            torch.rand(c, generator=g, device=g.device, dtype=torch.float64)
+            torch.rand(c, generator=g, device=g.device, dtype=dtype)
             for c, g in zip(counts, self.rng)
         ]
         return torch.cat([n.to(self.device) for n in numbers])

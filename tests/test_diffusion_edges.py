@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from test_block_causal import block_model
 from test_denoise import EOS, MASK, PROMPTS, VOCAB, bert, denoiser, run
 from tiny import counted, left_padded, seeded
 from transformers import AutoConfig, AutoModelForMaskedLM, BertModel
@@ -13,6 +14,8 @@ from transformers import AutoConfig, AutoModelForMaskedLM, BertModel
 from softar.diffusion import DenoiseConfig, denoise, load
 from softar.diffusion.losses import log_likelihood
 from softar.diffusion.net import READS_PADDING, parts
+from softar.diffusion.parity import PARITY
+from softar.diffusion.renoised import PARITY as RENOISED
 from softar.diffusion.schedules import SCHEDULES
 from softar.diffusion.select import SELECTORS
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
@@ -131,6 +134,26 @@ def test_a_mask_is_like_the_ids(mask):
 def test_a_generator_is_one(rng):
     with pytest.raises(ValueError, match=r"is no torch.Generator and no list of them"):
         denoise(denoiser(), IDS, gen_length=4, rng=rng)
+
+
+@pytest.mark.parametrize("parity", [name for name in PARITY if name != RENOISED])
+@pytest.mark.parametrize("knobs", [dict(temperature=1.0), dict(select="random")], ids=str)
+def test_a_public_sampler_takes_a_generator_for_each_row_or_says_so(parity, knobs):
+    """Before the first forward, where its rows share their draws; all of them take one generator."""
+    by_blocks, rows = PARITY[parity].blocks, IDS[:1].repeat(2, 1)
+    model = block_model() if by_blocks else denoiser()
+    knobs = knobs | dict(gen_length=8, parity=parity, block_length=4 if by_blocks else None)
+    if parity in ("dream", "dream_threshold"):
+        with pytest.raises(ValueError, match=f"parity='{parity}' needs steps="):
+            denoise(model, rows, rng=seeded(), **knobs)
+        knobs |= dict(steps=8, threshold=0.9)
+    denoise(model, rows, rng=seeded(), **knobs)
+    with counted(model.model) as calls:
+        try:
+            denoise(model, rows, rng=[seeded(), seeded(1)], **knobs)
+        except ValueError as error:
+            assert f"parity={parity!r} draws for all rows at once: give one" in str(error)
+            assert not calls
 
 
 def test_models_that_fill_no_masks_are_named():

@@ -667,6 +667,17 @@ def test_diffusion_draws_depend_on_seed_and_request_alone():
         lm.generate_until(asked(MNNS, max_gen_toks=4), disable_tqdm=True)
 
 
+def test_diffusion_takes_public_samplers_whose_rows_share_their_draws():
+    for how in (dict(parity="llada", select="random"), dict(parity="dllm", temperature=1.0)):
+        texts = [
+            SoftarDiffusionLM("mnns-diffusion-tiny", batch_size=3, seed=seed, **how).generate_until(
+                asked(MNNS, until=["w"]), disable_tqdm=True
+            )
+            for seed in (1, 1, 2)
+        ]
+        assert texts[0] == texts[1] and all(texts[0])
+
+
 def test_diffusion_likelihood_is_the_bound():
     lm = SoftarDiffusionLM("mnns-diffusion-tiny", samples=3, seed=0)
     model, tokenizer = lm.model, lm.tokenizer
