@@ -16,12 +16,13 @@ from softar.checks import check_least, check_values
 from softar.decoders.options import check_options
 from softar.evals.lm_eval import SAMPLING, BadArgument, LoadedLM, model_name, split_args
 from softar.mixers import Rng
+from softar.models import room_of
 
 from .config import DenoiseConfig
 from .decoders import forwards_of, name_of
 from .folder import STATED, split_stated
 from .knobs import gather_knobs
-from .loop import denoise
+from .loop import denoise, first_end, longest_prompt
 from .losses import log_likelihood
 from .models import load
 from .net import facts
@@ -89,31 +90,51 @@ class SoftarDiffusionLM(LoadedLM):
     def max_gen_toks(self) -> int:
         return self.how.gen_length or 256
 
+    def _of_length(self, asked: int) -> DenoiseConfig:
+        """asked: tokens that a task wants at most."""
+        block = self.how.block_length or 1
+        length = self.how.gen_length or -(-asked // block) * block
+        return dataclasses.replace(self.how, gen_length=length)
+
+    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, **kwargs):
+        """Of contexts to go on from, cut on the left to what the tokens that are decoded leave:
+        whole blocks, or gen_length, where lm-eval counts those that the task asks for."""
+        if left_truncate_len is not None:
+            most = min(self.max_length, room_of(self.model, trained=True) or self.max_length)
+            try:
+                how = self._of_length(self.max_length - left_truncate_len)
+            except ValueError as error:
+                raise BadArgument(error) from error
+            left_truncate_len = longest_prompt(self.known, how, most)
+            if left_truncate_len < 1:
+                raise BadArgument(
+                    f"gen_length={how.gen_length} leaves no room for a context in the model's {most} positions: give "
+                    f"a smaller one, or the task a smaller max_gen_toks"
+                )
+        return super().tok_batch_encode(strings, padding_side, left_truncate_len, **kwargs)
+
     def _model_generate(self, context, max_length, stop, attention_mask=None, **asked) -> Tensor:
         """context [B, P], padded on the left -> [B, P + T]: the context and what was generated, up
         to its end."""
         self._check_asked(asked)
         room = max_length - context.shape[1]
-        block = self.how.block_length or 1
-        length = self.how.gen_length or -(-room // block) * block
         try:
-            config = dataclasses.replace(self.how, gen_length=length)
             out = denoise(
                 self.model,
                 context,
                 attention_mask,
-                config=config,
+                config=self._of_length(room),
                 rng=self._rng(context, attention_mask),
             )
         except ValueError as error:
             raise BadArgument(error) from error
-        keep = length if self.how.gen_length else room
+        keep = self.how.gen_length or room
         # HFLM decodes without special tokens, so that it would not see these in the text
         special = self.tokenizer.convert_tokens_to_ids(
             [s for s in stop if s in self.tokenizer.all_special_tokens]
         )
         ends = {*facts(self.model).end_ids, *special}
-        answers = [up_to(row[:keep], ends) for row in out.completions.tolist()]
+        answers = [row[: first_end(row[:keep], ends)] for row in out.completions.tolist()]
         self.count(forwards_of(out), sum(map(len, answers)), out)
         return self.padded(context, answers)
 
@@ -178,8 +199,3 @@ class SoftarDiffusionLM(LoadedLM):
         masked = ids.masked_fill(answer, self.known.mask_id)[None]
         out = denoise(self.model, masked, config=DenoiseConfig(gen_length=0, soften="hard"))
         return bool((out.sequences[0] == ids).all())
-
-
-def up_to(tokens: list[int], ends: set[int]) -> list[int]:
-    """The tokens before the first that ends the text."""
-    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]

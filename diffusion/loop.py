@@ -314,15 +314,21 @@ def _check_masked(config: DenoiseConfig) -> None:
 def _check_room(model, facts: Facts, config: DenoiseConfig, width: int) -> None:
     """Raise ValueError for prompts, of so many columns, that leave no room for the answer."""
     most, b = room_of(model, trained=True), facts.block_length or 1
-    # the grid begins with the prompt unless it is asked for behind it, canvases always behind it
-    begins_it = facts.mask_id is not None and config.grid == "start"
-    before, behind = (0, width) if begins_it else (width, 0)
-    if most is not None and before - (-(behind + config.gen_length) // b) * b > most:
+    if most is not None and width > longest_prompt(facts, config, most):
         blocks = f" in blocks of {b}" if b > 1 else ""
         raise ValueError(
             f"a prompt of {width} and gen_length={config.gen_length} do not fit into the model's {most} "
             f"positions{blocks}"
         )
+
+
+def longest_prompt(facts: Facts, config: DenoiseConfig, most: int) -> int:
+    """Tokens that a prompt may have before gen_length others, in a model of `most` positions."""
+    b = facts.block_length or 1
+    # the grid begins with the prompt unless it is asked for behind it, canvases always behind it
+    if facts.mask_id is not None and config.grid == "start":
+        return most // b * b - config.gen_length
+    return most + -config.gen_length // b * b
 
 
 def _real(facts: Facts, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

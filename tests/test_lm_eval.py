@@ -645,6 +645,30 @@ def test_diffusion_generates_as_denoise_does():
     assert [t.strip() for t in lm.generate_until(asked(MNNS[:1]), disable_tqdm=True)] == [cut]
 
 
+@pytest.mark.parametrize(
+    "model, how, left",  # a task asks for 6
+    [
+        ("mnns-diffusion-tiny", dict(), 58),
+        ("mnns-diffusion-tiny", dict(block_length=4), 56),
+        ("mnns-diffusion-tiny", dict(gen_length=12), 52),
+        ("mnns-diffusion-tiny", dict(gen_length=2), 62),
+        ("mnns-diffusion-tiny", dict(max_length=20, block_length=4), 12),
+        ("latin-block-tiny", dict(), 54),  # in blocks of 5, of 64 positions
+        ("latin-block-tiny", dict(grid="end"), 54),
+    ],
+)
+def test_diffusion_cuts_long_contexts_to_what_the_answer_leaves(model, how, left):
+    lm = SoftarDiffusionLM(model, **how)
+    tokenizer, seen = lm.tokenizer, []
+    word = " D4" if model.startswith("mnns") else " 4"
+    generate = lm._model_generate
+    lm._model_generate = lambda **asked: seen.append(asked["context"]) or generate(**asked)
+    texts = [f"<bos>{word * 80}", f"<bos>{word * 70}"]
+    answers = lm.generate_until(asked(texts, max_gen_toks=6), disable_tqdm=True)
+    assert len(answers) == 2 and [part.shape[1] for part in seen] == [left] * 2
+    assert all(part.tolist() == tokenizer(word * left)["input_ids"] for (part,) in seen)
+
+
 def test_diffusion_draws_depend_on_seed_and_request_alone():
     def texts(batch_size=3, **options):
         lm = SoftarDiffusionLM(
@@ -662,8 +686,8 @@ def test_diffusion_draws_depend_on_seed_and_request_alone():
         SoftarDiffusionLM("mnns-diffusion-tiny").generate_until(
             asked(MNNS, repetition_penalty=2), disable_tqdm=True
         )
-    with pytest.raises(BadArgument, match="do not fit into the model's 64 positions"):
-        lm = SoftarDiffusionLM("mnns-diffusion-tiny", gen_length=60)
+    with pytest.raises(BadArgument, match="leaves no room for a context in the model's 64 positi"):
+        lm = SoftarDiffusionLM("mnns-diffusion-tiny", gen_length=64)
         lm.generate_until(asked(MNNS, max_gen_toks=4), disable_tqdm=True)
 
 
