@@ -133,7 +133,8 @@ class SoftarDiffusionLM(LoadedLM):
         special = self.tokenizer.convert_tokens_to_ids(
             [s for s in stop if s in self.tokenizer.all_special_tokens]
         )
-        ends = {*facts(self.model).end_ids, *special}
+        own = facts(self.model).end_ids if self.how.end_ids is None else self.how.end_ids
+        ends = {*own, *special}
         answers = [row[: first_end(row[:keep], ends)] for row in out.completions.tolist()]
         self.count(forwards_of(out), sum(map(len, answers)), out)
         return self.padded(context, answers)

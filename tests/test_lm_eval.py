@@ -669,6 +669,16 @@ def test_diffusion_cuts_long_contexts_to_what_the_answer_leaves(model, how, left
     assert all(part.tolist() == tokenizer(word * left)["input_ids"] for (part,) in seen)
 
 
+def test_diffusion_ends_answers_where_end_ids_say():
+    lm = SoftarDiffusionLM("mnns-diffusion-tiny")
+    (text,) = lm.generate_until(asked(MNNS[:1]), disable_tqdm=True)
+    stop = text.split()[2]
+    end = lm.tokenizer.convert_tokens_to_ids(stop)
+    ended = SoftarDiffusionLM("mnns-diffusion-tiny", end_ids=[end])
+    (cut,) = ended.generate_until(asked(MNNS[:1]), disable_tqdm=True)
+    assert cut.strip() == text.split(stop)[0].strip()
+
+
 def test_diffusion_draws_depend_on_seed_and_request_alone():
     def texts(batch_size=3, **options):
         lm = SoftarDiffusionLM(
