@@ -160,6 +160,11 @@ def check(inputs, configs):
                 "name a trained model, e.g. --model_name_or_path mnns-discrete-tiny"
             )
         rows_adapter(args, inputs.model_args)
+        if name == "no-cot" and inputs.task.think_steps is None:
+            raise ValueError(
+                f"row 'no-cot' cuts thoughts out of completions, and {inputs.task.name!r} does not say how long they "
+                "are: leave it out, or train without --rows on completions that are the answers alone"
+            )
         if name == "coconut" and args.latent_stages is None:
             raise ValueError("row 'coconut': give --latent_stages, how many steps a thought has")
         if args.targets != "gold" and "traces" not in columns:

@@ -1,5 +1,6 @@
 """recipes/sft_soft.py with bad input: one line that names it, before any training."""
 
+import json
 import re
 import subprocess
 from types import SimpleNamespace
@@ -145,6 +146,18 @@ def test_evaluations_without_rows_are_named_before_a_model_is_opened(
     assert_fails(monkeypatch, capsys, RECIPE, options(tmp_path / "out", **changes), says)
 
 
+def test_no_cot_needs_to_know_what_to_cut(tmp_path, monkeypatch, capsys):
+    """Rows of one's own were left as they are: no-cot was discrete, whatever --think_steps said."""
+    row = {"prompt": "<bos> D4 D8 ->", "completion": " S4 S0", "answer": "S0"}
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
+    for how in ("task", "dataset_name"):
+        changes = dict(rows="no-cot,discrete", think_steps=1, task_size=None)
+        changes |= {how: tmp_path, "model_name_or_path": "mnns-tiny"}
+        says = f"row 'no-cot' cuts thoughts .*{tmp_path}' does not say how long they are"
+        assert_fails(monkeypatch, capsys, RECIPE, options(tmp_path / "out", **changes), says)
+
+
 def test_an_evaluation_at_the_start_has_the_held_out_rows(monkeypatch):
     monkeypatch.setattr("softar.model_card.example_of", lambda task, tokenizer: None)
     task, inputs = softar.load_task("mnns", size=8), SimpleNamespace(model_args=ModelConfig())
@@ -160,7 +173,10 @@ def test_rows_that_need_traces_say_so_before_the_first_is_trained(tmp_path, monk
     model_of().save_pretrained(model)
     tokenizer_of().save_pretrained(model)
     changes = dict(
-        task="reasoning_gym:chain_sum", task_size=8, model_name_or_path=model, rows="demo"
+        task="reasoning_gym:chain_sum",
+        task_size=8,
+        model_name_or_path=model,
+        rows="discrete,trace-soft",
     )
     assert_fails(
         monkeypatch,
