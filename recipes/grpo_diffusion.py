@@ -35,7 +35,6 @@ from trl import ScriptArguments
 from softar.checks import check_least
 from softar.diffusion.recipe import FOLDER, FolderArguments, check_folder_options
 from softar.recipe import Recipe, fit, one_line_errors, run
-from softar.recipe_config import check_taken
 from softar.recipe_data import evaluates
 from softar.resume import checkpoint_of
 from softar.rl.config import RolloutConfig
@@ -131,7 +130,6 @@ def fields(name, training, task) -> dict:
 def check(inputs, configs):
     script, task = inputs.script, inputs.task
     check_least(script, model_block_length=1)
-    check_taken(inputs.argv, inputs.training, ROWS, configs)
     if inputs.training.gen_length and has_templates(task.train):
         raise ValueError(
             f"gen_length={inputs.training.gen_length} puts masks behind prompts, and {task.name!r} has templates, "

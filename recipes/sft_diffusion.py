@@ -149,6 +149,11 @@ def check(inputs, configs):
     schedules = script.schedules.split(",")
     for schedule in schedules:
         check_choice("schedules", schedule, SCHEDULES)
+    if script.schedules != DiffusionScriptArguments.schedules and task.score is None:
+        raise ValueError(
+            f"schedules={script.schedules!r}: nothing is decoded, as {task.name!r} has no scorer: leave it out, or "
+            "give a --task, such as a folder with train and test files"
+        )
     if script.likelihood_samples and not (task.test is not None and has_texts(task.test)):
         raise ValueError(
             f"likelihood_samples needs held-out rows with prompt and completion as text; {task.name} has none"

@@ -81,7 +81,7 @@ TOKENS = dict(
 )
 GOLD = dict(alpha_schedule="constant", alpha_start=1.0, **MOVE, **HARD, **TOKENS)
 ROWS = {
-    "no-cot": GOLD,
+    "no-cot": dict(think_steps=0, **GOLD),
     "discrete": GOLD,
     "discrete-traces": dict(targets="traces", **GOLD),
     "scheduled-sampling": dict(
@@ -137,7 +137,7 @@ class BaseConfig(RecipeConfig):
 
 def fields(name, training, task) -> dict:
     if name == "no-cot":
-        return dict(think_steps=0)
+        return {}  # it has no thought
     if name == "coconut" and training.latent_stages is None and task.think_steps is not None:
         return thought_fields(training, task) | dict(latent_stages=task.think_steps)
     return thought_fields(training, task)

@@ -20,7 +20,6 @@ from trl import ScriptArguments
 from softar.checks import check_least
 from softar.model_card import example_of
 from softar.recipe import Recipe, RecipeArguments, fit, one_line_errors, thought_fields
-from softar.recipe_config import check_taken
 from softar.recipe_data import evaluates
 from softar.resume import checkpoint_of, resumes
 from softar.rows import APART
@@ -133,12 +132,21 @@ def check(inputs, configs) -> None:
 
     script = inputs.script
     check_least(script, sft_steps=0, eval_draws=1)
-    check_taken(inputs.argv, inputs.training, ROWS, configs)
     if "soft" in configs and configs["soft"].soft_k < 2:
         raise ValueError(
             f"soft_k={configs['soft'].soft_k}: the row 'soft' needs at least 2 draws; 1 is the row 'hard'"
         )
     check_columns(script.reward_funcs, inputs.task)
+    named = inputs.model_args.model_name_or_path
+    if named is not None and script.sft_steps not in (0, RLScriptArguments.sft_steps):
+        raise ValueError(
+            f"sft_steps={script.sft_steps} does nothing to a model that is named, {named!r}: leave it out, or train "
+            "that by softar sft before"
+        )
+    if inputs.task.test is None and script.eval_draws != RLScriptArguments.eval_draws:
+        raise ValueError(
+            f"eval_draws={script.eval_draws} does nothing without held-out rows: leave it out, or give some"
+        )
     if starts_anew(inputs):
         model, _ = softar.load(inputs.model)  # untrained, and tiny
         for args in configs.values():

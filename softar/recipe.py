@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .checks import check_choice, check_least, check_writable, one_line_errors
 from .launch import Program, default_accelerate_config, is_launched, launch, split_processes
 from .progress import duration
-from .recipe_config import check_model_options, with_default_config, with_found_config
+from .recipe_config import check_model_options, check_taken, with_config
 from .recipe_data import SFT_FORMATS, check_held_out, evaluates, open_task
 from .recipe_model import check_named_model, check_stays, named_model
 from .resume import checkpoint_of
@@ -157,8 +157,7 @@ def read(recipe: Recipe, argv: list[str], program: Program | None = None) -> Inp
     Raises:
         ValueError: with one line that names the option and its value.
     """
-    argv = with_found_config(argv, recipe.demo.parent)
-    argv = with_default_config(argv, recipe.demo, recipe.task_demos)
+    argv = with_config(argv, recipe.demo, recipe.task_demos)
     script, training, model_args, mixture = parse(recipe, argv, recipe.base)
     check_model_options(model_args, script)
     quiet(bars=sys.stderr.isatty())
@@ -175,6 +174,7 @@ def read(recipe: Recipe, argv: list[str], program: Program | None = None) -> Inp
     output = training.output_dir
     configs = {name: row_config(recipe, inputs, name, training.seed, output) for name in names}
     recipe.check(inputs, configs)
+    check_taken(argv, training, recipe.rows, configs)
     check_loggers(training.report_to)
     check_writable(output)
     check_resume(training, is_single=names == [CUSTOM] and script.num_seeds == 1)

@@ -2,6 +2,7 @@
 line that no row takes, or nothing at all."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,17 @@ def check_model_options(model_args, script) -> None:
             )
     if script.ignore_bias_buffers:
         raise ValueError("ignore_bias_buffers=True does nothing here: leave it out")
+
+
+def with_config(argv: list[str], demo: Path, task_demos: dict[str, Path]) -> list[str]:
+    """The options with the path of the YAML file that is read, where one is, and with underscores in
+    their names, where TRL's parser takes hyphens, too.
+
+    Raises:
+        ValueError: where there is no such file.
+    """
+    argv = [re.sub("^--[^=]+", lambda n: "--" + n[0][2:].replace("-", "_"), w) for w in argv]
+    return with_default_config(with_found_config(argv, demo.parent), demo, task_demos)
 
 
 def with_found_config(argv: list[str], folder: Path) -> list[str]:

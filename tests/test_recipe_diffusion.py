@@ -136,6 +136,12 @@ def test_two_processes_train_as_one(tmp_path):
         (dict(eval_rows=0), "eval_rows=0 must be at least 1"),
         (dict(rows="soft"), "rows='soft': 'soft' is unknown"),
         (dict(schedules="uniform,cosine"), "'cosine' is unknown"),
+        (
+            dict(rows="hard,hard-long", softmasking_prob=0.3),
+            "softmasking_prob=0.3 does nothing with",
+        ),
+        (dict(rows="hard", head_k=3), "head_k=3 does nothing with the rows hard"),
+        (dict(rows="duo", objective="masked"), "objective='masked' does nothing with the rows duo"),
         (dict(block_length=4), "block_length=4 does nothing for 'latin-diffusion-tiny'"),
         (dict(shift=0), "shift=0 does nothing for 'latin-diffusion-tiny'"),
         (dict(kind="a2d"), "kind=a2d does nothing for 'latin-diffusion-tiny'"),
@@ -255,6 +261,13 @@ def test_held_out_rows_without_completions_get_the_slots_of_the_longest_that_is_
     run_here(monkeypatch, RECIPE, *argv({**changes, "output_dir": tmp_path / "out"}))
     budgets = {line["budget"] for line in results_of(tmp_path / "out")["rows"]}
     assert budgets == {4, 5}  # four words and the end
+
+
+def test_schedules_of_what_nobody_decodes_are_refused(tmp_path, monkeypatch, capsys):
+    rows = folder_of(tmp_path / "rows", ["prompt", "completion"], ["prompt", "completion"])
+    told = argv(dict(FOLDER, dataset_name=rows, schedules="pyramid", output_dir=tmp_path / "out"))
+    says = "schedules='pyramid': nothing is decoded, as '.*rows' has no scorer"
+    assert_fails(monkeypatch, capsys, RECIPE, told, says)
 
 
 def test_no_completion_anywhere_is_named_before_a_model_is_opened(tmp_path, monkeypatch, capsys):

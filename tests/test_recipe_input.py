@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +83,23 @@ def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
             dict(rows=None, task="mnns", latents_per_step=2),
             "latents_per_step=2 does nothing without latent_stages",
         ),
+        (
+            dict(rows="trace-soft", alpha_start=0.7),
+            "alpha_start=0.7 does nothing with the rows trace",
+        ),
+        (
+            dict(rows="trace-soft", targets="gold"),
+            "targets='gold' does nothing with the rows trace",
+        ),
+        (
+            dict(rows="no-cot,discrete", soft_passes=3),
+            "soft_passes=3 does nothing with the rows no-",
+        ),
+        (dict(rows="no-cot", think_steps=2), "think_steps=2 does nothing with the rows no-cot"),
+        (
+            dict(rows="oracle-soft", **{"soft-mode": "sequential"}),
+            "soft_mode='sequential' does nothing",
+        ),
         (dict(think_tokens=4), "think_tokens=4 would freeze 'mnns-tiny'.*name a trained model"),
         (dict(rows="no-cot", soft_top_k=90), "top_k=90"),
         (dict(rows="no-cot", freeze_layers=3), "freeze_layers=3"),
@@ -156,6 +174,18 @@ def test_no_cot_needs_to_know_what_to_cut(tmp_path, monkeypatch, capsys):
         changes |= {how: tmp_path, "model_name_or_path": "mnns-tiny"}
         says = f"row 'no-cot' cuts thoughts .*{tmp_path}' does not say how long they are"
         assert_fails(monkeypatch, capsys, RECIPE, options(tmp_path / "out", **changes), says)
+
+
+def test_hyphens_in_names_of_options_are_underscores(tmp_path):
+    """TRL's parser takes both; what looks for a name in the words has to find either."""
+    made = import_module("softar.recipes.sft_soft").RECIPE
+    argv = options(tmp_path, rows="discrete", task="mnns", model_name_or_path="mnns-tiny")
+    argv += ["--run-name=my-run"]
+    plain = [word.replace("-run-", "-run_") for word in argv]
+    for words in (argv, [w.replace("_", "-") if w.startswith("--") else w for w in argv], plain):
+        inputs = softar.recipe.read(made, words)
+        assert "--config" not in inputs.argv and inputs.training.run_name == "my-run"
+        assert inputs.argv[:-1] == argv[:-1] and inputs.argv[-1] == "--run_name=my-run"
 
 
 def test_an_evaluation_at_the_start_has_the_held_out_rows(monkeypatch):

@@ -233,6 +233,7 @@ def test_any_model_dataset_and_reward(tmp_path, monkeypatch, capsys):
     args = options(
         "out",
         task_size=None,
+        sft_steps=None,
         model_name_or_path="model",
         dataset_name="data",
         use_peft="true",

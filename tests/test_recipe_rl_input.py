@@ -91,6 +91,16 @@ def test_data_that_cannot_be_used(tmp_path, monkeypatch, capsys):
         )
         (tmp_path / "data" / "train.jsonl").unlink()
         (tmp_path / "data" / "train.jsonl").write_text(json.dumps(lines["asked"]) + "\n")
+    chat = {"prompt": [{"role": "user", "content": "1 + 1"}], "solution": "2"}
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps(chat))
+    changes |= dict(reward_funcs="accuracy_reward")
+    for name, says in {
+        "sft_steps": "sft_steps=60 does nothing to a model that is named, 'mnns-tiny': leave it out",
+        "eval_draws": "eval_draws=2 does nothing without held-out rows: leave it out, or give some",
+    }.items():
+        args = options(tmp_path / "out", **changes)
+        assert_fails(monkeypatch, capsys, RECIPES["rloo"], args, says)
+        changes |= {name: None}
     (tmp_path / "file").write_text("")
     args = options(tmp_path / "file" / "out")
     assert_fails(
