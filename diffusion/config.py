@@ -211,6 +211,11 @@ class DenoiseConfig:
                     f"schedule={name!r} draws each position by itself: select={self.select!r}, "
                     f"alg_temp={self.alg_temp}, ends_last={self.ends_last} say nothing to it"
                 )
+        if schedule.from_left and self.ends_last and not lenient:
+            raise ValueError(
+                f"schedule={name!r} commits from the left, and ends_last={self.ends_last} lets end tokens wait: "
+                f"leave one out"
+            )
         fits = {"probabilities": selector.is_probability, "entropies": selector.wants_entropy}
         if schedule.compares and not (fits[schedule.scores] or lenient):
             remedy = {"probabilities": "confidence", "entropies": "entropy"}[schedule.scores]

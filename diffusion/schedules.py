@@ -223,7 +223,10 @@ class EntropyBound:
 
     def __call__(self, step: Step) -> tuple[Tensor, None]:
         entropy, order = (-step.score).masked_fill(~step.open, torch.inf).sort(-1)
-        first = entropy.cumsum(-1) - entropy <= self.bound
+        # not the whole sum less the last term: an end token that is to wait has the largest number,
+        # in which the others are lost
+        before = torch.nn.functional.pad(entropy[:, :-1].cumsum(-1), (1, 0))
+        first = before <= self.bound
         commit = torch.zeros_like(first).scatter(-1, order, first)
         return step.open & (commit | (step.index >= self.steps - 1)[:, None]), None
 
@@ -295,6 +298,7 @@ class Schedule(NamedTuple):
     refines: bool = False
     # makes forwards when no mask is left, too: its rules say in `busy` [B] bool in which rows
     outlasts: bool = False
+    from_left: bool = False  # in each forward the leftmost mask commits, whatever its score
 
     def __call__(self, block: Block, config, draws: Draws, **knobs) -> Rule:
         return self.fn(block, config, draws, **knobs)
@@ -367,6 +371,7 @@ SCHEDULES: dict[str, Schedule] = {
         has_to_compare=False,
         revises=True,
         outlasts=True,
+        from_left=True,
     ),
     "wino": Schedule(wino, compares="threshold", revises=True),
     "refine": Schedule(refine, compares="threshold", refines=True),

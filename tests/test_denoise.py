@@ -624,6 +624,39 @@ def test_an_entropy_bound_commits_what_the_entropies_before_it_leave_room_for():
     assert torch.equal(last, is_open)
 
 
+@pytest.mark.parametrize("name", [n for n in SCHEDULES if n not in ("ancestral", "overwrite")])
+def test_end_tokens_wait_in_every_schedule(name):
+    """Their score is the lowest of numbers: one commits in a step that commits all the others."""
+    B, L, generator = 40, 12, seeded()
+    compares, soften = SCHEDULES[name].compares, "hard" if name != "refine" else "soft-token"
+    values = {"threshold": 0.5, "factor": 1.2, "entropy_bound": 0.4}
+    select = "entropy" if compares == "entropy_bound" else "confidence"
+    knobs = {compares: values[compares]} if compares else {}
+    config = DenoiseConfig(schedule=name, select=select, soften=soften, ends_last=True, **knobs)
+    is_open = torch.rand(B, L, generator=generator) < 0.8
+    block = Block(0, L, is_open.sum(-1), torch.full((B,), 5))
+    rule, decoded, waited = config.scheduler(block, config, None), torch.zeros_like(is_open), 0
+    for index in range(4):  # in the fifth all commit
+        score, standing, again = (torch.rand(B, L, generator=generator) for _ in range(3))
+        is_end = torch.rand(B, L, generator=generator) < 0.4
+        score = (-score if select == "entropy" else score).masked_fill(
+            is_end, torch.finfo(score.dtype).min
+        )
+        among = is_open | decoded
+        score, standing = (x.masked_fill(~among, -torch.inf) for x in (score, standing))
+        change = lambda: torch.full((B, L), 0.2 - 0.1 * index)  # noqa: E731, B023
+        step = Step(index, score, is_open, decoded, again, again, standing, again < 0.5, change)
+        commit, drop = rule(step)
+        ends, others = is_open & is_end, is_open & ~is_end
+        early = (commit & ends).any(-1) & (others & ~commit).any(-1)
+        assert not early.any()
+        waited += int((ends.any(-1) & others.any(-1) & (commit & others).any(-1)).sum())
+        is_open, decoded = is_open & ~commit, decoded | (commit & is_open)
+        if drop is not None:
+            is_open, decoded = is_open | drop, decoded & ~drop
+    assert waited > B / 2
+
+
 # -- forwards
 
 
@@ -1366,6 +1399,7 @@ BAD_CONFIGS = [
     (dict(schedule="ancestral", select="margin"), "schedule='ancestral' draws.*select='margin'"),
     (dict(remask_args={"eta": 0.1}), "remask_args={'eta': 0.1} without remask"),
     (dict(schedule="ancestral", ends_last=True), "schedule='ancestral' draws.*ends_last=True"),
+    (dict(schedule="overwrite", ends_last=True), "'overwrite' commits from the left.*ends_last"),
     # what changes nothing
     (dict(top_k=5), "top_k=5 does nothing at temperature=0"),
     (dict(top_p=0.9), "top_p=0.9 does nothing at temperature=0"),
