@@ -225,8 +225,22 @@ def test_rows_are_fresh_and_the_same_again():
 
 def test_arguments_stand_behind_the_name():
     assert load_task("reach:layers=3,width=5", size=3).think_steps == 2
-    assert load_task("reach:parity=true,layers=2,held_out=4", size=3).name == "reach-parity"
     assert load_task("mnns:digits=2", size=3).think_steps == 1
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "mnns:digits=2",
+        "mnns:digits=3",
+        "latin:n=3,held_out=2",
+        "latin-prompt:n=3,held_out=2",
+        "reach:parity=true,layers=2,held_out=4",
+    ],
+)
+def test_a_task_with_arguments_is_named_after_all_of_its_spec(spec):
+    """Tables and sweeps tell tasks apart by their names: mnns of 3 and of 5 digits were one."""
+    assert load_task(spec, size=3).name == spec
 
 
 @pytest.mark.parametrize(

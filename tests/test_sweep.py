@@ -206,6 +206,14 @@ def test_ctrl_c_inside_a_decoder_is_no_failure(tmp_path, monkeypatch):
     assert not results(tmp_path)
 
 
+def test_a_task_with_other_arguments_is_another_task(tmp_path):
+    """The lines of three went through one panel; and a filler of masks finds its model."""
+    tasks = ["mnns:digits=2", "mnns:digits=3", "mnns"]
+    rows = sweep(Grid(tasks=tasks, soft=["hard"], limit=2), tmp_path, console=Console(quiet=True))
+    assert [row["task"] for row in rows] == tasks == [p["task"] for p in aggregate(rows)]
+    assert {row["model"] for row in rows} == {"mnns-diffusion-tiny"}
+
+
 def test_votes_are_on_what_the_task_reads():
     grid = read_grid(dict(tasks=["mnns"], soft=["mnns-tiny=self-consistency:votes=2"], limit=2))
     decoder = module._decoder(grid, grid.runs()[0])

@@ -22,7 +22,7 @@ from ..models import MODELS as EMBEDDED
 from ..models import stamp_of
 from ..results import as_name, write_results, write_whole
 from ..specs import format_options
-from ..tasks import MODELS, load_task
+from ..tasks import load_task
 from .chats import with_chat
 from .sweep_summary import GRID_FILE, read_rows, write_summary
 
@@ -211,8 +211,7 @@ def _model_of(grid: Grid, run: Run) -> str | None:
     """The model of a run: the decoder's own, the grid's for the task, or the embedded one of a
     diffusion decoder."""
     asked = parse_spec(run.spec)
-    embedded = MODELS.get(run.task, {})
-    default = embedded.get("diffusion") if asked.family == "diffusion" else None
+    default = _task(run.task).models.get("diffusion") if asked.family == "diffusion" else None
     model = asked.model or grid.models.get(run.task) or default
     if model is None and asked.family not in ALONE:
         raise ValueError(
@@ -318,7 +317,7 @@ def measure(grid: Grid, run: Run, console=None) -> dict:
             batch_size=grid.batch_size,
             repeats=grid.repeats,
             seed=run.seed,
-            task=task.name,
+            task=run.task,  # two functions may call theirs the same
             extract=task.extract,
             console=console,
         )

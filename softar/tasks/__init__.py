@@ -73,7 +73,8 @@ def load_task(name: str, *, seed: int = 0, size: int | None = None) -> Task:
         return harness_task(name.removeprefix(HARNESS))
     embedded, _, options = name.partition(":")
     if embedded in TASKS and options:
-        return TASKS[embedded](**_arguments(name, TASKS[embedded], options), seed=seed, size=size)
+        task = TASKS[embedded](**_arguments(name, TASKS[embedded], options), seed=seed, size=size)
+        return dataclasses.replace(task, name=name)  # other arguments make another task
     if name not in TASKS and is_own(name):
         task = own_task(name)
         if size is not None and task.train is not None:
