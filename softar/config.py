@@ -93,7 +93,7 @@ class SoftConfig:
     think_start: Ids = None  # opens the thought; None: the completion starts inside it
     think_end: Ids = None  # closes it for good
     # made by `resolve`: how tokens spell the two where they are texts (softar.tags), and which
-    # tokens are white space
+    # tokens are white space, also where they are ids
     spelling: tuple = field(default=(), repr=False, compare=False)
     # soft steps at most, then think_end is put in (or, without one, the answer starts)
     budget: int | None = None
@@ -265,16 +265,18 @@ class SoftConfig:
 
     def resolve(self, tokenizer) -> "SoftConfig":
         """The same configuration with what is given as text (think_start, think_end, switch_final)
-        turned into token ids."""
+        turned into token ids; and, with think_end, what of the tokenizer is white space, which may
+        follow a thought that a prompt closes. tokenizer: None knows no text, and no white space."""
         names = [n for n in (*TAGS, "switch_final") if isinstance(getattr(self, n), str)]
         ids = {name: ids_of_text(tokenizer, name, getattr(self, name)) for name in names}
-        if not ids.keys() & {*TAGS}:
-            return dataclasses.replace(self, **ids) if ids else self
-        moves = [*self.spelling[:2]] or [(), ()]
-        for i, name in enumerate(TAGS):
-            if name in ids:
-                moves[i] = moves_of_text(tokenizer, getattr(self, name))
-        return dataclasses.replace(self, **ids, spelling=(*moves, blanks(tokenizer)))
+        fields: dict[str, Any] = dict(ids)
+        if tokenizer is not None and self.think_end is not None:
+            moves = [*self.spelling[:2]] or [(), ()]
+            for i, name in enumerate(TAGS):
+                if name in ids:
+                    moves[i] = moves_of_text(tokenizer, getattr(self, name))
+            fields["spelling"] = (*moves, blanks(tokenizer))
+        return dataclasses.replace(self, **fields) if fields else self
 
     @property
     def moves(self) -> tuple[Moves | None, Moves | None]:

@@ -7,6 +7,7 @@ waiting, and vLLM's workers need no tokenizer.
 
 Shapes: B batch, P prompt length, M moves."""
 
+import contextlib
 import functools
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -80,7 +81,11 @@ def moves_of_text(tokenizer, text: str) -> Moves:
 
 def blanks(tokenizer) -> tuple[int, ...]:
     """The tokens of white space that a chat template puts behind a thought which it closes."""
-    pieces = [tokenizer.encode(text, add_special_tokens=False) for text in ("\n\n", "\n", " ")]
+    pieces = []
+    for text in ("\n\n", "\n", " "):
+        # tokenizers raises no class of its own, for what it has no token for
+        with contextlib.suppress(Exception):
+            pieces.append(tokenizer.encode(text, add_special_tokens=False))
     return tuple(sorted({ids[0] for ids in pieces if len(ids) == 1}))
 
 

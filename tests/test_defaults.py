@@ -17,7 +17,7 @@ from softar.decoders.options import Common
 from softar.decoders.registry import default_length, make_decoder
 from softar.defaults import NARROW, default_of, recall, think_tags
 from softar.models.origin import note_origin
-from softar.tags import matches, moves_of_ids, moves_of_text
+from softar.tags import blanks, matches, moves_of_ids, moves_of_text
 
 
 def byte_tokenizer(*, tags=(), template=None):
@@ -255,14 +255,29 @@ def test_a_tag_by_its_ids_alone_is_those_ids():
     )  # nor do added tokens
 
 
-def test_white_space_may_follow_a_thought_that_the_prompt_closes(endless):
+@pytest.mark.parametrize("by_ids", [False, True])
+@pytest.mark.parametrize("tags", [("think_end",), ("think_start", "think_end")])
+def test_white_space_may_follow_a_thought_that_the_prompt_closes(tags, by_ids, endless):
+    """However the tags are given: ids did not see it."""
     tokenizer = byte_tokenizer(tags=("<think>", "</think>"))
     model = model_of("llama", vocab_size=len(tokenizer), eos_token_id=None)
-    config = SoftConfig(think_end="</think>", max_new_tokens=2)
-    for text, kind in (("a<think>\n</think>\n", Kind.HARD), ("a</think>\nb", Kind.SOFT)):
+    texts = {"think_start": "<think>", "think_end": "</think>"}
+    given = {name: texts[name] for name in tags}
+    if by_ids:
+        given = {name: tokenizer.convert_tokens_to_ids(text) for name, text in given.items()}
+    config = SoftConfig(**given, max_new_tokens=2)
+    assert config.resolve(tokenizer).spelling == SoftConfig(**texts).resolve(tokenizer).spelling
+    opened = Kind.SOFT if len(tags) == 1 else Kind.HARD
+    for text, kind in (("a<think>\n</think>\n", Kind.HARD), ("a</think>\nb", opened)):
         ids = torch.tensor([tokenizer.encode(text)])
         out = softar.generate(model, ids, config=config, tokenizer=tokenizer)
         assert (out.record.kind == kind).all(), text
+
+
+def test_a_tokenizer_without_white_space_has_no_blanks():
+    """Some fail at what they have no token for."""
+    core = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}))
+    assert blanks(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")) == ()
 
 
 @pytest.mark.parametrize(
