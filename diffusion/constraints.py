@@ -15,7 +15,7 @@ from softar.models import room_of
 from softar.placement import evaluating
 
 from .canvas import Canvas
-from .inputs import check_width
+from .inputs import check_width, real_of
 from .knobs import is_pair
 from .losses import forward_masked
 from .net import Facts, check_has_mask, facts, parts
@@ -103,8 +103,8 @@ def label_probs(
         [n, K] float32 of the n masks, row by row; each sums to 1.
 
     Raises:
-        ValueError: for a row without a mask, ids outside of the vocabulary, and a uniform-state
-            model, which has no masks.
+        ValueError: for a row without a mask, ids outside of the vocabulary, padding that the model
+            reads, and a uniform-state model, which has no masks.
     """
     known, net = check_has_mask(facts(model), "label_probs"), parts(model)
     check_ids("input_ids", input_ids, 2, known.vocab_size, "label_probs")
@@ -113,6 +113,7 @@ def label_probs(
     check_ids("labels", chosen, 1, known.vocab_size)
     if known.uniform is not None:
         raise ValueError("the model's diffusion_process is uniform: it has no masks to look at")
+    real_of(model, known, input_ids, attention_mask)
     masked = input_ids == known.mask_id
     if bare := (~masked.any(1)).nonzero()[:, 0].tolist():
         raise ValueError(

@@ -28,8 +28,9 @@ from softar.soft import check_dist
 from .block_causal import BlockCausal
 from .canvas import Canvas
 from .config import DenoiseConfig
+from .inputs import real_of
 from .masked import Masked
-from .net import READS_PADDING, Facts, Parts, facts, parts, plain
+from .net import Facts, Parts, facts, parts, plain
 from .process import Process
 from .record import Recorder, Trajectory, check_recordable
 from .renoised import PARITY as RENOISED
@@ -138,11 +139,8 @@ def denoise(
     _check(model, model_facts, net, config, input_ids)
     if attention_mask is None:
         check_unpadded(model, input_ids)
-    real = _real(model_facts, input_ids, attention_mask)
-    if plain(model).config.model_type in READS_PADDING and not real.all():
-        raise ValueError(
-            f"{type(plain(model)).__name__} reads padding as if it were text: give rows of one length"
-        )
+    real = real_of(model, model_facts, input_ids, attention_mask)
+    _check_padding(model_facts, real)
     draws = Draws(rng, len(input_ids), input_ids.device)
     how = dict(record=True) if record else {}
     if record:
@@ -331,27 +329,15 @@ def longest_prompt(facts: Facts, config: DenoiseConfig, most: int) -> int:
     return most + -config.gen_length // b * b
 
 
-def _real(facts: Facts, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """[B, P] bool, what is not padding. Raises ValueError for padding that does not fit."""
-    if attention_mask is None:
-        return torch.ones_like(input_ids, dtype=torch.bool)
-    if not torch.is_tensor(attention_mask) or attention_mask.shape != input_ids.shape:
-        what = tuple(attention_mask.shape) if torch.is_tensor(attention_mask) else "none"
-        raise ValueError(
-            f"attention_mask of shape {what} does not fit input_ids of {tuple(input_ids.shape)}: give a tensor like it"
-        )
-    mask = attention_mask.bool()
+def _check_padding(facts: Facts, real: Tensor) -> None:
+    """Raise ValueError for rows [B, P] that are all padding, where nothing can be said of their
+    first slot, and that have it on the right. real: bool, what is not padding."""
     has_mask = facts.mask_id is not None
-    if (facts.shift or not has_mask) and (empty := (~mask.any(1)).nonzero()[:, 0].tolist()):
+    if (facts.shift or not has_mask) and (empty := (~real.any(1)).nonzero()[:, 0].tolist()):
         raise ValueError(
             f"attention_mask leaves rows {empty} an empty prompt: start from a BOS token"
         )
-    if holed := (mask[:, :-1] & ~mask[:, 1:]).any(1).nonzero()[:, 0].tolist():
+    if holed := (real[:, :-1] & ~real[:, 1:]).any(1).nonzero()[:, 0].tolist():
         raise ValueError(
             f"attention_mask has padding on the right in rows {holed}: pad on the left"
         )
-    if has_mask and (input_ids == facts.mask_id).logical_and(~mask).any():
-        raise ValueError(
-            f"padding holds the mask token (id {facts.mask_id}): pad with another token"
-        )
-    return mask

@@ -38,7 +38,7 @@ from .config import DenoiseConfig
 from .doubled import documents_of
 from .evaluate import check_decoded, evaluate, steps_for
 from .head import HEAD_FILE, learn_head, save_reading
-from .inputs import check_width
+from .inputs import check_reads_none, check_width
 from .models import load_original
 from .net import facts, plain
 from .noise import NOISE_FILE
@@ -224,6 +224,8 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
             maskable, mask = maskable | (mask == 0), None
         elif bool((mask == 1).all()):
             mask = None
+        else:
+            check_reads_none(self.model, mask != 0)
         if not maskable.any(1).all():
             raise ValueError(
                 f"row {int((~maskable.any(1)).nonzero()[0])} of the batch has no token to mask: no completion"

@@ -8,10 +8,10 @@ import torch
 from datasets import Dataset
 from test_block_causal import block_model
 from test_denoise import EOS, MASK, PROMPTS, VOCAB, bert, denoiser, run
-from tiny import counted, left_padded, seeded
+from tiny import counted, left_padded, seeded, tokenizer_of
 from transformers import AutoConfig, AutoModelForMaskedLM, BertModel
 
-from softar.diffusion import DenoiseConfig, denoise, load
+from softar.diffusion import DenoiseConfig, denoise, label_probs, load
 from softar.diffusion.losses import log_likelihood
 from softar.diffusion.net import READS_PADDING, parts
 from softar.diffusion.parity import PARITY
@@ -243,6 +243,39 @@ def test_models_that_read_padding_get_rows_of_one_length(kind):
     with pytest.raises(ValueError, match="reads padding as if it were text"):
         denoise(model, ids, mask, gen_length=4)
     assert denoise(model, ids[:1], mask[:1], gen_length=4).completions.shape == (1, 4)
+    filled = torch.cat([ids, torch.full((len(ids), 1), MASK)], 1)
+    real = torch.cat([mask, torch.ones(len(ids), 1, dtype=mask.dtype)], 1)
+    with pytest.raises(ValueError, match="reads padding as if it were text"):
+        label_probs(model, filled, [5, 6], real)
+    assert label_probs(model, filled[:1], [5, 6], real[:1]).shape == (1, 2)
+
+
+@pytest.mark.parametrize("kind", READS_PADDING)
+def test_models_that_read_padding_train_on_rows_of_one_length(kind, tmp_path):
+    args = dict(output_dir=str(tmp_path), report_to="none", max_steps=1, disable_tqdm=True)
+    rows = [{"input_ids": [4, 5, 6, 7][:n], "labels": [4, 5, 6, 7][:n]} for n in (3, 3, 4, 4)]
+
+    def trainer(number, **options):
+        config = DiffusionSFTConfig(**args, save_strategy="no", **options)
+        data = Dataset.from_list(rows[:number])
+        tokenizer = tokenizer_of(VOCAB)
+        return DiffusionSFTTrainer(
+            positioned(kind).float(), config, train_dataset=data, processing_class=tokenizer
+        )
+
+    with pytest.raises(ValueError, match="reads padding as if it were text"):
+        trainer(4).train()
+    trainer(2).train()
+    trainer(4, per_device_train_batch_size=1).train()
+
+
+def test_labels_are_of_masks_that_are_no_padding():
+    ids = torch.tensor([[MASK, 5, MASK], [4, 5, MASK]])
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with pytest.raises(ValueError, match="padding holds the mask token"):
+        label_probs(denoiser(), ids, [5, 6], mask)
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 2\) does not fit"):
+        label_probs(denoiser(), ids, [5, 6], mask[:, 1:])
 
 
 def test_training_stays_within_the_positions_and_the_vocabulary(tmp_path):
