@@ -4,10 +4,12 @@ to, and what a checkpoint may not say."""
 import functools
 import json
 import re
+import sys
 from importlib.metadata import EntryPoint
 
 import pytest
 import torch
+from test_sft import trainer_of
 from tiny import PROMPTS, left_padded, model_of, seeded, tokenizer_of
 
 import softar
@@ -283,19 +285,19 @@ def returns(change):
     return mixer
 
 
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        (lambda i, w: Soft(i, w), "gave a Soft: give softar.Mixed(softar.Soft(ids, weights)"),
-        (lambda i, w: Mixed(Soft(i, w * 7), i[:, 0], None), "weights that do not sum to 1"),
-        (lambda i, w: Mixed(Soft(i, w - 0.3), i[:, 0], None), "negative weights"),
-        (lambda i, w: Mixed(Soft(i + 99, w), i[:, 0], None), "ids outside the vocabulary of 64"),
-        (lambda i, w: Mixed(Soft(i, w), i[:, 0] - 99, None), "a token outside the vocabulary"),
-        (lambda i, w: Mixed(Soft(i, w[:, :1]), i[:, 0], None), "of shapes [(3, 5), (3, 1), (3,)"),
-        (lambda i, w: Mixed(Soft(i, w), i[:, 0], w), "and [rows] or None"),
-        (lambda i, w: Mixed(Soft(i.int(), w), i[:, 0], None), "gave ids, weights and token of"),
-    ],
-)
+BROKEN = [
+    (lambda i, w: Soft(i, w), "gave a Soft: give softar.Mixed(softar.Soft(ids, weights)"),
+    (lambda i, w: Mixed(Soft(i, w * 7), i[:, 0], None), "weights that do not sum to 1"),
+    (lambda i, w: Mixed(Soft(i, w - 0.3), i[:, 0], None), "negative weights"),
+    (lambda i, w: Mixed(Soft(i + 99, w), i[:, 0], None), "ids outside the vocabulary of 64"),
+    (lambda i, w: Mixed(Soft(i, w), i[:, 0] - 99, None), "a token outside the vocabulary"),
+    (lambda i, w: Mixed(Soft(i, w[:, :1]), i[:, 0], None), "of shapes [(3, 5), (3, 1), (3,)"),
+    (lambda i, w: Mixed(Soft(i, w), i[:, 0], w), "and [rows] or None"),
+    (lambda i, w: Mixed(Soft(i.int(), w), i[:, 0], None), "gave ids, weights and token of"),
+]
+
+
+@pytest.mark.parametrize("change, says", BROKEN)
 def test_a_mixers_contract(change, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         generate(returns(change))
@@ -332,6 +334,22 @@ def test_soft_sft_trains_through_a_mixer_by_name(tmp_path):
         ValueError, match="asks for hidden states, which training does not hand out"
     ):
         softar.SoftSFTConfig(output_dir=str(tmp_path), soft_mixer=f"{HERE}:gated", think_steps=3)
+
+
+@pytest.mark.parametrize(
+    "change, says", [*BROKEN, (lambda i, w: Mixed(Soft(i, w), i[:, 0], None), None)]
+)
+def test_soft_sft_holds_a_mixer_to_its_contract_before_it_starts(
+    tmp_path, monkeypatch, change, says
+):
+    """It trained on what it gave, whatever that was; decoding refused it then."""
+    monkeypatch.setattr(sys.modules[HERE], "broken", returns(change), raising=False)
+    how = dict(soft_mixer=f"{HERE}:broken", soft_top_k=5, think_steps=1)
+    if says is None:
+        trainer_of(tmp_path, **how)
+    else:
+        with pytest.raises(ValueError, match=re.escape(says.replace("(3", "(2"))):
+            trainer_of(tmp_path, **how)
 
 
 def test_a_request_names_no_code():

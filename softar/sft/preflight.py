@@ -12,8 +12,9 @@ from datasets import Dataset
 from torch import nn
 
 from ..guard import check_range
-from ..mixers import mk_mixer
+from ..mixers import BUILT_IN, check_mixed, mk_mixer
 from ..models import check_autoregressive, check_keeps_apart
+from ..soft import mk_proba_dist
 from ..training import prepare_trained
 from .data import check_pickable, check_traces, has_turns, thought_of
 from .learnt import ROOM, learnt_of, mixture
@@ -66,6 +67,18 @@ def check_model(trainer) -> None:
     check_autoregressive(trainer.model, "train it with softar.diffusion's DiffusionSFTTrainer")
     beside = bool(trainer.args.think_tokens or learnt_of(trainer.args))
     prepare_trained(type(trainer).__name__, trainer.model, beside=beside)
+
+
+def check_mixer(args, vocab_size: int, device: torch.device) -> None:
+    """Raise ValueError for a mixer that is not softar's and makes of some beliefs what cannot be fed
+    back: decoding refuses it at its first step."""
+    if args.soft_mixer in BUILT_IN:
+        return
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, vocab_size, generator=rng).to(device)
+    mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
+    mixed = mixer(mk_proba_dist(logits, **args.filters), rng=rng)
+    check_mixed(mixed, *logits.shape, args.soft_mixer)
 
 
 def check_tokens(rows, args, room: int | None, vocab_size: int) -> None:

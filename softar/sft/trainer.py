@@ -55,6 +55,7 @@ from .loss import soft_loss
 from .preflight import (
     check_columns,
     check_held_out,
+    check_mixer,
     check_model,
     check_packed,
     check_tokens,
@@ -122,6 +123,7 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         check_tokens(rows, args, room_of(self.model), vocab)
         say_cut(self, train_dataset)
         check_dist(vocab, **args.filters, prefix="soft_")
+        check_mixer(args, vocab, self.accelerator.device)
         check_split(self, **whole_weights_for(args))
         freeze(self.accelerator.unwrap_model(self.model), args)
         split = self.is_fsdp_enabled or self.is_deepspeed_enabled
