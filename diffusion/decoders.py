@@ -37,10 +37,10 @@ ANY = "denoise"  # the decoder that takes any softener, as an option
 
 
 class DiffusionDecoder:
-    """Answers by `softar.diffusion.denoise`. With gen_length 0 prompts are templates: their masks
-    are filled, and the text is the whole; else the text is what stands behind the prompt, up to an
-    end token. `tokens` are those that were decided, an end token included and what stands behind it
-    left out.
+    """Answers by `softar.diffusion.denoise`. Masks in a prompt are filled, too, and the text is the
+    whole then; else it is what stands behind the prompt, up to an end token. With gen_length 0
+    prompts are templates, which hold masks. `tokens` are those that were decided, an end token
+    included and what stands behind it left out.
 
     Args:
         model, tokenizer: from softar.diffusion.load.
@@ -87,8 +87,9 @@ class DiffusionDecoder:
         started = time.perf_counter()
         inputs = read_prompts(self.tokenizer, prompts).to(self.model.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        fills = self.config.gen_length == 0
-        if fills and (bare := (~(ids == self.facts.mask_id).any(1)).nonzero()[:, 0].tolist()):
+        hole = -1 if self.facts.mask_id is None else self.facts.mask_id
+        has_holes = ((ids == hole) & mask.bool()).any(1).tolist()
+        if self.config.gen_length == 0 and (bare := [i for i, x in enumerate(has_holes) if not x]):
             raise ValueError(
                 f"prompt {bare[0]} holds no {self.tokenizer.mask_token} and no masks follow it (gen_length=0): give "
                 f"max_new_tokens >= 1, or templates"
@@ -108,7 +109,7 @@ class DiffusionDecoder:
             out = denoise(self.model, ids, mask, config=self.config, rng=self.rng, callback=look)
         forwards = forwards_of(out)
         texts, tokens, decided = zip(
-            *(self._read(out, i) for i in range(len(prompts))), strict=True
+            *(self._read(out, i, is_whole) for i, is_whole in enumerate(has_holes)), strict=True
         )
         seconds = (time.perf_counter() - started) / len(prompts)
         return [
@@ -124,14 +125,14 @@ class DiffusionDecoder:
             for row in range(len(prompts))
         ]
 
-    def _read(self, out: DenoiseOutput, row: int) -> tuple[str, tuple[int, ...], list[int]]:
-        """Text and tokens of a row, and the columns of these."""
+    def _read(
+        self, out: DenoiseOutput, row: int, is_whole: bool
+    ) -> tuple[str, tuple[int, ...], list[int]]:
+        """Text and tokens of a row, and the columns of these. is_whole: is the prompt of the text?"""
         ids, decided = out.sequences[row].tolist(), (out.committed_at[row] >= 0).tolist()
-        begin, stop = 0, len(ids)
-        if self.config.gen_length:
-            begin = out.prompt_length
-            stop = begin + first_end(ids[begin:], self.ends)
-        text = self.tokenizer.decode(ids[begin:stop], skip_special_tokens=True)
+        begin = out.prompt_length  # of all columns with gen_length=0
+        stop = begin + first_end(ids[begin:], self.ends)
+        text = self.tokenizer.decode(ids[0 if is_whole else begin : stop], skip_special_tokens=True)
         columns = [i for i in range(min(stop + 1, len(ids))) if decided[i]]
         return text, tuple(ids[i] for i in columns), columns
 

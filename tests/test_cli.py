@@ -470,6 +470,15 @@ def test_fill(softar):
     assert softar("fill", stdin=HOLES)[1] == out
 
 
+def test_holes_are_shown_whatever_is_filled_behind_the_text(softar):
+    """They were filled, and not printed."""
+    given = HOLES.removeprefix("<bos> ").split()
+    for behind in (0, 1, 2):
+        words = softar("fill", HOLES, "--gen-length", behind)[1].split()
+        assert all(g in (w, "_") for w, g in zip(words, given, strict=False)), words
+        assert len(given) <= len(words) <= len(given) + behind and "_" not in words
+
+
 def test_fill_behind_the_text(softar):
     answer = json.loads(softar("fill", PROMPT, "--gen-length", 5, "--steps", 2, "--json")[1])
     assert (answer["decoder"], answer["setting"], answer["num_forwards"]) == (
@@ -945,6 +954,21 @@ BAD = [
     (
         ["generate", PROMPT, *SOFT, "-d", "soft:softness=0.5", "--softness", "0.7"],
         "--softness is in --decoder",
+    ),
+    (
+        ["generate", PROMPT, *SOFT, "-d", "soft:max_new_tokens=3", "--max-new-tokens", "8"],
+        "--max-new-tokens 8: --decoder soft:max_new_tokens=3 says it, too: leave one out",
+    ),
+    (["fill", HOLES, "-d", "hard:gen_length=3", "--gen-length", "2"], "--gen-length 2: --decoder"),
+    (["fill", HOLES, "-d", "hard:max_new_tokens=3", "--gen-length", "2"], "says it, too"),
+    (
+        ["fill", HOLES, "-d", "hard:gen_length=3,max_new_tokens=2"],
+        "max_new_tokens=2 and gen_length=3",
+    ),
+    (["trace", PROMPT, *SOFT, "-d", "soft:max_new_tokens=3", "--max-new-tokens", "8"], "leave one"),
+    (
+        ["compare", *SOFT, "-d", "discrete:max_new_tokens=3", "--max-new-tokens", "8"],
+        "--max-new-tokens 8: --decoder",
     ),
     (["generate", PROMPT, *SOFT, "-d", "beam", "--top-k", "3"], "takes no 'top_k'"),
     (["generate", PROMPT, *SOFT, "-d", "hard"], "needs a masked-diffusion model"),

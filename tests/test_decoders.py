@@ -525,6 +525,20 @@ def test_the_forwards_of_an_evaluation_are_each_rows_own():
         assert others == pytest.approx([alone] * 2) and alone < batches[0]["token_forwards"]
 
 
+@pytest.mark.parametrize("behind", [1, 4])
+def test_the_text_of_a_prompt_with_holes_is_the_whole(filler, behind):
+    """Beside others in a batch, of which it is what stands behind them."""
+    decoder = DiffusionDecoder(*filler, DenoiseConfig(gen_length=behind, steps=2, soften="hard"))
+    prompts = ["<bos> D4 D8 D1 <mask>", "<bos> D4 ->", "D1 <mask> D3 D3 D2 ->"]
+    for prompt, answer in zip(prompts, decoder.decode(prompts), strict=True):
+        words, given = answer.text.split(), prompt.removeprefix("<bos> ").split()
+        holes = given.count("<mask>")
+        assert len(words) <= behind + (len(given) if holes else 0)
+        assert len(answer.tokens) <= behind + holes
+        if holes:
+            assert all(g in (w, "<mask>") for w, g in zip(words, given, strict=False)), words
+
+
 @pytest.mark.parametrize("name", ["discrete", "soft", "beam", *DIFFUSION])
 def test_a_row_of_a_batch_is_the_row_alone(name, tiny, filler):
     if name in DIFFUSION:
@@ -715,12 +729,12 @@ def test_diffusion_decoders_are_denoise(soften, filler):
     width = out.prompt_length
     for row, (decoded, ids) in enumerate(zip(found, out.sequences.tolist(), strict=True)):
         end = ids.index(2, width) if 2 in ids[width:] else len(ids)
-        assert decoded.text == tokenizer.decode(ids[width:end], skip_special_tokens=True)
+        begin = 0 if row == 3 else width
+        assert decoded.text == tokenizer.decode(ids[begin:end], skip_special_tokens=True)
         inside = [ids[width - 2]] if row == 3 else []  # the mask in the prompt
         assert decoded.tokens == tuple(inside + ids[width : end + 1])
-        assert decoded.num_forwards == out.committed_at[
-            row
-        ].max() + 1 <= out.num_forwards and 0 < decoded.entropy < math.log(model.config.vocab_size)
+        assert decoded.num_forwards == out.row_forwards[row] <= out.num_forwards
+        assert 0 < decoded.entropy < math.log(model.config.vocab_size)
     assert sum(d.token_forwards for d in found) == pytest.approx(out.token_forwards)
 
 

@@ -107,6 +107,7 @@ def generate(
         compile=compile or None,
     )
     with streams.only_results():
+        inputs.check_lengths([decoder] if decoder else [], "--max-new-tokens", max_new_tokens)
         common = dict(max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device)
         opened = inputs.open_decoder(decoder, model, options, fills=False, **common)
         messages = inputs.as_prompt(opened, text, chat, system)
@@ -190,6 +191,7 @@ def fill(
         shift=shift,
     )
     with streams.only_results():
+        inputs.check_lengths([decoder] if decoder else [], "--gen-length", gen_length or None)
         common = dict(max_new_tokens=gen_length, seed=seed, dtype=dtype, device=device)
         opened = inputs.open_decoder(decoder, model, options, fills=True, **common)
         tokenizer = inputs.tokenizer_of(opened)
@@ -235,6 +237,7 @@ def trace(
         raise ValueError(f"--html {str(html)!r} {why}: name a file in one")
     common = dict(max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device)
     with streams.only_results():
+        inputs.check_lengths(decoder or [], "--max-new-tokens", max_new_tokens)
         for spec in inputs.distinct(decoder or []) or [None]:
             opened = inputs.open_decoder(spec, model, {}, trace=True, **common)
             tokenizer, template = inputs.tokenizer_of(opened), text
@@ -332,6 +335,7 @@ def compare(
     )
     with streams.only_results():
         inputs.quiet()
+        inputs.check_lengths(decoder or [], "--max-new-tokens", max_new_tokens)
         loaded = load_task(task)
         if folder is not None:
             check_writable(folder, "--output")

@@ -202,6 +202,14 @@ def with_options(spec: str, options: dict[str, Any]) -> str:
     return f"{spec}{',' if in_spec else ':'}{format_options(chosen)}" if chosen else spec
 
 
+def check_lengths(specs: list[str], option: str, length: int | None) -> None:
+    """Raises ValueError for a length that no decoder hears, as each has one in its spec."""
+    from ..decoders.registry import LENGTHS, parse_spec
+
+    if length is not None and specs and all({*LENGTHS} & {*parse_spec(s).options} for s in specs):
+        raise ValueError(f"{option} {length}: --decoder {specs[0]} says it, too: leave one out")
+
+
 def as_prompt(decoder, text: str, chat: bool | None, system: str | None = None) -> str | list[dict]:
     """Chat messages where the decoder takes them (chat None), or where they are asked for; else
     text.

@@ -31,6 +31,7 @@ FAMILIES = {
     "openai": "softar.decoders.openai",
 }
 ALONE = (OWN, "openai")  # whose decoders need not be told a model
+LENGTHS = ("max_new_tokens", "gen_length")  # an option by two names: the second is diffusion's
 # masks behind a prompt, of models made for so many
 MASKS = {"mnns-diffusion-tiny": 5, "latin-block-tiny": 25}
 
@@ -127,6 +128,9 @@ def card_of(asked: Spec, model: str | None) -> Card:
 def build(decoder: str, card: Card, common: Common, options: dict) -> Decoder:
     """The decoder of that name on a model that is described already. Options named as fields of
     Common override it."""
+    if {*LENGTHS} <= {*options}:
+        said = " and ".join(f"{name}={options[name]}" for name in LENGTHS)
+        raise ValueError(f"decoder {decoder!r}: {said} say the same: leave one out")
     common = common.overridden(decoder, options)
     others = {key: value for key, value in options.items() if key not in Common.OPTIONS}
     return find(decoder)[1](card, common, **others)
