@@ -31,12 +31,13 @@ def evaluate(
     template: dict | None = None,
     with_ids: bool = False,
 ) -> dict:
-    """Accuracy and cost of answering `rows`, by completions up to their first end token.
+    """Accuracy and cost of answering `rows`, by completions up to their first end token, behind which
+    no token counts as generated.
 
     Args:
         rows: column `template`, a text whose masks are to be filled and whose whole is the answer;
             or `prompt`, text or chat messages, which `gen_length` masks follow (None: as many as
-            the longest completion of the rows has).
+            the longest completion of the rows has; 0: none, it is filled as a template).
         score: of an answer, score(text, row); with_ids: score(text, row, ids).
         config: its gen_length does not count.
         template: keywords of the chat template, for all rows. None: what the columns `tools` and
@@ -48,8 +49,8 @@ def evaluate(
     Returns:
         As `softar.evaluate.evaluate`: accuracy, n, nfe, token_forwards, seconds, tokens_per_s.
     """
-    fills = "template" in rows.column_names
-    if fills:
+    column = "template" if "template" in rows.column_names else "prompt"
+    if fills := column == "template" or gen_length == 0:
         gen_length = 0
     elif gen_length is None and len(rows):
         gen_length = most_slots(rows, tokenizer)
@@ -58,17 +59,21 @@ def evaluate(
     end_ids = facts(model).end_ids if config.end_ids is None else config.end_ids
 
     def answer(batch: list[dict]) -> tuple[list[tuple], DenoiseOutput, int]:
-        prompts = [prompt_of(row, "template" if fills else "prompt") for row in batch]
+        prompts = [prompt_of(row, column) for row in batch]
         if template is not None:
             prompts = [p if isinstance(p, str) else Chat(p, template) for p in prompts]
         inputs = encode(tokenizer, prompts).to(model.device)
-        out = denoise(model, inputs["input_ids"], inputs["attention_mask"], config=config, rng=rng)
-        rows_of_ids = (out.sequences if fills else out.completions).tolist()
-        if not fills:
-            rows_of_ids = [ids[: first_end(ids, end_ids)] for ids in rows_of_ids]
+        mask = inputs["attention_mask"]
+        out = denoise(model, inputs["input_ids"], mask, config=config, rng=rng)
+        begins = (mask == 0).sum(1).tolist() if fills else [out.prompt_length] * len(batch)
+        rows_of_ids, made = [], 0
+        for row, begin in enumerate(begins):
+            ids = out.sequences[row, begin:].tolist()
+            end = len(ids) if fills else first_end(ids, end_ids)
+            rows_of_ids.append(ids[:end])
+            made += int((out.committed_at[row, : begin + end + 1] >= 0).sum())
         texts = tokenizer.batch_decode(rows_of_ids, skip_special_tokens=True)
-        answers = [*zip(texts, rows_of_ids, strict=True)]
-        return answers, out, int((out.committed_at >= 0).sum())
+        return [*zip(texts, rows_of_ids, strict=True)], out, made
 
     def judge(answer: tuple[str, list[int]], row: dict) -> float:
         return score(answer[0], row, *answer[1:] if with_ids else ())

@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback
 import softar
 from softar.diffusion.config import DenoiseConfig
 from softar.diffusion.convert import convert
+from softar.diffusion.decoders import DiffusionDecoder
 from softar.diffusion.evaluate import evaluate, most_blocks, slots_of_row, steps_for
 from softar.diffusion.models import load
 from softar.diffusion.net import facts
@@ -228,6 +229,38 @@ def test_every_row_gets_the_slots_of_the_longest(tmp_path):
     blocks, _ = convert(*softar.load("mnns-tiny", seed=0), block_length=4)
     steps = steps_for(facts(blocks), rows, tokenizer, 1)
     evaluate(blocks, tokenizer, rows, lambda *_: 1.0, DenoiseConfig(steps=steps, end_ids=()))
+
+
+def test_tokens_behind_the_end_are_none_of_an_answer():
+    rows, (model, tokenizer) = mnns(SECOND), load("mnns-diffusion-tiny")
+    made, score = [], lambda *_: 1.0
+    for length in (5, 30):  # with 30 slots the model writes ends behind the end
+        found = evaluate(model, tokenizer, rows, score, DenoiseConfig(), gen_length=length)
+        made.append(round(found["tokens_per_s"] * found["seconds"]))
+    decoder = DiffusionDecoder(model, tokenizer, DenoiseConfig(gen_length=30))
+    assert made[1] == sum(len(answer.tokens) for answer in decoder.decode(rows["prompt"]))
+    assert made[1] < 2 * made[0] and made[0] <= 5 * len(rows)
+
+
+@pytest.mark.parametrize("column", ["template", "prompt"])
+def test_a_template_is_answered_by_its_tokens_without_padding(column):
+    """As a row alone; prompts that hold masks are templates where none follow them."""
+    texts = ["<bos> D4 D8 D1 D3 -> <mask> <mask> <mask> S0 <eos>", "<bos> D4 D8 -> <mask> S4"]
+    rows, (model, tokenizer) = (
+        Dataset.from_list([{column: text} for text in texts]),
+        load("mnns-diffusion-tiny"),
+    )
+    seen = {1: [], 2: []}
+    for size, kept in seen.items():
+        score = lambda text, row, ids: float(kept.append((text, ids)) is None)  # noqa: B023, E731
+        how = dict(gen_length=0, batch_size=size, with_ids=True)
+        evaluate(model, tokenizer, rows, score, DenoiseConfig(soften="hard"), **how)
+    assert seen[1] == seen[2] and all(text for text, _ in seen[2])
+    for (_, ids), text in zip(seen[2], texts, strict=True):
+        given = tokenizer(text)["input_ids"]
+        assert [a for a, b in zip(ids, given, strict=True) if b != tokenizer.mask_token_id] == [
+            b for b in given if b != tokenizer.mask_token_id
+        ]
 
 
 def holed(mask):
