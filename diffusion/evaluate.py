@@ -102,9 +102,7 @@ def nll_bound(model, tokenizer, rows: Dataset, *, samples: int = 128, seed: int 
     with evaluating(model), torch.no_grad():
         for row in rows:
             prompt = tokenizer(row["prompt"])["input_ids"]
-            answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [
-                tokenizer.eos_token_id
-            ]
+            answer = [*unended(row["completion"], tokenizer), tokenizer.eos_token_id]
             ids = torch.tensor(prompt + answer, device=model.device)
             asked = torch.arange(len(ids), device=model.device) >= len(prompt)
             total -= log_likelihood(model, ids, asked, samples=samples, rng=rng)
@@ -163,8 +161,7 @@ def slots_of_row(row: dict, tokenizer) -> int:
         )
     answer = row["completion"]
     if isinstance(answer, str):
-        answer = answer.removesuffix(tokenizer.eos_token or "")
-        return len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1
+        return len(unended(answer, tokenizer)) + 1
     told = template_of(row)
     whole = tokenizer.apply_chat_template(row["prompt"] + answer, tokenize=False, **told)
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
@@ -172,6 +169,12 @@ def slots_of_row(row: dict, tokenizer) -> int:
     # the completion begins where they differ, as in TRL's rows
     same = takewhile(lambda pair: pair[0] == pair[1], zip(ids, asked, strict=False))
     return max(1, len(ids) - len([*same]))
+
+
+def unended(completion: str, tokenizer) -> list[int]:
+    """Its tokens without the end token, which a completion may bring along or not."""
+    text = completion.removesuffix(tokenizer.eos_token or "")
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def masks_of(row: dict, tokenizer) -> list[int]:

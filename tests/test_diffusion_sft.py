@@ -191,6 +191,8 @@ def test_the_bound_of_a_dataset_is_the_mean_per_token():
         answer = torch.arange(len(ids)) >= 6
         exact, tokens = exact - brute_force_bound(model, ids, answer), tokens + int(answer.sum())
     assert tokens == 15 and found == pytest.approx(exact / tokens, rel=0.1)
+    ended = rows.map(lambda row: {"completion": row["completion"] + "<eos>"})
+    assert nll_bound(model, tokenizer, ended, samples=400) == found  # counted once
     with pytest.raises(ValueError, match="prompt and completion of text"):
         nll_bound(model, tokenizer, Dataset.from_list([{"text": "D1"}]))
 
