@@ -21,7 +21,7 @@ from . import guards
 from .config import RolloutConfig
 from .losses import aggregate, is_level, leave_one_out
 from .metrics import reward_metrics
-from .rewards import check_scored, with_checks
+from .rewards import check_scored, with_checks, with_rows
 from .rollout import frozen_copy, generators, load_rollouts, save_rollouts
 from .trl_trainer import GRPOTrainer
 
@@ -168,7 +168,7 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
         return batch | {"advantages": self._local(advantages)}
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        """TRL's, on what the rewards may see."""
+        """TRL's, on what the rewards may see, and the rows."""
         ids = self._seen_by_rewards(self._rollout)
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         self._log_completion_extra("reward_saw", texts)
@@ -176,7 +176,7 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
             completions = [[{"role": "assistant", "content": text}] for text in texts]
         else:
             completions = texts
-        rewards = super()._calculate_rewards(inputs, prompts, completions, ids)
+        rewards = super()._calculate_rewards(with_rows(inputs), prompts, completions, ids)
         check_scored(
             rewards, self.reward_func_names, self.reward_funcs, each_row=self._scores_each_row
         )

@@ -30,6 +30,7 @@ from .config import SoftGRPOConfig
 from .discretise import discretise
 from .losses import surrogate
 from .metrics import ratio_metrics, rollout_metrics
+from .rewards import UNPREFIXED
 from .rollout import Rollout, decode_by_loop, switch_off_dropout
 
 
@@ -62,7 +63,7 @@ class SoftGRPOTrainer(RolloutGRPO):
         self.decoding = self.policy.changed(prompt_prefix=None).resolve(tokenizer)
 
     def _as_read(self, rows):
-        return prefixed_rows(rows, self.policy.prompt_prefix)
+        return prefixed_rows(rows, self.policy.prompt_prefix, UNPREFIXED)
 
     def _check_model(self, aux_loss_coef):
         guards.check_trainable(type(self).__name__, self.model, aux_loss_coef)

@@ -18,6 +18,7 @@ from softar.training import prepare_trained
 
 from .config import SoftGRPOConfig
 from .policies import KNOBS
+from .rewards import BY_TRAINER, NOT_TOLD
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,10 @@ def check_prompts(trainer: str, dataset, name: str) -> None:
         )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: give at least one row")
+    if taken := sorted(BY_TRAINER.intersection(dataset.column_names) - {*NOT_TOLD}):
+        raise ValueError(
+            f"{name} has columns {taken}, by which reward functions get what the trainer says: rename them"
+        )
     check_cells(dataset, ["prompt"], name)
 
 

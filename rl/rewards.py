@@ -17,6 +17,7 @@ from softar.checks import shorten
 from softar.tasks import Task
 
 REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")  # of trl.rewards
+ROW = "dataset_row"
 BY_TRAINER = {
     "prompts",
     "completions",
@@ -24,7 +25,10 @@ BY_TRAINER = {
     "trainer_state",
     "log_extra",
     "log_metric",
+    ROW,
 }
+NOT_TOLD = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from rewards
+UNPREFIXED = "prompt_unprefixed"  # what a row's prompt was before a prefix was put there
 
 
 def rewards_of(names: list[str] | None, task: Task) -> list[Callable]:
@@ -34,14 +38,22 @@ def rewards_of(names: list[str] | None, task: Task) -> list[Callable]:
 def reward_of(task: Task) -> Callable:
     """The task's score as a reward function of TRL."""
 
-    def reward(prompts, completions, **columns) -> list[float]:
-        names = [name for name in task.train.column_names if name in columns]
-        rows = [{name: columns[name][i] for name in names} for i in range(len(completions))]
+    def reward(completions, dataset_row, **columns) -> list[float]:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        return [task.score(text, row) for text, row in zip(texts, rows, strict=True)]
+        return [task.score(text, row) for text, row in zip(texts, dataset_row, strict=True)]
 
     reward.__name__ = task.name  # TRL logs it under this name
     return reward
+
+
+def with_rows(inputs: list[dict]) -> list[dict]:
+    """The rows of a batch, each with itself under the name ROW, prompt and completion too, as the data
+    set has it: a scorer may read what TRL hands on to no reward."""
+    given = []
+    for row in inputs:
+        own = {name: value for name, value in row.items() if name != UNPREFIXED}
+        given.append(own | ({"prompt": row[UNPREFIXED]} if UNPREFIXED in row else {}))
+    return [row | {ROW: row} for row in given]
 
 
 def named_reward(name: str) -> Callable:
@@ -82,15 +94,13 @@ def score_of(task: Task, trainer) -> Callable[[str, dict, list[int]], float]:
         # what a reward logs of held-out rows is none of the training's numbers
         told |= dict(trainer_state=trainer.state, log_extra=unheard, log_metric=unheard)
         told |= dict(prompts=[row["prompt"]], completions=[completion], completion_ids=[ids])
+        told[ROW] = [row]
         values = reward(**told)
         if inspect.isawaitable(values):  # in the loop that the rollouts' are awaited in
             values = asyncio.run_coroutine_threadsafe(values, trainer.async_loop).result()
         return float(values[0] or 0.0)
 
     return score
-
-
-NOT_TOLD = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from rewards
 
 
 def unheard(*args) -> None:
@@ -100,6 +110,7 @@ def unheard(*args) -> None:
 def check_columns(names: list[str] | None, task: Task) -> None:
     """Raise ValueError where the training rows lack what the rewards will ask of them."""
     columns = task.train.column_names
+    told = BY_TRAINER | {*columns} - {*NOT_TOLD}
     if "prompt" not in columns:
         raise ValueError(f"RL needs a column 'prompt'; {task.name!r} has {columns}")
     if task.score is None and not names:
@@ -113,9 +124,10 @@ def check_columns(names: list[str] | None, task: Task) -> None:
             for p in wanted
             if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
-        if missing := [column for column in needs if column not in {*columns, *BY_TRAINER}]:
+        if missing := [column for column in needs if column not in told]:
             raise ValueError(
-                f"reward_funcs={name!r} needs the columns {missing}; {task.name!r} has {columns}"
+                f"reward_funcs={name!r} needs the columns {missing}, and is told {sorted(told)}: the rows of "
+                f"{task.name!r} are whole in {ROW}"
             )
         if name in REWARDS and isinstance(task.train[0]["prompt"], str):
             raise ValueError(

@@ -109,15 +109,20 @@ def prefixed(prompt, prefix: str | None):
     return prefix + prompt
 
 
-def prefixed_rows(rows, prefix: str | None):
+def prefixed_rows(rows, prefix: str | None, kept: str | None = None):
     """A data set, several by name, or None, with each `prompt` as a model is to read it whose
-    configuration says prompt_prefix."""
+    configuration says prompt_prefix. kept: a column for what it was."""
     if isinstance(rows, dict):
-        return type(rows)({name: prefixed_rows(each, prefix) for name, each in rows.items()})
+        return type(rows)({name: prefixed_rows(each, prefix, kept) for name, each in rows.items()})
     first = None if rows is None or prefix is None else next(iter(rows), None)
     if first is None or not isinstance(first.get("prompt"), str):
         return rows  # in a chat the template puts it there
-    return rows.map(lambda row: {"prompt": prefixed(row["prompt"], prefix)})
+
+    def put(row: dict) -> dict:
+        prompt = row["prompt"]
+        return {"prompt": prefixed(prompt, prefix)} | ({kept: prompt} if kept else {})
+
+    return rows.map(put)
 
 
 class Chat(list):

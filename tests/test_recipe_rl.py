@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import signal
+import sys
 import time
 from types import SimpleNamespace
 
@@ -25,8 +26,8 @@ import softar.diffusion.evaluate as of_masks
 import softar.rl.recipe as of_recipe
 from softar.config import SoftConfig
 from softar.recipe import read
-from softar.rl.rewards import reward_of, score_of
-from softar.tasks import load_task
+from softar.rl.rewards import BY_TRAINER, check_columns, reward_of, score_of
+from softar.tasks import Task, load_task
 
 CONFIGS = ROOT / "recipes" / "configs"
 RECIPES = {name: recipe(f"{name}_soft") for name in ("grpo", "ppo", "rloo")}
@@ -260,13 +261,50 @@ def test_any_model_dataset_and_reward(tmp_path, monkeypatch, capsys):
 
 def test_a_tasks_score_is_its_reward():
     task = load_task("mnns", size=4)
-    columns = {name: task.train[name] for name in ("answer", "digits")}
-    reward = reward_of(task)
+    reward, told = reward_of(task), dict(prompts=task.train["prompt"], dataset_row=[*task.train])
     right = [row["answer"] for row in task.train]
-    assert reward(prompts=task.train["prompt"], completions=right, **columns) == [1.0] * 4
+    assert reward(completions=right, **told) == [1.0] * 4
     chats = [[{"role": "assistant", "content": text}] for text in [*right[:3], "S36"]]
-    assert reward(prompts=task.train["prompt"], completions=chats, **columns) == [1.0] * 3 + [0.0]
+    assert reward(completions=chats, **told) == [1.0] * 3 + [0.0]
     assert reward.__name__ == "mnns"
+
+
+@pytest.mark.parametrize("kind", ["soft", "prefixed", "masks"])
+def test_a_scorer_reads_the_row_of_the_data_set(tmp_path, kind):
+    """In a training, too: TRL hands prompt, completion and completion_ids on to no reward."""
+    row = {"completion": " w8", "completion_ids": [8], "answer": "w8"}
+    rows = Dataset.from_list([{"prompt": f"w{i}"} | row for i in range(6, 12)])
+    seen = []
+    task = Task("own", rows, None, lambda text, row: float(seen.append(row) or len(text)), None)
+    if kind == "masks":
+        made = rl_diffusion.trainer(tmp_path, reward=reward_of(task))
+        made.train_dataset = rows
+        rl_diffusion.rollout(made)
+    else:
+        rl.model_of().save_pretrained(tmp_path)
+        SoftConfig(prompt_prefix="<bos> " if kind == "prefixed" else None).save(tmp_path)
+        made = rl.trainer(tmp_path, model=str(tmp_path), rows=rows, reward=reward_of(task))
+        rl.rollout(made)
+        assert made.train_dataset["prompt"][0] == ("<bos> w6" if kind == "prefixed" else "w6")
+    assert seen and all(row == rows[i // made.num_generations] for i, row in enumerate(seen))
+
+
+def test_what_rewards_are_told_is_known_before(tmp_path, monkeypatch):
+    """A reward that needs a prompt, which TRL gives to none, and rows whose columns would stand in the
+    way of what it gives."""
+
+    def asks(completions, prompt, answer, **more): ...
+    def asks_rows(completions, dataset_row, completion_ids, answer, **more): ...
+
+    monkeypatch.setitem(sys.modules, "own_rewards", SimpleNamespace(a=asks, b=asks_rows))
+    task = load_task("mnns", size=4)
+    with pytest.raises(ValueError, match=r"needs the columns \['prompt'\].*whole in dataset_row"):
+        check_columns(["own_rewards.a"], task)
+    check_columns(["own_rewards.b"], task)
+    for name in sorted(BY_TRAINER - {"completion_ids"}):
+        rows = rl.ROWS.add_column(name, ["x"] * len(rl.ROWS))
+        with pytest.raises(ValueError, match=rf"train_dataset has columns \['{name}'\].*rename"):
+            rl.trainer(tmp_path, rows=rows)
 
 
 def test_a_reward_that_cannot_judge_counts_as_no_point():
