@@ -88,12 +88,14 @@ class SoftPPOTrainer(SoftGRPOTrainer):
     def _compute_loss(self, model, inputs):
         reference = self._reference(model, inputs) if self.args.beta else None
         logits, values = self._replay(model, inputs)
-        alive = inputs["soft_alive"].float()
+        # where mask_truncated_completions leaves a row out, the value learns nothing of it either
+        alive = (inputs["soft_alive"] & inputs["completion_mask"].bool()).float()
         lost = value_loss(
             values, inputs["old_values"], inputs["returns"], alive, self.args.cliprange_value
         )
         # a mean over all processes' steps
-        lost = lost * alive.sum() / self.accelerator.reduce(alive.sum(), "mean")
+        steps = self.accelerator.reduce(alive.sum(), "mean")
+        lost = lost * alive.sum() / steps.clamp(min=1 / self.accelerator.num_processes)
         mean_loss = self.accelerator.reduce(lost.detach(), "mean").item()
         self._note({"value_loss": mean_loss, "value": self._mean(values.detach(), alive)})
         return (

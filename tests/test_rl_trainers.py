@@ -631,6 +631,30 @@ def test_bad_ppo_options(tmp_path, options, message):
         config(tmp_path, "ppo", **options)
 
 
+def test_the_value_learns_nothing_of_rows_left_out(tmp_path):
+    """As the policy does not, where mask_truncated_completions leaves them out; without a row both
+    losses are 0."""
+    cutting = dict(mask_truncated_completions=True, max_completion_length=4)
+    made = trainer(tmp_path, "ppo", per_device_train_batch_size=8, **cutting)
+    batch, cut = rollout(made), torch.arange(8) < 4
+    assert not batch["completion_mask"].any()  # no end in so few steps
+    for name, counts in (("completion_mask", "soft_alive"), ("loss_mask", "soft_action")):
+        batch[name] = batch[counts].to(batch[name].dtype) * ~cut[:, None]
+    made.model.v_head.weight.data.fill_(0.1)
+
+    def grads(batch):
+        made.model.zero_grad()
+        loss = made._compute_loss(made.model, batch)
+        loss.backward()
+        return [loss.detach()] + [p.grad for p in made.model.parameters() if p.grad is not None]
+
+    far = batch["returns"] + 5.0 * cut[:, None]
+    for found, expected in zip(grads(batch | {"returns": far}), grads(batch), strict=True):
+        assert torch.equal(found, expected)
+    none = {name: torch.zeros_like(batch[name]) for name in ("completion_mask", "loss_mask")}
+    assert not any(map(torch.any, grads(batch | none)))
+
+
 def test_the_best_checkpoint_is_taken_up_with_its_value_head(tmp_path):
     keeping = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
     keeping |= dict(load_best_model_at_end=True, metric_for_best_model="loss", max_steps=2)
