@@ -36,7 +36,11 @@ def check_turn(trainer: str, reward_funcs, others: dict) -> None:
 
 
 def check_prompts(trainer: str, dataset, name: str) -> None:
-    """Raise ValueError for rows without prompts, or no rows, where TRL would end without a step."""
+    """Raise ValueError for rows without prompts, or no rows, where TRL would end without a step, in a
+    data set or several by name."""
+    if isinstance(dataset, dict):
+        for key, rows in dataset.items():
+            check_prompts(trainer, rows, f"{name}[{key!r}]")
     if not isinstance(dataset, Dataset):
         return
     if "prompt" not in dataset.column_names:
@@ -54,7 +58,11 @@ def check_prompts(trainer: str, dataset, name: str) -> None:
 
 def check_asked(tokenizer, dataset, name: str) -> None:
     """Raise ValueError for a prompt without a token, which no policy could go on from; of other prompts
-    that say nothing, as a BOS token alone, print how many there are. name: of the dataset."""
+    that say nothing, as a BOS token alone, print how many there are. name: of the dataset, or of several
+    by name."""
+    if isinstance(dataset, dict):
+        for key, rows in dataset.items():
+            check_asked(tokenizer, rows, f"{name}[{key!r}]")
     if not isinstance(dataset, Dataset):
         return
     blank = [(i, prompt) for i, prompt in enumerate(dataset["prompt"]) if is_blank(prompt)]
@@ -73,9 +81,11 @@ def check_prompt_room(trainer, option: str) -> None:
     room, most = room_of(trainer.model), getattr(trainer.args, option)
     if room is None:
         return
-    for name in ("train_dataset", "eval_dataset"):
-        rows = getattr(trainer, name)
-        for part in rows.values() if isinstance(rows, dict) else (rows,):
+    for which in ("train_dataset", "eval_dataset"):
+        rows = getattr(trainer, which)
+        parts = rows.items() if isinstance(rows, dict) else [(None, rows)]
+        for key, part in parts:
+            name = which if key is None else f"{which}[{key!r}]"
             for number, prompt in enumerate(part["prompt"] if isinstance(part, Dataset) else ()):
                 length = len(_read(trainer, prompt))
                 if length + most > room:

@@ -631,6 +631,27 @@ def test_bad_ppo_options(tmp_path, options, message):
         config(tmp_path, "ppo", **options)
 
 
+@pytest.mark.parametrize(
+    "rows, says",
+    [
+        ({"question": ["<bos> w5"]}, "has the columns .*needs 'prompt'"),
+        ({"prompt": []}, "is empty: give at least one row"),
+        ({"prompt": [5]}, "holds int64 in column 'prompt'"),
+        ({"prompt": ["<bos> w5", None]}, "holds None in column 'prompt'"),
+        ({"prompt": ["<bos> w5", ""]}, "has an empty prompt"),
+        ({"prompt": ["<bos>" + " w5" * 63]}, "has 64 tokens, and with max_completion"),
+    ],
+)
+def test_held_out_rows_by_name_are_looked_at(tmp_path, rows, says):
+    """As those of a single data set are: training went on until the first evaluation."""
+    rows = Dataset.from_dict(rows)
+    sizes = dict(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    for given, said in ((rows, "eval_dataset"), ({"own": rows}, r"eval_dataset\['own'\]")):
+        with pytest.raises(ValueError, match=f"{said} {says}"):
+            trainer(tmp_path, model=model, eval_rows=given)
+
+
 def test_the_value_learns_nothing_of_rows_left_out(tmp_path):
     """As the policy does not, where mask_truncated_completions leaves them out; without a row both
     losses are 0."""
@@ -882,7 +903,7 @@ def test_rows_and_models_that_cannot_be_trained_are_named(tmp_path):
     with pytest.raises(ValueError, match=says.format("train_dataset")):
         trainer(tmp_path, rows=long, model=table)
     short = long.select([0])
-    with pytest.raises(ValueError, match=says.format("eval_dataset")):
+    with pytest.raises(ValueError, match=says.format(r"eval_dataset\['long'\]")):
         trainer(tmp_path, rows=short, eval_rows={"short": short, "long": long}, model=table)
     trainer(tmp_path, rows=short, model=table)
     tokenizer = tokenizer_of()
