@@ -8,7 +8,16 @@ import torch
 from trl import GRPOConfig
 
 from softar.caches import CACHES, STATIC, check_one_size
-from softar.checks import check_choice, check_idle, check_least, check_types, fill
+from softar.checks import (
+    check_choice,
+    check_finite,
+    check_idle,
+    check_least,
+    check_types,
+    check_value,
+    fill,
+    kinds_of,
+)
 from softar.config import SoftConfig
 from softar.inherited import UNASKED, check_before, check_filter, check_neutral
 from softar.training import opt
@@ -22,7 +31,27 @@ from .policies import DRAWS, KNOBS, LEFT_OUT, NOT_ON_VLLM, check_policy, knobs_o
 
 logger = logging.getLogger(__name__)
 BACKENDS = ("loop", "vllm")
+CHOICES = (
+    ("loss_type", LOSS_TYPES),
+    ("scale_rewards", ("group", "batch", "none")),
+    ("multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum")),
+)  # of TRL's options, as its trainer knows them
 COLDEST = 0.01  # vLLM samples at no lower temperature
+
+
+LEAST = dict(
+    num_iterations=1,
+    generation_batch_size=1,
+    steps_per_generation=1,
+    gradient_accumulation_steps=1,
+    per_device_train_batch_size=1,
+    per_device_eval_batch_size=1,
+    num_generations_eval=1,
+    max_completion_length=1,
+    epsilon=0,
+    epsilon_high=0,
+    beta=0,
+)
 
 
 @dataclass
@@ -52,11 +81,12 @@ class RolloutConfig(GRPOConfig):
                 f"num_generations={self.num_generations} must be at least 2: TRL draws the completions of a prompt in "
                 f"groups, and GRPO and RLOO compare within them"
             )
+        check_numbers(self)
         super().__post_init__()
         check_filter(self)
         check_neutral(self, NEUTRAL, self._reasons)
         check_least(self, pad_to_multiple_of=1)
-        for name, choices in (*self._choices, ("loss_type", LOSS_TYPES)):
+        for name, choices in (*self._choices, *CHOICES):
             check_choice(name, getattr(self, name), choices)
         if not 0 < self.temperature < float("inf"):
             raise ValueError(
@@ -65,8 +95,18 @@ class RolloutConfig(GRPOConfig):
         check_idle(self, (UNASKED, *self._idle), left_out)
         if self.delta is not None and not self.delta > 0:
             raise ValueError(f"delta={self.delta} must be > 0, the bound of a ratio; None is none")
-        if self.beta < 0:
-            raise ValueError(f"beta={self.beta} must be >= 0; 0 is for no reference")
+
+
+def check_numbers(config: GRPOConfig) -> None:
+    """Raise ValueError for numbers of TRL's that would train nothing, or fail behind a rollout."""
+    kinds = kinds_of(type(config))
+    for name in (*LEAST, "entropy_coef", "reward_weights"):
+        check_value(name, getattr(config, name), kinds[name])
+    check_least(config, **LEAST)
+    check_finite(config, "beta", "entropy_coef")
+    for weight in config.reward_weights or ():
+        check_value("reward_weights", weight, float)
+        check_finite({"reward_weights": weight}, "reward_weights")
 
 
 @dataclass
@@ -288,14 +328,15 @@ class SoftPPOConfig(SoftGRPOConfig):
             value = next((v for v in (ours, theirs, default) if v is not None), None)
             setattr(self, familiar, value)
             setattr(self, name, value)
+        check_least(self, num_ppo_epochs=1, num_mini_batches=1, cliprange=0, kl_coef=0)
         super().__post_init__()
         self.num_mini_batches = self.steps_per_generation
-        for name, most in (("gamma", 1.0), ("lam", 1.0), ("vf_coef", float("inf"))):
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, {most}]")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+        check_least(self, vf_coef=0, value_learning_rate=0)
+        check_finite(self, "vf_coef", "value_learning_rate")
         if self.cliprange_value is not None and not self.cliprange_value > 0:
             raise ValueError(
                 f"cliprange_value={self.cliprange_value} must be > 0; inf does not clip"
             )
-        if self.value_learning_rate is not None and not self.value_learning_rate >= 0:
-            raise ValueError(f"value_learning_rate={self.value_learning_rate} must be >= 0")

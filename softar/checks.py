@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import numbers
 import os
 import sys
@@ -30,6 +31,14 @@ def check_least(values, **least: float) -> None:
         value = values[name] if isinstance(values, dict) else getattr(values, name)
         if value is not None and not value >= low:
             raise ValueError(f"{name}={value} must be at least {low}")
+
+
+def check_finite(values, *names: str) -> None:
+    """Raise ValueError unless each named value is None or a finite number. values: as of `check_least`."""
+    for name in names:
+        value = values[name] if isinstance(values, dict) else getattr(values, name)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be a finite number")
 
 
 def check_types(config, besides: type | None = None) -> None:
