@@ -128,7 +128,7 @@ class SoftGRPOTrainer(RolloutGRPO):
         return tensors | {"loss_mask": counts.float()}
 
     def _rollout_metrics(self, rollout):
-        return rollout_metrics(rollout, self.decoding.has_answer, self.accelerator.reduce)
+        return rollout_metrics(rollout, self.decoding, self.accelerator.reduce)
 
     def _seen_by_rewards(self, rollout):
         out = rollout.out

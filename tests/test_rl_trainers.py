@@ -14,10 +14,12 @@ from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
-from tiny import END, EOS, model_of, tokenizer_of, with_lora
+from tiny import BOS, END, EOS, THINK, Forced, left_padded, model_of, tokenizer_of, with_lora
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import softar
+from softar.config import SoftConfig
 from softar.rl import (
     SoftGRPOConfig,
     SoftGRPOTrainer,
@@ -28,6 +30,7 @@ from softar.rl import (
 )
 from softar.rl.actions import mixture
 from softar.rl.losses import LOSS_TYPES
+from softar.rl.metrics import statistics, thought_steps
 from softar.thought import Kind
 from softar.training import WatchedLosses
 
@@ -463,7 +466,8 @@ def test_evaluation_and_metrics(tmp_path):
     assert (
         entry["reward/min"] <= entry["reward/p25"] <= entry["reward/median"] <= entry["reward/max"]
     )
-    assert 0 <= entry["soft/draws_agree"] <= 1 and 0 < entry["soft/thought_length"] <= 3
+    assert 0 <= entry["soft/draws_agree"] <= 1
+    assert 0 < entry["soft/thought_length"] <= 4  # with the end that is put in
     # the same draws
     assert len(set(logged(done, "eval_reward"))) == 1 and len(logged(done, "eval_reward")) == 2
     assert len(done._logs["extra"]["reward_saw"]) == len(done._logs["completion"])
@@ -508,6 +512,43 @@ def test_statistics_by_hand(tmp_path, mixer):
     if mixer == "k-samples":
         agree = (mixed == mixed[:, :1]).all(1).float().mean().item()
         assert seen["soft/draws_agree"] == pytest.approx(agree, rel=1e-5)
+
+
+def test_a_thought_is_counted_from_its_opening():
+    """What comes before it, and what opens it, are none of its steps; what closes it is, chosen or put
+    in."""
+    ids, mask = left_padded([[BOS, 11, 12], [BOS, THINK], [BOS, 13], [BOS, END]])
+    script = [
+        [20, 21, THINK, None, None, None, 24, EOS],
+        [None, END, 20, EOS],
+        [20, 21, EOS],
+        [20, EOS],
+    ]
+    policy = SoftConfig(
+        mixer="k-samples",
+        top_k=None,
+        max_new_tokens=8,
+        think_start=THINK,
+        think_end=END,
+        budget=2,
+        answer_temperature=1.0,
+    )
+    force = [Forced(ids.shape[1], script)]
+    out = softar.generate(
+        model_of(), ids, mask, config=policy, rng=torch.Generator(), logits_processor=force
+    )
+    kinds = [[Kind.HARD] * 3 + [Kind.SOFT] * 2 + [Kind.FORCED], [Kind.SOFT, Kind.HARD]]
+    assert [out.record.kind[b, : len(row)].tolist() for b, row in enumerate(kinds)] == kinds
+    steps = thought_steps(out, policy).tolist()
+    assert steps == [[3 <= t < 6 for t in range(8)], [t < 2 for t in range(8)], *[[False] * 8] * 2]
+    sums, h = statistics(out, policy), out.record.entropy
+    assert [int(x) for x in sums["thought_length"]] == [5, 4]
+    chosen = torch.cat([h[0, 3:5], h[1, :2]])
+    assert sums["thought_entropy"][1] == 4
+    assert sums["thought_entropy"][0].item() == pytest.approx(chosen.sum().item(), rel=1e-5)
+    answers = torch.cat([h[0, 6:], h[1, 2:4], h[2, :3], h[3, :2]])
+    assert sums["answer_entropy"][0].item() == pytest.approx(answers.sum().item(), rel=1e-5)
+    assert sums["answer_entropy"][1] == len(answers)
 
 
 # -- what the reward sees
