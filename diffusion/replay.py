@@ -125,10 +125,12 @@ def prompt_masks(
     trajectory: Trajectory, share: float, rng: torch.Generator | None = None
 ) -> Tensor:
     """[B, L] bool: each token that the caller gave, with this probability; what "one-step" takes as
-    `hidden` (arXiv:2504.12216 has 0.15)."""
+    `hidden` (arXiv:2504.12216 has 0.15). A number is drawn for each of them alone, row by row, so that
+    the padding of a batch does not show."""
     given = (trajectory.before == trajectory.after) & (trajectory.block >= 0)
     source = given.device if rng is None else rng.device
-    return given & (torch.rand(given.shape, generator=rng, device=source).to(given.device) < share)
+    drawn = torch.rand(int(given.sum()), generator=rng, device=source) < share
+    return given.masked_scatter(given, drawn.to(given.device))
 
 
 class _Net(NamedTuple):

@@ -251,6 +251,17 @@ def test_a_share_of_the_prompt_is_hidden():
     assert whole.any() and same[whole].all() and not same[~whole].all()
 
 
+def test_what_is_hidden_does_not_hang_on_the_padding():
+    """Nor on how many processes share the rows: a row with numbers of its own is hidden as alone."""
+    _, out = decoded(model_of("llada"), ROWS)
+    _, alone = decoded(model_of("llada"), ROWS[1:2])
+    assert out.trajectory.after.shape[1] > alone.trajectory.after.shape[1]
+    for seed in range(20):
+        wide = prompt_masks(out.trajectory.rows(slice(1, 2)), 0.5, seeded(seed))[0]
+        hidden = prompt_masks(alone.trajectory, 0.5, seeded(seed))[0]
+        assert torch.equal(wide[-len(hidden) :], hidden) and not wide[: -len(hidden)].any()
+
+
 # -- all trajectories of a net of three tokens and three slots
 
 bench = import_module("softar.recipes.bench_replay")
