@@ -9,15 +9,19 @@ import pytest
 import tiny
 import torch
 
+from softar.config import SoftConfig
+from softar.decoders.card import describe
+from softar.decoders.options import Common
 from softar.mixers import Mixed
 from softar.models import word_tokenizer
 from softar.vllm.client import Connection
+from softar.vllm.decoders import DECODERS
 from softar.vllm.engine import VLLMDecoder
 from softar.vllm.export import check_served
 from softar.vllm.finite import check_embeds, count_broken, update_from_output, zero_blocks
 from softar.vllm.http import generate
 from softar.vllm.plugin import process_inputs, tokenize_prompt
-from softar.vllm.request import FIELDS
+from softar.vllm.request import FIELDS, LIMIT
 from softar.vllm.switches import Switches, thinks
 
 PARALLEL = dict(
@@ -64,6 +68,40 @@ def _no_vllm(monkeypatch):
     errors = SimpleNamespace(VLLMValidationError=type("Error", (Exception,), {}))
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(exceptions=errors))
     monkeypatch.setitem(sys.modules, "vllm.exceptions", errors)
+
+
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(softness=0.5),
+        dict(banned=[3]),
+        dict(keep=88),
+        dict(softness=0.5, keep=88),
+        dict(mixer="hybrid"),
+        dict(mixer="hybrid", candidates=5),
+        dict(mixer="mixture-of-inputs"),
+        dict(mixer="gumbel", candidates=5),
+        dict(mixer="k-samples", k=5),
+        dict(switch="block", switch_dwell=1, think_end="S0"),
+        dict(switch="block", switch_dwell=1, think_end="S0 S1", switch_budget=2, switch_final="S0"),
+    ],
+    ids=str,
+)
+def test_an_engine_takes_the_width_that_it_is_given(options, trace):
+    """Where a decoder itself says how much of a small vocabulary is mixed, as much as goes; a mixture
+    that is narrow without is left alone."""
+    card, common = describe("mnns-soft-tiny"), Common(8, trace=trace)
+    made = DECODERS["vllm-soft"](card, common, url="http://x", top_k=None, **options)
+    config, n = config_of(soft=True), len(made.tokenizer)
+    config.model_config.get_vocab_size = lambda: n
+    asked = SoftConfig(
+        **send(made.soft, config=config, tokenizer=made.tokenizer)["softar"]["config"]
+    )
+    room = n - 1 if made.soft["record"] else LIMIT
+    narrow = options.get("candidates", options.get("k")) is not None
+    assert asked.top_k is None if narrow else asked.width == min(room, asked.changed(top_k=n).width)
 
 
 def send(soft=None, embeds=None, config=None, tokenizer=None):

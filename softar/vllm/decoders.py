@@ -57,10 +57,13 @@ def _make_soft(card: Card, common: Common, /, *, url=None, **options) -> Complet
     check_read(config.mixer, config.mixer_args)
     check_one_temperature(config, "vLLM")
     soft = fields_of(config)
-    # all of a small vocabulary
-    if config.top_k is None and len(tokenizer := _tokenizer(card)) <= LIMIT:
+    # as much of a small vocabulary as an engine mixes
+    if config.top_k is None and (n := len(tokenizer := _tokenizer(card))) <= LIMIT:
         records = common.trace or ends_unseen(soft)  # which have room for all but one
-        soft["top_k"] = len(tokenizer) - (1 + (config.softness < 1) if records else 0)
+        room, config = min(LIMIT, n - 1) if records else LIMIT, config.resolve(tokenizer)
+        if config.width > room:
+            whole = config.changed(top_k=n)
+            soft["top_k"] = max(1, min(n, room - whole.width + whole.filtered))
     if url is None:
         others["enable_prompt_embeds"] = True
     setting = format_options(({} if mixer == "soft" else {"mixer": mixer}) | options, " ")
