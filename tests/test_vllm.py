@@ -5,6 +5,7 @@ import contextlib
 import http.server
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -780,6 +781,30 @@ def test_bad_sampling():
             Sampling(prompt_prefix=prefix)
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         Sampling(max_new_tokens=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(max_new_tokens=2.5),
+        dict(max_new_tokens=None),
+        dict(logprobs=1.5),
+        dict(mode="sampled", top_k=2.5),
+        dict(mode="sampled", top_k=True),
+        dict(mode="sampled", temperature=None),
+        dict(mode="sampled", top_p="0.9"),
+        dict(mode="self-consistency", votes=2.5),
+        dict(mode="self-consistency", extract="x"),
+        dict(mode="beam", num_beams=1.5),
+        dict(mode="beam", num_beams=None),
+        dict(mode="soft", soft='{"top_k": 5}'),
+    ],
+)
+def test_values_of_another_type(options):
+    """A count that is none was rounded, or ended in the server's words or a TypeError."""
+    name, value = [*options.items()][-1]
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} must be")):
+        Sampling(**options)
 
 
 @pytest.mark.rest

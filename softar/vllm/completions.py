@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from ..checks import check_choice, check_least, check_value
+from ..checks import check_choice, check_least, check_value, kinds_of
 from ..config import SoftConfig
 from ..decode import SoftOutput
 from ..decoders.answer import Decoded
@@ -34,15 +34,6 @@ MODES = {
     "beam": ("logprobs", "num_beams"),
     "soft": ("soft",),
 }
-
-
-TEXTS = (
-    "mode",
-    "soft",
-    "prompt_prefix",
-    "pattern",
-    "extract",
-)  # fields of Sampling that are no numbers
 
 
 @dataclass(frozen=True)
@@ -72,13 +63,10 @@ class Sampling:
             raise ValueError(
                 f"mode={self.mode!r}, soft={self.soft!r}: mode 'soft' needs soft=, and no other takes it"
             )
-        for name in (each.name for each in fields(self)):
-            value = getattr(self, name)
-            if name not in TEXTS and isinstance(value, (str, bool, list, dict)):
-                raise ValueError(f"{name}={value!r} must be a number")
-        check_value("prompt_prefix", self.prompt_prefix, str | None)
-        check_value("pattern", self.pattern, str | None)
-        check_value("extract", self.extract, Callable | None)
+        used = ("max_new_tokens", *MODES[self.mode])  # of others None says nothing
+        for name, kind in kinds_of(type(self)).items():
+            if (value := getattr(self, name)) is not None or name in used:
+                check_value(name, value, kind)
         reader(self.pattern)  # what is no regular expression is said now
         if self.prompt_prefix == "":
             raise ValueError("prompt_prefix='' is empty; None is for none")
