@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import tiny
@@ -805,6 +806,20 @@ def test_values_of_another_type(options):
     name, value = [*options.items()][-1]
     with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} must be")):
         Sampling(**options)
+
+
+def test_where_a_server_answers():
+    asked = {
+        "": "127.0.0.1",
+        "0.0.0.0": "127.0.0.1",
+        "localhost": "localhost",
+        "::": "[::1]",
+        "::1": "[::1]",
+        "fe80::2": "[fe80::2]",
+    }
+    for host, there in asked.items():
+        url = softar.vllm.server.address(host, 8000)
+        assert url == f"http://{there}:8000" and httpx.URL(url).port == 8000
 
 
 @pytest.mark.rest

@@ -112,7 +112,7 @@ def serve(
                 start_new_session=True,
             )
         stack.callback(_end, process)
-        url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{port}"
+        url = address(host, port)
         _await(url, process, Path(log), wait)
         yield Server(url, name, process, Path(log), time.perf_counter() - began)
 
@@ -142,6 +142,12 @@ def _port(host: str, port: int | None) -> int:
                 f"host={host!r}, port={port}: cannot be listened on ({error}); give another"
             ) from error
         return probe.getsockname()[1]
+
+
+def address(host: str, port: int) -> str:
+    """Where a server answers that listens there; at any address: on this machine."""
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _await(url: str, process: subprocess.Popen, log: Path, wait: float) -> None:
