@@ -108,6 +108,24 @@ def half(text, row):
     return 0.5 * (text == row["answer"])
 
 
+@pytest.mark.parametrize(
+    "answer", ["", "A", "7", "#### -1,2.5", ".", "-", "\u2212 3", " x ", "nan"]
+)
+@pytest.mark.parametrize("score", ["exact", "number", r"regex,pattern=\d+"])
+def test_a_gold_answer_scores_itself_or_is_refused(tmp_path, score, answer):
+    """Where nothing could be right, or all that nothing was read in, accuracies meant nothing."""
+    file = write(tmp_path, "rows.jsonl", [{"prompt": "q", "answer": answer}])
+    try:
+        task = load_task(f"{file}:score={score}")
+    except ValueError as error:
+        assert "line 1: answer=" in str(error) and not (score == "exact" and answer)
+        return
+    row = task.test[0]
+    assert task.score("", row) == 0 and task.score("nothing", row) == 0
+    is_read = not score.startswith("regex") or re.search(r"\d", answer)
+    assert task.score(answer, row) == (1 if is_read else 0)
+
+
 @pytest.mark.parametrize("answer", [7, 0, 1.5, False, True, "7", ["a", "b"], {"a": 1}])
 def test_a_scorer_of_ones_own_gets_the_answer_as_it_is(tmp_path, answer):
     """It got the text of a number or a truth value, which equals neither."""
@@ -169,6 +187,16 @@ def test_columns_that_the_first_row_lacks(tmp_path):
             "",
             "line 1: answer=['b'] must be a text or a number",
         ),
+        ("r.jsonl", '{"prompt": "a", "answer": ""}\n', "", "line 1: answer='' is empty"),
+        ("r.csv", "prompt,gold\na,b\nc,\n", ":answer=gold", "line 3: gold='' is empty: give an"),
+        ("r.csv", "prompt,answer\na, \n", ":score=regex,pattern=x", "line 2: answer=' ' is empty"),
+        (
+            "r.csv",
+            "prompt,answer\na,7\nb,seven\n",
+            ":score=number",
+            "line 3: answer='seven' holds no number for score=number: give one, or choose another",
+        ),
+        ("r.jsonl", '{"prompt": "a", "answer": NaN}', ":score=number", "answer='nan' holds no"),
         (
             "r.jsonl",
             '{"prompt": "a", "answer": "b"}\n{"prompt": [{"role": "user", "content": "x"}], "answer": "b"}',

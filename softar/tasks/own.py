@@ -175,7 +175,18 @@ def _row(path: Path, row: dict, line: int, options: Options, with_answer: bool) 
             raise ValueError(
                 f"{path}, line {line}: {options.answer}={answer!r:.60} must be a text or a number"
             )
-        out["answer"] = str(answer) if with_answer else answer
+        out["answer"] = answer
+        if with_answer:
+            out["answer"] = text = str(answer)
+            if not text.strip():
+                raise ValueError(
+                    f"{path}, line {line}: {options.answer}={text!r} is empty: give an answer, or leave the row out"
+                )
+            if options.score == "number" and not NUMBER.search(text):
+                raise ValueError(
+                    f"{path}, line {line}: {options.answer}={text!r:.60} holds no number for score=number: give one, "
+                    "or choose another score"
+                )
     if options.group in row:
         group = row[options.group]
         out["group"] = None if group in (None, "") else str(group)  # as .csv has it
