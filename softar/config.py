@@ -71,7 +71,8 @@ class SoftConfig:
     mixer: str | Callable[..., Mixed] = "soft"
     mixer_args: dict[str, Any] = field(default_factory=dict)  # its knobs, e.g. {"tau": 0.5}
     # share of the mixture in what is fed back, the rest is its token. 0 feeds the token alone: the
-    # likeliest of "soft", an ordinary sample of the mixers that draw (gumbel, k-samples, ...)
+    # likeliest of "soft", an ordinary sample of the mixers that draw (gumbel, k-samples, ...;
+    # of "dirichlet" the heaviest token of the mixture that it draws)
     softness: float = 1.0
     temperature: float = 1.0  # of the thought; 0 is the argmax
     # times what this makes of the step's last hidden state: a file of softar.feedback.StepTemperature,
