@@ -233,7 +233,6 @@ def evaluate(model, tokenizer, rows, score, args, policy, draws: int) -> dict:
 
     from softar.decode import generate
     from softar.evaluate import Chat, encode, tally
-    from softar.thought import Kind
 
     from .discretise import discretise
 
@@ -245,7 +244,7 @@ def evaluate(model, tokenizer, rows, score, args, policy, draws: int) -> dict:
             ids = discretise(out.record, out.answer_start, args.reward_sees)
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             answers = [*zip(texts, ids, strict=True)]
-            return answers, out, int((out.record.kind != Kind.PAD).sum())
+            return answers, out, int(out.num_tokens.sum())
 
         return answer
 

@@ -97,6 +97,18 @@ def check_room(cache, positions: int) -> None:
         )
 
 
+def unread_by(cache, prompt_length: int) -> int:
+    """Columns of a prompt that a cache of the caller's, None for none, does not hold. Raises ValueError
+    where it holds all: transformers would read others once more."""
+    held = 0 if cache is None else int(cache.get_seq_length())
+    if held >= prompt_length:
+        raise ValueError(
+            f"the cache holds {held} positions and the prompt has {prompt_length}: give the text from its beginning, "
+            "what is new at its end, or crop the cache"
+        )
+    return prompt_length - held
+
+
 def compiling(device: torch.device) -> CompileConfig:
     """How a forward is compiled where nobody says how: as one graph, with CUDA graphs on a GPU."""
     return CompileConfig(

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from . import guard
-from .caches import check_cache, check_room, forward_of, set_cache
+from .caches import check_cache, check_room, forward_of, set_cache, unread_by
 from .checks import check_fields, check_values
 from .config import SoftConfig, renamed
 from .defaults import chosen, recall
@@ -99,6 +99,11 @@ class SoftOutput:
         """Per row the tokens after the thought, without padding."""
         rows = zip(self.completions, self.record.kind, self.answer_start.tolist(), strict=True)
         return [tokens[start:][kind[start:] != Kind.PAD] for tokens, kind, start in rows]
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """[B] int64, tokens generated: steps of kind LATENT are none."""
+        return ((self.record.kind != Kind.PAD) & (self.record.kind != Kind.LATENT)).sum(1)
 
     @property
     def row_forwards(self) -> Tensor:
@@ -300,8 +305,10 @@ def soft_decode(
     if soft_streamer is not None:  # generate has put the prompt into its own
         soft_streamer.put(input_ids.cpu())
 
-    prompt_length, positions = input_ids.shape[1], input_ids.numel()
-    forwards = -(-prompt_length // (generation_config.prefill_chunk_size or prompt_length))
+    prompt_length = input_ids.shape[1]
+    unread = unread_by(model_kwargs.get("past_key_values") if keeps else None, prompt_length)
+    positions = len(input_ids) * unread
+    forwards = -(-unread // (generation_config.prefill_chunk_size or unread))
     records: list[Record] = []
     vectors: list[Tensor | None] = []
     noisy: list[Tensor | None] = []

@@ -12,7 +12,6 @@ from .checks import shorten
 from .config import TAGS, SoftConfig
 from .decode import SoftOutput, generate
 from .placement import evaluating
-from .thought import Kind
 
 MOST = 1e100  # a score; the squares of larger ones have no sum
 
@@ -49,7 +48,7 @@ def evaluate(
             tokenizer=tokenizer,
         )
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in out.answers]
-        return texts, out, int((out.record.kind != Kind.PAD).sum())
+        return texts, out, int(out.num_tokens.sum())
 
     return tally(model, rows, score, answer, batch_size)
 

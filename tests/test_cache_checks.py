@@ -24,6 +24,7 @@ from transformers.generation.configuration_utils import (
     STATIC_CACHE_IMPLEMENTATIONS,
 )
 
+import softar
 from softar import SoftConfig
 from softar.caches import NEVER_STATIC
 from softar.decoders.beam import BeamDecoder, BeamOptions
@@ -58,6 +59,31 @@ def test_a_cache_of_the_callers_holds_the_steps_and_no_more(llama, kind):
     assert out.shape[1] == IDS.shape[1] + 3 and own.get_seq_length() == out.shape[1] - 1
     with counted(llama) as calls, pytest.raises(ValueError, match="a cache of the caller's"):
         plugged(llama, past_key_values=cache(), logits_processor=ends, look_every=2)
+    assert not calls
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_what_the_callers_cache_holds_is_not_counted_again(llama, kind):
+    own = kind(llama.config, max_cache_len=40) if kind is StaticCache else kind()
+    how = dict(past_key_values=own, return_dict_in_generate=True, eos_token_id=None)
+    ids, mask = IDS, MASK
+    for _ in range(3):
+        with counted(llama) as calls:
+            out = llama.generate(
+                ids,
+                attention_mask=mask,
+                custom_generate=softar.soft_decode,
+                soft_config=CONFIG,
+                max_new_tokens=4,
+                **how,
+            )
+        assert out.num_forwards == len(calls) == 4
+        assert out.token_forwards == sum(rows * columns for rows, columns in calls)
+        said = torch.full((len(ids), 2), 9)  # of a user
+        ids = torch.cat([ids, out.completions, said], 1)
+        mask = torch.cat([mask, torch.ones_like(out.completions), torch.ones_like(said)], 1)
+    with counted(llama) as calls, pytest.raises(ValueError, match=r"holds 20 .* prompt has 5"):
+        plugged(llama, past_key_values=own)
     assert not calls
 
 

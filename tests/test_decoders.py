@@ -508,6 +508,20 @@ def test_the_sum_of_the_evaluation_is_that_of_the_decoder():
     assert found["token_forwards"] * 40 == pytest.approx(sum(d.token_forwards for d in decoded))
 
 
+@pytest.mark.parametrize("mixer", softar.MIXERS)
+def test_tokens_of_an_evaluation_are_those_that_decoders_return(mixer, tiny):
+    """A step that reads a vector makes none."""
+    model, tokenizer = tiny
+    config = SoftConfig(mixer=mixer, budget=3, max_new_tokens=N)
+    rows = Dataset.from_list([dict(prompt=prompt) for prompt in PROMPTS])
+    found = evaluate(model, tokenizer, rows, lambda text, row: 1.0, config)
+    decoded = SoftDecoder(model, tokenizer, config).decode(PROMPTS)
+    made = sum(len(d.tokens) for d in decoded)
+    assert round(found["tokens_per_s"] * found["seconds"]) == made
+    steps = sum(d.num_forwards for d in decoded)
+    assert made == steps - (3 * len(PROMPTS) if mixer == "hidden" else 0)
+
+
 def test_the_forwards_of_an_evaluation_are_each_rows_own():
     """Whatever the batch, in which a row waits for the longest."""
     rows = load_task("mnns").test.select(range(12))

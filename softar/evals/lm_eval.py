@@ -32,7 +32,6 @@ from ..defaults import recall
 from ..evaluate import prefixed
 from ..mixers import mk_mixer
 from ..models import load
-from ..thought import Kind
 from .costs import Costs
 
 try:
@@ -292,10 +291,7 @@ class SoftarLM(LoadedLM):
             stopping_criteria=[criterion],
             generation_config=settings,
         )
-        lengths = (out.record.kind != Kind.PAD).sum(1)
-        # forwards before the first token, but one
-        prefill = out.num_forwards - out.record.kind.shape[1]
-        self.count([float(prefill + n) for n in lengths.tolist()], int(lengths.sum()), out)
+        self.count(out.row_forwards.double().tolist(), int(out.num_tokens.sum()), out)
         return self.padded(context, [answer.tolist() for answer in out.answers])
 
     def _loglikelihood_tokens(self, requests, *args, **kwargs):
