@@ -36,6 +36,7 @@ from softar.checks import check_least
 from softar.diffusion.recipe import FOLDER, FolderArguments, check_folder_options
 from softar.recipe import Recipe, fit, one_line_errors, run
 from softar.recipe_data import evaluates
+from softar.results import counts
 from softar.resume import checkpoint_of
 from softar.rl.config import RolloutConfig
 from softar.rl.diffusion_config import DiffusionGRPOConfig
@@ -283,7 +284,7 @@ def report(inputs, lines, folders, console):
     if "accuracy" not in lines[0]:
         return plot
     title = (
-        f"{task}, GRPO, {lines[-1]['train_steps']} steps: accuracy by forwards, n = {lines[0]['n']}"
+        f"{task}, GRPO, {lines[-1]['train_steps']} steps: accuracy by forwards, n = {counts(lines)}"
     )
     console.print(nfe_table(lines, title=title))
     console.print("decoded greedily, before and after")

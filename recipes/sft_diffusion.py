@@ -46,6 +46,7 @@ from softar.recipe import (
     run,
     supervised,
 )
+from softar.results import counts
 from softar.training import opt
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -306,7 +307,7 @@ def report(inputs, lines, folders, console):
     if "accuracy" not in lines[0]:
         return None
     name = inputs.task.name
-    title = f"{name}: held-out accuracy by forwards, n = {lines[0]['n']}"
+    title = f"{name}: held-out accuracy by forwards, n = {counts(lines)}"
     console.print(nfe_table(lines, title=title))
     file = Path(inputs.training.output_dir, "accuracy.png")
     return plot_nfe(lines, file, title=f"{name}, {inputs.model}")

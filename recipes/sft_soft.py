@@ -44,6 +44,7 @@ from softar.recipe import (
     supervised,
     thought_fields,
 )
+from softar.results import counts
 from softar.rows import CUSTOM
 from softar.sft.config import LEFT_OUT, SoftSFTConfig
 from softar.training import opt
@@ -233,7 +234,7 @@ def report(inputs, lines, folders, console):
     if soft:
         console.print(thought_of(folders[soft[-1]], inputs.task))
     name = inputs.task.name
-    title = f"{name}: held-out accuracy, n = {lines[0]['n']}"
+    title = f"{name}: held-out accuracy, n = {counts(lines)}"
     console.print(results_table(lines, title=title))
     file = Path(inputs.training.output_dir, "accuracy.png")
     return plot_accuracy(lines, file, title=f"{name}, {inputs.model}")

@@ -21,6 +21,7 @@ from softar.checks import check_least
 from softar.model_card import example_of
 from softar.recipe import Recipe, RecipeArguments, fit, one_line_errors, thought_fields
 from softar.recipe_data import evaluates
+from softar.results import counts
 from softar.resume import checkpoint_of, resumes
 from softar.rows import APART
 from softar.split import on_main
@@ -272,7 +273,7 @@ def report(inputs, lines, folders, console) -> Path:
     plot = plot_rewards(lines, file, title=f"{task}, {algorithm}")
     if "accuracy" in lines[0]:
         done = f"{algorithm}, {lines[0]['train_steps']} steps"
-        title = f"{task}, {done}: accuracy, n = {lines[0]['n']}"
+        title = f"{task}, {done}: accuracy, n = {counts(lines)}"
         console.print(gain_table(lines, title=title))
         console.print(
             "thoughts drawn as in training, with the same fixed seeds before and after; answers greedy"
@@ -294,7 +295,9 @@ def sft_policy(args, task, script) -> Path:
         decoder=decoder_of(args),
     )
     note = start / "made_with.json"
-    if not (resumes(args) and note.is_file() and json.loads(note.read_text()) == made_with):
+    is_found = resumes(args) and note.is_file()
+    # a checkpoint has come from the one that is there
+    if not is_found or not (checkpoint_of(args) or json.loads(note.read_text()) == made_with):
         make_start(start, made_with, args, task)
     return start
 

@@ -15,9 +15,9 @@ from .checks import check_choice, check_least, check_writable, one_line_errors
 from .launch import Program, default_accelerate_config, is_launched, launch, split_processes
 from .progress import duration
 from .recipe_config import check_model_options, check_taken, with_config
-from .recipe_data import SFT_FORMATS, check_held_out, evaluates, open_task
+from .recipe_data import SFT_FORMATS, check_held_out, evaluates, made_with, open_task
 from .recipe_model import check_named_model, check_stays, named_model
-from .resume import checkpoint_of
+from .resume import MADE_WITH, checkpoint_of
 from .rows import (
     APART,
     CUSTOM,
@@ -219,12 +219,19 @@ def train(recipe: Recipe, inputs: Inputs) -> None:
         import torch
 
         torch.set_num_threads(1)  # threads only get in each other's way
+    made = made_with(recipe.file.stem, inputs)
+
+    def configure(*row):
+        args = row_config(recipe, inputs, *row)
+        setattr(args, MADE_WITH, made)
+        return args
+
     results, folders = train_rows(
         inputs.names,
         training,
         num_seeds=inputs.script.num_seeds,
         jobs=jobs_of(inputs.script.jobs, is_tiny),
-        configure=lambda *row: row_config(recipe, inputs, *row),
+        configure=configure,
         train=lambda name, args: recipe.train_row(inputs, name, args),
         console=console,
         program=inputs.program,

@@ -1,11 +1,14 @@
 """What a recipe trains on: a task by name, or rows in TRL's formats."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import sys
 from typing import TYPE_CHECKING
 
 from .files import is_file, read_dataset
+from .recipe_config import OF_LORA
 
 if TYPE_CHECKING:
     from .tasks import Task
@@ -54,6 +57,30 @@ def open_task(script, mixture, formats: tuple[tuple[str, ...], ...] = SFT_FORMAT
         )
     rows = range(min(script.eval_rows, len(task.test)))
     return dataclasses.replace(task, test=task.test.select(rows))
+
+
+def told_rows(task: "Task") -> str:
+    """A task's rows to train on in a few words, others for other rows: its name, their number, and a
+    hash of up to 2000 of them. Of a stream the name alone."""
+    rows = task.train
+    if not hasattr(rows, "__len__"):
+        return task.name
+    picked = range(0, len(rows), max(1, len(rows) // 1000))
+    seen = [json.dumps(rows[i], default=lambda value: type(value).__name__) for i in picked]
+    mark = hashlib.sha256("\n".join(seen).encode()).hexdigest()[:8]
+    return f"{task.name}, {len(rows)} rows ({mark})"
+
+
+def made_with(program: str, inputs) -> dict:
+    """What a resume has to know of a recipe's Inputs beside the training arguments: the program, the
+    model, the rows, and the options that say more of them. How rows are chosen, `data` tells by what
+    they are."""
+    script, model_args = vars(inputs.script), vars(inputs.model_args)
+    chosen = ("task", "rows", "num_seeds", "jobs", "dataset_")
+    how = ("dtype", "attn_implementation", "model_revision", "use_peft", *OF_LORA)
+    made = {k: v for k, v in script.items() if not k.startswith(chosen)}
+    made |= {k: v for k, v in model_args.items() if k.startswith(how)}
+    return made | dict(program=program, model=inputs.model, data=told_rows(inputs.task))
 
 
 def evaluates(training) -> bool:

@@ -51,6 +51,11 @@ def write_whole(file: str | Path, text: str) -> Path:
     return draft.replace(file)
 
 
+def counts(rows: list[dict]) -> str:
+    """On how many held-out rows they were measured, for a title: one number, or each."""
+    return " and ".join(map(str, sorted({row["n"] for row in rows if "n" in row})))
+
+
 def as_name(text: str, end: str = "") -> str:
     """A text as the name of a file or folder, for instance a task that is a path: what is no letter,
     digit or one of _.=+- is a "-". Of one that is too long to be a name, `end` left out, the

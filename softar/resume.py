@@ -1,7 +1,9 @@
 """The checkpoints of a training: which of them are whole, and what to go on from."""
 
 import json
+import os
 import zipfile
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 
@@ -25,6 +27,14 @@ TEXTS = (
     *("max_length", "packing", "truncation_mode", "shuffle_dataset", "dataset_text_field"),
     *("completion_only_loss", "assistant_only_loss", "eos_token", "chat_template_path"),
 )
+# Beside the arguments: an attribute that a recipe gives them, a dict of what else its rows are made with
+MADE_WITH = "made_with"
+# A training goes on with these alone
+FIXED = (
+    *("program", "model", "model_revision", "from_causal", "sft_steps"),
+    *("use_peft", "use_rslora", "use_dora", "lora_r", "lora_alpha"),
+    *("lora_target_modules", "lora_target_parameters", "lora_modules_to_save"),
+)
 
 
 def resumes(training) -> bool:
@@ -42,20 +52,37 @@ def checkpoint_of(training) -> str | None:
         return None
     wanted = str(training.resume_from_checkpoint)
     if wanted.lower() == ANY_WHOLE:
-        return last_whole(training.output_dir)
-    path = last_checkpoint(training.output_dir) if wanted.lower() == "true" else wanted
+        path = last_whole(training.output_dir)
+    else:
+        path = last_checkpoint(training.output_dir) if wanted.lower() == "true" else wanted
+        if path is not None:
+            check_whole(path)
     if path is not None:
-        check_whole(path)
         changes(path, training)
     return path
 
 
 def arguments_of(training) -> dict:
-    """What a checkpoint has to know of training arguments, for `changes`."""
-    kept = {*KEPT, *SCHEDULE, *ROWS, *TEXTS}
+    """What a checkpoint has to know of training arguments, for `changes`, as JSON gives it back."""
+    kept = {*KEPT, *SCHEDULE, *ROWS, *TEXTS} | own_options(training)
     values = {k: v for k, v in vars(training).items() if k in kept or k.endswith(RATE)}
-    values = {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    values |= vars(training).get(MADE_WITH, {})
+    return json.loads(json.dumps(values, default=_as_json))
+
+
+def own_options(training) -> set[str]:
+    """The options of a configuration that are softar's, not transformers' or TRL's."""
+    if not is_dataclass(training):
+        return set()
+    classes = [cls for cls in type(training).__mro__ if is_dataclass(cls)]
+    theirs = [cls for cls in classes if cls.__module__.split(".")[0] in ("transformers", "trl")]
+    return {f.name for f in fields(training)} - {f.name for cls in theirs for f in fields(cls)}
+
+
+def _as_json(value):
+    if isinstance(value, Enum):
+        return value.value
+    return str(value) if isinstance(value, Path) else type(value).__name__
 
 
 def others(before: dict, training) -> dict:
@@ -64,7 +91,18 @@ def others(before: dict, training) -> dict:
     other = {k: v for k, v in now.items() if k in before and v != before[k]}
     if training.max_steps > 0 and "max_steps" not in other:
         other.pop("num_train_epochs", None)  # does not count
+    if "model" in other and os.path.realpath(other["model"]) == os.path.realpath(before["model"]):
+        del other["model"]  # the same folder by another path
     return other
+
+
+def check_same(before: dict, other: dict, where: str | Path) -> None:
+    """Raise ValueError for what a training in `where` cannot go on with: another program or model."""
+    for name in (name for name in FIXED if name in other):
+        raise ValueError(
+            f"{name}={other[name]!r}, but {str(where)!r} is of a training with {before[name]!r}: give the same, or "
+            "start anew without resume_from_checkpoint"
+        )
 
 
 def is_of_optimiser(name: str) -> bool:
@@ -76,7 +114,8 @@ def changes(checkpoint: str | Path, training) -> str | None:
     line; None where nothing does, and of a checkpoint that does not know its own.
 
     Raises:
-        ValueError: for what would do nothing, as the optimiser in the checkpoint has its own.
+        ValueError: for what would do nothing, as the optimiser in the checkpoint has its own, and for
+            another program, model or adapter.
     """
     file = Path(checkpoint, STATE)
     state = json.loads(file.read_text()) if file.is_file() else {}
@@ -84,6 +123,7 @@ def changes(checkpoint: str | Path, training) -> str | None:
     if before is None:
         return None
     other = others(before, training)
+    check_same(before, other, checkpoint)
     has_optimiser = Path(checkpoint, "scheduler.pt").is_file()
     of_optimiser = tuple(filter(is_of_optimiser, other))
     for name in of_optimiser if has_optimiser else ():
@@ -91,9 +131,10 @@ def changes(checkpoint: str | Path, training) -> str | None:
             f"{name}={other[name]!r} does nothing, as {str(checkpoint)!r} goes on with its optimiser's "
             f"{before[name]!r}: give the same, or start a new run from its weights"
         )
+    rest = {*other}.difference(of_optimiser, *WHAT)
     said = [
         ", ".join(f"{k}={other[k]!r}, not {before[k]!r}" for k in names if k in other) + what
-        for names, what in (*WHAT.items(), (of_optimiser, ANEW))
+        for names, what in (*WHAT.items(), (of_optimiser, ANEW), (sorted(rest), FROM_HERE))
         if {*names} & {*other}
     ]
     return f"goes on from {checkpoint} with {'; '.join(said)}" if said else None
@@ -101,10 +142,11 @@ def changes(checkpoint: str | Path, training) -> str | None:
 
 WHAT = {
     SCHEDULE: " (schedules go on as if it had been so from the start)",
-    ROWS: " (of this epoch some rows come twice, others not)",
+    (*ROWS, "data"): " (of this epoch some rows come twice, others not)",
     TEXTS: " (rows are made so from here on, and the place in this epoch is counted in them)",
 }
 ANEW = " (the checkpoint has no optimiser, so that it begins anew)"
+FROM_HERE = " (from here on)"
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

@@ -24,6 +24,7 @@ from .resume import (
     STATE,
     arguments_of,
     changes,
+    check_same,
     check_whole,
     checkpoint_of,
     is_of_optimiser,
@@ -260,6 +261,7 @@ def kept_with(folder: Path, training) -> str:
     Raises ValueError for what a resume of an unfinished one would refuse, too."""
     before = _told(folder)
     other = {k: v for k, v in others(before, training).items() if k not in LENGTH}
+    check_same(before, other, folder)
     for name in filter(is_of_optimiser, other):
         raise ValueError(
             f"{name}={other[name]!r} does nothing, as {str(folder)!r} is trained already, with {before[name]!r}: give "

@@ -224,7 +224,7 @@ BESIDE = {
         "split",
     }
     | {"model_card", "recipe_config", "recipe_data", "recipe_model"},
-    "recipe_data": {"files", "tasks"},
+    "recipe_data": {"files", "recipe_config", "tasks"},
     "recipe_config": {"checks", "rows"},
     "recipe_model": {"decoders", "models", "resume", "rows", "tasks"},
     "rows": {"checks", "launch", "progress", "resume", "results"},

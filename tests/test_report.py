@@ -10,7 +10,7 @@ from tiny import EOS, Forced, model_of, tokenizer_of
 
 import softar
 from softar.config import SoftConfig
-from softar.results import PACKAGES, commit, device, write_results
+from softar.results import PACKAGES, commit, counts, device, write_results
 from softar.show.figures import (
     gain_table,
     nfe_table,
@@ -44,6 +44,11 @@ ROWS = [
     row("discrete", "discrete", 0.5),
     row("trace-soft", "soft", 0.875, nfe=6.0),
 ]
+
+
+def test_a_title_says_on_how_many_rows_each_was_measured():
+    lines = [row("a", "soft", 0.5, n=n) for n in (16, 8, 8)]
+    assert counts(lines) == "8 and 16" and counts(lines[1:]) == "8"
 
 
 def test_a_table_has_one_line_per_decoder_and_the_readouts_side_by_side():

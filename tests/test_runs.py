@@ -368,11 +368,18 @@ def test_rows_and_seeds_are_trained_in_folders_of_their_own_and_once(tmp_path, c
         ),
         (dict(learning_rate=1.0), False, "error: learning_rate=1.0 does nothing.*give the same"),
         (dict(seed=3), False, "kept as it is, trained with seed=42, not 3\n"),
+        (
+            dict(made_with=dict(sft_steps=4)),
+            False,
+            "error: sft_steps=4, but .*with 3: give the same",
+        ),
+        (dict(made_with=dict(eval_rows=9)), False, "as it is, trained with eval_rows=8, not 9\n"),
     ],
 )
 def test_a_finished_row_is_resumed_as_it_was_trained(tmp_path, capsys, now, trains, says):
     """Other options were left out without a word, more epochs too."""
     before = dict(learning_rate=0.1, weight_decay=0.1, num_train_epochs=1.0, max_steps=-1)
+    before |= dict(made_with=dict(sft_steps=3, eval_rows=8))
     Trained(tmp_path, **before).run([CUSTOM])
     capsys.readouterr()
     later = Trained(tmp_path, **before | now, resume_from_checkpoint="true")

@@ -209,7 +209,8 @@ def test_a_damaged_checkpoint_names_itself_and_the_whole_one_before(
     shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
     assert damage(tmp_path / "checkpoint-2") is None
     HARM[harm](tmp_path / "checkpoint-2" / file)
-    training = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint="true")
+    how = dict(resume_from_checkpoint="true", max_steps=2)
+    training = SimpleNamespace(output_dir=str(tmp_path), **how)
     says = rf"checkpoint-2' is damaged: {file} .*checkpoint-1' is whole.*='whole'"
     with pytest.raises(ValueError, match=says):
         checkpoint_of(training)

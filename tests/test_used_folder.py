@@ -1,13 +1,18 @@
 """A run from the start in a folder that an earlier run has used: it is the new run's alone."""
 
+import json
 import re
+from importlib import import_module
 
 import pytest
 from launched import argv, recipe, run_here
 from peft import PeftModel
 
 import softar
-from softar.rows import EARLIER
+from softar.recipe import read
+from softar.recipe_data import made_with
+from softar.resume import ARGUMENTS, FIXED
+from softar.rows import EARLIER, TOLD
 
 SFT, MASKED = recipe("sft_soft"), recipe("sft_diffusion")
 RL, MASKED_RL = recipe("ppo_soft"), recipe("grpo_diffusion")
@@ -88,3 +93,78 @@ def test_a_model_is_not_set_apart_before_it_is_opened(start, tmp_path, capsys):
         assert end.value.code == 2 and re.search(says, capsys.readouterr().err)
         assert (folder / "model.safetensors").exists() and not (folder / EARLIER).exists()
     start(SFT, tmp_path / "other", model_name_or_path=folder)
+
+
+# -- a run that goes on in its folder
+
+RECORD = {*FIXED, "data", "think_steps", "soft_top_k"}
+
+
+@pytest.fixture
+def first(start, tmp_path):
+    """A finished row of two steps, which may go on from its checkpoint."""
+    return start(SFT, tmp_path / "s", max_steps=2, save_steps=2)
+
+
+FOREIGN = {
+    "model": dict(model_name_or_path="mnns-tiny"),
+    "use_peft": dict(use_peft="true", lora_target_modules="q_proj"),
+    "program": dict(reward_funcs="test_used_folder.reward", num_generations=4),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("max_steps", [2, 3], ids=["finished", "unfinished"])
+def test_a_resume_is_of_the_same_model_and_program(start, first, capsys, name, max_steps):
+    """The card and the results would name what the weights have never seen."""
+    program = RL if name == "program" else SFT
+    before = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    how = dict(max_steps=max_steps, resume_from_checkpoint="true")
+    with pytest.raises(SystemExit) as end:
+        start(program, first, **how | FOREIGN[name])
+    says = rf"error: {name}=.*is of a training with .*: give the same, or start anew"
+    assert end.value.code == 2 and re.search(says, capsys.readouterr().err)
+    assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == before
+
+
+@pytest.mark.parametrize("max_steps", [2, 3], ids=["finished", "unfinished"])
+def test_a_resume_names_what_else_is_not_the_same(start, first, tmp_path, capsys, max_steps):
+    how = dict(max_steps=max_steps, resume_from_checkpoint="true", save_steps=2)
+    (other := tmp_path / "others.jsonl").write_text(6 * LINE)
+    now = dict(dataset_name=other, think_steps=2, soft_top_k=4, soft_mixer="gumbel")
+    start(SFT, first, **how | now)
+    said = capsys.readouterr().out
+    for rows in ("others.jsonl, 6 rows", "/rows.jsonl, 8 rows"):
+        assert re.search(rf"data='.*{rows} \(\w+\)'", said)
+    for name in ("think_steps", "soft_top_k", "soft_mixer"):
+        assert f"{name}=" in said
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_resume_with_the_same_options_names_nothing(start, first, capsys, is_old):
+    """Nor one of a folder that does not know what it was made with, whatever the options."""
+    now = {}
+    if is_old:
+        state = first / "checkpoint-2" / "trainer_state.json"
+        content = json.loads(state.read_text())
+        told = content["stateful_callbacks"][ARGUMENTS]
+        assert {"program", "model", "data", "think_steps"} <= told.keys()
+        assert told == json.loads((first / TOLD).read_text())
+        for record, file in ((told, state), (json.loads((first / TOLD).read_text()), first / TOLD)):
+            for name in RECORD & record.keys():
+                del record[name]
+            file.write_text(json.dumps(content if record is told else record))
+        now = dict(think_steps=2, soft_top_k=4, model_name_or_path="mnns-tiny")
+    start(SFT, first, resume_from_checkpoint="true", max_steps=2, save_steps=2, **now)
+    assert "kept as it is\n" in capsys.readouterr().out
+    start(SFT, first, resume_from_checkpoint="true", max_steps=3, save_steps=2, **now)
+    assert re.search(r"with max_steps=3, not 2 \([^;]*\)\n", capsys.readouterr().out)
+
+
+def test_a_run_tells_what_its_arguments_do_not_know(tmp_path):
+    made = import_module("softar.recipes.grpo_soft").RECIPE
+    inputs = read(made, argv(dict(task="mnns", output_dir=tmp_path, sft_steps=3, eval_rows=8)))
+    told = made_with("grpo_soft", inputs)
+    expected = dict(program="grpo_soft", model="mnns-tiny", sft_steps=3, eval_rows=8)
+    assert told | expected == told == made_with("grpo_soft", inputs)
+    assert told["data"].startswith("mnns, ") and "output_dir" not in told
