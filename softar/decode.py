@@ -310,8 +310,7 @@ def soft_decode(
     positions = len(input_ids) * unread
     forwards = -(-unread // (generation_config.prefill_chunk_size or unread))
     records: list[Record] = []
-    vectors: list[Tensor | None] = []
-    noisy: list[Tensor | None] = []
+    vectors, noisy = [], []  # of each step a tensor, or None
     # transformers compiles the reading of a prompt in parts: a graph for each of their sizes
     as_prompt = copy.copy(generation_config)
     as_prompt.disable_compile = True
