@@ -302,9 +302,10 @@ def supervised(trainer: type, model, tokenizer, inputs: Inputs, task: "Task", ar
     return made
 
 
-def fit(trainer, args, name: str) -> float:
-    """Train, from the checkpoint that `args` names, and save -> seconds of the training. name: of
-    the row, for what is said meanwhile."""
+def fit(trainer, args, name: str) -> float | None:
+    """Train, from the checkpoint that `args` names, and save -> seconds of the training, those before
+    the checkpoint too; None where it does not know them. name: of the row, for what is said
+    meanwhile."""
     from .training import tell_progress
 
     checkpoint = checkpoint_of(args)
@@ -313,9 +314,14 @@ def fit(trainer, args, name: str) -> float:
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
-    trainer.accelerator.print(f"{title}: trained in {duration(seconds)}")
+    before, more = trainer.seconds_before, ""
+    if before is None:
+        more = ", and for a time that the checkpoint does not know"
+    elif before:
+        more = f", after {duration(before)} before the checkpoint"
+    trainer.accelerator.print(f"{title}: trained in {duration(seconds)}{more}")
     trainer.save_model(args.output_dir)
-    return seconds
+    return None if before is None else before + seconds
 
 
 def fit_supervised(inputs: Inputs, trainer, args, **name: str) -> dict:

@@ -106,6 +106,9 @@ class WatchedLosses:
 
     _step_loss: Tensor | float = 0.0  # of the micro-batches of this step, on this process
     _losses, _loss_steps = 0.0, 0  # their sum since the start of the training, and of how many
+    _started = 0.0  # on the clock
+    # of the training up to the checkpoint that it has gone on from, None where that does not say
+    seconds_before: float | None = 0.0
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """True is the newest checkpoint of the output folder, a path that one, False none; left out it is
@@ -123,6 +126,7 @@ class WatchedLosses:
             check_whole(resume_from_checkpoint)
             if line := changes(resume_from_checkpoint, self.args):
                 self.accelerator.print(line)
+        self._started = time.perf_counter()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -158,17 +162,23 @@ class WatchedLosses:
             f"changed; {rest}. Lower learning_rate or max_grad_norm, or look at the data of this step"
         )
 
-    # -- the sum of the losses goes with the checkpoints, in trainer_state.json
+    # -- the sum of the losses, and the time, go with the checkpoints, in trainer_state.json
 
     def _init_training_state(self, *args, **kwargs):
         place = super()._init_training_state(*args, **kwargs)
         before = self.state.stateful_callbacks.get(LOSSES, {})
         self._step_loss = 0.0
         self._losses, self._loss_steps = before.get("sum", 0.0), before.get("steps", 0)
+        self.seconds_before = before.get("seconds", None if self.state.global_step else 0.0)
         return place
 
     def _save_checkpoint(self, model, trial):
-        self.state.stateful_callbacks[LOSSES] = {"sum": self._losses, "steps": self._loss_steps}
+        seconds = time.perf_counter() - self._started
+        self.state.stateful_callbacks[LOSSES] = {
+            "sum": self._losses,
+            "steps": self._loss_steps,
+            "seconds": None if self.seconds_before is None else self.seconds_before + seconds,
+        }
         self.state.stateful_callbacks[ARGUMENTS] = arguments_of(self.args)
         super()._save_checkpoint(model, trial)
 

@@ -1,6 +1,7 @@
 """What all trainers share: they stop at NaN, sum their losses over resumes and know a damaged
 checkpoint."""
 
+import json
 import math
 import os
 import shutil
@@ -19,10 +20,12 @@ from softar.checks import one_line_errors
 from softar.diffusion.sft import DiffusionSFTTrainer
 from softar.diffusion.sft_config import DiffusionSFTConfig
 from softar.models.adapter import wrap
+from softar.recipe import fit
 from softar.resume import changes, checkpoint_of, damage, last_checkpoint, last_whole
 from softar.rl.config import SoftGRPOConfig, SoftRLOOConfig
 from softar.rl.diffusion_config import DiffusionRLOOConfig
 from softar.sft.config import SoftSFTConfig
+from softar.training import LOSSES
 
 SAVING = dict(save_strategy="steps", save_steps=1, max_steps=4, gradient_accumulation_steps=2)
 KINDS = {
@@ -105,6 +108,30 @@ def test_train_loss_is_of_all_steps_whenever_it_was_resumed(tmp_path, kind):
     logs = [e["loss"] for e in unbroken.state.log_history if "loss" in e]
     assert min(logs) < whole < max(logs)
     assert resumed.state.log_history[-1]["train_loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_seconds_are_of_the_whole_training_whenever_it_was_resumed(tmp_path, monkeypatch):
+    """Unknown where the checkpoint was written by a version that did not keep them."""
+    options = dict(save_strategy="steps", save_steps=2, max_steps=2)
+    first = sft.trainer_of(tmp_path, **options)
+    fit(first, first.args, "x")
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    content = json.loads(state.read_text())
+    kept = content["stateful_callbacks"][LOSSES]
+    assert 0 < kept["seconds"] < 60
+    for seconds in (1000.0, None):
+        kept["seconds"] = seconds
+        state.write_text(json.dumps(content))
+        again = sft.trainer_of(tmp_path, **options | dict(max_steps=4))
+        again.args.resume_from_checkpoint = str(tmp_path / "checkpoint-2")
+        found = fit(again, again.args, "x")
+        assert found is None if seconds is None else 1000 < found < 1060
+        later = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+        passed_on = later["stateful_callbacks"][LOSSES]["seconds"]
+        assert passed_on is None if seconds is None else 1000 < passed_on <= found
+    del kept["seconds"]
+    state.write_text(json.dumps(content))
+    assert fit(again, again.args, "x") is None
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,10 @@ def results_table(rows: list[dict], title: str | None = None) -> Table:
         # its training is the same for all read-outs
         first = [row for row in of_decoder if row["readout"] == of_decoder[0]["readout"]]
         digits = {"nfe": 0, "train_steps": 0, "train_seconds": 0, "seconds": 2}
-        costs = [_spread([row[key] for row in first], n) for key, n in digits.items()]
+        costs = [  # seconds may be unknown
+            _spread([row[key] for row in first if row[key] is not None], n)
+            for key, n in digits.items()
+        ]
         table.add_row(decoder, *(_spread(values, 3) for values in accuracies), *costs)
     return table
 
