@@ -519,10 +519,15 @@ def test_results_say_what_they_cost_and_how_they_were_decoded(folder, manager, t
     multiple choice know nothing of it. `sweep --plot` reads them."""
     kinds = {"soft": {"top_k": 4}, "softer": {"top_k": 8}, "hard": {"mixer": "hard"}}
     for name, options in kinds.items():
-        lm = SoftarLM(folder, device="cpu", batch_size=2, seed=3, **options)
+        opened = {"dtype": "float32"}  # which is a setting, too, as opposed to device and batch
+        lm = SoftarLM(folder, device="cpu", batch_size=2, seed=3, **options, **opened)
         results = evaluated(lm, manager, tmp_path / f"results_{name}.json")
         own = results["config"]["softar"]
-        assert own["device"] == "cpu" and own["model"] == folder and own["settings"] == options
+        assert (
+            own["device"] == "cpu"
+            and own["model"] == folder
+            and own["settings"] == opened | options
+        )
         assert (
             own["decoding"]["max_new_tokens"] == 256 and own["decoding"].items() >= options.items()
         )
@@ -549,6 +554,68 @@ def test_results_say_what_they_cost_and_how_they_were_decoded(folder, manager, t
     points = aggregate([*rows.values()])
     assert all(point["accuracy"] == 0 and point["nfe"] >= 1 for point in points)
     assert plot_sweep(tmp_path, tmp_path / "plot.png").is_file()
+
+
+def result_of(change):
+    """A results file of softar-eval, with these values at these places."""
+    cost = dict(n=10, nfe=5.0, tpf=1.0, token_forwards=9.0, tokens_per_s=1.0, seconds_per_row=0.1)
+    own = dict(model="m", decoder="gumbel", is_soft=True, settings={}, seed=None)
+    told = dict(torch_seed=1234, fewshot_seed=1234, limit=None, gen_kwargs=None)
+    data = {
+        "config": told | {"softar": own | {"costs": {"t": cost}}},
+        "n-shot": {"t": 5},
+        "chat_template_sha": None,
+        "system_instruction": None,
+        "fewshot_as_multiturn": False,
+        "results": {"t": {"alias": "t", "exact_match,strict": 0.5}},
+    }
+    for place, value in change.items():
+        *way, name = place.split("/")
+        inner = data
+        for each in way:
+            inner = inner[each]
+        inner[name] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    "change, varied, seeds",
+    [
+        ({}, [""], 1),  # the same run once more
+        ({"config/softar/seed": 3}, [""], 2),
+        ({"config/torch_seed": 3, "config/fewshot_seed": 3}, [""], 2),
+        ({"config/fewshot_seed": 3}, [""], 2),
+        ({"config/softar/settings": {"top_k": 4}}, ["top_k=null", "top_k=4"], 1),
+        ({"n-shot": {"t": 0}}, ["num_fewshot=5", "num_fewshot=0"], 1),
+        ({"config/limit": 8}, ["limit=null", "limit=8"], 1),
+        (
+            {"config/gen_kwargs": {"temperature": 0.5}},
+            ["gen_kwargs=null", 'gen_kwargs={"temperature": 0.5}'],
+            1,
+        ),
+        (
+            {"chat_template_sha": "ab12cd34ef"},
+            ["apply_chat_template=null", "apply_chat_template=ab12cd34"],
+            1,
+        ),
+        ({"system_instruction": "Hi"}, ["system_instruction=null", "system_instruction=Hi"], 1),
+    ],
+)
+def test_runs_that_lm_eval_was_told_otherwise_are_others(tmp_path, change, varied, seeds):
+    for name, given in (("a", {}), ("b", change)):
+        (tmp_path / f"results_{name}.json").write_text(json.dumps(result_of(given)))
+    points = aggregate(read_sweep(tmp_path))
+    assert [point["varied"] for point in points] == varied
+    assert [point["n_seeds"] for point in points] == [seeds] * len(varied)
+
+
+def test_a_tasks_own_number_of_examples_is_no_setting(tmp_path):
+    one, other = result_of({}), result_of({"n-shot": {"u": 0}})
+    text = json.dumps(other).replace('"t"', '"u"')
+    (tmp_path / "results_a.json").write_text(json.dumps(one))
+    (tmp_path / "results_b.json").write_text(text)
+    points = aggregate(read_sweep(tmp_path))
+    assert [(p["task"], p["varied"]) for p in points] == [("t", ""), ("u", "")]
 
 
 def test_what_a_harness_task_reads_is_what_its_filter_finds(tasks):

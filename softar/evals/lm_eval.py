@@ -58,6 +58,7 @@ HARNESS = (
     "truncation",
 )
 LOADING = "attn_implementation device device_map dtype gguf_file revision subfolder".split()
+SPEED = ("batch_size", "device", "device_map", "logits_cache", "max_batch_size")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 NO_TASKS = ("Tasks not found", "No tasks specified")  # how lm-eval's errors about --tasks begin
 
@@ -94,6 +95,8 @@ class LoadedLM(HFLM):
         """kind: that the model must be of, a key of LABELS. opener: (name, **loading) -> model,
         tokenizer. seed: of every draw; None is what lm-eval's --seed set."""
         self.kind = kind
+        # what else model_args say that may change an answer
+        self.opened = {k: v for k, v in (harness | loading).items() if k not in SPEED}
         shared = int(os.environ.get("WORLD_SIZE", 1)) > 1
         if shared and str(loading.get("device")).startswith("cuda"):
             del loading["device"]  # each process takes its own
@@ -180,7 +183,7 @@ class LoadedLM(HFLM):
             device=str(self.model.device),  # lm-eval's own says what was asked for
             decoder=self.decoder,
             is_soft=self.is_soft,
-            settings=self.stated | self.settings,
+            settings=self.opened | self.stated | self.settings,
             decoding=self.decoding,
             seed=self.seed,
             costs={task: cost.row() for task, cost in self.costs.items()},
