@@ -25,6 +25,7 @@ class Origin:
     prompt: str = PROMPT  # an example, for the command
     new_tokens: int | None = None  # of a completion: masks that a diffusion model is given
     chat: bool | None = None  # its rows are chats; None where the tokenizer has no template
+    rows: int | None = None  # before they are packed
 
 
 class OwnCard:
@@ -83,14 +84,16 @@ def model_card(trainer, folder: Path, data: str | None = None, tags=None) -> str
     file, settings = trainer.card_config()
     name = trainer.hub_model_id or folder
     method = type(trainer).__name__.removesuffix("Trainer")
+    step, best = step_of(trainer)
+    log = [entry for entry in state.log_history if entry.get("step", 0) <= step]
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     facts = {
         "trained from": base or "weights without a name",
         "what was trained": "an adapter (PEFT)" if adapter else "the whole model",
-        "data": f"{data or 'without a name'}, {rows_of(trainer.train_dataset)}",
-        "by": f"softar {__version__}, {method}, step {state.global_step} of {state.max_steps}, {batch} rows a step",
+        "data": f"{data or 'without a name'}, {rows_of(trainer)}",
+        "by": f"softar {__version__}, {method}, step {step} of {state.max_steps}{best}, {batch} rows a step",
         "learning rate, seed": f"{args.learning_rate:g}, {args.seed}",
-    } | {key: f"{value:.4g}" for key, value in last_numbers(state.log_history).items()}
+    } | {key: f"{value:.4g}" for key, value in last_numbers(log).items()}
     packages = ", ".join(f"{package} {version}" for package, version in versions().items())
     front = {
         "library_name": "peft" if adapter else "transformers",
@@ -152,9 +155,22 @@ def last_numbers(log: list[dict]) -> dict[str, float]:
     return numbers
 
 
-def rows_of(dataset) -> str:
+def step_of(trainer) -> tuple[int, str]:
+    """The step that the weights are of, and a remark: the best one's are back after the training, where
+    its arguments ask for them."""
+    args, state = trainer.args, trainer.state
+    is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+    if trainer.is_in_train or not is_best:
+        return state.global_step, ""
+    return state.best_global_step, f" (the best by {args.metric_for_best_model})"
+
+
+def rows_of(trainer) -> str:
+    packed = vars(trainer.args).get("packing", False)
+    if packed and trainer.origin.rows is not None:
+        return f"{trainer.origin.rows} rows, packed"
     try:
-        return f"{len(dataset)} rows"
+        return f"{len(trainer.train_dataset)} {'packed ' if packed else ''}rows"
     except TypeError:  # a stream
         return "a stream"
 
@@ -192,4 +208,5 @@ def example_of(task, tokenizer) -> Origin:
         prompt if is_short else PROMPT,
         length,
         chat if tokenizer.chat_template is not None else None,
+        len(task.train) if hasattr(task.train, "__len__") else None,
     )

@@ -17,7 +17,15 @@ from softar.diffusion.head import HEAD_FILE
 from softar.diffusion.models import load
 from softar.diffusion.noise import NOISE_FILE
 from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
-from softar.model_card import PROMPT, Origin, changes_of, command_of, decode_command, example_of
+from softar.model_card import (
+    PROMPT,
+    Origin,
+    changes_of,
+    command_of,
+    decode_command,
+    example_of,
+    rows_of,
+)
 from softar.sft.config import SoftSFTConfig
 from softar.sft.trainer import SoftSFTTrainer
 from softar.tasks import load_task
@@ -77,6 +85,47 @@ def test_the_card_of_a_soft_model_follows_the_run(tmp_path, adapter, capsys):
     with pytest.raises(SystemExit) as end:
         main(command[1:])
     assert end.value.code == 0 and capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("kind", ["soft", "diffusion"])
+def test_the_card_is_of_the_step_whose_weights_are_saved(tmp_path, kind):
+    """With load_best_model_at_end those are of another step than the last; checkpoints have their own."""
+    cls, trainer_of, model, metric = {
+        "soft": (SoftSFTConfig, SoftSFTTrainer, softar.load("mnns-tiny"), "eval_gold_loss"),
+        "diffusion": (DiffusionSFTConfig, DiffusionSFTTrainer, load("mnns-diffusion-tiny"), "loss"),
+    }[kind]
+    best = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_steps=1)
+    # asked so, the first step is the best: untrained nets learn
+    best |= dict(metric_for_best_model=metric, greater_is_better=True)
+    how = dict(think_steps=3, alpha_start=0.0, alpha_schedule="constant") if kind == "soft" else {}
+    args = settings(tmp_path, cls, max_steps=3, learning_rate=1e-3, **best, **how)
+    trainer = trainer_of(
+        *(model[0], args),
+        train_dataset=TASK.train,
+        eval_dataset=TASK.test.select(range(8)),
+        processing_class=model[1],
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    step = trainer.state.best_global_step
+    assert step < 3
+    logged = {e["step"]: e["eval_loss"] for e in trainer.state.log_history[:-1] if "eval_loss" in e}
+    for folder, of, told in (
+        (tmp_path, step, f"step {step} of 3 (the best by {args.metric_for_best_model})"),
+        (tmp_path / "checkpoint-3", 3, "step 3 of 3, "),
+    ):
+        facts = read(folder)[1]
+        assert told in facts["by"] and facts["eval_loss"] == f"{logged[of]:.4g}"
+
+
+def test_rows_are_counted_before_they_are_packed(tmp_path):
+    model, tokenizer = softar.load("mnns-tiny")
+    args = settings(tmp_path, SoftSFTConfig, think_steps=3, packing=True, max_length=40)
+    trainer = SoftSFTTrainer(model, args, train_dataset=TASK.train, processing_class=tokenizer)
+    assert rows_of(trainer) == f"{len(trainer.train_dataset)} packed rows" != "8 packed rows"
+    trainer.origin = example_of(TASK, tokenizer)
+    assert rows_of(trainer) == "8 rows, packed"
 
 
 def test_a_template_is_shown_with_its_holes(tmp_path):
