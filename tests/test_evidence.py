@@ -1,5 +1,6 @@
 """What the evidence is made of: answers after edited thoughts, intervals over seeds, units that resume."""
 
+import copy
 import json
 import subprocess
 
@@ -14,6 +15,7 @@ from softar.config import SoftConfig
 from softar.evals.edited import answers_after, cut, of_another, thoughts_of
 from softar.evals.seeds import Gain, gain_of, t_interval, t_quantile
 from softar.evaluate import encode
+from softar.feedback import Gate
 from softar.recipes import evidence, evidence_latin, evidence_methods, evidence_mnns, evidence_rl
 from softar.recipes.evidence_claims import EVIDENCE
 from softar.recipes.evidence_gains import reads_of
@@ -42,6 +44,34 @@ def test_after_its_own_thought_a_row_answers_as_it_does(shipped):
     decoded = softar.generate(model, ids, config=config()).completions[:, STEPS]
     assert torch.equal(answers_after(model, ids, thought), decoded)
     assert torch.equal(answers_after(model, ids, cut(thought, 10**6)), decoded)
+
+
+def test_whatever_is_read_a_row_answers_as_it_does_or_is_refused(shipped, tmp_path):
+    model, ids = shipped
+    gate = tmp_path / "gate.safetensors"
+    Gate(model.config.hidden_size).save(gate)
+    ways = [dict(mixer=name) for name in softar.MIXERS]
+    ways += [dict(rescale="norm"), dict(rescale="l2"), dict(softness=0.5), dict(top_k=3)]
+    ways += [
+        dict(mixer="hybrid", mixer_args={"gate": str(gate)}),
+        dict(mixer="hidden", rescale="norm"),
+    ]
+    refused = []
+    for way in ways:
+        settings = config(**way)
+        try:
+            torch.manual_seed(0)
+            thought = thoughts_of(model, ids, settings)
+        except ValueError as error:
+            assert "read more than tokens and their weights" in str(error)
+            refused.append(way)
+            continue
+        torch.manual_seed(0)
+        endless = copy.deepcopy(model.generation_config)
+        endless.eos_token_id = model.config.vocab_size
+        out = softar.generate(model, ids, config=settings, generation_config=endless)
+        assert torch.equal(answers_after(model, ids, thought), out.completions[:, STEPS]), way
+    assert refused == [dict(mixer="hidden"), dict(rescale="norm"), dict(rescale="l2"), *ways[-2:]]
 
 
 def test_after_anothers_thought_a_row_answers_by_itself_as_in_a_batch(shipped):

@@ -22,8 +22,8 @@ def thoughts_of(model, input_ids: Tensor, config: SoftConfig) -> Soft:
     [B, n, K]. config: with a budget of n steps, which all rows think: an end token ends none.
 
     Raises:
-        ValueError: without a budget, with other ends of a thought, and for a length that leaves no
-            answer.
+        ValueError: without a budget, with other ends of a thought, for a length that leaves no answer,
+            and for what reads more than a mean of embeddings by these weights.
     """
     n, length = config.budget, config.max_new_tokens
     if not n or length <= n:
@@ -35,6 +35,11 @@ def thoughts_of(model, input_ids: Tensor, config: SoftConfig) -> Soft:
         raise ValueError(
             f"cold_stop_entropy={config.cold_stop_entropy}, think_end={config.think_end!r} end thoughts at "
             "lengths of their own: leave them out"
+        )
+    if config.is_latent or config.rescale is not None or config.gate is not None:
+        raise ValueError(
+            f"mixer={config.mixer!r}, mixer_args={config.mixer_args}, rescale={config.rescale!r} read more than "
+            "tokens and their weights, which are edited: take a mixer of tokens, no gate and rescale=None"
         )
     endless = copy.deepcopy(model.generation_config)
     # None would be the model's own
