@@ -31,6 +31,7 @@ import torch
 import softar
 from softar.checks import check_least, one_line_errors
 from softar.mixers import guide
+from softar.models import MODELS, check_there
 from softar.recipes.bench_decode import beams, check_names, decode
 from softar.recipes.bench_rows import rows
 from softar.recipes.bench_tools import (
@@ -185,16 +186,34 @@ BENCHES = {
     "agreement": agreement,
     "memory": memory,
 }
+READS = {  # options beside --output
+    "decode": "model dtype batch decoders beside new_tokens cpu_time repeats",
+    "beams": "model dtype batch decoders num_beams new_tokens cpu_time repeats",
+    "rows": "new_tokens cpu_time repeats",
+    "sft": "length cpu_time repeats",
+    "agreement": "model_path",
+    "memory": "",
+}
 
 
-def check(args) -> None:
+def check(args, defaults: dict) -> None:
     """Raises ValueError for what cannot be measured here."""
+    for name, value in vars(args).items():
+        by = [bench for bench, read in READS.items() if name in read.split()]
+        if by and args.bench not in by and value != defaults[name]:
+            raise ValueError(
+                f"--{name} does nothing for {args.bench}: it is of {' and '.join(by)}, leave it out"
+            )
+    if args.bench == "agreement" and args.model_path is None:
+        raise ValueError("agreement needs --model_path, a folder with a model trained on MNNS")
     # a step goes from one forward after the prompt's to the next: with fewer tokens there is none
     check_least(args, new_tokens=3, num_beams=1, length=1, repeats=1)
     check_least(dict(batch=min(args.batch)), batch=1)
     check_names(args)
     if args.cpu_time and torch.cuda.is_available():
         raise ValueError("--cpu_time: a GPU computes on while its processor waits, leave it out")
+    if args.bench in ("decode", "beams", "agreement"):
+        check_there(args.model_path or args.model, MODELS)
 
 
 def main() -> None:
@@ -224,11 +243,10 @@ def main() -> None:
     parser.add_argument("--model_path", help="agreement: a folder with a model trained on MNNS")
     parser.add_argument("--repeats", type=int, default=7, help="how often each is timed")
     args = parser.parse_args()
-    if args.bench == "agreement" and args.model_path is None:
-        parser.error("agreement needs --model_path, a folder with a model trained on MNNS")
     with one_line_errors(PROGRAM):
-        check(args)
-    run_bench(args.bench, BENCHES[args.bench], args)
+        check(args, vars(parser.parse_args([])))
+    with one_line_errors(PROGRAM, ImportError):  # of a model that another package carries
+        run_bench(args.bench, BENCHES[args.bench], args)
 
 
 if __name__ == "__main__":

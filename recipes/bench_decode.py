@@ -57,8 +57,6 @@ def check_names(args) -> None:
         check_choice("beside", args.beside, ["model.generate", *chosen(args, DECODERS)])
     elif args.bench == "beams":
         chosen(args, SEARCHES)
-    elif args.decoders:
-        raise ValueError(f"--decoders does nothing for {args.bench}: it is of decode and beams")
 
 
 def decode(args) -> list[dict]:

@@ -15,6 +15,8 @@ softar estimate --measure smollm2-135m
 """
 
 import math
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import softar
-from softar.checks import check_least
+from softar.checks import check_least, one_line_errors
+from softar.decoders.card import describe
 from softar.mixers import guide
 from softar.recipes import speed_limits
 from softar.recipes.bench_tools import console, interleaved, parser_of, run_bench, show, spread
@@ -327,11 +330,22 @@ def table(args) -> list[dict]:
     sizes |= dict(passes=args.passes, recompute=not args.keep_activations)
     rows = []
     for name in args.model:
-        config = LlamaConfig(**MODELS[name]) if name in MODELS else AutoConfig.from_pretrained(name)
-        shape = shape_of(config, args.lora_r)
+        shape = shape_of(config_of(name), args.lora_r)
         rows += [row_of(name, shape, Job(lora, **sizes), machine) for lora in (False, True)]
     console.print(markdown(rows), soft_wrap=True, highlight=False)
     return rows
+
+
+def config_of(name: str):
+    """Raises ValueError for a name of no model, or of one that fills masks."""
+    if name in MODELS:
+        return LlamaConfig(**MODELS[name])
+    if name in softar.models.MODELS or name.endswith(".gguf"):
+        return softar.load(name)[0].config
+    if describe(name).kind == "diffusion":
+        raise ValueError(f"model={name!r} fills masks: such models are not estimated")
+    softar.models.check_there(name, [*MODELS, *softar.models.MODELS])
+    return AutoConfig.from_pretrained(name)
 
 
 LLAMA = dict(num_key_value_heads=8, vocab_size=128_256)
@@ -364,7 +378,8 @@ OPTIONS = {
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--model", nargs="+", default=[*MODELS], help="8b, 70b, a name or a folder")
+    about = "8b, 70b, a name of `softar models`, a folder, a .gguf file or a hub id"
+    parser.add_argument("--model", nargs="+", default=[*MODELS], help=about)
     parser.add_argument("--gpu", default="h100", choices=GPUS, help="which")
     parser.add_argument("--keep_activations", action="store_true", help="recompute none")
     parser.add_argument("--measure", metavar="MODEL", help="time this one here, beside its limits")
@@ -373,11 +388,12 @@ def main() -> None:
     args = parser.parse_args()
     alone = {"measure", "output", "repeats"}  # what --measure reads
     beside = vars(args).keys() - alone if args.measure else {"repeats"}
-    for name in sorted(beside):
-        if (value := vars(args)[name]) != parser.get_default(name):
-            how = "beside" if args.measure else "without"
-            raise ValueError(f"{name}={value} does nothing {how} --measure: leave it out")
-    run_bench("estimate", measure if args.measure else table, args)
+    with one_line_errors(Path(sys.argv[0]).name, (ValueError, ImportError, OSError)):
+        for name in sorted(beside):
+            if (value := vars(args)[name]) != parser.get_default(name):
+                how = "beside" if args.measure else "without"
+                raise ValueError(f"{name}={value} does nothing {how} --measure: leave it out")
+        run_bench("estimate", measure if args.measure else table, args)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """recipes/bench.py: what a decoder costs, from the least seconds of its steps."""
 
+import inspect
+import re
 import sys
 from itertools import accumulate
 from types import SimpleNamespace
@@ -63,7 +65,18 @@ def test_each_reading_waits_for_the_gpu(monkeypatch):
         ("decode --decoders swithcing", "swithcing"),
         ("beams --decoders swithcing", "swithcing"),
         ("decode --beside hrad", "hrad"),
-        ("sft --decoders hard", "--decoders does nothing for sft"),
+        (
+            "sft --decoders hard",
+            "--decoders does nothing for sft: it is of decode and beams, leave",
+        ),
+        ("memory --model nonsense", "--model does nothing for memory"),
+        ("memory --batch 32", "--batch does nothing for memory"),
+        ("decode --length 9", "--length does nothing for decode: it is of sft, leave it out"),
+        ("agreement --repeats 3", "--repeats does nothing for agreement"),
+        ("rows --num_beams 3", "--num_beams does nothing for rows"),
+        ("decode --model mnns-sfot-tiny", "model='mnns-sfot-tiny' is not there, did you mean"),
+        ("agreement", "agreement needs --model_path"),
+        ("agreement --model_path nowhere", "model='nowhere' is not there"),
         ("decode --new_tokens 2", "new_tokens=2 must be at least 3"),
         ("beams --repeats 0", "repeats=0 must be at least 1"),
         ("decode --batch 8 0", "batch=0 must be at least 1"),
@@ -78,6 +91,21 @@ def test_wrong_options_are_named_before_a_model_is_loaded(words, says, monkeypat
         bench.main()
     err = capsys.readouterr().err
     assert end.value.code == 2 and says in err and len(err.splitlines()) == 1
+
+
+def test_each_bench_reads_the_options_that_it_is_said_to():
+    """Every option is of one at least, and no bench is told of an option that it does not hear."""
+    read = {name: {*words.split()} for name, words in bench.READS.items()}
+    assert [*read] == [*bench.BENCHES]
+    parts = {
+        "decode": [bench_decode.compared, bench_decode.chosen],
+        "rows": [bench_rows.measured, bench_rows.run],
+    }
+    parts["beams"] = parts["decode"]
+    for name, measure in bench.BENCHES.items():
+        source = "".join(map(inspect.getsource, [measure, *parts.get(name, [])]))
+        source = source.replace("clock_of(args)", "args.cpu_time")
+        assert {*re.findall(r"\bargs\.(\w+)", source)} - {"bench"} == read[name], name
 
 
 @pytest.mark.parametrize("record", [False, True])

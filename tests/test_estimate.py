@@ -166,11 +166,31 @@ def test_it_times_a_model_beside_its_limits(monkeypatch, capsys, tmp_path):
         ("--step_share 0", "step_share=0.0 must be above 0"),
         ("--train_share 1.5", "train_share=1.5 must be above 0 and at most 1"),
         ("--train_share nan", "train_share=nan must be"),
+        ("--model mnns-sfot-tiny", "model='mnns-sfot-tiny' is not there, did you mean"),
+        ("--model mnns-diffusion-tiny", "model='mnns-diffusion-tiny' fills masks"),
+        ("--measure mnns-sfot-tiny", "mnns-sfot-tiny"),
+        ("--model 8b --output /dev/null/out", "/dev/null"),
     ],
 )
 def test_options_that_are_refused(monkeypatch, capsys, tmp_path, options, says):
-    with pytest.raises(ValueError, match=says):
-        run(monkeypatch, capsys, tmp_path, *options.split())
+    check_refused(monkeypatch, capsys, tmp_path, *options.split(), says=says)
+
+
+def check_refused(monkeypatch, capsys, folder, *options, says):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, capsys, folder, *options)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("estimate: error: ") and says in err
+    assert len(err.splitlines()) == 1
+
+
+def test_names_of_models_are_those_of_softar(monkeypatch, capsys, tmp_path):
+    """A tiny one is nothing in GB: two lines of it, all weights and LoRA."""
+    folder = softar.models.folder_of("mnns-soft-tiny")
+    names = ["mnns-tiny", "mnns-soft-tiny", str(folder)]
+    printed = run(monkeypatch, capsys, tmp_path, "--gpus", "1", "--model", *names)
+    lines = [line.split(" | ")[1:] for line in printed.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 6 and lines[2:4] == lines[4:6] == lines[6:8]
 
 
 @pytest.mark.parametrize(
@@ -193,5 +213,4 @@ def test_what_is_before_the_thoughts_is_read_once_where_soft_sft_does(job, gpus,
 
 @pytest.mark.parametrize("option", ["--gpus", "--new_tokens", "--batch"])
 def test_counts_below_one(monkeypatch, capsys, tmp_path, option):
-    with pytest.raises(ValueError, match="=0 must be at least 1"):
-        run(monkeypatch, capsys, tmp_path, option, "0")
+    check_refused(monkeypatch, capsys, tmp_path, option, "0", says="=0 must be at least 1")
