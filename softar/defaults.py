@@ -66,14 +66,7 @@ def default_of(own: SoftConfig | None, tokenizer=None) -> Default:
         return Default(own, f"as its {CONFIG_FILE} says", "own")
     tags = None if tokenizer is None else think_tags(tokenizer)
     if tags is not None:
-        config = SoftConfig(
-            **NARROW,
-            max_new_tokens=TAGGED_LENGTH,
-            budget=TAGGED_LENGTH // 2,
-            think_start=tags[0],
-            think_end=tags[1],
-        )
-        return Default(config, f"softly between {tags[0]} and {tags[1]}, then discretely", "tags")
+        return _tagged(*tags)
     config = SoftConfig(
         **NARROW, max_new_tokens=PLAIN_LENGTH, budget=PLAIN_LENGTH // 2, hide_thought=False
     )
@@ -82,6 +75,26 @@ def default_of(own: SoftConfig | None, tokenizer=None) -> Default:
     )
     why = f"in narrow, noisy mixtures, then discretely: it has no {CONFIG_FILE}{unknown}"
     return Default(config, why, "plain")
+
+
+def check_options_fit(own: SoftConfig | None, check: Callable[[Default], Any]) -> None:
+    """Call `check`, which raises ValueError for options that do not fit a default, with what the
+    model's may be: before its tokenizer is at hand nobody knows whether it has tags."""
+    try:
+        check(default_of(own))
+    except ValueError as error:
+        if own is not None:
+            raise
+        try:
+            check(_tagged(*THINK_TAGS[0]))
+        except ValueError:
+            raise error from None
+
+
+def _tagged(start: str, end: str) -> Default:
+    length = dict(max_new_tokens=TAGGED_LENGTH, budget=TAGGED_LENGTH // 2)
+    config = SoftConfig(**NARROW, **length, think_start=start, think_end=end)
+    return Default(config, f"softly between {start} and {end}, then discretely", "tags")
 
 
 def recall(model, tokenizer=None, mixer=None) -> Default:

@@ -191,6 +191,26 @@ def test_options_that_say_nothing_or_have_another_type_are_refused(fields, told)
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("options", ["hide_thought=false", "answer_temperature=0.6"])
+def test_options_of_a_thought_between_tags_fit_a_model_that_has_tags(options, tmp_path):
+    """Which its tokenizer alone tells; of a model without, discrete decoders have no thought."""
+    model_of().save_pretrained(tmp_path)
+    tokenizer_of().save_pretrained(tmp_path)
+    name, _, value = options.partition("=")
+    for decoder in ("discrete", "sampled", "soft", "gumbel", "beam", "soft-beam"):
+        if decoder.endswith("beam") and name != "hide_thought":
+            continue
+        made = make_decoder(f"{decoder}:{options}", model=str(tmp_path), device="cpu")
+        config = made.thought if decoder == "beam" else made.config
+        assert getattr(config, name) == json.loads(value) and config.think_end == (END,)
+    with pytest.raises(ValueError, match=r"answer_top_p=0\.9 does nothing"):  # whatever it has
+        make_decoder("discrete:answer_top_p=0.9", model="not-there")
+    model_of(vocab_size=300).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{name}=.* does nothing where nothing ends the thought"):
+        make_decoder(f"discrete:{options}", model=str(tmp_path), device="cpu")
+
+
 def test_a_decoder_says_how_it_was_chosen(monkeypatch, endless):
     monkeypatch.setattr("softar.decoders.soft._load", lambda *a, **kw: (endless, tokenizer_of()))
     made = []

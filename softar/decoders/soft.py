@@ -19,7 +19,7 @@ from ..caches import CACHES, STATIC, check_one_size, set_cache
 from ..checks import check_choice
 from ..config import BLOCK, SoftConfig, renamed
 from ..decode import generate
-from ..defaults import Default, default_of
+from ..defaults import Default, check_options_fit, default_of
 from ..evaluate import evaluating, read_prompts, resolve
 from ..mixers import GROUP, MIXERS, mk_mixer, name_of
 from ..models import kept, load, plain
@@ -250,9 +250,8 @@ def _make_soft(decoder: str, card: Card, common: Common, /, **options) -> SoftDe
     cache = asdict(CacheOptions(**check_options(CacheOptions, decoder, cache)))
     length = common.max_new_tokens
     asked = options | ({} if length is None else {"max_new_tokens": length})
-    soft_config(
-        default_of(card.config), decoder, asked
-    )  # what is wrong is said before it is opened
+    # what is wrong is said before it is opened
+    check_options_fit(card.config, lambda default: soft_config(default, decoder, asked))
     model, tokenizer = _open(decoder, card, common)
     default = default_of(card.config, tokenizer)
     config = soft_config(default, decoder, asked)
@@ -283,7 +282,7 @@ def _make_search(decoder: str, card: Card, common: Common, /, **options) -> Sear
     drawn, so the seed has no effect."""
     length = common.max_new_tokens
     asked = options | ({} if length is None else {"max_new_tokens": length})
-    search_config(default_of(card.config), decoder, asked)
+    check_options_fit(card.config, lambda default: search_config(default, decoder, asked))
     model, tokenizer = _open(decoder, card, common)
     default = default_of(card.config, tokenizer)
     config, search = search_config(default, decoder, asked)
