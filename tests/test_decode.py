@@ -1335,8 +1335,8 @@ def test_where_a_thought_ends_is_told_by_its_tokens(start, end, budget):
     model.generation_config.eos_token_id = None
     out = softar.generate(model, prompts, config=config, rng=seeded(0))
     thoughts = Thoughts(config, prompts)
-    for column in out.record.token.T:
-        thoughts.read(column)
+    for steps in range(1, out.record.token.shape[1] + 1):
+        thoughts.read(out.record.token[:, :steps])
     answers = [row[start:] for row, start in zip(out.completions.tolist(), thoughts.ends.tolist())]
     assert answers == [answer.tolist() for answer in out.answers]
 
