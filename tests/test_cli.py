@@ -20,6 +20,7 @@ from softar.arguments import PROCESSES, TITLES, RecipeParser
 from softar.cli import app as cli
 from softar.cli import inputs, streams
 from softar.cli.programs import PACKAGE, TRAINING
+from softar.decoders.answer import Decoded
 from softar.decoders.card import describe
 from softar.decoders.registry import own_decoder
 from softar.model_card import Origin, decode_command
@@ -736,31 +737,77 @@ def test_decoders_of_a_comparison_by_its_model():
 
 
 def test_chats_of_a_comparison():
-    from datasets import Dataset
-
-    from softar.evals.chats import with_chat
+    """Each decoder by its own template: one without ended the chats of all."""
+    from softar.evals.chats import asked_as_chats
+    from softar.evals.compare import compare
 
     class Decoder:
-        columns = {"model": "some"}
+        def __init__(self, name, tokenizer):
+            self.name, self.columns, self.tokenizer = name, {"model": "m"}, tokenizer
+            self.asked = []
 
-        def __init__(self, tokenizer):
-            self.tokenizer = tokenizer
+        def decode(self, prompts):
+            self.asked += prompts
+            return [Decoded("7", (7,), 1, 1, 0.1) for _ in prompts]
 
-    rows, chatty, plain = Dataset.from_dict({"prompt": ["Hi"]}), Decoder(Chatty()), Decoder(Plain())
-    chat = [[{"role": "user", "content": "Hi"}]]
-    assert [*with_chat(rows, [chatty], None)["prompt"]] == chat
-    assert [*with_chat(rows, [chatty], False)["prompt"]] == ["Hi"]
-    assert [*with_chat(rows, [chatty, plain], None)["prompt"]] == ["Hi"]
-    with pytest.raises(ValueError, match="model='some' has no chat template"):
-        with_chat(rows, [chatty, plain], True)
+    class Own(Decoder):  # of the user's, without a tokenizer
+        def __init__(self, name):
+            super().__init__(name, None)
+
+    chatty, plain, own = Decoder("chatty", Chatty()), Decoder("plain", Plain()), Own("own")
+    every = [plain, chatty, own]
+    text, chat = [{"prompt": "Hi"}], [{"prompt": [{"role": "user", "content": "Hi"}]}]
+    assert asked_as_chats(text, every) == asked_as_chats(text, [chatty], True) == ["chatty"]
+    assert asked_as_chats(text, every, False) == []
+    for bare in (plain, own):
+        with pytest.raises(ValueError, match=f"--chat: decoder '{bare.name}' has no chat template"):
+            asked_as_chats(text, [chatty, bare], True)
     # rows whose prompts are chats already: they became the content of a message
-    chats = Dataset.from_dict({"prompt": chat})
-    assert [*with_chat(chats, [chatty], None)["prompt"]] == chat
-    assert [*with_chat(chats, [chatty], True)["prompt"]] == chat
-    with pytest.raises(ValueError, match="model='some' has no chat template, and the prompts are"):
-        with_chat(chats, [chatty, plain], None)
+    assert asked_as_chats(chat, [chatty, own]) == asked_as_chats(chat, [chatty], True) == []
+    with pytest.raises(
+        ValueError, match="decoder 'plain' has no chat template, and the prompts are"
+    ):
+        asked_as_chats(chat, every)
     with pytest.raises(ValueError, match="--no-chat, and the prompts are chats"):
-        with_chat(chats, [chatty], False)
+        asked_as_chats(chat, [chatty], False)
+
+    told = []
+    compare(every, text, lambda answer, row: told.append(row["prompt"]) or 1, chats=["chatty"])
+    assert {*map(str, chatty.asked)} == {str(chat[0]["prompt"])}
+    assert {*plain.asked, *own.asked, *told} == {"Hi"}  # the scorer's row is the file's
+    with pytest.raises(ValueError, match=r"chats='chatti'.*chatty"):
+        compare(every, text, lambda answer, row: 1, chats=["chatti"])
+
+
+def test_compare_says_who_reads_texts(softar, monkeypatch, tmp_path):
+    (tmp_path / "plain_code.py").write_text(OWN_DECODER)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "<bos> D4 D8 D1 D3 ->", "answer": "7"}\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+    monkeypatch.setattr("softar.evals.chats.takes_chat", lambda d: "soft" in d.name)
+    monkeypatch.setattr(
+        "softar.decoders.soft.SoftDecoder.decode",
+        lambda self, prompts: seen.extend(prompts) or [Decoded("7", (7,), 1, 1, 0.1)],
+    )
+    words = "-t", tmp_path / "rows.jsonl", "-d", "mnns-soft-tiny=soft", "-d", "plain_code:deco"
+    code, _, err = softar("compare", *words)
+    assert code == 0 and "texts as they stand: plain_code:deco" in err, err
+    assert seen[0] == [{"role": "user", "content": "<bos> D4 D8 D1 D3 ->"}]
+    assert (
+        "decoder 'plain_code:deco' has no chat template" in softar("compare", *words, "--chat")[2]
+    )
+
+
+OWN_DECODER = """
+import softar
+from softar.decoders.answer import FunctionDecoder
+
+def deco(model, *, max_new_tokens, seed, **options):
+    def decode(prompts):
+        assert all(isinstance(prompt, str) for prompt in prompts)
+        return [softar.Decoded("3", (3,), 1, 1, 0.1) for _ in prompts]
+    return FunctionDecoder(decode)
+"""
 
 
 def test_length_of_an_answer():

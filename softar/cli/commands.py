@@ -324,7 +324,7 @@ def compare(
       softar compare --task rows.jsonl:score=number -m smollm2-135m -d discrete -d gumbel:budget=16
     """
     from ..checks import check_writable
-    from ..evals.chats import with_chat
+    from ..evals.chats import asked_as_chats
     from ..evals.compare import compare as run
     from ..results import as_name
     from ..tasks import load_task
@@ -347,9 +347,12 @@ def compare(
             common |= dict(stop=loaded.stop, extract=loaded.extract)
             its = model or inputs.model_of_task(loaded, spec)
             decoders.append(inputs.open_decoder(spec, its, {}, **common))
+        chats = asked_as_chats(rows, decoders, chat)
+        if texts := [d.name for d in decoders if d.name not in chats] if chats else []:
+            streams.say(f"no chat template, so texts as they stand: {', '.join(texts)}")
         comparison = run(
             decoders,
-            with_chat(rows, decoders, chat),
+            rows,
             loaded.score,
             baseline=baseline or decoders[0].name,
             repeats=repeats,
@@ -357,6 +360,7 @@ def compare(
             seed=seed,
             task=loaded.name,
             extract=loaded.extract,
+            chats=chats,
         )
         if folder is not None:
             comparison.save(folder)

@@ -21,9 +21,9 @@ def takes_chat(decoder) -> bool:
     return tokenizer is not None and tokenizer.chat_template is not None
 
 
-def with_chat(rows, decoders: list, chat: bool | None = None):
-    """The rows, with chat messages for prompts that are texts where all decoders have a template
-    (chat None), or where that is asked for (True). Prompts that are chats stay as they are.
+def asked_as_chats(rows, decoders: list, chat: bool | None = None) -> list[str]:
+    """The names of the decoders that are asked prompts which are texts as chats: of those that have
+    a template (chat None), of all (True), of none (False). Prompts that are chats stay as they are.
 
     Raises:
         ValueError: for a decoder without a template where chats are asked for, or are the prompts
@@ -31,21 +31,16 @@ def with_chat(rows, decoders: list, chat: bool | None = None):
     """
     bare = [decoder for decoder in decoders if not takes_chat(decoder)]
     if chat and bare:
-        model = bare[0].columns["model"]
-        raise ValueError(f"--chat: model={model!r} has no chat template; leave it out")
+        raise ValueError(
+            f"--chat: decoder {bare[0].name!r} has no chat template; leave it out, and each decoder "
+            "that has one gets chats"
+        )
     if not isinstance(rows[0]["prompt"], str):
         # one without a tokenizer, of the user's own, reads prompts as it likes
-        bare = [decoder.columns["model"] for decoder in bare if tokenizer_of(decoder) is not None]
+        bare = [decoder.name for decoder in bare if tokenizer_of(decoder) is not None]
         if bare or chat is False:
-            why = f"model={bare[0]!r} has no chat template" if bare else "--no-chat"
+            why = f"decoder {bare[0]!r} has no chat template" if bare else "--no-chat"
             first = shorten(repr(rows[0]["prompt"]), 60)
             raise ValueError(f"{why}, and the prompts are chats, {first}: give texts as prompts")
-        return rows
-    is_asked = not bare if chat is None else chat
-    if not is_asked:
-        return rows
-    from datasets import Dataset
-
-    return Dataset.from_list(
-        [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    )
+        return []
+    return [d.name for d in decoders if d not in bare] if chat is not False else []

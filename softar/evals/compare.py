@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..checks import check_choice, check_least, check_writable
 from ..decoders.answer import Decoder, NamedDecoder, as_decoder
 from ..results import write_csv, write_results, write_whole
 from .chart import TABLE_WIDTH, comparison_table, plot_frontier
-from .contest import Contest, Failure, scorer_remark
+from .contest import TEMPLATE, Contest, Failure, scorer_remark
 from .intervals import number_groups
 from .summary import Pass, number, summarise
 
@@ -210,6 +210,7 @@ def compare(
     console: Console | None = None,
     task: str = "",
     extract: Callable[[str], str] = str.strip,
+    chats: Collection[str] = (),
 ) -> Comparison:
     """Decode the same rows with every decoder and say which is better, at what cost, and how sure
     that is.
@@ -258,9 +259,11 @@ def compare(
         raise ValueError(f"group={group!r} is no column: row 0 has {list(items[0])}")
     groups = number_groups([_group(item.get(group or GROUP)) for item in items])
     baseline = next(iter(named)) if baseline is None else baseline
-    check_choice("baseline", baseline, named)
+    for option, label in [("baseline", baseline), *(("chats", label) for label in chats)]:
+        check_choice(option, label, named)
     console = Console(stderr=True) if console is None else console
-    contest = Contest(named, items, columns, score, extract, batch_size=batch_size, console=console)
+    how = dict(batch_size=batch_size, chats=chats, console=console)
+    contest = Contest(named, items, columns, score, extract, **how)
     contest.run(repeats, warmup)
     passes = contest.answered()
     scored = {name: taken for name, taken in passes.items() if any(p.done.any() for p in taken)}
@@ -291,7 +294,7 @@ def compare(
 def _column_of(decoder: Decoder, row: dict) -> str:
     """What of the rows a decoder is asked where nobody says which column."""
     fills = isinstance(decoder, NamedDecoder) and decoder.columns.get("family") == "diffusion"
-    return "template" if "template" in row and (fills or "prompt" not in row) else "prompt"
+    return TEMPLATE if TEMPLATE in row and (fills or "prompt" not in row) else "prompt"
 
 
 def _group(value):

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..decoders.answer import Decoded, Decoder, Unfinished
 from ..evaluate import check_score, prompt_of
 from .summary import Pass
+
+TEMPLATE = "template"  # column of texts that hold masks, which no chat template takes
 
 
 class Failure(NamedTuple):
@@ -36,10 +38,11 @@ class Contest:
         extract: Callable[[str], str],
         *,
         batch_size: int,
+        chats: Collection[str] = (),  # decoders that get texts as what a user says
         console: Console,
     ):
         self.decoders, self.items = decoders, items
-        self.columns = columns
+        self.columns, self.chats = columns, chats
         self.score, self.extract, self.batch_size = score, extract, batch_size
         self.console, self.progress = console, None
         self.passes: dict[str, list[Pass]] = {name: [] for name in decoders}
@@ -116,7 +119,7 @@ class Contest:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         try:
-            asked = [prompt_of(item, self.columns[name]) for item in self.items[begin:end]]
+            asked = [self.prompt(name, item) for item in self.items[begin:end]]
             return _decode(self.decoders[name], asked)
         except Exception as error:  # whatever it is, the others go on
             self.fail(None, name, error)
@@ -129,6 +132,13 @@ class Contest:
             if on_gpu:
                 peak = torch.cuda.max_memory_allocated()
                 self.memory[name] = max(peak, self.memory.get(name, 0))
+
+    def prompt(self, name: str, item: dict):
+        """What a decoder is asked by a row."""
+        column = self.columns[name]
+        if name in self.chats and column != TEMPLATE and isinstance(item[column], str):
+            item = item | {column: [{"role": "user", "content": item[column]}]}
+        return prompt_of(item, column)
 
     def take(self, name: str, i: int, decoded: Decoded) -> None:
         """Score an answer into the decoder's latest pass: with 0 where the scorer fails, as one that

@@ -23,7 +23,7 @@ from ..models import stamp_of
 from ..results import as_name, write_results, write_whole
 from ..specs import format_options
 from ..tasks import load_task
-from .chats import with_chat
+from .chats import asked_as_chats
 from .sweep_summary import GRID_FILE, read_rows, write_summary
 
 ROLES = ("soft", "baseline")
@@ -308,7 +308,6 @@ def measure(grid: Grid, run: Run, console=None) -> dict:
     decoder, failed = _decoder(grid, run), "its decoder failed, as said above"  # by compare
     if parse_spec(run.spec).family == "vllm":
         decoder.start()  # until then it has no tokenizer
-    rows = with_chat(rows, [decoder], grid.chat)
     try:
         comparison = compare(
             [decoder],
@@ -319,6 +318,7 @@ def measure(grid: Grid, run: Run, console=None) -> dict:
             seed=run.seed,
             task=run.task,  # two functions may call theirs the same
             extract=task.extract,
+            chats=asked_as_chats(rows, [decoder], grid.chat),
             console=console,
         )
     except NoAnswers:
