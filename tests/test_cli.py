@@ -128,6 +128,23 @@ def test_help(softar, name):
     assert softar(*filter(None, [name]), "-h")[1] == out
 
 
+def test_no_words_of_a_help_are_taken_for_markup(softar, monkeypatch):
+    """Defaults in brackets vanished: `[default: a free one]` is a style to Rich."""
+    from rich.text import Text
+
+    monkeypatch.setenv("COLUMNS", "250")
+    for command in [GROUP, *GROUP.commands.values()]:
+        shown = None
+        for param in command.params:
+            text = getattr(param, "help", None) or ""
+            assert Text.from_markup(text).plain == text, f"{command.name}, {param.name}: {text}"
+            if isinstance(default := getattr(param, "show_default", None), str):
+                shown = shown or softar(command.name, "--help")[1]
+                assert f"[default: ({default})]" in shown, (command.name, param.name)
+        text = (command.help or "").replace("\b", "")
+        assert Text.from_markup(text).plain == text, f"{command.name}: {text}"
+
+
 @pytest.mark.parametrize("name", TRAINING)
 def test_the_help_of_a_training_begins_with_its_own_options(softar, name):
     recipe = import_module(f"{PACKAGE}.{TRAINING[name].module}").RECIPE

@@ -115,7 +115,7 @@ def serve(
         typer.Argument(metavar="[-- ...]", help="Further arguments for vllm serve."),
     ] = None,
     port: Annotated[
-        int | None, typer.Option(help="Port to listen on.  [default: a free one]")
+        int | None, typer.Option(help="Port to listen on.", show_default="a free one")
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 for all of the machine's.")
@@ -131,7 +131,9 @@ def serve(
     ] = False,
     max_soft: Annotated[
         int | None,
-        typer.Option(help="Answers to soft requests at a time; one more gets 503.  [default: any]"),
+        typer.Option(
+            help="Answers to soft requests at a time; one more gets 503.", show_default="any"
+        ),
     ] = None,
     allow_mixer: Annotated[
         list[str] | None,
@@ -216,10 +218,10 @@ def sweep(
         typer.Option(metavar="KEY=V,V", help="Option of the decoders and the values to try."),
     ] = None,
     seed: Annotated[
-        list[int] | None, typer.Option(help="Seed; repeat for several.  [default: 0]")
+        list[int] | None, typer.Option(help="Seed; repeat for several.", show_default="0")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Number of held-out rows of each task.  [default: all]")
+        int | None, typer.Option(help="Number of held-out rows of each task.", show_default="all")
     ] = None,
     max_new_tokens: Length = None,
     chat: Chat = None,

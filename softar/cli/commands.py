@@ -124,7 +124,7 @@ def fill(
     decoder: Spec = None,
     gen_length: Annotated[int, typer.Option(help="Masks to append to the text.")] = 0,
     steps: Annotated[
-        int | None, typer.Option(help="Forward passes.  [default: one for each mask]")
+        int | None, typer.Option(help="Forward passes.", show_default="one for each mask")
     ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Commit tokens of more probability than this, in (0, 1].")
@@ -275,7 +275,8 @@ def compare(
         str | None, typer.Option("--model", "-m", help="Model of the decoders that name none.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Use only the first held-out rows, so many.  [default: all]")
+        int | None,
+        typer.Option(help="Use only the first held-out rows, so many.", show_default="all"),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Passes over the rows, to measure the spread.")] = 1,
     output: Annotated[
@@ -283,11 +284,14 @@ def compare(
         typer.Option("--output", "-o", help="Folder for results.json, results.csv and rows.jsonl."),
     ] = None,
     plot: Annotated[
-        bool, typer.Option("--plot", help="Also write plot.png there.  [folder: runs/compare-TASK]")
+        bool,
+        typer.Option(
+            "--plot", help="Also write plot.png there, without --output in runs/compare-TASK."
+        ),
     ] = False,
     baseline: Annotated[
         str | None,
-        typer.Option(help="Decoder that gains are measured against.  [default: the first]"),
+        typer.Option(help="Decoder that gains are measured against.", show_default="the first"),
     ] = None,
     nfe: Annotated[
         float | None,

@@ -50,7 +50,7 @@ Length = Annotated[
 Chat = Annotated[
     bool | None,
     typer.Option(
-        "--chat/--no-chat", help="Use the model's chat template.  [default: where it has one]"
+        "--chat/--no-chat", help="Use the model's chat template.", show_default="where it has one"
     ),
 ]
 System = Annotated[str | None, typer.Option(help="The chat's system message.")]
@@ -59,6 +59,7 @@ Dtype = Annotated[
     str, typer.Option(help="Type of the weights: auto (as stored), float32, bfloat16, float16.")
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: a GPU where there is one]")
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="a GPU where there is one"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else.")]
