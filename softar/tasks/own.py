@@ -16,10 +16,9 @@ from ..checks import check_choice, did_you_mean
 from ..files import READERS, Rows, column, dataset_of, is_file, read_rows
 from ..names import is_code, load_code
 from ..specs import parse_options, regular_expression
+from .number import last_number
 from .task import Task
 
-# of "10-8" the last is 8, not -8: a sign stands behind no word, number or closing bracket
-NUMBER = re.compile(r"(?:(?<![\w.)\]])[-\u2212])?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 SPLITS = ("train", "test")
 
 
@@ -110,8 +109,8 @@ def _scorer(options: Options) -> tuple[Callable[[str, dict], float], Callable[[s
             r"score=regex needs one, e.g. pattern=Answer: (\d+); one with commas stands in double quotes, "
             r'its backslashes doubled, e.g. pattern="(\\d+), sure"'
         )
-    read, same = SCORERS[options.score](options)
-    return (lambda text, row: float(same(read(text), read_answer(row, read)))), read
+    read = SCORERS[options.score](options)
+    return (lambda text, row: float(read(text) == read_answer(row, read))), read
 
 
 def read_answer(row: dict, read: Callable[[str], str]) -> str:
@@ -121,21 +120,11 @@ def read_answer(row: dict, read: Callable[[str], str]) -> str:
 
 
 def _exact(options: Options):
-    return (lambda text: " ".join(text.split())), str.__eq__
+    return lambda text: " ".join(text.split())
 
 
 def _number(options: Options):
-    def read(text: str) -> str:
-        numbers = NUMBER.findall(text)
-        return numbers[-1].replace(",", "").replace("\u2212", "-").rstrip(".") if numbers else ""
-
-    def same(text: str, gold: str) -> bool:
-        try:
-            return bool(text) and float(text) == float(gold)
-        except ValueError:
-            return False
-
-    return read, same
+    return last_number
 
 
 def _regex(options: Options):
@@ -145,7 +134,7 @@ def _regex(options: Options):
         matches = [*pattern.finditer(text)]
         return " ".join((matches[-1][1 if pattern.groups else 0] or "").split()) if matches else ""
 
-    return read, str.__eq__
+    return read
 
 
 def _rows(path: Path, rows: Rows, options: Options, with_answer: bool) -> Dataset:
@@ -182,17 +171,21 @@ def _row(path: Path, row: dict, line: int, options: Options, with_answer: bool) 
                 raise ValueError(
                     f"{path}, line {line}: {options.answer}={text!r} is empty: give an answer, or leave the row out"
                 )
-            if options.score == "number" and not NUMBER.search(text):
-                raise ValueError(
-                    f"{path}, line {line}: {options.answer}={text!r:.60} holds no number for score=number: give one, "
-                    "or choose another score"
-                )
+            if options.score == "number":
+                _check_number(text, f"{path}, line {line}: {options.answer}={text!r:.60}")
     if options.group in row:
         group = row[options.group]
         out["group"] = None if group in (None, "") else str(group)  # as .csv has it
     elif options.group != "group":
         column(path, row, line, options.group, "group")
     return out
+
+
+def _check_number(text: str, what: str) -> None:
+    if not last_number(text):
+        raise ValueError(
+            f"{what} holds no number for score=number: give one, or choose another score"
+        )
 
 
 def _is_chat(prompt) -> bool:
@@ -208,5 +201,5 @@ def _file_of(folder: Path, split: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-# name -> function of the options: what of a text is the answer, and whether two are the same
+# name -> function of the options -> what of a text is the answer, one text for all that are the same
 SCORERS = {"exact": _exact, "number": _number, "regex": _regex}

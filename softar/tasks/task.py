@@ -25,7 +25,8 @@ class Task:
     think_steps: int | None
     # the embedded models made for it, by what they are: see MODELS
     models: dict[str, str] = field(default_factory=dict)
-    extract: Callable[[str], str] = str.strip  # what of a generated text the scorer looks at
+    # what of a generated text the scorer looks at, best one text for all that it takes as the same
+    extract: Callable[[str], str] = str.strip
 
     # tokens that an answer takes, thought and end included; None: not known
     max_new_tokens: int | None = None
