@@ -3,6 +3,7 @@
 import json
 from fractions import Fraction
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +11,7 @@ from softar.decoders.answer import Decoded
 from softar.decoders.soft import elect
 from softar.decoders.votes import reader
 from softar.tasks import load_task
-from softar.tasks.number import last_number
+from softar.tasks.number import is_clear, last_number
 
 SIGNS = ["-", "\u2212", "\u2013", "$-", "-$", r"-\$"]
 COMMAS = [",", "{,}", r"\,", r",\!"]
@@ -78,6 +79,50 @@ def score_of(folder, gold):
     file.write_text(json.dumps({"prompt": "q", "answer": gold}))
     task = load_task(f"{file}:score=number")
     return task, lambda text: task.score(text, task.test[0])
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        ", ",
+        ",",
+        "-",
+        "\u2013",
+        ":",
+        "^",
+        " x 10^",
+        "/1/",
+        " or ",
+        "; ",
+        "_",
+        "\n",
+        " + 2 = ",
+        "/0/",
+    ],
+)
+def test_a_gold_answer_of_several_numbers_is_refused(tmp_path, between):
+    """It was scored by its last: (1, 2) was right for (3, 2), a date for any day of its number."""
+    for gold in (f"1{between}2", f"({7}{between}12)"):
+        with pytest.raises(ValueError, match=r"line 1: answer=.* is no single number") as error:
+            score_of(tmp_path, gold)
+        assert "write the one meant behind '####', or choose another score" in str(error.value)
+        for marked in ("#### 12", "The answer is 12.", "**Answer:** $12", r"so \boxed{12} km"):
+            assert score_of(tmp_path, f"{gold}\n{marked}")[1]("12") == 1
+
+
+@pytest.mark.parametrize(
+    "gold", [r"\sqrt{2}", r"\frac{\pi}{2}", "x^2", "2π", "x-2", "- 2", "\u2212 2", "x^{2}"]
+)
+def test_a_gold_answer_of_which_the_number_is_a_part_is_refused(tmp_path, gold):
+    with pytest.raises(ValueError, match="is no single number"):
+        score_of(tmp_path, gold)
+
+
+@pytest.mark.parametrize(
+    "gold", ["72", "$72", "72%", "72 km", r"90^\circ", "-7", "#### 7", "so 7."]
+)
+def test_a_gold_answer_of_one_number_is_clear(gold):
+    assert is_clear(gold)
 
 
 def test_votes_for_one_number_are_one_vote(tmp_path):

@@ -16,6 +16,9 @@ FRACTION = (
     rf"(?<![\w./])(?:{TOP} ?(?:(?<= )(?=\d)|(?=\\)))?(?:{SLASH}|{LATEX})"  # maybe mixed: 3 1/2
 )
 NUMBER = re.compile(rf"{SIGN}(?:{FRACTION}|({PLAIN}))")
+MARKER = re.compile(r"####|\banswer\W*(?:is\b|[:=])|\\boxed\{", re.IGNORECASE)
+# with the number as 0: it is but a part of what is meant, or a sign stands apart from it
+FORMULA = re.compile(r"\\(?:sqrt|pi|[dt]?frac)\b|[√π]|[\^\-\u2212\u2013]\W*0")
 EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)  # rounds nothing
 ENDS = Context(prec=200, traps=[Inexact])  # enough for what ends, of 30 digits by 30
 
@@ -25,6 +28,15 @@ def last_number(text: str) -> str:
     and size: "18" for "$18.00", "18." and "36/2", "1/3" for "2/6". Nothing is rounded."""
     found = [*NUMBER.finditer(text)]
     return _spelt(*found[-1].groups()) if found else ""
+
+
+def is_clear(gold: str) -> bool:
+    """Does a gold answer say which number it means: the only one in it, or the only one behind its
+    last marker (####, "answer is", "Answer:", \\boxed)? Of "(1, 2)" or a date the last would count,
+    of "x^2" the 2."""
+    parts = gold, MARKER.split(gold)[-1]
+    clear = [part for part in parts if len(NUMBER.findall(part)) == 1]
+    return bool(clear) and not FORMULA.search(NUMBER.sub("0", clear[-1]))
 
 
 def _spelt(sign: str | None, whole: str | None, *parts: str | None) -> str:

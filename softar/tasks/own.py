@@ -16,7 +16,7 @@ from ..checks import check_choice, did_you_mean
 from ..files import READERS, Rows, column, dataset_of, is_file, read_rows
 from ..names import is_code, load_code
 from ..specs import parse_options, regular_expression
-from .number import last_number
+from .number import is_clear, last_number
 from .task import Task
 
 SPLITS = ("train", "test")
@@ -185,6 +185,11 @@ def _check_number(text: str, what: str) -> None:
     if not last_number(text):
         raise ValueError(
             f"{what} holds no number for score=number: give one, or choose another score"
+        )
+    if not is_clear(text):
+        raise ValueError(
+            f"{what} is no single number for score=number, of which the last would count: write the one "
+            "meant behind '####', or choose another score, e.g. exact"
         )
 
 
