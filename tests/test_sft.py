@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     HfArgumentParser,
+    LlamaForCausalLM,
     LogitsProcessor,
     MixtralConfig,
     PreTrainedTokenizerFast,
@@ -415,7 +416,11 @@ def test_teacher_forcing_equals_trls_trainer_step_by_step(tmp_path, kind, accumu
 @pytest.mark.parametrize(
     "settings", [{}, {"targets": "traces"}, {"targets": "oracle"}], ids=["gold", "traces", "oracle"]
 )
-def test_the_loss_is_normalised_over_the_whole_accumulated_batch(tmp_path, settings):
+@pytest.mark.parametrize("takes_counts", [True, False])  # Gemma 4's with pictures does not
+def test_the_loss_is_normalised_over_the_whole_accumulated_batch(
+    tmp_path, monkeypatch, settings, takes_counts
+):
+    monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", takes_counts, raising=False)
     train = data(16, traces=(3, 1))
     fixed = dict(alpha_schedule="constant", alpha_start=0.3, thought_loss="alpha", **settings)
     one = trained(tmp_path / "1", train, per_device_train_batch_size=4, **fixed)

@@ -176,15 +176,18 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         self._signature_columns += sorted(more)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Draw each row's trace here, before the target tokens are counted."""
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        """Draw each row's trace here, before the target tokens are counted, over all processes where
+        tokens are averaged over them; transformers counts for models that take the count alone."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.targets == "traces":
             self._draw_traces(batches)
         if self._curriculum is not None:
             self.stage_batches(batches)
-        if self.args.targets == "traces" or self._curriculum is not None:
-            count = self._get_num_items_in_batch(batches, device)
-        return batches, count
+        count = torch.zeros((), dtype=torch.long, device=device)
+        for batch in batches:
+            count += (batch["labels"][:, 1:] != -100).sum().to(device)
+        averages = self.args.average_tokens_across_devices
+        return batches, self.accelerator.reduce(count) if averages else count
 
     def _draw_traces(self, batches: list[dict[str, Tensor]]) -> None:
         # One number per row of the global batch, each process takes its own: the draw depends on
