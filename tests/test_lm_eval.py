@@ -633,6 +633,26 @@ def test_what_a_harness_task_reads_is_what_its_filter_finds(tasks):
     assert read(" (A) w49 no") == "(A)"  # of this one the row's choices are asked for
 
 
+IGNORED = [r"regexes_to_ignore: [',', '\$', '(?s).*#### ', '\.$']", "ignore_case: true"]
+IGNORED += ["ignore_punctuation: true", "ignore_numbers: true"]
+ANSWERS = ["$1,000.", "1000", "1,000", "w3", "W3", "so w3 #### w3", "(W3)", "w4", "so, w", "20"]
+
+
+@pytest.mark.parametrize("ignored", [[], IGNORED[:1], IGNORED[1:2], IGNORED[2:3], IGNORED])
+def test_votes_are_one_where_the_metric_sees_one_answer(tasks, tmp_path, ignored):
+    """$1,000. and 1000 were two, and lost against 20, though gsm8k's metric takes both as right."""
+    rows = [json.dumps(dict(question="q", gold=answer)) + "\n" for answer in ANSWERS]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    text = (tasks / "generated.yaml").read_text().replace(str(tasks), str(tmp_path))
+    text = text.replace("exact_match", ", ".join(["exact_match", *ignored]))
+    (tmp_path / "generated.yaml").write_text(text)
+    task = load_task(f"lm_eval:generated:include={tmp_path}")
+    for row, gold in zip(task.test, ANSWERS, strict=True):
+        same = [task.extract(answer) == task.extract(gold) for answer in ANSWERS]
+        assert same == [task.score(answer, row) == 1 for answer in ANSWERS]
+    assert (len({*map(task.extract, ANSWERS)}) < len(ANSWERS)) == bool(ignored)
+
+
 def test_a_harness_task_is_a_task(tasks, folder, manager):
     """By its name in compare and sweep, with the prompts, filters, metric and lengths of lm-eval:
     the accuracy is that of `softar-eval`."""

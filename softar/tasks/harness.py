@@ -8,6 +8,8 @@ import functools
 import importlib.util
 import logging
 import re
+import string
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -63,6 +65,7 @@ def harness_task(spec: str) -> Task:
     names = [f.name for f in task._filters]
     filter_name = _one_of(spec, "filter", options.filter, names)
     metric = _one_of(spec, "metric", options.metric, [*task._metric_fn_list], strict=False)
+    compared = _compared(task, metric)
     # no copies: a document may hold what a Dataset cannot
     documents = {i: doc for i, doc in task.doc_iterator(rank=0, world_size=1)}
     rows = [
@@ -89,11 +92,11 @@ def harness_task(spec: str) -> Task:
 
     def extract(text: str) -> str:
         """What the filter reads, "" for nothing; the text where the filter asks for the row, as those
-        of multiple choice do."""
+        of multiple choice do. Without what the metric ignores."""
         try:
-            return _text(filtered(text, {}))
+            return compared(_text(filtered(text, {})))
         except Exception:
-            return cut(text).strip()
+            return compared(cut(text).strip())
 
     def score(text: str, row: dict) -> float:
         doc = documents[row["document"]]
@@ -112,6 +115,23 @@ def harness_task(spec: str) -> Task:
         max_new_tokens=int(gen.get("max_gen_toks") or MAX_TOKENS),
         stop=stop,
     )
+
+
+def _compared(task, metric: str) -> Callable[[str], str]:
+    """Text -> what exact_match compares of it (lm_eval.api.metrics.exact_match_hf_evaluate), so that
+    answers that are the same to the metric are one. What others compare is not known: all of it."""
+    is_known = metric == "exact_match" and task.config.process_results is None
+    told = task._metric_fn_kwargs[metric] if is_known else {}
+    ignored = string.punctuation if told.get("ignore_punctuation") else ""
+    ignored += string.digits if told.get("ignore_numbers") else ""
+
+    def compared(text: str) -> str:
+        for regex in told.get("regexes_to_ignore") or ():
+            text = re.sub(regex, "", text)
+        text = text.lower() if told.get("ignore_case") else text
+        return text.translate(str.maketrans("", "", ignored)).strip()
+
+    return compared
 
 
 def _text(found) -> str:
