@@ -39,6 +39,8 @@ CHOICES = (
 COLDEST = 0.01  # vLLM samples at no lower temperature
 
 
+# TRL takes less of these, and then trains on nothing and ends well (num_iterations=0), or fails behind
+# the first rollout
 LEAST = dict(
     num_iterations=1,
     generation_batch_size=1,
