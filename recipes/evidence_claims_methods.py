@@ -83,6 +83,7 @@ def of_beams(name: str) -> list[Claim]:
 
 METHODS = Evidence(
     title="Every method, on MNNS with 4 and 6 digits",
+    brief="Every method, on MNNS with 4 and 6 digits",
     verdicts=(
         *("switching", "hidden states", "soft-beams", "beam-collapses"),
         *("prefix", "learnt min-p", "learnt top-k", "learnt temperature"),

@@ -61,7 +61,7 @@ OF_POLICIES = {start: from_start(start, POLICIES) for start in STARTS}
 SELF_FED, TEACHER_FORCED = (claim.parts[0] for claim in OF_POLICIES.values())
 X4 = Evidence(
     title="Soft RL on MNNS, 2 x 2",
-    brief="3 drawn tokens a step, or 1",
+    brief="3 draws a step",
     verdicts=("primary", "interaction", "rl less sft", "draws less chains"),
     claims=(
         over_starts("primary", POLICIES, brief="RL, MNNS: thoughts of 3 draws over 1 draw"),
@@ -72,7 +72,9 @@ X4 = Evidence(
             is_question=True,
             has_control=False,
         ),
-        over_starts("rl less sft", BEST, brief="RL, MNNS: the best policy over longer SFT"),
+        over_starts(
+            "rl less sft", BEST, brief="RL, MNNS: the best policy, a hard one, over longer SFT"
+        ),
         over_starts(
             "draws less chains", CHAINS, brief="RL, MNNS: thoughts of 3 draws over 1 draw, 3 votes"
         ),
@@ -82,6 +84,11 @@ X4 = Evidence(
         *(
             after_less_before(start, how, way)
             for how, way in (("draws-1", "1 draw"), ("draws-3", "3 draws"))
+            for start in STARTS
+        ),
+        *(
+            after_less_before(start, "draws-3", way)._replace(about="added later")
+            for way in ("discrete", "votes")
             for start in STARTS
         ),
         less(
@@ -120,5 +127,6 @@ X4 = Evidence(
         "over both starts has the mean of theirs. Each read-out takes 6 forwards an answer, votes 18.",
         "Each row is answered four times, as thoughts are drawn: one group of the bootstrap.",
         "The starts differ in what the thought reads while it is trained, and in the rate.",
+        "draws-3 less its start, both read discretely or with votes, was added when all seeds were logged.",
     ),
 )

@@ -7,6 +7,7 @@ from softar.recipes.evidence_logs import Read
 MARGIN, EQUIVALENT = 0.03, 0.02
 EQUAL_FORWARDS = 0.05  # as a share of ours; where theirs differ by more, both are said
 EQUAL_SECONDS = 0.05  # more of them than the other side had, by this share, are said
+SINGLE = ("discrete", "hard", "votes", "beam", "sampled", "1 draw")  # read-outs of single tokens
 
 
 class Best(NamedTuple):
@@ -35,7 +36,7 @@ class Claim(NamedTuple):
     brief: str = ""  # what README calls it, where it stands there: "where: ours over theirs"
     is_question: bool = False  # is there a difference, either way? In place of a margin
     has_seconds: bool = True  # do those of both tell how long each was trained?
-    has_control: bool = True  # is theirs one, to which soft thinking can lose?
+    has_control: bool = True  # is theirs one to which soft thinking can lose? Not a net before RL
     margin: float = MARGIN  # which a supported gain reaches
 
 
@@ -65,8 +66,16 @@ class Evidence(NamedTuple):
     least_seeds: int = 2  # whole ones, below which nothing is said
     notes: tuple[str, ...] = ()  # what has to be known to read the tables
     borrows: dict[str, tuple[str, ...]] = {}  # experiment -> settings whose logs count here too
-    brief: str = ""  # task and net, on README's first screen
-    in_readme: bool = True  # does that tell where soft lost?
+    # on README's first screen: task and net; of one without a row there what it is, or it is left out
+    brief: str = ""
+
+
+def is_soft(read: Read) -> bool:
+    """Does the net think in mixtures, or in hidden states, as it is read out?"""
+    way = read.readout.partition(",")[0].removeprefix("drawn ")
+    if way == "drawn":  # as the policy draws
+        return not read.setting.startswith("rl-hard")
+    return way not in SINGLE
 
 
 def less(about: str, says: str, ours: Read, theirs: Read, brief: str = "", **options) -> Claim:

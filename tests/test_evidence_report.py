@@ -38,6 +38,7 @@ from softar.recipes.evidence_page import page_of
 from softar.recipes.evidence_readme import (
     bullet,
     first_screen,
+    is_loss,
     line_of,
     losses,
     regions,
@@ -266,8 +267,8 @@ def test_a_claim_may_want_more(mean, verdict):
     assert verdicts_of(Result(Claim("a", "a", ()), gain, None, None, None)) == "supported"
 
 
-def test_readme_does_not_count_what_rl_lost(tmp_path):
-    """After RL less before: neither is soft thinking against a control."""
+def test_readme_does_not_tell_of_rl_of_masked_diffusion(tmp_path):
+    """Its claims are of RL, less before and less other training."""
     made_up(made_up(tmp_path, "X1"), "diffusion-rl", seeds=3)
     found = everything(tmp_path)
     alone = regions({name: each for name, each in found.items() if name != "diffusion-rl"})
@@ -314,22 +315,64 @@ def test_several_claims_are_as_sure_as_the_least_sure(tmp_path):
     ):
         of = Analysis("X", SMALL, None, {str(i): each for i, each in enumerate(some)}, {}, {})
         assert of.verdict("dose") == verdict
-    assert "none of these" in losses([supported, open_, refuted])
-    lost = result(-0.1, -0.2, -0.05)
-    named = lost._replace(claim=lost.claim._replace(brief="Graphs: ours over theirs"))
-    assert losses([supported, named]).endswith(" Graphs: to theirs (-10.0).")
-    assert losses([named, lost, lost]).endswith("(-10.0); 2 more in RESULTS.md.")
-    guided = Part((A,), (A._replace(setting="guided-soft-4"),))
-    over = lost._replace(claim=lost.claim._replace(parts=(guided,)))
-    assert losses([lost, over]).endswith("; 2 more in RESULTS.md, 1 to guided-soft.")
-    best = lost._replace(claim=lost.claim._replace(parts=(Part((A,), (Best("all", (A, B)),)),)))
-    assert losses([best, over]).endswith("; 2 more in RESULTS.md, 1 to guided-soft.")
     by_t = Result(supported.claim, supported.gain._replace(t_low=-1.0), None, None, None)
     assert verdicts_of(by_t) == "open (bootstrap: supported)"
-    before = lost._replace(claim=lost.claim._replace(has_control=False))
-    assert "none of these" in losses([supported, before])
     few = supported._replace(least_seeds=supported.gain.seeds + 1)
     assert few.verdict == few.by_t == "open"
+
+
+def over(ours: str, theirs: str, mean=-0.1, high=-0.05, t_high=-0.05, **options) -> Result:
+    """A net that is read in one way over one that is read in another."""
+    part = Part((Read("rows", "a", ours),), (Read("rows", "b", theirs),))
+    gain = Gain(mean, mean - 0.1, high, mean, high, mean - 0.2, t_high, 8, 600)
+    return Result(Claim("beside", "a less b", (part,), **options), gain, None, None, None)
+
+
+def test_where_soft_loses():
+    """Soft thinking alone loses, and to a control: to single tokens or to other soft ways. Rows of
+    which t is not sure are told apart."""
+    named = over("soft", "discrete", brief="Graphs: ours over theirs")
+    assert losses([named]).endswith(" Graphs: to theirs (-10.0).")
+    worse = over("soft", "votes", -0.2, brief="Graphs: ours over votes")
+    assert losses([named, worse]).endswith(" Graphs: to votes (-20.0), to theirs (-10.0).")
+    unsure = over("soft", "hard", t_high=0.01, brief="Latin: ours over bare masks")
+    says = "Graphs: to theirs (-10.0). By bootstrap alone: Latin: to bare masks (-10.0)."
+    assert losses([named, unsure]).endswith(says)
+    more = [over("soft, 12", "drawn hard"), over("swi", "1 draw"), over("soft", "3 draws")]
+    assert losses(more).endswith("More in RESULTS.md: 2 to single tokens, 1 to other soft ways.")
+    others = [
+        over("soft", "discrete", high=0.0),
+        over("discrete", "soft"),
+        over("drawn hard", "discrete"),
+        over("soft", "discrete", has_control=False),
+    ]
+    two = others[0]._replace(claim=named.claim._replace(parts=named.claim.parts * 2))
+    assert losses([*others, two]).endswith("in none of these rows for certain.")
+
+
+def test_losses_of_the_logs_are_of_soft_thinking():
+    """Of this checkout: RL on single tokens that SFT is ahead of is none of them."""
+    found = evidence_report.analyses_of(ROOT / evidence.LOGS, list(EVIDENCE))
+    lost = [
+        (name, result.claim.says)
+        for name, each in found.items()
+        for result in each.results.values()
+        if is_loss(result)
+    ]
+    assert ("X1", "4 digits: less guided-soft, soft") in lost
+    assert not [says for name, says in lost if name == "X4" and "best of RL" in says]
+    assert not [
+        says for name, says in lost if name == "methods" and "rl-hard, at its best, less" in says
+    ]
+
+
+def test_verdicts_of_an_experiment_without_a_row_are_counted(tmp_path):
+    made_up(made_up(tmp_path, "X1", seeds=3), "methods", seeds=3)
+    says = " ".join(regions(everything(tmp_path))["first screen"].split())
+    counted = re.search(
+        r"\(methods, 3 seeds\): of 11 verdicts (\d+) supported, (\d+) refuted, (\d+) open", says
+    )
+    assert counted and sum(map(int, counted.groups())) == 11
 
 
 def test_the_first_screen_gives_each_gain_its_own_verdict_the_least_first(tmp_path):
@@ -344,7 +387,10 @@ def test_the_first_screen_gives_each_gain_its_own_verdict_the_least_first(tmp_pa
     gained = "+3.0 over some: *open*; +11.0 over all: *supported*"
     assert bullet("X2", found) == f"Graphs (X2, 2 seeds; a net): {gained}."
     says = " ".join(first_screen({"X2": found}).split())
-    assert says.endswith("Graphs: to mixtures (-4.0).")
+    assert says.endswith("in none of these rows for certain.")  # of no net that is read softly
+    same = {c.says: results[c.says]._replace(gain=gains[1]) for c in claims[:2]}
+    both = "+3.0 over all; +3.0 over some: both *open*"
+    assert bullet("X2", found._replace(results=same)) == f"Graphs (X2, 2 seeds; a net): {both}."
 
 
 @pytest.mark.parametrize(
