@@ -743,7 +743,7 @@ def test_temperature_is_learnt_logged_and_kept_out_of_the_model(tmp_path, peft):
     trainer = trained(tmp_path, **kw)
     seen = logged(trainer, "soft_temperature")
     assert seen[0] == pytest.approx(2.0) and len(set(seen)) == 6
-    temperature = trainer.model.soft_log_temperature.exp().item()
+    temperature = trainer.decoding().temperature
     assert SoftConfig.load(tmp_path / "checkpoint-6").temperature == pytest.approx(
         temperature, rel=1e-6
     )
@@ -755,9 +755,7 @@ def test_temperature_is_learnt_logged_and_kept_out_of_the_model(tmp_path, peft):
     )
     assert not [name for name in load_file(file) if "temperature" in name]
     loaded, _ = softar.load(str(tmp_path / "checkpoint-6")) if not peft else (None, None)
-    assert loaded is None or set(loaded.state_dict()) == set(trainer.model.state_dict()) - {
-        "soft_log_temperature"
-    }
+    assert loaded is None or set(loaded.state_dict()) == set(trainer.model.state_dict())
 
     resumed = trained(tmp_path / "again", resume=str(tmp_path / "checkpoint-3"), **kw)
     assert logged(resumed) == pytest.approx(logged(trainer), rel=1e-5)
@@ -845,7 +843,7 @@ def test_weight_decay_leaves_the_temperature_alone(tmp_path, peft):
     (group,) = [
         group
         for group in trainer.optimizer.param_groups
-        if any(p is trainer.model.soft_log_temperature for p in group["params"])
+        if any(p is trainer._learnt.parameter("temperature") for p in group["params"])
     ]
     assert len(group["params"]) == 1 and group["weight_decay"] == 0.0
     decayed = trainer.get_decay_parameter_names(trainer.model)
@@ -1493,10 +1491,10 @@ def test_the_temperature_moves_at_a_rate_of_its_own(tmp_path, mixer):
     options = dict(learn_temperature=True, soft_mixer=mixer, think_steps=2, alpha_start=0.0)
     options |= dict(ADAM, learning_rate=1e-7, alpha_schedule="constant")
     trainer = trained(tmp_path, **options)
-    assert abs(trainer.model.soft_log_temperature.item()) > 5e-3
+    assert abs(math.log(trainer.decoding().temperature)) > 5e-3
     # log T moves by about the rate in each of Adam's steps
     slow = trained(tmp_path, **options, temperature_learning_rate=1e-5)
-    assert 0 < abs(slow.model.soft_log_temperature.item()) < 5e-5
+    assert 0 < abs(math.log(slow.decoding().temperature)) < 5e-5
 
 
 def test_the_defaults_are_two_refreshes_of_narrow_mixtures(tmp_path):

@@ -269,7 +269,7 @@ def test_it_is_kept_beside_the_checkpoint_and_resumed(tmp_path, peft, number):
     assert seen[0] == 1.0 and all(1 < factor < REACH for factor in seen[1:])
     saved, file = tmp_path / "checkpoint-4", "adapter_model" if peft else "model"
     assert not [name for name in load_file(saved / f"{file}.safetensors") if "soft_" in name]
-    own = trainer.model.soft_step_temperature.detach()
+    own = trainer._learnt.step.detach()
     assert torch.equal(load_file(saved / FILE)["weights"], own)
     config = SoftConfig.load(saved)
     assert config.step_temperature == str(saved / FILE)
@@ -279,9 +279,7 @@ def test_it_is_kept_beside_the_checkpoint_and_resumed(tmp_path, peft, number):
     resumed = trained(
         tmp_path / "again", resume=str(tmp_path / "checkpoint-2"), **LEARN, **more, **ADAM
     )
-    torch.testing.assert_close(
-        resumed.model.soft_step_temperature.detach(), own, rtol=1e-5, atol=1e-7
-    )
+    torch.testing.assert_close(resumed._learnt.step.detach(), own, rtol=1e-5, atol=1e-7)
     assert logged(resumed) == pytest.approx(logged(trainer), rel=1e-5)
 
     if peft:
@@ -318,7 +316,7 @@ def test_it_is_kept_beside_the_checkpoint_and_resumed(tmp_path, peft, number):
     softar.make_decoder(f"{saved}=soft-beam:step_temperature=null", max_new_tokens=4)
     # a second training goes on from it, or says that it would get lost
     second = trainer_of(tmp_path / "second", model=opened, **LEARN, **ADAM)
-    assert torch.equal(second.model.soft_step_temperature.detach(), own)
+    assert torch.equal(second._learnt.step.detach(), own)
     with pytest.raises(
         ValueError, match=r"step_temperature in .* give learn_step_temperature=True"
     ):
@@ -338,7 +336,7 @@ def test_the_best_weights_come_with_theirs(tmp_path):
     )
     trainer.train()
     best = load_file(tmp_path / "checkpoint-1" / FILE)["weights"]
-    assert torch.equal(trainer.model.soft_step_temperature.detach(), best)
+    assert torch.equal(trainer._learnt.step.detach(), best)
 
 
 def test_it_helps_where_a_number_does_not(tmp_path):

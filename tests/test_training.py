@@ -367,3 +367,39 @@ def test_an_evaluation_of_rloo_compares_answers(tmp_path, make):
         make(folder, **few, num_generations_eval=1)
     make(folder, **few, num_generations_eval=2)
     SoftGRPOConfig(folder, **few, num_generations_eval=1)
+
+
+def left_on(model):
+    """What a training could leave on a model: names of weights, what of it learns, hooks of gradients."""
+    found = {name: p.requires_grad for name, p in model.named_parameters()}
+    return found, [*model.state_dict()], [p for p in model.parameters() if p._backward_hooks]
+
+
+FILTERS = dict(learn_temperature=True, learn_step_temperature=True, learn_top_k=True, soft_top_k=5)
+LEFT = {kind: (kind, {}) for kind in ALL_KINDS if kind != "ppo"}  # it needs its value head again
+LEFT |= {
+    "learnt filters": ("sft", FILTERS | dict(alpha_schedule="constant", alpha_start=0.5)),
+    "think tokens": ("sft", dict(think_tokens=2)),
+    "soft masks": ("masked sft", dict(softmasking_prob=0.5)),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_nothing_of_a_training_is_left_on_the_model(tmp_path, case):
+    kind, options = LEFT[case]
+    model = bare(kind)
+    before = left_on(model)
+    made = ALL_KINDS[kind](tmp_path, model=model, max_steps=2, save_strategy="no", **options)
+    for _ in range(2):
+        made.train()
+        assert left_on(model) == before
+
+
+def test_a_full_training_behind_think_tokens_moves_every_table(tmp_path):
+    model, options = tiny.model_of(), dict(max_steps=1, save_strategy="no", learning_rate=0.1)
+    ALL_KINDS["sft"](tmp_path / "rows", model=model, think_tokens=2, **options).train()
+    before = rl.weights(model)
+    ALL_KINDS["sft"](tmp_path / "all", model=model, **options).train()
+    assert not [name for name, p in model.named_parameters() if p.equal(before[name])]
+    read = (model.get_input_embeddings().weight != before["model.embed_tokens.weight"]).any(1)
+    assert read.sum() > 2

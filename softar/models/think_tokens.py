@@ -6,6 +6,7 @@ so that whatever reads tokens reads them. Prefix tuning (arXiv:2101.00190) train
 of every layer, for which no token could stand.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -112,20 +113,28 @@ def tables_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return [(names[id(module)], module) for module in ([inner, outer] if has_own else [inner])]
 
 
-def only_rows(model: PreTrainedModel, ids: tuple[int, ...]) -> list[nn.Parameter]:
-    """Freeze all of a model but these rows of its tables, and give the tables: their other rows get
-    a gradient of 0, so that an optimiser without weight decay leaves them to the bit."""
+@contextlib.contextmanager
+def only_rows(model: PreTrainedModel, ids: tuple[int, ...]) -> Iterator[None]:
+    """Freeze all of a model but these rows of its tables meanwhile: the other rows of those get a
+    gradient of 0, so that an optimiser without weight decay leaves them to the bit."""
+    learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
-    tables = [module.weight.requires_grad_(True) for _, module in tables_of(model)]
     rows = torch.tensor(ids)
 
     def of_rows(gradient: Tensor) -> Tensor:
         here = rows.to(gradient.device)
         return torch.zeros_like(gradient).index_copy(0, here, gradient[here])
 
-    for table in tables:
-        table.register_hook(of_rows)
-    return tables
+    tables = [module.weight.requires_grad_(True) for _, module in tables_of(model)]
+    hooks = [table.register_hook(of_rows) for table in tables]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.requires_grad_(False)
+        for parameter in learns:
+            parameter.requires_grad_(True)
 
 
 def _token(word: str, *, special: bool) -> AddedToken:

@@ -5,7 +5,9 @@ While it trains each is a parameter of the model, in a form that has no bounds; 
 plain numbers, which soft_config.json keeps, and the file beside it.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -70,7 +72,7 @@ def mixture(logits: Tensor, args, learnt: dict[str, Tensor], most: int, progress
 
 
 class LearntFilters:
-    """The filters that a trainer trains, on its model.
+    """The filters that a trainer trains. The model has them only `on_model`.
 
     Args:
         args: a SoftSFTConfig.
@@ -82,27 +84,39 @@ class LearntFilters:
         self.model, self.args, learnt = model, args, learnt_of(args)
         self.names = [name for name in learnt if name != STEP]
         self.most = min(ROOM * (args.soft_top_k or 1), vocab_size)
+        self.parameters: dict[str, nn.Parameter] = {}
         if "top_k" in self.names and args.soft_top_k >= vocab_size:
             raise ValueError(
                 f"soft_top_k={args.soft_top_k} cannot be learnt from: start below the vocabulary of {vocab_size}"
             )
         for name in self.names:
             start = torch.tensor(self._free(name, args.filters[name]), device=model.device)
-            model.register_parameter(PARAMETERS[name], nn.Parameter(start))
+            self.parameters[PARAMETERS[name]] = nn.Parameter(start)
         self.step = None  # for step temperatures
         if STEP in learnt:
             start = torch.zeros(hidden_size(model), device=model.device)
             if theirs is not None:
                 start = step_temperature_of(theirs, model).weights.clone()
-            self.step = nn.Parameter(start)
-            model.register_parameter(STEP_PARAMETER, self.step)
+            self.step = self.parameters[STEP_PARAMETER] = nn.Parameter(start)
 
     def __bool__(self) -> bool:
         """Is there anything that it trains?"""
-        return bool(self.names) or self.step is not None
+        return bool(self.parameters)
+
+    @contextlib.contextmanager
+    def on_model(self) -> Iterator[None]:
+        """The model has them, for DDP and the optimiser; and only meanwhile: what is made of it later has
+        its weights."""
+        for name, parameter in self.parameters.items():
+            self.model.register_parameter(name, parameter)
+        try:
+            yield
+        finally:
+            for name in self.parameters:
+                delattr(self.model, name)
 
     def parameter(self, name: str) -> nn.Parameter:
-        return self.model.get_parameter(PARAMETERS[name])
+        return self.parameters[PARAMETERS[name]]
 
     def values(self) -> dict[str, Tensor]:
         """Their numbers [], with gradients."""
@@ -146,8 +160,7 @@ class LearntFilters:
 
     def without(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of the model: they belong to the decoding."""
-        ends = (*(PARAMETERS[name] for name in self.names), STEP_PARAMETER)
-        return {k: v for k, v in state_dict.items() if not k.endswith(ends)}
+        return {k: v for k, v in state_dict.items() if not k.endswith((*self.parameters,))}
 
     def state(self) -> dict[str, float]:
         return {name: self.parameter(name).item() for name in self.names}

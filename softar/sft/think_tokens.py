@@ -1,6 +1,7 @@
 """Prompt tuning in soft SFT (arXiv:2104.08691): new tokens before the prompts, and nothing else that
 is trained."""
 
+import contextlib
 import copy
 from functools import partial
 from typing import NamedTuple
@@ -36,7 +37,7 @@ class Prefix(NamedTuple):
             )
         return prefixed_rows(rows, self.text)
 
-    def freeze(
+    def adapted(
         self, model: nn.Module, is_split: bool = False
     ) -> tuple[nn.Module, list[nn.Parameter]]:
         """The model, with the adapter where there is one, of which nothing is trained but the rows;
@@ -49,11 +50,16 @@ class Prefix(NamedTuple):
                 "are to move: give --use_peft, in Python peft_config=TrainableTokensConfig()"
             )
         if self.adapter is None:
-            return model, only_rows(model, self.ids)
+            return model, [module.weight for _, module in tables_of(model)]
         model = get_peft_model(model, self.adapter)
         # of a grown table PEFT would save all
         model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
         return model, []
+
+    def alone(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        """While nothing but the rows is trained; an adapter sees to that by itself."""
+        has_rows = self.ids and self.adapter is None
+        return only_rows(model, self.ids) if has_rows else contextlib.nullcontext()
 
 
 def prefix_of(model, tokenizer, args, others: dict) -> Prefix:

@@ -127,7 +127,7 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         check_split(self, **whole_weights_for(args))
         freeze(self.accelerator.unwrap_model(self.model), args)
         split = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self.model, self._tables = self._prefix.freeze(self.model, split)
+        self.model, self._tables = self._prefix.adapted(self.model, split)
         self.model_wrapped = self.model
         self._learnt = LearntFilters(self.model, args, vocab, theirs)
         self._alpha, self._rng = args.alpha(), torch.Generator()
@@ -146,7 +146,8 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         """Says first what a step will cost."""
         if line := forecast(self.args, self.train_dataset, self._span):
             self.accelerator.print(line)
-        return super().train(*args, **kwargs)
+        with self._prefix.alone(self.model), self._learnt.on_model():
+            return super().train(*args, **kwargs)
 
     # -- data
 
