@@ -227,7 +227,8 @@ def test_training_follows_the_stages_and_forgets_the_optimiser(tmp_path, monkeyp
     assert [age > 0 for age in ages] == [False, True, False, True, False, True, True]
     assert logged(trainer, "latent_stage") == [0, 0, 1, 1, 2, 2, 2]
     assert not logged(trainer, "alpha")
-    config = SoftConfig(mixer="hidden", budget=4, think_end="</think>", max_new_tokens=64)
+    most = trainer.decoding("discrete").max_new_tokens  # tests/test_sft.py
+    config = SoftConfig(mixer="hidden", budget=4, think_end="</think>", max_new_tokens=most)
     trainer.save_model(str(tmp_path / "saved"))
     assert SoftConfig.load(tmp_path / "saved") == config == trainer.decoding()
     assert trainer.decoding("discrete").mixer == "hard"

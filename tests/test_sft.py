@@ -1831,6 +1831,41 @@ def test_completions_that_an_evaluation_would_cut_are_said(tmp_path, capsys):
     assert "eval_new_tokens" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("more", "length"),
+    [
+        (dict(), 101),  # the longest completion and its end
+        (dict(max_length=50), 48),  # what of it is trained on
+        (dict(eval_new_tokens=7), 7),
+        (dict(targets="traces"), 121),
+        (dict(latent_stages=3, latents_per_step=2, soft_top_k=10), 107),  # beside hidden states
+    ],
+)
+def test_a_folder_decodes_answers_as_long_as_those_it_was_trained_on(tmp_path, more, length):
+    """64 tokens of them, whatever the data, which no page said: chains of thought were cut."""
+    data = Dataset.from_list(
+        [
+            {"prompt": "<bos> w5", "completion": " w6" * n, "traces": [" w6" * n] * 2}
+            for n in (2, 100)
+        ]
+        + [{"prompt": "<bos> w5", "completion": " w6", "traces": [" w6", " w7" * 120]}]
+    )
+    if "targets" not in more:
+        data = data.remove_columns("traces")
+    trainer = trainer_of(tmp_path, data, think_steps=1, **more)
+    assert trainer.decoding("discrete").max_new_tokens == length
+    trainer.save_model()
+    assert SoftConfig.load(tmp_path).max_new_tokens == length
+
+
+def test_a_stream_does_not_show_how_long_completions_are(tmp_path, capsys):
+    data = Dataset.from_list([{"prompt": "<bos> w5", "completion": " w6" * 100}] * 4)
+    trainer = trainer_of(tmp_path, data.to_iterable_dataset(), max_steps=1)
+    most = SoftConfig.max_new_tokens
+    assert f"eval_new_tokens={most}, as a stream" in capsys.readouterr().out
+    assert trainer.decoding().max_new_tokens == most
+
+
 def test_tokens_of_every_column_and_every_dataset_are_checked(tmp_path):
     args = SoftSFTConfig(str(tmp_path), max_length=8)
     rows = [{"input_ids": [1, 5]}] * 1500 + [{"input_ids": [1, 5, 6, 7]}, {"input_ids": [1]}]

@@ -251,12 +251,7 @@ def compare(
     sizes = dict(batch_size=batch_size, repeats=repeats, warmup=warmup, bootstrap=bootstrap)
     check_least(sizes, batch_size=1, repeats=1, warmup=0, bootstrap=1)
     columns = {name: column or _column_of(decoder, items[0]) for name, decoder in named.items()}
-    for asked in columns.values():
-        if bare := [i for i, item in enumerate(items) if asked not in item]:
-            has = list(items[bare[0]])
-            raise ValueError(f"column={asked!r} is missing: row {bare[0]} has {has}")
-    if group is not None and not any(group in item for item in items):
-        raise ValueError(f"group={group!r} is no column: row 0 has {list(items[0])}")
+    _check_columns(items, {*columns.values()}, group)
     groups = number_groups([_group(item.get(group or GROUP)) for item in items])
     baseline = next(iter(named)) if baseline is None else baseline
     for option, label in [("baseline", baseline), *(("chats", label) for label in chats)]:
@@ -295,6 +290,15 @@ def _column_of(decoder: Decoder, row: dict) -> str:
     """What of the rows a decoder is asked where nobody says which column."""
     fills = isinstance(decoder, NamedDecoder) and decoder.columns.get("family") == "diffusion"
     return TEMPLATE if TEMPLATE in row and (fills or "prompt" not in row) else "prompt"
+
+
+def _check_columns(items: list[dict], columns: set[str], group: str | None) -> None:
+    for asked in columns:
+        if bare := [i for i, item in enumerate(items) if asked not in item]:
+            has = list(items[bare[0]])
+            raise ValueError(f"column={asked!r} is missing: row {bare[0]} has {has}")
+    if group is not None and not any(group in item for item in items):
+        raise ValueError(f"group={group!r} is no column: row 0 has {list(items[0])}")
 
 
 def _group(value):

@@ -190,7 +190,11 @@ class SoftSFTConfig(PlainSFTConfig):
     eval_decode_rows: int = opt(
         256, "Held-out rows decoded for the accuracies of an evaluation; 0 for none."
     )
-    eval_new_tokens: int = opt(64, "Longest completion in an evaluation.")
+    eval_new_tokens: int | None = opt(
+        None,
+        "Most tokens of thought and answer that an evaluation decodes, saved in soft_config.json as what decodes of "
+        "the folder take: longer answers are cut. Default: those of the longest completion that is trained on.",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -336,12 +340,9 @@ class SoftSFTConfig(PlainSFTConfig):
     def decoding(self, readout: str = "soft", learnt: dict[str, Any] | None = None) -> SoftConfig:
         """How the trained model is decoded: 'soft' as it was trained, with these filters in place of
         those it began with, or 'discrete', greedy over the same spans."""
-        span = dict(
-            think_start=self.think_start,
-            think_end=self.think_end,
-            budget=self.think_steps,
-            max_new_tokens=self.eval_new_tokens,
-        )
+        span = dict(think_start=self.think_start, think_end=self.think_end, budget=self.think_steps)
+        if self.eval_new_tokens is not None:  # else the trainer, which sees the rows, says it
+            span["max_new_tokens"] = self.eval_new_tokens
         if readout == "discrete":
             return SoftConfig(mixer="hard", top_k=None, **span)
         if self.latent_stages is not None:

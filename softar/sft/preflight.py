@@ -11,6 +11,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
 
+from ..config import SoftConfig
 from ..guard import check_range
 from ..mixers import BUILT_IN, check_mixed, mk_mixer
 from ..models import check_autoregressive, check_keeps_apart
@@ -129,8 +130,6 @@ def _check_column(lists, first: int, room: int | None, vocab_size: int, args) ->
 def say_cut(trainer, given) -> None:
     """Print what max_length has taken from the training rows: TRL cuts them at it and drops those
     that are prompt throughout then, without a word. given: the rows before TRL has prepared them."""
-    if (most := getattr(trainer.args, "eval_new_tokens", None)) is not None:  # autoregressive
-        _say_short(trainer, most)
     rows, room = trainer.train_dataset, trainer.args.max_length
     if room is None or not (isinstance(given, Dataset) and isinstance(rows, Dataset)):
         return
@@ -145,19 +144,39 @@ def say_cut(trainer, given) -> None:
         trainer.accelerator.print(f"max_length={room}: of {len(given)} training rows {said}")
 
 
-def _say_short(trainer, most: int) -> None:
-    """Print where completions that are trained on are longer than those that evaluations, and whoever
-    decodes by the saved soft_config.json, get."""
-    rows = trainer.train_dataset
-    if not isinstance(rows, Dataset) or "labels" not in rows.column_names:
-        return
-    tables = rows.select_columns("labels").with_format("numpy").iter(batch_size=1000)
-    longest = max(int((each != -100).sum()) for table in tables for each in table["labels"])
-    if longest > most:
+def eval_length(trainer) -> int:
+    """Most tokens that evaluations, and whoever decodes by the saved soft_config.json, decode. Prints
+    where that cuts completions like those that are trained on, and of a stream that it may."""
+    args, longest = trainer.args, _longest_completion(trainer.train_dataset)
+    most = args.eval_new_tokens
+    if most is None and longest is not None:
+        return longest + (args.latent_stages or 0) * (args.latents_per_step or 1)
+    cut = "evaluations, and decoding by the saved soft_config.json, cut"
+    if most is None:
+        most = SoftConfig.max_new_tokens
         trainer.accelerator.print(
-            f"eval_new_tokens={most}: the longest completion has {longest} tokens; evaluations, and decoding by the "
-            f"saved soft_config.json, cut there"
+            f"eval_new_tokens={most}, as a stream does not show how long its completions are: {cut} there"
         )
+    elif longest is not None and longest > most:
+        trainer.accelerator.print(
+            f"eval_new_tokens={most}: the longest completion has {longest} tokens; {cut} there"
+        )
+    return most
+
+
+def _longest_completion(rows) -> int | None:
+    """Tokens of the longest completion, or trace of one, that is trained on; None of a stream."""
+    if not isinstance(rows, Dataset):
+        return None
+    own = "labels" if "labels" in rows.column_names else "input_ids"  # of texts without prompts
+    names = [own, *(name for name in ("trace_ids",) if name in rows.column_names)]
+    longest = 1
+    for table in rows.select_columns(names).with_format("numpy").iter(batch_size=1000):
+        for ids, traces in zip(table[own], table.get("trace_ids", [()] * len(table[own]))):
+            kept = ids != -100
+            prompt = int(kept.argmax())
+            longest = max(longest, int(kept.sum()), *(len(trace) - prompt for trace in traces))
+    return longest
 
 
 def check_packed(trainer, examples: int) -> None:

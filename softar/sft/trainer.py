@@ -59,6 +59,7 @@ from .preflight import (
     check_model,
     check_packed,
     check_tokens,
+    eval_length,
     forecast,
     freeze,
     say_cut,
@@ -130,7 +131,7 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         self.model, self._tables = self._prefix.adapted(self.model, split)
         self.model_wrapped = self.model
         self._learnt = LearntFilters(self.model, args, vocab, theirs)
-        self._alpha, self._rng = args.alpha(), torch.Generator()
+        self._alpha, self._rng, self._most = args.alpha(), torch.Generator(), eval_length(self)
         # entropies of a thought's steps, and of how many
         self._thought = torch.zeros(2, device=self.accelerator.device)
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
@@ -361,7 +362,7 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         if readout is None:
             readout = "soft" if self.args.is_soft else "discrete"
         config = self.args.decoding(readout, self._learnt.plain())
-        return config.changed(prompt_prefix=self._prefix.text)
+        return config.changed(prompt_prefix=self._prefix.text, max_new_tokens=self._most)
 
     def card_config(self):
         return CONFIG_FILE, changes_of(self.decoding())
