@@ -17,10 +17,11 @@ import peft
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from packaging.version import Version
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import save_file
-from tiny import PAD, counted, left_padded, model_of, seeded, tokenizer_of, with_lora
+from tiny import PAD, QUIET, counted, left_padded, model_of, seeded, tokenizer_of, with_lora
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Gemma3nConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -45,7 +46,9 @@ from softar.models.reading import (
 )
 from softar.models.source import TEXT_ALONE
 from softar.rl.actions import k_samples_logp, replay
+from softar.sft.config import SoftSFTConfig
 from softar.sft.forward import mixed_forward, soft_forward
+from softar.sft.trainer import SoftSFTTrainer
 from softar.soft import Soft, entropy, hard, mk_proba_dist, soft_inputs, token_inputs
 
 VOCAB, STEPS = 40, 3
@@ -245,6 +248,29 @@ def check_packed_rows_are_kept_apart_or_refused(model, kind):
         check_keeps_apart(model, ids, [10, 8, 5], rows=2)
 
 
+def check_sequential_reads_as_one_forward_or_is_refused(model):
+    """Of tokens, with gradient, behind a prompt longer than any window."""
+    ids, marked = torch.randint(5, 37, (1, 16), generator=seeded()), torch.zeros(1, 16).bool()
+    marked[:, 11:14] = True
+
+    def step():
+        model.zero_grad()
+        how = dict(mode="sequential", window=2)
+        logits = soft_forward(model, ids, None, marked, lambda _, gold: hard(gold), **how)
+        logits.logsumexp(-1).sum().backward()
+        return logits
+
+    if reading.reads_on(model):
+        with torch.no_grad():
+            whole = model(input_ids=ids, use_cache=False).logits
+        assert_close(step(), whole, **CLOSE)
+        return
+    says = f"'sequential'.* {type(model).__name__} .*'parallel'"
+    with counted(model) as calls, pytest.raises(ValueError, match=says):
+        step()
+    assert not calls
+
+
 @torch.no_grad()
 def check_width_of_hidden_states_is_known(model):
     out = model(input_ids=torch.tensor(ROWS[:1]), output_hidden_states=True)
@@ -282,6 +308,7 @@ def test_architecture_is_right_or_refused(kind):
     if kind not in REFUSED:
         check_width_of_hidden_states_is_known(model)
         check_packed_rows_are_kept_apart_or_refused(model, kind)
+        check_sequential_reads_as_one_forward_or_is_refused(model)
         check_soft_is_hard(model, rows)
         batch = check_row_alone_is_row_in_batch(model, rows)
         check_static_cache_is_right_or_refused(model, rows, batch)
@@ -345,6 +372,17 @@ def test_parallel_training_is_whole_forwards_refreshed(kind):
             inputs["inputs_embeds"][marked] = mixed["inputs_embeds"].to(model.dtype)
         logits = soft_forward(model, ids, None, marked, feed, passes=passes)
         assert_close(logits, whole(inputs), rtol=0, atol=1e-4)
+
+
+def test_sequential_training_over_a_state_is_refused_before_it_starts(tmp_path):
+    """And an adapter's; in parallel the model is taken."""
+    for mode, adapted in (("sequential", False), ("sequential", True), ("parallel", False)):
+        model = with_lora(build("lfm2")) if adapted else build("lfm2")
+        args = SoftSFTConfig(output_dir=str(tmp_path), soft_mode=mode, think_steps=1, **QUIET)
+        rows = Dataset.from_list([{"prompt": "w5", "completion": "w6 w7"}])
+        refused = pytest.raises(ValueError, match=r"Lfm2ForCausalLM .*'parallel'")
+        with refused if mode == "sequential" else contextlib.nullcontext():
+            SoftSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer_of())
 
 
 def test_tables_name_what_there_is():

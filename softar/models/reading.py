@@ -11,6 +11,8 @@ import inspect
 import torch
 from packaging.version import Version
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from .kind import check_autoregressive, plain, uncompiled
 
@@ -42,18 +44,18 @@ BLIND_TO_PADDING = (
     "trocr",
     "whisper",
 )
-# These count positions in another way where padding is on the left, or take no more columns than
-# they were made for, whatever is padding.
-NOT_MOVED = (
+# These count positions in another way where padding is on the left, and anew behind a cache
+COUNT_ANEW = (
     "camembert",
     "data2vec-text",
-    "mpt",
     "roberta",
     "roberta-prelayernorm",
     "xlm-roberta",
     "xlm-roberta-xl",
     "xmod",
 )
+# takes, too, no more columns than it was made for, whatever is padding
+NOT_MOVED = (*COUNT_ANEW, "mpt")
 # PEFT puts virtual tokens before the padding, and counts positions across it.
 VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 ONE_ROW = ("rwkv",)  # reads, after the prompt, the rows of a batch into each other
@@ -101,6 +103,20 @@ def cache_name(model) -> str | None:
 def cache_in(inputs: dict):
     """The cache among the arguments of a forward, under whichever name; None for none."""
     return next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
+
+
+def reads_on(model) -> bool:
+    """Does a model, plain or wrapped by PEFT, read several positions behind a cache as it reads them
+    in a whole row, with gradient? Only where that holds keys and values, and no state that is written
+    over."""
+    inner = plain(model)
+    if cache_name(inner) not in ("cache", "past_key_values") or inner._is_stateful:
+        return False
+    if inner.config.model_type in (*ONE_BY_ONE, *SHORT_CACHES, *COUNT_ANEW):
+        return False
+    layers = DynamicCache(config=inner.config).layers
+    kept = all(isinstance(layer, DynamicLayer) for layer in layers)
+    return kept and not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 def reads_moved_rows(model) -> bool:

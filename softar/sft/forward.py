@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..checks import check_choice, check_least
 from ..guard import check_unpadded
 from ..models.kind import plain, recomputes
-from ..models.reading import IN_PLACE, ONE_BY_ONE, SHORT_CACHES, cache_name, reads_moved_rows
+from ..models.reading import IN_PLACE, cache_name, reads_moved_rows, reads_on
 from ..models.room import room_of
 from ..soft import Soft, soft_inputs, token_inputs
 
@@ -81,8 +81,8 @@ def soft_forward(
     Raises:
         ValueError: an unknown mode, a count out of its range, a row's or example's first token
             marked, logits left out that a mixture is made of, ids that look padded without a mask, or
-            sequential with packed rows or under gradient checkpointing (transformers then drops the
-            cache).
+            sequential with packed rows, under gradient checkpointing (transformers then drops the
+            cache), or of a model with a state (Mamba, Jamba, LFM2, ...).
     """
     check_choice("mode", mode, MODES)
     counts = dict(passes=passes, grad_passes=grad_passes, window=window, last=last)
@@ -91,6 +91,8 @@ def soft_forward(
         raise ValueError(
             "mode='sequential' goes by columns, and packed rows by examples: use 'parallel'"
         )
+    if mode == "sequential":
+        check_sequential(model)
     begins = position_ids == 0 if position_ids is not None else torch.zeros_like(soft_mask)
     begins[:, 0] = True
     if (soft_mask & begins).any():
@@ -120,6 +122,16 @@ def soft_forward(
     else:
         parts = _parallel(model, batch, feed, advance, passes, grad_passes, first, once)
     return torch.cat(parts, 1) if shift is None else _moved_back(parts, shift, T - first)
+
+
+def check_sequential(model: nn.Module) -> None:
+    """Raise ValueError for a model, plain or wrapped by PEFT, that mode="sequential" would read wrongly,
+    or not at all."""
+    if not reads_on(model):
+        raise ValueError(
+            f"mode='sequential' reads thoughts behind a cache of keys and values, which {type(plain(model)).__name__} "
+            "does not go on from by itself: use 'parallel', which reads whole rows"
+        )
 
 
 def has_split_weights(model: nn.Module) -> bool:
@@ -199,15 +211,13 @@ def _positions(soft_mask: Tensor, passes: int) -> int:
 
 def _keeps_prefix(model) -> bool:
     """Can a model, plain or wrapped by PEFT, go on from one cache in more than one way, by several
-    positions? Only where that holds keys and values, and no state that is written over."""
+    positions?"""
     inner = plain(model)
-    if recomputes(plain(model)) and model.training:
+    if recomputes(inner) and model.training:
         return False  # drops the cache
-    if cache_name(inner) not in ("cache", "past_key_values"):
+    if not reads_moved_rows(model) or not reads_on(model):
         return False
-    if not reads_moved_rows(model) or inner.config.model_type in (*ONE_BY_ONE, *SHORT_CACHES):
-        return False
-    layers = DynamicCache(config=inner.config).layers
+    layers = DynamicCache(config=inner.config).layers  # of other kinds `_copied` knows nothing
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 

@@ -18,6 +18,7 @@ from ..models import check_autoregressive, check_keeps_apart
 from ..soft import mk_proba_dist
 from ..training import prepare_trained
 from .data import check_pickable, check_traces, has_turns, thought_of
+from .forward import check_sequential
 from .learnt import ROOM, learnt_of, mixture
 
 LOOKED_AT = 1000  # rows that the forecast is made from
@@ -66,6 +67,8 @@ def check_model(trainer) -> None:
             f"load-balancing loss, set it to 0 to agree"
         )
     check_autoregressive(trainer.model, "train it with softar.diffusion's DiffusionSFTTrainer")
+    if trainer.args.soft_mode == "sequential":
+        check_sequential(trainer.model)
     beside = bool(trainer.args.think_tokens or learnt_of(trainer.args))
     prepare_trained(type(trainer).__name__, trainer.model, beside=beside)
 
