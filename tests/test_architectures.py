@@ -48,6 +48,7 @@ from softar.models.source import TEXT_ALONE
 from softar.rl.actions import k_samples_logp, replay
 from softar.sft.config import SoftSFTConfig
 from softar.sft.forward import mixed_forward, soft_forward
+from softar.sft.preflight import freeze
 from softar.sft.trainer import SoftSFTTrainer
 from softar.soft import Soft, entropy, hard, mk_proba_dist, soft_inputs, token_inputs
 
@@ -383,6 +384,18 @@ def test_sequential_training_over_a_state_is_refused_before_it_starts(tmp_path):
         refused = pytest.raises(ValueError, match=r"Lfm2ForCausalLM .*'parallel'")
         with refused if mode == "sequential" else contextlib.nullcontext():
             SoftSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer_of())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", "bert gemma3 gemma4 git gpt2".split())
+def test_the_first_layers_are_those_that_read_text(kind):
+    """Not those of a picture, which stand first in some; of git these are more."""
+    model = build(kind, **({"num_hidden_layers": 1} if kind == "git" else {}))
+    model(input_ids=torch.tensor(ROWS[:1])).logits.sum().backward()
+    freeze(model, SoftSFTConfig(output_dir="", freeze_layers=1, freeze_embeddings=False))
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen and all(p.grad is not None for p in frozen.values())
+    assert {name for name in frozen if ".0." not in name} == set()
 
 
 def test_tables_name_what_there_is():

@@ -35,6 +35,7 @@ _HOME = {
     "plain": "softar.models.kind",
     "Origin": "softar.models.origin",
     "origin_of": "softar.models.origin",
+    "layers_of": "softar.models.room",
     "room_of": "softar.models.room",
 }
 

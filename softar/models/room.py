@@ -1,4 +1,4 @@
-"""How many positions a model has room for."""
+"""How many positions a model has room for, and which layers read them."""
 
 import re
 
@@ -24,10 +24,7 @@ def room_of(model: nn.Module, *, trained: bool = False) -> int | None:
     config = model.config.get_text_config(decoder=True)
     names = [config.attribute_map.get(name, name) for name in SIZES]  # GPT-2 has n_positions
     rooms = [getattr(config, name) for name in names if name in config][:1]
-    named = {**dict(model.named_modules()), **dict(model.named_buffers())}
-    embedding = model.get_input_embeddings()
-    place = next((name for name, each in named.items() if each is embedding), "")
-    home = place[: place.rfind(".") + 1]
+    named, home = {**dict(model.named_modules()), **dict(model.named_buffers())}, _home(model)
     tables = {
         name.rpartition(".")[2]: each
         for name, each in named.items()
@@ -43,3 +40,25 @@ def room_of(model: nn.Module, *, trained: bool = False) -> int | None:
             behind = 0 if table.padding_idx is None else table.padding_idx + 1
             rooms.append(table.num_embeddings - behind)
     return min(rooms, default=None)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model, plain or wrapped by PEFT, that read text, from the first on; [] where it
+    has no list of them. Looked for where the input embedding is, and around that (BERT's), among
+    those of a picture as many as the configuration says."""
+    model = plain(model)
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = {name: m for name, m in lists.items() if len(m) == count} or lists
+    home = _home(model)
+    while home and not any(name.startswith(home) for name in lists):
+        home = home[: home.rfind(".", 0, -1) + 1]
+    return list(next((m for name, m in lists.items() if name.startswith(home)), []))
+
+
+def _home(model: nn.Module) -> str:
+    """The name, with a dot behind it, of the module that holds the input embedding of a plain model;
+    empty for the model itself."""
+    embedding = model.get_input_embeddings()
+    place = next((name for name, each in model.named_modules() if each is embedding), "")
+    return place[: place.rfind(".") + 1]

@@ -14,7 +14,7 @@ from torch import nn
 from ..config import SoftConfig
 from ..guard import check_range
 from ..mixers import BUILT_IN, check_mixed, mk_mixer
-from ..models import check_autoregressive, check_keeps_apart
+from ..models import check_autoregressive, check_keeps_apart, layers_of
 from ..soft import mk_proba_dist
 from ..training import prepare_trained
 from .data import check_pickable, check_traces, has_turns, thought_of
@@ -206,12 +206,12 @@ def freeze(model: nn.Module, args) -> None:
     if args.freeze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
     if layers := args.freeze_layers:
-        stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), [])
+        stack = layers_of(model)
         if layers > len(stack):
             raise ValueError(
                 f"freeze_layers={layers} but {type(model).__name__} has {len(stack)} layers"
             )
-        for layer in list(stack)[:layers]:
+        for layer in stack[:layers]:
             layer.requires_grad_(False)
 
 
