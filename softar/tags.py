@@ -7,7 +7,6 @@ waiting, and vLLM's workers need no tokenizer.
 
 Shapes: B batch, P prompt length, M moves."""
 
-import contextlib
 import functools
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -21,7 +20,9 @@ Moves = tuple[
 WHOLE = 2**20
 SHIFT = 2**40  # beyond any token
 KINDS = {"BPE", "Unigram"}  # tokenizers whose tokens stand one behind the other
-SPACES = {"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t"}  # how vocabularies write white space
+WHITE = [c for c in map(chr, range(0x3001)) if c.isspace()]  # white space, U+3000 the last of it
+SPACES = {"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t"}  # how vocabularies write most of it
+FALLBACKS = {f"<0x{ord(c):02X}>" for c in WHITE if c.isascii()}
 
 
 def ids_of_text(tokenizer, name: str, text: str) -> tuple[int, ...]:
@@ -80,13 +81,24 @@ def moves_of_text(tokenizer, text: str) -> Moves:
 
 
 def blanks(tokenizer) -> tuple[int, ...]:
-    """The tokens of white space that a chat template puts behind a thought which it closes."""
-    pieces = []
-    for text in ("\n\n", "\n", " "):
-        # tokenizers raises no class of its own, for what it has no token for
-        with contextlib.suppress(Exception):
-            pieces.append(tokenizer.encode(text, add_special_tokens=False))
-    return tuple(sorted({ids[0] for ids in pieces if len(ids) == 1}))
+    """The tokens of white space, which a chat template may put behind a thought that it closes."""
+    return _blanks(tokenizer, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=8)
+def _blanks(tokenizer, size: int) -> tuple[int, ...]:
+    # to decode a whole vocabulary takes seconds: only what may be white space
+    letters = {*SPACES, *WHITE, *_byte_letters("".join(WHITE).encode())}
+    vocab = tokenizer.get_vocab().items()
+    may_be = [i for piece, i in vocab if piece in FALLBACKS or letters.issuperset(piece)]
+    return tuple(sorted(i for i in may_be if not tokenizer.decode([i]).strip()))
+
+
+def _byte_letters(text: bytes) -> set[str]:
+    """How byte-level vocabularies write these bytes: GPT-2's letters, a printable one as it is."""
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(0x100) if byte not in plain]
+    return {chr(byte if byte in plain else 0x100 + others.index(byte)) for byte in text}
 
 
 def _step(done, piece, tag) -> int:

@@ -46,9 +46,8 @@ def thought_mask(
     before = inside.cumsum(1) == 0
     said = input_ids.where(before | inside, -1)
     opens, closes = (_whole(moves, said) for moves in (start, end))
-    blank = torch.zeros_like(inside)
-    for token in space:
-        blank = blank | (said == token)
+    spaces = torch.tensor(space, dtype=said.dtype).to(said.device, non_blocking=True)
+    blank = torch.isin(said, spaces)
     opened, closed, last = (_last(marks & before) for marks in (opens, closes, ~blank))
     shut = (closed > opened) & (last <= closed)
     opens, closes = opens & inside, closes & inside
