@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from softar.checks import check_values, shorten
 from softar.models import check_autoregressive
+from softar.models.origin import note_origin
 from softar.placement import evaluating
 
 from .architectures import DreamForMaskedDiffusion, LladaForMaskedDiffusion, check_settings
@@ -128,6 +129,7 @@ def convert(
         _set_to_mean(new, mask_id, words)
     new.config.mask_token_id = mask_id
     new.name_or_path = new.config._name_or_path = model.name_or_path
+    note_origin(new, model.name_or_path, tokenizer)  # an adapter on it would have no base
     introduce(new, tokenizer)
     return new.eval(), tokenizer
 

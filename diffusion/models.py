@@ -40,13 +40,13 @@ from softar.models import (
     diffusion_sign,
     latin_tiny,
     opening,
-    plain,
     settings_of,
     word_tokenizer,
     wrap,
 )
 from softar.models import MODELS as AUTOREGRESSIVE
-from softar.models.origin import note_origin
+from softar.models.adapter import remember_base
+from softar.models.origin import again, note_origin
 from softar.placement import to_device, to_dtype, to_machine
 from softar.progress import without_bars
 
@@ -158,8 +158,8 @@ def load(
         if name not in MODELS:  # an embedded one, trained, came through here by its folder
             learn_head(model, _head_file(name, kwargs))
     model = to_machine(model, dtype, device).eval()
-    for each in (model, plain(model)):
-        note_origin(each, name, tokenizer)
+    how = again({"seed": seed, **stated._asdict(), **kwargs}, is_drawn=name in MODELS)
+    note_origin(model, name, tokenizer, how=how)
     return model, tokenizer
 
 
@@ -290,9 +290,9 @@ def load_original(model: PreTrainedModel, folder: str | Path) -> None:
 def _adapter(folder: Path, stated: Stated, *, dtype, device, **model_kwargs):
     """The base that an adapter folder names, wrapped as a PeftModel; the folder's own tokenizer
     where it has one."""
-    model, tokenizer = load(
-        base_of(folder), dtype=dtype, device=device, **stated._asdict(), **model_kwargs
-    )
+    base = base_of(folder)
+    said = {k: v for k, v in stated._asdict().items() if v is not None} | model_kwargs
+    model, tokenizer = load(base.name, dtype=dtype, device=device, **(base.how | said))
     kind = model.config.model_type
     if (of_adapter := open_tokenizer(str(folder), model.config, {})) is not None:
         tokenizer = of_adapter
@@ -300,6 +300,7 @@ def _adapter(folder: Path, stated: Stated, *, dtype, device, **model_kwargs):
         introduce(model, tokenizer)
     # An adapter trained on the remote code has the names of its base.
     wrapped = wrap(model, folder, RENAMED.get(kind))
+    remember_base(wrapped)
     # without the file the process is that of the base
     if (named := load_noise(folder)) is not None:
         model.config.diffusion_process = named

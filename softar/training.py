@@ -34,6 +34,7 @@ from .inherited import (
     check_open,
     check_prepares,
 )
+from .models.adapter import remember_base
 from .models.kind import uncompiled
 from .progress import Pace, step_line
 from .resume import (
@@ -229,8 +230,8 @@ def prepare_trained(trainer: str, model: nn.Module, *, beside: bool = False) -> 
 
     beside: is anything trained that is no part of the model?
 
-    Raises ValueError for virtual tokens, which nothing that feeds embeddings puts before a prompt, and
-    for a model of which nothing would be trained.
+    Raises ValueError for virtual tokens, which nothing that feeds embeddings puts before a prompt, for
+    an adapter whose base nothing opens again, and for a model of which nothing would be trained.
     """
     if is_peft_model(model):
         name, config = model.active_adapter, model.active_peft_config
@@ -243,6 +244,7 @@ def prepare_trained(trainer: str, model: nn.Module, *, beside: bool = False) -> 
         if config.inference_mode and not any(p.requires_grad for p in own):
             config.inference_mode = False
             model.set_adapter(name)
+        remember_base(model)
     if not beside and not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             f"model: no parameter of this {type(model).__name__} has requires_grad, so {trainer} would train "

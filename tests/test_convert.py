@@ -404,6 +404,39 @@ def test_a_mask_token_of_ones_own():
     assert tokenizer.mask_token == "[blank]" and tokenizer("w5 [blank]")["input_ids"] == [5, 60]
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma"])  # of another class then, and of its own
+def test_an_adapter_on_what_lies_in_no_folder_is_refused_before_training(kind, tmp_path):
+    """It would name the causal base, and be opened by nothing; saved and opened it is the same again."""
+    base = causal() if kind == "llama" else of_its_own_layout(kind)
+    for part in (base, tokenizer_of()):
+        part.save_pretrained(tmp_path / "base")
+    new, tokenizer = convert(*softar.load(tmp_path / "base"))
+
+    def trainer_of(model):
+        args = DiffusionSFTConfig(output_dir=str(tmp_path / "run"), max_steps=1, **QUIET)
+        rows = Dataset.from_list([{"prompt": "w5", "completion": " w6 w7 <eos>"}] * 8)
+        return DiffusionSFTTrainer(
+            model,
+            args,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+        )
+
+    with pytest.raises(ValueError, match=r"base was made in memory .*save model and tokenizer"):
+        trainer_of(new)
+    new, tokenizer = convert(*softar.load(tmp_path / "base"))
+    for part in (new, tokenizer):
+        part.save_pretrained(tmp_path / "new")
+    trainer = trainer_of(load(tmp_path / "new")[0])
+    trainer.train()
+    trainer.save_model()
+    again, ids = load(tmp_path / "run")[0], torch.arange(5, 15)[None]
+    with torch.no_grad():
+        one, other = (model.eval()(input_ids=ids).logits for model in (trainer.model, again))
+    torch.testing.assert_close(one.cpu(), other)
+
+
 def test_llada_without_the_field_is_not_shifted(tmp_path):
     new, _ = convert(causal(), tokenizer_of())
     new.save_pretrained(tmp_path)

@@ -17,6 +17,7 @@ from softar.decoders.card import describe
 from softar.diffusion.families import FAMILIES
 from softar.diffusion.models import load, load_original
 from softar.diffusion.net import facts, parts
+from softar.training import prepare_trained
 
 FOLDERS = Path(__file__).parent / "golden-block" / "checkpoints"
 MASK, EOS, TURN_END = 300, 301, 302
@@ -290,6 +291,22 @@ def test_a_folder_that_says_no_more_than_its_base_is_opened_by_its_kind(tmp_path
     model.config.mask_token_id = None
     model.save_pretrained(tmp_path / "c")
     refuses(tmp_path / "c", "is_causal=False", "say kind=")
+
+
+def test_what_was_said_of_an_adapters_base_is_said_again(tmp_path):
+    """Of the folder, and of weights that are drawn; also where the adapter is trained on."""
+    said = [("a2d_qwen3", dict(kind="a2d", block_length=8, shift=1)), (None, dict(seed=3))]
+    for number, (folder, how) in enumerate(said):
+        folder = "mnns-diffusion-tiny" if folder is None else FOLDERS / folder
+        base, _ = load(folder, **how)
+        wanted, told = base.get_input_embeddings().weight.detach().clone(), facts(base)
+        model = with_lora(base)
+        for place in (tmp_path / f"{number}", tmp_path / f"{number}-again"):
+            prepare_trained("X", model)
+            model.save_pretrained(place)
+            model, _ = load(place)
+            assert facts(model) == told
+            assert torch.equal(model.get_input_embeddings().weight, wanted)
 
 
 def test_what_the_folder_does_not_say_the_caller_does(tmp_path):

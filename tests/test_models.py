@@ -9,7 +9,7 @@ import sys
 import gguf
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from tiny import CONFIGS, SIZES, VOCAB, model_of, tokenizer_of, with_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -17,6 +17,7 @@ import softar
 from softar import SoftConfig, placement
 from softar.models import MNNS_WORDS, load
 from softar.models.source import FIXED
+from softar.training import prepare_trained
 
 PROMPT = "<bos> D5 D3 D2 D4 ->"
 
@@ -284,6 +285,68 @@ def test_adapter_of_a_cut_vocabulary_is_the_same_again(tmp_path):
     again = load(tmp_path / "adapter")[0]
     ids = torch.tensor([[1, 11, 59]])
     assert again.config.vocab_size == 60 and torch.equal(again(ids).logits, trained(ids).logits)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """owner/x in the hub's cache, with other weights at "main", at "v1", and in its folder "part"."""
+    place = tmp_path / "hub" / "models--owner--x"
+    (place / "refs").mkdir(parents=True)
+    for seed, (ref, commit) in enumerate([("main", "a" * 40), ("v1", "b" * 40)]):
+        folder = place / "snapshots" / commit
+        for part in (model_of(seed=seed), tokenizer_of()):
+            part.save_pretrained(folder)
+        for part in (model_of(seed=seed + 2), tokenizer_of()):
+            part.save_pretrained(folder / "part")
+        (place / "refs" / ref).write_text(commit)
+    return dict(cache_dir=tmp_path / "hub", local_files_only=True)
+
+
+AT = {
+    "main": ("owner/x", {}),
+    "revision": ("owner/x", dict(revision="v1")),
+    "part": ("owner/x", dict(revision="v1", subfolder="part")),
+    "seed": ("mnns-tiny", dict(seed=3)),
+    "sums": ("mnns-tiny", dict(seed=3, largest_sum=18)),
+    "trained": ("mnns-soft-tiny", {}),
+}
+
+
+@pytest.mark.parametrize("at", AT)
+def test_adapter_opens_on_the_weights_that_it_was_trained_on(at, hub, tmp_path):
+    """Wherever they were; also once more trained on, and whatever seed is said."""
+    (name, how), hub = AT[at], hub if "/" in AT[at][0] else {}
+    base, tokenizer = load(name, **how, **hub)
+    wanted, model = base.get_input_embeddings().weight.detach().clone(), with_lora(base)
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        prepare_trained("X", model)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        model, _ = load(folder, seed=5, **hub)
+        assert torch.equal(model.get_input_embeddings().weight, wanted)
+    if at == "revision":  # as PEFT has it
+        assert PeftConfig.from_pretrained(folder).revision == "v1"
+        other = load(folder, revision="main", **hub)[0]  # what is said here counts
+        assert not torch.equal(other.get_input_embeddings().weight, wanted)
+
+
+def test_adapter_on_a_base_that_lies_nowhere_is_refused(folder, tmp_path):
+    """It would open on other weights, or not at all; saved and opened the base is one."""
+    with_lora(load(folder)[0]).save_pretrained(tmp_path / "adapter")
+    merged = load(tmp_path / "adapter")[0].merge_and_unload()
+    for base in (merged, load("mnns-tiny", hidden_size=64)[0]):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM .*lies nowhere: save model"):
+            prepare_trained("X", with_lora(base))
+    for part in (load(tmp_path / "adapter")[0].merge_and_unload(), load(folder)[1]):
+        part.save_pretrained(tmp_path / "whole")
+    prepare_trained("X", with_lora(load(tmp_path / "whole")[0]))
+
+
+def test_what_no_load_is_told_of_a_base_is_refused(folder, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], revision='{"proxies": {}, "seed": 1}')
+    get_peft_model(load(folder)[0], config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="says \\['proxies'\\] of its base"):
+        load(tmp_path)
 
 
 def test_adapter_of_another_base_or_of_an_adapter_is_named(tmp_path):

@@ -1,10 +1,15 @@
 """An adapter of PEFT on its base, whose vocabulary is made the one that the adapter was trained on."""
 
+import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import safe_open
 from transformers import PreTrainedModel
+
+from .kind import plain
+from .origin import AGAIN, origin_of
 
 # How the tensors of an embedding are called in an adapter, and along which of their axes the tokens
 # lie; those of WHOLE are the table itself.
@@ -16,18 +21,57 @@ DERIVED = ("prompt_encoder", "vector_bank", ".tinylora_v.", "unilora_theta_d")
 COPIES = (".modules_to_save.weight", ".original_module.weight", ".trainable_tokens_delta")
 
 
-def base_of(folder: Path) -> str:
-    """The name of the base that an adapter's folder records. Raises ValueError where it has none."""
+class Base(NamedTuple):
+    name: str
+    how: dict  # keywords of `load`, out of AGAIN
+
+
+def base_of(folder: Path) -> Base:
+    """The base that an adapter's folder records. Raises ValueError where it has none, or says of it
+    what `load` is not told."""
     from peft import PeftConfig  # slow to import
 
     if not (folder / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(f"there is no adapter_model.safetensors in {folder}")
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    config = PeftConfig.from_pretrained(str(folder))
+    base = config.base_model_name_or_path
     if not base:
         raise ValueError("its adapter_config.json does not name a base model")
     if Path(base, "adapter_config.json").is_file():
         raise ValueError(f"its base model {base!r} is an adapter too: merge that one first")
-    return base
+    return Base(base, _read(config.revision))
+
+
+def remember_base(model) -> None:
+    """Let a PeftModel record how its base was opened, where the name does not say it: in the revision
+    that PEFT has a field for; more than that, as JSON there, as PEFT saves no others.
+
+    Raises:
+        ValueError: nothing opens that base again, so that the adapter would be of no use.
+    """
+    how = origin_of(model).how
+    if how is None:
+        raise ValueError(
+            f"an adapter on this {type(plain(model)).__name__} would be of no use, as its base was made in memory "
+            "(converted, merged, or drawn with fields of its own) and lies nowhere: save model and tokenizer to a "
+            "folder and open that, or train without PEFT"
+        )
+    if how:
+        is_plain = [*how] == ["revision"]
+        for config in model.peft_config.values():
+            config.revision = how["revision"] if is_plain else json.dumps(how)
+
+
+def _read(revision: str | None) -> dict:
+    """What `remember_base` wrote."""
+    if not revision or not revision.startswith("{"):
+        return {"revision": revision} if revision else {}
+    how = json.loads(revision)
+    if other := sorted(how.keys() - {*AGAIN}):
+        raise ValueError(
+            f"its adapter_config.json says {other} of its base, which is none of {AGAIN}"
+        )
+    return how
 
 
 def wrap(model: PreTrainedModel, folder: Path, key_mapping: dict[str, str] | None = None):

@@ -173,9 +173,10 @@ def named(name: str, model, tokenizer):
 
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
+DRAWN = ("mnns-tiny", "latin-tiny")  # untrained
 MODELS: dict[str, Callable] = {
-    "mnns-tiny": mnns_tiny,  # untrained
-    "latin-tiny": latin_tiny,  # untrained
+    "mnns-tiny": mnns_tiny,
+    "latin-tiny": latin_tiny,
     "mnns-discrete-tiny": functools.partial(_shipped, "mnns-discrete-tiny"),
     "mnns-soft-tiny": functools.partial(_shipped, "mnns-soft-tiny"),
     "smollm2-135m": smollm2_135m,

@@ -10,13 +10,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import check_least, check_values, did_you_mean
 from ..placement import to_device, to_dtype, to_machine
-from .adapter import base_of, wrap
+from .adapter import base_of, remember_base, wrap
 from .beside import WHERE, fetch_config
-from .embedded import MODELS, named
+from .embedded import DRAWN, MODELS, named
 from .errors import opening
 from .gguf_file import load_gguf
-from .kind import ELSEWHERE, plain
-from .origin import note_origin
+from .kind import ELSEWHERE
+from .origin import again, note_origin
 from .source import check_fixed, pretrained
 
 REMEDY = (
@@ -45,13 +45,13 @@ def load(
     Args:
         name: one of MODELS ("mnns-tiny", "mnns-soft-tiny", "smollm2-135m", ...; they take
             precedence over folders of the same name), a local folder (a model, or a PEFT adapter: its base is
-            loaded by the name recorded in it), a .gguf file, or a hub id.
+            loaded by the name and the revision recorded in it), a .gguf file, or a hub id.
         dtype: of the weights: "float32", "bfloat16", "float16", "float64", or "auto": as stored,
             but float32 where they are made or de-quantised here, and on a CPU that computes the
             stored one slowly (`computed_in`). torch_dtype, transformers' old name, is the same.
         device: None is this process's CUDA device where there is one, else the CPU.
-        seed: of the weights of "mnns-tiny" and "latin-tiny", which come untrained; the global random
-            state stays as it is.
+        seed: of the weights of "mnns-tiny" and "latin-tiny", which come untrained, an adapter's base
+            as its folder records it; the global random state stays as it is.
         kwargs: for `from_pretrained` (revision=, attn_implementation=, device_map=,
             gguf_file=, ...); for "mnns-tiny" largest_sum=, and for it and
             "latin-tiny" fields of their LlamaConfig.
@@ -82,8 +82,9 @@ def load(
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model = to_machine(model, dtype, device).eval()
     folder = fetch_config(name, **{key: kwargs[key] for key in WHERE if key in kwargs})
-    for each in (model, plain(model)):  # an adapter's base, which has its weights, merged or not
-        note_origin(each, name, tokenizer, folder)
+    is_drawn = name in DRAWN
+    how = again(kwargs | ({"seed": seed} if is_drawn else {}), is_drawn=is_drawn)
+    note_origin(model, name, tokenizer, folder, how)
     return model, tokenizer
 
 
@@ -130,7 +131,11 @@ def _open(name: str, *, dtype, device, seed: int, **model_kwargs):
 def _adapter(folder: Path, *, dtype, device, seed: int, **model_kwargs):
     """The base that an adapter folder names, wrapped as a PeftModel; the folder's own tokenizer
     where it has one."""
-    model, tokenizer = load(base_of(folder), dtype=dtype, device=device, seed=seed, **model_kwargs)
+    base = base_of(folder)
+    how = {"seed": seed} | base.how | model_kwargs
+    model, tokenizer = load(base.name, dtype=dtype, device=device, **how)
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return wrap(model, folder), tokenizer
+    wrapped = wrap(model, folder)
+    remember_base(wrapped)  # where more was said of it here
+    return wrapped, tokenizer

@@ -30,7 +30,7 @@ def stamp_of(name: str | os.PathLike) -> Stamp:
 
 def _stamp_of_base(folder: Path) -> Stamp:
     try:
-        base = base_of(folder)
+        base = base_of(folder).name
     except Exception:  # of a damaged file PEFT raises many: they are for `load` to say
         return ()
     return () if base in MODELS else stamp_of(base)
