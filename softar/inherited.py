@@ -44,8 +44,8 @@ def check_neutral(args, options=OF_ALL, reasons: dict[str, str] | None = None) -
         value = vars(args).get(name, neutral[0])  # older versions lack some
         if value not in neutral:
             raise ValueError(
-                f"{name}={value!r} is not supported by {type(args).__name__}: {(reasons or {}).get(name, why)}. Leave "
-                f"it at {neutral[0]!r}"
+                f"{name}={value!r} is not supported by this trainer: {(reasons or {}).get(name, why)}. Leave it at "
+                f"{neutral[0]!r}"
             )
 
 
@@ -75,8 +75,7 @@ def check_filter(args) -> None:
     """Raise ValueError for the option of transformers that hides NaN losses."""
     if args.logging_nan_inf_filter:
         raise ValueError(
-            f"logging_nan_inf_filter=True hides NaN losses, {type(args).__name__} stops at them: "
-            f"leave it at False"
+            "logging_nan_inf_filter=True hides NaN losses, at which a training stops here: leave it at False"
         )
 
 

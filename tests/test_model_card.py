@@ -79,7 +79,7 @@ def test_the_card_of_a_soft_model_follows_the_run(tmp_path, adapter, capsys):
         assert facts["learning rate, seed"] == "2e-05, 7" and float(facts["loss"]) > 0
         text = (folder / "README.md").read_text()
         assert str(changes_of(SoftConfig.load(folder))).replace("'", '"') in text
-        assert '"top_k": 5, "budget": 3' in text
+        assert '"top_k": 5, "max_new_tokens": 5, "budget": 3' in text
     command = shlex.split(command_of(tmp_path / "mine"))
     assert command == ["softar", "generate", TASK.test["prompt"][0], "-m", str(tmp_path / "mine")]
     with pytest.raises(SystemExit) as end:
