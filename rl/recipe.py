@@ -65,8 +65,8 @@ class RewardArguments(RecipeArguments):
 
     reward_funcs: list[str] | None = opt(
         None,
-        f"Rewards of a dataset: {', '.join(REWARDS)}, or the dotted path of a function of yours. The table shows the "
-        "first. Default: the task's own score.",
+        f"Rewards of a dataset: {', '.join(REWARDS)}, or module:name, a function of yours. The table shows the first. "
+        "Default: the task's own score.",
     )
     system_prompt: str | None = opt(
         None, "Text put before the prompts, which then become chats; for instruct models."

@@ -7,13 +7,12 @@ import functools
 import importlib
 import inspect
 import math
-import os
-import sys
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from softar.checks import shorten
+from softar.checks import check_choice, shorten
+from softar.names import HINT, is_code, load_code
 from softar.tasks import Task
 
 REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")  # of trl.rewards
@@ -57,7 +56,8 @@ def with_rows(inputs: list[dict]) -> list[dict]:
 
 
 def named_reward(name: str) -> Callable:
-    """One of trl.rewards, or a function by its dotted path, seen from the working directory."""
+    """One of trl.rewards, or a function, "module:name" (or its dotted path), seen from the working
+    directory, too."""
     if name in REWARDS:
         from trl.import_utils import is_math_verify_available
 
@@ -67,16 +67,12 @@ def named_reward(name: str) -> Callable:
             )
         return getattr(importlib.import_module("trl.rewards"), name)
     module, _, function = name.rpartition(".")
-    try:
-        if not module:
-            raise ImportError("no such name")
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"reward_funcs={name!r}: {error}; give one of {REWARDS} or package.module.function"
-        ) from error
+    code = name if is_code(name) else f"{module}:{function}"
+    if not is_code(code):
+        check_choice("reward_funcs", name, REWARDS, hint=HINT)
+    if not callable(reward := load_code("reward_funcs", code)):
+        raise ValueError(f"reward_funcs={name!r} is a {type(reward).__name__}, and no function")
+    return reward
 
 
 def score_of(task: Task, trainer) -> Callable[[str, dict, list[int]], float]:

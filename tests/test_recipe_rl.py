@@ -239,7 +239,7 @@ def test_any_model_dataset_and_reward(tmp_path, monkeypatch, capsys):
         dataset_name="data",
         use_peft="true",
         soft_k=2,
-        reward_funcs="my_rewards.names_it",
+        reward_funcs="my_rewards:names_it",
         think_steps=2,
         max_completion_length=4,
         reward_sees="stream",

@@ -55,6 +55,8 @@ def test_bad_input_ends_with_one_line_and_code_2(tmp_path):
         (dict(temperature=0), "temperature=0"),
         (dict(reward_funcs="acuracy_reward"), "'acuracy_reward'.*accuracy_reward"),
         (dict(reward_funcs="json.dumpz"), "dumpz"),
+        (dict(reward_funcs="json:dumpz"), "reward_funcs='json:dumpz': there is no 'dumpz'"),
+        (dict(reward_funcs="os:sep"), "reward_funcs='os:sep' is a str, and no function"),
         (dict(reward_funcs="think_format_reward"), "reads chats"),
         (dict(reward_funcs="accuracy_reward"), r"needs the columns \['solution'\]"),
         (dict(load_in_4bit="true"), "load_in_4bit"),
