@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,6 +158,8 @@ EAGER = 'enforce_eager=True, max_model_len=128, dtype="float32"'
 EXPECTED = {  # what a block with these words prints
     "the second step read": r"\['SOFT', 'SOFT', 'SOFT', 'HARD', 'HARD'\]\nanswer: S0\n.*S-?12 with weight 0.2",
     "Why is the sky blue? Answer": r"[Ss]ky.*\d forwards",
+    "def always": r"always\s+1\.000",
+    "def best": r"^2 forwards",
     "def flat": r"tensor\(\[\[0.2500, 0.2500",
     "softar.compare(decoders, rows, lambda": r"discrete\s+1\.000",
     "result.matched": r"within 6 forwards: \[.*soft-tiny=soft.*\]",
@@ -441,6 +444,29 @@ def test_the_ranges_are_those_of_the_package():
     required = [r for r in PROJECT["dependencies"] if re.match(r"(torch|transformers|trl)\b", r)]
     required += [*PROJECT["optional-dependencies"]["vllm"], PROJECT["requires-python"]]
     assert numbers == {number for r in required for number in re.findall(r"\d+\.\d+", r)}
+
+
+@pytest.mark.parametrize(
+    ("option", "module", "table"),
+    [
+        ("schedule", "schedules", "SCHEDULES"),
+        ("select", "select", "SELECTORS"),
+        ("soften", "soften", "SOFTENERS"),
+    ],
+)
+def test_the_choices_of_diffusion_are_those_of_the_code(option, module, table):
+    """A schedule that takes `steps` stood nowhere on the page."""
+    (listed,) = re.findall(rf"`{option}` \((.*?)\)", PAGES["diffusion/README.md"], re.DOTALL)
+    known = getattr(import_module(f"softar.diffusion.{module}"), table)
+    assert {*re.findall(r"`([\w-]+)`", listed)} == {*known}
+
+
+def test_the_schedules_that_take_steps_at_most():
+    page = " ".join(PAGES["diffusion/README.md"].split())
+    (said,) = re.findall(r"the most that (.*?) take\.", page)
+    schedules = import_module("softar.diffusion.schedules").SCHEDULES
+    most = {name for name, schedule in schedules.items() if schedule.takes_steps is None}
+    assert {*re.findall(r"`([\w-]+)`", said)} == most
 
 
 def test_length_and_width():
