@@ -19,7 +19,7 @@ from softar import tasks
 from softar.arguments import PROCESSES, TITLES, RecipeParser
 from softar.cli import app as cli
 from softar.cli import inputs, streams
-from softar.cli.programs import PACKAGE, TRAINING
+from softar.cli.programs import PACKAGE, PROGRAMS, TRAINING
 from softar.decoders.answer import Decoded
 from softar.decoders.card import describe
 from softar.decoders.registry import own_decoder
@@ -143,6 +143,12 @@ def test_no_words_of_a_help_are_taken_for_markup(softar, monkeypatch):
                 assert f"[default: ({default})]" in shown, (command.name, param.name)
         text = (command.help or "").replace("\b", "")
         assert Text.from_markup(text).plain == text, f"{command.name}: {text}"
+
+
+def test_which_commands_have_json():
+    """As softar/README.md says."""
+    has = {n for n, c in GROUP.commands.items() if any("--json" in p.opts for p in c.params)}
+    assert has == {*GROUP.commands} - {"tour", *PROGRAMS}
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -59,6 +59,10 @@ def parrot(model, *, max_new_tokens, seed, word="S0"):
     return Parrot(word)
 
 
+def parroting(model, **options):
+    return parrot(model, **options).decode  # a function, as softar.compare takes it
+
+
 def dumb(model, *, max_new_tokens, seed):
     return object()
 
@@ -110,6 +114,7 @@ def test_tasks_and_decoders():
     for spec, model, word in (
         (f"{HERE}:parrot", None, "S0"),
         (f"some/model={HERE}:parrot:word=S5", "some/model", "S5"),
+        (f"{HERE}:parroting:word=S5", None, "S5"),
     ):
         decoder = make_decoder(spec, max_new_tokens=3)
         assert decoder.columns["model"] == model and decoder.decode(MNNS)[0].text == word

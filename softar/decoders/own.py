@@ -1,14 +1,14 @@
 """A decoder of your own by name: "module:function", or one of the entry points softar.decoders.
 
 The function is called `function(model, *, max_new_tokens, seed, **options)`, the model's name or
-None and what stands behind the colon of the spec, and returns an object with `decode(prompts) ->
-list[softar.Decoded]`.
+None and what stands behind the colon of the spec, and returns a function `decode(prompts) ->
+list[softar.Decoded]`, or an object with such a method.
 """
 
 from collections.abc import Callable
 
 from ..specs import format_options
-from .answer import Decoded, Decoder, NamedDecoder
+from .answer import Decoded, Decoder, NamedDecoder, as_decoder
 from .card import Card
 from .options import Common
 
@@ -44,9 +44,9 @@ def make_own(
     labels = common.labels(name, card.name, format_options(options, " "))
     labels["columns"] |= {"family": OWN, "model": card.name or None}
     try:
-        return Named(decoder, **labels)
-    except AttributeError as error:
+        return Named(as_decoder(decoder, name), **labels)
+    except ValueError as error:
         raise ValueError(
             f"decoder {name!r} gave a {type(decoder).__name__}, which has no decode(prompts) -> "
-            f"list[{Decoded.__name__}]"
+            f"list[{Decoded.__name__}], and is no such function"
         ) from error

@@ -22,7 +22,7 @@ class Task:
     # (text generated after the thought, row) -> [0, 1]; special tokens stripped
     score: Callable[[str, dict], float]
     # the thought is the first n tokens of the completion; None: there is no thought
-    think_steps: int | None
+    think_steps: int | None = None
     # the embedded models made for it, by what they are: see MODELS
     models: dict[str, str] = field(default_factory=dict)
     # what of a generated text the scorer looks at, best one text for all that it takes as the same
