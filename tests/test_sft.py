@@ -38,6 +38,7 @@ from softar.evaluate import evaluate
 from softar.sft.config import SoftSFTConfig
 from softar.sft.data import SoftCollator, spelled, thought_mask, thought_of
 from softar.sft.forward import soft_forward
+from softar.sft.guidance import mk_alpha
 from softar.sft.preflight import check_tokens
 from softar.sft.trainer import SoftSFTTrainer, soft_loss
 from softar.soft import Soft, entropy, mk_proba_dist
@@ -1451,6 +1452,10 @@ CASES = [
         "temperature_learning_rate",
     ),
     (dict(soft_passes=0), "soft_grad_passes soft_window temperature_learning_rate"),
+    (
+        dict(think_steps=0),
+        "guidance soft_passes soft_grad_passes soft_window temperature_learning_rate",
+    ),
     (dict(targets="oracle"), " ".join(SETTINGS.keys() - {"thought_loss"})),
 ]
 
@@ -1477,6 +1482,7 @@ def test_an_option_that_does_nothing_is_refused_and_every_other_is_taken(tmp_pat
         (dict(targets="oracle"), "targets='oracle'"),
         (dict(soft_grad_passes=1), "as constants"),
         (dict(soft_passes=0), "as constants"),
+        (dict(think_steps=0), "nothing is thought"),
         (dict(soft_top_k=1), "with these filters"),
         (dict(soft_min_p=1.0), "with these filters"),
     ],
@@ -1484,6 +1490,28 @@ def test_an_option_that_does_nothing_is_refused_and_every_other_is_taken(tmp_pat
 def test_a_temperature_without_gradient_is_refused(tmp_path, settings, why):
     with pytest.raises(ValueError, match=rf"learn_temperature=True gets no gradient: .*{why}"):
         SoftSFTConfig(str(tmp_path), learn_temperature=True, **settings)
+
+
+@pytest.mark.parametrize("hold", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "step"])
+def test_soft_is_what_some_step_reads(tmp_path, schedule, hold):
+    """At every length of a training, and of one whose length its rows will say."""
+    for n in (2, 3, 5, 10, 50, None):
+        for span in (0.0, 0.2, 0.7, 1 - hold):
+            if hold + span > 1:
+                continue
+            own = mk_alpha(schedule, hold=hold, span=span)
+            steps = n or 200
+            is_soft = any(own(step / steps) < 1 for step in range(steps))
+            given = dict(alpha_schedule=schedule, alpha_hold=hold, alpha_span=span)
+            given |= {} if n is None else dict(max_steps=n)
+            if is_soft:
+                args = SoftSFTConfig(str(tmp_path), **given)
+                assert args.is_soft and args.decoding().mixer == "soft"
+                continue
+            with pytest.raises(ValueError, match="does nothing where alpha would move behind the"):
+                SoftSFTConfig(str(tmp_path), **given)
+    assert not SoftSFTConfig(str(tmp_path), think_steps=0).is_soft
 
 
 @pytest.mark.parametrize("mixer", ["soft", "gumbel", "mixture-of-inputs"])

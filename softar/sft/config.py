@@ -260,7 +260,8 @@ class SoftSFTConfig(PlainSFTConfig):
         metric = self.metric_for_best_model or ""  # transformers takes "loss" where it needs one
         if not metric.endswith("loss") or metric.endswith("gold_loss"):
             return
-        moves = self.latent_stages is None and self.targets != "oracle" and len(self.alphas) > 1
+        alphas = self.alphas | {self.alpha()(1.0)}  # an evaluation may follow the last step
+        moves = self.latent_stages is None and self.targets != "oracle" and len(alphas) > 1
         if moves or self.latent_stages is not None:
             what = "alpha" if moves else "the latent stage"
             raise ValueError(
@@ -318,9 +319,11 @@ class SoftSFTConfig(PlainSFTConfig):
 
     @property
     def alphas(self) -> set[float]:
-        """Its values at the start and at the end of the training."""
+        """Its values at the first and at the last step of the training."""
+        # one step alone tries whether all works; how many there are in num_train_epochs the data says
+        steps = max(2, self.max_steps) if self.max_steps > 0 else 10**6
         schedule = self.alpha()
-        return {schedule(0.0), schedule(1.0)}
+        return {schedule(0.0), schedule(1 - 1 / steps)}
 
     @property
     def filters(self) -> dict[str, Any]:
@@ -332,6 +335,8 @@ class SoftSFTConfig(PlainSFTConfig):
     @property
     def is_soft(self) -> bool:
         """Does the training ever show the model a mixture, or a hidden state?"""
+        if self.think_steps == 0:
+            return False
         if self.latent_stages is not None:
             return True
         is_single = mk_mixer(self.soft_mixer).single

@@ -52,6 +52,18 @@ IDLE = (
         "choose another alpha_schedule",
     ),
     Idle(
+        "alpha_hold alpha_span alpha_schedule alpha_end",
+        lambda c: len(c.alphas) == 1 and c.alpha()(1.0) not in c.alphas,
+        "where alpha would move behind the last step",
+        "let it move sooner, or train for more steps",
+    ),
+    Idle(
+        f"{SOFT_INPUTS} guidance",
+        lambda c: c.think_steps == 0,
+        "with think_steps=0, where nothing is thought",
+        "raise it",
+    ),
+    Idle(
         f"{SOFT_INPUTS} guidance",
         lambda c: c.targets != "oracle" and c.alphas == {1.0},
         "where alpha stays 1, so that no mixture is ever read",

@@ -316,6 +316,8 @@ def check_learnable(args, name: str) -> None:
     why = None
     if args.targets == "oracle":
         why = "targets='oracle' reads the traces' mixtures"
+    elif args.think_steps == 0:
+        why = "with think_steps=0 nothing is thought"
     elif not args.is_soft:
         why = "no mixture is ever read: alpha stays 1, or the mixer gives single tokens"
     elif args.soft_mode == "parallel" and (args.soft_grad_passes == 1 or args.soft_passes == 0):
