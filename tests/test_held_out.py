@@ -7,6 +7,7 @@ import pkgutil
 import pytest
 import test_diffusion_rows
 import test_sft
+import torch
 from datasets import Dataset, DatasetDict
 from test_renoised import VOCAB, gemma
 from tiny import QUIET, tokenizer_of
@@ -90,6 +91,39 @@ def test_rows_that_are_handed_over_are_read_as_the_constructors(tmp_path, case):
         assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == own
     found = trainer.evaluate({"a": rows, "b": rows.select([0])})
     assert found["eval_a_loss"] == own != found["eval_b_loss"]
+
+
+@pytest.mark.parametrize(
+    "kw",
+    [
+        {},
+        dict(completion_logits=True),
+        dict(targets="oracle"),
+        dict(latent_stages=2, soft_top_k=10),
+    ],
+    ids=lambda kw: next(iter(kw), "gold"),
+)
+def test_what_is_predicted_has_the_loss_of_the_evaluation(tmp_path, kw):
+    """Logits stand over the tokens that follow them, in batches of other widths, too."""
+    rows, seen = test_sft.data(5, traces=(2,)), {}
+
+    def loss_of(logits, labels):
+        pairs = torch.tensor(logits)[:, :-1].flatten(0, 1), torch.tensor(labels)[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(*pairs).item()
+
+    def metrics(found):
+        seen["loss"] = loss_of(found.predictions, found.label_ids)
+        return {}
+
+    moves = {} if {"targets", "latent_stages"} & {*kw} else MOVING | dict(alpha_start=0.5)
+    kw = moves | dict(think_steps=2, per_device_eval_batch_size=2) | kw
+    trainer = test_sft.trainer_of(tmp_path, test_sft.data(8, traces=(2,)), eval_dataset=rows, **kw)
+    found = trainer.predict(trainer.eval_dataset)
+    trainer.compute_metrics = metrics
+    own = trainer.evaluate()["eval_loss"]
+    if "targets" not in kw:  # whose labels are distributions
+        assert seen["loss"] == pytest.approx(own, rel=1e-5)
+    assert loss_of(found.predictions, found.label_ids) == pytest.approx(seen["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..feedback import check_reads_vectors
 from ..models import room_of
@@ -215,3 +215,12 @@ class LatentStages:
         if self._curriculum is None or "latent_mask" in inputs:
             return inputs
         return self._curriculum.batch(inputs, [self.stage] * len(inputs["input_ids"]))
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """With the labels that the logits are of: those of the rows at their stage. Logits that
+        completion_logits left out are 0."""
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        if logits is not None and labels is not None:
+            labels = self.staged(inputs)["labels"].to(labels.device)
+            logits = nn.functional.pad(logits, (0, 0, labels.shape[1] - logits.shape[1], 0))
+        return loss, logits, labels
