@@ -82,7 +82,7 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
     ):
         name = type(self).__name__
         check_arguments(name, model, DiffusionSFTConfig, args, processing_class, kwargs)
-        check_data(args, train_dataset, eval_dataset)
+        check_data(args, processing_class, train_dataset, eval_dataset)
         if args.idle_head:
             warnings.warn(
                 f"{', '.join(args.idle_head)} do nothing with softmasking_prob=0", stacklevel=2
@@ -160,7 +160,7 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
     # -- data
 
     def check_held_out(self, rows) -> None:
-        check_rows(rows, "eval_dataset", self.args.dataset_text_field)
+        check_rows(rows, "eval_dataset", self.args, self.processing_class)
         check_decoded(self.args, rows, self._score, self.processing_class)
 
     def prepared(self, rows):

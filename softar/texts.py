@@ -9,16 +9,15 @@ CHATS = (*PAIR, "messages", "conversations")  # columns that may hold chats
 TEXT = "text"  # where dataset_text_field is left out
 
 
-def check_data(args, train_dataset, eval_dataset) -> None:
+def check_data(args, tokenizer, train_dataset, eval_dataset) -> None:
     """Raise ValueError for rows that TRL's SFT would fail on without saying what they lack, or learn
     nothing from, and for options that say nothing to them; of some that teach no more than an end say
     how many."""
-    field = args.dataset_text_field
     if isinstance(train_dataset, Dataset):
-        _check_read(train_dataset, "train_dataset", field)
+        _check_read(train_dataset, "train_dataset", args.dataset_text_field)
         _check_said(args, train_dataset.column_names)
-    check_rows(train_dataset, "train_dataset", field)
-    check_rows(eval_dataset, "eval_dataset", field)
+    check_rows(train_dataset, "train_dataset", args, tokenizer)
+    check_rows(eval_dataset, "eval_dataset", args, tokenizer)
 
 
 def _read(columns: list[str], field: str) -> list[str]:
@@ -52,15 +51,29 @@ def _check_said(args, columns: list[str]) -> None:
             )
 
 
-def check_rows(dataset, name: str, field: str) -> None:
+def check_rows(dataset, name: str, args, tokenizer) -> None:
     """Raise ValueError for rows of a data set, or several by name, that TRL's SFT would fail on without
-    saying what they lack, or learn nothing from. name: of the data set; field: its column of text."""
+    saying what they lack, or learn nothing from. name: of the data set; args: what of it is read."""
+    field = args.dataset_text_field
     if isinstance(dataset, dict):  # DatasetDict among them
         for key, rows in dataset.items():
-            check_rows(rows, f"{name}[{key!r}]", field)
-    elif isinstance(dataset, (Dataset, IterableDataset)) and next(iter(dataset), None) is None:
-        raise ValueError(f"{name} is empty: give at least one row")
-    elif isinstance(dataset, Dataset):
+            check_rows(rows, f"{name}[{key!r}]", args, tokenizer)
+    elif isinstance(dataset, (Dataset, IterableDataset)):
+        if (first := next(iter(dataset), None)) is None:
+            raise ValueError(f"{name} is empty: give at least one row")
+        read = _read([*first], field)
+        has_end = args.eos_token is not None or tokenizer.eos_token is not None
+        if read and isinstance(first[read[-1]], str) and not has_end:
+            raise ValueError(
+                f"{name} holds texts, and the tokenizer has no end token to close them with: set tokenizer.eos_token"
+            )
+        said = first["conversations"] if read == ["conversations"] else None
+        if isinstance(said, list) and said and "role" in said[0]:
+            raise ValueError(
+                f"{name} holds messages of {[*said[0]]} in column 'conversations', which is for 'from' and 'value': "
+                "name it 'messages'"
+            )
+    if isinstance(dataset, Dataset):
         columns, used = dataset.column_names, _check_read(dataset, name, field)
         check_cells(dataset, [*used, *({"traces"} & {*columns})], name)
         kinds = ["a chat" if is_list(dataset.features[each]) else "text" for each in used]

@@ -1611,10 +1611,36 @@ def test_rows_that_teach_no_more_than_an_end_are_counted(tmp_path, capsys):
         with pytest.raises(
             ValueError, match=f"nothing but white space in column '{[*row][-1]}': give"
         ):
-            check_data(args, Dataset.from_list([row] * 3), None)
+            check_data(args, tokenizer_of(), Dataset.from_list([row] * 3), None)
         with pytest.raises(ValueError, match="eval_dataset holds nothing"):
-            check_data(args, data(2), Dataset.from_list([row]))
-    check_data(args, Dataset.from_list([{"prompt": nothing[0], "completion": called}]), None)
+            check_data(args, tokenizer_of(), data(2), Dataset.from_list([row]))
+    check_data(
+        args,
+        tokenizer_of(),
+        Dataset.from_list([{"prompt": nothing[0], "completion": called}]),
+        None,
+    )
+
+
+@pytest.mark.parametrize("kind", ["texts", "traces", "a stream", "tokens", "chats"])
+def test_texts_need_an_end_token_and_other_rows_do_not(tmp_path, kind):
+    train, tokenizer = data(4, traces=(2,)), tokenizer_of()
+    kw = dict(targets="traces") if kind == "traces" else {}
+    if kind == "a stream":
+        train = train.to_iterable_dataset()
+    if kind == "tokens":
+        train = Dataset.from_list([{"input_ids": [BOS, 5, 6], "labels": [OFF, 5, 6]}] * 4)
+    if kind == "chats":
+        train, tokenizer.chat_template = chat_data(4), CHAT
+    trainer_of(tmp_path, train, tokenizer=copy.deepcopy(tokenizer), **kw)
+    tokenizer.eos_token = None
+    if kind in ("tokens", "chats"):
+        made = trainer_of(tmp_path, train, tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="eval_dataset holds texts, and the tokenizer has no"):
+            made.evaluate(data(2))
+        return
+    with pytest.raises(ValueError, match=r"train_dataset holds .*set tokenizer\.eos_token"):
+        trainer_of(tmp_path, train, tokenizer=tokenizer, **kw)
 
 
 def test_a_column_of_conversations_is_learnt(tmp_path):
@@ -1624,6 +1650,15 @@ def test_a_column_of_conversations_is_learnt(tmp_path):
     rows, how = Dataset.from_list([{"conversations": chat}] * 4), dict(tokenizer=tokenizer)
     made = trainer_of(tmp_path, rows, alpha_schedule="constant", alpha_start=1.0, **how)
     assert made.train_dataset[0]["labels"] == [1, 5, 6, 7, 2]
+    made = trainer_of(tmp_path, rows, alpha_schedule="constant", think_tokens=2, **how)
+    assert made.train_dataset[0]["labels"] == [1, 64, 65, 5, 6, 7, 2]
+    named = [{"role": m["from"], "content": m["value"]} for m in chat]
+    for given in (
+        rows := Dataset.from_list([{"conversations": named}]),
+        rows.to_iterable_dataset(),
+    ):
+        with pytest.raises(ValueError, match=r"\['role', 'content'\] .*name it 'messages'"):
+            trainer_of(tmp_path, given, tokenizer=tokenizer)
     said = [{"from": "user", "value": " "}, {"from": "assistant", "value": ""}]
     with pytest.raises(ValueError, match="nothing but white space in column 'conversations'"):
         trainer_of(tmp_path, Dataset.from_list([{"conversations": said}]), tokenizer=tokenizer)

@@ -14,6 +14,7 @@ from ..defaults import config_of, own_config
 from ..evaluate import prefixed_rows
 from ..models import add_think_tokens
 from ..models.think_tokens import only_rows, tables_of
+from ..texts import CHATS
 
 
 class Prefix(NamedTuple):
@@ -30,7 +31,8 @@ class Prefix(NamedTuple):
         if isinstance(rows, dict):
             return type(rows)({name: self.before(each) for name, each in rows.items()})
         first = next(iter(rows)) if self.ids and rows is not None else {"prompt": None}
-        if "prompt" not in first and not isinstance(first.get("messages"), list):
+        has_chats = any(isinstance(first.get(name), list) for name in CHATS)
+        if "prompt" not in first and not has_chats:
             raise ValueError(
                 f"think_tokens={len(self.ids)} stand before prompts, and the rows have {[*first]}: give "
                 "prompt and completion, or chats"

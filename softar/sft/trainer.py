@@ -94,7 +94,7 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         **kwargs,
     ):
         check_arguments(type(self).__name__, model, SoftSFTConfig, args, processing_class, kwargs)
-        check_data(args, train_dataset, eval_dataset)
+        check_data(args, processing_class, train_dataset, eval_dataset)
         self._score, self._held_out = score, eval_dataset
         check_columns(model, args, train_dataset)
         check_held_out(args, eval_dataset, score)
@@ -153,7 +153,7 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
     # -- data
 
     def check_held_out(self, rows) -> None:
-        check_rows(rows, "eval_dataset", self.args.dataset_text_field)
+        check_rows(rows, "eval_dataset", self.args, self.processing_class)
         check_held_out(self.args, rows, self._score)
 
     def prepared(self, rows, traced=("oracle",)):
