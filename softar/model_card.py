@@ -101,6 +101,9 @@ def model_card(trainer, folder: Path, data: str | None = None, tags=None) -> str
     } | ({"base_model": base} if base.count("/") == 1 and not Path(base).is_dir() else {})
     told = f"`{file}` says how, and the" if file else "The"
     how = json.dumps(settings, default=repr) if settings else "all defaults"
+    follows = f"{told} `softar` command follows it: {how}."
+    if is_code(str(settings.get("mixer", ""))):
+        follows = f"`{file}` says how: {how}. Its mixer is code, to be named as above: a folder's is not run unasked."
     return "\n".join(
         [
             "---",
@@ -121,7 +124,7 @@ def model_card(trainer, folder: Path, data: str | None = None, tags=None) -> str
             trainer.card_command(name),
             "```",
             "",
-            f"{told} `softar` command follows it: {how}.",
+            follows,
             "",
             f"Made with {packages}.",
             "",

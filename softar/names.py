@@ -102,8 +102,8 @@ def check_not_code(option: str, name, where: str) -> None:
     process: a checkpoint is data, and must not say what is run."""
     if is_unasked_code(name):
         raise ValueError(
-            f"{where} names code, {option}={name!r}, and a file does not say what is run: name it "
-            f"yourself ({option}={name} in Python or in the decoder's spec), or register it as an entry point"
+            f"{where} names code, {option}={name!r}, and a file does not say what is run: name it yourself "
+            f"({option}={name!r} in Python, -d soft:{option}={name} in a spec), or register it as an entry point"
         )
 
 

@@ -219,6 +219,8 @@ def test_the_command_names_a_mixer_of_ones_own(tmp_path, monkeypatch, capsys):
     trainer.origin = example_of(TASK, tokenizer)
     trainer.save_model()
     monkeypatch.setattr("softar.names.NAMED", set())
+    assert "follows it" not in (card := (tmp_path / "mine" / "README.md").read_text())
+    assert "a folder's is not run unasked" in card
     command = shlex.split(command_of(tmp_path / "mine"))
     with pytest.raises(SystemExit) as end:
         main([*command[1:], "--max-new-tokens", "5"])

@@ -238,7 +238,15 @@ def test_a_decoder_that_says_how_needs_no_code_of_the_file(tmp_path, monkeypatch
     saved = {"mixer": f"{HERE}:flat", "mixer_args": {"power": 0.25}, "budget": 2}
     (tmp_path / "soft_config.json").write_text(json.dumps(saved))
     monkeypatch.setattr(names, "NAMED", set())
-    for spec in ("discrete", "sampled", "gumbel", "soft", "beam:num_beams=2", "vllm-greedy"):
+    says = (
+        "discrete",
+        "sampled",
+        "gumbel",
+        "soft:mixer=soft",
+        "swi:mixer=soft",
+        "beam:num_beams=2",
+    )
+    for spec in (*says, "vllm-greedy"):
         asked = parse_spec(f"{tmp_path}={spec}")
         told = card_of(asked, None).config
         assert told.budget == 2 and told.mixer == (spec if spec == "gumbel" else "soft")
@@ -248,8 +256,16 @@ def test_a_decoder_that_says_how_needs_no_code_of_the_file(tmp_path, monkeypatch
         card_of(parse_spec(f"{tmp_path}=vllm-soft"), None)
     with pytest.raises(ValueError, match="name it yourself"):
         describe(str(tmp_path))
+    # "soft" took the mixer soft, which the model was not trained with, without a word
+    for spec in ("soft", "soft:budget=1", "swi"):
+        with pytest.raises(ValueError, match=f"-d soft:mixer={HERE}:flat in a spec"):
+            make_decoder(spec, model=str(tmp_path), max_new_tokens=4)
     decoder = make_decoder(f"soft:mixer={HERE}:flat", model=str(tmp_path), max_new_tokens=4)
     assert decoder.config.mixer == f"{HERE}:flat"
+    for name in ("soft", "swi"):  # by now it has been named
+        with pytest.raises(ValueError, match=f"name one of them, {name}:mixer={HERE}:flat or"):
+            make_decoder(name, model=str(tmp_path), max_new_tokens=4)
+    assert make_decoder("soft:mixer=soft", model=str(tmp_path)).config.mixer == "soft"
 
 
 @pytest.mark.parametrize(

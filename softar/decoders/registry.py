@@ -116,7 +116,8 @@ def card_of(asked: Spec, model: str | None) -> Card:
     """Of the model of a spec, else of the other one; for the decoders of ALONE there need be none."""
     mixer = asked.options.get("mixer")
     note_named("mixer", mixer)  # before the model's file is read
-    if mixer is None and asked.decoder != "vllm-soft":  # which decodes by the file's
+    # vllm-soft decodes by the file's mixer, and whoever says soft of a model may well mean it
+    if mixer is None and asked.decoder not in ("vllm-soft", "soft", "swi"):
         mixer = asked.decoder if asked.decoder in MIXERS else SoftConfig.mixer
     name = asked.model or model
     if name is None:

@@ -23,6 +23,7 @@ from ..defaults import Default, check_options_fit, default_of
 from ..evaluate import evaluating, read_prompts, resolve
 from ..mixers import GROUP, MIXERS, mk_mixer, name_of
 from ..models import kept, load, plain
+from ..names import is_code
 from ..names import registered as registered_names
 from ..specs import format_options
 from .answer import Decoded, Decoder, known_sum
@@ -251,6 +252,7 @@ def _make_soft(decoder: str, card: Card, common: Common, /, **options) -> SoftDe
     length = common.max_new_tokens
     asked = options | ({} if length is None else {"max_new_tokens": length})
     # what is wrong is said before it is opened
+    _check_named(decoder, card, options)
     check_options_fit(card.config, lambda default: soft_config(default, decoder, asked))
     model, tokenizer = _open(decoder, card, common)
     default = default_of(card.config, tokenizer)
@@ -258,6 +260,16 @@ def _make_soft(decoder: str, card: Card, common: Common, /, **options) -> SoftDe
     labels = common.labels(decoder, card.name, setting)
     how = dict(seed=common.seed, trace=common.trace, stop=common.stop, why=default.why)
     return SoftDecoder(model, tokenizer, config, **how, **cache, **labels)
+
+
+def _check_named(decoder: str, card: Card, options: dict) -> None:
+    """Raise ValueError for `soft` of a model whose own mixer is code: which of the two is meant?"""
+    own = "" if card.config is None else str(card.config.mixer)
+    if decoder in ("soft", SWITCHING) and "mixer" not in options and is_code(own):
+        raise ValueError(
+            f"decoder {decoder!r}: the model's own mixer is {own}, code of yours, and not soft: name one of them, "
+            f"{decoder}:mixer={own} or {decoder}:mixer=soft"
+        )
 
 
 def _make_beam(card: Card, common: Common, /, **options) -> BeamDecoder:
