@@ -66,7 +66,8 @@ class SoftGRPOTrainer(RolloutGRPO):
         return prefixed_rows(rows, self.policy.prompt_prefix, UNPREFIXED)
 
     def _check_model(self, aux_loss_coef):
-        guards.check_trainable(type(self).__name__, self.model, aux_loss_coef)
+        opened = self.args.model_init_kwargs
+        guards.check_trainable(type(self).__name__, self.model, aux_loss_coef, opened)
         guards.check_causal(self.model)
         why = "what is compiled does not gather weights, leave it out"
         check_split(self, compile_rollout=(self.args.compile_rollout, why))

@@ -108,15 +108,22 @@ def _read(trainer, prompt: str | list[dict]) -> list[int]:
     )["input_ids"]
 
 
-def check_trainable(trainer: str, model: nn.Module, aux_loss_coef: float | None) -> None:
+def check_trainable(
+    trainer: str, model: nn.Module, aux_loss_coef: float | None, opened: dict | None = None
+) -> None:
     """Make a saved adapter trainable. Raises ValueError for a model that the trainer of this name
-    cannot train. aux_loss_coef: of a mixture of experts whose load-balancing loss is asked for."""
+    cannot train.
+
+    Args:
+        aux_loss_coef: of a mixture of experts whose load-balancing loss is asked for.
+        opened: keywords of the model's loading, where the trainer has opened it.
+    """
     if aux_loss_coef is not None:
         raise ValueError(
             f"router_aux_loss_coef={aux_loss_coef}: {trainer} leaves out the experts' load-balancing "
             f"loss, set it to 0 to agree"
         )
-    prepare_trained(trainer, model)
+    prepare_trained(trainer, model, opened=opened)
     dropouts = (m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p)
     if rates := sorted({*dropouts}):
         logger.warning(

@@ -36,6 +36,7 @@ from .inherited import (
 )
 from .models.adapter import remember_base
 from .models.kind import uncompiled
+from .models.origin import note_changed
 from .progress import Pace, step_line
 from .resume import (
     ARGUMENTS,
@@ -128,6 +129,7 @@ class WatchedLosses:
             if line := changes(resume_from_checkpoint, self.args):
                 self.accelerator.print(line)
         self._started = time.perf_counter()
+        note_changed(self.model)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -224,11 +226,14 @@ def check_arguments(trainer: str, model, kind: type, args, tokenizer, others: di
     check_writable(args.output_dir)
 
 
-def prepare_trained(trainer: str, model: nn.Module, *, beside: bool = False) -> None:
+def prepare_trained(
+    trainer: str, model: nn.Module, *, beside: bool = False, opened: dict | None = None
+) -> None:
     """Let the active adapter of a PeftModel be trained on, where all of it is frozen as PEFT opens a
     saved one, for inference. What else has been set by hand stays.
 
-    beside: is anything trained that is no part of the model?
+    beside: is anything trained that is no part of the model? opened: keywords of the model's loading,
+        where the trainer has opened it.
 
     Raises ValueError for virtual tokens, which nothing that feeds embeddings puts before a prompt, for
     an adapter whose base nothing opens again, and for a model of which nothing would be trained.
@@ -244,7 +249,7 @@ def prepare_trained(trainer: str, model: nn.Module, *, beside: bool = False) -> 
         if config.inference_mode and not any(p.requires_grad for p in own):
             config.inference_mode = False
             model.set_adapter(name)
-        remember_base(model)
+        remember_base(model, opened)
     if not beside and not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             f"model: no parameter of this {type(model).__name__} has requires_grad, so {trainer} would train "

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from tiny import BOS, EOS, PAD, QUIET, model_of, tokenizer_of
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -874,6 +874,23 @@ def test_freezing(tmp_path):
 
 def lora(**kw):
     return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **kw)
+
+
+def test_adapters_on_weights_that_lie_nowhere_are_refused(tmp_path):
+    """Those of a model that has been trained itself; it may be saved and opened, or named."""
+    for part in (calm(), tokenizer_of()):
+        part.save_pretrained(tmp_path / "base")
+    model, _ = softar.load(tmp_path / "base")
+    whole = trained(tmp_path / "whole", model=model, max_steps=1)
+    with pytest.raises(ValueError, match=r"trained, merged.* lies nowhere: save model"):
+        trainer_of(tmp_path / "run", model=whole.model, peft_config=lora())
+    whole.save_model()
+    base = str(tmp_path / "whole")
+    opened = dict(model_init_kwargs={"revision": "v1"})  # which a folder takes no notice of
+    trainer = trainer_of(tmp_path / "run", model=base, peft_config=lora(), **opened)
+    trainer.save_model()
+    config = PeftConfig.from_pretrained(tmp_path / "run")
+    assert (config.base_model_name_or_path, config.revision) == (base, "v1")
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])

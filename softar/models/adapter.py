@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from .kind import plain
-from .origin import AGAIN, origin_of
+from .origin import AGAIN, again, origin_of
 
 # How the tensors of an embedding are called in an adapter, and along which of their axes the tokens
 # lie; those of WHOLE are the table itself.
@@ -42,9 +42,12 @@ def base_of(folder: Path) -> Base:
     return Base(base, _read(config.revision))
 
 
-def remember_base(model) -> None:
+def remember_base(model, opened: dict | None = None) -> None:
     """Let a PeftModel record how its base was opened, where the name does not say it: in the revision
     that PEFT has a field for; more than that, as JSON there, as PEFT saves no others.
+
+    Args:
+        opened: keywords of its loading, of a base that `load` has not opened.
 
     Raises:
         ValueError: nothing opens that base again, so that the adapter would be of no use.
@@ -53,9 +56,10 @@ def remember_base(model) -> None:
     if how is None:
         raise ValueError(
             f"an adapter on this {type(plain(model)).__name__} would be of no use, as its base was made in memory "
-            "(converted, merged, or drawn with fields of its own) and lies nowhere: save model and tokenizer to a "
-            "folder and open that, or train without PEFT"
+            "(converted, trained, merged, or drawn with fields of its own) and lies nowhere: save model and tokenizer "
+            "to a folder and open that, or train without PEFT"
         )
+    how = again(opened or {}) | how
     if how:
         is_plain = [*how] == ["revision"]
         for config in model.peft_config.values():

@@ -33,6 +33,12 @@ def note_origin(model, name: str, tokenizer, folder: Path | None = None, how=Non
     vars(model)[ORIGIN] = Origin(name, tokenizer, folder, {} if is_adapter else how)
 
 
+def note_changed(model) -> None:
+    """What a training of a model's own weights notes: nothing opens these, until they are saved."""
+    if plain(model) is model and ORIGIN in vars(model):
+        vars(model)[ORIGIN] = vars(model)[ORIGIN]._replace(how=None)
+
+
 def origin_of(model) -> Origin:
     """Of a model, plain or wrapped by PEFT: as `note_origin` noted it, else without a tokenizer."""
     for each in (model, plain(model)):

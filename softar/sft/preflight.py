@@ -70,7 +70,8 @@ def check_model(trainer) -> None:
     if trainer.args.soft_mode == "sequential":
         check_sequential(trainer.model)
     beside = bool(trainer.args.think_tokens or learnt_of(trainer.args))
-    prepare_trained(type(trainer).__name__, trainer.model, beside=beside)
+    opened = trainer.args.model_init_kwargs
+    prepare_trained(type(trainer).__name__, trainer.model, beside=beside, opened=opened)
 
 
 def check_mixer(args, vocab_size: int, device: torch.device) -> None:
