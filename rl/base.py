@@ -122,8 +122,8 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
     def _rollout_metrics(self, rollout) -> dict[str, float]:
         raise NotImplementedError
 
-    def _seen_by_rewards(self, rollout) -> list[list[int]]:
-        """The tokens that the reward functions get, as text too."""
+    def _seen_by_rewards(self, rollout) -> tuple[list[list[int]], list[str]]:
+        """The tokens that the reward functions get, and their texts."""
         raise NotImplementedError
 
     def _check_same_policy(self, folder: str) -> None:
@@ -169,8 +169,7 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         """TRL's, on what the rewards may see, and the rows."""
-        ids = self._seen_by_rewards(self._rollout)
-        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        ids, texts = self._seen_by_rewards(self._rollout)
         self._log_completion_extra("reward_saw", texts)
         if is_conversational({"prompt": prompts[0]}):
             completions = [[{"role": "assistant", "content": text}] for text in texts]

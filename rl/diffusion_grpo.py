@@ -151,7 +151,8 @@ class DiffusionGRPOTrainer(RolloutGRPO):
         return self._answers(rollout, ends=True)
 
     def _seen_by_rewards(self, rollout):
-        return self._answers(rollout, ends=False)
+        ids = self._answers(rollout, ends=False)
+        return ids, self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def _payload(self, rollout, batch):
         steps = rollout.out.trajectory

@@ -12,7 +12,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from softar.decode import SoftOutput
+from softar.evaluate import answer_texts
 from softar.thought import Kind, Record
+
+
+def seen(out: SoftOutput, tokenizer, how: str) -> tuple[list[list[int]], list[str]]:
+    """What a reward gets of each row: the tokens of `discretise`, and their text; of an answer that
+    with what a token holds of it beside the end of the tag (softar.evaluate.answer_texts)."""
+    ids = discretise(out.record, out.answer_start, how)
+    if how == "answer":
+        return ids, answer_texts(out, tokenizer)
+    return ids, tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def discretise(record: Record, answer_start: Tensor, how: str = "answer") -> list[list[int]]:

@@ -27,7 +27,7 @@ from . import guards
 from .actions import ACTIONS, mixture, replay
 from .base import RolloutGRPO
 from .config import SoftGRPOConfig
-from .discretise import discretise
+from .discretise import seen
 from .losses import surrogate
 from .metrics import ratio_metrics, rollout_metrics
 from .rewards import UNPREFIXED
@@ -132,8 +132,7 @@ class SoftGRPOTrainer(RolloutGRPO):
         return rollout_metrics(rollout, self.decoding, self.accelerator.reduce)
 
     def _seen_by_rewards(self, rollout):
-        out = rollout.out
-        return discretise(out.record, out.answer_start, self.args.reward_sees)
+        return seen(rollout.out, self._tokenizer, self.args.reward_sees)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **options

@@ -235,15 +235,14 @@ def evaluate(model, tokenizer, rows, score, args, policy, draws: int) -> dict:
     from softar.decode import generate
     from softar.evaluate import Chat, encode, tally
 
-    from .discretise import discretise
+    from .discretise import seen
 
     def answering(rng):
         def answer(batch):
             prompts = [asked(row["prompt"]) for row in batch]
             inputs = encode(tokenizer, prompts, config.prompt_prefix).to(model.device)
             out = generate(model, **inputs, config=config, rng=rng, tokenizer=tokenizer)
-            ids = discretise(out.record, out.answer_start, args.reward_sees)
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            ids, texts = seen(out, tokenizer, args.reward_sees)
             answers = [*zip(texts, ids, strict=True)]
             return answers, out, int(out.num_tokens.sum())
 

@@ -270,6 +270,8 @@ class VLLMRollout(VLLMGeneration):
             out.num_forwards,
             out.token_forwards,
             time.perf_counter() - began,
+            out.config,
+            out.why,
         )
 
     def _of_all(self, prompts, seeds) -> tuple[int, list[list[int]], list[int]]:
@@ -353,7 +355,8 @@ def output_of(
         )
     sequences = torch.cat([ids, record.token], 1)
     positions = ids.numel() + len(ids) * (steps - 1)
-    return SoftOutput(sequences, again, ids.shape[1], progress.answer_start, steps, positions, 0.0)
+    costs, start = (steps, positions, 0.0), progress.answer_start
+    return SoftOutput(sequences, again, ids.shape[1], start, *costs, decoding, "of the policy")
 
 
 def widened_to(step: Read, width: int) -> Read:

@@ -24,6 +24,7 @@ _HOME = {
     "SoftOutput": "softar.decode",
     "Kind": "softar.thought",
     "generate": "softar.decode",
+    "answer_texts": "softar.evaluate",
     "soft_decode": "softar.decode",
     "load": "softar.models.opener",
     "load_task": "softar.tasks",

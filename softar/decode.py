@@ -96,7 +96,8 @@ class SoftOutput:
 
     @property
     def answers(self) -> list[Tensor]:
-        """Per row the tokens after the thought, without padding."""
+        """Per row the tokens after the thought, without padding: whole ones. softar.answer_texts also has
+        what the last token of a tag that is text holds behind the tag."""
         rows = zip(self.completions, self.record.kind, self.answer_start.tolist(), strict=True)
         return [tokens[start:][kind[start:] != Kind.PAD] for tokens, kind, start in rows]
 
@@ -366,10 +367,9 @@ def soft_decode(
         warn_unopened(config, progress)
     if not generation_config.return_dict_in_generate:
         return input_ids
-    cost = forwards, positions, time.perf_counter() - started
+    counts = progress.answer_start, forwards, positions, time.perf_counter() - started
     how, read = (config, why or reason), (stack_vectors(vectors), stack_vectors(noisy, -torch.inf))
-    start = progress.answer_start
-    return SoftOutput(input_ids, stack(records), prompt_length, start, *cost, *how, *read)
+    return SoftOutput(input_ids, stack(records), prompt_length, *counts, *how, *read)
 
 
 def _mk_reader(model, config: SoftConfig) -> Callable[..., dict[str, Tensor]]:

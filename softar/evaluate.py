@@ -12,6 +12,8 @@ from .checks import shorten
 from .config import TAGS, SoftConfig
 from .decode import SoftOutput, generate
 from .placement import evaluating
+from .tags import Answers
+from .thought import Kind
 
 MOST = 1e100  # a score; the squares of larger ones have no sum
 
@@ -47,10 +49,25 @@ def evaluate(
             rng=rng,
             tokenizer=tokenizer,
         )
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in out.answers]
-        return texts, out, int(out.num_tokens.sum())
+        return answer_texts(out, tokenizer), out, int(out.num_tokens.sum())
 
     return tally(model, rows, score, answer, batch_size)
+
+
+def answer_texts(out: SoftOutput, tokenizer) -> list[str]:
+    """Of each row of what `softar.generate` returns the text behind the thought, special tokens
+    stripped; with what a token holds of it beside the end of the tag, which `out.answers` has not."""
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in answer_ids(out, tokenizer)]
+
+
+def answer_ids(out: SoftOutput, tokenizer, *, space: bool = True) -> list[list[int]]:
+    """Of each row tokens whose text is the answer: those of `out.answers`, and before them such as
+    spell what stands beside the end of the tag. space: see softar.tags.Answers."""
+    moves = None if out.config is None else out.config.moves[1]
+    answer, P = Answers(moves, tokenizer, space=space), out.prompt_length
+    lengths = (out.record.kind != Kind.PAD).sum(1).tolist()
+    rows = zip(out.sequences.tolist(), lengths, out.answer_start.tolist(), strict=True)
+    return [answer(ids[:P], ids[P : P + n], start) for ids, n, start in rows]
 
 
 def tally(

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Moves = tuple[
-    tuple[int, int, int], ...
-]  # (state, token, next state, plus WHOLE where it is spelled)
+# (state, token, next state); where the tag is whole, plus WHOLE, and once more for each character
+# of the token that stands behind the tag
+Moves = tuple[tuple[int, int, int], ...]
 WHOLE = 2**20
 SHIFT = 2**40  # beyond any token
 KINDS = {"BPE", "Unigram"}  # tokenizers whose tokens stand one behind the other
@@ -56,8 +56,7 @@ def moves_of_ids(ids: tuple[int, ...]) -> Moves:
 def _moves_of_text(tokenizer, size: int, text: str) -> Moves:
     moves, n = [], len(text)
     for piece, token in tokenizer.get_vocab().items():
-        for mark, space in SPACES.items():
-            piece = piece.replace(mark, space)
+        piece = _unmarked(piece)
         # begins the tag, or goes on with it: nothing else leads anywhere
         if text[0] not in piece and not any(
             piece == text[k : k + len(piece)] or piece.startswith(text[k:]) for k in range(1, n)
@@ -101,6 +100,13 @@ def _byte_letters(text: bytes) -> set[str]:
     return {chr(byte if byte in plain else 0x100 + others.index(byte)) for byte in text}
 
 
+def _unmarked(piece: str) -> str:
+    """A piece of a vocabulary with its marks as the white space that they write."""
+    for mark, space in SPACES.items():
+        piece = piece.replace(mark, space)
+    return piece
+
+
 def _step(done, piece, tag) -> int:
     """From the part of the tag that is done, by one token's piece. All three are texts, or tuples of
     ids."""
@@ -109,7 +115,8 @@ def _step(done, piece, tag) -> int:
         k for k in range(min(n - 1, len(whole)), -1, -1) if whole[len(whole) - k :] == tag[:k]
     )
     ends = range(max(n, len(done) + 1), len(whole) + 1)
-    return rest + WHOLE * any(whole[end - n : end] == tag for end in ends)
+    behind = next((len(whole) - end for end in ends if whole[end - n : end] == tag), -1)
+    return rest + WHOLE * (1 + behind)
 
 
 def matches(moves: Iterable[tuple[int, int, int]], row: Iterable[int]) -> list[int]:
@@ -119,8 +126,43 @@ def matches(moves: Iterable[tuple[int, int, int]], row: Iterable[int]) -> list[i
         state = table.get((state, token), 0)
         if state >= WHOLE:
             found.append(column)
-            state -= WHOLE
+            state %= WHOLE
     return found
+
+
+class Answers:
+    """The answers of a tokenizer's rows, as tokens whose text they are. The token that closes the tag
+    may hold their beginning: in "</", "think", ">-", "5" it is "-", which no token of the row is."""
+
+    def __init__(self, moves: Moves | None, tokenizer, *, space: bool = True):
+        """moves: of the tag that closes thoughts, None for none. space: white space begins an answer,
+        too, where its token holds nothing else behind the tag."""
+        self.tokenizer, self.space = tokenizer, space
+        self.table = {(state, token): step for state, token, step in moves or ()}
+        self.merged = {token for (_, token), step in self.table.items() if step >= 2 * WHOLE}
+        # tokens before the last that spell a tag: each a character of it, or more
+        self.reach = max((state for state, _ in self.table), default=0)
+
+    def __call__(self, prompt: list[int], tokens: list[int], start: int) -> list[int]:
+        """prompt: its last `reach` tokens will do. tokens: of the completion. start: as many of them
+        stand before the answer."""
+        if start == 0 or tokens[start - 1] not in self.merged:
+            return tokens[start:]
+        *before, last = [*prompt, *tokens[:start]][-self.reach - 1 :]
+        state = 0
+        for token in before:
+            state = self.table.get((state, token), 0) % WHOLE
+        behind = self.table.get((state, last), 0) // WHOLE - 1
+        return [*(self._ids(last, behind) if behind > 0 else ()), *tokens[start:]]
+
+    def _ids(self, token: int, behind: int) -> list[int]:
+        """Of the token's last so many characters. One by one, as the vocabulary writes them: they may
+        be bytes, and parts of a letter."""
+        piece = self.tokenizer.convert_ids_to_tokens(token)[-behind:]
+        ids = self.tokenizer.convert_tokens_to_ids([*piece])
+        if not {None, self.tokenizer.unk_token_id}.isdisjoint(ids):
+            ids = self.tokenizer.encode(_unmarked(piece), add_special_tokens=False)
+        return ids if self.space or self.tokenizer.decode(ids).strip() else []
 
 
 def single(moves: Moves) -> int | None:
@@ -161,7 +203,7 @@ def scan(moves: Moves, rows: list[list[int]]) -> tuple[list[int], list[int]]:
         for column in (c for c, token in enumerate(row) if token in tokens):
             state = table.get((state if column == before + 1 else 0, row[column]), 0)
             if state >= WHOLE:
-                last, state = column, state - WHOLE
+                last, state = column, state % WHOLE
             before = column
         columns.append(last)
         states.append(state if before == len(row) - 1 else 0)

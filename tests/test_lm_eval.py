@@ -24,7 +24,8 @@ from softar.evals.sweep_summary import aggregate, plot_sweep, read_sweep
 from softar.tasks import load_task
 from softar.tasks.harness import is_known
 from tests.test_models import write_gguf
-from tests.tiny import model_of, tokenizer_of
+from tests.test_tags import byte_level
+from tests.tiny import Forced, model_of, tokenizer_of
 
 PROMPTS = [
     " ".join(["<bos>", f"w{20 + i}", f"w{6 + i}", f"w{40 - i}"][: 2 + i % 3]) for i in range(12)
@@ -213,6 +214,30 @@ def test_how_tags_are_spelled_is_nobodys_option(folder):
         assert "'spelling'" not in str(error.value).partition("it takes")[2]
     decoding = SoftarLM(folder, think_end="</think>", batch_size=12).decoding
     assert "spelling" not in decoding and decoding["think_end"] == (4,)
+
+
+@pytest.mark.parametrize(
+    ("text", "until", "answer"),
+    [
+        ("ok</think>-5", "w", "-5"),
+        ("ok</think>\n5", "\n", "5"),  # white space alone is left out, or nothing were there
+        ("ok</think>-5k", "-", ""),
+    ],
+)
+def test_what_merged_with_the_tag_begins_the_answer(text, until, answer, tmp_path, monkeypatch):
+    tokenizer = byte_level("> Ċ")
+    script = [*tokenizer.encode(text), tokenizer.eos_token_id]
+    model_of(vocab_size=len(tokenizer), eos_token_id=script[-1]).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    lm = SoftarLM(str(tmp_path), think_end="</think>", mixer="hard")
+
+    def generate(model, ids, mask, **options):
+        options["logits_processor"] = [Forced(ids.shape[1], [script] * len(ids))]
+        return softar.generate(model, ids, mask, **options)
+
+    monkeypatch.setattr("softar.evals.lm_eval.generate", generate)
+    asks = asked(["ok"], until=[until], max_gen_toks=len(script))
+    assert lm.generate_until(asks, disable_tqdm=True) == [answer]
 
 
 def test_stop_strings_wait_for_the_end_of_the_thought(folder):

@@ -18,6 +18,7 @@ from ..loops import stop_at
 from ..models import plain
 from ..models.reading import check_virtual_tokens
 from ..show.trace import Step, Trace, Words
+from ..tags import Answers
 from .answer import Decoded
 from .card import check_of_kind, columns_of
 from .stop import answer_starts, stops_of
@@ -134,9 +135,10 @@ class BeamDecoder:
         rows = [self._unpadded(row) for row in sequences[:, width:].tolist()]
         starts = answer_starts(self.thought, sequences, width)
         starts = [min(start, len(row)) for start, row in zip(starts, rows, strict=True)]
+        answer = Answers(self.thought.moves[1], self.tokenizer)
         texts = [
-            self.tokenizer.decode(row[start:], skip_special_tokens=True)
-            for row, start in zip(rows, starts, strict=True)
+            self.tokenizer.decode(answer(prompt, row, start), skip_special_tokens=True)
+            for prompt, row, start in zip(inputs["input_ids"].tolist(), rows, starts, strict=True)
         ]
         seconds = (time.perf_counter() - started) / len(prompts)
         return [

@@ -6,6 +6,7 @@ from dataclasses import replace
 from transformers import BatchEncoding
 
 from ..decode import SoftOutput
+from ..evaluate import answer_texts
 from ..show.trace import Trace, thought
 from ..thought import Kind
 from .answer import Decoded
@@ -26,7 +27,7 @@ def read_out(
     row; None: as many as it has steps, and those that read the prompt. title: of traces, None for no
     traces.
     """
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in out.answers]
+    texts = answer_texts(out, tokenizer)
     is_step = out.record.kind != Kind.PAD  # [B, T]; padding stands at the end
     is_token = is_step & (out.record.kind != Kind.LATENT)
     tokens = [tuple(ids[own].tolist()) for ids, own in zip(out.completions, is_token, strict=True)]

@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from ..config import SoftConfig
+from ..tags import Answers
 from ..thought import begin, mk_rules
 
 
@@ -26,29 +27,34 @@ class StopStrings(StoppingCriteria):
         text at the string anyway. replay: the rows of each call are others, as in a search."""
         self.tokenizer, self.prompt_length = tokenizer, prompt_length
         self.stop = [text for text in stop if text]
+        # white space beside a tag ends no answer that has not begun
+        self.answer = Answers(config.moves[1], tokenizer, space=False)
         # Tokens that are looked at: no token but the added ones is shorter than a byte
         self.window = max((len(text.encode()) for text in self.stop), default=0) + 2
+        self.window += self.answer.reach
         self.config, self.replay = config, replay
         self.thoughts = None  # how far each row's thought is, after the prompt has been read
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
         """[B, P + t] -> [B] bool. Asked at every step, from the first on."""
         tokens = input_ids[:, self.prompt_length :]
-        starts = [0] * len(tokens)
+        starts, width = [0] * len(tokens), input_ids.shape[1]
+        # of the prompt what may have begun a tag
+        first = max(self.prompt_length - self.answer.reach, width - self.window, 0)
+        unread = max(first - self.prompt_length, 0)
         if self.config.switch_budget is not None:
             return torch.zeros(len(tokens), dtype=torch.bool, device=input_ids.device)
         if self.config.has_answer and self.config.hide_thought:
             if self.thoughts is None or self.replay:
                 self.thoughts = Thoughts(self.config, input_ids[:, : self.prompt_length])
             self.thoughts.read(tokens)
-            starts = (self.thoughts.ends - tokens[:, : -self.window].shape[1]).tolist()
-        tails = map(self._tail, tokens[:, -self.window :].tolist(), starts)
+            starts = (self.thoughts.ends - unread).clamp_min(0).tolist()
+        own = max(self.prompt_length - first, 0)
+        rows = zip(input_ids[:, first:].tolist(), starts, strict=True)
+        tails = (self.answer(row[:own], row[own:], start) for row, start in rows)
+        tails = [self.tokenizer.decode(tail) for tail in tails]
         ends = [any(text in tail for text in self.stop) for tail in tails]
         return torch.tensor(ends, device=input_ids.device)
-
-    def _tail(self, tokens: list[int], start: int) -> str:
-        """The last few tokens as text, from the answer's first on."""
-        return self.tokenizer.decode(tokens[max(start, 0) :]) if start < len(tokens) else ""
 
 
 class Thoughts:

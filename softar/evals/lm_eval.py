@@ -29,7 +29,7 @@ from ..decoders.options import check_options
 from ..decoders.soft import decoder_name
 from ..decoders.stop import StopStrings
 from ..defaults import recall
-from ..evaluate import prefixed
+from ..evaluate import answer_ids, prefixed
 from ..mixers import mk_mixer
 from ..models import load
 from .costs import Costs
@@ -295,7 +295,8 @@ class SoftarLM(LoadedLM):
             generation_config=settings,
         )
         self.count(out.row_forwards.double().tolist(), int(out.num_tokens.sum()), out)
-        return self.padded(context, [answer.tolist() for answer in out.answers])
+        # white space beside a tag would be cut at a task's "\n\n", and all behind it
+        return self.padded(context, answer_ids(out, self.tokenizer, space=False))
 
     def _loglikelihood_tokens(self, requests, *args, **kwargs):
         self.note_likelihoods()

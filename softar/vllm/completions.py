@@ -15,6 +15,7 @@ from ..decoders.votes import commonest, reader
 from ..defaults import THINK_TAGS
 from ..evaluate import chat_text, prefixed
 from ..show.trace import Step, Trace, thought
+from ..tags import Answers
 from ..thought import Progress, Record, begin, mk_rules, replay, warn_unopened
 from .request import parse
 
@@ -186,18 +187,28 @@ class CompletionDecoder:
     ) -> list[Decoded]:
         """The row that counts, of each prompt, its token ids and its completions. seconds: of one
         row."""
-        starts = [0] * len(prompts)
+        starts, moves = [0] * len(prompts), None
         config = self.sampling.thinking
         if prompts and config is not None and config.has_answer:
             config = config.resolve(self.tokenizer)
             progress = followed(config, ids, [completions[0] for completions in answers])
-            starts = progress.answer_start.tolist()
+            starts, moves = progress.answer_start.tolist(), config.moves[1]
             if config.think_start is not None:
                 warn_unopened(config, progress)
-        return [self._row(*row, seconds) for row in zip(prompts, ids, answers, starts, strict=True)]
+        rows, answer = (
+            zip(prompts, ids, answers, starts, strict=True),
+            Answers(moves, self.tokenizer),
+        )
+        return [self._row(*row, answer, seconds) for row in rows]
 
     def _row(
-        self, prompt, ids: list[int], completions: list[Completion], start: int, seconds: float
+        self,
+        prompt,
+        ids: list[int],
+        completions: list[Completion],
+        start: int,
+        answer: Answers,
+        seconds: float,
     ) -> Decoded:
         chosen = completions[0]
         if self.sampling.mode == "self-consistency":
@@ -206,7 +217,8 @@ class CompletionDecoder:
             chosen = completions[commonest(ballots)[0]]
         text = chosen.text
         if start:
-            text = self.tokenizer.decode(chosen.tokens[start:], skip_special_tokens=True)
+            tokens = answer(ids, [*chosen.tokens], start)
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         forwards, positions = self.sampling.cost(len(ids), [len(c.tokens) for c in completions])
         entropy = None if chosen.record is None else float(chosen.record.entropy.mean())
         trace = self._trace(prompt, ids, chosen, start) if self.trace else None
