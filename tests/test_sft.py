@@ -1724,8 +1724,18 @@ def test_thoughts_of_whole_chats_are_found_or_refused(tmp_path, answers, options
     if not re.fullmatch(r"(w7|w8|<eos>| )*", thought):
         with pytest.raises(ValueError, match=thought):
             trainer_of(tmp_path, rows, tokenizer=tokenizer, **options)
+        # held-out rows as well, before the training that they are of
+        pair = {"prompt": [said[0]], "completion": [easy[1]]}
+        held = dict(eval_dataset={"a": rows.select(range(3)), "b": rows})
+        held |= {} if "think_start" in options else dict(train=Dataset.from_list([pair] * 3))
+        held.setdefault("train", rows.select(range(3)))
+        for given in (held, held | dict(eval_dataset=rows)):
+            key = "" if given["eval_dataset"] is rows else r"\['[ab]'\]"
+            why = thought.removeprefix("row 3.*")
+            with pytest.raises(ValueError, match=rf"eval_dataset{key} .*{why}"):
+                trainer_of(tmp_path, tokenizer=tokenizer, **options, **given)
         return
-    made = trainer_of(tmp_path, rows, tokenizer=tokenizer, **options)
+    made = trainer_of(tmp_path, rows, tokenizer=tokenizer, **options, eval_dataset=rows)
     row = made.train_dataset[3]
     inside = thought_of(row["input_ids"], row["labels"], made._span)
     soft = [token for token, is_soft in zip(row["input_ids"], inside) if is_soft]
@@ -1742,9 +1752,20 @@ def test_a_tag_that_the_tokenizer_merges_is_refused_by_row(tmp_path):
     core.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
     rows = [{"prompt": "a", "completion": text} for text in (" b </t> a", " b</t> a")]
-    with pytest.raises(ValueError, match=r"row 1 holds think_end='</t>', but the tokenizer merges"):
-        trainer_of(tmp_path, Dataset.from_list(rows), tokenizer=tokenizer, think_end="</t>")
-    trainer_of(tmp_path, Dataset.from_list(rows[:1] * 2), tokenizer=tokenizer, think_end="</t>")
+    good, bad, how = (
+        Dataset.from_list(rows[:1] * 2),
+        Dataset.from_list(rows),
+        dict(think_end="</t>"),
+    )
+    for data, train, held_out in (
+        ("train_dataset", bad, None),
+        ("eval_dataset", good, bad),
+        (r"eval_dataset\['b'\]", good, {"a": good, "b": bad}),
+    ):
+        with pytest.raises(ValueError, match=f"row 1 of {data} holds think_end='</t>', but the to"):
+            trainer_of(tmp_path, train, tokenizer=tokenizer, eval_dataset=held_out, **how)
+    answers = Dataset.from_list([{"prompt": "a", "completion": " a"}])  # held-out rows may be
+    trainer_of(tmp_path, good, tokenizer=tokenizer, eval_dataset=answers, **how)
 
 
 def merging():

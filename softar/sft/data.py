@@ -113,17 +113,23 @@ def has_turns(dataset) -> bool:
     return "prompt" not in columns and bool({"messages", "conversations"} & {*columns})
 
 
-def check_thoughts(dataset: Dataset, args, tokenizer, span: dict, is_chat: bool) -> None:
-    """Raise ValueError for tokenised rows in which thoughts are not where a SoftSFTConfig says, or of
-    chats (`is_chat`: whole ones) in more than one place. span: as thought_mask takes it."""
+def check_thoughts(rows, args, tokenizer, span: dict, data: str) -> None:
+    """Raise ValueError for tokenised rows of a Dataset, or of several by name, in which thoughts are not
+    where a SoftSFTConfig says, or of whole chats in more than one place. span: as thought_mask takes
+    it; data: their name, "train_dataset" where the tags must stand, too. Streams are seen only once."""
+    if isinstance(rows, dict):
+        for key, each in rows.items():
+            check_thoughts(each, args, tokenizer, span, f"{data}[{key!r}]")
+    if not isinstance(rows, Dataset):
+        return
     for name in TAGS:
         if (text := getattr(args, name)) is not None:
-            check_tag(dataset, name, text, args.targets, tokenizer)
-    has_several = args.is_soft and (is_chat or args.assistant_only_loss)
-    for number, row in enumerate(dataset if has_several else ()):
+            check_tag(rows, name, text, args.targets, tokenizer, data)
+    has_several = args.is_soft and (has_turns(rows) or args.assistant_only_loss)
+    for number, row in enumerate(rows if has_several else ()):
         if why := _ambiguous(row, args, span):
             raise ValueError(
-                f"row {number} of the data is a chat {why}: give rows of prompt and completion, one for each answer"
+                f"row {number} of {data} is a chat {why}: give rows of prompt and completion, one for each answer"
             )
 
 
@@ -144,11 +150,11 @@ def _ambiguous(row: dict[str, Any], args, span: dict) -> str | None:
     return None
 
 
-def check_tag(dataset: Dataset, name: str, text: str, targets: str, tokenizer) -> None:
-    """Raise ValueError for a tag that stands nowhere in the tokenised rows, and for a row in which
-    the tokenizer merges it with its neighbours beyond recognition: whole completions would be
-    thought, and nothing would say so. A row may lack it. "think_start" may stand in a prompt
-    too."""
+def check_tag(dataset: Dataset, name: str, text: str, targets: str, tokenizer, data: str) -> None:
+    """Raise ValueError for a tag that stands nowhere in the tokenised training rows, and for a row in
+    which the tokenizer merges it with its neighbours beyond recognition: whole completions would be
+    thought, and nothing would say so. A row may lack it, and held-out rows may be answers alone.
+    "think_start" may stand in a prompt too."""
     moves, in_prompts, stands = spelled(tokenizer, text), name == "think_start", False
     for number, row in enumerate(dataset):
         for tokens in _texts(row, targets, in_prompts):
@@ -156,11 +162,11 @@ def check_tag(dataset: Dataset, name: str, text: str, targets: str, tokenizer) -
                 stands = True
             elif text in tokenizer.decode([token for token in tokens if token >= 0]):
                 raise ValueError(
-                    f"row {number} holds {name}={text!r}, but the tokenizer merges it with its neighbours, so its "
-                    f"tokens {[*tag_ids(tokenizer, text)]} are not there: put a space or a line break around it, or "
-                    "add it as a special token"
+                    f"row {number} of {data} holds {name}={text!r}, but the tokenizer merges it with its neighbours, "
+                    f"so its tokens {[*tag_ids(tokenizer, text)]} are not there: put a space or a line break around "
+                    "it, or add it as a special token"
                 )
-    if not stands:
+    if not stands and data == "train_dataset":
         where = "prompt or completion" if in_prompts else "completion"
         raise ValueError(
             f"{name}={text!r}, tokens {[*tag_ids(tokenizer, text)]}, stands in no {where} of the training data (cut to "
@@ -171,7 +177,7 @@ def check_tag(dataset: Dataset, name: str, text: str, targets: str, tokenizer) -
 def _texts(row: dict[str, Any], targets: str, in_prompts: bool) -> list[list[int]]:
     """What a row can be trained on; without the prompts as labels."""
     labels = row.get("labels", row["input_ids"])
-    if targets != "traces":
+    if targets != "traces" or "trace_ids" not in row:  # held-out rows have none
         return [row["input_ids"] if in_prompts else labels]
     begin = (
         0

@@ -28,25 +28,32 @@ def check_columns(model, args, train_dataset) -> None:
     """Raise ValueError for training data that lacks what the options need."""
     if args.packing:
         check_pickable(train_dataset, "packing=True")
-    is_said = args.assistant_only_loss or args.think_start is not None
-    if has_turns(train_dataset) and args.is_soft and not is_said:
-        raise ValueError(
-            f"the rows have the columns {train_dataset.column_names}, chats in which what users say would be thought, "
-            "too: give rows of prompt and completion, think_start, or assistant_only_loss=True"
-        )
+    _check_turns(args, train_dataset, "train_dataset")
     if args.targets != "gold":
         check_traces(train_dataset, args.targets)
     if args.completion_logits:
         check_takes_fewer_logits(model, train_dataset)
 
 
-def check_held_out(args, rows, score) -> None:
+def _check_turns(args, rows, data: str) -> None:
+    """Raise ValueError for chats that do not say what of them is prompt. data: their name."""
+    is_said = args.assistant_only_loss or args.think_start is not None
+    if has_turns(rows) and args.is_soft and not is_said:
+        raise ValueError(
+            f"{data} has the columns {rows.column_names}, chats in which what users say would be thought, too: give "
+            "rows of prompt and completion, think_start, or assistant_only_loss=True"
+        )
+
+
+def check_held_out(args, rows, score, data: str = "eval_dataset") -> None:
     """Raise ValueError for held-out rows, one data set or several by name, that lack what an evaluation
-    reads of them."""
+    reads of them, or would be read otherwise than they are decoded. data: their name."""
     if isinstance(rows, dict):
-        for each in rows.values():
-            check_held_out(args, each, score)
+        for key, each in rows.items():
+            check_held_out(args, each, score, f"{data}[{key!r}]")
         return
+    if rows is not None:
+        _check_turns(args, rows, data)
     if score is not None and args.eval_decode_rows and rows is not None:
         check_pickable(rows, "eval_dataset with score=")
         if "prompt" not in rows.column_names:

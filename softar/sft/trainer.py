@@ -42,7 +42,6 @@ from .data import (
     add_trace_ids,
     check_thoughts,
     frontier,
-    has_turns,
     longest_completion,
     packed,
     span_of,
@@ -136,9 +135,8 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         self._thought = torch.zeros(2, device=self.accelerator.device)
         self._mixer = mk_mixer(args.soft_mixer, **(args.soft_mixer_args or {}))
         self._span = span_of(args, processing_class)
-        if isinstance(self.train_dataset, Dataset):  # a stream shows its rows only once
-            is_chat = has_turns(train_dataset)
-            check_thoughts(self.train_dataset, args, processing_class, self._span, is_chat)
+        for name, each in rows.items():
+            check_thoughts(each, args, processing_class, self._span, f"{name}_dataset")
         self._curriculum = mk_curriculum(self.model, processing_class, rows, args, self._span)
         if args.packing:
             self._pack()
