@@ -97,14 +97,20 @@ def check_room(cache, positions: int) -> None:
         )
 
 
-def unread_by(cache, prompt_length: int) -> int:
-    """Columns of a prompt that a cache of the caller's, None for none, does not hold. Raises ValueError
-    where it holds all: transformers would read others once more."""
+def unread_by(cache, prompt_length: int, chunk_size: int | None) -> int:
+    """Columns of a prompt that a cache of the caller's, None for none, does not hold. chunk_size: the
+    setting prefill_chunk_size. Raises ValueError where it holds all, or any and the prompt is read in
+    chunks: transformers would read others once more."""
     held = 0 if cache is None else int(cache.get_seq_length())
     if held >= prompt_length:
         raise ValueError(
             f"the cache holds {held} positions and the prompt has {prompt_length}: give the text from its beginning, "
             "what is new at its end, or crop the cache"
+        )
+    if held and chunk_size is not None:
+        raise ValueError(
+            f"prefill_chunk_size={chunk_size} reads the whole prompt, and the cache holds {held} positions of it "
+            "already: leave it out, or give an empty cache"
         )
     return prompt_length - held
 

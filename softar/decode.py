@@ -307,9 +307,9 @@ def soft_decode(
         soft_streamer.put(input_ids.cpu())
 
     prompt_length = input_ids.shape[1]
-    unread = unread_by(model_kwargs.get("past_key_values") if keeps else None, prompt_length)
-    positions = len(input_ids) * unread
-    forwards = -(-unread // (generation_config.prefill_chunk_size or unread))
+    given, chunk_size = model_kwargs.get("past_key_values"), generation_config.prefill_chunk_size
+    unread = unread_by(given if keeps else None, prompt_length, chunk_size)
+    positions, forwards = len(input_ids) * unread, -(-unread // (chunk_size or unread))
     records: list[Record] = []
     vectors, noisy = [], []  # of each step a tensor, or None
     # transformers compiles the reading of a prompt in parts: a graph for each of their sizes

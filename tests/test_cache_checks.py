@@ -87,6 +87,35 @@ def test_what_the_callers_cache_holds_is_not_counted_again(llama, kind):
     assert not calls
 
 
+def test_a_prompt_read_in_chunks_wants_an_empty_cache(llama):
+    """transformers read the whole prompt once more, behind what the cache held."""
+    own, ids = DynamicCache(), torch.cat([IDS, torch.full((len(IDS), 6), 9)], 1)
+    mask = torch.cat([MASK, torch.ones_like(ids[:, IDS.shape[1] :])], 1)
+
+    def turn(ids, mask):
+        return llama.generate(
+            ids,
+            attention_mask=mask,
+            custom_generate=softar.soft_decode,
+            soft_config=CONFIG,
+            past_key_values=own,
+            max_new_tokens=4,
+            prefill_chunk_size=2,
+            return_dict_in_generate=True,
+        )
+
+    with counted(llama) as calls:
+        out = turn(IDS, MASK)
+    assert out.num_forwards == len(calls)
+    assert out.token_forwards == sum(rows * columns for rows, columns in calls)
+    with (
+        counted(llama) as calls,
+        pytest.raises(ValueError, match=r"prefill_chunk_size=2 .*holds 8"),
+    ):
+        turn(ids, mask)
+    assert not calls
+
+
 def test_what_needs_each_step_gets_it_on_an_accelerator():
     gpu = torch.device("cuda")
     assert (
