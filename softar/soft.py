@@ -156,6 +156,7 @@ def soft_embed(soft: Soft, embedding: nn.Module, *, rescale: str | None = None) 
         return (mixed / square.sqrt()[..., None]).to(dtype)
     lengths = vectors.norm(dim=-1)
     target = weights @ lengths if lengths.dim() == 1 else (weights * lengths).sum(-1)
+    target = target / weights.sum(-1).clamp_min(1e-12)  # those of `hybrid` sum to more than 1
     return (mixed * (target / mixed.norm(dim=-1).clamp_min(1e-12))[..., None]).to(dtype)
 
 

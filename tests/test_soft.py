@@ -629,6 +629,16 @@ def test_rescale(rescale, kind):
     torch.testing.assert_close(soft_embed(soft, table), plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_norm_gives_the_mean_length_whatever_the_weights_sum_to(kind):
+    """Those of `hybrid` sum to more than 1: what was read was up to twice as long."""
+    table, soft = table_of(VOCAB, 16), random_soft(kind, VOCAB)
+    once = soft_embed(soft, table, rescale="norm")
+    for share in (0.3, 1.9):
+        scaled = Soft(soft.ids, soft.weights * share)
+        torch.testing.assert_close(soft_embed(scaled, table, rescale="norm"), once)
+
+
 @pytest.mark.parametrize("rescale", [None, "l2", "norm"])
 def test_rescaling_leaves_a_single_token_alone(rescale):
     table = table_of()
