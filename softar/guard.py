@@ -68,6 +68,7 @@ NOT_FOLLOWED: dict[str, str] = {
         "output_scores output_logits output_attentions output_hidden_states".split(), _OUTPUTS
     ),
     "guidance_scale": _CFG,
+    "remove_invalid_values": "logits that are no numbers end a decode, with their step and rows",
     "decoder_start_token_id": "a causal LM begins with its prompt",
 }
 # In softar.generate, which sets them itself, these as well

@@ -40,7 +40,7 @@ ACT = set(
     "max_length max_new_tokens min_length min_new_tokens max_time stop_strings do_sample use_cache "
     "cache_implementation compile_config cache_config max_cache_len repetition_penalty encoder_repetition_penalty "
     "no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id "
-    "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
+    "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
     "sequence_bias token_healing watermarking_config num_return_sequences return_dict_in_generate "
     "pad_token_id bos_token_id eos_token_id encoder_no_repeat_ngram_size disable_compile "
     "prefill_chunk_size transformers_version".split()
@@ -53,6 +53,7 @@ WISHES = {  # where 2 is no value
     "low_memory": True,
     "use_mtp": True,
     "is_assistant": True,
+    "remove_invalid_values": True,
     "speculation_type": "x",
     "num_assistant_tokens_schedule": "heuristic",
     "continuous_batching_config": {"a": 1},
