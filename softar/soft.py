@@ -69,6 +69,7 @@ def mk_proba_dist(
 
     Returns:
         Soft with K = keep or top_k or V. Ids that a filter dropped keep their place with weight 0.
+        Weights of rows in which no token is left are NaN.
 
     Raises:
         ValueError: for a value out of its range.
@@ -79,7 +80,9 @@ def mk_proba_dist(
     if len(banned):
         x = x.index_fill(-1, torch.as_tensor(banned, device=x.device), -torch.inf)
     if not torch.is_tensor(temperature) and temperature == 0:
-        return hard(Largest(x).id)
+        ids = Largest(x).id[..., None]
+        most = x.detach().gather(-1, ids)
+        return Soft(ids, torch.ones_like(most).masked_fill(most == -torch.inf, torch.nan))
 
     ids = None  # vocabulary order
     if top_k is not None and top_k < V:
@@ -292,7 +295,9 @@ def tempered(x: Tensor, temperature: float | Tensor) -> Tensor:
         # 0 / 0.
         return (x - x.amax(-1, keepdim=True)) / max(temperature, torch.finfo(x.dtype).tiny)
     zero = temperature == 0
-    hot = torch.full_like(x, -torch.inf).scatter(-1, x.argmax(-1, keepdim=True), 0.0)
+    peak = x.detach().amax(-1, keepdim=True)
+    # 0, or NaN where there is no number to choose
+    hot = torch.full_like(x, -torch.inf).scatter(-1, x.argmax(-1, keepdim=True), peak - peak)
     # kept out of the division: its gradient for T would be 0 x inf
     gone = x <= torch.finfo(x.dtype).min
     shifted = (x - x.amax(-1, keepdim=True)).masked_fill(gone, 0.0)

@@ -223,6 +223,7 @@ def decide(
     progress = Progress(
         done, thinking, closed, thoughts, cold, forced, steps, answer_start, spelled, turns
     )
+    h = h.masked_fill(softly & ~forcing & soft.weights[:, 0].isnan(), torch.nan)
     return progress, Record(ids, weights, token, kind, logp, h.masked_fill(done, 0.0))
 
 
@@ -231,7 +232,7 @@ def check_finite(record: Record, step: int) -> None:
     if rows := is_bad(record).nonzero()[:, 0].tolist():
         raise FloatingPointError(
             f"logits are NaN or infinite, or leave no token, at step {step}, rows {rows}: check the "
-            f"weights, the dtype (try float32) and the processors"
+            f"weights, the dtype (try float32), the processors and `banned`"
         )
 
 
@@ -283,13 +284,17 @@ def mk_think(config: SoftConfig, step: StepTemperature | None = None) -> Callabl
         own = {}
         if step is not None:
             own = {"temperature": config.temperature * step(hidden).to(logits.device)}
-        mixed = mixer(mk_proba_dist(logits, **filters | own), rng=rng, **more)
+        dist = mk_proba_dist(logits, **filters | own)
+        mixed = mixer(dist, rng=rng, **more)
         if not is_known:
             check_mixed(mixed, *logits.shape, name_of(config.mixer))
             is_known = True
         soft, token, logp, vector, perturbed = mixed
         if is_soft:
             soft = guide(soft, token, 1 - config.softness)
+        if config.banned:  # single tokens hide that no other was left
+            nothing_left = dist.weights[..., :1].isnan()
+            soft = soft._replace(weights=soft.weights.masked_fill(nothing_left, torch.nan))
         nothing = torch.full_like(logits[:, 0], torch.nan)
         return Mixed(soft, token, nothing if logp is None else logp, vector, perturbed)
 

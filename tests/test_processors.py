@@ -138,6 +138,44 @@ def test_processors_that_leave_no_token_are_named_at_their_step(loop):
         )
 
 
+THINKING = {
+    "greedy": dict(mixer="hard"),
+    "drawn": dict(mixer="hard", temperature=1.0, top_k=4, mixer_args={"sample": True}),
+    "soft": dict(mixer="soft", top_k=4, budget=2),
+    "narrowed to a token": dict(mixer="gumbel", top_k=4, softness=0.0),
+    "soft beams": SoftBeam(3, 0.4),
+    "collapsed beams": BeamCollapse(3, 2),
+}
+
+
+@pytest.mark.parametrize("way", THINKING)
+def test_where_nothing_but_banned_tokens_is_left_the_step_is_named(way):
+    """Greedy thoughts said token 0."""
+    (ids, mask), model, how = left_padded(PROMPTS), model_of(eos_token_id=None), THINKING[way]
+    model.generation_config.suppress_tokens = [i for i in range(VOCAB) if i not in (40, 41)]
+
+    def decode(*banned):
+        knobs = dict(max_new_tokens=3, banned=banned)
+        if isinstance(how, dict):
+            rng = torch.Generator().manual_seed(7)
+            return softar.generate(model, ids, mask, config=SoftConfig(**knobs | how), rng=rng)
+        search = soft_beam if isinstance(how, SoftBeam) else beam_collapse
+        return search(model, ids, mask, SoftConfig(**knobs), how)[0]
+
+    assert (decode(40).completions[:, 0] == 41).all()
+    with pytest.raises(FloatingPointError, match=r"leave no token, at step 0, rows .* `banned`"):
+        decode(40, 41)
+
+
+def test_an_answer_may_say_banned_tokens_where_no_other_is_left():
+    (ids, mask), model = left_padded(PROMPTS), model_of(eos_token_id=None)
+    model.generation_config.suppress_tokens = [i for i in range(VOCAB) if i != 40]
+    how = dict(mixer="soft", top_k=4, think_start=30, think_end=END, banned=(40,))
+    with pytest.warns(UserWarning, match="no thought began"):
+        out = softar.generate(model, ids, mask, config=SoftConfig(max_new_tokens=3, **how))
+    assert (out.completions == 40).all()
+
+
 @pytest.mark.parametrize(
     "given", [TopKLogitsWarper(5), TemperatureLogitsWarper(0.5), MinPLogitsWarper(0.1)], ids=type
 )

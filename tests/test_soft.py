@@ -302,6 +302,17 @@ def test_tiny_temperatures_are_the_argmax_without_nan(tiny, top_k):
         assert torch.equal(dense(mk_proba_dist(logits, temperature=T, top_k=top_k), 10), expected)
 
 
+@pytest.mark.parametrize("T", [0.0, 0.7, torch.tensor([[0.0], [0.7]]), torch.zeros(2, 1)], ids=str)
+@pytest.mark.parametrize("knobs", [{}, dict(top_k=2), dict(top_p=0.9), dict(keep=2)], ids=str)
+def test_where_no_token_is_left_weights_are_nan_at_any_temperature(T, knobs):
+    """At 0 it was token 0, of weight 1."""
+    logits = torch.tensor([[-torch.inf, -torch.inf, 2.0, 1.0], [1.0, 0.0, 1.0, 0.0]])
+    soft = mk_proba_dist(logits, temperature=T, banned=(2, 3), **knobs)
+    assert soft.weights.isnan().all(1).tolist() == [True, False]
+    if not isinstance(T, float):
+        assert entropy(torch.full((2, 4), -torch.inf), T).isnan().all()
+
+
 def test_temperature_tensor_with_zeros_for_some_rows():
     logits = logits_of(4, 10)
     T = torch.tensor([0.0, 0.7, 0.0, 2.0])

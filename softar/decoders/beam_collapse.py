@@ -204,6 +204,7 @@ class Path:
         first = mk_proba_dist(group.logits, top_k=B, banned=self.config.banned).ids
         # the logits themselves: their common constant is none of the beams'
         scores = self._allowed(group.logits).gather(-1, first)  # [n, B]
+        self._check(group.tokens, group.h.masked_fill(leaves_none(scores), torch.nan))
         ahead = group.select(torch.arange(n, device=device).repeat_interleave(B)) if L > 1 else None
         progress = group.progress.select(torch.arange(n, device=device).repeat_interleave(B))
         token, h = first.flatten(), group.h.repeat_interleave(B)
@@ -316,10 +317,13 @@ class Path:
         h = entropy(logits, self.config.temperature)
         scores = self.processors(tokens, logits)
         h = h.masked_fill(leaves_none(scores), torch.nan)
+        self._check(tokens, h)
+        return scores, h
+
+    def _check(self, tokens: Tensor, h: Tensor) -> None:
         if h.isnan().any():
             blank = Record(tokens, h[:, None], tokens, tokens, h, h)
             check_finite(blank, tokens.shape[1] - self.P)
-        return scores, h
 
     def finished(self) -> tuple[Progress, Record]:
         T = int((self.record.kind != Kind.PAD).any(0).sum())

@@ -33,7 +33,7 @@ from ..decode import SoftOutput, generate
 from ..mixers import Mixed, guide, hard
 from ..models.kind import uncompiled
 from ..placement import evaluating
-from ..processors import asked_of
+from ..processors import asked_of, leaves_none
 from ..soft import Soft, entropy, mk_proba_dist, soft_inputs
 from ..soft import hard as one_token
 from ..step import LIMITS
@@ -189,7 +189,6 @@ class Hypotheses(LogitsProcessor):
         h = self.h.masked_fill(entropy(scores).isnan(), torch.nan)  # no token is left
         first = hard(belief)
         after, record = decide(rules, self.progress, h, first, first)
-        self._check_finite(record)
         if c.banned:
             thinks = (after.thoughts > self.progress.thoughts)[:, None]
             ids = torch.as_tensor(c.banned, device=scores.device)
@@ -198,6 +197,8 @@ class Hypotheses(LogitsProcessor):
         if rules.end is not None and forced.any():
             alone = torch.full_like(scores, -torch.inf).scatter(-1, record.token[:, None], 0.0)
             scores = torch.where(forced, alone, scores)
+        lost = leaves_none(scores) & (record.kind != Kind.PAD)  # by `banned` too
+        self._check_finite(record._replace(entropy=record.entropy.masked_fill(lost, torch.nan)))
         tops = scores.topk(min(self.most, scores.shape[-1]))
         self.steps.append(_Step(self.parent, input_ids[:, -1], belief, h, tops))
         self.tokens = input_ids
@@ -265,7 +266,7 @@ class Hypotheses(LogitsProcessor):
             prompts = sorted({row // self.B for row in rows})
             raise FloatingPointError(
                 f"logits are NaN or infinite, or leave no token, at step {len(self.steps)}, rows {prompts}: check "
-                f"the weights, the dtype (try float32) and the processors"
+                f"the weights, the dtype (try float32), the processors and `banned`"
             )
 
 
