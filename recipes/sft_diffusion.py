@@ -133,9 +133,13 @@ def last_answers(rows):
     would be, too."""
     if rows is None or "messages" not in rows.column_names:
         return rows
+    features = rows.features and rows.features.copy()
+    if features:  # which `map` would take from the first rows alone
+        features["prompt"] = features["completion"] = features.pop("messages")
     return rows.map(
         lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]},
         remove_columns="messages",
+        features=features,
     )
 
 

@@ -14,6 +14,7 @@ from .checks import shorten
 if TYPE_CHECKING:
     from datasets import Dataset
 
+TOLD = ("tools", "chat_template_kwargs")  # columns that a chat template hears
 Rows = list[tuple[int, dict]]  # (line of the file, column -> value)
 
 
@@ -50,7 +51,8 @@ def read_dataset(path: str | Path) -> "Dataset":
 
 def dataset_of(path: str | Path, rows: list[dict]) -> "Dataset":
     """The rows that were read from `path`, with all columns that any of them has; None where a row
-    lacks one. (`Dataset.from_list` keeps the columns of the first row alone.)
+    lacks one. (`Dataset.from_list` keeps the columns of the first row alone.) A dict inside has the
+    keys that it has in its row, whatever those of other rows have.
 
     Raises:
         ValueError: for a column with values of different kinds.
@@ -59,12 +61,54 @@ def dataset_of(path: str | Path, rows: list[dict]) -> "Dataset":
 
     names = dict.fromkeys(name for row in rows for name in row)
     try:
-        return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+        return datasets.Dataset.from_dict(
+            {name: _kept([row.get(name) for row in rows]) for name in names}
+        )
     except Exception as error:  # of pyarrow, in many classes
         raise ValueError(
             f"{path}: a column holds values of different kinds ({shorten(str(error))}): give each "
             "column one"
         ) from error
+
+
+def _kept(values: list):
+    """A column as Arrow can keep it. Its structs have all keys that any row has, in one order, None
+    where a row lacks one, and one kind of value for each: dicts that differ in these are kept as JSON,
+    which a datasets.Dataset reads as what it was."""
+    depth, inner = 0, [value for value in values if value is not None]
+    while inner and all(isinstance(value, list) for value in inner):
+        nested = [x for value in inner for x in value if isinstance(x, (dict, list))]
+        depth, inner = depth + 1, nested
+    if not (inner and all(isinstance(value, dict) for value in inner)) or _is_alike(inner):
+        return values
+    import pyarrow
+    from datasets import Json
+
+    def frozen(value):
+        if value is None or isinstance(value, list):
+            return value and [frozen(x) for x in value]
+        text = json.dumps(value, allow_nan=False)
+        Json().decode_example(text)  # raises for numbers beyond 64 bits
+        return text
+
+    kind = pyarrow.json_()
+    for _ in range(depth):
+        kind = pyarrow.list_(kind)
+    return pyarrow.array([frozen(value) for value in values]).cast(kind)
+
+
+def _is_alike(values: list) -> bool:
+    """Are these of one kind, and do dicts at the same place inside have the same keys, in one order?
+    None is of each kind."""
+    values = [value for value in values if value is not None]
+    kinds = {type(value) for value in values}
+    if kinds == {dict}:
+        return all([*value] == [*values[0]] for value in values) and all(
+            _is_alike([value[key] for value in values]) for key in values[0]
+        )
+    if kinds == {list}:
+        return _is_alike([x for value in values for x in value])
+    return len(kinds) < 2
 
 
 def column(path, row: dict, line: int, name: str, option: str):
@@ -151,7 +195,26 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
         table = parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no parquet file ({shorten(str(error), 120)})") from None
-    yield from enumerate(table.to_pylist(), 1)
+    kinds = {field.name: field.type for field in table.schema}
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield number, {k: _thawed(value, kinds[k], k in TOLD) for k, value in row.items()}
+
+
+def _thawed(value, kind, drops: bool):
+    """With JSON read, which datasets.Json is kept as. drops: without the keys of structs that are null,
+    most of which other rows alone have; a null that was meant cannot be told apart."""
+    import pyarrow
+
+    if value is None:
+        return None
+    if isinstance(kind, pyarrow.JsonType):
+        return json.loads(value)
+    if isinstance(kind, pyarrow.ListType):
+        return [_thawed(x, kind.value_type, drops) for x in value]
+    if isinstance(kind, pyarrow.StructType):
+        read = {k: _thawed(x, kind.field(k).type, drops) for k, x in value.items()}
+        return {k: x for k, x in read.items() if not (drops and x is None)}
+    return value
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict]]]] = {

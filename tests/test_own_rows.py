@@ -170,6 +170,75 @@ def test_columns_that_the_first_row_lacks(tmp_path):
             assert read["group"] == [None, "g"] and read["unit"] == [None, "m"]
 
 
+def tool(**properties):
+    schema = {"type": "object", "properties": properties, "required": [*properties]}
+    return {"type": "function", "function": {"name": "f", "parameters": schema}}
+
+
+CHAT = [{"role": "user", "content": "Hi"}]
+CALL = {"name": "f", "arguments": {"city": "Bern"}}
+UNLIKE = [
+    {
+        "prompt": CHAT,
+        "tools": [tool(city={"type": "string"})],
+        "chat_template_kwargs": {"enable_thinking": False, "effort": None},
+        "tests": {"f": 1, "tolerance": 1e-12, "cases": [{"a": 2**60}, {"b": [0.1]}]},
+    },
+    {
+        "prompt": [*CHAT, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        "tools": [tool(x={"type": "integer", "enum": [1]}, y={"type": "integer"}), tool()],
+        "chat_template_kwargs": {},
+        "tests": {"g": "5", "cases": []},
+    },
+    {"prompt": CHAT, "tools": [], "tests": {}, "ordered": {"b": 1, "a": 2}},
+    {
+        "prompt": CHAT,
+        "ordered": {"a": 1, "b": 2},
+        "tools": None,
+        "chat_template_kwargs": {"effort": "low"},
+        "tests": None,
+    },
+]
+UNLIKE = [{"answer": str(i), "completion": CHAT} | row for i, row in enumerate(UNLIKE)]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+def test_what_a_row_holds_depends_on_no_other_row(tmp_path, ending):
+    """Dicts inside had the keys of all rows, None where a row has none: a template read tools of
+    nulls, and an option that a row does not set."""
+    columns = {name: None for row in UNLIKE for name in row}
+    file, expected = tmp_path / f"rows.{ending}", [columns | row for row in UNLIKE]
+    if ending == "parquet":  # as datasets writes it
+        kept = read_dataset(write(tmp_path, "rows.jsonl", UNLIKE))
+        kept.to_parquet(file)
+    else:
+        write(tmp_path, file.name, UNLIKE)
+    whole = read_dataset(file)
+    assert [[*row["ordered"]] for row in whole if row["ordered"]] == [["b", "a"], ["a", "b"]]
+    assert [*whole] == whole.to_list() == [*load_task(str(file)).test] == expected
+    for row, alone in zip(UNLIKE, expected, strict=True):
+        one = read_dataset(write(tmp_path, "one.jsonl", [row]))[0]
+        assert one == {name: alone[name] for name in one}
+    assert [*whole.map(lambda row: {"answer": row["answer"] + "!"})] == [
+        row | {"answer": row["answer"] + "!"} for row in expected
+    ]
+
+
+def test_nulls_of_a_parquet_file_are_not_told_to_a_template(tmp_path):
+    """Its structs have the keys of all rows."""
+    chats = [row | {"prompt": CHAT} for row in UNLIKE]
+    texts = [{k: row[k] for k in ("prompt", "answer", "tools")} for row in chats]
+    Dataset.from_list(texts).to_parquet(tmp_path / "rows.parquet")
+    assert load_task(str(tmp_path / "rows.parquet")).test["tools"] == [x["tools"] for x in texts]
+
+
+@pytest.mark.parametrize("value", [2**64, float("nan")])
+def test_numbers_that_no_column_keeps_are_refused(tmp_path, value):
+    file = write(tmp_path, "rows.jsonl", [{"prompt": "a", "x": {"a": value}}, {"x": {"b": 1}}])
+    with pytest.raises(ValueError, match=r"rows.jsonl: a column holds values"):
+        read_dataset(file)
+
+
 @pytest.mark.parametrize(
     "name, text, spec, says",
     [

@@ -14,6 +14,7 @@ from softar.diffusion import load
 from softar.diffusion.evaluate import most_blocks
 from softar.diffusion.head import HEAD_FILE, load_head
 from softar.diffusion.net import facts
+from softar.files import dataset_of
 from softar.recipe import read
 
 RECIPE = recipe("sft_diffusion")
@@ -231,6 +232,17 @@ def test_of_a_conversation_the_last_message_is_learnt():
     rows = runpy.run_path(RECIPE)["last_answers"](Dataset.from_list([{"messages": talk}] * 2))
     assert rows.column_names == ["prompt", "completion"]
     assert rows[0] == {"prompt": talk[:3], "completion": talk[3:]}
+
+
+def test_what_later_messages_hold_is_kept(tmp_path):
+    """`map` looks at a thousand rows to find what there is, and failed at another key."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    calls = [*talk, {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]
+    rows = [{"messages": talk}] * 1001 + [{"messages": calls}]
+    read = dataset_of("rows.jsonl", rows)
+    made = runpy.run_path(RECIPE)["last_answers"](read)
+    assert made[0] == {"prompt": talk[:1], "completion": talk[1:]}
+    assert made[1001] == {"prompt": talk, "completion": calls[2:]}
 
 
 FOLDER = dict(model_name_or_path="mnns-diffusion-tiny", max_steps=1, save_strategy="no")

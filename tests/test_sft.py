@@ -2,6 +2,7 @@
 models."""
 
 import copy
+import json
 import math
 import random
 import re
@@ -35,6 +36,7 @@ import softar
 import softar.sft.trainer
 from softar.config import SoftConfig
 from softar.evaluate import evaluate
+from softar.files import read_dataset
 from softar.sft.config import SoftSFTConfig
 from softar.sft.data import SoftCollator, spelled, thought_mask, thought_of
 from softar.sft.forward import soft_forward
@@ -531,6 +533,27 @@ def test_a_rows_columns_for_the_chat_template_are_heard_as_by_trl(tmp_path, monk
         for row in trainer.train_dataset
     ]
     assert [ids[mask.bool()].tolist() for ids, mask in asked] == trained_on
+
+
+def test_what_a_row_tells_the_template_depends_on_no_other_row(tmp_path):
+    """It read None where a row of a file does not say what another does."""
+    told, tokenizer = [{"more": "w61 "}, {}, {"less": "w60 "}], tokenizer_of()
+    tokenizer.chat_template = (
+        "{% if more is defined %}{{ more }}{% endif %}{% if less is defined %}{{ less }}{% endif %}"
+    )
+    tokenizer.chat_template += CHAT
+    rows = [
+        row | {"traces": [row["completion"]], "chat_template_kwargs": more}
+        for row, more in zip(chat_data(3), told, strict=True)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = trainer_of(tmp_path, read_dataset(file), tokenizer=tokenizer, targets="traces")
+    for row, made in zip(rows, trainer.train_dataset, strict=True):
+        ids = tokenizer.apply_chat_template(
+            row["prompt"] + row["completion"], **row["chat_template_kwargs"]
+        )["input_ids"]
+        assert made["input_ids"] == ids and made["trace_ids"] == [ids]
 
 
 @pytest.mark.parametrize("chats", [("prompt", "completion"), ("traces",)])
