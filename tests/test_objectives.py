@@ -296,6 +296,10 @@ def trainer_of(folder, blocks=True, peft_config=None, **changes):
         eval_decode_rows=0,
     )
     made = convert(*softar.load("mnns-tiny", seed=0), block_length=4 if blocks else None)
+    if peft_config is not None:  # its folder names a base that can be opened
+        for part in made:
+            part.save_pretrained(folder / "base")
+        made = load(str(folder / "base"))
     args = DiffusionSFTConfig(**(options | changes))
     rows = load_task("mnns", size=64).train
     return DiffusionSFTTrainer(
