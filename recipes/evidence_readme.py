@@ -36,9 +36,11 @@ def lines_of(name: str, analysis: Analysis) -> list[list[str]]:
 
 
 def line_of(result: Result) -> list[str]:
+    """A row; what bootstrap or t alone say of an open claim has no room there."""
     both = ["" if value is None else share(value) for value in (result.ours, result.theirs)]
     gain = f"{points(result.gain.mean)} ({span(result.gain.low, result.gain.high)})"
-    return [result.claim.brief, *both, gain, of_both(result.verdict, result.by_t)]
+    verdict = of_both(result.verdict, result.by_t).partition(" (")[0]
+    return [result.claim.brief, *both, gain, verdict]
 
 
 def losses(results: list[Result]) -> str:

@@ -517,9 +517,10 @@ def test_each_claim_reads_what_units_answer():
         assert {about for about in each.verdicts} <= {claim.about for claim in each.claims}
         assert {s for line in each.gaps.values() for s in line.values()} <= {*says}
         for claim in each.claims:  # README's lines are no longer than its width
-            gain = Gain(*[-0.1] * 7, 8, 600)
-            shown = Result(claim, gain._replace(t_low=-0.2, high=0.1), None, 0.5, 0.5)
-            assert len(" | ".join(line_of(shown))) + 4 <= 120, claim.brief
+            lost, unsure, won = (Gain(*[mean] * 7, 8, 600) for mean in (-0.1, 0.1, 0.1))
+            for gain in (lost, unsure._replace(t_low=-0.1), won):
+                line = line_of(Result(claim, gain, None, 0.5, 0.5))
+                assert len(" | ".join(line)) + 4 <= 120, claim.brief
             assert not claim.brief or re.fullmatch(r"[^:]+: \S.* over \S.*", claim.brief)
 
 
