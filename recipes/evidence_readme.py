@@ -53,7 +53,7 @@ def losses(results: list[Result]) -> str:
     if unsure:
         said.append(f"By bootstrap alone: {listed(unsure)}.")
     if more:
-        to_soft = sum(is_soft(read) for each in more for read in each.claim.parts[0].theirs[:1])
+        to_soft = sum(any(map(is_soft, each.claim.parts[0].theirs)) for each in more)
         counts = {"to single tokens": len(more) - to_soft, "to other soft ways": to_soft}
         counted = ", ".join(f"{n} {whom}" for whom, n in counts.items() if n)
         said.append(f"More in RESULTS.md: {counted}.")

@@ -195,10 +195,8 @@ class CompletionDecoder:
             starts, moves = progress.answer_start.tolist(), config.moves[1]
             if config.think_start is not None:
                 warn_unopened(config, progress)
-        rows, answer = (
-            zip(prompts, ids, answers, starts, strict=True),
-            Answers(moves, self.tokenizer),
-        )
+        answer = Answers(moves, self.tokenizer)
+        rows = zip(prompts, ids, answers, starts, strict=True)
         return [self._row(*row, answer, seconds) for row in rows]
 
     def _row(
