@@ -36,7 +36,7 @@ from softar.training import (
 
 from .config import DenoiseConfig
 from .doubled import documents_of
-from .evaluate import check_decoded, evaluate, steps_for
+from .evaluate import check_decoded, check_ends, evaluate, steps_for
 from .head import HEAD_FILE, learn_head, save_reading
 from .inputs import check_reads_none, check_width
 from .models import load_original
@@ -120,6 +120,7 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
         )
         rows = {"train": self.train_dataset, "eval": self.eval_dataset}
         check_tokens(rows, args, self._room, self._facts.vocab_size)
+        self._check_ends(self._held_out)
         self.args.packing = args.packing
         if args.packing:
             self.train_dataset = packed(self.train_dataset, args)
@@ -162,6 +163,12 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
     def check_held_out(self, rows) -> None:
         check_rows(rows, "eval_dataset", self.args, self.processing_class)
         check_decoded(self.args, rows, self._score, self.processing_class)
+        self._check_ends(rows)
+
+    def _check_ends(self, rows) -> None:
+        learnt, count = self.train_dataset, self.args.eval_decode_rows
+        if rows is not None and self._score is not None and count and isinstance(learnt, Dataset):
+            check_ends(rows, count, learnt[0]["input_ids"], self.processing_class)
 
     def prepared(self, rows):
         """Rows as TRL is to tokenise them."""

@@ -87,7 +87,7 @@ for soften in ("hard", "soft-mask"):
     )
 
 first = valid.index(True)
-holes, cells = rows[first]["template"].replace("<mask>", ".").split()[1:], texts[first].split()
+holes, cells = rows[first]["template"].replace("<mask>", ".").split()[1:-1], texts[first].split()
 for start in range(0, 25, 5):
     print(" ".join(holes[start : start + 5]), "  ->  ", " ".join(cells[start : start + 5]))
 

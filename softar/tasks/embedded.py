@@ -133,8 +133,9 @@ def latin(
 
     Squares are the cyclic one with rows, columns and symbols shuffled. The prompt is `<bos>`, the
     completion the whole square, row by row, ` 3 1 2 5 4 ...`, and the `template` that text with all
-    but `givens` cells masked. For models that fill masks; every cell is one token. Supervised
-    training does not look at templates, RL and evaluations fill them.
+    but `givens` cells masked, and the end token that training puts behind it. For models that fill
+    masks; every cell is one token. Supervised training does not look at templates, RL and
+    evaluations fill them.
 
     Args:
         n: 2 to 9.   givens: cells of a template that are shown.
@@ -147,8 +148,8 @@ def latin(
     """
 
     def row(cells, at) -> dict:
-        template = "<bos>" + _say(c if i in at else "<mask>" for i, c in enumerate(cells))
-        return {"prompt": "<bos>", **_latin_row(cells), "template": template}
+        shown = _say(c if i in at else "<mask>" for i, c in enumerate(cells))
+        return {"prompt": "<bos>", **_latin_row(cells), "template": f"<bos>{shown} <eos>"}
 
     return _latin_task("latin", row, n, givens, held_out, seed, size, n * n + 1)
 
@@ -228,7 +229,7 @@ def _latin_square(n: int, rng: random.Random) -> list[int]:
 def _score_latin(text: str, row: dict) -> float:
     """1 where the text is a Latin square that agrees with the template, which may be the prompt."""
     given = row["template" if "template" in row else "prompt"]
-    cells, template = text.split(), given.removeprefix("<bos>").split()
+    cells, template = text.split(), given.removeprefix("<bos>").removesuffix("<eos>").split()
     n = round(len(template) ** 0.5)
     if len(cells) != len(template) or any(
         t not in ("<mask>", ".", c) for c, t in zip(cells, template, strict=True)
