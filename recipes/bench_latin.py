@@ -30,13 +30,10 @@ from pathlib import Path
 from softar.checks import check_choice, check_least, one_line_errors
 
 PROGRAM, HERE = "bench_latin.py", Path(__file__).parent
-PROMPT = ("latin-prompt", 25)  # the clues come first: the task, and how many cells it asks for
-KINDS = {  # what is trained and asked, and what of recipes/configs/latin_prompt.yaml is other
-    "blocks": (*PROMPT, ()),
-    "whole": (
-        *PROMPT,
-        ("--model_name_or_path", "latin-tiny", "--from_causal", "true", "--shift", "0"),
-    ),
+WHOLE = ("--model_name_or_path", "latin-tiny", "--from_causal", "true", "--shift", "0")
+KINDS = {  # the task, how many slots a row has, and what of recipes/configs/latin_prompt.yaml is other
+    "blocks": ("latin-prompt", 25, ()),
+    "whole": ("latin-prompt", 26, WHOLE),  # reads the end token that training puts behind a square
     "place": ("latin", 20, ("--task", "latin")),
 }
 ROWS = ("hard", "soft-mask")
@@ -60,7 +57,8 @@ def decode(kind: str, training: str, seed: int, args) -> list[dict]:
     from softar.diffusion.evaluate import evaluate
     from softar.tasks import load_task
 
-    task = load_task(KINDS[kind][0])
+    name, slots, _ = KINDS[kind]
+    task = load_task(name)
     rows = task.test.select(range(min(args.limit or len(task.test), len(task.test))))
     model, tokenizer = load(Path(args.output_dir, kind, f"{training}-seed{seed}"))
     lines = []
@@ -68,9 +66,7 @@ def decode(kind: str, training: str, seed: int, args) -> list[dict]:
         for budget in BUDGETS:
             config = DenoiseConfig(soften="hard" if decoding == "hard" else None, **budget)
             started = time.process_time()
-            found = evaluate(
-                model, tokenizer, rows, task.score, config, gen_length=task.max_new_tokens
-            )
+            found = evaluate(model, tokenizer, rows, task.score, config, gen_length=slots)
             found["seconds"] = time.process_time() - started
             named = " ".join(f"{name} {value}" for name, value in budget.items())
             lines.append(

@@ -24,7 +24,7 @@ from softar.diffusion.sft import DiffusionSFTConfig, DiffusionSFTTrainer
 from softar.evaluate import encode
 from softar.recipes.sft_soft import BaseConfig
 from softar.sft.config import SoftSFTConfig
-from softar.tasks import load_task
+from softar.tasks import MODELS, TASKS, load_task
 
 FIRST, SECOND = (
     [dict(row) for row in load_task("mnns", size=8).test.select(at)]
@@ -331,6 +331,46 @@ def test_templates_for_a_model_without_a_mask_are_named_before_the_training(tmp_
     with pytest.raises(ValueError, match="a column template holds masks, and the tokenizer has no"):
         how = dict(train=mnns(SECOND), objective="canvas")
         diffusion_trainer(tmp_path, model, tokenizer, rows, lambda *_: 1.0, **how)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if "diffusion" in MODELS.get(name, {})])
+def test_what_a_task_asks_is_what_training_reads(tmp_path, name):
+    """Filled as they were written, templates are the rows that are trained on, their end token, too: a
+    net that never saw a text without it completed .04 of the Latin squares, and .58 with it."""
+    task, (model, tokenizer) = load_task(name, size=8), load(MODELS[name]["diffusion"])
+    rows = task.test.select(range(4))
+    texts = Dataset.from_list([{c: row[c] for c in ("prompt", "completion")} for row in rows])
+    trainer = diffusion_trainer(tmp_path, model, tokenizer, None, None, train=texts)
+    mask = tokenizer.mask_token_id
+    for row, learnt in zip(rows, trainer.train_dataset["input_ids"], strict=True):
+        column = "template" if "template" in row else "prompt"
+        asked = encode(tokenizer, [row[column]])["input_ids"][0].tolist()
+        if column == "prompt":
+            asked += [mask] * slots_of_row(row, tokenizer)
+        assert len(asked) == len(learnt) and mask in asked
+        assert all(a in (b, mask) for a, b in zip(asked, learnt, strict=True))
+
+
+def test_templates_that_end_otherwise_than_what_is_trained_on_are_named(tmp_path):
+    text = "<bos> D1 D2 D3 D4 -> S1 <mask> <mask> S2"
+    ends = {"open": text, "closed": f"{text} <eos>"}
+    rows = {name: Dataset.from_list([dict(template=end)] * 2) for name, end in ends.items()}
+    rows = {name: each.add_column("prompt", [""] * 2) for name, each in rows.items()}
+    parts = {name: each.add_column("completion", ["S1"] * 2) for name, each in rows.items()}
+    model, tokenizer = load("mnns-diffusion-tiny", seed=0)
+    said = "template 0 of the held-out rows ends in 'S2', and .* in '<eos>': write it behind"
+
+    def make(rows, score=lambda *_: 1.0, **kw):
+        return diffusion_trainer(tmp_path, model, tokenizer, rows, score, mnns(SECOND), **kw)
+
+    for wrong in (parts["open"], {"b": parts["closed"], "a": parts["open"]}):
+        with pytest.raises(ValueError, match=said):
+            make(wrong)
+    trainer = make(parts["closed"])
+    with pytest.raises(ValueError, match=said):
+        trainer.evaluate(parts["open"])
+    assert trainer.evaluate()["eval_accuracy"] == 1.0
+    make(parts["open"], score=None)  # nothing is decoded
 
 
 @pytest.mark.parametrize("arch", ["bert", "roberta"])

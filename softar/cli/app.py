@@ -85,7 +85,7 @@ def softar(
     \b
     Examples:
       softar generate "<bos> D4 D8 D1 D3 ->" --model mnns-soft-tiny
-      softar fill "<bos> D4 D8 D1 D3 -> _ _ _ S0"
+      softar fill "<bos> D4 D8 D1 D3 -> _ _ _ S0 <eos>"
       softar compare --task mnns --limit 200
       softar trace "<bos> D4 D8 D1 D3 ->" --model mnns-soft-tiny
     """

@@ -164,16 +164,17 @@ def fill(
 ) -> None:
     """Fill the holes of a text with a masked-diffusion model.
 
-    A hole is a run of underscores, or the model's mask token; each is one token. Decoders: hard,
-    soft-token, soft-mask, evolving, slerp, soft-decoded; without --decoder, what the model was
+    A hole is a run of underscores, or the model's mask token; each is one token. A text that is
+    whole wants the model's end token, <eos> here, behind it, as training ends its rows. Decoders:
+    hard, soft-token, soft-mask, evolving, slerp, soft-decoded; without --decoder, what the model was
     trained for. Every field of DenoiseConfig goes into it, and what a folder does not say of its
     model: kind, mask_token_id, eos_token_id, model_block_length, shift.
 
     \b
     Examples:
-      softar fill "<bos> D4 D8 D1 D3 -> _ _ _ S0"
+      softar fill "<bos> D4 D8 D1 D3 -> _ _ _ S0 <eos>"
       softar fill "<bos> D4 D8 D1 D3 ->" --gen-length 5 --steps 2
-      softar fill "<bos> D4 D8 D1 D3 -> _ _ _ S0" -d hard:threshold=0.9 --json
+      softar fill "<bos> D4 D8 D1 D3 -> _ _ _ S0 <eos>" -d hard:threshold=0.9 --json
       softar fill "Write a haiku." -m ./my-sdar --chat --gen-length 64 --threshold 0.9
       softar fill "Paris is the _ of France." -m answerdotai/ModernBERT-base
     """
@@ -228,7 +229,7 @@ def trace(
     Examples:
       softar trace "<bos> D4 D8 D1 D3 ->" --model mnns-soft-tiny
       softar trace "<bos> D4 D8 D1 D3 ->" -d mnns-soft-tiny=soft -d mnns-diffusion-tiny=soft-mask --html belief.html
-      softar trace "<bos> D4 D8 D1 D3 -> _ _ _ S0" -m mnns-diffusion-tiny --max-new-tokens 0
+      softar trace "<bos> D4 D8 D1 D3 -> _ _ _ S0 <eos>" -m mnns-diffusion-tiny --max-new-tokens 0
       softar trace "<bos> D4 D8 D1 D3 ->" -m mnns-soft-tiny --json
     """
     text, traces = streams.read_text(prompt), []
