@@ -230,8 +230,7 @@ X3 = Evidence(
         "it is harm that k = 1 does. shuffled learns how strongly it reads its mixtures, and learns "
         "to ignore them (a weight of .06, of k = 5 .62, seed 100): it is nearly bare masks. 12 "
         "forwards are read on all rows, the others on the first 1000.",
-        "Of seed 100 hard is of 5cba7be and the others of 1d24977, on an Intel Xeon; the other seeds are of "
-        "4487d35, on AMD EPYCs.",
+        "All units are of dbe663f, on AMD EPYCs.",
     ),
 )
 EVIDENCE = {
