@@ -353,24 +353,24 @@ def test_what_a_task_asks_is_what_training_reads(tmp_path, name):
 
 def test_templates_that_end_otherwise_than_what_is_trained_on_are_named(tmp_path):
     text = "<bos> D1 D2 D3 D4 -> S1 <mask> <mask> S2"
-    ends = {"open": text, "closed": f"{text} <eos>"}
-    rows = {name: Dataset.from_list([dict(template=end)] * 2) for name, end in ends.items()}
-    rows = {name: each.add_column("prompt", [""] * 2) for name, each in rows.items()}
-    parts = {name: each.add_column("completion", ["S1"] * 2) for name, each in rows.items()}
+    open_ones, closed = (
+        Dataset.from_list([dict(prompt="", completion="S1", template=each)] * 2)
+        for each in (text, f"{text} <eos>")
+    )
     model, tokenizer = load("mnns-diffusion-tiny", seed=0)
     said = "template 0 of the held-out rows ends in 'S2', and .* in '<eos>': write it behind"
 
-    def make(rows, score=lambda *_: 1.0, **kw):
-        return diffusion_trainer(tmp_path, model, tokenizer, rows, score, mnns(SECOND), **kw)
+    def make(rows, score=lambda *_: 1.0):
+        return diffusion_trainer(tmp_path, model, tokenizer, rows, score, mnns(SECOND))
 
-    for wrong in (parts["open"], {"b": parts["closed"], "a": parts["open"]}):
+    for wrong in (open_ones, {"b": closed, "a": open_ones}):
         with pytest.raises(ValueError, match=said):
             make(wrong)
-    trainer = make(parts["closed"])
+    trainer = make(closed)
     with pytest.raises(ValueError, match=said):
-        trainer.evaluate(parts["open"])
+        trainer.evaluate(open_ones)
     assert trainer.evaluate()["eval_accuracy"] == 1.0
-    make(parts["open"], score=None)  # nothing is decoded
+    make(open_ones, score=None)  # nothing is decoded
 
 
 @pytest.mark.parametrize("arch", ["bert", "roberta"])
