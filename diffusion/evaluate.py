@@ -211,22 +211,21 @@ def check_decoded(args, rows, score, tokenizer) -> None:
             masks_of(rows[0], tokenizer)
 
 
-def check_ends(rows, count: int, learnt: list[int], tokenizer) -> None:
+def check_ends(rows, count: int, tokenizer) -> None:
     """Raise ValueError for held-out templates, of one data set or several by name, without the end
     token behind them that training puts behind its rows: a model that reads in both directions has
     seen no text without it, and may fill such templates much worse than it was trained to.
 
     Args:
         count: the first rows of each set, which are decoded.
-        learnt: the tokens of a row that is trained on.
     """
     if isinstance(rows, dict):
         for each in rows.values():
-            check_ends(each, count, learnt, tokenizer)
-    elif "template" in rows.column_names and learnt[-1] == tokenizer.eos_token_id:
+            check_ends(each, count, tokenizer)
+    elif "template" in rows.column_names:
         for at, text in enumerate(rows["template"][:count]):
             ids = encode(tokenizer, [text])["input_ids"][0]
-            if ids[-1] != tokenizer.eos_token_id:
+            if ids[-1] not in (tokenizer.eos_token_id, tokenizer.mask_token_id):
                 raise ValueError(
                     f"template {at} of the held-out rows ends in {tokenizer.decode(ids[-1:])!r}, and the rows that are "
                     f"trained on in {tokenizer.eos_token!r}: write it behind the templates, too"

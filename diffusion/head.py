@@ -17,7 +17,7 @@ from softar.soft import Soft, soft_embed
 
 from .losses import forward_masked
 from .net import Facts, Parts, facts, plain
-from .noise import NOISE_FILE, save_noise
+from .noise import NOISE_FILE, process_of, save_noise
 from .select import Belief
 from .soften import SCALE_SCHEDULES, Slots, mk_softener, soft_mask
 
@@ -112,8 +112,8 @@ def mix_belief(
 
 
 def save_reading(model: nn.Module, folder: str | Path) -> None:
-    """Say beside saved weights with which soft masks and of which noise the model was trained, in
-    place of what an earlier training left in the folder. An adapter of a model of masks says it when
+    """Say beside saved weights with which soft masks, of which noise and on rows of which end the model
+    was trained, in place of what an earlier training left in the folder. An adapter of a model of masks says it when
     it is a hard one, too: it would be decoded as its base."""
     known, is_adapter = facts(model), plain(model) is not model
     says = is_adapter and known.mask_id is not None
@@ -122,7 +122,7 @@ def save_reading(model: nn.Module, folder: str | Path) -> None:
     if says or known.soft_mask:
         save_head(known.soft_mask or {}, folder)
     if says:
-        save_noise(known.uniform, folder)
+        save_noise(process_of(known.uniform, known.rows_end), folder)
 
 
 def save_head(settings: dict, folder: str | Path) -> None:

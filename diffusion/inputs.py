@@ -1,8 +1,12 @@
-"""Checks of what a model is given, before its first forward: that there is room for it, and that its
-padding is none of the text."""
+"""Checks of what a model is given, before its first forward: that there is room for it, that its
+padding is none of the text, and that texts end as those that it was trained on."""
+
+import warnings
 
 import torch
 from torch import Tensor, nn
+
+from softar.models.origin import origin_of
 
 from .net import READS_PADDING, Facts, plain
 
@@ -44,3 +48,22 @@ def real_of(
         )
     check_reads_none(model, real)
     return real
+
+
+def warn_of_ends(model: nn.Module, facts: Facts, input_ids: Tensor) -> None:
+    """Warn of texts [B, T] with masks, padded on the left, that lack the token behind each row that the
+    model was trained on: it has seen none without it, and may fill these much worse."""
+    if facts.rows_end is None:
+        return
+    ids = input_ids[:, -1]
+    known = torch.tensor([facts.rows_end, facts.mask_id, *facts.end_ids], device=ids.device)
+    if rows := (~torch.isin(ids, known)).nonzero()[:, 0].tolist():
+        tokenizer = origin_of(model).tokenizer
+        names = [int(ids[rows[0]]), facts.rows_end]
+        if tokenizer is not None:
+            names = [repr(tokenizer.decode([i])) for i in names]
+        warnings.warn(
+            f"a text with masks ends in {names[0]} (row {rows[0]} of input_ids), and all that the model was trained on "
+            f"end in {names[1]}: it may fill it much worse than with {names[1]} behind it",
+            stacklevel=3,
+        )

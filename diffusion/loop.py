@@ -28,7 +28,7 @@ from softar.soft import check_dist
 from .block_causal import BlockCausal
 from .canvas import Canvas
 from .config import DenoiseConfig
-from .inputs import real_of
+from .inputs import real_of, warn_of_ends
 from .masked import Masked
 from .net import Facts, Parts, facts, parts, plain
 from .process import Process
@@ -141,6 +141,8 @@ def denoise(
         check_unpadded(model, input_ids)
     real = real_of(model, model_facts, input_ids, attention_mask)
     _check_padding(model_facts, real)
+    if not config.gen_length:
+        warn_of_ends(model, model_facts, input_ids)
     draws = Draws(rng, len(input_ids), input_ids.device)
     how = dict(record=True) if record else {}
     if record:

@@ -13,7 +13,7 @@ from softar.models import plain
 from softar.models.reading import cache_name
 
 from .architectures import Published
-from .noise import UniformNoise, read_noise
+from .noise import UniformNoise, read_end, read_noise
 
 # Their convolutions, pools and Fourier transforms mix padding into the tokens beside it.
 READS_PADDING = ("convbert", "fnet", "funnel", "mobilebert")
@@ -39,6 +39,8 @@ class Facts(NamedTuple):
     # directions
     block_length: int | None
     family: str  # a short name, as "sdar"
+    # the token behind each row of a training in both directions, as far as the model says it
+    rows_end: int | None = None
 
 
 class Parts(NamedTuple):
@@ -92,6 +94,7 @@ def facts(model: nn.Module) -> Facts:
         uniform,
         config.block_length if "logits_shift" in config and "block_length" in config else None,
         family if uniform is None else "duo",
+        read_end(named, config.vocab_size),
     )
 
 

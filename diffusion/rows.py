@@ -55,6 +55,18 @@ def close_rows(
     return mapped(dataset, closed, num_proc)
 
 
+LOOKED_AT = 64
+
+
+def end_of(rows, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The end token where all of the first tokenised rows have it behind them, as supervised training
+    puts it there; None where one was cut, and for streams."""
+    if not isinstance(rows, Dataset):
+        return None
+    lasts = {ids[-1] for ids in rows[:LOOKED_AT]["input_ids"] if ids}
+    return tokenizer.eos_token_id if lasts == {tokenizer.eos_token_id} else None
+
+
 def mapped(dataset, function: Callable[[dict], dict], num_proc: int | None):
     """`map` in num_proc processes; a stream, which goes row by row, has one."""
     if isinstance(dataset, IterableDataset):

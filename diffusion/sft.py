@@ -41,9 +41,9 @@ from .head import HEAD_FILE, learn_head, save_reading
 from .inputs import check_reads_none, check_width
 from .models import load_original
 from .net import facts, plain
-from .noise import NOISE_FILE
+from .noise import NOISE_FILE, process_of
 from .objectives import Canvases, Masked, Place, Rows, Uniform
-from .rows import PackedCollator, close_rows, filled, packed
+from .rows import PackedCollator, close_rows, end_of, filled, packed
 from .sft_config import DiffusionSFTConfig, check_fits
 from .uniform import noise_for
 
@@ -59,8 +59,9 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
     trained along, from the numbers on that the model knows of an earlier training; each checkpoint
     holds its values in transparency_config.json, from where `load` and `denoise` take them. With
     objective="uniform" the checkpoint says so in its config.json, an adapter in
-    diffusion_process.json; that of a hard model of masks says that in both files. With
-    `score(answer, row)` every evaluation also decodes its rows.
+    diffusion_process.json; that of a hard model of masks says that in both files. They say, too,
+    which token ended the rows of a model that reads them whole, as `denoise` warns of texts without
+    it. With `score(answer, row)` every evaluation also decodes its rows.
     """
 
     _tag_names = ["trl", "sft", "softar", "masked-diffusion"]
@@ -120,6 +121,7 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
         )
         rows = {"train": self.train_dataset, "eval": self.eval_dataset}
         check_tokens(rows, args, self._room, self._facts.vocab_size)
+        self._rows_end = end_of(self.train_dataset, processing_class)
         self._check_ends(self._held_out)
         self.args.packing = args.packing
         if args.packing:
@@ -128,7 +130,8 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
         self.objective = self._make_objective()
 
     def _make_objective(self) -> Masked | Uniform | Canvases:
-        """The model's configuration says from now on with what noise it is trained."""
+        """The model's configuration says from now on with what noise it is trained, and on rows of which
+        end, where it reads whole rows."""
         args, inner, device = self.args, plain(self.model), self.accelerator.device
         if args.objective == "canvas":
             return Canvases(args, self._facts)
@@ -136,7 +139,8 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
             self.head = args.head(learnt=self._facts.soft_mask).to(self.model.device)
         if args.objective == "uniform":
             self.uniform = noise_for(self._facts, self.processing_class, args.noise_eps)
-        inner.config.diffusion_process = None if self.uniform is None else self.uniform.settings()
+        rows_end = self._rows_end if self._facts.block_length is None else None
+        inner.config.diffusion_process = process_of(self.uniform, rows_end)
         if self.uniform is None:
             return Masked(args, self._facts, self.head)
         return Uniform(args, self._facts, self.uniform, device)
@@ -166,9 +170,9 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
         self._check_ends(rows)
 
     def _check_ends(self, rows) -> None:
-        learnt, count = self.train_dataset, self.args.eval_decode_rows
-        if rows is not None and self._score is not None and count and isinstance(learnt, Dataset):
-            check_ends(rows, count, learnt[0]["input_ids"], self.processing_class)
+        count, is_known = self.args.eval_decode_rows, self._rows_end is not None
+        if rows is not None and self._score is not None and count and is_known:
+            check_ends(rows, count, self.processing_class)
 
     def prepared(self, rows):
         """Rows as TRL is to tokenise them."""

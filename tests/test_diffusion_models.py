@@ -459,13 +459,13 @@ def dream_tokenizer(folder):
 @pytest.mark.parametrize(("kind", "shift"), [("llada", 0), ("Dream", 1)])
 def test_facts_without_a_tokenizer(kind, shift, tmp_path):
     model, _ = load(write(tmp_path, stock(kind), kind))
-    assert facts(model) == (MASK, EOS, (EOS,), shift, VOCAB, None, None, None, kind.lower())
+    assert facts(model) == (MASK, EOS, (EOS,), shift, VOCAB, None, None, None, kind.lower(), None)
 
 
 def test_llada_with_its_tokenizer(tmp_path):
     llada_tokenizer().save_pretrained(write(tmp_path, stock()))
     model, tokenizer = load(tmp_path)
-    assert facts(model) == (MASK, EOS, (EOS, EOT), 0, VOCAB, None, None, None, "llada")
+    assert facts(model) == (MASK, EOS, (EOS, EOT), 0, VOCAB, None, None, None, "llada", None)
     assert (tokenizer.mask_token, tokenizer.mask_token_id) == ("<|mdm_mask|>", MASK)
     assert (tokenizer.padding_side, tokenizer.pad_token_id) == ("left", EOS)
     chat = [{"role": "user", "content": " Hi\n"}]
@@ -496,7 +496,7 @@ def test_dream_with_its_tokenizer(tmp_path):
     """Its class is remote code; Qwen2's reads the same files."""
     dream_tokenizer(write(tmp_path, stock("Dream"), "Dream"))
     model, tokenizer = load(tmp_path)
-    assert facts(model) == (MASK, EOS, (EOS, EOT), 1, VOCAB, None, None, None, "dream")
+    assert facts(model) == (MASK, EOS, (EOS, EOT), 1, VOCAB, None, None, None, "dream", None)
     assert (tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.padding_side) == (
         MASK,
         EOS,
@@ -594,7 +594,7 @@ def test_masked_language_models_load_through_the_same_door(arch, tmp_path):
     model, tokenizer = load(tmp_path)
     assert type(model) is type(reference) and not model.training
     eos = {"bert": 3, "roberta": 2, "modernbert": 3}[arch]
-    assert facts(model) == (4, eos, (eos,), 0, 40, None, None, None, "masked_lm")
+    assert facts(model) == (4, eos, (eos,), 0, 40, None, None, None, "masked_lm", None)
     assert tokenizer.padding_side == "left" and tokenizer.mask_token_id == 4
     batch = tokenizer(
         ["w5 w6 w7 w8 w9 w10", f"w11 {tokenizer.mask_token} w13"], padding=True, return_tensors="pt"
@@ -671,7 +671,7 @@ def test_adapter_folder_loads_base_and_adapter(kind, own_tokenizer, tmp_path):
     again, tokenizer = load(adapter)
     assert type(again).__name__ == "PeftModelForCausalLM" and not again.training
     assert torch.equal(by_parts(again, ids()), by_parts(wrapped, ids()))
-    told = (MASK, EOS, (EOS, EOT), KINDS.index(kind), VOCAB, None, None, None, kind.lower())
+    told = (MASK, EOS, (EOS, EOT), KINDS.index(kind), VOCAB, None, None, None, kind.lower(), None)
     assert facts(again) == facts(wrapped) == told
     assert (tokenizer.mask_token_id, tokenizer.padding_side) == (MASK, "left")
     assert (tokenizer.chat_template == "mine") == own_tokenizer

@@ -359,7 +359,7 @@ def test_a_checkpoint_says_what_it_is_until_it_is_trained_on_masks(tmp_path, run
     trainer = trainer_of(model, tokenizer, runs, tmp_path / "uniform", max_steps=1, noise_eps=0.02)
     trainer.train()
     trainer.save_model()
-    want = {"kind": "uniform", "eps": 0.02, "left_out": [PAD, MASK]}
+    want = {"kind": "uniform", "eps": 0.02, "left_out": [PAD, MASK], "rows_end": EOS}
     assert (
         json.loads((tmp_path / "uniform" / "config.json").read_text())["diffusion_process"] == want
     )
@@ -402,7 +402,8 @@ def test_an_adapter_says_what_it_is(tmp_path, runs):
     assert (tmp_path / "adapter" / NOISE_FILE).is_file()
     # the same folder, now of masks
     assert facts(adapted(tmp_path / "base", "adapter")).uniform is None
-    assert json.loads((tmp_path / "adapter" / NOISE_FILE).read_text()) == {"kind": "masked"}
+    want = {"kind": "masked", "rows_end": EOS}
+    assert json.loads((tmp_path / "adapter" / NOISE_FILE).read_text()) == want
     # a base that is uniform, and an adapter that is not
     untrained(tmp_path / "base").save_pretrained(tmp_path / "base")
     assert facts(load(tmp_path / "base")[0]).uniform is not None
@@ -419,6 +420,9 @@ def test_an_adapter_says_what_it_is(tmp_path, runs):
     [
         ({"kind": "gaussian"}, "is unknown"),
         ({"kind": "uniform", "eps": 0.1}, "is unknown"),
+        ({"kind": "masked", "eps": 0.1}, "is unknown"),
+        ({"rows_end": EOS}, "is unknown"),
+        ("masked", "is unknown"),
         (
             {"kind": "uniform", "eps": 0.1, "left_out": [PAD]},
             f"must hold the mask token \\(id {MASK}\\)",
