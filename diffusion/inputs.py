@@ -65,5 +65,5 @@ def warn_of_ends(model: nn.Module, facts: Facts, input_ids: Tensor) -> None:
         warnings.warn(
             f"a text with masks ends in {names[0]} (row {rows[0]} of input_ids), and all that the model was trained on "
             f"end in {names[1]}: it may fill it much worse than with {names[1]} behind it",
-            stacklevel=3,
+            stacklevel=4,  # of `denoise`, behind torch.no_grad
         )

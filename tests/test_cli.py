@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -492,6 +493,16 @@ def test_fill(softar):
     for text in (HOLES.replace("_", "<mask>"), HOLES.replace("_", "___")):
         assert softar("fill", text)[1] == out
     assert softar("fill", stdin=HOLES)[1] == out
+
+
+def test_what_softar_warns_of_is_a_line(softar):
+    """Without the code that warned; what others warn of looks as Python makes it."""
+    remark = "warning: a text with masks ends in 'S0' (row 0 of input_ids), and all that"
+    _, _, err = softar("fill", HOLES)
+    assert [line for line in err.splitlines() if remark in line] and "UserWarning" not in err
+    assert "warning" not in softar("fill", f"{HOLES} <eos>")[2]
+    with pytest.warns(UserWarning, match="elsewhere"), streams.warnings_as_remarks():
+        warnings.warn_explicit("elsewhere", UserWarning, str(ROOT / "tests" / "a.py"), 1)
 
 
 def test_holes_are_shown_whatever_is_filled_behind_the_text(softar):

@@ -25,7 +25,9 @@ def told(model, tokenizer, *texts, **options):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         denoise(model, **encode(tokenizer, [*texts]), **{"gen_length": 0} | options)
-    return [str(w.message) for w in caught if "text with masks ends" in str(w.message)]
+    said = [w for w in caught if "text with masks ends" in str(w.message)]
+    assert all(w.filename == __file__ for w in said)
+    return [str(w.message) for w in said]
 
 
 def tokens(tokenizer, end):

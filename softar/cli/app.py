@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     for name, value in (QUIET | NO_BARS).items():
         os.environ.setdefault(name, value)
     try:
-        code = app(argv, standalone_mode=False, prog_name="softar")
+        with streams.warnings_as_remarks():
+            code = app(argv, standalone_mode=False, prog_name="softar")
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read has seen enough
         sys.stdout = None  # else Python flushes it once more at the end, and complains

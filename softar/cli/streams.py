@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,23 @@ def say(text: str) -> None:
     """A remark, on stderr."""
     text = shown(text, sys.stderr)
     console(stderr=True).print(text, style="dim", markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def warnings_as_remarks() -> Iterator[None]:
+    """What softar warns of meanwhile is a remark, without a line of its code."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message, category, filename, *args, **kwargs):
+            ours = [each for name, each in sys.modules.items() if name.startswith("softar.")]
+            if any(getattr(each, "__file__", None) == filename for each in ours):
+                say(f"warning: {message}")
+            else:
+                usual(message, category, filename, *args, **kwargs)
+
+        warnings.showwarning = show
+        yield
 
 
 @contextlib.contextmanager
