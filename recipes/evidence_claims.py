@@ -228,8 +228,8 @@ X3 = Evidence(
         "soft-mask mixes k = 5 tokens into each mask, soft-mask-1 the likeliest alone, shuffled the "
         "belief about another row's slot. Where k = 1 is below hard, read hard, part of the gain over "
         "it is harm that k = 1 does. shuffled learns how strongly it reads its mixtures, and learns "
-        "to ignore them (a weight of .03 to .06, of k = 5 .48 to .61, in the first four seeds): it is "
-        "nearly bare masks. 12 forwards are read on all rows, the others on the first 1000.",
+        "to ignore them (a weight of .03 to .08, of k = 5 .48 to .63): it is nearly bare masks. 12 "
+        "forwards are read on all rows, the others on the first 1000.",
         "All units are of dbe663f, on AMD EPYCs.",
     ),
 )
