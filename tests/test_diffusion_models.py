@@ -30,7 +30,7 @@ from transformers import (
 
 import softar
 from softar.diffusion.models import MODELS, load
-from softar.diffusion.net import facts, parts
+from softar.diffusion.net import Facts, facts, parts
 from softar.diffusion.reader import WindowCache
 
 VOCAB, LENGTH = 64, 12
@@ -456,16 +456,23 @@ def dream_tokenizer(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def hard_masks(*first, family):
+    """The facts of a model that reads whole canvases with hard masks and says no more."""
+    names = ("mask_id", "eos_id", "end_ids", "shift", "vocab_size")
+    told = dict(zip(names, first, strict=True), family=family)
+    return Facts(**dict.fromkeys(Facts._fields) | told)
+
+
 @pytest.mark.parametrize(("kind", "shift"), [("llada", 0), ("Dream", 1)])
 def test_facts_without_a_tokenizer(kind, shift, tmp_path):
     model, _ = load(write(tmp_path, stock(kind), kind))
-    assert facts(model) == (MASK, EOS, (EOS,), shift, VOCAB, None, None, None, kind.lower(), None)
+    assert facts(model) == hard_masks(MASK, EOS, (EOS,), shift, VOCAB, family=kind.lower())
 
 
 def test_llada_with_its_tokenizer(tmp_path):
     llada_tokenizer().save_pretrained(write(tmp_path, stock()))
     model, tokenizer = load(tmp_path)
-    assert facts(model) == (MASK, EOS, (EOS, EOT), 0, VOCAB, None, None, None, "llada", None)
+    assert facts(model) == hard_masks(MASK, EOS, (EOS, EOT), 0, VOCAB, family="llada")
     assert (tokenizer.mask_token, tokenizer.mask_token_id) == ("<|mdm_mask|>", MASK)
     assert (tokenizer.padding_side, tokenizer.pad_token_id) == ("left", EOS)
     chat = [{"role": "user", "content": " Hi\n"}]
@@ -496,7 +503,7 @@ def test_dream_with_its_tokenizer(tmp_path):
     """Its class is remote code; Qwen2's reads the same files."""
     dream_tokenizer(write(tmp_path, stock("Dream"), "Dream"))
     model, tokenizer = load(tmp_path)
-    assert facts(model) == (MASK, EOS, (EOS, EOT), 1, VOCAB, None, None, None, "dream", None)
+    assert facts(model) == hard_masks(MASK, EOS, (EOS, EOT), 1, VOCAB, family="dream")
     assert (tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.padding_side) == (
         MASK,
         EOS,
@@ -594,7 +601,7 @@ def test_masked_language_models_load_through_the_same_door(arch, tmp_path):
     model, tokenizer = load(tmp_path)
     assert type(model) is type(reference) and not model.training
     eos = {"bert": 3, "roberta": 2, "modernbert": 3}[arch]
-    assert facts(model) == (4, eos, (eos,), 0, 40, None, None, None, "masked_lm", None)
+    assert facts(model) == hard_masks(4, eos, (eos,), 0, 40, family="masked_lm")
     assert tokenizer.padding_side == "left" and tokenizer.mask_token_id == 4
     batch = tokenizer(
         ["w5 w6 w7 w8 w9 w10", f"w11 {tokenizer.mask_token} w13"], padding=True, return_tensors="pt"

@@ -83,8 +83,9 @@ def edited(name, folder, change=dict, drop=(), **fields):
 def test_facts_come_from_the_folder(name):
     family, shift, block_length, ends, _ = TOLD[name]
     told = facts(opened(name)[0])
-    assert told[:5] == (MASK, ends[0], ends, shift, 320)
-    assert told[-2:] == (block_length, family)
+    assert (told.mask_id, told.eos_id, told.end_ids) == (MASK, ends[0], ends)
+    assert (told.shift, told.vocab_size) == (shift, 320)
+    assert (told.block_length, told.family) == (block_length, family)
 
 
 @every_folder
@@ -284,7 +285,8 @@ def test_a_folder_that_says_no_more_than_its_base_is_opened_by_its_kind(tmp_path
     assert facts(model) == facts(opened("opendcoder")[0])
     assert torch.equal(logits(model), logits(opened("opendcoder")[0]))
     a2d, _ = load(folder, kind="a2d", mask_token_id=MASK, block_length=8)
-    assert facts(a2d)[3] == 0 and facts(a2d)[-2:] == (8, "a2d")
+    told = facts(a2d)
+    assert (told.shift, told.block_length, told.family) == (0, 8, "a2d")
     a2d.save_pretrained(tmp_path / "b")
     assert facts(load(tmp_path / "b")[0]) == facts(a2d)
     assert fields_of(tmp_path / "b")["architectures"] == ["A2DQwen2LMHeadModel"]
@@ -311,7 +313,8 @@ def test_what_was_said_of_an_adapters_base_is_said_again(tmp_path):
 
 def test_what_the_folder_does_not_say_the_caller_does(tmp_path):
     model, _ = opened("a2d_qwen3", block_length=8, shift=1)
-    assert facts(model)[3] == 1 and facts(model)[-2:] == (8, "a2d")
+    told = facts(model)
+    assert (told.shift, told.block_length, told.family) == (1, 8, "a2d")
     named = edited("a2d_qwen3", tmp_path / "a", block_size=8)
     assert facts(opened("a2d_qwen3", named)[0]).block_length == 8
     model, _ = opened("llada2_moe", block_length=16, eos_token_id=TURN_END)
