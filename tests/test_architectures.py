@@ -273,6 +273,24 @@ def check_sequential_reads_as_one_forward_or_is_refused(model):
 
 
 @torch.no_grad()
+def check_training_reads_rows_as_decoding_does(model, rows):
+    """Padded on the right, and each alone."""
+    out = decode(model, rows, mixer="hard", top_k=None)
+    whole = [torch.tensor([*row, *made]) for row, made in zip(rows, out.completions.tolist())]
+    ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=PAD)
+    marked = torch.zeros_like(ids).bool()
+    mask = torch.stack([torch.arange(ids.shape[1]) < len(row) for row in whole]).long()
+    padded = soft_forward(model, ids, mask, marked, None)
+    mixed = mixed_forward(model, ids, mask, ~marked, hard(ids))
+    for number, row in enumerate(whole):
+        full, none = torch.ones_like(row)[None], marked[:1, : len(row)]
+        alone = soft_forward(model, row[None], full, none, None)[0]
+        here = slice(len(rows[number]) - 1, len(row) - 1)
+        for logits in (padded[number], mixed[number], alone):
+            assert_close(entropy(logits[here]), out.record.entropy[number], rtol=0, atol=1e-2)
+
+
+@torch.no_grad()
 def check_width_of_hidden_states_is_known(model):
     out = model(input_ids=torch.tensor(ROWS[:1]), output_hidden_states=True)
     if model.config.model_type not in STACKED:
@@ -310,6 +328,8 @@ def test_architecture_is_right_or_refused(kind):
         check_width_of_hidden_states_is_known(model)
         check_packed_rows_are_kept_apart_or_refused(model, kind)
         check_sequential_reads_as_one_forward_or_is_refused(model)
+        if kind not in ONE_BY_ONE:  # whose whole forward in transformers sees later tokens
+            check_training_reads_rows_as_decoding_does(model, rows)
         check_soft_is_hard(model, rows)
         batch = check_row_alone_is_row_in_batch(model, rows)
         check_static_cache_is_right_or_refused(model, rows, batch)

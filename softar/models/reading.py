@@ -44,7 +44,8 @@ BLIND_TO_PADDING = (
     "trocr",
     "whisper",
 )
-# These count positions in another way where padding is on the left, and anew behind a cache
+# These count positions in another way where padding is on the left, anew behind a cache, and without
+# position ids from behind that of their padding
 COUNT_ANEW = (
     "camembert",
     "data2vec-text",
@@ -117,6 +118,12 @@ def reads_on(model) -> bool:
     layers = DynamicCache(config=inner.config).layers
     kept = all(isinstance(layer, DynamicLayer) for layer in layers)
     return kept and not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+
+def counts_anew(model) -> bool:
+    """Does a model, plain or wrapped by PEFT, read a row without position ids at others than decoding,
+    where transformers counts from 0?"""
+    return plain(model).config.model_type in COUNT_ANEW
 
 
 def reads_moved_rows(model) -> bool:

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..checks import check_choice, check_least
 from ..guard import check_unpadded
 from ..models.kind import plain, recomputes
-from ..models.reading import IN_PLACE, cache_name, reads_moved_rows, reads_on
+from ..models.reading import IN_PLACE, cache_name, counts_anew, reads_moved_rows, reads_on
 from ..models.room import room_of
 from ..soft import Soft, soft_inputs, token_inputs
 
@@ -106,7 +106,9 @@ def soft_forward(
         raise ValueError(
             f"last={last} of {T} positions: the mixtures are made of logits before those, take more"
         )
-    if position_ids is not None or (attention_mask is not None and attention_mask.all()):
+    if position_ids is None and counts_anew(model):  # told by the mask where its positions are
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    elif position_ids is not None or (attention_mask is not None and attention_mask.all()):
         attention_mask = None  # lets attention take its fast path, or tell examples by positions
     example = begins.flatten().cumsum(0)[soft_mask.flatten()]  # the number of each marked token's
     longest = most_of_all(int(example.bincount(minlength=1).max()), model)
@@ -239,7 +241,7 @@ def _mk_advance(
     None."""
     by = cache_name(model)
     if attention_mask is not None:
-        positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
+        positions = _counted(attention_mask)
 
     def advance(inputs: dict[str, Tensor], cache: DynamicCache | None):
         begin = 0 if cache is None else cache.get_seq_length()
@@ -357,7 +359,15 @@ def mixed_forward(
     }
     T = input_ids.shape[1]
     some = from_position(0 if last is None else max(0, T - last), T)
+    if counts_anew(model):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        some["position_ids"] = _counted(mask)
     return model(**inputs, attention_mask=attention_mask, use_cache=False, **some).logits
+
+
+def _counted(attention_mask: Tensor) -> Tensor:
+    """Positions [B, T] as decoding has them, 0 in padding on the left."""
+    return (attention_mask.cumsum(1) - 1).clamp_min(0)
 
 
 def _over(mask: Tensor, values: Tensor) -> Tensor:
