@@ -5,7 +5,6 @@ TRL tokenises prompt and completion as one text; there such a tokenizer would cl
 but not before its completion, and the end of both twice.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from softar.sft.data import SoftCollator
+from softar.texts import mapped
 
 
 def close_rows(
@@ -65,13 +65,6 @@ def end_of(rows, tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     lasts = {ids[-1] for ids in rows[:LOOKED_AT]["input_ids"] if ids}
     return tokenizer.eos_token_id if lasts == {tokenizer.eos_token_id} else None
-
-
-def mapped(dataset, function: Callable[[dict], dict], num_proc: int | None):
-    """`map` in num_proc processes; a stream, which goes row by row, has one."""
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(function)
-    return dataset.map(function, num_proc=num_proc)
 
 
 def closes(tokenizer: PreTrainedTokenizerBase) -> bool:

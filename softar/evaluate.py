@@ -13,6 +13,7 @@ from .config import TAGS, SoftConfig
 from .decode import SoftOutput, generate
 from .placement import evaluating
 from .tags import Answers
+from .texts import mapped
 from .thought import Kind
 
 MOST = 1e100  # a score; the squares of larger ones have no sum
@@ -125,11 +126,12 @@ def prefixed(prompt, prefix: str | None):
     return prefix + prompt
 
 
-def prefixed_rows(rows, prefix: str | None, kept: str | None = None):
+def prefixed_rows(rows, prefix: str | None, kept: str | None = None, num_proc: int | None = None):
     """A data set, several by name, or None, with each `prompt` as a model is to read it whose
-    configuration says prompt_prefix. kept: a column for what it was."""
+    configuration says prompt_prefix. kept: a column for what it was. num_proc: processes for it."""
     if isinstance(rows, dict):
-        return type(rows)({name: prefixed_rows(each, prefix, kept) for name, each in rows.items()})
+        how = prefix, kept, num_proc
+        return type(rows)({name: prefixed_rows(each, *how) for name, each in rows.items()})
     first = None if rows is None or prefix is None else next(iter(rows), None)
     if first is None or not isinstance(first.get("prompt"), str):
         return rows  # in a chat the template puts it there
@@ -138,7 +140,7 @@ def prefixed_rows(rows, prefix: str | None, kept: str | None = None):
         prompt = row["prompt"]
         return {"prompt": prefixed(prompt, prefix)} | ({kept: prompt} if kept else {})
 
-    return rows.map(put)
+    return mapped(rows, put, num_proc)
 
 
 class Chat(list):

@@ -1,5 +1,7 @@
 """Rows of text that the trainers take, and what of them is refused before any is tokenised."""
 
+from collections.abc import Callable
+
 import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, LargeList, List, Value
@@ -104,6 +106,13 @@ def is_blank(cell) -> bool:
 
 def is_list(feature) -> bool:
     return isinstance(feature, (List, LargeList))
+
+
+def mapped(dataset, function: Callable[[dict], dict], num_proc: int | None):
+    """`map` in num_proc processes; a stream, which goes row by row, has one."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(function)
+    return dataset.map(function, num_proc=num_proc)
 
 
 def check_cells(dataset: Dataset, columns: list[str], name: str) -> None:

@@ -209,6 +209,10 @@ def with_traces(folder):
     )
 
 
+def with_think_tokens(folder):
+    return sft.trainer_of(folder, think_steps=2, think_tokens=2, dataset_num_proc=2)
+
+
 def filled_blocks(folder):
     return blocks.trainer_of(folder, "blocks, filled", 8, dataset_num_proc=2)
 
@@ -218,7 +222,7 @@ def closed(folder):
     return closing.trainer_of(folder, closing.KINDS["text"], dataset_num_proc=2)[0]
 
 
-@pytest.mark.parametrize("make", [packed, with_traces, filled_blocks, closed])
+@pytest.mark.parametrize("make", [packed, with_traces, with_think_tokens, filled_blocks, closed])
 def test_rows_are_made_ready_in_as_many_processes_as_are_asked_for(tmp_path, make, monkeypatch):
     whole, seen = Dataset.map, []
 

@@ -26,10 +26,11 @@ class Prefix(NamedTuple):
     ] = ()  # the rows that alone are trained; none: whatever else the options say
     adapter: PeftConfig | None = None  # that trains them; None: the tables themselves
 
-    def before(self, rows):
-        """A data set, several by name, or None, with the text before each prompt of text."""
+    def before(self, rows, num_proc: int | None = None):
+        """A data set, several by name, or None, with the text before each prompt of text, put there in
+        num_proc processes."""
         if isinstance(rows, dict):
-            return type(rows)({name: self.before(each) for name, each in rows.items()})
+            return type(rows)({name: self.before(each, num_proc) for name, each in rows.items()})
         first = next(iter(rows)) if self.ids and rows is not None else {"prompt": None}
         has_chats = any(isinstance(first.get(name), list) for name in CHATS)
         if "prompt" not in first and not has_chats:
@@ -37,7 +38,7 @@ class Prefix(NamedTuple):
                 f"think_tokens={len(self.ids)} stand before prompts, and the rows have {[*first]}: give "
                 "prompt and completion, or chats"
             )
-        return prefixed_rows(rows, self.text)
+        return prefixed_rows(rows, self.text, num_proc=num_proc)
 
     def adapted(
         self, model: nn.Module, is_split: bool = False
