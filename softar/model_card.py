@@ -13,6 +13,7 @@ from .config import CONFIG_FILE, STEP_TEMPERATURE_FILE
 from .models import plain
 from .names import is_code
 from .results import versions, write_whole
+from .resume import EARLIER, set_adapter_apart
 
 PROMPT = "your prompt"
 
@@ -57,6 +58,11 @@ class OwnCard:
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        if plain(model) is model and set_adapter_apart(folder):
+            print(
+                f"{folder} held an adapter of an earlier training: it is now in {folder / EARLIER}"
+            )
         # over the one that PEFT writes beside an adapter
         write_whole(folder / "README.md", model_card(self, folder))
 

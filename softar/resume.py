@@ -11,6 +11,8 @@ STATE = "trainer_state.json"  # comes last in a checkpoint
 PICKLES = (".pt", ".pth", ".bin")
 WEIGHTS = ("*model*.safetensors", "*model*.bin")
 ANY_WHOLE = "whole"
+EARLIER = "_earlier"  # in a folder, what an earlier training left there
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 ARGUMENTS = "softar_arguments"  # in STATE, what the training was told of the following
 # The optimiser goes on with these as they were; so it does with the learning rates of its parts
 KEPT = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -147,6 +149,16 @@ WHAT = {
 }
 ANEW = " (the checkpoint has no optimiser, so that it begins anew)"
 FROM_HERE = " (from here on)"
+
+
+def set_adapter_apart(folder: Path) -> bool:
+    """Move an adapter of an earlier training into the folder EARLIER, as whole weights have been saved
+    beside it, in whose place `load` would open it. False where there is none."""
+    left = [folder / name for name in ADAPTER if (folder / name).is_file()]
+    for path in left:
+        (folder / EARLIER).mkdir(exist_ok=True)
+        path.replace(folder / EARLIER / path.name)
+    return bool(left)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

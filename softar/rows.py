@@ -20,6 +20,7 @@ from .checks import one_line_errors
 from .launch import Program
 from .resume import (
     ANY_WHOLE,
+    EARLIER,
     LENGTH,
     STATE,
     arguments_of,
@@ -35,7 +36,6 @@ from .resume import (
 CUSTOM = "custom"  # one run, exactly as the options say
 # set for a process that trains one row and leaves table and plot to its parent
 APART = "SOFTAR_TRAIN_APART"
-EARLIER = "_earlier"
 LOG = "train.log"  # what such a process says, in the row's folder
 TOLD = "row_arguments.json"  # what a finished row was trained with
 # What a run leaves in a row's folder that decides how it is resumed, or how it is decoded

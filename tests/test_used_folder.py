@@ -5,14 +5,17 @@ import re
 from importlib import import_module
 
 import pytest
+from datasets import Dataset
 from launched import argv, recipe, run_here
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 import softar
 from softar.recipe import read
 from softar.recipe_data import made_with
-from softar.resume import ARGUMENTS, FIXED
-from softar.rows import EARLIER, TOLD
+from softar.resume import ARGUMENTS, EARLIER, FIXED
+from softar.rows import TOLD
+from softar.sft.config import SoftSFTConfig
+from softar.sft.trainer import SoftSFTTrainer
 
 SFT, MASKED = recipe("sft_soft"), recipe("sft_diffusion")
 RL, MASKED_RL = recipe("ppo_soft"), recipe("grpo_diffusion")
@@ -48,6 +51,23 @@ def test_whole_weights_answer_where_an_adapter_lay(start, tmp_path, capsys):
     assert not isinstance(softar.load(folder)[0], PeftModel)
     assert f"an earlier run are now in {folder / EARLIER}" in capsys.readouterr().out
     assert isinstance(softar.load(folder / EARLIER)[0], PeftModel)  # nothing is lost
+
+
+def test_whole_weights_of_a_trainer_answer_where_an_adapter_lay(tmp_path, capsys):
+    """In checkpoints, too."""
+    rows = Dataset.from_list(8 * [json.loads(LINE)])
+    how = dict(max_steps=1, save_steps=1, think_steps=3, report_to="none", disable_tqdm=True)
+    for adapter in (LoraConfig(target_modules=["q_proj"]), None):
+        model, tokenizer = softar.load("mnns-tiny")
+        args = SoftSFTConfig(output_dir=str(tmp_path), **how)
+        parts = dict(train_dataset=rows, processing_class=tokenizer, peft_config=adapter)
+        trainer = SoftSFTTrainer(model, args, **parts)
+        trainer.train()
+        trainer.save_model()
+        for folder in (tmp_path, tmp_path / "checkpoint-1"):
+            assert isinstance(softar.load(folder)[0], PeftModel) == (adapter is not None)
+        assert ("an adapter of an earlier" in capsys.readouterr().out) == (adapter is None)
+    assert isinstance(softar.load(tmp_path / EARLIER)[0], PeftModel)  # nothing is lost
 
 
 FIRST = {
