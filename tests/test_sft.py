@@ -1945,6 +1945,18 @@ def test_rows_that_max_length_takes_from_are_counted(tmp_path, capsys):
     assert "max_length" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "options", [dict(think_start="<think>", think_end="</think>"), dict(think_steps=3)], ids=str
+)
+def test_rows_are_not_cut_behind_what_opens_their_thought(tmp_path, options):
+    rows = [{"prompt": "<bos> w7 <think>", "completion": " w6 w9 </think> w5"}]
+    rows += [{"prompt": "<bos> w8 <think>", "completion": " w6 w9 w8 </think> w5"}]
+    how = options | dict(truncation_mode="keep_end")
+    trainer_of(tmp_path, Dataset.from_list(rows), max_length=7, **how)
+    with pytest.raises(ValueError, match=r"row 1 of train_dataset lacks .* max_length=6 by"):
+        trainer_of(tmp_path, Dataset.from_list(rows), max_length=6, **how)
+
+
 def test_completions_that_an_evaluation_would_cut_are_said(tmp_path, capsys):
     """The saved soft_config.json decodes no more tokens either."""
     data = Dataset.from_list([{"prompt": "<bos> w5", "completion": " w6" * n} for n in (2, 9)])

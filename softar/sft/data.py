@@ -125,12 +125,27 @@ def check_thoughts(rows, args, tokenizer, span: dict, data: str) -> None:
     for name in TAGS:
         if (text := getattr(args, name)) is not None:
             check_tag(rows, name, text, args.targets, tokenizer, data)
+    cuts = args.is_soft and args.truncation_mode == "keep_end"
+    for number, row in enumerate(rows if cuts else ()):
+        if len(row["input_ids"]) == args.max_length and _lacks_begin(row, args, span):
+            raise ValueError(
+                f"row {number} of {data} lacks the beginning of its thought, cut to max_length={args.max_length} by "
+                "truncation_mode='keep_end': raise max_length, or leave truncation_mode at 'keep_start'"
+            )
     has_several = args.is_soft and (has_turns(rows) or args.assistant_only_loss)
     for number, row in enumerate(rows if has_several else ()):
         if why := _ambiguous(row, args, span):
             raise ValueError(
                 f"row {number} of {data} is a chat {why}: give rows of prompt and completion, one for each answer"
             )
+
+
+def _lacks_begin(row: dict[str, Any], args, span: dict) -> bool:
+    """Has a row that was cut from its beginning lost what opens its thought, or is counted from?"""
+    labels = row.get("labels", row["input_ids"])
+    if args.think_start is None:
+        return args.think_steps is not None and labels[0] != -100
+    return bool(matches(span["end"], labels)) and not matches(span["start"], row["input_ids"])
 
 
 def _ambiguous(row: dict[str, Any], args, span: dict) -> str | None:
