@@ -29,6 +29,13 @@ TEXTS = (
     *("max_length", "packing", "truncation_mode", "shuffle_dataset", "dataset_text_field"),
     *("completion_only_loss", "assistant_only_loss", "eos_token", "chat_template_path"),
 )
+# What a step learns of its rows, beside softar's own options
+LEARNT = (
+    *("max_grad_norm", "bf16", "fp16", "neftune_noise_alpha", "max_completion_length"),
+    *("temperature", "beta", "delta", "epsilon", "epsilon_high", "entropy_coef", "loss_type"),
+    *("reward_weights", "scale_rewards", "multi_objective_aggregation"),
+    *("mask_truncated_completions", "chat_template_kwargs"),
+)
 # Beside the arguments: an attribute that a recipe gives them, a dict of what else its rows are made with
 MADE_WITH = "made_with"
 # A training goes on with these alone
@@ -66,7 +73,7 @@ def checkpoint_of(training) -> str | None:
 
 def arguments_of(training) -> dict:
     """What a checkpoint has to know of training arguments, for `changes`, as JSON gives it back."""
-    kept = {*KEPT, *SCHEDULE, *ROWS, *TEXTS} | own_options(training)
+    kept = {*KEPT, *SCHEDULE, *ROWS, *TEXTS, *LEARNT} | own_options(training)
     values = {k: v for k, v in vars(training).items() if k in kept or k.endswith(RATE)}
     values |= vars(training).get(MADE_WITH, {})
     return json.loads(json.dumps(values, default=_as_json))

@@ -1,6 +1,7 @@
 """RL on a soft policy: TRL's loss at one draw, exact replay, resuming, PPO and RLOO, and what is
 refused."""
 
+import copy
 import inspect
 import json
 import math
@@ -20,6 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import softar
 from softar.config import SoftConfig
+from softar.resume import changes
 from softar.rl import (
     SoftGRPOConfig,
     SoftGRPOTrainer,
@@ -327,7 +329,11 @@ def test_resume_is_exact(tmp_path, kind, peft, stop, options):
     resumed = trainer(
         tmp_path / "b", kind, peft=lora(0.1) if peft else None, model=model_of(seed=0), **options
     )
-    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{stop}"))
+    checkpoint = tmp_path / "b" / f"checkpoint-{stop}"
+    assert changes(checkpoint, resumed.args) is None
+    (other := copy.copy(resumed.args)).reward_weights = [0.5]
+    assert "reward_weights=[0.5], not None (from here on)" in changes(checkpoint, other)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
     before, after = weights(straight.model), weights(resumed.model)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

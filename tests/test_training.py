@@ -155,6 +155,7 @@ OTHERS = {
         dict(max_length=20, packing=True),
         "max_length=20, not 1024, packing=True, not False (rows are made so",
     ),
+    "clipped": (dict(max_grad_norm=0.5), "max_grad_norm=0.5, not 1.0 (from here on)"),
     "order": (
         dict(train_sampling_strategy="sequential"),
         "train_sampling_strategy='sequential', not 'random' (of this epoch some rows come twice",
