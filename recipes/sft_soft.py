@@ -82,7 +82,7 @@ TOKENS = dict(
 )
 GOLD = dict(alpha_schedule="constant", alpha_start=1.0, **MOVE, **HARD, **TOKENS)
 ROWS = {
-    "no-cot": dict(think_steps=0, **GOLD),
+    "no-cot": dict(think_steps=0, entropy_coef=0.0, **GOLD),
     "discrete": GOLD,
     "discrete-traces": dict(targets="traces", **GOLD),
     "scheduled-sampling": dict(

@@ -1473,6 +1473,7 @@ SETTINGS = {
     "alpha_hold": 0.1,
     "alpha_span": 0.2,
     "thought_loss": "alpha",
+    "entropy_coef": 0.5,
     "temperature_learning_rate": 0.1,
 }
 CASES = [
@@ -1491,12 +1492,17 @@ CASES = [
         "alpha_end alpha_hold alpha_span guidance soft_passes soft_grad_passes soft_window thought_loss "
         "temperature_learning_rate",
     ),
-    (dict(soft_passes=0), "soft_grad_passes soft_window temperature_learning_rate"),
     (
-        dict(think_steps=0),
-        "guidance soft_passes soft_grad_passes soft_window temperature_learning_rate",
+        dict(soft_passes=0),
+        "soft_grad_passes guidance alpha_start alpha_end alpha_hold alpha_span soft_window "
+        "temperature_learning_rate",
     ),
-    (dict(targets="oracle"), " ".join(SETTINGS.keys() - {"thought_loss"})),
+    (
+        dict(soft_passes=0, thought_loss="alpha"),
+        "soft_grad_passes guidance soft_window temperature_learning_rate",
+    ),
+    (dict(think_steps=0), " ".join(SETTINGS.keys() - {"soft_mixer", "soft_temperature"})),
+    (dict(targets="oracle"), " ".join(SETTINGS.keys() - {"thought_loss", "entropy_coef"})),
 ]
 
 

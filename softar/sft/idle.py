@@ -58,7 +58,7 @@ IDLE = (
         "let it move sooner, or train for more steps",
     ),
     Idle(
-        f"{SOFT_INPUTS} guidance",
+        f"{SOFT_INPUTS} guidance alpha_start {MOVE} thought_loss entropy_coef",
         lambda c: c.think_steps == 0,
         "with think_steps=0, where nothing is thought",
         "raise it",
@@ -82,9 +82,15 @@ IDLE = (
         "choose another alpha_schedule",
     ),
     Idle(
-        "soft_grad_passes",
+        "soft_grad_passes guidance",
         lambda c: c.soft_passes == 0,
         "with soft_passes=0, where one forward is all",
+        "raise soft_passes",
+    ),
+    Idle(
+        ALPHA,
+        lambda c: c.soft_passes == 0 and c.thought_loss != "alpha",
+        "with soft_passes=0, which reads gold tokens alone",
         "raise soft_passes",
     ),
     Idle(
