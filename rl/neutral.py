@@ -25,6 +25,7 @@ NO_LOGITS = "an evaluation keeps losses and rewards, and calls no compute_metric
 # (option, neutral values, why)
 NEUTRAL = (
     *OF_ALL,
+    ("remove_unused_columns", (False,), "reward functions read columns, and no signature has them"),
     ("train_sampling_strategy", ("random",), IN_GROUPS),
     ("length_column_name", ("length",), IN_GROUPS),
     ("data_seed", (None,), IN_GROUPS),

@@ -97,7 +97,7 @@ ACTS = """
     eval_use_gather_object load_best_model_at_end metric_for_best_model greater_is_better
     save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
     push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
-    ignore_data_skip restore_callback_states_from_checkpoint remove_unused_columns
+    ignore_data_skip restore_callback_states_from_checkpoint
     dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order accelerator_config
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
@@ -106,6 +106,7 @@ ACTS = """
 IN_TEXTS = f"""{ACTS}
     fp16 data_seed train_sampling_strategy length_column_name auto_find_batch_size include_num_input_tokens_seen
     prediction_loss_only include_for_metrics batch_eval_metrics use_liger_kernel liger_kernel_config
+    remove_unused_columns
     dataset_text_field dataset_kwargs dataset_num_proc max_length packing pad_to_multiple_of activation_offloading
 """
 IN_RL = f"""{ACTS}
