@@ -169,9 +169,12 @@ class DiffusionGRPOTrainer(RolloutGRPO):
     def _rollout_metrics(self, rollout):
         out = rollout.out
         committed = out.committed_at >= 0
+        # up to an answer's end; of templates, whose prompt_length is the whole width, all
+        stops = [out.prompt_length + len(row) for row in self._completions(rollout)]
+        made = sum(row[:stop].sum() for row, stop in zip(committed, stops, strict=True))
         sums = {
             "nfe": (out.row_forwards.sum(), committed.new_ones(len(committed)).sum()),
-            "tokens_per_forward": (committed.sum(), out.row_forwards.sum()),
+            "tokens_per_forward": (made, out.row_forwards.sum()),
             "confidence": (out.confidence[committed].sum(), committed.sum()),
         }
         pairs = [torch.stack([part.float() for part in pair]) for pair in sums.values()]

@@ -570,9 +570,12 @@ def test_templates_and_what_rewards_see(tmp_path):
         kept = [w if w != f"w{MASK}" else None for w in prompt.split()]
         assert all(k in (None, w) for k, w in zip(kept, text.split(), strict=True))
     seen.clear()
-    trainer(tmp_path, reward=reward, end_ids=list(range(20)), max_steps=1).train()
+    made = trainer(tmp_path, reward=reward, end_ids=list(range(20)), max_steps=1)
+    made.train()
     lengths = [len(ids) for *_, ids in seen]
     assert min(lengths) < 6 and all(i >= 20 for *_, ids in seen for i in ids)
+    told = logged(made, "diffusion/tokens_per_forward")[0] * logged(made, "diffusion/nfe")[0]
+    assert told * len(lengths) == pytest.approx(sum(min(n + 1, 6) for n in lengths))
 
 
 @pytest.mark.parametrize("kind", ["chat", "text"])
