@@ -96,15 +96,15 @@ class SoftOutput:
 
     @property
     def answers(self) -> list[Tensor]:
-        """Per row the tokens after the thought, without padding: whole ones. softar.answer_texts also has
-        what the last token of a tag that is text holds behind the tag."""
-        rows = zip(self.completions, self.record.kind, self.answer_start.tolist(), strict=True)
-        return [tokens[start:][kind[start:] != Kind.PAD] for tokens, kind, start in rows]
+        """Per row the tokens after the thought, without those of PAD and LATENT steps: whole ones.
+        softar.answer_texts also has what the last token of a tag that is text holds behind the tag."""
+        rows = zip(self.completions, self.record.is_token, self.answer_start.tolist(), strict=True)
+        return [tokens[start:][said[start:]] for tokens, said, start in rows]
 
     @property
     def num_tokens(self) -> Tensor:
         """[B] int64, tokens generated: steps of kind LATENT are none."""
-        return ((self.record.kind != Kind.PAD) & (self.record.kind != Kind.LATENT)).sum(1)
+        return self.record.is_token.sum(1)
 
     @property
     def row_forwards(self) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from itertools import compress
 
 import torch
 from datasets import Dataset
@@ -14,7 +15,6 @@ from .decode import SoftOutput, generate
 from .placement import evaluating
 from .tags import Answers
 from .texts import mapped
-from .thought import Kind
 
 MOST = 1e100  # a score; the squares of larger ones have no sum
 
@@ -66,9 +66,11 @@ def answer_ids(out: SoftOutput, tokenizer, *, space: bool = True) -> list[list[i
     spell what stands beside the end of the tag. space: see softar.tags.Answers."""
     moves = None if out.config is None else out.config.moves[1]
     answer, P = Answers(moves, tokenizer, space=space), out.prompt_length
-    lengths = (out.record.kind != Kind.PAD).sum(1).tolist()
-    rows = zip(out.sequences.tolist(), lengths, out.answer_start.tolist(), strict=True)
-    return [answer(ids[:P], ids[P : P + n], start) for ids, n, start in rows]
+    starts = out.answer_start
+    thought = torch.arange(out.record.kind.shape[1], device=starts.device) < starts[:, None]
+    said = (thought | out.record.is_token).tolist()  # no pad tokens of latent steps in an answer
+    rows = zip(out.sequences.tolist(), said, starts.tolist(), strict=True)
+    return [answer(ids[:P], [*compress(ids[P:], own)], start) for ids, own, start in rows]
 
 
 def tally(

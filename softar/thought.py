@@ -48,6 +48,11 @@ class Record(NamedTuple):
     # factor of the step where there is a step_temperature and no switch
     entropy: Tensor
 
+    @property
+    def is_token(self) -> Tensor:
+        """[...] bool, steps that a token stands for: none of kind PAD or LATENT."""
+        return (self.kind != Kind.PAD) & (self.kind != Kind.LATENT)
+
 
 class Progress(NamedTuple):
     """How far each row of a batch is, on its device."""

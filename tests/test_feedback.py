@@ -24,6 +24,7 @@ from tiny import (
 
 import softar
 from softar import Kind, SoftConfig
+from softar.evaluate import answer_ids
 from softar.feedback import Gate, mean_length
 from softar.mixers import MIXERS
 from softar.show.trace import from_json, thought, to_json
@@ -110,6 +111,9 @@ def test_nothing_but_the_budget_ends_a_thought_without_tokens(llama):
     out = decode(llama, [PROMPT], **settings, **knobs)
     assert out.record.kind.tolist() == [[LATENT] * 4 + [FORCED, HARD, HARD]]
     assert out.completions.tolist() == [[PAD] * 4 + [END, 9, EOS]]
+    shown = decode(llama, [PROMPT], **settings, **knobs, hide_thought=False)
+    assert torch.equal(shown.completions, out.completions)
+    assert [a.tolist() for a in shown.answers] == answer_ids(shown, None) == [[END, 9, EOS]]
     out = decode(llama, [PROMPT], **settings, **knobs, stopping_criteria=[anything])
     assert out.record.kind.tolist() == [[LATENT] * 4 + [FORCED]]
     # length counts in vectors, too

@@ -29,8 +29,10 @@ def read_out(
     """
     texts = answer_texts(out, tokenizer)
     is_step = out.record.kind != Kind.PAD  # [B, T]; padding stands at the end
-    is_token = is_step & (out.record.kind != Kind.LATENT)
-    tokens = [tuple(ids[own].tolist()) for ids, own in zip(out.completions, is_token, strict=True)]
+    tokens = [
+        tuple(ids[own].tolist())
+        for ids, own in zip(out.completions, out.record.is_token, strict=True)
+    ]
     entropy = (out.record.entropy.masked_fill(~is_step, 0.0).sum(1) / is_step.sum(1)).tolist()
     is_soft = (out.record.kind == Kind.SOFT) | (out.record.kind == Kind.LATENT)
     soft_steps = is_soft.sum(1).tolist()
