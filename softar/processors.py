@@ -1,11 +1,14 @@
 """transformers' logits processors in the loops of softar: which are asked, of what text, and what they
 have to leave."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     LogitsProcessor,
@@ -37,6 +40,8 @@ READING = (
     RepetitionPenaltyLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     SequenceBiasLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,  # of the prompt, which of these models nothing encodes
+    EncoderNoRepeatNGramLogitsProcessor,
 )
 
 
@@ -88,12 +93,15 @@ class OfOwnText(LogitsProcessor):
         self, inner: LogitsProcessor, prompts: Tensor, pads: Tensor, silent: list[Tensor] | None
     ):
         self.inner, self.prompts, self.pads, self.silent = inner, prompts, pads, silent
+        own = (row[n:][None] for row, n in zip(prompts, pads.tolist(), strict=True))
+        self.each = [_of_prompt(inner, ids) for ids in own]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         P = self.prompts.shape[1]
-        pads, begins = self.pads, input_ids[:, :P]
+        pads, each, begins = self.pads, self.each, input_ids[:, :P]
         if not torch.equal(begins, self.prompts):  # beams, of any of the prompts
-            pads = pads[(begins[:, None] == self.prompts).all(2).long().argmax(1)]
+            at = (begins[:, None] == self.prompts).all(2).long().argmax(1)
+            pads, each = pads[at], [each[i] for i in at.tolist()]
         said = torch.arange(input_ids.shape[1], device=input_ids.device) >= pads[:, None]
         if is_set := isinstance(self.inner, RepetitionPenaltyLogitsProcessor):
             # its prompt_ignore_length counts columns: padding shows the first token instead
@@ -103,8 +111,18 @@ class OfOwnText(LogitsProcessor):
             said[:, P:] &= ~torch.stack(self.silent, 1)
         elif is_set:
             return self.inner(input_ids, scores)
-        rows = zip(input_ids, said, scores, strict=True)
-        return torch.cat([self.inner(ids[own][None], row[None]) for ids, own, row in rows])
+        rows = zip(each, input_ids, said, scores, strict=True)
+        return torch.cat([inner(ids[own][None], row[None]) for inner, ids, own, row in rows])
+
+
+def _of_prompt(inner: LogitsProcessor, ids: Tensor) -> LogitsProcessor:
+    """The processor, of one that keeps the prompts with this one, [1, n], in their place."""
+    if isinstance(inner, EncoderNoRepeatNGramLogitsProcessor):
+        return EncoderNoRepeatNGramLogitsProcessor(inner.ngram_size, ids)
+    if isinstance(inner, EncoderRepetitionPenaltyLogitsProcessor):
+        inner = copy.copy(inner)
+        inner.encoder_input_ids = ids
+    return inner
 
 
 def leaves_none(scores: Tensor) -> Tensor:

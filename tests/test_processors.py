@@ -45,7 +45,14 @@ def decoded(model, ids, mask, loop, **more):
 
 
 @pytest.mark.parametrize(
-    "asked", [dict(repetition_penalty=3.0), dict(no_repeat_ngram_size=1)], ids=str
+    "asked",
+    [
+        dict(repetition_penalty=3.0),
+        dict(no_repeat_ngram_size=1),
+        dict(encoder_repetition_penalty=3.0),
+        dict(encoder_no_repeat_ngram_size=1),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("loop", LOOPS)
 def test_processors_do_not_count_padding_as_said(loop, asked):
