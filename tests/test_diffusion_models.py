@@ -745,7 +745,7 @@ def test_bad_adapter_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match="does not name a base model"):
         load(adapter)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"pickled, adapter_model\.bin"):
         load(adapter)
 
 
@@ -895,7 +895,7 @@ def test_pickled_weights_are_not_read(kind, tmp_path):
     write(tmp_path, stock(kind), kind)
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
-    refuses(tmp_path, "safetensors")
+    refuses(tmp_path, "pickled, pytorch_model.bin: save the model as safetensors")
 
 
 def test_mistyped_fields_are_named(tmp_path):

@@ -5,6 +5,7 @@ import re
 import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -39,7 +40,17 @@ def opening(name: str, remedy: str = "", keywords: Collection[str] = ()) -> Iter
         unknown = UNKNOWN.search(said)
         if unknown and unknown[1] in keywords:
             raise ValueError(f"model={name!r} takes no keyword {unknown[1]!r}") from error
+        if pickles := _pickled(name):
+            said = f"its weights are pickled, {pickles[0]}: save the model as safetensors"
         raise ValueError(f"model={name!r} could not be loaded: {shorten(said)}{remedy}") from error
+
+
+def _pickled(folder: str) -> list[str]:
+    """Files of weights in a folder that has them as pickles alone."""
+    names = [file.name for file in Path(folder).glob("*")]
+    if any(name.endswith(".safetensors") for name in names):
+        return []
+    return sorted(n for n in names if re.fullmatch(r"(pytorch|adapter)_model.*\.bin", n))
 
 
 def _raised_in(error: Exception) -> str:
