@@ -751,6 +751,8 @@ def test_the_default_comparison(softar, task):
     assert code == 0 and len(found) == len(inputs.COMPARED[task])
     families = {row["family"] for row in found}
     assert families == ({"autoregressive", "diffusion"} if task == "mnns" else {"diffusion"})
+    with_arguments = inputs.compared(f"{task}:digits=3", None, "auto", None)
+    assert with_arguments == inputs.compared(task, None, "auto", None)
 
 
 @pytest.mark.parametrize("task", ["mnns", "latin", "latin-prompt"])

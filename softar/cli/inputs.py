@@ -307,10 +307,11 @@ def stream(decoder, prompt) -> "Decoded":
 def compared(task: str, model: str | None, dtype: str, device: str | None) -> list[str]:
     """The decoders of a comparison that names none: of a model that fills masks hard and soft, of
     one that conditions itself its own way, and without that."""
-    if model is None and task in COMPARED:
+    name = task.partition(":")[0]  # with other arguments it has the same models
+    if model is None and name in COMPARED:
         from .. import tasks
 
-        return [f"{tasks.MODELS[task][kind]}={decoder}" for kind, decoder in COMPARED[task]]
+        return [f"{tasks.MODELS[name][kind]}={decoder}" for kind, decoder in COMPARED[name]]
     from ..decoders.card import describe
     from ..decoders.registry import own_decoder
 
