@@ -1050,6 +1050,12 @@ BAD = [
     ),
     (["trace", PROMPT, *SOFT, "-d", "soft:max_new_tokens=3", "--max-new-tokens", "8"], "leave one"),
     (
+        ["generate", PROMPT, *SOFT, "-d", "sampled:seed=3", "--seed", "0"],
+        "--seed 0: --decoder sampled:seed=3 says it, too: leave one out",
+    ),
+    (["fill", HOLES, "-d", "hard:seed=3", "--seed", "2"], "--seed 2: --decoder"),
+    (["trace", PROMPT, *SOFT, "-d", "gumbel:seed=3", "--seed", "2"], "--seed 2: --decoder"),
+    (
         ["compare", *SOFT, "-d", "discrete:max_new_tokens=3", "--max-new-tokens", "8"],
         "--max-new-tokens 8: --decoder",
     ),

@@ -192,6 +192,7 @@ def test_a_spec_overrides_the_arguments():
     )
     same = make_decoder("sampled", model="mnns-tiny", max_new_tokens=2, seed=5)
     assert decoder.config.max_new_tokens == 2
+    assert (decoder.name, decoder.columns["seed"]) == ("mnns-tiny=sampled seed=5", 5)
     assert decoder.model is same.model, "a model is opened once"
     assert answers(decoder.decode(MNNS * 9)) == answers(same.decode(MNNS * 9))
     assert (

@@ -326,6 +326,7 @@ def test_a_folder_without_a_readable_grid_is_refused(whole, tmp_path):
             dict(soft=["hard:threshold=0.7"]),
             r"'hard:threshold=0.7' sets \['threshold'\], which the grid varies",
         ),
+        (dict(soft=["hard:seed=3"]), r"'hard:seed=3' sets \['seed'\], which the grid varies"),
         (dict(soft=["a-b=hard", "a/b=hard"]), "would share the folder"),
         (dict(vary={"treshold": [0.5]}), "takes no 'treshold'"),
         (dict(vary={"threshold": [2]}), r"threshold=2 must lie in \(0, 1\]"),

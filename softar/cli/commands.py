@@ -67,7 +67,7 @@ def generate(
     ] = False,
     chat: Chat = None,
     system: System = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
@@ -108,6 +108,7 @@ def generate(
     )
     with streams.only_results():
         inputs.check_lengths([decoder] if decoder else [], "--max-new-tokens", max_new_tokens)
+        seed = inputs.seed_of([decoder] if decoder else [], seed)
         common = dict(max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device)
         opened = inputs.open_decoder(decoder, model, options, fills=False, **common)
         messages = inputs.as_prompt(opened, text, chat, system)
@@ -157,7 +158,7 @@ def fill(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     system: System = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
@@ -193,6 +194,7 @@ def fill(
     )
     with streams.only_results():
         inputs.check_lengths([decoder] if decoder else [], "--gen-length", gen_length or None)
+        seed = inputs.seed_of([decoder] if decoder else [], seed)
         common = dict(max_new_tokens=gen_length, seed=seed, dtype=dtype, device=device)
         opened = inputs.open_decoder(decoder, model, options, fills=True, **common)
         tokenizer = inputs.tokenizer_of(opened)
@@ -214,7 +216,7 @@ def trace(
     max_new_tokens: Length = None,
     chat: Chat = None,
     system: System = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
@@ -236,9 +238,10 @@ def trace(
     if html is not None and (html.is_dir() or not html.parent.is_dir()):
         why = "is a folder" if html.is_dir() else "is in no folder that is there"
         raise ValueError(f"--html {str(html)!r} {why}: name a file in one")
-    common = dict(max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device)
     with streams.only_results():
         inputs.check_lengths(decoder or [], "--max-new-tokens", max_new_tokens)
+        common = dict(max_new_tokens=max_new_tokens, dtype=dtype, device=device)
+        common["seed"] = inputs.seed_of(decoder or [], seed)
         for spec in inputs.distinct(decoder or []) or [None]:
             opened = inputs.open_decoder(spec, model, {}, trace=True, **common)
             tokenizer, template = inputs.tokenizer_of(opened), text
@@ -304,7 +307,7 @@ def compare(
     max_new_tokens: Length = None,
     batch_size: Annotated[int, typer.Option(help="Rows decoded together.")] = 64,
     chat: Chat = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
@@ -340,6 +343,7 @@ def compare(
     )
     with streams.only_results():
         inputs.quiet()
+        seed = seed or 0  # a spec may have another, and the intervals are drawn by this one
         inputs.check_lengths(decoder or [], "--max-new-tokens", max_new_tokens)
         loaded = load_task(task)
         if folder is not None:

@@ -210,6 +210,15 @@ def check_lengths(specs: list[str], option: str, length: int | None) -> None:
         raise ValueError(f"{option} {length}: --decoder {specs[0]} says it, too: leave one out")
 
 
+def seed_of(specs: list[str], seed: int | None) -> int:
+    """The command's seed. Raises ValueError for one that no decoder hears, as each has its own."""
+    from ..decoders.registry import parse_spec
+
+    if seed is not None and specs and all("seed" in parse_spec(spec).options for spec in specs):
+        raise ValueError(f"--seed {seed}: --decoder {specs[0]} says it, too: leave one out")
+    return seed or 0
+
+
 def as_prompt(decoder, text: str, chat: bool | None, system: str | None = None) -> str | list[dict]:
     """Chat messages where the decoder takes them (chat None), or where they are asked for; else
     text.

@@ -54,7 +54,13 @@ Chat = Annotated[
     ),
 ]
 System = Annotated[str | None, typer.Option(help="The chat's system message.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Seed of all that is drawn, but by decoders with seed= in their spec.",
+        show_default="0",
+    ),
+]
 Dtype = Annotated[
     str, typer.Option(help="Type of the weights: auto (as stored), float32, bfloat16, float16.")
 ]

@@ -134,7 +134,12 @@ def build(decoder: str, card: Card, common: Common, options: dict) -> Decoder:
         raise ValueError(f"decoder {decoder!r}: {said} say the same: leave one out")
     common = common.overridden(decoder, options)
     others = {key: value for key, value in options.items() if key not in Common.OPTIONS}
-    return find(decoder)[1](card, common, **others)
+    family, make = find(decoder)
+    made = make(card, common, **others)
+    if "seed" in options and family != OWN:  # tables tell it from the others'
+        made.name += f" seed={common.seed}"
+        made.columns = made.columns | {"seed": common.seed}
+    return made
 
 
 def own_decoder(card: Card, dtype: str, device: str | None, options: dict) -> str:

@@ -200,7 +200,7 @@ def _check(grid: Grid, runs: list[Run]) -> None:
     for task in grid.tasks:
         _task(task)
     for run in runs:
-        if twice := sorted(set(parse_spec(run.decoder).options) & set(grid.vary)):
+        if twice := sorted(set(parse_spec(run.decoder).options) & {*grid.vary, "seed"}):
             raise ValueError(
                 f"decoder {run.decoder!r} sets {twice}, which the grid varies: leave it out of one of them"
             )
