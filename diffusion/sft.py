@@ -169,6 +169,9 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
         check_decoded(self.args, rows, self._score, self.processing_class)
         self._check_ends(rows)
 
+    def check_tokenised(self, rows) -> None:
+        check_tokens(rows, self.args, self._room, self._facts.vocab_size)
+
     def _check_ends(self, rows) -> None:
         count, is_known = self.args.eval_decode_rows, self._rows_end is not None
         if rows is not None and self._score is not None and count and is_known:

@@ -55,12 +55,9 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         check_arguments(name, model, self._config, args, processing_class, kwargs, *rewards)
         guards.check_turn(name, reward_funcs, kwargs)
-        guards.check_prompts(name, train_dataset, "train_dataset")
-        guards.check_prompts(name, eval_dataset, "eval_dataset")
         self._check_policy(model, args, processing_class)
-        train_dataset, eval_dataset = map(self._as_read, (train_dataset, eval_dataset))
-        guards.check_asked(processing_class, train_dataset, "train_dataset")
-        guards.check_asked(processing_class, eval_dataset, "eval_dataset")
+        train_dataset = self._checked(train_dataset, "train_dataset", processing_class)
+        eval_dataset = self._checked(eval_dataset, "eval_dataset", processing_class)
         adapted = peft_config is not None or (isinstance(model, nn.Module) and is_peft_model(model))
         args = copy.copy(args)
         beta, args.beta = args.beta, args.beta if adapted else 0.0
@@ -80,6 +77,8 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
         # TRL would replay the reference on token ids, `_compute_loss` does it on what was read
         self.beta = 0.0
         self._check_model(self.router_aux_loss_coef if self.aux_loss_enabled else None)
+        self._check_room(self.train_dataset, "train_dataset")
+        self._check_room(self.eval_dataset, "eval_dataset")
         if reference is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
@@ -104,7 +103,11 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
         return rows
 
     def _check_model(self, aux_loss_coef: float | None) -> None:
-        """Refuse a model or prompts that cannot be trained, when there is a model."""
+        """Refuse a model that cannot be trained, when there is one."""
+        raise NotImplementedError
+
+    def _check_room(self, rows, name: str) -> None:
+        """Refuse prompts, as read, that this model cannot go on from. name: of the rows."""
         raise NotImplementedError
 
     def _decode(self, prompts: list[list[int]], ids: Tensor, mask: Tensor, rng: list):
@@ -232,9 +235,21 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
         total, count = self.accelerator.reduce(sums).tolist()
         return total / max(count, 1)
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        """Of the constructor's rows, or of others, which are checked and read as these."""
         self._eval_rollouts = 0  # every evaluation draws the same numbers
-        return super().evaluate(*args, **kwargs)
+        if not isinstance(eval_dataset, (str, dict, type(None))):  # of several each comes by itself
+            eval_dataset = self._checked(eval_dataset, "eval_dataset", self.processing_class)
+            self._check_room(eval_dataset, "eval_dataset")
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _checked(self, rows, name: str, tokenizer):
+        """A data set, several by name, or None, with its prompts as the policy reads them. Raises
+        ValueError for rows that cannot be rolled out."""
+        guards.check_prompts(type(self).__name__, rows, name)
+        rows = self._as_read(rows)
+        guards.check_asked(tokenizer, rows, name)
+        return rows
 
     # -- checkpoints
 

@@ -105,9 +105,7 @@ class DiffusionGRPOTrainer(RolloutGRPO):
                 f"replay='grouped' is for block-causal models, and {type(plain(model)).__name__} reads the whole "
                 f"canvas: give 'exact'"
             )
-        if not plain(
-            model
-        ).can_generate():  # a masked LM has no such settings, and TRL writes into them
+        if not plain(model).can_generate():  # a masked LM has no settings, and TRL writes into them
             plain(model).generation_config = GenerationConfig()
 
     def _check_model(self, aux_loss_coef):
@@ -116,11 +114,12 @@ class DiffusionGRPOTrainer(RolloutGRPO):
             raise ValueError(
                 f"{type(self).__name__} takes gradients piece by piece, which FSDP and DeepSpeed do not: leave them out"
             )
-        guards.check_prompt_room(self, "gen_length")
-        for rows in (self.train_dataset, self.eval_dataset) if not self.args.gen_length else ():
-            for part in rows.values() if isinstance(rows, dict) else (rows,):
-                if isinstance(part, Dataset):
-                    check_masks(self.processing_class, part["prompt"], self._facts.mask_id)
+
+    def _check_room(self, rows, name):
+        guards.check_prompt_room(self, "gen_length", rows, name)
+        for part in rows.values() if isinstance(rows, dict) else (rows,):
+            if isinstance(part, Dataset) and not self.args.gen_length:
+                check_masks(self.processing_class, part["prompt"], self._facts.mask_id)
 
     def _check_same_policy(self, folder):
         check_same_policy(folder, self.args.decoding())

@@ -76,7 +76,9 @@ class SoftGRPOTrainer(RolloutGRPO):
             self.model, GenerationConfig(), *how
         )  # it says what rollouts are not decoded with
         guards.check_candidates(plain(self.model), self.args)
-        guards.check_prompt_room(self, "max_completion_length")
+
+    def _check_room(self, rows, name):
+        guards.check_prompt_room(self, "max_completion_length", rows, name)
 
     def _check_same_policy(self, folder):
         guards.check_same_policy(folder, self.policy)

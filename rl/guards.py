@@ -13,7 +13,7 @@ from softar.config import CONFIG_FILE, SoftConfig
 from softar.defaults import config_of, own_config
 from softar.mixers import SHARE, mk_mixer
 from softar.models import check_autoregressive, origin_of, room_of
-from softar.texts import check_cells, is_blank
+from softar.texts import check_cells, check_no_list, is_blank
 from softar.training import prepare_trained
 
 from .config import SoftGRPOConfig
@@ -41,6 +41,7 @@ def check_prompts(trainer: str, dataset, name: str) -> None:
     if isinstance(dataset, dict):
         for key, rows in dataset.items():
             check_prompts(trainer, rows, f"{name}[{key!r}]")
+    check_no_list(dataset, name)
     if not isinstance(dataset, Dataset):
         return
     if "prompt" not in dataset.column_names:
@@ -75,24 +76,23 @@ def check_asked(tokenizer, dataset, name: str) -> None:
         PartialState().print(f"{len(blank)} of {len(dataset)} prompts in {name} say nothing")
 
 
-def check_prompt_room(trainer, option: str) -> None:
-    """Raise ValueError for a prompt, of an evaluation too, that leaves no room for the steps of a
-    rollout, the option of this name, in the model's table of positions, where it has one."""
+def check_prompt_room(trainer, option: str, rows, name: str) -> None:
+    """Raise ValueError for a prompt that leaves no room for the steps of a rollout, the option of this
+    name, in the model's table of positions, where it has one. name: of the rows, a data set or
+    several by name."""
     room, most = room_of(trainer.model), getattr(trainer.args, option)
-    if room is None:
+    if isinstance(rows, dict):
+        for key, part in rows.items():
+            check_prompt_room(trainer, option, part, f"{name}[{key!r}]")
+    if room is None or not isinstance(rows, Dataset):
         return
-    for which in ("train_dataset", "eval_dataset"):
-        rows = getattr(trainer, which)
-        parts = rows.items() if isinstance(rows, dict) else [(None, rows)]
-        for key, part in parts:
-            name = which if key is None else f"{which}[{key!r}]"
-            for number, prompt in enumerate(part["prompt"] if isinstance(part, Dataset) else ()):
-                length = len(_read(trainer, prompt))
-                if length + most > room:
-                    raise ValueError(
-                        f"prompt {number} of {name} has {length} tokens, and with {option}={most} that is "
-                        f"more than the {room} positions in the model's table: shorten one of them"
-                    )
+    for number, prompt in enumerate(rows["prompt"]):
+        length = len(_read(trainer, prompt))
+        if length + most > room:
+            raise ValueError(
+                f"prompt {number} of {name} has {length} tokens, and with {option}={most} that is "
+                f"more than the {room} positions in the model's table: shorten one of them"
+            )
 
 
 def _read(trainer, prompt: str | list[dict]) -> list[int]:

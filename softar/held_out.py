@@ -14,8 +14,9 @@ class EvaluatedRows:
     of several processes up with rows that were there before, in full: those do not count.
 
     Rows that are handed to `evaluate` are prepared as the constructor's are, and decoded where there is
-    a score. The trainer says how: `check_held_out(rows)` raises ValueError for rows that cannot be,
-    `prepared(rows)` is what TRL tokenises of them, `scored(rows)` their accuracies by name.
+    a score. The trainer says how: `check_held_out(rows)` raises ValueError for rows that cannot be, and
+    `check_tokenised(rows)` for what TRL made of them, `prepared(rows)` is what TRL tokenises,
+    `scored(rows)` their accuracies by name.
     """
 
     _score: Callable[[str, dict], float] | None = None
@@ -47,6 +48,12 @@ class EvaluatedRows:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._decoded = None
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        is_own = eval_dataset is None or eval_dataset is self.eval_dataset
+        if not (is_own or isinstance(eval_dataset, str)):  # which the constructor has looked at
+            self.check_tokenised(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
 
     def note_evaluated(self, name: str, total: Tensor, count: Tensor) -> None:
         """Of one batch; outside an evaluation nothing is kept."""

@@ -53,10 +53,19 @@ def _check_said(args, columns: list[str]) -> None:
             )
 
 
+def check_no_list(dataset, name: str) -> None:
+    """Raise ValueError for rows in a list, which no trainer takes. name: theirs."""
+    if isinstance(dataset, (list, tuple)):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__}: give datasets.Dataset.from_list(rows)"
+        )
+
+
 def check_rows(dataset, name: str, args, tokenizer) -> None:
     """Raise ValueError for rows of a data set, or several by name, that TRL's SFT would fail on without
     saying what they lack, or learn nothing from. name: of the data set; args: what of it is read."""
     field = args.dataset_text_field
+    check_no_list(dataset, name)
     if isinstance(dataset, dict):  # DatasetDict among them
         for key, rows in dataset.items():
             check_rows(rows, f"{name}[{key!r}]", args, tokenizer)

@@ -384,6 +384,15 @@ def test_slots_are_the_tokens_of_the_completion_and_its_end(tmp_path, arch, kind
         assert slots_of_row(given, tokenizer) == sum(label != -100 for label in labels)
 
 
+@pytest.mark.parametrize("make", [soft, diffusion])
+def test_rows_of_a_later_evaluation_are_looked_at_as_the_constructors(tmp_path, make):
+    trainer = make(tmp_path, mnns(SECOND) if make is diffusion else test_sft.data(2))
+    ids = {"input_ids": [1, 5, 999, 2], "labels": [-100, 5, 999, 2]}
+    for given, says in (([ids], "eval_dataset is a list"), (Dataset.from_list([ids]), "id 999")):
+        with pytest.raises(ValueError, match=says):
+            trainer.evaluate(given)
+
+
 def test_rows_that_cannot_be_decoded_are_named_before_the_training(tmp_path):
     rows, score = mnns(SECOND), lambda *_: 1.0
     texts = Dataset.from_list([{"text": row["prompt"] + row["completion"]} for row in rows])

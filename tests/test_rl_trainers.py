@@ -720,6 +720,10 @@ def test_held_out_rows_by_name_are_looked_at(tmp_path, rows, says):
     for given, said in ((rows, "eval_dataset"), ({"own": rows}, r"eval_dataset\['own'\]")):
         with pytest.raises(ValueError, match=f"{said} {says}"):
             trainer(tmp_path, model=model, eval_rows=given)
+    made = trainer(tmp_path, model=model)
+    for given, said in ((rows, says), ({"own": rows}, says), ([*rows], "is a list: give")):
+        with pytest.raises(ValueError, match=f"eval_dataset {said}"):
+            made.evaluate(given)
 
 
 def test_the_value_learns_nothing_of_rows_left_out(tmp_path):

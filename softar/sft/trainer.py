@@ -154,6 +154,11 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         check_rows(rows, "eval_dataset", self.args, self.processing_class)
         check_held_out(self.args, rows, self._score)
 
+    def check_tokenised(self, rows) -> None:
+        vocab = self.model.config.get_text_config(decoder=True).vocab_size
+        check_tokens(rows, self.args, room_of(self.model), vocab)
+        check_thoughts(rows, self.args, self.processing_class, self._span, "eval_dataset")
+
     def prepared(self, rows, traced=("oracle",)):
         """Rows as TRL is to tokenise them. traced: the targets that are made of the rows' traces."""
         args = self.args
@@ -252,8 +257,7 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         whole = loss + self.args.entropy_coef * h.sum()
         loss = whole / count + nothing
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # DDP averages, the count is of all processes
-            loss = loss * self.accelerator.num_processes
+            loss = loss * self.accelerator.num_processes  # DDP averages, the count is of all
         self._note(training, alpha, h)
         if not training:
             gold = logits
@@ -349,9 +353,8 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
         how = (self.processing_class, share, self._score, self.decoding(readout))
         sizes = dict(batch_size=self.args.per_device_eval_batch_size, seed=self.args.seed)
         result = with_whole_weights(self, lambda model: evaluate(model, *how, **sizes))
-        sums = torch.tensor(
-            [result["accuracy"] * len(share), len(share)], device=self.accelerator.device
-        )
+        n, device = len(share), self.accelerator.device
+        sums = torch.tensor([result["accuracy"] * n, n], device=device)
         points, n = self.accelerator.reduce(sums).tolist()
         return points / n
 
