@@ -192,6 +192,21 @@ def test_logits_that_are_not_finite_end_no_step(place, value):
         torch.testing.assert_close(both[:1], one, equal_nan=True)
 
 
+@pytest.mark.parametrize("mixer", ["hard", "k-samples", "soft", "test_vllm_rows:strict"])
+def test_a_thought_that_has_only_banned_tokens_left_ends_its_request(mixer):
+    """It reads what is no number, whereupon vLLM ends it, and not token 0."""
+    engine = Engine(0, unruly=False)
+    for name in ("a", "lost"):
+        engine.add(name, [BOS, 5], dict(mixer=mixer, banned=[7, 8]), None)
+    logits = torch.zeros(2, VOCAB)
+    logits[1] = torch.where(torch.arange(VOCAB) == 8, 0.0, -torch.inf)
+    turns = engine.rows.think(logits, ["a", "lost"], [2, 2], [False, False])
+    engine.rows.choose(turns, torch.tensor([[4], [4]]))
+    embeds = torch.zeros(2, 8)
+    engine.rows.feed(embeds, ["a", "lost"], [2, 2], [1, 1])
+    assert embeds.isnan().all(1).tolist() == [False, True]
+
+
 def test_a_record_makes_vllm_rank_no_log_probabilities():
     """Its sampler would order the vocabulary of every row for what the record then replaces."""
     vllm = pytest.importorskip("vllm")

@@ -9,10 +9,13 @@ else gets them. All of it in engines that think (see switches.py); others are le
 
 import os
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..mixers import Mixed, Rng
+from ..processors import leaves_none
 from .hooks import patch
 from .switches import thinks
 
@@ -40,6 +43,24 @@ def check_ended(output) -> None:
             f"the engine ended a request after {len(output.token_ids)} tokens, its logits were not "
             "finite: NaN or infinity in the weights, or too large for their dtype (try float32)"
         )
+
+
+def without(banned: Sequence[int], mix: Callable[..., Mixed], device: torch.device):
+    """A function of logits [G, V] and random numbers: what `mix` makes of them without the banned ids. A
+    row of which they leave nothing reads weights that are no numbers, so that its request ends at its
+    next step; its draws must not end the engine before."""
+    if not banned:
+        return mix
+    ids = torch.tensor(banned).to(device)
+
+    def mixed(logits: Tensor, rng: Rng) -> Mixed:
+        logits = logits.index_fill(-1, ids, -torch.inf)
+        lost = leaves_none(logits)[:, None]
+        made = mix(logits.masked_fill(lost, 0), rng)
+        weights = made.soft.weights.masked_fill(lost, torch.nan)
+        return made._replace(soft=made.soft._replace(weights=weights))
+
+    return mixed
 
 
 # --- the engine's core ---

@@ -21,6 +21,7 @@ from ..draws import THOUGHT, RowDraws
 from ..mixers import BUILT_IN, Mixed
 from ..soft import Soft, entropy, soft_embed
 from ..thought import Progress, Record, begin, decide, join, mk_rules, mk_think
+from .finite import without
 from .record import log_columns
 
 CHUNK = 64  # steps of a request that stay on the device; older ones wait on the host
@@ -91,9 +92,8 @@ class Group:
         self.config, self.device, self.wants_record = row.config, device, row.wants_record
         # as numbers they would be sent to the device at every step
         config = replace(row.config, banned=())
-        self.banned = torch.tensor(row.config.banned).to(device) if row.config.banned else None
         self.rules = mk_rules(config, device, None, torch.tensor(row.eos, dtype=torch.long))
-        self.mix = mk_think(config)
+        self.mix = without(row.config.banned, mk_think(config), device)
         self.rows: list[Row] = []
         self.progress: Progress | None = None  # of the rows, in their order; None without any
         self.record: Record | None = None  # of their last step
@@ -140,15 +140,16 @@ class Group:
         h = torch.zeros_like(logits[:, 0])
         if self.wants_record or (c.cold_stop_entropy, c.switch) != (None, None):
             h = entropy(logits, c.entropy_temperature)
-        if self.banned is not None:
-            logits = logits.index_fill(-1, self.banned, -torch.inf)
         return h, self.mix(logits, rng)
 
     def choose(self, h: Tensor, thought: Mixed, sampled: Tensor) -> Record:
         """sampled [G]: the tokens of those who answer."""
         answer = Mixed(None, sampled, torch.full_like(h, torch.nan))
         before = self.progress
-        self.progress, self.record = decide(self.rules, before, h, thought, answer)
+        self.progress, record = decide(self.rules, before, h, thought, answer)
+        # what no token was left for reads no number in place of a single token, too
+        weights = record.weights.masked_fill(record.entropy.isnan()[:, None], torch.nan)
+        self.record = record._replace(weights=weights)
         for place, row in enumerate(self.rows):
             row.recent.append(Step(self.record, place, before))
             row.steps += 1
