@@ -715,6 +715,16 @@ def test_registry(server, folder):
     assert isinstance(remote, ServerDecoder) and len(remote.decode(PROMPTS)[0].tokens) <= 2
     embedded = DECODERS["vllm-greedy"](describe("mnns-tiny"), Common(2), url=server.url)
     assert embedded.tokenizer("<bos> D1")["input_ids"] == [1, 7]
+    assert remote.thought.think_end == "</think>" and not embedded.thought.has_answer
+
+
+def test_strings_that_end_answers_are_sent():
+    names = ("mnns-tiny", "mnns-soft-tiny")  # the second has a thought, which vLLM would search
+    with fake(lambda n: (200, GOOD), names) as (url, asked):
+        common = Common(2, stop=("S1",))
+        for name in names:
+            DECODERS["vllm-sampled"](describe(name), common, url=url).decode(["<bos> D1"])
+    assert [body.get("stop") for body in asked] == [["S1"], None]
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,32 @@ def test_votes_count_what_stands_behind_the_thoughts():
     assert voter(votes=4, pattern=r"\d").rows(["q"], [[1]], [bare], 0.1)[0].text == "a 7"
 
 
+@pytest.mark.parametrize(
+    "how, kept",
+    [
+        (dict(think_start=TAGS[0], think_end=TAGS[1]), ["w6", "w9", ""]),
+        (dict(budget=2), ["</think> w6", "w9", "w9"]),
+        (dict(budget=2, hide_thought=False), None),
+        ({}, None),
+    ],
+)
+@pytest.mark.parametrize("mode", ["sampled", "self-consistency"])
+def test_a_text_is_the_answer_behind_the_thought(mode, how, kept):
+    """As the decoder sampled tells it. Strings that end answers are searched where none is thought."""
+    tokenizer = tiny.tokenizer_of()
+    start, end = tokenizer.convert_tokens_to_ids(TAGS)
+    decoder = CompletionDecoder("toy", Sampling(mode), seed=0, trace=False)
+    decoder.tokenizer, decoder.thought = tokenizer, softar.SoftConfig(mixer="hard", **how)
+    decoder.stop = ("w9",)
+    made = [(start, 5, end, 6), (start, end, 9), (start, 7, 9)]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in made]
+    answers = [[Completion(text, row, None)] for text, row in zip(texts, made, strict=True)]
+    rows = decoder.rows(["q"] * 3, [[BOS]] * 3, answers, 0.1)
+    assert [row.text for row in rows] == (texts if kept is None else kept)
+    assert [row.tokens for row in rows] == made
+    assert decoder.stop_strings == (["w9"] if kept is None else [])
+
+
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("opened", [False, True])
 def test_a_thought_that_does_not_end_is_no_vote(special, opened):

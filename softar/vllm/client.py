@@ -131,6 +131,8 @@ class ServerDecoder(CompletionDecoder):
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
         }
+        if self.stop_strings:
+            body |= {"stop": self.stop_strings, "skip_special_tokens": False}
         if s.draws or s.soft is not None:
             body["seed"] = seed
         if s.soft is not None:

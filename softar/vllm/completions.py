@@ -2,7 +2,7 @@
 completions counts."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -154,6 +154,10 @@ class CompletionDecoder:
         self.model, self.sampling, self.trace = model, sampling, trace
         self.rng = random.Random(seed)
         self.tokenizer = None
+        # of other modes than soft: how its model's thoughts are told from answers, which a text is
+        # then; None: a text is all that was generated
+        self.thought: SoftConfig | None = None
+        self.stop: tuple[str, ...] = ()  # strings with which an answer ends
         # of the last decode: every vote or beam, with its logprobs
         self.completions: list[list[Completion]] = []
         decoder = f"vllm-{sampling.mode}"
@@ -182,18 +186,31 @@ class CompletionDecoder:
         """What is asked of the plug-in. The record is slower than the answer alone."""
         return self.sampling.soft | {"record": self.trace or ends_unseen(self.sampling.soft)}
 
+    @property
+    def stop_strings(self) -> list[str]:
+        """That vLLM is told. It would search a thought, too, and its beams know none."""
+        thinks = self.sampling.soft is not None or self._hides
+        return [] if thinks or self.sampling.mode == "beam" else [*self.stop]
+
+    @property
+    def _hides(self) -> bool:
+        c = self.thought
+        return c is not None and c.has_answer and c.hide_thought
+
     def rows(
         self, prompts: list, ids: list[list[int]], answers: list[list[Completion]], seconds: float
     ) -> list[Decoded]:
         """The row that counts, of each prompt, its token ids and its completions. seconds: of one
         row."""
-        starts, moves = [0] * len(prompts), None
-        config = self.sampling.thinking
+        starts, moves = [[0] * len(completions) for completions in answers], None
+        config = self.sampling.thinking or self.thought
         if prompts and config is not None and config.has_answer:
             config = config.resolve(self.tokenizer)
-            progress = followed(config, ids, [completions[0] for completions in answers])
-            starts, moves = progress.answer_start.tolist(), config.moves[1]
-            if config.think_start is not None:
+            pairs = [(row, c) for row, each in zip(ids, answers, strict=True) for c in each]
+            progress, moves = followed(config, *zip(*pairs, strict=True)), config.moves[1]
+            counts = iter(progress.answer_start.tolist())
+            starts = [[next(counts) for _ in completions] for completions in answers]
+            if self.sampling.soft is not None and config.think_start is not None:
                 warn_unopened(config, progress)
         answer = Answers(moves, self.tokenizer)
         rows = zip(prompts, ids, answers, starts, strict=True)
@@ -204,19 +221,22 @@ class CompletionDecoder:
         prompt,
         ids: list[int],
         completions: list[Completion],
-        start: int,
+        starts: list[int],
         answer: Answers,
         seconds: float,
     ) -> Decoded:
-        chosen = completions[0]
+        def text_of(c: Completion, start: int) -> str:
+            if not start:
+                return c.text
+            tokens = answer(ids, [*c.tokens], start)
+            return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+        texts, at = [text_of(*pair) for pair in zip(completions, starts, strict=True)], 0
         if self.sampling.mode == "self-consistency":
             read = reader(self.sampling.pattern, self.sampling.extract)
-            ballots = [read(behind_thought(c, ids, self.tokenizer)) for c in completions]
-            chosen = completions[commonest(ballots)[0]]
-        text = chosen.text
-        if start:
-            tokens = answer(ids, [*chosen.tokens], start)
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            behind = (behind_thought(c, ids, self.tokenizer) for c in completions)
+            at, _ = commonest([read(text) for text in (texts if self._hides else behind)])
+        chosen, text, start = completions[at], texts[at], starts[at]
         forwards, positions = self.sampling.cost(len(ids), [len(c.tokens) for c in completions])
         entropy = None if chosen.record is None else float(chosen.record.entropy.mean())
         trace = self._trace(prompt, ids, chosen, start) if self.trace else None
@@ -280,7 +300,9 @@ def ends_unseen(soft: dict) -> bool:
     )
 
 
-def followed(config: SoftConfig, prompts: list[list[int]], rows: list[Completion]) -> Progress:
+def followed(
+    config: SoftConfig, prompts: Sequence[list[int]], rows: Sequence[Completion]
+) -> Progress:
     """How far each completion came, by the loop's own rules.
 
     config: resolved. A cold stop without think_end needs the records.

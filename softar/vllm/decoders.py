@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from transformers import AutoTokenizer
 
+from ..config import SoftConfig
 from ..decoders.card import Card
 from ..decoders.options import Common
 from ..decoders.soft import soft_config
@@ -34,9 +35,18 @@ def _factory(mode: str) -> Callable[..., CompletionDecoder]:
         options = {"prompt_prefix": default_of(card.config).config.prompt_prefix} | options
         sampling, _ = split_options(options, ENGINE if url is None else CONNECTION)
         labels = common.labels(f"vllm-{mode}", card.name, Sampling(**sampling).setting)
-        return _decoder(card, common, url, **labels, **options)
+        decoder = _decoder(card, common, url, **labels, **options)
+        decoder.thought, decoder.stop = _thought(card), common.stop
+        return decoder
 
     return make
+
+
+def _thought(card: Card) -> SoftConfig:
+    """How thoughts are told from answers, as by `sampled`; but vLLM puts no end in."""
+    default = default_of(card.config, _tokenizer(card) if card.config is None else None)
+    config = soft_config(default, "sampled", {})
+    return config if config.think_end is None else config.changed(budget=None)
 
 
 def _make_soft(card: Card, common: Common, /, *, url=None, **options) -> CompletionDecoder:

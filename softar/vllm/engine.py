@@ -133,7 +133,9 @@ class VLLMDecoder(CompletionDecoder):
                 extra_args=None if s.soft is None else {"soft": self.soft},
                 max_tokens=s.max_new_tokens,
                 logprobs=s.logprobs,
-                detokenize=False,
+                stop=self.stop_strings,
+                skip_special_tokens=False,  # an end of chats may be such a string
+                detokenize=bool(self.stop_strings),
             )
             for seed in self.seeds(len(ids))
         ]
