@@ -7,7 +7,6 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer.utils import create_model_from_path
 
+from softar import draws
 from softar.decode import SoftOutput, generate
 from softar.models import plain
 from softar.split import with_whole_weights
@@ -46,12 +46,7 @@ def generators(
 ) -> list[torch.Generator]:
     """A CPU generator per row of the global batch, whoever decodes it: number of processes and
     resuming do not show."""
-    seeds = (
-        np.random.SeedSequence([seed, int(is_eval), step, first_row + row]) for row in range(rows)
-    )
-    return [
-        torch.Generator().manual_seed(int(s.generate_state(1, np.uint64)[0] >> 1)) for s in seeds
-    ]
+    return draws.generators(range(first_row, first_row + rows), seed, int(is_eval), step)
 
 
 def payload(record: Record, width: int, perturbed: Tensor | None = None) -> dict[str, Tensor]:

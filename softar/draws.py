@@ -1,11 +1,23 @@
 """Random numbers of a batch of rows, which draw the same alone and together."""
 
+from collections.abc import Iterable
+
+import numpy as np
 import torch
 
 from .mixers import Rng
 
 # What a random number is drawn for: a row's thought and its answer do not share one
 THOUGHT, ANSWER = range(2)
+
+
+def generators(rows: Iterable[int], *key: int) -> list[torch.Generator]:
+    """A CPU generator for each row by its number, whoever decodes it and beside which others. key: what
+    else the draws depend on, a seed say."""
+    seeds = (np.random.SeedSequence([*key, row]) for row in rows)
+    return [
+        torch.Generator().manual_seed(int(s.generate_state(1, np.uint64)[0] >> 1)) for s in seeds
+    ]
 
 
 class RowDraws:

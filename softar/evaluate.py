@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from itertools import compress
+from itertools import compress, count
 
 import torch
 from datasets import Dataset
@@ -12,6 +12,7 @@ from transformers import BatchEncoding
 from .checks import shorten
 from .config import TAGS, SoftConfig
 from .decode import SoftOutput, generate
+from .draws import generators
 from .placement import evaluating
 from .tags import Answers
 from .texts import mapped
@@ -30,16 +31,18 @@ def evaluate(
     seed: int = 0,
 ) -> dict:
     """Accuracy and cost of answering `rows` (column `prompt`: text or chat messages, whose template
-    hears the columns `tools` and `chat_template_kwargs`, as in TRL's SFT).
+    hears the columns `tools` and `chat_template_kwargs`, as in TRL's SFT). What a row draws depends on
+    the seed and its number alone, not on the size of a batch.
 
     Returns:
         accuracy: mean score in [0, 1]; n: rows; nfe: forward passes per answer, to its own last
         token whatever the batch; token_forwards: positions computed per answer; seconds: decoding
         alone; tokens_per_s: generated tokens, padding not counted.
     """
-    rng = torch.Generator().manual_seed(seed)
+    numbers, shared = count(), torch.Generator().manual_seed(seed)
 
     def answer(batch: list[dict]) -> tuple[list[str], SoftOutput, int]:
+        own = generators([next(numbers) for _ in batch], seed) if config.draws else shared
         prompts = [prompt_of(row) for row in batch]
         inputs = encode(tokenizer, prompts, config.prompt_prefix).to(model.device)
         out = generate(
@@ -47,7 +50,7 @@ def evaluate(
             inputs["input_ids"],
             inputs["attention_mask"],
             config=config.changed(prompt_prefix=None),  # the ids have it
-            rng=rng,
+            rng=own,
             tokenizer=tokenizer,
         )
         return answer_texts(out, tokenizer), out, int(out.num_tokens.sum())

@@ -32,6 +32,7 @@ from softar.diffusion import DenoiseConfig, denoise
 from softar.diffusion import load as load_diffusion
 from softar.diffusion.decoders import DiffusionDecoder, denoise_config
 from softar.diffusion.evaluate import evaluate as fill
+from softar.draws import generators
 from softar.evals.compare import compare
 from softar.evaluate import encode, evaluate, prompt_of
 from softar.models import folder_of
@@ -516,11 +517,24 @@ def test_tokens_of_an_evaluation_are_those_that_decoders_return(mixer, tiny):
     config = SoftConfig(mixer=mixer, budget=3, max_new_tokens=N)
     rows = Dataset.from_list([dict(prompt=prompt) for prompt in PROMPTS])
     found = evaluate(model, tokenizer, rows, lambda text, row: 1.0, config)
-    decoded = SoftDecoder(model, tokenizer, config).decode(PROMPTS)
+    decoder = SoftDecoder(model, tokenizer, config)
+    decoder.rng = generators(range(len(PROMPTS)), 0)
+    decoded = decoder.decode(PROMPTS)
     made = sum(len(d.tokens) for d in decoded)
     assert round(found["tokens_per_s"] * found["seconds"]) == made
     steps = sum(d.num_forwards for d in decoded)
     assert made == steps - (3 * len(PROMPTS) if mixer == "hidden" else 0)
+
+
+@pytest.mark.parametrize("mixer", ["gumbel", "dirichlet", "hard"])
+def test_the_draws_of_an_evaluation_are_each_rows_own(mixer, tiny):
+    """Whatever the batch; rows of one prompt draw apart."""
+    knobs = dict(mixer_args={"sample": True}) if mixer == "hard" else {}
+    config = SoftConfig(mixer=mixer, budget=3, max_new_tokens=N, answer_temperature=1.0, **knobs)
+    rows, found = Dataset.from_list([dict(prompt=prompt) for prompt in PROMPTS * 2]), []
+    for n in (1, 2, 6):
+        evaluate(*tiny, rows, lambda text, row: found.append(text) or 1.0, config, batch_size=n)
+    assert found[:6] == found[6:12] == found[12:] and found[:3] != found[3:6]
 
 
 def test_the_forwards_of_an_evaluation_are_each_rows_own():
