@@ -103,6 +103,7 @@ class Masked:
         self.canvas.decoded = torch.zeros_like(self.canvas.masked)
         self.rule, self.recall = mk_rule(self.config, block, self.draws), Recall()
         self.outlasts, self.wanted = self.schedule.outlasts, block
+        self.skipped = 0  # steps without a forward
         # [B] bool, rows that would begin the block alone, too
         self.begins = (self._seen(block).inside & self.canvas.masked).any(-1)
         if not self.softener.carries:
@@ -112,8 +113,22 @@ class Masked:
 
     def more(self, block: Block, index: int) -> bool:
         busy = self.rule.busy if self.outlasts else None
-        left = self.canvas.has_masks(self.wanted, self.reader.forwards, busy)
-        return self.rule.more(index, left)
+        while True:
+            left = self.canvas.has_masks(self.wanted, self.reader.forwards, busy)
+            wants = self.rule.more(index + self.skipped, left)
+            if left or not wants or self.config.remask is None or not self.quirks.waits:
+                return wants
+            self._skip(block, index + self.skipped)
+
+    def _skip(self, block: Block, index: int) -> None:
+        """A step of ReMDM in which no mask is left: it may mask tokens again, for which no forward is
+        needed."""
+        canvas, none = self.canvas, torch.zeros_like(self.canvas.masked)
+        commit, drop = self.rule(
+            Step(index, canvas.confidence, none, canvas.decoded, canvas.confidence)
+        )
+        canvas.commit(block, commit, drop, canvas.ids, canvas.confidence, self.reader.forwards)
+        self.skipped += 1
 
     def step(self, block: Block, index: int) -> dict:
         canvas, reader = self.canvas, self.reader
@@ -140,7 +155,7 @@ class Masked:
         proposal = canvas.ids.index_put((rows, cols), token)
         certain = canvas.spread(prob, rows, cols)
         order = self.propose.reorder(canvas.spread(score, rows, cols), candidates & asked)
-        step = Step(index, order, is_open, canvas.decoded, canvas.confidence)
+        step = Step(index + self.skipped, order, is_open, canvas.decoded, canvas.confidence)
         if self.schedule.refines:
             change = self.recall.replace(rows, cols, belief, canvas.ids.shape)
             step = step._replace(change=change)

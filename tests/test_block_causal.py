@@ -123,8 +123,7 @@ def test_a_row_of_a_batch_is_the_row_alone_and_the_cache_is_exact(seed):
             T = alone.sequences.shape[1]
             assert torch.equal(alone.sequences[0], out.sequences[r, -T:]), r
             assert alone.num_forwards <= out.num_forwards
-            # what decodes on without a mask, in case one comes back, needs nothing then
-            assert alone.row_forwards[0] == alone.num_forwards or "remask" in knobs
+            assert alone.row_forwards[0] == alone.num_forwards
             assert alone.row_stores[0] == alone.store_forwards
             assert alone.row_forwards[0] == out.row_forwards[r]
             assert alone.row_stores[0] == out.row_stores[r]
