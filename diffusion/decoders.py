@@ -108,8 +108,13 @@ class DiffusionDecoder:
         with evaluating(self.model):
             out = denoise(self.model, ids, mask, config=self.config, rng=self.rng, callback=look)
         forwards = forwards_of(out)
+        # of prompts with holes the text begins behind the padding, a token that may not be special
+        begins = [
+            pad if is_whole else out.prompt_length
+            for pad, is_whole in zip((mask == 0).sum(1).tolist(), has_holes, strict=True)
+        ]
         texts, tokens, decided = zip(
-            *(self._read(out, i, is_whole) for i, is_whole in enumerate(has_holes)), strict=True
+            *(self._read(out, row, begin) for row, begin in enumerate(begins)), strict=True
         )
         seconds = (time.perf_counter() - started) / len(prompts)
         return [
@@ -126,13 +131,13 @@ class DiffusionDecoder:
         ]
 
     def _read(
-        self, out: DenoiseOutput, row: int, is_whole: bool
+        self, out: DenoiseOutput, row: int, begin: int
     ) -> tuple[str, tuple[int, ...], list[int]]:
-        """Text and tokens of a row, and the columns of these. is_whole: is the prompt of the text?"""
+        """Text and tokens of a row, and the columns of these. begin: column of the text's first."""
         ids, decided = out.sequences[row].tolist(), (out.committed_at[row] >= 0).tolist()
-        begin = out.prompt_length  # of all columns with gen_length=0
-        stop = begin + first_end(ids[begin:], self.ends)
-        text = self.tokenizer.decode(ids[0 if is_whole else begin : stop], skip_special_tokens=True)
+        behind = out.prompt_length  # of all columns with gen_length=0
+        stop = behind + first_end(ids[behind:], self.ends)
+        text = self.tokenizer.decode(ids[begin:stop], skip_special_tokens=True)
         columns = [i for i in range(min(stop + 1, len(ids))) if decided[i]]
         return text, tuple(ids[i] for i in columns), columns
 

@@ -1,6 +1,7 @@
 """Decoders by name: each equals what it stands for, its costs add up, and what is wrong is named in
 one line."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -566,6 +567,16 @@ def test_the_text_of_a_prompt_with_holes_is_the_whole(filler, behind):
         assert len(answer.tokens) <= behind + holes
         if holes:
             assert all(g in (w, "<mask>") for w, g in zip(words, given, strict=False)), words
+
+
+def test_a_text_with_holes_holds_no_padding(filler):
+    """Of a pad token that is a word, too, which tokenizers do not skip as a special one."""
+    model, tokenizer = filler[0], copy.deepcopy(filler[1])
+    tokenizer.pad_token = "S9"
+    assert tokenizer.decode(tokenizer.pad_token_id, skip_special_tokens=True) == "S9"
+    decoder = DiffusionDecoder(model, tokenizer, DenoiseConfig(gen_length=0, soften="hard"))
+    first, _ = decoder.decode(["<bos> D4 <mask> <eos>", "<bos> D1 <mask> D3 D3 D2 -> <eos>"])
+    assert first.text.startswith("D4 ")
 
 
 @pytest.mark.parametrize("name", ["discrete", "soft", "beam", *DIFFUSION])
