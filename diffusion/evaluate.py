@@ -232,6 +232,18 @@ def check_ends(rows, count: int, tokenizer) -> None:
                 )
 
 
+def with_end(template: str, tokenizer) -> str:
+    """A template with the end token behind it, as training's rows have it, where it ends otherwise and
+    the tokenizer reads it there."""
+    ids = encode(tokenizer, [template])["input_ids"][0].tolist()
+    if ids[-1] in (tokenizer.eos_token_id, tokenizer.mask_token_id):
+        return template
+    for ended in (f"{template} {tokenizer.eos_token}", f"{template}{tokenizer.eos_token}"):
+        if tokenizer(ended)["input_ids"] == [*ids, tokenizer.eos_token_id]:
+            return ended
+    return template
+
+
 def check_masks(tokenizer, prompts: list, mask_id: int) -> None:
     """Raise ValueError for a prompt without masks, of which gen_length=0 would leave nothing to fill."""
     mask = tokenizer.mask_token

@@ -36,7 +36,7 @@ from softar.training import (
 
 from .config import DenoiseConfig
 from .doubled import documents_of
-from .evaluate import check_decoded, check_ends, evaluate, steps_for
+from .evaluate import check_decoded, check_ends, evaluate, steps_for, with_end
 from .head import HEAD_FILE, learn_head, save_reading
 from .inputs import check_reads_none, check_width
 from .models import load_original
@@ -301,7 +301,10 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
     def card_command(self, folder: str | Path) -> str:
         mask, origin = self.processing_class.mask_token, self.origin
         if mask and mask in origin.prompt:
-            origin = dataclasses.replace(origin, prompt=origin.prompt.replace(mask, "_"))
+            prompt = origin.prompt
+            if not origin.chat and facts(self.model).rows_end is not None:
+                prompt = with_end(prompt, self.processing_class)
+            origin = dataclasses.replace(origin, prompt=prompt.replace(mask, "_"))
             return decode_command("fill", folder, origin)
         length = f" --gen-length {origin.new_tokens or 32}"
         return decode_command("fill", folder, origin, length)

@@ -1,5 +1,6 @@
 """The README.md of a trained folder: what it says follows the run."""
 
+import dataclasses
 import re
 import shlex
 from types import SimpleNamespace
@@ -136,7 +137,12 @@ def test_a_template_is_shown_with_its_holes(tmp_path):
     trainer.origin = example_of(task, tokenizer)
     words = shlex.split(trainer.card_command("a folder"))
     assert words[:2] == ["softar", "fill"] and words[3:] == ["-m", "a folder"]
-    assert words[2].replace("_", "<mask>") == task.test["template"][0]
+    template = task.test["template"][0]
+    assert words[2].replace("_", "<mask>") == template and template.endswith(" <eos>")
+    # that of own rows may lack the end that training puts behind what it reads
+    for own, shown in (("<mask> 1", "_ 1 <eos>"), ("1 <mask>", "1 _"), ("<mask> <eos>", "_ <eos>")):
+        trainer.origin = dataclasses.replace(trainer.origin, prompt=f"<bos> <mask> {own}")
+        assert shlex.split(trainer.card_command("a folder"))[2] == f"<bos> _ {shown}"
 
 
 @pytest.mark.parametrize("soft", [False, True])
