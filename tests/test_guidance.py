@@ -346,6 +346,20 @@ def test_padding_without_a_mask_is_no_text(padding):
     assert not calls
 
 
+def test_ids_and_masks_that_do_not_fit_are_named():
+    model, (ids, mask, marked) = mild(), batch("right")
+    for inputs, said in (
+        ((ids - 9 * marked, mask, marked), "input_ids holds the id -"),
+        ((ids + 999, None, marked), "input_ids holds the id .*, and the model's vocabulary has"),
+        ((ids.float(), mask, marked), r"input_ids of shape .*, torch.float32: need \[B, P\]"),
+        ((ids, mask[:1], marked), "attention_mask of shape .* does not fit input_ids of"),
+        ((ids, mask, marked[:, :-1]), "soft_mask of shape .* does not fit input_ids of"),
+    ):
+        with counted(model) as calls, pytest.raises(ValueError, match=said):
+            soft_forward(model, *inputs, feeder())
+        assert not calls
+
+
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_after_r_refreshes_the_first_r_marked_positions_are_exact(padding):
     model = mild()

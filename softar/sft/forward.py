@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..checks import check_choice, check_least
-from ..guard import check_unpadded
+from ..guard import check_ids, check_unpadded
 from ..models.kind import plain, recomputes
 from ..models.reading import IN_PLACE, cache_name, counts_anew, reads_moved_rows, reads_on
 from ..models.room import room_of
@@ -79,10 +79,11 @@ def soft_forward(
         [B, T, V] logits in the model's dtype, or [B, last, V].
 
     Raises:
-        ValueError: an unknown mode, a count out of its range, a row's or example's first token
-            marked, logits left out that a mixture is made of, ids that look padded without a mask, or
-            sequential with packed rows, under gradient checkpointing (transformers then drops the
-            cache), or of a model with a state (Mamba, Jamba, LFM2, ...).
+        ValueError: an unknown mode, a count out of its range, ids outside the vocabulary, masks of
+            another shape, a row's or example's first token marked, logits left out that a mixture is
+            made of, ids that look padded without a mask, or sequential with packed rows, under
+            gradient checkpointing (transformers then drops the cache), or of a model with a state
+            (Mamba, Jamba, LFM2, ...).
     """
     check_choice("mode", mode, MODES)
     counts = dict(passes=passes, grad_passes=grad_passes, window=window, last=last)
@@ -93,6 +94,13 @@ def soft_forward(
         )
     if mode == "sequential":
         check_sequential(model)
+    vocab_size = plain(model).config.get_text_config(decoder=True).vocab_size
+    check_ids("input_ids", input_ids, 2, vocab_size, "soft_forward")
+    for name, mask in (("attention_mask", attention_mask), ("soft_mask", soft_mask)):
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} of shape {tuple(mask.shape)} does not fit input_ids of {tuple(input_ids.shape)}"
+            )
     begins = position_ids == 0 if position_ids is not None else torch.zeros_like(soft_mask)
     begins[:, 0] = True
     if (soft_mask & begins).any():
