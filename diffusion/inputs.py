@@ -57,7 +57,8 @@ def warn_of_ends(model: nn.Module, facts: Facts, input_ids: Tensor) -> None:
         return
     ids = input_ids[:, -1]
     known = torch.tensor([facts.rows_end, facts.mask_id, *facts.end_ids], device=ids.device)
-    if rows := (~torch.isin(ids, known)).nonzero()[:, 0].tolist():
+    has_masks = (input_ids == facts.mask_id).any(1)
+    if rows := (has_masks & ~torch.isin(ids, known)).nonzero()[:, 0].tolist():
         tokenizer = origin_of(model).tokenizer
         names = [int(ids[rows[0]]), facts.rows_end]
         if tokenizer is not None:

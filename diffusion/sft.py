@@ -121,7 +121,9 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
         )
         rows = {"train": self.train_dataset, "eval": self.eval_dataset}
         check_tokens(rows, args, self._room, self._facts.vocab_size)
-        self._rows_end = end_of(self.train_dataset, processing_class)
+        self._rows_end = None  # block by block, a text need not be whole
+        if self._facts.block_length is None:
+            self._rows_end = end_of(self.train_dataset, processing_class)
         self._check_ends(self._held_out)
         self.args.packing = args.packing
         if args.packing:
@@ -139,8 +141,7 @@ class DiffusionSFTTrainer(EvaluatedRows, WatchedLosses, OwnCard, MicroBatches, S
             self.head = args.head(learnt=self._facts.soft_mask).to(self.model.device)
         if args.objective == "uniform":
             self.uniform = noise_for(self._facts, self.processing_class, args.noise_eps)
-        rows_end = self._rows_end if self._facts.block_length is None else None
-        inner.config.diffusion_process = process_of(self.uniform, rows_end)
+        inner.config.diffusion_process = process_of(self.uniform, self._rows_end)
         if self.uniform is None:
             return Masked(args, self._facts, self.head)
         return Uniform(args, self._facts, self.uniform, device)

@@ -371,6 +371,11 @@ def test_templates_that_end_otherwise_than_what_is_trained_on_are_named(tmp_path
         trainer.evaluate(open_ones)
     assert trainer.evaluate()["eval_accuracy"] == 1.0
     make(open_ones, score=None)  # nothing is decoded
+    # block by block, what stands behind is not read, or masks that may become the end
+    model, tokenizer = convert(
+        *softar.load("mnns-tiny", seed=0), mask_token="<mask>", block_length=4
+    )
+    assert make(open_ones).evaluate()["eval_accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("arch", ["bert", "roberta"])

@@ -71,6 +71,8 @@ def test_a_text_that_ends_otherwise_than_what_was_trained_on_is_warned_of(tmp_pa
     # the second row, shorter, is padded on the left
     (said,) = told(model, tokenizer, f"{OPEN} <eos>", "<bos> <mask> S0")
     assert "row 1 of input_ids" in said
+    # nor of what is not filled, beside what is
+    assert not told(model, tokenizer, f"{OPEN} <eos>", "<bos> S0")
 
 
 def test_nothing_is_said_of_models_of_which_nothing_is_known(tmp_path):
