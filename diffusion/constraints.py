@@ -15,7 +15,7 @@ from softar.models import room_of
 from softar.placement import evaluating
 
 from .canvas import Canvas
-from .inputs import check_width, real_of
+from .inputs import check_width, real_of, warn_of_ends
 from .knobs import is_pair
 from .losses import forward_masked
 from .net import Facts, check_has_mask, facts, parts
@@ -113,7 +113,7 @@ def label_probs(
     check_ids("labels", chosen, 1, known.vocab_size)
     if known.uniform is not None:
         raise ValueError("the model's diffusion_process is uniform: it has no masks to look at")
-    real_of(model, known, input_ids, attention_mask)
+    real = real_of(model, known, input_ids, attention_mask)
     masked = input_ids == known.mask_id
     if bare := (~masked.any(1)).nonzero()[:, 0].tolist():
         raise ValueError(
@@ -121,6 +121,7 @@ def label_probs(
         )
     if attention_mask is None:
         check_unpadded(model, input_ids)
+    warn_of_ends(model, known, input_ids, real)
     with evaluating(model):
         embeds = net.embedding(input_ids)
         _, logits = forward_masked(net, known, embeds, attention_mask, masked, input_ids)

@@ -50,12 +50,15 @@ def real_of(
     return real
 
 
-def warn_of_ends(model: nn.Module, facts: Facts, input_ids: Tensor) -> None:
-    """Warn of texts [B, T] with masks, padded on the left, that lack the token behind each row that the
-    model was trained on: it has seen none without it, and may fill these much worse."""
+def warn_of_ends(model: nn.Module, facts: Facts, input_ids: Tensor, real: Tensor) -> None:
+    """Warn of texts [B, T] with masks that lack the token behind each row that the model was trained on:
+    it has seen none without it, and may fill these much worse. real: [B, T] bool, what is not
+    padding."""
     if facts.rows_end is None:
         return
-    ids = input_ids[:, -1]
+    column = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = (column * real).amax(1, keepdim=True)
+    ids = input_ids.gather(1, last)[:, 0]
     known = torch.tensor([facts.rows_end, facts.mask_id, *facts.end_ids], device=ids.device)
     has_masks = (input_ids == facts.mask_id).any(1)
     if rows := (has_masks & ~torch.isin(ids, known)).nonzero()[:, 0].tolist():
@@ -66,5 +69,5 @@ def warn_of_ends(model: nn.Module, facts: Facts, input_ids: Tensor) -> None:
         warnings.warn(
             f"a text with masks ends in {names[0]} (row {rows[0]} of input_ids), and all that the model was trained on "
             f"end in {names[1]}: it may fill it much worse than with {names[1]} behind it",
-            stacklevel=4,  # of `denoise`, behind torch.no_grad
+            stacklevel=4,  # of whoever called its caller, behind torch.no_grad
         )

@@ -142,7 +142,7 @@ def denoise(
     real = real_of(model, model_facts, input_ids, attention_mask)
     _check_padding(model_facts, real)
     if not config.gen_length:
-        warn_of_ends(model, model_facts, input_ids)
+        warn_of_ends(model, model_facts, input_ids, real)
     draws = Draws(rng, len(input_ids), input_ids.device)
     how = dict(record=True) if record else {}
     if record:

@@ -9,7 +9,7 @@ from test_held_out import SECOND, diffusion_trainer, mnns
 from tiny import QUIET
 
 import softar
-from softar.diffusion import denoise
+from softar.diffusion import denoise, label_probs
 from softar.diffusion.convert import convert
 from softar.diffusion.models import load
 from softar.diffusion.net import facts
@@ -73,6 +73,20 @@ def test_a_text_that_ends_otherwise_than_what_was_trained_on_is_warned_of(tmp_pa
     assert "row 1 of input_ids" in said
     # nor of what is not filled, beside what is
     assert not told(model, tokenizer, f"{OPEN} <eos>", "<bos> S0")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_of_a_text_without_its_end_are_warned_of(side):
+    model, tokenizer = load("mnns-diffusion-tiny")
+    texts = [f"{OPEN} <eos>", "<bos> <mask> S0"]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side=side)
+    with pytest.warns(UserWarning, match=SAID.replace("row 0", "row 1")) as told:
+        label_probs(model, labels=[5, 6], **inputs)
+    assert [each.filename for each in told] == [__file__]
+    texts[1] += " <eos>"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        label_probs(model, labels=[5, 6], **tokenizer(texts, return_tensors="pt", padding=True))
 
 
 def test_nothing_is_said_of_models_of_which_nothing_is_known(tmp_path):
