@@ -263,8 +263,10 @@ def check_steps(
     """Raise ValueError where a prompt has more blocks with masks than there are steps to share, which
     `denoise` would say in its turn. template: keywords of the chat template."""
     known = facts(model)
-    b = config.sub_block_length or known.block_length or config.block_length
-    if config.steps is None or b is None or known.mask_id is None:
+    # of a prompt with masks in its text gen_length alone makes blocks, too
+    own = config.block_length or config.gen_length
+    b = config.sub_block_length or known.block_length or own
+    if config.steps is None or not b or known.mask_id is None:
         return
     for at, prompt in enumerate(prompts):
         asked = prompt if isinstance(prompt, str) else Chat(prompt, template or {})

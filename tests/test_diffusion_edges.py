@@ -2,6 +2,7 @@
 make them go on without an end."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny import counted, left_padded, seeded, tokenizer_of
 from transformers import AutoConfig, AutoModelForMaskedLM, BertModel
 
 from softar.diffusion import DenoiseConfig, denoise, label_probs, load
+from softar.diffusion.evaluate import check_steps
 from softar.diffusion.losses import log_likelihood
 from softar.diffusion.net import READS_PADDING, parts
 from softar.diffusion.parity import PARITY
@@ -224,6 +226,25 @@ def test_a_model_is_used_up_to_its_last_position_and_no_further(kind):
         with pytest.raises(ValueError, match=f"a row of {most + 1} tokens .* {most} positions"):
             log_likelihood(model, torch.cat([row, row[-1:]]), torch.arange(most + 1) >= 3)
     assert not calls
+
+
+@pytest.mark.parametrize("block_length", [None, 2, 4])
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("text", ["D1 <mask> S0", "D1 S0", "<mask> D1 D2 D3 S0 <mask> S1 S2"])
+def test_steps_are_checked_as_they_are_shared(text, steps, block_length):
+    """Without a block_length, too: of the masks in a prompt gen_length makes blocks."""
+    model, tokenizer = load("mnns-diffusion-tiny", seed=0)
+    how = dict(gen_length=4, steps=steps * (4 // (block_length or 4)), block_length=block_length)
+    said = []
+    for call in (
+        lambda: denoise(model, **tokenizer(text, return_tensors="pt"), **how),
+        lambda: check_steps(model, tokenizer, [text], DenoiseConfig(**how)),
+    ):
+        try:
+            said.append(call() and None)
+        except ValueError as error:
+            said.append(re.match(r"steps=. cannot be shared by the . blocks", str(error))[0])
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("kind", LEARNT)
