@@ -192,6 +192,7 @@ class Uniform:
         check_uniform(config)
         canvas = Canvas(input_ids, config.gen_length, facts.mask_id)
         self.config, self.facts, self.canvas, self.draws = config, facts, canvas, draws
+        self.row_forwards = torch.zeros_like(canvas.at_start)
         self.reader = Reader(net, facts, config, with_answer(real, config), canvas.fixed)
         self.constrain = Constraints(config.allowed, config.logits_processor, canvas, facts)
         canvas.ids = random_tokens(
@@ -214,6 +215,7 @@ class Uniform:
     def step(self, block: Block, index: int) -> dict:
         canvas, reader = self.canvas, self.reader
         asked = canvas.masked & (index < block.steps)[:, None]
+        self.row_forwards = self.row_forwards + asked.any(-1)
         rows, cols = asked.nonzero(as_tuple=True)
         logits = reader(canvas.ids, reader.columns(block.start, block.end), rows, cols)
         logits = self.constrain(logits, canvas.ids, rows, cols)
@@ -230,11 +232,6 @@ class Uniform:
 
     def end(self, block: Block) -> None:
         """Nothing: the last step left no slot open."""
-
-    @property
-    def row_forwards(self) -> Tensor:
-        """[B] all: each redraws every row."""
-        return torch.full_like(self.canvas.at_start, self.reader.forwards)
 
     @property
     def row_stores(self) -> Tensor:

@@ -547,6 +547,7 @@ def test_a_row_alone_is_the_row_in_a_batch(tmp_path, steps, temperature):
         assert torch.equal(alone.committed_at[0], whole.committed_at[i, own])
         torch.testing.assert_close(alone.confidence[0], whole.confidence[i, own], equal_nan=True)
         assert alone.num_forwards == (steps or int((CANVAS[i] == M).sum()) + 2)
+        assert alone.row_forwards[0] == whole.row_forwards[i] == alone.num_forwards
     assert whole.num_forwards == (steps or 8)
 
 
