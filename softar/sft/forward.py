@@ -94,13 +94,7 @@ def soft_forward(
         )
     if mode == "sequential":
         check_sequential(model)
-    vocab_size = plain(model).config.get_text_config(decoder=True).vocab_size
-    check_ids("input_ids", input_ids, 2, vocab_size, "soft_forward")
-    for name, mask in (("attention_mask", attention_mask), ("soft_mask", soft_mask)):
-        if mask is not None and mask.shape != input_ids.shape:
-            raise ValueError(
-                f"{name} of shape {tuple(mask.shape)} does not fit input_ids of {tuple(input_ids.shape)}"
-            )
+    _check_fits(model, input_ids, attention_mask, soft_mask)
     begins = position_ids == 0 if position_ids is not None else torch.zeros_like(soft_mask)
     begins[:, 0] = True
     if (soft_mask & begins).any():
@@ -132,6 +126,17 @@ def soft_forward(
     else:
         parts = _parallel(model, batch, feed, advance, passes, grad_passes, first, once)
     return torch.cat(parts, 1) if shift is None else _moved_back(parts, shift, T - first)
+
+
+def _check_fits(model, input_ids: Tensor, attention_mask: Tensor | None, soft_mask: Tensor) -> None:
+    """Raise ValueError for ids outside the vocabulary, or masks of another shape."""
+    vocab_size = plain(model).config.get_text_config(decoder=True).vocab_size
+    check_ids("input_ids", input_ids, 2, vocab_size, "soft_forward")
+    for name, mask in (("attention_mask", attention_mask), ("soft_mask", soft_mask)):
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} of shape {tuple(mask.shape)} does not fit input_ids of {tuple(input_ids.shape)}"
+            )
 
 
 def check_sequential(model: nn.Module) -> None:

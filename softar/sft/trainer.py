@@ -161,8 +161,7 @@ class SoftSFTTrainer(EvaluatedRows, LatentStages, WatchedLosses, OwnCard, MicroB
 
     def prepared(self, rows, traced=("oracle",)):
         """Rows as TRL is to tokenise them. traced: the targets that are made of the rows' traces."""
-        args = self.args
-        rows = self._prefix.before(rows, args.dataset_num_proc)
+        rows, args = self._prefix.before(rows, self.args.dataset_num_proc), self.args
         if args.targets not in traced:
             return rows
         return add_trace_ids(rows, self.processing_class, args.max_length, args.dataset_num_proc)
