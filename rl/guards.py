@@ -11,9 +11,10 @@ from torch import nn
 
 from softar.config import CONFIG_FILE, SoftConfig
 from softar.defaults import config_of, own_config
+from softar.files import TOLD
 from softar.mixers import SHARE, mk_mixer
 from softar.models import check_autoregressive, origin_of, room_of
-from softar.texts import check_cells, check_no_list, is_blank
+from softar.texts import check_cells, check_no_list, is_blank, is_list
 from softar.training import prepare_trained
 
 from .config import SoftGRPOConfig
@@ -55,6 +56,12 @@ def check_prompts(trainer: str, dataset, name: str) -> None:
             f"{name} has columns {taken}, by which reward functions get what the trainer says: rename them"
         )
     check_cells(dataset, ["prompt"], name)
+    for column in TOLD if is_list(dataset.features["prompt"]) else ():
+        if column in dataset.column_names and any(dataset[column]):
+            raise ValueError(
+                f"{name} has a column {column!r}, which the chats of rollouts do not hear: set chat_template_kwargs= "
+                "of the configuration for all, give prompts of text, or rename it"
+            )
 
 
 def check_asked(tokenizer, dataset, name: str) -> None:

@@ -710,6 +710,13 @@ def test_bad_ppo_options(tmp_path, options, message):
         ({"prompt": ["<bos> w5", None]}, "holds None in column 'prompt'"),
         ({"prompt": ["<bos> w5", ""]}, "has an empty prompt"),
         ({"prompt": ["<bos>" + " w5" * 63]}, "has 64 tokens, and with max_completion"),
+        (
+            {
+                "prompt": [[{"role": "user", "content": "w5"}]] * 2,
+                "chat_template_kwargs": [None, {"enable_thinking": False}],
+            },
+            "has a column 'chat_template_kwargs', which the chats of rollouts do not hear",
+        ),
     ],
 )
 def test_held_out_rows_by_name_are_looked_at(tmp_path, rows, says):
