@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from softar.decoders.options import Common
 from softar.mixers import Mixed
 from softar.models import word_tokenizer
 from softar.vllm.client import Connection
+from softar.vllm.completions import Sampling
 from softar.vllm.decoders import DECODERS
 from softar.vllm.engine import VLLMDecoder
 from softar.vllm.export import check_served
@@ -104,11 +106,12 @@ def test_an_engine_takes_the_width_that_it_is_given(options, trace):
     assert asked.top_k is None if narrow else asked.width == min(room, asked.changed(top_k=n).width)
 
 
-def send(soft=None, embeds=None, config=None, tokenizer=None):
-    """What process_inputs makes of a request: its extra_args."""
+def send(soft=None, embeds=None, config=None, tokenizer=None, **more):
+    """What process_inputs makes of a request: its extra_args. more: of SamplingParams."""
     config = config or config_of()
     processor = SimpleNamespace(vllm_config=config, tokenizer=tokenizer or tiny.tokenizer_of())
-    params = SimpleNamespace(**PARAMS, extra_args=None if soft is None else {"soft": soft})
+    params = PARAMS | more | {"extra_args": None if soft is None else {"soft": soft}}
+    params = SimpleNamespace(**params)
 
     def method(self, request_id, prompt, params, *args, **kwargs):
         return SimpleNamespace(prompt_embeds=embeds, mm_features=None, sampling_params=params)
@@ -140,6 +143,18 @@ def test_who_thinks_takes_no_embeddings():
         send({}, config=config_of(embeds=False))
     assert send({"budget": 3}, config=config_of(embeds=False, soft=True))["softar"]
     assert thinks(config_of()) and not thinks(config_of(embeds=False))
+
+
+@pytest.mark.parametrize("soft", [{"budget": 100}, {"switch": "block", "switch_dwell": 100}])
+def test_no_length_but_its_own_is_said_to_be_short(soft):
+    """The engine and its worker, and the decoder that asks them."""
+    with warnings.catch_warnings(action="error"):
+        SoftConfig(**send(soft, max_tokens=512)["softar"]["config"])
+        assert Sampling("soft", 512, soft=soft).thinking.max_new_tokens == 512
+    with pytest.warns(UserWarning, match=r"=100 is not below max_new_tokens=50\b"):
+        send(soft, max_tokens=50)
+    one, other = (send({"budget": 9}, max_tokens=n)["softar"] for n in (20, 30))
+    assert one == other  # they step together
 
 
 LONG = {  # of each type that a field may have

@@ -84,8 +84,8 @@ class Sampling:
         """The configuration that `soft` asks for, its texts as they are."""
         if self.soft is None:
             return None
-        fields = parse(self.soft)
-        return SoftConfig(**{name: value for name, value in fields.items() if name != "record"})
+        fields = {k: v for k, v in parse(self.soft).items() if k != "record"}
+        return SoftConfig(**fields, max_new_tokens=self.max_new_tokens)
 
     @property
     def draws(self) -> bool:

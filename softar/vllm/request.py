@@ -60,7 +60,8 @@ def check_request(asked, params, vllm_config, tokenizer) -> dict:
     check_params(params)
     check_mixer(fields.get("mixer", SoftConfig.mixer), switches_of(vllm_config).mixers)
     vocab = vllm_config.model_config.get_vocab_size()
-    config = _resolve(fields, vocab, tokenizer)
+    length = params.max_tokens or vllm_config.model_config.max_model_len
+    config = _resolve(fields | {"max_new_tokens": length}, vocab, tokenizer)
     limit = min(LIMIT, vocab - 1) if record else LIMIT
     if not config.width <= limit:
         raise ValueError(
@@ -74,14 +75,14 @@ def check_request(asked, params, vllm_config, tokenizer) -> dict:
             raise ValueError(
                 f"soft: {name}={_quote(ids)} must be token ids below {vocab}, the model's vocabulary"
             )
-    own = fields_of(config) | {"spelling": config.spelling}
+    # a length that no thought waits for: requests of any length step together
+    own = fields_of(config) | {"spelling": config.spelling, "max_new_tokens": MOST}
     if config.switch is not None:
         if config.switch_budget is not None and params.ignore_eos:
             raise ValueError(
                 "soft: switch_budget ends an answer by the end token: not with ignore_eos"
             )
-        # over which its tags fade
-        own["max_new_tokens"] = params.max_tokens or vllm_config.model_config.max_model_len
+        own["max_new_tokens"] = length  # over which its tags fade
     return {"config": own, "record": record}
 
 
