@@ -30,8 +30,12 @@ def over_http():
     """What the server makes of answers, with the plug-in and without; no engine is needed for
     that."""
 
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.openai.chat_completion import serving as chats
+    from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest
     from vllm.entrypoints.openai.completion import serving as completions
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.logprobs import FlatLogprobs
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.sampling_params import RequestOutputKind
@@ -163,12 +167,20 @@ def over_http():
     )
     own = dict(parser_cls=object, _make_parser=lambda *_: late)
 
-    def refused(kind, **more):
+    def refused(act, *args, **more):
         try:
-            ask(kind, kind == "chat", [output(STEPS, True)], **asks, **more)
+            act(*args, **more)
         except ValueError as error:
             return str(error)
 
+    def anthropic(**more):
+        server = object.__new__(AnthropicServingMessages)
+        body = AnthropicMessagesRequest(model="m", max_tokens=3, messages=says, **more)
+        return asyncio.run(server.create_messages(body))
+
+    says = [{"role": "user", "content": "w1"}]
+    as_object = dict(vllm_xargs={"soft": {"record": True}})
+    batch = BatchChatCompletionRequest(model="m", messages=[says], **as_object)
     return {
         "said": said,
         "left": left,
@@ -180,7 +192,11 @@ def over_http():
         "withheld": ask("chat", True, parts, own=own, **asks),
         "left early": [len(ask(kind, True, parts, read=first, **asks)) for kind in kinds],
         "refused": [
-            refused("text", use_beam_search=True),
-            refused("chat", include_reasoning=False),
+            *(refused(request(kind, **asks).to_beam_search_params, 3, {}) for kind in kinds),
+            refused(ask, "chat", True, parts, include_reasoning=False, **asks),
+            *(refused(request(kind, soft={}).to_sampling_params, 3, {}) for kind in kinds),
+            refused(ResponsesRequest(input="w1", **as_object).to_sampling_params, 3),
+            refused(batch.to_chat_completion_request, says),
+            refused(anthropic, **as_object),
         ],
     }

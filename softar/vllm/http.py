@@ -39,16 +39,28 @@ def teach() -> None:
     from vllm.logger import init_logger
 
     try:
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+        from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+        from vllm.entrypoints.openai.chat_completion.protocol import (
+            BatchChatCompletionRequest,
+            ChatCompletionRequest,
+        )
         from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
         from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+        from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
         from vllm.logprobs import FlatLogprobs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         requests = (CompletionRequest, ChatCompletionRequest)
-        fields = [request.model_fields["vllm_xargs"] for request in requests]
+        others = (ResponsesRequest, AnthropicMessagesRequest)
+        fields = {each: each.model_fields["vllm_xargs"] for each in (*requests, *others)}
         patches = (
+            *((request, "to_sampling_params", sampling) for request in requests),
+            *((request, "to_beam_search_params", beams) for request in requests),
+            (ResponsesRequest, "to_sampling_params", unrecorded),
+            (AnthropicServingMessages, "create_messages", messages),
+            (BatchChatCompletionRequest, "to_chat_completion_request", part_of_batch),
             (AsyncLLM, "generate", generate),
             (OpenAIServingCompletion, "request_output_to_completion_response", completion),
             (OpenAIServingCompletion, "completion_stream_generator", completion_stream),
@@ -66,7 +78,7 @@ def teach() -> None:
     for owner, name, around in patches:
         patch(owner, name, around)
     AsyncLLM.softar_count = 0  # answers to soft requests that are under way
-    for request, field in zip(requests, fields):
+    for request, field in fields.items():
         if TAKES_OBJECTS not in field.metadata:
             field.metadata.append(TAKES_OBJECTS)
             request.model_rebuild(force=True)
@@ -106,6 +118,56 @@ async def _counted(engine, outs: AsyncIterator, n: int, most: int) -> AsyncItera
                 yield out
     finally:
         engine.softar_count -= n
+
+
+# --- what would do nothing is refused before any work ---
+
+
+def sampling(method, self, *args, **kwargs):
+    """Of a request, as all below: vLLM ignores fields that it does not know."""
+    with refusing():
+        if FIELD in self.model_extra:
+            raise ValueError(
+                'soft: not as a field of the request: say {"vllm_xargs": {"soft": {...}}}'
+            )
+    return method(self, *args, **kwargs)
+
+
+def beams(method, self, *args, **kwargs):
+    """Its search has no place for other arguments."""
+    with refusing():
+        if FIELD in (self.vllm_xargs or {}):
+            raise ValueError("soft: not together with use_beam_search")
+    return sampling(method, self, *args, **kwargs)
+
+
+def unrecorded(method, self, *args, **kwargs):
+    """Of requests whose answers have no place for a record."""
+    _check_unrecorded(self)
+    return sampling(method, self, *args, **kwargs)
+
+
+async def messages(method, self, request, *args, **kwargs):
+    _check_unrecorded(request)
+    return await method(self, request, *args, **kwargs)
+
+
+def part_of_batch(method, self, *args, **kwargs):
+    request = method(self, *args, **kwargs)
+    _check_unrecorded(request)
+    return request
+
+
+def _check_unrecorded(request) -> None:
+    if asks(request):
+        with refusing():
+            raise ValueError(
+                'soft: "record" is in answers of /v1/completions and /v1/chat/completions alone: ask '
+                "one of these, or leave it out"
+            )
+
+
+# --- answers with records ---
 
 
 def completion(method, self, results, request, *args, **kwargs):
@@ -158,13 +220,11 @@ def asks(request) -> bool:
     extra_args = request.vllm_xargs or {}
     if "soft" not in extra_args:
         return False
+    try:
+        record = json.loads(extra_args["soft"])["record"] is True
+    except (TypeError, KeyError, ValueError, RecursionError):
+        return False
     with refusing():
-        if request.use_beam_search:
-            raise ValueError("soft: not together with use_beam_search")
-        try:
-            record = json.loads(extra_args["soft"])["record"] is True
-        except (TypeError, KeyError, ValueError, RecursionError):
-            return False
         if (
             record
             and "include_reasoning" in type(request).model_fields
