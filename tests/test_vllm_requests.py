@@ -51,6 +51,7 @@ def config_of(embeds=True, **switches):
         is_encoder_decoder=False,
         logits_processors=None,
         return_sampling_mask=False,
+        hf_text_config=SimpleNamespace(),
         get_vocab_size=lambda: tiny.VOCAB,
         get_hidden_size=lambda: 8,
         dtype=torch.float32,

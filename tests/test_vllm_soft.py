@@ -48,6 +48,7 @@ from engine_script import (
 )
 from http_script import FIELD, over_http
 from tiny import BOS
+from transformers import Gemma3nTextConfig, LlamaConfig
 
 import softar
 from softar.decoders.card import describe
@@ -70,6 +71,7 @@ MODEL = dict(
     is_encoder_decoder=False,
     logits_processors=None,
     return_sampling_mask=False,
+    hf_text_config=LlamaConfig(),
 )
 
 
@@ -339,6 +341,10 @@ def test_an_unknown_version_of_vllm_is_left_alone(made):
         (
             dict(model_config=SimpleNamespace(**{**MODEL, "return_sampling_mask": True})),
             "sampling masks",
+        ),
+        (
+            dict(model_config=SimpleNamespace(**MODEL | {"hf_text_config": Gemma3nTextConfig()})),
+            "reads tokens in every layer",
         ),
         (dict(watermark_config=1), "watermarks"),
     ],

@@ -191,6 +191,11 @@ def check_engine(vllm_config) -> None:
             "logits processors, which a thought would not pass",
         ),
         (vllm_config.model_config.return_sampling_mask, "sampling masks"),
+        # looked up beside the embedding, in a buffer of the step: a mixture's would write over others'
+        (
+            vars(vllm_config.model_config.hf_text_config).get("hidden_size_per_layer_input"),
+            "a model that reads tokens in every layer (Gemma 3n, 4): decode with softar.generate",
+        ),
         (getattr(vllm_config, "watermark_config", None) is not None, "watermarks"),
     ):
         if is_on:
