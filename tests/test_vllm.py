@@ -501,7 +501,7 @@ def test_several_at_once():
         (500, {"error": {"message": "out of\nmemory"}}, "says 500: out of memory; 0 of 3"),
         (400, {"error": {"message": "no such option"}}, "says 400: no such option;"),
         (422, {"detail": "field required"}, "says 422: field required;"),
-        (503, b"", "says 503: Service Unavailable;"),
+        (503, b"", "says 503: Service Unavailable; concurrency= says"),
         (502, b"<html>bad\ngateway", "says 502: <html>bad gateway;"),
         (200, b"<html>", "the answer is not JSON: '<html>'"),
         (

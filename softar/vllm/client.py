@@ -30,7 +30,11 @@ class Connection(link.Connection):
 
 
 CONNECTION = tuple(field.name for field in fields(Connection))
-HINTS = {0: "start one, `softar serve MODEL`", 401: f"{KEY} goes to it with api_key=env"}
+HINTS = {
+    0: "start one, `softar serve MODEL`",
+    401: f"{KEY} goes to it with api_key=env",
+    503: "concurrency= says how many prompts are asked at a time",
+}
 
 
 class ServerDecoder(CompletionDecoder):
