@@ -539,6 +539,15 @@ def test_url(url):
 # ---- starting and ending a server
 
 
+@pytest.mark.parametrize("extra", [["--port", "9"], ["--max-num-seqs", "2", "--ssl_keyfile=f"]])
+def test_server_that_would_answer_elsewhere(extra, monkeypatch):
+    monkeypatch.setattr(softar.vllm.server, "require_vllm", lambda: pytest.fail("it starts"))
+    name = extra[-2] if extra[0] == "--port" else "--ssl-keyfile"
+    with pytest.raises(ValueError, match=f"^{name} among .* give port and host"):
+        with serve("mnns-tiny", extra=extra):
+            raise AssertionError
+
+
 @pytest.mark.rest
 def test_server_that_dies_at_its_start_shows_its_log(folder, tmp_path):
     log = tmp_path / "log"

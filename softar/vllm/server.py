@@ -38,6 +38,10 @@ main()
 """
 
 
+# Of `vllm serve`: with them it would not answer where it is waited for
+ELSEWHERE = ("--host", "--port", "--uds", "--ssl-certfile", "--ssl-keyfile")
+
+
 @dataclass(frozen=True)
 class Server:
     """A running `vllm serve`."""
@@ -82,13 +86,14 @@ def serve(
             requests may name, "module:function" each.
         api_key: that clients have to send for what stands under /v1, as a bearer token; None takes
             VLLM_API_KEY of the environment.
-        extra: further arguments of `vllm serve`, e.g. ["--max-num-seqs", "16"].
+        extra: further arguments of `vllm serve`, e.g. ["--max-num-seqs", "16"]; none of ELSEWHERE.
 
     Raises:
         ImportError: vLLM is not installed. ValueError: the model cannot be served, or the port is
             taken.
         ServerError: it ended, or did not answer in time; with the last lines of its log.
     """
+    _check_extra(extra)
     require_vllm()
     name, port = os.fspath(model), _port(host, port)
     switches = Switches(soft=soft, max_soft=max_soft, mixers=mixers).arguments
@@ -115,6 +120,16 @@ def serve(
         url = address(host, port)
         _await(url, process, Path(log), wait)
         yield Server(url, name, process, Path(log), time.perf_counter() - began)
+
+
+def _check_extra(extra: Sequence[str]) -> None:
+    """Raise ValueError for what says where the server answers."""
+    names = [word.partition("=")[0].replace("_", "-") for word in extra]
+    if taken := [name for name in names if name in ELSEWHERE]:
+        raise ValueError(
+            f"{taken[0]} among the further arguments of vllm serve: it would not answer where it is "
+            "waited for; give port and host (softar serve --port --host), and TLS by a proxy"
+        )
 
 
 def _command(
