@@ -199,6 +199,10 @@ def test_no_refusal_is_long_whatever_a_field_holds(as_text):
         ({"banned": [5] * 20_000}, "field 'banned' has 60008 characters, and at most 32768"),
         ({"mixer": "gumbell"}, r"did you mean 'gumbel'\?: choose one of \[[^]]*\] \(the server's"),
         ({"mixer": "os:system"}, "mixer='os:system' is unknown here"),
+        (
+            {"mixer": "k-samples", "mixer_args": {"k": 99}, "top_k": 5, "record": True},
+            "mixture of 99 tokens is too wide: set k to at most 63",
+        ),
         ({"mixer": "hidden", "budget": 3}, "mixer='hidden' asks for hidden states, which vLLM"),
         ({"mixer_args": {"gate": "/etc/passwd"}}, "gate"),
         ({"mixer": "hybrid", "mixer_args": {"gate": "/etc/passwd"}}, "a gate, a file, which vLLM"),

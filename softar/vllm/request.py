@@ -64,8 +64,9 @@ def check_request(asked, params, vllm_config, tokenizer) -> dict:
     config = _resolve(fields | {"max_new_tokens": length}, vocab, tokenizer)
     limit = min(LIMIT, vocab - 1) if record else LIMIT
     if not config.width <= limit:
+        name = "k" if "k" in config.mixer_args else "top_k or keep"
         raise ValueError(
-            f"soft: a mixture of {config.width} tokens is too wide: set top_k or keep to at most {limit}"
+            f"soft: a mixture of {config.width} tokens is too wide: set {name} to at most {limit}"
         )
     for name in (*TAGS, "switch_final"):
         ids = getattr(config, name) or ()
