@@ -25,14 +25,14 @@ from trl.trainer.utils import use_adapter
 from softar.diffusion.config import DenoiseConfig
 from softar.diffusion.evaluate import check_masks
 from softar.diffusion.head import HEAD_FILE, save_reading
-from softar.diffusion.loop import DenoiseOutput, denoise, first_end
+from softar.diffusion.loop import DenoiseOutput, denoise, first_end, longest_prompt
 from softar.diffusion.models import load_original
 from softar.diffusion.net import facts
 from softar.diffusion.noise import NOISE_FILE
 from softar.diffusion.record import Trajectory, check_recordable
 from softar.diffusion.replay import Piece, log_probs, prompt_masks, replay
 from softar.model_card import changes_of, decode_command
-from softar.models import plain
+from softar.models import plain, room_of
 from softar.results import write_whole
 from softar.specs import format_options
 from softar.training import inside_forward
@@ -116,7 +116,9 @@ class DiffusionGRPOTrainer(RolloutGRPO):
             )
 
     def _check_room(self, rows, name):
-        guards.check_prompt_room(self, "gen_length", rows, name)
+        room = room_of(self.model, trained=True)  # as `denoise` takes it
+        longest = room and longest_prompt(self._facts, self.decoding, room)
+        guards.check_prompt_room(self, "gen_length", longest, rows, name)
         for part in rows.values() if isinstance(rows, dict) else (rows,):
             if isinstance(part, Dataset) and not self.args.gen_length:
                 check_masks(self.processing_class, part["prompt"], self._facts.mask_id)

@@ -18,7 +18,7 @@ from softar.decode import SoftOutput
 from softar.evaluate import prefixed_rows
 from softar.guard import check_prefix
 from softar.model_card import changes_of
-from softar.models import plain
+from softar.models import plain, room_of
 from softar.split import check_split
 from softar.thought import Kind
 from softar.training import inside_forward
@@ -78,7 +78,9 @@ class SoftGRPOTrainer(RolloutGRPO):
         guards.check_candidates(plain(self.model), self.args)
 
     def _check_room(self, rows, name):
-        guards.check_prompt_room(self, "max_completion_length", rows, name)
+        room, most = room_of(self.model), self.args.max_completion_length
+        longest = room and room - most
+        guards.check_prompt_room(self, "max_completion_length", longest, rows, name)
 
     def _check_same_policy(self, folder):
         guards.check_same_policy(folder, self.policy)

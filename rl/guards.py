@@ -13,7 +13,7 @@ from softar.config import CONFIG_FILE, SoftConfig
 from softar.defaults import config_of, own_config
 from softar.files import TOLD
 from softar.mixers import SHARE, mk_mixer
-from softar.models import check_autoregressive, origin_of, room_of
+from softar.models import check_autoregressive, origin_of
 from softar.texts import check_cells, check_no_list, is_blank, is_list
 from softar.training import prepare_trained
 
@@ -83,22 +83,21 @@ def check_asked(tokenizer, dataset, name: str) -> None:
         PartialState().print(f"{len(blank)} of {len(dataset)} prompts in {name} say nothing")
 
 
-def check_prompt_room(trainer, option: str, rows, name: str) -> None:
+def check_prompt_room(trainer, option: str, longest: int | None, rows, name: str) -> None:
     """Raise ValueError for a prompt that leaves no room for the steps of a rollout, the option of this
-    name, in the model's table of positions, where it has one. name: of the rows, a data set or
+    name: one of more than `longest` tokens, None for any number. name: of the rows, a data set or
     several by name."""
-    room, most = room_of(trainer.model), getattr(trainer.args, option)
     if isinstance(rows, dict):
         for key, part in rows.items():
-            check_prompt_room(trainer, option, part, f"{name}[{key!r}]")
-    if room is None or not isinstance(rows, Dataset):
+            check_prompt_room(trainer, option, longest, part, f"{name}[{key!r}]")
+    if longest is None or not isinstance(rows, Dataset):
         return
+    most = getattr(trainer.args, option)
     for number, prompt in enumerate(rows["prompt"]):
-        length = len(_read(trainer, prompt))
-        if length + most > room:
+        if (length := len(_read(trainer, prompt))) > longest:
             raise ValueError(
-                f"prompt {number} of {name} has {length} tokens, and with {option}={most} that is "
-                f"more than the {room} positions in the model's table: shorten one of them"
+                f"prompt {number} of {name} has {length} tokens, and with {option}={most} the model's "
+                f"positions have room for {longest}: shorten one of them"
             )
 
 

@@ -528,8 +528,11 @@ def test_a_prompt_that_leaves_no_room_is_said(tmp_path):
     sizes = dict(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     bert = BertForMaskedLM(BertConfig(**sizes, intermediate_size=24, max_position_embeddings=7))
     bert.config.mask_token_id = MASK
-    with pytest.raises(ValueError, match="has 2 tokens, and with gen_length=6 that is more"):
+    with pytest.raises(ValueError, match=r"has 2 tokens, and with gen_length=6 .* room for 1:"):
         trainer(tmp_path, model=bert)
+    says = r"prompt 1 of train_dataset has 59 tokens, and with gen_length=6 .* room for 58:"
+    with pytest.raises(ValueError, match=says):  # one without a table, that `denoise` would refuse
+        trainer(tmp_path, prompts=["w6 " * 58, "w6 " * 59])
 
 
 @pytest.mark.parametrize("at", [0, 3, 23])
