@@ -14,7 +14,7 @@ from softar.defaults import config_of, own_config
 from softar.files import TOLD
 from softar.mixers import SHARE, mk_mixer
 from softar.models import check_autoregressive, origin_of
-from softar.texts import check_cells, check_no_list, is_blank, is_list
+from softar.texts import check_cells, check_no_list, is_blank, is_chat
 from softar.training import prepare_trained
 
 from .config import SoftGRPOConfig
@@ -56,7 +56,7 @@ def check_prompts(trainer: str, dataset, name: str) -> None:
             f"{name} has columns {taken}, by which reward functions get what the trainer says: rename them"
         )
     check_cells(dataset, ["prompt"], name)
-    for column in TOLD if is_list(dataset.features["prompt"]) else ():
+    for column in TOLD if is_chat(dataset[0]["prompt"]) else ():
         if column in dataset.column_names and any(dataset[column]):
             raise ValueError(
                 f"{name} has a column {column!r}, which the chats of rollouts do not hear: set chat_template_kwargs= "
@@ -66,13 +66,17 @@ def check_prompts(trainer: str, dataset, name: str) -> None:
 
 def check_asked(tokenizer, dataset, name: str) -> None:
     """Raise ValueError for a prompt without a token, which no policy could go on from; of other prompts
-    that say nothing, as a BOS token alone, print how many there are. name: of the dataset, or of several
-    by name."""
+    that say nothing, as a BOS token alone, print how many there are. Chats need a template. name: of the
+    dataset, or of several by name."""
     if isinstance(dataset, dict):
         for key, rows in dataset.items():
             check_asked(tokenizer, rows, f"{name}[{key!r}]")
     if not isinstance(dataset, Dataset):
         return
+    if is_chat(dataset[0]["prompt"]) and tokenizer.chat_template is None:
+        raise ValueError(
+            f"{name} holds chats, and the tokenizer has no chat template: set tokenizer.chat_template, or give texts"
+        )
     blank = [(i, prompt) for i, prompt in enumerate(dataset["prompt"]) if is_blank(prompt)]
     for number, prompt in blank:
         if not (prompt if isinstance(prompt, list) else tokenizer(prompt)["input_ids"]):

@@ -78,6 +78,11 @@ def check_rows(dataset, name: str, args, tokenizer) -> None:
             raise ValueError(
                 f"{name} holds texts, and the tokenizer has no end token to close them with: set tokenizer.eos_token"
             )
+        has_template = args.chat_template_path is not None or tokenizer.chat_template is not None
+        if read and is_chat(first[read[-1]]) and not has_template:
+            raise ValueError(
+                f"{name} holds chats, and the tokenizer has no chat template: give chat_template_path, or texts"
+            )
         said = first["conversations"] if read == ["conversations"] else None
         if isinstance(said, list) and said and "role" in said[0]:
             raise ValueError(
@@ -111,6 +116,11 @@ def is_blank(cell) -> bool:
         return not cell.strip()
     said = (v for message in cell for key, v in message.items() if key not in ("role", "from"))
     return not any(value.strip() if isinstance(value, str) else value for value in said)
+
+
+def is_chat(cell) -> bool:
+    """Is it a list of messages?"""
+    return isinstance(cell, list) and bool(cell) and isinstance(cell[0], dict)
 
 
 def is_list(feature) -> bool:

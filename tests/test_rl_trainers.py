@@ -709,6 +709,7 @@ def test_bad_ppo_options(tmp_path, options, message):
         ({"prompt": [5]}, "holds int64 in column 'prompt'"),
         ({"prompt": ["<bos> w5", None]}, "holds None in column 'prompt'"),
         ({"prompt": ["<bos> w5", ""]}, "has an empty prompt"),
+        ({"prompt": [[{"role": "user", "content": "w5"}]]}, "holds chats, .* no chat template"),
         ({"prompt": ["<bos>" + " w5" * 63]}, "has 64 tokens, and with max_completion"),
         (
             {

@@ -1689,6 +1689,15 @@ def test_texts_need_an_end_token_and_other_rows_do_not(tmp_path, kind):
         trainer_of(tmp_path, train, tokenizer=tokenizer, **kw)
 
 
+def test_chats_need_a_template(tmp_path):
+    """Refused before anything is made; a template may come by a path."""
+    says = r"train_dataset holds chats, .* no chat template: give chat_template_path, or texts"
+    with pytest.raises(ValueError, match=says):
+        trainer_of(tmp_path, chat_data(4))
+    (tmp_path / "own.jinja").write_text(CHAT)
+    trainer_of(tmp_path, chat_data(4), chat_template_path=str(tmp_path / "own.jinja"))
+
+
 def test_a_column_of_conversations_is_learnt(tmp_path):
     chat = [{"from": "user", "value": "w5 w6"}, {"from": "assistant", "value": "w7"}]
     tokenizer = tokenizer_of()
