@@ -177,12 +177,11 @@ def stated(script) -> dict:
 
 def train_row(inputs, name, args):
     """Measure, train and measure again."""
-    from trl import get_peft_config
-
     from softar.diffusion import load
     from softar.diffusion.evaluate import check_masks, check_steps
     from softar.diffusion.net import facts
     from softar.model_card import example_of
+    from softar.recipe_model import adapter_of
     from softar.rl import DiffusionGRPOTrainer
     from softar.rl.diffusion_grpo import check_same_policy
 
@@ -199,7 +198,7 @@ def train_row(inputs, name, args):
             train_dataset=task.train,
             eval_dataset=task.test if evaluates(args) else None,
             processing_class=tokenizer,
-            peft_config=get_peft_config(inputs.model_args),
+            peft_config=adapter_of(model, inputs.model_args),
         )
         if task.test is not None and not args.gen_length:
             check_masks(tokenizer, task.test["prompt"], facts(model).mask_id)

@@ -21,6 +21,7 @@ from softar.checks import check_least
 from softar.model_card import example_of
 from softar.recipe import Recipe, RecipeArguments, fit, one_line_errors, thought_fields
 from softar.recipe_data import evaluates
+from softar.recipe_model import adapter_of
 from softar.results import counts
 from softar.resume import checkpoint_of, resumes
 from softar.rows import APART
@@ -157,8 +158,6 @@ def check(inputs, configs) -> None:
 def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dict] | None:
     """Make the policy to start from where the task brings its own model, then measure, train and
     measure again."""
-    from trl import get_peft_config
-
     import softar
 
     script, task = inputs.script, inputs.task
@@ -177,7 +176,7 @@ def train_row(trainer_class: Callable[[], type], inputs, name, args) -> list[dic
             train_dataset=task.train,
             eval_dataset=task.test if evaluates(args) else None,
             processing_class=tokenizer,
-            peft_config=get_peft_config(inputs.model_args),
+            peft_config=adapter_of(model, inputs.model_args),
         )
     trainer.origin = example_of(task, tokenizer)
     accelerator, score = trainer.accelerator, score_of(task, trainer)

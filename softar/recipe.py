@@ -16,7 +16,7 @@ from .launch import Program, default_accelerate_config, is_launched, launch, spl
 from .progress import duration
 from .recipe_config import check_model_options, check_taken, with_config
 from .recipe_data import SFT_FORMATS, check_held_out, evaluates, made_with, open_task
-from .recipe_model import check_named_model, check_stays, named_model
+from .recipe_model import adapter_of, check_named_model, check_stays, named_model
 from .resume import MADE_WITH, checkpoint_of
 from .rows import (
     APART,
@@ -284,8 +284,6 @@ def thought_fields(training, task: "Task") -> dict:
 def supervised(trainer: type, model, tokenizer, inputs: Inputs, task: "Task", args, adapter=None):
     """An SFT trainer on the task's rows. It has held-out rows where its options say so, and where
     nothing else could measure it. adapter: of PEFT, in the place of the one that the options say."""
-    from trl import get_peft_config
-
     from .model_card import example_of
 
     wanted = evaluates(args) or task.score is None
@@ -296,7 +294,7 @@ def supervised(trainer: type, model, tokenizer, inputs: Inputs, task: "Task", ar
         eval_dataset=task.test if wanted else None,
         processing_class=tokenizer,
         score=task.score,
-        peft_config=adapter or get_peft_config(inputs.model_args),
+        peft_config=adapter or adapter_of(model, inputs.model_args),
     )
     made.origin = example_of(task, tokenizer)
     return made

@@ -39,6 +39,26 @@ def check_named_model(name: str, kind: str, script, options: dict) -> None:
         raise ValueError(f"model={name!r}: {OTHER_KIND[has]}")
 
 
+def adapter_of(model, model_args):
+    """PEFT's configuration of the options, for this model; None where they want none. Raises ValueError
+    where no new adapter can be made so."""
+    from accelerate.utils import is_peft_model
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+    from trl import get_peft_config
+
+    if model_args.use_peft and is_peft_model(model):
+        raise ValueError(
+            "use_peft=True: the model is an adapter already, which is trained on without that option"
+        )
+    targets = model_args.lora_target_modules or model_args.lora_target_parameters
+    if model_args.use_peft and not targets and (kind := model.config.model_type) not in KNOWN:
+        raise ValueError(
+            f"lora_target_modules=None: PEFT knows none by itself for a model of type {kind!r}, give all-linear, or "
+            "names of its layers"
+        )
+    return get_peft_config(model_args)
+
+
 OTHER_KIND = {
     "diffusion": "it fills masks: `softar diffusion-sft` trains it, without --from_causal, and by RL "
     "`softar diffusion-grpo`",

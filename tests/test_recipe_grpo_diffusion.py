@@ -194,6 +194,7 @@ TEMPLATES = {"train": {"prompt": "<bos>", "template": "<bos> <mask>"}, "test": {
         (dict(task="latins"), "task='latins' is unknown"),
         (dict(task="reasoning_gym:chain_sum"), "has no model of its own"),
         (dict(task="mnns", model_name_or_path="mnns-tiny"), "it reads from left to right"),
+        (ONE | dict(use_peft="true"), "lora_target_modules=None: .* type 'llada', give all-linear"),
         (ONE | dict(eval_forwards="4,x"), "eval_forwards='4,x': give whole numbers"),
         (ONE | dict(eval_forwards="4,8,4"), "eval_forwards='4,8,4' names 4 twice"),
         (ONE | dict(max_completion_length=20), "max_completion_length=20 does nothing with gen_le"),

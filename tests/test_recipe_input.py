@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from launched import ENV, PYTHON, ROOT, assert_fails, run, run_here
 from test_recipes import RECIPE, options
-from tiny import model_of, tokenizer_of
+from tiny import model_of, tokenizer_of, with_lora
 from trl import ModelConfig
 
 import softar
@@ -195,6 +195,20 @@ def test_an_evaluation_at_the_start_has_the_held_out_rows(monkeypatch):
         args = SimpleNamespace(eval_strategy="no", eval_on_start=start)
         made = supervised(lambda *_, **kw: SimpleNamespace(**kw), None, None, inputs, task, args)
         assert made.eval_dataset is rows
+
+
+def test_an_adapter_takes_no_other_and_an_unknown_type_names_its_option(monkeypatch):
+    monkeypatch.setattr("softar.model_card.example_of", lambda task, tokenizer: None)
+    adapter, odd = with_lora(model_of()), model_of()
+    odd.config.model_type = "odd"
+    for model, says in (
+        (adapter, "use_peft=True: .* without that"),
+        (odd, "lora_target_mod.*type 'odd'"),
+    ):
+        inputs = SimpleNamespace(model_args=ModelConfig(use_peft=True))
+        with pytest.raises(ValueError, match=says):
+            args = SimpleNamespace(eval_strategy="no", eval_on_start=False)
+            supervised(lambda *_, **kw: None, model, None, inputs, softar.load_task("mnns"), args)
 
 
 def test_rows_that_need_traces_say_so_before_the_first_is_trained(tmp_path, monkeypatch, capsys):
