@@ -505,6 +505,14 @@ def test_what_softar_warns_of_is_a_line(softar):
         warnings.warn_explicit("elsewhere", UserWarning, str(ROOT / "tests" / "a.py"), 1)
 
 
+def test_what_a_program_warns_of_is_a_line(softar, monkeypatch):
+    def run(name, argv):
+        warnings.warn_explicit("no thought began", UserWarning, streams.__file__, 1)
+
+    monkeypatch.setattr(cli, "run_program", run)
+    assert softar("grpo") == (0, "", "warning: no thought began\n")
+
+
 def test_holes_are_shown_whatever_is_filled_behind_the_text(softar):
     """They were filled, and not printed."""
     given = HOLES.removeprefix("<bos> ").split()

@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command, and leave with its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] and argv[0] in PROGRAMS:  # they say themselves what is wrong
-        run_program(argv[0], argv[1:])
+        with streams.warnings_as_remarks():
+            run_program(argv[0], argv[1:])
         sys.exit(0)
     for name, value in (QUIET | NO_BARS).items():
         os.environ.setdefault(name, value)
