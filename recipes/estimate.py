@@ -263,14 +263,15 @@ def parts_of(model, job: Job) -> dict:
     config = softar.SoftConfig(mixer="k-samples", top_k=None, max_new_tokens=job.new)
 
     def decode(rows: int):
-        return softar.generate(model.eval(), ids[:rows, : job.prompt], config=config)
+        prompt = ids[:rows, : job.prompt]  # some may begin or end with a pad token
+        return softar.generate(model.eval(), prompt, torch.ones_like(prompt), config=config)
 
     def sft():
         def feed(logits, gold):
             return guide(mk_proba_dist(logits, top_k=10), gold, 0.3, "mix")
 
-        gold = ids[: job.batch]
-        logits = soft_forward(model.train(), gold, None, is_new, feed, passes=job.passes)
+        gold, real = ids[: job.batch], torch.ones_like(ids[: job.batch])
+        logits = soft_forward(model.train(), gold, real, is_new, feed, passes=job.passes)
         soft_loss(logits, gold.masked_fill(~is_new, -100), is_new)[0].backward()
         learn()
 
@@ -287,8 +288,8 @@ def parts_of(model, job: Job) -> dict:
         optimizer.step()
         optimizer.zero_grad()
 
-    runs = dict(sft=sft, grpo=grpo)
-    return {f"decode {n}": lambda n=n: decode(n) for n in (1, job.rows)} | runs
+    decodes = {f"decode {n}": lambda n=n: decode(n) for n in (1, job.rows)}
+    return decodes | dict(sft=sft, grpo=grpo)
 
 
 def measure(args) -> list[dict]:
@@ -301,8 +302,7 @@ def measure(args) -> list[dict]:
     job = Job(False, batch=2, rows=8, prompt=32, new=32, recompute=False)
     job = job._replace(bytes=model.dtype.itemsize)
     took = interleaved(parts_of(model, job), args.repeats)
-    is_small = model.num_parameters() < 2**24
-    rates = speed_limits.measured(model.device, model.dtype, is_small)
+    rates = speed_limits.measured(model.device, model.dtype, model.num_parameters() < 2**24)
     machine = Machine(rates.operations, rates.read, 0, 0, 0, gpus=1)
     least = seconds(shape, job, machine)
     alone = decode_seconds(shape, job, machine, 1)
