@@ -132,10 +132,9 @@ class DiffusionGRPOTrainer(RolloutGRPO):
         model = self.accelerator.unwrap_model(self.model_wrapped)
         with self.accelerator.autocast():
             out = denoise(model, ids, mask, config=self.decoding, rng=rng, record=True)
-        hidden = None
-        if self.args.hide_prompt:
+        hidden, share = None, self.args.hide_prompt
+        if share:
             steps = [out.trajectory.rows(slice(r, r + 1)) for r in range(len(rng))]
-            share = self.args.hide_prompt
             hidden = torch.cat([prompt_masks(s, share, g) for s, g in zip(steps, rng, strict=True)])
         return Decoded(out, mask, hidden)
 
