@@ -42,8 +42,8 @@ def all_at_once(block, config, draws):
     return Quota(lambda i, n: n)
 
 
-def few(*, seed=0, size=None):
-    task = mnns(digits=2, seed=seed, size=size)
+def few(*, digits: int = 2, seed=0, size=None):
+    task = mnns(digits=digits, seed=seed, size=size)
     return Task("few", task.train, task.test, task.score, None)
 
 
@@ -111,6 +111,12 @@ def test_softeners_and_schedules():
 def test_tasks_and_decoders():
     task = load_task(f"{HERE}:few", size=7)
     assert (task.name, len(task.train)) == ("few", 7)
+    three = load_task(f"{HERE}:few:digits=3", size=7)
+    assert (three.name, len(three.train)) == (f"{HERE}:few:digits=3", 7)
+    assert all(row.count("D") == 3 for row in three.test["prompt"])
+    for options, says in (("digit=3", "did you mean 'digits'"), ("digits=a", "must be a whole")):
+        with pytest.raises(ValueError, match=says):
+            load_task(f"{HERE}:few:{options}")
     for spec, model, word in (
         (f"{HERE}:parrot", None, "S0"),
         (f"some/model={HERE}:parrot:word=S5", "some/model", "S5"),
@@ -149,6 +155,7 @@ def test_entry_points(monkeypatch):
     try:
         assert mk_mixer("flat").fn is flat and mk_softener("second").fn is second
         assert mk_schedule("all").fn is all_at_once and load_task("few", size=2).name == "few"
+        assert load_task("few:digits=3", size=2).name == "few:digits=3"
         for spec in ("mnns-soft-tiny=flat:power=2", "mnns-diffusion-tiny=second", "x=parrot"):
             assert make_decoder(spec, max_new_tokens=5).decode(MNNS)[0].tokens
         with pytest.raises(

@@ -8,11 +8,13 @@ and `load_task("lm_eval:gsm8k")` wrap others' data with their own scorers.
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable
+from types import UnionType
 from typing import get_type_hints
 
 from ..checks import check_least, check_value, did_you_mean
-from ..names import lookup
+from ..names import CODE, is_code, lookup, registered
 from ..specs import parse_options
 from .embedded import MODELS, latin, latin_prompt, mnns
 from .gym import GYM, freeze, gym_task, thaw
@@ -54,8 +56,8 @@ def load_task(name: str, *, seed: int = 0, size: int | None = None) -> Task:
             (softar.tasks.own; .json, .csv, .parquet, or a folder with test.* and maybe train.*);
             "reasoning_gym:NAME" (`pip install softar[rewards]`); "lm_eval:NAME[:num_fewshot=5,...]",
             or the bare name, for what lm-eval generates (`pip install softar[eval]`);
-            "module:function" of your own, or what a package registered in the entry points
-            softar.tasks, called with seed and size.
+            "module:function[:key=value,...]" of your own, or what a package registered in the entry
+            points softar.tasks, called with seed, size and these arguments.
         seed: selects what is held out (mnns) or what is generated (reasoning-gym); same seed, same
             rows.
         size: at most this many training rows; for reasoning-gym the number generated. None: all, or
@@ -71,37 +73,47 @@ def load_task(name: str, *, seed: int = 0, size: int | None = None) -> Task:
         return gym_task(name.removeprefix(GYM), seed=seed, size=size)
     if name.startswith(HARNESS):
         return harness_task(name.removeprefix(HARNESS))
-    embedded, _, options = name.partition(":")
-    if embedded in TASKS and options:
-        task = TASKS[embedded](**_arguments(name, TASKS[embedded], options), seed=seed, size=size)
-        return dataclasses.replace(task, name=name)  # other arguments make another task
     if name not in TASKS and is_own(name):
         task = own_task(name)
         if size is not None and task.train is not None:
             rows = task.train.select(range(min(size, len(task.train))))
             return dataclasses.replace(task, train=rows)
         return task
+    function, options = _parted(name)
     try:
         make = lookup(
-            "task", name, TASKS, GROUP, hint=f", a file of rows (.jsonl, ...), '{GYM}NAME'"
+            "task", function, TASKS, GROUP, hint=f", a file of rows (.jsonl, ...), '{GYM}NAME'"
         )
     except ValueError:
         if is_known(name):  # looked for last: to read lm-eval's names takes seconds
             return harness_task(name)
         raise
-    task = make(seed=seed, size=size)
+    task = make(**_arguments(name, make, options), seed=seed, size=size)
     if not isinstance(task, Task):
         raise ValueError(f"task={name!r} gave a {type(task).__name__}, and not a softar.tasks.Task")
-    return task
+    return dataclasses.replace(task, name=name) if options else task  # others make another task
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """The name of a function that makes a task, and the options behind it; "" where none are."""
+    parts = re.fullmatch(rf"({CODE.pattern}|[^:]+):(.+)", name)
+    if parts is None:
+        return name, ""
+    function, options = parts[1], parts[parts.lastindex]
+    known = function in TASKS or function in registered(GROUP) or is_code(function)
+    return (function, options) if known else (name, "")
 
 
 def _arguments(name: str, make: Callable[..., Task], text: str) -> dict:
-    """What stands behind the colon, as arguments of the task's function that are numbers."""
+    """What stands behind a colon, as arguments of the task's function."""
     options, known = parse_options(text), inspect.signature(make).parameters
     names = [each for each in known if each not in ("seed", "size", "tokenizer")]
+    hints = get_type_hints(make) if options else {}
     for option, value in options.items():
         if option not in names:
             hint = did_you_mean(option, names)
             raise ValueError(f"task={name!r} takes no {option!r}{hint}: it takes {names}")
-        check_value(f"task={name!r}: {option}", value, get_type_hints(make)[option])
+        kind = hints.get(option)
+        if isinstance(kind, type | UnionType):
+            check_value(f"task={name!r}: {option}", value, kind)
     return options
