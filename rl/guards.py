@@ -73,10 +73,6 @@ def check_asked(tokenizer, dataset, name: str) -> None:
             check_asked(tokenizer, rows, f"{name}[{key!r}]")
     if not isinstance(dataset, Dataset):
         return
-    if is_chat(dataset[0]["prompt"]) and tokenizer.chat_template is None:
-        raise ValueError(
-            f"{name} holds chats, and the tokenizer has no chat template: set tokenizer.chat_template, or give texts"
-        )
     blank = [(i, prompt) for i, prompt in enumerate(dataset["prompt"]) if is_blank(prompt)]
     for number, prompt in blank:
         if not (prompt if isinstance(prompt, list) else tokenizer(prompt)["input_ids"]):
@@ -85,6 +81,10 @@ def check_asked(tokenizer, dataset, name: str) -> None:
             )
     if blank:
         PartialState().print(f"{len(blank)} of {len(dataset)} prompts in {name} say nothing")
+    if is_chat(dataset[0]["prompt"]) and tokenizer.chat_template is None:
+        raise ValueError(
+            f"{name} holds chats, and the tokenizer has no chat template: set tokenizer.chat_template, or give texts"
+        )
 
 
 def check_prompt_room(trainer, option: str, longest: int | None, rows, name: str) -> None:

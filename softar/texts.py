@@ -78,11 +78,6 @@ def check_rows(dataset, name: str, args, tokenizer) -> None:
             raise ValueError(
                 f"{name} holds texts, and the tokenizer has no end token to close them with: set tokenizer.eos_token"
             )
-        has_template = args.chat_template_path is not None or tokenizer.chat_template is not None
-        if read and is_chat(first[read[-1]]) and not has_template:
-            raise ValueError(
-                f"{name} holds chats, and the tokenizer has no chat template: give chat_template_path, or texts"
-            )
         said = first["conversations"] if read == ["conversations"] else None
         if isinstance(said, list) and said and "role" in said[0]:
             raise ValueError(
@@ -100,6 +95,12 @@ def check_rows(dataset, name: str, args, tokenizer) -> None:
             )
         if used[-1] != "input_ids":
             _check_blank(dataset, used[-1], name)
+    has_template = args.chat_template_path is not None or tokenizer.chat_template is not None
+    if isinstance(dataset, (Dataset, IterableDataset)) and not has_template:
+        if read and is_chat(first[read[-1]]):
+            raise ValueError(
+                f"{name} holds chats, and the tokenizer has no chat template: give chat_template_path, or texts"
+            )
 
 
 def _check_blank(dataset: Dataset, column: str, name: str) -> None:

@@ -1660,11 +1660,9 @@ def test_rows_that_teach_no_more_than_an_end_are_counted(tmp_path, capsys):
             check_data(args, tokenizer_of(), Dataset.from_list([row] * 3), None)
         with pytest.raises(ValueError, match="eval_dataset holds nothing"):
             check_data(args, tokenizer_of(), data(2), Dataset.from_list([row]))
+    (tokenizer := tokenizer_of()).chat_template = CHAT
     check_data(
-        args,
-        tokenizer_of(),
-        Dataset.from_list([{"prompt": nothing[0], "completion": called}]),
-        None,
+        args, tokenizer, Dataset.from_list([{"prompt": nothing[0], "completion": called}]), None
     )
 
 
