@@ -5,6 +5,7 @@ import logging
 import os
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from trl.trainer.utils import ensure_master_addr_port
 
 from softar.vllm.machine import on_cpu
 
+SHARED = Path("/dev/shm")  # of POSIX, on Linux
 WHERE = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
@@ -72,6 +74,25 @@ def leaving_no_trace():
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         log.setLevel(level)
+
+
+@contextlib.contextmanager
+def naming_no_memory(accelerator):
+    """Start an engine that is split over processes. On a CPU these share memory by files, whose names
+    are the same for all engines of torchrun's processes; vLLM leaves them, and the next engine of the
+    machine would end on them (errno 17). Once all have opened them, no name is needed."""
+    _unname(accelerator)
+    yield
+    _unname(accelerator)
+
+
+def _unname(accelerator):
+    accelerator.wait_for_everyone()  # they have been opened
+    if on_cpu() and accelerator.num_processes > 1:
+        for file in SHARED.glob("-*-cpushm_*"):
+            with contextlib.suppress(OSError):  # another process was first; another user's
+                file.unlink()
+    accelerator.wait_for_everyone()  # none takes away what another makes
 
 
 def without_compiling():

@@ -32,7 +32,13 @@ from softar.vllm.plugin import register
 from softar.vllm.record import Read, record_of, to_record
 from softar.vllm.request import fields_of
 
-from .vllm_process import as_torchrun, leaving_no_trace, repack_tied, without_compiling
+from .vllm_process import (
+    as_torchrun,
+    leaving_no_trace,
+    naming_no_memory,
+    repack_tied,
+    without_compiling,
+)
 
 SPACE = "VLLM_CPU_KVCACHE_SPACE"
 VALUE_HEAD = "v_head."  # PPO's, on the policy's module
@@ -91,7 +97,8 @@ class VLLMRollout(VLLMGeneration):
                 share = int(variables[SPACE]) // processes
                 variables[SPACE] = str(max(1, share))
             joins = torch.distributed.is_initialized()
-            with environment(variables), as_torchrun(self.accelerator):
+            apart, joined = naming_no_memory(self.accelerator), as_torchrun(self.accelerator)
+            with environment(variables), apart, joined:
                 self.llm = vllm.LLM(
                     folder,
                     skip_tokenizer_init=True,
@@ -119,7 +126,6 @@ class VLLMRollout(VLLMGeneration):
         if joins:
             engine.engine_core._finalizer.detach()
             self.end = engine.model_executor.shutdown
-        self.accelerator.wait_for_everyone()
 
     # -- weights
 

@@ -26,6 +26,7 @@ from softar.rl.rollout import decode_by_loop
 from softar.rl.vllm_rollout import VLLMRollout, one_draw_a_slot, output_of
 from softar.soft import Soft, dense
 from softar.thought import Kind
+from softar.vllm.machine import on_cpu
 from softar.vllm.record import Read
 
 pytestmark = pytest.mark.rest
@@ -215,6 +216,7 @@ def narrow(folder):
 
 
 TWO = {1: "two", 2: "split"}
+LEFT = [Path(f"/dev/shm/-tp:0-[0-1]-cpushm_{rank}") for rank in range(2)]
 
 
 def two(folder, rank, shares):
@@ -239,6 +241,8 @@ def start(folder):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
     env |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    for file in LEFT if on_cpu() else ():  # as an engine before has left them
+        file.touch()
     done = warm.run(__file__, [folder], env)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -365,7 +369,8 @@ def test_a_prompt_that_is_too_long_says_so(made):
 
 @pytest.mark.parametrize("name", TWO.values())
 def test_two_processes_are_one(made, name):
-    """With an engine each, and with one that is split over both."""
+    """With an engine each, and with one that is split over both, of which no file of memory is left."""
+    assert not any(file.exists() for file in LEFT)
     theirs = made[name]
     assert [apart(*pair) for pair in theirs["pairs"]] == [0] * 3
     for (mine, _), (all_rows, _) in zip(theirs["pairs"], made["grpo"]["pairs"], strict=True):
