@@ -77,8 +77,8 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
         # TRL would replay the reference on token ids, `_compute_loss` does it on what was read
         self.beta = 0.0
         self._check_model(self.router_aux_loss_coef if self.aux_loss_enabled else None)
-        self._check_room(self.train_dataset, "train_dataset")
-        self._check_room(self.eval_dataset, "eval_dataset")
+        self._check_read(self.train_dataset, "train_dataset")
+        self._check_read(self.eval_dataset, "eval_dataset")
         if reference is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
@@ -240,7 +240,7 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
         self._eval_rollouts = 0  # every evaluation draws the same numbers
         if not isinstance(eval_dataset, (str, dict, type(None))):  # of several each comes by itself
             eval_dataset = self._checked(eval_dataset, "eval_dataset", self.processing_class)
-            self._check_room(eval_dataset, "eval_dataset")
+            self._check_read(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _checked(self, rows, name: str, tokenizer):
@@ -250,6 +250,11 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
         rows = self._as_read(rows)
         guards.check_asked(tokenizer, rows, name)
         return rows
+
+    def _check_read(self, rows, name: str) -> None:
+        """Raise ValueError for prompts, as read, that rollouts would read otherwise or not go on from."""
+        guards.check_options(rows, name, self.chat_template_kwargs)
+        self._check_room(rows, name)
 
     # -- checkpoints
 

@@ -1,6 +1,7 @@
 """What a trainer of soft policies refuses before it starts: arguments, rows, models, folders."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import PartialState
@@ -56,12 +57,24 @@ def check_prompts(trainer: str, dataset, name: str) -> None:
             f"{name} has columns {taken}, by which reward functions get what the trainer says: rename them"
         )
     check_cells(dataset, ["prompt"], name)
-    for column in TOLD if is_chat(dataset[0]["prompt"]) else ():
-        if column in dataset.column_names and any(dataset[column]):
-            raise ValueError(
-                f"{name} has a column {column!r}, which the chats of rollouts do not hear: set chat_template_kwargs= "
-                "of the configuration for all, give prompts of text, or rename it"
-            )
+
+
+def check_options(dataset, name: str, options: dict) -> None:
+    """Raise ValueError for chats with tools, or template options other than the configuration's, which
+    SFT and evaluations hear of a row and rollouts do not. name: of the dataset, or of several by name."""
+    if isinstance(dataset, dict):
+        for key, rows in dataset.items():
+            check_options(rows, f"{name}[{key!r}]", options)
+    if not isinstance(dataset, Dataset) or not is_chat(dataset[0]["prompt"]):
+        return
+    for column in {*TOLD} & {*dataset.column_names}:
+        for number, cell in enumerate(dataset[column]):
+            own = cell if isinstance(cell, dict) else {column: cell or None}
+            if any(value is not None and options.get(key) != value for key, value in own.items()):
+                raise ValueError(
+                    f"row {number} of {name} has {column}={cell}, which the chats of rollouts do not hear: set "
+                    "chat_template_kwargs= of the configuration for all, or give prompts of text"
+                )
 
 
 def check_asked(tokenizer, dataset, name: str) -> None:
@@ -97,25 +110,23 @@ def check_prompt_room(trainer, option: str, longest: int | None, rows, name: str
     if longest is None or not isinstance(rows, Dataset):
         return
     most = getattr(trainer.args, option)
-    for number, prompt in enumerate(rows["prompt"]):
-        if (length := len(_read(trainer, prompt))) > longest:
+    for number, length in enumerate(_lengths(trainer, rows["prompt"][:])):
+        if length > longest:
             raise ValueError(
                 f"prompt {number} of {name} has {length} tokens, and with {option}={most} the model's "
                 f"positions have room for {longest}: shorten one of them"
             )
 
 
-def _read(trainer, prompt: str | list[dict]) -> list[int]:
-    """The ids that TRL's trainer reads of a prompt."""
-    if isinstance(prompt, str):
-        return trainer.processing_class(prompt)["input_ids"]
-    return trainer.processing_class.apply_chat_template(
-        prompt,
-        chat_template=trainer.chat_template,
-        add_generation_prompt=True,
-        return_dict=True,
-        **trainer.chat_template_kwargs,
-    )["input_ids"]
+def _lengths(trainer, prompts: list[str] | list[list[dict]]) -> Iterator[int]:
+    """How many tokens TRL's trainer reads of each prompt."""
+    how = dict(chat_template=trainer.chat_template, add_generation_prompt=True, return_dict=True)
+    how |= trainer.chat_template_kwargs
+    for at in range(0, len(prompts), 1000):
+        some, tokenizer = prompts[at : at + 1000], trainer.processing_class
+        is_text = isinstance(some[0], str)
+        read = tokenizer(some) if is_text else tokenizer.apply_chat_template(some, **how)
+        yield from map(len, read["input_ids"])
 
 
 def check_trainable(

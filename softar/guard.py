@@ -248,7 +248,7 @@ def check_ids(
             f"{name} of shape {tuple(ids.shape)}, {ids.dtype}: need {shape} integers, int64 or int32"
         )
     if vocab_size is not None and ids.numel():
-        check_range(name, *(int(end) for end in ids.aminmax()), vocab_size)
+        check_range(name, *torch.stack(ids.aminmax()).tolist(), vocab_size)
 
 
 def _check_tensor(name: str, value, shape: str, call: str) -> None:

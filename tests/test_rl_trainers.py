@@ -711,13 +711,6 @@ def test_bad_ppo_options(tmp_path, options, message):
         ({"prompt": ["<bos> w5", ""]}, "has an empty prompt"),
         ({"prompt": [[{"role": "user", "content": "w5"}]]}, "holds chats, .* no chat template"),
         ({"prompt": ["<bos>" + " w5" * 63]}, "has 64 tokens, and with max_completion"),
-        (
-            {
-                "prompt": [[{"role": "user", "content": "w5"}]] * 2,
-                "chat_template_kwargs": [None, {"enable_thinking": False}],
-            },
-            "has a column 'chat_template_kwargs', which the chats of rollouts do not hear",
-        ),
     ],
 )
 def test_held_out_rows_by_name_are_looked_at(tmp_path, rows, says):
@@ -997,6 +990,15 @@ def test_rows_and_models_that_cannot_be_trained_are_named(tmp_path):
     trainer(tmp_path, **parts)
     with pytest.raises(ValueError, match="prompt 0 of train_dataset has 6 tokens"):
         trainer(tmp_path, **parts, chat_template_kwargs={"more": " w6" * 4})
+    # what rows say of their template is not heard; it may be what the configuration says
+    own, tools = [{"more": None}, {"more": " w6"}], [None, [{"name": "f"}]]
+    for column, cells in (("chat_template_kwargs", own), ("tools", tools)):
+        rows = Dataset.from_list([row | {column: cell} for row in chat for cell in cells])
+        with pytest.raises(ValueError, match=f"row 1 of train_dataset has {column}=.*more|name.*"):
+            trainer(tmp_path, **parts | {"rows": rows})
+        trainer(tmp_path, **parts | {"rows": rows.select([0])})
+        if column != "tools":
+            trainer(tmp_path, **parts | {"rows": rows}, chat_template_kwargs={"more": " w6"})
     diffusion = model_of()
     diffusion.config.mask_token_id = 7
     for kind in TRAINERS:

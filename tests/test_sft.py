@@ -1968,6 +1968,10 @@ def test_rows_are_not_cut_behind_what_opens_their_thought(tmp_path, options):
     trainer_of(tmp_path, Dataset.from_list(rows), max_length=7, **how)
     with pytest.raises(ValueError, match=r"row 1 of train_dataset lacks .* max_length=6 by"):
         trainer_of(tmp_path, Dataset.from_list(rows), max_length=6, **how)
+    if "think_steps" in options:  # a text that is as long, with its end
+        text = Dataset.from_list([{"text": "<bos> w6 w9 w8 w5"}])
+        made = trainer_of(tmp_path, text, max_length=6, **how)
+        assert len(made.train_dataset[0]["input_ids"]) == 6
 
 
 def test_completions_that_an_evaluation_would_cut_are_said(tmp_path, capsys):

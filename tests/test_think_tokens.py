@@ -32,6 +32,7 @@ from softar.evaluate import encode, evaluate, prefixed
 from softar.models import add_think_tokens, word_tokenizer
 from softar.models.think_tokens import before_users
 from softar.rl import SoftGRPOConfig, SoftGRPOTrainer, SoftPPOConfig, SoftPPOTrainer
+from softar.rl.rewards import UNPREFIXED
 from softar.sft.config import SoftSFTConfig
 from softar.sft.trainer import SoftSFTTrainer
 from softar.tasks import load_task
@@ -458,6 +459,8 @@ def test_rl_goes_on_behind_the_prefix(tmp_path, peft, kind):
     trainer = rl_of(tmp_path / "rl", (copy.deepcopy(model), tokenizer), rows, *kind, **saving)
     trainer.train()
     trainer.evaluate()
+    read = trainer.train_dataset  # rows that were read before are not read anew
+    assert trainer._checked(read, "rows", tokenizer)[UNPREFIXED] == read[UNPREFIXED]
     assert trainer.asked and all(
         prompt.count(WORDS) == 1 and prompt.startswith(WORDS) for prompt in trainer.asked
     )

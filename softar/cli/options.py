@@ -57,8 +57,8 @@ System = Annotated[str | None, typer.Option(help="The chat's system message.")]
 Seed = Annotated[
     int | None,
     typer.Option(
-        help="Seed of all that is drawn, but by decoders with seed= in their spec.",
-        show_default="0",
+        help="Seed of all that is drawn, but by decoders with seed= in their spec; 0 if not said.",
+        show_default=False,
     ),
 ]
 Dtype = Annotated[

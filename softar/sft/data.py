@@ -143,8 +143,8 @@ def check_thoughts(rows, args, tokenizer, span: dict, data: str) -> None:
 def _lacks_begin(row: dict[str, Any], args, span: dict) -> bool:
     """Has a row that was cut from its beginning lost what opens its thought, or is counted from?"""
     labels = row.get("labels", row["input_ids"])
-    if args.think_start is None:
-        return args.think_steps is not None and labels[0] != -100
+    if args.think_start is None:  # a whole text may be as long as max_length, uncut
+        return args.think_steps is not None and "prompt" in row and labels[0] != -100
     return bool(matches(span["end"], labels)) and not matches(span["start"], row["input_ids"])
 
 
