@@ -113,8 +113,8 @@ def mix_belief(
 
 def save_reading(model: nn.Module, folder: str | Path) -> None:
     """Say beside saved weights with which soft masks, of which noise and on rows of which end the model
-    was trained, in place of what an earlier training left in the folder. An adapter of a model of masks says it when
-    it is a hard one, too: it would be decoded as its base."""
+    was trained, in place of what an earlier training left in the folder. An adapter of a model of masks
+    says it when it is a hard one, too: it would be decoded as its base."""
     known, is_adapter = facts(model), plain(model) is not model
     says = is_adapter and known.mask_id is not None
     (Path(folder) / HEAD_FILE).unlink(missing_ok=True)

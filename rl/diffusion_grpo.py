@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from trl.trainer.utils import use_adapter
@@ -119,9 +118,8 @@ class DiffusionGRPOTrainer(RolloutGRPO):
         room = room_of(self.model, trained=True)  # as `denoise` takes it
         longest = room and longest_prompt(self._facts, self.decoding, room)
         guards.check_prompt_room(self, "gen_length", longest, rows, name)
-        for part in rows.values() if isinstance(rows, dict) else (rows,):
-            if isinstance(part, Dataset) and not self.args.gen_length:
-                check_masks(self.processing_class, part["prompt"], self._facts.mask_id)
+        for _, part in guards.parts_of(rows, name) if not self.args.gen_length else ():
+            check_masks(self.processing_class, part["prompt"], self._facts.mask_id)
 
     def _check_same_policy(self, folder):
         check_same_policy(folder, self.args.decoding())

@@ -63,9 +63,8 @@ class SoftGRPOTrainer(RolloutGRPO):
         self.decoding = self.policy.changed(prompt_prefix=None).resolve(tokenizer)
 
     def _as_read(self, rows):
-        if UNPREFIXED in (
-            getattr(rows, "column_names", None) or ()
-        ):  # the constructor's, or some of them
+        columns = getattr(rows, "column_names", None) or ()
+        if UNPREFIXED in columns:  # the constructor's rows, or some of them
             return rows
         return prefixed_rows(rows, self.policy.prompt_prefix, UNPREFIXED)
 

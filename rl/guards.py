@@ -37,85 +37,80 @@ def check_turn(trainer: str, reward_funcs, others: dict) -> None:
         raise ValueError(f"reward_funcs={reward_funcs!r}: give at least one")
 
 
-def check_prompts(trainer: str, dataset, name: str) -> None:
-    """Raise ValueError for rows without prompts, or no rows, where TRL would end without a step, in a
-    data set or several by name."""
-    if isinstance(dataset, dict):
-        for key, rows in dataset.items():
-            check_prompts(trainer, rows, f"{name}[{key!r}]")
-    check_no_list(dataset, name)
-    if not isinstance(dataset, Dataset):
-        return
-    if "prompt" not in dataset.column_names:
-        raise ValueError(
-            f"{name} has the columns {dataset.column_names}: {trainer} needs 'prompt', rename yours"
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty: give at least one row")
-    if taken := sorted(BY_TRAINER.intersection(dataset.column_names) - {*NOT_TOLD}):
-        raise ValueError(
-            f"{name} has columns {taken}, by which reward functions get what the trainer says: rename them"
-        )
-    check_cells(dataset, ["prompt"], name)
+def parts_of(rows, name: str) -> list[tuple[str, Dataset]]:
+    """Data sets with their names: of one, or of several by name. Streams, which are not looked at, and
+    None are left out. Raises ValueError for a list of rows."""
+    parts = {name: rows}
+    if isinstance(rows, dict):
+        parts = {f"{name}[{key!r}]": part for key, part in rows.items()}
+    for where, part in parts.items():
+        check_no_list(part, where)
+    return [(where, part) for where, part in parts.items() if isinstance(part, Dataset)]
 
 
-def check_options(dataset, name: str, options: dict) -> None:
-    """Raise ValueError for chats with tools, or template options other than the configuration's, which
-    SFT and evaluations hear of a row and rollouts do not. name: of the dataset, or of several by name."""
-    if isinstance(dataset, dict):
-        for key, rows in dataset.items():
-            check_options(rows, f"{name}[{key!r}]", options)
-    if not isinstance(dataset, Dataset) or not is_chat(dataset[0]["prompt"]):
-        return
-    for column in {*TOLD} & {*dataset.column_names}:
-        for number, cell in enumerate(dataset[column]):
-            own = cell if isinstance(cell, dict) else {column: cell or None}
-            if any(value is not None and options.get(key) != value for key, value in own.items()):
-                raise ValueError(
-                    f"row {number} of {name} has {column}={cell}, which the chats of rollouts do not hear: set "
-                    "chat_template_kwargs= of the configuration for all, or give prompts of text"
-                )
-
-
-def check_asked(tokenizer, dataset, name: str) -> None:
-    """Raise ValueError for a prompt without a token, which no policy could go on from; of other prompts
-    that say nothing, as a BOS token alone, print how many there are. Chats need a template. name: of the
-    dataset, or of several by name."""
-    if isinstance(dataset, dict):
-        for key, rows in dataset.items():
-            check_asked(tokenizer, rows, f"{name}[{key!r}]")
-    if not isinstance(dataset, Dataset):
-        return
-    blank = [(i, prompt) for i, prompt in enumerate(dataset["prompt"]) if is_blank(prompt)]
-    for number, prompt in blank:
-        if not (prompt if isinstance(prompt, list) else tokenizer(prompt)["input_ids"]):
+def check_prompts(trainer: str, rows, name: str) -> None:
+    """Raise ValueError for rows without prompts, or no rows, where TRL would end without a step. rows and
+    name here and below: as for `parts_of`."""
+    for where, part in parts_of(rows, name):
+        if "prompt" not in part.column_names:
             raise ValueError(
-                f"row {number} of {name} has an empty prompt: begin it with a BOS token, or drop such rows"
+                f"{where} has the columns {part.column_names}: {trainer} needs 'prompt', rename yours"
             )
-    if blank:
-        PartialState().print(f"{len(blank)} of {len(dataset)} prompts in {name} say nothing")
-    if is_chat(dataset[0]["prompt"]) and tokenizer.chat_template is None:
-        raise ValueError(
-            f"{name} holds chats, and the tokenizer has no chat template: set tokenizer.chat_template, or give texts"
-        )
+        if len(part) == 0:
+            raise ValueError(f"{where} is empty: give at least one row")
+        if taken := sorted(BY_TRAINER.intersection(part.column_names) - {*NOT_TOLD}):
+            raise ValueError(
+                f"{where} has columns {taken}, by which reward functions get what the trainer says: rename them"
+            )
+        check_cells(part, ["prompt"], where)
+
+
+def check_options(rows, name: str, options: dict) -> None:
+    """Raise ValueError for chats with tools, or template options other than the configuration's, which
+    SFT and evaluations hear of a row and rollouts do not."""
+    for where, part in parts_of(rows, name):
+        columns = [each for each in TOLD if each in part.column_names]
+        for column in columns if is_chat(part[0]["prompt"]) else ():
+            for number, cell in enumerate(part[column]):
+                own = cell if isinstance(cell, dict) else {column: cell or None}
+                if any(each is not None and options.get(key) != each for key, each in own.items()):
+                    raise ValueError(
+                        f"row {number} of {where} has {column}={cell}, which the chats of rollouts do not hear: set "
+                        "chat_template_kwargs= of the configuration for all, or give prompts of text"
+                    )
+
+
+def check_asked(tokenizer, rows, name: str) -> None:
+    """Raise ValueError for a prompt without a token, which no policy could go on from, and for chats
+    without a template; of other prompts that say nothing, as a BOS token alone, print how many there
+    are."""
+    for where, part in parts_of(rows, name):
+        blank = [(i, prompt) for i, prompt in enumerate(part["prompt"]) if is_blank(prompt)]
+        for number, prompt in blank:
+            if not (prompt if isinstance(prompt, list) else tokenizer(prompt)["input_ids"]):
+                raise ValueError(
+                    f"row {number} of {where} has an empty prompt: begin it with a BOS token, or drop such rows"
+                )
+        if blank:
+            PartialState().print(f"{len(blank)} of {len(part)} prompts in {where} say nothing")
+        if is_chat(part[0]["prompt"]) and tokenizer.chat_template is None:
+            raise ValueError(
+                f"{where} holds chats, and the tokenizer has no chat template: set tokenizer.chat_template, or give "
+                "texts"
+            )
 
 
 def check_prompt_room(trainer, option: str, longest: int | None, rows, name: str) -> None:
     """Raise ValueError for a prompt that leaves no room for the steps of a rollout, the option of this
-    name: one of more than `longest` tokens, None for any number. name: of the rows, a data set or
-    several by name."""
-    if isinstance(rows, dict):
-        for key, part in rows.items():
-            check_prompt_room(trainer, option, longest, part, f"{name}[{key!r}]")
-    if longest is None or not isinstance(rows, Dataset):
-        return
+    name: one of more than `longest` tokens, None for any number."""
     most = getattr(trainer.args, option)
-    for number, length in enumerate(_lengths(trainer, rows["prompt"][:])):
-        if length > longest:
-            raise ValueError(
-                f"prompt {number} of {name} has {length} tokens, and with {option}={most} the model's "
-                f"positions have room for {longest}: shorten one of them"
-            )
+    for where, part in parts_of(rows, name) if longest is not None else ():
+        for number, length in enumerate(_lengths(trainer, part["prompt"][:])):
+            if length > longest:
+                raise ValueError(
+                    f"prompt {number} of {where} has {length} tokens, and with {option}={most} the model's "
+                    f"positions have room for {longest}: shorten one of them"
+                )
 
 
 def _lengths(trainer, prompts: list[str] | list[list[dict]]) -> Iterator[int]:

@@ -87,12 +87,14 @@ def naming_no_memory(accelerator):
 
 
 def _unname(accelerator):
-    accelerator.wait_for_everyone()  # they have been opened
+    """Take the names away between two barriers: all that is being opened has been, and nobody makes any
+    before they are gone."""
+    accelerator.wait_for_everyone()
     if on_cpu() and accelerator.num_processes > 1:
         for file in SHARED.glob("-*-cpushm_*"):
             with contextlib.suppress(OSError):  # another process was first; another user's
                 file.unlink()
-    accelerator.wait_for_everyone()  # none takes away what another makes
+    accelerator.wait_for_everyone()
 
 
 def without_compiling():
