@@ -253,7 +253,7 @@ class RolloutGRPO(WatchedLosses, OwnCard, GRPOTrainer):
 
     def _check_read(self, rows, name: str) -> None:
         """Raise ValueError for prompts, as read, that rollouts would read otherwise or not go on from."""
-        guards.check_options(rows, name, self.chat_template_kwargs)
+        guards.check_template_options(rows, name, self.chat_template_kwargs)
         self._check_room(rows, name)
 
     # -- checkpoints

@@ -65,7 +65,7 @@ def check_prompts(trainer: str, rows, name: str) -> None:
         check_cells(part, ["prompt"], where)
 
 
-def check_options(rows, name: str, options: dict) -> None:
+def check_template_options(rows, name: str, options: dict) -> None:
     """Raise ValueError for chats with tools, or template options other than the configuration's, which
     SFT and evaluations hear of a row and rollouts do not."""
     for where, part in parts_of(rows, name):
